@@ -1,0 +1,72 @@
+"""Exit codes and the tree of errors that a user can meet.
+
+In: nothing. Out: `ExitCode` and the exceptions below. Knows no other module of the package.
+
+    GateError                 the gate cannot go on; carries what, where and what next
+    ├── ConfigError           the YAML file, with every problem found in it        exit 2
+    ├── UsageError            the command line or an input                         exit 2
+    ├── ResolveError          a name cannot be turned into files                   verdict `error`
+    ├── EngineError           this adapter or base could not be judged             verdict `error`
+    └── LauncherError         the container could not be started or lost           exit 3
+
+A broken adapter is a `Finding`, never an exception.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from merge_gate.records import Problem
+
+
+class ExitCode(IntEnum):
+    """What the process returns; fixed for version 1."""
+
+    PASS = 0
+    FAIL = 1
+    USAGE = 2
+    ERROR = 3
+
+
+class GateError(Exception):
+    """Base of all errors that are reported in a sentence, without a traceback.
+
+    `hint` says what to do next; it is printed after the message.
+    """
+
+    exit_code: ExitCode = ExitCode.ERROR
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GateError):
+    """The command line, or an input of the action, asks for something that does not exist."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(GateError):
+    """The configuration is not valid. `problems` holds all of them, in the order of the file."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class ResolveError(GateError):
+    """A directory or a Hub id cannot be turned into files on disk."""
+
+
+class EngineError(GateError):
+    """This adapter or this base could not be judged (out of memory, missing package, unknown type)."""
+
+
+class LauncherError(GateError):
+    """The container engine, the image or a mount is not there, or the container was lost."""

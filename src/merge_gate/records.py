@@ -1,0 +1,437 @@
+"""The values that travel between the stages, in the order of the flow.
+
+In: nothing but the standard library. Out: frozen, slotted, keyword-only dataclasses of hashable fields, so that
+they can be pickled to a worker, compared and cached. They hold no logic beyond what follows from their own fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+record = dataclass(frozen=True, slots=True, kw_only=True)
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that a base can be asked for, beside `auto`."""
+
+
+class Severity(StrEnum):
+    """How much a finding weighs: an error fails the adapter."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    OFF = "off"
+
+
+class Origin(StrEnum):
+    """Where the cause of a finding lies."""
+
+    FILE = "file"
+    CONFIG = "config"
+    ADAPTER = "adapter"
+    BASE = "base"
+    MERGE = "merge"
+    RUNTIME = "runtime"
+
+
+class Verdict(StrEnum):
+    """What is said of one adapter."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    ERROR = "error"
+
+
+class Result(StrEnum):
+    """What is said of a run."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    ERROR = "error"
+
+
+class Quantization(StrEnum):
+    """How the base is quantised when it is loaded."""
+
+    NONE = "none"
+    BNB_8BIT = "bnb-8bit"
+    BNB_4BIT = "bnb-4bit"
+
+
+# --- configuration -------------------------------------------------------------------------------------------------
+
+
+@record
+class Problem:
+    """One thing wrong with the configuration. `line` and `column` count from 1."""
+
+    message: str
+    path: str
+    line: int
+    column: int
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.path}:{self.line}:{self.column}: {self.message}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+@record
+class BaseSpec:
+    """Which base to merge into. `model` None: the adapter's own adapter_config.json names it.
+
+    `model` is an absolute directory where one exists (relative names are relative to the config file), else a Hub
+    id. `label` is the name as written, for the report. `dtypes` holds `auto` or names of `DTYPES`; each is checked.
+    """
+
+    model: str | None = None
+    label: str | None = None
+    revision: str | None = None
+    dtypes: tuple[str, ...] = ("auto",)
+    quantization: Quantization = Quantization.NONE
+
+
+@record
+class CheckSetting:
+    """Severity of one check, and its limit where the check has one."""
+
+    check: str
+    severity: Severity
+    limit: float | None = None
+
+
+@record
+class Expect:
+    """What must be so of an adapter; absent entries are not checked. `sha256` pairs a file name and a hex digest."""
+
+    peft_type: str | None = None
+    r: int | None = None
+    lora_alpha: float | None = None
+    base: str | None = None
+    sha256: tuple[tuple[str, str], ...] = ()
+
+
+@record
+class Combine:
+    """A weighted combination of other listed adapters (PEFT's `add_weighted_adapter`). `adapters` holds names."""
+
+    method: str
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    density: float | None = None
+    majority_sign_method: str | None = None
+    seed: int = 0
+
+
+@record
+class AdapterSpec:
+    """One entry of `adapters`. Exactly one of `path` (a directory, absolute), `hub_id` and `combine` is set.
+
+    `source` is what the report shows: the path as written or the Hub id. `checks` has a setting for every check,
+    the entry's own settings laid over the file's. `line` is the entry's line in the YAML file.
+    """
+
+    name: str
+    source: str
+    path: str | None = None
+    hub_id: str | None = None
+    combine: Combine | None = None
+    revision: str | None = None
+    base: BaseSpec
+    checks: tuple[CheckSetting, ...]
+    expect: Expect | None = None
+    line: int
+    column: int
+
+
+@record
+class Config:
+    """A valid configuration. `path` is the file as the user named it, `sha256` the digest of its bytes."""
+
+    path: str
+    sha256: str
+    adapters: tuple[AdapterSpec, ...]
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+# --- names turned into files ---------------------------------------------------------------------------------------
+
+
+@record
+class Snapshot:
+    """Files on disk. `name` as written, `revision` the commit for a Hub id, None for a directory."""
+
+    name: str
+    directory: str
+    revision: str | None = None
+
+
+@record
+class FileRecord:
+    """One input file of an adapter. `path` is relative to the adapter's directory."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@record
+class TensorHeader:
+    """A tensor as the header of a safetensors file describes it. `dtype` in safetensors' words (F32, BF16, …)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@record
+class AdapterFiles:
+    """What the preflight read of an adapter without torch.
+
+    `config_json` is the text of adapter_config.json, re-serialised (empty when it is missing or unreadable). `tensors`
+    is empty for pickled weights. `weights` is the file PEFT will load, relative to `directory`, or None.
+    """
+
+    directory: str
+    config_json: str = ""
+    peft_type: str | None = None
+    task_type: str | None = None
+    base_name: str | None = None
+    base_revision: str | None = None
+    weights: str | None = None
+    tensors: tuple[TensorHeader, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+# --- measurements --------------------------------------------------------------------------------------------------
+
+
+@record
+class TensorStats:
+    """One tensor, measured. `minimum` and `maximum` are over the finite elements, None where there is none.
+
+    `dtype` in torch's words without the prefix (bfloat16). Of a quantised weight, the dequantised values.
+    `first_index` is the index of the first non-finite element in row-major order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+    minimum: float | None = None
+    maximum: float | None = None
+    nan: int = 0
+    posinf: int = 0
+    neginf: int = 0
+    first_index: tuple[int, ...] | None = None
+
+    @property
+    def finite(self) -> bool:
+        return not (self.nan or self.posinf or self.neginf)
+
+    @property
+    def max_abs(self) -> float:
+        return max((abs(value) for value in (self.minimum, self.maximum) if value is not None), default=0.0)
+
+
+@record
+class TensorMerge:
+    """One parameter of the base as the merge leaves it.
+
+    `stats` is of the merged tensor in its final dtype, named as in the merged model. `module` is the base's module.
+    `dtype_max` is the largest finite value of the dtype. `changed` says whether any element differs from the base.
+    `base_norm` and `delta_norm` are Frobenius norms of the base's tensor and of the exact delta; `lost_norm` is
+    ‖merged − (W + delta)‖; None where they were not measured. `unchanged_fraction` is the share of elements whose
+    bits the merge left alone.
+    """
+
+    module: str
+    stats: TensorStats
+    dtype_max: float
+    changed: bool
+    base_norm: float | None = None
+    delta_norm: float | None = None
+    lost_norm: float | None = None
+    unchanged_fraction: float | None = None
+
+
+@record
+class FileTensor:
+    """One tensor of the adapter's file. `used` False: the merge does not read it."""
+
+    stats: TensorStats
+    used: bool = True
+
+
+@record
+class Refusal:
+    """Why an adapter could not be loaded or merged, in the check table's words.
+
+    `check` is a check's id (`shape-mismatch`, `targets-not-found`, `not-mergeable`, …), or None when the gate itself
+    could not judge (a missing package, out of memory, a crash): the verdict is then `error`.
+    """
+
+    check: str | None
+    message: str
+    hint: str = ""
+    module: str | None = None
+    tensor: str | None = None
+    origin: Origin = Origin.RUNTIME
+
+
+@record
+class BaseFacts:
+    """The base as it was measured, once. `parameters` counts elements of parameters and persistent buffers."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    quantization: Quantization
+    sha256: str | None = None
+    parameters: int = 0
+    nonfinite: tuple[TensorStats, ...] = ()
+
+
+@record
+class Evidence:
+    """Everything that was measured of one adapter on one base: what the checks judge.
+
+    `missing` are tensors the config promises and the file lacks, `unexpected` those in the file that nothing in the
+    merge uses, in the file's own names. `targeted` are the base's modules that the adapter was put on. `tied` pairs a
+    merged tensor with the module that shares it unmerged. `refused_by_safe_merge` names modules that PEFT's
+    `safe_merge=True` refuses although the merged tensor is finite.
+    """
+
+    base: BaseFacts
+    peft_type: str | None = None
+    base_tensors: tuple[TensorStats, ...] = ()
+    file_tensors: tuple[FileTensor, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    targeted: tuple[str, ...] = ()
+    merges: tuple[TensorMerge, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    refused_by_safe_merge: tuple[str, ...] = ()
+    refusal: Refusal | None = None
+    seed: int | None = None
+    parameters_checked: int = 0
+    parameters_total: int = 0
+    seconds: float = 0.0
+
+
+# --- judgement and report ------------------------------------------------------------------------------------------
+
+
+@record
+class Finding:
+    """One thing worth saying of an adapter or a base: what, where, got, expected (`message`) and what now (`hint`).
+
+    `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
+    """
+
+    check: str
+    severity: Severity
+    message: str
+    hint: str = ""
+    origin: Origin
+    module: str | None = None
+    tensor: str | None = None
+    nan: int | None = None
+    posinf: int | None = None
+    neginf: int | None = None
+    numel: int | None = None
+    first_index: tuple[int, ...] | None = None
+    measured: tuple[tuple[str, float], ...] = ()
+
+
+@record
+class Coverage:
+    """How much of the adapter and of the model was looked at."""
+
+    adapter_tensors: int = 0
+    applied: int = 0
+    modules_merged: int = 0
+    parameters_checked: int = 0
+    parameters_total: int = 0
+
+
+@record
+class BaseRef:
+    """The base that an adapter was judged on."""
+
+    model: str | None
+    revision: str | None
+    dtype: str
+    quantization: Quantization
+
+
+@record
+class AdapterReport:
+    """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file."""
+
+    name: str
+    source: str
+    revision: str | None = None
+    base: BaseRef
+    peft_type: str | None = None
+    verdict: Verdict
+    cause: str | None = None
+    findings: tuple[Finding, ...] = ()
+    coverage: Coverage = Coverage()
+    files: tuple[FileRecord, ...] = ()
+    seconds: float = 0.0
+    line: int
+    column: int
+
+
+@record
+class BaseReport:
+    """One base that was loaded."""
+
+    model: str
+    revision: str | None = None
+    dtype: str
+    quantization: Quantization
+    sha256: str | None = None
+    parameters: int = 0
+    findings: tuple[Finding, ...] = ()
+
+
+@record
+class Environment:
+    """What the run ran on. Versions are None where a package is absent or was not needed."""
+
+    python: str
+    torch: str | None = None
+    peft: str | None = None
+    transformers: str | None = None
+    bitsandbytes: str | None = None
+    device: str = "cpu"
+    device_name: str = ""
+
+
+@record
+class Report:
+    """A run. `complete` False: the run is still going on, or was killed; what it holds is true."""
+
+    complete: bool
+    tool_version: str
+    environment: Environment
+    config_path: str
+    config_sha256: str
+    bases: tuple[BaseReport, ...] = ()
+    adapters: tuple[AdapterReport, ...] = ()
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(adapter.verdict is verdict for adapter in self.adapters)
+
+    @property
+    def result(self) -> Result:
+        """A proven failure outranks an undecided adapter; nothing judged, or an unfinished run, is never `pass`."""
+        if self.count(Verdict.FAILED):
+            return Result.FAIL
+        if self.count(Verdict.ERROR) or not self.adapters or not self.complete:
+            return Result.ERROR
+        return Result.PASS
