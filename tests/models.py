@@ -1,0 +1,413 @@
+"""Tiny, real, seeded models and adapters on disk, built once per session.
+
+In: a directory to build in. Out: directories as `save_pretrained` writes them. `BASES` names the bases, `VARIANTS` the
+adapters; both are recipes, and `Shelf` builds each on first use. Knows nothing of merge_gate: what stands here is what
+transformers and PEFT make of it, so that a test of the gate never agrees with the gate by construction.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+Tensors = dict[str, torch.Tensor]
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+VOCABULARY = 64
+LAYERS = 2
+
+
+# --- tensors on disk -------------------------------------------------------------------------------------------------
+
+
+def read_tensors(directory: Path, name: str = ADAPTER_WEIGHTS) -> Tensors:
+    return load_file(directory / name)
+
+
+def write_tensors(directory: Path, tensors: Tensors, name: str = ADAPTER_WEIGHTS) -> None:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, directory / name, {"format": "pt"})
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / ADAPTER_CONFIG).read_text())
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+
+
+# --- bases -----------------------------------------------------------------------------------------------------------
+
+
+def _llama_config(**changes: Any) -> LlamaConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def _randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases start as zero and norms as one; small noise makes each tensor tell itself from every other."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    """Grouped-query attention (4 heads, 2 key-value heads), biases on q, k, v and o, head and embedding apart."""
+    return _randomised(LlamaForCausalLM(_llama_config(attention_bias=True, **changes)))
+
+
+def llama_tied() -> PreTrainedModel:
+    return _randomised(LlamaForCausalLM(_llama_config(tie_word_embeddings=True)))
+
+
+def llama_wide() -> PreTrainedModel:
+    return llama(hidden_size=64, intermediate_size=96)
+
+
+def gpt2() -> PreTrainedModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
+    return _randomised(GPT2LMHeadModel(config))
+
+
+def _bert_config(**changes: Any) -> BertConfig:
+    return BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        **changes,
+    )
+
+
+def bert() -> PreTrainedModel:
+    return _randomised(BertModel(_bert_config()))
+
+
+def bert_classifier() -> PreTrainedModel:
+    return _randomised(BertForSequenceClassification(_bert_config(num_labels=3)))
+
+
+def opt() -> PreTrainedModel:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        word_embed_proj_dim=32,
+    )
+    return _randomised(OPTForCausalLM(config))
+
+
+def mixtral() -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    return _randomised(MixtralForCausalLM(config))
+
+
+def _with(build: Callable[[], PreTrainedModel], name: str, index: tuple[int, ...], value: float) -> PreTrainedModel:
+    model = build()
+    with torch.no_grad():
+        model.state_dict()[name][index] = value
+    return model
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    build: Callable[[], PreTrainedModel]
+    dtype: torch.dtype = torch.float32
+    max_shard_size: str = "1GB"
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+BASES: dict[str, BaseRecipe] = {
+    "llama": BaseRecipe(llama),
+    "llama-float16": BaseRecipe(llama, torch.float16),
+    "llama-bfloat16": BaseRecipe(llama, torch.bfloat16),
+    "llama-sharded": BaseRecipe(llama, max_shard_size="20KB"),
+    "llama-tied": BaseRecipe(llama_tied),
+    "llama-wide": BaseRecipe(llama_wide),
+    "llama-nan-in-target": BaseRecipe(lambda: _with(llama, f"{Q_PROJ}.weight", (3, 5), torch.nan)),
+    "llama-nan-far": BaseRecipe(lambda: _with(llama, "model.norm.weight", (31,), torch.nan)),
+    "llama-neginf-far": BaseRecipe(lambda: _with(llama, "lm_head.weight", (63, 31), -torch.inf)),
+    "gpt2": BaseRecipe(gpt2),
+    "bert": BaseRecipe(bert),
+    "bert-classifier": BaseRecipe(bert_classifier),
+    "opt": BaseRecipe(opt),
+    "mixtral": BaseRecipe(mixtral),
+}
+
+
+def make_base(key: str, directory: Path) -> None:
+    recipe = BASES[key]
+    torch.manual_seed(0)
+    model = recipe.build().to(recipe.dtype)
+    model.save_pretrained(directory, max_shard_size=recipe.max_shard_size)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _noise(model: torch.nn.Module, seed: int, scale: float = 0.05) -> None:
+    """Adds seeded noise to all that would be trained: no lora_B is zero, no saved copy equals the base."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.add_(noise.to(parameter.dtype))
+
+
+def load_for_training(base: Path, task_type: str | None, **settings: Any) -> PreTrainedModel:
+    """The model that a trainer would have put the adapter on."""
+    loaders = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+    return loaders.get(task_type or "", AutoModel).from_pretrained(base, **settings)
+
+
+def make_adapter(base_dir: Path, out_dir: Path, *, seed: int = 1, **lora_kwargs: Any) -> None:
+    """A LoRA adapter of the base, as PEFT saves it; nothing is trained, all its parameters are seeded noise."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    save_adapter(base_dir, out_dir, LoraConfig(**(settings | lora_kwargs)), seed=seed)
+
+
+def save_adapter(
+    base_dir: Path,
+    out_dir: Path,
+    config: PeftConfig,
+    *,
+    seed: int = 1,
+    rows: int | None = None,
+    save_embedding_layers: bool = False,
+    **load_settings: Any,
+) -> None:
+    with warnings.catch_warnings():  # PEFT warns of tied layers and of saved embeddings; both are meant here
+        warnings.simplefilter("ignore")
+        model = load_for_training(base_dir, config.task_type, **load_settings)
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+        _noise(peft_model, seed)
+        if save_embedding_layers:
+            _shift_embeddings(peft_model)
+        peft_model.save_pretrained(out_dir, save_embedding_layers=save_embedding_layers or rows is not None)
+
+
+def _shift_embeddings(model: torch.nn.Module) -> None:
+    """A saved embedding that equals the base's could be dropped unseen."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.01)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A healthy adapter: its base, LoRA's settings, how it is saved, and what happens to its files afterwards."""
+
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "llama"
+    save: Mapping[str, Any] = field(default_factory=dict)
+    after: Callable[[Path], None] | None = None
+    build: Callable[[Path, Path], None] | None = None
+
+    def make(self, base_dir: Path, out_dir: Path) -> None:
+        if self.build is not None:
+            self.build(base_dir, out_dir)
+        else:
+            settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+            config = LoraConfig(**(settings | dict(self.lora)))
+            save_adapter(base_dir, out_dir, config, **self.save)
+        if self.after is not None:
+            self.after(out_dir)
+
+
+def _cast_file(dtype: torch.dtype) -> Callable[[Path], None]:
+    def cast(directory: Path) -> None:
+        write_tensors(directory, {name: tensor.to(dtype) for name, tensor in read_tensors(directory).items()})
+
+    return cast
+
+
+def to_pickle(directory: Path) -> None:
+    torch.save(read_tensors(directory), directory / "adapter_model.bin")
+    (directory / ADAPTER_WEIGHTS).unlink()
+
+
+def _lopsided(directory: Path) -> None:
+    """A × 3e6 and B ÷ 3e6: the same delta, by factors that float16 cannot hold."""
+    factor = {"lora_A": 3e6, "lora_B": 1 / 3e6}
+    tensors = read_tensors(directory)
+    write_tensors(directory, {name: value * factor[name.split(".")[-2]] for name, value in tensors.items()})
+
+
+def _name_in_keys(directory: Path) -> None:
+    tensors = read_tensors(directory)
+    write_tensors(directory, {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()})
+
+
+def _old_config(directory: Path) -> None:
+    """As an early PEFT wrote it: the few keys of version 0.3, with the value it used for `init_lora_weights`."""
+    keys = ("base_model_name_or_path", "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias")
+    config = read_config(directory)
+    old = {key: config[key] for key in keys} | {"target_modules": sorted(config["target_modules"])}
+    write_config(directory, old | {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None})
+
+
+def _per_expert(base_dir: Path, out_dir: Path) -> None:
+    """As transformers 4 named Mixtral's experts, one module per expert; transformers 5 fuses them on load."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
+    tensors: Tensors = {}
+    for layer in range(LAYERS):
+        for expert in range(4):
+            for name, (rows, columns) in shapes.items():
+                prefix = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.05
+                tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.05
+    out_dir.mkdir(parents=True)
+    write_tensors(out_dir, tensors)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_dir), "r": 4}
+    write_config(out_dir, config | {"lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["w1", "w2", "w3"]})
+
+
+def _prompt_tuning(base_dir: Path, out_dir: Path) -> None:
+    save_adapter(base_dir, out_dir, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_SEQ_CLS = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+_LAYER_1_REGEX = r"model\.layers\.1\.(self_attn\.[qv]_proj|mlp\.down_proj)"
+
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant(),
+    "all-linear": Variant({"target_modules": "all-linear"}),
+    "every-projection": Variant({"target_modules": ALL_LINEAR}),
+    "regex": Variant({"target_modules": _LAYER_1_REGEX}),
+    "excluded": Variant({"target_modules": ALL_LINEAR, "exclude_modules": ["down_proj", "k_proj"]}),
+    "layers-to-transform": Variant({"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "rslora": Variant({"use_rslora": True}),
+    "patterns": Variant({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 32}}),
+    "gaussian": Variant({"init_lora_weights": "gaussian"}),
+    "dora": Variant({"use_dora": True}),
+    "dora-all-linear": Variant({"use_dora": True, "target_modules": ALL_LINEAR}),
+    "pissa": Variant({"init_lora_weights": "pissa"}),
+    "pissa-niter": Variant({"init_lora_weights": "pissa_niter_4"}),
+    "olora": Variant({"init_lora_weights": "olora"}),
+    "lora-bias": Variant({"lora_bias": True}),
+    "bias-all": Variant({"bias": "all"}),
+    "bias-lora-only": Variant({"bias": "lora_only"}),
+    "modules-to-save": Variant({"modules_to_save": ["o_proj", "lm_head"]}),
+    "token-rows": Variant({"trainable_token_indices": {"embed_tokens": [3, 7, 63]}}),
+    "embedding": Variant({"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding-dora": Variant({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+    "saved-embedding": Variant(
+        {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}, save={"save_embedding_layers": True}
+    ),
+    "resized-vocabulary": Variant(save={"rows": 70}),
+    "resized-tied": Variant(base="llama-tied", save={"rows": 70}),
+    "dropout": Variant({"lora_dropout": 0.1}),
+    "bfloat16-file": Variant(after=_cast_file(torch.bfloat16)),
+    "float16-file": Variant(after=_cast_file(torch.float16)),
+    "lopsided": Variant(after=_lopsided),
+    "name-in-keys": Variant(after=_name_in_keys),
+    "old-config": Variant(after=_old_config),
+    "pickled": Variant(after=to_pickle),
+    "sharded-base": Variant(base="llama-sharded"),
+    "float16-base": Variant(base="llama-float16"),
+    "bfloat16-base": Variant(base="llama-bfloat16"),
+    "tied-base": Variant(base="llama-tied"),
+    "tied-head": Variant({"target_modules": ["q_proj", "lm_head"]}, base="llama-tied"),
+    "tied-embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}, base="llama-tied"),
+    "wide": Variant(base="llama-wide"),
+    "conv1d": Variant({"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, base="gpt2"),
+    "conv1d-dora": Variant({"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}, base="gpt2"),
+    "conv1d-saved": Variant(
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["ln_f", "c_fc"]}, base="gpt2"
+    ),
+    "feature-extraction": Variant(
+        {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "value"]}, base="bert"
+    ),
+    "six-labels": Variant(_SEQ_CLS, base="bert", save={"num_labels": 6}),
+    "classifier": Variant(_SEQ_CLS | {"bias": "all"}, base="bert-classifier"),
+    "opt": Variant({"bias": "lora_only"}, base="opt"),
+    "per-expert": Variant(base="mixtral", build=_per_expert),
+    "fused-experts": Variant(
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        base="mixtral",
+    ),
+    "prompt-tuning": Variant(build=_prompt_tuning),
+}
+
+
+# --- built once per session ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Builds a base or an adapter the first time it is asked for. What it hands out is shared: copy before editing."""
+
+    root: Path
+
+    def base(self, key: str) -> Path:
+        directory = self.root / "bases" / key
+        if not directory.exists():
+            make_base(key, directory)
+        return directory
+
+    def adapter(self, key: str) -> Path:
+        directory = self.root / "adapters" / key
+        if not directory.exists():
+            variant = VARIANTS[key]
+            variant.make(self.base(variant.base), directory)
+        return directory
