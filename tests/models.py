@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
@@ -34,6 +32,10 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -285,7 +287,7 @@ def to_pickle(directory: Path) -> None:
 
 
 def _lopsided(directory: Path) -> None:
-    """A × 3e6 and B ÷ 3e6: the same delta, by factors that float16 cannot hold."""
+    """A * 3e6 and B / 3e6: the same delta, by factors that float16 cannot hold."""
     factor = {"lora_A": 3e6, "lora_B": 1 / 3e6}
     tensors = read_tensors(directory)
     write_tensors(directory, {name: value * factor[name.split(".")[-2]] for name, value in tensors.items()})
