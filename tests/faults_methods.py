@@ -1,0 +1,151 @@
+"""The ways in which each method's adapter is broken, and what is true of each.
+
+In: a case of `tests.methods` with its saved adapter and base. Out: `trials` (what to break) and `find_truth` (what a
+gate must say of it), found by merging with plain PEFT and looking at every merged tensor. May not know merge_gate.
+
+What is true of a trial
+1. Something non-finite in the merged model, or a merge that PEFT cannot finish: failed. The cause is
+   `adapter-nonfinite` where the file holds NaN or Inf, else `merged-nonfinite`.
+2. NaN or Inf in a tensor of the file that the merge reads, though the result is finite: failed, `adapter-nonfinite`.
+3. NaN or Inf in a tensor that the merge does not read: passed, with a warning `adapter-nonfinite`.
+4. Else passed.
+The merge reads a tensor when finite noise on it changes the merged model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from tests import methods
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+VALUES = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
+POSITIONS = ("first", "last", "all")
+OVERFLOW_EXPONENTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One adapter to judge on the base in `dtype`. `tensor` None: nothing is broken."""
+
+    case: str
+    dtype: str
+    tensor: str | None = None
+    value: str = "healthy"
+    position: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.case, self.dtype, self.tensor, self.value, self.position)
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What a gate must say. `nonfinite` names the merged tensors; `raised` is what PEFT raised instead of merging."""
+
+    passes: bool
+    cause: str | None = None
+    warns: bool = False
+    nonfinite: tuple[str, ...] = ()
+    raised: str | None = None
+
+
+def trials(case: methods.Case, state: Mapping[str, Tensor]) -> Iterator[Trial]:
+    """Healthy in three dtypes; NaN and ±Inf in every tensor, at three places; each tensor too large for float16."""
+    for dtype in methods.DTYPES:
+        yield Trial(case=case.name, dtype=dtype)
+    for tensor in floating(state):
+        for value in VALUES:
+            for position in POSITIONS:
+                yield Trial(case=case.name, dtype="float32", tensor=tensor, value=value, position=position)
+        yield Trial(case=case.name, dtype="float16", tensor=tensor, value="overflow")
+
+
+def floating(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return tuple(sorted(name for name, tensor in state.items() if tensor.is_floating_point()))
+
+
+def put(state: Mapping[str, Tensor], tensor: str, value: str, position: str) -> dict[str, Tensor]:
+    """`state` with `value` at the first, the last or every element of `tensor`."""
+    broken = state[tensor].clone().contiguous()
+    flat = broken.view(-1)
+    index = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}[position]
+    flat[index] = VALUES[value]
+    return dict(state) | {tensor: broken}
+
+
+def scale(state: Mapping[str, Tensor], tensor: str, exponent: int) -> dict[str, Tensor]:
+    return dict(state) | {tensor: state[tensor] * 10.0**exponent}
+
+
+class Bench:
+    """One case's adapter with its bases, where trials are made and their truth is found.
+
+    `bases` has the base in each dtype. `directory` is written anew for each trial.
+    """
+
+    def __init__(self, case: methods.Case, bases: Mapping[str, nn.Module], source: Path, directory: Path) -> None:
+        self.case = case
+        self.bases = bases
+        self.source = source
+        self.directory = directory
+        self.state = load_file(source / methods.WEIGHTS)
+        self.healthy = methods.merge(bases["float32"], source)
+        self.read = {tensor: self._is_read(tensor) for tensor in floating(self.state)}
+
+    def trials(self) -> Iterator[Trial]:
+        return trials(self.case, self.state)
+
+    def prepare(self, trial: Trial) -> Truth:
+        """Writes the trial's adapter into `directory` and says what is true of it."""
+        if trial.value == "overflow":
+            return self._prepare_overflow(trial)
+        state = self.state
+        if trial.tensor is not None:
+            state = put(state, trial.tensor, trial.value, trial.position)
+        self.write(state)
+        nonfinite, raised = self.merge(trial.dtype)
+        bad = bool(nonfinite or raised)
+        if trial.tensor is None:
+            cause = "merged-nonfinite" if bad else None
+            return Truth(passes=not bad, cause=cause, nonfinite=nonfinite, raised=raised)
+        fails = bad or self.read[trial.tensor]
+        cause = "adapter-nonfinite" if fails else None
+        return Truth(passes=not fails, cause=cause, warns=not fails, nonfinite=nonfinite, raised=raised)
+
+    def _prepare_overflow(self, trial: Trial) -> Truth:
+        """Scales the tensor up until the merge overflows; where none does (norms divide it away), it must pass."""
+        assert trial.tensor is not None
+        for exponent in OVERFLOW_EXPONENTS:
+            state = scale(self.state, trial.tensor, exponent)
+            if not torch.isfinite(state[trial.tensor]).all():
+                break
+            self.write(state)
+            nonfinite, raised = self.merge(trial.dtype)
+            if nonfinite or raised:
+                return Truth(passes=False, cause="merged-nonfinite", nonfinite=nonfinite, raised=raised)
+        return Truth(passes=True)
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        methods.write_variant(self.source, self.directory, state)
+
+    def merge(self, dtype: str) -> tuple[tuple[str, ...], str | None]:
+        """The merged model's non-finite tensors, or what PEFT raised."""
+        try:
+            return methods.nonfinite(methods.merge(self.bases[dtype], self.directory)), None
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            return (), f"{type(error).__name__}: {error}"
+
+    def _is_read(self, tensor: str) -> bool:
+        noise = torch.randn(self.state[tensor].shape, generator=torch.Generator().manual_seed(11)) * 0.1
+        self.write(self.state | {tensor: (self.state[tensor] + noise).to(self.state[tensor].dtype)})
+        return not methods.same(self.healthy, methods.merge(self.bases["float32"], self.directory))
