@@ -1,0 +1,155 @@
+"""One tensor in, its `TensorStats` out. The hot loop; knows nothing of PEFT, of models or of what is good or bad.
+
+The common case costs one pass: `torch.aminmax` reads a tensor once and carries NaN and both infinities to its result
+(an `amax` alone misses −Inf; `isfinite().all()` is an order of magnitude slower on CPU in bfloat16). Counts and the
+first index are taken only where that pass says non-finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from merge_gate.errors import EngineError
+from merge_gate.records import TensorStats
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements per step of the slow pass: bounds its scratch memory (masks and widened copies) to tens of MiB."""
+
+_NARROW = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` → `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_max(dtype: torch.dtype) -> float:
+    """Largest finite value of a floating dtype; infinity for others, which cannot overflow to Inf."""
+    return torch.finfo(dtype).max if dtype.is_floating_point else math.inf
+
+
+def measure(tensor: torch.Tensor, name: str) -> TensorStats:
+    """Measure a dense tensor of any shape and dtype.
+
+    Raises:
+        EngineError: the tensor has no values to look at (meta device).
+    """
+    if tensor.is_meta:
+        raise EngineError(f"tensor {name} has no values (it is on the meta device), so it cannot be checked")
+    values = _plain(tensor)
+    stats = TensorStats(
+        name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel()
+    )
+    if values.numel() == 0:
+        return stats
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    if math.isfinite(low) and math.isfinite(high):
+        return _with(stats, minimum=low, maximum=high)
+    return _count(values, stats)
+
+
+def _with(stats: TensorStats, **changes: Any) -> TensorStats:
+    return TensorStats(**{slot: changes.get(slot, getattr(stats, slot)) for slot in stats.__slots__})
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in a form that `aminmax` takes: dense, real, not bool, not float8."""
+    values = tensor.detach()
+    if type(values) is not torch.Tensor:
+        values = values.as_subclass(torch.Tensor)
+    if values.layout is not torch.strided:
+        values = values.to_dense()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    if values.dtype in _NARROW:
+        return values.to(torch.float32)
+    if values.dtype is torch.bool:
+        return values.to(torch.uint8)
+    return values
+
+
+def _chunks(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    flat = values.reshape(-1)
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        yield start, flat[start : start + CHUNK_ELEMENTS]
+
+
+def _count(values: torch.Tensor, stats: TensorStats) -> TensorStats:
+    """The slow pass: counts, extremes of the finite elements, index of the first that is not."""
+    nan = posinf = neginf = 0
+    low, high = math.inf, -math.inf
+    first: int | None = None
+    for start, chunk in _chunks(values):
+        finite = torch.isfinite(chunk)
+        bad = int(chunk.numel() - finite.sum())
+        if bad:
+            nan += int(torch.isnan(chunk).sum())
+            posinf += int(torch.isposinf(chunk).sum())
+            neginf += int(torch.isneginf(chunk).sum())
+            if first is None:
+                first = start + int(finite.to(torch.uint8).argmin())
+        if bad < chunk.numel():
+            chunk_low, chunk_high = torch.aminmax(chunk[finite] if bad else chunk)
+            low, high = min(low, float(chunk_low)), max(high, float(chunk_high))
+    return _with(
+        stats,
+        minimum=None if low > high else low,
+        maximum=None if low > high else high,
+        nan=nan,
+        posinf=posinf,
+        neginf=neginf,
+        first_index=None if first is None else _unravel(first, tuple(values.shape)),
+    )
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, position = divmod(flat, size)
+        index.append(position)
+    return tuple(reversed(index))
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two dense tensors hold the same bits (NaN equals NaN, 0.0 differs from −0.0)."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(_bits(left), _bits(right))
+
+
+def unchanged_fraction(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Share of the elements whose bits are the same in both tensors (same shape and dtype)."""
+    if left.numel() == 0:
+        return 1.0
+    same = sum(int((a == b).sum()) for (_, a), (_, b) in zip(_chunks(_bits(left)), _chunks(_bits(right)), strict=True))
+    return same / left.numel()
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach().as_subclass(torch.Tensor)
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    return values.contiguous().view(_INTEGERS[values.element_size()])
+
+
+def distance(left: torch.Tensor, right: torch.Tensor | None = None) -> float:
+    """‖left − right‖ (‖left‖ without `right`), Frobenius, in float64 sums of float32 differences; NaN where undefined."""
+    total = 0.0
+    other = _chunks(right) if right is not None else None
+    for _, chunk in _chunks(left):
+        wide = chunk.detach().to(torch.float32)
+        if other is not None:
+            wide = wide - next(other)[1].detach().to(torch.float32)
+        total += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
+    return math.sqrt(total) if total == total else math.nan

@@ -1,0 +1,152 @@
+"""What PEFT merges wrongly, or cannot merge, although it may not say so. One table; each row has its source.
+
+In: a loaded `PeftModel` and its config. Out: `Refusal`s. What PEFT itself refuses needs no row: its exception becomes
+`not-mergeable` with its own words. tests/test_not_mergeable.py shows each row with plain PEFT, so that a release that
+mends one makes the test say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.quantized import is_quantized
+from merge_gate.records import Origin, Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """`where` yields the module, or an empty name for the whole adapter, for each case of the defect."""
+
+    name: str
+    reason: str
+    hint: str
+    where: Callable[[Any, Any], Iterator[str]]
+
+
+def refusals(model: Any, config: Any) -> Refusal | None:
+    """The first rule that this adapter meets, or None."""
+    for rule in RULES:
+        places = list(rule.where(model, config))
+        if places:
+            named = f" (in {places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})" if places[0] else ""
+            return Refusal(
+                check="not-mergeable",
+                message=f"{rule.reason}{named}",
+                hint=rule.hint,
+                module=places[0] or None,
+                origin=Origin.CONFIG,
+            )
+    return None
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
+    """(base's name, tuner layer, its base layer)."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path.removeprefix("base_model.model."), module, module.get_base_layer()
+
+
+def _quantized(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return weight is not None and is_quantized(weight)
+
+
+def _no_merge(model: Any, config: Any) -> Iterator[str]:
+    if config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):
+        yield ""
+
+
+def _of_kind(kind: str) -> Callable[[Any, Any], Iterator[str]]:
+    def where(_model: Any, config: Any) -> Iterator[str]:
+        if _kind(config) == kind:
+            yield ""
+
+    return where
+
+
+def _replicated(_model: Any, config: Any) -> Iterator[str]:
+    if getattr(config, "layer_replication", None):
+        yield ""
+
+
+def _arrow(_model: Any, config: Any) -> Iterator[str]:
+    if getattr(config, "arrow_config", None):
+        yield ""
+
+
+def _oft_convolution(model: Any, config: Any) -> Iterator[str]:
+    if _kind(config) != "OFT":
+        return
+    for name, _, base_layer in _layers(model):
+        kernel = getattr(base_layer, "kernel_size", ())
+        if any(size != 1 for size in kernel if isinstance(size, int)):
+            yield name
+
+
+def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
+    if _kind(config) in {"RANDLORA", "PVERA"}:
+        yield from (name for name, _, base_layer in _layers(model) if _quantized(base_layer))
+
+
+def _quantized_bias(model: Any, _config: Any) -> Iterator[str]:
+    for name, layer, base_layer in _layers(model):
+        if _quantized(base_layer) and any(dict(getattr(layer, "lora_bias", None) or {}).values()):
+            yield name
+
+
+RULES = (
+    Rule(
+        name="no-weights",
+        reason="this method adds inputs or layers to the model at run time and has no weights to merge",
+        hint="serve the adapter unmerged, and leave it out of this gate",
+        where=_no_merge,
+    ),
+    Rule(
+        name="x-lora",
+        reason="X-LoRA chooses between adapters for each token; PEFT's merge drops the router and keeps one expert",
+        hint="serve it unmerged, or gate the single expert that you want to merge",
+        where=_of_kind("XLORA"),
+    ),
+    Rule(
+        name="arrow",
+        reason="Arrow routes between adapters for each token and cannot be one merged weight",
+        hint="serve it unmerged",
+        where=_arrow,
+    ),
+    Rule(
+        name="layer-replication",
+        reason="layer_replication changes the number of layers, and PEFT's merge does not reproduce that (peft#1707)",
+        hint="serve the adapter unmerged on the replicated model",
+        where=_replicated,
+    ),
+    Rule(
+        name="oft-convolution",
+        reason="OFT on a convolution with a kernel larger than 1 merges into weights that do not compute its forward",
+        hint="serve it unmerged, or adapt only 1x1 convolutions and linear layers",
+        where=_oft_convolution,
+    ),
+    Rule(
+        name="quantized-random-projection",
+        reason="PEFT merges this method into bitsandbytes layers in another order than its forward computes",
+        hint="gate it on the unquantised base (quantization: none) and merge there",
+        where=_quantized_kinds,
+    ),
+    Rule(
+        name="quantized-lora-bias",
+        reason=(
+            "PEFT adds lora_bias to a bitsandbytes layer without its scaling, and its safe_merge fails there on good "
+            "adapters too (peft/tuners/lora/bnb.py)"
+        ),
+        hint="gate it on the unquantised base (quantization: none) and merge there",
+        where=_quantized_bias,
+    ),
+)
