@@ -1,0 +1,202 @@
+"""Makes the demo: a tiny base, adapters good and broken, and the config that gates them.
+
+In: a directory that is new, empty, or a former demo. Out: the path of the YAML file written there, and `EXPECTED`, what
+the gate must say of each adapter. Nothing of anybody else's is ever overwritten. torch is imported on use; the files
+are written in the formats of transformers and PEFT without either, whose import would take most of the demo's time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.errors import UsageError
+from merge_gate.records import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+MARKER = ".merge-gate-demo"
+MARKER_TEXT = b"Made by `merge-gate demo`. The files it made here are written anew when it runs again.\n"
+CONFIG_NAME = "merge-gate.yml"
+CONFIG_TEXT = b"""\
+# What a release gate looks like: one base, the adapters to be released, and nothing else.
+version: 1
+base:
+  model: ./base
+  dtype: float16
+adapters:
+  - ./adapters/good
+  - ./adapters/nan                # one NaN in one lora_B: the whole model would answer with NaN
+  - path: ./adapters/overflow     # finite, and so is the base; their sum is too large for float16
+    base: {model: ./base, dtype: [bfloat16, float16]}
+  - ./adapters/lost-keys          # saved from a compiled model: no key lands, PEFT merges nothing and only warns
+  - ./adapters/lfs-pointer        # a checkout without `git lfs pull`: 130 bytes instead of weights
+  - ./adapters/no-effect          # never trained: lora_B is still zero
+"""
+
+EXPECTED: Mapping[tuple[str, str], tuple[Verdict, str | None]] = {
+    ("good", "float16"): (Verdict.PASSED, None),
+    ("nan", "float16"): (Verdict.FAILED, "adapter-nonfinite"),
+    ("overflow", "bfloat16"): (Verdict.PASSED, None),
+    ("overflow", "float16"): (Verdict.FAILED, "merged-nonfinite"),
+    ("lost-keys", "float16"): (Verdict.FAILED, "keys-missing"),
+    ("lfs-pointer", "float16"): (Verdict.FAILED, "file-lfs-pointer"),
+    ("no-effect", "float16"): (Verdict.FAILED, "no-effect"),
+}
+"""What the gate must say: (adapter, dtype) → (verdict, cause)."""
+
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, RANK = 256, 64, 128, 2, 4, 4
+TARGETS = ("q_proj", "v_proj")
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\nsize 151123\n"
+)
+
+
+def make_demo(directory: str) -> str:
+    """Writes the demo into `directory` and returns the path of its config file.
+
+    Raises `UsageError` where the directory holds anything but a former demo, or cannot be written.
+    """
+    root = Path(directory)
+    try:
+        _claim(root)
+        for name, content in _demo_files().items():
+            _write(root, name, content)
+    except OSError as error:
+        message = f"the demo cannot be written to {directory}: {error.strerror or error}"
+        raise UsageError(message, hint="name a new directory in a place that you can write to") from error
+    return str(root / CONFIG_NAME)
+
+
+def _claim(root: Path) -> None:
+    """Makes sure that the directory is ours, and marks it, so that the next demo knows it again."""
+    hint = "name a new or an empty directory"
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise UsageError(f"the demo needs a directory of its own; {root} is a file or a link", hint=hint)
+    if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise UsageError(f"the demo needs a directory of its own; {root} holds other files", hint=hint)
+    root.mkdir(parents=True, exist_ok=True)
+    _write(root, MARKER, MARKER_TEXT)
+
+
+def _write(root: Path, name: str, content: bytes) -> None:
+    """By a temporary file and a rename; a link anywhere below the root would lead out of the demo."""
+    target = root / name
+    links = [path for path in (target, *target.parents) if path != root and root in path.parents and path.is_symlink()]
+    if links:
+        raise UsageError(f"{links[0]} is a link, which no demo has made", hint="remove it, or name a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".demo-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _demo_files() -> dict[str, bytes]:
+    from safetensors.torch import save  # noqa: PLC0415 - imports torch
+
+    files = {
+        CONFIG_NAME: CONFIG_TEXT,
+        "base/config.json": _as_json(BASE_CONFIG),
+        "base/model.safetensors": save(_base_tensors(), {"format": "pt"}),
+    }
+    for name, tensors in _adapters().items():
+        files[f"adapters/{name}/adapter_config.json"] = _as_json(ADAPTER_CONFIG)
+        files[f"adapters/{name}/adapter_model.safetensors"] = save(tensors, {"format": "pt"})
+    files["adapters/lfs-pointer/adapter_config.json"] = _as_json(ADAPTER_CONFIG)
+    files["adapters/lfs-pointer/adapter_model.safetensors"] = LFS_POINTER
+    return files
+
+
+def _as_json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+BASE_CONFIG: Mapping[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float16",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ADAPTER_CONFIG: Mapping[str, object] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "./base",
+    "r": RANK,
+    "lora_alpha": 2 * RANK,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "target_modules": list(TARGETS),
+    "inference_mode": True,
+}
+
+
+def _base_tensors() -> Tensors:
+    """A Llama of 0.1 M parameters, with weights spread as in a trained one."""
+    import torch  # noqa: PLC0415 - a second, which `merge-gate --help` need not wait for
+
+    generator = torch.Generator().manual_seed(0)
+    square, up, down = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    norms = ["model.norm.weight"]
+    for layer in (f"model.layers.{number}" for number in range(LAYERS)):
+        shapes |= {f"{layer}.self_attn.{name}.weight": square for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        shapes |= {f"{layer}.mlp.{name}.weight": up for name in ("gate_proj", "up_proj")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = down
+        norms += [f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"]
+    weights = {name: torch.randn(shape, generator=generator).mul(0.02).half() for name, shape in shapes.items()}
+    return weights | {name: torch.ones(HIDDEN, dtype=torch.float16) for name in norms}
+
+
+def _adapters() -> dict[str, Tensors]:
+    """The adapters that have weights, by name; each but the first is the good one with a single thing done to it."""
+    import torch  # noqa: PLC0415 - see above
+
+    good = _good_adapter()
+    last_b = [name for name in good if "lora_B" in name][-1]
+    nan, overflow = good[last_b].clone(), good[last_b].clone()
+    nan[-1, -1] = torch.nan
+    overflow[0] = 1e6  # times lora_A (0.1) and the scaling (2): beyond 65,504, far below bfloat16's 3.4e38
+    return {
+        "good": good,
+        "nan": good | {last_b: nan},
+        "overflow": good | {last_b: overflow},
+        "lost-keys": {name.replace("model.model.", "model._orig_mod.model."): value for name, value in good.items()},
+        "no-effect": {name: value * 0 if "lora_B" in name else value for name, value in good.items()},
+    }
+
+
+def _good_adapter() -> Tensors:
+    import torch  # noqa: PLC0415 - see above
+
+    generator = torch.Generator().manual_seed(1)
+    tensors: Tensors = {}
+    for layer in range(LAYERS):
+        for target in TARGETS:
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=generator) * 0.1
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(HIDDEN, RANK, generator=generator) * 0.01
+    return tensors

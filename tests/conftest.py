@@ -1,0 +1,109 @@
+"""Fixtures that more than one test file uses. torch and PEFT are imported when the first test asks for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from merge_gate.records import AdapterReport, BaseReport
+    from tests.faults import Case
+    from tests.models import Shelf
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """The tiny bases and adapters, each built on first use."""
+    import torch  # noqa: PLC0415 - takes seconds, for which tests without a model need not wait
+    from transformers.utils import logging  # noqa: PLC0415
+
+    from tests.models import Shelf  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate said of every case, by name, and the digests of all its input files before and after."""
+
+    reports: Mapping[str, AdapterReport]
+    bases: tuple[BaseReport, ...]
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    adapters_directory: Path
+
+
+@pytest.fixture(scope="session")
+def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """Every case of `tests.faults`, gated in two runs: without pickled weights, and with them."""
+    from merge_gate.config import load_config  # noqa: PLC0415
+    from merge_gate.gate import run_gate  # noqa: PLC0415
+    from tests.faults import FAULTS, HEALTHY  # noqa: PLC0415
+
+    root = tmp_path_factory.mktemp("cases")
+    cases = (*FAULTS, *HEALTHY)
+    for case in cases:
+        lay_out(case, shelf, root / case.name)
+    configs = [
+        write_config_file(shelf, root, number, dict(top), list(members))
+        for number, (top, members) in enumerate(itertools.groupby(sorted(cases, key=top_settings), key=top_settings))
+    ]
+    before = digests(root, shelf.root)
+    reports = [run_gate(load_config(str(path)), device="cpu") for path in configs]
+    return Judged(
+        reports={adapter.name: adapter for report in reports for adapter in report.adapters},
+        bases=tuple(base for report in reports for base in report.bases),
+        before=before,
+        after=digests(root, shelf.root),
+        adapters_directory=root,
+    )
+
+
+def top_settings(case: Case) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(case.top.items()))
+
+
+def lay_out(case: Case, shelf: Shelf, directory: Path) -> None:
+    """A private copy of the healthy adapter, broken as the case says."""
+    shutil.copytree(shelf.adapter(case.variant), directory)
+    if case.break_ is not None:
+        case.break_(directory)
+
+
+def entry_for(case: Case, shelf: Shelf) -> dict[str, Any]:
+    """The adapter's entry of the config; `...` takes a key away."""
+    from tests.models import VARIANTS  # noqa: PLC0415
+
+    entry: dict[str, Any] = {"name": case.name, "path": f"./{case.name}"}
+    base = {"model": str(shelf.base(case.base or VARIANTS[case.variant].base)), "dtype": case.dtype}
+    entry["base"] = base | dict(case.entry.get("base", {}))
+    entry["base"] = {key: value for key, value in entry["base"].items() if value is not ...}
+    return entry | {key: value for key, value in case.entry.items() if key != "base"}
+
+
+def write_config_file(shelf: Shelf, root: Path, number: int, top: dict[str, Any], cases: list[Case]) -> Path:
+    """JSON is YAML, and needs no quoting rules of our own."""
+    path = root / f"gate-{number}.yml"
+    config = {"version": 1, "adapters": [entry_for(case, shelf) for case in cases]} | top
+    path.write_text(json.dumps(config, indent=2))
+    return path
+
+
+def digests(*roots: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for root in roots
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }

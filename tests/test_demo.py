@@ -1,0 +1,127 @@
+"""The demo's files are what transformers and PEFT would load, and each adapter is broken in the one way it claims."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_demo
+from merge_gate.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demo") / "new" / "demo"
+    assert make_demo(str(directory)) == str(directory / CONFIG_NAME)
+    return directory
+
+
+def merge(demo: Path, name: str, dtype: str) -> tuple[list[str], list[str], list[str]]:
+    """What a user of plain PEFT gets: the merged tensors, and the warnings on the way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        base = AutoModelForCausalLM.from_pretrained(demo / "base", dtype=getattr(torch, dtype))
+        before = {key: value.clone() for key, value in base.state_dict().items()}
+        merged = PeftModel.from_pretrained(base, demo / "adapters" / name).merge_and_unload().state_dict()
+    changed = [key for key, value in merged.items() if not torch.equal(value, before[key])]
+    infinite = [key for key, value in merged.items() if not torch.isfinite(value).all()]
+    return changed, infinite, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "changed", "infinite"),
+    [
+        ("good", "float16", 4, 0),
+        ("good", "bfloat16", 4, 0),
+        ("nan", "float16", 4, 1),
+        ("overflow", "bfloat16", 4, 0),
+        ("overflow", "float32", 4, 0),
+        ("overflow", "float16", 4, 1),
+        ("no-effect", "float16", 0, 0),
+        ("lost-keys", "float16", 0, 0),
+    ],
+)
+def test_an_adapter_is_what_it_claims_to_be(demo: Path, name: str, dtype: str, changed: int, infinite: int) -> None:
+    found_changed, found_infinite, messages = merge(demo, name, dtype)
+    assert (len(found_changed), len(found_infinite)) == (changed, infinite)
+    assert any("missing adapter keys" in message for message in messages) == (name == "lost-keys")
+
+
+def test_the_base_loads_without_a_missing_or_a_surplus_tensor(demo: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(demo / "base", output_loading_info=True)
+    assert not any(info.values())
+    assert str(model.dtype) == "torch.float16"
+
+
+def test_the_pointer_is_all_there_is(demo: Path) -> None:
+    assert (demo / "adapters/lfs-pointer/adapter_model.safetensors").read_bytes() == LFS_POINTER
+
+
+def test_every_adapter_is_listed_and_expected(demo: Path) -> None:
+    on_disk = {path.name for path in (demo / "adapters").iterdir()}
+    assert {name for name, _ in EXPECTED} == on_disk
+    text = (demo / CONFIG_NAME).read_text()
+    assert set(re.findall(r"\./adapters/([\w-]+)", text)) == on_disk
+
+
+def test_it_is_instant_and_the_same_each_time(tmp_path: Path) -> None:
+    started = time.monotonic()
+    contents = []
+    for name in ("a", "b"):
+        make_demo(str(tmp_path / name))
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    assert time.monotonic() - started < 10
+
+
+def test_a_former_demo_is_made_anew(tmp_path: Path) -> None:
+    make_demo(str(tmp_path))
+    weights = tmp_path / "adapters/good/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("mine")
+    make_demo(str(tmp_path))
+    assert weights.read_bytes() == whole
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_somebody_elses_directory_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="holds other files") as caught:
+        make_demo(str(tmp_path))
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_not_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UsageError, match="is a file or a link"):
+        make_demo(str(tmp_path / "taken"))
+    with pytest.raises(UsageError, match="cannot be written"):
+        make_demo(str(tmp_path / "taken" / "below"))
+    assert (tmp_path / "taken").read_text() == "x"
+
+
+@pytest.mark.parametrize("link", ["base", "adapters/good/adapter_model.safetensors"])
+def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    demo = tmp_path / "demo"
+    (demo / link).parent.mkdir(parents=True)
+    (demo / MARKER).write_text("")
+    (demo / link).symlink_to(outside)
+    with pytest.raises(UsageError, match="is a link"):
+        make_demo(str(demo))
+    assert not list(outside.iterdir())

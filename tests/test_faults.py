@@ -1,0 +1,108 @@
+"""Each case of `tests.faults` through the gate: verdict, cause, origin and the tensor it names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.records import Severity, Verdict
+from tests.faults import FAULTS, HEALTHY, Case, Payload
+
+if TYPE_CHECKING:
+    from merge_gate.records import AdapterReport, Finding
+    from tests.conftest import Judged
+
+
+def told(report: AdapterReport) -> str:
+    """What the report says, for the message of a failing assertion."""
+    findings = "\n".join(f"  {f.severity} {f.check} ({f.origin}, {f.tensor}): {f.message}" for f in report.findings)
+    return f"{report.name}: {report.verdict}, cause {report.cause}\n{findings}"
+
+
+def deciding(report: AdapterReport) -> list[Finding]:
+    return [f for f in report.findings if f.check == report.cause and f.severity is Severity.ERROR]
+
+
+def test_the_table_is_as_large_as_promised() -> None:
+    names = [case.name for case in (*FAULTS, *HEALTHY)]
+    assert len(names) == len(set(names))
+    assert len(FAULTS) >= 40
+    assert len(HEALTHY) >= 20
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+def test_a_fault_is_caught(case: Case, judged: Judged) -> None:
+    report = judged.reports[case.name]
+    assert report.verdict.value in case.verdict.split("|"), told(report)
+    if case.cause is None:
+        return
+    assert report.cause == case.cause, told(report)
+    findings = deciding(report)
+    assert findings, told(report)
+    assert case.origin is None or findings[0].origin.value == case.origin, told(report)
+    assert case.tensor is None or any(case.tensor in (f.tensor or "") for f in findings), told(report)
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+def test_a_fault_is_explained(case: Case, judged: Judged) -> None:
+    report = judged.reports[case.name]
+    assert report.findings, told(report)
+    for finding in report.findings:
+        assert finding.message, told(report)
+        assert finding.hint, told(report)
+        assert "Traceback" not in finding.message, told(report)
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_a_healthy_adapter_passes(case: Case, judged: Judged) -> None:
+    report = judged.reports[case.name]
+    assert report.verdict is Verdict.PASSED, told(report)
+    assert report.cause is None, told(report)
+    assert not [f for f in report.findings if f.severity is Severity.ERROR], told(report)
+    warned = {f.check for f in report.findings if f.severity is Severity.WARNING}
+    assert set(case.warnings) <= warned, told(report)
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_a_healthy_adapter_is_covered_whole(case: Case, judged: Judged) -> None:
+    coverage = judged.reports[case.name].coverage
+    assert coverage.parameters_checked == coverage.parameters_total > 0
+    assert coverage.applied == coverage.adapter_tensors > 0
+    assert coverage.modules_merged > 0
+
+
+def test_one_bad_element_is_counted_and_placed(judged: Judged) -> None:
+    (finding,) = deciding(judged.reports["neginf-lora_B-last"])
+    assert (finding.nan, finding.posinf, finding.neginf) == (0, 0, 1)
+    assert finding.numel == 16 * 4
+    assert finding.first_index == (15, 3)
+
+
+def test_the_first_bad_element_is_placed_when_all_are_bad(judged: Judged) -> None:
+    (finding,) = deciding(judged.reports["nan-lora_A-all"])
+    assert (finding.nan, finding.posinf, finding.neginf) == (4 * 32, 0, 0)
+    assert finding.first_index == (0, 0)
+
+
+def test_a_pickled_payload_never_runs(judged: Judged) -> None:
+    assert not list(judged.adapters_directory.rglob(Payload.MARK))
+
+
+def test_nan_in_a_tensor_that_nothing_uses_is_a_warning(judged: Judged) -> None:
+    report = judged.reports["stray-nan"]
+    assert ("adapter-nonfinite", Severity.WARNING) in {(f.check, f.severity) for f in report.findings}, told(report)
+
+
+def test_what_follows_from_the_cause_is_listed_too(judged: Judged) -> None:
+    checks = {finding.check for finding in judged.reports["nan-lora_B-first"].findings}
+    assert {"adapter-nonfinite", "merged-nonfinite"} <= checks
+
+
+def test_every_report_names_its_files_with_digests(judged: Judged) -> None:
+    report = judged.reports["plain"]
+    assert {file.path for file in report.files} >= {"adapter_config.json", "adapter_model.safetensors"}
+    for file in report.files:
+        path = judged.adapters_directory / "plain" / file.path
+        assert file.size_bytes == path.stat().st_size
+        assert file.sha256 == judged.before[str(path)]
