@@ -113,27 +113,17 @@ def _siglip() -> nn.Module:
     return transformers.SiglipVisionModel(config)
 
 
-def _whisper() -> nn.Module:
-    config = transformers.WhisperConfig(
-        vocab_size=24,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        num_mel_bins=4,
-        max_source_positions=8,
-        max_target_positions=8,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
+def _wav2vec2() -> nn.Module:
+    config = transformers.Wav2Vec2Config(
+        **TEXT,
+        conv_dim=[4, 4],
+        conv_stride=[2, 2],
+        conv_kernel=[3, 2],
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2,
     )
-    return transformers.WhisperModel(config)
+    return transformers.Wav2Vec2Model(config)
 
 
 def _videomae() -> nn.Module:
@@ -156,7 +146,7 @@ BASES: Mapping[str, Callable[[], nn.Module]] = {
     "resnet": _resnet,
     "convnext": _convnext,
     "siglip": _siglip,
-    "whisper": _whisper,
+    "wav2vec2": _wav2vec2,
     "videomae": _videomae,
 }
 
@@ -185,6 +175,33 @@ def load_base(name: str, directory: Path) -> nn.Module:
     with quiet():
         model: nn.Module = type(BASES[name]()).from_pretrained(directory, dtype="auto").eval()
     return model
+
+
+def make_input(name: str) -> dict[str, Tensor]:
+    """A small batch that base `name` accepts."""
+    generator = torch.Generator().manual_seed(3)
+    kind = next((kind for kind in INPUT_SHAPES if name.startswith(kind)), None)
+    if kind is None:
+        tokens = torch.randint(3, 24, (2, 8), generator=generator)
+        return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if name == "t5" else {})
+    argument, shape = INPUT_SHAPES[kind]
+    return {argument: torch.randn(shape, generator=generator)}
+
+
+INPUT_SHAPES = {
+    "resnet": ("pixel_values", (2, 2, 32, 32)),
+    "convnext": ("pixel_values", (2, 2, 32, 32)),
+    "siglip": ("pixel_values", (2, 2, 8, 8)),
+    "videomae": ("pixel_values", (2, 2, 2, 4, 4)),
+    "wav2vec2": ("input_values", (2, 64)),
+}
+
+
+def compute(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """All the numbers a forward pass gives, in a row."""
+    with torch.no_grad(), quiet():
+        output = model(**inputs).to_tuple()
+    return torch.cat([part.flatten() for part in output if isinstance(part, torch.Tensor)])
 
 
 # --- cases ---------------------------------------------------------------------------------------------------------
@@ -292,8 +309,8 @@ LORA_CASES = (
         fan_in_fan_out=True,
         use_dora=True,
     ),
-    _case("lora-conv1d", "whisper", "LoraConfig", r=2, target_modules=["conv1"]),
-    _case("lora-conv1d-dora", "whisper", "LoraConfig", r=2, target_modules=["conv1"], use_dora=True),
+    _case("lora-conv1d", "wav2vec2", "LoraConfig", r=2, target_modules=["conv_layers.1.conv"]),
+    _case("lora-conv1d-dora", "wav2vec2", "LoraConfig", r=2, target_modules=["conv_layers.1.conv"], use_dora=True),
     _case("lora-conv2d", "resnet", "LoraConfig", r=2, target_modules=CONV),
     _case("lora-conv2d-dora", "resnet", "LoraConfig", r=2, target_modules=CONV, use_dora=True),
     _case("lora-conv2d-bias-term", "convnext", "LoraConfig", r=2, target_modules=["patch_embeddings"], lora_bias=True),
@@ -335,7 +352,7 @@ LINEAR_CASES = (
     _case("boft-conv2d", "resnet", "BOFTConfig", boft_block_size=4, target_modules=CONV),
     _case("oft-linear", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, use_cayley_neumann=False),
     _case("oft-neumann", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, use_cayley_neumann=True),
-    _case("oft-share", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, block_share=True, coft=True),
+    _case("oft-share", "llama", "OFTConfig", oft_block_size=4, target_modules=Q, block_share=True, coft=True, eps=0.5),
     _case("oft-embedding", "llama", "OFTConfig", oft_block_size=4, target_modules=["embed_tokens"]),
     _case("ia3-linear", "llama", "IA3Config", target_modules=Q, feedforward_modules=[]),
     _case("ia3-bias", "llama-bias", "IA3Config", target_modules=Q, feedforward_modules=[]),
@@ -347,12 +364,12 @@ LINEAR_CASES = (
     _case("ia3-conv3d", "videomae", "IA3Config", target_modules=["projection"], feedforward_modules=[]),
     _case("beft-linear", "llama-bias", "BeftConfig", target_modules=Q),
     _case("loha-linear", "llama", "LoHaConfig", r=2, target_modules=Q),
-    _case("loha-conv1d", "whisper", "LoHaConfig", r=2, target_modules=["conv1"]),
+    _case("loha-conv1d", "wav2vec2", "LoHaConfig", r=2, target_modules=["conv_layers.1.conv"]),
     _case("loha-conv2d", "resnet", "LoHaConfig", r=2, target_modules=CONV),
     _case("loha-conv2d-effective", "resnet", "LoHaConfig", r=2, target_modules=CONV, use_effective_conv2d=True),
     _case("lokr-linear", "llama", "LoKrConfig", r=2, target_modules=Q),
     _case("lokr-both", "llama", "LoKrConfig", r=1, target_modules=Q, decompose_both=True),
-    _case("lokr-conv1d", "whisper", "LoKrConfig", r=2, target_modules=["conv1"]),
+    _case("lokr-conv1d", "wav2vec2", "LoKrConfig", r=2, target_modules=["conv_layers.1.conv"]),
     _case("lokr-conv2d", "resnet", "LoKrConfig", r=2, target_modules=CONV),
     _case("ln-norm", "bert", "LNTuningConfig", target_modules=["attention.output.LayerNorm"]),
     _case("ln-rmsnorm", "llama", "LNTuningConfig", target_modules=["input_layernorm"]),
@@ -423,7 +440,7 @@ LINEAR_CASES = (
     _case("hira-linear", "llama", "HiraConfig", r=2, target_modules=Q),
     _case("hira-conv1d-gpt2", "gpt2", "HiraConfig", r=2, target_modules=["c_attn"], fan_in_fan_out=True),
     _case("hira-conv2d", "resnet", "HiraConfig", r=2, target_modules=CONV),
-    _case("hira-conv1d", "whisper", "HiraConfig", r=2, target_modules=["conv1"]),
+    _case("hira-conv1d", "wav2vec2", "HiraConfig", r=2, target_modules=["conv_layers.1.conv"]),
     _case("hira-conv3d", "videomae", "HiraConfig", r=2, target_modules=["projection"]),
     _case("hira-embedding", "llama", "HiraConfig", r=2, target_modules=["embed_tokens"]),
     _case("shira-linear", "llama", "ShiraConfig", r=1, target_modules=Q, random_seed=3),
