@@ -1,0 +1,154 @@
+"""YAML file → Config, strict; every problem keeps its line and column.
+
+In: the path of a YAML file. Out: a `Config`, or a `ConfigError` with all problems in the order of the file; the JSON
+Schema of the file; the table of checks and their defaults. Looks at names of directories, never into them, and knows
+neither the network nor torch. pydantic is imported only when a file is read.
+
+The stages, in order:
+
+1. bytes → text (size, encoding)                                    `_read_text`
+2. text → values with places; YAML's own problems                   `config_yaml.read_yaml`
+3. values → types, unknown keys, ranges                             `config_model`, `config_valid`
+4. what types cannot say: names, directories, globs, defaults       `config_build`, `config_paths`
+
+Problems of stage 3 do not stop stage 4: the parts that are right are looked at further, so that all is said at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from merge_gate.errors import ConfigError
+from merge_gate.records import Config, Problem, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_BYTES = 1024 * 1024
+MAX_NAME = 200
+MAX_TEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CheckDefault:
+    """One row of the table of checks. `limit` None: the check has no limit. `summary` is one sentence."""
+
+    severity: Severity
+    limit: float | None
+    can_be_off: bool
+    summary: str
+
+
+def _row(severity: Severity, summary: str, *, limit: float | None = None, can_be_off: bool = True) -> CheckDefault:
+    return CheckDefault(severity=severity, limit=limit, can_be_off=can_be_off, summary=summary)
+
+
+_ERROR, _WARNING = Severity.ERROR, Severity.WARNING
+
+CHECK_DEFAULTS: Mapping[str, CheckDefault] = MappingProxyType(
+    {
+        "file-missing": _row(_ERROR, "There is no adapter_config.json, or no weights file."),
+        "file-lfs-pointer": _row(_ERROR, "A Git LFS pointer stands where the weights should be."),
+        "file-corrupt": _row(_ERROR, "A file is empty, truncated, or not in the format that it claims."),
+        "pickle-refused": _row(_ERROR, "There are only pickled weights (.bin), and allow-pickle is false."),
+        "config-invalid": _row(_ERROR, "adapter_config.json is not valid, or contradicts the tensors."),
+        "config-unsafe": _row(_ERROR, "adapter_config.json would make PEFT import code."),
+        "keys-missing": _row(_ERROR, "Tensors that the adapter's configuration promises are not in its file."),
+        "keys-unexpected": _row(_ERROR, "The adapter's file holds tensors that nothing in the merge uses."),
+        "shape-mismatch": _row(_ERROR, "A tensor does not fit the base."),
+        "targets-not-found": _row(_ERROR, "The adapter targets modules that the base does not have."),
+        "not-mergeable": _row(_ERROR, "The method cannot be merged into weights, or its merge is known to be wrong."),
+        "base-mismatch": _row(_WARNING, "adapter_config.json names another base or revision than the one used."),
+        "expectation-failed": _row(_ERROR, "Something stated under expect is not so."),
+        "base-nonfinite": _row(_ERROR, "The base itself holds NaN or Inf, before any merge.", can_be_off=False),
+        "adapter-nonfinite": _row(_ERROR, "The adapter's own file holds NaN or Inf."),
+        "merged-nonfinite": _row(
+            _ERROR,
+            "A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
+            can_be_off=False,
+        ),
+        "no-effect": _row(_ERROR, "The merge changes nothing."),
+        "rounding-loss": _row(
+            _WARNING, "More than this share of the delta's norm is lost in the base's dtype.", limit=0.5
+        ),
+        "headroom": _row(
+            _WARNING, "A merged value is above this share of the largest finite value of its dtype.", limit=0.5
+        ),
+        "delta-norm": _row(_WARNING, "‖ΔW‖/‖W‖ of a module is above this.", limit=10.0),
+        "not-reproducible": _row(_WARNING, "The merge depends on a random seed."),
+        "tied-weights": _row(_ERROR, "A tied tensor is merged on one side only."),
+    }
+)  # fmt: skip
+"""Every check, its default severity and limit, and whether it may be switched off (or lowered to a warning)."""
+
+
+def load_config(path: str) -> Config:
+    """Read and validate a configuration.
+
+    Args:
+        path: the YAML file, as the user named it; relative paths in it are relative to its directory.
+
+    Raises:
+        ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
+    """
+    from merge_gate.config_build import build_config  # noqa: PLC0415 (imports pydantic)
+    from merge_gate.config_yaml import read_yaml  # noqa: PLC0415 (imports yaml)
+
+    raw = _read_bytes(path)
+    root, problems = read_yaml(_text(raw, path), path)
+    return build_config(path, hashlib.sha256(raw).hexdigest(), root, problems)
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
+    from merge_gate.config_model import build_schema  # noqa: PLC0415 (imports pydantic)
+
+    return build_schema()
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        _refuse(path, "no such file", _files_near(path))
+    except IsADirectoryError:
+        _refuse(path, "this is a directory, expected a YAML file", _files_near(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        _refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
+    if len(raw) > MAX_BYTES:
+        _refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "is this the configuration?")
+    return raw
+
+
+def _files_near(path: str) -> str:
+    """Name the YAML file that was perhaps meant."""
+    from merge_gate.config_words import listed, nearest, quoted  # noqa: PLC0415 (needed on failure only)
+
+    asked = Path(path)
+    directory = asked if asked.is_dir() else asked.parent
+    try:
+        names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
+    except OSError:
+        return f"there is no directory {quoted(str(directory))}"
+    if asked.is_dir():
+        return f"it holds {listed(map(quoted, names))}" if names else "it holds no YAML file"
+    return nearest(asked.name, names) or (f"there is {listed(map(quoted, names))}" if names else "check the path")
+
+
+def _text(raw: bytes, path: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode("utf-8", "replace")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        _refuse(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8", line, column)
+
+
+def _refuse(path: str, message: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
+    raise ConfigError((Problem(message=message, hint=hint, path=path, line=line, column=column),)) from None
