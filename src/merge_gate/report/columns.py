@@ -1,0 +1,86 @@
+"""Text in the columns of a terminal: how wide it is, cut to a width, broken into lines.
+
+In: text on one line and a width in columns. Out: text. Knows nothing of reports or of escape codes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from merge_gate.report.untrusted import ELLIPSIS, inert
+
+_BREAK_AFTER = re.compile(r"[./\\_:,=-]")
+
+
+def cells(text: str) -> int:
+    """Columns that `text` takes: East Asian wide characters take two, combining ones none."""
+    return len(text) if text.isascii() else sum(_cell(character) for character in text)
+
+
+def cut(text: str, width: int) -> str:
+    """Cut the middle out of `text` so that it takes at most `width` columns."""
+    if cells(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return _head(text, width - 1 - tail) + ELLIPSIS + _head(text[::-1], tail)[::-1]
+
+
+def pad(text: str, width: int) -> str:
+    """Return `text`, cut or filled with blanks to exactly `width` columns."""
+    shown = cut(text, width)
+    return shown + " " * (width - cells(shown))
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break `text` at blanks, and names that are too long after a dot, a slash or the like.
+
+    No line of the result is a workflow command: breaking could put one at the start of a line.
+    """
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if cells(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        *full, line = _pieces(word, width)
+        lines += full
+    return [inert(line) for line in [*lines, line]]
+
+
+def fit(widths: list[int], available: int) -> list[int]:
+    """Narrow the widest columns until their sum is `available`, or each is one column wide."""
+    widths = list(widths)
+    while sum(widths) > max(available, len(widths)):
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    pieces = []
+    while cells(word) > width:
+        head = _head(word, width) or word[0]
+        breaks = [match.end() for match in _BREAK_AFTER.finditer(head)]
+        if breaks and breaks[-1] > len(head) // 2:
+            head = head[: breaks[-1]]
+        pieces.append(head)
+        word = word[len(head) :]
+    return [*pieces, word]
+
+
+def _head(text: str, width: int) -> str:
+    used = 0
+    for index, character in enumerate(text):
+        used += _cell(character)
+        if used > width:
+            return text[:index]
+    return text
+
+
+def _cell(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,0 +1,109 @@
+"""The one door through which reports reach the disk.
+
+In: a `records.Report` and the output directory. Out: one file per format, each written whole or not at all. Raises
+`UsageError` where the directory cannot be used, `GateError` where the disk gives out. Knows no format's inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from merge_gate.errors import GateError, UsageError
+from merge_gate.report import json_report, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from merge_gate.records import Report
+
+FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
+    {
+        "report.json": json_report.render,
+        "summary.md": summary.render,
+    }
+)
+"""File name and renderer of each format, the one that must not be lost first."""
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+
+
+def write_report(report: Report, directory: str | Path, *, formats: Iterable[str] = tuple(FORMATS)) -> tuple[Path, ...]:
+    """Write `formats` into `directory`, which is made if absent, and return the files' paths.
+
+    A reader sees the old file or the new one, never a part (write to a temporary name, fsync, rename, fsync of the
+    directory). A renderer that raises leaves its old file and everything written before it as it is. Written at the
+    start of a run with all formats, it also replaces what an earlier run left there.
+    """
+    folder = Path(directory)
+    _make(folder)
+    return tuple(_replace(folder / name, FORMATS[name](report)) for name in formats)
+
+
+def _make(folder: Path) -> None:
+    with _explained(f"cannot make the output directory {folder}"):
+        if folder.is_symlink():
+            raise UsageError(
+                f"the output directory {folder} is a symbolic link and could lead anywhere, expected a directory",
+                hint=f"remove the link, or give --output the directory it points to ({folder.readlink()})",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _replace(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _explained(f"cannot write {path}"):
+        _check_target(path)
+        try:
+            _write(temporary, text.encode("utf-8"))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+    return path
+
+
+def _check_target(path: Path) -> None:
+    kind = "a symbolic link" if path.is_symlink() else "a directory" if path.is_dir() else None
+    if kind:
+        raise UsageError(
+            f"{path} is {kind}, expected a file or nothing; the report is not written through it",
+            hint="remove it, or choose another directory with --output",
+        )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Create `path` anew (never through a link), with the permissions that the caller's umask leaves."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the rename last. Some file systems cannot; the file itself is safe there all the same."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn the system's errors into sentences."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what}: {error.strerror or error}"
+        if error.errno in _DISK:
+            hint = "free some space on that disk, or choose another directory with --output"
+            raise GateError(message, hint=hint) from error
+        raise UsageError(message, hint="choose a directory that you may write to with --output") from error

@@ -1,0 +1,232 @@
+"""The report for whoever's release is blocked: GitHub-flavoured Markdown for the job summary.
+
+In: a `records.Report`. Out: Markdown of at most 64 KiB (GitHub drops a summary above 1 MiB): the result in a
+sentence, a table with the worst first, then for each adapter that is not cleared what is wrong, where, and what to
+do. Knows neither files nor the other formats. Foreign text can form no markup: see `code` and `prose`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from merge_gate.records import Result, Severity, Verdict
+from merge_gate.report import words
+from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from merge_gate.records import AdapterReport, BaseReport, Finding, Report
+
+LIMIT_BYTES = 64 * 1024
+_TABLE_BYTES = 16 * 1024
+_SECTIONS_BYTES = 36 * 1024
+_OTHERS_BYTES = 4 * 1024
+_WARNINGS_BYTES = 5 * 1024
+_BASES_BYTES = 2 * 1024
+_FULL_LIST = "the full list is in `report.json`"
+
+_RESULT_MARK = {Result.PASS: "✅", Result.FAIL: "❌", Result.ERROR: "⚠️"}
+_VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "⚠️"}
+
+# What may stand in a backtick span as it is, in a table cell too.
+_PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
+# Markdown and HTML syntax, mathematics, and what GitHub makes links of: www., scheme:, @name, #123.
+_SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+
+
+def render(report: Report) -> str:
+    """Return the Markdown of summary.md."""
+    blocks = [
+        f"## {_RESULT_MARK[report.result]} merge-gate: {words.headline(report)}",
+        words.advice(report),
+        *_table(report),
+        *_sections(report),
+        *_warnings(report),
+        *_base_findings(report),
+        _footer(report),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+# --- foreign text --------------------------------------------------------------------------------------------------
+
+
+def code(text: str, limit: int = words.NAME_LIMIT) -> str:
+    """Return a name in code type. GitHub looks for neither mentions nor links in code."""
+    line = one_line(text, limit)
+    if _PLAIN_CODE.fullmatch(line):
+        return f"`{line}`"
+    return f"<code>{''.join(_entity(character) for character in line)}</code>"
+
+
+def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
+    """Return a sentence as plain text; what stands between backticks becomes code."""
+    parts = one_line(text, limit).split("`")
+    if len(parts) % 2 == 0:
+        parts[-2:] = ["`".join(parts[-2:])]
+    return "".join(code(part) if index % 2 and part.strip() else _plain(part) for index, part in enumerate(parts))
+
+
+def _plain(text: str) -> str:
+    return _SYNTAX.sub(lambda match: _entity(match[0]), text)
+
+
+def _entity(character: str) -> str:
+    if character.isascii() and not character.isalnum() and character != " ":
+        # An entity is text to Markdown; the zero-width space is for GitHub's later passes over that text.
+        return f"&#{ord(character)};" + ("&#8203;" if character in "@#" else "")
+    return character
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+def _table(report: Report) -> list[str]:
+    if not report.adapters:
+        return []
+    head = "| adapter | base | verdict | cause and place |\n|---|---|---|---|"
+    rows, left = _fit([_row(adapter) for adapter in words.worst_first(report.adapters)], _TABLE_BYTES)
+    table = "\n".join([head, *rows])
+    return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
+
+
+def _row(adapter: AdapterReport) -> str:
+    base = f"{code(words.model_name(adapter.base), 80)} ({_plain(words.precision(adapter.base))})"
+    verdict = f"{_VERDICT_MARK[adapter.verdict]} {adapter.verdict}"
+    finding = words.deciding(adapter)
+    if adapter.verdict is Verdict.PASSED:
+        warned = words.warnings(adapter)
+        why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""
+    else:
+        place = (finding.module or finding.tensor) if finding else None
+        why = _cause(adapter) + (f" in {code(place, 120)}" if place else "")
+    return f"| {code(adapter.name, 80)} | {base} | {verdict} | {why} |"
+
+
+def _cause(adapter: AdapterReport) -> str:
+    return code(words.cause(adapter), 80) if adapter.cause else words.cause(adapter)
+
+
+def _checks(findings: Iterable[Finding]) -> str:
+    return ", ".join(code(check, 80) for check in list(dict.fromkeys(finding.check for finding in findings))[:4])
+
+
+def _sections(report: Report) -> list[str]:
+    blocked = [adapter for adapter in words.worst_first(report.adapters) if adapter.verdict is not Verdict.PASSED]
+    kept, left = _fit([_section(adapter) for adapter in blocked], _SECTIONS_BYTES)
+    if left:
+        kept.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
+    return kept
+
+
+def _section(adapter: AdapterReport) -> str:
+    finding = words.deciding(adapter)
+    title = f"{code(adapter.name)} {words.title(adapter)}" + (f": {_cause(adapter)}" if adapter.cause else "")
+    blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(adapter, finding))]
+    rest = words.others(adapter)
+    if rest:
+        items = [f"- {finding.severity} {_one_finding(finding)}" for finding in rest]
+        blocks += _details(words.counted(len(rest), "more finding"), items, _OTHERS_BYTES)
+    return "\n\n".join(blocks)
+
+
+def _facts(adapter: AdapterReport, finding: Finding | None) -> list[str]:
+    if finding is None:
+        message, hint = "No finding was recorded.", "Read the job's log, then run the gate again."
+    else:
+        message, hint = finding.message, finding.hint
+    facts = [f"- **What is wrong:** {prose(message)}"]
+    if finding:
+        facts.append(f"- **Where:** {_place(finding)}")
+    if hint:
+        facts.append(f"- **What to do:** {prose(hint)}")
+    source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
+    base = f"{code(words.model_name(adapter.base))} ({_plain(words.precision(adapter.base))})"
+    facts.append(f"- **Adapter:** {source} on {base}")
+    return facts
+
+
+def _place(finding: Finding) -> str:
+    place, values = words.place(finding), words.values(finding)
+    return "; ".join(filter(None, (code(place) if place else "", _plain(values), words.ORIGINS[finding.origin])))
+
+
+def _one_finding(finding: Finding) -> str:
+    text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
+    if unsaid := words.unsaid_place(finding):
+        text += f" ({code(unsaid, 120)})"
+    return f"{text}. **What to do:** {prose(finding.hint, 300)}" if finding.hint else text
+
+
+def _warnings(report: Report) -> list[str]:
+    passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED]
+    items = [
+        f"- {code(adapter.name, 80)} {_one_finding(found)}" for adapter in passed for found in words.warnings(adapter)
+    ]
+    if not items:
+        return []
+    warned = sum(bool(words.warnings(adapter)) for adapter in passed)
+    title = f"{words.counted(len(items), 'warning')} for {words.counted(warned, 'adapter')} that passed"
+    return _details(title, items, _WARNINGS_BYTES)
+
+
+def _base_findings(report: Report) -> list[str]:
+    found = [(base, finding) for base in report.bases for finding in base.findings]
+    items = [f"- {finding.severity} {code(words.model_name(base))} {_one_finding(finding)}" for base, finding in found]
+    if not items:
+        return []
+    grave = any(finding.severity is Severity.ERROR for _, finding in found)
+    title = f"{words.counted(len(items), 'finding')} in the base, before any merge"
+    return _details(title, items, _OTHERS_BYTES, is_open=grave)
+
+
+def _footer(report: Report) -> str:
+    checked = sum(adapter.coverage.parameters_checked for adapter in report.adapters)
+    total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
+    config_sha256 = f", sha256 {code(report.config_sha256)}" if report.config_sha256 else ""
+    rows = [f"| checked | {words.number(checked)} of {words.number(total)} parameters of the merged models |"]
+    bases, left = _fit([_base_row(base) for base in report.bases], _BASES_BYTES)
+    rows += bases
+    if left:
+        rows.append(f"| | … and {words.counted(left, 'more base')} |")
+    rows += [
+        f"| config | {code(report.config_path)}{config_sha256} |",
+        f"| versions | {', '.join(_plain(text) for text in words.versions(report.environment, report.tool_version))} |",
+        f"| device | {_plain(words.device(report.environment))} |",
+    ]
+    return "\n".join(["| run | |", "|---|---|", *rows])
+
+
+def _base_row(base: BaseReport) -> str:
+    parts = [
+        f"{code(words.model_name(base))} ({_plain(words.precision(base))})",
+        words.counted(base.parameters, "parameter"),
+    ]
+    if base.revision:
+        parts.append(f"revision {code(base.revision, 80)}")
+    if base.sha256:
+        parts.append(f"sha256 {code(base.sha256, 80)}")
+    return f"| base | {', '.join(parts)} |"
+
+
+def _details(title: str, items: Sequence[str], limit_bytes: int, *, is_open: bool = False) -> list[str]:
+    """Return a folded list. The blank lines between its parts are what makes GitHub read Markdown inside."""
+    kept, left = _fit(items, limit_bytes)
+    if left:
+        kept.append(f"- … and {left} more; {_FULL_LIST}.")
+    opening = "<details open>" if is_open else "<details>"
+    return [f"{opening}<summary>{title}</summary>", "\n".join(kept), "</details>"]
+
+
+def _fit(blocks: Sequence[str], limit_bytes: int) -> tuple[list[str], int]:
+    """Return the blocks that fit into `limit_bytes` of UTF-8, the first in any case, and how many were left out."""
+    kept: list[str] = []
+    used = 0
+    for block in blocks:
+        used += len(block.encode()) + 2
+        if kept and used > limit_bytes:
+            break
+        kept.append(block)
+    return kept, len(blocks) - len(kept)

@@ -1,0 +1,204 @@
+"""The end of a run for the terminal: the result table, what is wrong with each adapter, and the result.
+
+In: a `records.Report`, the output directory and the width in columns. Out: `lines`, each a sequence of (text, style)
+spans, which a terminal may colour, and `render`, the same without colour. Knows neither the terminal nor the other
+formats. Styles are the names in `Style`, not colours.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from merge_gate.records import Result, Severity, Verdict
+from merge_gate.report import words
+from merge_gate.report.columns import cells, cut, fit, pad, wrap
+from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from merge_gate.records import AdapterReport, Finding, Report
+
+
+class Style(StrEnum):
+    """What a span is, for whoever colours it."""
+
+    PLAIN = ""
+    STRONG = "strong"
+    FAINT = "faint"
+    GOOD = "good"
+    BAD = "bad"
+    DOUBT = "doubt"
+
+
+Span = tuple[str, Style]
+Line = tuple[Span, ...]
+
+MARKS = {Verdict.PASSED: "✓", Verdict.FAILED: "✗", Verdict.ERROR: "!"}
+ASCII_MARKS = {Verdict.PASSED: "+", Verdict.FAILED: "x", Verdict.ERROR: "!"}
+STYLES = {Verdict.PASSED: Style.GOOD, Verdict.FAILED: Style.BAD, Verdict.ERROR: Style.DOUBT}
+_RESULT_STYLES = {Result.PASS: Style.GOOD, Result.FAIL: Style.BAD, Result.ERROR: Style.DOUBT}
+
+_NARROW = 60
+_LABEL_WIDTH = 7
+_LEAST_WIDTH = 24
+_BLANK: Line = ()
+
+
+def render(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool = False) -> str:
+    """Return the text without colour, at most `width` columns wide."""
+    return joined(lines(report, output_dir, width=width, ascii_only=ascii_only))
+
+
+def joined(shown: Iterable[Line]) -> str:
+    """Return lines without their styles."""
+    return "".join("".join(text for text, _ in line).rstrip() + "\n" for line in shown)
+
+
+def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool = False) -> list[Line]:
+    """Return the whole text: table, one paragraph per adapter with something to say, result."""
+    width = max(width, _LEAST_WIDTH)
+    marks = ASCII_MARKS if ascii_only else MARKS
+    shown: list[Line] = []
+    if report.adapters:
+        shown += [_BLANK, *_table(report, width, marks)]
+    for adapter in words.worst_first(report.adapters):
+        if adapter.findings or adapter.verdict is not Verdict.PASSED:
+            shown += [_BLANK, *_paragraph(adapter, width, marks)]
+    return [*shown, *_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
+
+
+# --- table ---------------------------------------------------------------------------------------------------------
+
+
+def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
+    rows = [_cells(adapter, report) for adapter in words.worst_first(report.adapters)]
+    if width < _NARROW:
+        return [line for row in rows for line in _stacked(row, width, marks)]
+    heads = ("ADAPTER", "BASE" if _several_models(report) else "DTYPE", "VERDICT", "CAUSE")
+    texts = [heads, *(row[1:] for row in rows)]
+    widths = fit([max(cells(row[column]) for row in texts) for column in range(4)], width - 2 - 3 * 2)
+    head: Line = (("  ", Style.PLAIN), (_row(heads, widths), Style.FAINT))
+    return [head, *(_table_line(row, widths, marks) for row in rows)]
+
+
+Row = tuple[Verdict, str, str, str, str]
+
+
+def _cells(adapter: AdapterReport, report: Report) -> Row:
+    base = words.precision(adapter.base)
+    if _several_models(report):
+        base = f"{words.model_name(adapter.base)} ({base})"
+    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, adapter.verdict.value, reason(adapter)
+
+
+def reason(adapter: AdapterReport) -> str:
+    """Why, in a few words: the deciding check, or the warnings of a passed adapter."""
+    if adapter.verdict is not Verdict.PASSED:
+        return words.cause(adapter)
+    checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
+    return f"warning: {', '.join(checks)}" if checks else ""
+
+
+def _several_models(report: Report) -> bool:
+    return len({adapter.base.model for adapter in report.adapters}) > 1
+
+
+def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
+    verdict, name, base, said, why = row
+    style = STYLES[verdict]
+    return (
+        (f"{marks[verdict]} ", style),
+        (pad(name, widths[0]) + "  ", Style.STRONG),
+        (pad(base, widths[1]) + "  ", Style.FAINT),
+        (pad(said, widths[2]) + "  ", style),
+        (cut(why, widths[3]), Style.PLAIN),
+    )
+
+
+def _row(texts: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(pad(text, width) for text, width in zip(texts, widths, strict=True)).rstrip()
+
+
+def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
+    verdict, name, base, said, why = row
+    below = " ".join(filter(None, (said, f"({why})" if why else "")))
+    return [
+        ((f"{marks[verdict]} ", STYLES[verdict]), (cut(name, width - 2), Style.STRONG)),
+        (("  ", Style.PLAIN), (cut(below, width - 2), STYLES[verdict])),
+        (("  ", Style.PLAIN), (cut(base, width - 2), Style.FAINT)),
+    ]
+
+
+# --- paragraphs ----------------------------------------------------------------------------------------------------
+
+
+def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) -> list[Line]:
+    mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
+    title = f"{one_line(adapter.name, words.NAME_LIMIT)} {words.title(adapter)}"
+    if adapter.cause:
+        title += f": {words.cause(adapter)}"
+    title += f" ({words.precision(adapter.base)})"
+    first, *rest = wrap(title, width - 2)
+    heading: list[Line] = [
+        (mark, (first, Style.STRONG)),
+        *((("  ", Style.PLAIN), (part, Style.STRONG)) for part in rest),
+    ]
+    finding = words.deciding(adapter)
+    if adapter.verdict is not Verdict.PASSED:
+        heading += _told(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
+    also = [line for other in words.others(adapter) for line in _also(other, width)]
+    return [*heading, *also]
+
+
+def _told(finding: Finding, width: int) -> list[Line]:
+    shown = _labelled("wrong", one_line(finding.message, words.MESSAGE_LIMIT), width)
+    where = filter(None, (words.place(finding), words.values(finding), words.ORIGINS[finding.origin]))
+    for index, place in enumerate(where):
+        shown += _labelled("where" if index == 0 else "", place, width)
+    return shown + _to_do(finding, width)
+
+
+def _also(finding: Finding, width: int) -> list[Line]:
+    label = "warning" if finding.severity is Severity.WARNING else "also"
+    text = f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    if unsaid := words.unsaid_place(finding):
+        text += f" ({unsaid})"
+    return _labelled(label, text, width) + _to_do(finding, width)
+
+
+def _to_do(finding: Finding, width: int) -> list[Line]:
+    hint = one_line(finding.hint, words.MESSAGE_LIMIT)
+    return _labelled("to do", hint, width, Style.STRONG) if hint else []
+
+
+def _labelled(label: str, text: str, width: int, style: Style = Style.PLAIN) -> list[Line]:
+    indent = 2 + _LABEL_WIDTH + 1
+    return [
+        ((f"  {label if index == 0 else '':<{_LABEL_WIDTH}} ", Style.FAINT), (part, style))
+        for index, part in enumerate(wrap(text, width - indent))
+    ]
+
+
+def _base_findings(report: Report, width: int) -> list[Line]:
+    shown: list[Line] = []
+    for base in report.bases:
+        if base.findings:
+            title = cut(f"base {words.model_name(base)} ({words.precision(base)})", width)
+            shown += [_BLANK, ((title, Style.STRONG),)]
+            shown += [line for finding in base.findings for line in _also(finding, width)]
+    return shown
+
+
+def _result(report: Report, output_dir: str, width: int) -> list[Line]:
+    style = _RESULT_STYLES[report.result]
+    said = f"{report.result.value.upper()}: {words.headline(report)}."
+    shown: list[Line] = [((part, style),) for part in wrap(said, width)]
+    shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
+    shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
+    return shown
+
+
+def _reports(output_dir: str) -> str:
+    return f"summary.md for people, report.json for programs, in {one_line(output_dir)}"

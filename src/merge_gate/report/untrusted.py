@@ -1,0 +1,70 @@
+"""Text from adapters, configs and libraries, made harmless for people to read.
+
+In: any `str`. Out: a `str` without control, bidirectional or invisible characters that no CI runner takes for a
+command. Knows nothing of reports or formats; a format escapes its own syntax on top of this.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+# Control, format (bidi overrides, zero width), surrogate, private, line and paragraph separators.
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+# Letters that show as nothing: Hangul fillers, and the blank braille cell.
+_BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+# Marks that stack on one letter beyond this many are dropped: they would climb over other lines.
+_MARKS_PER_LETTER = 4
+
+_COMMAND = re.compile(r"^(\s*):(?=:)")
+_LEGACY_COMMAND = re.compile(r"#(?=#\[)")
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """Return `text` on a single line, its runs of blanks collapsed, at most `limit` characters long.
+
+    A hidden character becomes U+FFFD, so that the reader sees that something was there. A long text loses its
+    middle: names differ in their heads and tails.
+    """
+    line = " ".join(_visible(part) for part in text.split())
+    return shorten(line, limit) if limit else line
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut the middle out of `text` so that at most `limit` characters remain."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 2
+    return text[: limit - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
+
+
+def inert(line: str) -> str:
+    """Break what a GitHub runner would take for a workflow command in one line of log.
+
+    `::name::` counts after leading blanks; the older `##[name]` counts anywhere in a line (actions/runner,
+    ActionCommand.cs).
+    """
+    return _LEGACY_COMMAND.sub("# ", _COMMAND.sub(r"\1: ", line))
+
+
+def safe_text(text: str) -> str:
+    """Return foreign text of any number of lines, fit for a log: visible characters only, no line a command."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(inert(_visible(line.replace("\t", "    "))) for line in lines)
+
+
+def _visible(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    shown: list[str] = []
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MARKS_PER_LETTER:
+            continue
+        hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _BLANK_LETTERS
+        shown.append(REPLACEMENT if hidden else character)
+    return "".join(shown)

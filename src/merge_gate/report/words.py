@@ -1,0 +1,191 @@
+"""The words that every format for people shares: counts, the headline, the place of a finding.
+
+In: records. Out: plain sentences, foreign text in them already on one line. Knows no format's syntax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from merge_gate.records import Origin, Quantization, Result, Severity, Verdict
+from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from merge_gate.records import AdapterReport, BaseRef, BaseReport, Environment, Finding, Report
+
+NAME_LIMIT = 200
+MESSAGE_LIMIT = 600
+
+ORIGINS = {
+    Origin.FILE: "the adapter's files on disk",
+    Origin.CONFIG: "a configuration file",
+    Origin.ADAPTER: "the adapter's own tensors",
+    Origin.BASE: "the base model, before any merge",
+    Origin.MERGE: "the merge: base and adapter are sound by themselves",
+    Origin.RUNTIME: "the run, not the adapter",
+}
+"""What each origin means to somebody who has to act on it."""
+
+_ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
+
+
+def number(value: int) -> str:
+    """1100048384 → 1,100,048,384."""
+    return f"{value:,}"
+
+
+def counted(value: int, noun: str) -> str:
+    """(2, "adapter") → 2 adapters."""
+    return f"{number(value)} {noun}" if value == 1 else f"{number(value)} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 0.84 s, 12.3 s, 5 s for a whole number, 4 min 05 s, 1 h 02 min."""
+    if not 0 <= seconds < math.inf:
+        return "unknown time"
+    if seconds < 60:  # noqa: PLR2004
+        decimals = 0 if float(seconds).is_integer() else 2 if seconds < 10 else 1  # noqa: PLR2004
+        return f"{seconds:.{decimals}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def precision(base: BaseRef | BaseReport) -> str:
+    """bfloat16, or bfloat16, bnb-4bit."""
+    if base.quantization is Quantization.NONE:
+        return one_line(base.dtype, NAME_LIMIT)
+    return f"{one_line(base.dtype, NAME_LIMIT)}, {base.quantization}"
+
+
+def model_name(base: BaseRef | BaseReport) -> str:
+    """The base's name as the report shows it."""
+    return one_line(base.model, NAME_LIMIT) if base.model else "unknown base"
+
+
+def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
+    """Failed before undecided before passed, else in the order of the configuration."""
+    return sorted(adapters, key=lambda adapter: _ORDER[adapter.verdict])
+
+
+def deciding(adapter: AdapterReport) -> Finding | None:
+    """The finding that decided the verdict; for a passed adapter there is none."""
+    if adapter.verdict is Verdict.PASSED:
+        return None
+    errors = [finding for finding in adapter.findings if finding.severity is Severity.ERROR]
+    causes = [finding for finding in errors if finding.check == adapter.cause]
+    return next(iter(causes or errors or adapter.findings), None)
+
+
+def others(adapter: AdapterReport) -> list[Finding]:
+    """All findings but the one that decided."""
+    decided = deciding(adapter)
+    return [finding for finding in adapter.findings if finding is not decided]
+
+
+def warnings(adapter: AdapterReport) -> list[Finding]:
+    """The findings that do not fail the adapter."""
+    return [finding for finding in adapter.findings if finding.severity is Severity.WARNING]
+
+
+def cause(adapter: AdapterReport) -> str:
+    """The check that decided; `not judged` where the gate itself could not judge, empty for a passed adapter."""
+    if adapter.cause:
+        return one_line(adapter.cause, NAME_LIMIT)
+    return "" if adapter.verdict is Verdict.PASSED else "not judged"
+
+
+def place(finding: Finding) -> str:
+    """Where: the tensor, and the module where the tensor's name does not hold it. May be empty."""
+    tensor, module = one_line(finding.tensor or "", NAME_LIMIT), one_line(finding.module or "", NAME_LIMIT)
+    if not tensor or not module or module in tensor:
+        return tensor or module
+    return f"{tensor} of {module}"
+
+
+def unsaid_place(finding: Finding) -> str:
+    """The tensor or module, where the message does not name it itself."""
+    named = finding.tensor or finding.module or ""
+    return "" if named in finding.message else one_line(named, NAME_LIMIT)
+
+
+def title(adapter: AdapterReport) -> str:
+    """What is said of the adapter, to stand behind its name."""
+    return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+
+
+def values(finding: Finding) -> str:
+    """1 NaN and 2 +Inf among 16,384 values, first at [0, 7]; empty where nothing was counted."""
+    kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "\N{MINUS SIGN}Inf"))
+    bad = [f"{number(count)} {kind}" for count, kind in kinds if count]
+    if not bad:
+        return ""
+    text = " and ".join(filter(None, (", ".join(bad[:-1]), bad[-1])))
+    if finding.numel is not None:
+        text += f" among {counted(finding.numel, 'value')}"
+    if finding.first_index is not None:
+        text += f", first at index {list(finding.first_index)}"
+    return text
+
+
+def headline(report: Report) -> str:
+    """The result of the run in one sentence, without its full stop."""
+    if not report.adapters:
+        return "no adapter was judged" if report.complete else "the run did not finish and no adapter was judged"
+    total = len(report.adapters)
+    names = {adapter.name for adapter in report.adapters}
+    noun = "adapter" if len(names) == total else "merge"
+    said = _counts(report, counted(total, noun), noun)
+    return said if report.complete else f"the run did not finish; so far {said}"
+
+
+def _counts(report: Report, everything: str, noun: str) -> str:
+    failed, undecided = report.count(Verdict.FAILED), report.count(Verdict.ERROR)
+    if failed and undecided:
+        return f"{number(failed)} of {everything} failed, {number(undecided)} could not be judged"
+    if failed:
+        return f"{number(failed)} of {everything} failed"
+    if undecided:
+        return f"{number(undecided)} of {everything} could not be judged, none failed"
+    return _all_passed(report, everything, noun)
+
+
+def _all_passed(report: Report, everything: str, noun: str) -> str:
+    warned = sum(bool(warnings(adapter)) for adapter in report.adapters)
+    if len(report.adapters) == 1:
+        return f"the only {noun} passed, with warnings" if warned else f"the only {noun} passed"
+    passed = f"both {noun}s passed" if len(report.adapters) == 2 else f"all {everything} passed"  # noqa: PLR2004
+    return f"{passed}, {number(warned)} with warnings" if warned else passed
+
+
+def advice(report: Report) -> str:
+    """What the result means for whoever waits for it, in one sentence."""
+    if not report.complete and report.result is not Result.FAIL:
+        return "Nothing here clears an adapter for release: the run ended before its time. Run it again."
+    if report.result is Result.FAIL:
+        return "A failed adapter merges into a model that is broken or not the one intended. Do not release it."
+    if report.result is Result.ERROR:
+        return "What could not be judged is not cleared for release; the gate stays closed until it is."
+    return "Every adapter was merged into its base, and every parameter of every merged model is finite."
+
+
+def versions(environment: Environment, tool_version: str) -> list[str]:
+    """merge-gate 0.1.0, Python 3.11.7, torch 2.13.0, …: what was installed and used."""
+    named = (
+        ("merge-gate", tool_version),
+        ("Python", environment.python),
+        ("torch", environment.torch),
+        ("peft", environment.peft),
+        ("transformers", environment.transformers),
+        ("bitsandbytes", environment.bitsandbytes),
+    )
+    return [f"{name} {one_line(version, NAME_LIMIT)}" for name, version in named if version]
+
+
+def device(environment: Environment) -> str:
+    """cuda:0 (NVIDIA H100), or cpu."""
+    name = one_line(environment.device_name, NAME_LIMIT)
+    return f"{one_line(environment.device, NAME_LIMIT)} ({name})" if name else one_line(environment.device, NAME_LIMIT)

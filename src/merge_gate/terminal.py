@@ -1,0 +1,369 @@
+"""What a person sees of a run: progress while it works, the result at its end.
+
+In: the events of a run, in order, and two text streams. Out: progress on standard error, the result on standard
+output. Knows the records and the texts of `report`, nothing of how a run is done. `RichView` is for a terminal,
+`PlainView` for everything else (no escape codes, one line per event); only the former imports rich. All names in the
+events are hostile: hidden characters are replaced and no line can become a workflow command.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Protocol, TextIO
+
+from merge_gate.records import Verdict
+from merge_gate.report import text, words
+from merge_gate.report.columns import cut
+from merge_gate.report.text import Style
+from merge_gate.report.untrusted import inert, one_line, safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from merge_gate.records import AdapterReport, BaseFacts, Report
+    from merge_gate.report.text import Line
+
+    Clock = Callable[[], float]
+
+PLAIN_WIDTH = 100
+WIDEST = 110
+"""Lines longer than this are hard to read, however wide the terminal is."""
+QUIET_S = 30.0
+"""How long `PlainView` says nothing while a merge goes on."""
+
+_COLOURS = {
+    Style.PLAIN: "",
+    Style.STRONG: "bold",
+    Style.FAINT: "dim",
+    Style.GOOD: "bold green",
+    Style.BAD: "bold red",
+    Style.DOUBT: "bold yellow",
+}
+
+
+class View(Protocol):
+    """The events of a run, in the order in which they come.
+
+    `close` puts the terminal back; it may come at any time and more than once (`contextlib.closing(view)`).
+    """
+
+    def start(self, config_path: str, adapter_count: int) -> None: ...
+    def base_loading(self, model: str, dtype: str) -> None: ...
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None: ...
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        """`index` counts from 1."""
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None: ...
+    def adapter_done(self, adapter: AdapterReport) -> None: ...
+    def note(self, message: str) -> None: ...
+    def finish(self, report: Report, output_dir: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
+    """Return the view that suits the streams and the environment (NO_COLOR, TERM, CI, GITHUB_ACTIONS)."""
+    in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
+    if in_ci or env.get("TERM") in {"dumb", "unknown"} or not stderr.isatty():
+        return PlainView(stdout, stderr)
+    return RichView(stdout, stderr, colour=not env.get("NO_COLOR"))
+
+
+class PlainView:
+    """Lines without escape codes: for logs, pipes and terminals that can do nothing else."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, clock: Clock = time.monotonic) -> None:
+        self._stdout = stdout
+        self._stderr = stderr
+        self._clock = clock
+        self._state = _State()
+        self._pace = _Pace(clock)
+        self._said_at = clock()
+
+    def start(self, config_path: str, adapter_count: int) -> None:
+        self._state.total = adapter_count
+        self._say(_opening(config_path, adapter_count))
+
+    def base_loading(self, model: str, dtype: str) -> None:
+        self._say(_loading(model, dtype))
+
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
+        self._say(_loaded(facts, seconds))
+
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        self._state.begin(name, index, total, dtype)
+        self._pace.begin()
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None:
+        if self._clock() - self._said_at < QUIET_S:
+            return
+        estimate = self._pace.estimate(done, total)
+        left = f", {estimate}" if estimate else ""
+        self._say(f"{self._state.label} {self._state.name}: {done} of {total} modules{left}, at {_name(module)}")
+
+    def adapter_done(self, adapter: AdapterReport) -> None:
+        self._state.end()
+        said, why = _done(adapter)
+        self._say(f"{self._state.label} {_name(adapter.name)} ({words.precision(adapter.base)}): {said}{why}")
+
+    def note(self, message: str) -> None:
+        for line in safe_text(message).split("\n"):
+            self._say(line)
+
+    def finish(self, report: Report, output_dir: str) -> None:
+        _write(self._stdout, text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=_is_ascii(self._stdout)))
+
+    def close(self) -> None:
+        """There is nothing to put back."""
+
+    def _say(self, line: str) -> None:
+        self._said_at = self._clock()
+        _write(self._stderr, inert(line) + "\n")
+
+
+class RichView:
+    """A live view at the foot of the terminal, which the result replaces at the end."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, colour: bool = True, clock: Clock = time.monotonic) -> None:
+        from rich.console import Console  # noqa: PLC0415 - only this view pays for importing rich
+
+        def console(stream: TextIO) -> Console:
+            return Console(file=stream, no_color=True if not colour else None, highlight=False, markup=False)
+
+        self._stdout = stdout
+        self._colour = colour
+        self._out = console(stdout)
+        self._console = console(stderr)
+        self._clock = clock
+        self._state = _State()
+        self._pace = _Pace(clock)
+        self._run_pace = _Pace(clock)
+        self._loading: str | None = None
+        self._modules = (0, 0, "")
+        self._finished: list[Line] = []
+        self._live: Live | None = None
+
+    def start(self, config_path: str, adapter_count: int) -> None:
+        from rich.live import Live  # noqa: PLC0415 - see above
+
+        self._state.total = adapter_count
+        self._run_pace.begin()
+        self._print(((_opening(config_path, adapter_count), Style.STRONG),))
+        self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=8, transient=True)
+        self._live.start()
+
+    def base_loading(self, model: str, dtype: str) -> None:
+        self._loading = _loading(model, dtype)
+        self._pace.begin()
+
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
+        self._loading = None
+        self._print(((_loaded(facts, seconds), Style.FAINT),))
+
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        self._loading = None
+        self._modules = (0, 0, "")
+        self._state.begin(name, index, total, dtype)
+        self._pace.begin()
+        if self._state.done == 0:
+            self._run_pace.begin()
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None:
+        self._modules = (done, total, _name(module))
+
+    def adapter_done(self, adapter: AdapterReport) -> None:
+        self._modules = (0, 0, "")
+        self._state.end()
+        style = text.STYLES[adapter.verdict]
+        said, why = _done(adapter)
+        mark = self._marks[adapter.verdict]
+        self._finished.append(
+            ((f"{mark} ", style), (f"{_name(adapter.name)}  ", Style.PLAIN), (said, style), (why, Style.FAINT))
+        )
+
+    def note(self, message: str) -> None:
+        for line in safe_text(message).split("\n"):
+            self._print(((line, Style.FAINT),))
+
+    def finish(self, report: Report, output_dir: str) -> None:
+        self.close()
+        on_terminal = self._stdout.isatty()
+        width = min(self._out.width, WIDEST) if on_terminal else PLAIN_WIDTH
+        lines = text.lines(report, output_dir, width=width, ascii_only=_is_ascii(self._stdout))
+        if on_terminal and self._colour:
+            for line in lines:
+                self._out.print(_styled(line, self._out), soft_wrap=True)
+            return
+        _write(self._stdout, text.joined(lines))
+        if not on_terminal:
+            self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @property
+    def _marks(self) -> dict[Verdict, str]:
+        return text.ASCII_MARKS if _is_ascii(self._console.file) else text.MARKS
+
+    def _print(self, line: Line) -> None:
+        self._console.print(_styled(line, self._console), overflow="fold")
+
+    def _frame(self) -> Text:
+        """Return what stands at the foot of the terminal now, no line wider than the terminal."""
+        width = self._console.width - 1
+        room = max(self._console.height - 7, 1)
+        shown = [*self._finished[-room:], *self._working(width)]
+        frame = _styled((), self._console)
+        for index, line in enumerate(shown):
+            styled = _styled(line, self._console)
+            styled.truncate(width, overflow="ellipsis" if not _is_ascii(self._console.file) else "crop")
+            frame.append("\n" if index else "").append_text(styled)
+        return frame
+
+    def _working(self, width: int) -> list[Line]:
+        spinner: tuple[str, Style] = (f"{self._spinner()} ", Style.GOOD)
+        if self._loading:
+            waited = f"  {words.duration(int(self._pace.elapsed_s))}" if self._pace.elapsed_s >= 1 else ""
+            return [(spinner, (cut(self._loading, width - 2 - len(waited)), Style.PLAIN), (waited, Style.FAINT))]
+        if not self._state.name:
+            return []
+        done, total, module = self._modules
+        label = f"  {self._state.label} {self._state.dtype}"
+        lines: list[Line] = [
+            (spinner, (cut(self._state.name, max(width - 2 - len(label), 8)), Style.STRONG), (label, Style.FAINT)),
+        ]
+        if total:
+            lines.append(self._bar(done, total, width))
+            lines.append((("  ", Style.PLAIN), (cut(module, width - 2), Style.FAINT)))
+        fraction = done / total if total else 0.0
+        if self._state.total > 1 and (left := self._run_pace.estimate(self._state.done + fraction, self._state.total)):
+            lines.append(
+                (("  ", Style.PLAIN), (f"all {words.counted(self._state.total, 'adapter')}: {left}", Style.FAINT))
+            )
+        return lines
+
+    def _bar(self, done: int, total: int, width: int) -> Line:
+        full, empty = ("#", "-") if _is_ascii(self._console.file) else ("━", "─")
+        figures = f"  {done}/{total} modules" if width >= 60 else f"  {done}/{total}"  # noqa: PLR2004
+        if left := self._pace.estimate(done, total):
+            figures += f", {left}"
+        length = min(max(width - 2 - len(figures), 4), 50)
+        filled = length * min(done, total) // total
+        return (
+            ("  ", Style.PLAIN),
+            (full * filled, Style.GOOD),
+            (empty * (length - filled), Style.FAINT),
+            (figures, Style.PLAIN),
+        )
+
+    def _spinner(self) -> str:
+        frames = "|/-\\" if _is_ascii(self._console.file) else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+        return frames[int(self._clock() * 8) % len(frames)]
+
+
+@dataclass(slots=True)
+class _State:
+    """Which adapter of how many is being judged."""
+
+    total: int = 0
+    done: int = 0
+    index: int = 0
+    name: str = ""
+    dtype: str = ""
+
+    def begin(self, name: str, index: int, total: int, dtype: str) -> None:
+        self.name, self.index, self.total, self.dtype = _name(name), index, max(total, index), _name(dtype)
+
+    def end(self) -> None:
+        """An adapter that never began (its files were refused) ends too."""
+        self.done += 1
+        self.index = self.done
+        self.total = max(self.total, self.done)
+        self.name = ""
+
+    @property
+    def label(self) -> str:
+        return f"[{self.index}/{self.total}]"
+
+
+class _Pace:
+    """How long something takes, judged by what is done of it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began = clock()
+
+    def begin(self) -> None:
+        self._began = self._clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._began
+
+    def estimate(self, done: float, total: float) -> str:
+        """`about 12 s left`; empty while it is too early to say."""
+        elapsed = self.elapsed_s
+        if done <= 0 or total <= done or elapsed < 1:
+            return ""
+        left = elapsed * (total - done) / done
+        return f"about {words.duration(max(round(left), 1))} left"
+
+
+def _opening(config_path: str, adapter_count: int) -> str:
+    return f"merge-gate: {words.counted(adapter_count, 'adapter')} in {one_line(config_path)}"
+
+
+def _loading(model: str, dtype: str) -> str:
+    return f"loading base {_name(model)} ({_name(dtype)})"
+
+
+def _loaded(facts: BaseFacts, seconds: float) -> str:
+    state = f"{words.counted(len(facts.nonfinite), 'tensor')} not finite" if facts.nonfinite else "all finite"
+    measured = f"{words.counted(facts.parameters, 'parameter')}, {state}"
+    return f"base {_name(facts.model)} ({_name(facts.dtype)}): {measured}, {words.duration(seconds)}"
+
+
+def _done(adapter: AdapterReport) -> tuple[str, str]:
+    """Return the verdict and what there is to say of it, to be read one after the other."""
+    took = f", {words.duration(adapter.seconds)}"
+    why = text.reason(adapter)
+    if adapter.verdict is Verdict.PASSED:
+        merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
+        return adapter.verdict.value, merged + took + (f", {why}" if why else "")
+    finding = words.deciding(adapter)
+    place = (finding.module or finding.tensor) if finding else None
+    return adapter.verdict.value, f", {why}" + (f" in {_name(place)}" if place else "") + took
+
+
+def _name(name: str) -> str:
+    return one_line(name, words.NAME_LIMIT)
+
+
+def _styled(line: Line, console: Console) -> Text:
+    from rich.text import Text  # noqa: PLC0415 - only `RichView` comes here
+
+    styled = Text()
+    for part, style in line:
+        styled.append(_encodable(part, console.file), style=_COLOURS[style])
+    return styled
+
+
+def _write(stream: IO[str], message: str) -> None:
+    stream.write(_encodable(message, stream))
+    stream.flush()
+
+
+def _encodable(message: str, stream: IO[str]) -> str:
+    """Replace what the stream's encoding cannot say: a log in the C locale must not end the run."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return message.encode(encoding, "replace").decode(encoding)
+
+
+def _is_ascii(stream: IO[str]) -> bool:
+    return _encodable("✓✗━─⠋…", stream) != "✓✗━─⠋…"

@@ -1,0 +1,207 @@
+"""Reports to render: one of each kind, and a strategy for hostile ones."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from merge_gate.records import (
+    AdapterReport,
+    BaseRef,
+    BaseReport,
+    Coverage,
+    Environment,
+    FileRecord,
+    Finding,
+    Origin,
+    Quantization,
+    Report,
+    Severity,
+    Verdict,
+)
+
+PARAMETERS = 1_100_048_384
+SHA256 = "9f2c5d1e" * 8
+
+BASE = BaseRef(model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
+HALF = BaseRef(model="./models/base", revision=None, dtype="float16", quantization=Quantization.NONE)
+ENVIRONMENT = Environment(
+    python="3.11.7", torch="2.13.0", peft="0.21.2", transformers="5.24.0", device="cpu", device_name="a CPU"
+)
+
+NAN = Finding(
+    check="adapter-nonfinite",
+    severity=Severity.ERROR,
+    message="lora_B of model.layers.5.self_attn.q_proj holds 1 NaN among 16,384 values, expected all to be finite",
+    hint="retrain from the last checkpoint whose loss was finite, or restore the file from the training run's output",
+    origin=Origin.ADAPTER,
+    module="model.layers.5.self_attn.q_proj",
+    tensor="base_model.model.model.layers.5.self_attn.q_proj.lora_B.weight",
+    nan=1,
+    posinf=0,
+    neginf=0,
+    numel=16_384,
+    first_index=(0, 7),
+)
+MERGED_NAN = Finding(
+    check="merged-nonfinite",
+    severity=Severity.ERROR,
+    message="the merged weight holds 2,048 NaN among 4,194,304 values in bfloat16, expected all to be finite",
+    origin=Origin.ADAPTER,
+    module="model.layers.5.self_attn.q_proj",
+    tensor="model.layers.5.self_attn.q_proj.weight",
+    nan=2048,
+    posinf=0,
+    neginf=0,
+    numel=4_194_304,
+    first_index=(0, 0),
+)
+OVERFLOW = Finding(
+    check="merged-nonfinite",
+    severity=Severity.ERROR,
+    message="the merged weight holds 12 +Inf and 3 -Inf among 11,534,336 values in float16 (largest 65,504), "
+    "expected all to be finite; base and adapter are finite by themselves",
+    hint="merge in bfloat16 (`dtype: bfloat16`), or lower lora_alpha from 4096",
+    origin=Origin.MERGE,
+    module="model.layers.17.mlp.up_proj",
+    tensor="model.layers.17.mlp.up_proj.weight",
+    nan=0,
+    posinf=12,
+    neginf=3,
+    numel=11_534_336,
+    first_index=(311, 2040),
+    measured=(("largest", 65504.0), ("headroom", float("inf"))),
+)
+ROUNDING = Finding(
+    check="rounding-loss",
+    severity=Severity.WARNING,
+    message="81 % of the delta's norm is lost in bfloat16 in 12 of 48 modules, expected at most 50 %",
+    hint="merge in float32, or train with a higher scaling",
+    origin=Origin.MERGE,
+    module="model.layers.0.self_attn.q_proj",
+    measured=(("lost_share", 0.81), ("limit", 0.5)),
+)
+CRASH = Finding(
+    check="engine",
+    severity=Severity.ERROR,
+    message="the worker was killed by signal 9 (SIGKILL) while it merged model.layers.3.mlp.down_proj",
+    hint="the machine probably ran out of memory: 15.2 of 15.6 GB were in use; use a runner with more",
+    origin=Origin.RUNTIME,
+)
+
+
+def adapter(name: str = "support", verdict: Verdict = Verdict.PASSED, **fields: object) -> AdapterReport:
+    checked = PARAMETERS if verdict is Verdict.PASSED else 0
+    defaults: dict[str, object] = {
+        "name": name,
+        "source": f"./adapters/{name}",
+        "base": BASE,
+        "peft_type": "LORA",
+        "verdict": verdict,
+        "coverage": Coverage(
+            adapter_tensors=96,
+            applied=96,
+            modules_merged=48,
+            parameters_checked=checked,
+            parameters_total=PARAMETERS,
+        ),
+        "files": (FileRecord(path="adapter_model.safetensors", size_bytes=151_123, sha256=SHA256),),
+        "seconds": 0.84,
+        "line": 6,
+        "column": 5,
+    }
+    return AdapterReport(**(defaults | fields))
+
+
+def report(*adapters: AdapterReport, complete: bool = True, **fields: object) -> Report:
+    defaults: dict[str, object] = {
+        "complete": complete,
+        "tool_version": "0.1.0",
+        "environment": ENVIRONMENT,
+        "config_path": "merge-gate.yml",
+        "config_sha256": SHA256,
+        "bases": (BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE,
+                             sha256=SHA256, parameters=PARAMETERS),),
+        "adapters": adapters,
+    }  # fmt: skip
+    return Report(**(defaults | fields))
+
+
+PASSED = adapter("support")
+WARNED = adapter("legal", findings=(ROUNDING,), line=7)
+FAILED = adapter("billing", Verdict.FAILED, cause="adapter-nonfinite", findings=(MERGED_NAN, NAN, ROUNDING), line=8)
+HALF_FAILED = adapter("summaries", Verdict.FAILED, cause="merged-nonfinite", findings=(OVERFLOW,), base=HALF, line=9)
+CRASHED = adapter("translate-de", Verdict.ERROR, findings=(CRASH,), line=11)
+
+PASS = report(PASSED, WARNED)
+FAIL = report(PASSED, WARNED, FAILED, HALF_FAILED, CRASHED)
+UNDECIDED = report(PASSED, CRASHED)
+EMPTY = report(complete=False, bases=())
+
+
+# --- hostile -------------------------------------------------------------------------------------------------------
+
+_ATTACKS = (
+    "::error::owned", " ::set-output name=x::y", "##[error]owned", "###[group]", "\n::warning::owned", "\r::stop-commands::x",
+    "\x1b[31mred\x1b]8;;http://evil.example\x07", "\u202etxt.exe", "\u2028::error::x", "\x85::error::x", "\u00a0::error::x",
+    "|", "||\n|---|", "`", "``` ", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</details>", "</code>",
+    "@octocat", "![x](http://evil.example/x.png)", "[x](http://evil.example)", "https://evil.example", "www.evil.example",
+    "# heading", "- item", "1. item", "    code", "$$x$$", "&lt;b&gt;", "&#60;b&#62;", "\\", "\\|", "~~x~~", "__x__", "*x*",
+    "[red]rich[/red]", "[/]", ":boom:", "%0A::error::x", "%25", ",line=1", "\ud800", "\x00", "名前" * 30, "e" + "\u0301" * 50,
+    "a" * 700, "::" * 120, "##[" * 60, " :: " * 60, "\ufeff::error::x", "",
+)  # fmt: skip
+TEXTS = st.lists(st.sampled_from(_ATTACKS) | st.text(max_size=20), max_size=4).map("".join)
+_COUNTS = st.none() | st.integers(0, 10**12)
+_SOME = st.none() | TEXTS
+
+
+def findings() -> st.SearchStrategy[Finding]:
+    return st.builds(
+        Finding,
+        check=TEXTS,
+        severity=st.sampled_from((Severity.ERROR, Severity.WARNING)),
+        message=TEXTS,
+        hint=TEXTS,
+        origin=st.sampled_from(Origin),
+        module=_SOME,
+        tensor=_SOME,
+        nan=_COUNTS,
+        posinf=_COUNTS,
+        neginf=_COUNTS,
+        numel=_COUNTS,
+        first_index=st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple),
+        measured=st.lists(st.tuples(TEXTS, st.floats() | st.integers()), max_size=2).map(tuple),
+    )
+
+
+def adapters() -> st.SearchStrategy[AdapterReport]:
+    found = st.lists(findings(), max_size=3).map(tuple)
+    base = st.builds(BaseRef, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
+    common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
+              "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9)}  # fmt: skip
+    return st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common) | st.builds(
+        AdapterReport, verdict=st.sampled_from((Verdict.FAILED, Verdict.ERROR)), cause=TEXTS, **common
+    )
+
+
+def hostile_reports() -> st.SearchStrategy[Report]:
+    base = st.builds(
+        BaseReport,
+        model=TEXTS,
+        revision=_SOME,
+        dtype=TEXTS,
+        quantization=st.sampled_from(Quantization),
+        sha256=_SOME,
+        parameters=st.integers(0, 10**12),
+        findings=st.lists(findings(), max_size=2).map(tuple),
+    )
+    environment = st.builds(Environment, python=TEXTS, torch=_SOME, device=TEXTS, device_name=TEXTS)
+    return st.builds(
+        Report,
+        complete=st.booleans(),
+        tool_version=TEXTS,
+        environment=environment,
+        config_path=TEXTS,
+        config_sha256=TEXTS,
+        bases=st.lists(base, max_size=2).map(tuple),
+        adapters=st.lists(adapters(), max_size=4).map(tuple),
+    )
