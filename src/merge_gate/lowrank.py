@@ -1,0 +1,377 @@
+"""The fast way of the common merge: vanilla LoRA on a linear layer, in blocks of rows that stay in cache.
+
+In: a weight, the two factors of its delta, a scaling. Out: `LowRankMerge`, figures about the merged weight. Knows
+torch and nothing else: no PEFT, no models, no files, no idea of what is good or bad. The weight is never written.
+
+PEFT merges with whole tensors (peft/tuners/lora/layer.py, `Linear.merge` with `safe_merge=True`):
+
+    1. product   B @ A                              float32, as large as the weight and twice as wide
+    2. delta     (product * scaling).to(W.dtype)
+    3. merged    W.clone() += delta
+    4. check     torch.isfinite(merged).all()
+
+Here the same four steps, in the same order and with the same roundings, run on a block of rows at a time, so that
+only W itself travels from memory. Steps 2 to 4 work element by element: a block has the bits of the whole. Step 1 does
+not: a matrix product may pick another kernel, and with it another order of additions, for another number of rows
+(MKL does so for a last block of 1, 2, 3, 5, 6, 7 or 9 rows). Therefore a last block is never short, and `Scratch`
+proves each shape before it is used: blocks of a pseudo-random product are compared with the whole of it, once per
+shape and process. Where they differ, and where one block holds the whole, step 1 is PEFT's own expression.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+BLOCK_ELEMENTS = 1 << 19
+"""Elements of a block: 2 MiB of float32 product and 1 MiB each of delta and merged weight, inside L2 and L3."""
+
+BLOCK_ROWS = 64
+"""Rows of a block come in multiples of this, so that every block of a factor starts on a cache line."""
+
+SAMPLE_EVERY = 16
+"""One block in so many is also compared with the exact sum (`lost_sq`, `unchanged`)."""
+
+PROOF_ELEMENTS = 1 << 17
+"""A proof compares at least so many elements: at rank 2 another order of additions changes only some of them."""
+
+ALIGNMENT_BYTES = 64
+"""Where torch's allocator puts a tensor. MKL's bits depend on it for some narrow shapes."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankMerge:
+    """What a merged weight is like, in the weight's own dtype.
+
+    `minimum` and `maximum` are over all elements, NaN as soon as one element is NaN. `changed` says whether any
+    element has another value than before (-0.0 and 0.0 are the same value). `unchanged`, `delta_sq` and `lost_sq` are
+    over `sampled` of the `numel` elements: how many kept their value, ‖delta‖² of the delta before it was rounded to
+    the weight's dtype, and ‖merged - (W + delta)‖². The two sums are NaN or infinite where the merge is not finite.
+    """
+
+    numel: int
+    minimum: float
+    maximum: float
+    changed: bool
+    sampled: int
+    unchanged: int
+    delta_sq: float
+    lost_sq: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.minimum) and math.isfinite(self.maximum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Extremes of a tensor (NaN if it holds NaN, None if it is empty) and its sum of squares where asked for."""
+
+    numel: int
+    minimum: float | None
+    maximum: float | None
+    sum_sq: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        return all(bound is None or math.isfinite(bound) for bound in (self.minimum, self.maximum))
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Buffers that live from block to block and from module to module, and the shapes proved so far.
+
+    One scratch serves one thread. It grows to the largest block it met, about 10 MiB for a weight in bfloat16.
+    """
+
+    block_elements: int = BLOCK_ELEMENTS
+    _buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = field(default_factory=dict)
+    _proofs: dict[tuple[object, ...], bool] = field(default_factory=dict)
+
+    def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor of `like`'s shape and device, valid until the next call with this name."""
+        key = (name, dtype, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return buffer[: like.numel()].view(like.shape)
+
+    def blocks(self, rows: int, columns: int, device: torch.device) -> list[slice]:
+        """Slices of about `block_elements`; the last one takes what would be a short block. One slice off the CPU."""
+        step = max(self.block_elements // columns // BLOCK_ROWS, 1) * BLOCK_ROWS
+        count = max(rows // step, 1) if device.type == "cpu" else 1
+        return [slice(i * step, rows if i == count - 1 else (i + 1) * step) for i in range(count)]
+
+    def proved(self, factors: _Factors, blocks: list[slice]) -> bool:
+        """Whether row blocks of a product of these shapes have the bits of the whole product on this machine."""
+        left, right = factors.left, factors.right
+        key = (factors.transposed, *left.shape, right.shape[1], left.dtype, torch.get_num_threads())
+        if key not in self._proofs:
+            generator = torch.Generator().manual_seed(0)
+            draws = PROOF_ELEMENTS // (left.shape[0] * right.shape[1]) + 1
+            self._proofs[key] = all(self._agree(factors.redrawn(generator), blocks) for _ in range(draws))
+        return self._proofs[key]
+
+    def _agree(self, factors: _Factors, blocks: list[slice]) -> bool:
+        whole = factors.whole()
+        return all(torch.equal(factors.block(rows, self, whole[rows]), whole[rows]) for rows in blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The factors in the order in which the weight stores its rows: weight.shape == (left @ right).shape.
+
+    `transposed` for weights stored as (in, out), transformers' Conv1D: PEFT takes the transpose of B @ A, the blocks
+    come from Aᵀ @ Bᵀ. `rounded_to` is the dtype of half-precision factors, to which PEFT rounds the scaled product.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    transposed: bool
+    rounded_to: torch.dtype | None
+
+    @classmethod
+    def of(cls, lora_a: torch.Tensor, lora_b: torch.Tensor, *, transposed: bool) -> _Factors:
+        a, b, rounded_to = _aligned(lora_a.detach()), _aligned(lora_b.detach()), None
+        if b.device.type == "cpu" and b.dtype in _HALVES:
+            a, b, rounded_to = a.float(), b.float(), b.dtype
+        return cls(a.T, b.T, transposed, rounded_to) if transposed else cls(b, a, transposed, rounded_to)
+
+    def redrawn(self, generator: torch.Generator) -> _Factors:
+        """Pseudo-random factors of the same shapes, dtype and layout."""
+        a, b = (self.left.T, self.right.T) if self.transposed else (self.right, self.left)
+        drawn = (torch.randn(side.shape, generator=generator, dtype=side.dtype) for side in (a, b))
+        return _Factors.of(*drawn, transposed=self.transposed)
+
+    def whole(self) -> torch.Tensor:
+        """PEFT's own expression."""
+        return (self.right.T @ self.left.T).T if self.transposed else self.left @ self.right
+
+    def block(self, rows: slice, scratch: Scratch, like: torch.Tensor) -> torch.Tensor:
+        return torch.mm(self.left[rows], self.right, out=scratch.take("product", like, self.left.dtype))
+
+
+def supports(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, fan_in_fan_out: bool = False) -> bool:
+    """Whether `merge_measured` can take these: plain dense floats whose shapes fit, on one device.
+
+    What it refuses (quantised or sparse weights, factors of two dtypes, empty tensors) is for PEFT's own code.
+    """
+    tensors = (weight, lora_a, lora_b)
+    plain = all(
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and t.layout is torch.strided
+        and t.dtype in _FLOATS
+        and t.dim() == 2  # noqa: PLR2004
+        and t.numel() > 0
+        and t.device == weight.device
+        and not t.is_meta
+        for t in tensors
+    )
+    if not plain or lora_a.dtype != lora_b.dtype or lora_a.shape[0] != lora_b.shape[1]:
+        return False
+    delta_shape = (lora_b.shape[0], lora_a.shape[1])
+    return tuple(weight.shape) == (delta_shape[::-1] if fan_in_fan_out else delta_shape)
+
+
+@torch.no_grad()
+def merge_measured(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    scratch: Scratch,
+    fan_in_fan_out: bool = False,
+    sample_every: int = SAMPLE_EVERY,
+    emit: Callable[[int, torch.Tensor], None] | None = None,
+) -> LowRankMerge:
+    """Measure W + scaling · B @ A as PEFT's `safe_merge=True` would leave it, without ever holding it.
+
+    Args:
+        weight: (out, in), or (in, out) with `fan_in_fan_out`; float32, bfloat16, float16 or float64. Only read.
+        lora_a: (r, in), as PEFT holds it after loading (float32 by default).
+        lora_b: (out, r), of the same dtype.
+        scaling: PEFT's `scaling[adapter]`.
+        scratch: Buffers and proofs; pass the same one for all modules.
+        fan_in_fan_out: The weight is stored transposed (transformers' Conv1D).
+        sample_every: One block in so many is compared with the exact sum; 1 compares all of them.
+        emit: Is given every merged block with the index of its first row; the block is overwritten afterwards.
+
+    Raises:
+        ValueError: `supports` is false of these tensors.
+    """
+    if not supports(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out):
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, lora_a, lora_b))
+        raise ValueError(f"not a vanilla LoRA on a dense linear weight: got weight, lora_A, lora_B of {shapes}")
+    base = weight.detach()
+    factors = _Factors.of(lora_a, lora_b, transposed=fan_in_fan_out)
+    blocks = scratch.blocks(base.shape[0], base.shape[1], base.device)
+    whole = None if len(blocks) > 1 and scratch.proved(factors, blocks) else factors.whole()
+    tally = _Tally(step=min(sample_every, len(blocks)))
+    for index, rows in enumerate(blocks):
+        block = base[rows]
+        product = factors.block(rows, scratch, block) if whole is None else whole[rows]
+        exact = product.mul_(scaling)  # in the dtype of the factors, before any rounding to the weight's
+        if factors.rounded_to is not None:
+            exact = scratch.take("rounded", exact, factors.rounded_to).copy_(exact)
+        delta = exact
+        if exact.dtype != base.dtype:
+            delta = scratch.take("delta", exact, base.dtype).copy_(exact)
+        merged = torch.add(block, delta, out=scratch.take("merged", delta, base.dtype))
+        tally.count(index, block, exact, merged, scratch)
+        if emit is not None:
+            emit(rows.start, merged)
+    return tally.result(base.numel())
+
+
+def delta_norm_sq(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> float:
+    """‖scaling · B @ A‖², Frobenius, in float64, from r-by-r matrices only: tr((BᵀB)(AAᵀ)) · scaling²."""
+    a, b = lora_a.detach().double(), lora_b.detach().double()
+    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scaling**2
+
+
+@torch.no_grad()
+def extent(tensor: torch.Tensor, *, scratch: Scratch, sum_sq: bool = False) -> Extent:
+    """Extremes of a dense real tensor of any shape, in one pass over memory, and its sum of squares if asked for."""
+    values = tensor.detach().reshape(-1)
+    if values.numel() == 0:
+        return Extent(numel=0, minimum=None, maximum=None, sum_sq=0.0 if sum_sq else None)
+    if not sum_sq:
+        low, high = torch.stack(torch.aminmax(values)).tolist()
+        return Extent(numel=values.numel(), minimum=low, maximum=high)
+    bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for chunk in torch.split(values, scratch.block_elements):
+        bounds.append(torch.aminmax(chunk))
+        total += _sum_sq(chunk)
+    low, high = _reduced(bounds)
+    return Extent(numel=values.numel(), minimum=low, maximum=high, sum_sq=float(total))
+
+
+def stream_to(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The weights, one after another, on `device`; the next one travels while the caller works on this one.
+
+    The base stays in host memory. A weight is staged in one of two pinned buffers, copied on a stream of its own, and
+    lives on the device until the caller lets go of it, for all the adapters of a group. On a CPU: the weights
+    themselves.
+    """
+    if device.type != "cuda":
+        yield from (weight.detach().to(device) for weight in weights)
+        return
+    stager = _Stager(device)
+    pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+    for weight in weights:
+        following = stager.send(weight.detach())
+        if pending is not None:
+            yield stager.receive(*pending)
+        pending = following
+    if pending is not None:
+        yield stager.receive(*pending)
+
+
+class _Stager:
+    """Two pinned host buffers used in turn, and the stream on which they travel to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned: list[torch.Tensor | None] = [None, None]
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def send(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        turn, self._turn = self._turn, 1 - self._turn
+        sent = self._sent[turn]
+        if sent is not None:
+            sent.synchronize()  # the buffer's last passenger must have left it
+        source = self._stage(turn, weight)
+        with torch.cuda.stream(self._stream):
+            arrived = source.to(self._device, non_blocking=True)
+            event = self._stream.record_event()
+        self._sent[turn] = event
+        return arrived, event
+
+    def receive(self, arrived: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(event)
+        arrived.record_stream(consumer)
+        return arrived
+
+    def _stage(self, turn: int, weight: torch.Tensor) -> torch.Tensor:
+        if weight.is_cuda or weight.is_pinned():
+            return weight
+        size_bytes = weight.numel() * weight.element_size()
+        buffer = self._pinned[turn]
+        if buffer is None or buffer.numel() < size_bytes:
+            buffer = self._pinned[turn] = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return buffer[:size_bytes].view(weight.dtype).view(weight.shape).copy_(weight)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Figures gathered block by block. They stay on the device until `result`, so that a GPU is not waited for."""
+
+    step: int
+    bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    changed: bool = False
+    sampled: int = 0
+
+    def count(
+        self, index: int, base: torch.Tensor, exact: torch.Tensor, merged: torch.Tensor, scratch: Scratch
+    ) -> None:
+        self.bounds.append(torch.aminmax(merged))
+        if index % self.step == 0:
+            wide = torch.float32 if base.dtype in _HALVES else torch.float64
+            self._sample(base, exact, scratch.take("wide", merged, wide).copy_(merged))
+        elif not self.changed:
+            self.changed = not torch.equal(base, merged)
+
+    def _sample(self, base: torch.Tensor, exact: torch.Tensor, wide_merged: torch.Tensor) -> None:
+        moved = wide_merged.sub_(base)
+        moves = torch.count_nonzero(moved)
+        self.changed = self.changed or bool(moves)
+        self.sampled += moved.numel()
+        self.sums.append(torch.stack((moves.double(), _sum_sq(exact), _sum_sq(moved.sub_(exact)))))
+
+    def result(self, numel: int) -> LowRankMerge:
+        low, high = _reduced(self.bounds)
+        moves, delta_sq, lost_sq = torch.stack(self.sums).sum(0).tolist()
+        return LowRankMerge(
+            numel=numel,
+            minimum=low,
+            maximum=high,
+            changed=self.changed,
+            sampled=self.sampled,
+            unchanged=self.sampled - int(moves),
+            delta_sq=delta_sq,
+            lost_sq=lost_sq,
+        )
+
+
+def _reduced(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """The least and the greatest of (low, high) pairs; NaN where one is NaN."""
+    lows, highs = zip(*bounds, strict=True)
+    return torch.stack(lows).min().item(), torch.stack(highs).max().item()
+
+
+def _sum_sq(values: torch.Tensor) -> torch.Tensor:
+    """Σx², in float64 throughout: squares of float32 and bfloat16 values leave the range of float32."""
+    wide = values if values.dtype.is_floating_point else values.double()
+    norm: torch.Tensor = torch.linalg.vector_norm(wide, dtype=torch.float64)
+    return norm.square()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, row-major and where torch's allocator would have put it."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % ALIGNMENT_BYTES == 0 else dense.clone()

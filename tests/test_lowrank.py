@@ -1,0 +1,442 @@
+"""The fast way against PEFT's own layer: the same bits, and true figures about them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.lora import layer as lora_layer
+from transformers.pytorch_utils import Conv1D
+
+from merge_gate import lowrank
+from merge_gate.lowrank import Extent, LowRankMerge, Scratch, delta_norm_sq, extent, merge_measured, stream_to, supports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+WIDTHS = st.one_of(st.integers(1, 80), st.sampled_from([127, 128, 129, 255, 256, 257, 384, 511, 512, 513, 640]))
+ROWS = st.one_of(
+    st.integers(1, 80), st.integers(60, 400), st.sampled_from([255, 256, 257, 258, 259, 511, 513, 769, 1025])
+)
+RANKS = st.one_of(st.integers(1, 24), st.sampled_from([32, 33, 64, 65, 128, 256]))
+SCALINGS = st.sampled_from([2.0, 1.0, 0.5, 16 / 3, 0.1, 32 / math.sqrt(12), -1.0, 3])
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def lora_linear(
+    rows: int,
+    columns: int,
+    rank: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    factor_dtype: torch.dtype = torch.float32,
+    scaling: float = 2.0,
+    conv1d: bool = False,
+    seed: int = 0,
+    size: float = 0.1,
+) -> lora_layer.Linear:
+    """A real PEFT layer with pseudo-random weight and factors. `rows` and `columns` are those of lora_B @ lora_A."""
+    torch.manual_seed(seed)
+    base = Conv1D(rows, columns) if conv1d else torch.nn.Linear(columns, rows, bias=False)
+    base.weight.data.normal_(std=0.05)
+    config = LoraConfig(r=rank, fan_in_fan_out=conv1d)
+    layer = lora_layer.Linear(base.to(dtype), "default", config, r=rank, lora_alpha=8, is_target_conv_1d_layer=conv1d)
+    layer.lora_A["default"].weight.data.normal_(std=size)
+    layer.lora_B["default"].weight.data.normal_(std=size)
+    layer.lora_A.to(factor_dtype)
+    layer.lora_B.to(factor_dtype)
+    layer.scaling["default"] = scaling
+    return layer
+
+
+def fast(layer: lora_layer.Linear, *, sample_every: int = 1, scratch: Scratch | None = None):
+    """The figures, and the merged weight put together from the emitted blocks."""
+    weight = layer.get_base_layer().weight
+    merged = torch.full_like(weight, -777.0)
+
+    def keep(row: int, block: torch.Tensor) -> None:
+        merged[row : row + len(block)] = block
+
+    with torch.no_grad():
+        figures = merge_measured(
+            weight,
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+            layer.scaling["default"],
+            scratch=scratch or Scratch(),
+            fan_in_fan_out=layer.fan_in_fan_out,
+            sample_every=sample_every,
+            emit=keep,
+        )
+    return figures, merged
+
+
+def before_the_check(layer: lora_layer.Linear) -> torch.Tensor:
+    """What PEFT's safe_merge looks at, for merges that it refuses."""
+    with torch.no_grad():
+        weight = layer.get_base_layer().weight.data.clone()
+        weight += layer.get_delta_weight("default").to(weight.dtype)
+    return weight
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Bit by bit; a NaN equals any NaN, since PEFT's own NaN payload depends on the vector width."""
+    both_nan = left.isnan() & right.isnan()
+    bits = BITS[left.dtype]
+    return bool(((left.view(bits) == right.view(bits)) | both_nan).all())
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    rows=ROWS,
+    columns=WIDTHS,
+    rank=RANKS,
+    scaling=SCALINGS,
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    factor_dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    conv1d=st.booleans(),
+    block_elements=st.sampled_from([1, 1 << 14, 1 << 16]),
+    thread_count=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_bits_are_pefts(
+    rows, columns, rank, scaling, dtype, factor_dtype, conv1d, block_elements, thread_count, seed
+) -> None:
+    layer = lora_linear(
+        rows, columns, rank, dtype=dtype, factor_dtype=factor_dtype, scaling=scaling, conv1d=conv1d, seed=seed
+    )
+    with threads(thread_count):
+        before = layer.get_base_layer().weight.data.clone()
+        figures, merged = fast(layer, scratch=Scratch(block_elements))
+        assert same_bits(layer.get_base_layer().weight.data, before)
+        layer.merge(safe_merge=True)
+    peft = layer.get_base_layer().weight.data
+    assert same_bits(merged, peft)
+    assert (figures.minimum, figures.maximum) == (peft.min().item(), peft.max().item())
+    assert figures.unchanged == int((peft == before).sum())
+    assert figures.changed == (not torch.equal(peft, before))
+    assert figures.finite
+    assert figures.numel == figures.sampled == peft.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(2048, 512, 16), (1025, 1024, 8), (300, 2816, 64)])
+def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype) -> None:
+    layer = lora_linear(rows, columns, rank, dtype=dtype, scaling=16 / 3)
+    scratch = Scratch()
+    _, merged = fast(layer, scratch=scratch)
+    assert len(scratch.blocks(rows, columns, torch.device("cpu"))) > 1
+    layer.merge(safe_merge=True)
+    assert same_bits(merged, layer.get_base_layer().weight.data)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_factors_off_their_alignment_merge_as_peft_would_have_loaded_them(conv1d, factor_dtype) -> None:
+    layer = lora_linear(256, 5, 17, factor_dtype=factor_dtype, conv1d=conv1d)
+    a, b = (part["default"].weight.data for part in (layer.lora_A, layer.lora_B))
+    shifted = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in (a, b)]
+    blocks: list[torch.Tensor] = []
+    weight = layer.get_base_layer().weight
+    merge_measured(
+        weight, *shifted, 2.0, scratch=Scratch(1), fan_in_fan_out=conv1d, emit=lambda _, x: blocks.append(x.clone())
+    )
+    layer.merge(safe_merge=True)
+    assert same_bits(torch.cat(blocks), layer.get_base_layer().weight.data)
+
+
+def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
+    """On this machine every shape may prove well: so the short last blocks that are known to differ are forced."""
+
+    def short_last_blocks(self: Scratch, rows: int, columns: int, device: torch.device) -> list[slice]:
+        del self, columns, device
+        return [slice(start, min(start + 64, rows)) for start in range(0, rows, 64)]
+
+    monkeypatch.setattr(Scratch, "blocks", short_last_blocks)
+    for rows in (65, 66, 67, 69, 193):
+        for columns, rank in ((16, 2), (100, 17), (100, 64), (33, 7)):
+            layer = lora_linear(rows, columns, rank, dtype=torch.float32)
+            _, merged = fast(layer, scratch=Scratch(1))
+            layer.merge(safe_merge=True)
+            assert same_bits(merged, layer.get_base_layer().weight.data), (rows, columns, rank)
+
+
+def test_a_failed_proof_leads_to_the_whole_product(monkeypatch) -> None:
+    monkeypatch.setattr(Scratch, "proved", lambda *_: False)
+    layer = lora_linear(700, 96, 8, dtype=torch.float32)
+    scratch = Scratch(1)
+    figures, merged = fast(layer, scratch=scratch)
+    layer.merge(safe_merge=True)
+    assert same_bits(merged, layer.get_base_layer().weight.data)
+    assert not [name for name, *_ in scratch._buffers if name == "product"]
+    assert figures.numel == 700 * 96
+
+
+def test_the_proof_fails_when_a_block_differs_in_one_bit(monkeypatch) -> None:
+    layer = lora_linear(256, 64, 4)
+    factors = lowrank._Factors.of(layer.lora_A["default"].weight, layer.lora_B["default"].weight, transposed=False)
+    blocks = Scratch(1).blocks(256, 64, torch.device("cpu"))
+    assert Scratch(1).proved(factors, blocks)
+    genuine = lowrank._Factors.block
+
+    def nudged(self, rows, scratch, like):
+        product = genuine(self, rows, scratch, like)
+        if rows.start == 128:
+            product[3, 5] = torch.nextafter(product[3, 5], torch.tensor(9.0))
+        return product
+
+    monkeypatch.setattr(lowrank._Factors, "block", nudged)
+    assert not Scratch(1).proved(factors, blocks)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 1000])
+def test_blocks_cover_every_row_once_and_none_is_short(rows) -> None:
+    blocks = Scratch(1).blocks(rows, 4096, torch.device("cpu"))
+    covered = [row for block in blocks for row in range(block.start, block.stop)]
+    assert covered == list(range(rows))
+    assert len(blocks) == 1 or min(block.stop - block.start for block in blocks) >= 64
+
+
+NONFINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", NONFINITE)
+@pytest.mark.parametrize("side", ["lora_A", "lora_B", "weight"])
+def test_one_nonfinite_value_anywhere_is_seen_as_peft_sees_it(side, value, dtype, conv1d) -> None:
+    layer = lora_linear(200, 96, 4, dtype=dtype, conv1d=conv1d)
+    tensor = layer.get_base_layer().weight if side == "weight" else getattr(layer, side)["default"].weight
+    tensor.data[-1, -1] = value
+    figures, merged = fast(layer, scratch=Scratch(1))
+    assert not figures.finite
+    assert same_bits(merged, before_the_check(layer))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_zero_times_infinity_is_nan_as_in_peft(value) -> None:
+    layer = lora_linear(200, 96, 4)
+    layer.lora_A["default"].weight.data[0, 7] = value
+    layer.lora_B["default"].weight.data.zero_()
+    figures, merged = fast(layer, scratch=Scratch(1))
+    assert math.isnan(figures.minimum)
+    assert math.isnan(figures.maximum)
+    assert same_bits(merged, before_the_check(layer))
+    assert int(merged.isnan().sum()) == 200
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overflow_is_judged_in_the_final_dtype(sign, dtype) -> None:
+    """Factors and delta are finite in float32; 70,000 is not in float16, not even with -20,000 to add it to."""
+    layer = lora_linear(200, 96, 1, dtype=dtype, scaling=1.0)
+    layer.lora_A["default"].weight.data.zero_()[0, 3] = 70_000.0
+    layer.lora_B["default"].weight.data.zero_()[150, 0] = sign
+    layer.get_base_layer().weight.data[150, 3] = -20_000.0 * sign
+    figures, merged = fast(layer, scratch=Scratch(1))
+    assert same_bits(merged, before_the_check(layer))
+    assert figures.finite == (dtype is not torch.float16)
+    if dtype is torch.float16:
+        assert (figures.maximum if sign > 0 else figures.minimum) == sign * math.inf
+
+
+def test_denormal_deltas_keep_their_bits() -> None:
+    layer = lora_linear(200, 96, 8, dtype=torch.float32, scaling=0.5, size=1e-20)
+    layer.get_base_layer().weight.data.zero_()
+    _, merged = fast(layer, scratch=Scratch(1))
+    layer.merge(safe_merge=True)
+    assert same_bits(merged, layer.get_base_layer().weight.data)
+    assert 0 < merged.abs().max() < torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("sample_every", [1, 16])
+def test_an_empty_delta_changes_nothing(sample_every) -> None:
+    layer = lora_linear(700, 96, 4)
+    layer.lora_B["default"].weight.data.zero_()
+    layer.get_base_layer().weight.data[0, 0] = -0.0  # -0.0 + 0.0 is 0.0: other bits, the same value
+    figures, _ = fast(layer, sample_every=sample_every, scratch=Scratch(1))
+    assert not figures.changed
+    assert figures.unchanged == figures.sampled > 0
+    assert figures.delta_sq == figures.lost_sq == 0.0
+
+
+@pytest.mark.parametrize("row", [0, 63, 64, 450, 699])
+def test_one_changed_element_is_noticed_in_every_block_sampled_or_not(row) -> None:
+    layer = lora_linear(700, 96, 4)
+    layer.lora_B["default"].weight.data.zero_()[row, 0] = 50.0
+    figures, _ = fast(layer, sample_every=16, scratch=Scratch(1))
+    assert figures.changed
+
+
+@pytest.mark.parametrize(("position", "value"), [((0, 0), 9.0), ((64, 3), -9.0), ((699, 95), 9.0)])
+def test_extremes_are_found_wherever_they_are(position, value) -> None:
+    layer = lora_linear(700, 96, 4, size=1e-3)
+    layer.get_base_layer().weight.data[position] = value
+    figures, merged = fast(layer, sample_every=16, scratch=Scratch(1))
+    assert (figures.maximum if value > 0 else figures.minimum) == merged[position].item()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_lost_and_delta_are_those_of_the_exact_sum(dtype) -> None:
+    layer = lora_linear(300, 128, 8, dtype=dtype, size=0.01)
+    weight = layer.get_base_layer().weight.detach().double()
+    figures, merged = fast(layer, scratch=Scratch(1))
+    exact = layer.get_delta_weight("default").detach().double()
+    assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    assert figures.lost_sq == pytest.approx(float((merged.double() - weight - exact).square().sum()), rel=1e-3)
+
+
+def test_a_sample_counts_the_elements_it_covers() -> None:
+    layer = lora_linear(64 * 10, 96, 4)
+    sampled, _ = fast(layer, sample_every=4, scratch=Scratch(1))
+    assert sampled.sampled == 3 * 64 * 96
+    whole, _ = fast(layer, sample_every=1, scratch=Scratch(1))
+    assert whole.sampled == whole.numel
+    assert sampled.delta_sq / sampled.sampled == pytest.approx(whole.delta_sq / whole.sampled, rel=0.2)
+
+
+def test_one_scratch_serves_modules_of_any_shape_and_dtype() -> None:
+    scratch = Scratch(1 << 12)
+    for rows, columns, dtype in ((300, 96, torch.bfloat16), (70, 512, torch.float16), (900, 33, torch.float32)) * 2:
+        layer = lora_linear(rows, columns, 4, dtype=dtype)
+        _, merged = fast(layer, scratch=scratch)
+        layer.merge(safe_merge=True)
+        assert same_bits(merged, layer.get_base_layer().weight.data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 200), columns=st.integers(1, 200), rank=st.integers(1, 32), seed=st.integers(0, 99))
+def test_the_norm_needs_no_pass_over_the_delta(rows, columns, rank, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+    exact = float((b.double() @ a.double() * 0.7).square().sum())
+    assert delta_norm_sq(a, b, 0.7) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_norm_of_nothing_is_zero_and_of_nan_is_nan() -> None:
+    a, b = torch.randn(4, 30), torch.zeros(50, 4)
+    assert delta_norm_sq(a, b, 2.0) == 0.0
+    b[3, 1] = math.nan
+    assert math.isnan(delta_norm_sq(a, b, 2.0))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int64]
+)
+@pytest.mark.parametrize("sum_sq", [False, True])
+def test_extent_of_any_dtype(dtype, sum_sq) -> None:
+    tensor = (torch.randn(37, 5, 11) * 40).to(torch.int64).clamp(0, 127).to(dtype)
+    wide = tensor.double()
+    got = extent(tensor, scratch=Scratch(100), sum_sq=sum_sq)
+    assert (got.numel, got.minimum, got.maximum) == (tensor.numel(), wide.min().item(), wide.max().item())
+    assert got.finite
+    assert got.sum_sq == (pytest.approx(float(wide.square().sum()), rel=1e-9) if sum_sq else None)
+
+
+@pytest.mark.parametrize("sum_sq", [False, True])
+@pytest.mark.parametrize("value", NONFINITE)
+def test_extent_carries_nonfinite_values(value, sum_sq) -> None:
+    tensor = torch.randn(40, 40, dtype=torch.bfloat16)
+    tensor[-1, -2] = value
+    got = extent(tensor, scratch=Scratch(100), sum_sq=sum_sq)
+    assert not got.finite
+    assert value != value or value in (got.minimum, got.maximum)
+
+
+def test_extent_of_large_and_of_no_values() -> None:
+    large = torch.full((10,), 1e30)
+    assert extent(large, scratch=Scratch(), sum_sq=True).sum_sq == pytest.approx(1e61, rel=1e-6)
+    assert extent(torch.empty(0, 3), scratch=Scratch(), sum_sq=True) == Extent(
+        numel=0, minimum=None, maximum=None, sum_sq=0.0
+    )
+
+
+def test_extent_of_a_transposed_view() -> None:
+    tensor = torch.randn(30, 20).T
+    got = extent(tensor, scratch=Scratch(64), sum_sq=True)
+    assert (got.minimum, got.maximum) == (tensor.min().item(), tensor.max().item())
+
+
+W, A, B = torch.zeros(6, 8), torch.zeros(2, 8), torch.zeros(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "lora_a", "lora_b"),
+    [
+        (W.to(torch.int8), A, B),
+        (W, A.double(), B),
+        (W.T.contiguous(), A, B),
+        (torch.zeros(0, 8), A, B[:0]),
+        (W, A[:0], B[:, :0]),
+        (W, A[:1], B),
+        (W.flatten(), A, B),
+        (W.to_sparse(), A, B),
+        (W.to("meta"), A, B),
+        (W.to(torch.float8_e4m3fn), A, B),
+    ],
+)
+def test_what_is_not_a_plain_linear_is_left_to_peft(weight, lora_a, lora_b) -> None:
+    assert not supports(weight, lora_a, lora_b)
+    with pytest.raises(ValueError, match="not a vanilla LoRA"):
+        merge_measured(weight, lora_a, lora_b, 1.0, scratch=Scratch())
+
+
+def test_a_plain_linear_is_supported_in_both_layouts() -> None:
+    assert supports(W, A, B)
+    assert supports(torch.nn.Parameter(W), A, B)
+    assert supports(W.T.contiguous(), A, B, fan_in_fan_out=True)
+    assert not supports(W, A, B, fan_in_fan_out=True)
+
+
+def test_a_stream_to_the_cpu_yields_the_weights_themselves() -> None:
+    weights = [torch.randn(5, 5), torch.nn.Parameter(torch.randn(7, 3))]
+    arrived = list(stream_to(torch.device("cpu"), weights))
+    assert [t.data_ptr() for t in arrived] == [t.data_ptr() for t in weights]
+    assert not any(t.requires_grad for t in arrived)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_merges_have_the_bits_of_peft_on_cuda(dtype) -> None:
+    cuda = torch.device("cuda")
+    layers = [lora_linear(rows, 512, 16, dtype=dtype, seed=rows) for rows in (256, 1000, 2048, 300)]
+    weights = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    scratch = Scratch()
+    for layer, weight in zip(layers, stream_to(cuda, weights), strict=True):
+        layer.to(cuda)
+        blocks: list[torch.Tensor] = []
+        factors = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        figures = merge_measured(
+            weight, *factors, 2.0, scratch=scratch, emit=lambda _, x, to=blocks: to.append(x.clone())
+        )
+        layer.merge(safe_merge=True)
+        peft = layer.get_base_layer().weight.data
+        assert same_bits(torch.cat(blocks), peft)
+        assert (figures.minimum, figures.maximum) == (peft.min().item(), peft.max().item())
+
+
+def test_figures_of_one_merge_are_plain_numbers() -> None:
+    figures, _ = fast(lora_linear(64, 64, 4))
+    assert isinstance(figures, LowRankMerge)
+    kinds = [type(getattr(figures, name)) for name in figures.__slots__]
+    assert kinds == [int, float, float, bool, int, int, float, float]
