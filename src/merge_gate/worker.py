@@ -1,0 +1,434 @@
+"""The process that loads bases and merges, and the supervisor that outlives it.
+
+In: a `Job` of groups, one group per base. Out: events, in order. The parent side (`supervise`) imports no torch; the
+child side (`main`) is started as its own interpreter, so that whatever an adapter or a native library does to it
+(a crash, out of memory) costs the adapter that was under way and nothing else.
+
+The child never has the caller's directory on `sys.path` (a config that names an importable module must not find the
+checkout), reaches no network, and gets no token.
+
+1. The parent starts a child and sends the job. 2. The child sends events until `Finished`. 3. If it dies before, the
+adapter under way is `error` (while a base was loading: all of that base), and a new child goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from merge_gate.errors import EngineError
+from merge_gate.records import (
+    AdapterFiles,
+    BaseFacts,
+    Combine,
+    Evidence,
+    Quantization,
+    Refusal,
+    record,
+)
+
+if TYPE_CHECKING:
+    from merge_gate.base import Base, Shape
+
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN")
+"""Variables that the child has no use for: everything it reads is on disk by then."""
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+TAIL_BYTES = 2000
+"""How much of a dead child's output is kept for the message."""
+
+
+@record
+class Task:
+    """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's."""
+
+    index: int
+    files: tuple[AdapterFiles, ...]
+    combine: Combine | None = None
+
+
+@record
+class Group:
+    """Adapters on one base in one dtype and quantisation."""
+
+    label: str
+    directory: str
+    revision: str | None = None
+    dtype: str
+    quantization: Quantization = Quantization.NONE
+    tasks: tuple[Task, ...]
+
+
+@record
+class Job:
+    """Everything one run merges."""
+
+    groups: tuple[Group, ...]
+    device: str = "auto"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+# --- events --------------------------------------------------------------------------------------------------------
+
+
+@record
+class Ready:
+    """The child has its device."""
+
+    device: str
+    device_name: str
+
+
+@record
+class BaseLoading:
+    group: int
+
+
+@record
+class BaseLoaded:
+    group: int
+    facts: BaseFacts
+    seconds: float
+
+
+@record
+class Started:
+    task: int
+
+
+@record
+class Progressed:
+    task: int
+    done: int
+    total: int
+    module: str
+
+
+@record
+class Merged:
+    task: int
+    evidence: Evidence
+
+
+@record
+class Undecided:
+    """A task that could not be judged."""
+
+    task: int
+    refusal: Refusal
+
+
+@record
+class Finished:
+    pass
+
+
+Event = Ready | BaseLoading | BaseLoaded | Started | Progressed | Merged | Undecided | Finished
+Listener = Callable[[Event], None]
+
+
+# --- the parent's side ---------------------------------------------------------------------------------------------
+
+
+def supervise(job: Job, listen: Listener) -> None:
+    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the child."""
+    while any(group.tasks for group in job.groups):
+        watch = _Watch(job, listen)
+        exit_text = _run_child(job, watch.hear)
+        if exit_text is None:
+            return
+        job = watch.bury(exit_text)
+
+
+class _Watch:
+    """What has been heard of one child, so that it is known what its death costs."""
+
+    def __init__(self, job: Job, listen: Listener) -> None:
+        self._job = job
+        self._listen = listen
+        self._settled: set[int] = set()
+        self._task: int | None = None
+        self._group: int | None = None
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, BaseLoading):
+            self._group, self._task = event.group, None
+        elif isinstance(event, BaseLoaded):
+            self._group = None
+        elif isinstance(event, Started):
+            self._task = event.task
+        elif isinstance(event, Merged | Undecided):
+            self._settled.add(event.task)
+            self._task = None
+        self._listen(event)
+
+    def bury(self, exit_text: str) -> Job:
+        """Settle what died with the child; return the job that is left."""
+        for index, what in self._lost():
+            self._settled.add(index)
+            self._listen(Undecided(task=index, refusal=_death(what, exit_text)))
+        left = tuple(
+            replace(group, tasks=tuple(task for task in group.tasks if task.index not in self._settled))
+            for group in self._job.groups
+        )
+        return replace(self._job, groups=left)
+
+    def _lost(self) -> list[tuple[int, str]]:
+        if self._task is not None:
+            return [(self._task, "while it merged this adapter")]
+        if self._group is not None:
+            group = self._job.groups[self._group]
+            what = f"while it loaded base {group.label}"
+            return [(task.index, what) for task in group.tasks if task.index not in self._settled]
+        open_tasks = [task.index for group in self._job.groups for task in group.tasks]
+        return [(index, "before it judged this adapter") for index in open_tasks if index not in self._settled]
+
+
+def _death(what: str, exit_text: str) -> Refusal:
+    return Refusal(
+        check=None,
+        message=f"the gate's worker process died {what}: {exit_text}",
+        hint="if it was killed for memory, use a larger runner or gate this adapter alone; else report it as a bug",
+    )
+
+
+def _run_child(job: Job, hear: Listener) -> str | None:
+    """One child, from start to end. None when it finished, else how it ended."""
+    ours, theirs = Pipe()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory(prefix="merge-gate-") as empty:
+        child = _start(theirs, output, empty)
+        theirs.close()
+        try:
+            finished = _converse(ours, job, hear)
+            code = child.wait()
+        finally:
+            _stop(child)
+            ours.close()
+        return None if finished else _how(code, output)
+
+
+def _start(theirs: Connection, output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
+    package = str(Path(__file__).resolve().parent.parent)
+    code = f"import sys; sys.path.append({package!r}); from merge_gate.worker import main; main(int(sys.argv[1]))"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(theirs.fileno())],
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        cwd=directory,
+        env=child_environment(os.environ),
+    )
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment without its tokens, without relative import paths, and offline."""
+    env = {name: value for name, value in environ.items() if name not in SECRETS}
+    here = Path.cwd()
+    entries = [entry for entry in env.pop("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry).is_absolute()]
+    kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
+    if kept:
+        env["PYTHONPATH"] = os.pathsep.join(kept)
+    return env | OFFLINE
+
+
+def _converse(ours: Connection, job: Job, hear: Listener) -> bool:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        ours.send(job)
+        while True:
+            try:
+                event = ours.recv()
+            except EOFError:
+                return False
+            hear(event)
+            if isinstance(event, Finished):
+                return True
+    return False
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+
+
+def _how(code: int, output: IO[bytes]) -> str:
+    output.seek(0, os.SEEK_END)
+    output.seek(max(0, output.tell() - TAIL_BYTES))
+    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    said = f"; its last words: {lines[-1][:300]}" if lines else ""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = ", most likely because the machine is out of memory" if -code == signal.SIGKILL else ""
+        return f"killed by {name}{memory}{said}"
+    return f"exit code {code}{said}"
+
+
+# --- the child's side ----------------------------------------------------------------------------------------------
+
+
+def main(descriptor: int) -> None:
+    """Entry point of the child: read a job from the pipe, send events, exit 0."""
+    pipe = Connection(descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    job = pipe.recv()
+    threading.Thread(target=_leave_with_parent, args=(pipe,), daemon=True).start()
+    for event in judge_job(job, pipe.send):
+        pipe.send(event)
+    pipe.send(Finished())
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _leave_with_parent(pipe: Connection) -> None:
+    """The parent sends nothing more: whatever arrives now is its end."""
+    with contextlib.suppress(OSError):
+        pipe.poll(None)
+    os._exit(1)
+
+
+def judge_job(job: Job, progress: Listener) -> Iterator[Event]:
+    """Load each base once per shape, merge each task; every exception becomes that task's, and the rest go on."""
+    try:
+        ready = _device(job.device)
+    except EngineError as error:
+        for group in job.groups:
+            for task in group.tasks:
+                yield Undecided(task=task.index, refusal=_refusal(error))
+        return
+    yield ready
+    for position, group in enumerate(job.groups):
+        if group.tasks:
+            yield from _judge_group(position, group, job, ready.device, progress)
+
+
+def _device(wanted: str) -> Ready:
+    import torch  # noqa: PLC0415 - the child's side only
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
+                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, a CUDA build of torch)",
+            )
+        count = torch.cuda.device_count()
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise EngineError(
+                f"device {wanted} was asked for, but there are only {count} CUDA devices (cuda:0 is first)"
+            )
+        return Ready(device=wanted, device_name=torch.cuda.get_device_name(index))
+    return Ready(device="cpu", device_name=_cpu_name())
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as info:
+        for line in info:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _judge_group(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
+    from merge_gate import base as bases  # noqa: PLC0415 - imports torch
+
+    by_shape: dict[Shape, list[Task]] = {}
+    for task in group.tasks:
+        try:
+            shape = bases.shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+        except Exception as error:  # noqa: BLE001 - see _refusal
+            yield Undecided(task=task.index, refusal=_refusal(error))
+        else:
+            by_shape.setdefault(shape, []).append(task)
+    for shape, tasks in by_shape.items():
+        yield BaseLoading(group=position)
+        started = time.perf_counter()
+        try:
+            base = bases.load_base(
+                group.directory,
+                shape=shape,
+                label=group.label,
+                revision=group.revision,
+                dtype=group.dtype,
+                quantization=group.quantization,
+                device=device,
+                trust_remote_code=job.trust_remote_code,
+                allow_pickle=job.allow_pickle,
+            )
+        except Exception as error:  # noqa: BLE001 - see _refusal
+            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
+            continue
+        yield BaseLoaded(group=position, facts=base.facts, seconds=time.perf_counter() - started)
+        for task in tasks:
+            yield Started(task=task.index)
+            yield _judge_task(base, task, progress)
+
+
+def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
+    from merge_gate import merge  # noqa: PLC0415 - imports torch and PEFT
+
+    def report(done: int, total: int, module: str) -> None:
+        progress(Progressed(task=task.index, done=done, total=total, module=module))
+
+    try:
+        if task.combine is not None:
+            evidence = merge.merge_combination(base, task.files, task.combine, progress=report)
+        else:
+            evidence = merge.merge_adapter(base, task.files[0], progress=report)
+    except Exception as error:  # noqa: BLE001 - the one broad except of the gate: an adapter's failure is its own
+        return Undecided(task=task.index, refusal=_refusal(error))
+    return Merged(task=task.index, evidence=evidence)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What the report says of an exception that kept the gate from judging."""
+    if isinstance(error, EngineError):
+        return Refusal(check=None, message=error.message, hint=error.hint)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Refusal(
+            check=None,
+            message="out of memory while judging this adapter",
+            hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
+        )
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return Refusal(
+        check=None,
+        message=f"the gate could not judge this adapter: {type(error).__name__}: {text[:400]}",
+        hint="if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
+    )
+
+
+def listening(handlers: Mapping[type, Callable[[Any], None]]) -> Listener:
+    """A listener that hands each event to the handler of its type."""
+
+    def listen(event: Event) -> None:
+        handler = handlers.get(type(event))
+        if handler is not None:
+            handler(event)
+
+    return listen
