@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import transformers
 from torch import nn
 
 from merge_gate.errors import EngineError
+from merge_gate.lowrank import Scratch, extent
 from merge_gate.measure import dtype_name, measure
 from merge_gate.quantized import dequantized, is_quantized, scales
 from merge_gate.records import AdapterFiles, BaseFacts, Quantization, TensorStats
@@ -57,6 +59,15 @@ class Base:
     device: torch.device
     quantized: bool = False
     extra: dict[str, tuple[TensorStats, ...]] = field(default_factory=dict)
+    buffers: Scratch = field(default_factory=Scratch)
+    _norms: dict[str, float] = field(default_factory=dict)
+
+    def norm(self, name: str) -> float:
+        """Frobenius norm of a plain tensor of the base, measured when it is first asked for."""
+        if name not in self._norms:
+            total = extent(self.tensors[name], scratch=self.buffers, sum_sq=True).sum_sq
+            self._norms[name] = math.sqrt(total or 0.0)
+        return self._norms[name]
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A copy with its own modules over the base's storage; with `private`, over copies of the tensors."""
