@@ -1,0 +1,57 @@
+# Everything a contributor and CI run. The first target that needs it makes .venv; pip's own settings are honoured.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+
+.PHONY: demo test lint e2e bench schemas clean help
+
+help:
+	@echo "make demo    install, then watch the gate judge good and broken adapters"
+	@echo "make test    all tests but the containers"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
+	@echo "make bench   the benchmarks of benchmarks/README.md"
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "merge-gate needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/run: $(STAMPS)/venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/run
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(STAMPS)/lint: $(STAMPS)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+demo: $(STAMPS)/run
+	$(BIN)/merge-gate demo merge-gate-demo
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest --ignore=tests/e2e
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+e2e: $(STAMPS)/test
+	$(BIN)/python -m pytest tests/e2e -m e2e
+
+bench: $(STAMPS)/test
+	$(BIN)/python benchmarks/run.py
+
+schemas: $(STAMPS)/run
+	$(BIN)/merge-gate schema config > src/merge_gate/schemas/config.schema.json
+	$(BIN)/merge-gate schema report > src/merge_gate/schemas/report.schema.json
+
+clean:
+	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist src/*.egg-info
