@@ -223,7 +223,7 @@ def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
         return
     ranks, bias = config.get("rank_pattern"), config.get("bias")
     rank = config.get("r")
-    if _is_integer(rank) and rank <= 0 and not ranks:
+    if isinstance(rank, int) and rank <= 0 and not ranks:
         yield invalid(f"r in {FILE_NAME} is {rank}, expected a positive rank")
     if isinstance(bias, str) and bias not in _LORA_BIASES:
         yield invalid(f"bias in {FILE_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")

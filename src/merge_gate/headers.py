@@ -15,12 +15,13 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.records import TensorHeader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import BufferedReader
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
@@ -69,7 +70,7 @@ def shown(text: str) -> str:
     return repr(cut)
 
 
-def open_regular(path: str) -> BinaryIO:
+def open_regular(path: str) -> BufferedReader:
     """Open a regular file; a named pipe or a device, which would hang the reader, raises `CorruptFileError`."""
     mode = os.stat(path).st_mode  # noqa: PTH116 (a plain call, made thousands of times)
     if not stat.S_ISREG(mode):
@@ -86,7 +87,7 @@ def _kind(mode: int) -> str:
     return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
-def lfs_pointer(file: BinaryIO) -> LfsPointer | None:
+def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
     """The pointer that stands in the file, or None (https://github.com/git-lfs/git-lfs, docs/spec.md)."""
     file.seek(0)
     text = file.read(_MAX_POINTER_BYTES)
@@ -96,7 +97,7 @@ def lfs_pointer(file: BinaryIO) -> LfsPointer | None:
     return LfsPointer(size_bytes=int(size[1]) if size else None)
 
 
-def other_format(file: BinaryIO) -> str | None:
+def other_format(file: BufferedReader) -> str | None:
     """What the file is, going by its first bytes, when it is something well known."""
     file.seek(0)
     head = file.read(64)
@@ -112,7 +113,7 @@ def read_header(path: str) -> tuple[TensorHeader, ...]:
         return parse_file(file)
 
 
-def parse_file(file: BinaryIO) -> tuple[TensorHeader, ...]:
+def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     """`read_header` of an open file."""
     # 1. Eight bytes: the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
@@ -136,7 +137,7 @@ def parse_file(file: BinaryIO) -> tuple[TensorHeader, ...]:
     return tuple(tensor for tensor, _, _ in tensors.values())
 
 
-def _refuse_start(file: BinaryIO, header_bytes: int, size_bytes: int) -> NoReturn:
+def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:
     if name := other_format(file):
         raise CorruptFileError(f"is not a safetensors file but {name}")
     if size_bytes < _PREFIX_BYTES:

@@ -20,7 +20,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from merge_gate import adapter_config
 from merge_gate.errors import EngineError
@@ -29,6 +29,7 @@ from merge_gate.records import AdapterFiles, FileRecord, Finding, Origin, Severi
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from io import BufferedReader
 
 __all__ = ["CONFIG_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "preflight", "read_header"]
 
@@ -171,7 +172,7 @@ def _read_config(directory: str, listing: _Listing) -> _Config:
         raise _unreadable(path, error) from error
 
 
-def _judge_config_file(file: BinaryIO, record: FileRecord) -> _Config:
+def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
     if pointer := lfs_pointer(file):
         finding = _lfs(CONFIG_NAME, record.size_bytes, pointer.size_bytes)
         return _Config(files=(record,), findings=(finding,))
@@ -209,7 +210,7 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
         raise _unreadable(path, error) from error
 
 
-def _judge_weights_file(file: BinaryIO, name: str) -> _Weights:
+def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
     record = _record(name, file)
     if pointer := lfs_pointer(file):
         return _Weights(name=name, files=(record,), findings=(_lfs(name, record.size_bytes, pointer.size_bytes),))
@@ -220,7 +221,7 @@ def _judge_weights_file(file: BinaryIO, name: str) -> _Weights:
     return _Weights(name=name, tensors=tensors, files=(record,))
 
 
-def _check_pickle(file: BinaryIO, size_bytes: int) -> tuple[TensorHeader, ...]:
+def _check_pickle(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...]:
     """Whether the file can be torch's (a zip archive, or before torch 1.6 a bare pickle). Nothing is unpickled."""
     if not size_bytes:
         raise CorruptFileError("is empty (0 bytes)")
@@ -236,7 +237,7 @@ def _check_pickle(file: BinaryIO, size_bytes: int) -> tuple[TensorHeader, ...]:
     return ()
 
 
-def _record(name: str, file: BinaryIO) -> FileRecord:
+def _record(name: str, file: BufferedReader) -> FileRecord:
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path=name, size_bytes=file.tell(), sha256=digest)

@@ -1,0 +1,255 @@
+"""A Hub on the loopback interface, which speaks what huggingface_hub asks of the real one.
+
+In: repositories as mappings of file names to bytes. Out: `LoopbackHub`, a context manager whose `url` goes into
+HF_ENDPOINT, with a log of all `requests`. Knows nothing of merge_gate.
+
+Modelled on the Hub's answers: X-Repo-Commit and ETag on files, X-Linked-ETag and a redirect for Git LFS files,
+X-Error-Code on errors; 401 for a repository that does not exist or may not be seen, metadata but no files for a gated
+one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")
+
+
+@dataclass
+class Repo:
+    """`commits` holds every state that the repository ever had; `refs` names some of them."""
+
+    gated: bool = False
+    private: bool = False
+    token: str | None = None
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def find(self, revision: str) -> str | None:
+        return self.refs.get(revision, revision if revision in self.commits else None)
+
+
+@dataclass
+class Failure:
+    """The next `times` requests whose path matches `pattern` get this answer instead of theirs."""
+
+    pattern: str
+    status: int
+    times: int
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    token: str | None
+
+
+class LoopbackHub:
+    """`with LoopbackHub() as hub: hub.add_repo("acme/lora", {...}); run(HF_ENDPOINT=hub.url)`."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.failures: list[Failure] = []
+        self.tokens: set[str] = set()
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.cdn_url = (
+            f"http://localhost:{port}"  # another host, as on the real Hub: the client must not send its token
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add_repo(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes],
+        *,
+        gated: bool = False,
+        private: bool = False,
+        token: str | None = None,
+        refs: tuple[str, ...] = ("main",),
+    ) -> str:
+        """The hash of a new commit with exactly these files, to which `refs` move. `token` opens a closed one."""
+        repo = self.repos.setdefault(repo_id, Repo())
+        repo.gated, repo.private, repo.token = gated, private, token
+        listing = sorted((name, _sha1(content)) for name, content in files.items())
+        commit = hashlib.sha1(json.dumps([repo_id, listing, len(repo.commits)]).encode()).hexdigest()
+        repo.commits[commit] = dict(files)
+        repo.refs.update(dict.fromkeys(refs, commit))
+        if token:
+            self.tokens.add(token)
+        return commit
+
+    def fail(self, pattern: str, status: int, *, times: int = 10**6, **headers: str) -> None:
+        self.failures.append(Failure(pattern, status, times, {k.replace("_", "-"): v for k, v in headers.items()}))
+
+    def paths(self, method: str | None = None) -> list[str]:
+        return [request.path for request in self.requests if method in {None, request.method}]
+
+    def next_failure(self, path: str) -> Failure | None:
+        with self._lock:
+            for failure in self.failures:
+                if failure.times > 0 and re.search(failure.pattern, path):
+                    failure.times -= 1
+                    return failure
+        return None
+
+
+def _sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is_lfs(name: str) -> bool:
+    return name.endswith(LFS_SUFFIXES)
+
+
+def _describe(name: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _sha1(content)}
+    if _is_lfs(name):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return entry
+
+
+class _RefusalError(Exception):
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message} if code else {"X-Error-Message": message}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def log_message(self, *_: object) -> None:
+        """The log is `requests`."""
+
+    def do_HEAD(self) -> None:
+        self._respond()
+
+    def do_GET(self) -> None:
+        self._respond()
+
+    def _respond(self) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append(Request(self.command, path, self._token()))
+        if failure := self.hub.next_failure(path):
+            self._send(failure.status, b"", failure.headers)
+            return
+        try:
+            self._route(path)
+        except _RefusalError as refusal:
+            self._send(refusal.status, b"", refusal.headers)
+
+    def _route(self, path: str) -> None:
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self._send_info(match[1], unquote(match[2] or "main"))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._send_tree(match[1], unquote(match[2]))
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._send_file(match[1], unquote(match[2]), unquote(match[3]))
+        elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            self._send_content(self.hub.repos[match[1]].commits[match[2]][unquote(match[3])], {})
+        else:
+            raise _RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _token(self) -> str | None:
+        scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+        return token if scheme == "Bearer" else None
+
+    def _find(self, repo_id: str, revision: str) -> tuple[Repo, str]:
+        token = self._token()
+        if token and token not in self.hub.tokens:
+            raise _RefusalError(401, "", "Invalid credentials in Authorization header")
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and token != repo.token):
+            raise _RefusalError(404 if token else 401, "RepoNotFound", "Repository not found")
+        commit = repo.find(revision)
+        if commit is None:
+            raise _RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo, commit
+
+    def _send_info(self, repo_id: str, revision: str) -> None:
+        repo, commit = self._find(repo_id, revision)
+        siblings = [
+            {"rfilename": name, "size": len(content), "blobId": _sha1(content)}
+            for name, content in repo.commits[commit].items()
+        ]
+        info = {"id": repo_id, "sha": commit, "private": repo.private, "gated": repo.gated, "siblings": siblings}
+        self._send_json(info | {"tags": [], "downloads": 0, "likes": 0})
+
+    def _send_tree(self, repo_id: str, revision: str) -> None:
+        repo, commit = self._find(repo_id, revision)
+        files = repo.commits[commit]
+        folders = sorted({name.rpartition("/")[0] for name in files if "/" in name})
+        self._send_json(
+            [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
+            + [_describe(name, content) for name, content in sorted(files.items())]
+        )
+
+    def _send_file(self, repo_id: str, revision: str, name: str) -> None:
+        repo, commit = self._find(repo_id, revision)
+        if repo.gated and self._token() != repo.token:
+            raise _RefusalError(403 if self._token() else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        if name not in repo.commits[commit]:
+            raise _RefusalError(404, "EntryNotFound", "Entry not found")
+        content = repo.commits[commit][name]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_sha1(content)}"'}
+        if _is_lfs(name):
+            headers |= {
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "Location": f"{self.hub.cdn_url}/cdn/{repo_id}/{commit}/{name}",
+            }
+            self._send(302, b"", headers)
+        else:
+            self._send_content(content, headers)
+
+    def _send_content(self, content: bytes, headers: dict[str, str]) -> None:
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if start is None:
+            self._send(200, content, headers | {"Accept-Ranges": "bytes"})
+            return
+        begin = int(start[1])
+        self._send(
+            206, content[begin:], headers | {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+        )
+
+    def _send_json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _handler_of(hub: LoopbackHub) -> type[_Handler]:
+    return type("Handler", (_Handler,), {"hub": hub})
