@@ -178,8 +178,8 @@ class AdapterEntry(Model):
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [
-                {"required": ["path"]},
-                {"required": ["combine", "name"], "properties": {"revision": False, "expect": False}},
+                {"required": ["path"], "properties": {"combine": False}},
+                {"required": ["combine", "name"], "properties": {"path": False, "revision": False, "expect": False}},
             ]
         }
     )
@@ -205,7 +205,7 @@ class FileEntry(Model):
 
     model_config = ConfigDict(title="merge-gate configuration")
 
-    version: Annotated[Literal[1], WithJsonSchema({"type": "integer", "const": 1})] = Field(
+    version: Annotated[int, Field(ge=1, le=1), WithJsonSchema({"type": "integer", "const": 1})] = Field(
         description="Version of this format: 1."
     )
     base: Base | None = Field(None, description="The base of all adapters that do not name their own.")

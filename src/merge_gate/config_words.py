@@ -43,6 +43,13 @@ _KINDS = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+_BOUNDS = {
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:.0f}",
+    "finite_number": "a finite number",
+    "string_too_long": "at most {max_length} characters long",
+}
 _EMPTY = {"adapters": "a gate that checks nothing proves nothing: list at least one adapter"}
 _OTHER_NAMES = {
     "fp16": "float16", "f16": "float16", "half": "float16", "torch.float16": "float16",
@@ -112,25 +119,22 @@ def wrong_value(error: Mapping[str, object], value: Value, loc: Loc) -> tuple[st
     """
     kind, context = str(error["type"]), error.get("ctx")
     facts = context if isinstance(context, dict) else {}
+    if loc == ("version",):
+        return f"{label(loc)} must be the number 1, got {described(value)}", "this is the only version of the format"
     if kind in _KINDS:
         return _wrong_kind(kind, value, loc)
     if kind == "literal_error":
         words = [word.strip("' ") for word in str(facts["expected"]).replace(" or ", ", ").split(", ")]
         return _wrong_word(words, value, loc)
-    if kind == "string_pattern_mismatch":
-        if isinstance(value.data, str) and not value.data.strip():
-            return f"{label(loc)} is empty", f"write {PATTERNS[str(facts['pattern'])]}"
-        return f"{label(loc)} must be {PATTERNS[str(facts['pattern'])]}, got {described(value)}", ""
-    expected = {
-        "greater_than": "greater than {gt:g}",
-        "greater_than_equal": "at least {ge:g}",
-        "less_than_equal": "at most {le:.0f}",
-        "finite_number": "a finite number",
-        "string_too_long": "at most {max_length} characters long",
-    }.get(kind, "something else")
     if kind == "too_short":
         return f"{label(loc)} is empty", _EMPTY.get(str(loc[-1]), "name at least one")
-    return f"{label(loc)} must be {expected.format(**facts)}, got {described(value)}", ""
+    if kind == "string_pattern_mismatch":
+        wanted = PATTERNS[str(facts["pattern"])]
+        if isinstance(value.data, str) and not value.data.strip():
+            return f"{label(loc)} is empty", f"write {wanted}"
+    else:
+        wanted = _BOUNDS.get(kind, "something else").format(**facts)
+    return f"{label(loc)} must be {wanted}, got {described(value)}", ""
 
 
 def _wrong_kind(kind: str, value: Value, loc: Loc) -> tuple[str, str]:
@@ -152,7 +156,5 @@ def _wrong_kind(kind: str, value: Value, loc: Loc) -> tuple[str, str]:
 
 
 def _wrong_word(words: list[str], value: Value, loc: Loc) -> tuple[str, str]:
-    if loc == ("version",):
-        return f"{label(loc)} must be the number 1, got {described(value)}", "this is the only version of the format"
     hint = nearest(value.data, words) if isinstance(value.data, str) else ""
     return f"{label(loc)} must be one of {', '.join(words)}; got {described(value)}", hint

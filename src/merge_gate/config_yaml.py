@@ -113,7 +113,8 @@ class _Loader(yaml.SafeLoader):
         self.nodes += 1
         if self.depth > MAX_DEPTH or self.nodes > MAX_VALUES:
             what = f"deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
-            raise yaml.MarkedYAMLError(problem=what, problem_mark=self.get_mark())
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
