@@ -1,0 +1,82 @@
+# One image, three uses: the action's container, a job's `container:`, and `docker run` on a laptop.
+#
+#   docker build --build-arg VARIANT=cpu  -t merge-gate:cpu .
+#   docker build --build-arg VARIANT=cuda -t merge-gate:cuda .
+#   docker run --rm -u "$(id -u):$(id -g)" -v "$PWD:/work:ro" -v "$PWD/out:/out" merge-gate:cpu run gate.yml --output /out
+#
+# The base is python:slim and the CUDA libraries are those of torch's own wheels: a CUDA base image would bring a
+# second copy of them, and its NVIDIA_REQUIRE_CUDA refuses drivers that the wheels run on.
+# An exact tag here; the release workflow resolves it to a digest and records that in the image's labels.
+ARG BASE_IMAGE=python:3.11.14-slim-trixie
+
+# --- the environment: everything but merge-gate, by hash ------------------------------------------------------------
+FROM ${BASE_IMAGE} AS environment
+ARG VARIANT=cpu
+# The CPU build of torch is not on the default package index. The locks' hashes decide what is accepted.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY requirements/ /requirements/
+# The secret is an optional pip.conf, for builds behind a mirror; it never becomes part of a layer.
+# bitsandbytes ships its library for every CUDA, ROCm and XPU version; the CPU image keeps the one for CPUs.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
+    set -eu; \
+    set --; \
+    if [ "${VARIANT}" = cpu ] && [ -n "${TORCH_INDEX}" ]; then set -- --extra-index-url "${TORCH_INDEX}"; fi; \
+    python -m venv --without-pip /opt/merge-gate; \
+    pip --python /opt/merge-gate/bin/python install "$@" --only-binary :all: \
+        --require-hashes --requirement "/requirements/image-${VARIANT}.txt"; \
+    if [ "${VARIANT}" = cpu ]; then \
+        find /opt/merge-gate -name 'libbitsandbytes_*' ! -name 'libbitsandbytes_cpu*' -delete; \
+    fi
+
+# --- merge-gate's own wheel -------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS wheel
+COPY requirements/build.txt /requirements/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
+    pip install --root-user-action=ignore --require-hashes --only-binary :all: -r /requirements/build.txt
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY src/ src/
+RUN pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels .
+
+# --- the image --------------------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE}
+ARG VARIANT=cpu
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+ARG SOURCE=https://github.com/OWNER/merge-gate
+ARG BASE_DIGEST=unknown
+LABEL org.opencontainers.image.title="merge-gate" \
+      org.opencontainers.image.description="Merges PEFT adapters into a scratch copy of their base and proves every parameter finite" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST}"
+
+COPY --from=environment /opt/merge-gate /opt/merge-gate
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip --python /opt/merge-gate/bin/python install --no-deps --no-index --no-cache-dir /wheels/*.whl
+COPY entrypoint.py /opt/merge-gate/entrypoint.py
+
+# There is no USER: a job's container must be able to run as root, and `docker run` passes the caller's uid. An uid
+# without a passwd entry has no home and no name, so both are given here; caches go where any uid can write.
+# NVIDIA_*: for hosts whose default runtime is NVIDIA's, which reads them. MERGE_GATE_IMAGE tells the action that it
+# runs inside this image.
+ENV PATH=/opt/merge-gate/bin:$PATH \
+    HOME=/tmp/home \
+    USER=merge-gate \
+    LOGNAME=merge-gate \
+    HF_HOME=/tmp/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
+    TRITON_CACHE_DIR=/tmp/triton \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    MERGE_GATE_IMAGE=${VARIANT}
+
+WORKDIR /work
+ENTRYPOINT ["/opt/merge-gate/bin/python", "-I", "/opt/merge-gate/entrypoint.py"]
+CMD ["--help"]
