@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")
 
@@ -64,6 +64,7 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.failures: list[Failure] = []
         self.tokens: set[str] = set()
+        self.on_request: Callable[[str], object] = lambda path: path
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -156,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(Request(self.command, path, self._token()))
+        self.hub.on_request(path)
         if failure := self.hub.next_failure(path):
             self._send(failure.status, b"", failure.headers)
             return

@@ -6,6 +6,7 @@ HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE once, when it is imported.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.errors import ResolveError
+from merge_gate.hub import translate
 from merge_gate.records import AdapterSpec, BaseSpec
 from merge_gate.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
 from tests.hub import LoopbackHub
@@ -208,6 +210,15 @@ def test_a_link_outside_a_cache_is_read_whatever_its_target_is_called(tmp_path: 
     assert digest_directory(str(tmp_path / "d"), ["file"]) == digest_directory(str(tmp_path / "e"), ["file"])
 
 
+def test_a_blob_of_the_cache_is_taken_by_its_name(tmp_path: Path) -> None:
+    """Its content differs from its name here, so that a reader would be found out."""
+    repository = tmp_path / "models--acme--base"
+    make_directory(repository / "blobs", {"a" * 64: b"not that"})
+    snapshot = make_directory(repository / "snapshots" / "c0ffee", {})
+    (snapshot / "w").symlink_to(f"../../blobs/{'a' * 64}")
+    assert digest_directory(str(snapshot), ["w"]) == hashlib.sha256(f"{'a' * 64}  w\n".encode()).hexdigest()
+
+
 # --- the Hub -------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +242,20 @@ def test_tags_branches_and_commits_are_pinned(hub: LoopbackHub, client: Client) 
     calls = [{"kind": "adapter", "id": "acme/lora", "revision": revision} for revision in (None, "v1", old, new)]
     assert [answer["commit"] for answer in client.ask(*calls)] == [new, old, old, new]
     assert [answer["commit"] for answer in client.ask(*calls, HF_HUB_OFFLINE="1")] == [new, old, old, new]
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(hub: LoopbackHub, client: Client) -> None:
+    pinned = hub.add_repo("acme/lora", ADAPTER)
+    asked = iter(("first", "second"))
+
+    def move(path: str) -> None:
+        if path.startswith("/api/models") and next(asked, None) == "second":
+            hub.add_repo("acme/lora", {"adapter_config.json": b"moved"})
+
+    hub.on_request = move
+    answer = client.adapter("acme/lora")
+    assert answer["commit"] == pinned
+    assert answer["names"] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_branch_with_a_slash(hub: LoopbackHub, client: Client) -> None:
@@ -389,7 +414,7 @@ def test_a_failure_during_the_download(hub: LoopbackHub, client: Client) -> None
     assert "refused the request" in client.adapter("acme/lora")["error"]
 
 
-def test_a_full_disk_and_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     (tmp_path / "file").touch()
     answer = client.adapter("acme/lora", HF_HOME=str(tmp_path / "file"))
@@ -406,6 +431,29 @@ def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client) -> None:
 def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client) -> None:
     url = hub.url.replace("http://", f"http://user:{SECRET}@")
     assert "not found" in client.adapter("acme/absent", HF_ENDPOINT=url)["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+        (TimeoutError(), "did not answer in time"),
+        (ConnectionResetError(), "cannot be reached"),
+        (OSError("Consistency check failed: file should be of size 2 but has size 1"), "arrived incomplete"),
+    ],
+)
+def test_errors_that_no_loopback_server_can_cause(error: OSError, message: str) -> None:
+    wrapped = RuntimeError("somewhere deep in a thread pool")
+    wrapped.__cause__ = error
+    translated = translate(wrapped, "'acme/lora'")
+    assert translated is not None
+    assert message in translated.message
+    assert "acme/lora" in translated.message
+
+
+def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
+    assert translate(ZeroDivisionError(), "'acme/lora'") is None
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> It
     if config.get("peft_type") != _LORA or not _is_integer(rank) or patterned:
         return
     factors = [tensor for tensor in tensors if _LORA_A.search(tensor.name)]
-    if not factors or any(len(tensor.shape) < 2 or tensor.shape[0] == rank for tensor in factors):  # noqa: PLR2004
+    if not factors or any(len(tensor.shape) < 2 or tensor.shape[0] in {0, rank} for tensor in factors):  # noqa: PLR2004
         return
     found = sorted({tensor.shape[0] for tensor in factors})
     ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")

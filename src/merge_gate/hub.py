@@ -144,7 +144,7 @@ class _Repository:
             try:
                 return request()
             except Exception as error:
-                translated = _translate(error, self.what)
+                translated = translate(error, self.what)
                 if translated is None:
                     raise
                 wait_s = _pause(error, pause_s)
@@ -195,7 +195,7 @@ def _chain(error: BaseException) -> tuple[BaseException, ...]:
     return tuple(chain)
 
 
-def _translate(error: Exception, what: str) -> ResolveError | None:
+def translate(error: Exception, what: str) -> ResolveError | None:
     """The sentence for an error of huggingface_hub, of its HTTP client (httpx, httpx2) or of the disk; else None."""
     if isinstance(error, ResolveError):
         return error

@@ -40,7 +40,8 @@ PICKLE_NAME = "adapter_model.bin"
 _LISTED = 8
 _MAX_ENTRIES = 10_000
 _MODEL_FILES = re.compile(r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)$")
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_ZIP = b"PK\x03\x04"
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
@@ -222,19 +223,26 @@ def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
 
 
 def _check_pickle(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...]:
-    """Whether the file can be torch's (a zip archive, or before torch 1.6 a bare pickle). Nothing is unpickled."""
+    """Whether the file can be torch's (a zip archive, before torch 1.6 a bare pickle). Nothing is unpickled."""
     if not size_bytes:
         raise CorruptFileError("is empty (0 bytes)")
     file.seek(0)
     start = file.read(len(_ZIP))
     if start == _ZIP:
-        if not zipfile.is_zipfile(file):
-            raise CorruptFileError(
-                f"is truncated: it starts as a zip archive whose end is not in its {size_bytes:,} bytes"
-            )
-    elif not start.startswith(_PICKLE):
+        _check_archive(file, size_bytes)
+    elif not _PICKLE.match(start):
         raise CorruptFileError(f"is not torch's format but {other_format(file) or 'something unknown'}")
     return ()
+
+
+def _check_archive(file: BufferedReader, size_bytes: int) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CorruptFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CorruptFileError("is a zip archive, but none that torch.save wrote (it has no data.pkl)")
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:
