@@ -313,6 +313,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "a file": (HEAD + "  - ./adapters/weights.safetensors\n", '3:5: "./adapters/weights.safetensors" is a file, expec'),
     "no match": (HEAD + "  - ./adapters/x-*\n", '3:5: no directory matches "./adapters/x-*" ('),
     "only files match": (HEAD + "  - ./adapters/*.safetensors\n", '3:5: no directory matches "./adapters/*.safetensors" (only files)'),
+    "too long for the system": (HEAD + f"  - ./{'a' * 3000}\n", '3:5: no such directory: "./aaa'),
+    "glob too long for the system": (HEAD + f"  - '{'*a' * 1000}'\n", '3:5: no directory matches "*a*a'),
     "two stars": (HEAD + "  - ./**/x\n", '3:5: "./**/x": "**" is not supported'),
     "name of a glob": (HEAD + "  - path: ./adapters/team-*\n    name: x\n", '4:5: "name" has no meaning for the glob'),
     "revision of a glob": (HEAD + "  - path: ./adapters/team-a*\n    revision: x\n", "4:5: revision has no meaning for a directory"),
@@ -382,6 +384,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "itself": (COMBINE + "{method: cat, adapters: [both], weights: [1]}\n", '6:39: "both" is a combination itself'),
     "member twice": (COMBINE + "{method: cat, adapters: [support, support], weights: [1, 1]}\n", '6:48: "support" is named twice'),
     "no members": (COMBINE + "{method: cat, adapters: [], weights: [1]}\n", '6:38: "adapters" is empty'),
+    "too many members": (COMBINE + f"{{method: cat, adapters: [{', '.join('n' + str(n) for n in range(101))}], weights: [1]}}\n", '6:38: "adapters" must be at most 100 entries long, got a list of 101'),
     "weights": (COMBINE + "{method: cat, adapters: [support, billing], weights: [1]}\n", "6:67: 1 weights for 2 adapters"),
     "weight as text": (COMBINE + "{method: cat, adapters: [support], weights: ['1']}\n", '6:59: entry 1 of "weights" must be a number, got'),
     "weight infinite": (COMBINE + "{method: cat, adapters: [support], weights: [1e999]}\n", '6:59: entry 1 of "weights" must be a finite number, got the number 1e999'),
@@ -464,7 +467,7 @@ def test_no_file_suggests_the_one_that_is_there(place: Path) -> None:
 
 def test_a_directory_suggests_the_file_in_it(place: Path) -> None:
     (place / "merge-gate.yml").touch()
-    with pytest.raises(ConfigError, match=r'this is a directory, expected a YAML file \(it holds "merge-gate.yml"\)'):
+    with pytest.raises(ConfigError, match=r'this is a directory, expected a YAML file \(".*" holds "merge-gate.yml"\)'):
         load_config(str(place))
 
 
@@ -654,7 +657,7 @@ BEYOND_SCHEMA = {
     # directories, names and digests of the file system and of other entries
     "no directory", "no directory, nothing near", "no parent", "windows path", "home", "home of nobody",
     "mistyped, not the Hub", "no Hub id", "too many parts", "URL", "a file", "no match", "only files match",
-    "two stars", "name of a glob", "revision of a glob", "revision of a directory", "duplicate name",
+    "two stars", "too long for the system", "glob too long for the system", "name of a glob", "revision of a glob", "revision of a directory", "duplicate name",
     "the same twice", "duplicate in a glob", "duplicate given name", "name of the root", "no base",
     "base revision alone", "base revision of a directory", "outside", "absolute", "blank file", "unknown member",
     "itself", "weights", "another base",

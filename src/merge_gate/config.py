@@ -17,6 +17,7 @@ Problems of stage 3 do not stop stage 4: the parts that are right are looked at 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -131,14 +132,14 @@ def _files_near(path: str) -> str:
     from merge_gate.config_words import listed, nearest, quoted  # noqa: PLC0415 (needed on failure only)
 
     asked = Path(path)
-    directory = asked if asked.is_dir() else asked.parent
+    is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
+    directory = asked if is_directory else asked.parent
     try:
         names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
     except OSError:
         return f"there is no directory {quoted(str(directory))}"
-    if asked.is_dir():
-        return f"it holds {listed(map(quoted, names))}" if names else "it holds no YAML file"
-    return nearest(asked.name, names) or (f"there is {listed(map(quoted, names))}" if names else "check the path")
+    there = listed(map(quoted, names)) or "no YAML file"
+    return (nearest(asked.name, names) if not is_directory else "") or f"{quoted(str(directory))} holds {there}"
 
 
 def _text(raw: bytes, path: str) -> str:

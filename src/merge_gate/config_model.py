@@ -33,6 +33,8 @@ PRUNING = tuple(name for name in METHODS if name.startswith(("ties", "dare", "ma
 SIGN_ELECTING = tuple(name for name in METHODS if "ties" in name)
 """The methods that elect a sign: they take `majority_sign_method`."""
 
+MAX_MEMBERS = 100
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SEVERITY_WORDS: list[str | bool] = ["error", "warning", "off", "on", False, True]
 
@@ -157,10 +159,14 @@ class CombineEntry(Model):
     )
 
     method: Method = Field(description="The method of PEFT's add_weighted_adapter.")
-    adapters: Annotated[list[Name], Field(min_length=1, json_schema_extra={"uniqueItems": True})] = Field(
+    adapters: Annotated[
+        list[Name], Field(min_length=1, max_length=MAX_MEMBERS, json_schema_extra={"uniqueItems": True})
+    ] = Field(
         description="The names of the adapters to combine; each is listed under adapters and is not a combination."
     )
-    weights: Annotated[list[Number], Field(min_length=1)] = Field(description="One weight per adapter, in their order.")
+    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = Field(
+        description="One weight per adapter, in their order."
+    )
     density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         None, description="The share of values that pruning keeps. Needed by ties, dare and magnitude_prune methods."
     )

@@ -5,6 +5,9 @@ Looks at which directories exist, never into an adapter or a base. A name that r
 Hub id: a mistyped directory must not become a download from whoever owns that name on the Hub.
 """
 
+# os.path says False where pathlib raises (a name too long), and keeps ./ as written:
+# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH207
+
 from __future__ import annotations
 
 import glob
@@ -30,7 +33,7 @@ class Unusable(Exception):  # noqa: N818 (not an error of the program: it carrie
 
 def is_glob(written: str, directory: Path) -> bool:
     """Say whether the text is a pattern. A directory that has just this name is no pattern."""
-    return bool(_GLOB.search(written)) and not _absolute(written, directory).is_dir()
+    return bool(_GLOB.search(written)) and not os.path.isdir(_absolute(written, directory))
 
 
 def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> tuple[str | None, str | None]:
@@ -47,13 +50,13 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
         Unusable: neither.
     """
     place = _absolute(written, directory)
-    if place.is_dir():
+    if os.path.isdir(place):
         return os.path.normpath(place), None
-    if place.exists():
+    if os.path.exists(place):
         raise Unusable(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
-    beside = not path_like and not on_hub and "/" in written and (directory / first).is_dir()
+    beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
     if _is_hub_id(written, owner_needed=owner_needed) and not path_like and not beside:
         return None, written
     raise Unusable(*_nothing_there(written, place, path_like=path_like, beside=first if beside else ""))
@@ -68,10 +71,10 @@ def find_all(pattern: str, directory: Path) -> list[tuple[str, str]]:
     if "**" in pattern:
         raise Unusable(f'{quoted(pattern)}: "**" is not supported', "write one * for each level")
     relative = not (Path(pattern).is_absolute() or pattern.startswith("~"))
-    start = os.path.join(glob.escape(str(directory)), "") if relative else ""  # noqa: PTH118 (keeps ./ as written)
-    matches = sorted(glob.glob(start + os.path.expanduser(pattern)))  # noqa: PTH111, PTH207 (as above)
-    plain_start = os.path.join(directory, "") if relative else ""  # noqa: PTH118
-    found = [(m[len(plain_start) :], os.path.normpath(m)) for m in matches if Path(m).is_dir()]
+    start = os.path.join(glob.escape(str(directory)), "") if relative else ""
+    matches = sorted(glob.glob(start + os.path.expanduser(pattern)))
+    plain_start = os.path.join(directory, "") if relative else ""
+    found = [(m[len(plain_start) :], os.path.normpath(m)) for m in matches if os.path.isdir(m)]
     if not found:
         files = " (only files)" if matches else ""
         raise Unusable(f"no directory matches {quoted(pattern)}{files}", _siblings(_literal_part(pattern, directory)))
@@ -120,7 +123,7 @@ def _siblings(parent: Path, written: str = "") -> str:
 
 def _literal_part(pattern: str, directory: Path) -> Path:
     """Return the deepest directory that a pattern names without a wildcard."""
-    parts = Path(os.path.expanduser(pattern)).parts[:-1]  # noqa: PTH111
+    parts = Path(os.path.expanduser(pattern)).parts[:-1]
     plain: list[str] = []
     for part in parts:
         if _GLOB.search(part):

@@ -48,6 +48,7 @@ _BOUNDS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:.0f}",
     "finite_number": "a finite number",
+    "too_long": "at most {max_length} entries long",
     "string_too_long": "at most {max_length} characters long",
 }
 _EMPTY = {"adapters": "a gate that checks nothing proves nothing: list at least one adapter"}
@@ -94,7 +95,9 @@ def described(value: Value) -> str:
         return f"the number {quoted(value.raw)[1:-1]}"
     if isinstance(value.data, str):
         return f"the text {quoted(value.data)}"
-    return "a list" if isinstance(value.data, list) else "a mapping" if isinstance(value.data, dict) else "nothing"
+    if isinstance(value.data, list):
+        return f"a list of {len(value.data)}" if value.data else "an empty list"
+    return "a mapping" if isinstance(value.data, dict) else "nothing"
 
 
 def label(loc: Loc) -> str:
