@@ -217,19 +217,19 @@ class _Reader:
 
 
 def _join(node: yaml.Node, own: dict[str, Value], keys: dict[str, tuple[int, int]], merged: list[Value]) -> Value:
-    children: dict[str, Value] = {}
+    children: dict[str | int, Value] = {}
     places: dict[str, tuple[int, int]] = {}
     for source in reversed(merged):
-        children.update({str(key): child for key, child in source.children.items()})
+        children.update(source.children)
         places.update(source.keys)
-    children.update(own)
+    children.update(own.items())
     places.update(keys)
     line, column = _start(node)
     size = 1 + sum(child.size for child in children.values())
     if size > MAX_VALUES:
         return Value(data=None, line=line, column=column, size=size, broken=True)
-    data: dict[str, Plain] = {key: child.data for key, child in children.items()}
-    return Value(data=data, line=line, column=column, children={**children}, keys=places, size=size)
+    data: dict[str, Plain] = {str(key): child.data for key, child in children.items()}
+    return Value(data=data, line=line, column=column, children=children, keys=places, size=size)
 
 
 def _plain(kind: str, raw: str) -> Plain:
