@@ -66,8 +66,6 @@ class Outcome:
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the gate as the inputs ask; return the step's exit code."""
     token = environ.get("MERGE_GATE_INPUT_HF_TOKEN", "")
-    if token:
-        _say(workflow.command("add-mask", token))
     inputs = None
     try:
         inputs = read_inputs(words, environ)

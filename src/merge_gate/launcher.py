@@ -157,7 +157,8 @@ def _mounts(run: ContainerRun, cache: Path) -> list[dict[str, Any]]:
 def command(run: ContainerRun, gpus: str) -> list[str]:
     """Return the words for the container's entrypoint. Where GPUs were asked for, a CPU is no answer."""
     device = "cuda" if gpus and run.device == "auto" else run.device
-    return ["run", str(run.config), "--output", str(run.output), "--device", device, *run.arguments]
+    config = os.path.relpath(run.config, run.workspace)
+    return ["run", config, "--output", str(run.output), "--device", device, *run.arguments]
 
 
 def environment(run: ContainerRun, cache: Path, canaries: Sequence[Path], gpus: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ In: a `ContainerRun`, of which the image means nothing here. Out: the gate's exi
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
         )
     environ, device = _gpus(run)
     # -P: the workspace is the child's working directory and must not be where it imports from.
-    words = ["run", str(run.config), "--output", str(run.output), "--device", device, *run.arguments]
+    config = os.path.relpath(run.config, run.workspace)
+    words = ["run", config, "--output", str(run.output), "--device", device, *run.arguments]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "merge_gate", *words],
         cwd=run.workspace,

@@ -67,8 +67,8 @@ def _install(target: Path, lock: Path, environ: Mapping[str, str]) -> None:
     if trouble:
         raise LauncherError(
             f"the Docker SDK for Python is not on this runner and cannot be installed: {trouble}",
-            hint=f"install it for {sys.executable} (`pip install 'docker>=7.1'`), or pip (`apt-get install python3-pip`) "
-            "and let the action do it, or use `runtime: native` in merge-gate's image",
+            hint=f"install it for {sys.executable} (`pip install 'docker>=7.1'`), or install pip (`apt-get install "
+            "python3-pip`) and let the action do it, or use `runtime: native` in merge-gate's image",
         )
 
 

@@ -1,0 +1,172 @@
+"""Runs a workflow with act on this machine, offline, and returns what it did as values."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+UPLOAD = "actions/upload-artifact@043fb46d1a93c77aae656e7c1c64a875d1fc6a0a"
+ACTION_FILES = ("action.yml", "entrypoint.py", "requirements/launcher.txt", "src")
+
+
+def copy_action(target: Path) -> None:
+    """The action as a checkout has it: the files that its steps use, and nothing that a build left behind."""
+    for name in ACTION_FILES:
+        source, copy = ROOT / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, copy)
+
+
+def make_repository(directory: Path, workflow: str) -> Path:
+    """A git repository with one workflow of tests/e2e/workflows."""
+    target = directory / ".github" / "workflows" / workflow
+    target.parent.mkdir(parents=True)
+    shutil.copy2(HERE / "workflows" / workflow, target)
+    git = ["git", "-C", str(directory), "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "gc.auto=0"]
+    subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
+    subprocess.run([*git, "add", "-A", "-f"], check=True)
+    subprocess.run([*git, "commit", "-qm", "test"], check=True)
+    return directory
+
+
+@dataclass
+class ActRun:
+    code: int
+    raw: str
+    records: list[dict]
+    artifacts: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def commands(self, name: str) -> list[dict]:
+        return [record for record in self.records if record.get("command") == name]
+
+    def outputs(self, step: str) -> dict[str, str]:
+        """Outputs of a step, by the id that the workflow gives it."""
+        found = {}
+        for record in self.commands("set-output"):
+            if record.get("stepID") == [step]:
+                found[record["name"]] = record["arg"]
+        return found
+
+    @property
+    def text(self) -> str:
+        return "".join(str(record.get("msg", "")) for record in self.records)
+
+    def lines(self) -> list[str]:
+        """What the steps printed, as they printed it."""
+        return [line for record in self.records if record.get("raw_output") for line in record["msg"].splitlines()]
+
+    def report(self, name: str | None = None) -> dict:
+        name = name or next(iter(self.artifacts))
+        return json.loads(self.artifacts[name]["report.json"])
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(path: list[Path], home: Path, **more: str) -> dict[str, str]:
+    """A scrubbed environment: nothing of this machine's but what pip and TLS need."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_CA"))}
+    search = os.pathsep.join(
+        [*map(str, path), "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+    )
+    node = Path(shutil.which("node") or "/usr/bin/node").parent
+    return {
+        **kept,
+        "PATH": f"{search}{os.pathsep}{node}",
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def run_act(
+    act: Path,
+    repository: Path,
+    workflow: str,
+    scratch: Path,
+    *,
+    python: Path,
+    consumer_of: Path | None = None,
+    secrets: dict[str, str] | None = None,
+    environ: dict[str, str] | None = None,
+    terminate_when: str = "",
+    timeout_s: float = 240,
+) -> ActRun:
+    """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file."""
+    home, store = scratch / "home", scratch / "artifacts"
+    home.mkdir(parents=True)
+    secret_file = home / "secrets"
+    secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
+    words = [
+        act, "push", "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
+        "-P", "ubuntu-24.04=-self-hosted", "-P", "self-hosted=-self-hosted",
+        "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
+        "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
+        "--artifact-server-port", free_port(),
+        "--local-repository", f"{UPLOAD}={HERE / 'upload-artifact-standin'}",
+    ]  # fmt: skip
+    if consumer_of:
+        words += ["--local-repository", f"acme/merge-gate@v1={consumer_of}"]
+    log = scratch / "act.jsonl"
+    with log.open("w+", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=repository,
+            env=environment([python], home, **(environ or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            if terminate_when:
+                _wait_for(log, terminate_when, timeout_s)
+                process.send_signal(signal.SIGINT)
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+    raw = log.read_text(encoding="utf-8")
+    return ActRun(code, raw, _records(raw), _artifacts(store))
+
+
+def _wait_for(log: Path, text: str, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while text not in log.read_text(encoding="utf-8"):
+        if time.monotonic() > end:
+            raise AssertionError(f"{text!r} did not appear in {log}")
+        time.sleep(0.1)
+
+
+def _records(raw: str) -> list[dict]:
+    records = []
+    for line in raw.splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def _artifacts(store: Path) -> dict[str, dict[str, bytes]]:
+    found = {}
+    for archive in sorted(store.glob("*/*/*.zip")):
+        with zipfile.ZipFile(io.BytesIO(archive.read_bytes())) as opened:
+            assert opened.testzip() is None
+            found[archive.stem] = {name: opened.read(name) for name in opened.namelist()}
+    return found

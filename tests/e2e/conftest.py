@@ -1,0 +1,167 @@
+"""What the end-to-end tests share: tools, an engine, the image, the demo's files. A missing tool is a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.demo import make_demo
+from tests.e2e.act import ROOT, copy_action
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BASE_IMAGE = "localhost/merge-gate-base:trixie"
+IMAGE = "localhost/merge-gate:e2e"
+GREEN = "version: 1\nbase: {model: ./base, dtype: float16}\nadapters:\n  - ./adapters/good\n"
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
+    """Where .ci/install-e2e.sh put its tools."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(os.environ.get("MERGE_GATE_E2E_HOME") or Path(cache) / "merge-gate-e2e")
+    assert (directory / "tools" / "bin" / "act").is_file(), f"no tools in {directory}: run .ci/install-e2e.sh first"
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tool(home: Path):
+    return lambda name: home / "tools" / "bin" / name
+
+
+@pytest.fixture(scope="session")
+def installed() -> Path:
+    """The directory of a python3 that has merge-gate: a runner after `pip install merge-gate`."""
+    return Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a python3 that has pip and nothing else: a plain runner."""
+    directory = tmp_path_factory.mktemp("bare") / "python"
+    venv.create(directory, with_pip=True)
+    return directory / "bin"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base, adapters and configuration, and beside it one configuration that is green."""
+    directory = tmp_path_factory.mktemp("demo") / "gate"
+    make_demo(directory)
+    (directory / "green.yml").write_text(GREEN, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def own_repository(tmp_path: Path, demo: Path) -> Path:
+    """A checkout of the action itself, with adapters in it."""
+    directory = tmp_path / "repository"
+    copy_action(directory)
+    shutil.copytree(demo, directory / "gate")
+    return directory
+
+
+@pytest.fixture
+def repository(tmp_path: Path, demo: Path) -> Path:
+    """A checkout of somebody's adapters."""
+    directory = tmp_path / "repository"
+    directory.mkdir()
+    shutil.copytree(demo, directory / "gate")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The action as a release has it."""
+    directory = tmp_path_factory.mktemp("released") / "merge-gate"
+    directory.mkdir()
+    copy_action(directory)
+    return directory
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def podman_environment(home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "CONTAINERS_CONF_OVERRIDE": str(home / "containers.conf"),
+        "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def podman(podman_environment: dict[str, str]):
+    def run(*words: object, check: bool = True) -> str:
+        done = subprocess.run(
+            ["podman", *map(str, words)], env=podman_environment, check=False, capture_output=True, text=True
+        )
+        assert not check or done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine(podman_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """podman's Docker-compatible API; the value is DOCKER_HOST."""
+    socket = tmp_path_factory.mktemp("engine") / "podman.sock"
+    service = subprocess.Popen(["podman", "system", "service", "--time=0", f"unix://{socket}"], env=podman_environment)
+    try:
+        for _ in range(100):
+            if socket.is_socket():
+                break
+            time.sleep(0.1)
+        yield f"unix://{socket}"
+    finally:
+        service.terminate()
+        service.wait(10)
+
+
+@pytest.fixture(scope="session")
+def image(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The image, built from the real Dockerfile on the local base; pip's settings are this machine's, as mounts."""
+    secret = tmp_path_factory.mktemp("pip") / "pip.conf"
+    secret.write_text(_pip_settings(), encoding="utf-8")
+    directories = {"/etc/ssl/certs", *_find_links()}
+    # buildah caps a build's limits below this machine's otherwise, and RUN fails.
+    limits = [f"--ulimit={name}={_hard(flag)}:{_hard(flag)}" for name, flag in (("nofile", "n"), ("nproc", "u"))]
+    podman(
+        "build", "--network=host", "--pull=never", *limits,
+        *(f"--volume={directory}:{directory}:ro" for directory in sorted(directories)),
+        f"--secret=id=pip-conf,src={secret}",
+        f"--build-arg=BASE_IMAGE={BASE_IMAGE}", "--build-arg=TORCH_INDEX=", "--build-arg=VERSION=0.0.1",
+        f"--tag={IMAGE}", ROOT,
+    )  # fmt: skip
+    return IMAGE
+
+
+def _hard(flag: str) -> str:
+    return subprocess.run(["bash", "-c", f"ulimit -H{flag}"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _settings() -> dict[str, str]:
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    ).stdout
+    pairs = (line.partition("=") for line in listed.splitlines() if "=" in line)
+    return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
+
+
+def _pip_settings() -> str:
+    kept = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout", "proxy")
+    return "\n".join(["[global]", *(f"{key} = {value}" for key, value in _settings().items() if key in kept), ""])
+
+
+def _find_links() -> list[str]:
+    return [path for path in _settings().get("find-links", "").split() if Path(path).is_dir()]
