@@ -619,7 +619,7 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_the_stored_schema_is_the_current_one() -> None:
-    """After a change: python -m merge_gate schema config > src/merge_gate/schemas/config.schema.json."""
+    """After a change: merge-gate schema config > src/merge_gate/schemas/config.schema.json."""
     assert json.loads(SCHEMA_FILE.read_text()) == config_schema()
 
 
