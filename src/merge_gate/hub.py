@@ -52,11 +52,15 @@ _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders)."""
+    """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
+
+    `is_listed` False: the repository could not be asked what it holds, and the cache does not say either.
+    """
 
     directory: str
     commit: str
     withheld: tuple[str, ...]
+    is_listed: bool = True
 
 
 def fetch(
@@ -70,14 +74,7 @@ def fetch(
             hint="Name a branch, a tag or a commit.",
         )
     repository = _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify)
-    read = repository.from_cache if constants.HF_HUB_OFFLINE else repository.from_network
-    directory, commit, names, wanted = read(choose)
-    if absent := [name for name in wanted if not Path(directory, name).exists()]:
-        raise ResolveError(
-            f"the cache holds {repository.what} in part: {', '.join(absent[:_LISTED])} is not there",
-            hint="Run once with network access (HF_HUB_OFFLINE unset) and the same cache to complete it.",
-        )
-    return Fetched(directory=directory, commit=commit, withheld=tuple(sorted(names - set(wanted))))
+    return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +86,7 @@ class _Repository:
     token: str | None
     notify: Callable[[str], None]
 
-    def from_network(self, choose: Choose) -> tuple[str, str, frozenset[str], tuple[str, ...]]:
+    def from_network(self, choose: Choose) -> Fetched:
         # 1. The commit, and what it holds.
         api = HfApi(token=self.token, library_name="merge-gate")
         info = self._ask(
@@ -111,22 +108,32 @@ class _Repository:
         directory = self._ask(lambda: self._download(self.revision, wanted))
         if Path(directory).name != commit:
             directory = self._ask(lambda: self._download(commit, wanted))
-        return directory, commit, names, wanted
+        return self._check(directory, wanted, withheld=names - set(wanted))
 
-    def from_cache(self, choose: Choose) -> tuple[str, str, frozenset[str], tuple[str, ...]]:
+    def from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
-        commit = Path(directory).name
-        names = frozenset(entry.name for entry in os.scandir(directory)) | self._cached_listing(commit)
-        return directory, commit, names, choose(names)
+        listing = self._cached_listing(commit=Path(directory).name)
+        names = frozenset(path.name for path in Path(directory).iterdir()) | (listing or frozenset())
+        wanted = choose(names)
+        return self._check(directory, wanted, withheld=names - set(wanted), is_listed=listing is not None)
 
-    def _cached_listing(self, commit: str) -> frozenset[str]:
-        """The repository's files as the last download saw them; empty before huggingface_hub 2, which kept no list."""
+    def _check(
+        self, directory: str, wanted: Sequence[str], *, withheld: Iterable[str], is_listed: bool = True
+    ) -> Fetched:
+        """What was wanted must be there: huggingface_hub returns a snapshot in part when a request fails."""
+        if absent := [name for name in wanted if not Path(directory, name).exists()]:
+            raise incomplete(self.what, absent)
+        commit = Path(directory).name
+        return Fetched(directory=directory, commit=commit, withheld=tuple(sorted(withheld)), is_listed=is_listed)
+
+    def _cached_listing(self, commit: str) -> frozenset[str] | None:
+        """The repository's files as the last download saw them; None where huggingface_hub 1 kept no list."""
         if not hasattr(huggingface_hub, "get_cached_repo_tree"):
-            return frozenset()
+            return None
         try:
             return frozenset(file.path for file in huggingface_hub.get_cached_repo_tree(self.repo_id, revision=commit))
         except errors.CachedRepoTreeNotFoundError:
-            return frozenset()
+            return None
 
     def _download(self, revision: str | None, names: Sequence[str], *, local_files_only: bool = False) -> str:
         return snapshot_download(
@@ -159,6 +166,14 @@ class _Repository:
         return (
             shown(self.repo_id) if self.revision is None else f"{shown(self.repo_id)} (revision {shown(self.revision)})"
         )
+
+
+def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
+    """The error for a cache that lacks files of a snapshot."""
+    return ResolveError(
+        f"the cache holds {what} in part: {', '.join(absent[:_LISTED])} is not there",
+        hint="Run once with network access (HF_HUB_OFFLINE unset) and the same cache to complete it.",
+    )
 
 
 def _silence_progress_bars() -> None:

@@ -67,7 +67,15 @@ def resolve_adapter(
         pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
         return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles) if name in names)
 
-    return _fetch(spec.hub_id, spec.revision, choose, name=spec.source, token=token, notify=notify)
+    return _fetch(
+        spec.hub_id,
+        spec.revision,
+        choose,
+        name=spec.source,
+        token=token,
+        notify=notify,
+        needs=(CONFIG_NAME, WEIGHTS_NAME),
+    )
 
 
 def resolve_base(
@@ -116,10 +124,15 @@ def _fetch(
     name: str,
     token: str | None,
     notify: Callable[[str], None],
+    needs: tuple[str, ...] = (),
 ) -> Resolved:
+    """`needs`: files whose absence is the cache's fault, not the repository's, where nothing says what that holds."""
     from merge_gate import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
     fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify)
+    absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
+    if absent and not fetched.is_listed:
+        raise hub.incomplete(shown(repo_id), absent)
     snapshot = Snapshot(name=name, directory=fetched.directory, revision=fetched.commit)
     return Resolved(snapshot=snapshot, withheld=fetched.withheld)
 
@@ -186,12 +199,21 @@ def _advise_no_weights(plain: set[str]) -> str:
 
 def base_weight_files(directory: str) -> tuple[str, ...]:
     """The weight files in a base's directory that transformers will load, with the index first if there is one."""
-    names = frozenset(entry.name for entry in os.scandir(directory))
-    return _choose_weights(names, name=directory, allow_pickle=True)
+    return _choose_weights(_list(directory, name=directory), name=directory, allow_pickle=True)
+
+
+def _list(directory: str, *, name: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(directory))  # noqa: PTH208 (names are all that is wanted)
+    except OSError as error:
+        raise ResolveError(
+            f"the base {shown(name)} cannot be read: {error.strerror or error}",
+            hint="Check that the user who runs the gate may read it.",
+        ) from error
 
 
 def _check_base(directory: str, *, name: str, allow_pickle: bool) -> None:
-    names = frozenset(entry.name for entry in os.scandir(directory))
+    names = _list(directory, name=name)
     if CONFIG_NAME in names and {_MODEL, _MODEL_INDEX, _BIN, _BIN_INDEX} & names:
         raise ResolveError(
             f"the base {shown(name)} has an {CONFIG_NAME} beside its weights: transformers would load that adapter "
