@@ -267,6 +267,11 @@ def overflows() -> tuple[Case, ...]:
         ("overflow-embedding", "embedding", blow_up("lora_embedding_B", 1e8), "embed_tokens.weight"),
         ("overflow-token-rows", "token-rows", poison("tokens_delta", -1e6, "last"), "embed_tokens.weight"),
         ("overflow-conv1d", "conv1d", blow_up("c_proj.lora_B", 1e8), "c_proj.weight"),
+        ("overflow-pissa", "pissa", blow_up("lora_B", 1e8), "v_proj.weight"),
+        ("overflow-olora", "olora", blow_up("lora_B", 1e8), "v_proj.weight"),
+        ("overflow-resized", "resized-target", blow_up("lora_embedding_B", 1e8), "embed_tokens.weight"),
+        ("overflow-both-biases", "both-biases", poison("lora_B.bias", 1e6, "last"), "v_proj.bias"),
+        ("overflow-expert", "fused-experts", blow_up("experts.lora_B", 1e8), "experts"),
     )
     return tuple(
         Case(name, variant, break_, dtype="float16", cause="merged-nonfinite", origin="merge", tensor=tensor)
@@ -485,6 +490,8 @@ def healthy_cases() -> tuple[Case, ...]:
         "saved-embedding",
         "resized-vocabulary",
         "resized-tied",
+        "resized-target",
+        "both-biases",
         "dropout",
         "bfloat16-file",
         "float16-file",
