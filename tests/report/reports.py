@@ -81,7 +81,7 @@ ROUNDING = Finding(
     measured=(("lost_share", 0.81), ("limit", 0.5)),
 )
 CRASH = Finding(
-    check="engine",
+    check="not-judged",
     severity=Severity.ERROR,
     message="the worker was killed by signal 9 (SIGKILL) while it merged model.layers.3.mlp.down_proj",
     hint="the machine probably ran out of memory: 15.2 of 15.6 GB were in use; use a runner with more",
@@ -130,7 +130,7 @@ PASSED = adapter("support")
 WARNED = adapter("legal", findings=(ROUNDING,), line=7)
 FAILED = adapter("billing", Verdict.FAILED, cause="adapter-nonfinite", findings=(MERGED_NAN, NAN, ROUNDING), line=8)
 HALF_FAILED = adapter("summaries", Verdict.FAILED, cause="merged-nonfinite", findings=(OVERFLOW,), base=HALF, line=9)
-CRASHED = adapter("translate-de", Verdict.ERROR, findings=(CRASH,), line=11)
+CRASHED = adapter("translate-de", Verdict.ERROR, cause="not-judged", findings=(CRASH,), line=11)
 
 PASS = report(PASSED, WARNED)
 FAIL = report(PASSED, WARNED, FAILED, HALF_FAILED, CRASHED)
@@ -140,16 +140,17 @@ EMPTY = report(complete=False, bases=())
 
 # --- hostile -------------------------------------------------------------------------------------------------------
 
-_ATTACKS = (
-    "::error::owned", " ::set-output name=x::y", "##[error]owned", "###[group]", "\n::warning::owned", "\r::stop-commands::x",
-    "\x1b[31mred\x1b]8;;http://evil.example\x07", "\u202etxt.exe", "\u2028::error::x", "\x85::error::x", "\u00a0::error::x",
-    "|", "||\n|---|", "`", "``` ", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</details>", "</code>",
-    "@octocat", "![x](http://evil.example/x.png)", "[x](http://evil.example)", "https://evil.example", "www.evil.example",
-    "# heading", "- item", "1. item", "    code", "$$x$$", "&lt;b&gt;", "&#60;b&#62;", "\\", "\\|", "~~x~~", "__x__", "*x*",
-    "[red]rich[/red]", "[/]", ":boom:", "%0A::error::x", "%25", ",line=1", "\ud800", "\x00", "名前" * 30, "e" + "\u0301" * 50,
-    "a" * 700, "::" * 120, "##[" * 60, " :: " * 60, "\ufeff::error::x", "",
+ATTACKS = (
+    "::error::owned", " ::set-output name=x::y", "##[error]owned", "###[group]", "\n::warning::owned",
+    "\r::stop-commands::x", "\u2028::error::x", "\x85::error::x", "\u00a0::error::x", "\ufeff::error::x",
+    "%0A::error::x", "%25", ",line=1", "::" * 120, "##[" * 60, " :: " * 60,
+    "|", "||\n|---|", "`", "``` ", "\\", "\\|", "~~x~~", "__x__", "*x*", "# heading", "- item", "1. item", "    code",
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</details>", "</code>", "&lt;b&gt;", "&#60;b&#62;",
+    "@octocat", "![x](http://evil.example/x.png)", "[x](http://evil.example)", "https://evil.example",
+    "www.evil.example", "#12", "$$x$$", "[red]rich[/red]", "[/]", ":boom:", "\x1b[31mred\x1b]8;;http://evil.example\x07",
+    "\u202etxt.exe", "\ud800", "\x00", "名前" * 30, "e" + "\u0301" * 50, "a" * 700, "",
 )  # fmt: skip
-TEXTS = st.lists(st.sampled_from(_ATTACKS) | st.text(max_size=20), max_size=4).map("".join)
+TEXTS = st.lists(st.sampled_from(ATTACKS) | st.text(max_size=20), max_size=4).map("".join)
 _COUNTS = st.none() | st.integers(0, 10**12)
 _SOME = st.none() | TEXTS
 
@@ -205,3 +206,13 @@ def hostile_reports() -> st.SearchStrategy[Report]:
         bases=st.lists(base, max_size=2).map(tuple),
         adapters=st.lists(adapters(), max_size=4).map(tuple),
     )
+
+
+def runner_obeys(line: str) -> bool:
+    """Whether a GitHub runner takes the line for a command (actions/runner, ActionCommand.cs)."""
+    return line.lstrip().startswith("::") or "##[" in line
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as a runner may see them: carriage returns and form feeds break a line too."""
+    return text.splitlines()

@@ -36,7 +36,11 @@ def render(report: Report, *, workspace: str | None = None) -> str:
     if not report.complete or not report.adapters:
         text = f"{words.headline(report)}. {words.advice(report)}"
         errors.insert(0, _command("error", _at(file, 1, 1), "merge-gate", text))
-    warnings = [_warning(adapter, finding, file) for adapter in report.adapters for finding in words.warnings(adapter)]
+    warnings = [
+        _warning(adapter, finding, more, file)
+        for adapter in report.adapters
+        for finding, more in words.grouped(words.warnings(adapter))
+    ]
     return "".join(f"{line}\n" for line in [*_first("error", errors), *_first("warning", warnings)])
 
 
@@ -58,15 +62,15 @@ def _blocked(adapter: AdapterReport) -> bool:
 def _verdict(adapter: AdapterReport, file: str | None) -> str:
     finding = words.deciding(adapter)
     title = f"{one_line(adapter.name, 80)} {words.title(adapter)}" + (
-        f": {words.cause(adapter)}" if adapter.cause else ""
+        f": {words.cause(adapter)}" if adapter.verdict is Verdict.FAILED else ""
     )
     text = _sentences(finding) if finding else "No finding was recorded; the job's log may say more."
     return _command("error", _at(file, adapter.line, adapter.column), title, f"{text}\n({_on(adapter)})")
 
 
-def _warning(adapter: AdapterReport, finding: Finding, file: str | None) -> str:
+def _warning(adapter: AdapterReport, finding: Finding, more: int, file: str | None) -> str:
     title = f"{one_line(adapter.name, 80)}: {one_line(finding.check, 80)}"
-    text = f"{_sentences(finding)}\n({_on(adapter)})"
+    text = _sentences(finding) + (f"\nand {words.number(more)} more like it" if more else "") + f"\n({_on(adapter)})"
     return _command(Severity.WARNING, _at(file, adapter.line, adapter.column), title, text)
 
 

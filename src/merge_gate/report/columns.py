@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from merge_gate.report.untrusted import ELLIPSIS, inert
+from merge_gate.report.untrusted import ELLIPSIS
 
 _BREAK_AFTER = re.compile(r"[./\\_:,=-]")
 
@@ -33,10 +33,7 @@ def pad(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Break `text` at blanks, and names that are too long after a dot, a slash or the like.
-
-    No line of the result is a workflow command: breaking could put one at the start of a line.
-    """
+    """Break `text` at blanks, and names that are too long after a dot, a slash or the like."""
     lines: list[str] = []
     line = ""
     for word in text.split():
@@ -48,7 +45,7 @@ def wrap(text: str, width: int) -> list[str]:
             lines.append(line)
         *full, line = _pieces(word, width)
         lines += full
-    return [inert(line) for line in [*lines, line]]
+    return [*lines, line]
 
 
 def fit(widths: list[int], available: int) -> list[int]:

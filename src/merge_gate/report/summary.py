@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from merge_gate.records import Result, Severity, Verdict
+from merge_gate.records import Result, Verdict
 from merge_gate.report import words
 from merge_gate.report.untrusted import one_line
 
@@ -32,8 +32,10 @@ _VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "�
 
 # What may stand in a backtick span as it is, in a table cell too.
 _PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
-# Markdown and HTML syntax, mathematics, and what GitHub makes links of: www., scheme:, @name, #123.
+# Markdown and HTML syntax, mathematics, and what GitHub makes links of in Markdown: www. and scheme:.
 _SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+# What it makes links of later, in the text: @name and #123. A zero-width space is all that stops it outside of code.
+_REFERENCE = re.compile(r"(&#(?:64|35);)(?=\w)")
 
 
 def render(report: Report) -> str:
@@ -70,14 +72,13 @@ def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
 
 
 def _plain(text: str) -> str:
-    return _SYNTAX.sub(lambda match: _entity(match[0]), text)
+    return _REFERENCE.sub(r"\1&#8203;", _SYNTAX.sub(lambda match: _entity(match[0]), text))
 
 
 def _entity(character: str) -> str:
-    if character.isascii() and not character.isalnum() and character != " ":
-        # An entity is text to Markdown; the zero-width space is for GitHub's later passes over that text.
-        return f"&#{ord(character)};" + ("&#8203;" if character in "@#" else "")
-    return character
+    """An entity is text to Markdown, never syntax."""
+    is_syntax = character.isascii() and not character.isalnum() and character != " "
+    return f"&#{ord(character)};" if is_syntax else character
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _table(report: Report) -> list[str]:
     if not report.adapters:
         return []
     head = "| adapter | base | verdict | cause and place |\n|---|---|---|---|"
-    rows, left = _fit([_row(adapter) for adapter in words.worst_first(report.adapters)], _TABLE_BYTES)
+    rows, left = _fit(map(_row, words.worst_first(report.adapters)), len(report.adapters), _TABLE_BYTES)
     table = "\n".join([head, *rows])
     return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
 
@@ -101,12 +102,8 @@ def _row(adapter: AdapterReport) -> str:
         why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""
     else:
         place = (finding.module or finding.tensor) if finding else None
-        why = _cause(adapter) + (f" in {code(place, 120)}" if place else "")
+        why = code(words.cause(adapter), 80) + (f" in {code(place, 120)}" if place else "")
     return f"| {code(adapter.name, 80)} | {base} | {verdict} | {why} |"
-
-
-def _cause(adapter: AdapterReport) -> str:
-    return code(words.cause(adapter), 80) if adapter.cause else words.cause(adapter)
 
 
 def _checks(findings: Iterable[Finding]) -> str:
@@ -115,7 +112,7 @@ def _checks(findings: Iterable[Finding]) -> str:
 
 def _sections(report: Report) -> list[str]:
     blocked = [adapter for adapter in words.worst_first(report.adapters) if adapter.verdict is not Verdict.PASSED]
-    kept, left = _fit([_section(adapter) for adapter in blocked], _SECTIONS_BYTES)
+    kept, left = _fit(map(_section, blocked), len(blocked), _SECTIONS_BYTES)
     if left:
         kept.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
     return kept
@@ -123,11 +120,12 @@ def _sections(report: Report) -> list[str]:
 
 def _section(adapter: AdapterReport) -> str:
     finding = words.deciding(adapter)
-    title = f"{code(adapter.name)} {words.title(adapter)}" + (f": {_cause(adapter)}" if adapter.cause else "")
+    cause = code(words.cause(adapter), 80)
+    title = f"{code(adapter.name)} {words.title(adapter)}" + (f": {cause}" if adapter.verdict is Verdict.FAILED else "")
     blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(adapter, finding))]
     rest = words.others(adapter)
     if rest:
-        items = [f"- {finding.severity} {_one_finding(finding)}" for finding in rest]
+        items = [f"- {other.severity} {_one_finding(other, more)}" for other, more in words.grouped(rest)]
         blocks += _details(words.counted(len(rest), "more finding"), items, _OTHERS_BYTES)
     return "\n\n".join(blocks)
 
@@ -153,33 +151,41 @@ def _place(finding: Finding) -> str:
     return "; ".join(filter(None, (code(place) if place else "", _plain(values), words.ORIGINS[finding.origin])))
 
 
-def _one_finding(finding: Finding) -> str:
+def _one_finding(finding: Finding, more: int) -> str:
     text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
     if unsaid := words.unsaid_place(finding):
         text += f" ({code(unsaid, 120)})"
+    if more:
+        text += f"; and {words.number(more)} more like it"
     return f"{text}. **What to do:** {prose(finding.hint, 300)}" if finding.hint else text
 
 
 def _warnings(report: Report) -> list[str]:
-    passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED]
-    items = [
-        f"- {code(adapter.name, 80)} {_one_finding(found)}" for adapter in passed for found in words.warnings(adapter)
-    ]
-    if not items:
+    warned = [(adapter, words.warnings(adapter)) for adapter in report.adapters if adapter.verdict is Verdict.PASSED]
+    warned = [(adapter, found) for adapter, found in warned if found]
+    if not warned:
         return []
-    warned = sum(bool(words.warnings(adapter)) for adapter in passed)
-    title = f"{words.counted(len(items), 'warning')} for {words.counted(warned, 'adapter')} that passed"
-    return _details(title, items, _WARNINGS_BYTES)
+    items = [
+        f"- {code(adapter.name, 80)} ({_plain(words.precision(adapter.base))}) {_one_finding(finding, more)}"
+        for adapter, found in warned
+        for finding, more in words.grouped(found)
+    ]
+    total = words.counted(sum(len(found) for _, found in warned), "warning")
+    return _details(f"{total} for {words.counted(len(warned), 'adapter')} that passed", items, _WARNINGS_BYTES)
 
 
 def _base_findings(report: Report) -> list[str]:
-    found = [(base, finding) for base in report.bases for finding in base.findings]
-    items = [f"- {finding.severity} {code(words.model_name(base))} {_one_finding(finding)}" for base, finding in found]
+    items = [
+        f"- {finding.severity} {code(words.model_name(base))} {_one_finding(finding, more)}"
+        for base in report.bases
+        for finding, more in words.grouped(base.findings)
+    ]
     if not items:
         return []
-    grave = any(finding.severity is Severity.ERROR for _, finding in found)
-    title = f"{words.counted(len(items), 'finding')} in the base, before any merge"
-    return _details(title, items, _OTHERS_BYTES, is_open=grave)
+    title = (
+        f"{words.counted(sum(len(base.findings) for base in report.bases), 'finding')} in the base, before any merge"
+    )
+    return _details(title, items, _BASES_BYTES)
 
 
 def _footer(report: Report) -> str:
@@ -187,7 +193,7 @@ def _footer(report: Report) -> str:
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
     config_sha256 = f", sha256 {code(report.config_sha256)}" if report.config_sha256 else ""
     rows = [f"| checked | {words.number(checked)} of {words.number(total)} parameters of the merged models |"]
-    bases, left = _fit([_base_row(base) for base in report.bases], _BASES_BYTES)
+    bases, left = _fit(map(_base_row, report.bases), len(report.bases), _BASES_BYTES)
     rows += bases
     if left:
         rows.append(f"| | … and {words.counted(left, 'more base')} |")
@@ -211,17 +217,19 @@ def _base_row(base: BaseReport) -> str:
     return f"| base | {', '.join(parts)} |"
 
 
-def _details(title: str, items: Sequence[str], limit_bytes: int, *, is_open: bool = False) -> list[str]:
+def _details(title: str, items: Sequence[str], limit_bytes: int) -> list[str]:
     """Return a folded list. The blank lines between its parts are what makes GitHub read Markdown inside."""
-    kept, left = _fit(items, limit_bytes)
+    kept, left = _fit(items, len(items), limit_bytes)
     if left:
         kept.append(f"- … and {left} more; {_FULL_LIST}.")
-    opening = "<details open>" if is_open else "<details>"
-    return [f"{opening}<summary>{title}</summary>", "\n".join(kept), "</details>"]
+    return [f"<details><summary>{title}</summary>", "\n".join(kept), "</details>"]
 
 
-def _fit(blocks: Sequence[str], limit_bytes: int) -> tuple[list[str], int]:
-    """Return the blocks that fit into `limit_bytes` of UTF-8, the first in any case, and how many were left out."""
+def _fit(blocks: Iterable[str], total: int, limit_bytes: int) -> tuple[list[str], int]:
+    """Return the first of `total` blocks, as many as fit into `limit_bytes` of UTF-8, and how many were left out.
+
+    The first fits in any case: its parts are bounded. Blocks beyond the limit are not even rendered.
+    """
     kept: list[str] = []
     used = 0
     for block in blocks:
@@ -229,4 +237,4 @@ def _fit(blocks: Sequence[str], limit_bytes: int) -> tuple[list[str], int]:
         if kept and used > limit_bytes:
             break
         kept.append(block)
-    return kept, len(blocks) - len(kept)
+    return kept, total - len(kept)

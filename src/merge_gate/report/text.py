@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from merge_gate.records import Result, Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.columns import cells, cut, fit, pad, wrap
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.untrusted import inert, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,7 +66,9 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     for adapter in words.worst_first(report.adapters):
         if adapter.findings or adapter.verdict is not Verdict.PASSED:
             shown += [_BLANK, *_paragraph(adapter, width, marks)]
-    return [*shown, *_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
+    shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
+    # Here and not earlier: only now is it known what stands at the start of a line.
+    return [tuple((inert(part), style) for part, style in line) for line in shown]
 
 
 # --- table ---------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) -> list[Line]:
     mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
     title = f"{one_line(adapter.name, words.NAME_LIMIT)} {words.title(adapter)}"
-    if adapter.cause:
+    if adapter.verdict is Verdict.FAILED:
         title += f": {words.cause(adapter)}"
     title += f" ({words.precision(adapter.base)})"
     first, *rest = wrap(title, width - 2)
@@ -148,7 +150,7 @@ def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) ->
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _told(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
-    also = [line for other in words.others(adapter) for line in _also(other, width)]
+    also = [line for other, more in words.grouped(words.others(adapter)) for line in _also(other, more, width)]
     return [*heading, *also]
 
 
@@ -160,11 +162,13 @@ def _told(finding: Finding, width: int) -> list[Line]:
     return shown + _to_do(finding, width)
 
 
-def _also(finding: Finding, width: int) -> list[Line]:
+def _also(finding: Finding, more: int, width: int) -> list[Line]:
     label = "warning" if finding.severity is Severity.WARNING else "also"
     text = f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if unsaid := words.unsaid_place(finding):
         text += f" ({unsaid})"
+    if more:
+        text += f"; and {words.number(more)} more like it"
     return _labelled(label, text, width) + _to_do(finding, width)
 
 
@@ -187,7 +191,7 @@ def _base_findings(report: Report, width: int) -> list[Line]:
         if base.findings:
             title = cut(f"base {words.model_name(base)} ({words.precision(base)})", width)
             shown += [_BLANK, ((title, Style.STRONG),)]
-            shown += [line for finding in base.findings for line in _also(finding, width)]
+            shown += [line for found, more in words.grouped(base.findings) for line in _also(found, more, width)]
     return shown
 
 

@@ -20,12 +20,12 @@ NAME_LIMIT = 200
 MESSAGE_LIMIT = 600
 
 ORIGINS = {
-    Origin.FILE: "the adapter's files on disk",
-    Origin.CONFIG: "a configuration file",
-    Origin.ADAPTER: "the adapter's own tensors",
-    Origin.BASE: "the base model, before any merge",
-    Origin.MERGE: "the merge: base and adapter are sound by themselves",
-    Origin.RUNTIME: "the run, not the adapter",
+    Origin.FILE: "in the adapter's files on disk",
+    Origin.CONFIG: "in a configuration file",
+    Origin.ADAPTER: "in the adapter's own tensors",
+    Origin.BASE: "in the base, before any merge",
+    Origin.MERGE: "in the merge of the two, not in base or adapter alone",
+    Origin.RUNTIME: "in the run, not in the adapter",
 }
 """What each origin means to somebody who has to act on it."""
 
@@ -82,8 +82,11 @@ def deciding(adapter: AdapterReport) -> Finding | None:
 
 def others(adapter: AdapterReport) -> list[Finding]:
     """All findings but the one that decided."""
+    rest = list(adapter.findings)
     decided = deciding(adapter)
-    return [finding for finding in adapter.findings if finding is not decided]
+    if decided is not None:
+        rest.remove(decided)
+    return rest
 
 
 def warnings(adapter: AdapterReport) -> list[Finding]:
@@ -91,11 +94,19 @@ def warnings(adapter: AdapterReport) -> list[Finding]:
     return [finding for finding in adapter.findings if finding.severity is Severity.WARNING]
 
 
+def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+    """The first finding of each check and severity, and how many more there are: a broken file has hundreds."""
+    groups: dict[tuple[str, Severity], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.check, finding.severity), []).append(finding)
+    return [(group[0], len(group) - 1) for group in groups.values()]
+
+
 def cause(adapter: AdapterReport) -> str:
-    """The check that decided; `not judged` where the gate itself could not judge, empty for a passed adapter."""
-    if adapter.cause:
-        return one_line(adapter.cause, NAME_LIMIT)
-    return "" if adapter.verdict is Verdict.PASSED else "not judged"
+    """The check that decided; empty for a passed adapter."""
+    if adapter.verdict is Verdict.PASSED:
+        return ""
+    return one_line(adapter.cause or "not-judged", NAME_LIMIT)
 
 
 def place(finding: Finding) -> str:
@@ -113,22 +124,20 @@ def unsaid_place(finding: Finding) -> str:
 
 
 def title(adapter: AdapterReport) -> str:
-    """What is said of the adapter, to stand behind its name."""
+    """What is said of the adapter, to stand behind its name; for a failed one the cause follows."""
     return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
 
 
 def values(finding: Finding) -> str:
-    """1 NaN and 2 +Inf among 16,384 values, first at [0, 7]; empty where nothing was counted."""
-    kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "\N{MINUS SIGN}Inf"))
+    """1 NaN and 2 +Inf among 16,384 values, the first at [0, 7]; empty where the message says it."""
+    among = f"among {counted(finding.numel, 'value')}" if finding.numel is not None else ""
+    kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "-Inf"))
     bad = [f"{number(count)} {kind}" for count, kind in kinds if count]
-    if not bad:
+    index = str(list(finding.first_index)) if finding.first_index is not None else ""
+    if not bad or (among and among in finding.message and index in finding.message):
         return ""
-    text = " and ".join(filter(None, (", ".join(bad[:-1]), bad[-1])))
-    if finding.numel is not None:
-        text += f" among {counted(finding.numel, 'value')}"
-    if finding.first_index is not None:
-        text += f", first at index {list(finding.first_index)}"
-    return text
+    first = f", the first at {index}" if index else ""
+    return f"{' and '.join(bad)} {among}".rstrip() + first
 
 
 def headline(report: Report) -> str:

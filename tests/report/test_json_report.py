@@ -1,0 +1,135 @@
+"""report.json: strict, complete, and as its schema says."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+
+from merge_gate.report.json_report import render, report_schema
+from tests.report.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
+
+if TYPE_CHECKING:
+    from merge_gate.records import Report
+
+VALIDATOR = jsonschema.Draft202012Validator(report_schema())
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"bare {constant} in report.json")
+
+
+def parse(text: str) -> dict[str, Any]:
+    text.encode("utf-8")
+    document = json.loads(text, parse_constant=_refuse)
+    VALIDATOR.validate(document)
+    return document
+
+
+def test_the_schema_is_a_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(report_schema())
+
+
+def test_the_schema_file_is_what_the_code_says() -> None:
+    file = resources.files("merge_gate") / "schemas" / "report.schema.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        file.write_text(json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert json.loads(file.read_text(encoding="utf-8")) == report_schema(), "run this test with UPDATE_GOLDENS=1"
+
+
+def test_keys_stand_as_the_contract_has_them() -> None:
+    document = parse(render(FAIL))
+    assert list(document) == [
+        "schema_version", "complete", "result", "counts", "tool", "environment", "config", "bases", "adapters",
+    ]  # fmt: skip
+    assert list(document["environment"]) == [
+        "python", "torch", "peft", "transformers", "bitsandbytes", "device", "device_name",
+    ]  # fmt: skip
+    assert list(document["bases"][0]) == [
+        "model", "revision", "dtype", "quantization", "sha256", "parameters", "findings",
+    ]  # fmt: skip
+    assert list(document["adapters"][0]) == [
+        "name", "source", "revision", "base", "peft_type", "verdict", "cause", "findings", "coverage", "files",
+        "seconds", "line", "column",
+    ]  # fmt: skip
+    assert list(document["adapters"][2]["findings"][0]) == [
+        "check", "severity", "message", "hint", "module", "tensor", "origin", "nan", "posinf", "neginf", "numel",
+        "first_index", "measured",
+    ]  # fmt: skip
+
+
+def test_a_failed_adapter_word_for_word() -> None:
+    document = parse(render(report(FAILED)))
+    assert document["schema_version"] == "1.0"
+    assert document["result"] == "fail"
+    assert document["counts"] == {"passed": 0, "failed": 1, "error": 0}
+    assert document["config"] == {"path": "merge-gate.yml", "sha256": "9f2c5d1e" * 8}
+    judged = document["adapters"][0]
+    assert (judged["verdict"], judged["cause"], judged["line"], judged["column"]) == (
+        "failed",
+        "adapter-nonfinite",
+        8,
+        5,
+    )
+    assert judged["base"] == {"model": "./models/base", "revision": None, "dtype": "bfloat16", "quantization": "none"}
+    assert judged["files"] == [{"path": "adapter_model.safetensors", "bytes": 151_123, "sha256": "9f2c5d1e" * 8}]
+    found = judged["findings"][1]
+    assert (found["origin"], found["nan"], found["numel"], found["first_index"]) == ("adapter", 1, 16_384, [0, 7])
+
+
+@pytest.mark.parametrize(
+    ("run", "result"), [(PASS, "pass"), (FAIL, "fail"), (UNDECIDED, "error"), (EMPTY, "error"), (report(), "error")]
+)
+def test_result(run: Report, result: str) -> None:
+    assert parse(render(run))["result"] == result
+
+
+def test_an_unfinished_run_never_passes() -> None:
+    document = parse(render(report(PASSED, complete=False)))
+    assert (document["complete"], document["result"]) == (False, "error")
+
+
+def test_figures_that_json_cannot_say_are_strings() -> None:
+    measured = parse(render(FAIL))["adapters"][3]["findings"][0]["measured"]
+    assert measured == {"largest": 65504.0, "headroom": "Infinity"}
+    assert parse(render(report(adapter(seconds=float("nan")))))["adapters"][0]["seconds"] is None
+
+
+def test_a_name_that_is_not_utf8_is_still_told_apart() -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert parse(render(report(adapter(name))))["adapters"][0]["name"] == "caf\\udce9"
+
+
+def test_names_come_through_unchanged_and_harmless() -> None:
+    name = "##[error]x \u202e\x85\u200b\x1b[31m 名前"
+    text = render(report(adapter(name)))
+    assert "##[" not in text
+    assert not {"\u202e", "\x85", "\u200b", "\x1b"} & set(text)
+    assert "名前" in text
+    assert parse(text)["adapters"][0]["name"] == name
+
+
+def test_the_schema_refuses_what_is_wrong() -> None:
+    for key, value in (("result", "passed"), ("complete", 1), ("schema_version", "2.0"), ("adapters", {})):
+        document = json.loads(render(FAIL)) | {key: value}
+        assert not VALIDATOR.is_valid(document), key
+    passed_with_cause = json.loads(render(PASS))
+    passed_with_cause["adapters"][0]["cause"] = "no-effect"
+    assert not VALIDATOR.is_valid(passed_with_cause)
+    assert VALIDATOR.is_valid(json.loads(render(PASS)) | {"added_later": 1})
+
+
+@given(hostile_reports())
+def test_every_report_is_strict_json_and_valid(run: Report) -> None:
+    text = render(run)
+    document = parse(text)
+    assert document["counts"] == {
+        name: sum(a["verdict"] == name for a in document["adapters"]) for name in document["counts"]
+    }
+    assert "##[" not in text
+    assert not any(line.lstrip().startswith("::") for line in text.splitlines())

@@ -1,0 +1,171 @@
+"""summary.md: it says what is wrong at once, fits GitHub's limit, and no name can form markup in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from markdown_it import MarkdownIt
+
+from merge_gate.records import Report, Verdict
+from merge_gate.report.summary import LIMIT_BYTES, code, prose, render
+from tests.report.reports import (
+    ATTACKS,
+    EMPTY,
+    FAIL,
+    FAILED,
+    NAN,
+    PASS,
+    ROUNDING,
+    TEXTS,
+    UNDECIDED,
+    adapter,
+    hostile_reports,
+    lines_of,
+    report,
+    runner_obeys,
+)
+
+GOLDEN = Path(__file__).parent / "goldens" / "summary.md"
+TAGS = {
+    "h2",
+    "h3",
+    "p",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "ul",
+    "li",
+    "strong",
+    "code",
+    "details",
+    "summary",
+}
+
+
+class Seen(HTMLParser):
+    """The tags with their attributes and the text that a reader of the HTML meets."""
+
+    def __init__(self, markdown: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.plain = ""
+        self.text = ""
+        self._code = 0
+        self.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self._code += tag == "code"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._code -= tag == "code"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        self.plain += "" if self._code else data
+
+
+def test_golden() -> None:
+    text = render(FAIL)
+    if os.environ.get("UPDATE_GOLDENS"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+@pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
+def test_the_headline_has_the_result(run: Report, mark: str) -> None:
+    assert render(run).startswith(f"## {mark} merge-gate: ")
+
+
+def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
+    text = render(FAIL)
+    order = [text.index(f"| `{name}` |") for name in ("billing", "summaries", "translate-de", "support", "legal")]
+    assert order == sorted(order)
+    folded = text.index("<details><summary>1 warning for 1 adapter that passed</summary>")
+    assert folded < text.index("- `legal` (bfloat16) `rounding-loss`")
+    assert "2,200,096,768 of 5,500,241,920 parameters" in text
+
+
+def test_names_are_code_and_backticks_make_code() -> None:
+    assert code("model.layers.0") == "`model.layers.0`"
+    assert code("a|b") == "<code>a&#124;b</code>"
+    assert prose("set `dtype` to *x*") == "set `dtype` to &#42;x&#42;"
+    assert prose("one ` alone") == "one &#96; alone"
+    assert prose("lora_B and __init__") == "lora_B and &#95;&#95;init&#95;&#95;"
+    assert Seen(prose("a&b <c> [d](e) f_g `h|i`")).text.strip() == "a&b <c> [d](e) f_g h|i"
+
+
+@pytest.mark.parametrize("attack", [attack for attack in ATTACKS if 0 < len(attack) < 100])
+def test_a_hostile_name_is_only_text(attack: str) -> None:
+    finding = dataclasses.replace(NAN, message=attack, hint=attack, tensor=attack, module=attack, check=attack)
+    evil = adapter(
+        f"a{attack}b", Verdict.FAILED, cause=attack, findings=(finding, ROUNDING), source=attack, revision=attack
+    )
+    tame = adapter("ab", Verdict.FAILED, cause="x", findings=(NAN, ROUNDING), revision="x")
+    seen = Seen(render(report(evil)))
+    assert set(seen.tags) <= TAGS
+    assert seen.attributes == []
+    assert [seen.tags.count(tag) for tag in ("table", "tr", "td", "details", "h2", "h3", "ul", "li")] == [
+        Seen(render(report(tame))).tags.count(tag) for tag in ("table", "tr", "td", "details", "h2", "h3", "ul", "li")
+    ]
+
+
+@given(TEXTS)
+def test_github_finds_nothing_to_link_in_prose(text: str) -> None:
+    markdown = prose(text)
+    seen = Seen("**x** " + markdown)
+    assert set(seen.tags) <= {"p", "strong", "code"}
+    # GitHub links in two passes: over the Markdown (schemes, www.), then over the text outside code (@, #).
+    outside_code = re.sub(r"`[^`]*`", "", markdown)
+    assert not re.search(r"://|www\.|mailto:", outside_code, re.IGNORECASE)
+    assert not re.search(r"@\w|#\w", seen.plain)
+
+
+@given(hostile_reports())
+def test_any_report(run: Report) -> None:
+    text = render(run)
+    assert not any(runner_obeys(line) for line in lines_of(text))
+    assert all(line.isprintable() for line in lines_of(text))
+    assert len(text.encode()) <= LIMIT_BYTES
+    assert set(Seen(text).tags) <= TAGS
+
+
+@pytest.mark.parametrize("text", ["x", "#" * 700, "@" * 700, "名" * 700])
+def test_a_thousand_broken_adapters_fit(text: str) -> None:
+    finding = dataclasses.replace(NAN, message=text, hint=text, tensor=text, module=text)
+    others = tuple(dataclasses.replace(ROUNDING, check=f"{text}{n}"[-50:], message=text, hint=text) for n in range(50))
+    broken = [
+        adapter(f"{text}{n}", Verdict.FAILED, cause=NAN.check, findings=(finding, *others), source=text, revision=text)
+        for n in range(1000)
+    ]
+    bases = tuple(
+        dataclasses.replace(FAIL.bases[0], model=text, findings=(finding, *others), revision=text) for _ in range(50)
+    )
+    markdown = render(report(*broken, adapter("fine", findings=others), bases=bases, config_path=text))
+    assert len(markdown.encode()) <= LIMIT_BYTES
+    assert "more adapters not cleared; the full list is in `report.json`" in markdown
+    assert "more rows; the full list is in `report.json`" in markdown
+    assert markdown.count("<details>") == markdown.count("</details>")
+    assert f"### ❌ {code(f'{text}0')}" in markdown
+
+
+def test_an_adapter_without_findings_still_says_what_to_do() -> None:
+    assert "**What to do:** Read the job's log" in render(report(adapter(verdict=Verdict.ERROR)))
+
+
+def test_hundreds_of_findings_are_one_line() -> None:
+    many = dataclasses.replace(FAILED, findings=(NAN,) * 96)
+    assert "- error `adapter-nonfinite`: " in render(report(many))
+    assert "; and 94 more like it" in render(report(many))

@@ -1,0 +1,59 @@
+"""The end of a run as text: golden, at every width, and for hostile names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_gate.records import BaseRef, Quantization, Report
+from merge_gate.report.columns import cells
+from merge_gate.report.text import Style, lines, render
+from tests.report.reports import EMPTY, FAIL, PASS, adapter, hostile_reports, lines_of, report, runner_obeys
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_golden(width: int) -> None:
+    text = render(FAIL, "merge-gate-report", width=width)
+    golden = GOLDENS / f"text-{width}.txt"
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+def test_the_result_is_the_last_thing_on_the_screen() -> None:
+    assert render(PASS, "out").splitlines()[-3].startswith("PASS: both adapters passed")
+    assert render(FAIL, "out").splitlines()[-3].startswith("FAIL: 2 of 5")
+    assert render(EMPTY, "out").splitlines()[-3].startswith("ERROR: the run did not finish")
+
+
+def test_several_bases_are_named() -> None:
+    base = BaseRef(model="acme/base", revision=None, dtype="float32", quantization=Quantization.NONE)
+    other = adapter("other", base=base)
+    assert "acme/base (float32)" in render(report(PASS.adapters[0], other), "out")
+    assert "./models/base" not in render(PASS, "out").split("legal passed")[0]
+
+
+def test_verdicts_have_their_colours() -> None:
+    styles = {text.strip(): style for line in lines(FAIL, "out") for text, style in line}
+    assert (styles["✓"], styles["✗"], styles["!"]) == (Style.GOOD, Style.BAD, Style.DOUBT)
+
+
+def test_ascii_marks() -> None:
+    text = render(FAIL, "out", ascii_only=True)
+    assert not set("✓✗") & set(text)
+    assert "x billing failed: adapter-nonfinite" in text
+
+
+@given(hostile_reports(), st.integers(1, 120))
+def test_any_report_at_any_width(run: Report, width: int) -> None:
+    text = render(run, "out", width=width)
+    for line in lines_of(text):
+        assert line.isprintable()
+        assert not runner_obeys(line)
+        assert cells(line) <= max(width, 24) + line.count("# ") + line.count(": ")

@@ -1,0 +1,115 @@
+"""The sentences that all formats share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from merge_gate.records import Finding, Origin, Quantization, Report, Severity, Verdict
+from merge_gate.report import words
+from tests.report.reports import (
+    BASE,
+    CRASHED,
+    EMPTY,
+    FAIL,
+    FAILED,
+    HALF,
+    HALF_FAILED,
+    MERGED_NAN,
+    NAN,
+    OVERFLOW,
+    PASS,
+    PASSED,
+    UNDECIDED,
+    WARNED,
+    adapter,
+    report,
+)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (PASS, "both adapters passed, 1 with warnings"),
+        (report(PASSED), "the only adapter passed"),
+        (report(WARNED), "the only adapter passed, with warnings"),
+        (report(*(adapter(f"a{n}") for n in range(1200))), "all 1,200 adapters passed"),
+        (FAIL, "2 of 5 adapters failed, 1 could not be judged"),
+        (report(FAILED), "1 of 1 adapter failed"),
+        (UNDECIDED, "1 of 2 adapters could not be judged, none failed"),
+        (report(PASSED, adapter(base=HALF), WARNED), "all 3 merges passed, 1 with warnings"),
+        (EMPTY, "the run did not finish and no adapter was judged"),
+        (report(), "no adapter was judged"),
+        (report(PASSED, FAILED, complete=False), "the run did not finish; so far 1 of 2 adapters failed"),
+    ],
+)
+def test_headline(run: Report, said: str) -> None:
+    assert words.headline(run) == said
+
+
+def test_only_a_pass_is_called_finite() -> None:
+    runs = (PASS, FAIL, UNDECIDED, EMPTY, report(PASSED, complete=False))
+    assert [run for run in runs if "every parameter" in words.advice(run)] == [PASS]
+    assert "Do not release" in words.advice(report(FAILED, complete=False))
+
+
+def test_the_cause_decides_not_the_first_symptom() -> None:
+    assert FAILED.findings[0] == MERGED_NAN
+    assert words.deciding(FAILED) == NAN
+    assert words.others(FAILED) == [MERGED_NAN, FAILED.findings[2]]
+    assert words.deciding(WARNED) is None
+    assert words.cause(CRASHED) == "not-judged"
+    assert words.deciding(adapter(verdict=Verdict.ERROR)) is None
+
+
+def test_equal_findings_are_not_lost() -> None:
+    twice = adapter(verdict=Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(NAN)))
+    assert len(words.others(twice)) == 1
+
+
+def test_worst_first_else_in_order() -> None:
+    assert words.worst_first(FAIL.adapters) == [FAILED, HALF_FAILED, CRASHED, PASSED, WARNED]
+
+
+def test_values_and_place() -> None:
+    counted = dataclasses.replace(OVERFLOW, message="broken")
+    assert words.values(counted) == "12 +Inf and 3 -Inf among 11,534,336 values, the first at [311, 2040]"
+    said = dataclasses.replace(OVERFLOW, message=f"holds {words.values(counted)}")
+    assert words.values(said) == "", "the message says it already"
+    bare = Finding(check="c", severity=Severity.ERROR, message="in m", origin=Origin.FILE, module="m", tensor="t")
+    assert words.values(bare) == ""
+    assert words.place(bare) == "t of m"
+    assert words.place(NAN) == NAN.tensor
+    assert words.unsaid_place(bare) == "t"
+    assert words.unsaid_place(dataclasses.replace(bare, message="t is bad")) == ""
+
+
+def test_every_origin_has_its_words() -> None:
+    assert set(words.ORIGINS) == set(Origin)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.842, "0.84 s"),
+        (12.34, "12.3 s"),
+        (12, "12 s"),
+        (245, "4 min 05 s"),
+        (3720, "1 h 02 min"),
+        (float("nan"), "unknown time"),
+        (-1, "unknown time"),
+    ],
+)
+def test_duration(seconds: float, said: str) -> None:
+    assert words.duration(seconds) == said
+
+
+def test_precision() -> None:
+    assert words.precision(BASE) == "bfloat16"
+    assert words.precision(dataclasses.replace(BASE, quantization=Quantization.BNB_4BIT)) == "bfloat16, bnb-4bit"
+
+
+def test_hundreds_of_findings_become_one_line_per_check() -> None:
+    many = [dataclasses.replace(NAN, tensor=f"t{n}") for n in range(96)]
+    assert words.grouped([*many, MERGED_NAN]) == [(many[0], 95), (MERGED_NAN, 0)]
