@@ -464,8 +464,10 @@ def _compare(
 
 def file_name(key: str, adapter_name: str = ADAPTER_NAME) -> str:
     """The name in the file of a key of the model: PEFT leaves the adapter's name out on saving."""
-    return key.replace(f".modules_to_save.{adapter_name}.", ".").replace(f".{adapter_name}.", ".").removesuffix(
-        f".{adapter_name}"
+    return (
+        key.replace(f".modules_to_save.{adapter_name}.", ".")
+        .replace(f".{adapter_name}.", ".")
+        .removesuffix(f".{adapter_name}")
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from merge_gate.errors import EngineError
 from merge_gate.lowrank import Scratch, extent
 from merge_gate.measure import dtype_name, measure
+from merge_gate.parallel import spread
 from merge_gate.quantized import dequantized, is_quantized, scales
 from merge_gate.records import AdapterFiles, BaseFacts, Quantization, TensorStats
 
@@ -59,13 +61,20 @@ class Base:
     device: torch.device
     quantized: bool = False
     extra: dict[str, tuple[TensorStats, ...]] = field(default_factory=dict)
-    buffers: Scratch = field(default_factory=Scratch)
+    _buffers: threading.local = field(default_factory=threading.local)
     _norms: dict[str, float] = field(default_factory=dict)
+
+    def buffers(self) -> Scratch:
+        """This thread's buffers for the fast way."""
+        if not hasattr(self._buffers, "scratch"):
+            self._buffers.scratch = Scratch()
+        found: Scratch = self._buffers.scratch
+        return found
 
     def norm(self, name: str) -> float:
         """Frobenius norm of a plain tensor of the base, measured when it is first asked for."""
         if name not in self._norms:
-            total = extent(self.tensors[name], scratch=self.buffers, sum_sq=True).sum_sq
+            total = extent(self.tensors[name], scratch=self.buffers(), sum_sq=True).sum_sq
             self._norms[name] = math.sqrt(total or 0.0)
         return self._norms[name]
 
@@ -183,9 +192,12 @@ def _measured(
     tensors: dict[str, torch.Tensor] = {}
     stats: dict[str, TensorStats] = {}
     extra: dict[str, tuple[TensorStats, ...]] = {}
-    for name, module, tensor in named_tensors(model):
+    found = list(named_tensors(model))
+    for (name, _, tensor), measured in zip(
+        found, spread(lambda one: measure_in(one[1], one[2], one[0]), found), strict=True
+    ):
         tensors[name] = tensor
-        stats[name], *rest = measure_in(module, tensor, name)
+        stats[name], *rest = measured
         if rest:
             extra[name] = tuple(rest)
     everything = [*stats.values(), *(one for more in extra.values() for one in more)]
@@ -224,9 +236,7 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
 
 
 def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
-    architecture = next(
-        (name for name in config.architectures or () if hasattr(transformers, name)), "AutoModel"
-    )
+    architecture = next((name for name in config.architectures or () if hasattr(transformers, name)), "AutoModel")
     wanted = TASK_CLASSES.get(files.task_type or "")
     if wanted is not None:
         known = type(config) in _class_named(wanted)._model_mapping  # noqa: SLF001
@@ -260,9 +270,11 @@ def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None
     }
     with torch.device("meta"):
         try:
-            skeleton = _class_named(class_name).from_config(config) if class_name.startswith("Auto") else _class_named(
-                class_name
-            )(config)
+            skeleton = (
+                _class_named(class_name).from_config(config)
+                if class_name.startswith("Auto")
+                else _class_named(class_name)(config)
+            )
         except Exception:  # noqa: BLE001 - the real load reports what is wrong, with its own words
             return None
     for name, parameter in skeleton.named_parameters():
@@ -276,9 +288,7 @@ def _bnb_config(quantization: Quantization, dtype: str) -> Any:
     if quantization is Quantization.BNB_8BIT:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def first_line(error: BaseException) -> str:

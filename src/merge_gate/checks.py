@@ -319,8 +319,10 @@ def _no_effect(case: Case) -> Iterator[Finding]:
     idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
     zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
-        reason = "every lora_B is zero, as before training" if any("lora_B" in name for name in zero) else (
-            "the delta is zero, or smaller than the dtype can add"
+        reason = (
+            "every lora_B is zero, as before training"
+            if any("lora_B" in name for name in zero)
+            else ("the delta is zero, or smaller than the dtype can add")
         )
         yield _make(
             "no-effect",
@@ -385,7 +387,10 @@ def _headroom(case: Case) -> Iterator[Finding]:
     near = [
         one
         for one in evidence.merges
-        if one.changed and one.stats.finite and math.isfinite(one.dtype_max) and one.stats.max_abs > limit * one.dtype_max
+        if one.changed
+        and one.stats.finite
+        and math.isfinite(one.dtype_max)
+        and one.stats.max_abs > limit * one.dtype_max
     ]
     if near:
         worst = max(near, key=lambda one: one.stats.max_abs / one.dtype_max)

@@ -134,7 +134,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("config", metavar="CONFIG", help="the YAML file that lists the adapters")
-    check.add_argument("--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable")
+    check.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
+    )
     check.set_defaults(run=_check)
 
 

@@ -96,7 +96,9 @@ def check_files(config: Config, *, view: View | None = None, only: tuple[str, ..
         ready = sources.adapter(spec)
         findings = _first_findings(ready)
         files = ready.files
-        coverage = Coverage(adapter_tensors=len(files.tensors), parameters_checked=1, parameters_total=1, modules_merged=1)
+        coverage = Coverage(
+            adapter_tensors=len(files.tensors), parameters_checked=1, parameters_total=1, modules_merged=1
+        )
         what, cause, findings = verdict.decide(findings, coverage)
         yield AdapterReport(
             name=spec.name,

@@ -45,9 +45,7 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
     if tensor.is_meta:
         raise EngineError(f"tensor {name} has no values (it is on the meta device), so it cannot be checked")
     values = _plain(tensor)
-    stats = TensorStats(
-        name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel()
-    )
+    stats = TensorStats(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel())
     if values.numel() == 0:
         return stats
     low, high = (float(bound) for bound in torch.aminmax(values))

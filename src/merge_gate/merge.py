@@ -35,6 +35,7 @@ from merge_gate import lowrank, rules
 from merge_gate.adapter import ADAPTER_NAME, Loaded, Refused, combined, load_adapter
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors
 from merge_gate.measure import distance, dtype_max, dtype_name, measure, same_bits, unchanged_fraction
+from merge_gate.parallel import spread
 from merge_gate.quantized import dequantized, is_quantized
 from merge_gate.records import AdapterFiles, Combine, Evidence, FileTensor, Origin, Refusal, TensorMerge, TensorStats
 
@@ -256,6 +257,7 @@ class Merger:
     total: int = 0
     _pending: dict[int, int] = field(default_factory=dict)
     _original: dict[int, torch.Tensor] = field(default_factory=dict)
+    _merged: dict[int, TensorMerge] = field(default_factory=dict)
     _depth: int = 0
     _done: int = 0
 
@@ -270,8 +272,10 @@ class Merger:
         for _, layer in layers:
             for slot in self._slots(layer):
                 self._pending[id(slot.parameter)] = self._pending.get(id(slot.parameter), 0) + 1
-        for path, layer in layers:
-            layer.merge = self._wrapped(path.removeprefix(ADAPTER_PREFIX), layer, layer.merge, len(layers))
+        named = [(path.removeprefix(ADAPTER_PREFIX), layer) for path, layer in layers]
+        self._merge_blocks(named, len(layers))
+        for path, layer in named:
+            layer.merge = self._wrapped(path, layer, layer.merge, len(layers))
         try:
             return model.merge_and_unload(safe_merge=True)
         except Refused:
@@ -291,54 +295,70 @@ class Merger:
                 return
             self._depth += 1
             try:
-                if not self._merge_fast(layer, adapter_names):
-                    self._merge_layer(name, layer, original, adapter_names)
+                if self._take_merged(layer):
+                    return
+                self._merge_layer(name, layer, original, adapter_names)
             finally:
                 self._depth -= 1
-            self._done += 1
-            if self.progress is not None:
-                self.progress(self._done, total, name)
+            self._progressed(name, total)
 
         return merge
 
-    def _merge_fast(self, layer: Any, adapter_names: list[str] | None) -> bool:
+    def _merge_blocks(self, layers: list[tuple[str, Any]], total: int) -> None:
         """The common case (vanilla LoRA on a plain linear layer) by lowrank.py, which has the bits of PEFT's merge.
 
-        Returns False where the case is another one, and where the result is not finite: PEFT's own merge then says
-        what is broken.
+        All such layers at once, before PEFT's walk comes to them. What is not finite is left to PEFT's own merge, so
+        that it can be said what is broken.
         """
-        slot = self._plain_weight(layer) if adapter_names is None else None
-        if slot is None:
-            return False
-        on_device = slot.data.to(self.base.device)
-        lora_a, lora_b = (side[ADAPTER_NAME].weight.data.to(on_device.device) for side in (layer.lora_A, layer.lora_B))
+        plain = [(path, layer, slot) for path, layer in layers if (slot := self._plain_weight(layer)) is not None]
+        for (path, layer, _), merge in zip(plain, spread(lambda one: self._block_merge(*one[1:]), plain), strict=True):
+            if merge is not None:
+                self._merged[id(layer)] = merge
+                self._progressed(path, total)
+
+    def _block_merge(self, layer: Any, slot: Slot) -> TensorMerge | None:
+        weight = slot.data.to(self.base.device)
+        lora_a, lora_b = (side[ADAPTER_NAME].weight.data.to(weight.device) for side in (layer.lora_A, layer.lora_B))
         scaling, swapped = layer.scaling[ADAPTER_NAME], layer.fan_in_fan_out
-        if not lowrank.supports(on_device, lora_a, lora_b, fan_in_fan_out=swapped):
-            return False
-        blocks = torch.empty_like(on_device) if self.on_tensor is not None else None
+        if not lowrank.supports(weight, lora_a, lora_b, fan_in_fan_out=swapped):
+            return None
+        merged = torch.empty_like(weight) if self.on_tensor is not None else None
 
         def keep(row: int, block: torch.Tensor) -> None:
-            if blocks is not None:
-                blocks[row : row + block.shape[0]] = block
+            if merged is not None:
+                merged[row : row + block.shape[0]] = block
 
         found = lowrank.merge_measured(
-            on_device,
+            weight,
             lora_a,
             lora_b,
             scaling,
-            scratch=self.base.buffers,
+            scratch=self.base.buffers(),
             fan_in_fan_out=swapped,
-            emit=keep if blocks is not None else None,
+            emit=None if merged is None else keep,
         )
         if not found.finite:
+            return None
+        if self.on_tensor is not None and merged is not None:
+            self.on_tensor(slot.name, merged)
+        return self._from_blocks(slot, found, lowrank.delta_norm_sq(lora_a, lora_b, scaling))
+
+    def _take_merged(self, layer: Any) -> bool:
+        """Book a layer that `_merge_blocks` has done as merged; False where PEFT has to merge it."""
+        merge = self._merged.pop(id(layer), None)
+        if merge is None:
             return False
-        self._pending[id(slot.parameter)] -= 1
+        for slot in self._slots(layer):
+            self._pending[id(slot.parameter)] -= 1
         layer.merged_adapters.append(ADAPTER_NAME)
-        self.adapted.setdefault(slot.name, []).append(layer)
-        self.merges[slot.name] = self._from_blocks(slot, found, lowrank.delta_norm_sq(lora_a, lora_b, scaling))
-        if self.on_tensor is not None and blocks is not None:
-            self.on_tensor(slot.name, blocks)
+        self.adapted.setdefault(merge.stats.name, []).append(layer)
+        self.merges[merge.stats.name] = merge
         return True
+
+    def _progressed(self, path: str, total: int) -> None:
+        self._done += 1
+        if self.progress is not None:
+            self.progress(self._done, total, path)
 
     def _plain_weight(self, layer: Any) -> Slot | None:
         """The weight of a vanilla LoRA layer that nothing else merges into, and that PEFT's injection left alone."""
@@ -570,9 +590,7 @@ class Merger:
                 self._record_replaced(name, module, tensor, known)
             self.checked += tensor.numel()
 
-    def _record_replaced(
-        self, name: str, module: nn.Module, tensor: torch.Tensor, known: torch.Tensor | None
-    ) -> None:
+    def _record_replaced(self, name: str, module: nn.Module, tensor: torch.Tensor, known: torch.Tensor | None) -> None:
         if known is not None and self._is_bases(name, tensor):
             return
         self.merges[name] = self._compare(module, name, name.rpartition(".")[0], tensor, None)
