@@ -32,6 +32,11 @@ def test_the_result_is_the_last_thing_on_the_screen() -> None:
     assert render(EMPTY, "out").splitlines()[-3].startswith("ERROR: the run did not finish")
 
 
+def test_without_files_no_report_is_named() -> None:
+    assert "Report:" in render(PASS, "out")
+    assert "Report:" not in render(PASS, "")
+
+
 def test_several_bases_are_named() -> None:
     base = BaseRef(model="acme/base", revision=None, dtype="float32", quantization=Quantization.NONE)
     other = adapter("other", base=base)

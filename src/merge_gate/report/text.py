@@ -200,7 +200,8 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     said = f"{report.result.value.upper()}: {words.headline(report)}."
     shown: list[Line] = [((part, style),) for part in wrap(said, width)]
     shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
-    shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
+    if output_dir:
+        shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
     return shown
 
 
