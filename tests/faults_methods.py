@@ -8,13 +8,15 @@ What is true of a trial
    `adapter-nonfinite` where the file holds NaN or Inf, else `merged-nonfinite`.
 2. NaN or Inf in a tensor of the file that the merge reads, though the result is finite: failed, `adapter-nonfinite`.
 3. NaN or Inf in a tensor that the merge does not read: passed, with a warning `adapter-nonfinite`.
-4. Else passed.
+4. A merge that leaves every bit of the base as it was: failed, `no-effect`. (A tensor so large that a norm or an
+   orthogonal map divides the delta away can do that.)
+5. Else passed.
 The merge reads a tensor when finite noise on it changes the merged model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 VALUES = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 POSITIONS = ("first", "last", "all")
+PEFT_RAISES = (RuntimeError, ValueError, IndexError, ArithmeticError)
 OVERFLOW_EXPONENTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28)
 
 
@@ -50,7 +53,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What a gate must say. `nonfinite` names the merged tensors; `raised` is what PEFT raised instead of merging."""
+    """What a gate must say. `nonfinite` names the merged tensors; `raised` is what PEFT raised instead of merging.
+
+    `cause` is None also where it is enough that the adapter does not pass (an index that points nowhere).
+    """
 
     passes: bool
     cause: str | None = None
@@ -60,7 +66,10 @@ class Truth:
 
 
 def trials(case: methods.Case, state: Mapping[str, Tensor]) -> Iterator[Trial]:
-    """Healthy in three dtypes; NaN and ±Inf in every tensor, at three places; each tensor too large for float16."""
+    """Healthy in three dtypes; NaN and ±Inf in every tensor, at three places; each tensor too large for float16.
+
+    Tensors of integers hold indices: they get one that points nowhere.
+    """
     for dtype in methods.DTYPES:
         yield Trial(case=case.name, dtype=dtype)
     for tensor in floating(state):
@@ -68,6 +77,8 @@ def trials(case: methods.Case, state: Mapping[str, Tensor]) -> Iterator[Trial]:
             for position in POSITIONS:
                 yield Trial(case=case.name, dtype="float32", tensor=tensor, value=value, position=position)
         yield Trial(case=case.name, dtype="float16", tensor=tensor, value="overflow")
+    for tensor in sorted(set(state) - set(floating(state))):
+        yield Trial(case=case.name, dtype="float32", tensor=tensor, value="index")
 
 
 def floating(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -85,6 +96,13 @@ def put(state: Mapping[str, Tensor], tensor: str, value: str, position: str) -> 
 
 def scale(state: Mapping[str, Tensor], tensor: str, exponent: int) -> dict[str, Tensor]:
     return dict(state) | {tensor: state[tensor] * 10.0**exponent}
+
+
+def point_nowhere(state: Mapping[str, Tensor], tensor: str) -> dict[str, Tensor]:
+    """`state` with the first index of `tensor` far outside of anything."""
+    broken = state[tensor].clone().contiguous()
+    broken.view(-1)[0] = torch.iinfo(broken.dtype).max
+    return dict(state) | {tensor: broken}
 
 
 class Bench:
@@ -107,45 +125,42 @@ class Bench:
 
     def prepare(self, trial: Trial) -> Truth:
         """Writes the trial's adapter into `directory` and says what is true of it."""
-        if trial.value == "overflow":
-            return self._prepare_overflow(trial)
-        state = self.state
-        if trial.tensor is not None:
-            state = put(state, trial.tensor, trial.value, trial.position)
-        self.write(state)
-        nonfinite, raised = self.merge(trial.dtype)
-        bad = bool(nonfinite or raised)
         if trial.tensor is None:
-            cause = "merged-nonfinite" if bad else None
-            return Truth(passes=not bad, cause=cause, nonfinite=nonfinite, raised=raised)
-        fails = bad or self.read[trial.tensor]
-        cause = "adapter-nonfinite" if fails else None
-        return Truth(passes=not fails, cause=cause, warns=not fails, nonfinite=nonfinite, raised=raised)
+            return self._find(self.state, trial.dtype)
+        if trial.value == "overflow":
+            return self._prepare_overflow(trial.tensor, trial.dtype)
+        if trial.value == "index":
+            return replace(self._find(point_nowhere(self.state, trial.tensor), trial.dtype), cause=None)
+        found = self._find(put(self.state, trial.tensor, trial.value, trial.position), trial.dtype)
+        if found.cause == "merged-nonfinite" or self.read[trial.tensor]:
+            return replace(found, passes=False, cause="adapter-nonfinite")
+        return replace(found, warns=True)
 
-    def _prepare_overflow(self, trial: Trial) -> Truth:
-        """Scales the tensor up until the merge overflows; where none does (norms divide it away), it must pass."""
-        assert trial.tensor is not None
+    def _prepare_overflow(self, tensor: str, dtype: str) -> Truth:
+        """Scales the tensor up until the merge overflows; where it never does, the largest is judged."""
         for exponent in OVERFLOW_EXPONENTS:
-            state = scale(self.state, trial.tensor, exponent)
-            if not torch.isfinite(state[trial.tensor]).all():
-                break
-            self.write(state)
-            nonfinite, raised = self.merge(trial.dtype)
-            if nonfinite or raised:
-                return Truth(passes=False, cause="merged-nonfinite", nonfinite=nonfinite, raised=raised)
-        return Truth(passes=True)
+            found = self._find(scale(self.state, tensor, exponent), dtype)
+            if found.cause == "merged-nonfinite":
+                return found
+        return found
 
-    def write(self, state: Mapping[str, Tensor]) -> None:
+    def _find(self, state: Mapping[str, Tensor], dtype: str) -> Truth:
+        """Writes `state` and merges it. A file that itself holds NaN or Inf is the caller's to blame."""
         methods.write_variant(self.source, self.directory, state)
-
-    def merge(self, dtype: str) -> tuple[tuple[str, ...], str | None]:
-        """The merged model's non-finite tensors, or what PEFT raised."""
+        base = self.bases[dtype]
         try:
-            return methods.nonfinite(methods.merge(self.bases[dtype], self.directory)), None
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            return (), f"{type(error).__name__}: {error}"
+            merged = methods.merge(base, self.directory)
+        except PEFT_RAISES as error:
+            return Truth(passes=False, cause="merged-nonfinite", raised=f"{type(error).__name__}: {error}")
+        nonfinite = methods.nonfinite(merged)
+        if nonfinite:
+            return Truth(passes=False, cause="merged-nonfinite", nonfinite=nonfinite)
+        if methods.same(dict(base.state_dict()), merged):
+            return Truth(passes=False, cause="no-effect")
+        return Truth(passes=True)
 
     def _is_read(self, tensor: str) -> bool:
         noise = torch.randn(self.state[tensor].shape, generator=torch.Generator().manual_seed(11)) * 0.1
-        self.write(self.state | {tensor: (self.state[tensor] + noise).to(self.state[tensor].dtype)})
+        moved = self.state | {tensor: (self.state[tensor] + noise).to(self.state[tensor].dtype)}
+        methods.write_variant(self.source, self.directory, moved)
         return not methods.same(self.healthy, methods.merge(self.bases["float32"], self.directory))

@@ -332,6 +332,7 @@ LORA_CASES = (
         state=_experts_one_by_one,
     ),
     _case("lora-mha", "siglip", "LoraConfig", r=2, target_modules=["head.attention"]),
+    _case("lora-mha-bias-term", "siglip", "LoraConfig", r=2, target_modules=["head.attention"], lora_bias=True),
     _case("lora-mha-linear", "siglip", "LoraConfig", r=2, target_modules=["q_proj"]),
     _case("lora-t5", "t5", "LoraConfig", r=2, target_modules=["wo"]),
     _case("lora-tied-linear", "llama-tied", "LoraConfig", r=2, target_modules=Q),
@@ -525,9 +526,10 @@ def merge(base: nn.Module, directory: Path, *, safe: bool = False) -> dict[str, 
 
     `base` is not written. Raises what PEFT raises.
     """
-    model = load_adapter(base, directory)
-    with quiet():
-        return dict(model.merge_and_unload(safe_merge=safe).state_dict())
+    with torch.sparse.check_sparse_tensor_invariants():  # else PEFT writes where an index of the file points
+        model = load_adapter(base, directory)
+        with quiet():
+            return dict(model.merge_and_unload(safe_merge=safe).state_dict())
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

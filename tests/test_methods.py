@@ -1,0 +1,202 @@
+"""Every method, every tensor of it, broken in every way: no false pass, no false failure, no wrong cause.
+
+Truth comes from `tests.faults_methods`: plain PEFT's merge, and a look at every merged tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import peft
+import pytest
+import torch
+import transformers
+
+from merge_gate import merge
+from merge_gate.config import load_config
+from merge_gate.gate import run_gate
+from merge_gate.preflight import preflight
+from merge_gate.records import Verdict
+from tests import faults_methods, methods
+from tests.gating import Gate, Judgement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from tests.faults_methods import Trial, Truth
+
+pytestmark = pytest.mark.matrix
+
+CASES = pytest.mark.parametrize("case", methods.CASES, ids=lambda case: case.name)
+UNCHECKED_INDICES = ("frod", "shira")
+"""Methods whose indices PEFT gives to torch unchecked: judged in the worker's process, see the test of it."""
+
+
+@dataclass
+class Tally:
+    """What has come out so far, over all cases."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    cases: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Bench:
+    """Bases and adapters on disk and in memory, each made on first use."""
+
+    root: Path
+    gate: Gate = field(default_factory=Gate)
+    tally: Tally = field(default_factory=Tally)
+    loaded: dict[tuple[str, str], nn.Module] = field(default_factory=dict)
+
+    def base_directory(self, name: str, dtype: str) -> Path:
+        directory = self.root / "bases" / name / dtype
+        return directory if directory.exists() else methods.save_base(name, directory, dtype)
+
+    def base(self, name: str, dtype: str) -> nn.Module:
+        if (name, dtype) not in self.loaded:
+            self.loaded[name, dtype] = methods.load_base(name, self.base_directory(name, dtype))
+        return self.loaded[name, dtype]
+
+    def adapter(self, case: methods.Case) -> Path:
+        directory = self.root / "adapters" / case.name
+        if not directory.exists():
+            base_directory = self.base_directory(case.base, "float32")
+            methods.save_adapter(case, self.base(case.base, "float32"), directory, base_directory=base_directory)
+        return directory
+
+    def faults(self, case: methods.Case) -> faults_methods.Bench:
+        bases = {dtype: self.base(case.base, dtype) for dtype in methods.DTYPES}
+        return faults_methods.Bench(case, bases, self.adapter(case), self.root / "trial")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    yield Bench(tmp_path_factory.mktemp("methods"))
+    torch.set_num_threads(threads)
+
+
+def mistake(truth: Truth, judgement: Judgement) -> str | None:
+    """The word for how a judgement is wrong, or None."""
+    if truth.passes != (judgement.verdict is Verdict.PASSED):
+        return "false failure" if truth.passes else "false pass"
+    if truth.passes:
+        return "no warning" if truth.warns and "adapter-nonfinite" not in judgement.warned else None
+    if truth.cause is None:
+        return None
+    return None if (judgement.verdict, judgement.cause) == (Verdict.FAILED, truth.cause) else "wrong cause"
+
+
+def told(trial: Trial, truth: Truth, wrong: str, judgement: Judgement) -> str:
+    return f"{wrong}: {trial}\n  truth: {truth}\n  gate:  {judgement}"
+
+
+@CASES
+def test_every_trial_is_judged_right(case: methods.Case, bench: Bench) -> None:
+    faults = bench.faults(case)
+    mistakes = []
+    for trial in faults.trials():
+        if trial.value == "index" and case.name.startswith(UNCHECKED_INDICES):
+            continue
+        truth = faults.prepare(trial)
+        judgement = bench.gate.judge(faults.directory, bench.base_directory(case.base, trial.dtype))
+        wrong = mistake(truth, judgement)
+        bench.tally.counts[wrong or "right"] += 1
+        if wrong:
+            mistakes.append(told(trial, truth, wrong, judgement))
+    bench.tally.cases.add(case.name)
+    assert not mistakes, f"{len(mistakes)} mistakes; the first:\n" + "\n".join(mistakes[:3])
+
+
+@CASES
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench) -> None:
+    adapter, directory = bench.adapter(case), bench.base_directory(case.base, dtype)
+    expected = methods.merge(bench.base(case.base, dtype), adapter)
+    files = preflight(str(adapter), allow_pickle=False)
+    seen: dict[str, Tensor] = {}
+    merge.merge_adapter(
+        bench.gate.base(directory, files, dtype="auto"),
+        files,
+        on_tensor=lambda name, tensor: seen.__setitem__(name, tensor.clone()),
+    )
+    original = dict(bench.base(case.base, dtype).state_dict())
+    assert methods.same({name: expected[name] for name in seen}, seen)
+    untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))
+    assert methods.same({name: expected[name] for name in untouched}, {name: original[name] for name in untouched})
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names under which a tensor hangs a second time."""
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
+@CASES
+def test_a_merge_computes_what_its_adapter_computes(case: methods.Case, bench: Bench) -> None:
+    """Plain PEFT: what backs the claim that this method can be merged."""
+    base, adapter, inputs = bench.base(case.base, "float32"), bench.adapter(case), methods.make_input(case.base)
+    model = methods.load_adapter(base, adapter).eval()
+    unmerged = methods.compute(model, inputs)
+    with methods.quiet():
+        merged = methods.compute(model.merge_and_unload().eval(), inputs)
+    assert not torch.equal(unmerged, methods.compute(base, inputs))
+    torch.testing.assert_close(merged, unmerged, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["frod-linear", "shira-linear"])
+def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench, tmp_path: Path) -> None:
+    """PEFT builds a sparse tensor of the file's indices; torch checks them only when told to, else it writes there."""
+    case = methods.find(name)
+    faults = bench.faults(case)
+    (tensor,) = set(faults.state) - set(faults_methods.floating(faults.state))
+    broken = faults_methods.point_nowhere(faults.state, tensor)
+    methods.write_variant(bench.adapter(case), tmp_path / "adapter", broken)
+    config = {
+        "version": 1,
+        "base": {"model": str(bench.base_directory(case.base, "float32"))},
+        "adapters": ["./adapter"],
+    }
+    (tmp_path / "gate.yml").write_text(json.dumps(config))
+    (report,) = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
+    assert report.verdict is not Verdict.PASSED
+    assert not any("died" in finding.message for finding in report.findings), report.findings
+
+
+def test_no_trial_wrote_to_a_base(bench: Bench) -> None:
+    """Last but one: whatever ran before, the gate's bases still hold what is on disk."""
+    for (directory, dtype, _, _), base in bench.gate.loaded.items():
+        assert dtype == "auto"
+        name, stored = directory.rsplit("/", 2)[1:]
+        fresh = methods.load_base(name, bench.base_directory(name, stored))
+        kept = dict(base.model.state_dict())
+        expected = {key: value for key, value in fresh.state_dict().items() if key in kept}
+        assert expected
+        assert methods.same(expected, {key: kept[key] for key in expected})
+
+
+def test_the_count(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Last: prints how many trials there were, and how many went wrong in which way."""
+    counts = bench.tally.counts
+    trials = sum(counts.values())
+    wrong = {word: counts[word] for word in ("false pass", "false failure", "wrong cause", "no warning")}
+    with capsys.disabled():
+        print(
+            f"\n{trials} trials over {len(bench.tally.cases)} method cases "
+            f"(PEFT {peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}): "
+            + ", ".join(f"{count} {word}" for word, count in wrong.items())
+        )
+    if len(bench.tally.cases) < len(methods.CASES):
+        pytest.skip("only a part of the cases was run")
+    assert trials > 2000
+    assert not any(wrong.values())
