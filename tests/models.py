@@ -358,7 +358,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "resized-vocabulary": Variant(save={"rows": 70}),
     "resized-tied": Variant(base="llama-tied", save={"rows": 70}),
-    "resized-target": Variant({"target_modules": ["embed_tokens", "q_proj"]}, save={"rows": 70}),
+    "resized-target": Variant(
+        {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]}, save={"rows": 70}
+    ),
     "both-biases": Variant({"lora_bias": True, "bias": "lora_only"}),
     "dropout": Variant({"lora_dropout": 0.1}),
     "bfloat16-file": Variant(after=_cast_file(torch.bfloat16)),

@@ -184,7 +184,9 @@ def _adapters() -> dict[str, Tensors]:
         "good": good,
         "nan": good | {last_b: nan},
         "overflow": good | {last_b: overflow},
-        "lost-keys": {name.replace("model.model.", "model._orig_mod.model."): value for name, value in good.items()},
+        "lost-keys": {
+            name.replace("base_model.model.", "base_model.model._orig_mod."): value for name, value in good.items()
+        },
         "no-effect": {name: value * 0 if "lora_B" in name else value for name, value in good.items()},
     }
 
