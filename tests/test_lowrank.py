@@ -124,7 +124,7 @@ def test_the_bits_are_pefts(
     )
     with threads(thread_count):
         before = layer.get_base_layer().weight.data.clone()
-        figures, merged = fast(layer, scratch=Scratch(block_elements))
+        figures, merged = fast(layer, scratch=Scratch(block_elements=block_elements))
         assert same_bits(layer.get_base_layer().weight.data, before)
         layer.merge(safe_merge=True)
     peft = layer.get_base_layer().weight.data
@@ -153,13 +153,18 @@ def test_factors_off_their_alignment_merge_as_peft_would_have_loaded_them(conv1d
     layer = lora_linear(256, 5, 17, factor_dtype=factor_dtype, conv1d=conv1d)
     a, b = (part["default"].weight.data for part in (layer.lora_A, layer.lora_B))
     shifted = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in (a, b)]
-    blocks: list[torch.Tensor] = []
+    blocks: dict[int, torch.Tensor] = {}
     weight = layer.get_base_layer().weight
     merge_measured(
-        weight, *shifted, 2.0, scratch=Scratch(1), fan_in_fan_out=conv1d, emit=lambda _, x: blocks.append(x.clone())
+        weight,
+        *shifted,
+        2.0,
+        scratch=Scratch(block_elements=1),
+        fan_in_fan_out=conv1d,
+        emit=lambda row, x: blocks.update({row: x.clone()}),
     )
     layer.merge(safe_merge=True)
-    assert same_bits(torch.cat(blocks), layer.get_base_layer().weight.data)
+    assert same_bits(torch.cat([blocks[row] for row in sorted(blocks)]), layer.get_base_layer().weight.data)
 
 
 def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
@@ -173,7 +178,7 @@ def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
     for rows in (65, 66, 67, 69, 193):
         for columns, rank in ((16, 2), (100, 17), (100, 64), (33, 7)):
             layer = lora_linear(rows, columns, rank, dtype=torch.float32)
-            _, merged = fast(layer, scratch=Scratch(1))
+            _, merged = fast(layer, scratch=Scratch(block_elements=1))
             layer.merge(safe_merge=True)
             assert same_bits(merged, layer.get_base_layer().weight.data), (rows, columns, rank)
 
@@ -181,7 +186,7 @@ def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
 def test_a_failed_proof_leads_to_the_whole_product(monkeypatch) -> None:
     monkeypatch.setattr(Scratch, "proved", lambda *_: False)
     layer = lora_linear(700, 96, 8, dtype=torch.float32)
-    scratch = Scratch(1)
+    scratch = Scratch(block_elements=1)
     figures, merged = fast(layer, scratch=scratch)
     layer.merge(safe_merge=True)
     assert same_bits(merged, layer.get_base_layer().weight.data)
@@ -192,8 +197,8 @@ def test_a_failed_proof_leads_to_the_whole_product(monkeypatch) -> None:
 def test_the_proof_fails_when_a_block_differs_in_one_bit(monkeypatch) -> None:
     layer = lora_linear(256, 64, 4)
     factors = lowrank._Factors.of(layer.lora_A["default"].weight, layer.lora_B["default"].weight, transposed=False)
-    blocks = Scratch(1).blocks(256, 64, torch.device("cpu"))
-    assert Scratch(1).proved(factors, blocks)
+    blocks = Scratch(block_elements=1).blocks(256, 64, torch.device("cpu"))
+    assert Scratch(block_elements=1).proved(factors, blocks)
     genuine = lowrank._Factors.block
 
     def nudged(self, rows, scratch, like):
@@ -203,12 +208,12 @@ def test_the_proof_fails_when_a_block_differs_in_one_bit(monkeypatch) -> None:
         return product
 
     monkeypatch.setattr(lowrank._Factors, "block", nudged)
-    assert not Scratch(1).proved(factors, blocks)
+    assert not Scratch(block_elements=1).proved(factors, blocks)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 1000])
 def test_blocks_cover_every_row_once_and_none_is_short(rows) -> None:
-    blocks = Scratch(1).blocks(rows, 4096, torch.device("cpu"))
+    blocks = Scratch(block_elements=1).blocks(rows, 4096, torch.device("cpu"))
     covered = [row for block in blocks for row in range(block.start, block.stop)]
     assert covered == list(range(rows))
     assert len(blocks) == 1 or min(block.stop - block.start for block in blocks) >= 64
@@ -225,7 +230,7 @@ def test_one_nonfinite_value_anywhere_is_seen_as_peft_sees_it(side, value, dtype
     layer = lora_linear(200, 96, 4, dtype=dtype, conv1d=conv1d)
     tensor = layer.get_base_layer().weight if side == "weight" else getattr(layer, side)["default"].weight
     tensor.data[-1, -1] = value
-    figures, merged = fast(layer, scratch=Scratch(1))
+    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
     assert not figures.finite
     assert same_bits(merged, before_the_check(layer))
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -237,7 +242,7 @@ def test_zero_times_infinity_is_nan_as_in_peft(value) -> None:
     layer = lora_linear(200, 96, 4)
     layer.lora_A["default"].weight.data[0, 7] = value
     layer.lora_B["default"].weight.data.zero_()
-    figures, merged = fast(layer, scratch=Scratch(1))
+    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
     assert math.isnan(figures.minimum)
     assert math.isnan(figures.maximum)
     assert same_bits(merged, before_the_check(layer))
@@ -252,7 +257,7 @@ def test_overflow_is_judged_in_the_final_dtype(sign, dtype) -> None:
     layer.lora_A["default"].weight.data.zero_()[0, 3] = 70_000.0
     layer.lora_B["default"].weight.data.zero_()[150, 0] = sign
     layer.get_base_layer().weight.data[150, 3] = -20_000.0 * sign
-    figures, merged = fast(layer, scratch=Scratch(1))
+    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
     assert same_bits(merged, before_the_check(layer))
     assert figures.finite == (dtype is not torch.float16)
     if dtype is torch.float16:
@@ -262,7 +267,7 @@ def test_overflow_is_judged_in_the_final_dtype(sign, dtype) -> None:
 def test_denormal_deltas_keep_their_bits() -> None:
     layer = lora_linear(200, 96, 8, dtype=torch.float32, scaling=0.5, size=1e-20)
     layer.get_base_layer().weight.data.zero_()
-    _, merged = fast(layer, scratch=Scratch(1))
+    _, merged = fast(layer, scratch=Scratch(block_elements=1))
     layer.merge(safe_merge=True)
     assert same_bits(merged, layer.get_base_layer().weight.data)
     assert 0 < merged.abs().max() < torch.finfo(torch.float32).tiny
@@ -273,7 +278,7 @@ def test_an_empty_delta_changes_nothing(sample_every) -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()
     layer.get_base_layer().weight.data[0, 0] = -0.0  # -0.0 + 0.0 is 0.0: other bits, the same value
-    figures, _ = fast(layer, sample_every=sample_every, scratch=Scratch(1))
+    figures, _ = fast(layer, sample_every=sample_every, scratch=Scratch(block_elements=1))
     assert not figures.changed
     assert figures.unchanged == figures.sampled > 0
     assert figures.delta_sq == figures.lost_sq == 0.0
@@ -283,7 +288,7 @@ def test_an_empty_delta_changes_nothing(sample_every) -> None:
 def test_one_changed_element_is_noticed_in_every_block_sampled_or_not(row) -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()[row, 0] = 50.0
-    figures, _ = fast(layer, sample_every=16, scratch=Scratch(1))
+    figures, _ = fast(layer, sample_every=16, scratch=Scratch(block_elements=1))
     assert figures.changed
 
 
@@ -291,7 +296,7 @@ def test_one_changed_element_is_noticed_in_every_block_sampled_or_not(row) -> No
 def test_extremes_are_found_wherever_they_are(position, value) -> None:
     layer = lora_linear(700, 96, 4, size=1e-3)
     layer.get_base_layer().weight.data[position] = value
-    figures, merged = fast(layer, sample_every=16, scratch=Scratch(1))
+    figures, merged = fast(layer, sample_every=16, scratch=Scratch(block_elements=1))
     assert (figures.maximum if value > 0 else figures.minimum) == merged[position].item()
 
 
@@ -299,7 +304,7 @@ def test_extremes_are_found_wherever_they_are(position, value) -> None:
 def test_lost_and_delta_are_those_of_the_exact_sum(dtype) -> None:
     layer = lora_linear(300, 128, 8, dtype=dtype, size=0.01)
     weight = layer.get_base_layer().weight.detach().double()
-    figures, merged = fast(layer, scratch=Scratch(1))
+    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
     exact = layer.get_delta_weight("default").detach().double()
     assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-6)
     assert figures.lost_sq == pytest.approx(float((merged.double() - weight - exact).square().sum()), rel=1e-3)
@@ -307,15 +312,31 @@ def test_lost_and_delta_are_those_of_the_exact_sum(dtype) -> None:
 
 def test_a_sample_counts_the_elements_it_covers() -> None:
     layer = lora_linear(64 * 10, 96, 4)
-    sampled, _ = fast(layer, sample_every=4, scratch=Scratch(1))
+    sampled, _ = fast(layer, sample_every=4, scratch=Scratch(block_elements=1))
     assert sampled.sampled == 3 * 64 * 96
-    whole, _ = fast(layer, sample_every=1, scratch=Scratch(1))
+    whole, _ = fast(layer, sample_every=1, scratch=Scratch(block_elements=1))
     assert whole.sampled == whole.numel
     assert sampled.delta_sq / sampled.sampled == pytest.approx(whole.delta_sq / whole.sampled, rel=0.2)
 
 
+def test_an_exception_in_a_worker_reaches_the_caller_and_the_threads_are_as_before() -> None:
+    layer = lora_linear(700, 96, 4)
+
+    def refuse(row: int, block: torch.Tensor) -> None:
+        del block
+        if row == 320:
+            raise RuntimeError("no room for row 320")
+
+    factors = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    with threads(2), Scratch(block_elements=1) as scratch:
+        with pytest.raises(RuntimeError, match="row 320"):
+            merge_measured(layer.get_base_layer().weight, *factors, 2.0, scratch=scratch, emit=refuse)
+        assert torch.get_num_threads() == 2
+        assert fast(layer, scratch=scratch)[0].finite
+
+
 def test_one_scratch_serves_modules_of_any_shape_and_dtype() -> None:
-    scratch = Scratch(1 << 12)
+    scratch = Scratch(block_elements=1 << 12)
     for rows, columns, dtype in ((300, 96, torch.bfloat16), (70, 512, torch.float16), (900, 33, torch.float32)) * 2:
         layer = lora_linear(rows, columns, 4, dtype=dtype)
         _, merged = fast(layer, scratch=scratch)
@@ -346,7 +367,7 @@ def test_the_norm_of_nothing_is_zero_and_of_nan_is_nan() -> None:
 def test_extent_of_any_dtype(dtype, sum_sq) -> None:
     tensor = (torch.randn(37, 5, 11) * 40).to(torch.int64).clamp(0, 127).to(dtype)
     wide = tensor.double()
-    got = extent(tensor, scratch=Scratch(100), sum_sq=sum_sq)
+    got = extent(tensor, scratch=Scratch(block_elements=100), sum_sq=sum_sq)
     assert (got.numel, got.minimum, got.maximum) == (tensor.numel(), wide.min().item(), wide.max().item())
     assert got.finite
     assert got.sum_sq == (pytest.approx(float(wide.square().sum()), rel=1e-9) if sum_sq else None)
@@ -357,7 +378,7 @@ def test_extent_of_any_dtype(dtype, sum_sq) -> None:
 def test_extent_carries_nonfinite_values(value, sum_sq) -> None:
     tensor = torch.randn(40, 40, dtype=torch.bfloat16)
     tensor[-1, -2] = value
-    got = extent(tensor, scratch=Scratch(100), sum_sq=sum_sq)
+    got = extent(tensor, scratch=Scratch(block_elements=100), sum_sq=sum_sq)
     assert not got.finite
     assert value != value or value in (got.minimum, got.maximum)
 
@@ -372,7 +393,7 @@ def test_extent_of_large_and_of_no_values() -> None:
 
 def test_extent_of_a_transposed_view() -> None:
     tensor = torch.randn(30, 20).T
-    got = extent(tensor, scratch=Scratch(64), sum_sq=True)
+    got = extent(tensor, scratch=Scratch(block_elements=64), sum_sq=True)
     assert (got.minimum, got.maximum) == (tensor.min().item(), tensor.max().item())
 
 
