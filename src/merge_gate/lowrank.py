@@ -13,20 +13,21 @@ PEFT merges with whole tensors (peft/tuners/lora/layer.py, `Linear.merge` with `
 Here the same four steps, in the same order and with the same roundings, run on a block of rows at a time, so that
 only W itself travels from memory. Steps 2 to 4 work element by element: a block has the bits of the whole. Step 1 does
 not: a matrix product may pick another kernel, and with it another order of additions, for another number of rows
-(MKL does so for a last block of 1, 2, 3, 5, 6, 7 or 9 rows). Therefore a last block is never short, and `Scratch`
-proves each shape before it is used: blocks of a pseudo-random product are compared with the whole of it, once per
-shape and process. Where they differ, and where one block holds the whole, step 1 is PEFT's own expression.
+(MKL does so for a last block of 1, 2, 3, 5, 6, 7 or 9 rows). Therefore a last block is never short, and each shape is
+proved before it is used: blocks of a pseudo-random product are compared with the whole of it, once per shape and
+process. Where they differ, and where one block holds the whole, step 1 is PEFT's own expression.
+
+One call works on one core, if its thread says `torch.set_num_threads(1)`; parallel.py spreads modules over the cores.
+Splitting every step over the cores instead, as torch does, makes them wait for each other six times per block.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import threading
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -47,6 +48,9 @@ PROOF_ELEMENTS = 1 << 17
 
 ALIGNMENT_BYTES = 64
 """Where torch's allocator puts a tensor. MKL's bits depend on it for some narrow shapes."""
+
+_ONE_PROOF_AT_A_TIME = threading.Lock()
+"""A proof holds a whole product: one of them at a time, and no shape proved twice."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -91,80 +95,28 @@ class Extent:
 
 
 class Scratch:
-    """Buffers that live from block to block and from module to module, the threads that fill them, and the proofs.
+    """Buffers that live from block to block and from module to module. Each thread needs its own.
 
-    Each worker takes the next block and does all its steps alone, on one core. Splitting every step over the cores
-    instead, as torch does, makes them wait for each other six times per block; where other processes want the same
-    cores, each wait lasts until the scheduler brings the other thread back (measured: 50 times slower).
+    It grows to the largest block it met, about 3 MiB for a weight in bfloat16.
     """
 
-    def __init__(self, *, block_elements: int = BLOCK_ELEMENTS, workers: int | None = None) -> None:
+    def __init__(self, *, block_elements: int = BLOCK_ELEMENTS) -> None:
         self.block_elements = block_elements
-        self.workers = workers or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="merge-block")
-        self._buffers: dict[tuple[int, str, torch.dtype, torch.device], torch.Tensor] = {}
-        self._proofs: dict[tuple[object, ...], bool] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor of `like`'s shape and device, this thread's until it takes `name` again."""
-        key = (threading.get_ident(), name, dtype, like.device)
+        """An uninitialised tensor of `like`'s shape and device, valid until the next call with this name."""
+        key = (name, dtype, like.device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < like.numel():
             buffer = self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return buffer[: like.numel()].view(like.shape)
 
-    def blocks(self, rows: int, columns: int, device: torch.device) -> list[slice]:
+    def blocks(self, rows: int, columns: int, device: torch.device) -> tuple[slice, ...]:
         """Slices of about `block_elements`; the last one takes what would be a short block. One slice off the CPU."""
         step = max(self.block_elements // columns // BLOCK_ROWS, 1) * BLOCK_ROWS
         count = max(rows // step, 1) if device.type == "cpu" else 1
-        return [slice(i * step, rows if i == count - 1 else (i + 1) * step) for i in range(count)]
-
-    def each(self, blocks: list[slice], work: Callable[[int, slice], None]) -> None:
-        """Call `work` with the index and the rows of every block; several blocks are shared among the workers."""
-        if len(blocks) == 1:
-            work(0, blocks[0])
-            return
-        queue = deque(enumerate(blocks))
-        threads = torch.get_num_threads()
-        drains = [self._pool.submit(_drain, queue, work) for _ in range(self.workers)]
-        wait(drains)
-        torch.set_num_threads(threads)  # MKL's setting is the process's, and the workers have lowered it
-        for drain in drains:
-            drain.result()
-
-    def proved(self, factors: _Factors, blocks: list[slice]) -> bool:
-        """Whether row blocks of a product of these shapes have the bits of the whole product on this machine."""
-        left, right = factors.left, factors.right
-        key = (factors.transposed, *left.shape, right.shape[1], left.dtype, torch.get_num_threads())
-        if key not in self._proofs:
-            generator = torch.Generator().manual_seed(0)
-            draws = PROOF_ELEMENTS // (left.shape[0] * right.shape[1]) + 1
-            self._proofs[key] = all(self._agree(factors.redrawn(generator), blocks) for _ in range(draws))
-        return self._proofs[key]
-
-    def _agree(self, factors: _Factors, blocks: list[slice]) -> bool:
-        whole = factors.whole()
-        verdicts: list[bool] = []
-
-        def compare(_: int, rows: slice) -> None:
-            verdicts.append(torch.equal(factors.block(rows, self, whole[rows]), whole[rows]))
-
-        self.each(blocks, compare)
-        return all(verdicts)
-
-
-def _drain(queue: deque[tuple[int, slice]], work: Callable[[int, slice], None]) -> None:
-    torch.set_num_threads(1)
-    with contextlib.suppress(IndexError):
-        while True:
-            index, rows = queue.popleft()
-            work(index, rows)
+        return tuple(slice(i * step, rows if i == count - 1 else (i + 1) * step) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +139,24 @@ class _Factors:
             a, b, rounded_to = a.float(), b.float(), b.dtype
         return cls(a.T, b.T, transposed, rounded_to) if transposed else cls(b, a, transposed, rounded_to)
 
-    def redrawn(self, generator: torch.Generator) -> _Factors:
-        """Pseudo-random factors of the same shapes, dtype and layout."""
-        a, b = (self.left.T, self.right.T) if self.transposed else (self.right, self.left)
-        drawn = (torch.randn(side.shape, generator=generator, dtype=side.dtype) for side in (a, b))
-        return _Factors.of(*drawn, transposed=self.transposed)
-
     def whole(self) -> torch.Tensor:
         """PEFT's own expression."""
         return (self.right.T @ self.left.T).T if self.transposed else self.left @ self.right
+
+    def divisible(self, blocks: tuple[slice, ...]) -> bool:
+        """Whether the product may be made in these blocks of rows: there are several, and they keep the bits."""
+        if len(blocks) == 1:
+            return False
+        with _ONE_PROOF_AT_A_TIME:
+            return _proved(
+                rows=self.left.shape[0],
+                columns=self.right.shape[1],
+                rank=self.left.shape[1],
+                dtype=self.left.dtype,
+                transposed=self.transposed,
+                starts=tuple(block.start for block in blocks),
+                threads=torch.get_num_threads(),
+            )
 
     def block(self, rows: slice, scratch: Scratch, like: torch.Tensor) -> torch.Tensor:
         return torch.mm(self.left[rows], self.right, out=scratch.take("product", like, self.left.dtype))
@@ -205,6 +166,25 @@ class _Factors:
         if self.rounded_to is None:
             return product
         return scratch.take("rounded", product, self.rounded_to).copy_(product)
+
+
+@functools.cache
+def _proved(
+    *, rows: int, columns: int, rank: int, dtype: torch.dtype, transposed: bool, starts: tuple[int, ...], threads: int
+) -> bool:
+    """Whether row blocks of a product of these shapes have the bits of the whole product: a fact of this machine."""
+    del threads  # part of the fact, as the bits could depend on it
+    generator = torch.Generator().manual_seed(0)
+    blocks = [slice(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
+    left_out, right_in = (columns, rows) if transposed else (rows, columns)
+    for _ in range(PROOF_ELEMENTS // (rows * columns) + 1):
+        lora_a = torch.randn(rank, right_in, generator=generator, dtype=dtype)
+        lora_b = torch.randn(left_out, rank, generator=generator, dtype=dtype)
+        factors = _Factors.of(lora_a, lora_b, transposed=transposed)
+        whole = factors.whole()
+        if not all(torch.equal(torch.mm(factors.left[block], factors.right), whole[block]) for block in blocks):
+            return False
+    return True
 
 
 def supports(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, fan_in_fan_out: bool = False) -> bool:
@@ -248,11 +228,10 @@ def merge_measured(
         lora_a: (r, in), as PEFT holds it after loading (float32 by default).
         lora_b: (out, r), of the same dtype.
         scaling: PEFT's `scaling[adapter]`.
-        scratch: Buffers and proofs; pass the same one for all modules.
+        scratch: The calling thread's buffers; pass the same one for all modules.
         fan_in_fan_out: The weight is stored transposed (transformers' Conv1D).
         sample_every: One block in so many is compared with the exact sum; 1 compares all of them.
-        emit: Is given every merged block with the index of its first row, in any order, from the workers' threads.
-            The block is overwritten afterwards.
+        emit: Is given every merged block with the index of its first row; the block is overwritten afterwards.
 
     Raises:
         ValueError: `supports` is false of these tensors.
@@ -263,10 +242,9 @@ def merge_measured(
     base = weight.detach()
     factors = _Factors.of(lora_a, lora_b, transposed=fan_in_fan_out)
     blocks = scratch.blocks(base.shape[0], base.shape[1], base.device)
-    whole = None if len(blocks) > 1 and scratch.proved(factors, blocks) else factors.whole()
+    whole = None if factors.divisible(blocks) else factors.whole()
     tally = _Tally(step=min(sample_every, len(blocks)))
-
-    def merge_block(index: int, rows: slice) -> None:
+    for index, rows in enumerate(blocks):
         block = base[rows]
         product = factors.block(rows, scratch, block) if whole is None else whole[rows]
         exact = factors.rounded(product.mul_(scaling), scratch)
@@ -275,8 +253,6 @@ def merge_measured(
         tally.count(index, block, exact, merged, scratch)
         if emit is not None:
             emit(rows.start, merged)
-
-    scratch.each(blocks, merge_block)
     return tally.result(base.numel())
 
 
@@ -365,7 +341,7 @@ class _Stager:
 
 @dataclass(slots=True)
 class _Tally:
-    """Figures gathered block by block, from several threads. They stay on the device until `result`."""
+    """Figures gathered block by block. They stay on the device until `result`."""
 
     step: int
     bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
