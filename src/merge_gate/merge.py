@@ -83,9 +83,10 @@ def _evidence(
     progress: Progress | None,
 ) -> Evidence:
     started = time.perf_counter()
-    file_tensors = tuple(FileTensor(stats=stats) for files in members for stats in _measure_file(files))
+    file_tensors: tuple[FileTensor, ...] = ()
     kind = members[0].peft_type
     try:
+        file_tensors = tuple(FileTensor(stats=stats) for files in members for stats in _measure_file(files))
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
             loaded = load()
@@ -168,7 +169,11 @@ def raise_refused_pickle(error: Exception) -> None:
 
 def _with_use(base: Base, loaded: Loaded, one: FileTensor) -> FileTensor:
     """A non-finite tensor that the merge does not read is training state: a warning, not a failure."""
-    if one.stats.finite or one.stats.name not in loaded.model_key:
+    if one.stats.finite:
+        return one
+    if one.stats.name in loaded.unexpected:
+        return FileTensor(stats=one.stats, used=False)
+    if one.stats.name not in loaded.model_key:
         return one
     return FileTensor(stats=one.stats, used=_is_used(base, loaded, loaded.model_key[one.stats.name]))
 
@@ -453,14 +458,18 @@ class Merger:
             layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
 
     def _restore(self, slots: list[Slot]) -> None:
-        """Step 4. A tensor that another layer still has to merge into keeps what this one made of it."""
+        """Step 4. A tensor that another layer still has to merge into keeps what this one made of it; so does one that
+        was not the base's own any more (rewritten by an initialisation, overwritten by the file, resized)."""
         for slot in slots:
             left = self._pending.get(id(slot.parameter), 1) - 1
             self._pending[id(slot.parameter)] = left
             if left > 0:
                 continue
-            slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
-            slot.parameter.data = self._original.pop(id(slot.parameter), slot.data)
+            original = self._original.pop(id(slot.parameter), slot.data)
+            known = self.base.tensors.get(slot.name)
+            if known is not None and _same_storage(known, original):
+                slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+                slot.parameter.data = original
 
     # --- step 3 ---
 
