@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tests import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ OVERFLOW_EXPONENTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 28)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One adapter to judge on the base in `dtype`. `tensor` None: nothing is broken."""
+    """One adapter to judge on the base in `dtype` (or quantised so). `tensor` None: nothing is broken."""
 
     case: str
     dtype: str
@@ -65,20 +65,22 @@ class Truth:
     raised: str | None = None
 
 
-def trials(case: methods.Case, state: Mapping[str, Tensor]) -> Iterator[Trial]:
-    """Healthy in three dtypes; NaN and ±Inf in every tensor, at three places; each tensor too large for float16.
+def trials(
+    case: methods.Case, state: Mapping[str, Tensor], *, bases: Iterable[str], home: str, small: str
+) -> Iterator[Trial]:
+    """Healthy on every base; on `home` NaN and ±Inf in every tensor, at three places; each too large for `small`.
 
     Tensors of integers hold indices: they get one that points nowhere.
     """
-    for dtype in methods.DTYPES:
+    for dtype in bases:
         yield Trial(case=case.name, dtype=dtype)
     for tensor in floating(state):
         for value in VALUES:
             for position in POSITIONS:
-                yield Trial(case=case.name, dtype="float32", tensor=tensor, value=value, position=position)
-        yield Trial(case=case.name, dtype="float16", tensor=tensor, value="overflow")
+                yield Trial(case=case.name, dtype=home, tensor=tensor, value=value, position=position)
+        yield Trial(case=case.name, dtype=small, tensor=tensor, value="overflow")
     for tensor in sorted(set(state) - set(floating(state))):
-        yield Trial(case=case.name, dtype="float32", tensor=tensor, value="index")
+        yield Trial(case=case.name, dtype=home, tensor=tensor, value="index")
 
 
 def floating(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -108,20 +110,32 @@ def point_nowhere(state: Mapping[str, Tensor], tensor: str) -> dict[str, Tensor]
 class Bench:
     """One case's adapter with its bases, where trials are made and their truth is found.
 
-    `bases` has the base in each dtype. `directory` is written anew for each trial.
+    `bases` has the base in each dtype or quantisation. NaN and Inf are tried on the one called `home`, numbers that
+    are too large on `small`. `directory` is written anew for each trial.
     """
 
-    def __init__(self, case: methods.Case, bases: Mapping[str, nn.Module], source: Path, directory: Path) -> None:
+    def __init__(
+        self,
+        case: methods.Case,
+        bases: Mapping[str, nn.Module],
+        source: Path,
+        directory: Path,
+        *,
+        home: str = "float32",
+        small: str = "float16",
+    ) -> None:
         self.case = case
+        self.home = home
+        self.small = small
         self.bases = bases
         self.source = source
         self.directory = directory
         self.state = load_file(source / methods.WEIGHTS)
-        self.healthy = methods.merge(bases["float32"], source)
+        self.healthy = methods.merge(bases[home], source)
         self.read = {tensor: self._is_read(tensor) for tensor in floating(self.state)}
 
     def trials(self) -> Iterator[Trial]:
-        return trials(self.case, self.state)
+        return trials(self.case, self.state, bases=self.bases, home=self.home, small=self.small)
 
     def prepare(self, trial: Trial) -> Truth:
         """Writes the trial's adapter into `directory` and says what is true of it."""
@@ -155,7 +169,7 @@ class Bench:
         nonfinite = methods.nonfinite(merged)
         if nonfinite:
             return Truth(passes=False, cause="merged-nonfinite", nonfinite=nonfinite)
-        if methods.same(dict(base.state_dict()), merged):
+        if methods.same(methods.values(base), merged):
             return Truth(passes=False, cause="no-effect")
         return Truth(passes=True)
 
@@ -163,4 +177,4 @@ class Bench:
         noise = torch.randn(self.state[tensor].shape, generator=torch.Generator().manual_seed(11)) * 0.1
         moved = self.state | {tensor: (self.state[tensor] + noise).to(self.state[tensor].dtype)}
         methods.write_variant(self.source, self.directory, moved)
-        return not methods.same(self.healthy, methods.merge(self.bases["float32"], self.directory))
+        return not methods.same(self.healthy, methods.merge(self.bases[self.home], self.directory))

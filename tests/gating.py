@@ -6,8 +6,13 @@ them is left out, so that a base is loaded once per session and a judgement take
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
+import transformers
 
 from merge_gate import base as bases
 from merge_gate import merge
@@ -28,11 +33,16 @@ from merge_gate.records import (
     Verdict,
 )
 from merge_gate.verdict import decide
+from tests import faults_methods, methods
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from torch import nn
+
     from merge_gate.base import Base, Shape
+    from tests.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
     CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECK_DEFAULTS.items()
@@ -107,3 +117,72 @@ class Gate:
             )
         verdict, cause, findings = decide(findings, coverage)
         return Judgement(verdict=verdict, cause=cause, findings=findings, evidence=evidence)
+
+
+# --- the bench: what is judged, and how judgements are held against the truth --------------------------------------
+
+
+@dataclass
+class Tally:
+    """What has come out so far, over all cases."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    cases: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Bench:
+    """Bases and adapters on disk and in memory, each made on first use."""
+
+    root: Path
+    gate: Gate = field(default_factory=Gate)
+    tally: Tally = field(default_factory=Tally)
+    loaded: dict[tuple[str, str], nn.Module] = field(default_factory=dict)
+
+    def base_directory(self, name: str, dtype: str) -> Path:
+        directory = self.root / "bases" / name / dtype
+        return directory if directory.exists() else methods.save_base(name, directory, dtype)
+
+    def base(self, name: str, dtype: str) -> nn.Module:
+        if (name, dtype) not in self.loaded:
+            self.loaded[name, dtype] = methods.load_base(name, self.base_directory(name, dtype))
+        return self.loaded[name, dtype]
+
+    def adapter(self, case: methods.Case) -> Path:
+        directory = self.root / "adapters" / case.name
+        if not directory.exists():
+            base_directory = self.base_directory(case.base, "float32")
+            methods.save_adapter(case, self.base(case.base, "float32"), directory, base_directory=base_directory)
+        return directory
+
+    def faults(self, case: methods.Case) -> faults_methods.Bench:
+        bases = {dtype: self.base(case.base, dtype) for dtype in methods.DTYPES}
+        return faults_methods.Bench(case, bases, self.adapter(case), self.root / "trial")
+
+
+def mistake(truth: Truth, judgement: Judgement) -> str | None:
+    """The word for how a judgement is wrong, or None."""
+    if truth.passes != (judgement.verdict is Verdict.PASSED):
+        return "false failure" if truth.passes else "false pass"
+    if truth.passes:
+        return "no warning" if truth.warns and "adapter-nonfinite" not in judgement.warned else None
+    if truth.cause is None:
+        return None
+    return None if (judgement.verdict, judgement.cause) == (Verdict.FAILED, truth.cause) else "wrong cause"
+
+
+def told(trial: Trial, truth: Truth, wrong: str, judgement: Judgement) -> str:
+    return f"{wrong}: {trial}\n  truth: {truth}\n  gate:  {judgement}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads and progress bars only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes
 import peft
 import torch
 import transformers
@@ -170,10 +171,21 @@ def save_base(name: str, directory: Path, dtype: str = "float32") -> Path:
     return directory
 
 
-def load_base(name: str, directory: Path) -> nn.Module:
-    """The saved base as a user loads it, in the dtype it was saved in."""
+QUANTIZATIONS = {
+    "bnb-8bit": {"load_in_8bit": True},
+    "bnb-4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+def load_base(name: str, directory: Path, quantization: str | None = None) -> nn.Module:
+    """The saved base as a user loads it, in the dtype it was saved in; quantised on loading where that is asked for."""
+    options: dict[str, Any] = {"dtype": "auto"}
+    if quantization is not None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     with quiet():
-        model: nn.Module = type(BASES[name]()).from_pretrained(directory, dtype="auto").eval()
+        model: nn.Module = type(BASES[name]()).from_pretrained(directory, **options).eval()
     return model
 
 
@@ -528,7 +540,31 @@ def merge(base: nn.Module, directory: Path, *, safe: bool = False) -> dict[str, 
     with torch.sparse.check_sparse_tensor_invariants():  # else PEFT writes where an index of the file points
         model = load_adapter(base, directory)
         with quiet():
-            return dict(model.merge_and_unload(safe_merge=safe).state_dict())
+            return values(model.merge_and_unload(safe_merge=safe))
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer; a quantised weight as the values it stands for, and its scales."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found |= {f"{prefix}{name}{suffix}": value for suffix, value in _plain(parameter).items()}
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}{name}"] = buffer
+    return found
+
+
+def _plain(parameter: nn.Parameter) -> dict[str, Tensor]:
+    if isinstance(parameter, bitsandbytes.nn.Params4bit):
+        state = parameter.quant_state
+        nested = {".nested": state.state2.absmax, ".offset": state.offset} if state.nested else {}
+        return {"": bitsandbytes.functional.dequantize_4bit(parameter.data, state), ".absmax": state.absmax} | nested
+    if isinstance(parameter, bitsandbytes.nn.Int8Params):
+        return {"": parameter.data * parameter.SCB.view(-1, 1) / 127, ".SCB": parameter.SCB}
+    return {"": parameter.data}
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -6,14 +6,10 @@ Truth comes from `tests.faults_methods`: plain PEFT's merge, and a look at every
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import peft
 import pytest
 import torch
-import transformers
 
 from merge_gate import merge
 from merge_gate.config import load_config
@@ -21,15 +17,13 @@ from merge_gate.gate import run_gate
 from merge_gate.preflight import preflight
 from merge_gate.records import Verdict
 from tests import faults_methods, methods
-from tests.gating import Gate, Judgement
+from tests.gating import Bench, mistake, one_thread, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
-
-    from tests.faults_methods import Trial, Truth
 
 pytestmark = pytest.mark.matrix
 
@@ -38,67 +32,10 @@ UNCHECKED_INDICES = ("frod", "shira")
 """Methods whose indices PEFT gives to torch unchecked: judged in the worker's process, see the test of it."""
 
 
-@dataclass
-class Tally:
-    """What has come out so far, over all cases."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    cases: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Bench:
-    """Bases and adapters on disk and in memory, each made on first use."""
-
-    root: Path
-    gate: Gate = field(default_factory=Gate)
-    tally: Tally = field(default_factory=Tally)
-    loaded: dict[tuple[str, str], nn.Module] = field(default_factory=dict)
-
-    def base_directory(self, name: str, dtype: str) -> Path:
-        directory = self.root / "bases" / name / dtype
-        return directory if directory.exists() else methods.save_base(name, directory, dtype)
-
-    def base(self, name: str, dtype: str) -> nn.Module:
-        if (name, dtype) not in self.loaded:
-            self.loaded[name, dtype] = methods.load_base(name, self.base_directory(name, dtype))
-        return self.loaded[name, dtype]
-
-    def adapter(self, case: methods.Case) -> Path:
-        directory = self.root / "adapters" / case.name
-        if not directory.exists():
-            base_directory = self.base_directory(case.base, "float32")
-            methods.save_adapter(case, self.base(case.base, "float32"), directory, base_directory=base_directory)
-        return directory
-
-    def faults(self, case: methods.Case) -> faults_methods.Bench:
-        bases = {dtype: self.base(case.base, dtype) for dtype in methods.DTYPES}
-        return faults_methods.Bench(case, bases, self.adapter(case), self.root / "trial")
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    yield Bench(tmp_path_factory.mktemp("methods"))
-    torch.set_num_threads(threads)
-
-
-def mistake(truth: Truth, judgement: Judgement) -> str | None:
-    """The word for how a judgement is wrong, or None."""
-    if truth.passes != (judgement.verdict is Verdict.PASSED):
-        return "false failure" if truth.passes else "false pass"
-    if truth.passes:
-        return "no warning" if truth.warns and "adapter-nonfinite" not in judgement.warned else None
-    if truth.cause is None:
-        return None
-    return None if (judgement.verdict, judgement.cause) == (Verdict.FAILED, truth.cause) else "wrong cause"
-
-
-def told(trial: Trial, truth: Truth, wrong: str, judgement: Judgement) -> str:
-    return f"{wrong}: {trial}\n  truth: {truth}\n  gate:  {judgement}"
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("methods"))
 
 
 @CASES
@@ -131,7 +68,7 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
         files,
         on_tensor=lambda name, tensor: seen.__setitem__(name, tensor.clone()),
     )
-    original = dict(bench.base(case.base, dtype).state_dict())
+    original = methods.values(bench.base(case.base, dtype))
     assert methods.same({name: expected[name] for name in seen}, seen)
     untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))
     assert methods.same({name: expected[name] for name in untouched}, {name: original[name] for name in untouched})
@@ -180,8 +117,8 @@ def test_no_trial_wrote_to_a_base(bench: Bench) -> None:
         assert dtype == "auto"
         name, stored = directory.rsplit("/", 2)[1:]
         fresh = methods.load_base(name, bench.base_directory(name, stored))
-        kept = dict(base.model.state_dict())
-        expected = {key: value for key, value in fresh.state_dict().items() if key in kept}
+        kept = methods.values(base.model)
+        expected = {key: value for key, value in methods.values(fresh).items() if key in kept}
         assert expected
         assert methods.same(expected, {key: kept[key] for key in expected})
 
@@ -192,7 +129,7 @@ def test_the_count(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     trials = sum(counts.values())
     wrong = {word: counts[word] for word in ("false pass", "false failure", "wrong cause", "no warning")}
     with capsys.disabled():
-        print(
+        print(  # noqa: T201 - this is the figure that the README shows
             f"\n{trials} trials over {len(bench.tally.cases)} method cases "
             f"(PEFT {peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}): "
             + ", ".join(f"{count} {word}" for word, count in wrong.items())
