@@ -44,7 +44,8 @@ def main() -> int:
     from merge_gate.errors import GateError
 
     try:
-        canary.verify(environ)
+        for device in canary.verify(environ):
+            print(f"merge-gate: sees {device}", flush=True)
     except GateError as error:
         print(f"merge-gate: {error.message}\n  {error.hint}", file=sys.stderr)
         return int(error.exit_code)

@@ -43,8 +43,8 @@ if ! cmp -s "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requi
 fi
 
 # --- the base image: Debian with the Python of this machine in /usr/local, as in the official python images ---------
-printf '[engine]\nruntime = "runc"\ncdi_spec_dirs = ["%s/cdi"]\n' "$home" >"$home/containers.conf"
-mkdir -p "$home/cdi"
+# runc, since crun refuses the hybrid cgroups that some virtual machines have.
+printf '[engine]\nruntime = "runc"\n' >"$home/containers.conf"
 export CONTAINERS_CONF_OVERRIDE=$home/containers.conf PODMAN_IGNORE_CGROUPSV1_WARNING=1
 if ! podman image exists "$base"; then
   say "$base with debootstrap"

@@ -39,19 +39,24 @@ def expectations(files: Iterable[Path], gpus: str) -> dict[str, str]:
     return {FILES: json.dumps(digests), **({GPUS: gpus} if gpus else {})}
 
 
-def verify(environ: Mapping[str, str], devices: Path = Path("/dev")) -> None:
-    """Raise `LauncherError` unless every canary is there unchanged and a GPU that was asked for is visible."""
+def verify(environ: Mapping[str, str], devices: Path = Path("/dev")) -> list[str]:
+    """Return the device files of the GPUs that were asked for, an empty list where none were.
+
+    Raises `LauncherError` unless every canary is there unchanged and a GPU that was asked for is visible.
+    """
     expected: dict[str, str] = json.loads(environ.get(FILES, "{}"))
     for name, digest in expected.items():
         _verify_file(Path(name), digest)
     asked = environ.get(GPUS, "")
-    if asked and not gpu_devices(devices):
+    found = gpu_devices(devices) if asked else []
+    if asked and not found:
         raise LauncherError(
             f"no GPU is visible inside the container: got no NVIDIA device in {devices}, expected those asked for "
             f"({asked}); nothing was run on the CPU in their place",
             hint="install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set "
             "`gpus: none` to run on the CPU",
         )
+    return found
 
 
 def gpu_devices(devices: Path = Path("/dev")) -> list[str]:

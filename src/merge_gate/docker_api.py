@@ -69,14 +69,21 @@ def answers(environ: Mapping[str, str]) -> bool:
     An address other than a socket file was set on purpose, and is taken at its word.
     """
     address = find_address(environ)
+    return bool(address) and not _silence(address)
+
+
+def _silence(address: str) -> str:
+    """Say why nobody answers at a socket file, an empty string where somebody does or it is another kind of address."""
     if not address.startswith("unix://"):
-        return bool(address)
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_PING_S)
-        connection.connect(address[len("unix://") :])
-        connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")
-        return b" 200 " in connection.recv(64)
-    return False
+        return ""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_PING_S)
+            connection.connect(address[len("unix://") :])
+            connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")
+            return "" if b" 200 " in connection.recv(64) else "it is no container engine"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def connect(environ: Mapping[str, str]) -> Any:
@@ -93,15 +100,16 @@ def connect(environ: Mapping[str, str]) -> Any:
             "no container engine was found: DOCKER_HOST is not set and no socket of Docker or podman is there",
             hint="start Docker (or `podman system service`), or run without a container (`runtime: native`)",
         )
+    trouble = _silence(address)
     try:
-        client = docker.DockerClient(base_url=address, timeout=_ASK_S)
-        client.ping()
-    except Exception as error:  # the SDK lets errors of requests, urllib3, paramiko and the OS through
-        raise LauncherError(
-            f"the container engine at {address} does not answer: {reason(error)}",
-            hint="start it, check that this user may use its socket, or set DOCKER_HOST to another one",
-        ) from error
-    return client
+        if not trouble:
+            return docker.DockerClient(base_url=address, timeout=_ASK_S)  # which asks the engine for its version
+    except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, paramiko and the OS through
+        trouble = reason(error)
+    raise LauncherError(
+        f"the container engine at {address} does not answer: {trouble}",
+        hint="start it, check that this user may use its socket, or set DOCKER_HOST to another one",
+    )
 
 
 def describe(client: Any) -> Engine:
@@ -169,6 +177,21 @@ def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
             due = time.monotonic() + _PROGRESS_S
             done, total = (sum(part[index] for part in layers.values()) / 1e6 for index in (0, 1))
             yield f"pulling: {done:.0f} of {total:.0f} MB\n"
+
+
+# --- containers ----------------------------------------------------------------------------------------------------
+
+
+def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
+    """Give `log` the output of a container from its first word until it ends.
+
+    Where the engine goes away this ends too; whoever waits for the container tells of it.
+    """
+    import docker  # noqa: PLC0415
+
+    with contextlib.suppress(docker.errors.DockerException, OSError):
+        for chunk in container.logs(stream=True, follow=True):
+            log(chunk)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

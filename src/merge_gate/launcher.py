@@ -209,9 +209,8 @@ def _create(run: ContainerRun, prepared: _Prepared) -> Any:
 def _supervise(container: Any, gpus: str, log: Callable[[bytes], None]) -> int:
     """Start the container, pass on its log, wait, and return its exit code."""
     with docker_api.translated("the container cannot be started", gpus=gpus):
-        output = container.attach(stdout=True, stderr=True, stream=True, logs=True)
         container.start()
-    reader = threading.Thread(target=_read, args=(output, log), daemon=True)
+    reader = threading.Thread(target=docker_api.pass_on_output, args=(container, log), daemon=True)
     reader.start()
     hint = "see the engine's own log; what the report holds is true, but the run did not end"
     with docker_api.translated("the container was lost", hint=hint):
@@ -220,16 +219,11 @@ def _supervise(container: Any, gpus: str, log: Callable[[bytes], None]) -> int:
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}; stopping the container\n".encode())
             container.stop(timeout=STOP_GRACE_S)
-            reader.join(STOP_GRACE_S)
             return int(ExitCode.ERROR)
-        reader.join(STOP_GRACE_S)
+        finally:
+            reader.join(STOP_GRACE_S)
         container.reload()
     return _exit_code(int(status["StatusCode"]), bool(container.attrs.get("State", {}).get("OOMKilled")))
-
-
-def _read(output: Iterator[bytes], log: Callable[[bytes], None]) -> None:
-    for chunk in output:
-        log(chunk)
 
 
 def _exit_code(status: int, out_of_memory: bool) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.demo import make_demo
-from tests.e2e.act import ROOT, copy_action
+from tests.e2e.act import ROOT, copy_action, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,10 +94,18 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def podman_environment(home: Path) -> dict[str, str]:
+def registry_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def podman_environment(home: Path, registry_port: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    registries = tmp_path_factory.mktemp("registries") / "registries.conf"
+    registries.write_text(f'[[registry]]\nlocation = "127.0.0.1:{registry_port}"\ninsecure = true\n', encoding="utf-8")
     return {
         **os.environ,
         "CONTAINERS_CONF_OVERRIDE": str(home / "containers.conf"),
+        "CONTAINERS_REGISTRIES_CONF": str(registries),
         "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",
     }
 
@@ -112,20 +122,31 @@ def podman(podman_environment: dict[str, str]):
     return run
 
 
-@pytest.fixture(scope="session")
-def engine(podman_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """podman's Docker-compatible API; the value is DOCKER_HOST."""
-    socket = tmp_path_factory.mktemp("engine") / "podman.sock"
-    service = subprocess.Popen(["podman", "system", "service", "--time=0", f"unix://{socket}"], env=podman_environment)
+@contextlib.contextmanager
+def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
+    """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
+    words = [*before, "podman", "system", "service", "--time=0", f"unix://{socket}"]
+    service = subprocess.Popen(words, env=podman_environment)
     try:
         for _ in range(100):
             if socket.is_socket():
                 break
             time.sleep(0.1)
-        yield f"unix://{socket}"
+        yield service
     finally:
         service.terminate()
         service.wait(10)
+
+
+@pytest.fixture(scope="session")
+def engine(podman_environment: dict[str, str]) -> Iterator[str]:
+    """An engine that other users may talk to as well; the value is DOCKER_HOST."""
+    with tempfile.TemporaryDirectory(prefix="engine-") as directory:
+        Path(directory).chmod(0o755)
+        socket = Path(directory) / "podman.sock"
+        with serving(podman_environment, socket):
+            socket.chmod(0o666)
+            yield f"unix://{socket}"
 
 
 @pytest.fixture(scope="session")

