@@ -1,0 +1,159 @@
+"""Merges into bitsandbytes bases on the CPU: every tensor of every method, broken in every way.
+
+Truth is plain PEFT's merge, looked at after dequantising and with the scales: the packed integers themselves are
+always finite. No forward pass runs on a 4-bit model before its merge, since some CPUs repack the weight on the first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+from merge_gate.records import Quantization, Verdict
+from tests import faults_methods, methods
+from tests.gating import Bench, mistake, one_thread, told
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+pytestmark = pytest.mark.matrix
+
+BASE = "llama-bias"
+ON_LOADING = ("bnb-8bit", "bnb-4bit")
+AS_STORED = ("fp4", "nf4-double")
+QUANTIZATIONS = (*ON_LOADING, *AS_STORED)
+Q = ["q_proj"]
+
+
+def _case(name: str, kind: str, **kwargs: Any) -> methods.Case:
+    return methods.make_case(name, BASE, kind, target_modules=Q, **kwargs)
+
+
+CASES = (
+    _case("lora", "LoraConfig", r=2),
+    _case("lora-bias-only", "LoraConfig", r=2, bias="lora_only"),
+    _case("lora-lm-head-saved", "LoraConfig", r=2, modules_to_save=["lm_head"]),
+    _case("dora", "LoraConfig", r=2, use_dora=True),
+    _case("hira", "HiraConfig", r=2),
+    _case("vera", "VeraConfig", r=4),
+    _case("oft", "OFTConfig", oft_block_size=4, use_cayley_neumann=False),
+    _case("boft", "BOFTConfig", boft_block_size=4),
+    _case("miss", "MissConfig", r=4),
+    _case("road", "RoadConfig", group_size=4),
+    _case("shira", "ShiraConfig", r=1, random_seed=3),
+)
+LORA_BIAS = _case("lora-bias-term", "LoraConfig", r=2, lora_bias=True)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("bitsandbytes"))
+
+
+def stored(bench: Bench, quantization: str) -> tuple[Path, Quantization]:
+    """Where the base lies, and what the config asks for: a checkpoint that is quantised already loads as it is."""
+    plain = bench.base_directory(BASE, "float16")
+    if quantization in ON_LOADING:
+        return plain, Quantization(quantization)
+    directory = bench.root / "bases" / BASE / quantization
+    if not directory.exists():
+        methods.load_base(BASE, plain, quantization).save_pretrained(directory)
+    return directory, Quantization.NONE
+
+
+def quantised(bench: Bench, quantization: str) -> nn.Module:
+    key = (BASE, quantization)
+    if key not in bench.loaded:
+        directory, asked = stored(bench, quantization)
+        bench.loaded[key] = methods.load_base(BASE, directory, None if asked is Quantization.NONE else quantization)
+    return bench.loaded[key]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_trial_is_judged_right(case: methods.Case, quantization: str, bench: Bench) -> None:
+    bases = {quantization: quantised(bench, quantization)}
+    directory, asked = stored(bench, quantization)
+    faults = faults_methods.Bench(
+        case, bases, bench.adapter(case), bench.root / "trial", home=quantization, small=quantization
+    )
+    mistakes = []
+    for trial in faults.trials():
+        if trial.value == "index":
+            continue
+        truth = faults.prepare(trial)
+        judgement = bench.gate.judge(faults.directory, directory, quantization=asked)
+        wrong = mistake(truth, judgement)
+        bench.tally.counts[wrong or "right"] += 1
+        if wrong:
+            mistakes.append(told(trial, truth, wrong, judgement))
+    assert not mistakes, f"{len(mistakes)} mistakes; the first:\n" + "\n".join(mistakes[:3])
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_loss_of_requantising_is_reported(quantization: str, bench: Bench) -> None:
+    """An adapter whose delta is far below the step of the grid: quantising again eats it."""
+    case = CASES[0]
+    state = faults_methods.load_file(bench.adapter(case) / methods.WEIGHTS)
+    small = methods.write_variant(
+        bench.adapter(case), bench.root / "small", {name: tensor * 0.07 for name, tensor in state.items()}
+    )
+    directory, asked = stored(bench, quantization)
+    judgement = bench.gate.judge(small, directory, quantization=asked)
+    assert judgement.evidence is not None
+    (merge,) = [one for one in judgement.evidence.merges if one.changed]
+    assert merge.delta_norm, judgement
+    assert merge.lost_norm, judgement
+    assert "rounding-loss" in judgement.warned, judgement
+
+
+@pytest.mark.parametrize("quantization", ["bnb-8bit", "bnb-4bit"])
+def test_lora_bias_is_refused_because_peft_merges_it_wrongly(quantization: str, bench: Bench) -> None:
+    adapter = bench.adapter(LORA_BIAS)
+    base = quantised(bench, quantization)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        methods.merge(base, adapter, safe=True)  # a good adapter
+    model = methods.load_adapter(base, adapter)
+    layer = next(module for module in model.modules() if isinstance(module, (Linear8bitLt, Linear4bit)))
+    layer.scaling["default"] = 3.0
+    before = layer.get_base_layer().bias.data.clone()
+    with methods.quiet():
+        layer.merge(safe_merge=False)
+    added = layer.get_base_layer().bias.data - before
+    unscaled = layer.lora_B["default"].bias.data.to(added.dtype)
+    assert torch.allclose(added, unscaled, atol=1e-3), "PEFT scales the bias now: the rule can go"
+
+    directory, asked = stored(bench, quantization)
+    judgement = bench.gate.judge(adapter, directory, quantization=asked)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert "lora_bias" in judgement.findings[0].message
+
+
+def test_a_base_with_a_broken_scale_is_the_bases_fault(bench: Bench, tmp_path: Path) -> None:
+    """Packed integers are finite whatever happens: only the scales show it."""
+    directory, _ = stored(bench, "fp4")
+    state = faults_methods.load_file(directory / "model.safetensors")
+    name = next(name for name in sorted(state) if name.endswith("q_proj.weight.absmax"))
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken = faults_methods.put(state, name, "nan", "first")
+    methods.save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    judgement = bench.gate.judge(bench.adapter(CASES[0]), tmp_path)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "base-nonfinite"), judgement
+
+
+def test_no_trial_wrote_to_a_base(bench: Bench) -> None:
+    """Last: what the gate has loaded still holds what a fresh load holds."""
+    for (directory, _, asked, _), base in bench.gate.loaded.items():
+        if not directory.startswith(str(bench.root / "bases")):
+            continue
+        name = None if asked is Quantization.NONE else str(asked)
+        fresh = methods.load_base(BASE, type(bench.root)(directory), name)
+        assert methods.same(methods.values(fresh), methods.values(base.model))
