@@ -187,8 +187,9 @@ def _fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
     """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290)."""
     if not hasattr(scratch, "get_input_embeddings") or not files.tensors:
         return
+    model: Any = scratch
     try:
-        embedding = scratch.get_input_embeddings()
+        embedding = model.get_input_embeddings()
     except NotImplementedError:
         return
     if not isinstance(embedding, nn.Embedding):
@@ -198,7 +199,7 @@ def _fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
     for header in files.tensors:
         rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
         if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
-            scratch.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
+            model.resize_token_embeddings(rows, mean_resizing=False)
             return
 
 
@@ -245,8 +246,8 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
             f"{listing(leaves, 12)}"
         ),
         hint=(
-            "check that this is the base the adapter was trained on; some architectures were renamed in transformers 5, "
-            "then the adapter must be gated with the version it was trained with"
+            "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then gate "
+            "the adapter with the version that it was trained with"
         ),
         origin=Origin.CONFIG,
     )
@@ -293,8 +294,8 @@ def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
             Refusal(
                 check="keys-missing",
                 message=(
-                    f"adapter_config.json promises fully trained modules (modules_to_save {config.modules_to_save!r} or "
-                    f"trainable tokens), but the file lacks {listing(lost)}"
+                    f"adapter_config.json promises fully trained modules (modules_to_save {config.modules_to_save!r} "
+                    f"or trainable tokens), but the file lacks {listing(lost)}"
                 )
                 if getattr(config, "modules_to_save", None)
                 else f"the file lacks {listing(lost)}, which the config promises",
@@ -371,7 +372,7 @@ def _promised(model: Any, adapter_name: str) -> dict[str, str]:
             saved = peft.get_peft_model_state_dict(
                 model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
             )
-        except Exception:  # noqa: BLE001 - types that cannot list what they save: PEFT's own load result has to do
+        except Exception:
             return {}
     by_object = {id(tensor): key for key, tensor in state.items()}
     return {name: by_object[id(tensor)] for name, tensor in saved.items() if id(tensor) in by_object}
@@ -433,8 +434,11 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
 def _compare(
     model: Any, promised: dict[str, str], state: dict[str, torch.Tensor], files: AdapterFiles, adapter_name: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """Step 5. Renames that PEFT or transformers applied on load are honoured: what was loaded under a promised key is
-    not missing, whatever the file calls it."""
+    """Step 5.
+
+    Renames that PEFT or transformers applied on load are honoured: what was loaded under a promised key is not
+    missing, whatever the file calls it.
+    """
     own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     loaded = {key for key in state if key in own}
     missing = tuple(sorted(name for name, key in promised.items() if key not in loaded))

@@ -96,7 +96,7 @@ def _wrap(parameter: torch.Tensor, *, private: bool) -> torch.Tensor:
     data = parameter.detach()
     if type(parameter) is nn.Parameter:
         return nn.Parameter(data.clone() if private else data, requires_grad=False)
-    wrapped = torch.Tensor._make_subclass(type(parameter), data.clone() if private else data, False)  # noqa: SLF001
+    wrapped = torch.Tensor._make_subclass(type(parameter), data.clone() if private else data, False)
     wrapped.__dict__.update(parameter.__dict__)
     return wrapped
 
@@ -105,7 +105,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tens
     """(name, owning module, tensor) of every parameter and persistent buffer; a tied tensor once, by its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        hidden = module._non_persistent_buffers_set  # noqa: SLF001
+        hidden = module._non_persistent_buffers_set
         own = list(module._parameters.items()) + [(n, b) for n, b in module._buffers.items() if n not in hidden]
         for name, tensor in own:
             if tensor is None or id(tensor) in seen:
@@ -115,7 +115,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tens
 
 
 def owners(model: nn.Module) -> dict[int, tuple[tuple[str, nn.Module], ...]]:
-    """id of a parameter → every (module name, module) that holds it: more than one for tied weights."""
+    """Id of a parameter → every (module name, module) that holds it: more than one for tied weights."""
     held: dict[int, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules():
         for tensor in module._parameters.values():
@@ -239,7 +239,7 @@ def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> 
     architecture = next((name for name in config.architectures or () if hasattr(transformers, name)), "AutoModel")
     wanted = TASK_CLASSES.get(files.task_type or "")
     if wanted is not None:
-        known = type(config) in _class_named(wanted)._model_mapping  # noqa: SLF001
+        known = type(config) in _class_named(wanted)._model_mapping
         remote = trust_remote_code and wanted in (getattr(config, "auto_map", None) or {})
         return wanted if known or remote else architecture
     mapping = json.loads(files.config_json or "{}").get("auto_mapping") or {}
@@ -275,7 +275,7 @@ def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None
                 if class_name.startswith("Auto")
                 else _class_named(class_name)(config)
             )
-        except Exception:  # noqa: BLE001 - the real load reports what is wrong, with its own words
+        except Exception:
             return None
     for name, parameter in skeleton.named_parameters():
         rows = saved.get(name, ())[:1]

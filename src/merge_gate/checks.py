@@ -188,7 +188,7 @@ def _base_mismatch(case: Case) -> Iterator[Finding]:
         yield _make(
             "base-mismatch",
             f"adapter_config.json names base {named!r}, the gate merged into {label!r}",
-            "if both are the same weights, ignore this or set base-mismatch: off for the adapter; else name the right base",
+            "if both are the same weights, set base-mismatch: off for the adapter; else name the right base",
             Origin.CONFIG,
         )
     revision = case.files.base_revision
@@ -270,7 +270,7 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
             "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
             "earlier checkpoint"
             if every
-            else "the tensor was damaged in training (overflow, divergence) or in conversion: release an earlier checkpoint"
+            else "the tensor was damaged in training (overflow, divergence) or in conversion: release an earlier one"
         )
     else:
         hint = "the merge does not read this tensor, so the merged model is sound; training from it would not be"
@@ -328,7 +328,7 @@ def _no_effect(case: Case) -> Iterator[Finding]:
             "no-effect",
             f"the merge changes nothing: all {len(evidence.targeted)} targeted modules keep the bits of the base "
             f"({reason})",
-            "the adapter was saved before it was trained, or its tensors were not gathered on saving; train or save again",
+            "the adapter was saved before it was trained, or its tensors were not gathered on saving: do that again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),

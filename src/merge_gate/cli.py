@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate import __version__
-from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
+from merge_gate.errors import ConfigError, ExitCode, GateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.ERROR
-    except Exception as error:  # noqa: BLE001 - a crash of the tool is 3, never 1, and must be readable
+    except Exception as error:
         _say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         _say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
         if os.environ.get("MERGE_GATE_DEBUG"):
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
-    from merge_gate.report.untrusted import safe_text  # noqa: PLC0415 - only where something is said
+    from merge_gate.report.untrusted import safe_text
 
     print(safe_text(line), file=sys.stderr)
 
@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="merge-gate",
-        description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter is "
-        "finite, and name what is broken.",
+        description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
+        "is finite, and name what is broken.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -128,8 +128,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check = commands.add_parser(
         "check",
         help="check config and files only",
-        description="Check CONFIG and the adapters' files: formats, headers, adapter_config.json, expectations. Loads no "
-        "model; a clean check says nothing about values.",
+        description="Check CONFIG and the adapters' files: formats, headers, adapter_config.json, expectations. Loads "
+        "no model; a clean check says nothing about values.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -169,7 +169,7 @@ def _device(text: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from merge_gate.config import load_config  # noqa: PLC0415 - slow
+    from merge_gate.config import load_config
 
     config = load_config(arguments.config)
     report = _gate(config, arguments.device, arguments.output, tuple(arguments.only))
@@ -177,9 +177,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _gate(config: object, device: str, output: str, only: tuple[str, ...]) -> Report:
-    from merge_gate.gate import run_gate  # noqa: PLC0415 - slow
-    from merge_gate.records import Config  # noqa: PLC0415
-    from merge_gate.terminal import make_view  # noqa: PLC0415
+    from merge_gate.gate import run_gate
+    from merge_gate.records import Config
+    from merge_gate.terminal import make_view
 
     if not isinstance(config, Config):
         raise TypeError("expected a Config")
@@ -194,10 +194,10 @@ def exit_code(report: Report) -> ExitCode:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from merge_gate.config import load_config  # noqa: PLC0415 - slow
-    from merge_gate.gate import check_files  # noqa: PLC0415
-    from merge_gate.records import Verdict  # noqa: PLC0415
-    from merge_gate.report.untrusted import safe_text  # noqa: PLC0415
+    from merge_gate.config import load_config
+    from merge_gate.gate import check_files
+    from merge_gate.records import Verdict
+    from merge_gate.report.untrusted import safe_text
 
     config = load_config(arguments.config)
     counts = dict.fromkeys(Verdict, 0)
@@ -224,8 +224,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_demo(directory: str) -> int:
-    from merge_gate.config import load_config  # noqa: PLC0415 - slow
-    from merge_gate.demo import EXPECTED, make_demo  # noqa: PLC0415
+    from merge_gate.config import load_config
+    from merge_gate.demo import EXPECTED, make_demo
 
     path = make_demo(directory)
     report = _gate(load_config(path), "cpu", str(Path(directory) / DEFAULT_OUTPUT), ())
@@ -237,17 +237,17 @@ def _run_demo(directory: str) -> int:
             f"the gate did not judge the demo as it should: {wrong}",
             hint="this installation of merge-gate cannot be trusted; please report this with the versions above",
         )
-    print(f"\nThe gate judged all {len(got)} demo entries as it should. The gate itself returned {int(code)}: a workflow "
-          "step would be red.")  # fmt: skip
+    print(f"\nThe gate judged all {len(got)} demo entries as it should. The gate itself returned {int(code)}: a "
+          "workflow step would be red.")  # fmt: skip
     print(f"Files and report: {directory}" if Path(directory).name else "")
     return ExitCode.PASS
 
 
 def _schema(arguments: argparse.Namespace) -> int:
     if arguments.document == "config":
-        from merge_gate.config import config_schema as schema  # noqa: PLC0415
+        from merge_gate.config import config_schema as schema
     else:
-        from merge_gate.report.json_report import report_schema as schema  # noqa: PLC0415
+        from merge_gate.report.json_report import report_schema as schema
     print(json.dumps(schema(), indent=2))
     return ExitCode.PASS
 

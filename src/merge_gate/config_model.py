@@ -7,7 +7,7 @@ as long to import as the rest of the command line together.
 
 from __future__ import annotations
 
-from collections.abc import Callable  # noqa: TC003 (pydantic evaluates annotations)
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
 
 
 def _with(stats: TensorStats, **changes: Any) -> TensorStats:
-    return TensorStats(**{slot: changes.get(slot, getattr(stats, slot)) for slot in stats.__slots__})
+    return replace(stats, **changes)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distance(left: torch.Tensor, right: torch.Tensor | None = None) -> float:
-    """‖left − right‖ (‖left‖ without `right`), Frobenius, in float64 sums of float32 differences; NaN where undefined."""
+    """‖left − right‖ (‖left‖ without `right`), Frobenius; float32 differences summed in float64, NaN if undefined."""
     total = 0.0
     other = _chunks(right) if right is not None else None
     for _, chunk in _chunks(left):
@@ -150,4 +151,4 @@ def distance(left: torch.Tensor, right: torch.Tensor | None = None) -> float:
         if other is not None:
             wide = wide - next(other)[1].detach().to(torch.float32)
         total += float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
-    return math.sqrt(total) if total == total else math.nan
+    return math.nan if math.isnan(total) else math.sqrt(total)

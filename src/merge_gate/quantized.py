@@ -33,14 +33,16 @@ def _scb(module: nn.Module, weight: Any) -> torch.Tensor | None:
 
 def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
     """The values that a quantised weight stands for, in the shape of the layer (out_features, in_features)."""
-    import bitsandbytes.functional as functional  # noqa: PLC0415 - slow to import, needed by few bases
+    from bitsandbytes import functional  # noqa: PLC0415 - slow to import, needed by few bases
 
     if type(weight).__name__ == BNB_4BIT:
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        values: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return values
     scale = _scb(module, weight)
     if scale is None:
         return torch.full(tuple(weight.shape), torch.nan)  # a weight without its scales stands for nothing
-    return functional.int8_vectorwise_dequant(weight.data, scale.to(weight.device))
+    rows: torch.Tensor = functional.int8_vectorwise_dequant(weight.data, scale.to(weight.device))
+    return rows
 
 
 def scales(module: nn.Module, weight: Any) -> list[tuple[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """What PEFT merges wrongly, or cannot merge, although it may not say so. One table; each row has its source.
 
-In: a loaded `PeftModel` and its config. Out: `Refusal`s. What PEFT itself refuses needs no row: its exception becomes
-`not-mergeable` with its own words. tests/test_not_mergeable.py shows each row with plain PEFT, so that a release that
+In: a loaded `PeftModel` and its config. Out: nothing, or `Refused`. What PEFT itself refuses needs no row: its
+exception becomes `not-mergeable` with its own words. tests/test_not_mergeable.py shows each row with plain PEFT, so that a release that
 mends one makes the test say so.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from merge_gate.adapter import Refused
 from merge_gate.quantized import is_quantized
 from merge_gate.records import Origin, Refusal
 
@@ -28,20 +29,25 @@ class Rule:
     where: Callable[[Any, Any], Iterator[str]]
 
 
-def refusals(model: Any, config: Any) -> Refusal | None:
-    """The first rule that this adapter meets, or None."""
+def refuse_wrong_merges(model: Any, config: Any) -> None:
+    """Hold the adapter against every rule.
+
+    Raises:
+        Refused: with the first rule that it meets.
+    """
     for rule in RULES:
         places = list(rule.where(model, config))
         if places:
             named = f" (in {places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})" if places[0] else ""
-            return Refusal(
-                check="not-mergeable",
-                message=f"{rule.reason}{named}",
-                hint=rule.hint,
-                module=places[0] or None,
-                origin=Origin.CONFIG,
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"{rule.reason}{named}",
+                    hint=rule.hint,
+                    module=places[0] or None,
+                    origin=Origin.CONFIG,
+                )
             )
-    return None
 
 
 def _kind(config: Any) -> str:

@@ -1,4 +1,6 @@
-"""Findings → verdict and cause. In: an adapter's findings and coverage. Out: two values. Knows no check by name but one.
+"""Findings → verdict and cause.
+
+In: an adapter's findings and coverage. Out: two values, and why. Knows no check by name but one.
 
 1. An error finding of a check: `failed`, and its first in the order of blame is the cause.
 2. Else anything that kept the adapter from being judged whole: `error`.
@@ -28,8 +30,8 @@ def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, 
 def _gap(coverage: Coverage) -> str:
     if coverage.parameters_checked != coverage.parameters_total:
         return (
-            f"only {coverage.parameters_checked:,} of {coverage.parameters_total:,} parameters of the merged model were "
-            "checked"
+            f"only {coverage.parameters_checked:,} of {coverage.parameters_total:,} parameters of the merged model "
+            "were checked"
         )
     if not coverage.parameters_total:
         return "the merged model has no parameters that could be checked"

@@ -334,7 +334,7 @@ def _device(wanted: str) -> Ready:
         if not torch.cuda.is_available():
             raise EngineError(
                 f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
-                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, a CUDA build of torch)",
+                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, CUDA build of torch)",
             )
         count = torch.cuda.device_count()
         index = int(wanted.partition(":")[2] or 0)
@@ -361,7 +361,7 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
     for task in group.tasks:
         try:
             shape = bases.shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
-        except Exception as error:  # noqa: BLE001 - see _refusal
+        except Exception as error:
             yield Undecided(task=task.index, refusal=_refusal(error))
         else:
             by_shape.setdefault(shape, []).append(task)
@@ -380,7 +380,7 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
                 trust_remote_code=job.trust_remote_code,
                 allow_pickle=job.allow_pickle,
             )
-        except Exception as error:  # noqa: BLE001 - see _refusal
+        except Exception as error:
             yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
             continue
         yield BaseLoaded(group=position, facts=base.facts, seconds=time.perf_counter() - started)
@@ -400,7 +400,7 @@ def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
             evidence = merge.merge_combination(base, task.files, task.combine, progress=report)
         else:
             evidence = merge.merge_adapter(base, task.files[0], progress=report)
-    except Exception as error:  # noqa: BLE001 - the one broad except of the gate: an adapter's failure is its own
+    except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=evidence)
 
