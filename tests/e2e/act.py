@@ -7,10 +7,8 @@ import io
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,17 +106,20 @@ def run_act(
     consumer_of: Path | None = None,
     secrets: dict[str, str] | None = None,
     environ: dict[str, str] | None = None,
-    terminate_when: str = "",
+    platform: str = "-self-hosted",
     timeout_s: float = 240,
 ) -> ActRun:
-    """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file."""
+    """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file.
+
+    `platform` is this machine itself, or the image that a hosted runner's jobs run in.
+    """
     home, store = scratch / "home", scratch / "artifacts"
     home.mkdir(parents=True)
     secret_file = home / "secrets"
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
     words = [
         act, "push", "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
-        "-P", "ubuntu-24.04=-self-hosted", "-P", "self-hosted=-self-hosted",
+        "-P", f"ubuntu-24.04={platform}", "-P", "self-hosted=-self-hosted", "--pull=false",
         "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
         "--artifact-server-port", free_port(),
@@ -137,22 +138,11 @@ def run_act(
             stderr=subprocess.STDOUT,
         )
         try:
-            if terminate_when:
-                _wait_for(log, terminate_when, timeout_s)
-                process.send_signal(signal.SIGINT)
             code = process.wait(timeout_s)
         finally:
             process.kill()
     raw = log.read_text(encoding="utf-8")
     return ActRun(code, raw, _records(raw), _artifacts(store))
-
-
-def _wait_for(log: Path, text: str, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while text not in log.read_text(encoding="utf-8"):
-        if time.monotonic() > end:
-            raise AssertionError(f"{text!r} did not appear in {log}")
-        time.sleep(0.1)
 
 
 def _records(raw: str) -> list[dict]:

@@ -153,8 +153,10 @@ def engine(podman_environment: dict[str, str]) -> Iterator[str]:
 def image(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The image, built from the real Dockerfile on the local base; pip's settings are this machine's, as mounts."""
     secret = tmp_path_factory.mktemp("pip") / "pip.conf"
-    secret.write_text(_pip_settings(), encoding="utf-8")
-    directories = {"/etc/ssl/certs", *_find_links()}
+    settings = pip_settings()
+    secret.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()), encoding="utf-8")
+    links = (path for path in settings.get("find-links", "").split() if Path(path).is_dir())
+    directories = {"/etc/ssl/certs", *links}
     # buildah caps a build's limits below this machine's otherwise, and RUN fails.
     limits = [f"--ulimit={name}={_hard(flag)}:{_hard(flag)}" for name, flag in (("nofile", "n"), ("nproc", "u"))]
     podman(
@@ -171,18 +173,12 @@ def _hard(flag: str) -> str:
     return subprocess.run(["bash", "-c", f"ulimit -H{flag}"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _settings() -> dict[str, str]:
+def pip_settings() -> dict[str, str]:
+    """What pip on this machine is told, and a build has to be told as well."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
-    pairs = (line.partition("=") for line in listed.splitlines() if "=" in line)
-    return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
-
-
-def _pip_settings() -> str:
     kept = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout", "proxy")
-    return "\n".join(["[global]", *(f"{key} = {value}" for key, value in _settings().items() if key in kept), ""])
-
-
-def _find_links() -> list[str]:
-    return [path for path in _settings().get("find-links", "").split() if Path(path).is_dir()]
+    pairs = (line.partition("=") for line in listed.splitlines() if "=" in line)
+    named = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
+    return {key: value for key, value in named.items() if key in kept}

@@ -1,0 +1,104 @@
+"""The image by itself: what it holds, and that it runs without the launcher, by hand and as a job's container."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.act import ROOT, make_repository, run_act
+from tests.e2e.conftest import pip_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.e2e
+
+LIMIT_BYTES = 1_600_000_000
+"""The CPU variant on the tests' base, which is 120 MB larger than python:slim."""
+
+
+@pytest.fixture(scope="module")
+def inspected(podman, image: str) -> dict:
+    return json.loads(podman("image", "inspect", image))[0]
+
+
+def test_what_the_image_says_of_itself(inspected: dict) -> None:
+    config = inspected["Config"]
+    labels = config["Labels"]
+    for name in ("title", "description", "licenses", "source", "version", "revision", "base.digest"):
+        assert labels[f"org.opencontainers.image.{name}"], name
+    assert config.get("User", "") == "", "a job's container must be able to run as root"
+    assert config["Entrypoint"] == ["/opt/merge-gate/bin/python", "-I", "/opt/merge-gate/entrypoint.py"]
+    environ = dict(pair.split("=", 1) for pair in config["Env"])
+    assert environ["MERGE_GATE_IMAGE"] == "cpu"
+    assert environ["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "NVIDIA_REQUIRE_CUDA" not in environ
+    assert inspected["Size"] < LIMIT_BYTES
+
+
+def test_nothing_of_the_building_machine_is_in_it(inspected: dict, podman, image: str) -> None:
+    history = podman("history", "--no-trunc", "--format", "{{.CreatedBy}}", image) + json.dumps(inspected)
+    for value in pip_settings().values():
+        assert len(value) < 5 or value not in history
+    script = (
+        "command -v gcc cc g++ make git; cat /etc/pip.conf /run/secrets/pip-conf; ls /root/.cache /requirements /source"
+    )
+    found = podman("run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", f"{script} 2>/dev/null; true")
+    assert found.strip() == ""
+
+
+def test_the_packages_are_those_of_the_lock(podman, image: str) -> None:
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    listed = podman("run", "--rm", "--network=none", "--entrypoint=python", image, "-c", code)
+    installed = {re.sub(r"[._]", "-", name.lower()): version for name, version in json.loads(listed).items()}
+    lock = (ROOT / "requirements" / "image-cpu.txt").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock, re.MULTILINE))
+    assert installed.pop("merge-gate")
+    assert installed == {re.sub(r"[._]", "-", name.lower()): version for name, version in locked.items()}
+
+
+@pytest.mark.parametrize("user", ["0:0", "1001:1001", "4242:100"])
+def test_it_runs_by_hand_as_anybody(podman, image: str, demo: Path, tmp_path: Path, user: str) -> None:
+    """As the head of the Dockerfile has it; an uid without a passwd entry has a name and a home all the same."""
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o777)
+    words = ("run", "--rm", "--network=none", f"--user={user}", f"-v={demo}:/work:ro", f"-v={out}:/out", image)
+    log = podman(*words, "run", "green.yml", "--output", "/out")
+    report = json.loads((out / "report.json").read_text())
+    assert report["result"] == "pass", log
+    assert {path.stat().st_uid for path in out.iterdir()} == {int(user.split(":", maxsplit=1)[0])}
+    name = podman(
+        "run", "--rm", f"--user={user}", "--entrypoint=python", image, "-c", "import getpass; print(getpass.getuser())"
+    )
+    assert name.strip() == "merge-gate"
+
+
+def test_it_says_what_it_can_do(podman, image: str) -> None:
+    assert "usage: merge-gate" in podman("run", "--rm", "--network=none", "--read-only", image)
+    done = subprocess.run(["podman", "run", "--rm", "--network=none", image, "judge"], capture_output=True, check=False)
+    assert done.returncode == 2
+
+
+def test_a_job_in_the_image_gates_natively(
+    tool, own_repository: Path, tmp_path: Path, image: str, installed, engine
+) -> None:
+    make_repository(own_repository, "job-container.yml")
+    run = run_act(
+        tool("act"),
+        own_repository,
+        "job-container.yml",
+        tmp_path / "run",
+        python=installed,
+        platform=image,
+        environ={"DOCKER_HOST": engine},
+    )
+    assert run.code == 1, run.text
+    assert "runtime native" in run.text
+    assert run.outputs("gate")["result"] == "fail"
+    assert len(json.loads(run.outputs("gate")["failed"])) == 5
+    assert '"result": "fail"' in run.text
