@@ -76,9 +76,9 @@ def load_adapter(base: Base, files: AdapterFiles) -> Loaded:
         Refused: it cannot be loaded, or not all of it would be.
     """
     config = read_config(files)
-    scratch = base.scratch(private=_init_writes_to_base(config))
+    scratch = base.scratch(private=initialisation_writes_to_base(config))
     _fit_vocabulary(scratch, files)
-    slots, sharers = _slots(scratch)
+    slots, sharers = base_slots(scratch)
     model = inject(scratch, config, base)
     refuse_lost_wrappers(model, config, files)
     state, missing, unexpected, model_key = load_weights(model, base, files, ADAPTER_NAME)
@@ -170,7 +170,7 @@ def _missing_package(error: ImportError) -> Refusal:
     )
 
 
-def _init_writes_to_base(config: Any) -> bool:
+def initialisation_writes_to_base(config: Any) -> bool:
     """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
@@ -203,7 +203,7 @@ def _fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
             return
 
 
-def _slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
+def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
     """Names of the scratch's parameters before PEFT moves them, and for tied ones the modules that share them."""
     first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
     slots: dict[tuple[int, str], str] = {}
@@ -320,7 +320,7 @@ def load_weights(
         What was loaded by the model's keys; file names that are missing; file names that nothing uses; and the file's
         names mapped to the model's keys.
     """
-    promised = _promised(model, adapter_name)
+    promised = promised_names(model, adapter_name)
     with _before_load(model, base) as state:
         try:
             model.load_adapter(
@@ -363,7 +363,7 @@ def _load_failed(error: Exception) -> Refusal:
     )
 
 
-def _promised(model: Any, adapter_name: str) -> dict[str, str]:
+def promised_names(model: Any, adapter_name: str) -> dict[str, str]:
     """Names that the file should hold → the model's key, for tensors PEFT saves as they are (same object)."""
     state = model.state_dict()
     with warnings.catch_warnings():
@@ -513,7 +513,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) ->
         Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
     """
     scratch = base.scratch()
-    slots, sharers = _slots(scratch)
+    slots, sharers = base_slots(scratch)
     names = tuple(f"member_{position}" for position in range(len(members)))
     model: Any = None
     state: dict[str, torch.Tensor] = {}

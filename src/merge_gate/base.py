@@ -61,6 +61,7 @@ class Base:
     device: torch.device
     quantized: bool = False
     extra: dict[str, tuple[TensorStats, ...]] = field(default_factory=dict)
+    plans: dict[str, Any] = field(default_factory=dict)
     _buffers: threading.local = field(default_factory=threading.local)
     _norms: dict[str, float] = field(default_factory=dict)
 

@@ -170,8 +170,8 @@ def _keys_unexpected(case: Case) -> Iterator[Finding]:
         yield _make(
             "keys-unexpected",
             f"{len(stray)} tensors in the file land on nothing in the base and would be dropped: {_names(stray)}",
-            "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that this "
-            "is the adapter's base, and that the model was unwrapped before saving",
+            "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
+            "this is the adapter's base, and that the model was unwrapped before saving",
             Origin.ADAPTER,
             module=_module_of(stray[0]),
             tensor=stray[0],

@@ -2,6 +2,7 @@
 
 In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusal` that says why there are none.
 
+0. A plain adapter takes the fast way and is done.                     plain.py
 1. Measure every tensor of the adapter's file.                         `_measure_file`
 2. Load it on a scratch, by PEFT, every name accounted for.            adapter.py
 3. Refuse what PEFT merges wrongly.                                    rules.py
@@ -25,7 +26,8 @@ from merge_gate import rules
 from merge_gate.adapter import Loaded, Refused, combined, load_adapter
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line
 from merge_gate.measure import measure, same_bits
-from merge_gate.merger import Merger, OnTensor, Progress
+from merge_gate.merger import Merger
+from merge_gate.plain import OnTensor, Progress, merge_plain
 from merge_gate.records import AdapterFiles, Combine, Evidence, FileTensor, Origin, Refusal, TensorStats
 
 
@@ -43,6 +45,11 @@ def merge_adapter(
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        evidence = merge_plain(base, files, on_tensor=on_tensor, progress=progress)
+    if evidence is not None:
+        return evidence
     return _evidence(base, (files,), lambda: load_adapter(base, files), on_tensor, progress)
 
 

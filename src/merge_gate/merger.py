@@ -16,35 +16,27 @@ After PEFT has unloaded, every parameter and persistent buffer of its result is 
 (measured with the base), or was measured in step 3, or is measured now (modules that the adapter replaced, tensors
 that its file overwrote).
 
-The common case, vanilla LoRA on a plain linear layer, skips steps 1 to 4: lowrank.py measures it in blocks of rows,
-with PEFT's bits and without a copy.
+A layer of the common kind, vanilla LoRA on a plain linear layer, skips steps 1 to 4: plain.py measures it in blocks of
+rows, with PEFT's bits and without a copy.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate import lowrank
 from merge_gate.adapter import ADAPTER_NAME, Loaded, Refused
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors
-from merge_gate.measure import distance, dtype_max, dtype_name, same_bits, unchanged_fraction
+from merge_gate.measure import distance, dtype_max, same_bits, unchanged_fraction
 from merge_gate.parallel import spread
+from merge_gate.plain import ROUNDED, OnTensor, Progress, is_vanilla, merge_blocks
 from merge_gate.quantized import dequantized, is_quantized
-from merge_gate.records import Origin, Refusal, TensorMerge, TensorStats
-
-OnTensor = Callable[[str, torch.Tensor], None]
-Progress = Callable[[int, int, str], None]
-
-ROUNDED = (torch.bfloat16, torch.float16)
-"""Dtypes in which a float32 delta loses bits, so that the loss is measured."""
+from merge_gate.records import Origin, Refusal, TensorMerge
 
 
 @dataclass(slots=True)
@@ -122,7 +114,7 @@ class Merger:
         return merge
 
     def _merge_blocks(self, layers: list[tuple[str, Any]], total: int) -> None:
-        """The common case (vanilla LoRA on a plain linear layer) by lowrank.py, which has the bits of PEFT's merge.
+        """The common case (vanilla LoRA on a plain linear layer) by plain.py, which has the bits of PEFT's merge.
 
         All such layers at once, before PEFT's walk comes to them. What is not finite is left to PEFT's own merge, so
         that it can be said what is broken.
@@ -134,31 +126,9 @@ class Merger:
                 self._progressed(path, total)
 
     def _block_merge(self, layer: Any, slot: Slot) -> TensorMerge | None:
-        weight = slot.data.to(self.base.device)
-        lora_a, lora_b = (side[ADAPTER_NAME].weight.data.to(weight.device) for side in (layer.lora_A, layer.lora_B))
+        lora_a, lora_b = (side[ADAPTER_NAME].weight.data for side in (layer.lora_A, layer.lora_B))
         scaling, swapped = layer.scaling[ADAPTER_NAME], layer.fan_in_fan_out
-        if not lowrank.supports(weight, lora_a, lora_b, fan_in_fan_out=swapped):
-            return None
-        merged = torch.empty_like(weight) if self.on_tensor is not None else None
-
-        def keep(row: int, block: torch.Tensor) -> None:
-            if merged is not None:
-                merged[row : row + block.shape[0]] = block
-
-        found = lowrank.merge_measured(
-            weight,
-            lora_a,
-            lora_b,
-            scaling,
-            scratch=self.base.buffers(),
-            fan_in_fan_out=swapped,
-            emit=None if merged is None else keep,
-        )
-        if not found.finite:
-            return None
-        if self.on_tensor is not None and merged is not None:
-            self.on_tensor(slot.name, merged)
-        return self._from_blocks(slot, found, lowrank.delta_norm_sq(lora_a, lora_b, scaling))
+        return merge_blocks(self.base, slot.name, lora_a, lora_b, scaling, swapped=swapped, on_tensor=self.on_tensor)
 
     def _take_merged(self, layer: Any) -> bool:
         """Book a layer that `_merge_blocks` has done as merged; False where PEFT has to merge it."""
@@ -179,44 +149,13 @@ class Merger:
 
     def _plain_weight(self, layer: Any) -> Slot | None:
         """The weight of a vanilla LoRA layer that nothing else merges into, and that PEFT's injection left alone."""
-        vanilla = (
-            type(layer) is LoraLinear
-            and layer.active_adapters == [ADAPTER_NAME]
-            and ADAPTER_NAME in layer.lora_A
-            and ADAPTER_NAME not in layer.lora_variant
-            and not layer.lora_bias[ADAPTER_NAME]
-            and not layer.merged_adapters
-            and not layer.disable_adapters
-        )
-        if not vanilla:
+        if not is_vanilla(layer):
             return None
         slot = next((slot for slot in self._slots(layer) if slot.attribute == "weight"), None)
         if slot is None or self._pending.get(id(slot.parameter)) != 1:
             return None
         known = self.base.tensors.get(slot.name)
         return slot if known is not None and _same_storage(known, slot.data) else None
-
-    def _from_blocks(self, slot: Slot, found: lowrank.LowRankMerge, delta_sq: float) -> TensorMerge:
-        """Figures of the fast way; the loss by rounding is measured on a sample of the blocks (lowrank.py)."""
-        delta_norm = math.sqrt(delta_sq)
-        rounded = slot.data.dtype in ROUNDED
-        return TensorMerge(
-            module=slot.name.rpartition(".")[0],
-            stats=TensorStats(
-                name=slot.name,
-                dtype=dtype_name(slot.data.dtype),
-                shape=tuple(slot.data.shape),
-                numel=found.numel,
-                minimum=found.minimum,
-                maximum=found.maximum,
-            ),
-            dtype_max=dtype_max(slot.data.dtype),
-            changed=found.changed,
-            base_norm=self.base.norm(slot.name),
-            delta_norm=delta_norm,
-            lost_norm=math.sqrt(found.lost_sq / found.delta_sq) * delta_norm if rounded and found.delta_sq else None,
-            unchanged_fraction=found.unchanged / found.sampled,
-        )
 
     def _merge_layer(
         self, name: str, layer: Any, original: Callable[..., None], adapter_names: list[str] | None

@@ -1,8 +1,8 @@
 """What PEFT merges wrongly, or cannot merge, although it may not say so. One table; each row has its source.
 
 In: a loaded `PeftModel` and its config. Out: nothing, or `Refused`. What PEFT itself refuses needs no row: its
-exception becomes `not-mergeable` with its own words. tests/test_not_mergeable.py shows each row with plain PEFT, so that a release that
-mends one makes the test say so.
+exception becomes `not-mergeable` with its own words. tests/test_not_mergeable.py shows each row with plain PEFT, so
+that a release that mends one makes the test say so.
 """
 
 from __future__ import annotations

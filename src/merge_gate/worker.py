@@ -58,6 +58,9 @@ OFFLINE = {
 TAIL_BYTES = 2000
 """How much of a dead child's output is kept for the message."""
 
+LEAVING_S = 10.0
+"""How long a child that has closed its pipe may take to end by itself."""
+
 
 @record
 class Task:
@@ -202,8 +205,10 @@ class _Watch:
             group = self._job.groups[self._group]
             what = f"while it loaded base {group.label}"
             return [(task.index, what) for task in group.tasks if task.index not in self._settled]
+        if self._settled:  # it died between two adapters: a new child goes on, and this cannot go on forever
+            return []
         open_tasks = [task.index for group in self._job.groups for task in group.tasks]
-        return [(index, "before it judged this adapter") for index in open_tasks if index not in self._settled]
+        return [(index, "before it judged this adapter") for index in open_tasks]
 
 
 def _death(what: str, exit_text: str) -> Refusal:
@@ -222,18 +227,28 @@ def _run_child(job: Job, hear: Listener) -> str | None:
         theirs.close()
         try:
             finished = _converse(ours, job, hear)
-            code = child.wait()
+            code = _end_of(child)
         finally:
             _stop(child)
             ours.close()
         return None if finished else _how(code, output)
 
 
+_CHILD = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+import merge_gate
+sys.path.append(sys.path.pop(0))
+from merge_gate.worker import main
+main(int(sys.argv[2]))
+"""
+"""The parent's own package, whatever else is installed under that name; what stands beside it shadows nothing."""
+
+
 def _start(theirs: Connection, output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parent.parent)
-    code = f"import sys; sys.path.append({package!r}); from merge_gate.worker import main; main(int(sys.argv[1]))"
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", code, str(theirs.fileno())],
+        [sys.executable, "-P", "-c", _CHILD, package, str(theirs.fileno())],
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -255,17 +270,28 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _converse(ours: Connection, job: Job, hear: Listener) -> bool:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    """Hear all that the child has to say. False when it ended in mid-speech; what `hear` raises is the caller's."""
+    try:
         ours.send(job)
-        while True:
-            try:
-                event = ours.recv()
-            except EOFError:
-                return False
-            hear(event)
-            if isinstance(event, Finished):
-                return True
-    return False
+    except OSError:
+        return False
+    while True:
+        try:
+            event = ours.recv()
+        except (EOFError, OSError):  # OSError: it died within a message
+            return False
+        hear(event)
+        if isinstance(event, Finished):
+            return True
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> int:
+    """The exit code of a child that has nothing more to say."""
+    try:
+        return child.wait(LEAVING_S)
+    except subprocess.TimeoutExpired:
+        _stop(child)
+        return child.wait()
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -334,7 +360,7 @@ def _device(wanted: str) -> Ready:
         if not torch.cuda.is_available():
             raise EngineError(
                 f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
-                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, CUDA build of torch)",
+                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, torch for CUDA)",
             )
         count = torch.cuda.device_count()
         index = int(wanted.partition(":")[2] or 0)

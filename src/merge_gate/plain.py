@@ -1,0 +1,276 @@
+"""The fast way of the most common adapter: vanilla LoRA on plain linear layers, whole files, finite values.
+
+In: a `Base` and what the preflight read. Out: the same `Evidence` that PEFT's own merge gives (tests/test_bits.py and
+tests/test_plain.py hold one against the other), or None: then PEFT's own merge does it. Anything out of the ordinary
+ends here in None and is never judged here: another method, a name too many or too few, a shape, a non-finite value.
+
+PEFT still decides what is merged where: its injection is run once per distinct adapter_config.json on a scratch with
+empty factors (`low_cpu_mem_usage`: no values are made, none are loaded), and the targets, the names in the file, the
+scaling and the orientation are read off its layers. What is left out is only work without a result: initialising
+factors that the file overwrites, and copying weights that are only read.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+
+from merge_gate import lowrank
+from merge_gate.adapter import (
+    ADAPTER_NAME,
+    Refused,
+    base_slots,
+    initialisation_writes_to_base,
+    promised_names,
+    read_config,
+    targeted_modules,
+)
+from merge_gate.base import Base
+from merge_gate.measure import dtype_max, dtype_name, measure
+from merge_gate.parallel import spread
+from merge_gate.records import AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats
+from merge_gate.rules import refuse_wrong_merges
+
+OnTensor = Callable[[str, torch.Tensor], None]
+Progress = Callable[[int, int, str], None]
+
+ROUNDED = (torch.bfloat16, torch.float16)
+"""Dtypes in which a float32 delta loses bits, so that the loss is measured."""
+
+SUPPORTED = (torch.float32, *ROUNDED)
+"""Dtypes of a weight for which PEFT holds the factors in float32 after loading (autocast_adapter_dtype)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainLayer:
+    """One linear layer and the two factors of its delta. `weight` is the base's name, the factors' are the file's."""
+
+    path: str
+    weight: str
+    lora_a: str
+    lora_b: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    scaling: float
+    swapped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What PEFT would do for one adapter_config.json on one base."""
+
+    layers: tuple[PlainLayer, ...]
+    targeted: tuple[str, ...]
+
+
+def merge_plain(
+    base: Base, files: AdapterFiles, *, on_tensor: OnTensor | None = None, progress: Progress | None = None
+) -> Evidence | None:
+    """Measure the merge of a plain adapter, or None where it is not plain through and through."""
+    started = time.perf_counter()
+    plan = _plan(base, files)
+    if plan is None or not _fits(plan, files):
+        return None
+    with safe_open(Path(files.directory) / str(files.weights), framework="pt") as opened:
+        tensors = {header.name: opened.get_tensor(header.name) for header in files.tensors}
+    file_tensors = tuple(FileTensor(stats=measure(tensor, name)) for name, tensor in tensors.items())
+    if not all(one.stats.finite for one in file_tensors):
+        return None
+
+    def merge(layer: PlainLayer) -> TensorMerge | None:
+        factors = (tensors[layer.lora_a].to(torch.float32), tensors[layer.lora_b].to(torch.float32))
+        return merge_blocks(base, layer.weight, *factors, layer.scaling, swapped=layer.swapped, on_tensor=on_tensor)
+
+    merges = []
+    for layer, merged in zip(plan.layers, spread(merge, plan.layers), strict=True):
+        if merged is None:
+            return None
+        merges.append(merged)
+        if progress is not None:
+            progress(len(merges), len(plan.layers), layer.path)
+    touched = {one.stats.name for one in merges}
+    checked = [*(one.stats for one in merges), *(stats for name, stats in base.stats.items() if name not in touched)]
+    return Evidence(
+        base=base.facts,
+        peft_type=files.peft_type,
+        file_tensors=file_tensors,
+        targeted=plan.targeted,
+        merges=tuple(merges),
+        parameters_checked=sum(stats.numel for stats in checked),
+        parameters_total=base.facts.parameters,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _plan(base: Base, files: AdapterFiles) -> Plan | None:
+    """The plan for this config; two adapters with the same adapter_config.json share it."""
+    if files.config_json not in base.plans:
+        base.plans[files.config_json] = _make_plan(base, files)
+    found: Plan | None = base.plans[files.config_json]
+    return found
+
+
+def _make_plan(base: Base, files: AdapterFiles) -> Plan | None:
+    try:
+        config = read_config(files)
+        if base.quantized or not _is_vanilla_config(config):
+            return None
+        scratch = base.scratch()
+        slots, sharers = base_slots(scratch)
+        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+        model = model_class(scratch, config, ADAPTER_NAME, low_cpu_mem_usage=True)
+        refuse_wrong_merges(model, config)
+    except (Refused, ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, ImportError):
+        return None  # PEFT's own way finds the same and says it
+    names = {key: name for name, key in promised_names(model, ADAPTER_NAME).items()}
+    layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return None
+        if isinstance(module, BaseTunerLayer):
+            layer = _layer(path, module, names, slots, sharers)
+            if layer is None:
+                return None
+            layers.append(layer)
+    if not layers or len(names) != 2 * len(layers):
+        return None
+    return Plan(layers=tuple(layers), targeted=targeted_modules(model))
+
+
+def _is_vanilla_config(config: Any) -> bool:
+    return (
+        isinstance(config, peft.LoraConfig)
+        and type(config) is peft.LoraConfig
+        and config.bias == "none"
+        and not config.modules_to_save
+        and not initialisation_writes_to_base(config)
+    )
+
+
+def is_vanilla(layer: Any) -> bool:
+    """Whether PEFT merges this layer by W + scaling · B @ A and nothing else."""
+    return (
+        type(layer) is LoraLinear
+        and layer.active_adapters == [ADAPTER_NAME]
+        and ADAPTER_NAME in layer.lora_A
+        and ADAPTER_NAME not in layer.lora_variant
+        and not layer.lora_bias[ADAPTER_NAME]
+        and not layer.merged_adapters
+        and not layer.disable_adapters
+    )
+
+
+def _layer(
+    path: str,
+    layer: Any,
+    names: dict[str, str],
+    slots: dict[tuple[int, str], str],
+    sharers: dict[str, tuple[str, ...]],
+) -> PlainLayer | None:
+    weight = slots.get((id(layer.get_base_layer()), "weight"))
+    if not is_vanilla(layer) or weight is None or weight in sharers:
+        return None
+    sides = [names.get(f"{path}.{side}.{ADAPTER_NAME}.weight") for side in ("lora_A", "lora_B")]
+    parameters = (layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight)
+    if sides[0] is None or sides[1] is None or layer.get_base_layer().weight.dtype not in SUPPORTED:
+        return None
+    return PlainLayer(
+        path=path,
+        weight=weight,
+        lora_a=sides[0],
+        lora_b=sides[1],
+        shapes=(tuple(parameters[0].shape), tuple(parameters[1].shape)),
+        scaling=layer.scaling[ADAPTER_NAME],
+        swapped=layer.fan_in_fan_out,
+    )
+
+
+def _fits(plan: Plan, files: AdapterFiles) -> bool:
+    """Whether the file holds exactly the factors of the plan, in floats and in the shapes that PEFT expects."""
+    if files.weights is None or not files.weights.endswith(".safetensors"):
+        return False
+    wanted = {layer.lora_a: layer.shapes[0] for layer in plan.layers} | {
+        layer.lora_b: layer.shapes[1] for layer in plan.layers
+    }
+    return {header.name: header.shape for header in files.tensors} == wanted and all(
+        header.dtype in {"F32", "F16", "BF16", "F64"} for header in files.tensors
+    )
+
+
+# --- one layer -----------------------------------------------------------------------------------------------------
+
+
+def merge_blocks(
+    base: Base,
+    name: str,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    swapped: bool,
+    on_tensor: OnTensor | None = None,
+) -> TensorMerge | None:
+    """Measure W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
+
+    None too where the result is not finite: PEFT's own merge then says what is broken.
+    """
+    weight = base.tensors[name].data.to(base.device)
+    lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
+    if not lowrank.supports(weight, lora_a, lora_b, fan_in_fan_out=swapped):
+        return None
+    merged = torch.empty_like(weight) if on_tensor is not None else None
+
+    def keep(row: int, block: torch.Tensor) -> None:
+        if merged is not None:
+            merged[row : row + block.shape[0]] = block
+
+    found = lowrank.merge_measured(
+        weight,
+        lora_a,
+        lora_b,
+        scaling,
+        scratch=base.buffers(),
+        fan_in_fan_out=swapped,
+        emit=None if merged is None else keep,
+    )
+    if not found.finite:
+        return None
+    if on_tensor is not None and merged is not None:
+        on_tensor(name, merged)
+    return _from_blocks(base, name, weight, found, lowrank.delta_norm_sq(lora_a, lora_b, scaling))
+
+
+def _from_blocks(
+    base: Base, name: str, weight: torch.Tensor, found: lowrank.LowRankMerge, delta_sq: float
+) -> TensorMerge:
+    """Figures of one weight; the loss by rounding is measured on a sample of the blocks (lowrank.py)."""
+    delta_norm = math.sqrt(delta_sq)
+    lossy = weight.dtype in ROUNDED and found.delta_sq > 0
+    return TensorMerge(
+        module=name.rpartition(".")[0],
+        stats=TensorStats(
+            name=name,
+            dtype=dtype_name(weight.dtype),
+            shape=tuple(weight.shape),
+            numel=found.numel,
+            minimum=found.minimum,
+            maximum=found.maximum,
+        ),
+        dtype_max=dtype_max(weight.dtype),
+        changed=found.changed,
+        base_norm=base.norm(name),
+        delta_norm=delta_norm,
+        lost_norm=math.sqrt(found.lost_sq / found.delta_sq) * delta_norm if lossy else None,
+        unchanged_fraction=found.unchanged / found.sampled,
+    )
