@@ -1,0 +1,172 @@
+"""Run the benchmarks and write results.json, the tables of README.md and the plot.
+
+In: options; `--quick` for a smoke run on a tiny base that leaves README.md alone. Out: figures, each from whole
+processes run in turn on this machine. results.json is written after every part, so that a stopped run keeps what it
+has; `--only` runs some parts and keeps the others' figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from inputs import GATE, HERE, PYTHON, Inputs
+from measure import alternate, measure
+
+from merge_gate.parallel import threads
+
+GIB = 1 << 30
+SEVEN_B_LIMIT_BYTES = 8 * GIB
+HUB_OFF = {"HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much to run."""
+
+    work: Path
+    size: str
+    counts: tuple[int, ...]
+    many: tuple[int, ...]
+    checked: int
+    repeat: int
+
+
+def machine() -> dict[str, object]:
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
+    memory_kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {
+        "cpu": cpu,
+        "cores": threads(),
+        "memory_gib": round(memory_kib / (1 << 20), 1),
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "merge-gate")},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def scaling(plan: Plan) -> dict[str, object]:
+    """Whole runs of the gate, (a) and (b), for a growing number of adapters."""
+    inputs = Inputs(plan.work, plan.size)
+    found: dict[str, dict[str, dict]] = {"gate": {}, "a": {}, "b": {}}
+    for count in plan.counts:
+        commands = {
+            "gate": inputs.gate(count),
+            "a": inputs.script("baseline_a", count),
+            "b": inputs.script("baseline_b", count),
+        }
+        for name, figures in alternate(commands, repeat=plan.repeat, env=HUB_OFF).items():
+            found[name][str(count)] = figures
+    idle = measure([PYTHON, "-c", "import time; time.sleep(0.5)"])
+    return {"size": plan.size, "idle_anon_mib": idle.peak_anon_mib, **found}
+
+
+def startup(plan: Plan) -> dict[str, object]:
+    """What passes before the first merge, against what importing the libraries and loading the base cost alone."""
+    inputs = Inputs(plan.work, plan.size)
+    commands = {
+        "help": [GATE, "--help"],
+        "imports": [PYTHON, str(HERE / "imports.py")],
+        "imports_and_base": [PYTHON, str(HERE / "imports.py"), str(inputs.base)],
+        "gate_1": inputs.gate(1),
+    }
+    found = alternate(commands, repeat=plan.repeat, env=HUB_OFF)
+    report = json.loads((inputs.report(1) / "report.json").read_text(encoding="utf-8"))
+    merging_s = sum(adapter["seconds"] for adapter in report["adapters"])
+    before_s = found["gate_1"]["wall_s"] - merging_s
+    return {
+        **{name: figures["wall_s"] for name, figures in found.items()},
+        "gate_before_first_merge": round(before_s, 3),
+        "ratio": round(before_s / found["imports_and_base"]["wall_s"], 3),
+    }
+
+
+def kernel(plan: Plan) -> dict[str, object]:
+    """The merge alone: gate, PEFT, floor."""
+    out = plan.work / "kernel.json"
+    subprocess.run([PYTHON, str(HERE / "kernel.py"), plan.size, "--out", str(out)], check=True, capture_output=True)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def many(plan: Plan) -> dict[str, object]:
+    """Many small adapters on one base: does time grow linearly, does memory stay flat?"""
+    inputs = Inputs(plan.work, "pico")
+    commands = {str(count): inputs.gate(count) for count in plan.many}
+    return alternate(commands, repeat=plan.repeat, env=HUB_OFF)
+
+
+def check(plan: Plan) -> dict[str, object]:
+    """`merge-gate check`, which reads headers and configs only."""
+    command = Inputs(plan.work, "pico").check(plan.checked)
+    return {"adapters": plan.checked, **alternate({"check": command}, repeat=plan.repeat)["check"]}
+
+
+def seven_b(plan: Plan) -> dict[str, object]:
+    """Four adapters on a 7 B base, the process tree ended when it holds more than 8 GiB; (a) under the same limit."""
+    inputs = Inputs(plan.work, "7b")
+    found = {"limit_gib": SEVEN_B_LIMIT_BYTES / GIB, "adapters": 4}
+    for name, command in {"gate": inputs.gate(4), "a": inputs.script("baseline_a", 1)}.items():
+        found[name] = asdict(measure(command, limit_bytes=SEVEN_B_LIMIT_BYTES, env=HUB_OFF))
+        print(f"  {name}: {found[name]}", flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[Plan], dict[str, object]]] = {
+    "kernel": kernel,
+    "startup": startup,
+    "check": check,
+    "many": many,
+    "scaling": scaling,
+    "seven_b": seven_b,
+}
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if arguments.quick:
+        return Plan(work=work, size="tiny", counts=(1, 2), many=(2, 4), checked=10, repeat=1)
+    return Plan(work=work, size="1.1b", counts=(1, 2, 4, 8), many=(25, 50, 100), checked=1000, repeat=arguments.repeat)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny base; README.md stays as it is")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of every measurement (default 3)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; the others keep their figures")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-bench")
+    arguments = parser.parse_args()
+    plan = plan_of(arguments)
+    results_file = plan.work / "results.json" if arguments.quick else HERE / "results.json"
+    results = json.loads(results_file.read_text(encoding="utf-8")) if arguments.only and results_file.exists() else {}
+    parts = arguments.only or [name for name in PARTS if not (arguments.quick and name == "seven_b")]
+    for name in parts:
+        print(name, flush=True)
+        results[name] = {**PARTS[name](plan), "machine": machine()}
+        results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"figures: {results_file}")
+    if not arguments.quick:
+        subprocess.run([PYTHON, str(HERE / "tables.py")], check=True)
+        subprocess.run([PYTHON, str(HERE / "plot.py")], check=True)
+
+
+if __name__ == "__main__":
+    main()
