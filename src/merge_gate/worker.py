@@ -155,11 +155,16 @@ Listener = Callable[[Event], None]
 # --- the parent's side ---------------------------------------------------------------------------------------------
 
 
-def supervise(job: Job, listen: Listener) -> None:
-    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the child."""
+def supervise(job: Job, listen: Listener, child: Child | None = None) -> None:
+    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the child.
+
+    `child` is one that was started before the job was known, so that its imports are done by now.
+    """
     while any(group.tasks for group in job.groups):
         watch = _Watch(job, listen)
-        exit_text = _run_child(job, watch.hear)
+        with child or Child() as running:
+            exit_text = running.run(job, watch.hear)
+        child = None
         if exit_text is None:
             return
         job = watch.bury(exit_text)
@@ -219,19 +224,30 @@ def _death(what: str, exit_text: str) -> Refusal:
     )
 
 
-def _run_child(job: Job, hear: Listener) -> str | None:
-    """One child, from start to end. None when it finished, else how it ended."""
-    ours, theirs = Pipe()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryDirectory(prefix="merge-gate-") as empty:
-        child = _start(theirs, output, empty)
+class Child:
+    """One worker process; it imports what it needs while it waits for its job. A context manager: leaving ends it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._output = self._stack.enter_context(tempfile.TemporaryFile())
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-gate-"))
+        self._ours, theirs = Pipe()
+        self._stack.callback(self._ours.close)
+        self._process = _start(theirs, self._output, directory)
         theirs.close()
-        try:
-            finished = _converse(ours, job, hear)
-            code = _end_of(child)
-        finally:
-            _stop(child)
-            ours.close()
-        return None if finished else _how(code, output)
+        self._stack.callback(_stop, self._process)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, job: Job, hear: Listener) -> str | None:
+        """Send the job and hear its events. None when the child finished, else how it ended."""
+        finished = _converse(self._ours, job, hear)
+        code = _end_of(self._process)
+        return None if finished else _how(code, self._output)
 
 
 _CHILD = """\
@@ -319,7 +335,12 @@ def main(descriptor: int) -> None:
     """Entry point of the child: read a job from the pipe, send events, exit 0."""
     pipe = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    job = pipe.recv()
+    with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
+        import merge_gate.merge  # noqa: F401, PLC0415
+    try:
+        job = pipe.recv()
+    except (EOFError, OSError):
+        os._exit(0)  # there was nothing to merge
     threading.Thread(target=_leave_with_parent, args=(pipe,), daemon=True).start()
     for event in judge_job(job, pipe.send):
         pipe.send(event)
