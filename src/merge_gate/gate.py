@@ -1,7 +1,7 @@
 """Config → Report, the whole flow on one page.
 
 In: a valid `Config`, a device, an output directory, a view. Out: a `Report`, on disk from the start (provisional) and
-after every adapter, so that a run that is killed leaves a true one. Imports no torch: what measures runs in worker.py.
+as adapters are judged, so that a run that is killed leaves a true one. Imports no torch: what measures runs in worker.py.
 
 1. Names become directories, and the adapters' files are judged on their own.   resolve, preflight
 2. Adapters are grouped by base, dtype and quantisation.                        `_plan`
@@ -10,6 +10,7 @@ after every adapter, so that a run that is killed leaves a true one. Imports no 
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import threading
 import time
@@ -40,13 +41,20 @@ from merge_gate.records import (
     Snapshot,
     record,
 )
-from merge_gate.report.files import write_report
+from merge_gate.report.files import FORMATS, write_report
 
 if TYPE_CHECKING:
     from merge_gate.terminal import View
 
 NEVER_LOADED = frozenset({"file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe"})
 """Findings of the preflight after which PEFT does not see the adapter, whatever severity the config gives them."""
+
+PROVISIONAL = ("report.json",)
+"""What is written while a run goes on; the other formats are there from its start and say that it is not complete."""
+
+REST = 4.0
+"""After a provisional report, no other for this many times as long as it took: with a thousand adapters, writing the
+report after each would take longer than judging them."""
 
 
 @record
@@ -293,11 +301,22 @@ class _Run:
         self._digest: dict[str, str] = {}
         self._environment = _environment(device)
         self._groups: tuple[worker.Group, ...] = ()
-        self._started_s = 0.0
-        self._position = 0
+        self._unwritten = False
+        self._next_write_s = 0.0
+        self._finished = False
 
     def run(self) -> Report:
         self._write(complete=False)
+        try:
+            with worker.Child() as child:  # it imports while the names become files
+                return self._judge(child)
+        except BaseException:
+            if not self._finished:
+                with contextlib.suppress(GateError):
+                    self._write(complete=False)
+            raise
+
+    def _judge(self, child: worker.Child) -> Report:
         if self._view is not None:
             self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
         sources = _Sources(self._config, self._view)
@@ -307,6 +326,7 @@ class _Run:
         self._groups = _plan(self._entries, open_entries)
         for group in self._groups:
             self._start_digest(group.directory)
+        self._catch_up(at_once=True)
         worker.supervise(
             worker.Job(
                 groups=self._groups,
@@ -315,6 +335,7 @@ class _Run:
                 trust_remote_code=self._config.trust_remote_code,
             ),
             self._listener(),
+            child,
         )
         return self._finish()
 
@@ -371,13 +392,14 @@ class _Run:
             self._view.base_loaded(facts, event.seconds)
 
     def _on_started(self, event: worker.Started) -> None:
-        self._started_s = time.monotonic()
+        self._catch_up()
         entry = self._entries[event.task]
         if self._view is not None:
             done = len(self._reports)
             self._view.adapter_started(entry.ready.spec.name, done + 1, len(self._entries), entry.dtype)
 
     def _on_progressed(self, event: worker.Progressed) -> None:
+        self._catch_up()
         if self._view is not None:
             self._view.adapter_progress(event.done, event.total, event.module)
 
@@ -413,7 +435,8 @@ class _Run:
             column=spec.column,
         )
         self._reports[index] = report
-        self._write(complete=False)
+        self._unwritten = True
+        self._catch_up()
         if self._view is not None:
             self._view.adapter_done(report)
 
@@ -422,11 +445,20 @@ class _Run:
             thread.join()
         self._bases = [replace(base, sha256=base.sha256 or self._digest_of(base)) for base in self._bases]
         report = self._write(complete=True)
+        self._finished = True
         if self._view is not None:
             self._view.finish(report, self._output or "")
         return report
 
-    def _write(self, *, complete: bool) -> Report:
+    def _catch_up(self, *, at_once: bool = False) -> None:
+        """Write what has been judged since the last provisional report, unless that was a moment ago."""
+        began = time.monotonic()
+        if self._unwritten and (at_once or began >= self._next_write_s):
+            self._write(complete=False, formats=PROVISIONAL)
+            ended = time.monotonic()
+            self._next_write_s = ended + REST * (ended - began)
+
+    def _write(self, *, complete: bool, formats: Iterable[str] = tuple(FORMATS)) -> Report:
         report = Report(
             complete=complete,
             tool_version=__version__,
@@ -437,7 +469,8 @@ class _Run:
             adapters=tuple(self._reports[index] for index in sorted(self._reports)),
         )
         if self._output is not None:
-            write_report(report, self._output)
+            write_report(report, self._output, formats=formats)
+        self._unwritten = False
         return report
 
     # The digest of a large base takes seconds of one core: it is taken while the worker imports and loads.
@@ -445,14 +478,13 @@ class _Run:
     def _start_digest(self, directory: str) -> None:
         if directory not in self._digests:
             thread = threading.Thread(target=self._take_digest, args=(directory,), daemon=True)
-            self._digests[directory] = thread
-            thread.start()
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the report goes without this digest
+                thread.start()
+                self._digests[directory] = thread
 
     def _take_digest(self, directory: str) -> None:
-        try:
+        with contextlib.suppress(Exception):  # the worker meets the same file and says what is wrong with it
             self._digest[directory] = resolve.digest_directory(directory, resolve.base_weight_files(directory))
-        except (OSError, GateError):
-            return  # the worker meets the same file and says what is wrong with it
 
     def _digest_of(self, base: BaseReport) -> str | None:
         for group in self._groups:
