@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from merge_gate.errors import EngineError
 from merge_gate.records import (
@@ -229,7 +229,7 @@ class Child:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._output = self._stack.enter_context(tempfile.TemporaryFile())
+        self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-gate-"))
         self._ours, theirs = Pipe()
         self._stack.callback(self._ours.close)
@@ -237,7 +237,7 @@ class Child:
         theirs.close()
         self._stack.callback(_stop, self._process)
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
