@@ -48,6 +48,9 @@ CASES = (
     _case("road", "RoadConfig", group_size=4),
     _case("shira", "ShiraConfig", r=1, random_seed=3),
 )
+PVERA = _case("pvera", "PveraConfig", r=4)
+"""Merges rightly into 8-bit only; tests/test_not_mergeable.py shows what becomes of it in 4-bit."""
+GRID = [(case, quantization) for case in CASES for quantization in QUANTIZATIONS] + [(PVERA, "bnb-8bit")]
 LORA_BIAS = _case("lora-bias-term", "LoraConfig", r=2, lora_bias=True)
 
 
@@ -76,8 +79,7 @@ def quantised(bench: Bench, quantization: str) -> nn.Module:
     return bench.loaded[key]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize(("case", "quantization"), GRID, ids=lambda value: getattr(value, "name", value))
 def test_every_trial_is_judged_right(case: methods.Case, quantization: str, bench: Bench) -> None:
     bases = {quantization: quantised(bench, quantization)}
     directory, asked = stored(bench, quantization)
