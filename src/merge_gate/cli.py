@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -23,7 +24,7 @@ from merge_gate.errors import ConfigError, ExitCode, GateError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from merge_gate.records import Report
+    from merge_gate.records import AdapterReport, Config, Report
 
 DEFAULT_OUTPUT = "merge-gate-report"
 
@@ -37,8 +38,17 @@ exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; no exception leaves here."""
-    arguments = parser().parse_args(argv)
+    """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
+    _mend_streams()
+    try:
+        arguments = parser().parse_args(argv)
+        with _stopping_on_signals():
+            return _obey(arguments)
+    finally:
+        _flush()
+
+
+def _obey(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
@@ -53,10 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"  {error.hint}")
         return error.exit_code
     except _Stopped as stop:
-        _say(f"merge-gate: stopped by {stop.signal_name}; the report holds what was judged until then")
-        return ExitCode.ERROR
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output = getattr(arguments, "output", None)
+        held = f"; {Path(output, 'report.json')} holds what was judged until then" if output else ""
+        _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
         return ExitCode.ERROR
     except Exception as error:
         _say(f"merge-gate: unexpected {type(error).__name__}: {error}")
@@ -66,27 +75,73 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.ERROR
 
 
+# --- streams and signals -------------------------------------------------------------------------------------------
+
+
 def _say(line: str) -> None:
     from merge_gate.report.untrusted import safe_text
+    from merge_gate.terminal import write
 
-    print(safe_text(line), file=sys.stderr)
+    write(sys.stderr, safe_text(line) + "\n")
+
+
+def _tell(line: str) -> None:
+    from merge_gate.report.untrusted import inert
+    from merge_gate.terminal import write
+
+    write(sys.stdout, inert(line) + "\n")
+
+
+def _mend_streams() -> None:
+    """A stream that the caller closed becomes /dev/null, else the first file to be opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            from merge_gate.terminal import silence
+
+            silence(stream)
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT, SIGTERM or SIGHUP arrived."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal_name = signal.Signals(number).name
 
 
-def _stop_on_signals() -> None:
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Turn the first signal to stop into `_Stopped`; later ones find it stopping. `nohup` stays in force."""
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
+        for each in wanted:
+            signal.signal(each, signal.SIG_IGN)
         raise _Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -172,18 +227,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from merge_gate.config import load_config
 
     config = load_config(arguments.config)
-    report = _gate(config, arguments.device, arguments.output, tuple(arguments.only))
-    return exit_code(report)
+    return exit_code(_gate(config, arguments.device, arguments.output, tuple(arguments.only)))
 
 
-def _gate(config: object, device: str, output: str, only: tuple[str, ...]) -> Report:
+def _gate(config: Config, device: str, output: str | None, only: tuple[str, ...] = ()) -> Report:
     from merge_gate.gate import run_gate
-    from merge_gate.records import Config
     from merge_gate.terminal import make_view
 
-    if not isinstance(config, Config):
-        raise TypeError("expected a Config")
-    _stop_on_signals()
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         return run_gate(config, device=device, output=output, view=view, only=only)
 
@@ -197,50 +247,68 @@ def _check(arguments: argparse.Namespace) -> int:
     from merge_gate.config import load_config
     from merge_gate.gate import check_files
     from merge_gate.records import Verdict
-    from merge_gate.report.untrusted import safe_text
+    from merge_gate.report.words import counted
+    from merge_gate.terminal import make_view
 
     config = load_config(arguments.config)
     counts = dict.fromkeys(Verdict, 0)
-    for adapter in check_files(config, only=tuple(arguments.only)):
-        counts[adapter.verdict] += 1
-        print(safe_text(f"{adapter.verdict.value:>6}  {adapter.name}  ({adapter.source})"))
-        for finding in adapter.findings:
-            print(safe_text(f"        {finding.severity.value}: {finding.check}: {finding.message}"))
-            if finding.hint:
-                print(safe_text(f"        {finding.hint}"))
-    total = sum(counts.values())
-    print(f"{total} adapters: {counts[Verdict.PASSED]} have sound files, {counts[Verdict.FAILED]} failed, "
-          f"{counts[Verdict.ERROR]} could not be read. No weights were merged.")  # fmt: skip
+    with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+        for adapter in check_files(config, view=view, only=tuple(arguments.only)):
+            counts[adapter.verdict] += 1
+            for line in _checked(adapter):
+                _tell(line)
+    _tell(
+        f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]} are sound, "
+        f"{counts[Verdict.FAILED]} failed, {counts[Verdict.ERROR]} could not be read. Nothing was merged: "
+        "`merge-gate run` does that."
+    )
     if counts[Verdict.FAILED]:
         return ExitCode.FAIL
     return ExitCode.ERROR if counts[Verdict.ERROR] else ExitCode.PASS
 
 
+def _checked(adapter: AdapterReport) -> Iterator[str]:
+    """What the files of one adapter say, worst first; `sound` is less than `passed`."""
+    from merge_gate.records import Severity, Verdict
+    from merge_gate.report.untrusted import one_line
+    from merge_gate.report.words import MESSAGE_LIMIT, NAME_LIMIT
+
+    said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
+    yield f"{said:<6}  {one_line(adapter.name, NAME_LIMIT)}  ({one_line(adapter.source, NAME_LIMIT)})"
+    for finding in adapter.findings:
+        kind = "warning: " if finding.severity is Severity.WARNING else ""
+        yield f"        {kind}{finding.check}: {one_line(finding.message, MESSAGE_LIMIT)}"
+        if finding.hint:
+            yield f"        to do: {one_line(finding.hint, MESSAGE_LIMIT)}"
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.directory is not None:
-        return _run_demo(arguments.directory)
-    with tempfile.TemporaryDirectory(prefix="merge-gate-demo-") as directory:
-        return _run_demo(directory)
+        _run_demo(arguments.directory, str(Path(arguments.directory, DEFAULT_OUTPUT)))
+        _tell(f"Its files are yours to play with: merge-gate run {Path(arguments.directory, 'merge-gate.yml')}")
+    else:
+        with tempfile.TemporaryDirectory(prefix="merge-gate-demo-") as directory:
+            _run_demo(directory, None)
+        _tell("To keep the files and the report, name a new directory: merge-gate demo DIR")
+    return ExitCode.PASS
 
 
-def _run_demo(directory: str) -> int:
+def _run_demo(directory: str, output: str | None) -> None:
     from merge_gate.config import load_config
     from merge_gate.demo import EXPECTED, make_demo
 
-    path = make_demo(directory)
-    report = _gate(load_config(path), "cpu", str(Path(directory) / DEFAULT_OUTPUT), ())
+    report = _gate(load_config(make_demo(directory)), "cpu", output)
     got = {(one.name, one.base.dtype): (one.verdict, one.cause) for one in report.adapters}
-    code = exit_code(report)
-    if got != dict(EXPECTED):
-        wrong = sorted(key for key in {*got, *EXPECTED} if got.get(key) != EXPECTED.get(key))
+    wrong = sorted(f"{key[0]} ({key[1]})" for key in {*got, *EXPECTED} if got.get(key) != EXPECTED.get(key))
+    if wrong:
         raise GateError(
-            f"the gate did not judge the demo as it should: {wrong}",
-            hint="this installation of merge-gate cannot be trusted; please report this with the versions above",
+            f"the gate did not judge the demo as it should: {', '.join(wrong)}",
+            hint="this installation of merge-gate cannot be trusted; please report this, with the output of `pip list`",
         )
-    print(f"\nThe gate judged all {len(got)} demo entries as it should. The gate itself returned {int(code)}: a "
-          "workflow step would be red.")  # fmt: skip
-    print(f"Files and report: {directory}" if Path(directory).name else "")
-    return ExitCode.PASS
+    _tell(
+        f"\nThe gate judged all {len(got)} entries of the demo as it should. Its own exit code is "
+        f"{int(exit_code(report))}: in a workflow, this release would stop here."
+    )
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -248,7 +316,10 @@ def _schema(arguments: argparse.Namespace) -> int:
         from merge_gate.config import config_schema as schema
     else:
         from merge_gate.report.json_report import report_schema as schema
-    print(json.dumps(schema(), indent=2))
+    try:
+        print(json.dumps(schema(), indent=2), flush=True)
+    except OSError as error:  # here the output is all there is
+        raise GateError(f"the schema cannot be written to standard output: {error.strerror}") from error
     return ExitCode.PASS
 
 

@@ -1,7 +1,7 @@
 """Config → Report, the whole flow on one page.
 
 In: a valid `Config`, a device, an output directory, a view. Out: a `Report`, on disk from the start (provisional) and
-as adapters are judged, so that a run that is killed leaves a true one. Imports no torch: what measures runs in worker.py.
+as adapters are judged, so that a run that is killed leaves a true one. Imports no torch: worker.py runs what measures.
 
 1. Names become directories, and the adapters' files are judged on their own.   resolve, preflight
 2. Adapters are grouped by base, dtype and quantisation.                        `_plan`

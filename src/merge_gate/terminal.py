@@ -8,6 +8,8 @@ events are hostile: hidden characters are replaced and no line can become a work
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Protocol, TextIO
@@ -115,14 +117,14 @@ class PlainView:
             self._say(line)
 
     def finish(self, report: Report, output_dir: str) -> None:
-        _write(self._stdout, text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=_is_ascii(self._stdout)))
+        write(self._stdout, text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=_is_ascii(self._stdout)))
 
     def close(self) -> None:
         """There is nothing to put back."""
 
     def _say(self, line: str) -> None:
         self._said_at = self._clock()
-        _write(self._stderr, inert(line) + "\n")
+        write(self._stderr, inert(line) + "\n")
 
 
 class RichView:
@@ -198,7 +200,7 @@ class RichView:
             for line in lines:
                 self._out.print(_styled(line, self._out), soft_wrap=True)
             return
-        _write(self._stdout, text.joined(lines))
+        write(self._stdout, text.joined(lines))
         if not on_terminal:
             self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
 
@@ -354,9 +356,21 @@ def _styled(line: Line, console: Console) -> Text:
     return styled
 
 
-def _write(stream: IO[str], message: str) -> None:
-    stream.write(_encodable(message, stream))
-    stream.flush()
+def write(stream: IO[str], message: str) -> None:
+    """Write at once. A reader who has gone, or a full disk behind a redirection, must not end a run."""
+    try:
+        stream.write(_encodable(message, stream))
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        silence(stream)
+
+
+def silence(stream: IO[str]) -> None:
+    """Send what a broken stream still holds, and all that follows, nowhere: Python flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _encodable(message: str, stream: IO[str]) -> str:
