@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 # a script, not a package
 """Write the images of a release into src/merge_gate/released_image.py.
 
     python3 .ci/pin_images.py ghcr.io/acme/merge-gate@sha256:… ghcr.io/acme/merge-gate@sha256:…
