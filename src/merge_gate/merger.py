@@ -22,6 +22,7 @@ rows, with PEFT's bits and without a copy.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from torch import nn
 
 from merge_gate.adapter import ADAPTER_NAME, Loaded, Refused
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors
+from merge_gate.errors import EngineError
 from merge_gate.measure import distance, dtype_max, same_bits, unchanged_fraction
 from merge_gate.parallel import spread
 from merge_gate.plain import ROUNDED, OnTensor, Progress, is_vanilla, merge_blocks
@@ -48,6 +50,21 @@ class Slot:
     name: str
     parameter: torch.Tensor
     data: torch.Tensor
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """What hangs there now: the parameter, another one, or a plain tensor (PEFT's MultiheadAttention)."""
+        found: torch.Tensor | None = getattr(self.module, self.attribute, None)
+        return found
+
+    def put(self, tensor: torch.Tensor | None) -> None:
+        """Hang a tensor there: a parameter as one, anything else as it was found."""
+        self.module.__dict__.pop(self.attribute, None)
+        if tensor is None or isinstance(tensor, nn.Parameter):
+            self.module._parameters[self.attribute] = tensor
+        else:
+            self.module._parameters.pop(self.attribute, None)
+            self.module.__dict__[self.attribute] = tensor
 
 
 @dataclass(slots=True)
@@ -74,6 +91,7 @@ class Merger:
 
         Raises:
             Refused: PEFT cannot merge this adapter; the message is PEFT's.
+            EngineError: the measuring failed, which says nothing about the adapter.
         """
         model = self.loaded.model
         layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
@@ -86,9 +104,7 @@ class Merger:
             layer.merge = self._wrapped(path, layer, layer.merge, len(layers))
         try:
             merged: nn.Module = model.merge_and_unload(safe_merge=True)
-        except Refused:
-            raise
-        except (MemoryError, torch.OutOfMemoryError):
+        except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
             raise Refused(_not_mergeable(self.loaded.config, error)) from error
@@ -98,15 +114,23 @@ class Merger:
         return merged
 
     def _wrapped(self, name: str, layer: Any, original: Callable[..., None], total: int) -> Callable[..., None]:
-        def merge(*, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        def merge(*positional: Any, **named: Any) -> None:
             if self._depth:  # PEFT merges an inner layer on the outer's behalf
-                original(safe_merge=safe_merge, adapter_names=adapter_names)
+                original(*positional, **named)
                 return
+            asked = inspect.signature(original).bind(*positional, **named).arguments
+            adapter_names = asked.get("adapter_names")
             self._depth += 1
             try:
                 if self._take_merged(layer):
                     return
                 self._merge_layer(name, layer, original, adapter_names)
+            except (Refused, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise EngineError(
+                    f"{name} could not be measured: {type(error).__name__}: {first_line(error)}"
+                ) from error
             finally:
                 self._depth -= 1
             self._progressed(name, total)
@@ -164,23 +188,31 @@ class Merger:
         before = layer.get_base_layer()
         self._privatise(layer, slots)
         try:
-            try:
-                original(safe_merge=True, adapter_names=adapter_names)
-            except ValueError as error:
-                if "NaNs detected" not in str(error):
-                    raise
+            if not self._by_peft(original, adapter_names, safe_merge=True):
                 self._again(layer, slots)
-                original(safe_merge=False, adapter_names=adapter_names)
+                self._by_peft(original, adapter_names, safe_merge=False)
                 self.refused[name] = None
             if layer.get_base_layer() is before:
                 self._record(layer, slots, original)
         finally:
             self._restore(slots)
 
+    def _by_peft(self, original: Callable[..., None], adapter_names: list[str] | None, *, safe_merge: bool) -> bool:
+        """Step 2. False where PEFT's finite check refuses; the adapter is `Refused` for any other exception."""
+        try:
+            original(safe_merge=safe_merge, adapter_names=adapter_names)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # PEFT refuses with six kinds of exception
+            if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
+                return False
+            raise Refused(_not_mergeable(self.loaded.config, error)) from error
+        return True
+
     def _again(self, layer: Any, slots: list[Slot]) -> None:
         """Undo a merge that was not finished: fresh copies, and nothing marked as merged."""
         for slot in slots:
-            slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+            slot.put(slot.parameter)
             slot.parameter.data = slot.data
         for inner in layer.modules():
             if isinstance(inner, BaseTunerLayer):
@@ -222,13 +254,13 @@ class Merger:
             original = self._original.pop(id(slot.parameter), slot.data)
             known = self.base.tensors.get(slot.name)
             if known is not None and _same_storage(known, original):
-                slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+                slot.put(slot.parameter)
                 slot.parameter.data = original
 
     # --- step 3 ---
 
     def _record(self, layer: Any, slots: list[Slot], original: Callable[..., None]) -> None:
-        merged = ((slot, slot.module._parameters[slot.attribute]) for slot in slots)
+        merged = ((slot, slot.tensor) for slot in slots)
         results: list[tuple[Slot, torch.Tensor]] = [(slot, tensor) for slot, tensor in merged if tensor is not None]
         changed = [(slot, tensor) for slot, tensor in results if not self._is_bases(slot.name, tensor)]
         exact = self._exact(layer, slots, changed, original)
@@ -287,28 +319,28 @@ class Merger:
             return {}
         if any(is_quantized(tensor) for _, tensor in changed):
             return _exact_quantized(layer, changed)
-        kept = [(slot, slot.module._parameters[slot.attribute], slot.parameter.data) for slot in slots]
+        kept = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         merged = list(layer.merged_adapters)
         try:
             for slot in slots:
-                slot.module._parameters[slot.attribute] = slot.parameter  # type: ignore[assignment]
+                slot.put(slot.parameter)
                 slot.parameter.data = slot.data.to(self.base.device, torch.float32)
             layer.merged_adapters.clear()
             original(safe_merge=False, adapter_names=[ADAPTER_NAME])
-            return {slot.name: slot.module._parameters[slot.attribute].data for slot in rounded}  # type: ignore[union-attr]
+            return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except Exception:
             return {}
         finally:
             layer.merged_adapters[:] = merged
             for slot, parameter, data in kept:
-                slot.module._parameters[slot.attribute] = parameter
+                slot.put(parameter)
                 slot.parameter.data = data
 
     def probe(self, layer: Any) -> list[torch.Tensor]:
         """What the layer's tensors would become, without measuring or keeping anything."""
         slots = self._slots(layer)
         before = layer.get_base_layer()
-        kept = [(slot, slot.module._parameters[slot.attribute]) for slot in slots]
+        kept = [(slot, slot.tensor) for slot in slots]
         self._privatise(layer, slots)
         try:
             layer.merge(safe_merge=False)
@@ -323,13 +355,13 @@ class Merger:
                 if isinstance(inner, BaseTunerLayer):
                     inner.merged_adapters.clear()
             for slot, parameter in kept:
-                slot.module._parameters[slot.attribute] = parameter
+                slot.put(parameter)
                 slot.parameter.data = slot.data
             self._original.clear()
 
     @staticmethod
     def _values(slot: Slot) -> torch.Tensor:
-        tensor = slot.module._parameters[slot.attribute]
+        tensor = slot.tensor
         assert tensor is not None  # noqa: S101 - a slot is made of a parameter that exists
         return dequantized(slot.module, tensor) if is_quantized(tensor) else tensor.detach().clone()
 
