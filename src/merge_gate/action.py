@@ -65,13 +65,13 @@ class Outcome:
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the gate as the inputs ask; return the step's exit code."""
-    token = environ.get("MERGE_GATE_INPUT_HF_TOKEN", "")
     inputs = None
     try:
         inputs = read_inputs(words, environ)
-        outcome = _judge(inputs, gate_environment(environ), workflow.Log(sys.stdout.buffer, secret=token))
+        ours = gate_environment(environ)
+        outcome = _judge(inputs, ours, workflow.Log(sys.stdout.buffer, secret=ours.get("HF_TOKEN", "")))
     except GateError as error:
-        outcome = Outcome("error", problem=error.message + (f"\nWhat to do: {error.hint}" if error.hint else ""))
+        outcome = Outcome("error", problem=_words(error))
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
         outcome = Outcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
     return _tell(inputs, outcome, environ)
@@ -180,28 +180,33 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _judge(inputs: Inputs, environ: Mapping[str, str], log: workflow.Log) -> Outcome:
-    run, runtime = (
-        ContainerRun(
-            config=inputs.config,
-            output=inputs.output,
-            workspace=Path(environ["GITHUB_WORKSPACE"]),
-            image=inputs.image,
-            device=inputs.device,
-            gpus=inputs.gpus,
-            arguments=inputs.arguments,
-            hf_cache=inputs.hf_cache,
-            environ=environ,
-        ),
-        choose_runtime(inputs.runtime, environ),
-    )
-    (inputs.output / "report.json").unlink(missing_ok=True)  # an earlier run's verdict must not pass for this one's
+    path = inputs.output / "report.json"
+    path.unlink(missing_ok=True)  # an earlier run's verdict must not pass for this one's
+    runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
+    run = ContainerRun(
+        config=inputs.config,
+        output=inputs.output,
+        workspace=Path(environ["GITHUB_WORKSPACE"]),
+        image=inputs.image,
+        device=inputs.device,
+        gpus=inputs.gpus,
+        arguments=inputs.arguments,
+        hf_cache=inputs.hf_cache,
+        environ=environ,
+    )
     log.open()
     try:
         code = _run(runtime, run, log.write)
+    except GateError as error:
+        return Outcome("error", _read(path)[0], _words(error))  # what was judged before the container was lost is true
     finally:
         log.close()
-    return settle(code, inputs.output / "report.json")
+    return settle(code, path, log.tail)
+
+
+def _words(error: GateError) -> str:
+    return error.message + (f"\nWhat to do: {error.hint}" if error.hint else "")
 
 
 def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None]) -> int:
@@ -229,16 +234,25 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
     return "native"
 
 
-def settle(code: int, path: Path) -> Outcome:
-    """Set the exit code against the report. `pass` and `fail` need both to say so, and the report to be finished."""
+def settle(code: int, path: Path, said: Sequence[str] = ()) -> Outcome:
+    """Set the exit code against the report. `pass` and `fail` need both to say so, and the report to be finished.
+
+    `said` are the gate's last words: where there is no report, they are all that tells why.
+    """
     report, trouble = _read(path)
     if report is None:
-        return Outcome("error", problem=f"the gate ended with exit code {code} and {trouble}; see the log")
+        return Outcome("error", problem="\n".join([f"the gate ended with exit code {code} and {trouble}", *said]))
     if report["complete"] and (code, report["result"]) in {(ExitCode.PASS, "pass"), (ExitCode.FAIL, "fail")}:
         return Outcome(report["result"], report)
+    if report["complete"] and (code, report["result"]) == (ExitCode.ERROR, "error"):
+        return Outcome("error", report)
     finished = "finished" if report["complete"] else "unfinished"
-    said = f"exit code {code}, a report that is {finished} and says {report['result']!r}"
-    return Outcome("error", report, "" if report["complete"] and code == ExitCode.ERROR else f"no verdict: {said}")
+    return Outcome(
+        "error",
+        report,
+        f"there is no verdict: the gate ended with exit code {code}, and its report is {finished} and says "
+        f"{report['result']!r}",
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -247,23 +261,30 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
         if path.stat().st_size > _REPORT_LIMIT_BYTES:
             return None, f"wrote a report of more than {_REPORT_LIMIT_BYTES} bytes"
         report = json.loads(path.read_bytes())
-        names = [
-            (adapter["name"], adapter["verdict"], adapter["line"], adapter["findings"])
-            for adapter in report["adapters"]
-        ]
-        if (
-            report["schema_version"].startswith("1.")
-            and report["counts"]
-            and report["result"] in {"pass", "fail", "error"}
-        ):
-            return (
-                {**report, "complete": report["complete"] is True} if names or not report["complete"] else None
-            ), "judged nothing"
     except FileNotFoundError:
         return None, "wrote no report"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return None, f"wrote a report that cannot be read ({type(error).__name__})"
-    return None, "wrote a report that this version of the action does not know"
+    if not _known(report):
+        return None, "wrote a report that this version of the action does not know"
+    if report["complete"] and not report["adapters"]:
+        return None, "judged nothing"
+    return report, ""
+
+
+def _known(report: object) -> bool:
+    """Tell whether a report has what is read of it here. It comes out of a container: it is not taken on trust."""
+    kinds = {"schema_version": str, "complete": bool, "result": str, "counts": dict, "adapters": list}
+    if not isinstance(report, dict) or any(not isinstance(report.get(name), kind) for name, kind in kinds.items()):
+        return False
+    adapters = report["adapters"]
+    fields = {"name": str, "verdict": str, "findings": list, "line": int, "column": int}
+    return (
+        report["schema_version"].startswith("1.")
+        and report["result"] in {"pass", "fail", "error"}
+        and all(isinstance(adapter, dict) for adapter in adapters)
+        and all(isinstance(adapter.get(name), kind) for adapter in adapters for name, kind in fields.items())
+    )
 
 
 # --- what the step says --------------------------------------------------------------------------------------------

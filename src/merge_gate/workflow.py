@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,7 @@ ANNOTATIONS = 9
 _MESSAGE_LIMIT = 600
 _NAME_LIMIT = 80
 _LINE_LIMIT = 32_768
+_TAIL_LINES = 12
 _SUMMARY_LIMIT = 1_000_000
 """The runner drops a summary above 1 MiB."""
 
@@ -43,6 +45,12 @@ class Log:
         self._token = secrets.token_hex(16)
         self._rest = b""
         self._lock = threading.Lock()
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    @property
+    def tail(self) -> list[str]:
+        """The last lines of foreign text, as they were passed on."""
+        return [line for line in self._tail if line.strip()]
 
     def open(self) -> None:
         """Begin foreign text."""
@@ -68,7 +76,9 @@ class Log:
 
     def _foreign(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace")
-        self._put(safe_text(text.replace(self._secret, "***") if self._secret else text))
+        harmless = safe_text(text.replace(self._secret, "***") if self._secret else text)
+        self._tail.append(harmless)
+        self._put(harmless)
 
     def _put(self, line: str) -> None:
         self._stream.write(line.encode("utf-8") + b"\n")
