@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import peft
 import pytest
 import torch
+import transformers
 
 from merge_gate import merge
 from merge_gate.config import load_config
