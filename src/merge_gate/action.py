@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _REPORT_LIMIT_BYTES = 256 * 1024 * 1024
 _RETENTION_LIMIT_DAYS = 400
-_OURS = ("--output", "--device", "--container", "--image", "--gpus")
+OURS = ("--output", "--device", "--container", "--image", "--gpus")
 """Options of `merge-gate run` that have an input of their own, or none."""
 
 _Check = tuple[str, str, str]
@@ -83,10 +83,10 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
 def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
     given = dict(word[2:].partition("=")[::2] for word in words)
-    problems = [problem for check in _CHECKS if (problem := _problem(given, *check))]
+    problems = [problem for check in CHECKS if (problem := _problem(given, *check))]
     workspace = _workspace(environ)
     config = Path(os.path.normpath(workspace / given["config"]))
-    if given["config"] and not config.is_file():
+    if not any(problem.startswith("config: ") for problem in problems) and not config.is_file():
         problems.append(f"config: got {given['config']!r}, and {config} is not a file")
     arguments, complaint = _arguments(given["args"])
     if problems or complaint:
@@ -98,7 +98,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
         gpus=given["gpus"],
         device=given["device"],
         image=given["image"],
-        hf_cache=workspace / Path(given["hf-cache"]).expanduser() if given["hf-cache"] else None,
+        hf_cache=(workspace / Path(given["hf-cache"]).expanduser()).resolve() if given["hf-cache"] else None,
         fail_on=given["fail-on"],
         upload_report=given["upload-report"] == "true",
         artifact_name=given["artifact-name"] or _artifact_name(environ),
@@ -108,7 +108,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     )
 
 
-_CHECKS: tuple[_Check, ...] = (
+CHECKS: tuple[_Check, ...] = (
     ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (this input is required)"),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
@@ -137,7 +137,7 @@ def _arguments(text: str) -> tuple[tuple[str, ...], str]:
         return (), f"args: got {text!r}, which cannot be split into words ({error})"
     for word in split:
         name = word.partition("=")[0]
-        clash = next((own for own in _OURS if len(name) > len("--") and own.startswith(name)), "")
+        clash = next((own for own in OURS if len(name) > len("--") and own.startswith(name)), "")
         if clash:
             return (), f"args: got {word!r}, expected options other than {clash}, which the action sets itself"
     return split, ""

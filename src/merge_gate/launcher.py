@@ -115,6 +115,11 @@ def _check_paths(run: ContainerRun) -> None:
             f"config: {run.config} lies outside the workspace {run.workspace}, which is all that the container sees",
             hint="move it inside, or start from a directory that holds it",
         )
+    if run.output.resolve() != run.output:
+        raise UsageError(
+            f"output: {run.output} leads through a symbolic link to {run.output.resolve()}, which it must not",
+            hint="name the directory itself",
+        )
     for path in (run.workspace, run.output, *([run.hf_cache] if run.hf_cache else [])):
         if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
             raise UsageError(f"{path} cannot be mounted into the container: it would hide the container's own files")

@@ -42,7 +42,7 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
             hint="run the job in merge-gate's image (`container:`), install merge-gate in a step before this one, or "
             "use `runtime: docker`",
         )
-    environ, device = _gpus(run)
+    environ, device = gpus_and_device(run)
     # -P: the workspace is the child's working directory and must not be where it imports from.
     config = os.path.relpath(run.config, run.workspace)
     words = ["run", config, "--output", str(run.output), "--device", device, *run.arguments]
@@ -92,7 +92,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name != "PYTHONPATH"}
 
 
-def _gpus(run: ContainerRun) -> tuple[dict[str, str], str]:
+def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
     """Narrow the GPUs by CUDA's own variable. Where GPUs were asked for, a CPU is no answer."""
     environ = {**_environment(run.environ), **({"HF_HOME": str(run.hf_cache)} if run.hf_cache else {})}
     asked = run.gpus not in {"auto", "none"}

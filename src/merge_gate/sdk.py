@@ -34,7 +34,7 @@ def available(environ: Mapping[str, str], lock: Path = LOCK) -> Iterator[None]:
         return
     target = Path(tempfile.mkdtemp(prefix="merge-gate-sdk-", dir=environ.get("RUNNER_TEMP")))
     try:
-        _install(target, lock, environ)
+        install(target, lock, environ)
         sys.path.insert(0, str(target))
         importlib.invalidate_caches()
         yield
@@ -53,7 +53,7 @@ def _installed() -> bool:
         return False
 
 
-def _install(target: Path, lock: Path, environ: Mapping[str, str]) -> None:
+def install(target: Path, lock: Path, environ: Mapping[str, str]) -> None:
     """pip, which is on most runners; --target also works where the system's own environment is closed (PEP 668)."""
     options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
     words = [sys.executable, "-I", "-m", "pip", "install", *options, "--target", str(target), "-r", str(lock)]
