@@ -222,7 +222,7 @@ def test_the_reason_still_holds_and_the_gate_says_so(row: Row, bench: Bench) -> 
     row.shows(base, adapter, row)
     judgement = bench.gate.judge(adapter, directory, quantization=row.quantization)
     assert judgement.verdict is Verdict.FAILED, judgement
-    assert judgement.cause == ("tied-weights" if row.name.startswith("tied") else "not-mergeable"), judgement
+    assert judgement.cause == "not-mergeable", judgement
     reason = next(finding for finding in judgement.findings if finding.check == judgement.cause)
     assert reason.severity is Severity.ERROR
     assert reason.message
