@@ -33,21 +33,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line, named_tensors
+from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+from merge_gate.rules import refuse_by_config
 
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
 
 LISTED = 6
 """Names listed in one message before "and N more"."""
-
-
-class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a finding about the adapter
-    """The adapter cannot be loaded or merged; `refusal` says why in the words of the check table."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +60,7 @@ class Loaded:
     targeted: tuple[str, ...]
     slots: dict[tuple[int, str], str]
     sharers: dict[str, tuple[str, ...]]
-    random_init: bool = False
+    seed: int | None = None
 
 
 def load_adapter(base: Base, files: AdapterFiles) -> Loaded:
@@ -129,6 +123,7 @@ def read_config(files: AdapterFiles) -> Any:
                 origin=Origin.CONFIG,
             )
         ) from error
+    refuse_by_config(config)
     config.inference_mode = True
     return config
 
@@ -364,7 +359,7 @@ def _load_failed(error: Exception) -> Refusal:
 
 
 def promised_names(model: Any, adapter_name: str) -> dict[str, str]:
-    """Names that the file should hold → the model's key, for tensors PEFT saves as they are (same object)."""
+    """Names that the file should hold → the model's key; the key is empty for tensors PEFT makes on saving."""
     state = model.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -375,7 +370,7 @@ def promised_names(model: Any, adapter_name: str) -> dict[str, str]:
         except Exception:
             return {}
     by_object = {id(tensor): key for key, tensor in state.items()}
-    return {name: by_object[id(tensor)] for name, tensor in saved.items() if id(tensor) in by_object}
+    return {name: by_object.get(id(tensor), "") for name, tensor in saved.items()}
 
 
 @contextmanager
@@ -439,30 +434,29 @@ def _compare(
     Renames that PEFT or transformers applied on load are honoured: what was loaded under a promised key is not
     missing, whatever the file calls it.
     """
-    own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     loaded = {key for key in state if key in own}
-    missing = tuple(sorted(name for name, key in promised.items() if key not in loaded))
-    unused = {file_name(key, adapter_name): key for key in state if key not in own}
+    filled = {own[key].data_ptr() for key in loaded if own[key].numel()}  # one tensor may go by several names
     present = [header.name for header in files.tensors] or [file_name(key, adapter_name) for key in state]
-    model_key: dict[str, str] = {}
+    missing = tuple(
+        sorted(
+            name
+            for name, key in promised.items()
+            if name not in present and (key not in own or (key not in loaded and own[key].data_ptr() not in filled))
+        )
+    )
+    unused = {file_name(key, adapter_name) for key in state if key not in own}
+    model_key = {name: promised.get(name, name) for name in present if name in promised or name in loaded}
+    renamed = any(key in loaded and name not in present for name, key in promised.items())
     strays: list[str] = []
     for name in present:
-        if name in promised:
-            model_key[name] = promised[name]
-        elif name in loaded:
-            model_key[name] = name
-        elif name in unused or file_name(name, adapter_name) in unused:
+        plain = file_name(name, adapter_name)
+        if name in model_key:
+            continue
+        if name in unused or plain in unused or not renamed:
             strays.append(name)
-        else:
-            model_key[name] = ""
-    renamed = [name for name, key in promised.items() if key in loaded and name not in model_key]
-    vanished = [name for name, key in model_key.items() if not key]
-    if vanished and not renamed:  # nothing was loaded under another name, so these were dropped on the way
-        strays += vanished
-    for name in vanished:
-        del model_key[name]
-        if renamed:
-            model_key[name] = promised.get(file_name(name, adapter_name), "")
+        else:  # loaded under another name
+            model_key[name] = promised.get(plain, "")
     return missing, tuple(sorted(strays)), {name: key for name, key in model_key.items() if key}
 
 
@@ -515,12 +509,14 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) ->
     scratch = base.scratch()
     slots, sharers = base_slots(scratch)
     names = tuple(f"member_{position}" for position in range(len(members)))
+    configs = [read_config(files) for files in members]
+    for name, config in zip(combine.adapters, configs, strict=True):
+        _refuse_lost_settings(name, config)
     model: Any = None
     state: dict[str, torch.Tensor] = {}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    for name, files in zip(names, members, strict=True):
-        config = read_config(files)
+    for name, files, config in zip(names, members, configs, strict=True):
         if model is None:
             model = inject(scratch, config, base, name)
         else:
@@ -552,8 +548,33 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) ->
         targeted=targeted_modules(model),
         slots=slots,
         sharers=sharers,
-        random_init="dare" in combine.method or "svd" in combine.method,
+        seed=combine.seed if "dare" in combine.method else None,
     )
+
+
+def _refuse_lost_settings(name: str, config: Any) -> None:
+    """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
+
+    Shown with plain PEFT in tests/test_combine.py.
+    """
+    settings = {
+        "use_rslora": getattr(config, "use_rslora", False),
+        "lora_bias": getattr(config, "lora_bias", False),
+        "use_dora": getattr(config, "use_dora", False),
+        "kasa_config": getattr(config, "kasa_config", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
+    }
+    lost = next((setting for setting, value in settings.items() if value), None)
+    if lost is not None:
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
+                hint="merge this adapter by itself, or retrain it without that setting before combining it",
+                origin=Origin.CONFIG,
+            )
+        )
 
 
 def _add(model: Any, name: str, config: Any) -> None:

@@ -85,14 +85,14 @@ class Base:
         for module in self.model.modules():
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in memo:
-                    memo[id(parameter)] = _wrap(parameter, private=private)
+                    memo[id(parameter)] = wrap(parameter, private=private)
             for buffer in module._buffers.values():
                 if buffer is not None and id(buffer) not in memo:
                     memo[id(buffer)] = buffer.clone() if private else buffer.detach()
         return copy.deepcopy(self.model, memo)
 
 
-def _wrap(parameter: torch.Tensor, *, private: bool) -> torch.Tensor:
+def wrap(parameter: torch.Tensor, *, private: bool = False) -> torch.Tensor:
     """A new parameter of the same class and attributes over the same storage (a copy of it with `private`)."""
     data = parameter.detach()
     if type(parameter) is nn.Parameter:

@@ -9,7 +9,7 @@ In: nothing. Out: `ExitCode` and the exceptions below. Knows no other module of 
     ├── EngineError           this adapter or base could not be judged             verdict `error`
     └── LauncherError         the container could not be started or lost           exit 3
 
-A broken adapter is a `Finding`, never an exception.
+A broken adapter is a `Finding`, never a `GateError`; `Refused` carries one from the depth of a load to the evidence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from merge_gate.records import Problem
+    from merge_gate.records import Problem, Refusal
 
 
 class ExitCode(IntEnum):
@@ -66,6 +66,14 @@ class ResolveError(GateError):
 
 class EngineError(GateError):
     """This adapter or this base could not be judged (out of memory, missing package, unknown type)."""
+
+
+class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a finding about the adapter
+    """The adapter cannot be loaded or merged; `refusal` says why in the words of the check table."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 class LauncherError(GateError):

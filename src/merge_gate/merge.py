@@ -23,8 +23,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from merge_gate import rules
-from merge_gate.adapter import Loaded, Refused, combined, load_adapter
+from merge_gate.adapter import Loaded, combined, load_adapter
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line
+from merge_gate.errors import Refused
 from merge_gate.measure import measure, same_bits
 from merge_gate.merger import Merger
 from merge_gate.plain import OnTensor, Progress, merge_plain
@@ -82,7 +83,8 @@ def _evidence(
     kind = members[0].peft_type
     try:
         file_tensors = tuple(FileTensor(stats=stats) for files in members for stats in _measure_file(files))
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            # torch trusts the indices of a sparse tensor, and some methods take them from the file
             warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
             loaded = load()
             rules.refuse_wrong_merges(loaded.model, loaded.config)
@@ -109,6 +111,7 @@ def _evidence(
         merges=tuple(merger.merges.values()),
         tied=merger.tied(),
         refused_by_safe_merge=tuple(merger.refused),
+        seed=loaded.seed,
         parameters_checked=merger.checked,
         parameters_total=merger.total,
         seconds=time.perf_counter() - started,

@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.adapter import ADAPTER_NAME, Loaded, Refused
-from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors
-from merge_gate.errors import EngineError
+from merge_gate.adapter import ADAPTER_NAME, Loaded
+from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors, wrap
+from merge_gate.errors import EngineError, Refused
 from merge_gate.measure import distance, dtype_max, same_bits, unchanged_fraction
 from merge_gate.parallel import spread
 from merge_gate.plain import ROUNDED, OnTensor, Progress, is_vanilla, merge_blocks
@@ -232,10 +233,15 @@ class Merger:
         return found
 
     def _privatise(self, layer: Any, slots: list[Slot]) -> None:
-        """Step 1. A quantised weight needs no copy: PEFT puts a new parameter in its place."""
+        """Step 1.
+
+        Of a quantised weight the wrapper is enough: PEFT puts a new parameter in its place, but marks the old one.
+        """
         for slot in slots:
             self._original.setdefault(id(slot.parameter), slot.data)
-            if not is_quantized(slot.parameter):
+            if is_quantized(slot.parameter):
+                slot.put(wrap(slot.parameter))
+            else:
                 slot.parameter.data = slot.data.to(self.base.device, copy=True)
         if self.base.device.type != "cpu":
             layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
@@ -397,9 +403,7 @@ class Merger:
         pairs = []
         for name, layers in self.adapted.items():
             sharers = self.loaded.sharers.get(name, ())
-            whole = getattr(self.loaded.config, "ensure_weight_tying", False) or all(
-                type(layer).__name__ == "TrainableTokensLayer" for layer in layers
-            )
+            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers)
             if len(sharers) > 1 and not whole and self.merges[name].changed:
                 own = name.rpartition(".")[0]
                 pairs.append((name, next((path for path in sharers if path != own), sharers[-1])))

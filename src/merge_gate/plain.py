@@ -30,7 +30,6 @@ from safetensors import safe_open
 from merge_gate import lowrank
 from merge_gate.adapter import (
     ADAPTER_NAME,
-    Refused,
     base_slots,
     initialisation_writes_to_base,
     promised_names,
@@ -38,6 +37,7 @@ from merge_gate.adapter import (
     targeted_modules,
 )
 from merge_gate.base import Base
+from merge_gate.errors import Refused
 from merge_gate.measure import dtype_max, dtype_name, measure
 from merge_gate.parallel import spread
 from merge_gate.records import AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats
