@@ -82,3 +82,28 @@ def test_no_engine_and_nothing_is_made(run: ContainerRun) -> None:
     with pytest.raises(LauncherError, match="does not answer"):
         run_in_container(run, print)
     assert not run.output.exists()
+
+
+def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.workspace)
+    environ = {"HF_HOME": str(tmp_path / "cache"), "DOCKER_HOST": "unix:///nowhere/docker.sock"}
+    asked = launcher.for_a_person("gate/config.yml", output="out", only=("a", "b c"), environ=environ)
+    assert (asked.config, asked.workspace) == (run.config, run.workspace)
+    assert asked.output == run.workspace / "out"
+    assert asked.hf_cache == tmp_path / "cache"
+    assert asked.arguments == ("--only", "a", "--only", "b c")
+
+
+def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    asked = launcher.for_a_person(str(run.config), output="out", environ={"XDG_CACHE_HOME": str(tmp_path)})
+    assert asked.workspace == run.config.parent
+    assert asked.output == tmp_path / "home" / "out"
+    assert asked.hf_cache == tmp_path / "huggingface"
+
+
+def test_an_output_that_leads_elsewhere(run: ContainerRun, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="symbolic link"):
+        run_in_container(replace(run, output=tmp_path / "link" / "out"), print)

@@ -141,6 +141,8 @@ def test_the_finding_that_decided_is_the_one_that_is_told() -> None:
 
 
 def test_an_adapter_without_a_finding_still_is_an_error() -> None:
+    named = adapter("x", message="t.lora_B holds 1 NaN")
+    assert "Where: " not in decode(workflow.annotate({"adapters": [named]}, "")[0])[2], "said already"
     bare = {**adapter("x", "error"), "cause": None, "findings": []}
     assert decode(workflow.annotate({"adapters": [bare]}, "")[0])[1]["title"] == "x error: not judged"
 

@@ -94,6 +94,36 @@ def run_in_container(run: ContainerRun, log: Callable[[bytes], None]) -> int:
         return int(ExitCode.ERROR)
 
 
+def for_a_person(
+    config: str,
+    *,
+    output: str,
+    device: str = "auto",
+    only: Sequence[str] = (),
+    image: str = "",
+    gpus: str = "auto",
+    environ: Mapping[str, str],
+) -> ContainerRun:
+    """Return the run that `merge-gate run --container CONFIG` means on somebody's own machine.
+
+    The workspace is the current directory, or the configuration's where it lies elsewhere; the Hub's cache is the
+    person's own, so that nothing is downloaded twice.
+    """
+    here, path = Path.cwd().resolve(), Path(config).resolve()
+    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return ContainerRun(
+        config=path,
+        output=Path(output).resolve(),
+        workspace=here if here in path.parents else path.parent,
+        image=image,
+        device=device,
+        gpus=gpus,
+        arguments=tuple(word for name in only for word in ("--only", name)),
+        hf_cache=Path(home).expanduser().resolve(),
+        environ=environ,
+    )
+
+
 def _released(gpus: str) -> str:
     image = released_image.CUDA if gpus else released_image.CPU
     if not image:

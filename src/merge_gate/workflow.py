@@ -126,7 +126,8 @@ def _sentences(adapter: Mapping[str, Any]) -> str:
     deciding = [finding for finding in errors if finding["check"] == adapter["cause"]]
     for finding in [*deciding, *errors][:1]:
         lines = [one_line(finding["message"], _MESSAGE_LIMIT)]
-        lines += [f"Where: {one_line(finding['tensor'], _MESSAGE_LIMIT)}"] if finding["tensor"] else []
+        tensor = finding["tensor"]
+        lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
         lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
         return "\n".join(lines)
     return "No finding was recorded; the log may say more."
