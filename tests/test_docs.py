@@ -1,0 +1,288 @@
+"""What the documents say is held against the code: commands, options, links, checks, configs, exit codes, modules."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+from jsonschema import Draft202012Validator
+
+from merge_gate import cli
+from merge_gate.checks import NOT_JUDGED
+from merge_gate.config import CHECK_DEFAULTS, config_schema
+from merge_gate.errors import ExitCode
+from merge_gate.records import Result
+from merge_gate.report.files import FORMATS
+from tests.conftest import lay_out
+from tests.faults import FAULTS
+from tests.models import VARIANTS
+from tests.test_bits import peft_merge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Judged
+    from tests.models import Shelf
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKS = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for kind, body in CODE_BLOCK.findall(text) if kind == language]
+
+
+def section(text: str, heading: str) -> str:
+    """What stands between a heading and the next one of its level or above."""
+    match = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
+    assert match, heading
+    return re.split(rf"^#{{1,{len(match[1])}}} ", text[match.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"[\d,]*\d(\.\d+)?(e[+-]?\d+)?", "#", re.sub(r"\s+", " ", text)).strip()
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of the headings."""
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def local_links() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not re.match(r"[a-z]+:", target):
+                yield page, target
+
+
+@pytest.mark.parametrize(
+    ("page", "target"), [pytest.param(*link, id=f"{link[0].name}-{link[1]}") for link in sorted(set(local_links()))]
+)
+def test_a_link_leads_to_a_file_and_a_heading(page: Path, target: str) -> None:
+    name, _, anchor = target.partition("#")
+    path = (page.parent / name).resolve() if name else page
+    assert path.is_relative_to(ROOT)
+    assert path.exists()
+    assert not anchor or anchor in anchors(path)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^|`|[A-Z]+=\S+ )make ([a-z0-9]+)", text, re.MULTILINE)
+    assert set(commands) <= make_targets()
+
+
+def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
+    (commands,) = blocks(README, "console")
+    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
+
+
+def test_every_target_is_told_to_contributors() -> None:
+    assert set(re.findall(r"^\| `make (\w+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
+
+
+def helped(*words: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
+        cli.main([*words, "--help"])
+    assert left.value.code == 0
+    return printed.getvalue()
+
+
+def told_commands() -> set[str]:
+    """Every `merge-gate …` of the pages that stands in code."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        spans = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", CODE_BLOCK.sub("", text))]
+        spans += [body for _, body in CODE_BLOCK.findall(text)]
+        for span in spans:
+            for line in span.splitlines():
+                match = re.match(r"(?:\$ |\.venv/bin/|.* && )?merge-gate ((?:[a-z]|-)[^#;&|>]*)", line)
+                if match:
+                    found.add(match[1].strip())
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(told_commands()))
+def test_every_command_and_option_exists(command: str) -> None:
+    words = command.split()
+    if words[0].startswith("-"):
+        assert words[0] in helped()
+        return
+    text = helped(words[0])
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in text
+
+
+def test_commands_are_found_at_all() -> None:
+    assert {"run", "check", "demo", "schema"} <= {command.split()[0] for command in told_commands()}
+
+
+# --- the README's excerpt, configs and tables ------------------------------------------------------------------------
+
+
+def test_the_excerpt_is_what_the_demo_prints() -> None:
+    command = [sys.executable, "-m", "merge_gate", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = {without_numbers(line) for line in done.stdout.splitlines()}
+    (excerpt,) = blocks(README, "text")
+    first, *lines = excerpt.splitlines()
+    assert first == "$ merge-gate demo"
+    assert [line for line in lines if without_numbers(line) not in printed] == []
+
+
+def config_snippets() -> list[tuple[str, str]]:
+    snippets = [(page.name, body) for page in PAGES for body in blocks(page.read_text(encoding="utf-8"), "yaml")]
+    return [(name, body) for name, body in snippets if "adapters:" in body]
+
+
+@pytest.mark.parametrize(("name", "snippet"), config_snippets(), ids=lambda value: value[:12])
+def test_a_config_follows_the_schema(name: str, snippet: str) -> None:
+    errors = [error.message for error in Draft202012Validator(config_schema()).iter_errors(yaml.safe_load(snippet))]
+    assert errors == [], name
+
+
+def test_the_readme_has_a_config() -> None:
+    assert "README.md" in dict(config_snippets())
+
+
+def test_the_workflow_uses_inputs_of_the_action() -> None:
+    (workflow,) = [body for body in blocks(README, "yaml") if "uses:" in body]
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    steps = yaml.safe_load(workflow)["jobs"]["merge-gate"]["steps"]
+    (step,) = [step for step in steps if "merge-gate" in step["uses"]]
+    given = set(step["with"])
+    assert given <= set(inputs)
+    assert {name for name, facts in inputs.items() if facts.get("required")} <= given
+
+
+def test_the_exit_codes_are_the_tools() -> None:
+    rows = re.findall(r"^\| (\d) \| (\S+) \| .+ \|$", section(README, "Exit codes"), re.MULTILINE)
+    assert [int(code) for code, _ in rows] == sorted(ExitCode)
+    results = {int(code): result.strip("`") for code, result in rows if result.startswith("`")}
+    assert results == {ExitCode[result.name]: result.value for result in Result}
+
+
+def test_every_check_is_in_the_readmes_table() -> None:
+    assert set(re.findall(r"docs/checks\.md#([a-z-]+)", README)) == set(CHECK_DEFAULTS)
+
+
+def test_the_readme_can_be_read_in_one_sitting() -> None:
+    assert len(README.splitlines()) < 220
+
+
+# --- what the README says of PEFT's own check ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [("nan-saved-head", None), ("nan-lora_B-first", "adapter default"), ("base-nan-in-target", "adapter default")],
+)
+def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, shelf: Shelf, tmp_path: Path) -> None:
+    (case,) = [case for case in FAULTS if case.name == name]
+    adapter, base = tmp_path / name, shelf.base(case.base or VARIANTS[case.variant].base)
+    lay_out(case, shelf, adapter)
+    if raised is not None:
+        with pytest.raises(ValueError, match=raised):
+            peft_merge(base, adapter, "float32", safe_merge=True)
+        return
+    merged = peft_merge(base, adapter, "float32", safe_merge=True)[1]
+    assert not all(torch.isfinite(tensor).all() for tensor in merged.values())
+
+
+# --- docs/checks.md --------------------------------------------------------------------------------------------------
+
+
+def test_every_check_has_a_section_in_the_order_of_blame() -> None:
+    assert re.findall(r"^## (.+)$", CHECKS, re.MULTILINE) == [*CHECK_DEFAULTS, NOT_JUDGED]
+
+
+@pytest.mark.parametrize("check", CHECK_DEFAULTS)
+def test_a_section_states_the_default(check: str) -> None:
+    default = CHECK_DEFAULTS[check]
+    limit = "no limit" if default.limit is None else f"limit {default.limit:g}"
+    can = "can" if default.can_be_off else "cannot"
+    assert f"Default `{default.severity.value}`, {limit}, {can} be switched off." in section(CHECKS, check).splitlines()
+
+
+@pytest.mark.parametrize("check", [*CHECK_DEFAULTS, NOT_JUDGED])
+def test_a_section_answers_three_questions(check: str) -> None:
+    for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
+        assert f"\n{question}" in section(CHECKS, check)
+
+
+@pytest.mark.parametrize("check", [*CHECK_DEFAULTS, NOT_JUDGED])
+def test_an_example_is_what_the_gate_says(check: str, judged: Judged) -> None:
+    (example,) = blocks(section(CHECKS, check), "text")
+    said = {shorn(f.message) for report in judged.reports.values() for f in report.findings if f.check == check}
+    nearest = difflib.get_close_matches(shorn(example), said, 1, 0)
+    assert shorn(example) in said, f"the gate says: {nearest}"
+
+
+def shorn(message: str) -> str:
+    """Without figures, which may differ by machine, and without the test's own directories."""
+    return without_numbers(re.sub(r"(\./models|/[\w./-]+)/([\w-]+)", r"\2", message))
+
+
+# --- docs/architecture.md --------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    package = ROOT / "src" / "merge_gate"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", ARCHITECTURE, re.MULTILINE)) == modules
+
+
+def test_every_format_of_the_report_is_in_the_architecture() -> None:
+    assert set(FORMATS) <= set(re.findall(r"[a-z]+\.[a-z]+", section(ARCHITECTURE, "The flow")))
+
+
+def dependencies() -> dict[str, str]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project: dict[str, Any] = tomllib.load(file)["project"]
+    return dict(dependency.split(">=") for dependency in project["dependencies"])
+
+
+def test_every_dependency_has_a_reason() -> None:
+    rows = re.findall(r"^\| `([\w]+)` \| ([\d.]+) \| (.+) \|$", section(ARCHITECTURE, "Dependencies"), re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(dependencies())
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_checks_in_the_changelog() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECK_DEFAULTS))]
