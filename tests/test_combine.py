@@ -193,6 +193,14 @@ def test_what_peft_combines_wrongly_is_refused(name: str, bench: Bench) -> None:
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
 
 
+@pytest.mark.parametrize("scheme", ["gaussian", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone_combine(scheme: str, bench: Bench) -> None:
+    members = make_members(bench, scheme, init_lora_weights=scheme)
+    assert error_of(bench, members, "cat") < 1e-4
+    judgement = gate(bench, members, make_combine("cat"))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
 def test_members_of_different_rank_combine_where_the_method_can(bench: Bench) -> None:
     members = (make_members(bench, "plain")[0], make_members(bench, "rank-3", r=3)[1])
     assert error_of(bench, members, "cat") < 1e-4
