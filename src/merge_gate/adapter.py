@@ -40,6 +40,9 @@ from merge_gate.rules import refuse_by_config
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
 
+ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
+"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py; tests/test_untouched.py)."""
+
 LISTED = 6
 """Names listed in one message before "and N more"."""
 
@@ -169,10 +172,11 @@ def initialisation_writes_to_base(config: Any) -> bool:
     """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
-    base through the shared storage. Every named scheme but the two that touch only the adapter gets a private scratch.
+    base through the shared storage. Every named scheme but those that are known to touch only the adapter gets a private
+    scratch.
     """
     scheme = getattr(config, "init_lora_weights", None)
-    return isinstance(scheme, str) and scheme.lower() not in {"gaussian", "true", "false"}
+    return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
 
 
 # --- 2. and 3. the scratch -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate import __version__
-from merge_gate.errors import ConfigError, ExitCode, GateError
+from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,6 +176,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
+    container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
+    container.add_argument("--container", action="store_true", help="run inside the released image, not here")
+    container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
+    container.add_argument("--gpus", default="auto", metavar="WHICH", help="auto (default), none, all, or indices: 0,1")
     run.set_defaults(run=_run)
 
 
@@ -227,7 +231,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from merge_gate.config import load_config
 
     config = load_config(arguments.config)
+    if arguments.container:
+        return _run_in_container(arguments)
+    if arguments.image or arguments.gpus != "auto":
+        raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device here")
     return exit_code(_gate(config, arguments.device, arguments.output, tuple(arguments.only)))
+
+
+def _run_in_container(arguments: argparse.Namespace) -> int:
+    from merge_gate.launcher import for_a_person, run_in_container
+
+    run = for_a_person(
+        arguments.config,
+        output=arguments.output,
+        device=arguments.device,
+        only=arguments.only,
+        image=arguments.image,
+        gpus=arguments.gpus,
+        environ=os.environ,
+    )
+    return run_in_container(run, lambda log: print(log.decode("utf-8", "replace"), end="", flush=True))
 
 
 def _gate(config: Config, device: str, output: str | None, only: tuple[str, ...] = ()) -> Report:

@@ -431,6 +431,7 @@ class _Run:
             coverage=coverage,
             files=files.files,
             seconds=evidence.seconds if evidence else 0.0,
+            seed=evidence.seed if evidence else None,
             line=spec.line,
             column=spec.column,
         )

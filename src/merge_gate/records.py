@@ -377,7 +377,10 @@ class BaseRef:
 
 @record
 class AdapterReport:
-    """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file."""
+    """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
+
+    `seed` is that of a combination by a random method, with which it gives the same bits again.
+    """
 
     name: str
     source: str
@@ -390,6 +393,7 @@ class AdapterReport:
     coverage: Coverage = Coverage()
     files: tuple[FileRecord, ...] = ()
     seconds: float = 0.0
+    seed: int | None = None
     line: int
     column: int
 

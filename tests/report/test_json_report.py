@@ -55,7 +55,7 @@ def test_keys_stand_as_the_contract_has_them() -> None:
     ]  # fmt: skip
     assert list(document["adapters"][0]) == [
         "name", "source", "revision", "base", "peft_type", "verdict", "cause", "findings", "coverage", "files",
-        "seconds", "line", "column",
+        "seconds", "seed", "line", "column",
     ]  # fmt: skip
     assert list(document["adapters"][2]["findings"][0]) == [
         "check", "severity", "message", "hint", "module", "tensor", "origin", "nan", "posinf", "neginf", "numel",

@@ -100,6 +100,7 @@ def _adapter(adapter: AdapterReport) -> Json:
             {"path": _text(file.path), "bytes": file.size_bytes, "sha256": _text(file.sha256)} for file in adapter.files
         ],
         "seconds": adapter.seconds if math.isfinite(adapter.seconds) else None,
+        "seed": adapter.seed,
         "line": adapter.line,
         "column": adapter.column,
     }
@@ -247,6 +248,7 @@ def _adapter_schema() -> Json:
                 ),
             ),
             "seconds": {"type": ["number", "null"], "description": "Time the adapter took; null if not measured."},
+            "seed": {"type": ["integer", "null"], "description": "Seed of a random combination; null else."},
             "line": _count("Line of the adapter's entry in the configuration file, from 1."),
             "column": _count("Column of the entry, from 1."),
         },
