@@ -172,7 +172,7 @@ def initialisation_writes_to_base(config: Any) -> bool:
     """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
-    base through the shared storage. Every named scheme but those known to touch only the adapter gets a private scratch.
+    base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
     """
     scheme = getattr(config, "init_lora_weights", None)
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
