@@ -105,7 +105,9 @@ def test_a_command_is_one_line_and_arrives_as_it_was(title: str, message: str) -
     line = workflow.command("error", message, title=title)
     assert "\n" not in line
     assert "\r" not in line
-    assert decode(line) == ("error", {"title": inert(title)}, inert(message))
+    title, message = (re.sub(":(?=:)", ": ", inert(text)) for text in (title, message))
+    assert decode(line) == ("error", {"title": title}, message)
+    assert line.count("::") == 2, "some runners split at the last"
 
 
 def adapter(name: str, verdict: str = "failed", *, check: str = "adapter-nonfinite", message: str = "1 NaN") -> dict:

@@ -8,6 +8,7 @@ and keeps to Python 3.9 and its standard library, for the runner's own Python.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 from collections import deque
@@ -97,7 +98,8 @@ def command(name: str, message: str, **properties: str) -> str:
 
 
 def _data(text: str) -> str:
-    return inert(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    """Escape a message. `::` in it is broken besides: act, and the runners built on it, split at the last one."""
+    return re.sub(":(?=:)", ": ", inert(text)).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def annotate(report: Mapping[str, Any], file: str) -> list[str]:

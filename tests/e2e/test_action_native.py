@@ -133,15 +133,17 @@ def test_what_could_not_be_judged_is_red_and_says_why(play, repository: Path, te
     assert "Traceback" not in run.text
 
 
-def test_hostile_names_and_files_speak_to_nobody(play, repository: Path) -> None:
-    """No line of the log that comes from an adapter is a command, whether or not the runner heeds the fence."""
+HOSTILE = ["::add-path::/evil", "a##[add-path]/evil", "%0A::debug::b", "::error file=x::y", " ::warning::z"]
+REFUSED = ["x\n::set-output name=result::pass", "c\r::notice::d"]
+
+
+@pytest.mark.parametrize(("names", "result"), [(HOSTILE, "fail"), (REFUSED, "error")])
+def test_hostile_names_and_files_speak_to_nobody(play, repository: Path, names: list[str], result: str) -> None:
+    """No line of the log that comes from an adapter is a command, whether or not the runner heeds the fence.
+
+    Names with control characters are refused with the configuration, and so repeated in the annotation.
+    """
     gate = repository / "gate"
-    names = [
-        "x\n::set-output name=result::pass",
-        "::add-path::/evil",
-        "a##[add-path]/evil",
-        "%0A::debug::b\r::notice::c",
-    ]
     adapters = []
     for index, name in enumerate(names):
         directory = gate / "adapters" / f"hostile{index}"
@@ -151,18 +153,20 @@ def test_hostile_names_and_files_speak_to_nobody(play, repository: Path) -> None
         config["target_modules"] = [f"\n::warning::{name}"] if index == 2 else config["target_modules"]
         (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         adapters.append({"path": f"./adapters/hostile{index}", "name": name})
-    paths = gate / "adapters" / "::warning::evil"
-    shutil.copytree(gate / "adapters" / "lfs-pointer", paths)
+    shutil.copytree(gate / "adapters" / "lfs-pointer", gate / "adapters" / "::warning::evil")
     adapters.append({"path": "./adapters/::warning::evil"})
     text = yaml.safe_dump({"version": 1, "base": {"model": "./base"}, "adapters": adapters})
     (gate / "hostile.yml").write_text(text, encoding="utf-8")
     run = play(repository, "hostile.yml")
     assert run.code == 1, run.text
+    assert run.outputs("gate")["result"] == result
     fence = [record["arg"] for record in run.commands("stop-commands")]
     ours = {"stop-commands", "error", "set-output", "summary", *fence}
     assert {record["command"] for record in run.records if "command" in record} <= ours
+    assert run.commands("error")
     for record in run.commands("error"):
-        assert record["kvPairs"]["title"]
+        # act drops a property whose value has an equals sign; GitHub splits at the first one only.
+        assert record["kvPairs"].get("title") or record["kvPairs"].get("file") == "gate/hostile.yml", record
         assert not set(record["kvPairs"]) - {"file", "line", "col", "title"}
     for line in run.lines():
         assert not line.lstrip().startswith("::") or line.split("::")[1].split()[0] in ours, line
