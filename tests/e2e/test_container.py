@@ -134,6 +134,21 @@ def test_further_arguments_reach_the_gate(run: ContainerRun, log: Log) -> None:
     assert [adapter["name"] for adapter in report_of(run)["adapters"]] == ["nan"]
 
 
+def test_a_person_gets_the_same_by_one_option(run: ContainerRun, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "merge_gate", "run", "--container", "--image", run.image, "merge-gate.yml",
+         "--output", str(run.output), "--only", "nan", "--only", "good"],
+        cwd=run.workspace,
+        env={**run.environ, "PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "cache")},
+        check=False,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "good (float16): passed" in done.stdout
+    assert [adapter["name"] for adapter in report_of(run)["adapters"]] == ["good", "nan"]
+
+
 def test_a_real_adapter_on_its_real_base(run: ContainerRun, log: Log, tmp_path: Path) -> None:
     adapter = os.environ.get("MERGE_GATE_REAL_ADAPTER")
     if not adapter:
