@@ -90,7 +90,11 @@ def measure(command: list[str], *, limit_bytes: int | None = None, env: dict[str
         )
         sampler = _Sampler(process.pid, limit_bytes)
         sampler.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # a stopped benchmark leaves no one behind
+            raise
         wall_s = time.perf_counter() - start
         sampler.stop()
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -21,8 +21,12 @@ def main() -> None:
     except ImportError:
         print("no plot drawn: matplotlib is not installed (pip install matplotlib, then python benchmarks/plot.py)")
         return
+    results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+    if "scaling" not in results:
+        print("no plot drawn: results.json has no `scaling` yet")
+        return
+    scaling = results["scaling"]
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "merge-gate", "font.size": 9})
-    scaling = json.loads((HERE / "results.json").read_text(encoding="utf-8"))["scaling"]
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for name, label in NAMES.items():

@@ -28,7 +28,8 @@ def machine_line(part: dict) -> str:
     m = part["machine"]
     return (
         f"{m['date']}, {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, Linux {m['kernel']},"
-        f" Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}, merge-gate {m['merge-gate']};"
+        f" Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']},"
+        f" merge-gate {m['merge-gate']};"
         f" load average before the run {m['load_before']:.2f}."
     )
 
