@@ -361,6 +361,7 @@ class _Run:
                 worker.Progressed: self._on_progressed,
                 worker.Merged: self._on_merged,
                 worker.Undecided: self._on_undecided,
+                worker.Quiet: lambda _: self._catch_up(at_once=True),
             }
         )
 

@@ -14,6 +14,7 @@ adapter under way is `error` (while a base was loading: all of that base), and a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -57,6 +58,11 @@ OFFLINE = {
 
 TAIL_BYTES = 2000
 """How much of a dead child's output is kept for the message."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+QUIET_S = 0.5
+"""After how long without a word from the child the listener hears `Quiet`."""
 
 LEAVING_S = 10.0
 """How long a child that has closed its pipe may take to end by itself."""
@@ -148,7 +154,12 @@ class Finished:
     pass
 
 
-Event = Ready | BaseLoading | BaseLoaded | Started | Progressed | Merged | Undecided | Finished
+@record
+class Quiet:
+    """The child says nothing at the moment; it is the parent's own."""
+
+
+Event = Ready | BaseLoading | BaseLoaded | Started | Progressed | Merged | Undecided | Finished | Quiet
 Listener = Callable[[Event], None]
 
 
@@ -293,7 +304,7 @@ def _converse(ours: Connection, job: Job, hear: Listener) -> bool:
         return False
     while True:
         try:
-            event = ours.recv()
+            event = ours.recv() if ours.poll(QUIET_S) else Quiet()
         except (EOFError, OSError):  # OSError: it died within a message
             return False
         hear(event)
@@ -335,6 +346,7 @@ def main(descriptor: int) -> None:
     """Entry point of the child: read a job from the pipe, send events, exit 0."""
     pipe = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    _end_with_parent()
     with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
         import merge_gate.merge  # noqa: F401, PLC0415
     try:
@@ -348,6 +360,12 @@ def main(descriptor: int) -> None:
     pipe.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with its parent, also while a native call keeps every Python thread waiting."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_with_parent(pipe: Connection) -> None:

@@ -1,0 +1,582 @@
+"""The command as people and workflows meet it: exit codes, report, bad input, signals, speed; all by subprocess."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from merge_gate.cli import EXIT_CODES, parser
+from merge_gate.errors import ExitCode
+from tests.command import (
+    COMMAND,
+    Answer,
+    alive,
+    children_of,
+    environment,
+    merge_gate,
+    shell,
+    start,
+    strict_json,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+REPORT = "merge-gate-report/report.json"
+WEIGHTS = "adapter_model.safetensors"
+STOPPED_WITHIN_S = 7.0
+"""A cancelled workflow gives 7.5 s between SIGINT and SIGTERM."""
+DEMO: dict[str, Answer] = {}
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, made and judged by `merge-gate demo` itself."""
+    parent = tmp_path_factory.mktemp("cli")
+    DEMO["answer"] = merge_gate("demo", "made/here", cwd=parent)
+    return parent / "made" / "here"
+
+
+@pytest.fixture
+def place(demo: Path, tmp_path: Path) -> Path:
+    """A private copy of the demo's base and adapters, to be gated by a config of the test's own."""
+    for name in ("base", "adapters"):
+        shutil.copytree(demo / name, tmp_path / name)
+    return tmp_path
+
+
+def configure(place: Path, *adapters: Any, **top: Any) -> Path:
+    """JSON is YAML. A bare word names one of the demo's adapters."""
+    entries = [f"./adapters/{one}" if isinstance(one, str) and "/" not in one else one for one in adapters]
+    config = {"version": 1, "base": {"model": "./base"}, "adapters": entries} | top
+    path = place / "gate.yml"
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+def copies(place: Path, *names: str) -> None:
+    """More adapters, all of them good."""
+    for name in names:
+        shutil.copytree(place / "adapters" / "good", place / "adapters" / name)
+
+
+def report_of(place: Path) -> dict[str, Any]:
+    """The report, held against the schema that the command prints."""
+    report = strict_json(place / REPORT)
+    schema = json.loads(merge_gate("schema", "report", cwd=place).out)
+    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(report)
+    return report
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
+    return {one["name"]: (one["verdict"], one["cause"]) for one in report["adapters"]}
+
+
+def readable(answer: Answer) -> None:
+    assert "Traceback" not in answer.err + answer.out, answer.said
+    assert "unexpected" not in answer.err, answer.said
+
+
+def tree(*roots: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        for root in roots
+        for path in sorted(root.rglob("*"))
+        if "merge-gate-report" not in path.parts
+    }
+
+
+# --- the exit codes ------------------------------------------------------------------------------------------------
+
+
+def test_the_help_lists_every_exit_code() -> None:
+    listed = [line.split()[0] for line in EXIT_CODES.splitlines()[1:]]
+    assert listed == [str(int(code)) for code in ExitCode]
+
+
+def test_0_when_every_adapter_passes(place: Path) -> None:
+    config = configure(place, "good")
+    before = tree(place)
+    answer = merge_gate("run", config.name, cwd=place)
+    assert answer.code == 0, answer.said
+    report = report_of(place)
+    assert (report["result"], report["complete"]) == ("pass", True)
+    assert verdicts(report) == {"good": ("passed", None)}
+    coverage = report["adapters"][0]["coverage"]
+    assert coverage["parameters_checked"] == coverage["parameters_total"] == report["bases"][0]["parameters"] > 0
+    assert len(report["bases"][0]["sha256"]) == 64
+    assert report["config"] == {"path": "gate.yml", "sha256": hashlib.sha256(config.read_bytes()).hexdigest()}
+    assert "PASS" in answer.out
+    assert tree(place) == before
+
+
+def test_1_when_an_adapter_fails(place: Path) -> None:
+    configure(place, "good", "nan", "lfs-pointer")
+    answer = merge_gate("run", "gate.yml", "--output", "elsewhere/deep", cwd=place)
+    assert answer.code == 1, answer.said
+    report = strict_json(place / "elsewhere" / "deep" / "report.json")
+    assert report["result"] == "fail"
+    assert verdicts(report) == {
+        "good": ("passed", None),
+        "nan": ("failed", "adapter-nonfinite"),
+        "lfs-pointer": ("failed", "file-lfs-pointer"),
+    }
+    assert not (place / "merge-gate-report").exists()
+
+
+def test_1_when_one_failed_and_another_could_not_be_judged(place: Path) -> None:
+    configure(place, "lfs-pointer", {"name": "elsewhere", "path": "./adapters/good", "base": {"model": "acme/nowhere"}})
+    answer = merge_gate("run", "gate.yml", cwd=place)
+    assert answer.code == 1, answer.said
+    report = report_of(place)
+    assert report["result"] == "fail"
+    assert {one["verdict"] for one in report["adapters"]} == {"failed", "error"}
+
+
+def test_only_gates_the_adapters_named(place: Path) -> None:
+    configure(place, "good", "lfs-pointer", "nan", "no-effect")
+    answer = merge_gate("run", "gate.yml", "--only", "lfs-pointer", cwd=place)
+    assert answer.code == 1, answer.said
+    assert verdicts(report_of(place)) == {"lfs-pointer": ("failed", "file-lfs-pointer")}
+
+
+def nothing(_: Path) -> None:
+    """The command line alone does it."""
+
+
+USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
+    "no-command": (nothing, (), "COMMAND"),
+    "unknown-command": (nothing, ("judge", "gate.yml"), "judge"),
+    "no-config": (nothing, ("run",), "CONFIG"),
+    "unknown-option": (nothing, ("run", "gate.yml", "--frobnicate"), "frobnicate"),
+    "bad-device": (nothing, ("run", "gate.yml", "--device", "tpu"), "'tpu' is none of auto, cpu, cuda, cuda:N"),
+    "bad-device-index": (nothing, ("run", "gate.yml", "--device", "cuda:x"), "cuda:x"),
+    "unknown-schema": (nothing, ("schema", "verdict"), "verdict"),
+    "unknown-only": (nothing, ("run", "gate.yml", "--only", "goood"), "--only goood"),
+    "unknown-only-of-check": (nothing, ("check", "gate.yml", "--only", "goood"), "--only goood"),
+    "empty-list": (configure, ("run", "gate.yml"), "gate.yml:1:"),
+    "empty-list-of-check": (configure, ("check", "gate.yml"), "gate.yml:1:"),
+    "empty-glob": (lambda place: configure(place, "./adapters/team-*"), ("run", "gate.yml"), "team-*"),
+    "unknown-key": (lambda place: configure(place, "good", adaptors=[]), ("run", "gate.yml"), "adaptors"),
+    "missing-base": (lambda place: shutil.rmtree(place / "base"), ("run", "gate.yml"), "./base"),
+    "missing-adapter": (lambda place: shutil.rmtree(place / "adapters/good"), ("run", "gate.yml"), "./adapters/good"),
+    "missing-config": (nothing, ("run", "gone.yml"), "gone.yml"),
+    "config-in-no-directory": (nothing, ("run", "gone/gate.yml"), "gone"),
+    "config-a-directory": (nothing, ("run", "adapters"), "directory"),
+    "config-binary": (lambda place: (place / "gate.yml").write_bytes(bytes(range(256))), ("run", "gate.yml"), "UTF-8"),
+    "config-empty": (lambda place: (place / "gate.yml").write_bytes(b""), ("run", "gate.yml"), "gate.yml:1:1"),
+    "config-deep": (lambda place: (place / "gate.yml").write_text("[" * 9000), ("run", "gate.yml"), "gate.yml"),
+    "config-a-device": (nothing, ("run", "/dev/zero"), "larger than"),
+    "config-with-hostile-name": (nothing, ("run", "\x1b[31m\n::error::x\udcff.yml"), "no such file"),
+    "output-a-file": (lambda place: (place / "out").write_text("mine"), ("run", "gate.yml", "--output", "out"), "out"),
+    "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
+    "output-a-link": (lambda place: (place / "out").symlink_to(place), ("run", "gate.yml", "--output", "out"), "link"),
+    "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
+    "output-nameless": (nothing, ("run", "gate.yml", "--output", "x" * 300), "x" * 20),
+    "demo-in-use": (nothing, ("demo", "adapters"), "adapters"),
+    "demo-a-file": (nothing, ("demo", "gate.yml"), "gate.yml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_2_when_there_is_nothing_to_judge(name: str, place: Path) -> None:
+    arrange, words, names = USAGE[name]
+    configure(place, "good")
+    arrange(place)
+    before = tree(place)
+    answer = merge_gate(*words, cwd=place)
+    assert answer.code == 2, answer.said
+    readable(answer)
+    assert answer.out == ""
+    assert names in answer.err
+    assert "\x1b" not in answer.err
+    assert not any(line.startswith("::") for line in answer.err.splitlines()), answer.err
+    assert tree(place) == before
+    assert not (place / "merge-gate-report").exists()
+
+
+def cut_shard(place: Path) -> None:
+    path = place / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda place: (place / name).unlink()
+
+
+def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(content)
+
+
+def lfs_pointer(place: Path) -> None:
+    shutil.copy(place / "adapters" / "lfs-pointer" / WEIGHTS, place / "base" / "model.safetensors")
+
+
+def named_pipe(place: Path) -> None:
+    (place / "base" / "model.safetensors").unlink()
+    os.mkfifo(place / "base" / "model.safetensors")
+
+
+BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not-in-the-cache": (nothing, "acme/nowhere"),
+    "empty": (lambda place: [file.unlink() for file in (place / "base").iterdir()], "base"),
+    "no-config": (remove("base/config.json"), "config.json"),
+    "no-weights": (remove("base/model.safetensors"), "weights"),
+    "config-not-json": (overwrite("base/config.json", b'{"model_type": '), "config.json"),
+    "config-a-list": (overwrite("base/config.json", b"[]"), "config.json"),
+    "config-of-no-model": (overwrite("base/config.json", b'{"model_type": "frobnicator"}'), "frobnicator"),
+    "config-binary": (overwrite("base/config.json", bytes(range(256))), "config.json"),
+    "config-deep": (overwrite("base/config.json", b'{"a":' * 20_000), "config.json"),
+    "truncated": (cut_shard, "model.safetensors"),
+    "lfs-pointer": (lfs_pointer, "LFS"),
+    "named-pipe": (named_pipe, "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BASES)
+def test_3_when_the_base_cannot_be_used(name: str, place: Path) -> None:
+    arrange, names = BROKEN_BASES[name]
+    configure(place, "good", base={"model": "acme/nowhere" if name == "not-in-the-cache" else "./base"})
+    arrange(place)
+    answer = merge_gate("run", "gate.yml", cwd=place)
+    assert answer.code == 3, answer.said
+    readable(answer)
+    (adapter,) = strict_json(place / REPORT)["adapters"]
+    assert adapter["verdict"] == "error"
+    finding = adapter["findings"][0]
+    assert names in finding["message"], finding
+    assert finding["hint"]
+    assert "report this as a bug" not in finding["hint"], finding
+
+
+@pytest.mark.skipif("_cuda_is_here()", reason="there is a CUDA device here")
+def test_3_when_the_device_that_was_asked_for_is_not_there(place: Path) -> None:
+    configure(place, "good")
+    answer = merge_gate("run", "gate.yml", "--device", "cuda:1", cwd=place)
+    assert answer.code == 3, answer.said
+    readable(answer)
+    report = report_of(place)
+    assert verdicts(report) == {"good": ("error", "not-judged")}
+    assert "cuda:1" in report["adapters"][0]["findings"][0]["message"]
+
+
+def _cuda_is_here() -> bool:
+    import torch  # noqa: PLC0415 - seconds that other tests need not wait for
+
+    return torch.cuda.is_available()
+
+
+# --- adapters that nobody should have to see a traceback of --------------------------------------------------------
+
+
+def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else stands where the weights should be."""
+
+    def arrange(place: Path) -> None:
+        path = place / "adapters" / "good" / WEIGHTS
+        path.unlink()
+        make(path)
+
+    return arrange
+
+
+HUGE_RANK = b'{"peft_type": "LORA", "r": 1' + b"0" * 5000 + b"}"
+NASTY_ADAPTERS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda place: [file.unlink() for file in (place / "adapters" / "good").iterdir()],
+    "weights-a-circle": instead(lambda path: path.symlink_to(path.name)),  # as root, nothing else is unreadable
+    "weights-a-directory": instead(lambda path: path.mkdir()),
+    "weights-a-device": instead(lambda path: path.symlink_to("/dev/zero")),
+    "weights-a-pipe": instead(os.mkfifo),
+    "config-deep": overwrite("adapters/good/adapter_config.json", b'{"a":' * 20_000),
+    "config-huge-number": overwrite("adapters/good/adapter_config.json", HUGE_RANK),
+    "config-lone-surrogate": overwrite("adapters/good/adapter_config.json", b'{"peft_type": "\\ud800LORA", "r": 4}'),
+    "header-not-utf8": overwrite(f"adapters/good/{WEIGHTS}", b"\x10\0\0\0\0\0\0\0" + b"\xff" * 16),
+}
+
+
+@pytest.mark.parametrize("name", NASTY_ADAPTERS)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_nasty_adapter_gets_a_sentence(name: str, command: str, place: Path) -> None:
+    configure(place, "good")
+    NASTY_ADAPTERS[name](place)
+    answer = merge_gate(command, "gate.yml", cwd=place)
+    assert answer.code in ({1, 3}), answer.said
+    readable(answer)
+
+
+def test_names_that_no_terminal_should_see_are_made_harmless(place: Path) -> None:
+    hostile = "a\udcff\n::error::x\x1b[2J\u202e"
+    (place / "adapters" / "good").rename(os.fsencode(str(place / "adapters")) + b"/" + os.fsencode(hostile))
+    configure(place, "./adapters/a*")
+    answer = merge_gate("check", "gate.yml", cwd=place)
+    readable(answer)
+    said = answer.out + answer.err
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+    assert not any(line.lstrip().startswith("::") for line in said.splitlines()), said
+    assert answer.code in {0, 2}, answer.said
+
+
+# --- the streams ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "merge-gate run gate.yml 2>&1 | head -1; exit ${PIPESTATUS[0]}",
+        "merge-gate run gate.yml | true; exit ${PIPESTATUS[0]}",
+        "merge-gate run gate.yml >&- 2>&- <&-",
+        "merge-gate run gate.yml > /dev/full 2> /dev/full",
+        "TERM=dumb COLUMNS=20 merge-gate run gate.yml",
+        "unset LANG; LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 merge-gate run gate.yml",
+        "PYTHONIOENCODING=ascii:strict merge-gate run gate.yml",
+    ],
+)
+def test_where_the_words_go_does_not_change_the_verdict(script: str, place: Path) -> None:
+    configure(place, "good", "lfs-pointer", {"name": "ñandú✓", "path": "./adapters/no-effect"})
+    answer = shell(script, cwd=place)
+    assert answer.code == 1, answer.said
+    readable(answer)
+    report = strict_json(place / REPORT)
+    assert report["complete"] is True
+    assert report["counts"] == {"passed": 1, "failed": 2, "error": 0}
+    assert {file.name for file in (place / "merge-gate-report").iterdir()} == {"report.json", "summary.md"}
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("merge-gate check gate.yml | true; exit ${PIPESTATUS[0]}", 1),
+        ("merge-gate check gate.yml >&- 2>&- <&-", 1),
+        ("merge-gate check gate.yml > /dev/full", 1),
+        ("merge-gate check gone.yml 2>&-", 2),
+        ("merge-gate check gone.yml 2>/dev/full", 2),
+        ("merge-gate --help > /dev/full", 0),
+        ("merge-gate schema config > /dev/full", 3),
+        ("merge-gate schema config >&-", 0),
+    ],
+)
+def test_short_commands_keep_their_exit_code_too(script: str, code: int, place: Path) -> None:
+    configure(place, "good", "lfs-pointer")
+    answer = shell(script, cwd=place)
+    assert answer.code == code, answer.said
+    readable(answer)
+
+
+def test_a_directory_that_cannot_be_written_to_is_enough_with_an_output_elsewhere(place: Path, tmp_path: Path) -> None:
+    configure(place, "lfs-pointer")
+    out = tmp_path / "out"
+    answer = merge_gate("run", place / "gate.yml", "--output", out, cwd=_proc())
+    assert answer.code == 1, answer.said
+    assert strict_json(out / "report.json")["complete"] is True
+
+
+def _proc() -> Path:
+    """A directory in which not even root can make a file."""
+    from pathlib import Path  # noqa: PLC0415
+
+    return Path("/proc/self/fdinfo").resolve().parent.parent / "sys"
+
+
+# --- speed ---------------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(*words: str, cwd: Path) -> tuple[float, Answer]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answer = merge_gate(*words, cwd=cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, answer
+
+
+def test_help_answers_at_once(tmp_path: Path) -> None:
+    took, answer = min((cpu_seconds("--help", cwd=tmp_path) for _ in range(3)), key=lambda pair: pair[0])
+    assert answer.code == 0
+    assert took < 0.3
+    assert set(parser().format_help().split()) >= {"run", "check", "demo", "schema", "--version"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("--version",),
+        ("check", "gate.yml"),
+        ("run", "broken.yml"),
+        ("schema", "report"),
+    ],
+    ids=" ".join,
+)
+def test_torch_is_imported_by_the_worker_only(words: tuple[str, ...], place: Path) -> None:
+    configure(place, "good", "lfs-pointer")
+    (place / "broken.yml").write_text("version: 1\nadapters: 7\n")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *COMMAND[1:], *words],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "merge_gate" in imported
+    assert not imported & {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy"}
+
+
+def test_check_answers_for_a_thousand_adapters_within_ten_seconds(place: Path) -> None:
+    for number in range(1000):
+        shutil.copytree(place / "adapters" / "good", place / "many" / f"adapter-{number:04}")
+    configure(place, "./many/*")
+    took, answer = cpu_seconds("check", "gate.yml", cwd=place)
+    assert answer.code == 0, answer.said
+    assert "1,000 adapters" in answer.out
+    assert took < 10
+
+
+def test_the_report_of_a_thousand_adapters_is_not_written_a_thousand_times(place: Path) -> None:
+    configure(place, *({"name": f"a{number}", "path": "./adapters/lfs-pointer"} for number in range(1000)))
+    took, answer = cpu_seconds("run", "gate.yml", cwd=place)
+    assert answer.code == 1, answer.said
+    assert report_of(place)["counts"]["failed"] == 1000
+    assert took < 15
+
+
+# --- the demo ------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_judged_as_it_should_be(demo: Path) -> None:
+    answer = DEMO["answer"]
+    assert answer.code == 0, answer.said
+    assert "as it should" in answer.out
+    assert strict_json(demo / REPORT)["result"] == "fail"
+
+
+def test_the_demo_leaves_nothing_behind_unless_asked(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    answer = merge_gate("demo", cwd=tmp_path, TMPDIR=str(scratch))
+    assert answer.code == 0, answer.said
+    assert list(scratch.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+    assert str(scratch) not in answer.out, "it must not point to files that are gone"
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stuck(place: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A run that has judged four adapters and hangs in the fifth.
+
+    The fifth is sound when its files are read; then a named pipe takes the place of its weights. The sign that all
+    files have been read is the line of the first adapter, which needs no merge; the worker imports torch meanwhile.
+    """
+    copies(place, "good-2", "stuck", "good-3")
+    configure(place, "lfs-pointer", "good", "nan", "good-2", "stuck", "good-3")
+    process = start("run", "gate.yml", cwd=place)
+    try:
+        wait_until(lambda: judged(place) >= 1, process)
+        weights = place / "adapters" / "stuck" / WEIGHTS
+        weights.unlink()
+        os.mkfifo(weights)
+        wait_until(lambda: judged(place) >= 4, process)
+        yield process, place
+    finally:
+        for pid in [*children_of(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def judged(place: Path) -> int:
+    """How many adapters the report on disk has: at any moment it is there and whole, or not there yet."""
+    return len(strict_json(place / REPORT)["adapters"]) if (place / REPORT).exists() else 0
+
+
+BEFORE_IT_HUNG = {
+    "lfs-pointer": ("failed", "file-lfs-pointer"),
+    "good": ("passed", None),
+    "nan": ("failed", "adapter-nonfinite"),
+    "good-2": ("passed", None),
+}
+
+
+def left_alone(place: Path) -> None:
+    """The report of a run that was ended from outside: unfinished, and true."""
+    report = report_of(place)
+    assert report["complete"] is False
+    assert verdicts(report) == BEFORE_IT_HUNG
+    assert [file.name for file in (place / "merge-gate-report").iterdir() if file.suffix == ".tmp"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_in_order(number: signal.Signals, stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
+    process, place = stuck
+    (worker,) = children_of(process.pid)
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(30) == 3
+    assert time.monotonic() - began < STOPPED_WITHIN_S
+    assert not alive(worker)
+    left_alone(place)
+    log = (place / "log").read_text()
+    assert f"stopped by {number.name}" in log
+    assert "Traceback" not in log
+
+
+def test_a_worker_does_not_outlive_a_killed_run(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
+    process, place = stuck
+    (worker,) = children_of(process.pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not alive(worker))
+    left_alone(place)
+
+
+def test_a_killed_worker_costs_the_adapter_that_it_was_judging(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
+    process, place = stuck
+    (worker,) = children_of(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(120) == 1
+    report = report_of(place)
+    assert report["complete"] is True
+    assert verdicts(report) == BEFORE_IT_HUNG | {"stuck": ("error", "not-judged"), "good-3": ("passed", None)}
+    (finding,) = [finding for one in report["adapters"] if one["name"] == "stuck" for finding in one["findings"]]
+    assert "SIGKILL" in finding["message"]
+    assert "out of memory" in finding["message"]
+    assert finding["hint"]
+
+
+def test_3_when_a_killed_worker_is_all_that_went_wrong(place: Path) -> None:
+    copies(place, "stuck")
+    configure(place, "stuck", "good")
+    process = start("run", "gate.yml", cwd=place)
+    (worker,) = wait_until(lambda: children_of(process.pid), process)
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(120) == 3
+    assert {one["verdict"] for one in report_of(place)["adapters"]} == {"error"}
+
+
+def test_check_can_be_interrupted(place: Path) -> None:
+    for number in range(3000):
+        (place / "many" / f"adapter-{number:04}").mkdir(parents=True)
+    configure(place, "./many/*")
+    process = start("check", "gate.yml", cwd=place)
+    wait_until(lambda: b"adapter-00" in (place / "log").read_bytes(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 3
+    assert "Traceback" not in (place / "log").read_text()
