@@ -36,6 +36,7 @@ from merge_gate.records import (
     Environment,
     Evidence,
     Finding,
+    Quantization,
     Report,
     Severity,
     Snapshot,
@@ -308,7 +309,8 @@ class _Run:
     def run(self) -> Report:
         self._write(complete=False)
         try:
-            with worker.Child() as child:  # it imports while the names become files
+            quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
+            with worker.Child(quantizes=quantizes) as child:  # it imports while the names become files
                 return self._judge(child)
         except BaseException:
             if not self._finished:

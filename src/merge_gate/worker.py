@@ -56,6 +56,10 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+"""Keeps bitsandbytes, which PEFT imports, from importing torch's compiler: a fifth of all imports, used by nothing here
+but bitsandbytes' own quantisation on a CPU."""
+
 TAIL_BYTES = 2000
 """How much of a dead child's output is kept for the message."""
 
@@ -173,7 +177,8 @@ def supervise(job: Job, listen: Listener, child: Child | None = None) -> None:
     """
     while any(group.tasks for group in job.groups):
         watch = _Watch(job, listen)
-        with child or Child() as running:
+        quantizes = any(group.quantization is not Quantization.NONE for group in job.groups)
+        with child or Child(quantizes=quantizes) as running:
             exit_text = running.run(job, watch.hear)
         child = None
         if exit_text is None:
@@ -238,13 +243,13 @@ def _death(what: str, exit_text: str) -> Refusal:
 class Child:
     """One worker process; it imports what it needs while it waits for its job. A context manager: leaving ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quantizes: bool = False) -> None:
         self._stack = contextlib.ExitStack()
         self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-gate-"))
         self._ours, theirs = Pipe()
         self._stack.callback(self._ours.close)
-        self._process = _start(theirs, self._output, directory)
+        self._process = _start(theirs, self._output, directory, {} if quantizes else EAGER)
         theirs.close()
         self._stack.callback(_stop, self._process)
 
@@ -272,7 +277,7 @@ main(int(sys.argv[2]))
 """The parent's own package, whatever else is installed under that name; what stands beside it shadows nothing."""
 
 
-def _start(theirs: Connection, output: IO[bytes], directory: str) -> subprocess.Popen[bytes]:
+def _start(theirs: Connection, output: IO[bytes], directory: str, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD, package, str(theirs.fileno())],
@@ -281,7 +286,7 @@ def _start(theirs: Connection, output: IO[bytes], directory: str) -> subprocess.
         stdout=output,
         stderr=output,
         cwd=directory,
-        env=child_environment(os.environ),
+        env=child_environment(os.environ) | extra,
     )
 
 
