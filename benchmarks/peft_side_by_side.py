@@ -6,10 +6,11 @@ In: the cases of tests/methods.py and tests/test_bitsandbytes.py (all, or those 
 merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth: the merged
 tensors themselves. A trial is PEFT's mistake when
 
-- silent: the merged model holds NaN or Inf, or the file does in a tensor that the merge reads, and nothing is raised;
-- alarm: nothing of that is so, and PEFT raises.
+- silent: the merged model holds NaN or Inf, and nothing is raised;
+- alarm: neither the merged model nor what the merge reads of the file does, and PEFT raises.
 
-A merge without any effect is not counted against PEFT, which does not claim to find it.
+Not counted against PEFT, which does not claim to find them: a merge without any effect, and NaN or Inf that the merge
+reads and that leave no trace in its result. Left out: indices that point nowhere, which can end the process.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _peft_mistake(faults: faults_methods.Bench, trial: faults_methods.Trial, tru
         methods.merge(faults.bases[trial.dtype], faults.directory, safe=True)
     except faults_methods.PEFT_RAISES:
         return "right" if broken else "alarm"
-    return "silent" if broken else "right"
+    return "silent" if truth.nonfinite or truth.raised else "right"
 
 
 def show(rows: Rows, seconds: float) -> None:
