@@ -17,7 +17,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 
 # --- Debian packages ---------------------------------------------------------------------------------------------
 declare -A packages=(
-  [podman]=podman [runc]=runc [netavark]=netavark [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
+  [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
   [git]=git
 )
 missing=()
