@@ -235,7 +235,7 @@ BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not-in-the-cache": (nothing, "acme/nowhere"),
     "empty": (lambda place: [file.unlink() for file in (place / "base").iterdir()], "base"),
     "no-config": (remove("base/config.json"), "config.json"),
-    "no-weights": (remove("base/model.safetensors"), "weights"),
+    "no-weights": (remove("base/model.safetensors"), "model.safetensors"),
     "config-not-json": (overwrite("base/config.json", b'{"model_type": '), "config.json"),
     "config-a-list": (overwrite("base/config.json", b"[]"), "config.json"),
     "config-of-no-model": (overwrite("base/config.json", b'{"model_type": "frobnicator"}'), "frobnicator"),
@@ -320,7 +320,7 @@ def test_a_nasty_adapter_gets_a_sentence(name: str, command: str, place: Path) -
 
 def test_names_that_no_terminal_should_see_are_made_harmless(place: Path) -> None:
     hostile = "a\udcff\n::error::x\x1b[2J\u202e"
-    (place / "adapters" / "good").rename(os.fsencode(str(place / "adapters")) + b"/" + os.fsencode(hostile))
+    (place / "adapters" / "good").rename(place / "adapters" / hostile)
     configure(place, "./adapters/a*")
     answer = merge_gate("check", "gate.yml", cwd=place)
     readable(answer)
