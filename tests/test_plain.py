@@ -167,3 +167,21 @@ def test_one_plan_serves_equal_configs_and_no_others(shelf: Shelf, tmp_path: Pat
     assert first is not None
     assert second is not None
     assert first.merges[0].delta_norm != pytest.approx(second.merges[0].delta_norm)
+
+
+def test_a_sum_that_only_rounding_twice_keeps_finite_fails(shelf: Shelf, tmp_path: Path) -> None:
+    """12 + 65510 in float16: 65504 with safe_merge, which rounds the delta first, and Inf in PEFT's default merge."""
+    files = _edited(shelf, tmp_path, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    tensors = models.read_tensors(Path(files.directory))
+    a = next(name for name in sorted(tensors) if "lora_A" in name)
+    b = a.replace("lora_A", "lora_B")
+    base = _base(shelf, "plain", files, "float16")
+    weight = base.tensors[a.removeprefix("base_model.model.").replace("lora_A.", "")]
+    weight[0, 0] = 12.0
+    scaling = models.read_config(Path(files.directory))
+    tensors[a][0, 0] = 65510.0 * scaling["r"] / scaling["lora_alpha"]
+    tensors[b][0, 0] = 1.0
+    models.write_tensors(Path(files.directory), tensors)
+    assert merge_plain(base, files) is None
+    evidence = merge_by_peft(base, files)
+    assert [merge.stats.posinf for merge in evidence.merges if not merge.stats.finite] == [1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -133,6 +133,22 @@ def _names(names: tuple[str, ...] | list[str], most: int = 5) -> str:
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
+def _tensors(found: Sized) -> str:
+    return f"{len(found):,} tensor{'s' if len(found) != 1 else ''}"
+
+
+def _modules(targeted: tuple[str, ...]) -> str:
+    return (
+        "the 1 targeted module keeps the bits"
+        if len(targeted) == 1
+        else f"all {len(targeted):,} targeted modules keep the bits"
+    )
+
+
+def _are(found: Sized) -> str:
+    return "are" if len(found) != 1 else "is"
+
+
 def _module_of(name: str) -> str:
     """The base's module in an adapter tensor's name: what stands before PEFT's own parts."""
     parts = name.removeprefix(_ADAPTER_PREFIX).split(".")
@@ -153,8 +169,8 @@ def _keys_missing(case: Case) -> Iterator[Finding]:
     if missing:
         yield _make(
             "keys-missing",
-            f"{len(missing)} tensors that adapter_config.json promises are not in the file: {_names(missing)}; "
-            "PEFT would merge freshly initialised values in their place",
+            f"{_tensors(missing)} that adapter_config.json promises {_are(missing)} not in the file: "
+            f"{_names(missing)}; PEFT would merge freshly initialised values in their place",
             "save the adapter again with save_pretrained and upload all of it; if names carry a foreign prefix "
             "(_orig_mod., module.), unwrap the model before saving",
             Origin.ADAPTER,
@@ -169,7 +185,7 @@ def _keys_unexpected(case: Case) -> Iterator[Finding]:
     if stray:
         yield _make(
             "keys-unexpected",
-            f"{len(stray)} tensors in the file land on nothing in the base and would be dropped: {_names(stray)}",
+            f"{_tensors(stray)} in the file would land on nothing in the base and be dropped: {_names(stray)}",
             "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",
             Origin.ADAPTER,
@@ -290,21 +306,37 @@ def _merged_nonfinite(case: Case) -> Iterator[Finding]:
     if case.evidence is None:
         return
     of_base = {stats.name for stats in case.evidence.base.nonfinite}
+    sick = [_module_of(one.stats.name) for one in case.evidence.file_tensors if not one.stats.finite and one.used]
     for merge in case.evidence.merges:
         if not merge.stats.finite and merge.stats.name not in of_base:
-            yield _broken_merge(merge)
+            follows = any(_same_place(module, merge) for module in sick)
+            yield _broken_merge(merge, follows=follows)
 
 
-def _broken_merge(merge: TensorMerge) -> Finding:
+def _same_place(module: str, merge: TensorMerge) -> bool:
+    return merge.module == module or merge.stats.name.startswith(f"{module}.") or module.startswith(f"{merge.module}.")
+
+
+def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
     stats = merge.stats
-    overflow = not stats.nan
+    if follows:
+        hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
+    elif stats.nan:
+        hint = "look at the adapter's tensors of this module: the merge of finite values gave no number"
+    elif stats.dtype == "float16":
+        hint = (
+            f"the merged values exceed {merge.dtype_max:g}, the largest that float16 holds: serve in bfloat16 or "
+            "float32, or lower lora_alpha"
+        )
+    else:
+        hint = (
+            f"the merged values exceed {merge.dtype_max:g}, the largest that {stats.dtype} holds: lower lora_alpha, or "
+            "look for values in the adapter that grew without bound"
+        )
     return _make(
         "merged-nonfinite",
         f"{stats.name} of the merged model ({stats.dtype}) holds {describe_nonfinite(stats)}",
-        f"the merged values exceed {merge.dtype_max:g}, the largest that {stats.dtype} holds: serve in bfloat16 or "
-        "float32, or lower lora_alpha"
-        if overflow
-        else "look at the adapter's tensors of this module: the merge of finite values gave no number",
+        hint,
         Origin.MERGE,
         module=merge.module,
         **_counts(stats),
@@ -315,20 +347,22 @@ def _no_effect(case: Case) -> Iterator[Finding]:
     evidence = case.evidence
     if evidence is None or evidence.refusal is not None:
         return
+    lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
     changed = {merge.module for merge in evidence.merges if merge.changed}
     idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
     zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
-        reason = (
-            "every lora_B is zero, as before training"
-            if any("lora_B" in name for name in zero)
-            else ("the delta is zero, or smaller than the dtype can add")
-        )
+        reason = "the delta is zero, or smaller than the dtype can add"
+        if lost:
+            reason = "its tensors are missing"
+        elif any("lora_B" in name for name in zero):
+            reason = "every lora_B is zero, as before training"
         yield _make(
             "no-effect",
-            f"the merge changes nothing: all {len(evidence.targeted)} targeted modules keep the bits of the base "
-            f"({reason})",
-            "the adapter was saved before it was trained, or its tensors were not gathered on saving: do that again",
+            f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
+            "this follows from the missing tensors: see keys-missing"
+            if lost
+            else "the adapter was saved before it was trained, or its tensors were not gathered on saving: do it again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),
@@ -397,7 +431,8 @@ def _headroom(case: Case) -> Iterator[Finding]:
         yield _make(
             "headroom",
             f"{worst.stats.name} reaches {worst.stats.max_abs:g} of the {worst.dtype_max:g} that {worst.stats.dtype} "
-            f"holds ({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}); {len(near)} tensors are above it",
+            f"holds ({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}); "
+            f"{_tensors(near)} {_are(near)} above it",
             "activations of this size overflow easily: serve in bfloat16 or float32, or lower the adapter's scale",
             Origin.MERGE,
             module=worst.module,
@@ -405,7 +440,11 @@ def _headroom(case: Case) -> Iterator[Finding]:
             measured=(("max_abs", worst.stats.max_abs), ("dtype_max", worst.dtype_max), ("limit", limit)),
         )
     broken = {merge.module for merge in evidence.merges if not merge.stats.finite}
-    shy = tuple(name for name in evidence.refused_by_safe_merge if not _any_inside(name, broken))
+    shy = tuple(
+        name
+        for name in evidence.refused_by_safe_merge
+        if not _any_inside(name, broken) and not any(name.startswith(f"{module}.") for module in broken)
+    )
     if shy and not evidence.base.nonfinite:
         yield _make(
             "headroom",
@@ -430,7 +469,7 @@ def _delta_norm(case: Case) -> Iterator[Finding]:
         yield _make(
             "delta-norm",
             f"the delta of {worst.stats.name} is {ratio:.3g} times as large as the weight it is added to (limit "
-            f"{limit:g}); {len(above)} tensors are above it",
+            f"{limit:g}); {_tensors(above)} {_are(above)} above it",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base rather than adapts it",
             Origin.MERGE,
             module=worst.module,

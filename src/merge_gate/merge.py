@@ -24,7 +24,7 @@ from torch import nn
 
 from merge_gate import rules
 from merge_gate.adapter import Loaded, combined, load_adapter
-from merge_gate.base import ADAPTER_PREFIX, Base, first_line
+from merge_gate.base import ADAPTER_PREFIX, Base
 from merge_gate.errors import Refused
 from merge_gate.measure import measure, same_bits
 from merge_gate.merger import Merger
@@ -153,7 +153,7 @@ def raise_refused_pickle(error: Exception) -> None:
     raise Refused(
         Refusal(
             check="file-corrupt",
-            message=f"the pickled weights hold something else than tensors: {first_line(error)}",
+            message=f"the pickled weights are damaged, or hold something else than tensors ({type(error).__name__})",
             hint="do not load this file; save the adapter as safetensors",
             origin=Origin.FILE,
         )

@@ -8,7 +8,8 @@ layer of the scratch is wrapped. The wrapper
 
 1. gives the layer's base tensors private copies, on the device that computes;
 2. lets PEFT merge, with `safe_merge=True`; where PEFT's own finite check refuses, again from fresh copies without it,
-   so that what is broken can be counted and the layers after it are still judged;
+   so that what is broken can be counted and the layers after it are still judged; likewise where a value is the
+   largest of its dtype, since without it PEFT rounds once instead of twice and can end at Inf;
 3. measures what the layer's tensors have become, in their final dtype;
 4. puts the base's tensors back, so that no more than one layer's copies exist at a time.
 
@@ -35,7 +36,7 @@ from torch import nn
 from merge_gate.adapter import ADAPTER_NAME, Loaded
 from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_tensors, wrap
 from merge_gate.errors import EngineError, Refused
-from merge_gate.measure import distance, dtype_max, same_bits, unchanged_fraction
+from merge_gate.measure import distance, dtype_max, measure, same_bits, unchanged_fraction
 from merge_gate.parallel import spread
 from merge_gate.plain import ROUNDED, OnTensor, Progress, is_vanilla, merge_blocks
 from merge_gate.quantized import dequantized, is_quantized
@@ -189,9 +190,11 @@ class Merger:
         before = layer.get_base_layer()
         self._privatise(layer, slots)
         try:
-            if not self._by_peft(original, adapter_names, safe_merge=True):
+            safe = self._by_peft(original, adapter_names, safe_merge=True)
+            if not safe or _at_the_edge(slots):
                 self._again(layer, slots)
                 self._by_peft(original, adapter_names, safe_merge=False)
+            if not safe:
                 self.refused[name] = None
             if layer.get_base_layer() is before:
                 self._record(layer, slots, original)
@@ -408,6 +411,12 @@ class Merger:
                 own = name.rpartition(".")[0]
                 pairs.append((name, next((path for path in sharers if path != own), sharers[-1])))
         return tuple(pairs)
+
+
+def _at_the_edge(slots: list[Slot]) -> bool:
+    """Whether a merged value is the largest of a 16-bit dtype: W + delta rounded once may then be Inf."""
+    merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in ROUNDED]
+    return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)
 
 
 def _same_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -223,7 +223,7 @@ def merge_blocks(
 ) -> TensorMerge | None:
     """Measure W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
 
-    None too where the result is not finite: PEFT's own merge then says what is broken.
+    None too where the result is not finite, or at the edge of its dtype: PEFT's own merge then says what is broken.
     """
     weight = base.tensors[name].data.to(base.device)
     lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
@@ -244,7 +244,7 @@ def merge_blocks(
         fan_in_fan_out=swapped,
         emit=None if merged is None else keep,
     )
-    if not found.finite:
+    if not found.finite or max(-found.minimum, found.maximum) >= dtype_max(weight.dtype):
         return None
     if on_tensor is not None and merged is not None:
         on_tensor(name, merged)

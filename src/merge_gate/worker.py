@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -64,6 +65,7 @@ TAIL_BYTES = 2000
 """How much of a dead child's output is kept for the message."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
 
 QUIET_S = 0.5
 """After how long without a word from the child the listener hears `Quiet`."""
@@ -182,6 +184,7 @@ def supervise(job: Job, listen: Listener, child: Child | None = None) -> None:
             exit_text = running.run(job, watch.hear)
         child = None
         if exit_text is None:
+            watch.close()
             return
         job = watch.bury(exit_text)
 
@@ -219,6 +222,16 @@ class _Watch:
         )
         return replace(self._job, groups=left)
 
+    def close(self) -> None:
+        """Nothing may be missing from the report because nothing was said of it."""
+        for index in self._open():
+            why = "the gate's worker process finished without a word about this adapter"
+            self._listen(Undecided(task=index, refusal=Refusal(check=None, message=why, hint="please report this")))
+
+    def _open(self) -> list[int]:
+        every = (task.index for group in self._job.groups for task in group.tasks)
+        return [index for index in every if index not in self._settled]
+
     def _lost(self) -> list[tuple[int, str]]:
         if self._task is not None:
             return [(self._task, "while it merged this adapter")]
@@ -228,8 +241,7 @@ class _Watch:
             return [(task.index, what) for task in group.tasks if task.index not in self._settled]
         if self._settled:  # it died between two adapters: a new child goes on, and this cannot go on forever
             return []
-        open_tasks = [task.index for group in self._job.groups for task in group.tasks]
-        return [(index, "before it judged this adapter") for index in open_tasks]
+        return [(index, "before it judged this adapter") for index in self._open()]
 
 
 def _death(what: str, exit_text: str) -> Refusal:
@@ -286,7 +298,7 @@ def _start(theirs: Connection, output: IO[bytes], directory: str, extra: Mapping
         stdout=output,
         stderr=output,
         cwd=directory,
-        env=child_environment(os.environ) | extra,
+        env={**child_environment(os.environ), "TMPDIR": directory, **extra},  # libraries leave files there
     )
 
 
@@ -352,8 +364,11 @@ def main(descriptor: int) -> None:
     pipe = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     _end_with_parent()
+    gc.disable()  # collections while importing find nothing and take a fifth of the time
     with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
         import merge_gate.merge  # noqa: F401, PLC0415
+    gc.freeze()
+    gc.enable()
     try:
         job = pipe.recv()
     except (EOFError, OSError):
@@ -460,12 +475,12 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
 
 
 def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
-    from merge_gate import merge  # noqa: PLC0415 - imports torch and PEFT
-
     def report(done: int, total: int, module: str) -> None:
         progress(Progressed(task=task.index, done=done, total=total, module=module))
 
     try:
+        from merge_gate import merge  # noqa: PLC0415 - imports torch and PEFT
+
         if task.combine is not None:
             evidence = merge.merge_combination(base, task.files, task.combine, progress=report)
         else:
@@ -479,13 +494,19 @@ def _refusal(error: Exception) -> Refusal:
     """What the report says of an exception that kept the gate from judging."""
     if isinstance(error, EngineError):
         return Refusal(check=None, message=error.message, hint=error.hint)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
         return Refusal(
             check=None,
             message="out of memory while judging this adapter",
             hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
         )
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, OSError):
+        return Refusal(
+            check=None,
+            message=f"a file of the adapter or its base could not be read when it was to be merged: {text[:400]}",
+            hint="check that nothing changes these files during a run, and that the disk is sound",
+        )
     return Refusal(
         check=None,
         message=f"the gate could not judge this adapter: {type(error).__name__}: {text[:400]}",
