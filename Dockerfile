@@ -2,7 +2,7 @@
 #
 #   docker build --build-arg VARIANT=cpu  -t merge-gate:cpu .
 #   docker build --build-arg VARIANT=cuda -t merge-gate:cuda .
-#   docker run --rm -u "$(id -u):$(id -g)" -v "$PWD:/work:ro" -v "$PWD/out:/out" merge-gate:cpu run gate.yml --output /out
+#   docker run --rm -u "$(id -u):$(id -g)" -v "$PWD:/workspace:ro" -v "$PWD/out:/out" merge-gate:cpu run gate.yml --output /out
 #
 # The base is python:slim and the CUDA libraries are those of torch's own wheels: a CUDA base image would bring a
 # second copy of them, and its NVIDIA_REQUIRE_CUDA refuses drivers that the wheels run on.
@@ -77,6 +77,6 @@ ENV PATH=/opt/merge-gate/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     MERGE_GATE_IMAGE=${VARIANT}
 
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["/opt/merge-gate/bin/python", "-I", "/opt/merge-gate/entrypoint.py"]
 CMD ["--help"]

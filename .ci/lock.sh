@@ -17,3 +17,4 @@ sed 's/^\(torch==.*\)$/\1+cpu/' image.in | uv pip compile "${image[@]}" $torch_c
 uv pip compile "${image[@]}" -o image-cuda.txt image.in
 uv pip compile "${common[@]}" --universal --python-version 3.9 -o launcher.txt launcher.in
 uv pip compile "${common[@]}" --universal --python-version 3.11 -o build.txt build.in
+uv pip compile "${common[@]}" --universal --python-version 3.11 --only-binary :all: -o e2e-tools.txt e2e-tools.in

@@ -67,7 +67,7 @@ def test_it_runs_by_hand_as_anybody(podman, image: str, demo: Path, tmp_path: Pa
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(0o777)
-    words = ("run", "--rm", "--network=none", f"--user={user}", f"-v={demo}:/work:ro", f"-v={out}:/out", image)
+    words = ("run", "--rm", "--network=none", f"--user={user}", f"-v={demo}:/workspace:ro", f"-v={out}:/out", image)
     log = podman(*words, "run", "green.yml", "--output", "/out")
     report = json.loads((out / "report.json").read_text())
     assert report["result"] == "pass", log

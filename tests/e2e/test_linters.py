@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -66,3 +67,25 @@ def test_each_linter_sees_what_it_is_there_for(
     done = lint(home, root)
     assert done.returncode != 0
     assert says in done.stdout
+
+
+def test_the_recipes_of_the_documents_are_workflows(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ".github" / "workflows"
+    folder.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    text = (ROOT / "docs" / "action.md").read_text(encoding="utf-8")
+    blocks = [
+        block for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "\njobs:" in block
+    ]
+    assert len(blocks) >= 8
+    for index, block in enumerate(blocks):
+        (folder / f"recipe{index}.yml").write_text(block, encoding="utf-8")
+    tools, files = home / "tools" / "bin", sorted(folder.iterdir())
+    config = ["-config-file", ROOT / ".github" / "actionlint.yaml"]
+    commands = [
+        [tools / "actionlint", "-no-color", *config, *files],
+        [tools / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *files],
+    ]
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
