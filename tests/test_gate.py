@@ -1,0 +1,361 @@
+"""The whole flow in one process but for the worker: where bases come from, what settings can and cannot do, what is
+written when, and what an accident costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate import gate
+from merge_gate.config import load_config
+from merge_gate.errors import GateError, UsageError
+from merge_gate.gate import check_files, run_gate, select
+from merge_gate.records import AdapterReport, Report, Result, Severity, Verdict
+from tests.command import merge_gate, strict_json
+from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
+from tests.hub import LoopbackHub
+from tests.models import to_pickle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tests.models import Shelf
+
+WEIGHTS = "adapter_model.safetensors"
+OFF = "off"
+
+
+def write(place: Path, *adapters: Mapping[str, Any], **top: Any) -> Path:
+    """JSON is YAML."""
+    path = place / "gate.yml"
+    config = {"version": 1, "adapters": list(adapters)} | top
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+def lay(place: Path, shelf: Shelf, name: str, break_: Callable[[Path], object] | None = None) -> None:
+    shutil.copytree(shelf.adapter("plain"), place / "adapters" / name)
+    if break_ is not None:
+        break_(place / "adapters" / name)
+
+
+def by_name(report: Report) -> dict[tuple[str, str], AdapterReport]:
+    return {(one.name, one.base.dtype): one for one in report.adapters}
+
+
+def told(report: AdapterReport) -> str:
+    return f"{report.name}: {report.verdict} {report.cause}\n" + "\n".join(f"  {f}" for f in report.findings)
+
+
+class Watcher:
+    """A view that does nothing but what a test asks of it."""
+
+    def __init__(self, **on: Callable[..., object]) -> None:
+        self._on = on
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return self._on.get(name, lambda *_: None)
+
+
+# --- one run over many settings --------------------------------------------------------------------------------------
+
+NAN = poison("lora_B", where="last")
+UNLOADABLE: dict[str, Callable[[Path], object]] = {
+    "file-missing": remove(WEIGHTS),
+    "file-lfs-pointer": overwrite(LFS_POINTER),
+    "file-corrupt": overwrite(b"\0" * 64),
+    "pickle-refused": to_pickle,
+    "config-unsafe": configure(megatron_config={"x": 1}, megatron_core="megatron.core"),
+    "config-invalid": configure(peft_type=...),
+}
+
+
+@pytest.fixture(scope="module")
+def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("gate")
+    shutil.copytree(shelf.base("llama"), place / "bases" / "llama")
+    for name in ("good", "other"):
+        lay(place, shelf, name)
+    lay(place, shelf, "nan", NAN)
+    lay(place, shelf, "overflow", both(poison("v_proj.lora_A", 1e4, "all"), poison("v_proj.lora_B", 1e4, "all")))
+    lay(place, shelf, "names-its-base", configure(base_model_name_or_path="./bases/llama"))
+    lay(place, shelf, "names-no-base", configure(base_model_name_or_path=None))
+    for check, break_ in UNLOADABLE.items():
+        lay(place, shelf, check, break_)
+    return place
+
+
+@pytest.fixture(scope="module")
+def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
+    base = {"model": "./bases/llama", "dtype": "float32"}
+    members = {"weights": [0.5, 0.5], "method": "linear"}
+
+    def entry(name: str, path: str | None = None, **more: Any) -> dict[str, Any]:
+        return {"name": name, "path": f"./adapters/{path or name}", "base": base} | more
+
+    off = dict.fromkeys(("adapter-nonfinite", "headroom", "delta-norm", "no-effect", "rounding-loss"), OFF)
+    config = write(
+        place,
+        entry("good"),
+        entry("other"),
+        entry("nan"),
+        entry("nan-unchecked", "nan", checks=off),
+        entry("nan-warned", "nan", checks={"adapter-nonfinite": "warning"}),
+        entry("dtypes", "overflow", base=base | {"dtype": ["float32", "bfloat16", "float16"]}),
+        *(entry(f"{check}-off", check, checks={check: OFF}) for check in UNLOADABLE),
+        *(entry(f"{check}-warned", check, checks={check: "warning"}) for check in UNLOADABLE),
+        {"name": "names-its-base", "path": "./adapters/names-its-base"},
+        {"name": "names-no-base", "path": "./adapters/names-no-base"},
+        {"name": "sum", "combine": members | {"adapters": ["good", "other"]}, "base": base},
+        {"name": "sum-with-nan", "combine": members | {"adapters": ["good", "nan"]}, "base": base},
+        {
+            "name": "sum-with-a-pointer",
+            "combine": members | {"adapters": ["file-lfs-pointer-off", "good"]},
+            "base": base,
+        },
+        entry("as-expected", "good", expect={"r": 4, "lora_alpha": 8, "peft_type": "LORA"}),
+        entry("not-as-expected", "good", expect={"r": 8}),
+        entry("not-as-expected-but-warned", "good", expect={"r": 8}, checks={"expectation-failed": "warning"}),
+    )
+    return by_name(run_gate(load_config(str(config)), device="cpu"))
+
+
+def test_every_entry_is_in_the_report_once_per_dtype(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert [dtype for name, dtype in judged if name == "dtypes"] == ["float32", "bfloat16", "float16"]
+    assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + 3 + 3
+
+
+def test_each_dtype_has_its_own_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    said = {dtype: one.verdict for (name, dtype), one in judged.items() if name == "dtypes"}
+    assert said == {"float32": Verdict.PASSED, "bfloat16": Verdict.PASSED, "float16": Verdict.FAILED}
+    assert judged["dtypes", "float16"].cause == "merged-nonfinite"
+
+
+@pytest.mark.parametrize("name", ["nan-unchecked", "nan-warned"])
+def test_a_nan_fails_whatever_is_switched_off(name: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged[name, "float32"]
+    assert (one.verdict, one.cause) == (Verdict.FAILED, "merged-nonfinite"), told(one)
+    warned = {finding.check for finding in one.findings if finding.severity is Severity.WARNING}
+    assert warned == ({"adapter-nonfinite"} if name == "nan-warned" else set())
+
+
+@pytest.mark.parametrize("check", UNLOADABLE)
+@pytest.mark.parametrize("how", ["off", "warned"])
+def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged[f"{check}-{how}", "float32"]
+    assert one.verdict in {Verdict.ERROR, Verdict.FAILED}, told(one)
+    assert one.findings[0].message
+    assert one.findings[0].hint
+    assert one.coverage.parameters_checked == 0
+
+
+def test_a_base_that_only_the_adapter_names_is_found_beside_the_config(
+    judged: dict[tuple[str, str], AdapterReport],
+) -> None:
+    one = judged["names-its-base", "float32"]
+    assert one.verdict is Verdict.PASSED, told(one)
+    assert one.base.model == "./bases/llama"
+
+
+def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged["names-no-base", "auto"]
+    assert one.verdict is Verdict.ERROR, told(one)
+    assert "no base to merge into" in one.findings[0].message
+    assert "base: {model: …}" in one.findings[0].hint
+
+
+def test_a_combination_is_judged_by_what_it_makes(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["sum", "float32"].verdict is Verdict.PASSED, told(judged["sum", "float32"])
+    assert judged["sum-with-nan", "float32"].verdict is Verdict.FAILED
+    assert judged["sum-with-nan", "float32"].cause == "adapter-nonfinite"
+    assert judged["sum-with-a-pointer", "float32"].verdict is not Verdict.PASSED
+    coverage = judged["sum", "float32"].coverage
+    assert coverage.parameters_checked == coverage.parameters_total > 0
+
+
+def test_the_members_verdicts_are_their_own(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["good", "float32"].verdict is Verdict.PASSED
+    assert judged["other", "float32"].verdict is Verdict.PASSED
+    assert (judged["nan", "float32"].verdict, judged["nan", "float32"].cause) == (Verdict.FAILED, "adapter-nonfinite")
+
+
+def test_what_is_expected_is_held_against_the_adapter(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["as-expected", "float32"].verdict is Verdict.PASSED
+    assert judged["not-as-expected", "float32"].cause == "expectation-failed"
+    assert judged["not-as-expected", "float32"].coverage.parameters_checked > 0, (
+        "it is merged and looked at all the same"
+    )
+    assert judged["not-as-expected-but-warned", "float32"].verdict is Verdict.PASSED
+
+
+def test_a_payload_does_not_run_though_its_checks_are_off(shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "evil", malicious_pickle)
+    checks = {"pickle-refused": OFF, "file-corrupt": OFF, "file-missing": OFF}
+    entry = {"path": "./adapters/evil", "base": {"model": str(shelf.base("llama"))}, "checks": checks}
+    report = run_gate(load_config(str(write(tmp_path, entry, **{"allow-pickle": True}))), device="cpu")
+    assert report.result is not Result.PASS
+    assert not list(tmp_path.rglob("payload-ran"))
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_only_selects_in_the_order_of_the_config(place: Path) -> None:
+    names = ("good", "other", "nan")
+    config = load_config(str(write(place, *({"path": f"./adapters/{name}"} for name in names))))
+    assert [spec.name for spec in select(config, ("nan", "good"))] == ["good", "nan"]
+    assert [spec.name for spec in select(config, ())] == list(names)
+    with pytest.raises(UsageError, match="--only godo") as caught:
+        select(config, ("good", "godo"))
+    assert "good" in caught.value.hint
+
+
+def test_only_a_combination_still_finds_its_members(place: Path) -> None:
+    config = write(
+        place,
+        {"path": "./adapters/good"},
+        {"path": "./adapters/other"},
+        {"name": "sum", "combine": {"method": "linear", "adapters": ["good", "other"], "weights": [0.5, 0.5]}},
+        base={"model": "./bases/llama"},
+    )
+    report = run_gate(load_config(str(config)), device="cpu", only=("sum",))
+    assert [(one.name, one.verdict) for one in report.adapters] == [("sum", Verdict.PASSED)]
+
+
+def test_check_files_needs_no_base(place: Path) -> None:
+    config = write(place, {"path": "./adapters/good"}, {"path": "./adapters/file-corrupt"}, base={"model": "acme/gone"})
+    found = {one.name: (one.verdict, one.cause) for one in check_files(load_config(str(config)))}
+    assert found == {"good": (Verdict.PASSED, None), "file-corrupt": (Verdict.FAILED, "file-corrupt")}
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def repository(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_hub_ids_are_pinned_and_judged_again_from_the_cache(shelf: Shelf, tmp_path: Path) -> None:
+    """The base is named by adapter_config.json alone. The second run has no network at all."""
+    lay(tmp_path, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
+    write(tmp_path, {"path": "acme/lora"}, {"name": "broken", "path": "acme/lora", "revision": "v2"})
+    with LoopbackHub() as hub:
+        base = hub.add_repo("acme/llama", repository(shelf.base("llama")))
+        first = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"))
+        NAN(tmp_path / "adapters" / "lora")
+        second = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"), refs=("v2",))
+        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        answer = merge_gate("run", "gate.yml", cwd=tmp_path, **online)
+    assert answer.code == 1, answer.said
+    offline = merge_gate("run", "gate.yml", "--output", "again", cwd=tmp_path, **online | {"HF_HUB_OFFLINE": "1"})
+    assert offline.code == 1, offline.said
+    for directory in ("merge-gate-report", "again"):
+        report = strict_json(tmp_path / directory / "report.json")
+        assert [(one["name"], one["revision"], one["verdict"]) for one in report["adapters"]] == [
+            ("lora", first, "passed"),
+            ("broken", second, "failed"),
+        ]
+        assert {(one["base"]["model"], one["base"]["revision"]) for one in report["adapters"]} == {("acme/llama", base)}
+        (described,) = report["bases"]
+        assert (described["model"], described["revision"]) == ("acme/llama", base)
+        assert len(described["sha256"]) == 64
+
+
+def test_a_base_that_cannot_be_fetched_costs_its_own_adapters_only(shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "good")
+    write(
+        tmp_path,
+        {"name": "lost", "path": "./adapters/good", "base": {"model": "acme/gone"}},
+        {"path": "./adapters/good", "base": {"model": str(shelf.base("llama"))}},
+    )
+    answer = merge_gate("run", "gate.yml", cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
+    assert answer.code == 3, answer.said
+    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
+    assert {one["name"]: one["verdict"] for one in report["adapters"]} == {"lost": "error", "good": "passed"}
+
+
+# --- what is written when --------------------------------------------------------------------------------------------
+
+
+def small(place: Path, *names: str) -> Any:
+    return load_config(
+        str(write(place, *({"path": f"./adapters/{name}"} for name in names), base={"model": "./bases/llama"}))
+    )
+
+
+def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text('{"result": "pass", "complete": true}')
+    (out / "summary.md").write_text("All passed.")
+    seen: list[dict[str, Any]] = []
+
+    def start(*_: object) -> None:
+        seen.append(strict_json(out / "report.json"))
+        assert "All passed." not in (out / "summary.md").read_text()
+
+    view = Watcher(start=start)
+    run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=view)
+    assert (seen[0]["complete"], seen[0]["result"], seen[0]["adapters"]) == (False, "error", [])
+    final = strict_json(out / "report.json")
+    assert (final["complete"], final["result"]) == (True, "fail")
+
+
+def test_what_was_judged_is_on_disk_when_an_accident_ends_the_run(place: Path, tmp_path: Path) -> None:
+    done: list[AdapterReport] = []
+
+    def adapter_done(adapter: AdapterReport) -> None:
+        done.append(adapter)
+        if adapter.name == "good":
+            raise KeyboardInterrupt
+
+    config = small(place, "file-corrupt", "good", "nan")
+    with pytest.raises(KeyboardInterrupt):
+        run_gate(config, device="cpu", output=str(tmp_path), view=Watcher(adapter_done=adapter_done))
+    report = strict_json(tmp_path / "report.json")
+    assert report["complete"] is False
+    assert [one["name"] for one in report["adapters"]] == ["file-corrupt", "good"]
+    assert "good" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_view_that_breaks_at_the_very_end_does_not_unfinish_the_report(place: Path, tmp_path: Path) -> None:
+    def finish(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal"):
+        run_gate(small(place, "file-corrupt"), device="cpu", output=str(tmp_path), view=Watcher(finish=finish))
+    assert strict_json(tmp_path / "report.json")["complete"] is True
+
+
+def test_a_digest_that_fails_costs_the_digest_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(gate.resolve, "digest_directory", fail)
+    report = run_gate(small(place, "good"), device="cpu", output=str(tmp_path))
+    assert report.result is Result.PASS
+    assert [base.sha256 for base in report.bases] == [None]
+
+
+def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def start(*_: object) -> None:
+        shutil.rmtree(out)
+        out.write_text("a file now")
+
+    with pytest.raises(GateError) as caught:
+        run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=Watcher(start=start))
+    assert str(out) in caught.value.message
+
+
+def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_gate(small(place, "file-corrupt"), device="cpu").result is Result.FAIL
+    assert list(tmp_path.iterdir()) == []
