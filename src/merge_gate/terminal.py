@@ -155,6 +155,8 @@ class RichView:
         self._state.total = adapter_count
         self._run_pace.begin()
         self._print(((_opening(config_path, adapter_count), Style.STRONG),))
+        self._loading = "reading files, starting torch"
+        self._pace.begin()
         self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=8, transient=True)
         self._live.start()
 
