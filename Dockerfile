@@ -14,16 +14,17 @@ FROM ${BASE_IMAGE} AS environment
 ARG VARIANT=cpu
 # The CPU build of torch is not on the default package index. The locks' hashes decide what is accepted.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-COPY requirements/ /requirements/
+COPY requirements/image-cpu.txt requirements/image-cuda.txt /requirements/
 # The secret is an optional pip.conf, for builds behind a mirror; it never becomes part of a layer.
 # bitsandbytes ships its library for every CUDA, ROCm and XPU version; the CPU image keeps the one for CPUs.
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3042 # the cache is a mount and no part of the image
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
     set -eu; \
     set --; \
     if [ "${VARIANT}" = cpu ] && [ -n "${TORCH_INDEX}" ]; then set -- --extra-index-url "${TORCH_INDEX}"; fi; \
     python -m venv --without-pip /opt/merge-gate; \
-    pip --python /opt/merge-gate/bin/python install "$@" --only-binary :all: \
+    pip --python /opt/merge-gate/bin/python --cache-dir /var/cache/pip install "$@" --only-binary :all: \
         --require-hashes --requirement "/requirements/image-${VARIANT}.txt"; \
     if [ "${VARIANT}" = cpu ]; then \
         find /opt/merge-gate -name 'libbitsandbytes_*' ! -name 'libbitsandbytes_cpu*' -delete; \
@@ -32,9 +33,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # --- merge-gate's own wheel -------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS wheel
 COPY requirements/build.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+# hadolint ignore=DL3042 # the cache is a mount and no part of the image
+RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
-    pip install --root-user-action=ignore --require-hashes --only-binary :all: -r /requirements/build.txt
+    pip --cache-dir /var/cache/pip install --root-user-action=ignore --require-hashes --only-binary :all: -r /requirements/build.txt
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY src/ src/
