@@ -45,7 +45,8 @@ def test_nothing_of_the_building_machine_is_in_it(inspected: dict, podman, image
     for value in pip_settings().values():
         assert len(value) < 5 or value not in history
     script = (
-        "command -v gcc cc g++ make git; cat /etc/pip.conf /run/secrets/pip-conf; ls /var/cache/pip /requirements /source"
+        "command -v gcc cc g++ make git; cat /etc/pip.conf /run/secrets/pip-conf; "
+        "ls /var/cache/pip /requirements /source"
     )
     found = podman("run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", f"{script} 2>/dev/null; true")
     assert found.strip() == ""
