@@ -154,7 +154,10 @@ class Merger:
     def _block_merge(self, layer: Any, slot: Slot) -> TensorMerge | None:
         lora_a, lora_b = (side[ADAPTER_NAME].weight.data for side in (layer.lora_A, layer.lora_B))
         scaling, swapped = layer.scaling[ADAPTER_NAME], layer.fan_in_fan_out
-        return merge_blocks(self.base, slot.name, lora_a, lora_b, scaling, swapped=swapped, on_tensor=self.on_tensor)
+        weight = slot.data.to(self.base.device)
+        return merge_blocks(
+            self.base, slot.name, weight, lora_a, lora_b, scaling=scaling, swapped=swapped, on_tensor=self.on_tensor
+        )
 
     def _take_merged(self, layer: Any) -> bool:
         """Book a layer that `_merge_blocks` has done as merged; False where PEFT has to merge it."""

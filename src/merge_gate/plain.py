@@ -88,12 +88,26 @@ def merge_plain(
     if not all(one.stats.finite for one in file_tensors):
         return None
 
-    def merge(layer: PlainLayer) -> TensorMerge | None:
-        factors = (tensors[layer.lora_a].to(torch.float32), tensors[layer.lora_b].to(torch.float32))
-        return merge_blocks(base, layer.weight, *factors, layer.scaling, swapped=layer.swapped, on_tensor=on_tensor)
+    def merge(layer: PlainLayer, weight: torch.Tensor) -> TensorMerge | None:
+        lora_a, lora_b = (tensors[name].to(torch.float32) for name in (layer.lora_a, layer.lora_b))
+        return merge_blocks(
+            base,
+            layer.weight,
+            weight,
+            lora_a,
+            lora_b,
+            scaling=layer.scaling,
+            swapped=layer.swapped,
+            on_tensor=on_tensor,
+        )
 
+    weights = [base.tensors[layer.weight].data for layer in plan.layers]
+    if base.device.type == "cpu":
+        found = spread(lambda one: merge(*one), zip(plan.layers, weights, strict=True))
+    else:  # one card: the next weight travels while it computes
+        found = map(merge, plan.layers, lowrank.stream_to(base.device, weights))
     merges = []
-    for layer, merged in zip(plan.layers, spread(merge, plan.layers), strict=True):
+    for layer, merged in zip(plan.layers, found, strict=True):
         if merged is None:
             return None
         merges.append(merged)
@@ -214,18 +228,20 @@ def _fits(plan: Plan, files: AdapterFiles) -> bool:
 def merge_blocks(
     base: Base,
     name: str,
+    weight: torch.Tensor,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
-    scaling: float,
     *,
+    scaling: float,
     swapped: bool,
     on_tensor: OnTensor | None = None,
 ) -> TensorMerge | None:
     """Measure W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
 
+    `weight` is the tensor that the base calls `name`, on the device that computes.
+
     None too where the result is not finite, or at the edge of its dtype: PEFT's own merge then says what is broken.
     """
-    weight = base.tensors[name].data.to(base.device)
     lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
     if not lowrank.supports(weight, lora_a, lora_b, fan_in_fan_out=swapped):
         return None
