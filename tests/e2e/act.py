@@ -119,7 +119,7 @@ def run_act(
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
     words = [
         act, "push", "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
-        "-P", f"ubuntu-24.04={platform}", "-P", "self-hosted=-self-hosted", "--pull=false",
+        "-P", f"ubuntu-24.04={platform}", "-P", "self-hosted=-self-hosted", "--pull=false", "--rm",
         "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
         "--artifact-server-port", free_port(),
