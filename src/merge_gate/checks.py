@@ -212,7 +212,7 @@ def _base_mismatch(case: Case) -> Iterator[Finding]:
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield _make(
             "base-mismatch",
-            f"adapter_config.json was trained on revision {revision!r} of the base, the gate merged into {got!r}",
+            f"adapter_config.json names revision {revision!r} of the base, the gate merged into {got!r}",
             f"set base.revision to {revision!r}, or release with the revision that the gate used",
             Origin.CONFIG,
         )
@@ -286,7 +286,7 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
             "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
             "earlier checkpoint"
             if every
-            else "the tensor was damaged in training (overflow, divergence) or in conversion: release an earlier one"
+            else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
         )
     else:
         hint = "the merge does not read this tensor, so the merged model is sound; training from it would not be"
@@ -362,7 +362,7 @@ def _no_effect(case: Case) -> Iterator[Finding]:
             f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
             "this follows from the missing tensors: see keys-missing"
             if lost
-            else "the adapter was saved before it was trained, or its tensors were not gathered on saving: do it again",
+            else "it was saved before it was trained, or its tensors were not gathered on saving: train it, or save it again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),

@@ -314,7 +314,6 @@ class Evidence:
 
     base: BaseFacts
     peft_type: str | None = None
-    base_tensors: tuple[TensorStats, ...] = ()
     file_tensors: tuple[FileTensor, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
