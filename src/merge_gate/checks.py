@@ -362,7 +362,7 @@ def _no_effect(case: Case) -> Iterator[Finding]:
             f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
             "this follows from the missing tensors: see keys-missing"
             if lost
-            else "it was saved before it was trained, or its tensors were not gathered on saving: train it, or save it again",
+            else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),

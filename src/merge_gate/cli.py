@@ -250,7 +250,12 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         environ=os.environ,
     )
-    return run_in_container(run, lambda log: print(log.decode("utf-8", "replace"), end="", flush=True))
+
+    def write(log: bytes) -> None:
+        sys.stdout.buffer.write(log)
+        sys.stdout.buffer.flush()
+
+    return run_in_container(run, write)
 
 
 def _gate(config: Config, device: str, output: str | None, only: tuple[str, ...] = ()) -> Report:
