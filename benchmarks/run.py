@@ -144,13 +144,21 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     work.mkdir(parents=True, exist_ok=True)
     if arguments.quick:
         return Plan(work=work, size="tiny", counts=(1, 2), many=(2, 4), checked=10, repeat=1)
-    return Plan(work=work, size="1.1b", counts=(1, 2, 4, 8), many=(25, 50, 100), checked=1000, repeat=arguments.repeat)
+    return Plan(
+        work=work,
+        size="1.1b",
+        counts=tuple(arguments.counts),
+        many=(25, 50, 100),
+        checked=1000,
+        repeat=arguments.repeat,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny base; README.md stays as it is")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of every measurement (default 3)")
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of adapters to run with")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; the others keep their figures")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-bench")
     arguments = parser.parse_args()
