@@ -115,12 +115,12 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     conv1d=st.booleans(),
     block_elements=st.sampled_from([1, 1 << 14, 1 << 16]),
     thread_count=st.sampled_from([1, 2]),
-    thread_count_of_peft=st.sampled_from([1, 2]),
     seed=st.integers(0, 1 << 16),
 )
 def test_the_bits_are_pefts(
-    rows, columns, rank, scaling, dtype, factor_dtype, conv1d, block_elements, thread_count, thread_count_of_peft, seed
+    rows, columns, rank, scaling, dtype, factor_dtype, conv1d, block_elements, thread_count, seed
 ) -> None:
+    """At one number of threads: for some odd shapes (5 x 127, rank 2) PEFT's own bits change with it."""
     layer = lora_linear(
         rows, columns, rank, dtype=dtype, factor_dtype=factor_dtype, scaling=scaling, conv1d=conv1d, seed=seed
     )
@@ -128,7 +128,6 @@ def test_the_bits_are_pefts(
         before = layer.get_base_layer().weight.data.clone()
         figures, merged = fast(layer, scratch=Scratch(block_elements=block_elements))
         assert same_bits(layer.get_base_layer().weight.data, before)
-    with threads(thread_count_of_peft):
         layer.merge(safe_merge=True)
     peft = layer.get_base_layer().weight.data
     assert same_bits(merged, peft)

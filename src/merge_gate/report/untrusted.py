@@ -66,5 +66,6 @@ def _visible(text: str) -> str:
         if marks > _MARKS_PER_LETTER:
             continue
         hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _BLANK_LETTERS
-        shown.append(REPLACEMENT if hidden else character)
+        blank = unicodedata.category(character) == "Zs"  # a no-break space and its like are blanks to a reader
+        shown.append(REPLACEMENT if hidden else " " if blank else character)
     return "".join(shown)
