@@ -210,15 +210,14 @@ def test_shapes_of_real_models_are_proved(transposed) -> None:
 def test_the_proof_fails_where_one_block_differs_in_one_bit(monkeypatch) -> None:
     facts = {"rows": 256, "columns": 64, "rank": 4, "dtype": torch.float32, "transposed": False, "threads": 1}
     assert lowrank._proved.__wrapped__(starts=(0, 64, 128), **facts)
-    genuine = torch.mm
+    genuine = lowrank._Factors.whole
 
-    def nudged(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        product = genuine(left, right)
-        if len(left) == 128:
-            product[3, 5] = torch.nextafter(product[3, 5], torch.tensor(9.0))
+    def nudged(factors: lowrank._Factors) -> torch.Tensor:
+        product = genuine(factors)
+        product[131, 5] = torch.nextafter(product[131, 5], torch.tensor(9.0))
         return product
 
-    monkeypatch.setattr(torch, "mm", nudged)
+    monkeypatch.setattr(lowrank._Factors, "whole", nudged)
     assert not lowrank._proved.__wrapped__(starts=(0, 64, 128), **facts)
 
 
