@@ -359,3 +359,16 @@ def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert run_gate(small(place, "file-corrupt"), device="cpu").result is Result.FAIL
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", ["a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc"])
+def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(named: str, shelf: Shelf, tmp_path: Path) -> None:
+    for name in ("hostile", "good"):
+        shutil.copytree(shelf.adapter("plain"), tmp_path / name)
+    config = json.loads((tmp_path / "hostile" / "adapter_config.json").read_text())
+    (tmp_path / "hostile" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+    (tmp_path / "gate.yml").write_text(
+        json.dumps({"version": 1, "adapters": ["./hostile", {"path": "./good", "base": str(shelf.base("llama"))}]})
+    )
+    hostile, good = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
+    assert (hostile.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)

@@ -35,7 +35,6 @@ NOT_JUDGED = "not-judged"
 """Id of the finding that says why an adapter has no verdict; not a check, so it has no setting."""
 
 _ADAPTER_PREFIX = "base_model.model."
-_MISMATCH_IGNORED = ("", "None")
 
 
 @record

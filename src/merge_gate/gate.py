@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate import __version__, checks, resolve, verdict, worker
-from merge_gate.errors import GateError, UsageError
+from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.preflight import preflight
 from merge_gate.records import (
     AdapterFiles,
@@ -194,7 +194,10 @@ class _Sources:
     def _named_by_adapter(self, named: str) -> str:
         """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
         path = Path(self._config.path).resolve().parent / named
-        return str(path) if path.is_dir() else named
+        try:
+            return str(path) if path.is_dir() else named
+        except (OSError, ValueError):  # a name that no file system takes
+            return named
 
     def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
         key = (model, revision)
@@ -210,6 +213,11 @@ class _Sources:
                 ).snapshot
             except GateError as error:
                 self._bases[key] = error
+            except (OSError, ValueError) as error:  # the name comes from an adapter and may be anything
+                self._bases[key] = ResolveError(
+                    f"base {label[:80]!r} is not a name that can be looked up: {type(error).__name__}",
+                    hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
+                )
         return self._bases[key]
 
 
