@@ -122,6 +122,19 @@ def podman(podman_environment: dict[str, str]):
     return run
 
 
+def clear_away_a_killed_run(podman) -> None:
+    """Remove containers of the tests' own image, which a killed run has left.
+
+    act names a job's container and volumes after the job alone, finds the old ones, and fails to replace them where
+    the container was killed from outside ("volume is being used").
+    """
+    for container in podman("ps", "--all", "--quiet", "--no-trunc", f"--filter=ancestor={IMAGE}").split():
+        mounts = podman("inspect", "--format={{range .Mounts}}{{.Name}} {{end}}", container).split()
+        podman("rm", "--force", "--time=0", "--volumes", container, check=False)  # podman may need to be asked twice
+        podman("rm", "--force", "--time=0", "--volumes", "--ignore", container)
+        podman("volume", "rm", "--force", *(name for name in mounts if name != "act-toolcache"), check=False)
+
+
 @contextlib.contextmanager
 def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
     """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
@@ -139,8 +152,9 @@ def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> I
 
 
 @pytest.fixture(scope="session")
-def engine(podman_environment: dict[str, str]) -> Iterator[str]:
+def engine(podman, podman_environment: dict[str, str]) -> Iterator[str]:
     """An engine that other users may talk to as well; the value is DOCKER_HOST."""
+    clear_away_a_killed_run(podman)
     with tempfile.TemporaryDirectory(prefix="engine-") as directory:
         Path(directory).chmod(0o755)
         socket = Path(directory) / "podman.sock"
