@@ -16,7 +16,7 @@ import transformers
 
 from merge_gate import base as bases
 from merge_gate import merge
-from merge_gate.checks import judge
+from merge_gate.checks import judge, thresholds
 from merge_gate.config import CHECK_DEFAULTS
 from merge_gate.preflight import preflight
 from merge_gate.records import (
@@ -67,6 +67,9 @@ class Judgement:
         return f"{self.verdict}, cause {self.cause}\n{findings}"
 
 
+SPEC = AdapterSpec(name="trial", source="./trial", base=BaseSpec(), checks=DEFAULT_CHECKS, line=1, column=1)
+
+
 @dataclass
 class Gate:
     """Judges adapters; keeps the bases it has loaded."""
@@ -85,12 +88,12 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        return self._decide((files,), merge.merge_adapter(loaded, files))
+        return self._decide((files,), merge.merge_adapter(loaded, files, thresholds=thresholds(SPEC)))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
-        return self._decide(members, merge.merge_combination(loaded, members, combine))
+        return self._decide(members, merge.merge_combination(loaded, members, combine, thresholds=thresholds(SPEC)))
 
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE
@@ -105,8 +108,7 @@ class Gate:
 
     @staticmethod
     def _decide(members: tuple[AdapterFiles, ...], evidence: Evidence | None) -> Judgement:
-        spec = AdapterSpec(name="trial", source="./trial", base=BaseSpec(), checks=DEFAULT_CHECKS, line=1, column=1)
-        findings = judge(spec, members[0], evidence)
+        findings = judge(SPEC, members[0], evidence)
         coverage = Coverage()
         if evidence is not None:
             coverage = Coverage(

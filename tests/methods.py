@@ -47,6 +47,11 @@ def _llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
 
 
+def _llama_tall() -> nn.Module:
+    """Weights of several times as many rows as the gate's fast way samples."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"intermediate_size": 1024}))
+
+
 def _llama_bias() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, attention_bias=True, mlp_bias=True))
 
@@ -136,6 +141,7 @@ def _videomae() -> nn.Module:
 
 BASES: Mapping[str, Callable[[], nn.Module]] = {
     "llama": _llama,
+    "llama-tall": _llama_tall,
     "llama-bias": _llama_bias,
     "llama-tied": _llama_tied,
     "gpt2": _gpt2,
@@ -255,6 +261,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LORA_CASES = (
     make_case("lora-linear", "llama", "LoraConfig", r=2, target_modules=["q_proj", "v_proj"]),
     make_case("lora-all-linear", "llama", "LoraConfig", r=2, target_modules="all-linear"),
+    make_case("lora-tall", "llama-tall", "LoraConfig", r=2, target_modules=["up_proj", "gate_proj"]),
     make_case("lora-bert", "bert", "LoraConfig", r=2, target_modules=["query"]),
     make_case("lora-rslora", "llama", "LoraConfig", r=2, target_modules=Q, use_rslora=True, lora_alpha=4),
     make_case(

@@ -104,6 +104,11 @@ def llama_wide() -> PreTrainedModel:
     return llama(hidden_size=64, intermediate_size=96)
 
 
+def llama_tall() -> PreTrainedModel:
+    """Weights of several times as many rows as the gate samples."""
+    return llama(hidden_size=320, intermediate_size=700, num_hidden_layers=1)
+
+
 def gpt2() -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
@@ -181,6 +186,7 @@ BASES: dict[str, BaseRecipe] = {
     "llama-sharded": BaseRecipe(llama, max_shard_size="20KB"),
     "llama-tied": BaseRecipe(llama_tied),
     "llama-wide": BaseRecipe(llama_wide),
+    "llama-tall": BaseRecipe(llama_tall),
     "llama-nan-in-target": BaseRecipe(lambda: _with(llama, f"{Q_PROJ}.weight", (3, 5), torch.nan)),
     "llama-nan-far": BaseRecipe(lambda: _with(llama, "model.norm.weight", (31,), torch.nan)),
     "llama-neginf-far": BaseRecipe(lambda: _with(llama, "lm_head.weight", (63, 31), -torch.inf)),
@@ -376,6 +382,7 @@ VARIANTS: dict[str, Variant] = {
     "tied-head": Variant({"target_modules": ["q_proj", "lm_head"]}, base="llama-tied"),
     "tied-embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}, base="llama-tied"),
     "wide": Variant(base="llama-wide"),
+    "tall": Variant({"target_modules": ALL_LINEAR}, base="llama-tall"),
     "conv1d": Variant({"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, base="gpt2"),
     "conv1d-dora": Variant({"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}, base="gpt2"),
     "conv1d-saved": Variant(

@@ -372,3 +372,44 @@ def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(named: str, sh
     )
     hostile, good = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
     assert (hostile.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+
+
+# --- a bound instead of every element ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(), ("--exhaustive",)])
+def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], shelf: Shelf, tmp_path: Path) -> None:
+    """And with `--exhaustive`, or for values near the limit of the dtype, it stands for nothing."""
+    shutil.copytree(shelf.base("llama-tall"), tmp_path / "base")
+    edits: dict[str, Callable[[Path], object]] = {
+        "good": lambda _: None,
+        "large": both(poison("v_proj.lora_A", 75.0, "all"), poison("v_proj.lora_B", 75.0, "all")),
+        "overflow": both(poison("v_proj.lora_A", 200.0, "all"), poison("v_proj.lora_B", 200.0, "all")),
+    }
+    for name, edit in edits.items():
+        shutil.copytree(shelf.adapter("tall"), tmp_path / name)
+        edit(tmp_path / name)
+    strict = [{"name": "strict", "path": "./good", "checks": {"headroom": {"severity": "warning", "limit": 1e-9}}}]
+    config = write(
+        tmp_path, *({"path": f"./{name}"} for name in edits), *strict, base={"model": "./base", "dtype": "float16"}
+    )
+    answer = merge_gate("run", config, "--output", "out", *words, cwd=tmp_path)
+    assert answer.code == 1, answer.said
+    report = strict_json(tmp_path / "out" / "report.json")
+    entries = {entry["name"]: entry for entry in report["adapters"]}
+    verdicts = {name: (entry["verdict"], entry["cause"]) for name, entry in entries.items()}
+    assert verdicts == {
+        "good": ("passed", None),
+        "large": ("passed", None),
+        "overflow": ("failed", "merged-nonfinite"),
+        "strict": ("passed", None),
+    }
+    bounded = {name: entry["coverage"]["parameters_bounded"] for name, entry in entries.items()}
+    assert (bounded["good"] > bounded["large"] > 0) == (not words)
+    assert bounded["strict"] == 0
+    if words:
+        assert set(bounded.values()) == {0}
+    assert any(finding["check"] == "headroom" for finding in entries["large"]["findings"])
+    assert not any(finding["check"] == "headroom" for finding in entries["good"]["findings"])
+    for entry in entries.values():
+        assert entry["coverage"]["parameters_checked"] == entry["coverage"]["parameters_total"]

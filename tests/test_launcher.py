@@ -87,7 +87,9 @@ def test_no_engine_and_nothing_is_made(run: ContainerRun) -> None:
 def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.workspace)
     environ = {"HF_HOME": str(tmp_path / "cache"), "DOCKER_HOST": "unix:///nowhere/docker.sock"}
-    asked = launcher.for_a_person("gate/config.yml", output="out", only=("a", "b c"), environ=environ)
+    asked = launcher.for_a_person(
+        "gate/config.yml", output="out", arguments=("--only", "a", "--only", "b c"), environ=environ
+    )
     assert (asked.config, asked.workspace) == (run.config, run.workspace)
     assert asked.output == run.workspace / "out"
     assert asked.hf_cache == tmp_path / "cache"

@@ -16,7 +16,18 @@ from peft.tuners.lora import layer as lora_layer
 from transformers.pytorch_utils import Conv1D
 
 from merge_gate import lowrank
-from merge_gate.lowrank import Extent, LowRankMerge, Scratch, delta_norm_sq, extent, merge_measured, stream_to, supports
+from merge_gate.lowrank import (
+    Extent,
+    LowRankMerge,
+    Scratch,
+    delta_norm_sq,
+    extent,
+    merge_measured,
+    merge_sample,
+    merged_bound,
+    stream_to,
+    supports,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -329,6 +340,130 @@ def test_a_sample_counts_the_elements_it_covers() -> None:
     assert sampled.delta_sq / sampled.sampled == pytest.approx(whole.delta_sq / whole.sampled, rel=0.2)
 
 
+# --- a bound and a sample instead of the whole ------------------------------------------------------------------------
+
+
+def bound_of(layer: lora_layer.Linear) -> float:
+    weight = layer.get_base_layer().weight.detach()
+    factors = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    return merged_bound(float(weight.abs().max()), *factors, layer.scaling["default"], weight.dtype)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 80),
+    rank=RANKS,
+    scaling=SCALINGS,
+    dtype=st.sampled_from(DTYPES),
+    factor_dtype=st.sampled_from([torch.float32, torch.float64]),
+    weight_size=st.sampled_from([0.0, 1e-30, 0.05, 3e4, 1e37]),
+    size=st.sampled_from([1e-30, 0.1, 30.0, 200.0, 1e10, 1e18, 4e18]),
+    constant=st.booleans(),
+    safe=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_no_merged_value_exceeds_a_finite_bound(
+    rows, columns, rank, scaling, dtype, factor_dtype, weight_size, size, constant, safe, seed
+) -> None:
+    """The one promise of a bound: where it is finite, PEFT's merge is finite and lies within, in both of its orders."""
+    layer = lora_linear(rows, columns, rank, dtype=dtype, factor_dtype=factor_dtype, scaling=scaling, seed=seed)
+    weight = layer.get_base_layer().weight.data
+    largest = torch.finfo(dtype).max
+    weight.copy_(torch.randn(weight.shape).mul(weight_size).clamp(-largest, largest))
+    for side in (layer.lora_A, layer.lora_B):
+        values = side["default"].weight.data
+        values.fill_(size) if constant else values.normal_(std=size)
+    bound = bound_of(layer)
+    if math.isfinite(bound):
+        layer.merge(safe_merge=safe)
+        merged = layer.get_base_layer().weight.data.double()
+        assert merged.isfinite().all()
+        assert float(merged.abs().max()) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 16, 256])
+def test_the_bound_is_no_more_than_twice_what_can_happen(dtype, rank) -> None:
+    """Equal values everywhere: every product has the same sign and the largest size."""
+    layer = lora_linear(70, 40, rank, dtype=dtype)
+    layer.get_base_layer().weight.data.fill_(0.25)
+    for side in (layer.lora_A, layer.lora_B):
+        side["default"].weight.data.fill_(0.5)
+    bound = bound_of(layer)
+    layer.merge(safe_merge=True)
+    assert bound == pytest.approx(2 * layer.get_base_layer().weight.max().item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("what", "weight", "a", "b", "scaling", "dtype"),
+    [
+        ("the product, which the scaling makes small again", 1.0, 1e20, 1e20, 1e-30, torch.float32),
+        ("a partial sum", 1.0, 1e19, 1e19, 1.0, torch.float32),
+        ("the scaled product", 1.0, 1.0, 1.0, 1e38, torch.bfloat16),
+        ("the delta in float16", 1.0, 100.0, 100.0, 1.0, torch.float16),
+        ("the sum in float16", 40000.0, 1.0, 1.0, 1.0, torch.float16),
+        ("the scaling", 1.0, 1.0, 1.0, math.inf, torch.float32),
+        ("NaN in a factor", 1.0, math.nan, 1.0, 1.0, torch.float32),
+        ("NaN times nothing", 1.0, math.nan, 0.0, 1.0, torch.float32),
+        ("infinity in a factor", 1.0, 1.0, -math.inf, 1.0, torch.float32),
+        ("NaN in the weight", math.nan, 1.0, 1.0, 1.0, torch.float32),
+    ],
+)
+def test_where_a_step_could_overflow_there_is_no_bound(what, weight, a, b, scaling, dtype) -> None:
+    lora_a, lora_b = torch.full((16, 8), 1e-3), torch.full((8, 16), 1e-3)
+    lora_a[7, 3], lora_b[5, 7] = a, b
+    assert merged_bound(weight, lora_a, lora_b, scaling, dtype) == math.inf, what
+
+
+def test_factors_whose_sums_a_device_may_round_to_half_have_no_bound() -> None:
+    lora_a, lora_b = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 4, dtype=torch.bfloat16)
+    assert merged_bound(1.0, lora_a, lora_b, 1.0, torch.bfloat16) == math.inf
+    assert merged_bound(1.0, lora_a.float(), lora_b.float(), 1.0, torch.bfloat16) == 10.0
+
+
+def sample(layer: lora_layer.Linear, sample_rows: int) -> LowRankMerge:
+    return merge_sample(
+        layer.get_base_layer().weight,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        layer.scaling["default"],
+        scratch=Scratch(),
+        fan_in_fan_out=layer.fan_in_fan_out,
+        sample_rows=sample_rows,
+    )
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_is_of_rows_all_over_the_weight(dtype, conv1d) -> None:
+    layer = lora_linear(*((96, 640) if conv1d else (640, 96)), 8, dtype=dtype, conv1d=conv1d)
+    before = layer.get_base_layer().weight.detach()[::10]
+    figures = sample(layer, 64)
+    merged = before_the_check(layer)[::10]
+    assert (figures.numel, figures.merged, figures.sampled) == (640 * 96, 64 * 96, 64 * 96)
+    assert (figures.minimum, figures.maximum) == pytest.approx((merged.min().item(), merged.max().item()), rel=1e-2)
+    assert figures.unchanged == pytest.approx(int((merged == before).sum()), abs=2)
+    assert figures.changed
+    assert figures.base_sq == pytest.approx(float(before.double().square().sum()))
+    exact = layer.get_delta_weight("default").detach()[::10].double()
+    assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-5)
+
+
+def test_a_sample_of_few_rows_is_all_of_them_and_has_the_figures_of_the_whole() -> None:
+    layer = lora_linear(127, 96, 4)
+    whole, _ = fast(layer)
+    assert sample(layer, 64) == whole
+
+
+def test_a_change_outside_of_the_sample_is_not_in_its_figures() -> None:
+    layer = lora_linear(640, 96, 4)
+    layer.lora_B["default"].weight.data.zero_()[1, 0] = 50.0
+    assert not sample(layer, 64).changed
+    layer.lora_B["default"].weight.data.zero_()[10, 0] = 50.0
+    assert sample(layer, 64).changed
+
+
 def test_modules_merge_side_by_side_in_threads_of_their_own() -> None:
     layers = [lora_linear(300 + seed, 96, 4, seed=seed) for seed in range(12)]
 
@@ -467,4 +602,4 @@ def test_figures_of_one_merge_are_plain_numbers() -> None:
     figures, _ = fast(lora_linear(64, 64, 4))
     assert isinstance(figures, LowRankMerge)
     kinds = [type(getattr(figures, name)) for name in figures.__slots__]
-    assert kinds == [int, float, float, bool, int, int, float, float]
+    assert kinds == [int, int, float, float, bool, int, int, float, float, float]

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from merge_gate.base import Base, load_base, shape_for
-from merge_gate.merge import merge_by_peft
+from merge_gate.measure import measure
+from merge_gate.merge import merge_adapter, merge_by_peft
 from merge_gate.plain import merge_plain
 from merge_gate.preflight import preflight
+from merge_gate.records import Thresholds
 from tests import models
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ PLAIN = (
     "sharded-base",
     "tied-base",
     "wide",
+    "tall",
     "conv1d",
     "feature-extraction",
 )
@@ -185,3 +188,102 @@ def test_a_sum_that_only_rounding_twice_keeps_finite_fails(shelf: Shelf, tmp_pat
     assert merge_plain(base, files) is None
     evidence = merge_by_peft(base, files)
     assert [merge.stats.posinf for merge in evidence.merges if not merge.stats.finite] == [1]
+
+
+# --- a bound and a sample instead of the whole ------------------------------------------------------------------------
+
+USUAL = Thresholds(headroom=0.5, delta_norm=10.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bound_and_a_sample_tell_what_the_whole_merge_tells(dtype: str, shelf: Shelf) -> None:
+    files = _files(shelf.adapter("tall"))
+    base = _base(shelf, "tall", files, dtype)
+    quick, whole = merge_plain(base, files, thresholds=USUAL), merge_plain(base, files)
+    assert quick is not None
+    assert whole is not None
+    assert whole.parameters_bounded == 0
+    assert 0 < quick.parameters_bounded < quick.parameters_checked == whole.parameters_checked
+    assert quick.parameters_bounded == sum(merge.stats.bounded for merge in quick.merges)
+    for one, other in zip(quick.merges, whole.merges, strict=True):
+        assert (one.module, one.changed, one.stats.finite) == (other.module, other.changed, other.stats.finite)
+        assert one.stats.minimum <= other.stats.minimum <= other.stats.maximum <= one.stats.maximum
+        assert one.stats.maximum == -one.stats.minimum
+        assert one.delta_norm == other.delta_norm
+        assert one.base_norm is None
+        assert (one.lost_norm or 0.0) == pytest.approx(other.lost_norm or 0.0, rel=0.1, abs=1e-7)
+        assert one.unchanged_fraction == pytest.approx(other.unchanged_fraction, abs=0.02)
+
+
+def test_what_may_be_above_a_threshold_is_measured(shelf: Shelf) -> None:
+    files = _files(shelf.adapter("tall"))
+    base = _base(shelf, "tall", files, "float16")
+    whole = merge_plain(base, files)
+    small = merge_plain(base, files, thresholds=Thresholds(headroom=1e-9, delta_norm=10.0))
+    low = merge_plain(base, files, thresholds=Thresholds(headroom=0.5, delta_norm=1e-9))
+    assert whole is not None
+    assert small is not None
+    assert low is not None
+    assert small.merges == whole.merges
+    assert low.parameters_bounded > 0
+    assert [merge.base_norm for merge in low.merges] == [merge.base_norm for merge in whole.merges]
+
+
+def _reshape(shelf: Shelf, tmp_path: Path, edit: Callable[[models.Tensors], object]) -> AdapterFiles:
+    directory = tmp_path / "edited"
+    shutil.copytree(shelf.adapter("tall"), directory)
+    tensors = models.read_tensors(directory)
+    edit(tensors)
+    models.write_tensors(directory, tensors)
+    return _files(directory)
+
+
+def test_a_change_that_the_sample_misses_is_found(shelf: Shelf, tmp_path: Path) -> None:
+    """One row of hundreds changes, and it is none of those that are merged first."""
+
+    def one_row(tensors: models.Tensors) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                kept = tensor[1].clone() + 1.0
+                tensor.zero_()[1] = kept
+
+    files = _reshape(shelf, tmp_path, one_row)
+    base = _base(shelf, "tall", files, "bfloat16")
+    found = merge_plain(base, files, thresholds=USUAL)
+    assert found is not None
+    assert all(merge.changed for merge in found.merges)
+    assert found.parameters_bounded == 0
+
+
+def test_a_weight_of_the_base_that_is_not_finite_is_never_bounded(shelf: Shelf) -> None:
+    files = _files(shelf.adapter("tall"))
+    base = _base(shelf, "tall", files, "bfloat16")
+    name = merge_plain(base, files).merges[0].stats.name  # type: ignore[union-attr]
+    base.tensors[name][1, 1] = math.nan
+    base.stats[name] = measure(base.tensors[name], name)
+    assert merge_plain(base, files, thresholds=USUAL) is None
+    broken = next(merge for merge in merge_adapter(base, files, thresholds=USUAL).merges if merge.stats.name == name)
+    assert broken.stats.nan == 1
+
+
+@pytest.mark.parametrize("overflow", [True, False])
+def test_float16_at_its_limit_is_merged_one_by_one(overflow: bool, shelf: Shelf, tmp_path: Path) -> None:
+    """An overflow of one element that no sample sees, and its like below the limit."""
+    size = 70000.0 if overflow else 60000.0
+
+    def one_value(tensors: models.Tensors) -> None:
+        for tensor in tensors.values():
+            tensor.mul_(1e-3)
+        name = min(name for name in tensors if "lora_A" in name)
+        scaling = models.read_config(shelf.adapter("tall"))
+        tensors[name][0, 3] = size * scaling["r"] / scaling["lora_alpha"]
+        tensors[name.replace("lora_A", "lora_B")][1, 0] = 1.0
+
+    files = _reshape(shelf, tmp_path, one_value)
+    base = _base(shelf, "tall", files, "float16")
+    evidence = merge_adapter(base, files, thresholds=USUAL)
+    infinite = [merge for merge in evidence.merges if not merge.stats.finite]
+    assert [merge.stats.posinf for merge in infinite] == ([1] if overflow else [])
+    largest = max(evidence.merges, key=lambda merge: merge.stats.max_abs)
+    assert largest.stats.bounded == 0
+    assert overflow or largest.stats.max_abs == pytest.approx(size, rel=1e-3)

@@ -28,11 +28,15 @@ from merge_gate.records import (
     Severity,
     TensorMerge,
     TensorStats,
+    Thresholds,
     record,
 )
 
 NOT_JUDGED = "not-judged"
 """Id of the finding that says why an adapter has no verdict; not a check, so it has no setting."""
+
+MEASURE_ABOVE = 0.5
+"""Values that may be above this share of their dtype's largest are merged one by one, whatever `headroom` says."""
 
 _ADAPTER_PREFIX = "base_model.model."
 
@@ -52,10 +56,22 @@ class Case:
         return loaded if isinstance(loaded, dict) else {}
 
     def limit(self, check: str) -> float:
-        setting = self.settings.get(check)
-        default = CHECK_DEFAULTS[check].limit
-        limit = setting.limit if setting is not None and setting.limit is not None else default
-        return math.inf if limit is None else limit
+        return _limit(self.settings, check)
+
+
+def _limit(settings: Mapping[str, CheckSetting], check: str) -> float:
+    setting = settings.get(check)
+    default = CHECK_DEFAULTS[check].limit
+    limit = setting.limit if setting is not None and setting.limit is not None else default
+    return math.inf if limit is None else limit
+
+
+def thresholds(spec: AdapterSpec) -> Thresholds:
+    """What the checks of this adapter can do without: figures below the limits that they compare with."""
+    settings = {setting.check: setting for setting in spec.checks}
+    return Thresholds(
+        headroom=min(_limit(settings, "headroom"), MEASURE_ABOVE), delta_norm=_limit(settings, "delta-norm")
+    )
 
 
 Check = Callable[[Case], Iterator[Finding]]

@@ -176,6 +176,11 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
+    run.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="merge every element, also where base and adapter hold no values large enough to overflow (slower)",
+    )
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
     container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
@@ -235,17 +240,21 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_in_container(arguments)
     if arguments.image or arguments.gpus != "auto":
         raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device here")
-    return exit_code(_gate(config, arguments.device, arguments.output, tuple(arguments.only)))
+    only, exhaustive = tuple(arguments.only), arguments.exhaustive
+    return exit_code(_gate(config, arguments.device, arguments.output, only, exhaustive=exhaustive))
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.launcher import for_a_person, run_in_container
 
+    more = [word for name in arguments.only for word in ("--only", name)]
+    if arguments.exhaustive:
+        more.append("--exhaustive")
     run = for_a_person(
         arguments.config,
         output=arguments.output,
         device=arguments.device,
-        only=arguments.only,
+        arguments=more,
         image=arguments.image,
         gpus=arguments.gpus,
         environ=os.environ,
@@ -258,12 +267,14 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     return run_in_container(run, write)
 
 
-def _gate(config: Config, device: str, output: str | None, only: tuple[str, ...] = ()) -> Report:
+def _gate(
+    config: Config, device: str, output: str | None, only: tuple[str, ...] = (), *, exhaustive: bool = False
+) -> Report:
     from merge_gate.gate import run_gate
     from merge_gate.terminal import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        return run_gate(config, device=device, output=output, view=view, only=only)
+        return run_gate(config, device=device, output=output, view=view, only=only, exhaustive=exhaustive)
 
 
 def exit_code(report: Report) -> ExitCode:

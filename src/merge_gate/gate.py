@@ -24,6 +24,7 @@ from merge_gate import __version__, checks, resolve, verdict, worker
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.preflight import preflight
 from merge_gate.records import (
+    EVERYTHING,
     AdapterFiles,
     AdapterReport,
     AdapterSpec,
@@ -89,13 +90,17 @@ def run_gate(
     output: str | None = None,
     view: View | None = None,
     only: tuple[str, ...] = (),
+    exhaustive: bool = False,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named).
+
+    Where base and adapter hold no values large enough to leave the safe range, a sample of the merge is made (see
+    lowrank.py); with `exhaustive`, all of it.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or the output cannot be written.
     """
-    return _Run(config, device=device, output=output, view=view, only=only).run()
+    return _Run(config, device=device, output=output, view=view, only=only, exhaustive=exhaustive).run()
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -259,7 +264,7 @@ def _entries(ready: Ready) -> tuple[Entry, ...]:
     return tuple(Entry(ready=ready, dtype=dtype) for dtype in ready.spec.base.dtypes)
 
 
-def _plan(entries: list[Entry], open_entries: list[int]) -> tuple[worker.Group, ...]:
+def _plan(entries: list[Entry], open_entries: list[int], *, exhaustive: bool) -> tuple[worker.Group, ...]:
     """Group what is to be merged by base, revision, dtype and quantisation, in the order of the config."""
     groups: dict[tuple[object, ...], worker.Group] = {}
     for index in open_entries:
@@ -268,7 +273,12 @@ def _plan(entries: list[Entry], open_entries: list[int]) -> tuple[worker.Group, 
         if base is None:
             raise AssertionError("an entry without a base is settled before the plan")
         key = (base.directory, base.revision, entry.dtype, spec.base.quantization)
-        task = worker.Task(index=index, files=entry.ready.members, combine=spec.combine)
+        task = worker.Task(
+            index=index,
+            files=entry.ready.members,
+            combine=spec.combine,
+            thresholds=EVERYTHING if exhaustive else checks.thresholds(spec),
+        )
         group = groups.get(key) or worker.Group(
             label=base.name,
             directory=base.directory,
@@ -299,9 +309,17 @@ class _Run:
     """One run: what is known so far, and how each event adds to it."""
 
     def __init__(
-        self, config: Config, *, device: str, output: str | None, view: View | None, only: tuple[str, ...]
+        self,
+        config: Config,
+        *,
+        device: str,
+        output: str | None,
+        view: View | None,
+        only: tuple[str, ...],
+        exhaustive: bool,
     ) -> None:
         self._config, self._device, self._output, self._view = config, device, output, view
+        self._exhaustive = exhaustive
         self._specs = select(config, only)
         self._entries: list[Entry] = []
         self._reports: dict[int, AdapterReport] = {}
@@ -333,7 +351,7 @@ class _Run:
         for spec in self._specs:
             self._entries.extend(_entries(self._prepared(sources, spec)))
         open_entries = [index for index in range(len(self._entries)) if not self._settled_by_files(index)]
-        self._groups = _plan(self._entries, open_entries)
+        self._groups = _plan(self._entries, open_entries, exhaustive=self._exhaustive)
         for group in self._groups:
             self._start_digest(group.directory)
         self._catch_up(at_once=True)
@@ -515,6 +533,7 @@ def _coverage(files: AdapterFiles, evidence: Evidence | None) -> Coverage:
         applied=0 if refused else tensors - len(evidence.unexpected),
         modules_merged=len(evidence.targeted),
         parameters_checked=evidence.parameters_checked,
+        parameters_bounded=evidence.parameters_bounded,
         parameters_total=evidence.parameters_total,
     )
 

@@ -99,13 +99,14 @@ def for_a_person(
     *,
     output: str,
     device: str = "auto",
-    only: Sequence[str] = (),
+    arguments: Sequence[str] = (),
     image: str = "",
     gpus: str = "auto",
     environ: Mapping[str, str],
 ) -> ContainerRun:
     """Return the run that `merge-gate run --container CONFIG` means on somebody's own machine.
 
+    `arguments` are more words for `merge-gate run`.
     The workspace is the current directory, or the configuration's where it lies elsewhere; the Hub's cache is the
     person's own, so that nothing is downloaded twice.
     """
@@ -118,7 +119,7 @@ def for_a_person(
         image=image,
         device=device,
         gpus=gpus,
-        arguments=tuple(word for name in only for word in ("--only", name)),
+        arguments=tuple(arguments),
         hf_cache=Path(home).expanduser().resolve(),
         environ=environ,
     )

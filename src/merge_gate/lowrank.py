@@ -17,6 +17,9 @@ not: a matrix product may pick another kernel, and with it another order of addi
 proved before it is used: blocks of a pseudo-random product are compared with the whole of it, once per shape and
 process. Where they differ, and where one block holds the whole, step 1 is PEFT's own expression.
 
+Where the question is only whether all of it is finite, a `merged_bound` answers for most adapters from the largest
+|W|, |A| and |B|, and what is left to do is a sample of the blocks: what rounding costs, and whether anything changes.
+
 One call works on one core, if its thread says `torch.set_num_threads(1)`; parallel.py spreads modules over the cores.
 Splitting every step over the cores instead, as torch does, makes them wait for each other six times per block.
 """
@@ -43,6 +46,9 @@ BLOCK_ROWS = 64
 SAMPLE_EVERY = 16
 """One block in so many is also compared with the exact sum (`lost_sq`, `unchanged`)."""
 
+SAMPLE_ROWS = 64
+"""About so many rows are merged of a weight that a bound settles: 2^17 elements of a weight of 2,048 columns."""
+
 PROOF_ELEMENTS = 1 << 17
 """A proof compares at least so many elements: at rank 2 another order of additions changes only some of them."""
 
@@ -52,6 +58,15 @@ ALIGNMENT_BYTES = 64
 _ONE_PROOF_AT_A_TIME = threading.Lock()
 """A proof holds a whole product: one of them at a time, and no shape proved twice."""
 
+MOST_RANK = 1 << 16
+"""Up to this rank the roundings of a float32 sum are negligible in a `merged_bound`."""
+
+ROUNDINGS = 2.0
+"""What all roundings of a merge may add to a value, as a factor; they add 2 % at most."""
+
+_ACCUMULATED = (torch.float32, torch.float64)
+"""Dtypes of factors whose product is summed in the same dtype on every device."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -60,13 +75,15 @@ _HALVES = (torch.bfloat16, torch.float16)
 class LowRankMerge:
     """What a merged weight is like, in the weight's own dtype.
 
-    `minimum` and `maximum` are over all elements, NaN as soon as one element is NaN. `changed` says whether any
-    element has another value than before (-0.0 and 0.0 are the same value). `unchanged`, `delta_sq` and `lost_sq` are
-    over `sampled` of the `numel` elements: how many kept their value, ‖delta‖² of the delta before it was rounded to
-    the weight's dtype, and ‖merged - (W + delta)‖². The two sums are NaN or infinite where the merge is not finite.
+    `minimum` and `maximum` are over the `merged` elements, NaN as soon as one of them is NaN. `changed` says whether
+    any of the `numel` elements has another value than before (-0.0 and 0.0 are the same value). `unchanged`, `delta_sq`
+    and `lost_sq` are over `sampled` elements: how many kept their value, ‖delta‖² of the delta before it was rounded to
+    the weight's dtype, and ‖merged - (W + delta)‖². `base_sq` is ‖W‖² of these elements. The sums are NaN or infinite
+    where their summands are not finite.
     """
 
     numel: int
+    merged: int
     minimum: float
     maximum: float
     changed: bool
@@ -74,6 +91,7 @@ class LowRankMerge:
     unchanged: int
     delta_sq: float
     lost_sq: float
+    base_sq: float
 
     @property
     def finite(self) -> bool:
@@ -210,6 +228,35 @@ def supports(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *
 
 
 @torch.no_grad()
+def merged_bound(
+    weight_max: float, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> float:
+    """A number that no |W + scaling · B @ A| exceeds, whoever computes it; infinite where some step could overflow.
+
+    An element of B @ A is a sum of r products, so that it and each of its partial sums, in any order, is at most
+    r · max|B| · max|A|. A rounding adds a share of 2⁻⁸ (bfloat16) or less: r + 3 of them, all but three in float32,
+    stay far below the factor `ROUNDINGS`. Every intermediate value has to fit the dtype that it is held in.
+
+    Args:
+        weight_max: max|W|, of a W that is finite.
+        lora_a: (r, in), float32 or float64.
+        lora_b: (out, r), of the same dtype.
+        scaling: PEFT's `scaling[adapter]`.
+        dtype: of W, to which the delta is rounded and in which it is added.
+    """
+    rank = lora_a.shape[0]
+    if lora_a.dtype not in _ACCUMULATED or rank > MOST_RANK:
+        return math.inf
+    low_a, high_a, low_b, high_b = torch.stack((*torch.aminmax(lora_a), *torch.aminmax(lora_b))).tolist()
+    product = rank * max(-low_a, high_a) * max(-low_b, high_b)
+    delta = product * abs(scaling)
+    merged = weight_max + delta
+    held = ((product, lora_a.dtype), (delta, lora_a.dtype), (delta, dtype), (merged, dtype))
+    fits = all(ROUNDINGS * size < torch.finfo(where).max for size, where in held)  # false of NaN
+    return ROUNDINGS * merged if fits else math.inf
+
+
+@torch.no_grad()
 def merge_measured(
     weight: torch.Tensor,
     lora_a: torch.Tensor,
@@ -236,24 +283,52 @@ def merge_measured(
     Raises:
         ValueError: `supports` is false of these tensors.
     """
-    if not supports(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out):
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, lora_a, lora_b))
-        raise ValueError(f"not a vanilla LoRA on a dense linear weight: got weight, lora_A, lora_B of {shapes}")
+    factors = _factors(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out)
     base = weight.detach()
-    factors = _Factors.of(lora_a, lora_b, transposed=fan_in_fan_out)
     blocks = scratch.blocks(base.shape[0], base.shape[1], base.device)
     whole = None if factors.divisible(blocks) else factors.whole()
-    tally = _Tally(step=min(sample_every, len(blocks)))
+    step = min(sample_every, len(blocks))
+    tally = _Tally()
     for index, rows in enumerate(blocks):
         block = base[rows]
         product = factors.block(rows, scratch, block) if whole is None else whole[rows]
-        exact = factors.rounded(product.mul_(scaling), scratch)
-        delta = exact if exact.dtype == base.dtype else scratch.take("delta", exact, base.dtype).copy_(exact)
-        merged = torch.add(block, delta, out=scratch.take("merged", block, base.dtype))
-        tally.count(index, block, exact, merged, scratch)
+        merged = tally.merge(block, product, factors, scaling, scratch, sample=index % step == 0)
         if emit is not None:
             emit(rows.start, merged)
     return tally.result(base.numel())
+
+
+@torch.no_grad()
+def merge_sample(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    scratch: Scratch,
+    fan_in_fan_out: bool = False,
+    sample_rows: int = SAMPLE_ROWS,
+) -> LowRankMerge:
+    """As `merge_measured`, of about `sample_rows` rows spread evenly over the weight (of all, if it has no more).
+
+    For a weight whose `merged_bound` says enough about its values. `changed` is of the sample. The weight may be in
+    host memory while the factors are on a card: only the sample travels. Its products are not proved to have the bits
+    of the whole product; they may differ in the last bit of float32, as from one device to another.
+    """
+    step = max(weight.shape[0] // sample_rows, 1)
+    sample = weight.detach()[::step].to(lora_a.device)
+    sides = (lora_a[:, ::step], lora_b) if fan_in_fan_out else (lora_a, lora_b[::step])
+    factors = _factors(sample, *sides, fan_in_fan_out=fan_in_fan_out)
+    tally = _Tally()
+    tally.merge(sample, factors.block(slice(None), scratch, sample), factors, scaling, scratch, sample=True)
+    return tally.result(weight.numel())
+
+
+def _factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, fan_in_fan_out: bool) -> _Factors:
+    if not supports(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out):
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, lora_a, lora_b))
+        raise ValueError(f"not a vanilla LoRA on a dense linear weight: got weight, lora_A, lora_B of {shapes}")
+    return _Factors.of(lora_a, lora_b, transposed=fan_in_fan_out)
 
 
 def delta_norm_sq(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> float:
@@ -343,35 +418,49 @@ class _Stager:
 class _Tally:
     """Figures gathered block by block. They stay on the device until `result`."""
 
-    step: int
     bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     samples: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    merged: int = 0
     changed: bool = False
 
-    def count(
-        self, index: int, base: torch.Tensor, exact: torch.Tensor, merged: torch.Tensor, scratch: Scratch
-    ) -> None:
+    def merge(
+        self,
+        base: torch.Tensor,
+        product: torch.Tensor,
+        factors: _Factors,
+        scaling: float,
+        scratch: Scratch,
+        *,
+        sample: bool,
+    ) -> torch.Tensor:
+        """Steps 2 to 4 of one block of rows: merge it, count it, return it. The product is scaled in place."""
+        exact = factors.rounded(product.mul_(scaling), scratch)
+        delta = exact if exact.dtype == base.dtype else scratch.take("delta", exact, base.dtype).copy_(exact)
+        merged = torch.add(base, delta, out=scratch.take("merged", base, base.dtype))
         self.bounds.append(torch.aminmax(merged))
-        if index % self.step == 0:
+        self.merged += merged.numel()
+        if sample:
             wide = torch.float32 if base.dtype in _HALVES else torch.float64
             self._sample(base, exact, scratch.take("wide", merged, wide).copy_(merged))
         elif not self.changed and not torch.equal(base, merged):
             self.changed = True
+        return merged
 
     def _sample(self, base: torch.Tensor, exact: torch.Tensor, wide_merged: torch.Tensor) -> None:
         moved = wide_merged.sub_(base)
         moves = torch.count_nonzero(moved)
         if moves:
             self.changed = True
-        sums = torch.stack((moves.double(), _sum_sq(exact), _sum_sq(moved.sub_(exact))))
+        sums = torch.stack((moves.double(), _sum_sq(exact), _sum_sq(moved.sub_(exact)), _sum_sq(base)))
         self.samples.append((moved.numel(), sums))
 
     def result(self, numel: int) -> LowRankMerge:
         low, high = _reduced(self.bounds)
         sampled = sum(count for count, _ in self.samples)
-        moves, delta_sq, lost_sq = torch.stack([sums for _, sums in self.samples]).sum(0).tolist()
+        moves, delta_sq, lost_sq, base_sq = torch.stack([sums for _, sums in self.samples]).sum(0).tolist()
         return LowRankMerge(
             numel=numel,
+            merged=self.merged,
             minimum=low,
             maximum=high,
             changed=self.changed,
@@ -379,6 +468,7 @@ class _Tally:
             unchanged=sampled - int(moves),
             delta_sq=delta_sq,
             lost_sq=lost_sq,
+            base_sq=base_sq,
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,36 @@ from merge_gate.errors import Refused
 from merge_gate.measure import measure, same_bits
 from merge_gate.merger import Merger
 from merge_gate.plain import OnTensor, Progress, merge_plain
-from merge_gate.records import AdapterFiles, Combine, Evidence, FileTensor, Origin, Refusal, TensorStats
+from merge_gate.records import (
+    EVERYTHING,
+    AdapterFiles,
+    Combine,
+    Evidence,
+    FileTensor,
+    Origin,
+    Refusal,
+    TensorStats,
+    Thresholds,
+)
 
 
 def merge_adapter(
-    base: Base, files: AdapterFiles, *, on_tensor: OnTensor | None = None, progress: Progress | None = None
+    base: Base,
+    files: AdapterFiles,
+    *,
+    thresholds: Thresholds = EVERYTHING,
+    on_tensor: OnTensor | None = None,
+    progress: Progress | None = None,
 ) -> Evidence:
     """Merge one adapter into a scratch of the base and measure everything.
 
     Args:
         base: the loaded base; unchanged afterwards.
         files: what the preflight read of the adapter.
-        on_tensor: called with the base's name and the merged tensor, before it is dropped.
+        thresholds: a figure that cannot exceed its threshold may be bounded instead of measured, and a tensor whose
+            values cannot may be merged in a sample only (plain.py, `merge_bounded`).
+        on_tensor: called with the base's name and the merged tensor, before it is dropped; all of every tensor is
+            merged then.
         progress: called with layers merged, layers in all, and the layer's name.
 
     Raises:
@@ -48,15 +67,21 @@ def merge_adapter(
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        evidence = merge_plain(base, files, on_tensor=on_tensor, progress=progress)
-    return evidence or merge_by_peft(base, files, on_tensor=on_tensor, progress=progress)
+        evidence = merge_plain(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+    return evidence or merge_by_peft(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
 
 
 def merge_by_peft(
-    base: Base, files: AdapterFiles, *, on_tensor: OnTensor | None = None, progress: Progress | None = None
+    base: Base,
+    files: AdapterFiles,
+    *,
+    thresholds: Thresholds = EVERYTHING,
+    on_tensor: OnTensor | None = None,
+    progress: Progress | None = None,
 ) -> Evidence:
     """As `merge_adapter`, without the fast way."""
-    return _evidence(base, (files,), lambda: load_adapter(base, files), on_tensor, progress)
+    merger = partial(Merger, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+    return _evidence(base, (files,), lambda: load_adapter(base, files), merger)
 
 
 def merge_combination(
@@ -64,19 +89,20 @@ def merge_combination(
     members: tuple[AdapterFiles, ...],
     combine: Combine,
     *,
+    thresholds: Thresholds = EVERYTHING,
     on_tensor: OnTensor | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Combine adapters by PEFT's `add_weighted_adapter`, then as `merge_adapter`."""
-    return _evidence(base, members, lambda: combined(base, members, combine), on_tensor, progress)
+    merger = partial(Merger, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+    return _evidence(base, members, lambda: combined(base, members, combine), merger)
 
 
 def _evidence(
     base: Base,
     members: tuple[AdapterFiles, ...],
     load: Callable[[], Loaded],
-    on_tensor: OnTensor | None,
-    progress: Progress | None,
+    make_merger: Callable[[Base, Loaded], Merger],
 ) -> Evidence:
     started = time.perf_counter()
     file_tensors: tuple[FileTensor, ...] = ()
@@ -89,7 +115,7 @@ def _evidence(
             loaded = load()
             rules.refuse_wrong_merges(loaded.model, loaded.config)
             file_tensors = tuple(_with_use(base, loaded, one) for one in file_tensors)
-            merger = Merger(base, loaded, on_tensor=on_tensor, progress=progress)
+            merger = make_merger(base, loaded)
             merged = merger.run()
             merger.sweep(merged)
     except Refused as refused:
@@ -113,6 +139,7 @@ def _evidence(
         refused_by_safe_merge=tuple(merger.refused),
         seed=loaded.seed,
         parameters_checked=merger.checked,
+        parameters_bounded=sum(merge.stats.bounded for merge in merger.merges.values()),
         parameters_total=merger.total,
         seconds=time.perf_counter() - started,
     )

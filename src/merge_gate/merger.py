@@ -38,9 +38,9 @@ from merge_gate.base import ADAPTER_PREFIX, Base, first_line, measure_in, named_
 from merge_gate.errors import EngineError, Refused
 from merge_gate.measure import distance, dtype_max, measure, same_bits, unchanged_fraction
 from merge_gate.parallel import spread
-from merge_gate.plain import ROUNDED, OnTensor, Progress, is_vanilla, merge_blocks
+from merge_gate.plain import ROUNDED, Delta, OnTensor, Progress, is_vanilla, merge_blocks, merge_bounded
 from merge_gate.quantized import dequantized, is_quantized
-from merge_gate.records import Origin, Refusal, TensorMerge
+from merge_gate.records import EVERYTHING, Origin, Refusal, TensorMerge, Thresholds
 
 
 @dataclass(slots=True)
@@ -75,6 +75,7 @@ class Merger:
 
     base: Base
     loaded: Loaded
+    thresholds: Thresholds = EVERYTHING
     on_tensor: OnTensor | None = None
     progress: Progress | None = None
     merges: dict[str, TensorMerge] = field(default_factory=dict)
@@ -153,11 +154,15 @@ class Merger:
 
     def _block_merge(self, layer: Any, slot: Slot) -> TensorMerge | None:
         lora_a, lora_b = (side[ADAPTER_NAME].weight.data for side in (layer.lora_A, layer.lora_B))
-        scaling, swapped = layer.scaling[ADAPTER_NAME], layer.fan_in_fan_out
-        weight = slot.data.to(self.base.device)
-        return merge_blocks(
-            self.base, slot.name, weight, lora_a, lora_b, scaling=scaling, swapped=swapped, on_tensor=self.on_tensor
+        delta = Delta(
+            name=slot.name,
+            lora_a=lora_a.to(self.base.device),
+            lora_b=lora_b.to(self.base.device),
+            scaling=layer.scaling[ADAPTER_NAME],
+            swapped=layer.fan_in_fan_out,
         )
+        settled = merge_bounded(self.base, delta, self.thresholds) if self.on_tensor is None else None
+        return settled or merge_blocks(self.base, delta, slot.data.to(self.base.device), on_tensor=self.on_tensor)
 
     def _take_merged(self, layer: Any) -> bool:
         """Book a layer that `_merge_blocks` has done as merged; False where PEFT has to merge it."""

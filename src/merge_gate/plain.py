@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from merge_gate.base import Base
 from merge_gate.errors import Refused
 from merge_gate.measure import dtype_max, dtype_name, measure
 from merge_gate.parallel import spread
-from merge_gate.records import AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats
+from merge_gate.records import EVERYTHING, AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats, Thresholds
 from merge_gate.rules import refuse_wrong_merges
 
 OnTensor = Callable[[str, torch.Tensor], None]
@@ -75,9 +76,17 @@ class Plan:
 
 
 def merge_plain(
-    base: Base, files: AdapterFiles, *, on_tensor: OnTensor | None = None, progress: Progress | None = None
+    base: Base,
+    files: AdapterFiles,
+    *,
+    thresholds: Thresholds = EVERYTHING,
+    on_tensor: OnTensor | None = None,
+    progress: Progress | None = None,
 ) -> Evidence | None:
-    """Measure the merge of a plain adapter, or None where it is not plain through and through."""
+    """Measure the merge of a plain adapter, or None where it is not plain through and through.
+
+    The arguments are those of `merge_adapter`.
+    """
     started = time.perf_counter()
     plan = _plan(base, files)
     if plan is None or not _fits(plan, files):
@@ -87,32 +96,34 @@ def merge_plain(
     file_tensors = tuple(FileTensor(stats=measure(tensor, name)) for name, tensor in tensors.items())
     if not all(one.stats.finite for one in file_tensors):
         return None
+    done = 0
 
-    def merge(layer: PlainLayer, weight: torch.Tensor) -> TensorMerge | None:
-        lora_a, lora_b = (tensors[name].to(torch.float32) for name in (layer.lora_a, layer.lora_b))
-        return merge_blocks(
-            base,
-            layer.weight,
-            weight,
-            lora_a,
-            lora_b,
-            scaling=layer.scaling,
-            swapped=layer.swapped,
-            on_tensor=on_tensor,
-        )
+    def arrived(merge: TensorMerge | None) -> TensorMerge | None:
+        nonlocal done
+        if merge is not None and progress is not None:
+            done += 1
+            progress(done, len(plan.layers), merge.module)
+        return merge
 
-    weights = [base.tensors[layer.weight].data for layer in plan.layers]
+    deltas = [_delta(layer, tensors, base.device) for layer in plan.layers]
+    if on_tensor is None:
+        settled = [arrived(one) for one in spread(lambda delta: merge_bounded(base, delta, thresholds), deltas)]
+    else:
+        settled = [None] * len(deltas)
+    open_deltas = [delta for delta, merge in zip(deltas, settled, strict=True) if merge is None]
+    weights = [base.tensors[delta.name].data for delta in open_deltas]
     if base.device.type == "cpu":
-        found = spread(lambda one: merge(*one), zip(plan.layers, weights, strict=True))
+        pairs = zip(open_deltas, weights, strict=True)
+        found = spread(lambda pair: merge_blocks(base, *pair, on_tensor=on_tensor), pairs)
     else:  # one card: the next weight travels while it computes
-        found = map(merge, plan.layers, lowrank.stream_to(base.device, weights))
+        streamed = lowrank.stream_to(base.device, weights)
+        found = map(partial(merge_blocks, base, on_tensor=on_tensor), open_deltas, streamed)
     merges = []
-    for layer, merged in zip(plan.layers, found, strict=True):
+    for merge in settled:
+        merged = merge or arrived(next(found))
         if merged is None:
             return None
         merges.append(merged)
-        if progress is not None:
-            progress(len(merges), len(plan.layers), layer.path)
     touched = {one.stats.name for one in merges}
     checked = [*(one.stats for one in merges), *(stats for name, stats in base.stats.items() if name not in touched)]
     return Evidence(
@@ -122,6 +133,7 @@ def merge_plain(
         targeted=plan.targeted,
         merges=tuple(merges),
         parameters_checked=sum(stats.numel for stats in checked),
+        parameters_bounded=sum(one.stats.bounded for one in merges),
         parameters_total=base.facts.parameters,
         seconds=time.perf_counter() - started,
     )
@@ -225,25 +237,72 @@ def _fits(plan: Plan, files: AdapterFiles) -> bool:
 # --- one layer -----------------------------------------------------------------------------------------------------
 
 
-def merge_blocks(
-    base: Base,
-    name: str,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    *,
-    scaling: float,
-    swapped: bool,
-    on_tensor: OnTensor | None = None,
-) -> TensorMerge | None:
-    """Measure W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is added to the weight that the base calls `name`: scaling · lora_b @ lora_a, (r, in) and (out, r).
 
-    `weight` is the tensor that the base calls `name`, on the device that computes.
+    The factors are on the device that computes. `swapped`: the weight is stored as (in, out).
+    """
+
+    name: str
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    swapped: bool
+
+    def norm(self) -> float:
+        return math.sqrt(lowrank.delta_norm_sq(self.lora_a, self.lora_b, self.scaling))
+
+
+def _delta(layer: PlainLayer, tensors: dict[str, torch.Tensor], device: torch.device) -> Delta:
+    lora_a, lora_b = (tensors[name].to(device, torch.float32) for name in (layer.lora_a, layer.lora_b))
+    return Delta(name=layer.weight, lora_a=lora_a, lora_b=lora_b, scaling=layer.scaling, swapped=layer.swapped)
+
+
+def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMerge | None:
+    """Settle the merge of one weight of the base by a bound and a sample; None where it has to be merged whole.
+
+    That is where a value may be above the threshold, where the sample contradicts the bound, and where it does not
+    change (the rest may).
+    """
+    weight, stats = base.tensors[delta.name], base.stats[delta.name]
+    if not thresholds.headroom or not stats.finite or not _supported(delta, weight):
+        return None
+    bound = lowrank.merged_bound(stats.max_abs, delta.lora_a, delta.lora_b, delta.scaling, weight.dtype)
+    if not bound <= thresholds.headroom * dtype_max(weight.dtype):
+        return None
+    found = lowrank.merge_sample(
+        weight.data,
+        delta.lora_a,
+        delta.lora_b,
+        delta.scaling,
+        scratch=base.buffers(),
+        fan_in_fan_out=delta.swapped,
+    )
+    if not (found.changed and max(-found.minimum, found.maximum) <= bound):
+        return None
+    delta_norm = delta.norm()
+    known = delta_norm <= thresholds.delta_norm * math.sqrt(found.base_sq)  # the whole has no less than its sample
+    return _from_blocks(
+        delta.name,
+        weight,
+        found,
+        extremes=(-bound, bound),
+        base_norm=None if known else base.norm(delta.name),
+        delta_norm=delta_norm,
+    )
+
+
+def merge_blocks(
+    base: Base, delta: Delta, weight: torch.Tensor, *, on_tensor: OnTensor | None = None
+) -> TensorMerge | None:
+    """Measure all of W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
+
+    `weight` is the tensor that the base calls `delta.name`, on the device that computes.
 
     None too where the result is not finite, or at the edge of its dtype: PEFT's own merge then says what is broken.
     """
-    lora_a, lora_b = lora_a.to(weight.device), lora_b.to(weight.device)
-    if not lowrank.supports(weight, lora_a, lora_b, fan_in_fan_out=swapped):
+    if not _supported(delta, weight):
         return None
     merged = torch.empty_like(weight) if on_tensor is not None else None
 
@@ -253,25 +312,41 @@ def merge_blocks(
 
     found = lowrank.merge_measured(
         weight,
-        lora_a,
-        lora_b,
-        scaling,
+        delta.lora_a,
+        delta.lora_b,
+        delta.scaling,
         scratch=base.buffers(),
-        fan_in_fan_out=swapped,
+        fan_in_fan_out=delta.swapped,
         emit=None if merged is None else keep,
     )
     if not found.finite or max(-found.minimum, found.maximum) >= dtype_max(weight.dtype):
         return None
     if on_tensor is not None and merged is not None:
-        on_tensor(name, merged)
-    return _from_blocks(base, name, weight, found, lowrank.delta_norm_sq(lora_a, lora_b, scaling))
+        on_tensor(delta.name, merged)
+    return _from_blocks(
+        delta.name,
+        weight,
+        found,
+        extremes=(found.minimum, found.maximum),
+        base_norm=base.norm(delta.name),
+        delta_norm=delta.norm(),
+    )
+
+
+def _supported(delta: Delta, weight: torch.Tensor) -> bool:
+    return lowrank.supports(weight, delta.lora_a, delta.lora_b, fan_in_fan_out=delta.swapped)
 
 
 def _from_blocks(
-    base: Base, name: str, weight: torch.Tensor, found: lowrank.LowRankMerge, delta_sq: float
+    name: str,
+    weight: torch.Tensor,
+    found: lowrank.LowRankMerge,
+    *,
+    extremes: tuple[float, float],
+    base_norm: float | None,
+    delta_norm: float,
 ) -> TensorMerge:
-    """Figures of one weight; the loss by rounding is measured on a sample of the blocks (lowrank.py)."""
-    delta_norm = math.sqrt(delta_sq)
+    """Figures of one weight; the loss by rounding is measured on a sample (lowrank.py)."""
     lossy = weight.dtype in ROUNDED and found.delta_sq > 0
     return TensorMerge(
         module=name.rpartition(".")[0],
@@ -280,12 +355,13 @@ def _from_blocks(
             dtype=dtype_name(weight.dtype),
             shape=tuple(weight.shape),
             numel=found.numel,
-            minimum=found.minimum,
-            maximum=found.maximum,
+            minimum=extremes[0],
+            maximum=extremes[1],
+            bounded=found.numel - found.merged,
         ),
         dtype_max=dtype_max(weight.dtype),
         changed=found.changed,
-        base_norm=base.norm(name),
+        base_norm=base_norm,
         delta_norm=delta_norm,
         lost_norm=math.sqrt(found.lost_sq / found.delta_sq) * delta_norm if lossy else None,
         unchanged_fraction=found.unchanged / found.sampled,

@@ -221,7 +221,8 @@ class TensorStats:
     """One tensor, measured. `minimum` and `maximum` are over the finite elements, None where there is none.
 
     `dtype` in torch's words without the prefix (bfloat16). Of a quantised weight, the dequantised values.
-    `first_index` is the index of the first non-finite element in row-major order.
+    `first_index` is the index of the first non-finite element in row-major order. `bounded` counts elements that were
+    not looked at, since none of them can lie outside of `minimum` and `maximum`, which then are bounds (lowrank.py).
     """
 
     name: str
@@ -234,6 +235,7 @@ class TensorStats:
     posinf: int = 0
     neginf: int = 0
     first_index: tuple[int, ...] | None = None
+    bounded: int = 0
 
     @property
     def finite(self) -> bool:
@@ -263,6 +265,21 @@ class TensorMerge:
     delta_norm: float | None = None
     lost_norm: float | None = None
     unchanged_fraction: float | None = None
+
+
+@record
+class Thresholds:
+    """Figures that nobody needs: those that cannot exceed these may be bounded instead of measured.
+
+    `headroom` is a share of the dtype's largest finite value, `delta_norm` a ratio ‖ΔW‖/‖W‖.
+    """
+
+    headroom: float = 0.0
+    delta_norm: float = 0.0
+
+
+EVERYTHING = Thresholds()
+"""Every element is merged, every figure measured."""
 
 
 @record
@@ -324,6 +341,7 @@ class Evidence:
     refusal: Refusal | None = None
     seed: int | None = None
     parameters_checked: int = 0
+    parameters_bounded: int = 0
     parameters_total: int = 0
     seconds: float = 0.0
 
@@ -355,12 +373,16 @@ class Finding:
 
 @record
 class Coverage:
-    """How much of the adapter and of the model was looked at."""
+    """How much of the adapter and of the model was looked at.
+
+    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them (lowrank.py).
+    """
 
     adapter_tensors: int = 0
     applied: int = 0
     modules_merged: int = 0
     parameters_checked: int = 0
+    parameters_bounded: int = 0
     parameters_total: int = 0
 
 

@@ -31,12 +31,14 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from merge_gate.errors import EngineError
 from merge_gate.records import (
+    EVERYTHING,
     AdapterFiles,
     BaseFacts,
     Combine,
     Evidence,
     Quantization,
     Refusal,
+    Thresholds,
     record,
 )
 
@@ -70,17 +72,24 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this
 QUIET_S = 0.5
 """After how long without a word from the child the listener hears `Quiet`."""
 
+PROGRESS_S = 0.1
+"""No more than one word of progress in so long: whoever shows it uses a core that merges."""
+
 LEAVING_S = 10.0
 """How long a child that has closed its pipe may take to end by itself."""
 
 
 @record
 class Task:
-    """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's."""
+    """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's.
+
+    `thresholds` are those of `merge.merge_adapter`.
+    """
 
     index: int
     files: tuple[AdapterFiles, ...]
     combine: Combine | None = None
+    thresholds: Thresholds = EVERYTHING
 
 
 @record
@@ -475,16 +484,23 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
 
 
 def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
+    next_s = 0.0
+
     def report(done: int, total: int, module: str) -> None:
-        progress(Progressed(task=task.index, done=done, total=total, module=module))
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            progress(Progressed(task=task.index, done=done, total=total, module=module))
+            next_s = time.monotonic() + PROGRESS_S
 
     try:
         from merge_gate import merge  # noqa: PLC0415 - imports torch and PEFT
 
         if task.combine is not None:
-            evidence = merge.merge_combination(base, task.files, task.combine, progress=report)
+            evidence = merge.merge_combination(
+                base, task.files, task.combine, thresholds=task.thresholds, progress=report
+            )
         else:
-            evidence = merge.merge_adapter(base, task.files[0], progress=report)
+            evidence = merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=report)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=evidence)

@@ -94,6 +94,7 @@ def _adapter(adapter: AdapterReport) -> Json:
             "applied": coverage.applied,
             "modules_merged": coverage.modules_merged,
             "parameters_checked": coverage.parameters_checked,
+            "parameters_bounded": coverage.parameters_bounded,
             "parameters_total": coverage.parameters_total,
         },
         "files": [
@@ -232,7 +233,11 @@ def _adapter_schema() -> Json:
                     "adapter_tensors": _count("Tensors in the adapter's file."),
                     "applied": _count("Of these, tensors that the merge used."),
                     "modules_merged": _count("Modules of the base that were merged and measured."),
-                    "parameters_checked": _count("Elements of the merged model that were measured."),
+                    "parameters_checked": _count("Elements of the merged model that were checked."),
+                    "parameters_bounded": _count(
+                        "Of these, elements that were not merged one by one, since no value of base and adapter is "
+                        "large enough for a sum that overflows; 0 with --exhaustive."
+                    ),
                     "parameters_total": _count("Elements that the merged model has."),
                 },
             ),
