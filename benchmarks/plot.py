@@ -1,4 +1,4 @@
-"""Draw time and memory against the number of adapters, for the gate, (a) and (b).
+"""Draw time and memory against the number of adapters, for the gate, with and without --exhaustive, (a) and (b).
 
 In: results.json. Out: time-and-memory.svg, text kept as text. Needs matplotlib, which nothing else in the project does.
 """
@@ -9,8 +9,13 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = {"a": "(a) load, merge, check per adapter", "b": "(b) base once, deep copy per adapter", "gate": "merge-gate"}
-COLOURS = {"a": "#b35806", "b": "#998ec3", "gate": "#1b7837"}
+NAMES = {
+    "a": "(a) load, merge, check per adapter",
+    "b": "(b) base once, deep copy per adapter",
+    "exhaustive": "merge-gate --exhaustive",
+    "gate": "merge-gate",
+}
+COLOURS = {"a": "#b35806", "b": "#998ec3", "exhaustive": "#7fbf7b", "gate": "#1b7837"}
 PANELS = {"wall_s": "seconds, whole process", "peak_anon_mib": "peak anonymous memory, GiB"}
 
 

@@ -66,10 +66,11 @@ def _lines(path: str) -> list[str]:
 def scaling(plan: Plan) -> dict[str, object]:
     """Whole runs of the gate, (a) and (b), for a growing number of adapters."""
     inputs = Inputs(plan.work, plan.size)
-    found: dict[str, dict[str, dict]] = {"gate": {}, "a": {}, "b": {}}
+    found: dict[str, dict[str, dict]] = {"gate": {}, "exhaustive": {}, "a": {}, "b": {}}
     for count in plan.counts:
         commands = {
             "gate": inputs.gate(count),
+            "exhaustive": [*inputs.gate(count), "--exhaustive"],
             "a": inputs.script("baseline_a", count),
             "b": inputs.script("baseline_b", count),
         }

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
+NAMES = ("gate", "exhaustive", "a", "b")
 BEGIN, END = "<!-- tables: written by tables.py -->", "<!-- end of tables -->"
 
 
@@ -39,41 +40,45 @@ def scaling(part: dict, kernel: dict | None) -> str:
     idle = part["idle_anon_mib"]
     rows = []
     for count in counts:
-        gate, a, b = (part[name][count] for name in ("gate", "a", "b"))
+        gate, exhaustive, a, b = runs = [part[name][count] for name in NAMES]
         rows.append(
             [
                 count,
-                *(f"{run['wall_s']:.1f}" for run in (gate, a, b)),
+                *(f"{run['wall_s']:.1f}" for run in runs),
                 f"{a['wall_s'] / gate['wall_s']:.1f}",
+                f"{a['wall_s'] / exhaustive['wall_s']:.1f}",
                 f"{b['wall_s'] / gate['wall_s']:.1f}",
-                *(f"{run['peak_anon_mib'] - idle:,.0f}" for run in (gate, a, b)),
+                *(f"{run['peak_anon_mib'] - idle:,.0f}" for run in runs),
             ]
         )
-    costs = {name: marginal_s(part[name]) for name in ("gate", "a", "b")}
+    costs = {name: marginal_s(part[name]) for name in NAMES}
     rows.append(
         ["one more", *(f"{cost:.2f}" for cost in costs.values())]
-        + [f"{costs[name] / costs['gate']:.1f}" for name in ("a", "b")]
-        + ["", "", ""]
+        + [f"{costs[one] / costs[other]:.1f}" for one, other in (("a", "gate"), ("a", "exhaustive"), ("b", "gate"))]
+        + [""] * len(NAMES)
     )
-    head = ["adapters", "gate, s", "(a), s", "(b), s", "(a) ÷ gate", "(b) ÷ gate"]
-    text = table([*head, "gate, MiB", "(a), MiB", "(b), MiB"], rows)
+    labels = ["gate", "`--exhaustive`", "(a)", "(b)"]
+    ratios = ["(a) ÷ gate", "(a) ÷ `--exhaustive`", "(b) ÷ gate"]
+    head = ["adapters", *(f"{label}, s" for label in labels), *ratios, *(f"{label}, MiB" for label in labels)]
+    text = table(head, rows)
     if kernel and kernel.get("touched_parameters"):
-        ratio = costs["gate"] / kernel["floor_s"]
+        ratios = [costs[name] / kernel["floor_s"] for name in ("gate", "exhaustive")]
         text += (
-            f"\n\nOne more adapter costs {ratio:.1f} times its floor ({kernel['floor_s']:.2f} s, see the next table)."
+            f"\n\nOne more adapter costs {ratios[0]:.1f} times the floor of merging all of it "
+            f"({kernel['floor_s']:.2f} s, see the next table), and {ratios[1]:.1f} times with `--exhaustive`."
         )
     return f"### Whole runs on the {part['size'].upper()} base\n\n{machine_line(part)}\n\n{text}"
 
 
 def kernel(part: dict) -> str:
     rows = [
-        ["one read of the touched weights plus the low-rank product (the floor)", f"{part['floor_s']:.2f}", "1.0"],
-        ["`merge_measured`", f"{part['gate_s']:.2f}", f"{part['gate_to_floor']:.1f}"],
-        [
-            "PEFT's `merge(safe_merge=True)` and `isfinite().all()`",
-            f"{part['peft_s']:.2f}",
-            f"{part['peft_s'] / part['floor_s']:.1f}",
-        ],
+        [name, f"{part[key]:.2f}", f"{part[key] / part['floor_s']:.1f}"]
+        for name, key in (
+            ("gate: bound and sample", "bound_s"),
+            ("one read of the touched weights plus the low-rank product (the floor of merging all)", "floor_s"),
+            ("gate, `--exhaustive`: every element, in blocks", "blocks_s"),
+            ("PEFT's `merge(safe_merge=True)` and `isfinite().all()`", "peft_s"),
+        )
     ]
     title = f"### The merge alone: {part['modules']} modules, {part['touched_parameters'] / 1e6:,.0f} M parameters"
     return f"{title}\n\n{machine_line(part)}\n\n" + table(["", "s per adapter", "÷ floor"], rows)

@@ -48,8 +48,9 @@ def _llama() -> nn.Module:
 
 
 def _llama_tall() -> nn.Module:
-    """Weights of several times as many rows as the gate's fast way samples."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"intermediate_size": 1024}))
+    """Weights of several times as many elements as the gate's fast way samples."""
+    large = {"hidden_size": 128, "intermediate_size": 4096}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | large))
 
 
 def _llama_bias() -> nn.Module:

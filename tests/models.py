@@ -105,8 +105,8 @@ def llama_wide() -> PreTrainedModel:
 
 
 def llama_tall() -> PreTrainedModel:
-    """Weights of several times as many rows as the gate samples."""
-    return llama(hidden_size=320, intermediate_size=700, num_hidden_layers=1)
+    """Weights of several times as many elements as the gate samples."""
+    return llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
 
 
 def gpt2() -> PreTrainedModel:

@@ -355,6 +355,35 @@ def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
     assert str(out) in caught.value.message
 
 
+def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., str]) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if named(*args) == name:
+            raise RecursionError("too deep for anybody")
+        return function(*args, **kwargs)
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["reading", "judging"])
+def test_an_accident_with_one_adapter_costs_that_adapter(
+    where: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "reading":
+        broken = _failing_for("other", gate.preflight, lambda directory: Path(directory).name)
+        monkeypatch.setattr(gate, "preflight", broken)
+    else:
+        broken = _failing_for("other", gate.checks.judge, lambda spec, *_: spec.name)
+        monkeypatch.setattr(gate.checks, "judge", broken)
+    found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
+    assert {name: one.verdict for name, one in found.items()} == {
+        "good": Verdict.PASSED,
+        "other": Verdict.ERROR,
+        "nan": Verdict.FAILED,
+    }
+    (finding,) = found["other"].findings
+    assert "RecursionError: too deep for anybody" in finding.message
+
+
 def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_gate(small(place, "file-corrupt"), device="cpu").result is Result.FAIL
@@ -383,8 +412,8 @@ def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], she
     shutil.copytree(shelf.base("llama-tall"), tmp_path / "base")
     edits: dict[str, Callable[[Path], object]] = {
         "good": lambda _: None,
-        "large": both(poison("v_proj.lora_A", 75.0, "all"), poison("v_proj.lora_B", 75.0, "all")),
-        "overflow": both(poison("v_proj.lora_A", 200.0, "all"), poison("v_proj.lora_B", 200.0, "all")),
+        "large": both(poison("q_proj.lora_A", 75.0, "all"), poison("q_proj.lora_B", 75.0, "all")),
+        "overflow": both(poison("q_proj.lora_A", 200.0, "all"), poison("q_proj.lora_B", 200.0, "all")),
     }
     for name, edit in edits.items():
         shutil.copytree(shelf.adapter("tall"), tmp_path / name)

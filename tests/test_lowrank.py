@@ -422,7 +422,7 @@ def test_factors_whose_sums_a_device_may_round_to_half_have_no_bound() -> None:
     assert merged_bound(1.0, lora_a.float(), lora_b.float(), 1.0, torch.bfloat16) == 10.0
 
 
-def sample(layer: lora_layer.Linear, sample_rows: int) -> LowRankMerge:
+def sample(layer: lora_layer.Linear, sample_elements: int = 1) -> LowRankMerge:
     return merge_sample(
         layer.get_base_layer().weight,
         layer.lora_A["default"].weight,
@@ -430,7 +430,7 @@ def sample(layer: lora_layer.Linear, sample_rows: int) -> LowRankMerge:
         layer.scaling["default"],
         scratch=Scratch(),
         fan_in_fan_out=layer.fan_in_fan_out,
-        sample_rows=sample_rows,
+        sample_elements=sample_elements,
     )
 
 
@@ -439,7 +439,7 @@ def sample(layer: lora_layer.Linear, sample_rows: int) -> LowRankMerge:
 def test_a_sample_is_of_rows_all_over_the_weight(dtype, conv1d) -> None:
     layer = lora_linear(*((96, 640) if conv1d else (640, 96)), 8, dtype=dtype, conv1d=conv1d)
     before = layer.get_base_layer().weight.detach()[::10]
-    figures = sample(layer, 64)
+    figures = sample(layer)
     merged = before_the_check(layer)[::10]
     assert (figures.numel, figures.merged, figures.sampled) == (640 * 96, 64 * 96, 64 * 96)
     assert (figures.minimum, figures.maximum) == pytest.approx((merged.min().item(), merged.max().item()), rel=1e-2)
@@ -453,15 +453,18 @@ def test_a_sample_is_of_rows_all_over_the_weight(dtype, conv1d) -> None:
 def test_a_sample_of_few_rows_is_all_of_them_and_has_the_figures_of_the_whole() -> None:
     layer = lora_linear(127, 96, 4)
     whole, _ = fast(layer)
-    assert sample(layer, 64) == whole
+    assert sample(layer) == whole
+    layer = lora_linear(1270, 96, 4)
+    whole, _ = fast(layer)
+    assert sample(layer, 1270 * 96 // 2 + 96) == whole
 
 
 def test_a_change_outside_of_the_sample_is_not_in_its_figures() -> None:
     layer = lora_linear(640, 96, 4)
     layer.lora_B["default"].weight.data.zero_()[1, 0] = 50.0
-    assert not sample(layer, 64).changed
+    assert not sample(layer).changed
     layer.lora_B["default"].weight.data.zero_()[10, 0] = 50.0
-    assert sample(layer, 64).changed
+    assert sample(layer).changed
 
 
 def test_modules_merge_side_by_side_in_threads_of_their_own() -> None:

@@ -165,6 +165,8 @@ class _Sources:
                 files, revision = self._files(self._specs[name])
             except GateError as error:
                 return Ready(spec=spec, problem=checks.undecided(error.message, error.hint))
+            except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
+                return Ready(spec=spec, problem=_accident("its files could not be read", error))
             members.append(files)
         return Ready(spec=spec, members=tuple(members), revision=None if spec.combine else revision)
 
@@ -230,8 +232,22 @@ def _first_findings(ready: Ready) -> tuple[Finding, ...]:
     """What can be said without a merge."""
     if ready.problem is not None and not ready.members:
         return (ready.problem,)
-    judged = checks.judge(ready.spec, ready.files, None)
+    judged = _judged(ready, None)
     return (*judged, ready.problem) if ready.problem is not None else judged
+
+
+def _judged(ready: Ready, evidence: Evidence | None) -> tuple[Finding, ...]:
+    try:
+        return checks.judge(ready.spec, ready.files, evidence)
+    except Exception as error:  # noqa: BLE001 - as above
+        return (_accident("what was found of it could not be judged", error),)
+
+
+def _accident(what: str, error: Exception) -> Finding:
+    return checks.undecided(
+        f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
+        "this is a bug of merge-gate: please report it, with the adapter's config if you can",
+    )
 
 
 def _blocked(ready: Ready, findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -434,8 +450,7 @@ class _Run:
 
     def _on_merged(self, event: worker.Merged) -> None:
         entry = self._entries[event.task]
-        findings = checks.judge(entry.ready.spec, entry.ready.files, event.evidence)
-        self._settle(event.task, findings, event.evidence)
+        self._settle(event.task, _judged(entry.ready, event.evidence), event.evidence)
 
     def _on_undecided(self, event: worker.Undecided) -> None:
         ready = self._entries[event.task].ready

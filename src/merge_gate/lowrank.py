@@ -47,7 +47,8 @@ SAMPLE_EVERY = 16
 """One block in so many is also compared with the exact sum (`lost_sq`, `unchanged`)."""
 
 SAMPLE_ROWS = 64
-"""About so many rows are merged of a weight that a bound settles: 2^17 elements of a weight of 2,048 columns."""
+SAMPLE_ELEMENTS = 1 << 17
+"""At least so many rows, and about so many elements, are merged of a weight that a bound settles."""
 
 PROOF_ELEMENTS = 1 << 17
 """A proof compares at least so many elements: at rank 2 another order of additions changes only some of them."""
@@ -206,9 +207,10 @@ def _proved(
 
 
 def supports(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, fan_in_fan_out: bool = False) -> bool:
-    """Whether `merge_measured` can take these: plain dense floats whose shapes fit, on one device.
+    """Whether `merge_measured` can take these: plain dense floats whose shapes fit.
 
-    What it refuses (quantised or sparse weights, factors of two dtypes, empty tensors) is for PEFT's own code.
+    The factors must be on one device; the weight may still be on its way there. What it refuses (quantised or sparse
+    weights, factors of two dtypes, empty tensors) is for PEFT's own code.
     """
     tensors = (weight, lora_a, lora_b)
     plain = all(
@@ -217,11 +219,11 @@ def supports(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *
         and t.dtype in _FLOATS
         and t.dim() == 2  # noqa: PLR2004
         and t.numel() > 0
-        and t.device == weight.device
         and not t.is_meta
         for t in tensors
     )
-    if not plain or lora_a.dtype != lora_b.dtype or lora_a.shape[0] != lora_b.shape[1]:
+    alike = lora_a.dtype == lora_b.dtype and lora_a.device == lora_b.device
+    if not plain or not alike or lora_a.shape[0] != lora_b.shape[1]:
         return False
     delta_shape = (lora_b.shape[0], lora_a.shape[1])
     return tuple(weight.shape) == (delta_shape[::-1] if fan_in_fan_out else delta_shape)
@@ -307,15 +309,16 @@ def merge_sample(
     *,
     scratch: Scratch,
     fan_in_fan_out: bool = False,
-    sample_rows: int = SAMPLE_ROWS,
+    sample_elements: int = SAMPLE_ELEMENTS,
 ) -> LowRankMerge:
-    """As `merge_measured`, of about `sample_rows` rows spread evenly over the weight (of all, if it has no more).
+    """As `merge_measured`, of rows spread evenly over the weight: about `sample_elements`, and at least `SAMPLE_ROWS`.
 
     For a weight whose `merged_bound` says enough about its values. `changed` is of the sample. The weight may be in
     host memory while the factors are on a card: only the sample travels. Its products are not proved to have the bits
     of the whole product; they may differ in the last bit of float32, as from one device to another.
     """
-    step = max(weight.shape[0] // sample_rows, 1)
+    rows, columns = weight.shape
+    step = max(rows // max(SAMPLE_ROWS, sample_elements // columns), 1)
     sample = weight.detach()[::step].to(lora_a.device)
     sides = (lora_a[:, ::step], lora_b) if fan_in_fan_out else (lora_a, lora_b[::step])
     factors = _factors(sample, *sides, fan_in_fan_out=fan_in_fan_out)
@@ -325,7 +328,7 @@ def merge_sample(
 
 
 def _factors(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, fan_in_fan_out: bool) -> _Factors:
-    if not supports(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out):
+    if weight.device != lora_a.device or not supports(weight, lora_a, lora_b, fan_in_fan_out=fan_in_fan_out):
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, lora_a, lora_b))
         raise ValueError(f"not a vanilla LoRA on a dense linear weight: got weight, lora_A, lora_B of {shapes}")
     return _Factors.of(lora_a, lora_b, transposed=fan_in_fan_out)

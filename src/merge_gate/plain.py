@@ -4,6 +4,9 @@ In: a `Base` and what the preflight read. Out: the same `Evidence` that PEFT's o
 tests/test_plain.py hold one against the other), or None: then PEFT's own merge does it. Anything out of the ordinary
 ends here in None and is never judged here: another method, a name too many or too few, a shape, a non-finite value.
 
+1. A weight whose merge cannot hold large values, and whose sample changes, is settled by that.   `merge_bounded`
+2. Any other is merged whole, in blocks.                                                          `merge_blocks`
+
 PEFT still decides what is merged where: its injection is run once per distinct adapter_config.json on a scratch with
 empty factors (`low_cpu_mem_usage`: no values are made, none are loaded), and the targets, the names in the file, the
 scaling and the orientation are read off its layers. What is left out is only work without a result: initialising
@@ -14,9 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,36 +98,16 @@ def merge_plain(
     file_tensors = tuple(FileTensor(stats=measure(tensor, name)) for name, tensor in tensors.items())
     if not all(one.stats.finite for one in file_tensors):
         return None
-    done = 0
-
-    def arrived(merge: TensorMerge | None) -> TensorMerge | None:
-        nonlocal done
-        if merge is not None and progress is not None:
-            done += 1
-            progress(done, len(plan.layers), merge.module)
-        return merge
-
-    deltas = [_delta(layer, tensors, base.device) for layer in plan.layers]
-    if on_tensor is None:
-        settled = [arrived(one) for one in spread(lambda delta: merge_bounded(base, delta, thresholds), deltas)]
-    else:
-        settled = [None] * len(deltas)
-    open_deltas = [delta for delta, merge in zip(deltas, settled, strict=True) if merge is None]
-    weights = [base.tensors[delta.name].data for delta in open_deltas]
-    if base.device.type == "cpu":
-        pairs = zip(open_deltas, weights, strict=True)
-        found = spread(lambda pair: merge_blocks(base, *pair, on_tensor=on_tensor), pairs)
-    else:  # one card: the next weight travels while it computes
-        streamed = lowrank.stream_to(base.device, weights)
-        found = map(partial(merge_blocks, base, on_tensor=on_tensor), open_deltas, streamed)
-    merges = []
-    for merge in settled:
-        merged = merge or arrived(next(found))
-        if merged is None:
+    merges: list[TensorMerge] = []
+    for merge in _merges(base, plan, tensors, thresholds, on_tensor):
+        if merge is None:
             return None
-        merges.append(merged)
-    touched = {one.stats.name for one in merges}
-    checked = [*(one.stats for one in merges), *(stats for name, stats in base.stats.items() if name not in touched)]
+        merges.append(merge)
+        if progress is not None:
+            progress(len(merges), len(plan.layers), merge.module)
+    order = {layer.weight: position for position, layer in enumerate(plan.layers)}
+    merges.sort(key=lambda merge: order[merge.stats.name])
+    checked = [*(one.stats for one in merges), *(stats for name, stats in base.stats.items() if name not in order)]
     return Evidence(
         base=base.facts,
         peft_type=files.peft_type,
@@ -137,6 +119,37 @@ def merge_plain(
         parameters_total=base.facts.parameters,
         seconds=time.perf_counter() - started,
     )
+
+
+def _merges(
+    base: Base, plan: Plan, tensors: dict[str, torch.Tensor], thresholds: Thresholds, on_tensor: OnTensor | None
+) -> Iterator[TensorMerge | None]:
+    """The merge of each layer: of those that a bound settles, then of the others; None where PEFT has to do it."""
+
+    def delta(layer: PlainLayer) -> Delta:  # made when it is needed: in float32 it can be twice the file
+        lora_a, lora_b = (tensors[name].to(base.device, torch.float32) for name in (layer.lora_a, layer.lora_b))
+        return Delta(name=layer.weight, lora_a=lora_a, lora_b=lora_b, scaling=layer.scaling, swapped=layer.swapped)
+
+    def settle(layer: PlainLayer) -> TensorMerge | None:
+        return merge_bounded(base, delta(layer), thresholds)
+
+    def whole(layer: PlainLayer, weight: torch.Tensor) -> TensorMerge | None:
+        return merge_blocks(base, delta(layer), weight, on_tensor=on_tensor)
+
+    left = list(plan.layers)
+    if on_tensor is None and thresholds != EVERYTHING:
+        settled = zip(plan.layers, spread(settle, plan.layers), strict=True)
+        left = []
+        for layer, merge in settled:
+            if merge is None:
+                left.append(layer)
+            else:
+                yield merge
+    weights = [base.tensors[layer.weight].data for layer in left]
+    if base.device.type == "cpu":
+        yield from spread(lambda pair: whole(*pair), zip(left, weights, strict=True))
+    else:  # one card: the next weight travels while it computes
+        yield from map(whole, left, lowrank.stream_to(base.device, weights))
 
 
 def _plan(base: Base, files: AdapterFiles) -> Plan | None:
@@ -252,11 +265,6 @@ class Delta:
 
     def norm(self) -> float:
         return math.sqrt(lowrank.delta_norm_sq(self.lora_a, self.lora_b, self.scaling))
-
-
-def _delta(layer: PlainLayer, tensors: dict[str, torch.Tensor], device: torch.device) -> Delta:
-    lora_a, lora_b = (tensors[name].to(device, torch.float32) for name in (layer.lora_a, layer.lora_b))
-    return Delta(name=layer.weight, lora_a=lora_a, lora_b=lora_b, scaling=layer.scaling, swapped=layer.swapped)
 
 
 def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMerge | None:
