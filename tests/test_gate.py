@@ -364,7 +364,7 @@ def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., s
     return fail
 
 
-@pytest.mark.parametrize("where", ["reading", "judging"])
+@pytest.mark.parametrize("where", ["reading", "judging", "judging the merge"])
 def test_an_accident_with_one_adapter_costs_that_adapter(
     where: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +372,10 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
         broken = _failing_for("other", gate.preflight, lambda directory: Path(directory).name)
         monkeypatch.setattr(gate, "preflight", broken)
     else:
-        broken = _failing_for("other", gate.checks.judge, lambda spec, *_: spec.name)
+        merged_only = where == "judging the merge"
+        broken = _failing_for(
+            "other", gate.checks.judge, lambda spec, _, evidence: "" if merged_only and not evidence else spec.name
+        )
         monkeypatch.setattr(gate.checks, "judge", broken)
     found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
     assert {name: one.verdict for name, one in found.items()} == {
@@ -412,8 +415,8 @@ def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], she
     shutil.copytree(shelf.base("llama-tall"), tmp_path / "base")
     edits: dict[str, Callable[[Path], object]] = {
         "good": lambda _: None,
-        "large": both(poison("q_proj.lora_A", 75.0, "all"), poison("q_proj.lora_B", 75.0, "all")),
-        "overflow": both(poison("q_proj.lora_A", 200.0, "all"), poison("q_proj.lora_B", 200.0, "all")),
+        "large": both(poison("gate_proj.lora_A", 75.0, "all"), poison("gate_proj.lora_B", 75.0, "all")),
+        "overflow": both(poison("gate_proj.lora_A", 200.0, "all"), poison("gate_proj.lora_B", 200.0, "all")),
     }
     for name, edit in edits.items():
         shutil.copytree(shelf.adapter("tall"), tmp_path / name)
@@ -436,8 +439,10 @@ def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], she
     bounded = {name: entry["coverage"]["parameters_bounded"] for name, entry in entries.items()}
     assert (bounded["good"] > bounded["large"] > 0) == (not words)
     assert bounded["strict"] == 0
+    assert (bounded["overflow"] > 0) == (not words)
     if words:
         assert set(bounded.values()) == {0}
+    assert any(finding["check"] == "headroom" for finding in entries["strict"]["findings"])
     assert any(finding["check"] == "headroom" for finding in entries["large"]["findings"])
     assert not any(finding["check"] == "headroom" for finding in entries["good"]["findings"])
     for entry in entries.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate import launcher, released_image
+from merge_gate import cli, launcher, released_image
 from merge_gate.errors import LauncherError, UsageError
 from merge_gate.launcher import ContainerRun, run_in_container
 
@@ -94,6 +94,19 @@ def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkey
     assert asked.output == run.workspace / "out"
     assert asked.hf_cache == tmp_path / "cache"
     assert asked.arguments == ("--only", "a", "--only", "b c")
+
+
+def test_the_command_hands_on_what_the_gate_inside_has_to_know(
+    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "gate.yml"
+    config.write_text("version: 1\nadapters: [./a]\n", encoding="utf-8")
+    asked: list[ContainerRun] = []
+    monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    cli.main(["run", str(config), "--container", "--only", "a", "--exhaustive", "--image", "x:y"])
+    assert asked[0].arguments == ("--only", "a", "--exhaustive")
 
 
 def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:

@@ -78,7 +78,7 @@ def lora_linear(
     return layer
 
 
-def fast(layer: lora_layer.Linear, *, sample_every: int = 1, scratch: Scratch | None = None):
+def fast(layer: lora_layer.Linear, *, scratch: Scratch | None = None):
     """The figures, and the merged weight put together from the emitted blocks."""
     weight = layer.get_base_layer().weight
     merged = torch.full_like(weight, -777.0)
@@ -94,7 +94,6 @@ def fast(layer: lora_layer.Linear, *, sample_every: int = 1, scratch: Scratch | 
             layer.scaling["default"],
             scratch=scratch or Scratch(),
             fan_in_fan_out=layer.fan_in_fan_out,
-            sample_every=sample_every,
             emit=keep,
         )
     return figures, merged
@@ -146,7 +145,7 @@ def test_the_bits_are_pefts(
     assert figures.unchanged == int((peft == before).sum())
     assert figures.changed == (not torch.equal(peft, before))
     assert figures.finite
-    assert figures.numel == figures.sampled == peft.numel()
+    assert figures.numel == figures.merged == peft.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,22 +293,21 @@ def test_denormal_deltas_keep_their_bits() -> None:
     assert 0 < merged.abs().max() < torch.finfo(torch.float32).tiny
 
 
-@pytest.mark.parametrize("sample_every", [1, 16])
-def test_an_empty_delta_changes_nothing(sample_every) -> None:
+def test_an_empty_delta_changes_nothing() -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()
     layer.get_base_layer().weight.data[0, 0] = -0.0  # -0.0 + 0.0 is 0.0: other bits, the same value
-    figures, _ = fast(layer, sample_every=sample_every, scratch=Scratch(block_elements=1))
+    figures, _ = fast(layer, scratch=Scratch(block_elements=1))
     assert not figures.changed
-    assert figures.unchanged == figures.sampled > 0
+    assert figures.unchanged == figures.merged > 0
     assert figures.delta_sq == figures.lost_sq == 0.0
 
 
 @pytest.mark.parametrize("row", [0, 63, 64, 450, 699])
-def test_one_changed_element_is_noticed_in_every_block_sampled_or_not(row) -> None:
+def test_one_changed_element_is_noticed_in_every_block(row) -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()[row, 0] = 50.0
-    figures, _ = fast(layer, sample_every=16, scratch=Scratch(block_elements=1))
+    figures, _ = fast(layer, scratch=Scratch(block_elements=1))
     assert figures.changed
 
 
@@ -317,7 +315,7 @@ def test_one_changed_element_is_noticed_in_every_block_sampled_or_not(row) -> No
 def test_extremes_are_found_wherever_they_are(position, value) -> None:
     layer = lora_linear(700, 96, 4, size=1e-3)
     layer.get_base_layer().weight.data[position] = value
-    figures, merged = fast(layer, sample_every=16, scratch=Scratch(block_elements=1))
+    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
     assert (figures.maximum if value > 0 else figures.minimum) == merged[position].item()
 
 
@@ -329,15 +327,6 @@ def test_lost_and_delta_are_those_of_the_exact_sum(dtype) -> None:
     exact = layer.get_delta_weight("default").detach().double()
     assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-6)
     assert figures.lost_sq == pytest.approx(float((merged.double() - weight - exact).square().sum()), rel=1e-3)
-
-
-def test_a_sample_counts_the_elements_it_covers() -> None:
-    layer = lora_linear(64 * 10, 96, 4)
-    sampled, _ = fast(layer, sample_every=4, scratch=Scratch(block_elements=1))
-    assert sampled.sampled == 3 * 64 * 96
-    whole, _ = fast(layer, sample_every=1, scratch=Scratch(block_elements=1))
-    assert whole.sampled == whole.numel
-    assert sampled.delta_sq / sampled.sampled == pytest.approx(whole.delta_sq / whole.sampled, rel=0.2)
 
 
 # --- a bound and a sample instead of the whole ------------------------------------------------------------------------
@@ -404,6 +393,7 @@ def test_the_bound_is_no_more_than_twice_what_can_happen(dtype, rank) -> None:
         ("the delta in float16", 1.0, 100.0, 100.0, 1.0, torch.float16),
         ("the sum in float16", 40000.0, 1.0, 1.0, 1.0, torch.float16),
         ("the scaling", 1.0, 1.0, 1.0, math.inf, torch.float32),
+        ("the scaling, in float32", 1.0, 1e-3, 1e-3, 1e40, torch.float32),
         ("NaN in a factor", 1.0, math.nan, 1.0, 1.0, torch.float32),
         ("NaN times nothing", 1.0, math.nan, 0.0, 1.0, torch.float32),
         ("infinity in a factor", 1.0, 1.0, -math.inf, 1.0, torch.float32),
@@ -419,7 +409,7 @@ def test_where_a_step_could_overflow_there_is_no_bound(what, weight, a, b, scali
 def test_factors_whose_sums_a_device_may_round_to_half_have_no_bound() -> None:
     lora_a, lora_b = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 4, dtype=torch.bfloat16)
     assert merged_bound(1.0, lora_a, lora_b, 1.0, torch.bfloat16) == math.inf
-    assert merged_bound(1.0, lora_a.float(), lora_b.float(), 1.0, torch.bfloat16) == 10.0
+    assert merged_bound(1.0, lora_a.float(), lora_b.float(), 1.0, torch.bfloat16) == pytest.approx(10.0)
 
 
 def sample(layer: lora_layer.Linear, sample_elements: int = 1) -> LowRankMerge:
@@ -438,15 +428,15 @@ def sample(layer: lora_layer.Linear, sample_elements: int = 1) -> LowRankMerge:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sample_is_of_rows_all_over_the_weight(dtype, conv1d) -> None:
     layer = lora_linear(*((96, 640) if conv1d else (640, 96)), 8, dtype=dtype, conv1d=conv1d)
-    before = layer.get_base_layer().weight.detach()[::10]
+    before = layer.get_base_layer().weight.detach()[::9]
     figures = sample(layer)
-    merged = before_the_check(layer)[::10]
-    assert (figures.numel, figures.merged, figures.sampled) == (640 * 96, 64 * 96, 64 * 96)
+    merged = before_the_check(layer)[::9]
+    assert (figures.numel, figures.merged) == (640 * 96, 72 * 96)
     assert (figures.minimum, figures.maximum) == pytest.approx((merged.min().item(), merged.max().item()), rel=1e-2)
     assert figures.unchanged == pytest.approx(int((merged == before).sum()), abs=2)
     assert figures.changed
     assert figures.base_sq == pytest.approx(float(before.double().square().sum()))
-    exact = layer.get_delta_weight("default").detach()[::10].double()
+    exact = layer.get_delta_weight("default").detach()[::9].double()
     assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-5)
 
 
@@ -459,11 +449,22 @@ def test_a_sample_of_few_rows_is_all_of_them_and_has_the_figures_of_the_whole() 
     assert sample(layer, 1270 * 96 // 2 + 96) == whole
 
 
+@pytest.mark.parametrize("rows", [2048, 4096, 5120])
+def test_a_sample_meets_every_place_of_an_attention_head(rows) -> None:
+    """Rows i and i + 64 of each head turn together: a sample of those alone would speak for no other pair."""
+    weight = torch.zeros(rows, 1)
+    for pair in range(64):
+        lora_b = (torch.arange(rows) % 64 == pair).float()[:, None]
+        figures = merge_sample(weight, torch.ones(1, 1), lora_b, 1.0, scratch=Scratch(), sample_elements=1)
+        assert figures.changed, pair
+        assert figures.merged < 70
+
+
 def test_a_change_outside_of_the_sample_is_not_in_its_figures() -> None:
     layer = lora_linear(640, 96, 4)
     layer.lora_B["default"].weight.data.zero_()[1, 0] = 50.0
     assert not sample(layer).changed
-    layer.lora_B["default"].weight.data.zero_()[10, 0] = 50.0
+    layer.lora_B["default"].weight.data.zero_()[9, 0] = 50.0
     assert sample(layer).changed
 
 
@@ -605,4 +606,4 @@ def test_figures_of_one_merge_are_plain_numbers() -> None:
     figures, _ = fast(lora_linear(64, 64, 4))
     assert isinstance(figures, LowRankMerge)
     kinds = [type(getattr(figures, name)) for name in figures.__slots__]
-    assert kinds == [int, int, float, float, bool, int, int, float, float, float]
+    assert kinds == [int, int, float, float, int, float, float, float]

@@ -70,7 +70,9 @@ def thresholds(spec: AdapterSpec) -> Thresholds:
     """What the checks of this adapter can do without: figures below the limits that they compare with."""
     settings = {setting.check: setting for setting in spec.checks}
     return Thresholds(
-        headroom=min(_limit(settings, "headroom"), MEASURE_ABOVE), delta_norm=_limit(settings, "delta-norm")
+        headroom=min(_limit(settings, "headroom"), MEASURE_ABOVE),
+        delta_norm=_limit(settings, "delta-norm"),
+        rounding_loss=_limit(settings, "rounding-loss"),
     )
 
 
@@ -399,16 +401,10 @@ def _any_inside(module: str, changed: set[str]) -> bool:
 
 
 def _rounding_loss(case: Case) -> Iterator[Finding]:
-    merges = [
-        one
-        for one in (case.evidence.merges if case.evidence else ())
-        if one.lost_norm is not None and one.delta_norm and math.isfinite(one.lost_norm + one.delta_norm)
-    ]
-    if not merges:
+    share = case.evidence.lost_share if case.evidence else None
+    if case.evidence is None or share is None:
         return
-    delta = math.hypot(*(one.delta_norm or 0.0 for one in merges))
-    lost = math.hypot(*(one.lost_norm or 0.0 for one in merges))
-    share, limit = lost / delta, case.limit("rounding-loss")
+    merges, limit = case.evidence.rounded, case.limit("rounding-loss")
     counted = [one for one in merges if one.unchanged_fraction is not None]
     size = sum(one.stats.numel for one in counted)
     kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in counted) / size if size else math.nan

@@ -220,9 +220,9 @@ class _Sources:
                 ).snapshot
             except GateError as error:
                 self._bases[key] = error
-            except (OSError, ValueError) as error:  # the name comes from an adapter and may be anything
+            except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
                 self._bases[key] = ResolveError(
-                    f"base {label[:80]!r} is not a name that can be looked up: {type(error).__name__}",
+                    f"base {label[:80]!r} cannot be looked up: {type(error).__name__}",
                     hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
                 )
         return self._bases[key]
@@ -240,10 +240,12 @@ def _judged(ready: Ready, evidence: Evidence | None) -> tuple[Finding, ...]:
     try:
         return checks.judge(ready.spec, ready.files, evidence)
     except Exception as error:  # noqa: BLE001 - as above
-        return (_accident("what was found of it could not be judged", error),)
+        return (*ready.files.findings, _accident("what was found of it could not be judged", error))
 
 
 def _accident(what: str, error: Exception) -> Finding:
+    if isinstance(error, MemoryError):
+        return checks.undecided(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
     return checks.undecided(
         f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
         "this is a bug of merge-gate: please report it, with the adapter's config if you can",

@@ -43,9 +43,6 @@ BLOCK_ELEMENTS = 1 << 18
 BLOCK_ROWS = 64
 """Rows of a block come in multiples of this, so that every block of a factor starts on a cache line."""
 
-SAMPLE_EVERY = 16
-"""One block in so many is also compared with the exact sum (`lost_sq`, `unchanged`)."""
-
 SAMPLE_ROWS = 64
 SAMPLE_ELEMENTS = 1 << 17
 """At least so many rows, and about so many elements, are merged of a weight that a bound settles."""
@@ -76,19 +73,16 @@ _HALVES = (torch.bfloat16, torch.float16)
 class LowRankMerge:
     """What a merged weight is like, in the weight's own dtype.
 
-    `minimum` and `maximum` are over the `merged` elements, NaN as soon as one of them is NaN. `changed` says whether
-    any of the `numel` elements has another value than before (-0.0 and 0.0 are the same value). `unchanged`, `delta_sq`
-    and `lost_sq` are over `sampled` elements: how many kept their value, ‖delta‖² of the delta before it was rounded to
-    the weight's dtype, and ‖merged - (W + delta)‖². `base_sq` is ‖W‖² of these elements. The sums are NaN or infinite
-    where their summands are not finite.
+    Of the `numel` elements, `merged` were merged, and all figures are of these: `minimum` and `maximum`, NaN as soon as
+    one of them is NaN; `unchanged`, how many kept their value (-0.0 and 0.0 are the same value); `delta_sq`, ‖delta‖²
+    before it was rounded to the weight's dtype; `lost_sq`, ‖merged - (W + delta)‖²; `base_sq`, ‖W‖². The sums are NaN
+    or infinite where their summands are not finite.
     """
 
     numel: int
     merged: int
     minimum: float
     maximum: float
-    changed: bool
-    sampled: int
     unchanged: int
     delta_sq: float
     lost_sq: float
@@ -97,6 +91,15 @@ class LowRankMerge:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.minimum) and math.isfinite(self.maximum)
+
+    @property
+    def max_abs(self) -> float:
+        """NaN where the merge is."""
+        return max(-self.minimum, self.maximum)
+
+    @property
+    def changed(self) -> bool:
+        return self.unchanged < self.merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,8 +239,10 @@ def merged_bound(
     """A number that no |W + scaling · B @ A| exceeds, whoever computes it; infinite where some step could overflow.
 
     An element of B @ A is a sum of r products, so that it and each of its partial sums, in any order, is at most
-    r · max|B| · max|A|. A rounding adds a share of 2⁻⁸ (bfloat16) or less: r + 3 of them, all but three in float32,
-    stay far below the factor `ROUNDINGS`. Every intermediate value has to fit the dtype that it is held in.
+    r · max|B| · max|A|. A rounding adds a share of 2⁻⁸ (bfloat16) or less: r + 3 of them, all but three in the factors'
+    dtype, stay far below the factor `ROUNDINGS`; among denormals it adds less than the least normal number. Whatever is
+    held on the way has to fit its dtype, the scaling too. "Whoever" holds the factors in float32 or float64, as PEFT
+    does by default, on any device and with any kernel.
 
     Args:
         weight_max: max|W|, of a W that is finite.
@@ -253,9 +258,10 @@ def merged_bound(
     product = rank * max(-low_a, high_a) * max(-low_b, high_b)
     delta = product * abs(scaling)
     merged = weight_max + delta
-    held = ((product, lora_a.dtype), (delta, lora_a.dtype), (delta, dtype), (merged, dtype))
+    own = lora_a.dtype
+    held = ((abs(scaling), own), (product, own), (delta, own), (delta, dtype), (merged, dtype))
     fits = all(ROUNDINGS * size < torch.finfo(where).max for size, where in held)  # false of NaN
-    return ROUNDINGS * merged if fits else math.inf
+    return ROUNDINGS * merged + torch.finfo(dtype).tiny if fits else math.inf
 
 
 @torch.no_grad()
@@ -267,7 +273,6 @@ def merge_measured(
     *,
     scratch: Scratch,
     fan_in_fan_out: bool = False,
-    sample_every: int = SAMPLE_EVERY,
     emit: Callable[[int, torch.Tensor], None] | None = None,
 ) -> LowRankMerge:
     """Measure W + scaling · B @ A as PEFT's `safe_merge=True` would leave it, without ever holding it.
@@ -279,7 +284,6 @@ def merge_measured(
         scaling: PEFT's `scaling[adapter]`.
         scratch: The calling thread's buffers; pass the same one for all modules.
         fan_in_fan_out: The weight is stored transposed (transformers' Conv1D).
-        sample_every: One block in so many is compared with the exact sum; 1 compares all of them.
         emit: Is given every merged block with the index of its first row; the block is overwritten afterwards.
 
     Raises:
@@ -289,12 +293,11 @@ def merge_measured(
     base = weight.detach()
     blocks = scratch.blocks(base.shape[0], base.shape[1], base.device)
     whole = None if factors.divisible(blocks) else factors.whole()
-    step = min(sample_every, len(blocks))
     tally = _Tally()
-    for index, rows in enumerate(blocks):
+    for rows in blocks:
         block = base[rows]
         product = factors.block(rows, scratch, block) if whole is None else whole[rows]
-        merged = tally.merge(block, product, factors, scaling, scratch, sample=index % step == 0)
+        merged = tally.merge(block, product, factors, scaling, scratch)
         if emit is not None:
             emit(rows.start, merged)
     return tally.result(base.numel())
@@ -313,17 +316,18 @@ def merge_sample(
 ) -> LowRankMerge:
     """As `merge_measured`, of rows spread evenly over the weight: about `sample_elements`, and at least `SAMPLE_ROWS`.
 
-    For a weight whose `merged_bound` says enough about its values. `changed` is of the sample. The weight may be in
-    host memory while the factors are on a card: only the sample travels. Its products are not proved to have the bits
-    of the whole product; they may differ in the last bit of float32, as from one device to another.
+    For a weight whose `merged_bound` says enough about its values. The weight may be in host memory while the factors
+    are on a card: only the sample travels. Its products are not proved to have the bits of the whole product; they may
+    differ in the last bit of float32, as from one device to another.
     """
     rows, columns = weight.shape
     step = max(rows // max(SAMPLE_ROWS, sample_elements // columns), 1)
+    step -= 1 - step % 2 if step > 1 else 0  # odd: an even one would meet the same place of every attention head
     sample = weight.detach()[::step].to(lora_a.device)
     sides = (lora_a[:, ::step], lora_b) if fan_in_fan_out else (lora_a, lora_b[::step])
     factors = _factors(sample, *sides, fan_in_fan_out=fan_in_fan_out)
     tally = _Tally()
-    tally.merge(sample, factors.block(slice(None), scratch, sample), factors, scaling, scratch, sample=True)
+    tally.merge(sample, factors.block(slice(None), scratch, sample), factors, scaling, scratch)
     return tally.result(weight.numel())
 
 
@@ -422,9 +426,8 @@ class _Tally:
     """Figures gathered block by block. They stay on the device until `result`."""
 
     bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    samples: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
     merged: int = 0
-    changed: bool = False
 
     def merge(
         self,
@@ -433,8 +436,6 @@ class _Tally:
         factors: _Factors,
         scaling: float,
         scratch: Scratch,
-        *,
-        sample: bool,
     ) -> torch.Tensor:
         """Steps 2 to 4 of one block of rows: merge it, count it, return it. The product is scaled in place."""
         exact = factors.rounded(product.mul_(scaling), scratch)
@@ -442,33 +443,21 @@ class _Tally:
         merged = torch.add(base, delta, out=scratch.take("merged", base, base.dtype))
         self.bounds.append(torch.aminmax(merged))
         self.merged += merged.numel()
-        if sample:
-            wide = torch.float32 if base.dtype in _HALVES else torch.float64
-            self._sample(base, exact, scratch.take("wide", merged, wide).copy_(merged))
-        elif not self.changed and not torch.equal(base, merged):
-            self.changed = True
+        wide = torch.float32 if base.dtype in _HALVES else torch.float64
+        moved = scratch.take("wide", merged, wide).copy_(merged).sub_(base)
+        moves = torch.count_nonzero(moved).double()
+        self.sums.append(torch.stack((moves, _sum_sq(exact), _sum_sq(moved.sub_(exact)), _sum_sq(base))))
         return merged
-
-    def _sample(self, base: torch.Tensor, exact: torch.Tensor, wide_merged: torch.Tensor) -> None:
-        moved = wide_merged.sub_(base)
-        moves = torch.count_nonzero(moved)
-        if moves:
-            self.changed = True
-        sums = torch.stack((moves.double(), _sum_sq(exact), _sum_sq(moved.sub_(exact)), _sum_sq(base)))
-        self.samples.append((moved.numel(), sums))
 
     def result(self, numel: int) -> LowRankMerge:
         low, high = _reduced(self.bounds)
-        sampled = sum(count for count, _ in self.samples)
-        moves, delta_sq, lost_sq, base_sq = torch.stack([sums for _, sums in self.samples]).sum(0).tolist()
+        moves, delta_sq, lost_sq, base_sq = torch.stack(self.sums).sum(0).tolist()
         return LowRankMerge(
             numel=numel,
             merged=self.merged,
             minimum=low,
             maximum=high,
-            changed=self.changed,
-            sampled=sampled,
-            unchanged=sampled - int(moves),
+            unchanged=self.merged - int(moves),
             delta_sq=delta_sq,
             lost_sq=lost_sq,
             base_sq=base_sq,

@@ -42,6 +42,9 @@ from merge_gate.records import (
     Thresholds,
 )
 
+CLOSE = 1.1
+"""A loss by rounding that is estimated within this factor of its limit is measured."""
+
 
 def merge_adapter(
     base: Base,
@@ -56,19 +59,31 @@ def merge_adapter(
     Args:
         base: the loaded base; unchanged afterwards.
         files: what the preflight read of the adapter.
-        thresholds: a figure that cannot exceed its threshold may be bounded instead of measured, and a tensor whose
-            values cannot may be merged in a sample only (plain.py, `merge_bounded`).
-        on_tensor: called with the base's name and the merged tensor, before it is dropped; all of every tensor is
-            merged then.
+        thresholds: what need not be known exactly: a tensor whose values stay below them may be merged in a sample
+            only (plain.py, `merge_bounded`).
+        on_tensor: called with the base's name and the merged tensor, before it is dropped; goes with `EVERYTHING`.
         progress: called with layers merged, layers in all, and the layer's name.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        evidence = merge_plain(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
-    return evidence or merge_by_peft(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+
+    def merged(thresholds: Thresholds) -> Evidence:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            evidence = merge_plain(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+        return evidence or merge_by_peft(base, files, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+
+    return _exact_enough(merged, thresholds)
+
+
+def _exact_enough(merged: Callable[[Thresholds], Evidence], thresholds: Thresholds) -> Evidence:
+    """An estimate that is close to the limit it is compared with gives way to the measurement."""
+    evidence = merged(thresholds)
+    share, limit = evidence.lost_share, thresholds.rounding_loss
+    if evidence.parameters_bounded and share is not None and limit / CLOSE <= share <= limit * CLOSE:
+        return merged(EVERYTHING)
+    return evidence
 
 
 def merge_by_peft(
@@ -94,8 +109,12 @@ def merge_combination(
     progress: Progress | None = None,
 ) -> Evidence:
     """Combine adapters by PEFT's `add_weighted_adapter`, then as `merge_adapter`."""
-    merger = partial(Merger, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
-    return _evidence(base, members, lambda: combined(base, members, combine), merger)
+
+    def merged(thresholds: Thresholds) -> Evidence:
+        merger = partial(Merger, thresholds=thresholds, on_tensor=on_tensor, progress=progress)
+        return _evidence(base, members, lambda: combined(base, members, combine), merger)
+
+    return _exact_enough(merged, thresholds)
 
 
 def _evidence(
@@ -139,7 +158,7 @@ def _evidence(
         refused_by_safe_merge=tuple(merger.refused),
         seed=loaded.seed,
         parameters_checked=merger.checked,
-        parameters_bounded=sum(merge.stats.bounded for merge in merger.merges.values()),
+        parameters_bounded=sum(merge.bounded for merge in merger.merges.values()),
         parameters_total=merger.total,
         seconds=time.perf_counter() - started,
     )

@@ -17,8 +17,8 @@ After PEFT has unloaded, every parameter and persistent buffer of its result is 
 (measured with the base), or was measured in step 3, or is measured now (modules that the adapter replaced, tensors
 that its file overwrote).
 
-A layer of the common kind, vanilla LoRA on a plain linear layer, skips steps 1 to 4: plain.py measures it in blocks of
-rows, with PEFT's bits and without a copy.
+A layer of the common kind, vanilla LoRA on a plain linear layer, skips steps 1 to 4: plain.py bounds it, or measures it
+in blocks of rows with PEFT's bits, without a copy.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Merger:
         return merge
 
     def _merge_blocks(self, layers: list[tuple[str, Any]], total: int) -> None:
-        """The common case (vanilla LoRA on a plain linear layer) by plain.py, which has the bits of PEFT's merge.
+        """The common case (vanilla LoRA on a plain linear layer) by plain.py.
 
         All such layers at once, before PEFT's walk comes to them. What is not finite is left to PEFT's own merge, so
         that it can be said what is broken.
@@ -161,7 +161,7 @@ class Merger:
             scaling=layer.scaling[ADAPTER_NAME],
             swapped=layer.fan_in_fan_out,
         )
-        settled = merge_bounded(self.base, delta, self.thresholds) if self.on_tensor is None else None
+        settled = merge_bounded(self.base, delta, self.thresholds)
         return settled or merge_blocks(self.base, delta, slot.data.to(self.base.device), on_tensor=self.on_tensor)
 
     def _take_merged(self, layer: Any) -> bool:

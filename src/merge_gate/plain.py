@@ -1,8 +1,9 @@
 """The fast way of the most common adapter: vanilla LoRA on plain linear layers, whole files, finite values.
 
-In: a `Base` and what the preflight read. Out: the same `Evidence` that PEFT's own merge gives (tests/test_bits.py and
-tests/test_plain.py hold one against the other), or None: then PEFT's own merge does it. Anything out of the ordinary
-ends here in None and is never judged here: another method, a name too many or too few, a shape, a non-finite value.
+In: a `Base` and what the preflight read. Out: the `Evidence` that PEFT's own merge gives, as exactly as the thresholds
+ask for (tests/test_bits.py and tests/test_plain.py hold one against the other), or None: then PEFT's own merge does it.
+Anything out of the ordinary ends here in None and is never judged here: another method, a name too many or too few, a
+shape, a non-finite value.
 
 1. A weight whose merge cannot hold large values, and whose sample changes, is settled by that.   `merge_bounded`
 2. Any other is merged whole, in blocks.                                                          `merge_blocks`
@@ -40,7 +41,7 @@ from merge_gate.adapter import (
     targeted_modules,
 )
 from merge_gate.base import Base
-from merge_gate.errors import Refused
+from merge_gate.errors import EngineError, Refused
 from merge_gate.measure import dtype_max, dtype_name, measure
 from merge_gate.parallel import spread
 from merge_gate.records import EVERYTHING, AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats, Thresholds
@@ -54,6 +55,10 @@ ROUNDED = (torch.bfloat16, torch.float16)
 
 SUPPORTED = (torch.float32, *ROUNDED)
 """Dtypes of a weight for which PEFT holds the factors in float32 after loading (autocast_adapter_dtype)."""
+
+
+FAIR = 1.5
+"""A sample speaks for the whole if it holds its share of ‖delta‖², give or take this factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +120,7 @@ def merge_plain(
         targeted=plan.targeted,
         merges=tuple(merges),
         parameters_checked=sum(stats.numel for stats in checked),
-        parameters_bounded=sum(one.stats.bounded for one in merges),
+        parameters_bounded=sum(one.bounded for one in merges),
         parameters_total=base.facts.parameters,
         seconds=time.perf_counter() - started,
     )
@@ -136,15 +141,12 @@ def _merges(
     def whole(layer: PlainLayer, weight: torch.Tensor) -> TensorMerge | None:
         return merge_blocks(base, delta(layer), weight, on_tensor=on_tensor)
 
-    left = list(plan.layers)
-    if on_tensor is None and thresholds != EVERYTHING:
-        settled = zip(plan.layers, spread(settle, plan.layers), strict=True)
-        left = []
-        for layer, merge in settled:
-            if merge is None:
-                left.append(layer)
-            else:
-                yield merge
+    left = []
+    for layer, merge in zip(plan.layers, spread(settle, plan.layers), strict=True):
+        if merge is None:
+            left.append(layer)
+        else:
+            yield merge
     weights = [base.tensors[layer.weight].data for layer in left]
     if base.device.type == "cpu":
         yield from spread(lambda pair: whole(*pair), zip(left, weights, strict=True))
@@ -270,11 +272,14 @@ class Delta:
 def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMerge | None:
     """Settle the merge of one weight of the base by a bound and a sample; None where it has to be merged whole.
 
-    That is where a value may be above the threshold, where the sample contradicts the bound, and where it does not
-    change (the rest may).
+    That is where a value may be above the threshold, and where the sample does not speak for the rest: it does not
+    change, or holds much more or less than its share of the delta (a few rows that were trained, the others not).
+
+    Raises:
+        EngineError: a merged value is above its bound: this machine, this torch or this module is wrong.
     """
     weight, stats = base.tensors[delta.name], base.stats[delta.name]
-    if not thresholds.headroom or not stats.finite or not _supported(delta, weight):
+    if thresholds == EVERYTHING or not stats.finite or not _supported(delta, weight):
         return None
     bound = lowrank.merged_bound(stats.max_abs, delta.lora_a, delta.lora_b, delta.scaling, weight.dtype)
     if not bound <= thresholds.headroom * dtype_max(weight.dtype):
@@ -287,15 +292,21 @@ def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMer
         scratch=base.buffers(),
         fan_in_fan_out=delta.swapped,
     )
-    if not (found.changed and max(-found.minimum, found.maximum) <= bound):
-        return None
+    if not found.max_abs <= bound:
+        raise EngineError(
+            f"{delta.name}: a merged value of {found.max_abs:g} is above its bound of {bound:g}",
+            hint="check that nothing writes to the base during a run; else please report this as a bug of merge-gate",
+        )
     delta_norm = delta.norm()
+    expected = delta_norm**2 * found.merged / found.numel
+    if not found.changed or not expected / FAIR <= found.delta_sq <= expected * FAIR:
+        return None
     known = delta_norm <= thresholds.delta_norm * math.sqrt(found.base_sq)  # the whole has no less than its sample
     return _from_blocks(
         delta.name,
         weight,
         found,
-        extremes=(-bound, bound),
+        extremes=(found.minimum, found.maximum) if found.merged == found.numel else (-bound, bound),
         base_norm=None if known else base.norm(delta.name),
         delta_norm=delta_norm,
     )
@@ -327,7 +338,7 @@ def merge_blocks(
         fan_in_fan_out=delta.swapped,
         emit=None if merged is None else keep,
     )
-    if not found.finite or max(-found.minimum, found.maximum) >= dtype_max(weight.dtype):
+    if not found.finite or found.max_abs >= dtype_max(weight.dtype):
         return None
     if on_tensor is not None and merged is not None:
         on_tensor(delta.name, merged)
@@ -354,7 +365,7 @@ def _from_blocks(
     base_norm: float | None,
     delta_norm: float,
 ) -> TensorMerge:
-    """Figures of one weight; the loss by rounding is measured on a sample (lowrank.py)."""
+    """Figures of one weight. Of a sample, the loss is that of as much of the whole delta."""
     lossy = weight.dtype in ROUNDED and found.delta_sq > 0
     return TensorMerge(
         module=name.rpartition(".")[0],
@@ -365,12 +376,12 @@ def _from_blocks(
             numel=found.numel,
             minimum=extremes[0],
             maximum=extremes[1],
-            bounded=found.numel - found.merged,
         ),
         dtype_max=dtype_max(weight.dtype),
         changed=found.changed,
         base_norm=base_norm,
         delta_norm=delta_norm,
         lost_norm=math.sqrt(found.lost_sq / found.delta_sq) * delta_norm if lossy else None,
-        unchanged_fraction=found.unchanged / found.sampled,
+        unchanged_fraction=found.unchanged / found.merged,
+        bounded=found.numel - found.merged,
     )

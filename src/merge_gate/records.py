@@ -6,6 +6,7 @@ they can be pickled to a worker, compared and cached. They hold no logic beyond 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar, dataclass_transform
@@ -221,8 +222,7 @@ class TensorStats:
     """One tensor, measured. `minimum` and `maximum` are over the finite elements, None where there is none.
 
     `dtype` in torch's words without the prefix (bfloat16). Of a quantised weight, the dequantised values.
-    `first_index` is the index of the first non-finite element in row-major order. `bounded` counts elements that were
-    not looked at, since none of them can lie outside of `minimum` and `maximum`, which then are bounds (lowrank.py).
+    `first_index` is the index of the first non-finite element in row-major order.
     """
 
     name: str
@@ -235,7 +235,6 @@ class TensorStats:
     posinf: int = 0
     neginf: int = 0
     first_index: tuple[int, ...] | None = None
-    bounded: int = 0
 
     @property
     def finite(self) -> bool:
@@ -255,6 +254,10 @@ class TensorMerge:
     `base_norm` and `delta_norm` are Frobenius norms of the base's tensor and of the exact delta; `lost_norm` is
     ‖merged − (W + delta)‖; None where they were not measured. `unchanged_fraction` is the share of elements whose
     bits the merge left alone.
+
+    `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
+    are bounds that no element exceeds, and `lost_norm` and `unchanged_fraction` are estimates by a sample (plain.py,
+    `merge_bounded`).
     """
 
     module: str
@@ -265,17 +268,20 @@ class TensorMerge:
     delta_norm: float | None = None
     lost_norm: float | None = None
     unchanged_fraction: float | None = None
+    bounded: int = 0
 
 
 @record
 class Thresholds:
-    """Figures that nobody needs: those that cannot exceed these may be bounded instead of measured.
+    """How exact the checks have to know it: figures far from these may be bounded or estimated instead of measured.
 
-    `headroom` is a share of the dtype's largest finite value, `delta_norm` a ratio ‖ΔW‖/‖W‖.
+    `headroom` is a share of the dtype's largest finite value, `delta_norm` a ratio ‖ΔW‖/‖W‖; below them nothing has to
+    be known. `rounding_loss` is a share of ‖ΔW‖; near it everything has.
     """
 
     headroom: float = 0.0
     delta_norm: float = 0.0
+    rounding_loss: float = 0.0
 
 
 EVERYTHING = Thresholds()
@@ -345,6 +351,24 @@ class Evidence:
     parameters_total: int = 0
     seconds: float = 0.0
 
+    @property
+    def rounded(self) -> tuple[TensorMerge, ...]:
+        """The merges of which it is known what rounding took."""
+        return tuple(
+            one
+            for one in self.merges
+            if one.lost_norm is not None and one.delta_norm and math.isfinite(one.lost_norm + one.delta_norm)
+        )
+
+    @property
+    def lost_share(self) -> float | None:
+        """Share of the delta's norm that rounding took, over all of these; None where there are none."""
+        lost, delta = (
+            math.hypot(*(norm or 0.0 for norm in norms))
+            for norms in ([one.lost_norm for one in self.rounded], [one.delta_norm for one in self.rounded])
+        )
+        return lost / delta if delta else None
+
 
 # --- judgement and report ------------------------------------------------------------------------------------------
 
@@ -373,7 +397,7 @@ class Finding:
 
 @record
 class Coverage:
-    """How much of the adapter and of the model was looked at.
+    """How much of the adapter and of the model was checked.
 
     `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them (lowrank.py).
     """

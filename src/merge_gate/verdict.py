@@ -4,7 +4,7 @@ In: an adapter's findings and coverage. Out: two values, and why. Knows no check
 
 1. An error finding of a check: `failed`, and its first in the order of blame is the cause.
 2. Else anything that kept the adapter from being judged whole: `error`.
-3. Else `passed`. Nothing vacuous passes: every parameter must have been looked at, and at least one.
+3. Else `passed`. Nothing vacuous passes: every parameter must have been checked, and at least one.
 """
 
 from __future__ import annotations

@@ -84,6 +84,14 @@ def test_golden() -> None:
     assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
 
 
+def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
+    first = PASS.adapters[0]
+    bounded = dataclasses.replace(first, coverage=dataclasses.replace(first.coverage, parameters_bounded=1_234_567))
+    run = dataclasses.replace(PASS, adapters=(bounded, *PASS.adapters[1:]))
+    assert "1,234,567 of them by a bound" in render(run)
+    assert "by a bound" not in render(PASS)
+
+
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
 def test_the_headline_has_the_result(run: Report, mark: str) -> None:
     assert render(run).startswith(f"## {mark} merge-gate: ")

@@ -228,7 +228,7 @@ def _adapter_schema() -> Json:
             ),
             "findings": _array("All findings, whichever is the cause.", _ref("finding")),
             "coverage": _object(
-                "How much was looked at. A passed adapter has parameters_checked equal to parameters_total.",
+                "How much was checked. A passed adapter has parameters_checked equal to parameters_total.",
                 {
                     "adapter_tensors": _count("Tensors in the adapter's file."),
                     "applied": _count("Of these, tensors that the merge used."),

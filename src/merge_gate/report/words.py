@@ -178,7 +178,7 @@ def advice(report: Report) -> str:
         return "A failed adapter merges into a model that is broken or not the one intended. Do not release it."
     if report.result is Result.ERROR:
         return "What could not be judged is not cleared for release; the gate stays closed until it is."
-    return "Every adapter was merged into its base, and every parameter of every merged model is finite."
+    return "Every parameter of every merged model is finite."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:
