@@ -27,6 +27,7 @@ from merge_gate.measure import dtype_name, measure
 from merge_gate.parallel import spread
 from merge_gate.quantized import dequantized, is_quantized, scales
 from merge_gate.records import AdapterFiles, BaseFacts, Quantization, TensorStats
+from merge_gate.stream import Weights
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -52,7 +53,10 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Base:
-    """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only."""
+    """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only.
+
+    The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
+    """
 
     model: nn.Module
     facts: BaseFacts
@@ -62,8 +66,12 @@ class Base:
     quantized: bool = False
     extra: dict[str, tuple[TensorStats, ...]] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)
+    weights: Weights = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
     _norms: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights = Weights(self.tensors, self.device)
 
     def buffers(self) -> Scratch:
         """This thread's buffers for the fast way."""

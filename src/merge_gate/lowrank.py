@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a block: 1 MiB of float32 product and 0.5 MiB each of delta and merged weight, near a core's own L2."""
@@ -360,65 +360,6 @@ def extent(tensor: torch.Tensor, *, scratch: Scratch, sum_sq: bool = False) -> E
         total += _sum_sq(chunk)
     low, high = _reduced(bounds)
     return Extent(numel=values.numel(), minimum=low, maximum=high, sum_sq=float(total))
-
-
-def stream_to(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The weights, one after another, on `device`; the next one travels while the caller works on this one.
-
-    The base stays in host memory. A weight is staged in one of two pinned buffers, copied on a stream of its own, and
-    lives on the device until the caller lets go of it, for all the adapters of a group. On a CPU: the weights
-    themselves.
-    """
-    if device.type != "cuda":
-        yield from (weight.detach().to(device) for weight in weights)
-        return
-    stager = _Stager(device)
-    pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
-    for weight in weights:
-        following = stager.send(weight.detach())
-        if pending is not None:
-            yield stager.receive(*pending)
-        pending = following
-    if pending is not None:
-        yield stager.receive(*pending)
-
-
-class _Stager:
-    """Two pinned host buffers used in turn, and the stream on which they travel to the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned: list[torch.Tensor | None] = [None, None]
-        self._sent: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-
-    def send(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
-        turn, self._turn = self._turn, 1 - self._turn
-        sent = self._sent[turn]
-        if sent is not None:
-            sent.synchronize()  # the buffer's last passenger must have left it
-        source = self._stage(turn, weight)
-        with torch.cuda.stream(self._stream):
-            arrived = source.to(self._device, non_blocking=True)
-            event = self._stream.record_event()
-        self._sent[turn] = event
-        return arrived, event
-
-    def receive(self, arrived: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
-        consumer = torch.cuda.current_stream(self._device)
-        consumer.wait_event(event)
-        arrived.record_stream(consumer)
-        return arrived
-
-    def _stage(self, turn: int, weight: torch.Tensor) -> torch.Tensor:
-        if weight.is_cuda or weight.is_pinned():
-            return weight
-        size_bytes = weight.numel() * weight.element_size()
-        buffer = self._pinned[turn]
-        if buffer is None or buffer.numel() < size_bytes:
-            buffer = self._pinned[turn] = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        return buffer[:size_bytes].view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 @dataclass(slots=True)

@@ -147,11 +147,11 @@ def _merges(
             left.append(layer)
         else:
             yield merge
-    weights = [base.tensors[layer.weight].data for layer in left]
+    weights = base.weights.stream(layer.weight for layer in left)
     if base.device.type == "cpu":
         yield from spread(lambda pair: whole(*pair), zip(left, weights, strict=True))
     else:  # one card: the next weight travels while it computes
-        yield from map(whole, left, lowrank.stream_to(base.device, weights))
+        yield from map(whole, left, weights)
 
 
 def _plan(base: Base, files: AdapterFiles) -> Plan | None:
