@@ -70,7 +70,7 @@ def by_bound(layers: list[Linear]) -> None:
 def by_blocks(layers: list[Linear]) -> None:
     """What it does with the others, and with --exhaustive."""
     buffers = Buffers()
-    for _ in spread(lambda layer: merge_measured(*parts(layer), 2.0, scratch=buffers.scratch), layers):
+    for _ in spread(lambda layer: merge_measured(*parts(layer), 2.0, scratch=buffers.scratch, figures=False), layers):
         pass
 
 

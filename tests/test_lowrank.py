@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def lora_linear(
 
 
 def fast(layer: lora_layer.Linear, *, scratch: Scratch | None = None):
-    """The figures, and the merged weight put together from the emitted blocks."""
+    """What was found, and the merged weight put together from the emitted blocks."""
     weight = layer.get_base_layer().weight
     merged = torch.full_like(weight, -777.0)
 
@@ -87,7 +88,7 @@ def fast(layer: lora_layer.Linear, *, scratch: Scratch | None = None):
         merged[row : row + len(block)] = block
 
     with torch.no_grad():
-        figures = merge_measured(
+        found = merge_measured(
             weight,
             layer.lora_A["default"].weight,
             layer.lora_B["default"].weight,
@@ -96,7 +97,7 @@ def fast(layer: lora_layer.Linear, *, scratch: Scratch | None = None):
             fan_in_fan_out=layer.fan_in_fan_out,
             emit=keep,
         )
-    return figures, merged
+    return found, merged
 
 
 def before_the_check(layer: lora_layer.Linear) -> torch.Tensor:
@@ -136,16 +137,16 @@ def test_the_bits_are_pefts(
     )
     with threads(thread_count):
         before = layer.get_base_layer().weight.data.clone()
-        figures, merged = fast(layer, scratch=Scratch(block_elements=block_elements))
+        found, merged = fast(layer, scratch=Scratch(block_elements=block_elements))
         assert same_bits(layer.get_base_layer().weight.data, before)
         layer.merge(safe_merge=True)
     peft = layer.get_base_layer().weight.data
     assert same_bits(merged, peft)
-    assert (figures.minimum, figures.maximum) == (peft.min().item(), peft.max().item())
-    assert figures.unchanged == int((peft == before).sum())
-    assert figures.changed == (not torch.equal(peft, before))
-    assert figures.finite
-    assert figures.numel == figures.merged == peft.numel()
+    assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
+    assert found.figures.unchanged == int((peft == before).sum())
+    assert found.changed == (not torch.equal(peft, before))
+    assert found.finite
+    assert found.numel == found.merged == peft.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,11 +200,11 @@ def test_a_failed_proof_leads_to_the_whole_product(monkeypatch) -> None:
     monkeypatch.setattr(lowrank, "_proved", lambda **_: False)
     layer = lora_linear(700, 96, 8, dtype=torch.float32)
     scratch = Scratch(block_elements=1)
-    figures, merged = fast(layer, scratch=scratch)
+    found, merged = fast(layer, scratch=scratch)
     layer.merge(safe_merge=True)
     assert same_bits(merged, layer.get_base_layer().weight.data)
     assert not [name for name, *_ in scratch._buffers if name == "product"]
-    assert figures.numel == 700 * 96
+    assert found.numel == 700 * 96
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -250,8 +251,8 @@ def test_one_nonfinite_value_anywhere_is_seen_as_peft_sees_it(side, value, dtype
     layer = lora_linear(200, 96, 4, dtype=dtype, conv1d=conv1d)
     tensor = layer.get_base_layer().weight if side == "weight" else getattr(layer, side)["default"].weight
     tensor.data[-1, -1] = value
-    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
-    assert not figures.finite
+    found, merged = fast(layer, scratch=Scratch(block_elements=1))
+    assert not found.finite
     assert same_bits(merged, before_the_check(layer))
     with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
@@ -262,9 +263,9 @@ def test_zero_times_infinity_is_nan_as_in_peft(value) -> None:
     layer = lora_linear(200, 96, 4)
     layer.lora_A["default"].weight.data[0, 7] = value
     layer.lora_B["default"].weight.data.zero_()
-    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
-    assert math.isnan(figures.minimum)
-    assert math.isnan(figures.maximum)
+    found, merged = fast(layer, scratch=Scratch(block_elements=1))
+    assert math.isnan(found.minimum)
+    assert math.isnan(found.maximum)
     assert same_bits(merged, before_the_check(layer))
     assert int(merged.isnan().sum()) == 200
 
@@ -277,11 +278,11 @@ def test_overflow_is_judged_in_the_final_dtype(sign, dtype) -> None:
     layer.lora_A["default"].weight.data.zero_()[0, 3] = 70_000.0
     layer.lora_B["default"].weight.data.zero_()[150, 0] = sign
     layer.get_base_layer().weight.data[150, 3] = -20_000.0 * sign
-    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
+    found, merged = fast(layer, scratch=Scratch(block_elements=1))
     assert same_bits(merged, before_the_check(layer))
-    assert figures.finite == (dtype is not torch.float16)
+    assert found.finite == (dtype is not torch.float16)
     if dtype is torch.float16:
-        assert (figures.maximum if sign > 0 else figures.minimum) == sign * math.inf
+        assert (found.maximum if sign > 0 else found.minimum) == sign * math.inf
 
 
 def test_denormal_deltas_keep_their_bits() -> None:
@@ -293,40 +294,52 @@ def test_denormal_deltas_keep_their_bits() -> None:
     assert 0 < merged.abs().max() < torch.finfo(torch.float32).tiny
 
 
+def test_without_figures_all_else_is_the_same() -> None:
+    layer = lora_linear(700, 96, 4)
+    arguments = (layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, 2.0)
+    found = merge_measured(*arguments, scratch=Scratch(block_elements=1))
+    bare = merge_measured(*arguments, scratch=Scratch(block_elements=1), figures=False)
+    assert bare == dataclasses.replace(found, figures=None)
+    layer.lora_B["default"].weight.data.zero_()
+    assert not merge_measured(*arguments, scratch=Scratch(block_elements=1), figures=False).changed
+    layer.lora_B["default"].weight.data[699, 0] = 50.0
+    assert merge_measured(*arguments, scratch=Scratch(block_elements=1), figures=False).changed
+
+
 def test_an_empty_delta_changes_nothing() -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()
     layer.get_base_layer().weight.data[0, 0] = -0.0  # -0.0 + 0.0 is 0.0: other bits, the same value
-    figures, _ = fast(layer, scratch=Scratch(block_elements=1))
-    assert not figures.changed
-    assert figures.unchanged == figures.merged > 0
-    assert figures.delta_sq == figures.lost_sq == 0.0
+    found, _ = fast(layer, scratch=Scratch(block_elements=1))
+    assert not found.changed
+    assert found.figures.unchanged == found.merged > 0
+    assert found.figures.delta_sq == found.figures.lost_sq == 0.0
 
 
 @pytest.mark.parametrize("row", [0, 63, 64, 450, 699])
 def test_one_changed_element_is_noticed_in_every_block(row) -> None:
     layer = lora_linear(700, 96, 4)
     layer.lora_B["default"].weight.data.zero_()[row, 0] = 50.0
-    figures, _ = fast(layer, scratch=Scratch(block_elements=1))
-    assert figures.changed
+    found, _ = fast(layer, scratch=Scratch(block_elements=1))
+    assert found.changed
 
 
 @pytest.mark.parametrize(("position", "value"), [((0, 0), 9.0), ((64, 3), -9.0), ((699, 95), 9.0)])
 def test_extremes_are_found_wherever_they_are(position, value) -> None:
     layer = lora_linear(700, 96, 4, size=1e-3)
     layer.get_base_layer().weight.data[position] = value
-    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
-    assert (figures.maximum if value > 0 else figures.minimum) == merged[position].item()
+    found, merged = fast(layer, scratch=Scratch(block_elements=1))
+    assert (found.maximum if value > 0 else found.minimum) == merged[position].item()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_lost_and_delta_are_those_of_the_exact_sum(dtype) -> None:
     layer = lora_linear(300, 128, 8, dtype=dtype, size=0.01)
     weight = layer.get_base_layer().weight.detach().double()
-    figures, merged = fast(layer, scratch=Scratch(block_elements=1))
+    found, merged = fast(layer, scratch=Scratch(block_elements=1))
     exact = layer.get_delta_weight("default").detach().double()
-    assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-6)
-    assert figures.lost_sq == pytest.approx(float((merged.double() - weight - exact).square().sum()), rel=1e-3)
+    assert found.figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    assert found.figures.lost_sq == pytest.approx(float((merged.double() - weight - exact).square().sum()), rel=1e-3)
 
 
 # --- a bound and a sample instead of the whole ------------------------------------------------------------------------
@@ -429,15 +442,15 @@ def sample(layer: lora_layer.Linear, sample_elements: int = 1) -> LowRankMerge:
 def test_a_sample_is_of_rows_all_over_the_weight(dtype, conv1d) -> None:
     layer = lora_linear(*((96, 640) if conv1d else (640, 96)), 8, dtype=dtype, conv1d=conv1d)
     before = layer.get_base_layer().weight.detach()[::9]
-    figures = sample(layer)
+    found = sample(layer)
     merged = before_the_check(layer)[::9]
-    assert (figures.numel, figures.merged) == (640 * 96, 72 * 96)
-    assert (figures.minimum, figures.maximum) == pytest.approx((merged.min().item(), merged.max().item()), rel=1e-2)
-    assert figures.unchanged == pytest.approx(int((merged == before).sum()), abs=2)
-    assert figures.changed
-    assert figures.base_sq == pytest.approx(float(before.double().square().sum()))
+    assert (found.numel, found.merged) == (640 * 96, 72 * 96)
+    assert (found.minimum, found.maximum) == pytest.approx((merged.min().item(), merged.max().item()), rel=1e-2)
+    assert found.figures.unchanged == pytest.approx(int((merged == before).sum()), abs=2)
+    assert found.changed
+    assert found.figures.base_sq == pytest.approx(float(before.double().square().sum()))
     exact = layer.get_delta_weight("default").detach()[::9].double()
-    assert figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-5)
+    assert found.figures.delta_sq == pytest.approx(float(exact.square().sum()), rel=1e-5)
 
 
 def test_a_sample_of_few_rows_is_all_of_them_and_has_the_figures_of_the_whole() -> None:
@@ -455,9 +468,9 @@ def test_a_sample_meets_every_place_of_an_attention_head(rows) -> None:
     weight = torch.zeros(rows, 1)
     for pair in range(64):
         lora_b = (torch.arange(rows) % 64 == pair).float()[:, None]
-        figures = merge_sample(weight, torch.ones(1, 1), lora_b, 1.0, scratch=Scratch(), sample_elements=1)
-        assert figures.changed, pair
-        assert figures.merged < 70
+        found = merge_sample(weight, torch.ones(1, 1), lora_b, 1.0, scratch=Scratch(), sample_elements=1)
+        assert found.changed, pair
+        assert found.merged < 70
 
 
 def test_a_change_outside_of_the_sample_is_not_in_its_figures() -> None:
@@ -586,17 +599,17 @@ def test_cuda_merges_have_the_bits_of_peft_on_cuda(dtype) -> None:
         layer.to(cuda)
         blocks: list[torch.Tensor] = []
         factors = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
-        figures = merge_measured(
+        found = merge_measured(
             weight, *factors, 2.0, scratch=scratch, emit=lambda _, x, to=blocks: to.append(x.clone())
         )
         layer.merge(safe_merge=True)
         peft = layer.get_base_layer().weight.data
         assert same_bits(torch.cat(blocks), peft)
-        assert (figures.minimum, figures.maximum) == (peft.min().item(), peft.max().item())
+        assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
 
 
 def test_figures_of_one_merge_are_plain_numbers() -> None:
-    figures, _ = fast(lora_linear(64, 64, 4))
-    assert isinstance(figures, LowRankMerge)
-    kinds = [type(getattr(figures, name)) for name in figures.__slots__]
-    assert kinds == [int, int, float, float, int, float, float, float]
+    found, _ = fast(lora_linear(64, 64, 4))
+    assert isinstance(found, LowRankMerge)
+    kinds = [type(getattr(found, name)) for name in found.__slots__]
+    assert kinds == [int, int, float, float, bool, lowrank.Figures]

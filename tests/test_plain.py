@@ -194,7 +194,7 @@ def test_a_sum_that_only_rounding_twice_keeps_finite_fails(shelf: Shelf, tmp_pat
 
 # --- a bound and a sample instead of the whole ------------------------------------------------------------------------
 
-USUAL = Thresholds(headroom=0.5, delta_norm=10.0)
+USUAL = Thresholds(headroom=0.5, delta_norm=10.0, rounding_loss=1e-9)
 
 
 @pytest.mark.parametrize("way", [merge_plain, merge_by_peft])
@@ -224,14 +224,28 @@ def test_what_may_be_above_a_threshold_is_measured(shelf: Shelf) -> None:
     files = _files(shelf.adapter("tall"))
     base = _base(shelf, "tall", files, "float16")
     whole = merge_plain(base, files)
-    small = merge_plain(base, files, thresholds=Thresholds(headroom=1e-9, delta_norm=10.0))
-    low = merge_plain(base, files, thresholds=Thresholds(headroom=0.5, delta_norm=1e-9))
+    small = merge_plain(base, files, thresholds=replace(USUAL, headroom=1e-9, rounding_loss=0.0))
+    low = merge_plain(base, files, thresholds=replace(USUAL, delta_norm=1e-9))
     assert whole is not None
     assert small is not None
     assert low is not None
     assert small.merges == whole.merges
     assert low.parameters_bounded > 0
     assert [merge.base_norm for merge in low.merges] == [merge.base_norm for merge in whole.merges]
+
+
+def test_all_can_be_merged_and_the_loss_estimated(shelf: Shelf) -> None:
+    files = _files(shelf.adapter("tall"))
+    base = _base(shelf, "tall", files, "bfloat16")
+    whole, found = merge_plain(base, files), merge_plain(base, files, thresholds=Thresholds(rounding_loss=0.5))
+    assert whole is not None
+    assert found is not None
+    assert found.parameters_bounded == 0
+    assert {merge.estimated for merge in whole.merges} == {False}
+    assert {merge.estimated for merge in found.merges} == {True, False}
+    for one, other in zip(found.merges, whole.merges, strict=True):
+        assert one.stats == other.stats
+        assert one.lost_norm == pytest.approx(other.lost_norm, rel=0.1 if one.estimated else 1e-9)
 
 
 def _reshape(shelf: Shelf, tmp_path: Path, edit: Callable[[models.Tensors], object]) -> AdapterFiles:

@@ -24,7 +24,6 @@ from merge_gate import __version__, checks, resolve, verdict, worker
 from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.preflight import preflight
 from merge_gate.records import (
-    EVERYTHING,
     AdapterFiles,
     AdapterReport,
     AdapterSpec,
@@ -295,7 +294,7 @@ def _plan(entries: list[Entry], open_entries: list[int], *, exhaustive: bool) ->
             index=index,
             files=entry.ready.members,
             combine=spec.combine,
-            thresholds=EVERYTHING if exhaustive else checks.thresholds(spec),
+            thresholds=replace(checks.thresholds(spec), headroom=0.0) if exhaustive else checks.thresholds(spec),
         )
         group = groups.get(key) or worker.Group(
             label=base.name,

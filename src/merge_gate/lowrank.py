@@ -70,23 +70,35 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What rounding does to a merge. The sums are NaN or infinite where their summands are not finite.
+
+    `unchanged` elements of `numel` kept their value. `delta_sq` is ‖delta‖² before it was rounded to the weight's
+    dtype, `lost_sq` is ‖merged - (W + delta)‖², `base_sq` is ‖W‖².
+    """
+
+    numel: int
+    unchanged: int
+    delta_sq: float
+    lost_sq: float
+    base_sq: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankMerge:
     """What a merged weight is like, in the weight's own dtype.
 
-    Of the `numel` elements, `merged` were merged, and all figures are of these: `minimum` and `maximum`, NaN as soon as
-    one of them is NaN; `unchanged`, how many kept their value (-0.0 and 0.0 are the same value); `delta_sq`, ‖delta‖²
-    before it was rounded to the weight's dtype; `lost_sq`, ‖merged - (W + delta)‖²; `base_sq`, ‖W‖². The sums are NaN
-    or infinite where their summands are not finite.
+    Of the `numel` elements, `merged` were merged, and all that follows is of these: `minimum` and `maximum`, NaN as
+    soon as one of them is NaN; whether any has `changed` its value (-0.0 and 0.0 are the same value); and, unless they
+    were not asked for, the `figures`.
     """
 
     numel: int
     merged: int
     minimum: float
     maximum: float
-    unchanged: int
-    delta_sq: float
-    lost_sq: float
-    base_sq: float
+    changed: bool
+    figures: Figures | None
 
     @property
     def finite(self) -> bool:
@@ -96,10 +108,6 @@ class LowRankMerge:
     def max_abs(self) -> float:
         """NaN where the merge is."""
         return max(-self.minimum, self.maximum)
-
-    @property
-    def changed(self) -> bool:
-        return self.unchanged < self.merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +281,7 @@ def merge_measured(
     *,
     scratch: Scratch,
     fan_in_fan_out: bool = False,
+    figures: bool = True,
     emit: Callable[[int, torch.Tensor], None] | None = None,
 ) -> LowRankMerge:
     """Measure W + scaling · B @ A as PEFT's `safe_merge=True` would leave it, without ever holding it.
@@ -284,6 +293,7 @@ def merge_measured(
         scaling: PEFT's `scaling[adapter]`.
         scratch: The calling thread's buffers; pass the same one for all modules.
         fan_in_fan_out: The weight is stored transposed (transformers' Conv1D).
+        figures: Take them, which costs more than the merge.
         emit: Is given every merged block with the index of its first row; the block is overwritten afterwards.
 
     Raises:
@@ -293,7 +303,7 @@ def merge_measured(
     base = weight.detach()
     blocks = scratch.blocks(base.shape[0], base.shape[1], base.device)
     whole = None if factors.divisible(blocks) else factors.whole()
-    tally = _Tally()
+    tally = _Tally(take_figures=figures)
     for rows in blocks:
         block = base[rows]
         product = factors.block(rows, scratch, block) if whole is None else whole[rows]
@@ -326,7 +336,7 @@ def merge_sample(
     sample = weight.detach()[::step].to(lora_a.device)
     sides = (lora_a[:, ::step], lora_b) if fan_in_fan_out else (lora_a, lora_b[::step])
     factors = _factors(sample, *sides, fan_in_fan_out=fan_in_fan_out)
-    tally = _Tally()
+    tally = _Tally(take_figures=True)
     tally.merge(sample, factors.block(slice(None), scratch, sample), factors, scaling, scratch)
     return tally.result(weight.numel())
 
@@ -366,9 +376,11 @@ def extent(tensor: torch.Tensor, *, scratch: Scratch, sum_sq: bool = False) -> E
 class _Tally:
     """Figures gathered block by block. They stay on the device until `result`."""
 
+    take_figures: bool
     bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     sums: list[torch.Tensor] = field(default_factory=list)
     merged: int = 0
+    changed: bool = False
 
     def merge(
         self,
@@ -384,24 +396,26 @@ class _Tally:
         merged = torch.add(base, delta, out=scratch.take("merged", base, base.dtype))
         self.bounds.append(torch.aminmax(merged))
         self.merged += merged.numel()
-        wide = torch.float32 if base.dtype in _HALVES else torch.float64
-        moved = scratch.take("wide", merged, wide).copy_(merged).sub_(base)
-        moves = torch.count_nonzero(moved).double()
-        self.sums.append(torch.stack((moves, _sum_sq(exact), _sum_sq(moved.sub_(exact)), _sum_sq(base))))
+        if self.take_figures:
+            wide = torch.float32 if base.dtype in _HALVES else torch.float64
+            moved = scratch.take("wide", merged, wide).copy_(merged).sub_(base)
+            moves = torch.count_nonzero(moved).double()
+            self.sums.append(torch.stack((moves, _sum_sq(exact), _sum_sq(moved.sub_(exact)), _sum_sq(base))))
+        elif not self.changed:
+            self.changed = not torch.equal(base, merged)
         return merged
 
     def result(self, numel: int) -> LowRankMerge:
         low, high = _reduced(self.bounds)
-        moves, delta_sq, lost_sq, base_sq = torch.stack(self.sums).sum(0).tolist()
+        figures, changed = None, self.changed
+        if self.take_figures:
+            moves, delta_sq, lost_sq, base_sq = torch.stack(self.sums).sum(0).tolist()
+            unchanged, changed = self.merged - int(moves), moves > 0
+            figures = Figures(
+                numel=self.merged, unchanged=unchanged, delta_sq=delta_sq, lost_sq=lost_sq, base_sq=base_sq
+            )
         return LowRankMerge(
-            numel=numel,
-            merged=self.merged,
-            minimum=low,
-            maximum=high,
-            unchanged=self.merged - int(moves),
-            delta_sq=delta_sq,
-            lost_sq=lost_sq,
-            base_sq=base_sq,
+            numel=numel, merged=self.merged, minimum=low, maximum=high, changed=changed, figures=figures
         )
 
 

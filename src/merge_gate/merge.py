@@ -81,7 +81,8 @@ def _exact_enough(merged: Callable[[Thresholds], Evidence], thresholds: Threshol
     """An estimate that is close to the limit it is compared with gives way to the measurement."""
     evidence = merged(thresholds)
     share, limit = evidence.lost_share, thresholds.rounding_loss
-    if evidence.parameters_bounded and share is not None and limit / CLOSE <= share <= limit * CLOSE:
+    estimated = any(merge.estimated for merge in evidence.merges)
+    if estimated and share is not None and limit / CLOSE <= share <= limit * CLOSE:
         return merged(EVERYTHING)
     return evidence
 

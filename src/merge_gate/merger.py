@@ -162,7 +162,13 @@ class Merger:
             swapped=layer.fan_in_fan_out,
         )
         settled = merge_bounded(self.base, delta, self.thresholds)
-        return settled or merge_blocks(self.base, delta, slot.data.to(self.base.device), on_tensor=self.on_tensor)
+        return settled or merge_blocks(
+            self.base,
+            delta,
+            slot.data.to(self.base.device),
+            thresholds=self.thresholds,
+            on_tensor=self.on_tensor,
+        )
 
     def _take_merged(self, layer: Any) -> bool:
         """Book a layer that `_merge_blocks` has done as merged; False where PEFT has to merge it."""

@@ -139,7 +139,7 @@ def _merges(
         return merge_bounded(base, delta(layer), thresholds)
 
     def whole(layer: PlainLayer, weight: torch.Tensor) -> TensorMerge | None:
-        return merge_blocks(base, delta(layer), weight, on_tensor=on_tensor)
+        return merge_blocks(base, delta(layer), weight, thresholds=thresholds, on_tensor=on_tensor)
 
     left = []
     for layer, merge in zip(plan.layers, spread(settle, plan.layers), strict=True):
@@ -279,12 +279,33 @@ def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMer
         EngineError: a merged value is above its bound: this machine, this torch or this module is wrong.
     """
     weight, stats = base.tensors[delta.name], base.stats[delta.name]
-    if thresholds == EVERYTHING or not stats.finite or not _supported(delta, weight):
+    if not thresholds.headroom or not stats.finite or not _supported(delta, weight):
         return None
     bound = lowrank.merged_bound(stats.max_abs, delta.lora_a, delta.lora_b, delta.scaling, weight.dtype)
     if not bound <= thresholds.headroom * dtype_max(weight.dtype):
         return None
-    found = lowrank.merge_sample(
+    found = _sample(base, delta, weight)
+    if not found.max_abs <= bound:
+        raise EngineError(
+            f"{delta.name}: a merged value of {found.max_abs:g} is above its bound of {bound:g}",
+            hint="check that nothing writes to the base during a run; else please report this as a bug of merge-gate",
+        )
+    delta_norm, figures = delta.norm(), found.figures
+    if figures is None or not found.changed or not _speaks(figures, found.numel, delta_norm):
+        return None
+    known = delta_norm <= thresholds.delta_norm * math.sqrt(figures.base_sq)  # the whole has no less than its sample
+    return _from_blocks(
+        delta.name,
+        weight,
+        found,
+        figures,
+        extremes=(found.minimum, found.maximum) if found.merged == found.numel else (-bound, bound),
+        norms=(None if known else base.norm(delta.name), delta_norm),
+    )
+
+
+def _sample(base: Base, delta: Delta, weight: torch.Tensor) -> lowrank.LowRankMerge:
+    return lowrank.merge_sample(
         weight.data,
         delta.lora_a,
         delta.lora_b,
@@ -292,37 +313,34 @@ def merge_bounded(base: Base, delta: Delta, thresholds: Thresholds) -> TensorMer
         scratch=base.buffers(),
         fan_in_fan_out=delta.swapped,
     )
-    if not found.max_abs <= bound:
-        raise EngineError(
-            f"{delta.name}: a merged value of {found.max_abs:g} is above its bound of {bound:g}",
-            hint="check that nothing writes to the base during a run; else please report this as a bug of merge-gate",
-        )
-    delta_norm = delta.norm()
-    expected = delta_norm**2 * found.merged / found.numel
-    if not found.changed or not expected / FAIR <= found.delta_sq <= expected * FAIR:
-        return None
-    known = delta_norm <= thresholds.delta_norm * math.sqrt(found.base_sq)  # the whole has no less than its sample
-    return _from_blocks(
-        delta.name,
-        weight,
-        found,
-        extremes=(found.minimum, found.maximum) if found.merged == found.numel else (-bound, bound),
-        base_norm=None if known else base.norm(delta.name),
-        delta_norm=delta_norm,
-    )
+
+
+def _speaks(figures: lowrank.Figures, numel: int, delta_norm: float) -> bool:
+    """Whether a sample holds its share of ‖delta‖², so that its loss by rounding may stand for the whole's."""
+    expected = delta_norm**2 * figures.numel / numel
+    return expected / FAIR <= figures.delta_sq <= expected * FAIR
 
 
 def merge_blocks(
-    base: Base, delta: Delta, weight: torch.Tensor, *, on_tensor: OnTensor | None = None
+    base: Base,
+    delta: Delta,
+    weight: torch.Tensor,
+    *,
+    thresholds: Thresholds = EVERYTHING,
+    on_tensor: OnTensor | None = None,
 ) -> TensorMerge | None:
     """Measure all of W + scaling · B @ A for one weight of the base, which is only read; None where lowrank.py cannot.
 
-    `weight` is the tensor that the base calls `delta.name`, on the device that computes.
+    `weight` is the tensor that the base calls `delta.name`, on the device that computes. What rounding does is
+    estimated by a sample where the thresholds allow it and the sample speaks for the whole.
 
     None too where the result is not finite, or at the edge of its dtype: PEFT's own merge then says what is broken.
     """
     if not _supported(delta, weight):
         return None
+    figures = _sample(base, delta, weight).figures if thresholds.rounding_loss else None
+    if figures is not None and not _speaks(figures, weight.numel(), delta.norm()):
+        figures = None
     merged = torch.empty_like(weight) if on_tensor is not None else None
 
     def keep(row: int, block: torch.Tensor) -> None:
@@ -336,6 +354,7 @@ def merge_blocks(
         delta.scaling,
         scratch=base.buffers(),
         fan_in_fan_out=delta.swapped,
+        figures=figures is None,
         emit=None if merged is None else keep,
     )
     if not found.finite or found.max_abs >= dtype_max(weight.dtype):
@@ -346,9 +365,9 @@ def merge_blocks(
         delta.name,
         weight,
         found,
+        figures or found.figures,
         extremes=(found.minimum, found.maximum),
-        base_norm=base.norm(delta.name),
-        delta_norm=delta.norm(),
+        norms=(base.norm(delta.name), delta.norm()),
     )
 
 
@@ -360,13 +379,14 @@ def _from_blocks(
     name: str,
     weight: torch.Tensor,
     found: lowrank.LowRankMerge,
+    figures: lowrank.Figures | None,
     *,
     extremes: tuple[float, float],
-    base_norm: float | None,
-    delta_norm: float,
+    norms: tuple[float | None, float],
 ) -> TensorMerge:
-    """Figures of one weight. Of a sample, the loss is that of as much of the whole delta."""
-    lossy = weight.dtype in ROUNDED and found.delta_sq > 0
+    """What is known of one weight; `norms` are ‖W‖ and ‖delta‖. What a sample loses, the whole loses as a share."""
+    base_norm, delta_norm = norms
+    lossy = figures is not None and weight.dtype in ROUNDED and figures.delta_sq > 0
     return TensorMerge(
         module=name.rpartition(".")[0],
         stats=TensorStats(
@@ -381,7 +401,8 @@ def _from_blocks(
         changed=found.changed,
         base_norm=base_norm,
         delta_norm=delta_norm,
-        lost_norm=math.sqrt(found.lost_sq / found.delta_sq) * delta_norm if lossy else None,
-        unchanged_fraction=found.unchanged / found.merged,
+        lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if figures and lossy else None,
+        unchanged_fraction=figures.unchanged / figures.numel if figures else None,
         bounded=found.numel - found.merged,
+        estimated=figures is not None and figures.numel < found.numel,
     )

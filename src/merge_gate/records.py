@@ -256,8 +256,8 @@ class TensorMerge:
     bits the merge left alone.
 
     `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
-    are bounds that no element exceeds, and `lost_norm` and `unchanged_fraction` are estimates by a sample (plain.py,
-    `merge_bounded`).
+    are bounds that no element exceeds. `estimated`: `lost_norm` and `unchanged_fraction` are estimates by a sample
+    (plain.py).
     """
 
     module: str
@@ -269,6 +269,7 @@ class TensorMerge:
     lost_norm: float | None = None
     unchanged_fraction: float | None = None
     bounded: int = 0
+    estimated: bool = False
 
 
 @record
@@ -276,7 +277,7 @@ class Thresholds:
     """How exact the checks have to know it: figures far from these may be bounded or estimated instead of measured.
 
     `headroom` is a share of the dtype's largest finite value, `delta_norm` a ratio ‖ΔW‖/‖W‖; below them nothing has to
-    be known. `rounding_loss` is a share of ‖ΔW‖; near it everything has.
+    be known. `rounding_loss` is a share of ‖ΔW‖; far from it an estimate will do.
     """
 
     headroom: float = 0.0
