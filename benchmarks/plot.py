@@ -41,7 +41,7 @@ def main() -> None:
             axes.plot(counts, values, marker="o", markersize=4, color=COLOURS[name], label=label)
         axes.set(xlabel="adapters", xticks=counts, title=title, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].legend(frameon=False, loc="center right")
+    figure.axes[1].legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
     figure.savefig(HERE / "time-and-memory.svg", metadata={"Date": None})
 
 
