@@ -120,9 +120,11 @@ def test_it_steps_aside_for_what_is_not_plain(variant: str, shelf: Shelf) -> Non
     assert merge_plain(_base(shelf, variant, files, "float32"), files) is None
 
 
-def _edited(shelf: Shelf, tmp_path: Path, edit: Callable[[models.Tensors], None]) -> AdapterFiles:
+def _edited(
+    shelf: Shelf, tmp_path: Path, edit: Callable[[models.Tensors], object], *, variant: str = "plain"
+) -> AdapterFiles:
     directory = tmp_path / "edited"
-    shutil.copytree(shelf.adapter("plain"), directory)
+    shutil.copytree(shelf.adapter(variant), directory)
     tensors = models.read_tensors(directory)
     edit(tensors)
     models.write_tensors(directory, tensors)
@@ -248,15 +250,6 @@ def test_all_can_be_merged_and_the_loss_estimated(shelf: Shelf) -> None:
         assert one.lost_norm == pytest.approx(other.lost_norm, rel=0.1 if one.estimated else 1e-9)
 
 
-def _reshape(shelf: Shelf, tmp_path: Path, edit: Callable[[models.Tensors], object]) -> AdapterFiles:
-    directory = tmp_path / "edited"
-    shutil.copytree(shelf.adapter("tall"), directory)
-    tensors = models.read_tensors(directory)
-    edit(tensors)
-    models.write_tensors(directory, tensors)
-    return _files(directory)
-
-
 def test_a_change_that_the_sample_misses_is_found(shelf: Shelf, tmp_path: Path) -> None:
     """One row of hundreds changes, and it is none of those that are merged first."""
 
@@ -266,7 +259,7 @@ def test_a_change_that_the_sample_misses_is_found(shelf: Shelf, tmp_path: Path) 
                 kept = tensor[1].clone() + 1.0
                 tensor.zero_()[1] = kept
 
-    files = _reshape(shelf, tmp_path, one_row)
+    files = _edited(shelf, tmp_path, one_row, variant="tall")
     base = _base(shelf, "tall", files, "bfloat16")
     found = merge_plain(base, files, thresholds=USUAL)
     assert found is not None
@@ -284,7 +277,7 @@ def test_a_sample_that_does_not_speak_for_the_rest_is_not_used(rest: float, shel
                 kept = tensor[1:3].clone()
                 tensor.mul_(rest)[1:3] = kept + 1.0
 
-    files = _reshape(shelf, tmp_path, few_rows)
+    files = _edited(shelf, tmp_path, few_rows, variant="tall")
     base = _base(shelf, "tall", files, "bfloat16")
     quick, whole = merge_plain(base, files, thresholds=USUAL), merge_plain(base, files)
     assert quick is not None
@@ -338,7 +331,7 @@ def test_float16_at_its_limit_is_merged_one_by_one(overflow: bool, shelf: Shelf,
         tensors[name][0, 3] = size * scaling["r"] / scaling["lora_alpha"]
         tensors[name.replace("lora_A", "lora_B")][1, 0] = 1.0
 
-    files = _reshape(shelf, tmp_path, one_value)
+    files = _edited(shelf, tmp_path, one_value, variant="tall")
     base = _base(shelf, "tall", files, "float16")
     evidence = merge_adapter(base, files, thresholds=USUAL)
     infinite = [merge for merge in evidence.merges if not merge.stats.finite]

@@ -18,7 +18,7 @@ proved before it is used: blocks of a pseudo-random product are compared with th
 process. Where they differ, and where one block holds the whole, step 1 is PEFT's own expression.
 
 Where the question is only whether all of it is finite, a `merged_bound` answers for most adapters from the largest
-|W|, |A| and |B|, and what is left to do is a sample of the blocks: what rounding costs, and whether anything changes.
+|W|, |A| and |B|, and what is left to do is a sample of the rows: what rounding costs, and whether anything changes.
 
 One call works on one core, if its thread says `torch.set_num_threads(1)`; parallel.py spreads modules over the cores.
 Splitting every step over the cores instead, as torch does, makes them wait for each other six times per block.
