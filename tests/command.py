@@ -47,16 +47,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def merge_gate(*words: str | Path, cwd: Path, **changes: str) -> Answer:
     """Run `merge-gate` to its end."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)],
-        cwd=cwd,
-        env=environment(**changes),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    return Answer(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+    return _answer([*COMMAND, *map(str, words)], cwd, changes)
 
 
 def start(*words: str | Path, cwd: Path) -> subprocess.Popen[bytes]:
@@ -75,8 +66,12 @@ def start(*words: str | Path, cwd: Path) -> subprocess.Popen[bytes]:
 def shell(script: str, *, cwd: Path, **changes: str) -> Answer:
     """Run a line of bash in which `merge-gate` is the command."""
     function = f'merge-gate() {{ "{COMMAND[0]}" {" ".join(COMMAND[1:])} "$@"; }}\n'
+    return _answer(["bash", "-c", function + script], cwd, changes)
+
+
+def _answer(command: list[str], cwd: Path, changes: dict[str, str]) -> Answer:
     done = subprocess.run(
-        ["bash", "-c", function + script],
+        command,
         cwd=cwd,
         env=environment(**changes),
         stdin=subprocess.DEVNULL,

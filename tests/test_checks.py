@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.checks import CHECKS, NOT_JUDGED, base_nonfinite, describe_nonfinite, judge, undecided
+from merge_gate.checks import CHECKS, NOT_JUDGED, accident, base_nonfinite, describe_nonfinite, judge, undecided
 from merge_gate.config import CHECK_DEFAULTS
 from merge_gate.records import (
     AdapterFiles,
@@ -34,7 +34,7 @@ from merge_gate.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 MODULE = "model.layers.5.self_attn.q_proj"
 WEIGHT = f"{MODULE}.weight"
@@ -524,3 +524,23 @@ def test_a_merge_without_effect_for_want_of_tensors_points_to_them() -> None:
     lost = evidence(missing=(LORA_A, LORA_B), merges=(merged(changed=False),))
     assert "see keys-missing" in hint_of("no-effect", lost)
     assert "see keys-missing" not in hint_of("no-effect", evidence(merges=(merged(changed=False),)))
+
+
+@pytest.mark.parametrize("severity", [Severity.ERROR, Severity.OFF])
+def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is switched off stays off."""
+
+    def crash(_: object) -> Iterator[Finding]:
+        raise ZeroDivisionError("no weights, no norm")
+
+    monkeypatch.setattr("merge_gate.checks.CHECKS", {**CHECKS, "delta-norm": crash})
+    findings = judged(found_in_files("file-corrupt", Origin.FILE), setting("file-corrupt", severity))
+    (said,) = of(NOT_JUDGED, findings)
+    assert "delta-norm" in said.message
+    assert "ZeroDivisionError: no weights, no norm" in said.message
+    assert bool(of("file-corrupt", findings)) == (severity is Severity.ERROR)
+
+
+def test_running_out_of_memory_is_no_bug() -> None:
+    assert "out of memory" in accident("its files could not be read", MemoryError()).message
+    assert "bug" not in accident("its files could not be read", MemoryError()).hint

@@ -374,9 +374,11 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
     else:
         merged_only = where == "judging the merge"
         broken = _failing_for(
-            "other", gate.checks.judge, lambda spec, _, evidence: "" if merged_only and not evidence else spec.name
+            "other",
+            gate.checks.CHECKS["delta-norm"],
+            lambda case: "" if merged_only and not case.evidence else case.spec.name,
         )
-        monkeypatch.setattr(gate.checks, "judge", broken)
+        monkeypatch.setattr(gate.checks, "CHECKS", {**gate.checks.CHECKS, "delta-norm": broken})
     found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
     assert {name: one.verdict for name, one in found.items()} == {
         "good": Verdict.PASSED,

@@ -67,7 +67,7 @@ def _limit(settings: Mapping[str, CheckSetting], check: str) -> float:
 
 
 def thresholds(spec: AdapterSpec) -> Thresholds:
-    """What the checks of this adapter can do without: figures below the limits that they compare with."""
+    """How exactly the checks of this adapter have to know the figures that they compare with their limits."""
     settings = {setting.check: setting for setting in spec.checks}
     return Thresholds(
         headroom=min(_limit(settings, "headroom"), MEASURE_ABOVE),
@@ -91,8 +91,11 @@ def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> 
         settings=MappingProxyType({setting.check: setting for setting in spec.checks}),
     )
     found = list(files.findings)
-    for check in CHECKS.values():
-        found.extend(check(case))
+    for name, check in CHECKS.items():
+        try:
+            found.extend(check(case))
+        except Exception as error:  # noqa: BLE001 - it costs this check's answer; the others stand
+            found.append(accident(f"the check {name} failed", error))
     found.extend(_refusal(case))
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECK_DEFAULTS))}
     settled = [one for one in (_settle(finding, case.settings) for finding in found) if one is not None]
@@ -115,6 +118,16 @@ def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding |
 def undecided(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME) -> Finding:
     """The finding of an adapter that could not be judged: neither passed nor failed."""
     return Finding(check=NOT_JUDGED, severity=Severity.ERROR, message=message, hint=hint, origin=origin)
+
+
+def accident(what: str, error: Exception) -> Finding:
+    """`undecided` by an exception that nobody expected."""
+    if isinstance(error, MemoryError):
+        return undecided(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
+    return undecided(
+        f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
+        "this is a bug of merge-gate: please report it, with the adapter's config if you can",
+    )
 
 
 # --- words ---------------------------------------------------------------------------------------------------------

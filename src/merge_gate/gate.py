@@ -165,7 +165,7 @@ class _Sources:
             except GateError as error:
                 return Ready(spec=spec, problem=checks.undecided(error.message, error.hint))
             except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
-                return Ready(spec=spec, problem=_accident("its files could not be read", error))
+                return Ready(spec=spec, problem=checks.accident("its files could not be read", error))
             members.append(files)
         return Ready(spec=spec, members=tuple(members), revision=None if spec.combine else revision)
 
@@ -231,24 +231,8 @@ def _first_findings(ready: Ready) -> tuple[Finding, ...]:
     """What can be said without a merge."""
     if ready.problem is not None and not ready.members:
         return (ready.problem,)
-    judged = _judged(ready, None)
+    judged = checks.judge(ready.spec, ready.files, None)
     return (*judged, ready.problem) if ready.problem is not None else judged
-
-
-def _judged(ready: Ready, evidence: Evidence | None) -> tuple[Finding, ...]:
-    try:
-        return checks.judge(ready.spec, ready.files, evidence)
-    except Exception as error:  # noqa: BLE001 - as above
-        return (*ready.files.findings, _accident("what was found of it could not be judged", error))
-
-
-def _accident(what: str, error: Exception) -> Finding:
-    if isinstance(error, MemoryError):
-        return checks.undecided(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
-    return checks.undecided(
-        f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
-        "this is a bug of merge-gate: please report it, with the adapter's config if you can",
-    )
 
 
 def _blocked(ready: Ready, findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -451,7 +435,8 @@ class _Run:
 
     def _on_merged(self, event: worker.Merged) -> None:
         entry = self._entries[event.task]
-        self._settle(event.task, _judged(entry.ready, event.evidence), event.evidence)
+        findings = checks.judge(entry.ready.spec, entry.ready.files, event.evidence)
+        self._settle(event.task, findings, event.evidence)
 
     def _on_undecided(self, event: worker.Undecided) -> None:
         ready = self._entries[event.task].ready

@@ -60,9 +60,8 @@ def _free_bytes(device: torch.device) -> int:
 def stream_to(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The weights, one after another, on `device`; the next one travels while the caller works on this one.
 
-    The base stays in host memory. A weight is staged in one of two pinned buffers, copied on a stream of its own, and
-    lives on the device until the caller lets go of it, for all the adapters of a group. On a CPU: the weights
-    themselves.
+    A weight is staged in one of two pinned buffers, copied on a stream of its own, and lives on the device until the
+    caller lets go of it. On a CPU: the weights themselves.
     """
     if device.type != "cuda":
         yield from (weight.detach().to(device) for weight in weights)
