@@ -36,11 +36,12 @@ def main() -> int:
             print(f"::error title=merge-gate::python3 is {sys.version.split()[0]}, expected 3.9 or newer")
             return 1
         sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
-        from merge_gate import action
+        from merge_gate.action import step as action
 
         return action.main(words(environ), environ)
 
-    from merge_gate import canary, cli
+    from merge_gate import cli
+    from merge_gate.action import canary
     from merge_gate.errors import GateError
 
     try:

@@ -20,8 +20,8 @@ from make_base import SIZES, Pool, linear_shapes
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
-from merge_gate.lowrank import Scratch, delta_norm_sq, merge_measured, merge_sample, merged_bound
-from merge_gate.parallel import spread, threads
+from merge_gate.engine.lowrank import Scratch, delta_norm_sq, merge_measured, merge_sample, merged_bound
+from merge_gate.engine.threads import spread, threads
 
 LAYERS_OF_PEFT = 4
 """PEFT's merge is timed on so many layers and scaled up: it is the same work for each of them."""

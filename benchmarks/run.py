@@ -22,7 +22,7 @@ from pathlib import Path
 from inputs import GATE, HERE, PYTHON, Inputs
 from measure import alternate, measure
 
-from merge_gate.parallel import threads
+from merge_gate.engine.threads import threads
 
 GIB = 1 << 30
 SEVEN_B_LIMIT_BYTES = 8 * GIB

@@ -54,7 +54,7 @@ class Judged:
 @pytest.fixture(scope="session")
 def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """Every case of `tests.faults`, gated in two runs: without pickled weights, and with them."""
-    from merge_gate.config import load_config  # noqa: PLC0415
+    from merge_gate.config.load import load_config  # noqa: PLC0415
     from merge_gate.gate import run_gate  # noqa: PLC0415
     from tests.faults import FAULTS, HEALTHY  # noqa: PLC0415
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from merge_gate import base as bases
-from merge_gate import merge
-from merge_gate.checks import judge, thresholds
-from merge_gate.config import CHECK_DEFAULTS
-from merge_gate.preflight import preflight
+from merge_gate.engine import base as bases
+from merge_gate.engine import merge
+from merge_gate.judging.checks import judge, thresholds
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.verdict import decide
 from merge_gate.records import (
     AdapterFiles,
     AdapterSpec,
@@ -32,7 +32,7 @@ from merge_gate.records import (
     Severity,
     Verdict,
 )
-from merge_gate.verdict import decide
+from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from merge_gate.base import Base, Shape
+    from merge_gate.engine.base import Base, Shape
     from tests.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(

@@ -18,15 +18,16 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from merge_gate import cli
-from merge_gate.checks import NOT_JUDGED
-from merge_gate.config import CHECK_DEFAULTS, config_schema
+from merge_gate.config.load import config_schema
 from merge_gate.errors import ExitCode
+from merge_gate.judging.checks import NOT_JUDGED
+from merge_gate.judging.table import CHECK_DEFAULTS
 from merge_gate.records import Result
 from merge_gate.report.files import FORMATS
 from tests.conftest import lay_out
+from tests.engine.test_bits import peft_merge
 from tests.faults import FAULTS
 from tests.models import VARIANTS
-from tests.test_bits import peft_merge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

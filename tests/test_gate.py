@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate import gate
-from merge_gate.config import load_config
+from merge_gate.config.load import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.records import AdapterReport, Report, Result, Severity, Verdict

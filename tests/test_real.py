@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from merge_gate.config import load_config
+from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from merge_gate.records import Severity, Verdict
 from tests.models import read_tensors

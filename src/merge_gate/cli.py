@@ -79,15 +79,15 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 
 def _say(line: str) -> None:
+    from merge_gate.report.terminal import write
     from merge_gate.report.untrusted import safe_text
-    from merge_gate.terminal import write
 
     write(sys.stderr, safe_text(line) + "\n")
 
 
 def _tell(line: str) -> None:
+    from merge_gate.report.terminal import write
     from merge_gate.report.untrusted import inert
-    from merge_gate.terminal import write
 
     write(sys.stdout, inert(line) + "\n")
 
@@ -108,7 +108,7 @@ def _flush() -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            from merge_gate.terminal import silence
+            from merge_gate.report.terminal import silence
 
             silence(stream)
 
@@ -233,7 +233,7 @@ def _device(text: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from merge_gate.config import load_config
+    from merge_gate.config.load import load_config
 
     config = load_config(arguments.config)
     if arguments.container:
@@ -245,7 +245,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
-    from merge_gate.launcher import for_a_person, run_in_container
+    from merge_gate.action.launcher import for_a_person, run_in_container
 
     more = [word for name in arguments.only for word in ("--only", name)]
     if arguments.exhaustive:
@@ -271,7 +271,7 @@ def _gate(
     config: Config, device: str, output: str | None, only: tuple[str, ...] = (), *, exhaustive: bool = False
 ) -> Report:
     from merge_gate.gate import run_gate
-    from merge_gate.terminal import make_view
+    from merge_gate.report.terminal import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         return run_gate(config, device=device, output=output, view=view, only=only, exhaustive=exhaustive)
@@ -283,11 +283,11 @@ def exit_code(report: Report) -> ExitCode:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from merge_gate.config import load_config
+    from merge_gate.config.load import load_config
     from merge_gate.gate import check_files
     from merge_gate.records import Verdict
+    from merge_gate.report.terminal import make_view
     from merge_gate.report.words import counted
-    from merge_gate.terminal import make_view
 
     config = load_config(arguments.config)
     counts = dict.fromkeys(Verdict, 0)
@@ -333,7 +333,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _run_demo(directory: str, output: str | None) -> None:
-    from merge_gate.config import load_config
+    from merge_gate.config.load import load_config
     from merge_gate.demo import EXPECTED, make_demo
 
     report = _gate(load_config(make_demo(directory)), "cpu", output)
@@ -352,7 +352,7 @@ def _run_demo(directory: str, output: str | None) -> None:
 
 def _schema(arguments: argparse.Namespace) -> int:
     if arguments.document == "config":
-        from merge_gate.config import config_schema as schema
+        from merge_gate.config.load import config_schema as schema
     else:
         from merge_gate.report.json_report import report_schema as schema
     try:

@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate import __version__, checks, resolve, verdict, worker
+from merge_gate import __version__
+from merge_gate.engine import worker
 from merge_gate.errors import GateError, ResolveError, UsageError
-from merge_gate.preflight import preflight
+from merge_gate.judging import checks, verdict
 from merge_gate.records import (
     AdapterFiles,
     AdapterReport,
@@ -43,9 +44,11 @@ from merge_gate.records import (
     record,
 )
 from merge_gate.report.files import FORMATS, write_report
+from merge_gate.sources import resolve
+from merge_gate.sources.preflight import preflight
 
 if TYPE_CHECKING:
-    from merge_gate.terminal import View
+    from merge_gate.report.terminal import View
 
 NEVER_LOADED = frozenset({"file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe"})
 """Findings of the preflight after which PEFT does not see the adapter, whatever severity the config gives them."""

@@ -257,7 +257,7 @@ class TensorMerge:
 
     `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
     are bounds that no element exceeds. `estimated`: `lost_norm` and `unchanged_fraction` are estimates by a sample
-    (plain.py).
+    (engine/plain.py).
     """
 
     module: str
@@ -400,7 +400,7 @@ class Finding:
 class Coverage:
     """How much of the adapter and of the model was checked.
 
-    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them (lowrank.py).
+    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them (engine/lowrank.py).
     """
 
     adapter_tensors: int = 0

@@ -23,9 +23,9 @@ import docker
 import jsonschema
 import pytest
 
-from merge_gate import docker_api
+from merge_gate.action import docker_api
+from merge_gate.action.launcher import ContainerRun, run_in_container
 from merge_gate.errors import GateError, LauncherError
-from merge_gate.launcher import ContainerRun, run_in_container
 from merge_gate.report.json_report import report_schema
 from tests.e2e.conftest import serving
 
@@ -216,7 +216,7 @@ LAUNCH = """
 import os, sys
 from pathlib import Path
 from merge_gate.errors import GateError
-from merge_gate.launcher import ContainerRun, run_in_container
+from merge_gate.action.launcher import ContainerRun, run_in_container
 run = ContainerRun(
     config=Path(sys.argv[1], "slow.yml"),
     workspace=Path(sys.argv[1]),

@@ -1,0 +1,1 @@
+"""YAML → `Config`, strict; every key keeps its line."""

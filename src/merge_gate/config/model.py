@@ -1,0 +1,289 @@
+"""What may stand in a configuration: one strict model per mapping, the source of the JSON Schema as well.
+
+In: plain data from the YAML file. Out: typed models or pydantic's errors, and the JSON Schema. Knows neither files nor
+lines: `config` gives errors their place and words. Imported only when a configuration is read, since pydantic takes
+as long to import as the rest of the command line together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from merge_gate.config.load import MAX_NAME, MAX_TEXT
+from merge_gate.config.words import HEX_64, PEFT_TYPE, TEXT
+from merge_gate.judging.table import CHECK_DEFAULTS
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+
+    from merge_gate.judging.table import CheckDefault
+
+Method = Literal[
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+METHODS: tuple[str, ...] = get_args(Method)
+PRUNING = tuple(name for name in METHODS if name.startswith(("ties", "dare", "magnitude")))
+"""The methods that prune: they need `density`."""
+SIGN_ELECTING = tuple(name for name in METHODS if "ties" in name)
+"""The methods that elect a sign: they take `majority_sign_method`."""
+
+MAX_MEMBERS = 100
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SEVERITY_WORDS: list[str | bool] = ["error", "warning", "off", "on", False, True]
+
+
+@dataclass(frozen=True, eq=False)
+class Shorthand:
+    """A field that may also be written shorter: `expand` turns the short form into the long one."""
+
+    expand: Callable[[Any], Any]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"anyOf": [self.schema, handler(schema)]}
+
+
+def _under(key: str, *kinds: type) -> Callable[[Any], Any]:
+    return lambda value: {key: value} if isinstance(value, kinds) else value
+
+
+def _on_off(value: Any) -> Any:
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Text = Annotated[str, Field(pattern=TEXT, max_length=MAX_TEXT)]
+Name = Annotated[str, Field(pattern=TEXT, max_length=MAX_NAME)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+SeverityWord = Annotated[
+    Literal["error", "warning", "off", "on"], BeforeValidator(_on_off), WithJsonSchema({"enum": SEVERITY_WORDS})
+]
+Dtypes = Annotated[
+    Annotated[list[Dtype], Field(min_length=1, json_schema_extra={"uniqueItems": True})],
+    Shorthand(lambda value: [value] if isinstance(value, str) else value, {"enum": list(get_args(Dtype))}),
+]
+
+
+class Model(BaseModel):
+    """No unknown keys, no conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class BaseEntry(Model):
+    """The base that adapters are merged into."""
+
+    model: Text | None = Field(
+        None,
+        description="A directory (relative to this file) or a Hub id. Without it, each adapter's own "
+        "adapter_config.json names its base.",
+    )
+    revision: Text | None = Field(
+        None,
+        description="Hub commit, tag or branch. A commit is the safest. Put it in quotes where it could be a number.",
+    )
+    dtype: Dtypes | None = Field(
+        None,
+        description="The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list of them, each of "
+        "which is checked. Default: auto.",
+    )
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit"] | None = Field(
+        None, description="How the base is quantised before the merge: none, bnb-8bit or bnb-4bit. Default: none."
+    )
+
+
+Base = Annotated[
+    BaseEntry,
+    Shorthand(_under("model", str), {"type": "string", "pattern": TEXT, "description": "A directory or a Hub id."}),
+]
+
+
+class CheckEntry(Model):
+    """One check, with its limit."""
+
+    severity: SeverityWord | None = None
+    limit: Annotated[Number, Field(gt=0)] | None = None
+
+
+Checks = dict[str, Annotated[CheckEntry, Shorthand(_under("severity", str, bool), {"enum": SEVERITY_WORDS})]]
+
+
+class ExpectEntry(Model):
+    """What must be so of the adapter."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    peft_type: Annotated[str, Field(pattern=PEFT_TYPE, max_length=MAX_NAME)] | None = Field(
+        None, description="The adapter's PEFT type, such as LORA."
+    )
+    r: Annotated[int, Field(ge=1)] | None = Field(None, description="The adapter's rank.")
+    lora_alpha: Number | None = Field(None, description="The adapter's alpha.")
+    base: Text | None = Field(None, description="The base that adapter_config.json names.")
+    sha256: (
+        Annotated[
+            dict[Text, Annotated[str, Field(pattern=HEX_64, description="64 hexadecimal digits.")]],
+            Field(min_length=1),
+        ]
+        | None
+    ) = Field(None, description="SHA-256 digests of files in the adapter's directory, by file name.")
+
+
+class CombineEntry(Model):
+    """A weighted combination of listed adapters."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                {
+                    "if": {"properties": {"method": {"enum": list(PRUNING)}}},
+                    "then": {"required": ["density"]},
+                    "else": {"properties": {"density": False}},
+                },
+                {
+                    "if": {"properties": {"method": {"enum": list(SIGN_ELECTING)}}},
+                    "else": {"properties": {"majority_sign_method": False}},
+                },
+            ]
+        }
+    )
+
+    method: Method = Field(description="The method of PEFT's add_weighted_adapter.")
+    adapters: Annotated[
+        list[Name], Field(min_length=1, max_length=MAX_MEMBERS, json_schema_extra={"uniqueItems": True})
+    ] = Field(
+        description="The names of the adapters to combine; each is listed under adapters and is not a combination."
+    )
+    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = Field(
+        description="One weight per adapter, in their order."
+    )
+    density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None, description="The share of values that pruning keeps. Needed by ties, dare and magnitude_prune methods."
+    )
+    majority_sign_method: Literal["total", "frequency"] | None = Field(
+        None, description="How ties methods elect a sign: by total or by frequency. Default: total."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        0, description="Seed of the random methods (dare_*), recorded in the report. Default: 0."
+    )
+
+
+class AdapterEntry(Model):
+    """One adapter, several by a glob, or a combination."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["path"], "properties": {"combine": False}},
+                {"required": ["combine", "name"], "properties": {"path": False, "revision": False, "expect": False}},
+            ]
+        }
+    )
+
+    name: Name | None = Field(
+        None, description="Name in the report. Default: the last part of the path or Hub id. Must be unique."
+    )
+    path: Text | None = Field(
+        None,
+        description="A directory (relative to this file), a glob over directories, or a Hub id owner/name.",
+    )
+    combine: CombineEntry | None = Field(None, description="Judge a weighted combination of other listed adapters.")
+    revision: Text | None = Field(None, description="Hub commit, tag or branch of the adapter.")
+    base: Base | None = Field(None, description="The base of this adapter; what is not given comes from the default.")
+    checks: Checks | None = Field(None, description="Checks of this adapter, laid over the file's.")
+    expect: ExpectEntry | None = Field(
+        None, description="What must be so of this adapter; anything else is expectation-failed."
+    )
+
+
+class FileEntry(Model):
+    """Configuration of merge-gate."""
+
+    model_config = ConfigDict(title="merge-gate configuration")
+
+    version: Annotated[int, Field(ge=1, le=1), WithJsonSchema({"type": "integer", "const": 1})] = Field(
+        description="Version of this format: 1."
+    )
+    base: Base | None = Field(None, description="The base of all adapters that do not name their own.")
+    adapters: Annotated[
+        list[
+            Annotated[
+                AdapterEntry,
+                Shorthand(
+                    _under("path", str),
+                    {"type": "string", "pattern": TEXT, "description": "A directory, a glob or a Hub id."},
+                ),
+            ]
+        ],
+        Field(min_length=1),
+    ] = Field(description="The adapters to judge.")
+    checks: Checks | None = Field(
+        None, description="Severity of each check (error, warning or off), or a mapping with severity and limit."
+    )
+    allow_pickle: bool = Field(
+        False,
+        alias="allow-pickle",
+        description="Load pickled weights (.bin), with weights_only. Default: false, they are refused.",
+    )
+    trust_remote_code: bool = Field(
+        False,
+        alias="trust-remote-code",
+        description="Run Python code that comes with the base. Default: false. Only for bases that you trust.",
+    )
+
+
+class _Schema(GenerateJsonSchema):
+    """An absent key is the only way to say nothing: no `null`, no `default: null`, no generated titles."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        if schema.get("default", ...) is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+
+def build_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the configuration."""
+    schema = FileEntry.model_json_schema(by_alias=True, schema_generator=_Schema)
+    definitions = schema["$defs"]
+    del definitions["CheckEntry"]
+    definitions["Checks"] = _checks_schema()
+    for owner in (schema, definitions["AdapterEntry"]):
+        checks = owner["properties"]["checks"]
+        owner["properties"]["checks"] = {"description": checks["description"], "$ref": "#/$defs/Checks"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _checks_schema() -> dict[str, Any]:
+    """Return one described key per check, with a limit only where the check has one."""
+    properties = {check: _check_schema(default) for check, default in CHECK_DEFAULTS.items()}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _check_schema(default: CheckDefault) -> dict[str, Any]:
+    words = SEVERITY_WORDS if default.can_be_off else ["error", "on", True]
+    severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
+    limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {default.limit}."}
+    long = {
+        "type": "object",
+        "additionalProperties": False,
+        "minProperties": 1,
+        "properties": {"severity": severity} | ({"limit": limit} if default.limit is not None else {}),
+    }
+    return {"description": f"{default.summary} Default: {default.severity}.", "anyOf": [{"enum": words}, long]}

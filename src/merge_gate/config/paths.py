@@ -1,0 +1,132 @@
+"""A name as written in the configuration → a directory, several directories, or a Hub id.
+
+In: the text, and the directory that relative paths start from. Out: absolute directories or a Hub id, or `Unusable`.
+Looks at which directories exist, never into an adapter or a base. A name that reads as a path is never taken for a
+Hub id: a mistyped directory must not become a download from whoever owns that name on the Hub.
+"""
+
+# os.path says False where pathlib raises (a name too long), and keeps ./ as written:
+# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH207
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from merge_gate.config.words import listed, nearest, quoted
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
+_PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
+_GLOB = re.compile(r"[*?\[]")
+
+
+class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
+    """A name that stands for nothing. Carries the problem's message and hint."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def is_glob(written: str, directory: Path) -> bool:
+    """Say whether the text is a pattern. A directory that has just this name is no pattern."""
+    return bool(_GLOB.search(written)) and not os.path.isdir(_absolute(written, directory))
+
+
+def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> tuple[str | None, str | None]:
+    """Return the absolute directory or the Hub id that `written` stands for, the other one None.
+
+    Args:
+        written: the text in the file.
+        directory: where relative paths start.
+        on_hub: a revision is given, so that a name beside an existing directory (`acme/` is here, `acme/billing` is
+            not) still reads as a Hub id.
+        owner_needed: the Hub id must be `owner/name`; otherwise a bare name (`gpt2`) will do.
+
+    Raises:
+        Unusable: neither.
+    """
+    place = _absolute(written, directory)
+    if os.path.isdir(place):
+        return os.path.normpath(place), None
+    if os.path.exists(place):
+        raise Unusable(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
+    path_like = bool(_PATH_LIKE.match(written))
+    first = written.split("/", 1)[0]
+    beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
+    if _is_hub_id(written, owner_needed=owner_needed) and not path_like and not beside:
+        return None, written
+    raise Unusable(*_nothing_there(written, place, path_like=path_like, beside=first if beside else ""))
+
+
+def find_all(pattern: str, directory: Path) -> list[tuple[str, str]]:
+    """Return the directories that a pattern matches, each as written and absolute, sorted.
+
+    Raises:
+        Unusable: none.
+    """
+    if "**" in pattern:
+        raise Unusable(f'{quoted(pattern)}: "**" is not supported', "write one * for each level")
+    relative = not (Path(pattern).is_absolute() or pattern.startswith("~"))
+    start = os.path.join(glob.escape(str(directory)), "") if relative else ""
+    matches = sorted(glob.glob(start + os.path.expanduser(pattern)))
+    plain_start = os.path.join(directory, "") if relative else ""
+    found = [(m[len(plain_start) :], os.path.normpath(m)) for m in matches if os.path.isdir(m)]
+    if not found:
+        files = " (only files)" if matches else ""
+        raise Unusable(f"no directory matches {quoted(pattern)}{files}", _siblings(_literal_part(pattern, directory)))
+    return found
+
+
+def last_name(written: str, place: str | None) -> str:
+    """Return the last part of a directory or a Hub id: the default name of an adapter."""
+    return Path(place).name if place else written.rsplit("/", 1)[-1]
+
+
+def _absolute(written: str, directory: Path) -> Path:
+    try:
+        return directory / Path(written).expanduser()
+    except RuntimeError:  # ~name of nobody
+        return directory / written
+
+
+def _is_hub_id(written: str, *, owner_needed: bool) -> bool:
+    odd = "--" in written or ".." in written or written.endswith(".git")
+    return bool(_HUB_ID.fullmatch(written)) and not odd and ("/" in written or not owner_needed)
+
+
+def _nothing_there(written: str, place: Path, *, path_like: bool, beside: str) -> tuple[str, str]:
+    if "://" in written:
+        return f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name"
+    hints = [_siblings(place.parent, written)]
+    if beside:
+        hints.append(f"{quoted(beside)} is a directory here, so this reads as a path; to mean the Hub, add a revision")
+    elif not path_like:
+        hints.append("a Hub id looks like owner/name")
+    return f"no such directory: {quoted(written)}", "; ".join(hints)
+
+
+def _siblings(parent: Path, written: str = "") -> str:
+    """Say what is there instead: the name that was perhaps meant, written as the other was, or all names."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())[:200]
+    except (OSError, ValueError):
+        return f"there is no directory {quoted(str(parent))} either"
+    head, slash, tail = written.rstrip("/").rpartition("/")
+    if tail and (near := nearest(tail, names, before=head + slash)):
+        return near
+    return f"{quoted(str(parent))} holds {listed(quoted(n) for n in names) or 'no directories'}"
+
+
+def _literal_part(pattern: str, directory: Path) -> Path:
+    """Return the deepest directory that a pattern names without a wildcard."""
+    parts = Path(os.path.expanduser(pattern)).parts[:-1]
+    plain: list[str] = []
+    for part in parts:
+        if _GLOB.search(part):
+            break
+        plain.append(part)
+    return directory.joinpath(*plain)

@@ -1,0 +1,214 @@
+"""What PEFT merges wrongly, or cannot merge, although it may not say so. One table; each row has its source.
+
+In: a loaded `PeftModel` and its config. Out: nothing, or `Refused`. What PEFT itself refuses needs no row: its
+exception becomes `not-mergeable` with its own words. tests/engine/test_defects.py shows each row with plain PEFT, so
+that a release that mends one makes the test say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.engine.quantized import BNB_4BIT, is_quantized
+from merge_gate.errors import Refused
+from merge_gate.records import Origin, Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """`where` yields the module, or an empty name for the whole adapter, for each case of the defect.
+
+    With `config_alone` it is asked before anything is loaded, and gets no model.
+    """
+
+    name: str
+    reason: str
+    hint: str
+    where: Callable[[Any, Any], Iterator[str]]
+    config_alone: bool = False
+
+
+def refuse_by_config(config: Any) -> None:
+    """Hold a config against the rules that need no model, before PEFT acts on it (X-LoRA loads what it names).
+
+    Raises:
+        Refused: with the first rule that it meets.
+    """
+    _refuse(tuple(rule for rule in RULES if rule.config_alone), None, config)
+
+
+def refuse_wrong_merges(model: Any, config: Any) -> None:
+    """Hold a loaded adapter against the other rules.
+
+    Raises:
+        Refused: with the first rule that it meets.
+    """
+    _refuse(tuple(rule for rule in RULES if not rule.config_alone), model, config)
+
+
+def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
+    for rule in rules:
+        places = list(rule.where(model, config))
+        if places:
+            named = f" (in {places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})" if places[0] else ""
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"{rule.reason}{named}",
+                    hint=rule.hint,
+                    module=places[0] or None,
+                    origin=Origin.CONFIG,
+                )
+            )
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
+    """(base's name, tuner layer, its base layer)."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path.removeprefix("base_model.model."), module, module.get_base_layer()
+
+
+def _quantized(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return weight is not None and is_quantized(weight)
+
+
+def _no_merge(model: Any, config: Any) -> Iterator[str]:
+    if config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):
+        yield ""
+
+
+def _of_kind(kind: str) -> Callable[[Any, Any], Iterator[str]]:
+    def where(_model: Any, config: Any) -> Iterator[str]:
+        if _kind(config) == kind:
+            yield ""
+
+    return where
+
+
+def _replicated(_model: Any, config: Any) -> Iterator[str]:
+    if getattr(config, "layer_replication", None):
+        yield ""
+
+
+def _arrow(_model: Any, config: Any) -> Iterator[str]:
+    if getattr(config, "arrow_config", None):
+        yield ""
+
+
+def _oft_convolution(model: Any, config: Any) -> Iterator[str]:
+    if _kind(config) != "OFT":
+        return
+    for name, _, base_layer in _layers(model):
+        kernel = getattr(base_layer, "kernel_size", ())
+        if any(size != 1 for size in kernel if isinstance(size, int)):
+            yield name
+
+
+def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
+    kind = _kind(config)
+    for name, _, base_layer in _layers(model):
+        packed = type(getattr(base_layer, "weight", None)).__name__
+        if _quantized(base_layer) and (kind == "RANDLORA" or (kind == "PVERA" and packed == BNB_4BIT)):
+            yield name
+
+
+def _quantized_unknown(model: Any, _config: Any) -> Iterator[str]:
+    """A tuner layer for plain weights on packed ones: neither written for bitsandbytes nor given a backend for it."""
+    for name, layer, base_layer in _layers(model):
+        knows = getattr(layer, "quantization_backend", None) is not None or type(layer).__module__.endswith(".bnb")
+        if _quantized(base_layer) and not knows:
+            yield name
+
+
+def _quantized_bias(model: Any, _config: Any) -> Iterator[str]:
+    for name, layer, base_layer in _layers(model):
+        if _quantized(base_layer) and any(dict(getattr(layer, "lora_bias", None) or {}).values()):
+            yield name
+
+
+def _merged_twice(model: Any, _config: Any) -> Iterator[str]:
+    """Tied weights that carry an adapter each (trainable tokens excepted: both write the same rows)."""
+    seen: set[int] = set()
+    for name, layer, base_layer in _layers(model):
+        weight = getattr(base_layer, "weight", None)
+        if weight is None or isinstance(layer, TrainableTokensLayer):
+            continue
+        if id(weight) in seen:
+            yield name
+        seen.add(id(weight))
+
+
+RULES = (
+    Rule(
+        name="no-weights",
+        reason="this method adds inputs or layers to the model at run time and has no weights to merge",
+        hint="serve the adapter unmerged, and leave it out of this gate",
+        where=_no_merge,
+    ),
+    Rule(
+        name="x-lora",
+        reason="X-LoRA chooses between adapters for each token; PEFT's merge drops the router and keeps one expert",
+        hint="serve it unmerged, or gate the single expert that you want to merge",
+        where=_of_kind("XLORA"),
+        config_alone=True,
+    ),
+    Rule(
+        name="arrow",
+        reason="Arrow routes between adapters for each token and cannot be one merged weight",
+        hint="serve it unmerged",
+        where=_arrow,
+        config_alone=True,
+    ),
+    Rule(
+        name="layer-replication",
+        reason="layer_replication changes the number of layers, and PEFT's merge does not reproduce that (peft#1707)",
+        hint="serve the adapter unmerged on the replicated model",
+        where=_replicated,
+        config_alone=True,
+    ),
+    Rule(
+        name="merged-twice",
+        reason="two layers that share one weight carry an adapter each, and PEFT adds both deltas to that weight",
+        hint="untie the base's embeddings before training and merging, or adapt other modules",
+        where=_merged_twice,
+    ),
+    Rule(
+        name="oft-convolution",
+        reason="OFT on a convolution with a kernel larger than 1 merges into weights that do not compute its forward",
+        hint="serve it unmerged, or adapt only 1x1 convolutions and linear layers",
+        where=_oft_convolution,
+    ),
+    Rule(
+        name="quantized-unknown",
+        reason="PEFT has no bitsandbytes layer for this method, and merges packed integers as if they were weights",
+        hint="gate it on the unquantised base (quantization: none) and merge there",
+        where=_quantized_unknown,
+    ),
+    Rule(
+        name="quantized-random-projection",
+        reason="PEFT merges this method into bitsandbytes layers in another order than its forward computes",
+        hint="gate it on the unquantised base (quantization: none) and merge there",
+        where=_quantized_kinds,
+    ),
+    Rule(
+        name="quantized-lora-bias",
+        reason=(
+            "PEFT adds lora_bias to a bitsandbytes layer without its scaling, and its safe_merge fails there on good "
+            "adapters too (peft/tuners/lora/bnb.py)"
+        ),
+        hint="gate it on the unquantised base (quantization: none) and merge there",
+        where=_quantized_bias,
+    ),
+)

@@ -1,0 +1,606 @@
+"""Adapter files + scratch → a loaded `PeftModel`, with every tensor of the file and of the config accounted for.
+
+In: what the preflight read, and a scratch of the base. Out: `Loaded`, or `Refused` with the check that says why.
+PEFT lives here, in walk.py and in defects.py only. It is driven as a user drives it: the config by PEFT's own class, the
+model class by its task type, `load_adapter` with PEFT's defaults, since other options change bits and fail good
+adapters (peft-facts: `low_cpu_mem_usage=True` rounds float32 factors to the base's dtype).
+
+1. Read the config by PEFT's class for its type; refuse what PEFT would silently ignore.
+2. Fit the scratch to the file: a resized vocabulary.
+3. Inject. PEFT chooses the targets.
+4. Before the load writes anything: compare shapes, and give a private copy to every tensor of the base that the file
+   overwrites (trained biases, saved embeddings), because PEFT copies into the shared parameter.
+5. Load, then compare names both ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from merge_gate.engine.base import ADAPTER_PREFIX, Base, first_line, named_tensors
+from merge_gate.engine.defects import refuse_by_config
+from merge_gate.errors import Refused
+from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+
+ADAPTER_NAME = "default"
+"""PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
+
+ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
+"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py; tests/engine/test_untouched.py)."""
+
+LISTED = 6
+"""Names listed in one message before "and N more"."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Loaded:
+    """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `model_key` maps the file's names.
+
+    `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
+    """
+
+    model: Any
+    config: Any
+    state: dict[str, torch.Tensor]
+    model_key: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    targeted: tuple[str, ...]
+    slots: dict[tuple[int, str], str]
+    sharers: dict[str, tuple[str, ...]]
+    seed: int | None = None
+
+
+def load_adapter(base: Base, files: AdapterFiles) -> Loaded:
+    """Load one adapter onto a new scratch of the base.
+
+    Raises:
+        Refused: it cannot be loaded, or not all of it would be.
+    """
+    config = read_config(files)
+    scratch = base.scratch(private=initialisation_writes_to_base(config))
+    _fit_vocabulary(scratch, files)
+    slots, sharers = base_slots(scratch)
+    model = inject(scratch, config, base)
+    refuse_lost_wrappers(model, config, files)
+    state, missing, unexpected, model_key = load_weights(model, base, files, ADAPTER_NAME)
+    return Loaded(
+        model=model,
+        config=config,
+        state=state,
+        model_key=model_key,
+        missing=missing,
+        unexpected=unexpected,
+        targeted=targeted_modules(model),
+        slots=slots,
+        sharers=sharers,
+    )
+
+
+# --- 1. the config -------------------------------------------------------------------------------------------------
+
+
+def read_config(files: AdapterFiles) -> Any:
+    """The adapter's config as PEFT's class for its type reads it.
+
+    Raises:
+        Refused: PEFT does not know the type, rejects a value, or would ignore a key that is set.
+    """
+    kind = str(files.peft_type)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if config_class is None:
+        raise Refused(
+            Refusal(
+                check=None,
+                message=f"PEFT {peft.__version__} does not know the adapter type {kind!r}, so it cannot be merged here",
+                hint="upgrade PEFT in the environment that runs the gate, or correct peft_type in adapter_config.json",
+                origin=Origin.CONFIG,
+            )
+        )
+    _refuse_ignored_keys(config_class, files)
+    try:
+        config = config_class.from_pretrained(files.directory)
+    except ImportError as error:
+        raise Refused(_missing_package(error)) from error
+    except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
+        raise Refused(
+            Refusal(
+                check="config-invalid",
+                message=f"PEFT rejects adapter_config.json: {type(error).__name__}: {first_line(error)}",
+                hint="restore the adapter_config.json that was saved with the adapter",
+                origin=Origin.CONFIG,
+            )
+        ) from error
+    refuse_by_config(config)
+    config.inference_mode = True
+    return config
+
+
+def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
+    """PEFT drops keys it does not know with a warning; one that is set may change what the adapter computes."""
+    raw = json.loads(files.config_json or "{}")
+    known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
+    ignored = sorted(key for key, value in raw.items() if key not in known and value not in (None, False, "", [], {}))
+    if not ignored:
+        return
+    listed = ", ".join(f"{key}={json.dumps(raw[key])[:60]}" for key in ignored[:LISTED])
+    saved_by = str(raw.get("peft_version") or "").split("@")[0]
+    newer = _version(saved_by) > _version(peft.__version__)
+    raise Refused(
+        Refusal(
+            check=None if newer else "config-invalid",
+            message=f"adapter_config.json sets {listed}, which PEFT {peft.__version__} does not know and would ignore",
+            hint=(
+                f"the adapter was saved by PEFT {saved_by}: run the gate with that version or newer"
+                if newer
+                else "remove the key if it is a mistake, or run the gate with the PEFT version that wrote it"
+            ),
+            origin=Origin.CONFIG,
+        )
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = text.split(".")[:3]
+    return tuple(int(part) for part in parts) if parts and all(part.isdigit() for part in parts) else ()
+
+
+def _missing_package(error: ImportError) -> Refusal:
+    return Refusal(
+        check=None,
+        message=f"a package that this adapter or base needs is not installed: {first_line(error)}",
+        hint="install the package that the message names in the environment that runs the gate",
+    )
+
+
+def initialisation_writes_to_base(config: Any) -> bool:
+    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
+
+    OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
+    base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
+    """
+    scheme = getattr(config, "init_lora_weights", None)
+    return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
+
+
+# --- 2. and 3. the scratch -----------------------------------------------------------------------------------------
+
+
+def _fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
+    """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290)."""
+    if not hasattr(scratch, "get_input_embeddings") or not files.tensors:
+        return
+    model: Any = scratch
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return
+    if not isinstance(embedding, nn.Embedding):
+        return
+    name = next((name for name, module in scratch.named_modules() if module is embedding), None)
+    wanted = {f"{ADAPTER_PREFIX}{name}.{suffix}" for suffix in ("weight", "base_layer.weight")}
+    for header in files.tensors:
+        rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
+        if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            return
+
+
+def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
+    """Names of the scratch's parameters before PEFT moves them, and for tied ones the modules that share them."""
+    first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
+    slots: dict[tuple[int, str], str] = {}
+    sharers: dict[str, list[str]] = {}
+    for path, module in scratch.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                canonical = first[id(tensor)]
+                slots[id(module), name] = canonical
+                sharers.setdefault(canonical, []).append(path)
+    return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
+
+
+def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str = ADAPTER_NAME) -> Any:
+    """Let PEFT put the adapter's layers on the scratch.
+
+    Raises:
+        Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
+    """
+    torch.manual_seed(0)
+    model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+    try:
+        return model_class(scratch, config, adapter_name)
+    except ImportError as error:
+        raise Refused(_missing_package(error)) from error
+    except NoMatchingPeftModuleError as error:
+        raise Refused(_no_targets(config, scratch)) from error
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        raise Refused(_injection_failed(error, config, scratch, base)) from error
+
+
+def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
+    targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
+    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
+    return Refusal(
+        check="targets-not-found",
+        message=(
+            f"target_modules {shown[:300]!r} match no module of the base; the base's layers are called "
+            f"{listing(leaves, 12)}"
+        ),
+        hint=(
+            "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then gate "
+            "the adapter with the version that it was trained with"
+        ),
+        origin=Origin.CONFIG,
+    )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+
+
+def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refusal:
+    text = first_line(error)
+    if "not found in the base model" in text or "No modules were targeted" in text:
+        return _no_targets(config, scratch)
+    return Refusal(
+        check="not-mergeable",
+        message=f"PEFT cannot put this {config_type(config)} adapter on base {base.facts.model}: {text}",
+        hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
+        origin=Origin.CONFIG,
+    )
+
+
+def config_type(config: Any) -> str:
+    """`LORA`, from an enum member or a string."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+# --- 4. and 5. the weights -----------------------------------------------------------------------------------------
+
+
+def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
+    """Fully trained modules whose tensors are not in the file: PEFT fails on them with a bare KeyError."""
+    if not files.tensors:
+        return
+    present = {header.name for header in files.tensors}
+    lost = [
+        f"{path}.{key}"
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(ADAPTER_NAME)
+        if f"{path}.{key}" not in present
+    ]
+    if lost and not _converted_names(model):
+        raise Refused(
+            Refusal(
+                check="keys-missing",
+                message=(
+                    f"adapter_config.json promises fully trained modules (modules_to_save {config.modules_to_save!r} "
+                    f"or trainable tokens), but the file lacks {listing(lost)}"
+                )
+                if getattr(config, "modules_to_save", None)
+                else f"the file lacks {listing(lost)}, which the config promises",
+                hint="save the adapter again with save_pretrained, and check that the upload was complete",
+                tensor=lost[0],
+                origin=Origin.ADAPTER,
+            )
+        )
+
+
+def _converted_names(model: Any) -> bool:
+    """Whether transformers or PEFT may rename tensors on load for this model type, so that names need not be equal."""
+    return bool(getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None))
+
+
+def load_weights(
+    model: Any, base: Base, files: AdapterFiles, adapter_name: str
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """Load the file by PEFT and compare names both ways.
+
+    Returns:
+        What was loaded by the model's keys; file names that are missing; file names that nothing uses; and the file's
+        names mapped to the model's keys.
+    """
+    promised = promised_names(model, adapter_name)
+    with _before_load(model, base) as state:
+        try:
+            model.load_adapter(
+                files.directory,
+                adapter_name,
+                is_trainable=False,
+                torch_device="cpu",
+                key_mapping=getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {}),
+            )
+        except Refused:
+            raise
+        except ImportError as error:
+            raise Refused(_missing_package(error)) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever PEFT, safetensors or pickle raise: the file did not load
+            raise Refused(_load_failed(error)) from error
+    missing, unexpected, model_key = _compare(model, promised, state, files, adapter_name)
+    return state, missing, unexpected, model_key
+
+
+def _load_failed(error: Exception) -> Refusal:
+    if isinstance(error, KeyError):
+        name = str(error.args[0]) if error.args else "?"
+        return Refusal(
+            check="keys-missing",
+            message=f"the file lacks {name.strip(chr(39))}, which adapter_config.json promises",
+            hint="save the adapter again with save_pretrained, and check that the upload was complete",
+            tensor=name.strip("'"),
+            origin=Origin.ADAPTER,
+        )
+    check = "file-corrupt" if type(error).__name__ in {"SafetensorError", "UnpicklingError", "EOFError"} else None
+    if check is None and isinstance(error, (ValueError, RuntimeError, NotImplementedError)):
+        check = "config-invalid"
+    return Refusal(
+        check=check,
+        message=f"PEFT cannot load the adapter's weights: {type(error).__name__}: {first_line(error)}",
+        hint="save the adapter again with save_pretrained; weights must be tensors only",
+        origin=Origin.FILE if check == "file-corrupt" else Origin.CONFIG,
+    )
+
+
+def promised_names(model: Any, adapter_name: str) -> dict[str, str]:
+    """Names that the file should hold → the model's key; the key is empty for tensors PEFT makes on saving."""
+    state = model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            saved = peft.get_peft_model_state_dict(
+                model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
+            )
+        except Exception:
+            return {}
+    by_object = {id(tensor): key for key, tensor in state.items()}
+    return {name: by_object.get(id(tensor), "") for name, tensor in saved.items()}
+
+
+@contextmanager
+def _before_load(model: Any, base: Base) -> Iterator[dict[str, torch.Tensor]]:
+    """Step 4, run by torch just before it copies: PEFT has renamed everything, and nothing is written yet."""
+    shared = {tensor.data_ptr() for tensor in base.tensors.values() if tensor.numel()}
+    state: dict[str, torch.Tensor] = {}
+
+    def check_and_privatise(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        _refuse_shapes(incoming, own)
+        for key in incoming:
+            tensor = own.get(key)
+            if tensor is not None and tensor.data_ptr() in shared:
+                tensor.data = tensor.data.clone()
+        state.update(incoming)
+
+    hook = model.register_load_state_dict_pre_hook(check_and_privatise)
+    try:
+        yield state
+    finally:
+        hook.remove()
+
+
+def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    wrong = [
+        (key, tuple(tensor.shape), tuple(own[key].shape))
+        for key, tensor in incoming.items()
+        if key in own and isinstance(tensor, torch.Tensor) and tensor.shape != own[key].shape
+    ]
+    if not wrong:
+        return
+    key, got, expected = wrong[0]
+    name = file_name(key)
+    more = f"; {len(wrong) - 1} more tensors do not fit either" if len(wrong) > 1 else ""
+    raise Refused(
+        Refusal(
+            check="shape-mismatch",
+            message=f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
+            hint=_shape_hint(got, expected),
+            module=module_of(name),
+            tensor=name,
+            origin=Origin.ADAPTER,
+        )
+    )
+
+
+def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if 0 in got or len(got) < len(expected):
+        return "the tensor was saved unsharded-empty by ZeRO-3 or FSDP: gather the parameters before save_pretrained"
+    if len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004
+        return "either r in adapter_config.json is not the rank it was trained with, or this is not the adapter's base"
+    return "this is not the base that the adapter was trained on"
+
+
+def _compare(
+    model: Any, promised: dict[str, str], state: dict[str, torch.Tensor], files: AdapterFiles, adapter_name: str
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """Step 5.
+
+    Renames that PEFT or transformers applied on load are honoured: what was loaded under a promised key is not
+    missing, whatever the file calls it.
+    """
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    loaded = {key for key in state if key in own}
+    filled = {own[key].data_ptr() for key in loaded if own[key].numel()}  # one tensor may go by several names
+    present = [header.name for header in files.tensors] or [file_name(key, adapter_name) for key in state]
+    missing = tuple(
+        sorted(
+            name
+            for name, key in promised.items()
+            if name not in present and (key not in own or (key not in loaded and own[key].data_ptr() not in filled))
+        )
+    )
+    unused = {file_name(key, adapter_name) for key in state if key not in own}
+    model_key = {name: promised.get(name, name) for name in present if name in promised or name in loaded}
+    renamed = any(key in loaded and name not in present for name, key in promised.items())
+    strays: list[str] = []
+    for name in present:
+        plain = file_name(name, adapter_name)
+        if name in model_key:
+            continue
+        if name in unused or plain in unused or not renamed:
+            strays.append(name)
+        else:  # loaded under another name
+            model_key[name] = promised.get(plain, "")
+    return missing, tuple(sorted(strays)), {name: key for name, key in model_key.items() if key}
+
+
+def file_name(key: str, adapter_name: str = ADAPTER_NAME) -> str:
+    """The name in the file of a key of the model: PEFT leaves the adapter's name out on saving."""
+    return (
+        key.replace(f".modules_to_save.{adapter_name}.", ".")
+        .replace(f".{adapter_name}.", ".")
+        .removesuffix(f".{adapter_name}")
+    )
+
+
+_TENSOR_PARTS = ("lora_", "base_layer", "modules_to_save", "token_adapter", "original_module")
+
+
+def module_of(name: str) -> str:
+    """The base's module that a tensor of an adapter's file belongs to, from its name."""
+    parts = name.removeprefix(ADAPTER_PREFIX).split(".")
+    for position, part in enumerate(parts):
+        if part.startswith(_TENSOR_PARTS):
+            return ".".join(parts[:position])
+    return ".".join(parts[:-1])
+
+
+def targeted_modules(model: Any) -> tuple[str, ...]:
+    """The base's names of the modules that carry the adapter: tuner layers and fully trained modules."""
+    found: dict[str, None] = {}
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
+            found[path.removeprefix(ADAPTER_PREFIX)] = None
+            inside.append(path)
+    return tuple(found)
+
+
+def listing(names: list[str] | tuple[str, ...], most: int = LISTED) -> str:
+    """`a, b, c and 4 more`."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) -> Loaded:
+    """Load the members onto one scratch and combine them by PEFT's `add_weighted_adapter` (step 3 to 5 for each).
+
+    Raises:
+        Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
+    """
+    scratch = base.scratch()
+    slots, sharers = base_slots(scratch)
+    names = tuple(f"member_{position}" for position in range(len(members)))
+    configs = [read_config(files) for files in members]
+    for name, config in zip(combine.adapters, configs, strict=True):
+        _refuse_lost_settings(name, config)
+    model: Any = None
+    state: dict[str, torch.Tensor] = {}
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    for name, files, config in zip(names, members, configs, strict=True):
+        if model is None:
+            model = inject(scratch, config, base, name)
+        else:
+            _add(model, name, config)
+        loaded, lost, stray, _ = load_weights(model, base, files, name)
+        state.update(loaded)
+        missing += lost
+        unexpected += stray
+    torch.manual_seed(combine.seed)
+    options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
+    try:
+        model.base_model.add_weighted_adapter(
+            list(names),
+            list(combine.weights),
+            ADAPTER_NAME,
+            combination_type=combine.method,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+        model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
+    except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
+        raise Refused(_not_combinable(error, combine)) from error
+    return Loaded(
+        model=model,
+        config=model.peft_config[ADAPTER_NAME],
+        state=state,
+        model_key={},
+        missing=missing,
+        unexpected=unexpected,
+        targeted=targeted_modules(model),
+        slots=slots,
+        sharers=sharers,
+        seed=combine.seed if "dare" in combine.method else None,
+    )
+
+
+def _refuse_lost_settings(name: str, config: Any) -> None:
+    """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
+
+    Shown with plain PEFT in tests/engine/test_combine.py.
+    """
+    settings = {
+        "use_rslora": getattr(config, "use_rslora", False),
+        "lora_bias": getattr(config, "lora_bias", False),
+        "use_dora": getattr(config, "use_dora", False),
+        "kasa_config": getattr(config, "kasa_config", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
+    }
+    lost = next((setting for setting, value in settings.items() if value), None)
+    if lost is not None:
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
+                hint="merge this adapter by itself, or retrain it without that setting before combining it",
+                origin=Origin.CONFIG,
+            )
+        )
+
+
+def _add(model: Any, name: str, config: Any) -> None:
+    try:
+        model.add_adapter(name, config)
+    except Exception as error:  # as above
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT cannot put a second adapter beside the first: {first_line(error)}",
+                hint="combine adapters of one method only, without fully trained modules in common",
+                origin=Origin.CONFIG,
+            )
+        ) from error
+
+
+def _not_combinable(error: Exception, combine: Combine) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=(
+            f"PEFT cannot combine {listing(combine.adapters)} by {combine.method}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ),
+        hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
+        origin=Origin.CONFIG,
+    )

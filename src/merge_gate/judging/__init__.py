@@ -1,0 +1,1 @@
+"""Measurements → findings → verdict, in plain Python."""

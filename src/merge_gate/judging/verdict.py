@@ -1,0 +1,40 @@
+"""Findings → verdict and cause.
+
+In: an adapter's findings and coverage. Out: two values, and why. Knows no check by name but one.
+
+1. An error finding of a check: `failed`, and its first in the order of blame is the cause.
+2. Else anything that kept the adapter from being judged whole: `error`.
+3. Else `passed`. Nothing vacuous passes: every parameter must have been checked, and at least one.
+"""
+
+from __future__ import annotations
+
+from merge_gate.judging.checks import NOT_JUDGED, undecided
+from merge_gate.records import Coverage, Finding, Severity, Verdict
+
+
+def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:
+    """The verdict, its cause, and the findings with one more where coverage alone forbids `passed`."""
+    errors = [finding.check for finding in findings if finding.severity is Severity.ERROR]
+    proven = [check for check in errors if check != NOT_JUDGED]
+    if proven:
+        return Verdict.FAILED, proven[0], findings
+    if errors:
+        return Verdict.ERROR, NOT_JUDGED, findings
+    gap = _gap(coverage)
+    if gap:
+        return Verdict.ERROR, NOT_JUDGED, (undecided(gap, "please report this, with the adapter's config"), *findings)
+    return Verdict.PASSED, None, findings
+
+
+def _gap(coverage: Coverage) -> str:
+    if coverage.parameters_checked != coverage.parameters_total:
+        return (
+            f"only {coverage.parameters_checked:,} of {coverage.parameters_total:,} parameters of the merged model "
+            "were checked"
+        )
+    if not coverage.parameters_total:
+        return "the merged model has no parameters that could be checked"
+    if not coverage.modules_merged:
+        return "no module was merged"
+    return ""

@@ -1,0 +1,1 @@
+"""Names → commits → directories → what the files say. No torch."""

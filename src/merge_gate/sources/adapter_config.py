@@ -1,0 +1,312 @@
+"""adapter_config.json, read strictly and judged before PEFT sees it.
+
+In: the bytes of the file, and the tensors that the weights file holds. Out: `Finding`s (`config-invalid`,
+`config-unsafe`), and the parsed object. Imports neither torch nor PEFT, so it has no list of PEFT's types: whatever a
+type or a newer version may mean by a value is left to the merge; what is refused here fails for every type.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from merge_gate.records import Finding, Origin, Severity, TensorHeader
+from merge_gate.sources.headers import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FILE_NAME = "adapter_config.json"
+MAX_BYTES = 10_000_000
+
+KNOWN_LIBRARIES = (
+    "accelerate", "diffusers", "lerobot", "megatron-core", "peft", "sentence_transformers", "timm", "torch",
+    "torchvision", "transformers", "trl",
+)  # fmt: skip
+"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps."""
+
+_LORA = "LORA"
+_LORA_BIASES = ("none", "all", "lora_only")
+_LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
+_NAMES_SHOWN = 3
+
+
+class InvalidConfigError(Exception):
+    """The text is not one JSON object. The message continues a sentence that starts with the file's name."""
+
+
+# --- parsing -------------------------------------------------------------------------------------------------------
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The object in the file. Raises `InvalidConfigError` for anything that strict JSON does not allow."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise InvalidConfigError(f"is not UTF-8 text: {error.reason}") from None
+    except RecursionError:
+        raise InvalidConfigError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise InvalidConfigError(f"is not valid JSON: {error}") from None
+    except ValueError as error:
+        raise InvalidConfigError(f"holds a number that JSON cannot carry: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidConfigError(f"holds {kind(value)}, expected a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise InvalidConfigError(f"has the key {shown(key)} twice; which one counts depends on the reader")
+        entries[key] = value
+    return entries
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidConfigError(f"holds {name}, which is not a JSON number")
+
+
+def text_or_none(config: dict[str, Any], key: str) -> str | None:
+    """The string under `key`; None when it is absent, empty or not a string (which `judge` reports)."""
+    value = config.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+# --- types of values -----------------------------------------------------------------------------------------------
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_text_or_names(value: Any) -> bool:
+    return _is_text(value) or _is_names(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, list) and all(_is_integer(item) for item in value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_TEXT = (_is_text, "a string")
+_FLAG = (_is_flag, "true or false")
+_NUMBER = (_is_number, "a number")
+_NAMES = (_is_text_or_names, "a string or a list of strings")
+_MAPPING = (_is_mapping, "an object")
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task_type": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "bias": _TEXT,
+    "megatron_core": _TEXT,
+    "r": (_is_integer, "an integer"),
+    "lora_alpha": _NUMBER,
+    "lora_dropout": _NUMBER,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers_pattern": _NAMES,
+    "target_parameters": (_is_names, "a list of strings"),
+    "layers_to_transform": (_is_layers, "an integer or a list of integers"),
+    "rank_pattern": _MAPPING,
+    "alpha_pattern": _MAPPING,
+    "auto_mapping": _MAPPING,
+    "fan_in_fan_out": _FLAG,
+    "inference_mode": _FLAG,
+    "lora_bias": _FLAG,
+    "use_dora": _FLAG,
+    "use_rslora": _FLAG,
+}
+"""What these keys hold in every PEFT type that has them; null is always allowed."""
+
+
+def kind(value: Any) -> str:
+    """A JSON value's kind in words."""
+    if value is None:
+        return "null"
+    names = (
+        (bool, "true or false"),
+        (str, "a string"),
+        (int | float, "a number"),
+        (list, "a list"),
+        (dict, "an object"),
+    )
+    return next(name for cls, name in names if isinstance(value, cls))
+
+
+# --- judgement -----------------------------------------------------------------------------------------------------
+
+
+def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[Finding, ...]:
+    """Every finding on the config by itself, then on the config against the tensors."""
+    findings = (*_judge_types(config), *_judge_lora(config), *_judge_unsafe(config))
+    return findings or tuple(_judge_rank(config, tensors))
+
+
+def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Finding:
+    """A `config-invalid` finding on adapter_config.json."""
+    return Finding(
+        check="config-invalid",
+        severity=Severity.ERROR,
+        message=message,
+        hint=hint or "Save the adapter again with save_pretrained, which writes this file.",
+        origin=Origin.CONFIG,
+        tensor=tensor,
+    )
+
+
+def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
+    if "peft_type" not in config:
+        yield invalid(
+            f"{FILE_NAME} has no peft_type, so nothing says which method the tensors belong to",
+            "Check that this is PEFT's config and not the model's (config.json) or another trainer's.",
+        )
+    elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
+        yield invalid(
+            f"peft_type in {FILE_NAME} is {_shown_value(config['peft_type'])}, expected a string such as LORA"
+        )
+    for key, (is_valid, expected) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not is_valid(value):
+            yield invalid(f"{key} in {FILE_NAME} is {_shown_value(value)}, expected {expected}")
+    pattern = config.get("target_modules")
+    if isinstance(pattern, str) and (problem := _regex_problem(pattern)):
+        yield invalid(
+            f"target_modules in {FILE_NAME} is {shown(pattern)}, which is not a valid regular expression: {problem}",
+            "PEFT reads a string as a regular expression; use a list of names for plain names.",
+        )
+
+
+def _shown_value(value: Any) -> str:
+    return f"{kind(value)} ({shown(json.dumps(value))})"
+
+
+def _regex_problem(pattern: str) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
+    """What is wrong for LoRA only, where the names mean one thing (peft/tuners/lora/config.py)."""
+    if config.get("peft_type") != _LORA:
+        return
+    ranks, bias = config.get("rank_pattern"), config.get("bias")
+    rank = config.get("r")
+    if isinstance(rank, int) and rank <= 0 and not ranks:
+        yield invalid(f"r in {FILE_NAME} is {rank}, expected a positive rank")
+    if isinstance(bias, str) and bias not in _LORA_BIASES:
+        yield invalid(f"bias in {FILE_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")
+    if isinstance(ranks, dict):
+        for name, value in ranks.items():
+            if not _is_integer(value) or value <= 0:
+                yield invalid(f"rank_pattern[{shown(name)}] is {_shown_value(value)}, expected a positive integer")
+    alphas = config.get("alpha_pattern")
+    if isinstance(alphas, dict):
+        for name, value in alphas.items():
+            if not _is_number(value):
+                yield invalid(f"alpha_pattern[{shown(name)}] is {_shown_value(value)}, expected a number")
+
+
+# --- code that the config would import -----------------------------------------------------------------------------
+
+
+def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
+    if config.get("megatron_config"):
+        core = config.get("megatron_core", "megatron.core")
+        yield _unsafe(
+            f"megatron_config is set in {FILE_NAME}: PEFT would import the module {shown(str(core))} from wherever "
+            "Python finds it first",
+            "Set megatron_config to null; it is needed for training with Megatron only.",
+        )
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if library is not None and not _is_known_library(library):
+        yield _unsafe(
+            f"auto_mapping in {FILE_NAME} names the module {shown(str(library))} to import the base's class from, "
+            f"expected one of {', '.join(KNOWN_LIBRARIES)}",
+            "Set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config.",
+        )
+    if place := _find_remote_code(config):
+        yield _unsafe(
+            f"{shown(place)} in {FILE_NAME} asks for code from the Hub to be run",
+            "Remove it: whether remote code may run is decided by trust-remote-code in the gate's config.",
+        )
+
+
+def _is_known_library(name: Any) -> bool:
+    return isinstance(name, str) and any(name == known or name.startswith(f"{known}.") for known in KNOWN_LIBRARIES)
+
+
+def _find_remote_code(config: dict[str, Any]) -> str | None:
+    """The dotted place of a `trust_remote_code` that is set (PEFT hands tokenizer_kwargs on as they are)."""
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        place, value = waiting.pop()
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in items:
+            if key == "trust_remote_code" and child:
+                return f"{place}trust_remote_code"
+            if isinstance(child, dict | list):
+                waiting.append((f"{place}{key}.", child))
+    return None
+
+
+def _unsafe(message: str, hint: str) -> Finding:
+    return Finding(check="config-unsafe", severity=Severity.ERROR, message=message, hint=hint, origin=Origin.CONFIG)
+
+
+# --- config against tensors ----------------------------------------------------------------------------------------
+
+
+def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
+    """`r` against the first dimension of every lora_A, where only one reading is possible.
+
+    Fused experts (`target_parameters`) stack ranks, patterns give modules their own: then the merge decides.
+    """
+    rank = config.get("r")
+    patterned = config.get("rank_pattern") or config.get("target_parameters") or config.get("use_bdlora")
+    if config.get("peft_type") != _LORA or not _is_integer(rank) or patterned:
+        return
+    factors = [tensor for tensor in tensors if _LORA_A.search(tensor.name)]
+    if not factors or any(len(tensor.shape) < 2 or tensor.shape[0] in {0, rank} for tensor in factors):  # noqa: PLR2004
+        return
+    found = sorted({tensor.shape[0] for tensor in factors})
+    ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")
+    first = factors[0]
+    yield invalid(
+        f"r in {FILE_NAME} is {rank}, but each of the {len(factors)} lora_A tensors has another rank ({ranks}): "
+        f"{shown(first.name)} has shape {list(first.shape)}",
+        "Config and weights come from different runs, or the config was edited: restore the config of this run.",
+        tensor=first.name,
+    )

@@ -1,0 +1,348 @@
+"""What can be said of an adapter from its files alone.
+
+In: a directory, which is hostile. Out: `AdapterFiles` with a `Finding` for each `file-*`, `pickle-refused` and
+`config-*` check that fires, and for tensors that are visibly not whole. Imports no torch and no PEFT, loads no tensor:
+a thousand small adapters take a second or two.
+
+The order of reading is fixed, and the first cause is the first finding:
+1. The listing: adapter_config.json and a weights file must be there.
+2. adapter_config.json: not an LFS pointer, strict JSON, sound values, nothing that imports code.
+3. The weights: the file PEFT would load (safetensors before .bin), not an LFS pointer, whole.
+4. The tensors in it: there are some, none is an empty shard, ranks are those of the config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.errors import EngineError
+from merge_gate.records import AdapterFiles, FileRecord, Finding, Origin, Severity, TensorHeader
+from merge_gate.sources import adapter_config
+from merge_gate.sources.headers import (
+    CorruptFileError,
+    lfs_pointer,
+    open_regular,
+    other_format,
+    parse_file,
+    read_header,
+    shown,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from io import BufferedReader
+
+__all__ = ["CONFIG_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "preflight", "read_header"]
+
+CONFIG_NAME = adapter_config.FILE_NAME
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_LISTED = 8
+_MAX_ENTRIES = 10_000
+_MODEL_FILES = re.compile(r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)$")
+_ZIP = b"PK\x03\x04"
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
+
+
+def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[str, ...] = ()) -> AdapterFiles:
+    """Read and judge the files of one adapter.
+
+    `withheld` names files that the adapter's repository has and that were not downloaded. Raises `EngineError` when a
+    file cannot be read at all (permissions, a failing disk), which says nothing about the adapter.
+    """
+    listing = _list(snapshot_directory, withheld)
+    config = _read_config(snapshot_directory, listing)
+    weights = _read_weights(snapshot_directory, listing, allow_pickle=allow_pickle)
+    judged = adapter_config.judge(config.parsed, weights.tensors) if config.parsed is not None else ()
+    parsed = config.parsed or {}
+    return AdapterFiles(
+        directory=snapshot_directory,
+        config_json=json.dumps(config.parsed, allow_nan=False) if config.parsed is not None else "",
+        peft_type=adapter_config.text_or_none(parsed, "peft_type"),
+        task_type=adapter_config.text_or_none(parsed, "task_type"),
+        base_name=adapter_config.text_or_none(parsed, "base_model_name_or_path"),
+        base_revision=adapter_config.text_or_none(parsed, "revision"),
+        weights=weights.name,
+        tensors=weights.tensors,
+        files=(*config.files, *weights.files),
+        findings=(*config.findings, *judged, *weights.findings, *_judge_tensors(parsed, weights)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listing:
+    """Names in the directory, and of the repository's files that are not on disk (with their folders)."""
+
+    present: frozenset[str]
+    withheld: frozenset[str]
+    nested: tuple[str, ...]
+
+    @property
+    def everything(self) -> frozenset[str]:
+        return self.present | {name for name in self.withheld if "/" not in name}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Config:
+    parsed: dict[str, Any] | None = None
+    files: tuple[FileRecord, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    name: str | None = None
+    tensors: tuple[TensorHeader, ...] = ()
+    files: tuple[FileRecord, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def _file_finding(check: str, message: str, hint: str) -> Finding:
+    return Finding(check=check, severity=Severity.ERROR, message=message, hint=hint, origin=Origin.FILE)
+
+
+# --- 1. the listing ------------------------------------------------------------------------------------------------
+
+
+def _list(directory: str, withheld: tuple[str, ...]) -> _Listing:
+    present: set[str] = set()
+    nested = {name.rpartition("/")[0] for name in withheld if name.endswith(f"/{CONFIG_NAME}")}
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                present.add(entry.name)
+                if len(present) >= _MAX_ENTRIES:
+                    break
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    # PEFT looks for its two files by name, so a large directory does not hide them.
+    present |= {name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) if _is_there(directory, name)}
+    if CONFIG_NAME not in present:
+        nested |= {name for name in present if _is_there(directory, f"{name}/{CONFIG_NAME}")}
+    return _Listing(present=frozenset(present), withheld=frozenset(withheld), nested=tuple(sorted(nested)))
+
+
+def _is_there(directory: str, name: str) -> bool:
+    return os.path.lexists(Path(directory, name))
+
+
+def _missing(listing: _Listing, what: str) -> Finding:
+    names = listing.everything
+    some = ", ".join(shown(name) for name in sorted(names)[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    holds = f"the directory holds {some}{more}" if names else "the directory is empty"
+    return _file_finding("file-missing", f"{what}: {holds}", _advise_missing(listing))
+
+
+def _advise_missing(listing: _Listing) -> str:
+    if listing.nested:
+        latest = max(listing.nested, key=_checkpoint_order)
+        return f"The adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path."
+    if any(_MODEL_FILES.match(name) for name in listing.everything):
+        return (
+            "This looks like a full model, not an adapter (a merged one, perhaps): list the directory that "
+            "save_pretrained of the PEFT model wrote."
+        )
+    if any(re.match(r"adapter_model-\d+-of-\d+\.", name) for name in listing.everything):
+        return "PEFT does not load sharded adapter weights: save the adapter again with one weights file."
+    return f"List the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}."
+
+
+def _checkpoint_order(name: str) -> tuple[int, str]:
+    number = re.search(r"(\d{1,18})$", name)
+    return (int(number[1]) if number else -1, name)
+
+
+# --- 2. adapter_config.json ----------------------------------------------------------------------------------------
+
+
+def _read_config(directory: str, listing: _Listing) -> _Config:
+    if CONFIG_NAME not in listing.present:
+        return _Config(findings=(_missing(listing, f"there is no {CONFIG_NAME}"),))
+    path = str(Path(directory, CONFIG_NAME))
+    try:
+        with open_regular(path) as file:
+            record = _record(CONFIG_NAME, file)
+            return _judge_config_file(file, record)
+    except CorruptFileError as error:
+        return _Config(findings=(_corrupt(CONFIG_NAME, error),))
+    except FileNotFoundError:
+        return _Config(findings=(_dangling(CONFIG_NAME),))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
+    if pointer := lfs_pointer(file):
+        finding = _lfs(CONFIG_NAME, record.size_bytes, pointer.size_bytes)
+        return _Config(files=(record,), findings=(finding,))
+    if not record.size_bytes:
+        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} is empty (0 bytes)"),))
+    if record.size_bytes > adapter_config.MAX_BYTES:
+        message = f"{CONFIG_NAME} has {record.size_bytes:,} bytes, expected at most {adapter_config.MAX_BYTES:,}"
+        return _Config(files=(record,), findings=(adapter_config.invalid(message),))
+    file.seek(0)
+    try:
+        return _Config(files=(record,), parsed=adapter_config.parse(file.read(adapter_config.MAX_BYTES + 1)))
+    except adapter_config.InvalidConfigError as error:
+        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}"),))
+
+
+# --- 3. the weights ------------------------------------------------------------------------------------------------
+
+
+def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _Weights:
+    name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
+    is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
+    if is_pickle_only and not allow_pickle:
+        return _Weights(findings=(_refuse_pickle(),))
+    if name is None:
+        return _Weights(findings=(_missing(listing, f"there are no weights ({WEIGHTS_NAME})"),))
+    path = str(Path(directory, name))
+    try:
+        with open_regular(path) as file:
+            return _judge_weights_file(file, name)
+    except CorruptFileError as error:
+        return _Weights(name=name, findings=(_corrupt(name, error),))
+    except FileNotFoundError:
+        return _Weights(name=name, findings=(_dangling(name),))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
+    record = _record(name, file)
+    if pointer := lfs_pointer(file):
+        return _Weights(name=name, files=(record,), findings=(_lfs(name, record.size_bytes, pointer.size_bytes),))
+    try:
+        tensors = parse_file(file) if name == WEIGHTS_NAME else _check_pickle(file, record.size_bytes)
+    except CorruptFileError as error:
+        return _Weights(name=name, files=(record,), findings=(_corrupt(name, error),))
+    return _Weights(name=name, tensors=tensors, files=(record,))
+
+
+def _check_pickle(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...]:
+    """Whether the file can be torch's (a zip archive, before torch 1.6 a bare pickle). Nothing is unpickled."""
+    if not size_bytes:
+        raise CorruptFileError("is empty (0 bytes)")
+    file.seek(0)
+    start = file.read(len(_ZIP))
+    if start == _ZIP:
+        _check_archive(file, size_bytes)
+    elif not _PICKLE.match(start):
+        raise CorruptFileError(f"is not torch's format but {other_format(file) or 'something unknown'}")
+    return ()
+
+
+def _check_archive(file: BufferedReader, size_bytes: int) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CorruptFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CorruptFileError("is a zip archive, but none that torch.save wrote (it has no data.pkl)")
+
+
+def _record(name: str, file: BufferedReader) -> FileRecord:
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path=name, size_bytes=file.tell(), sha256=digest)
+
+
+def _refuse_pickle() -> Finding:
+    return _file_finding(
+        "pickle-refused",
+        f"the only weights are {PICKLE_NAME}, a Python pickle, which can run code when it is loaded; "
+        f"expected {WEIGHTS_NAME}",
+        "Save the adapter again as safetensors (PEFT's default), or set allow-pickle: true if you trust its author.",
+    )
+
+
+def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
+    expected = f"of {target_bytes:,} bytes" if target_bytes is not None else "itself"
+    return _file_finding(
+        "file-lfs-pointer",
+        f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the file {expected} that it stands for",
+        "Fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`.",
+    )
+
+
+def _corrupt(name: str, error: CorruptFileError) -> Finding:
+    return _file_finding(
+        "file-corrupt",
+        f"{name} {error}",
+        "Copy or download the file again and compare its size; if it is the same there, save the adapter again.",
+    )
+
+
+def _dangling(name: str) -> Finding:
+    return _file_finding(
+        "file-missing",
+        f"{name} is a symbolic link whose target does not exist",
+        "Restore the target, or copy the file itself into the directory.",
+    )
+
+
+def _unreadable(path: str, error: OSError) -> EngineError:
+    return EngineError(
+        f"{path} cannot be read: {error.strerror or error}",
+        hint="Check that the user who runs the gate may read it, and that the disk is healthy.",
+    )
+
+
+# --- 4. the tensors ------------------------------------------------------------------------------------------------
+
+
+def _judge_tensors(config: dict[str, Any], weights: _Weights) -> Iterator[Finding]:
+    if weights.name != WEIGHTS_NAME or weights.findings:
+        return
+    if not weights.tensors and config.get("peft_type") != "XLORA":  # its experts lie beside it; the merge refuses it
+        yield Finding(
+            check="keys-missing",
+            severity=Severity.ERROR,
+            message=f"{WEIGHTS_NAME} holds no tensors at all, expected the adapter's weights",
+            hint=_SHARDS_HINT,
+            origin=Origin.ADAPTER,
+        )
+    yield from _judge_shards(weights.tensors, is_lora=config.get("peft_type") == "LORA")
+
+
+_SHARDS_HINT = (
+    "Typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
+    "Trainer/Accelerate (stage3_gather_16bit_weights_on_model_save, or a full state dict), or gather before "
+    "save_pretrained."
+)
+
+
+def _judge_shards(tensors: Iterable[TensorHeader], *, is_lora: bool) -> Iterator[Finding]:
+    """ZeRO-3 leaves tensors of shape [0], FSDP flat one-dimensional shards."""
+    broken = [tensor for tensor in tensors if _is_shard(tensor, is_lora=is_lora)]
+    if not broken:
+        return
+    first = broken[0]
+    others = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+    expected = "two or more dimensions" if len(first.shape) == 1 and first.shape[0] else "no dimension of size 0"
+    yield Finding(
+        check="shape-mismatch",
+        severity=Severity.ERROR,
+        message=f"{shown(first.name)} has shape {list(first.shape)}, expected {expected}{others}",
+        hint=_SHARDS_HINT,
+        origin=Origin.ADAPTER,
+        tensor=first.name,
+    )
+
+
+def _is_shard(tensor: TensorHeader, *, is_lora: bool) -> bool:
+    if tensor.shape == (0,):
+        return True
+    return is_lora and bool(_LORA_FACTOR.search(tensor.name)) and (len(tensor.shape) == 1 or 0 in tensor.shape)

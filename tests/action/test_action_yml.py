@@ -1,0 +1,250 @@
+"""What several files say of the action agrees: action.yml, entrypoint.py, checks of inputs, docs, workflows, locks."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import entrypoint
+from merge_gate import __version__, cli
+from merge_gate.action import native
+from merge_gate.action import step as action
+
+ROOT = Path(__file__).resolve().parents[2]
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+GATE, UPLOAD, VERDICT = ACTION["runs"]["steps"]
+DOCS = (ROOT / "docs" / "action.md").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+RUNNER_SIDE = (
+    "action",
+    "canary",
+    "docker_api",
+    "errors",
+    "gpus",
+    "interrupts",
+    "launcher",
+    "native",
+    "sdk",
+    "workflow",
+)
+RELEASED = "released_image"
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The rows of the table under a heading of docs/action.md, by their first cell."""
+    section = DOCS.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_every_input_reaches_the_gate_step_and_no_other_way() -> None:
+    environ = {
+        f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"]
+    }
+    assert GATE["env"] == {**environ, "MERGE_GATE_JOB_INDEX": "${{ strategy.job-index }}"}
+
+
+def test_the_entrypoint_knows_the_inputs() -> None:
+    assert set(ACTION["inputs"]) - set(entrypoint.INPUTS) == {"hf-token"}
+    assert set(entrypoint.INPUTS) <= set(ACTION["inputs"])
+
+
+def test_every_input_is_checked() -> None:
+    checked = {name for name, _, _ in action.CHECKS} | {"args"}
+    assert checked == set(entrypoint.INPUTS)
+
+
+def test_the_defaults_pass_their_checks() -> None:
+    for name, pattern, _ in action.CHECKS:
+        given = ACTION["inputs"][name]
+        assert given.get("required") or re.fullmatch(pattern, given["default"]), name
+
+
+def test_the_documents_list_the_inputs_with_their_defaults() -> None:
+    rows = table("Inputs")
+    assert list(rows) == list(ACTION["inputs"])
+    for name, given in ACTION["inputs"].items():
+        shown = "required" if given.get("required") else f"`{given['default']}`" if given["default"] else "empty"
+        assert rows[name][0] == shown, name
+
+
+def recipes() -> list[dict]:
+    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)]
+
+
+def test_the_recipes_use_inputs_and_outputs_that_exist() -> None:
+    steps = [step for recipe in recipes() for job in recipe.get("jobs", {}).values() for step in job["steps"]]
+    ours = [step for step in steps if step.get("uses", "").startswith("OWNER/merge-gate@")]
+    assert len(ours) >= 8
+    for step in ours:
+        assert "config" in step["with"]
+        assert set(step["with"]) <= set(ACTION["inputs"]), step
+    used = set(re.findall(r"steps\.gate\.outputs\.([a-z-]+)", DOCS))
+    assert used
+    assert used <= set(ACTION["outputs"])
+
+
+def test_the_documents_list_the_outputs() -> None:
+    assert list(table("Outputs")) == list(ACTION["outputs"])
+
+
+def test_outputs_come_from_outputs_that_are_set() -> None:
+    tell = (ROOT / "src" / "merge_gate" / "action.py").read_text(encoding="utf-8")
+    for value in re.findall(r"steps\.gate\.outputs\.([a-z-]+)", (ROOT / "action.yml").read_text(encoding="utf-8")):
+        assert f'"{value}": ' in tell, value
+
+
+def test_an_action_that_ended_early_says_error() -> None:
+    assert ACTION["outputs"]["result"]["value"].endswith("|| 'error' }}")
+
+
+def test_no_expression_stands_in_a_script() -> None:
+    for step in (GATE, VERDICT):
+        assert "${{" not in step["run"]
+        assert step["shell"] == "bash"
+
+
+def test_the_report_survives_and_the_verdict_is_always_given() -> None:
+    assert UPLOAD["if"].startswith("${{ !cancelled() && ")
+    assert VERDICT["if"] == "${{ !cancelled() }}"
+    assert UPLOAD["with"]["if-no-files-found"] == "error"
+
+
+def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
+    run = cli.parser().parse_args(["run", "x"])
+    known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--run", "--config"}
+    assert known - set(action.OURS) == {"--only", "--exhaustive"}, (
+        "a new option: give it an input, or allow it in `args` here"
+    )
+    parse = cli.parser().parse_args
+    for arguments in (
+        ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--exhaustive"],
+        ["run", "c", "--device", "auto"],
+    ):
+        assert parse(arguments).config == "c"
+
+
+def test_the_devices_are_those_of_the_command() -> None:
+    (pattern,) = (pattern for name, pattern, _ in action.CHECKS if name == "device")
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
+        assert re.fullmatch(pattern, device)
+        assert cli.parser().parse_args(["run", "c", "--device", device]).device == device
+
+
+@pytest.mark.parametrize("name", [*RUNNER_SIDE, RELEASED])
+def test_what_runs_on_a_runners_own_python_is_python_3_9(name: str) -> None:
+    source = (ROOT / "src" / "merge_gate" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source, feature_version=(3, 9))
+    imports = {
+        alias.name.partition(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
+    imports |= {node.module.partition(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+    assert not imports & {"docker", "requests", "torch", "yaml", "pydantic", "rich", "tomllib"}
+    for modern in ("StrEnum", "kw_only", "slots=True", "match ", "datetime.UTC", "zip("):
+        assert modern not in source or name == "errors", modern
+
+
+def test_the_entrypoint_is_python_3_9() -> None:
+    ast.parse((ROOT / "entrypoint.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+def test_the_python_that_native_asks_for_is_the_packages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "(3, 11)" in Path(native.__file__).read_text(encoding="utf-8")
+
+
+# --- pins ------------------------------------------------------------------------------------------------------------
+
+
+def workflows() -> list[Path]:
+    return [
+        ROOT / "action.yml",
+        *(ROOT / ".github").rglob("*.yml"),
+        *(ROOT / "tests" / "e2e" / "workflows").glob("*.yml"),
+    ]
+
+
+def test_every_action_is_pinned_to_one_commit_with_its_version() -> None:
+    pins: dict[str, set[str]] = {}
+    for path in workflows():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if found := re.search(r"uses: ([a-z-]+/[\w.-]+)@(.*)", line):
+                name, pin = found.groups()
+                if name != "acme/merge-gate":
+                    assert re.fullmatch(r"[0-9a-f]{40} # v\d+\.\d+\.\d+", pin), f"{path}: {line}"
+                    pins.setdefault(name, set()).add(pin)
+    assert "actions/upload-artifact" in pins
+    assert {name: pin for name, pin in pins.items() if len(pin) > 1} == {}
+
+
+def lock(name: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    return {
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_the_image_holds_what_the_package_asks_for(variant: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    locked = lock(f"image-{variant}.txt")
+    for text in project["dependencies"]:
+        asked = Requirement(text)
+        name = asked.name.lower().replace("_", "-")
+        assert asked.specifier.contains(locked[name].partition("+")[0]), name
+    (sdk,) = (Requirement(text) for text in project["optional-dependencies"]["launcher"])
+    assert sdk.specifier.contains(lock("launcher.txt")["docker"])
+
+
+def test_the_variants_differ_in_torch_and_what_cuda_needs_only() -> None:
+    cpu, cuda = lock("image-cpu.txt"), lock("image-cuda.txt")
+    assert cpu.pop("torch").partition("+") == (cuda.pop("torch"), "+", "cpu")
+    assert cpu.items() <= cuda.items()
+    more = {re.sub(r"^(nvidia|cuda)-.*", r"\1", name) for name in cuda.keys() - cpu.keys()}
+    assert more <= {"nvidia", "cuda", "triton"}
+
+
+@pytest.mark.parametrize("name", ["image-cpu.txt", "image-cuda.txt", "launcher.txt", "build.txt", "e2e-tools.txt"])
+def test_every_locked_file_has_its_hash(name: str) -> None:
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    entries = text.replace("\\\n", "").splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==\S+( ;.*?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*", entry) for entry in entries)
+    assert "http" not in re.sub(r"http(core|x)", "", text)
+
+
+def test_the_dockerfile_pins_and_copies_what_it_says() -> None:
+    base = re.search(r"^ARG BASE_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+$", DOCKERFILE, re.MULTILINE)
+    assert base
+    assert f"--python-version {base[1]} " in (ROOT / ".ci" / "lock.sh").read_text(encoding="utf-8")
+    assert not re.search(r"^USER ", DOCKERFILE, re.MULTILINE)
+    assert "--require-hashes" in DOCKERFILE
+
+
+def test_a_release_writes_both_images() -> None:
+    spec = importlib.util.spec_from_file_location("pin_images", ROOT / ".ci" / "pin_images.py")
+    assert spec
+    assert spec.loader
+    pin_images = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pin_images)
+    cpu, cuda = (f"ghcr.io/acme/merge-gate@sha256:{digit * 64}" for digit in "ab")
+    text = pin_images.MODULE.read_text(encoding="utf-8")
+    pinned = pin_images.pin(text, cpu, cuda)
+    assert f'CPU = "{cpu}"\nCUDA = "{cuda}"\n' in pinned
+    assert pin_images.pin(pinned, cuda, cpu) != pinned, "a later release writes over it"
+    for wrong in (("x", cuda), (cpu, "ghcr.io/acme/merge-gate:latest"), (cpu, cpu)):
+        with pytest.raises(SystemExit):
+            pin_images.pin(text, *wrong)
+
+
+def test_the_release_checks_the_version_where_it_stands() -> None:
+    text = (ROOT / "src" / "merge_gate" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{__version__}"' in text.splitlines()

@@ -1,0 +1,54 @@
+"""What must hold inside the container, and what is said where it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.action import canary
+from merge_gate.errors import LauncherError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_canaries_that_are_there(tmp_path: Path) -> None:
+    planted = canary.plant(tmp_path)
+    assert canary.verify(canary.expectations([planted], ""), tmp_path) == []
+
+
+def test_nothing_is_asked_by_hand(tmp_path: Path) -> None:
+    assert canary.verify({"PATH": "/bin"}, tmp_path) == []
+
+
+def test_two_canaries_differ(tmp_path: Path) -> None:
+    first, second = canary.plant(tmp_path), canary.plant(tmp_path)
+    assert first != second
+    assert first.read_text() != second.read_text()
+
+
+@pytest.mark.parametrize("change", ["gone", "other", "directory"])
+def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str) -> None:
+    planted = canary.plant(tmp_path)
+    expected = canary.expectations([planted], "")
+    planted.unlink()
+    if change == "other":
+        planted.write_text("other", encoding="utf-8")
+    if change == "directory":
+        planted.mkdir()
+    with pytest.raises(LauncherError, match="was not mounted") as raised:
+        canary.verify(expected, tmp_path)
+    assert str(tmp_path) in raised.value.message
+    assert "runtime: native" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia15", "nvhost-gpu", "dxg"])
+def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str) -> None:
+    expected = canary.expectations([], "all")
+    (tmp_path / "nvme0n1").touch()
+    with pytest.raises(LauncherError, match=r"no GPU is visible .* \(all\)"):
+        canary.verify(expected, tmp_path)
+    (tmp_path / name).touch()
+    assert canary.verify(expected, tmp_path) == [str(tmp_path / name)]
+    assert canary.verify(canary.expectations([], ""), tmp_path) == [], "not asked for, not looked at"

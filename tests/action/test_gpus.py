@@ -1,0 +1,100 @@
+"""Which GPUs are asked for, and in which words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.action.gpus import device_requests, wanted_gpus
+from merge_gate.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def with_gpu(tmp_path: Path) -> Path:
+    for name in ("null", "nvme0n1", "nvidia0", "nvidiactl"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.fixture
+def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dev")
+    for name in ("null", "nvme0n1", "dri"):
+        (directory / name).touch()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "visible", "here", "elsewhere"),
+    [
+        ("auto", "auto", "", "all", ""),
+        ("auto", "cpu", "", "", ""),
+        ("auto", "cuda", "", "all", "all"),
+        ("auto", "cuda:1", "", "all", "all"),
+        ("auto", "auto", "2,3", "2,3", "2,3"),
+        ("auto", "auto", "none", "", ""),
+        ("auto", "auto", "void", "all", ""),
+        ("auto", "auto", "all", "all", ""),
+        ("auto", "cpu", "2,3", "", ""),
+        ("none", "auto", "2,3", "", ""),
+        ("all", "auto", "", "all", "all"),
+        ("all", "auto", "GPU-5f1c", "GPU-5f1c", "GPU-5f1c"),
+        ("all", "auto", "void", "all", "all"),
+        ("1", "auto", "2,3", "1", "1"),
+        ("0,1", "cuda", "", "0,1", "0,1"),
+    ],
+)
+def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, without_gpu: Path) -> None:
+    environ = {"NVIDIA_VISIBLE_DEVICES": visible} if visible else {}
+    assert wanted_gpus(gpus, device, environ, with_gpu) == here
+    assert wanted_gpus(gpus, device, environ, without_gpu) == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "visible"),
+    [
+        ("none", "cuda", ""),
+        ("all", "cpu", ""),
+        ("0", "cpu", ""),
+        ("all", "auto", "none"),
+        ("0 1", "auto", ""),
+        ("0,", "auto", ""),
+        ("--gpus", "auto", ""),
+        ("", "auto", ""),
+    ],
+)
+def test_what_contradicts_itself_is_refused(gpus: str, device: str, visible: str, with_gpu: Path) -> None:
+    with pytest.raises(UsageError, match="gpus"):
+        wanted_gpus(gpus, device, {"NVIDIA_VISIBLE_DEVICES": visible}, with_gpu)
+
+
+CDI = [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]}]
+NVIDIA = [{"Driver": "", "DeviceIDs": ["0", "1"], "Capabilities": [["gpu"]]}]
+
+
+@pytest.mark.parametrize(
+    ("podman", "nvidia_runtime", "cdi_gpus", "words"),
+    [
+        (True, False, False, CDI),  # podman lists no devices over its API, and ignores all other words
+        (True, True, True, CDI),
+        (False, True, True, NVIDIA),
+        (False, False, True, CDI),
+        (False, False, False, NVIDIA),  # Docker refuses with a reason where its toolkit is missing
+    ],
+)
+def test_each_engine_is_asked_in_its_own_words(podman, nvidia_runtime, cdi_gpus, words) -> None:
+    facts = {"podman": podman, "nvidia_runtime": nvidia_runtime, "cdi_gpus": cdi_gpus}
+    assert device_requests("0,1", **facts) == words
+    assert device_requests("", **facts) == []
+
+
+def test_all_gpus() -> None:
+    docker = device_requests("all", podman=False, nvidia_runtime=True, cdi_gpus=False)
+    assert docker == [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+    assert device_requests("all", podman=True, nvidia_runtime=False, cdi_gpus=False) == [
+        {"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}
+    ]

@@ -1,0 +1,92 @@
+"""The gate as a child process of the step."""
+
+from __future__ import annotations
+
+import os
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import native
+from merge_gate.action.launcher import ContainerRun
+from merge_gate.demo import make_demo
+from merge_gate.errors import LauncherError, UsageError
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("native") / "demo"
+    make_demo(directory)
+    return directory
+
+
+@pytest.fixture
+def run(demo: Path, tmp_path: Path) -> ContainerRun:
+    return ContainerRun(
+        config=demo / "merge-gate.yml",
+        output=tmp_path / "out",
+        workspace=demo,
+        arguments=("--only", "good"),
+        environ={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_it_runs_and_what_lies_in_the_workspace_is_not_imported(run: ContainerRun) -> None:
+    for name in ("torch", "merge_gate", "json"):
+        (run.workspace / f"{name}.py").write_text("raise SystemExit(99)", encoding="utf-8")
+    log = bytearray()
+    try:
+        environ = {**run.environ, "PYTHONPATH": str(run.workspace)}
+        assert native.run_here(ContainerRun(**{**vars_of(run), "environ": environ}), log.extend) == 0, log.decode()
+    finally:
+        for name in ("torch", "merge_gate", "json"):
+            (run.workspace / f"{name}.py").unlink()
+    assert (run.output / "report.json").is_file()
+
+
+def vars_of(run: ContainerRun) -> dict:
+    return {name: getattr(run, name) for name in run.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "visible", "told"),
+    [
+        ("auto", "auto", None, "auto"),
+        ("none", "auto", "", "auto"),
+        ("all", "auto", None, "cuda"),
+        ("0,1", "auto", "0,1", "cuda"),
+        ("1", "cuda:0", "1", "cuda:0"),
+        ("auto", "cpu", None, "cpu"),
+    ],
+)
+def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device, visible, told) -> None:
+    environ, device = native.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+    assert environ.get("CUDA_VISIBLE_DEVICES") == visible
+    assert device == told
+
+
+@pytest.mark.parametrize(("gpus", "device"), [("none", "cuda"), ("all", "cpu"), ("0", "cpu")])
+def test_gpus_and_device_that_contradict_each_other(run: ContainerRun, gpus: str, device: str) -> None:
+    with pytest.raises(UsageError, match="contradict"):
+        native.gpus_and_device(ContainerRun(**{**vars_of(run), "gpus": gpus, "device": device}))
+
+
+def test_a_python_without_merge_gate(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    assert "not installed" in native.missing({})
+    with pytest.raises(UsageError, match="runtime: native, but merge-gate is not installed") as raised:
+        native.run_here(run, print)
+    assert "container:" in raised.value.hint
+
+
+def test_a_gate_that_dies_is_no_verdict(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A python3 that kills itself once the probe has been answered, as the kernel does when memory runs out."""
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\n[ "$2" = "-c" ] && exit 0\nkill -KILL $$\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LauncherError, match="exit code -9"):
+        native.run_here(run, print)

@@ -1,0 +1,745 @@
+"""The configuration: what is read, every way in which it can be wrong, and that schema and documentation agree."""
+
+# ruff: noqa: E501 (a problem stands in one line, as it is printed)
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora.model import LoraModel
+
+from merge_gate.config.load import MAX_BYTES, config_schema, load_config
+from merge_gate.config.model import METHODS, AdapterEntry, BaseEntry, CombineEntry, Dtype, ExpectEntry, FileEntry
+from merge_gate.config.yaml_tree import read_yaml
+from merge_gate.errors import ConfigError, ExitCode
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.records import DTYPES, AdapterSpec, Config, Problem, Quantization, Severity
+
+ROOT = Path(__file__).parents[2]
+SCHEMA_FILE = ROOT / "src/merge_gate/schemas/config.schema.json"
+DOCS = ROOT / "docs/configuration.md"
+EXAMPLES = sorted((ROOT / "examples").glob("*.yml"))
+DIRECTORIES = (
+    "adapters/support", "adapters/billing", "adapters/placeholder", "adapters/team-a", "adapters/team-b",
+    "models/base", "models/other", "a/x", "b/x",
+)  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with the adapters and bases that the documents here name."""
+    for name in DIRECTORIES:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "adapters/weights.safetensors").touch()
+    return tmp_path
+
+
+def load(place: Path, text: str | bytes) -> Config:
+    file = place / "merge-gate.yml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(str(file))
+
+
+def problems(place: Path, text: str | bytes) -> list[str]:
+    """The problems as `line:column: message (hint)`."""
+    with pytest.raises(ConfigError) as caught:
+        load(place, text)
+    prefix = f"{place}/merge-gate.yml:"
+    assert all(str(problem).startswith(prefix) for problem in caught.value.problems)
+    return [str(problem).removeprefix(prefix) for problem in caught.value.problems]
+
+
+def one(place: Path, entry: str) -> AdapterSpec:
+    return load(place, f"version: 1\nadapters:\n  - {entry}\n").adapters[0]
+
+
+def severity(spec: AdapterSpec, check: str) -> Severity:
+    return next(setting.severity for setting in spec.checks if setting.check == check)
+
+
+def limit(spec: AdapterSpec, check: str) -> float | None:
+    return next(setting.limit for setting in spec.checks if setting.check == check)
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_everything_at_once(place: Path) -> None:
+    text = """\
+version: 1
+base:
+  model: ./models/base
+  dtype: auto
+adapters:
+  - ./adapters/support
+  - path: ./adapters/team-*
+  - name: billing
+    path: acme/billing-lora
+    revision: v3
+    base: {model: ./models/other, dtype: float16}
+    checks: {no-effect: warning}
+    expect: {peft_type: lora, r: 16, lora_alpha: 32, base: acme/base, sha256: {adapter_model.safetensors: %s}}
+  - name: combo
+    combine: {method: ties, adapters: [support, team-a], weights: [0.6, 0.4], density: 0.5, seed: 7}
+checks:
+  headroom: {severity: error, limit: 0.25}
+allow-pickle: true
+""" % ("AB" * 32)
+    config = load(place, text)
+    assert [spec.name for spec in config.adapters] == ["support", "team-a", "team-b", "billing", "combo"]
+    assert [spec.source for spec in config.adapters] == [
+        "./adapters/support", "./adapters/team-a", "./adapters/team-b", "acme/billing-lora", "ties(support, team-a)",
+    ]  # fmt: skip
+    assert [spec.line for spec in config.adapters] == [6, 7, 7, 8, 14]
+    assert config.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert config.allow_pickle
+    assert not config.trust_remote_code
+    support, _, _, billing, combo = config.adapters
+    assert support.path == str(place / "adapters/support")
+    assert (support.base.model, support.base.label) == (str(place / "models/base"), "./models/base")
+    assert (billing.path, billing.hub_id, billing.revision) == (None, "acme/billing-lora", "v3")
+    assert billing.base.dtypes == ("float16",)
+    assert billing.expect
+    assert billing.expect.peft_type == "LORA"
+    assert billing.expect.sha256 == (("adapter_model.safetensors", "ab" * 32),)
+    assert severity(billing, "no-effect") is Severity.WARNING
+    assert severity(support, "no-effect") is Severity.ERROR
+    assert limit(billing, "headroom") == 0.25
+    assert combo.combine
+    assert (combo.combine.adapters, combo.combine.weights, combo.combine.seed) == (("support", "team-a"), (0.6, 0.4), 7)
+    assert combo.base == support.base
+    assert [setting.check for setting in support.checks] == list(CHECK_DEFAULTS)
+    hash(config)
+
+
+def test_the_default_base_is_what_the_adapter_names(place: Path) -> None:
+    base = one(place, "./adapters/support").base
+    assert (base.model, base.label, base.revision) == (None, None, None)
+    assert (base.dtypes, base.quantization) == (("auto",), Quantization.NONE)
+
+
+@pytest.mark.parametrize(
+    ("entry", "model", "revision", "dtypes"),
+    [
+        ("{path: ./adapters/support}", "acme/base", "v1", ("bfloat16", "float16")),
+        ("{path: ./adapters/support, base: {dtype: float32}}", "acme/base", "v1", ("float32",)),
+        ("{path: ./adapters/support, base: {model: acme/base}}", "acme/base", "v1", ("bfloat16", "float16")),
+        ("{path: ./adapters/support, base: acme/other}", "acme/other", None, ("bfloat16", "float16")),
+        ("{path: ./adapters/support, base: {revision: v2}}", "acme/base", "v2", ("bfloat16", "float16")),
+        ("{path: ./adapters/support, base: gpt2}", "gpt2", None, ("bfloat16", "float16")),
+    ],
+)
+def test_an_entrys_base_overrides_what_it_names(
+    place: Path, entry: str, model: str, revision: str, dtypes: tuple
+) -> None:
+    base = "base: {model: acme/base, revision: v1, dtype: [bfloat16, float16]}"
+    (spec,) = load(place, f"version: 1\n{base}\nadapters: [{entry}]\n").adapters
+    assert (spec.base.model, spec.base.label, spec.base.revision, spec.base.dtypes) == (model, model, revision, dtypes)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("off", Severity.OFF), ("'off'", Severity.OFF), ("Off", Severity.OFF), ("no", Severity.OFF),
+        ("false", Severity.OFF), ("on", Severity.WARNING), ("'on'", Severity.WARNING), ("true", Severity.WARNING),
+        ("error", Severity.ERROR), ("warning", Severity.WARNING), ("{severity: off}", Severity.OFF),
+        ("{severity: on}", Severity.WARNING), ("{severity: error}", Severity.ERROR), ("{limit: 2}", Severity.OFF),
+    ],
+)  # fmt: skip
+def test_severities_quoted_or_not(place: Path, word: str, expected: Severity) -> None:
+    text = "version: 1\nadapters: [{path: ./adapters/support, checks: {headroom: %s}}]\nchecks: {headroom: off}\n"
+    assert severity(load(place, text % word).adapters[0], "headroom") is expected
+
+
+def test_an_entrys_check_keeps_the_files_other_half(place: Path) -> None:
+    text = """\
+version: 1
+adapters:
+  - {path: ./adapters/support, checks: {headroom: warning, delta-norm: {limit: 1e-3}}}
+checks: {headroom: {severity: error, limit: 0.9}, delta-norm: error}
+"""
+    (spec,) = load(place, text).adapters
+    assert (severity(spec, "headroom"), limit(spec, "headroom")) == (Severity.WARNING, 0.9)
+    assert (severity(spec, "delta-norm"), limit(spec, "delta-norm")) == (Severity.ERROR, 0.001)
+
+
+def test_a_directory_wins_over_the_hub(place: Path) -> None:
+    assert one(place, "adapters/support").path == str(place / "adapters/support")
+    assert one(place, "acme/support").hub_id == "acme/support"
+    assert one(place, "{path: adapters/elsewhere, revision: main}").hub_id == "adapters/elsewhere"
+
+
+def test_paths_are_relative_to_the_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "merge-gate.yml").write_text("version: 1\nadapters: [./adapters/support, adapters/../adapters/billing/]\n")
+    monkeypatch.chdir(place / "models")
+    config = load_config("../merge-gate.yml")
+    assert [spec.path for spec in config.adapters] == [str(place / "adapters/support"), str(place / "adapters/billing")]
+    assert config.path == "../merge-gate.yml"
+
+
+def test_home_and_absolute_paths_and_globs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    assert one(place, "~/adapters/support").path == str(place / "adapters/support")
+    assert one(place, f"{place}/adapters/support").name == "support"
+    assert one(place, "'~/adapters/team-[a]'").path == str(place / "adapters/team-a")
+    assert one(place, f"'{place}/adapters/team-?'").source == f"{place}/adapters/team-a"
+
+
+def test_a_directory_with_brackets_in_its_name_is_no_glob(place: Path) -> None:
+    (place / "adapters/r[16]").mkdir()
+    assert one(place, "'./adapters/r[16]'").name == "r[16]"
+
+
+def test_a_glob_starts_in_a_directory_whose_name_looks_like_one(place: Path) -> None:
+    odd = place / "odd[1]"
+    (odd / "team-a").mkdir(parents=True)
+    assert one(odd, "./team-*").path == str(odd / "team-a")
+
+
+def test_anchors_aliases_and_merge_keys(place: Path) -> None:
+    text = """\
+version: 1
+adapters:
+  - &first {path: ./adapters/support, base: &b {model: ./models/base, dtype: float16}}
+  - {<<: *first, path: ./adapters/billing}
+  - {path: ./adapters/team-a, base: {<<: [*b, {dtype: float32}], quantization: none}}
+"""
+    config = load(place, text)
+    assert [spec.name for spec in config.adapters] == ["support", "billing", "team-a"]
+    assert {spec.base for spec in config.adapters} == {config.adapters[0].base}
+
+
+def test_a_byte_order_mark_and_text_that_only_looks_like_a_number(place: Path) -> None:
+    config = load(place, b"\xef\xbb\xbfversion: 1\nadapters: [{path: acme/x, revision: 2026-01-31, name: 12:30:45}]\n")
+    assert (config.adapters[0].revision, config.adapters[0].name) == ("2026-01-31", "12:30:45")
+
+
+def test_a_combination_takes_its_members_base(place: Path) -> None:
+    text = """\
+version: 1
+adapters:
+  - {name: both, combine: {method: cat, adapters: [support, billing], weights: [1, -1]}, base: {dtype: float16}}
+  - {path: ./adapters/support, base: ./models/base}
+  - {path: ./adapters/billing, base: ./models/base}
+"""
+    both, support, _ = load(place, text).adapters
+    assert both.base.model == support.base.model
+    assert both.base.dtypes == ("float16",)
+
+
+# --- what is wrong, and where ----------------------------------------------------------------------------------------
+
+HEAD = "version: 1\nadapters:\n"
+LIST = "version: 1\nadapters: [./adapters/support]\n"
+ENTRY = HEAD + "  - path: ./adapters/support\n    "
+COMBINE = HEAD + "  - ./adapters/support\n  - ./adapters/billing\n  - name: both\n    combine: "
+
+WRONG: dict[str, tuple[str, str]] = {
+    # the file as a whole
+    "empty": ("", '1:1: the file is empty (it needs at least "version: 1"'),
+    "only a comment": ("# nothing\n", "1:1: the file is empty"),
+    "a list": ("- a\n", "1:1: the file must be a mapping, got a list"),
+    "text": ("hello\n", '1:1: the file must be a mapping, got the text "hello"'),
+    "null": ("~\n", "1:1: the file must be a mapping, got nothing"),
+    "two documents": (LIST + "---\n" + LIST, "3:1: the file holds more than one YAML document"),
+    # YAML
+    "syntax": ("version: 1\nadapters: [a\n", "3:1: not valid YAML: expected ',' or ']'"),
+    "colon": ("version: 1\nadapters: a: b\n", "2:12: not valid YAML: mapping values are not allowed here"),
+    "tab": ("version: 1\nadapters:\n\t- a\n", "3:1: not valid YAML: a tab stands where spaces are expected"),
+    "unknown alias": ("version: 1\nadapters: *x\n", "2:11: not valid YAML: found undefined alias"),
+    "NUL": ("version: 1\nadap\0ters: a\n", "2:5: not valid YAML: the character U+0000 is not allowed"),
+    "duplicate key": (LIST + "version: 1\n", '3:1: the key "version" is given twice (first in line 1)'),
+    "duplicate inner key": (ENTRY + "path: acme/x\n", '4:5: the key "path" is given twice (first in line 3)'),
+    "python tag": (LIST + "base: !!python/object/apply:os.system [ls]\n", '3:7: the tag "!!python/object/apply:os.sys'),
+    "local tag": (LIST + "base: !secret x\n", '3:7: the tag "!secret" is not allowed'),
+    "binary": (LIST + "base: !!binary aGk=\n", '3:7: the tag "!!binary" is not allowed'),
+    "tag that does not fit": (LIST + "base: !!int abc\n", '3:7: "abc" does not fit its tag'),
+    "tag of another kind": (LIST + "base: !!map [a]\n", '3:7: the tag "!!map" is not allowed'),
+    "list as key": (LIST + "? [a]\n: b\n", "3:3: a key must be text, got a list or a mapping"),
+    "contains itself": ("version: 1\nadapters: &a [*a]\n", "2:11: this value contains itself"),
+    "merge of text": (LIST + "base: {<<: x}\n", '3:12: "<<" takes a mapping'),
+    "bidi override": (ENTRY + 'name: "a\\u202Eb"\n', '4:11: "a\\u202eb" holds a control character'),
+    "bell": (ENTRY + 'name: "a\\ab"\n', '4:11: "a\\x07b" holds a control character'),
+    "line break": (ENTRY + 'name: "a\\nb"\n', '4:11: "a\\nb" holds a control character'),
+    "lone surrogate": (ENTRY + 'name: "\\uD800"\n', '4:11: "\\ud800" holds a control character'),
+    "control character in a key": (LIST + '"a\\e": 1\n', '3:1: "a\\x1b" holds a control character'),
+    "too deep": ("version: 1\nadapters: " + "[" * 40 + "]" * 40, "2:42: the file is deeper than 32 levels"),
+    # keys and kinds
+    "no version": ("adapters: [./adapters/support]\n", '1:1: "version" is missing (write version: 1)'),
+    "no adapters": ("version: 1\n", '1:1: "adapters" is missing (list the adapters to judge)'),
+    "version 2": (LIST.replace("1", "2", 1), '1:10: "version" must be the number 1, got the number 2'),
+    "version as text": (LIST.replace("1", "'1'", 1), '1:10: "version" must be the number 1, got the text "1"'),
+    "version as float": (LIST.replace("1", "1.0", 1), '1:10: "version" must be the number 1, got the number 1.0'),
+    "version true": (LIST.replace("1", "true", 1), '1:10: "version" must be the number 1, got true (which YAML'),
+    "unknown key": (LIST + "adaptors: []\n", '3:1: unknown key "adaptors" (did you mean "adapters"?)'),
+    "underscore": (LIST + "allow_pickle: true\n", '3:1: unknown key "allow_pickle" (did you mean "allow-pickle"?)'),
+    "unlike any key": (LIST + "zzz: 1\n", '3:1: unknown key "zzz" (known here: version, base, adapters, checks,'),
+    "number as key": (LIST + "7: 1\n", '3:1: unknown key "7"'),
+    "empty list": ("version: 1\nadapters: []\n", '2:11: "adapters" is empty (a gate that checks nothing'),
+    "adapters as text": ("version: 1\nadapters: ./a\n", '2:11: "adapters" must be a list, got the text "./a" (put it in a list'),
+    "adapters as mapping": ("version: 1\nadapters: {a: b}\n", '2:11: "adapters" must be a list, got a mapping'),
+    "null adapters": ("version: 1\nadapters:\n", '2:10: "adapters" has no value'),
+    "null entry": (HEAD + "  -\n", '3:4: entry 1 of "adapters" has no value'),
+    "null base": (LIST + "base: ~\n", '3:7: "base" has no value'),
+    "number as entry": (HEAD + "  - 5\n", '3:5: entry 1 of "adapters" must be text (a directory or a Hub id) or a mapping'),
+    "list as entry": (HEAD + "  - [a]\n", '3:5: entry 1 of "adapters" must be text (a directory or a Hub id) or'),
+    "text as boolean": (LIST + 'allow-pickle: "true"\n', '3:15: "allow-pickle" must be true or false, got the text'),
+    "number as boolean": (LIST + "trust-remote-code: 1\n", '3:20: "trust-remote-code" must be true or false, got the nu'),
+    # adapters
+    "unknown entry key": (ENTRY + "chekcs: {}\n", '4:5: unknown key "chekcs" (did you mean "checks"?)'),
+    "neither": (HEAD + "  - name: x\n", '3:5: an adapter needs "path" or "combine"'),
+    "empty path": (HEAD + '  - ""\n', '3:5: entry 1 of "adapters" is empty (write some text)'),
+    "blank path": (HEAD + '  - path: " "\n', '3:11: "path" is empty (write some text)'),
+    "no directory": (HEAD + "  - ./adapters/suport\n", '3:5: no such directory: "./adapters/suport" (did you mean "./adapters/support"?)'),
+    "no directory, nothing near": (HEAD + "  - ./models/q\n", '3:5: no such directory: "./models/q" ('),
+    "no parent": (HEAD + "  - ./no/x\n", '3:5: no such directory: "./no/x" (there is no directory '),
+    "windows path": (HEAD + "  - C:\\adapters\\x\n", '3:5: no such directory: "C:\\adapters\\x"'),
+    "home": (HEAD + "  - ~/no-such-adapter\n", '3:5: no such directory: "~/no-such-adapter"'),
+    "home of nobody": (HEAD + "  - ~no-such-user-here/a\n", '3:5: no such directory: "~no-such-user-here/a"'),
+    "mistyped, not the Hub": (HEAD + "  - adapters/suport\n", '3:5: no such directory: "adapters/suport" (did you mean "adapters/support"?; "adapters" is a directory here'),
+    "no Hub id": (HEAD + "  - support\n", '3:5: no such directory: "support" ('),
+    "too many parts": (HEAD + "  - a/b/c\n", '3:5: no such directory: "a/b/c"'),
+    "URL": (HEAD + "  - https://example.org/acme/x\n", '3:5: "https://example.org/acme/x" is a URL, expected'),
+    "a file": (HEAD + "  - ./adapters/weights.safetensors\n", '3:5: "./adapters/weights.safetensors" is a file, expec'),
+    "no match": (HEAD + "  - ./adapters/x-*\n", '3:5: no directory matches "./adapters/x-*" ('),
+    "only files match": (HEAD + "  - ./adapters/*.safetensors\n", '3:5: no directory matches "./adapters/*.safetensors" (only files)'),
+    "too long for the system": (HEAD + f"  - ./{'a' * 3000}\n", '3:5: no such directory: "./aaa'),
+    "glob too long for the system": (HEAD + f"  - '{'*a' * 1000}'\n", '3:5: no directory matches "*a*a'),
+    "two stars": (HEAD + "  - ./**/x\n", '3:5: "./**/x": "**" is not supported'),
+    "name of a glob": (HEAD + "  - path: ./adapters/team-*\n    name: x\n", '4:5: "name" has no meaning for the glob'),
+    "revision of a glob": (HEAD + "  - path: ./adapters/team-a*\n    revision: x\n", "4:5: revision has no meaning for a directory"),
+    "revision of a directory": (ENTRY + "revision: v1\n", "4:5: revision has no meaning for a directory"),
+    "duplicate name": (HEAD + "  - ./a/x\n  - ./b/x\n", '4:5: the name "x" is given twice, in line 3 and in line 4: to "./a/x" and "./b/x"'),
+    "the same twice": (HEAD + "  - ./a/x\n  - ./a/x\n", '4:5: the name "x" is given twice, in line 3 and in line 4'),
+    "duplicate in a glob": (HEAD + "  - ./?/x\n", '3:5: the name "x" is given twice, in line 3: to "./a/x" and "./b/x"'),
+    "duplicate given name": (HEAD + "  - ./a/x\n  - path: ./b/x\n    name: x\n", '5:11: the name "x" is given twice'),
+    "name too long": (ENTRY + f"name: {'n' * 201}\n", '4:11: "name" must be at most 200 characters long, got the text'),
+    "name of the root": (HEAD + "  - /\n", "3:5: the adapter's name would be \"\", which is empty"),
+    "name as number": (ENTRY + "name: 123\n", '4:11: "name" must be text, got the number 123 (put it in quotes: "123")'),
+    "name as boolean": (ENTRY + "name: on\n", '4:11: "name" must be text, got on (which YAML reads as true) (put it in quotes: "on")'),
+    "revision as number": (HEAD + "  - {path: acme/x, revision: 123456}\n", '3:30: "revision" must be text, got the number 123456 (put it in quotes: "123456")'),
+    "revision as float": (HEAD + "  - {path: acme/x, revision: 1e5}\n", '3:30: "revision" must be text, got the number 1e5 (put it in quotes: "1e5")'),
+    "revision with a leading zero": (HEAD + "  - {path: acme/x, revision: 0123}\n", '(put it in quotes: "0123")'),
+    "revision beyond floats": (HEAD + f"  - {{path: acme/x, revision: {'9' * 400}}}\n", '3:30: "revision" must be text, got the number 99'),
+    # base
+    "base as list": (LIST + "base: [a]\n", '3:7: "base" must be text (a directory or a Hub id) or a mapping, got a list'),
+    "no base": (LIST + "base: ./models/bas\n", '3:7: no such directory: "./models/bas" (did you mean "./models/base"?)'),
+    "unknown base key": (LIST + "base: {modle: x}\n", '3:8: unknown key "modle" (did you mean "model"?)'),
+    "base revision alone": (LIST + "base: {revision: v1}\n", '3:8: "revision" needs "model"'),
+    "base revision of a directory": (LIST + "base: {model: ./models/base, revision: v1}\n", "3:30: revision has no meaning for"),
+    "dtype": (LIST + "base: {dtype: fp16}\n", '3:15: "dtype" must be one of auto, float32, bfloat16, float16; got the text "fp16" (did you mean "float16"?)'),
+    "dtype in a list": (LIST + "base: {dtype: [auto, bf16]}\n", '3:22: entry 2 of "dtype" must be one of'),
+    "dtype twice": (LIST + "base: {dtype: [auto, float16, auto]}\n", "3:31: the dtype auto is given twice"),
+    "no dtype": (LIST + "base: {dtype: []}\n", '3:15: "dtype" is empty'),
+    "dtype as number": (LIST + "base: {dtype: 16}\n", '3:15: "dtype" must be a dtype or a list of dtypes, got the number 16'),
+    "quantization": (LIST + "base: {quantization: 4bit}\n", '3:22: "quantization" must be one of none, bnb-8bit, bnb-4bit; got the text "4bit" (did you mean "bnb-4bit"?)'),
+    # checks
+    "unknown check": (LIST + "checks: {no-efect: off}\n", '3:10: unknown check "no-efect" (did you mean "no-effect"?)'),
+    "checks as boolean": (LIST + "checks: off\n", '3:9: "checks" must be a mapping, got off (which YAML reads as false)'),
+    "severity": (LIST + "checks: {headroom: warn}\n", '3:20: "headroom" must be one of error, warning, off, on; got the text "warn" (did you mean "warning"?)'),
+    "severity as number": (LIST + "checks: {headroom: 0.5}\n", '3:20: "headroom" must be error, warning or off, or a mapping with severity and limit, got the number 0.5'),
+    "unknown check key": (LIST + "checks: {headroom: {max: 1}}\n", '3:21: unknown key "max" (known here: severity, limit)'),
+    "empty check": (LIST + "checks: {headroom: {}}\n", '3:20: "headroom" is empty'),
+    "limit of a check without": (LIST + "checks: {no-effect: {limit: 1}}\n", '3:22: "no-effect" has no limit (checks with one: rounding-loss, headroom, delta-norm)'),
+    "limit zero": (LIST + "checks: {headroom: {limit: 0}}\n", '3:28: "limit" must be greater than 0, got the number 0'),
+    "limit infinite": (LIST + "checks: {headroom: {limit: .inf}}\n", '3:28: "limit" must be a finite number, got the number .inf'),
+    "limit NaN": (LIST + "checks: {headroom: {limit: .nan}}\n", '3:28: "limit" must be a finite number, got the number .nan'),
+    "limit as text": (LIST + "checks: {headroom: {limit: '0.5'}}\n", '3:28: "limit" must be a number, got the text "0.5" (YAML reads'),
+    "limit as boolean": (LIST + "checks: {headroom: {limit: yes}}\n", '3:28: "limit" must be a number, got yes (which YAML'),
+    "merged-nonfinite off": (LIST + "checks: {merged-nonfinite: off}\n", '3:28: "merged-nonfinite" cannot be switched off'),
+    "base-nonfinite lowered": (LIST + "checks: {base-nonfinite: {severity: warning}}\n", '3:37: "base-nonfinite" cannot be lowered to warning'),
+    "switched off for one": (ENTRY + "checks: {base-nonfinite: 'off'}\n", '4:30: "base-nonfinite" cannot be switched off'),
+    # expect
+    "expect nothing": (ENTRY + "expect: {}\n", '4:13: "expect" is empty'),
+    "unknown expectation": (ENTRY + "expect: {alpha: 1}\n", '4:14: unknown key "alpha" (did you mean "lora_alpha"?)'),
+    "rank as text": (ENTRY + "expect: {r: '16'}\n", '4:17: "r" must be a whole number, got the text "16" (YAML reads'),
+    "rank as float": (ENTRY + "expect: {r: 16.0}\n", '4:17: "r" must be a whole number, got the number 16.0'),
+    "rank zero": (ENTRY + "expect: {r: 0}\n", '4:17: "r" must be at least 1, got the number 0'),
+    "alpha infinite": (ENTRY + "expect: {lora_alpha: -.inf}\n", '4:26: "lora_alpha" must be a finite number'),
+    "type of two words": (ENTRY + "expect: {peft_type: a b}\n", '4:25: "peft_type" must be a PEFT type such as LORA, got'),
+    "short digest": (ENTRY + "expect: {sha256: {a: ab12}}\n", '4:26: "a" must be 64 hexadecimal digits, as sha256sum prints them, got the text "ab12"'),
+    "digest of digits": (ENTRY + f"expect: {{sha256: {{a: {'1' * 64}}}}}\n", '4:26: "a" must be text, got the number 1111'),
+    "no digests": (ENTRY + "expect: {sha256: {}}\n", '4:22: "sha256" is empty'),
+    "blank file": (ENTRY + f"expect: {{sha256: {{' ': {'a' * 64}}}}}\n", '4:23: " " cannot be a key here'),
+    "outside": (ENTRY + f"expect: {{sha256: {{../x: {'a' * 64}}}}}\n", '4:23: "../x" is not a file inside the adapter'),
+    "absolute": (ENTRY + f"expect: {{sha256: {{/x: {'a' * 64}}}}}\n", '4:23: "/x" is not a file inside the adapter'),
+    # combine
+    "both": (ENTRY + "combine: {method: cat, adapters: [x], weights: [1]}\n", '4:5: "path" and "combine" exclude each other'),
+    "combine as text": (COMBINE + "ties\n", '6:14: "combine" must be a mapping, got the text "ties"'),
+    "no method": (COMBINE + "{adapters: [support], weights: [1]}\n", '6:14: "method" is missing in "combine"'),
+    "no weights": (COMBINE + "{method: cat, adapters: [support]}\n", '6:14: "weights" is missing in "combine"'),
+    "method": (COMBINE + "{method: tie, adapters: [support], weights: [1]}\n", '6:23: "method" must be one of linear, cat, svd, ties, '),
+    "no name": (HEAD + "  - ./a/x\n  - combine: {method: cat, adapters: [x], weights: [1]}\n", '4:5: a combination needs a "name"'),
+    "unknown member": (COMBINE + "{method: cat, adapters: [suport], weights: [1]}\n", '6:39: no adapter is named "suport" (did you mean "support"?)'),
+    "itself": (COMBINE + "{method: cat, adapters: [both], weights: [1]}\n", '6:39: "both" is a combination itself'),
+    "member twice": (COMBINE + "{method: cat, adapters: [support, support], weights: [1, 1]}\n", '6:48: "support" is named twice'),
+    "no members": (COMBINE + "{method: cat, adapters: [], weights: [1]}\n", '6:38: "adapters" is empty'),
+    "too many members": (COMBINE + f"{{method: cat, adapters: [{', '.join('n' + str(n) for n in range(101))}], weights: [1]}}\n", '6:38: "adapters" must be at most 100 entries long, got a list of 101'),
+    "weights": (COMBINE + "{method: cat, adapters: [support, billing], weights: [1]}\n", "6:67: 1 weights for 2 adapters"),
+    "weight as text": (COMBINE + "{method: cat, adapters: [support], weights: ['1']}\n", '6:59: entry 1 of "weights" must be a number, got'),
+    "weight infinite": (COMBINE + "{method: cat, adapters: [support], weights: [1e999]}\n", '6:59: entry 1 of "weights" must be a finite number, got the number 1e999'),
+    "no density": (COMBINE + "{method: ties, adapters: [support], weights: [1]}\n", '6:23: the method ties needs "density"'),
+    "density in vain": (COMBINE + "{method: svd, adapters: [support], weights: [1], density: 0.5}\n", '6:63: "density" has no meaning for the method svd'),
+    "density zero": (COMBINE + "{method: ties, adapters: [support], weights: [1], density: 0}\n", '6:73: "density" must be greater than 0'),
+    "density two": (COMBINE + "{method: ties, adapters: [support], weights: [1], density: 2}\n", '6:73: "density" must be at most 1'),
+    "sign in vain": (COMBINE + "{method: cat, adapters: [support], weights: [1], majority_sign_method: total}\n", '6:63: "majority_sign_method" has no meaning'),
+    "seed": (COMBINE + "{method: cat, adapters: [support], weights: [1], seed: -1}\n", '6:69: "seed" must be at least 0'),
+    "revision of a combination": (COMBINE + "{method: cat, adapters: [support], weights: [1]}\n    revision: x\n", '7:5: "revision" has no meaning for a combination'),
+    "expect of a combination": (COMBINE + "{method: cat, adapters: [support], weights: [1]}\n    expect: {r: 1}\n", '7:5: "expect" has no meaning for a combination'),
+    "another base": (COMBINE + "{method: cat, adapters: [support, billing], weights: [1, 1]}\n    base: ./models/base\n", '6:39: "support" is on another base: the one that its adapter_config.json names, not "./models/base"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_problem_names_its_place_and_what_to_do(place: Path, case: str) -> None:
+    text, expected = WRONG[case]
+    found = problems(place, text)
+    assert any(
+        expected in problem if expected.startswith("(") else problem.startswith(expected) for problem in found
+    ), found
+    hints = [problem for problem in found if problem.startswith(expected.split(" ")[0])]
+    assert all("Input should" not in problem and "pydantic" not in problem for problem in hints)
+
+
+SEVERAL = {"tag of another kind", "another base", "revision beyond floats"}
+
+
+@pytest.mark.parametrize("case", sorted(set(WRONG) - SEVERAL))
+def test_one_mistake_is_one_problem(place: Path, case: str) -> None:
+    """No problem has another in its wake."""
+    found = problems(place, WRONG[case][0])
+    assert len(found) == 1, found
+
+
+def test_all_problems_at_once_in_the_order_of_the_file(place: Path) -> None:
+    text = """\
+version: 2
+bse: x
+base:
+  model: ./models/bas
+  dtype: [bf16, float32]
+adapters:
+  - ./adapters/suport
+  - path: ./adapters/support
+    revision: 1e5
+    revison: x
+    checks: {no-efect: warning, merged-nonfinite: off}
+  - ./adapters/support
+  - name: both
+    combine: {method: ties, adapters: [support, nobody], weights: [1]}
+  -
+checks: {headroom: {limit: -1}}
+version: 1
+"""
+    places = [problem.split(": ")[0] for problem in problems(place, text)]
+    assert places == [
+        "1:10", "2:1", "4:10", "5:11", "7:5", "9:15", "10:5", "11:14", "11:51", "12:5", "14:23", "14:67", "15:4",
+        "16:28", "17:1",
+    ]  # fmt: skip
+
+
+def test_an_unknown_member_is_not_reported_while_other_entries_are_unreadable(place: Path) -> None:
+    found = problems(place, COMBINE + "{method: cat, adapters: [suport], weights: [1]}\n  - ./adapters/suport\n")
+    assert [problem.split(": ")[0] for problem in found] == ["7:5"]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_suggests_the_one_that_is_there(place: Path) -> None:
+    (place / "merge-gate.yml").touch()
+    with pytest.raises(ConfigError, match=r'no such file \(did you mean "merge-gate.yml"\?\)') as caught:
+        load_config(str(place / "mergegate.yml"))
+    assert caught.value.exit_code is ExitCode.USAGE
+    with pytest.raises(ConfigError, match=r"no such file \(there is no directory"):
+        load_config(str(place / "none/merge-gate.yml"))
+
+
+def test_a_directory_suggests_the_file_in_it(place: Path) -> None:
+    (place / "merge-gate.yml").touch()
+    with pytest.raises(ConfigError, match=r'this is a directory, expected a YAML file \(".*" holds "merge-gate.yml"\)'):
+        load_config(str(place))
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000])
+def test_paths_that_cannot_be(path: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_a_file_that_the_system_refuses(place: Path) -> None:
+    load(place, LIST)
+    with pytest.raises(ConfigError, match="the file cannot be read: Not a directory"):
+        load_config(str(place / "merge-gate.yml/inner.yml"))
+
+
+def test_encodings(place: Path) -> None:
+    assert problems(place, b"version: 1\nbase: \xc3\xa4\xff\n") == [
+        "2:8: byte 0xff is not UTF-8 (save the file as UTF-8)"
+    ]
+    assert problems(place, LIST.encode("utf-16")) == ["1:1: byte 0xff is not UTF-8 (save the file as UTF-8)"]
+
+
+def test_too_large(place: Path) -> None:
+    assert "larger than 1,048,576 bytes" in problems(place, b"#" * (MAX_BYTES + 1))[0]
+
+
+def test_aliases_cannot_explode(place: Path) -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    bomb += "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{x: *m{n - 1}, y: *m{n - 1}}}\n" for n in range(1, 25))
+    start = time.perf_counter()
+    assert "expands to more than 100,000 values" in problems(place, bomb)[0]
+    assert time.perf_counter() - start < 5
+
+
+def test_a_thousand_adapters_are_read_in_seconds(place: Path) -> None:
+    entries = "".join(f"  - {{name: a{n}, path: ./adapters/support, checks: {{headroom: off}}}}\n" for n in range(1000))
+    start = time.perf_counter()
+    assert len(load(place, HEAD + entries).adapters) == 1000
+    assert time.perf_counter() - start < 10
+
+
+def test_hostile_directory_names_are_escaped(place: Path) -> None:
+    (place / "adapters/team-\n::error::x").mkdir()
+    found = problems(place, HEAD + "  - ./adapters/team-*\n")
+    assert found == [
+        '3:5: the directory "./adapters/team-\\n::error::x" has a name that holds a control character (rename it)'
+    ]
+
+
+def test_importing_the_table_of_checks_costs_nothing() -> None:
+    code = (
+        "import merge_gate.config, sys; print([m for m in ('torch', 'pydantic', 'yaml', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_loading_does_not_import_torch(place: Path) -> None:
+    load(place, LIST)
+    code = "import sys; from merge_gate.config.load import *; load_config(sys.argv[1]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(place / "merge-gate.yml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+# --- anything at all -------------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    [
+        *FileEntry.model_fields, *AdapterEntry.model_fields, *BaseEntry.model_fields, *CombineEntry.model_fields,
+        *ExpectEntry.model_fields, *CHECK_DEFAULTS, *METHODS, "allow-pickle", "off", "on", "severity", "limit", "auto",
+        "./adapters/support", "./adapters/*", "acme/x", "~", "\x00", "\ud800", "\u202e", "<<", "*", "",
+    ]
+)  # fmt: skip
+SCALARS = WORDS | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+DATA = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4))
+WHOLE = st.fixed_dictionaries(
+    {"version": st.just(1) | SCALARS, "adapters": st.lists(DATA, max_size=3) | DATA},
+    optional={"base": DATA, "checks": DATA, "allow-pickle": SCALARS, "zzz": DATA},
+)
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def outcome(place: Path, text: bytes) -> tuple[Problem, ...]:
+    try:
+        assert load(place, text).adapters
+    except ConfigError as error:
+        return error.problems or (Problem(message="", path="", line=0, column=0),)
+    return ()
+
+
+def read_or_refuse(place: Path, text: bytes) -> None:
+    """Either it is valid, or there are problems with words and a place inside the text. Nothing else is raised."""
+    lines = text.count(b"\n") + text.count(b"\r") + text.count(b"\xc2\x85") + text.count(b"\xe2\x80") + 2
+    for problem in outcome(place, text):
+        assert 1 <= problem.line <= lines
+        assert problem.column >= 1
+        assert problem.message
+        assert "Input should" not in str(problem)
+        str(problem).encode()
+
+
+@FUZZ
+@given(text=st.text())
+@example("&a [*a]")
+@example("{? {a: b} : c}")
+@example("!!set {a}")
+@example("!<tag:yaml.org,2002:int> [")
+@example("!!float _")
+@example("%YAML 9.9\n---\na")
+@example("'\\")
+def test_any_text_is_read_or_refused(place: Path, text: str) -> None:
+    read_or_refuse(place, text.encode("utf-8", "surrogatepass"))
+
+
+@FUZZ
+@given(data=st.binary())
+def test_any_bytes_are_read_or_refused(place: Path, data: bytes) -> None:
+    read_or_refuse(place, data)
+
+
+@FUZZ
+@given(text=st.text(alphabet=st.sampled_from("[]{}:,-?&*!|>'\"%@`#~<ab01. \n\t"), max_size=60))
+def test_any_yaml_punctuation_is_read_or_refused(place: Path, text: str) -> None:
+    read_or_refuse(place, b"version: 1\nadapters:\n" + text.encode())
+
+
+@FUZZ
+@given(data=WHOLE)
+def test_any_values_are_read_or_refused(place: Path, data: object) -> None:
+    """JSON is YAML, so that any structure can be written down."""
+    read_or_refuse(place, json.dumps(data).encode())
+
+
+# --- the schema, the table and the documentation ---------------------------------------------------------------------
+
+
+def plain(text: str) -> object:
+    root, found = read_yaml(text, "merge-gate.yml")
+    assert not found
+    return root.data
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = config_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_stored_schema_is_the_current_one() -> None:
+    """After a change: merge-gate schema config > src/merge_gate/schemas/config.schema.json."""
+    assert json.loads(SCHEMA_FILE.read_text()) == config_schema()
+
+
+def test_every_key_of_the_schema_is_described() -> None:
+    def undescribed(schema: object, where: str = "") -> list[str]:
+        if isinstance(schema, list):
+            return [name for item in schema for name in undescribed(item, where)]
+        if not isinstance(schema, dict):
+            return []
+        properties = schema.get("properties", {})
+        here = [
+            f"{where}.{key}"
+            for key, value in properties.items()
+            if isinstance(value, dict) and value.keys() != {"enum"} and "description" not in value
+        ]
+        return here + [name for key, value in schema.items() for name in undescribed(value, f"{where}.{key}")]
+
+    assert undescribed(config_schema()) == []
+
+
+def objects(schema: object) -> list[dict]:
+    found = [schema] if isinstance(schema, dict) and schema.get("type") == "object" else []
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else []
+    return found + [item for value in inner for item in objects(value)]
+
+
+def test_no_mapping_of_the_schema_takes_unknown_keys() -> None:
+    mappings = objects(config_schema())
+    assert len(mappings) > 20
+    for mapping in mappings:
+        assert mapping.get("additionalProperties") is False or "properties" not in mapping
+
+
+BEYOND_SCHEMA = {
+    # directories, names and digests of the file system and of other entries
+    "no directory", "no directory, nothing near", "no parent", "windows path", "home", "home of nobody",
+    "mistyped, not the Hub", "no Hub id", "too many parts", "URL", "a file", "no match", "only files match",
+    "two stars", "too long for the system", "glob too long for the system", "name of a glob", "revision of a glob", "revision of a directory", "duplicate name",
+    "the same twice", "duplicate in a glob", "duplicate given name", "name of the root", "no base",
+    "base revision alone", "base revision of a directory", "outside", "absolute", "blank file", "unknown member",
+    "itself", "weights", "another base",
+    # a number without a fraction is an integer in JSON Schema
+    "version as float", "rank as float",
+}  # fmt: skip
+YAML_ONLY = [case for case in WRONG if case not in BEYOND_SCHEMA]
+
+
+@pytest.mark.parametrize("case", YAML_ONLY)
+def test_the_schema_refuses_what_the_loader_refuses(validator: jsonschema.Draft202012Validator, case: str) -> None:
+    try:
+        root, found = read_yaml(WRONG[case][0], "merge-gate.yml")
+    except ConfigError:
+        return  # not YAML: no editor gets as far as the schema
+    # JSON has no infinities: what the loader calls not finite never reaches a JSON Schema
+    infinite = any(isinstance(v.data, float) and v.data - v.data != 0 for _, v in root.walk())
+    assert found or infinite or not validator.is_valid(root.data)
+
+
+@pytest.mark.parametrize("case", sorted(BEYOND_SCHEMA))
+def test_what_only_the_loader_can_see(validator: jsonschema.Draft202012Validator, case: str) -> None:
+    """The list above stays true: where the schema learns to see one of these, it leaves the list."""
+    assert validator.is_valid(plain(WRONG[case][0]))
+
+
+def snippets() -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+
+
+DOCUMENTS = [path.read_text() for path in EXAMPLES] + snippets()
+
+
+def test_there_are_examples_and_snippets() -> None:
+    assert [path.stem for path in EXAMPLES] == ["combine", "dtypes", "hub", "minimal", "strict"]
+    assert len(snippets()) >= 5
+
+
+@pytest.mark.parametrize("text", DOCUMENTS)
+def test_examples_and_documentation_are_valid(
+    place: Path, validator: jsonschema.Draft202012Validator, text: str
+) -> None:
+    validator.validate(plain(text))
+    assert load(place, text).adapters
+
+
+def checks_table() -> str:
+    rows = ["| check | default | limit | can be off | fires when |", "|---|---|---|---|---|"]
+    for check, default in CHECK_DEFAULTS.items():
+        bound = "none" if default.limit is None else f"{default.limit:g}"
+        off = "yes" if default.can_be_off else "**no**"
+        rows.append(f"| `{check}` | {default.severity} | {bound} | {off} | {default.summary} |")
+    return "\n".join(rows)
+
+
+def test_the_documented_table_of_checks_is_the_real_one() -> None:
+    begin, end = "CHECK_DEFAULTS, see tests/test_config.py -->\n", "\n<!-- /checks -->"
+    text = DOCS.read_text()
+    assert text[text.index(begin) + len(begin) : text.index(end)] == checks_table()
+
+
+@pytest.mark.parametrize("model", [FileEntry, BaseEntry, AdapterEntry, CombineEntry, ExpectEntry])
+def test_every_key_is_documented(model: type) -> None:
+    for name, field in model.model_fields.items():
+        assert f"| `{field.alias or name}` |" in DOCS.read_text()
+
+
+def test_the_tables_rules() -> None:
+    assert [check for check, row in CHECK_DEFAULTS.items() if not row.can_be_off] == [
+        "base-nonfinite",
+        "merged-nonfinite",
+    ]
+    limits = {check: row.limit for check, row in CHECK_DEFAULTS.items() if row.limit is not None}
+    assert limits == {"rounding-loss": 0.5, "headroom": 0.5, "delta-norm": 10.0}
+    assert all(row.summary.endswith(".") for row in CHECK_DEFAULTS.values())
+    with pytest.raises(TypeError):
+        CHECK_DEFAULTS["new"] = CHECK_DEFAULTS["headroom"]  # type: ignore[index]
+
+
+def test_the_words_are_those_of_the_other_stages() -> None:
+    assert get_args(Dtype) == ("auto", *DTYPES)
+    quantizations = config_schema()["$defs"]["BaseEntry"]["properties"]["quantization"]["enum"]
+    assert quantizations == [member.value for member in Quantization]
+    assert set(METHODS) == set(get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"]))

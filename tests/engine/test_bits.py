@@ -1,0 +1,156 @@
+"""What the gate measures is what a user of PEFT gets: the same tensors, the same dtype, the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from merge_gate.engine.base import Base, load_base, shape_for
+from merge_gate.engine.merge import merge_adapter
+from merge_gate.sources.preflight import preflight
+from tests.conftest import lay_out
+from tests.faults import FAULTS, HEALTHY, Case
+from tests.models import VARIANTS, Shelf, load_for_training, read_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from merge_gate.records import Evidence
+
+DTYPES = ("float32", "bfloat16", "float16")
+RANDOM = {"pissa-niter"}  # PEFT decomposes the base by a randomised method on every load: no two merges are alike
+UNMERGEABLE = {"prompt-tuning", "tied-head", "tied-embedding"}
+MERGEABLE = sorted(VARIANTS.keys() - RANDOM - UNMERGEABLE)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Tensors = dict[str, torch.Tensor]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As integers: there -0.0 is not 0.0, and NaN equals itself."""
+    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype is other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+@pytest.fixture(scope="module")
+def load() -> Callable[[Path, Path, str], Base]:
+    """The gate's base for an adapter, loaded once per base, dtype and shape of its head."""
+    loaded: dict[Any, Base] = {}
+
+    def get(base: Path, adapter: Path, dtype: str) -> Base:
+        shape = shape_for(str(base), preflight(str(adapter), allow_pickle=True))
+        key = (base, dtype, shape)
+        if key not in loaded:
+            loaded[key] = load_base(str(base), shape=shape, label=base.name, dtype=dtype)
+        return loaded[key]
+
+    return get
+
+
+def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
+    seen: Tensors = {}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        seen[name] = tensor.clone()
+
+    evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True), on_tensor=keep)
+    assert evidence.refusal is None, evidence.refusal
+    return seen, evidence
+
+
+def peft_merge(base: Path, adapter: Path, dtype: str, *, safe_merge: bool = True) -> tuple[Tensors, Tensors]:
+    """The base's and the merged model's tensors, from a fresh load of both."""
+    name = adapter.name
+    settings: dict[str, Any] = {"num_labels": 6} if name == "six-labels" else {}
+    if dtype != "auto":
+        settings["dtype"] = getattr(torch, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_for_training(base, read_config(adapter).get("task_type"), **settings)
+        if name.startswith("resized"):
+            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe_merge)
+    return before, merged.state_dict()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", MERGEABLE)
+def test_the_measured_tensors_are_those_of_peft(
+    variant: str, dtype: str, shelf: Shelf, load: Callable[[Path, Path, str], Base]
+) -> None:
+    base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
+    seen, evidence = gate_merge(load(base, adapter, dtype), adapter)
+    before, after = peft_merge(base, adapter, dtype)
+    changed = {name for name, value in after.items() if name not in before or not same(before[name], value)}
+    assert seen
+    assert changed - aliases(after, seen) <= seen.keys()
+    assert [name for name, tensor in seen.items() if not same(tensor, after[name])] == []
+    said = {merge.stats.name: merge for merge in evidence.merges}
+    assert {name for name in seen if said[name].changed} == changed & seen.keys()
+    assert evidence.parameters_checked == evidence.parameters_total == count(after)
+
+
+def aliases(after: Tensors, seen: Tensors) -> set[str]:
+    """Names of a tied tensor besides the one that was measured."""
+    measured = {after[name].data_ptr() for name in seen}
+    return {name for name, value in after.items() if name not in seen and value.data_ptr() in measured}
+
+
+def count(tensors: Tensors) -> int:
+    return sum({value.data_ptr(): value.numel() for value in tensors.values()}.values())
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora", "bias-all", "modules-to-save", "conv1d"])
+def test_the_figures_are_those_of_the_tensors(
+    variant: str, shelf: Shelf, load: Callable[[Path, Path, str], Base]
+) -> None:
+    base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
+    _, evidence = gate_merge(load(base, adapter, "bfloat16"), adapter)
+    before, after = peft_merge(base, adapter, "bfloat16")
+    exact = peft_merge(base, adapter, "float32")[1]
+    changed = [merge for merge in evidence.merges if merge.changed]
+    assert changed
+    for merge in changed:
+        name = merge.stats.name
+        values = after[name].float()
+        assert merge.stats.minimum == values.min().item()
+        assert merge.stats.maximum == values.max().item()
+        assert merge.base_norm == pytest.approx(before[name].float().norm().item(), rel=1e-3)
+        assert merge.unchanged_fraction == pytest.approx((before[name] == after[name]).float().mean().item())
+        assert merge.delta_norm == pytest.approx((exact[name] - before[name].float()).norm().item(), rel=0.1)
+
+
+def overflowing() -> list[Case]:
+    return [case for case in FAULTS if case.cause in {"adapter-nonfinite", "merged-nonfinite"} and not case.top]
+
+
+@pytest.mark.parametrize("case", overflowing(), ids=lambda case: case.name)
+def test_what_is_broken_is_counted_as_peft_merges_it(
+    case: Case, shelf: Shelf, load: Callable[[Path, Path, str], Base], tmp_path: Path
+) -> None:
+    """PEFT's own check stops at the first bad layer; the gate goes on, as `safe_merge=False` would."""
+    base, adapter = shelf.base(case.base or VARIANTS[case.variant].base), tmp_path / case.variant
+    lay_out(case, shelf, adapter)
+    seen, evidence = gate_merge(load(base, adapter, case.dtype), adapter)
+    after = peft_merge(base, adapter, case.dtype, safe_merge=False)[1]
+    broken = {name for name, value in after.items() if not torch.isfinite(value).all()}
+    assert broken
+    assert {merge.stats.name for merge in evidence.merges if not merge.stats.finite} == broken
+    for merge in evidence.merges:
+        values = after[merge.stats.name]
+        assert merge.stats.nan == values.isnan().sum().item()
+        assert merge.stats.posinf == values.isposinf().sum().item()
+        assert merge.stats.neginf == values.isneginf().sum().item()
+    assert [name for name in broken if not same(seen[name], after[name])] == []
+
+
+def test_every_kind_of_adapter_is_held_against_peft() -> None:
+    assert {case.variant for case in HEALTHY} <= {*MERGEABLE, *RANDOM}

@@ -1,0 +1,242 @@
+"""`combine`: PEFT's add_weighted_adapter on real adapters, held against what plain PEFT makes of the same members."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora.config import KasaConfig
+
+from merge_gate.engine import merge
+from merge_gate.records import Combine, Verdict
+from merge_gate.sources.preflight import preflight
+from tests import faults_methods, methods
+from tests.gating import Bench, Judgement, one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+BASE = "llama-bias"
+WEIGHTS = (0.6, 0.4)
+PRUNING = (
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+METHODS = ("linear", "cat", "svd", *PRUNING)
+"""Only `cat` gives W + Σ weight · delta; the others approximate it by design."""
+RANDOM = tuple(method for method in METHODS if method.startswith("dare"))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("combine"))
+
+
+def make_members(bench: Bench, name: str, **kwargs: Any) -> tuple[Path, Path]:
+    """Two adapters with one config and other tensors."""
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs
+    case = methods.make_case(f"combine-{name}", BASE, "LoraConfig", **settings)
+    one = bench.adapter(case)
+    state = faults_methods.load_file(one / methods.WEIGHTS)
+    other = bench.root / "adapters" / f"combine-{name}-other"
+    if not other.exists():
+        methods.write_variant(one, other, {key: tensor.flip(*range(tensor.ndim)) for key, tensor in state.items()})
+    return one, other
+
+
+def make_combine(method: str, **changes: Any) -> Combine:
+    settings: dict[str, Any] = {"method": method, "adapters": ("one", "two"), "weights": WEIGHTS}
+    if method in PRUNING:
+        settings["density"] = 0.5
+    return Combine(**settings | changes)
+
+
+def combine_with_peft(
+    bench: Bench, members: tuple[Path, ...], method: str, *, seed: int = 0, dtype: str = "float32", safe: bool = True
+) -> dict[str, Tensor]:
+    names = [f"member_{position}" for position in range(len(members))]
+    with methods.quiet():
+        torch.manual_seed(0)
+        model = PeftModel.from_pretrained(copy.deepcopy(bench.base(BASE, dtype)), members[0], adapter_name=names[0])
+        for name, member in zip(names[1:], members[1:], strict=True):
+            model.load_adapter(str(member), name)
+        torch.manual_seed(seed)
+        density = 0.5 if method in PRUNING else None
+        model.add_weighted_adapter(names, list(WEIGHTS), "mix", combination_type=method, density=density)
+        model.set_adapter("mix")
+        return methods.values(model.merge_and_unload(safe_merge=safe))
+
+
+def gate(bench: Bench, members: tuple[Path, ...], combine: Combine, dtype: str = "float32") -> Judgement:
+    return bench.gate.combine(members, bench.base_directory(BASE, dtype), combine)
+
+
+def weighted_sum(bench: Bench, members: tuple[Path, ...]) -> dict[str, Tensor]:
+    """W + Σ weight · delta: what a user of a weighted combination asks for."""
+    base = bench.base(BASE, "float32")
+    plain = methods.values(base)
+    merged = [methods.merge(base, member) for member in members]
+    return {
+        name: tensor + sum(weight * (one[name] - tensor) for weight, one in zip(WEIGHTS, merged, strict=True))
+        for name, tensor in plain.items()
+    }
+
+
+def error_of(bench: Bench, members: tuple[Path, ...], method: str) -> float:
+    """Largest difference from the weighted sum, over all tensors, as a share of the largest change."""
+    plain, wanted = methods.values(bench.base(BASE, "float32")), weighted_sum(bench, members)
+    got = combine_with_peft(bench, members, method)
+    change = max((wanted[name] - plain[name]).abs().max().item() for name in plain)
+    return max((got[name] - wanted[name]).abs().max().item() for name in plain) / change
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_combination_has_pefts_bits(method: str, dtype: str, bench: Bench) -> None:
+    members = make_members(bench, "plain")
+    expected = combine_with_peft(bench, members, method, seed=5, dtype=dtype)
+    files = tuple(preflight(str(member), allow_pickle=False) for member in members)
+    seen: dict[str, Tensor] = {}
+    evidence = merge.merge_combination(
+        bench.gate.base(bench.base_directory(BASE, dtype), files[0], dtype="auto"),
+        files,
+        make_combine(method, seed=5),
+        on_tensor=lambda name, tensor: seen.__setitem__(name, tensor.clone()),
+    )
+    changed = {one.stats.name for one in evidence.merges if one.changed}
+    assert changed == {f"model.layers.0.self_attn.{leaf}.weight" for leaf in ("q_proj", "v_proj")}
+    assert methods.same({name: expected[name] for name in seen}, seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_good_members_pass(method: str, bench: Bench) -> None:
+    judgement = gate(bench, make_members(bench, "plain"), make_combine(method))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("value", faults_methods.VALUES)
+@pytest.mark.parametrize("method", ["linear", "cat", "ties"])
+def test_a_broken_member_fails_and_is_named(
+    method: str, value: str, position: int, bench: Bench, tmp_path: Path
+) -> None:
+    members = list(make_members(bench, "plain"))
+    state = faults_methods.load_file(members[position] / methods.WEIGHTS)
+    tensor = faults_methods.floating(state)[-1]
+    broken = faults_methods.put(state, tensor, value, "first")
+    members[position] = methods.write_variant(members[position], tmp_path / "broken", broken)
+    judgement = gate(bench, tuple(members), make_combine(method))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "adapter-nonfinite"), judgement
+    assert judgement.findings[0].tensor == tensor
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties"])
+def test_a_combination_that_overflows_fails(method: str, bench: Bench, tmp_path: Path) -> None:
+    members = list(make_members(bench, "plain"))
+    state = faults_methods.load_file(members[0] / methods.WEIGHTS)
+    for tensor in faults_methods.floating(state):
+        state = faults_methods.scale(state, tensor, 4)
+    members[0] = methods.write_variant(members[0], tmp_path / "large", state)
+    merged = combine_with_peft(bench, tuple(members), method, dtype="float16", safe=False)
+    assert methods.nonfinite(merged), "the members are not large enough for this test"
+    judgement = gate(bench, tuple(members), make_combine(method), dtype="float16")
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merged-nonfinite"), judgement
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_random_methods_repeat_by_seed_and_the_seed_is_recorded(method: str, bench: Bench) -> None:
+    members = make_members(bench, "plain")
+    one, again, other = (gate(bench, members, make_combine(method, seed=seed)).evidence for seed in (3, 3, 4))
+    assert one is not None
+    assert again is not None
+    assert other is not None
+    assert one.merges == again.merges
+    assert one.merges != other.merges
+    assert one.seed == 3
+
+
+def test_cat_gives_the_weighted_sum(bench: Bench) -> None:
+    """Plain PEFT, and the yardstick of the test after this one."""
+    assert error_of(bench, make_members(bench, "plain"), "cat") < 1e-4
+
+
+WRONG = {
+    "rslora": {"use_rslora": True, "lora_alpha": 4},
+    "bias-term": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "kasa": {"kasa_config": KasaConfig()},
+    "tokens": {"trainable_token_indices": [1, 5]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+"""Settings that add_weighted_adapter accepts and combines into something else than the weighted sum."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_peft_combines_wrongly_is_refused(name: str, bench: Bench) -> None:
+    members = make_members(bench, name, **WRONG[name])
+    assert error_of(bench, members, "cat") > 1e-2, "PEFT combines this rightly now: the rule can go"
+    judgement = gate(bench, members, make_combine("cat"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+
+
+@pytest.mark.parametrize("scheme", ["gaussian", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone_combine(scheme: str, bench: Bench) -> None:
+    members = make_members(bench, scheme, init_lora_weights=scheme)
+    assert error_of(bench, members, "cat") < 1e-4
+    judgement = gate(bench, members, make_combine("cat"))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+def test_members_of_different_rank_combine_where_the_method_can(bench: Bench) -> None:
+    members = (make_members(bench, "plain")[0], make_members(bench, "rank-3", r=3)[1])
+    assert error_of(bench, members, "cat") < 1e-4
+    for method in ("cat", "svd", "ties_svd"):
+        assert gate(bench, members, make_combine(method)).verdict is Verdict.PASSED
+
+
+def refused_by_peft(bench: Bench, members: tuple[Path, ...], method: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        combine_with_peft(bench, members, method)
+    judgement = gate(bench, members, make_combine(method))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert match in judgement.findings[0].message
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "magnitude_prune"])
+def test_members_of_different_rank_are_refused_where_it_cannot(method: str, bench: Bench) -> None:
+    members = (make_members(bench, "plain")[0], make_members(bench, "rank-3", r=3)[1])
+    refused_by_peft(bench, members, method, "same r")
+
+
+def test_two_trained_heads_are_refused(bench: Bench) -> None:
+    members = make_members(bench, "saved", modules_to_save=["lm_head"])
+    refused_by_peft(bench, members, "cat", "modules_to_save")
+
+
+def test_two_trained_biases_are_refused(bench: Bench) -> None:
+    refused_by_peft(bench, make_members(bench, "bias-only", bias="lora_only"), "cat", "bias")
+
+
+def test_adapters_on_parameters_are_refused(bench: Bench) -> None:
+    members = make_members(bench, "parameter", target_modules=[], target_parameters=["q_proj.weight"])
+    refused_by_peft(bench, members, "cat", "nn.Parameter")
+
+
+def test_members_are_judged_by_their_own_files(bench: Bench) -> None:
+    """A combination finds what is wrong with a member; the member's own entry is another judgement."""
+    judgement = bench.gate.judge(make_members(bench, "plain")[0], bench.base_directory(BASE, "float32"))
+    assert judgement.verdict is Verdict.PASSED

@@ -1,0 +1,91 @@
+"""Order, failures and the number of threads of `spread`, with real threads and real torch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from merge_gate.engine import threads as parallel
+from merge_gate.engine.threads import MOST_THREADS, spread, threads
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TWO = 2
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "threads", lambda: TWO)
+
+
+def test_results_come_in_order_however_long_each_takes(two_threads: None) -> None:
+    def wait(item: int) -> int:
+        time.sleep(0.02 * (item % 2 == 0))
+        return item * item
+
+    assert list(spread(wait, iter(range(10)))) == [item * item for item in range(10)]
+
+
+def test_it_runs_on_more_than_one_thread_at_a_time(two_threads: None) -> None:
+    meeting = threading.Barrier(TWO, timeout=30)
+    assert sorted(spread(lambda _: meeting.wait(), range(TWO))) == [0, 1]
+
+
+def test_each_thread_computes_by_itself(two_threads: None) -> None:
+    before = torch.get_num_threads()
+    assert set(spread(lambda _: torch.get_num_threads(), range(4))) == {1}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("count", [1, TWO])
+def test_an_exception_comes_when_its_turn_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "threads", lambda: count)
+    results = spread(lambda item: 6 // item, [3, 2, 0, 1])
+    assert [next(results), next(results)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_one_item_and_none_need_no_thread(two_threads: None) -> None:
+    assert list(spread(lambda _: threading.current_thread(), [1])) == [threading.main_thread()]
+    assert list(spread(abs, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("quota", "wanted", "expected"),
+    [
+        ("max 100000", "", 6),
+        ("200000 100000", "", 2),
+        ("250000 100000", "", 2),
+        ("10000 100000", "", 1),
+        ("1600000 100000", "", 6),
+        ("max 100000", "3", 3),
+        ("200000 100000", "3", 2),
+        ("200000 100000", "1", 1),
+        ("max 100000", "0", 6),
+        ("max 100000", "many", 6),
+        ("nonsense", "", 6),
+        ("", "", 6),
+        ("200000", "", 6),
+    ],
+)
+def test_the_number_of_threads(
+    quota: str, wanted: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(6)))
+    assert threads(str(tmp_path / "cpu.max")) == expected
+
+
+def test_without_a_quota_file_the_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(200)))
+    assert threads(str(tmp_path / "gone")) == MOST_THREADS
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert threads(str(tmp_path / "binary")) == MOST_THREADS

@@ -1,0 +1,67 @@
+"""Nothing is ever written to: not a file that goes in, not a tensor of the base in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.engine.base import Base, load_base, named_tensors, shape_for
+from merge_gate.engine.merge import merge_adapter
+from merge_gate.records import Severity
+from merge_gate.sources.preflight import preflight
+from tests.conftest import lay_out
+from tests.faults import FAULTS, HEALTHY, Case
+from tests.models import BASES, VARIANTS, Shelf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Judged
+
+DTYPES = ("auto", "bfloat16", "float16")
+
+
+def digest(base: Base) -> dict[str, str]:
+    """Of every parameter and buffer, by name, with its dtype, shape and place in memory."""
+    import torch  # noqa: PLC0415 - beside the only use
+
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        + f" {tensor.dtype} {tuple(tensor.shape)} {tensor.data_ptr()}"
+        for name, _, tensor in named_tensors(base.model)
+    }
+
+
+def test_no_input_file_changes_in_a_run_over_all_faults(judged: Judged) -> None:
+    assert len(judged.before) > 2 * (len(FAULTS) + len(HEALTHY))
+    assert judged.after == judged.before
+
+
+def cases_on(key: str, dtype: str) -> list[Case]:
+    cases = [case for case in (*FAULTS, *HEALTHY) if (case.base or VARIANTS[case.variant].base) == key]
+    return [case for case in cases if dtype == "auto" or case.dtype in ("auto", dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", sorted(BASES))
+def test_no_tensor_of_the_base_changes_under_any_case(key: str, dtype: str, shelf: Shelf, tmp_path: Path) -> None:
+    """Every case that reaches the engine is merged into one base, which must come out as it went in."""
+    directory = shelf.base(key)
+    bases: dict[object, Base] = {}
+    first: dict[object, dict[str, str]] = {}
+    merged = 0
+    for case in cases_on(key, dtype):
+        lay_out(case, shelf, tmp_path / case.name)
+        files = preflight(str(tmp_path / case.name), allow_pickle=True)
+        if any(finding.severity is Severity.ERROR for finding in files.findings):
+            continue
+        shape = shape_for(str(directory), files)
+        if shape not in bases:
+            bases[shape] = load_base(str(directory), shape=shape, label=key, dtype=dtype, allow_pickle=True)
+            first[shape] = digest(bases[shape])
+        merge_adapter(bases[shape], files)
+        merged += 1
+        assert digest(bases[shape]) == first[shape], case.name
+    assert merged or not cases_on(key, dtype)

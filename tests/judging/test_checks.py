@@ -1,0 +1,546 @@
+"""Each check by itself, without torch: when it fires, what it says, what its settings do, and who is blamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.judging.checks import CHECKS, NOT_JUDGED, accident, base_nonfinite, describe_nonfinite, judge, undecided
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.records import (
+    AdapterFiles,
+    AdapterSpec,
+    BaseFacts,
+    BaseSpec,
+    CheckSetting,
+    Combine,
+    Evidence,
+    Expect,
+    FileRecord,
+    FileTensor,
+    Finding,
+    Origin,
+    Quantization,
+    Refusal,
+    Severity,
+    TensorMerge,
+    TensorStats,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MODULE = "model.layers.5.self_attn.q_proj"
+WEIGHT = f"{MODULE}.weight"
+LORA_A = f"base_model.model.{MODULE}.lora_A.weight"
+LORA_B = f"base_model.model.{MODULE}.lora_B.weight"
+HALF_MAX = 65504.0
+DIGEST = "9f2c5d1e" * 8
+
+
+def tensor(name: str = WEIGHT, **changes: Any) -> TensorStats:
+    usual = {"dtype": "float16", "shape": (8, 8), "numel": 64, "minimum": -1.0, "maximum": 1.0}
+    return TensorStats(name=name, **(usual | changes))
+
+
+def broken(name: str = WEIGHT, **counts: int) -> TensorStats:
+    return tensor(name, first_index=(0, 7), **(counts or {"nan": 1}))
+
+
+def merged(stats: TensorStats | None = None, **changes: Any) -> TensorMerge:
+    usual = {"module": MODULE, "stats": stats or tensor(), "dtype_max": HALF_MAX, "changed": True}
+    return TensorMerge(**(usual | changes))
+
+
+def base(**changes: Any) -> BaseFacts:
+    usual = {"model": "./base", "revision": None, "dtype": "float16", "quantization": Quantization.NONE}
+    return BaseFacts(**(usual | {"parameters": 64} | changes))
+
+
+def evidence(**changes: Any) -> Evidence:
+    """A sound adapter of one module."""
+    usual: dict[str, Any] = {
+        "base": base(),
+        "peft_type": "LORA",
+        "file_tensors": (FileTensor(stats=tensor(LORA_A)), FileTensor(stats=tensor(LORA_B))),
+        "targeted": (MODULE,),
+        "merges": (merged(),),
+        "parameters_checked": 64,
+        "parameters_total": 64,
+    }
+    return Evidence(**(usual | changes))
+
+
+def files(*, config: Mapping[str, Any] | None = None, **changes: Any) -> AdapterFiles:
+    usual: dict[str, Any] = {
+        "directory": "adapter",
+        "config_json": json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32} | dict(config or {})),
+        "files": (FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256=DIGEST),),
+    }
+    return AdapterFiles(**(usual | changes))
+
+
+def spec(**changes: Any) -> AdapterSpec:
+    return AdapterSpec(
+        **({"name": "a", "source": "./a", "base": BaseSpec(), "checks": (), "line": 1, "column": 1} | changes)
+    )
+
+
+def with_settings(one: AdapterSpec, *settings: CheckSetting) -> AdapterSpec:
+    return dataclasses.replace(one, checks=settings)
+
+
+@dataclass(frozen=True)
+class Fire:
+    """One reason for which a check fires. `says` are parts of the message; `sound` is the same without the reason."""
+
+    says: tuple[str, ...]
+    origin: Origin
+    evidence: Evidence | None = field(default_factory=evidence)
+    files: AdapterFiles = field(default_factory=files)
+    spec: AdapterSpec = field(default_factory=spec)
+    severity: Severity | None = None
+    places: Mapping[str, Any] = field(default_factory=dict)
+
+
+def found_in_files(check: str, origin: Origin) -> Fire:
+    finding = Finding(
+        check=check,
+        severity=CHECK_DEFAULTS[check].severity,
+        message="what the preflight says",
+        hint="do",
+        origin=origin,
+    )
+    return Fire(("what the preflight says",), origin, None, files(findings=(finding,)))
+
+
+def refused(check: str, origin: Origin) -> Fire:
+    refusal = Refusal(
+        check=check, message="what the merge says", hint="do", module=MODULE, tensor=LORA_B, origin=origin
+    )
+    places = {"module": MODULE, "tensor": LORA_B}
+    return Fire(("what the merge says",), origin, evidence(refusal=refusal, merges=()), places=places)
+
+
+def lossy(share: float, **changes: Any) -> TensorMerge:
+    return merged(base_norm=10.0, delta_norm=1.0, lost_norm=share, unchanged_fraction=0.9, **changes)
+
+
+NAMED = BaseSpec(model="/models/llama", label="./models/llama")
+FIRES: dict[str, tuple[Fire, ...]] = {
+    "file-missing": (found_in_files("file-missing", Origin.FILE),),
+    "file-lfs-pointer": (found_in_files("file-lfs-pointer", Origin.FILE),),
+    "file-corrupt": (found_in_files("file-corrupt", Origin.FILE),),
+    "pickle-refused": (found_in_files("pickle-refused", Origin.FILE),),
+    "config-invalid": (
+        found_in_files("config-invalid", Origin.CONFIG),
+        refused("config-invalid", Origin.CONFIG),
+    ),
+    "config-unsafe": (found_in_files("config-unsafe", Origin.CONFIG),),
+    "keys-missing": (
+        Fire(
+            ("1 tensor", LORA_B),
+            Origin.ADAPTER,
+            evidence(missing=(LORA_B,)),
+            places={"module": MODULE, "tensor": LORA_B},
+        ),
+        Fire(("7 tensors", "lora.0", "2 more"), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
+    ),
+    "keys-unexpected": (
+        Fire(("1 tensor", "optimizer.step"), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
+    ),
+    "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER),),
+    "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),
+    "not-mergeable": (refused("not-mergeable", Origin.CONFIG),),
+    "base-mismatch": (
+        Fire(
+            ("'acme/mistral'", "'./models/llama'"),
+            Origin.CONFIG,
+            files=files(base_name="acme/mistral"),
+            spec=spec(base=NAMED),
+        ),
+        Fire(
+            ("'v1'", "'c0ffee'"),
+            Origin.CONFIG,
+            evidence(base=base(revision="c0ffee")),
+            files(base_name="acme/llama", base_revision="v1"),
+            spec(base=NAMED),
+        ),
+    ),
+    "expectation-failed": (
+        Fire(("expect.r", "8", "16"), Origin.CONFIG, spec=spec(expect=Expect(r=8))),
+        Fire(("expect.lora_alpha", "64", "32"), Origin.CONFIG, spec=spec(expect=Expect(lora_alpha=64.0))),
+        Fire(("expect.peft_type", "'LOHA'", "'LORA'"), Origin.CONFIG, spec=spec(expect=Expect(peft_type="LOHA"))),
+        Fire(("expect.base", "'acme/x'", "None"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
+        Fire(
+            ("adapter_model.safetensors", "0" * 64, DIGEST),
+            Origin.CONFIG,
+            spec=spec(expect=Expect(sha256=(("adapter_model.safetensors", "0" * 64),))),
+        ),
+        Fire(("gone.bin", "no such file"), Origin.CONFIG, spec=spec(expect=Expect(sha256=(("gone.bin", DIGEST),)))),
+    ),
+    "base-nonfinite": (
+        Fire(
+            ("./base", "model.norm.weight", "1 NaN", "64 values", "[0, 7]", "before any merge"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
+            places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
+        ),
+    ),
+    "adapter-nonfinite": (
+        Fire(
+            (LORA_B, "2 -Inf", "64 values", "[0, 7]"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, neginf=2)),)),
+            places={"module": MODULE, "tensor": LORA_B, "neginf": 2, "numel": 64},
+        ),
+        Fire(
+            (LORA_B, "64 NaN", "64 values"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),)),
+        ),
+        Fire(
+            (LORA_B, "does not use"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),)),
+            severity=Severity.WARNING,
+        ),
+    ),
+    "merged-nonfinite": (
+        Fire(
+            (WEIGHT, "merged", "float16", "3 +Inf"),
+            Origin.MERGE,
+            evidence(merges=(merged(broken(posinf=3)),)),
+            places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
+        ),
+        Fire((WEIGHT, "1 NaN"), Origin.MERGE, evidence(merges=(merged(broken()),))),
+    ),
+    "no-effect": (
+        Fire(("changes nothing", "1 targeted"), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
+        Fire(
+            ("every lora_B is zero",),
+            Origin.ADAPTER,
+            evidence(
+                merges=(merged(changed=False),),
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+        ),
+        Fire(
+            ("1 of 2", "layers.6"),
+            Origin.ADAPTER,
+            evidence(targeted=(MODULE, "layers.6"), merges=(merged(), merged(module="layers.6", changed=False))),
+            severity=Severity.WARNING,
+            places={"module": "layers.6"},
+        ),
+    ),
+    "rounding-loss": (
+        Fire(
+            ("81.0%", "float16", "limit 50%", "90.0%"),
+            Origin.MERGE,
+            evidence(merges=(lossy(0.81),)),
+            places={"tensor": WEIGHT},
+        ),
+    ),
+    "headroom": (
+        Fire(
+            (WEIGHT, "60000", "65504", "92%", "limit 50%"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(maximum=60000.0)),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+        Fire(
+            (MODULE, "safe_merge=True"),
+            Origin.MERGE,
+            evidence(refused_by_safe_merge=(MODULE,)),
+            places={"module": MODULE},
+        ),
+    ),
+    "delta-norm": (
+        Fire(
+            (WEIGHT, "20 times", "limit 10"),
+            Origin.MERGE,
+            evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+    ),
+    "not-reproducible": (
+        Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
+    ),
+    "tied-weights": (
+        Fire(
+            ("lm_head.weight", "embed_tokens"),
+            Origin.CONFIG,
+            evidence(tied=(("lm_head.weight", "model.embed_tokens"),)),
+            places={"module": "lm_head", "tensor": "lm_head.weight"},
+        ),
+    ),
+}  # fmt: skip
+ALL = [pytest.param(check, fire, id=f"{check}-{i}") for check, fires in FIRES.items() for i, fire in enumerate(fires)]
+
+
+def judged(fire: Fire, *settings: CheckSetting) -> tuple[Finding, ...]:
+    return judge(with_settings(fire.spec, *settings), fire.files, fire.evidence)
+
+
+def of(check: str, findings: tuple[Finding, ...]) -> list[Finding]:
+    return [finding for finding in findings if finding.check == check]
+
+
+# --- when each fires, and what it says -------------------------------------------------------------------------------
+
+
+def test_every_check_has_a_case_that_fires_it() -> None:
+    assert list(FIRES) == list(CHECK_DEFAULTS) == list(CHECKS)
+
+
+def test_a_sound_adapter_has_no_findings() -> None:
+    assert judge(spec(), files(), evidence()) == ()
+    assert judge(spec(), files(), None) == ()
+
+
+@pytest.mark.parametrize(("check", "fire"), ALL)
+def test_a_check_fires_alone_and_says_why(check: str, fire: Fire) -> None:
+    findings = judged(fire)
+    assert {finding.check for finding in findings} == {check}
+    (finding,) = findings
+    assert finding.severity == (fire.severity or CHECK_DEFAULTS[check].severity)
+    assert finding.origin is fire.origin
+    assert finding.hint
+    for part in fire.says:
+        assert part in finding.message, finding.message
+    for name, value in fire.places.items():
+        assert getattr(finding, name) == value, name
+
+
+@pytest.mark.parametrize(("check", "fire"), ALL)
+def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
+    """On one line, without a plural of one and without a figure that is none."""
+    (finding,) = judged(fire)
+    for text in (finding.message, finding.hint):
+        assert text == " ".join(text.split())
+        assert not re.search(r"\b1 (more |targeted )?(tensors|modules|values)\b", text), text
+        assert not re.search(r"\b(nan|inf)\b", text), text
+        assert not text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("check", "evidence_", "files_", "spec_"),
+    [
+        ("base-mismatch", evidence(), files(base_name="acme/Llama"), spec(base=NAMED)),
+        ("base-mismatch", evidence(), files(base_name="C:\\models\\llama\\"), spec(base=NAMED)),
+        ("base-mismatch", evidence(), files(base_name="acme/mistral"), spec()),
+        ("base-mismatch", evidence(), files(), spec(base=NAMED)),
+        (
+            "base-mismatch",
+            evidence(base=base(revision="v1")),
+            files(base_name="llama", base_revision="v1"),
+            spec(base=NAMED),
+        ),
+        ("expectation-failed", evidence(), files(), spec(expect=Expect(r=16, lora_alpha=32.0, peft_type="LORA"))),
+        (
+            "expectation-failed",
+            evidence(),
+            files(),
+            spec(expect=Expect(sha256=(("adapter_model.safetensors", DIGEST.upper()),))),
+        ),
+        ("merged-nonfinite", evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),
+        ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
+        ("no-effect", evidence(refusal=Refusal(check="not-mergeable", message="m"), merges=()), files(), spec()),
+        ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
+        ("rounding-loss", evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),)), files(), spec()),
+        ("rounding-loss", evidence(merges=(merged(lost_norm=math.inf, delta_norm=1.0),)), files(), spec()),
+        ("headroom", evidence(merges=(merged(tensor(maximum=HALF_MAX / 2)),)), files(), spec()),
+        ("headroom", evidence(merges=(merged(tensor(maximum=6e4), changed=False),)), files(), spec()),
+        ("headroom", evidence(merges=(merged(tensor(maximum=9e9), dtype_max=math.inf),)), files(), spec()),
+        ("headroom", evidence(merges=(merged(broken()),), refused_by_safe_merge=(MODULE,)), files(), spec()),
+        ("delta-norm", evidence(merges=(merged(base_norm=1.0, delta_norm=10.0),)), files(), spec()),
+        ("delta-norm", evidence(merges=(merged(base_norm=0.0, delta_norm=10.0),)), files(), spec()),
+        ("not-reproducible", evidence(), files(config={"init_lora_weights": "pissa"}), spec()),
+        ("not-reproducible", evidence(), files(config={"init_lora_weights": True}), spec()),
+    ],
+)  # fmt: skip
+def test_a_check_keeps_quiet(check: str, evidence_: Evidence, files_: AdapterFiles, spec_: AdapterSpec) -> None:
+    assert of(check, judge(spec_, files_, evidence_)) == []
+
+
+def test_a_long_list_of_names_is_cut() -> None:
+    (finding,) = judge(spec(), files(), evidence(unexpected=tuple(f"stray.{i}" for i in range(1000))))
+    assert "1,000 tensors" in finding.message
+    assert "995 more" in finding.message
+    assert len(finding.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("stats", "said"),
+    [
+        (broken(nan=1), "1 NaN among 64 values, the first at [0, 7]"),
+        (broken(nan=1, posinf=2, neginf=3), "1 NaN and 2 +Inf and 3 -Inf among 64 values, the first at [0, 7]"),
+        (broken(nan=60, posinf=4), "60 NaN and 4 +Inf among 64 values"),
+        (tensor(nan=2048, numel=16384, first_index=(3,)), "2,048 NaN among 16,384 values, the first at [3]"),
+    ],
+)
+def test_what_is_not_finite_is_counted_and_placed(stats: TensorStats, said: str) -> None:
+    assert describe_nonfinite(stats) == said
+
+
+def test_the_base_is_told_of_by_itself_too() -> None:
+    (finding,) = base_nonfinite((broken("model.norm.weight"),), "acme/llama")
+    assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def setting(check: str, severity: Severity, limit: float | None = None) -> CheckSetting:
+    return CheckSetting(check=check, severity=severity, limit=limit)
+
+
+@pytest.mark.parametrize(("check", "fire"), ALL)
+@pytest.mark.parametrize("severity", list(Severity))
+def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Severity) -> None:
+    findings = judged(fire, setting(check, severity))
+    default = CHECK_DEFAULTS[check]
+    if not default.can_be_off:
+        assert [finding.severity for finding in findings] == [Severity.ERROR]
+    elif severity is Severity.OFF:
+        assert findings == ()
+    elif fire.severity is Severity.WARNING:  # the lesser case of a check stays one
+        assert [finding.severity for finding in findings] == [Severity.WARNING]
+    else:
+        assert [finding.severity for finding in findings] == [severity]
+
+
+def test_only_what_is_not_finite_in_base_and_merge_cannot_be_switched_off() -> None:
+    assert {check for check, default in CHECK_DEFAULTS.items() if not default.can_be_off} == {
+        "base-nonfinite",
+        "merged-nonfinite",
+    }
+
+
+@pytest.mark.parametrize(
+    ("check", "limit", "evidence_"),
+    [
+        ("rounding-loss", 0.9, evidence(merges=(lossy(0.81),))),
+        ("headroom", 0.95, evidence(merges=(merged(tensor(maximum=60000.0)),))),
+        ("delta-norm", 30.0, evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),))),
+    ],
+)
+def test_a_limit_is_what_the_config_says(check: str, limit: float, evidence_: Evidence) -> None:
+    assert of(check, judge(spec(), files(), evidence_))
+    assert not of(check, judge(with_settings(spec(), setting(check, Severity.WARNING, limit)), files(), evidence_))
+    lower = setting(check, Severity.ERROR, limit / 2)
+    (finding,) = judge(with_settings(spec(), lower), files(), evidence_)
+    assert finding.severity is Severity.ERROR
+    assert dict(finding.measured)["limit"] == limit / 2
+
+
+# --- blame -----------------------------------------------------------------------------------------------------------
+
+
+def test_causes_come_before_what_follows_from_them() -> None:
+    everything = evidence(
+        base=base(nonfinite=(broken("model.norm.weight"),)),
+        file_tensors=(FileTensor(stats=broken(LORA_B)),),
+        merges=(merged(broken()), merged(module="layers.6", changed=False)),
+        targeted=(MODULE, "layers.6"),
+        missing=(LORA_A,),
+    )
+    checks = [finding.check for finding in judge(spec(), files(), everything)]
+    assert checks == ["keys-missing", "base-nonfinite", "adapter-nonfinite", "merged-nonfinite", "no-effect"]
+
+
+def test_errors_come_before_warnings() -> None:
+    fire = FIRES["base-mismatch"][0]
+    findings = judge(fire.spec, fire.files, evidence(merges=(merged(broken()),)))
+    assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch"]
+
+
+def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None:
+    both = evidence(base=base(nonfinite=(broken(),)), merges=(merged(broken()), merged(broken("other.weight"))))
+    findings = judge(spec(), files(), both)
+    assert [(finding.check, finding.tensor) for finding in findings] == [
+        ("base-nonfinite", WEIGHT),
+        ("merged-nonfinite", "other.weight"),
+    ]
+
+
+def test_what_the_gate_could_not_do_is_no_check() -> None:
+    out_of_memory = Refusal(check=None, message="out of memory", hint="a larger machine", origin=Origin.RUNTIME)
+    (finding,) = judge(spec(), files(), evidence(refusal=out_of_memory, merges=()))
+    assert finding == undecided("out of memory", "a larger machine")
+    assert finding.check == NOT_JUDGED not in CHECK_DEFAULTS
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "7", '"LORA"'])
+def test_an_adapter_config_that_is_no_mapping_is_no_crash(text: str) -> None:
+    judge(spec(expect=Expect(r=8)), files(config_json=text), evidence())
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "16", 16.5, 1 << 80])
+def test_odd_values_in_an_adapter_config_are_no_crash(value: Any) -> None:
+    config = {"r": value, "lora_alpha": value, "peft_type": value, "init_lora_weights": value}
+    findings = judge(spec(expect=Expect(r=8)), files(config=config), evidence())
+    assert [finding.check for finding in findings] == ["expectation-failed"]
+
+
+def test_a_combination_is_judged_like_one_adapter() -> None:
+    combination = spec(combine=Combine(method="ties", adapters=("a", "b"), weights=(1.0, 1.0), density=0.5))
+    (finding,) = judge(combination, files(), evidence(merges=(merged(broken()),)))
+    assert finding.check == "merged-nonfinite"
+
+
+# --- hints that fit the case -----------------------------------------------------------------------------------------
+
+
+def hint_of(check: str, one: Evidence) -> str:
+    (finding,) = of(check, judge(spec(), files(), one))
+    return finding.hint
+
+
+def test_a_merge_that_only_carries_on_the_adapters_nan_points_to_it() -> None:
+    sick = evidence(file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(broken()),))
+    assert "see adapter-nonfinite" in hint_of("merged-nonfinite", sick)
+    unused = evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
+    assert "see adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
+
+
+def test_an_overflow_is_not_sent_to_the_dtype_that_it_happened_in() -> None:
+    wide = tensor(dtype="bfloat16", posinf=1, first_index=(0, 0))
+    hint = hint_of("merged-nonfinite", evidence(merges=(merged(wide, dtype_max=3.4e38),)))
+    assert "serve in bfloat16" not in hint
+    assert "lora_alpha" in hint
+
+
+def test_a_merge_without_effect_for_want_of_tensors_points_to_them() -> None:
+    lost = evidence(missing=(LORA_A, LORA_B), merges=(merged(changed=False),))
+    assert "see keys-missing" in hint_of("no-effect", lost)
+    assert "see keys-missing" not in hint_of("no-effect", evidence(merges=(merged(changed=False),)))
+
+
+@pytest.mark.parametrize("severity", [Severity.ERROR, Severity.OFF])
+def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is switched off stays off."""
+
+    def crash(_: object) -> Iterator[Finding]:
+        raise ZeroDivisionError("no weights, no norm")
+
+    monkeypatch.setattr("merge_gate.judging.checks.CHECKS", {**CHECKS, "delta-norm": crash})
+    findings = judged(found_in_files("file-corrupt", Origin.FILE), setting("file-corrupt", severity))
+    (said,) = of(NOT_JUDGED, findings)
+    assert "delta-norm" in said.message
+    assert "ZeroDivisionError: no weights, no norm" in said.message
+    assert bool(of("file-corrupt", findings)) == (severity is Severity.ERROR)
+
+
+def test_running_out_of_memory_is_no_bug() -> None:
+    assert "out of memory" in accident("its files could not be read", MemoryError()).message
+    assert "bug" not in accident("its files could not be read", MemoryError()).hint

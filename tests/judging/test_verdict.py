@@ -1,0 +1,187 @@
+"""Findings and coverage → verdict: nothing vacuous passes, and nothing that is not finite, whatever the settings."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_gate.judging.checks import NOT_JUDGED, judge, undecided
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.verdict import decide
+from merge_gate.records import (
+    CheckSetting,
+    Coverage,
+    Evidence,
+    FileTensor,
+    Finding,
+    Origin,
+    Refusal,
+    Severity,
+    TensorMerge,
+    TensorStats,
+    Verdict,
+)
+from tests.judging.test_checks import base, files, spec
+
+WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)
+
+
+def finding(check: str, severity: Severity = Severity.ERROR) -> Finding:
+    return Finding(check=check, severity=severity, message="m", hint="h", origin=Origin.ADAPTER)
+
+
+def test_nothing_found_and_all_looked_at_passes() -> None:
+    assert decide((), WHOLE) == (Verdict.PASSED, None, ())
+
+
+def test_warnings_do_not_fail() -> None:
+    warned = (finding("headroom", Severity.WARNING),)
+    assert decide(warned, WHOLE) == (Verdict.PASSED, None, warned)
+
+
+def test_the_first_error_is_the_cause() -> None:
+    found = (finding("adapter-nonfinite"), finding("merged-nonfinite"), finding("headroom", Severity.WARNING))
+    assert decide(found, WHOLE) == (Verdict.FAILED, "adapter-nonfinite", found)
+
+
+def test_a_warning_before_it_is_not_the_cause() -> None:
+    found = (finding("base-mismatch", Severity.WARNING), finding("no-effect"))
+    assert decide(found, WHOLE)[:2] == (Verdict.FAILED, "no-effect")
+
+
+def test_what_could_not_be_judged_is_an_error() -> None:
+    found = (undecided("out of memory"),)
+    assert decide(found, WHOLE) == (Verdict.ERROR, NOT_JUDGED, found)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None:
+    found = (undecided("out of memory"), finding("no-effect"))
+    assert decide(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
+
+
+@pytest.mark.parametrize(
+    ("coverage", "says"),
+    [
+        (Coverage(), "no parameters"),
+        (Coverage(modules_merged=1), "no parameters"),
+        (Coverage(modules_merged=1, parameters_checked=63, parameters_total=64), "only 63 of 64"),
+        (Coverage(modules_merged=1, parameters_checked=65, parameters_total=64), "65 of 64"),
+        (Coverage(modules_merged=1, parameters_checked=0, parameters_total=64), "only 0 of 64"),
+        (Coverage(modules_merged=0, parameters_checked=64, parameters_total=64), "no module was merged"),
+    ],
+)
+def test_nothing_vacuous_passes(coverage: Coverage, says: str) -> None:
+    verdict, cause, found = decide((finding("headroom", Severity.WARNING),), coverage)
+    assert (verdict, cause) == (Verdict.ERROR, NOT_JUDGED)
+    assert says in found[0].message
+    assert found[0].hint
+
+
+# --- whatever the settings -------------------------------------------------------------------------------------------
+
+NAMES = ("model.norm.weight", "model.layers.0.q_proj.weight", "lm_head.weight")
+counts = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+
+
+@st.composite
+def tensors(draw: st.DrawFn, name: str | None = None) -> TensorStats:
+    nan, posinf, neginf = draw(counts)
+    return TensorStats(
+        name=name or draw(st.sampled_from(NAMES)),
+        dtype="float16",
+        shape=(64,),
+        numel=64,
+        minimum=-1.0,
+        maximum=draw(st.sampled_from([0.0, 1.0, 65504.0])),
+        nan=nan,
+        posinf=posinf,
+        neginf=neginf,
+        first_index=(0,) if nan + posinf + neginf else None,
+    )
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> TensorMerge:
+    stats = draw(tensors())
+    norm = st.none() | st.floats(0, 1e9) | st.just(float("inf")) | st.just(float("nan"))
+    return TensorMerge(
+        module=stats.name.rpartition(".")[0],
+        stats=stats,
+        dtype_max=65504.0,
+        changed=draw(st.booleans()),
+        base_norm=draw(norm),
+        delta_norm=draw(norm),
+        lost_norm=draw(norm),
+        unchanged_fraction=draw(st.none() | st.floats(0, 1)),
+    )
+
+
+check_settings = st.lists(
+    st.builds(
+        CheckSetting,
+        check=st.sampled_from(list(CHECK_DEFAULTS)),
+        severity=st.sampled_from(Severity),
+        limit=st.none() | st.floats(0.01, 1e6),
+    ),
+    unique_by=lambda one: one.check,
+).map(tuple)
+refusals = st.builds(
+    Refusal,
+    check=st.sampled_from([None, "config-invalid", "shape-mismatch", "targets-not-found", "not-mergeable"]),
+    message=st.just("refused"),
+)
+evidences = st.builds(
+    Evidence,
+    base=st.lists(tensors(), max_size=2).map(
+        lambda found: base(nonfinite=tuple(one for one in found if not one.finite))
+    ),
+    file_tensors=st.lists(st.builds(FileTensor, stats=tensors("lora_B"), used=st.booleans()), max_size=2).map(tuple),
+    missing=st.lists(st.just("lora_A.weight"), max_size=1).map(tuple),
+    unexpected=st.lists(st.just("stray"), max_size=1).map(tuple),
+    targeted=st.lists(st.sampled_from(["model.layers.0.q_proj", "lm_head"]), unique=True).map(tuple),
+    merges=st.lists(merges(), max_size=3).map(tuple),
+    tied=st.lists(st.just(("lm_head.weight", "embed")), max_size=1).map(tuple),
+    refused_by_safe_merge=st.lists(st.just("lm_head"), max_size=1).map(tuple),
+    refusal=st.none() | refusals,
+    parameters_checked=st.sampled_from([0, 63, 64]),
+    parameters_total=st.sampled_from([0, 64]),
+)  # fmt: skip
+
+
+def coverage_of(evidence: Evidence) -> Coverage:
+    return Coverage(
+        modules_merged=len(evidence.targeted),
+        parameters_checked=evidence.parameters_checked,
+        parameters_total=evidence.parameters_total,
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(evidences, check_settings)
+def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[CheckSetting, ...]) -> None:
+    found = judge(spec(checks=chosen), files(), evidence)
+    verdict, cause, found = decide(found, coverage_of(evidence))
+    broken = not all(merge.stats.finite for merge in evidence.merges) or bool(evidence.base.nonfinite)
+    if broken:
+        assert verdict is Verdict.FAILED
+    if evidence.refusal is not None and evidence.parameters_checked != evidence.parameters_total:
+        assert verdict is not Verdict.PASSED
+    if verdict is Verdict.PASSED:
+        assert cause is None
+        assert evidence.targeted
+        assert evidence.parameters_checked == evidence.parameters_total > 0
+        assert not [one for one in found if one.severity is Severity.ERROR]
+    else:
+        assert cause in {one.check for one in found if one.severity is Severity.ERROR}
+    assert all(one.message for one in found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(evidences)
+def test_what_is_not_finite_is_an_error_by_default(evidence: Evidence) -> None:
+    used = [one.stats for one in evidence.file_tensors if one.used]
+    if any(not stats.finite for stats in used):
+        verdict, _, _ = decide(judge(spec(), files(), evidence), coverage_of(evidence))
+        assert verdict is Verdict.FAILED

@@ -1,0 +1,527 @@
+"""What an adapter's files say without torch: every check, healthy variants, the safetensors library as oracle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+
+from merge_gate.errors import EngineError
+from merge_gate.records import Origin, Severity
+from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, read_header
+from merge_gate.sources.preflight import preflight
+from tests import methods
+from tests.models import VARIANTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records import AdapterFiles, Finding
+    from tests.models import Shelf
+
+CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "acme/base", "revision": "v1",
+    "r": 4, "lora_alpha": 8, "target_modules": ["q"], "bias": "none",
+}  # fmt: skip
+LORA_A, LORA_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+SHAPES = {LORA_A: [4, 8], LORA_B: [8, 4]}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345678\n"
+
+
+def pack(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def weights(shapes: dict[str, list[int]]) -> bytes:
+    """A float32 file of zeros, written by hand so that shapes that the library would refuse to save are possible."""
+    header, begin = {}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for dim in shape:
+            size *= dim
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, begin + size]}
+        begin += size
+    return pack(json.dumps(header).encode(), bytes(begin))
+
+
+def make(directory: Path, config: Any = None, shapes: dict[str, list[int]] | None = None, **files: bytes) -> Path:
+    """An adapter that is sound, but for what is given; `files` are laid over it by name without the suffix."""
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = config if isinstance(config, bytes) else json.dumps(CONFIG if config is None else config).encode()
+    (directory / CONFIG_NAME).write_bytes(raw)
+    (directory / WEIGHTS_NAME).write_bytes(files.get("weights", weights(SHAPES if shapes is None else shapes)))
+    return directory
+
+
+def look(directory: Path, *, allow_pickle: bool = False, withheld: tuple[str, ...] = ()) -> AdapterFiles:
+    files = preflight(str(directory), allow_pickle=allow_pickle, withheld=withheld)
+    for finding in files.findings:
+        assert finding.severity is Severity.ERROR
+        assert finding.message
+        assert finding.hint
+    return files
+
+
+def only(files: AdapterFiles, check: str) -> Finding:
+    assert [finding.check for finding in files.findings] == [check], files.findings
+    return files.findings[0]
+
+
+# --- healthy -------------------------------------------------------------------------------------------------------
+
+
+def test_it_reads_what_the_later_stages_need(tmp_path: Path) -> None:
+    files = look(make(tmp_path))
+    assert files.findings == ()
+    assert (files.peft_type, files.task_type, files.base_name, files.base_revision) == (
+        "LORA", "CAUSAL_LM", "acme/base", "v1",
+    )  # fmt: skip
+    assert json.loads(files.config_json) == CONFIG
+    assert files.weights == WEIGHTS_NAME
+    assert [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in files.tensors] == [
+        (name, "F32", shape) for name, shape in SHAPES.items()
+    ]
+    for record in files.files:
+        content = (tmp_path / record.path).read_bytes()
+        assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert [record.path for record in files.files] == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_peft_saves_has_no_finding(variant: str, shelf: Shelf) -> None:
+    files = look(shelf.adapter(variant), allow_pickle=True)
+    assert files.findings == ()
+    assert files.peft_type
+
+
+@pytest.fixture(scope="session")
+def method_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("method-bases")
+    return {name: methods.load_base(name, methods.save_base(name, root / name)) for name in methods.BASES}
+
+
+@pytest.mark.parametrize("case", methods.CASES, ids=lambda case: case.name)
+def test_what_every_method_saves_has_no_finding(
+    case: methods.Case, method_bases: dict[str, Any], tmp_path: Path
+) -> None:
+    with methods.quiet():
+        methods.save_adapter(case, method_bases[case.base], tmp_path / "adapter")
+    assert look(tmp_path / "adapter").findings == ()
+
+
+def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / PICKLE_NAME).write_bytes(b"\x80\x02}.")
+    assert look(tmp_path, withheld=(PICKLE_NAME,)).weights == WEIGHTS_NAME
+
+
+def test_files_may_be_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    make(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
+    assert look(tmp_path / "snapshot").findings == ()
+
+
+# --- file-missing --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    checks = [(finding.check, finding.origin) for finding in look(tmp_path).findings]
+    assert checks == [("file-missing", Origin.FILE)] * 2
+    assert "the directory is empty" in look(tmp_path).findings[0].message
+
+
+def test_missing_files_are_named_with_what_is_there(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / WEIGHTS_NAME).rename(tmp_path / "model.pt")
+    finding = only(look(tmp_path), "file-missing")
+    assert "no weights (adapter_model.safetensors)" in finding.message
+    assert "model.pt" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (("config.json", "model.safetensors"), "full model"),
+        (("config.json", "pytorch_model-00001-of-00002.bin"), "full model"),
+        (("checkpoint-500/adapter_config.json", "checkpoint-1000/adapter_config.json"), "'checkpoint-1000'"),
+        (("final/adapter_config.json",), "'final'"),
+        (("adapter_model-00001-of-00002.safetensors",), "sharded"),
+        (("README.md",), "save_pretrained"),
+    ],
+)
+@pytest.mark.parametrize("is_on_the_hub", [False, True])
+def test_the_hint_fits_what_is_there_instead(
+    names: tuple[str, ...], hint: str, is_on_the_hub: bool, tmp_path: Path
+) -> None:
+    for name in () if is_on_the_hub else names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for finding in look(tmp_path, withheld=names if is_on_the_hub else ()).findings:
+        assert finding.check == "file-missing"
+        assert hint in finding.hint
+
+
+def test_a_link_to_nowhere(tmp_path: Path) -> None:
+    make(tmp_path)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to(tmp_path / "absent")
+    assert [finding.check for finding in look(tmp_path).findings] == ["file-missing"] * 2
+    assert "target does not exist" in look(tmp_path).findings[0].message
+
+
+# --- file-lfs-pointer, file-corrupt, pickle-refused ----------------------------------------------------------------
+
+
+def test_lfs_pointers_in_both_places(tmp_path: Path) -> None:
+    config, tensors = look(make(tmp_path, LFS, weights=LFS)).findings
+    assert config.check == tensors.check == "file-lfs-pointer"
+    assert "12,345,678 bytes" in tensors.message
+    assert f"pointer of {len(LFS)} bytes" in tensors.message
+    assert "git lfs pull" in tensors.hint
+    assert "lfs: true" in tensors.hint
+
+
+def test_an_lfs_pointer_without_a_size(tmp_path: Path) -> None:
+    only(look(make(tmp_path, weights=LFS.partition(b"size")[0])), "file-lfs-pointer")
+
+
+WHOLE = weights(SHAPES)
+ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+CORRUPT = {
+    "empty": (b"", "is empty"),
+    "seven bytes": (WHOLE[:7], "too few"),
+    "cut in the header": (WHOLE[:40], "truncated"),
+    "cut in the data": (WHOLE[:-1], "truncated: its header describes 256 bytes of tensor data, the file holds 255"),
+    "one byte more": (WHOLE + b"\0", "1 bytes that belong to no tensor"),
+    "absurd header": (b"\xff" * 64, "claim a header of 18,446,744,073,709,551,615 bytes"),
+    "zeros": (bytes(64), "not valid JSON"),
+    "zip": (b"PK\x03\x04" + bytes(60), "zip archive"),
+    "pickle": (b"\x80\x02}q\x00." + bytes(60), "Python pickle"),
+    "gguf": (b"GGUF" + bytes(60), "GGUF"),
+    "html": (b"<!DOCTYPE html><html>" + bytes(60), "HTML"),
+    "json": (b'{"error": "Repository not found"}', "JSON"),
+    "not json": (pack(b"[1, 2"), "not valid JSON"),
+    "a list": (pack(b"[]"), "not a JSON object"),
+    "not utf-8": (pack(b'{"\xff": 1}'), "not UTF-8"),
+    "nested": (pack(b'{"a":' * 50_000), "nested too deeply"),
+    "twice": (pack(b'{"a":' + ENTRY + b',"a":' + ENTRY + b"}", bytes(4)), "twice"),
+    "unknown dtype": (pack(b'{"a":' + ENTRY.replace(b"F32", b"F31") + b"}", bytes(4)), "unknown dtype"),
+    "wrong size": (pack(b'{"a":' + ENTRY.replace(b"[1]", b"[2]") + b"}", bytes(4)), "do not fit"),
+    "overlap": (pack(b'{"a":' + ENTRY + b',"b":' + ENTRY + b"}", bytes(4)), "overlaps"),
+    "hole": (pack(b'{"a":' + ENTRY.replace(b"[0,4]", b"[4,8]") + b"}", bytes(8)), "leaves a hole"),
+    "negative": (pack(b'{"a":' + ENTRY.replace(b"[1]", b"[-1]") + b"}", bytes(4)), "unsigned"),
+    "overflow": (pack(b'{"a":' + ENTRY.replace(b"[1]", b"[4294967296,4294967296]") + b"}", bytes(4)), "do not fit"),
+    "fraction": (pack(b'{"a":' + ENTRY.replace(b"[1]", b"[1.0]") + b"}", bytes(4)), "unsigned"),
+    "metadata": (pack(b'{"__metadata__":{"a":1}}'), "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_corrupt_weights_say_what_they_are(case: str, tmp_path: Path) -> None:
+    content, message = CORRUPT[case]
+    finding = only(look(make(tmp_path, weights=content)), "file-corrupt")
+    assert message in finding.message
+    assert finding.message.startswith(WEIGHTS_NAME)
+    assert finding.origin is Origin.FILE
+    # The library cannot read it either, but for what is ambiguous, where it silently takes the last.
+    assert accepts(tmp_path / WEIGHTS_NAME) is (case == "twice")
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_pipe_or_a_directory_does_not_hang(name: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert "is a named pipe, expected a regular file" in only(look(tmp_path), "file-corrupt").message
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert "is a directory" in only(look(tmp_path), "file-corrupt").message
+
+
+def test_an_unreadable_directory_is_no_verdict_on_the_adapter(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be read"):
+        look(tmp_path / "absent")
+
+
+def make_pickled(directory: Path, content: bytes) -> Path:
+    make(directory)
+    (directory / WEIGHTS_NAME).unlink()
+    (directory / PICKLE_NAME).write_bytes(content)
+    return directory
+
+
+def test_pickles_are_refused_here_and_on_the_hub(tmp_path: Path) -> None:
+    make_pickled(tmp_path, b"\x80\x02}.")
+    assert "allow-pickle" in only(look(tmp_path), "pickle-refused").hint
+    (tmp_path / PICKLE_NAME).unlink()
+    only(look(tmp_path, withheld=(PICKLE_NAME,)), "pickle-refused")
+
+
+def test_an_allowed_pickle_is_looked_at_but_never_unpickled(shelf: Shelf) -> None:
+    files = look(shelf.adapter("pickled"), allow_pickle=True)
+    assert files.weights == PICKLE_NAME
+    assert files.tensors == ()
+    assert [record.path for record in files.files] == [CONFIG_NAME, PICKLE_NAME]
+
+
+def test_broken_pickles(shelf: Shelf, tmp_path: Path) -> None:
+    whole = (shelf.adapter("pickled") / PICKLE_NAME).read_bytes()
+    with zipfile.ZipFile(tmp_path / "foreign.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    foreign = (tmp_path / "foreign.zip").read_bytes()
+    for number, (content, check) in enumerate(
+        ((b"", "file-corrupt"), (whole[: len(whole) // 2], "file-corrupt"), (foreign, "file-corrupt"),
+         (b"<html>", "file-corrupt"), (b"\x80junk", "file-corrupt"), (LFS, "file-lfs-pointer"))
+    ):  # fmt: skip
+        only(look(make_pickled(tmp_path / str(number), content), allow_pickle=True), check)
+
+
+# --- config-invalid ------------------------------------------------------------------------------------------------
+
+INVALID = {
+    "empty": (b"", "is empty"),
+    "not json": (b"{", "not valid JSON"),
+    "a list": (b"[]", "holds a list, expected a JSON object"),
+    "not utf-8": (b'{"peft_type": "\xff"}', "not UTF-8"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON"),
+    "lone surrogate": (b'{"peft_type": "\\ud800"}', "not UTF-8"),
+    "nan": (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
+    "infinity": (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity"),
+    "too large a number": (b'{"peft_type": "LORA", "lora_alpha": 1e999}', "number that JSON cannot carry"),
+    "twice": (b'{"peft_type": "LORA", "r": 4, "r": 8}', "'r' twice"),
+    "nested": (b'{"a":' * 50_000, "nested too deeply"),
+    "long number": (b'{"r": ' + b"9" * 5000 + b"}", "number that JSON cannot carry"),
+    "huge": (b'{"a": "' + b"x" * 10_000_000 + b'"}', "expected at most 10,000,000"),
+    "no peft_type": ({"r": 4}, "no peft_type"),
+    "peft_type null": (CONFIG | {"peft_type": None}, "peft_type"),
+    "peft_type a number": (CONFIG | {"peft_type": 1}, "expected a string such as LORA"),
+    "r a word": (CONFIG | {"r": "four"}, "a string ('\"four\"'), expected an integer"),
+    "r a flag": (CONFIG | {"r": True}, "expected an integer"),
+    "r a fraction": (CONFIG | {"r": 4.5}, "expected an integer"),
+    "r zero": (CONFIG | {"r": 0}, "expected a positive rank"),
+    "alpha a word": (CONFIG | {"lora_alpha": "16"}, "expected a number"),
+    "targets a number": (CONFIG | {"target_modules": 1}, "a string or a list of strings"),
+    "targets of numbers": (CONFIG | {"target_modules": [1]}, "a string or a list of strings"),
+    "targets no regex": (CONFIG | {"target_modules": "*.q"}, "not a valid regular expression"),
+    "bias unknown": (CONFIG | {"bias": "some"}, "none, all, lora_only"),
+    "bias a flag": (CONFIG | {"bias": True}, "expected a string"),
+    "dora a word": (CONFIG | {"use_dora": "yes"}, "true or false"),
+    "pattern a list": (CONFIG | {"rank_pattern": ["q"]}, "expected an object"),
+    "pattern of words": (CONFIG | {"rank_pattern": {"q": "8"}}, "expected a positive integer"),
+    "alphas of words": (CONFIG | {"alpha_pattern": {"q": None}}, "expected a number"),
+    "base a list": (CONFIG | {"base_model_name_or_path": ["a"]}, "expected a string"),
+    "layers of words": (CONFIG | {"layers_to_transform": ["1"]}, "a list of integers"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_configs(case: str, tmp_path: Path) -> None:
+    config, message = INVALID[case]
+    finding = only(look(make(tmp_path, config)), "config-invalid")
+    assert message in finding.message
+    assert finding.origin is Origin.CONFIG
+    assert len(finding.message) < 500
+
+
+def test_every_problem_is_listed(tmp_path: Path) -> None:
+    files = look(make(tmp_path, CONFIG | {"r": "x", "bias": 1, "use_dora": 2}))
+    assert [finding.check for finding in files.findings] == ["config-invalid"] * 3
+
+
+def test_control_characters_do_not_reach_the_message(tmp_path: Path) -> None:
+    finding = only(look(make(tmp_path, CONFIG | {"target_modules": "*\x1b[31m\n::error::x"})), "config-invalid")
+    assert finding.message.isprintable()
+
+
+def test_a_rank_that_no_tensor_has(tmp_path: Path) -> None:
+    finding = only(look(make(tmp_path, CONFIG | {"r": 16})), "config-invalid")
+    assert "r in adapter_config.json is 16" in finding.message
+    assert "another rank (4)" in finding.message
+    assert finding.tensor == LORA_A
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes"),
+    [
+        ({"r": 16, "rank_pattern": {"q": 4}}, SHAPES),
+        ({"r": 2, "target_parameters": ["experts.w"]}, SHAPES),
+        ({"r": 16}, SHAPES | {"base_model.model.k.lora_A.weight": [16, 8]}),
+        ({"r": 16, "peft_type": "ADALORA"}, SHAPES),
+        ({"r": 0, "rank_pattern": {"q": 4}}, SHAPES),
+        ({"r": None}, SHAPES),
+        ({"r": 4}, {"base_model.model.e.lora_embedding_A": [4, 99], "base_model.model.e.lora_embedding_B": [8, 4]}),
+        ({"r": 4}, {"base_model.model.c.lora_A.weight": [4, 3, 3, 3]}),
+        ({"megatron_config": {}}, SHAPES),
+        ({"megatron_core": "elsewhere"}, SHAPES),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.llama"}}, SHAPES),
+        ({"corda_config": {"a": 1}, "eva_config": {}, "loftq_config": {}, "of_tomorrow": [{}]}, SHAPES),
+        ({"peft_type": "OF_TOMORROW"}, SHAPES),
+    ],
+)
+def test_what_another_stage_decides_is_left_alone(
+    config: dict[str, Any], shapes: dict[str, list[int]], tmp_path: Path
+) -> None:
+    assert look(make(tmp_path, CONFIG | config, shapes)).findings == ()
+
+
+# --- config-unsafe -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"megatron_config": {"x": 1}}, "'megatron.core'"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "megatron.evil"}, "'megatron.evil'"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "'evil'"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "transformers_modules"}}, "_modules"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": ["os"]}}, "auto_mapping"),
+        ({"tokenizer_kwargs": [{"deep": {"trust_remote_code": True}}]}, "tokenizer_kwargs.0.deep.trust_remote_code"),
+    ],
+)  # fmt: skip
+def test_configs_that_would_import_code(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    finding = only(look(make(tmp_path, CONFIG | config)), "config-unsafe")
+    assert message in finding.message
+    assert finding.origin is Origin.CONFIG
+
+
+# --- tensors that are not whole ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", [b"{}", b'{"__metadata__":{"format":"pt"}}'])
+def test_a_file_without_tensors(header: bytes, tmp_path: Path) -> None:
+    finding = only(look(make(tmp_path, weights=pack(header))), "keys-missing")
+    assert "ZeRO-3" in finding.hint
+    assert finding.origin is Origin.ADAPTER
+
+
+@pytest.mark.parametrize("shape", [[0], [32], [0, 8]])
+def test_shards_instead_of_tensors(shape: list[int], tmp_path: Path) -> None:
+    finding = only(look(make(tmp_path, shapes={LORA_A: shape, LORA_B: shape})), "shape-mismatch")
+    assert finding.tensor == LORA_A
+    assert str(shape) in finding.message
+    assert "1 more" in finding.message
+    assert "ZeRO-3" in finding.hint
+
+
+# --- the safetensors library as oracle -----------------------------------------------------------------------------
+
+
+def accepts(path: Path) -> bool:
+    try:
+        with safe_open(path, "np") as file:
+            return file.keys() is not None
+    except SafetensorError:
+        return False
+
+
+def reads(path: Path) -> bool:
+    try:
+        read_header(str(path))
+    except CorruptFileError:
+        return False
+    return True
+
+
+_SETTINGS = settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+_SMALL = st.integers(0, 3)
+_NUMBER = st.one_of(_SMALL, st.sampled_from([-1, 4, 8, 2**32, 2**63, 2**64 - 1, 2**64, 1.0, True, None, "1", [1]]))
+_NAME = st.text(st.sampled_from('ab"\\\ud800é\x00_ '), max_size=3) | st.just("__metadata__")
+_ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*DTYPE_BITS, "F31", None, 1]),
+        "shape": st.lists(_NUMBER, max_size=3) | st.none(),
+        "data_offsets": st.lists(_NUMBER, min_size=1, max_size=3),
+    },
+    optional={"more": _NUMBER},
+)
+_METADATA = st.dictionaries(_NAME, st.text(max_size=2) | _NUMBER, max_size=2) | st.none()
+
+
+@_SETTINGS
+@given(header=st.dictionaries(_NAME, _ENTRY | _METADATA, max_size=3), data=st.integers(0, 16), ascii_only=st.booleans())
+def test_what_the_library_refuses_is_refused(
+    header: dict[str, Any], data: int, ascii_only: bool, tmp_path: Path
+) -> None:
+    raw = json.dumps(header, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    (tmp_path / "file").write_bytes(pack(raw, bytes(data)))
+    if reads(tmp_path / "file"):
+        assert accepts(tmp_path / "file")
+
+
+@_SETTINGS
+@given(edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=2), st.integers(0, 3)), min_size=1, max_size=3))
+def test_a_damaged_file_is_never_accepted_where_the_library_refuses(
+    edits: list[tuple[int, bytes, int]], tmp_path: Path
+) -> None:
+    content = weights(SHAPES)
+    for place, insert, removed in edits:
+        content = content[:place] + insert + content[place + removed :]
+    (tmp_path / "file").write_bytes(content)
+    if reads(tmp_path / "file"):
+        assert accepts(tmp_path / "file")
+
+
+@st.composite
+def _sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """Headers as a writer makes them: tensors side by side, in any order of names, sub-byte ones a whole byte."""
+    header: dict[str, Any] = {}
+    begin = 0
+    for name in draw(st.lists(st.text(max_size=4).filter("__metadata__".__ne__), unique=True, max_size=5)):
+        dtype = draw(st.sampled_from(sorted(DTYPE_BITS)))
+        shape = [*draw(st.lists(st.integers(0, 4), max_size=3)), *([4] if DTYPE_BITS[dtype] % 8 else [])]
+        bits = DTYPE_BITS[dtype]
+        for dim in shape:
+            bits *= dim
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + bits // 8]}
+        begin += bits // 8
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
+    return dict(draw(st.permutations(list(header.items())))), begin
+
+
+@_SETTINGS
+@given(sound=_sound_headers(), padding=st.integers(0, 9))
+def test_sound_files_are_accepted_as_the_library_does(
+    sound: tuple[dict[str, Any], int], padding: int, tmp_path: Path
+) -> None:
+    header, size = sound
+    path = tmp_path / "file"
+    path.write_bytes(pack(json.dumps(header).encode() + b" " * padding, bytes(size)))
+    assert accepts(path)
+    described = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in read_header(str(path))}
+    assert described == {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
+
+
+# --- cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_small_adapters_take_seconds(tmp_path: Path) -> None:
+    shapes = {f"base_model.model.layers.{n}.q.lora_{f}.weight": [4, 4] for n in range(48) for f in "AB"}
+    make(tmp_path, shapes=shapes)
+    begin = time.process_time()
+    for _ in range(1000):
+        look(tmp_path)
+    assert time.process_time() - begin < 5
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = (
+        "import merge_gate.sources.preflight, sys; print({'torch', 'peft', 'safetensors', 'numpy'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

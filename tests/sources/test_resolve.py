@@ -1,0 +1,473 @@
+"""Names become directories: local paths as they are, Hub ids through a loopback Hub and the cache that it fills.
+
+Everything that touches the Hub runs in a process of its own in a scrubbed environment, since huggingface_hub reads
+HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE once, when it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import pytest
+
+from merge_gate.errors import ResolveError
+from merge_gate.records import AdapterSpec, BaseSpec
+from merge_gate.sources.hub import translate
+from merge_gate.sources.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
+from tests.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+CLIENT = """
+import json, sys
+from merge_gate.errors import ResolveError
+from merge_gate.records import AdapterSpec, BaseSpec
+from merge_gate.sources.resolve import digest_directory, resolve_adapter, resolve_base
+
+def adapter(id, revision=None, **options):
+    spec = AdapterSpec(name="a", source=id, hub_id=id, revision=revision, base=BaseSpec(), checks=(), line=1, column=1)
+    return resolve_adapter(spec, notify=notes.append, **options)
+
+def base(id, revision=None, **options):
+    return resolve_base(id, revision, notify=notes.append, **options)
+
+answers = []
+for call in json.load(sys.stdin):
+    notes = []
+    try:
+        from merge_gate.sources import hub
+        hub.PAUSES_S = (0.01, 0.02)
+        got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
+        directory = got.snapshot.directory
+        import os
+        names = sorted(os.listdir(directory))
+        answers.append({"directory": directory, "commit": got.snapshot.revision, "withheld": got.withheld,
+                        "names": names, "digest": digest_directory(directory, names), "notes": notes})
+    except ResolveError as error:
+        answers.append({"error": error.message, "hint": error.hint, "notes": notes})
+print(json.dumps(answers))
+"""
+
+TENSORS = b"\x02\0\0\0\0\0\0\0{}"
+CONFIG = b'{"peft_type": "LORA"}'
+ADAPTER = {"adapter_config.json": CONFIG, "adapter_model.safetensors": TENSORS, "README.md": b"hello"}
+BASE = {"config.json": b'{"model_type": "llama"}', "model.safetensors": TENSORS}
+KEEPS_LISTING = hasattr(huggingface_hub, "get_cached_repo_tree")
+"""Since huggingface_hub 2 the cache knows what a repository holds beside what was fetched."""
+SECRET = "hf_TopSecretTokenValue"
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        yield server
+
+
+class Client:
+    """Calls resolve in a fresh process; what it downloads stays in `home`."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self.home = home
+        self.env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "2"}
+
+    def ask(self, *calls: dict[str, Any], **env: str) -> list[dict[str, Any]]:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", CLIENT],
+            input=json.dumps(calls), env=self.env | env, cwd=self.home.parent,
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert SECRET not in process.stdout + process.stderr
+        return json.loads(process.stdout)
+
+    def adapter(self, repo_id: str, revision: str | None = None, **env: str) -> dict[str, Any]:
+        return self.ask({"kind": "adapter", "id": repo_id, "revision": revision}, **env)[0]
+
+
+@pytest.fixture
+def client(hub: LoopbackHub, tmp_path: Path) -> Client:
+    return Client(hub.url, tmp_path / "home")
+
+
+def make_directory(path: Path, files: Mapping[str, bytes]) -> Path:
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def spec(path: Path) -> AdapterSpec:
+    return AdapterSpec(name="a", source="./a", path=str(path), base=BaseSpec(), checks=(), line=1, column=1)
+
+
+# --- directories ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    resolved = resolve_adapter(spec(tmp_path))
+    assert resolved.snapshot.directory == str(tmp_path)
+    assert resolved.snapshot.name == "./a"
+    assert resolved.snapshot.revision is None
+    assert resolved.withheld == ()
+
+
+def test_a_missing_directory_and_a_file_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ResolveError, match="nothing at that path"):
+        resolve_adapter(spec(tmp_path / "absent"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ResolveError, match="it is a file"):
+        resolve_adapter(spec(tmp_path / "file"))
+
+
+def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "base", BASE)
+    assert resolve_base(str(directory), label="./base").snapshot.name == "./base"
+    assert base_weight_files(str(directory)) == ("model.safetensors",)
+
+
+SHARDS = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+    "model-00001-of-00002.safetensors": TENSORS,
+}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
+BROKEN_BASES = {
+    "no weights": ({"config.json": b"{}"}, "no model.safetensors"),
+    "no config": ({"model.safetensors": TENSORS}, "no config.json"),
+    "pickle only": ({"config.json": b"{}", "pytorch_model.bin": b"PK"}, "pickled weights only"),
+    "an adapter": (ADAPTER, "no model.safetensors"),
+    "a merged model with its adapter": (BASE | ADAPTER, "adapter_config.json beside its weights"),
+    "lfs weights": (BASE | {"model.safetensors": LFS}, "4,400,000,000 bytes"),
+    "lfs config": (BASE | {"config.json": LFS}, "Git LFS pointer where config.json"),
+    "truncated": (BASE | {"model.safetensors": TENSORS[:-1]}, "truncated"),
+    "a shard is absent": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'}, "incomplete"),
+    "a shard is elsewhere": (
+        SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'},
+        "incomplete",
+    ),
+    "index is no json": (SHARDS | {"model.safetensors.index.json": b"{"}, "not valid JSON"),
+    "index is empty": (SHARDS | {"model.safetensors.index.json": b"{}"}, "no weight_map"),
+    "index of numbers": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'}, "no weight_map"),
+    "gguf": ({"config.json": b"{}", "model.gguf": b"GGUF"}, "no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BASES)
+def test_a_broken_local_base_says_what_is_wrong(case: str, tmp_path: Path) -> None:
+    files, message = BROKEN_BASES[case]
+    with pytest.raises(ResolveError, match=message) as raised:
+        resolve_base(str(make_directory(tmp_path / "base", files)), label="./base")
+    assert "./base" in raised.value.message
+    assert raised.value.hint
+
+
+def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
+    os.mkfifo(directory / "model.safetensors")
+    with pytest.raises(ResolveError, match="named pipe"):
+        resolve_base(str(directory))
+
+
+def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
+    sharded = make_directory(tmp_path / "sharded", SHARDS)
+    assert base_weight_files(str(resolve_base(str(sharded)).snapshot.directory)) == tuple(sorted(SHARDS)[1:])[::-1]
+    pickled = make_directory(tmp_path / "pickled", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
+    assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
+
+
+@pytest.mark.parametrize("name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/"])
+def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(ResolveError, match="neither a directory here nor a Hub id") as raised:
+        resolve_base(name)
+    assert "base:" in raised.value.hint
+
+
+def test_an_absolute_path_of_another_machine() -> None:
+    with pytest.raises(ResolveError, match="nothing at that path"):
+        resolve_base("/nowhere/llama")
+
+
+# --- digests -------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_sha256sum_lines(tmp_path: Path) -> None:
+    make_directory(tmp_path / "d", {"b": b"2", "a": b"1"})
+    lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a", b"1"), ("b", b"2")))
+    assert digest_directory(str(tmp_path / "d"), ["b", "a"]) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_link_outside_a_cache_is_read_whatever_its_target_is_called(tmp_path: Path) -> None:
+    make_directory(tmp_path / "blobs", {"0" * 64: b"real"})
+    make_directory(tmp_path / "d", {})
+    (tmp_path / "d" / "file").symlink_to(tmp_path / "blobs" / ("0" * 64))
+    make_directory(tmp_path / "e", {"file": b"real"})
+    assert digest_directory(str(tmp_path / "d"), ["file"]) == digest_directory(str(tmp_path / "e"), ["file"])
+
+
+def test_a_blob_of_the_cache_is_taken_by_its_name(tmp_path: Path) -> None:
+    """Its content differs from its name here, so that a reader would be found out."""
+    repository = tmp_path / "models--acme--base"
+    make_directory(repository / "blobs", {"a" * 64: b"not that"})
+    snapshot = make_directory(repository / "snapshots" / "c0ffee", {})
+    (snapshot / "w").symlink_to(f"../../blobs/{'a' * 64}")
+    assert digest_directory(str(snapshot), ["w"]) == hashlib.sha256(f"{'a' * 64}  w\n".encode()).hexdigest()
+
+
+# --- the Hub -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_pinned_fetched_and_found_again_offline(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER | {"adapter_model.bin": b"x", "checkpoint-5/adapter_config.json": b"{}"})
+    online = client.adapter("acme/lora")
+    assert online["commit"] == commit
+    assert online["names"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert online["withheld"] == ["README.md", "adapter_model.bin", "checkpoint-5/adapter_config.json"]
+    assert "2 files" in online["notes"][0]
+    assert not [path for path in hub.paths() if "README" in path or "adapter_model.bin" in path]
+    asked = len(hub.requests)
+    offline = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
+    assert offline == online | {"notes": []} | ({} if KEEPS_LISTING else {"withheld": []})
+    assert len(hub.requests) == asked
+
+
+def test_tags_branches_and_commits_are_pinned(hub: LoopbackHub, client: Client) -> None:
+    old = hub.add_repo("acme/lora", ADAPTER, refs=("main", "v1"))
+    new = hub.add_repo("acme/lora", ADAPTER | {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}'})
+    calls = [{"kind": "adapter", "id": "acme/lora", "revision": revision} for revision in (None, "v1", old, new)]
+    assert [answer["commit"] for answer in client.ask(*calls)] == [new, old, old, new]
+    assert [answer["commit"] for answer in client.ask(*calls, HF_HUB_OFFLINE="1")] == [new, old, old, new]
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(hub: LoopbackHub, client: Client) -> None:
+    pinned = hub.add_repo("acme/lora", ADAPTER)
+    asked = iter(("first", "second"))
+
+    def move(path: str) -> None:
+        if path.startswith("/api/models") and next(asked, None) == "second":
+            hub.add_repo("acme/lora", {"adapter_config.json": b"moved"})
+
+    hub.on_request = move
+    answer = client.adapter("acme/lora")
+    assert answer["commit"] == pinned
+    assert answer["names"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_branch_with_a_slash(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER, refs=("main", "refs/pr/7"))
+    assert client.adapter("acme/lora", "refs/pr/7")["commit"] == commit
+    assert client.adapter("acme/lora", "refs/pr/7", HF_HUB_OFFLINE="1")["commit"] == commit
+
+
+@pytest.mark.parametrize("revision", ["../../../x", "a b", "v1\n", "", "/etc"])
+def test_a_revision_cannot_leave_the_cache(hub: LoopbackHub, client: Client, revision: str) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert "not the name of a revision" in client.adapter("acme/lora", revision, **env)["error"]
+
+
+def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
+    call = {"kind": "adapter", "id": "acme/pickled"}
+    refused = client.ask(call)[0]
+    assert refused["withheld"] == ["adapter_model.bin"]
+    assert refused["names"] == ["adapter_config.json"]
+    again = client.ask(call, HF_HUB_OFFLINE="1")[0]
+    if not KEEPS_LISTING:
+        assert "in part: adapter_model.safetensors" in again["error"]
+        return
+    assert again["withheld"] == ["adapter_model.bin"]
+    asked = client.ask(call | {"allow_pickle": True}, HF_HUB_OFFLINE="1")[0]
+    assert "in part: adapter_model.bin" in asked["error"]
+    assert client.ask(call | {"allow_pickle": True})[0]["names"] == ["adapter_config.json", "adapter_model.bin"]
+
+
+HUB_BASE = BASE | {
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "modeling_x.py": b"raise SystemExit",
+    "consolidated.00.safetensors": TENSORS,
+    "pytorch_model.bin": b"PK",
+    "onnx/config.json": b"{}",
+    "onnx/model.safetensors": TENSORS,
+    "original/consolidated.00.safetensors": TENSORS,
+}
+
+
+def test_a_base_brings_only_what_is_needed(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/base", HUB_BASE)
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert online["commit"] == commit
+    assert online["names"] == ["config.json", "generation_config.json", "model.safetensors"]
+    offline = client.ask({"kind": "base", "id": "acme/base"}, HF_HUB_OFFLINE="1")[0]
+    assert offline == online | {"notes": []} | ({} if KEEPS_LISTING else {"withheld": []})
+    with_code = client.ask({"kind": "base", "id": "acme/base", "trust_remote_code": True})[0]
+    assert set(with_code["names"]) - set(online["names"]) == {"modeling_x.py"}
+
+
+def test_the_digest_of_a_base_is_the_same_from_the_cache_and_from_a_copy(
+    hub: LoopbackHub, client: Client, tmp_path: Path
+) -> None:
+    hub.add_repo("acme/base", SHARDS)
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    copy = make_directory(tmp_path / "copy", SHARDS)
+    assert online["names"] == sorted(SHARDS)
+    assert online["digest"] == digest_directory(str(copy), sorted(SHARDS))
+
+
+def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/base", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
+    assert "pickled weights only" in client.ask({"kind": "base", "id": "acme/base"})[0]["error"]
+    assert not hub.paths("HEAD")
+    allowed = client.ask({"kind": "base", "id": "acme/base", "allow_pickle": True})[0]
+    assert "pytorch_model.bin" in allowed["names"]
+
+
+# --- what the Hub refuses ------------------------------------------------------------------------------------------
+
+
+def test_not_found_private_and_gated(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token=SECRET)
+    hub.add_repo("acme/gated", ADAPTER, gated=True, token=SECRET)
+    absent, private, gated = client.ask(
+        *({"kind": "adapter", "id": name} for name in ("acme/absent", "acme/private", "acme/gated"))
+    )
+    assert "not found" in absent["error"]
+    assert "private" in private["error"]
+    assert "HF_TOKEN" in private["hint"]
+    assert "is gated" in gated["error"]
+    assert "terms" in gated["hint"]
+
+
+def test_the_token_comes_from_the_usual_places(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token=SECRET)
+    hub.add_repo("acme/gated", ADAPTER, gated=True, token=SECRET)
+    assert "names" in client.adapter("acme/private", HF_TOKEN=SECRET)
+    client.home.mkdir(exist_ok=True)
+    (client.home / "token").write_text(SECRET)
+    assert "names" in client.adapter("acme/gated")
+    assert {request.token for request in hub.requests if "acme" in request.path and "cdn" not in request.path} == {
+        SECRET
+    }
+    assert {request.token for request in hub.requests if "cdn" in request.path} == {None}
+
+
+def test_a_wrong_token_is_not_shown(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token="hf_other")
+    answer = client.adapter("acme/private", HF_TOKEN=SECRET)
+    assert "rejected the token" in answer["error"]
+
+
+def test_an_unknown_revision(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    assert "not that revision" in client.adapter("acme/lora", "v9")["error"]
+
+
+@pytest.mark.parametrize("name", ["not an id", "a/b/c", "-x/y", "a--b/c..d"])
+def test_an_invalid_id(client: Client, name: str) -> None:
+    assert "nor a valid Hub id" in client.adapter(name)["error"]
+
+
+def test_no_network(client: Client) -> None:
+    answer = client.adapter("acme/lora", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "cannot be reached" in answer["error"]
+    assert "HF_HUB_OFFLINE=1" in answer["hint"]
+    assert len(answer["notes"]) == 2
+    assert "trying again" in answer["notes"][0]
+
+
+def test_offline_and_not_in_the_cache(client: Client) -> None:
+    answer = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
+    assert "is not in the cache" in answer["error"]
+
+
+def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    online = client.adapter("acme/lora")
+    (client.home / online["directory"] / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(429, "limits the rate"), (500, "failed (500)"), (503, "failed (503)")]
+)
+def test_passing_failures_are_tried_again(hub: LoopbackHub, client: Client, status: int, message: str) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/api/models", status, times=2)
+    answer = client.adapter("acme/lora")
+    assert answer["commit"] == commit
+    assert message in answer["notes"][0]
+    hub.fail("/api/models", status)
+    assert message in client.adapter("acme/lora")["error"]
+
+
+def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/api/models", 403)
+    assert "does not allow" in client.adapter("acme/lora")["error"]
+    assert [path for path in hub.paths() if "acme" in path] == ["/api/models/acme/lora"]
+
+
+def test_a_failure_during_the_download(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/cdn/", 404)
+    assert "refused the request" in client.adapter("acme/lora")["error"]
+
+
+def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    (tmp_path / "file").touch()
+    answer = client.adapter("acme/lora", HF_HOME=str(tmp_path / "file"))
+    assert "cannot be fetched" in answer["error"]
+
+
+def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client) -> None:
+    hub.fail("/api/models", 200)
+    answer = client.adapter("acme/lora")
+    assert "did not answer" in answer["error"]
+    assert "HF_ENDPOINT" in answer["hint"]
+
+
+def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client) -> None:
+    url = hub.url.replace("http://", f"http://user:{SECRET}@")
+    assert "not found" in client.adapter("acme/absent", HF_ENDPOINT=url)["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+        (TimeoutError(), "did not answer in time"),
+        (ConnectionResetError(), "cannot be reached"),
+        (OSError("Consistency check failed: file should be of size 2 but has size 1"), "arrived incomplete"),
+    ],
+)
+def test_errors_that_no_loopback_server_can_cause(error: OSError, message: str) -> None:
+    wrapped = RuntimeError("somewhere deep in a thread pool")
+    wrapped.__cause__ = error
+    translated = translate(wrapped, "'acme/lora'")
+    assert translated is not None
+    assert message in translated.message
+    assert "acme/lora" in translated.message
+
+
+def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
+    assert translate(ZeroDivisionError(), "'acme/lora'") is None
+
+
+# --- cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_neither_torch_nor_huggingface_hub() -> None:
+    heavy = {"torch", "peft", "huggingface_hub", "transformers"}
+    code = f"import merge_gate.sources.resolve, sys; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
