@@ -400,7 +400,8 @@ class Finding:
 class Coverage:
     """How much of the adapter and of the model was checked.
 
-    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them (engine/lowrank.py).
+    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them
+    (engine/lowrank.py).
     """
 
     adapter_tensors: int = 0

@@ -1,8 +1,8 @@
 """Adapter files + scratch → a loaded `PeftModel`, with every tensor of the file and of the config accounted for.
 
 In: what the preflight read, and a scratch of the base. Out: `Loaded`, or `Refused` with the check that says why.
-PEFT lives here, in walk.py and in defects.py only. It is driven as a user drives it: the config by PEFT's own class, the
-model class by its task type, `load_adapter` with PEFT's defaults, since other options change bits and fail good
+PEFT lives here, in walk.py and in defects.py only. It is driven as a user drives it: the config by PEFT's own class,
+the model class by its task type, `load_adapter` with PEFT's defaults, since other options change bits and fail good
 adapters (peft-facts: `low_cpu_mem_usage=True` rounds float32 factors to the base's dtype).
 
 1. Read the config by PEFT's class for its type; refuse what PEFT would silently ignore.
@@ -41,7 +41,7 @@ ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
 
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
-"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py; tests/engine/test_untouched.py)."""
+"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py, tests/engine/)."""
 
 LISTED = 6
 """Names listed in one message before "and N more"."""

@@ -1,7 +1,8 @@
 """The fast way of the most common adapter: vanilla LoRA on plain linear layers, whole files, finite values.
 
 In: a `Base` and what the preflight read. Out: the `Evidence` that PEFT's own merge gives, as exactly as the thresholds
-ask for (tests/engine/test_bits.py and test_plain.py hold one against the other), or None: then PEFT's own merge does it.
+ask for (tests/engine/test_bits.py and test_plain.py hold one against the other), or None: then PEFT's own merge
+does it.
 Anything out of the ordinary ends here in None and is never judged here: another method, a name too many or too few, a
 shape, a non-finite value.
 
