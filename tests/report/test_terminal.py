@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate.records import BaseFacts, Quantization, Report, TensorStats, Verdict
-from merge_gate.report.terminal import PlainView, RichView, make_view
+from merge_gate.report.terminal import PlainView, RichView, SilentView, make_view
 from tests.report.reports import (
     CRASHED,
     FAIL,
@@ -106,6 +106,11 @@ def test_plain_does_without_rich() -> None:
         "sys.exit(any(m.split('.')[0] in {'rich', 'torch'} for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
+    play(SilentView())
+    assert capfd.readouterr() == ("", "")
 
 
 # --- plain ---------------------------------------------------------------------------------------------------------

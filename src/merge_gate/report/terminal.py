@@ -67,6 +67,10 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
+class SilentView(View):
+    """Shows nothing: for a run that nobody watches."""
+
+
 def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
     """Return the view that suits the streams and the environment (NO_COLOR, TERM, CI, GITHUB_ACTIONS)."""
     in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
