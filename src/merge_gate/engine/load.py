@@ -15,8 +15,6 @@ adapters (peft-facts: `low_cpu_mem_usage=True` rounds float32 factors to the bas
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,25 +24,24 @@ from typing import Any
 import peft
 import torch
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base import ADAPTER_PREFIX, Base, first_line, named_tensors
-from merge_gate.engine.defects import refuse_by_config
+from merge_gate.engine.peft_config import (
+    config_type,
+    initialisation_writes_to_base,
+    listing,
+    missing_package,
+    read_config,
+)
 from merge_gate.errors import Refused
-from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+from merge_gate.records import AdapterFiles, Origin, Refusal
 
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
-
-ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
-"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py, tests/engine/)."""
-
-LISTED = 6
-"""Names listed in one message before "and N more"."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,92 +87,6 @@ def load_adapter(base: Base, files: AdapterFiles) -> Loaded:
         slots=slots,
         sharers=sharers,
     )
-
-
-# --- 1. the config -------------------------------------------------------------------------------------------------
-
-
-def read_config(files: AdapterFiles) -> Any:
-    """The adapter's config as PEFT's class for its type reads it.
-
-    Raises:
-        Refused: PEFT does not know the type, rejects a value, or would ignore a key that is set.
-    """
-    kind = str(files.peft_type)
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    if config_class is None:
-        raise Refused(
-            Refusal(
-                check=None,
-                message=f"PEFT {peft.__version__} does not know the adapter type {kind!r}, so it cannot be merged here",
-                hint="upgrade PEFT in the environment that runs the gate, or correct peft_type in adapter_config.json",
-                origin=Origin.CONFIG,
-            )
-        )
-    _refuse_ignored_keys(config_class, files)
-    try:
-        config = config_class.from_pretrained(files.directory)
-    except ImportError as error:
-        raise Refused(_missing_package(error)) from error
-    except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
-        raise Refused(
-            Refusal(
-                check="config-invalid",
-                message=f"PEFT rejects adapter_config.json: {type(error).__name__}: {first_line(error)}",
-                hint="restore the adapter_config.json that was saved with the adapter",
-                origin=Origin.CONFIG,
-            )
-        ) from error
-    refuse_by_config(config)
-    config.inference_mode = True
-    return config
-
-
-def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
-    """PEFT drops keys it does not know with a warning; one that is set may change what the adapter computes."""
-    raw = json.loads(files.config_json or "{}")
-    known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
-    ignored = sorted(key for key, value in raw.items() if key not in known and value not in (None, False, "", [], {}))
-    if not ignored:
-        return
-    listed = ", ".join(f"{key}={json.dumps(raw[key])[:60]}" for key in ignored[:LISTED])
-    saved_by = str(raw.get("peft_version") or "").split("@")[0]
-    newer = _version(saved_by) > _version(peft.__version__)
-    raise Refused(
-        Refusal(
-            check=None if newer else "config-invalid",
-            message=f"adapter_config.json sets {listed}, which PEFT {peft.__version__} does not know and would ignore",
-            hint=(
-                f"the adapter was saved by PEFT {saved_by}: run the gate with that version or newer"
-                if newer
-                else "remove the key if it is a mistake, or run the gate with the PEFT version that wrote it"
-            ),
-            origin=Origin.CONFIG,
-        )
-    )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    parts = text.split(".")[:3]
-    return tuple(int(part) for part in parts) if parts and all(part.isdigit() for part in parts) else ()
-
-
-def _missing_package(error: ImportError) -> Refusal:
-    return Refusal(
-        check=None,
-        message=f"a package that this adapter or base needs is not installed: {first_line(error)}",
-        hint="install the package that the message names in the environment that runs the gate",
-    )
-
-
-def initialisation_writes_to_base(config: Any) -> bool:
-    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
-
-    OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
-    base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
-    """
-    scheme = getattr(config, "init_lora_weights", None)
-    return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
 
 
 # --- 2. and 3. the scratch -----------------------------------------------------------------------------------------
@@ -226,7 +137,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str = ADAP
     try:
         return model_class(scratch, config, adapter_name)
     except ImportError as error:
-        raise Refused(_missing_package(error)) from error
+        raise Refused(missing_package(error)) from error
     except NoMatchingPeftModuleError as error:
         raise Refused(_no_targets(config, scratch)) from error
     except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, IndexError) as error:
@@ -265,11 +176,6 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
         hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
         origin=Origin.CONFIG,
     )
-
-
-def config_type(config: Any) -> str:
-    """`LORA`, from an enum member or a string."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 # --- 4. and 5. the weights -----------------------------------------------------------------------------------------
@@ -331,7 +237,7 @@ def load_weights(
         except Refused:
             raise
         except ImportError as error:
-            raise Refused(_missing_package(error)) from error
+            raise Refused(missing_package(error)) from error
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever PEFT, safetensors or pickle raise: the file did not load
@@ -495,112 +401,3 @@ def targeted_modules(model: Any) -> tuple[str, ...]:
             found[path.removeprefix(ADAPTER_PREFIX)] = None
             inside.append(path)
     return tuple(found)
-
-
-def listing(names: list[str] | tuple[str, ...], most: int = LISTED) -> str:
-    """`a, b, c and 4 more`."""
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-
-
-def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) -> Loaded:
-    """Load the members onto one scratch and combine them by PEFT's `add_weighted_adapter` (step 3 to 5 for each).
-
-    Raises:
-        Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
-    """
-    scratch = base.scratch()
-    slots, sharers = base_slots(scratch)
-    names = tuple(f"member_{position}" for position in range(len(members)))
-    configs = [read_config(files) for files in members]
-    for name, config in zip(combine.adapters, configs, strict=True):
-        _refuse_lost_settings(name, config)
-    model: Any = None
-    state: dict[str, torch.Tensor] = {}
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    for name, files, config in zip(names, members, configs, strict=True):
-        if model is None:
-            model = inject(scratch, config, base, name)
-        else:
-            _add(model, name, config)
-        loaded, lost, stray, _ = load_weights(model, base, files, name)
-        state.update(loaded)
-        missing += lost
-        unexpected += stray
-    torch.manual_seed(combine.seed)
-    options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
-    try:
-        model.base_model.add_weighted_adapter(
-            list(names),
-            list(combine.weights),
-            ADAPTER_NAME,
-            combination_type=combine.method,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-        model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
-    except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
-        raise Refused(_not_combinable(error, combine)) from error
-    return Loaded(
-        model=model,
-        config=model.peft_config[ADAPTER_NAME],
-        state=state,
-        model_key={},
-        missing=missing,
-        unexpected=unexpected,
-        targeted=targeted_modules(model),
-        slots=slots,
-        sharers=sharers,
-        seed=combine.seed if "dare" in combine.method else None,
-    )
-
-
-def _refuse_lost_settings(name: str, config: Any) -> None:
-    """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
-
-    Shown with plain PEFT in tests/engine/test_combine.py.
-    """
-    settings = {
-        "use_rslora": getattr(config, "use_rslora", False),
-        "lora_bias": getattr(config, "lora_bias", False),
-        "use_dora": getattr(config, "use_dora", False),
-        "kasa_config": getattr(config, "kasa_config", None),
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
-    }
-    lost = next((setting for setting, value in settings.items() if value), None)
-    if lost is not None:
-        raise Refused(
-            Refusal(
-                check="not-mergeable",
-                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
-                hint="merge this adapter by itself, or retrain it without that setting before combining it",
-                origin=Origin.CONFIG,
-            )
-        )
-
-
-def _add(model: Any, name: str, config: Any) -> None:
-    try:
-        model.add_adapter(name, config)
-    except Exception as error:  # as above
-        raise Refused(
-            Refusal(
-                check="not-mergeable",
-                message=f"PEFT cannot put a second adapter beside the first: {first_line(error)}",
-                hint="combine adapters of one method only, without fully trained modules in common",
-                origin=Origin.CONFIG,
-            )
-        ) from error
-
-
-def _not_combinable(error: Exception, combine: Combine) -> Refusal:
-    return Refusal(
-        check="not-mergeable",
-        message=(
-            f"PEFT cannot combine {listing(combine.adapters)} by {combine.method}: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ),
-        hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
-        origin=Origin.CONFIG,
-    )

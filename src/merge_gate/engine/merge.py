@@ -25,7 +25,8 @@ from torch import nn
 
 from merge_gate.engine import defects as rules
 from merge_gate.engine.base import ADAPTER_PREFIX, Base
-from merge_gate.engine.load import Loaded, combined, load_adapter
+from merge_gate.engine.combine import combined
+from merge_gate.engine.load import Loaded, load_adapter
 from merge_gate.engine.measure import measure, same_bits
 from merge_gate.engine.plain import OnTensor, Progress, merge_plain
 from merge_gate.engine.walk import Merger

@@ -35,15 +35,9 @@ from safetensors import safe_open
 from merge_gate.engine import lowrank
 from merge_gate.engine.base import Base
 from merge_gate.engine.defects import refuse_wrong_merges
-from merge_gate.engine.load import (
-    ADAPTER_NAME,
-    base_slots,
-    initialisation_writes_to_base,
-    promised_names,
-    read_config,
-    targeted_modules,
-)
+from merge_gate.engine.load import ADAPTER_NAME, base_slots, promised_names, targeted_modules
 from merge_gate.engine.measure import dtype_max, dtype_name, measure
+from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records import EVERYTHING, AdapterFiles, Evidence, FileTensor, TensorMerge, TensorStats, Thresholds

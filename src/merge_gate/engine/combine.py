@@ -1,0 +1,119 @@
+"""Several adapters → one, by PEFT's `add_weighted_adapter`, or why PEFT cannot combine them.
+
+In: a base, and what the preflight read of each member. Out: `Loaded`, as of one adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from merge_gate.engine.base import Base, first_line
+from merge_gate.engine.load import ADAPTER_NAME, Loaded, base_slots, inject, load_weights, targeted_modules
+from merge_gate.engine.peft_config import initialisation_writes_to_base, listing, read_config
+from merge_gate.errors import Refused
+from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+
+
+def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) -> Loaded:
+    """Load the members onto one scratch and combine them by PEFT's `add_weighted_adapter` (step 3 to 5 for each).
+
+    Raises:
+        Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
+    """
+    scratch = base.scratch()
+    slots, sharers = base_slots(scratch)
+    names = tuple(f"member_{position}" for position in range(len(members)))
+    configs = [read_config(files) for files in members]
+    for name, config in zip(combine.adapters, configs, strict=True):
+        _refuse_lost_settings(name, config)
+    model: Any = None
+    state: dict[str, torch.Tensor] = {}
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    for name, files, config in zip(names, members, configs, strict=True):
+        if model is None:
+            model = inject(scratch, config, base, name)
+        else:
+            _add(model, name, config)
+        loaded, lost, stray, _ = load_weights(model, base, files, name)
+        state.update(loaded)
+        missing += lost
+        unexpected += stray
+    torch.manual_seed(combine.seed)
+    options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
+    try:
+        model.base_model.add_weighted_adapter(
+            list(names),
+            list(combine.weights),
+            ADAPTER_NAME,
+            combination_type=combine.method,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+        model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
+    except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
+        raise Refused(_not_combinable(error, combine)) from error
+    return Loaded(
+        model=model,
+        config=model.peft_config[ADAPTER_NAME],
+        state=state,
+        model_key={},
+        missing=missing,
+        unexpected=unexpected,
+        targeted=targeted_modules(model),
+        slots=slots,
+        sharers=sharers,
+        seed=combine.seed if "dare" in combine.method else None,
+    )
+
+
+def _refuse_lost_settings(name: str, config: Any) -> None:
+    """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
+
+    Shown with plain PEFT in tests/engine/test_combine.py.
+    """
+    settings = {
+        "use_rslora": getattr(config, "use_rslora", False),
+        "lora_bias": getattr(config, "lora_bias", False),
+        "use_dora": getattr(config, "use_dora", False),
+        "kasa_config": getattr(config, "kasa_config", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
+    }
+    lost = next((setting for setting, value in settings.items() if value), None)
+    if lost is not None:
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
+                hint="merge this adapter by itself, or retrain it without that setting before combining it",
+                origin=Origin.CONFIG,
+            )
+        )
+
+
+def _add(model: Any, name: str, config: Any) -> None:
+    try:
+        model.add_adapter(name, config)
+    except Exception as error:  # as above
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT cannot put a second adapter beside the first: {first_line(error)}",
+                hint="combine adapters of one method only, without fully trained modules in common",
+                origin=Origin.CONFIG,
+            )
+        ) from error
+
+
+def _not_combinable(error: Exception, combine: Combine) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=(
+            f"PEFT cannot combine {listing(combine.adapters)} by {combine.method}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ),
+        hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
+        origin=Origin.CONFIG,
+    )

@@ -1,0 +1,118 @@
+"""adapter_config.json as PEFT's own class reads it, or why PEFT must not see it.
+
+In: what the preflight read. Out: PEFT's config object, or `Refused`. Loads nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from merge_gate.engine.base import first_line
+from merge_gate.engine.defects import refuse_by_config
+from merge_gate.errors import Refused
+from merge_gate.records import AdapterFiles, Origin, Refusal
+
+ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
+"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py, tests/engine/)."""
+
+LISTED = 6
+"""Names listed in one message before "and N more"."""
+
+
+def read_config(files: AdapterFiles) -> Any:
+    """The adapter's config as PEFT's class for its type reads it.
+
+    Raises:
+        Refused: PEFT does not know the type, rejects a value, or would ignore a key that is set.
+    """
+    kind = str(files.peft_type)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if config_class is None:
+        raise Refused(
+            Refusal(
+                check=None,
+                message=f"PEFT {peft.__version__} does not know the adapter type {kind!r}, so it cannot be merged here",
+                hint="upgrade PEFT in the environment that runs the gate, or correct peft_type in adapter_config.json",
+                origin=Origin.CONFIG,
+            )
+        )
+    _refuse_ignored_keys(config_class, files)
+    try:
+        config = config_class.from_pretrained(files.directory)
+    except ImportError as error:
+        raise Refused(missing_package(error)) from error
+    except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
+        raise Refused(
+            Refusal(
+                check="config-invalid",
+                message=f"PEFT rejects adapter_config.json: {type(error).__name__}: {first_line(error)}",
+                hint="restore the adapter_config.json that was saved with the adapter",
+                origin=Origin.CONFIG,
+            )
+        ) from error
+    refuse_by_config(config)
+    config.inference_mode = True
+    return config
+
+
+def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
+    """PEFT drops keys it does not know with a warning; one that is set may change what the adapter computes."""
+    raw = json.loads(files.config_json or "{}")
+    known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
+    ignored = sorted(key for key, value in raw.items() if key not in known and value not in (None, False, "", [], {}))
+    if not ignored:
+        return
+    listed = ", ".join(f"{key}={json.dumps(raw[key])[:60]}" for key in ignored[:LISTED])
+    saved_by = str(raw.get("peft_version") or "").split("@")[0]
+    newer = _version(saved_by) > _version(peft.__version__)
+    raise Refused(
+        Refusal(
+            check=None if newer else "config-invalid",
+            message=f"adapter_config.json sets {listed}, which PEFT {peft.__version__} does not know and would ignore",
+            hint=(
+                f"the adapter was saved by PEFT {saved_by}: run the gate with that version or newer"
+                if newer
+                else "remove the key if it is a mistake, or run the gate with the PEFT version that wrote it"
+            ),
+            origin=Origin.CONFIG,
+        )
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = text.split(".")[:3]
+    return tuple(int(part) for part in parts) if parts and all(part.isdigit() for part in parts) else ()
+
+
+def missing_package(error: ImportError) -> Refusal:
+    return Refusal(
+        check=None,
+        message=f"a package that this adapter or base needs is not installed: {first_line(error)}",
+        hint="install the package that the message names in the environment that runs the gate",
+    )
+
+
+def initialisation_writes_to_base(config: Any) -> bool:
+    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
+
+    OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
+    base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
+    """
+    scheme = getattr(config, "init_lora_weights", None)
+    return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
+
+
+def config_type(config: Any) -> str:
+    """`LORA`, from an enum member or a string."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def listing(names: list[str] | tuple[str, ...], most: int = LISTED) -> str:
+    """`a, b, c and 4 more`."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
