@@ -187,7 +187,7 @@ class FileRecord:
 
 @record
 class TensorHeader:
-    """A tensor as the header of a safetensors file describes it. `dtype` in safetensors' words (F32, BF16, …)."""
+    """A tensor as the weights file describes it. `dtype` in safetensors' words (F32, BF16, …)."""
 
     name: str
     dtype: str
@@ -199,7 +199,8 @@ class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
     `config_json` is the text of adapter_config.json, re-serialised (empty when it is missing or unreadable). `tensors`
-    is empty for pickled weights. `weights` is the file PEFT will load, relative to `directory`, or None.
+    is empty where only torch can tell what pickled weights hold. `weights` is the file PEFT will load, relative to
+    `directory`, or None.
     """
 
     directory: str

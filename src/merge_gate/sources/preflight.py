@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +28,11 @@ from merge_gate.sources.headers import (
     CorruptFileError,
     lfs_pointer,
     open_regular,
-    other_format,
     parse_file,
     read_header,
     shown,
 )
+from merge_gate.sources.pickled import read_pickled
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,8 +47,6 @@ PICKLE_NAME = "adapter_model.bin"
 _LISTED = 8
 _MAX_ENTRIES = 10_000
 _MODEL_FILES = re.compile(r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)$")
-_ZIP = b"PK\x03\x04"
-_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
@@ -100,8 +97,11 @@ class _Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Weights:
+    """`is_listed`: the file has told which tensors it holds."""
+
     name: str | None = None
     tensors: tuple[TensorHeader, ...] = ()
+    is_listed: bool = False
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
 
@@ -224,33 +224,10 @@ def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
     if pointer := lfs_pointer(file):
         return _Weights(name=name, files=(record,), findings=(_lfs(name, record.size_bytes, pointer.size_bytes),))
     try:
-        tensors = parse_file(file) if name == WEIGHTS_NAME else _check_pickle(file, record.size_bytes)
+        tensors = parse_file(file) if name == WEIGHTS_NAME else read_pickled(file, record.size_bytes)
     except CorruptFileError as error:
         return _Weights(name=name, files=(record,), findings=(_corrupt(name, error),))
-    return _Weights(name=name, tensors=tensors, files=(record,))
-
-
-def _check_pickle(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...]:
-    """Whether the file can be torch's (a zip archive, before torch 1.6 a bare pickle). Nothing is unpickled."""
-    if not size_bytes:
-        raise CorruptFileError("is empty (0 bytes)")
-    file.seek(0)
-    start = file.read(len(_ZIP))
-    if start == _ZIP:
-        _check_archive(file, size_bytes)
-    elif not _PICKLE.match(start):
-        raise CorruptFileError(f"is not torch's format but {other_format(file) or 'something unknown'}")
-    return ()
-
-
-def _check_archive(file: BufferedReader, size_bytes: int) -> None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise CorruptFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
-    if not any(name.endswith("data.pkl") for name in names):
-        raise CorruptFileError("is a zip archive, but none that torch.save wrote (it has no data.pkl)")
+    return _Weights(name=name, tensors=tensors or (), is_listed=tensors is not None, files=(record,))
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:
@@ -304,13 +281,13 @@ def _unreadable(path: str, error: OSError) -> EngineError:
 
 
 def _judge_tensors(config: dict[str, Any], weights: _Weights) -> Iterator[Finding]:
-    if weights.name != WEIGHTS_NAME or weights.findings:
+    if not weights.is_listed:
         return
     if not weights.tensors and config.get("peft_type") != "XLORA":  # its experts lie beside it; the merge refuses it
         yield Finding(
             check="keys-missing",
             severity=Severity.ERROR,
-            message=f"{WEIGHTS_NAME} holds no tensors at all, expected the adapter's weights",
+            message=f"{weights.name} holds no tensors at all, expected the adapter's weights",
             hint=_SHARDS_HINT,
             origin=Origin.ADAPTER,
         )

@@ -1,0 +1,213 @@
+"""Pickled weights without unpickling: what torch writes is read as torch reads it; what is hostile is not run."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from merge_gate.records import TensorHeader
+from merge_gate.sources.headers import CorruptFileError, read_header
+from merge_gate.sources.pickled import read_pickled
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DTYPES = (
+    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "complex64",
+    "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "a": torch.zeros(4, 3),
+        "half": torch.zeros(2, 3, dtype=torch.float16),
+        "scalar": torch.tensor(3),
+        "nothing": torch.zeros(0),
+        "parameter": torch.nn.Parameter(torch.zeros(2, 2)),
+    }
+
+
+def look(path: Path) -> tuple[TensorHeader, ...] | None:
+    with path.open("rb") as file:
+        return read_pickled(file, path.stat().st_size)
+
+
+def packed(pickled: bytes) -> bytes:
+    """A file of torch.save whose data.pkl is another."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+        for name in range(2):
+            archive.writestr(f"archive/data/{name}", bytes(4 * 12))
+    return buffer.getvalue()
+
+
+def refuse(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError) as caught:
+        look(path)
+    return str(caught.value)
+
+
+# --- what torch writes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_it_reads_what_safetensors_holds_of_the_same_tensors(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    save_file(tensors(), tmp_path / "a.safetensors")
+    torch.save(tensors(), tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    found = look(tmp_path / "a.bin")
+    assert found is not None
+    assert {one.name for one in found} == set(tensors())
+    assert sorted(found, key=lambda one: one.name) == sorted(
+        read_header(str(tmp_path / "a.safetensors")), key=lambda one: one.name
+    )
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_has_the_name_that_safetensors_gives_it(tmp_path: Path, name: str) -> None:
+    value = {"a": torch.zeros(4, 2, dtype=getattr(torch, name))}
+    save_file(value, tmp_path / "a.safetensors")
+    torch.save(value, tmp_path / "a.bin")
+    assert look(tmp_path / "a.bin") == read_header(str(tmp_path / "a.safetensors"))
+
+
+def test_views_have_their_own_shape(tmp_path: Path) -> None:
+    whole = torch.zeros(6, 4)
+    torch.save({"t": whole.T, "rows": whole[1:3]}, tmp_path / "a.bin")
+    found = look(tmp_path / "a.bin")
+    assert found is not None
+    assert [one.shape for one in found] == [(4, 6), (2, 4)]
+
+
+def test_a_state_dict_with_its_attributes(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "a.bin")
+    assert look(tmp_path / "a.bin") == (
+        TensorHeader(name="weight", dtype="F32", shape=(2, 3)),
+        TensorHeader(name="bias", dtype="F32", shape=(2,)),
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": torch.zeros(2, 2).to_sparse()},
+        {"a": torch.zeros(2), "counts": collections.Counter("aab")},
+    ],
+    ids=["sparse", "counter"],
+)
+def test_what_only_torch_knows_is_left_to_torch(tmp_path: Path, value: Any) -> None:
+    torch.save(value, tmp_path / "a.bin")
+    assert look(tmp_path / "a.bin") is None
+
+
+# --- what is hostile -----------------------------------------------------------------------------------------------
+
+
+class Call:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
+def test_a_call_is_named_and_not_made(tmp_path: Path, protocol: int, zipped: bool) -> None:
+    value = {"a": torch.zeros(2), "payload": Call(os.mkdir, str(tmp_path / "ran"))}
+    torch.save(value, tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CorruptFileError, match=r"would call '(posix|os)\.mkdir' when it is loaded"):
+        look(tmp_path / "a.bin")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_setattr_is_not_mistaken_for_a_set(tmp_path: Path) -> None:
+    hostile = pickle.dumps({"a": Call(setattr, "x", "y", 1)}, protocol=2)
+    assert "would call '__builtin__.setattr'" in refuse(tmp_path / "a.bin", packed(hostile))
+
+
+def test_something_else_than_tensors_by_name(tmp_path: Path) -> None:
+    assert "does not hold tensors by name" in refuse(tmp_path / "a.bin", packed(pickle.dumps([1, 2], protocol=2)))
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2^31 places
+        b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".",  # tuples in tuples
+        b"\x80\x02" + b")" + b"\x85" * 200_000 + b"}\x86R.",  # a call of them
+        b"\x80\x04" + b")" + b"\x85" * 200_000 + b"\x8c\x01a\x93.",  # a module of that name
+        b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s.",  # a key that would have to be hashed
+        b"\x80\x02.",
+        b"\x80\x02t.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02X\xff\xff\xff\xffa.",
+        b"\x80\x02}",
+    ],
+    ids=["memo", "tuples", "call", "name", "key", "nothing", "no-mark", "no-memo", "length", "no-end"],
+)
+def test_what_brings_an_unpickler_down_is_read_to_its_end(tmp_path: Path, hostile: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(packed(hostile))
+    with contextlib.suppress(CorruptFileError):
+        assert not look(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04", b"junk" * 9])
+def test_a_file_that_is_not_whole(tmp_path: Path, content: bytes) -> None:
+    assert refuse(tmp_path / "a.bin", content)
+
+
+def test_an_archive_that_torch_did_not_write(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        archive.writestr("weights/readme.txt", "hello")
+    assert "has no data.pkl" in refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes())
+
+
+@settings(max_examples=300)
+@given(place=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
+def test_no_damage_gets_past_as_another_file(
+    tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: bool
+) -> None:
+    """Whatever torch's own loader still reads of a damaged file, this reader reads alike or leaves to torch."""
+    path = tmp_path_factory.getbasetemp() / "damaged.bin"
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(4, 3), "b": torch.zeros(4, 3).half()}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        whole = bytearray(archive.read("archive/data.pkl"))
+    place %= len(whole)
+    whole[place] = byte
+    path.write_bytes(packed(bytes(whole[:place]) if cut else bytes(whole)))
+    try:
+        found = look(path)
+    except CorruptFileError:
+        with pytest.raises(Exception):  # noqa: B017 - torch has many ways to say it
+            named(torch.load(path, weights_only=True))
+        return
+    if found is None:
+        return
+    try:
+        loaded = torch.load(path, weights_only=True)
+    except Exception:  # noqa: BLE001 - as above
+        return
+    assert [(one.name, one.shape) for one in found] == named(loaded)
+
+
+def named(loaded: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Raises where there are no tensors by name."""
+    return [(name, tuple(tensor.shape)) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)]

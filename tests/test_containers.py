@@ -1,0 +1,63 @@
+"""The same tensors in safetensors and in a pickle: the same verdict, for every case of `tests.faults`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from merge_gate.config.load import load_config
+from merge_gate.gate import run_gate
+from tests.conftest import lay_out, write_config_file
+from tests.faults import ALLOW_PICKLE, FAULTS, HEALTHY, Case
+from tests.models import ADAPTER_WEIGHTS, read_tensors
+from tests.test_faults import told
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from merge_gate.records import AdapterReport
+    from tests.conftest import Judged
+    from tests.models import Shelf
+
+CASES = tuple(case for case in (*FAULTS, *HEALTHY) if case.variant != "pickled")
+
+
+def pickle_weights(directory: Path) -> bool:
+    """Puts the tensors into a pickle; False where no tensors can be read, so that there is nothing to put."""
+    try:
+        tensors = read_tensors(directory)
+    except (OSError, SafetensorError):
+        return False
+    (directory / ADAPTER_WEIGHTS).unlink()
+    torch.save(tensors, directory / "adapter_model.bin")
+    return True
+
+
+@pytest.fixture(scope="module")
+def pickled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, AdapterReport]:
+    root = tmp_path_factory.mktemp("pickled")
+    cases = []
+    for case in CASES:
+        lay_out(case, shelf, root / case.name)
+        if pickle_weights(root / case.name):
+            cases.append(case)
+    path = write_config_file(shelf, root, 0, ALLOW_PICKLE, cases)
+    return {adapter.name: adapter for adapter in run_gate(load_config(str(path)), device="cpu").adapters}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_container_does_not_change_the_verdict(
+    case: Case, judged: Judged, pickled: Mapping[str, AdapterReport]
+) -> None:
+    safe = judged.reports[case.name]
+    if case.name not in pickled:  # what is broken is the container itself
+        assert safe.cause in {"file-corrupt", "file-missing", "file-lfs-pointer", "pickle-refused"}, told(safe)
+        return
+    report = pickled[case.name]
+    assert (report.verdict, report.cause) == (safe.verdict, safe.cause), f"{told(report)}\n{told(safe)}"
+    assert {(f.check, f.severity) for f in report.findings} == {(f.check, f.severity) for f in safe.findings}
+    assert report.coverage.adapter_tensors == safe.coverage.adapter_tensors
