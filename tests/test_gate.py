@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate import gate
 from merge_gate.config.load import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.gate import check_files, run_gate, select
+from merge_gate.judging import checks
 from merge_gate.records import AdapterReport, Report, Result, Severity, Verdict
+from merge_gate.sources import inputs, resolve
 from tests.command import merge_gate, strict_json
 from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
 from tests.hub import LoopbackHub
@@ -337,7 +338,7 @@ def test_a_digest_that_fails_costs_the_digest_only(
     def fail(*_: object) -> str:
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(gate.resolve, "digest_directory", fail)
+    monkeypatch.setattr(resolve, "digest_directory", fail)
     report = run_gate(small(place, "good"), device="cpu", output=str(tmp_path))
     assert report.result is Result.PASS
     assert [base.sha256 for base in report.bases] == [None]
@@ -369,16 +370,16 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
     where: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if where == "reading":
-        broken = _failing_for("other", gate.preflight, lambda directory: Path(directory).name)
-        monkeypatch.setattr(gate, "preflight", broken)
+        broken = _failing_for("other", inputs.preflight, lambda directory: Path(directory).name)
+        monkeypatch.setattr(inputs, "preflight", broken)
     else:
         merged_only = where == "judging the merge"
         broken = _failing_for(
             "other",
-            gate.checks.CHECKS["delta-norm"],
+            checks.CHECKS["delta-norm"],
             lambda case: "" if merged_only and not case.evidence else case.spec.name,
         )
-        monkeypatch.setattr(gate.checks, "CHECKS", {**gate.checks.CHECKS, "delta-norm": broken})
+        monkeypatch.setattr(checks, "CHECKS", {**checks.CHECKS, "delta-norm": broken})
     found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
     assert {name: one.verdict for name, one in found.items()} == {
         "good": Verdict.PASSED,

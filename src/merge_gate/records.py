@@ -7,7 +7,7 @@ they can be pickled to a worker, compared and cached. They hold no logic beyond 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar, dataclass_transform
 
@@ -213,6 +213,38 @@ class AdapterFiles:
     tensors: tuple[TensorHeader, ...] = ()
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+
+@record
+class Prepared:
+    """One adapter (or combination) whose names have become files; `problem` says why one has not."""
+
+    spec: AdapterSpec
+    members: tuple[AdapterFiles, ...] = ()
+    revision: str | None = None
+    base: Snapshot | None = None
+    problem: Finding | None = None
+
+    @property
+    def files(self) -> AdapterFiles:
+        """The members' files as one; of an ordinary adapter, its own."""
+        if len(self.members) == 1:
+            return self.members[0]
+        first = self.members[0] if self.members else AdapterFiles(directory="")
+        return replace(
+            first,
+            tensors=tuple(tensor for one in self.members for tensor in one.tensors),
+            files=tuple(file for one in self.members for file in one.files),
+            findings=tuple(finding for one in self.members for finding in one.findings),
+        )
+
+
+@record
+class Entry:
+    """One line of the report to be: an adapter in one dtype."""
+
+    prepared: Prepared
+    dtype: str
 
 
 # --- measurements --------------------------------------------------------------------------------------------------

@@ -15,16 +15,20 @@ from merge_gate.records import Coverage, Finding, Severity, Verdict
 
 def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:
     """The verdict, its cause, and the findings with one more where coverage alone forbids `passed`."""
+    what, cause = decide_files(findings)
+    gap = _gap(coverage) if what is Verdict.PASSED else ""
+    if gap:
+        return Verdict.ERROR, NOT_JUDGED, (undecided(gap, "please report this, with the adapter's config"), *findings)
+    return what, cause, findings
+
+
+def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, str | None]:
+    """The verdict on an adapter's files alone, and its cause: rules 1 and 2. `passed` says nothing of values."""
     errors = [finding.check for finding in findings if finding.severity is Severity.ERROR]
     proven = [check for check in errors if check != NOT_JUDGED]
     if proven:
-        return Verdict.FAILED, proven[0], findings
-    if errors:
-        return Verdict.ERROR, NOT_JUDGED, findings
-    gap = _gap(coverage)
-    if gap:
-        return Verdict.ERROR, NOT_JUDGED, (undecided(gap, "please report this, with the adapter's config"), *findings)
-    return Verdict.PASSED, None, findings
+        return Verdict.FAILED, proven[0]
+    return (Verdict.ERROR, NOT_JUDGED) if errors else (Verdict.PASSED, None)
 
 
 def _gap(coverage: Coverage) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, TextIO
 
 from merge_gate.records import Verdict
 from merge_gate.report import text, words
@@ -48,8 +48,8 @@ _COLOURS = {
 }
 
 
-class View(Protocol):
-    """The events of a run, in the order in which they come.
+class View:
+    """The events of a run, in the order in which they come; this one shows nothing of them.
 
     `close` puts the terminal back; it may come at any time and more than once (`contextlib.closing(view)`).
     """
@@ -67,8 +67,8 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-class SilentView(View):
-    """Shows nothing: for a run that nobody watches."""
+SilentView = View
+"""Shows nothing: for a run that nobody watches."""
 
 
 def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
@@ -79,7 +79,7 @@ def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View
     return RichView(stdout, stderr, colour=not env.get("NO_COLOR"))
 
 
-class PlainView:
+class PlainView(View):
     """Lines without escape codes: for logs, pipes and terminals that can do nothing else."""
 
     def __init__(self, stdout: TextIO, stderr: TextIO, *, clock: Clock = time.monotonic) -> None:
@@ -131,7 +131,7 @@ class PlainView:
         write(self._stderr, inert(line) + "\n")
 
 
-class RichView:
+class RichView(View):
     """A live view at the foot of the terminal, which the result replaces at the end."""
 
     def __init__(self, stdout: TextIO, stderr: TextIO, *, colour: bool = True, clock: Clock = time.monotonic) -> None:

@@ -1,0 +1,209 @@
+"""The worker process from inside: it loads bases and merges, and sends what it measured.
+
+In: a `Job` from the pipe. Out: events. It is started by process.py as an interpreter of its own; torch, transformers
+and PEFT are imported here and below only. Knows neither configs nor verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.engine.protocol import (
+    BaseLoaded,
+    BaseLoading,
+    DeviceChosen,
+    Event,
+    Finished,
+    Group,
+    Job,
+    Listener,
+    Merged,
+    MergeProgressed,
+    MergeStarted,
+    Task,
+    Undecided,
+)
+from merge_gate.errors import EngineError
+from merge_gate.records import Refusal
+
+if TYPE_CHECKING:
+    from merge_gate.engine.base import Base, Shape
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
+
+PROGRESS_S = 0.1
+"""No more than one event of progress in so long: whoever shows it uses a core that merges."""
+
+
+def main(descriptor: int) -> None:
+    """Entry point of the child: read a job from the pipe, send events, exit 0."""
+    pipe = Connection(descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    _end_with_parent()
+    gc.disable()  # collections while importing find nothing and take a fifth of the time
+    with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
+        import merge_gate.engine.merge  # noqa: F401, PLC0415
+    gc.freeze()
+    gc.enable()
+    try:
+        job = pipe.recv()
+    except (EOFError, OSError):
+        os._exit(0)  # there was nothing to merge
+    threading.Thread(target=_leave_with_parent, args=(pipe,), daemon=True).start()
+    for event in judge_job(job, pipe.send):
+        pipe.send(event)
+    pipe.send(Finished())
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with its parent, also while a native call keeps every Python thread waiting."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _leave_with_parent(pipe: Connection) -> None:
+    """The parent sends nothing more: whatever arrives now is its end."""
+    with contextlib.suppress(OSError):
+        pipe.poll(None)
+    os._exit(1)
+
+
+def judge_job(job: Job, progress: Listener) -> Iterator[Event]:
+    """Load each base once per shape, merge each task; every exception becomes that task's, and the rest go on."""
+    try:
+        chosen = _choose_device(job.device)
+    except EngineError as error:
+        for group in job.groups:
+            for task in group.tasks:
+                yield Undecided(task=task.index, refusal=_refusal(error))
+        return
+    yield chosen
+    for position, group in enumerate(job.groups):
+        if group.tasks:
+            yield from _judge_group(position, group, job, chosen.device, progress)
+
+
+def _choose_device(wanted: str) -> DeviceChosen:
+    import torch  # noqa: PLC0415 - the child's side only
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
+                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, torch for CUDA)",
+            )
+        count = torch.cuda.device_count()
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise EngineError(
+                f"device {wanted} was asked for, but there are only {count} CUDA devices (cuda:0 is first)"
+            )
+        return DeviceChosen(device=wanted, device_name=torch.cuda.get_device_name(index))
+    return DeviceChosen(device="cpu", device_name=_cpu_name())
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as info:
+        for line in info:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _judge_group(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
+    from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
+
+    by_shape: dict[Shape, list[Task]] = {}
+    for task in group.tasks:
+        try:
+            shape = bases.shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+        except Exception as error:
+            yield Undecided(task=task.index, refusal=_refusal(error))
+        else:
+            by_shape.setdefault(shape, []).append(task)
+    for shape, tasks in by_shape.items():
+        yield BaseLoading(group=position)
+        started = time.perf_counter()
+        try:
+            base = bases.load_base(
+                group.directory,
+                shape=shape,
+                label=group.label,
+                revision=group.revision,
+                dtype=group.dtype,
+                quantization=group.quantization,
+                device=device,
+                trust_remote_code=job.trust_remote_code,
+                allow_pickle=job.allow_pickle,
+            )
+        except Exception as error:
+            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
+            continue
+        yield BaseLoaded(group=position, facts=base.facts, seconds=time.perf_counter() - started)
+        for task in tasks:
+            yield MergeStarted(task=task.index)
+            yield _judge_task(base, task, progress)
+
+
+def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
+    next_s = 0.0
+
+    def report(done: int, total: int, module: str) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            progress(MergeProgressed(task=task.index, done=done, total=total, module=module))
+            next_s = time.monotonic() + PROGRESS_S
+
+    try:
+        from merge_gate.engine import merge  # noqa: PLC0415 - imports torch and PEFT
+
+        if task.combine is not None:
+            evidence = merge.merge_combination(
+                base, task.files, task.combine, thresholds=task.thresholds, progress=report
+            )
+        else:
+            evidence = merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=report)
+    except Exception as error:
+        return Undecided(task=task.index, refusal=_refusal(error))
+    return Merged(task=task.index, evidence=evidence)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What the report says of an exception that kept the gate from judging."""
+    if isinstance(error, EngineError):
+        return Refusal(check=None, message=error.message, hint=error.hint)
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
+        return Refusal(
+            check=None,
+            message="out of memory while judging this adapter",
+            hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
+        )
+    if isinstance(error, OSError):
+        return Refusal(
+            check=None,
+            message=f"a file of the adapter or its base could not be read when it was to be merged: {text[:400]}",
+            hint="check that nothing changes these files during a run, and that the disk is sound",
+        )
+    return Refusal(
+        check=None,
+        message=f"the gate could not judge this adapter: {type(error).__name__}: {text[:400]}",
+        hint="if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
+    )

@@ -1,0 +1,129 @@
+"""What the run and its worker process say to each other: one `Job` there, events back.
+
+In: nothing but records. Out: picklable records. Both sides import it; torch is not imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from merge_gate.records import (
+    EVERYTHING,
+    AdapterFiles,
+    BaseFacts,
+    Combine,
+    Evidence,
+    Quantization,
+    Refusal,
+    Thresholds,
+    record,
+)
+
+
+@record
+class Task:
+    """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's.
+
+    `thresholds` are those of `merge.merge_adapter`.
+    """
+
+    index: int
+    files: tuple[AdapterFiles, ...]
+    combine: Combine | None = None
+    thresholds: Thresholds = EVERYTHING
+
+
+@record
+class Group:
+    """Adapters on one base in one dtype and quantisation."""
+
+    label: str
+    directory: str
+    revision: str | None = None
+    dtype: str
+    quantization: Quantization = Quantization.NONE
+    tasks: tuple[Task, ...]
+
+
+@record
+class Job:
+    """Everything one run merges."""
+
+    groups: tuple[Group, ...]
+    device: str = "auto"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+# --- events --------------------------------------------------------------------------------------------------------
+
+
+@record
+class DeviceChosen:
+    """The child has its device."""
+
+    device: str
+    device_name: str
+
+
+@record
+class BaseLoading:
+    """`group` is a position in `Job.groups`."""
+
+    group: int
+
+
+@record
+class BaseLoaded:
+    """`facts` is what was measured of the base."""
+
+    group: int
+    facts: BaseFacts
+    seconds: float
+
+
+@record
+class MergeStarted:
+    """The task's adapter is being loaded and merged."""
+
+    task: int
+
+
+@record
+class MergeProgressed:
+    """`done` of `total` modules are merged, `module` is next."""
+
+    task: int
+    done: int
+    total: int
+    module: str
+
+
+@record
+class Merged:
+    """A task with what was measured of it."""
+
+    task: int
+    evidence: Evidence
+
+
+@record
+class Undecided:
+    """A task that could not be judged."""
+
+    task: int
+    refusal: Refusal
+
+
+@record
+class Finished:
+    """Every task has been settled."""
+
+
+@record
+class Idle:
+    """The child has said nothing for a while; the parent tells it itself."""
+
+
+Event = DeviceChosen | BaseLoading | BaseLoaded | MergeStarted | MergeProgressed | Merged | Undecided | Finished | Idle
+Listener = Callable[[Event], None]

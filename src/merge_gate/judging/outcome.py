@@ -1,0 +1,127 @@
+"""What is known of one entry → its line of the report, with findings, verdict and coverage.
+
+In: an `Entry`, and what the worker measured of it, if anything. Out: `AdapterReport`. Plain Python; knows neither
+worker nor files.
+
+1. Files alone may settle an entry: it is never loaded.            `blocked`
+2. Evidence settles it.                                            `merged`
+3. What kept the gate from judging settles it too.                 `undecided`
+4. Where only the files are asked about, they have a verdict.      `checked`
+"""
+
+from __future__ import annotations
+
+from merge_gate.judging import checks, verdict
+from merge_gate.records import (
+    AdapterFiles,
+    AdapterReport,
+    BaseFacts,
+    BaseRef,
+    BaseSpec,
+    Coverage,
+    Entry,
+    Evidence,
+    Finding,
+    Prepared,
+    Refusal,
+    Severity,
+    Verdict,
+)
+
+NEVER_LOADED = frozenset({"file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe"})
+"""Findings of the preflight after which PEFT does not see the adapter, whatever severity the config gives them."""
+
+
+def blocked(entry: Entry) -> AdapterReport | None:
+    """The report of an entry that its files alone keep from being merged; None where it may go on."""
+    found = _file_findings(entry.prepared)
+    if any(finding.severity is Severity.ERROR and finding.check != "expectation-failed" for finding in found):
+        return _judged(entry, found)
+    unsafe = [finding for finding in entry.prepared.files.findings if finding.check in NEVER_LOADED]
+    if not unsafe:
+        return None
+    why = checks.undecided(
+        f"not merged, since {unsafe[0].check} was found (its severity in the config does not make it loadable)",
+        unsafe[0].hint,
+    )
+    return _judged(entry, (*found, why))
+
+
+def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
+    """The report of an entry that was merged, or whose merge was refused."""
+    findings = checks.judge(entry.prepared.spec, entry.prepared.files, evidence)
+    return _judged(entry, findings, evidence)
+
+
+def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
+    """The report of an entry that the gate could not judge."""
+    why = checks.undecided(refusal.message, refusal.hint, origin=refusal.origin)
+    return _judged(entry, (*_file_findings(entry.prepared), why))
+
+
+def checked(prepared: Prepared) -> AdapterReport:
+    """The report on an adapter's files alone; its verdict says nothing of values."""
+    findings = _file_findings(prepared)
+    entry = Entry(prepared=prepared, dtype=prepared.spec.base.dtypes[0])
+    return _report(entry, findings, *verdict.decide_files(findings))
+
+
+def _file_findings(prepared: Prepared) -> tuple[Finding, ...]:
+    """What can be said without a merge."""
+    if prepared.problem is not None and not prepared.members:
+        return (prepared.problem,)
+    judged = checks.judge(prepared.spec, prepared.files, None)
+    return (*judged, prepared.problem) if prepared.problem is not None else judged
+
+
+def _judged(entry: Entry, findings: tuple[Finding, ...], evidence: Evidence | None = None) -> AdapterReport:
+    what, cause, findings = verdict.decide(findings, _coverage(entry.prepared.files, evidence))
+    return _report(entry, findings, what, cause, evidence)
+
+
+def _report(
+    entry: Entry, findings: tuple[Finding, ...], what: Verdict, cause: str | None, evidence: Evidence | None = None
+) -> AdapterReport:
+    spec, files = entry.prepared.spec, entry.prepared.files
+    return AdapterReport(
+        name=spec.name,
+        source=spec.source,
+        revision=entry.prepared.revision,
+        base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
+        peft_type=files.peft_type,
+        verdict=what,
+        cause=cause,
+        findings=findings,
+        coverage=_coverage(files, evidence),
+        files=files.files,
+        seconds=evidence.seconds if evidence else 0.0,
+        seed=evidence.seed if evidence else None,
+        line=spec.line,
+        column=spec.column,
+    )
+
+
+def _base_ref(spec: BaseSpec, dtype: str, files: AdapterFiles, facts: BaseFacts | None) -> BaseRef:
+    if facts is not None:
+        return BaseRef(model=facts.model, revision=facts.revision, dtype=facts.dtype, quantization=facts.quantization)
+    return BaseRef(
+        model=spec.label or spec.model or files.base_name,
+        revision=spec.revision,
+        dtype=dtype,
+        quantization=spec.quantization,
+    )
+
+
+def _coverage(files: AdapterFiles, evidence: Evidence | None) -> Coverage:
+    if evidence is None:
+        return Coverage(adapter_tensors=len(files.tensors))
+    tensors = len(evidence.file_tensors)
+    refused = evidence.refusal is not None
+    return Coverage(
+        adapter_tensors=tensors,
+        applied=0 if refused else tensors - len(evidence.unexpected),
+        modules_merged=len(evidence.targeted),
+        parameters_checked=evidence.parameters_checked,
+        parameters_bounded=evidence.parameters_bounded,
+        parameters_total=evidence.parameters_total,
+    )

@@ -1,0 +1,54 @@
+"""When a report is written while a run goes on, so that a run that is killed leaves a true one.
+
+In: the report as it is now, at any moment. Out: files in the output directory, at a bounded share of the run's time.
+Knows neither adapters nor the formats' insides.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from merge_gate.report.files import write_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from merge_gate.records import Report
+
+PROVISIONAL_FORMATS = ("report.json",)
+"""What is written while a run goes on; the other formats are there from its start and say that it is not complete."""
+
+PAUSE_RATIO = 4.0
+"""After a provisional report, no other for this many times as long as it took: with a thousand adapters, writing the
+report after each would take longer than judging them."""
+
+
+class ReportWriter:
+    """Writes to one directory; to none where it is None."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._directory = directory
+        self._pending = False
+        self._next_write_s = 0.0
+
+    def write(self, report: Report) -> None:
+        """Write every format, now."""
+        if self._directory is not None:
+            write_report(report, self._directory)
+        self._pending = False
+
+    def changed(self) -> None:
+        """There is something that is not on disk yet."""
+        self._pending = True
+
+    def catch_up(self, current: Callable[[], Report], *, at_once: bool = False) -> None:
+        """Write what has changed since the last provisional report, unless that was a moment ago."""
+        began_s = time.monotonic()
+        if not self._pending or (began_s < self._next_write_s and not at_once):
+            return
+        if self._directory is not None:
+            write_report(current(), self._directory, formats=PROVISIONAL_FORMATS)
+        self._pending = False
+        ended_s = time.monotonic()
+        self._next_write_s = ended_s + PAUSE_RATIO * (ended_s - began_s)

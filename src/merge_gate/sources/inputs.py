@@ -1,0 +1,108 @@
+"""Names → files: each adapter and each base of a config is resolved and read once, however often it is asked for.
+
+In: a `Config` and its `AdapterSpec`s. Out: `Prepared`, in which whatever went wrong is a finding of that adapter alone.
+Knows nothing of merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from merge_gate.errors import GateError, ResolveError
+from merge_gate.judging import checks
+from merge_gate.records import AdapterFiles, AdapterSpec, Config, Finding, Prepared, Snapshot
+from merge_gate.sources import resolve
+from merge_gate.sources.preflight import preflight
+
+
+class Inputs:
+    """The files of one config's adapters and bases. `notify` is told what takes long (a download)."""
+
+    def __init__(self, config: Config, notify: Callable[[str], None]) -> None:
+        self._config = config
+        self._notify = notify
+        self._specs = {spec.name: spec for spec in config.adapters}
+        self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
+        self._bases: dict[tuple[str, str | None], Snapshot | GateError] = {}
+
+    def prepare(self, spec: AdapterSpec) -> Prepared:
+        """The adapter's files and its base."""
+        prepared = self.adapter(spec)
+        return prepared if prepared.problem is not None else self._with_base(prepared)
+
+    def adapter(self, spec: AdapterSpec) -> Prepared:
+        """The adapter's files alone; of a combination, its members'."""
+        names = spec.combine.adapters if spec.combine is not None else (spec.name,)
+        members, revision = [], None
+        for name in names:
+            try:
+                files, revision = self._files(self._specs[name])
+            except GateError as error:
+                return Prepared(spec=spec, problem=checks.undecided(error.message, error.hint))
+            except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
+                return Prepared(spec=spec, problem=checks.accident("its files could not be read", error))
+            members.append(files)
+        return Prepared(spec=spec, members=tuple(members), revision=None if spec.combine else revision)
+
+    def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        if spec.name not in self._read:
+            allow = self._config.allow_pickle
+            found = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
+            files = preflight(found.snapshot.directory, allow_pickle=allow, withheld=found.withheld)
+            self._read[spec.name] = files, found.snapshot.revision
+        return self._read[spec.name]
+
+    def _with_base(self, prepared: Prepared) -> Prepared:
+        """Add the base: the config's, else the one that adapter_config.json names."""
+        wanted = prepared.spec.base
+        model, revision = wanted.model, wanted.revision
+        if model is None:
+            named, revision = prepared.files.base_name, wanted.revision or prepared.files.base_revision
+            if not named:
+                return replace(prepared, problem=_no_base())
+            model = self._named_by_adapter(named)
+        found = self._base(model, revision, wanted.label or model)
+        if isinstance(found, GateError):
+            return replace(prepared, problem=checks.undecided(found.message, found.hint))
+        return replace(prepared, base=found)
+
+    def _named_by_adapter(self, named: str) -> str:
+        """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
+        path = Path(self._config.path).resolve().parent / named
+        try:
+            return str(path) if path.is_dir() else named
+        except (OSError, ValueError):  # a name that no file system takes
+            return named
+
+    def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
+        key = (model, revision)
+        if key not in self._bases:
+            self._bases[key] = self._resolved_base(model, revision, label)
+        return self._bases[key]
+
+    def _resolved_base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
+        try:
+            return resolve.resolve_base(
+                model,
+                revision,
+                trust_remote_code=self._config.trust_remote_code,
+                allow_pickle=self._config.allow_pickle,
+                label=label,
+                notify=self._notify,
+            ).snapshot
+        except GateError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
+            return ResolveError(
+                f"base {label[:80]!r} cannot be looked up: {type(error).__name__}",
+                hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
+            )
+
+
+def _no_base() -> Finding:
+    return checks.undecided(
+        "no base to merge into: the config sets no base.model, and adapter_config.json names none",
+        "set base: {model: …} for the file or for this adapter",
+    )

@@ -1,0 +1,39 @@
+"""What the child says of an exception that kept it from judging an adapter."""
+
+from __future__ import annotations
+
+import pytest
+
+from merge_gate.engine import child
+from merge_gate.errors import EngineError
+
+
+def test_an_exception_becomes_a_sentence() -> None:
+    refusal = child._refusal(ValueError("\n  first line\nsecond line"))
+    assert "ValueError: first line" in refusal.message
+    assert "second" not in refusal.message
+    assert "report this as a bug" in refusal.hint
+    assert "no message" in child._refusal(ValueError()).message
+    assert len(child._refusal(ValueError("x" * 9000)).message) < 600
+
+
+def test_our_own_errors_keep_their_hint() -> None:
+    refusal = child._refusal(EngineError("what", hint="what next"))
+    assert (refusal.check, refusal.message, refusal.hint) == (None, "what", "what next")
+
+
+def test_out_of_memory_is_told_from_a_bug() -> None:
+    import torch  # noqa: PLC0415 - see conftest
+
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    for error in (MemoryError(), of_torch.value, torch.OutOfMemoryError("CUDA out of memory")):
+        refusal = child._refusal(error)
+        assert "out of memory" in refusal.message
+        assert "bug" not in refusal.hint
+
+
+def test_a_file_that_went_away_is_told_from_a_bug() -> None:
+    refusal = child._refusal(FileNotFoundError(2, "No such file or directory", "model.safetensors"))
+    assert "model.safetensors" in refusal.message
+    assert "bug" not in refusal.hint
