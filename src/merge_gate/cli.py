@@ -354,7 +354,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     if arguments.document == "config":
         from merge_gate.config.load import config_schema as schema
     else:
-        from merge_gate.report.json_report import report_schema as schema
+        from merge_gate.report.schema import report_schema as schema
     try:
         print(json.dumps(schema(), indent=2), flush=True)
     except OSError as error:  # here the output is all there is

@@ -2,19 +2,30 @@
 
 In: nothing but the standard library. Out: frozen, slotted, keyword-only dataclasses of hashable fields, so that
 they can be pickled to a worker, compared and cached. They hold no logic beyond what follows from their own fields.
+
+Where a field has `told`, the record is part of report.json, and the sentence is the field's description: the file, its
+JSON Schema, the tables of docs/report.md and the reader are all made from it (report/document.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from enum import StrEnum
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 _T = TypeVar("_T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+def told(sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False) -> Any:
+    """A field that report.json has, and what is said of it; `key` where its name there is another.
+
+    `as_rows`: a tuple of many records, which are written as the rows of a table.
+    """
+    return field(default=default, metadata={"told": sentence, "key": key, "as_rows": as_rows})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, told))
 def record(cls: type[_T]) -> type[_T]:
     """The one kind of class in this module: a frozen, slotted, keyword-only dataclass."""
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
@@ -180,9 +191,9 @@ class Snapshot:
 class FileRecord:
     """One input file of an adapter. `path` is relative to the adapter's directory."""
 
-    path: str
-    size_bytes: int
-    sha256: str
+    path: str = told("Relative to the adapter's directory.")
+    size_bytes: int = told("Size in bytes.", key="bytes")
+    sha256: str = told("Digest of its bytes, hex.")
 
 
 @record
@@ -258,16 +269,16 @@ class TensorStats:
     `first_index` is the index of the first non-finite element in row-major order.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    numel: int
-    minimum: float | None = None
-    maximum: float | None = None
-    nan: int = 0
-    posinf: int = 0
-    neginf: int = 0
-    first_index: tuple[int, ...] | None = None
+    name: str = told("Its name in the merged model.")
+    dtype: str = told("Its dtype after the merge, in torch's words; of a quantised weight, of the dequantised values.")
+    shape: tuple[int, ...] = told("Its shape.")
+    numel: int = told("How many elements it has.")
+    minimum: float | None = told("Smallest finite value; null where there is none.", default=None)
+    maximum: float | None = told("Largest finite value; null where there is none.", default=None)
+    nan: int = told("How many elements are NaN.", default=0)
+    posinf: int = told("How many elements are +Infinity.", default=0)
+    neginf: int = told("How many elements are -Infinity.", default=0)
+    first_index: tuple[int, ...] | None = told("Index of the first non-finite element, row-major.", default=None)
 
     @property
     def finite(self) -> bool:
@@ -293,16 +304,22 @@ class TensorMerge:
     (engine/plain.py).
     """
 
-    module: str
-    stats: TensorStats
-    dtype_max: float
-    changed: bool
-    base_norm: float | None = None
-    delta_norm: float | None = None
-    lost_norm: float | None = None
-    unchanged_fraction: float | None = None
-    bounded: int = 0
-    estimated: bool = False
+    module: str = told("Module of the base.")
+    stats: TensorStats = told("The merged tensor in its final dtype.")
+    dtype_max: float = told("Largest finite value of the dtype.")
+    changed: bool = told("Whether any element differs from the base.")
+    base_norm: float | None = told("‖W‖, the Frobenius norm of the base's tensor.", default=None)
+    delta_norm: float | None = told("‖ΔW‖, the Frobenius norm of the exact delta.", default=None)
+    lost_norm: float | None = told(
+        "What rounding took: the norm of the merged tensor less the exact sum W + ΔW.", default=None
+    )
+    unchanged_fraction: float | None = told("Share of elements whose bits the merge left alone.", default=None)
+    bounded: int = told(
+        "Elements that were not merged one by one; where there are some, `minimum` and `maximum` are bounds that no "
+        "element exceeds.",
+        default=0,
+    )
+    estimated: bool = told("Whether `lost_norm` and `unchanged_fraction` are estimates by a sample.", default=False)
 
 
 @record
@@ -414,19 +431,23 @@ class Finding:
     `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
     """
 
-    check: str
-    severity: Severity
-    message: str
-    hint: str = ""
-    origin: Origin
-    module: str | None = None
-    tensor: str | None = None
-    nan: int | None = None
-    posinf: int | None = None
-    neginf: int | None = None
-    numel: int | None = None
-    first_index: tuple[int, ...] | None = None
-    measured: tuple[tuple[str, float], ...] = ()
+    check: str = told("Id of the check.")
+    severity: Severity = told("`error` fails the adapter, `warning` does not.")
+    message: str = told("What is wrong, where, what was found and what was expected.")
+    hint: str = told("What to do about it; may be empty.", default="")
+    module: str | None = told("Module of the base.", default=None)
+    tensor: str | None = told("Tensor, named as in the file or the model it is from.", default=None)
+    origin: Origin = told("Where the cause lies.")
+    nan: int | None = told("How many values of the tensor are NaN.", default=None)
+    posinf: int | None = told("How many values of the tensor are +Infinity.", default=None)
+    neginf: int | None = told("How many values of the tensor are -Infinity.", default=None)
+    numel: int | None = told("How many values the tensor has.", default=None)
+    first_index: tuple[int, ...] | None = told("Index of the first non-finite value, row-major.", default=None)
+    measured: tuple[tuple[str, float], ...] = told(
+        'The figures behind the finding, by name. JSON has no infinities: those are the strings `"Infinity"`, '
+        '`"-Infinity"` and `"NaN"`.',
+        default=(),
+    )
 
 
 @record
@@ -437,22 +458,29 @@ class Coverage:
     (engine/lowrank.py).
     """
 
-    adapter_tensors: int = 0
-    applied: int = 0
-    modules_merged: int = 0
-    parameters_checked: int = 0
-    parameters_bounded: int = 0
-    parameters_total: int = 0
+    adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
+    applied: int = told("Of these, tensors that the merge used.", default=0)
+    modules_merged: int = told("Modules of the base that were merged and measured.", default=0)
+    parameters_checked: int = told(
+        "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
+        default=0,
+    )
+    parameters_bounded: int = told(
+        "Of the checked ones, elements that were not merged one by one, since base and adapter hold no values large "
+        "enough to overflow; 0 with `--exhaustive`.",
+        default=0,
+    )
+    parameters_total: int = told("Elements that the merged model has.", default=0)
 
 
 @record
 class BaseRef:
     """The base that an adapter was judged on."""
 
-    model: str | None
-    revision: str | None
-    dtype: str
-    quantization: Quantization
+    model: str | None = told("Directory or Hub id as written; null where none could be found out.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
+    dtype: str = told("The dtype that was checked, in torch's words.")
+    quantization: Quantization = told("How the base was quantised when it was loaded.")
 
 
 @record
@@ -462,46 +490,60 @@ class AdapterReport:
     `seed` is that of a combination by a random method, with which it gives the same bits again.
     """
 
-    name: str
-    source: str
-    revision: str | None = None
-    base: BaseRef
-    peft_type: str | None = None
-    verdict: Verdict
-    cause: str | None = None
-    findings: tuple[Finding, ...] = ()
-    coverage: Coverage = Coverage()
-    files: tuple[FileRecord, ...] = ()
-    seconds: float = 0.0
-    seed: int | None = None
-    line: int
-    column: int
+    name: str = told("Its name in the configuration.")
+    source: str = told("Its path as written, or its Hub id.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    base: BaseRef = told("The base that it was merged into.")
+    peft_type: str | None = told(
+        "PEFT's name of the method, such as `LORA`; null where it could not be read.", default=None
+    )
+    verdict: Verdict = told("`error` where it could not be judged. Only `passed` clears it.")
+    cause: str | None = told(
+        "Id of the check that decided, the one nearest the root; `not-judged` with the verdict `error`; null when "
+        "passed.",
+        default=None,
+    )
+    findings: tuple[Finding, ...] = told("All findings, whichever is the cause.", default=())
+    coverage: Coverage = told("How much was checked.", default=Coverage())
+    files: tuple[FileRecord, ...] = told("The files that were read.", default=())
+    seconds: float = told("Time that the adapter took; null where it was not measured.", default=0.0)
+    seed: int | None = told(
+        "The seed of a combination by a random method (`dare_…`); null for everything else.", default=None
+    )
+    line: int = told("Line of its entry in the configuration file, counted from 1.")
+    column: int = told("Column of its entry, counted from 1.")
+    tensors: tuple[TensorMerge, ...] = told(
+        "Every tensor that the merge touched, as it left it: `rows`, and the names of their `columns`. Figures are "
+        "rounded to six significant digits.",
+        default=(),
+        as_rows=True,
+    )
 
 
 @record
 class BaseReport:
     """One base that was loaded."""
 
-    model: str
-    revision: str | None = None
-    dtype: str
-    quantization: Quantization
-    sha256: str | None = None
-    parameters: int = 0
-    findings: tuple[Finding, ...] = ()
+    model: str = told("Directory or Hub id as written.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    dtype: str = told("The dtype that was checked, in torch's words.")
+    quantization: Quantization = told("How the base was quantised when it was loaded.")
+    sha256: str | None = told("Digest of its weights, hex; null where it was not taken.", default=None)
+    parameters: int = told("Elements of all its parameters and persistent buffers.", default=0)
+    findings: tuple[Finding, ...] = told("What is wrong with the base itself, before any merge.", default=())
 
 
 @record
 class Environment:
     """What the run ran on. Versions are None where a package is absent or was not needed."""
 
-    python: str
-    torch: str | None = None
-    peft: str | None = None
-    transformers: str | None = None
-    bitsandbytes: str | None = None
-    device: str = "cpu"
-    device_name: str = ""
+    python: str = told("Version of Python.")
+    torch: str | None = told("Version of torch; null where it is absent.", default=None)
+    peft: str | None = told("Version of PEFT; null where it is absent.", default=None)
+    transformers: str | None = told("Version of transformers; null where it is absent.", default=None)
+    bitsandbytes: str | None = told("Version of bitsandbytes; null where it is absent.", default=None)
+    device: str = told("`cpu`, `cuda:0`, …", default="cpu")
+    device_name: str = told("The device's own name; may be empty.", default="")
 
 
 @record

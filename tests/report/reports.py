@@ -16,6 +16,8 @@ from merge_gate.records import (
     Quantization,
     Report,
     Severity,
+    TensorMerge,
+    TensorStats,
     Verdict,
 )
 
@@ -174,11 +176,25 @@ def findings() -> st.SearchStrategy[Finding]:
     )
 
 
+def merges() -> st.SearchStrategy[TensorMerge]:
+    shape = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    figure, count = st.none() | st.floats(), st.integers(0, 10**12)
+    stats = st.builds(
+        TensorStats, name=TEXTS, dtype=TEXTS, shape=shape, numel=count, minimum=figure, maximum=figure, nan=count,
+        posinf=count, neginf=count, first_index=st.none() | shape,
+    )  # fmt: skip
+    return st.builds(
+        TensorMerge, module=TEXTS, stats=stats, dtype_max=st.floats(), changed=st.booleans(), base_norm=figure,
+        delta_norm=figure, lost_norm=figure, unchanged_fraction=figure, bounded=count, estimated=st.booleans(),
+    )  # fmt: skip
+
+
 def adapters() -> st.SearchStrategy[AdapterReport]:
     found = st.lists(findings(), max_size=3).map(tuple)
     base = st.builds(BaseRef, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
     common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
-              "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9)}  # fmt: skip
+              "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9),
+              "tensors": st.lists(merges(), max_size=3).map(tuple)}  # fmt: skip
     return st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common) | st.builds(
         AdapterReport, verdict=st.sampled_from((Verdict.FAILED, Verdict.ERROR)), cause=TEXTS, **common
     )

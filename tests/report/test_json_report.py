@@ -11,7 +11,10 @@ import jsonschema
 import pytest
 from hypothesis import given
 
-from merge_gate.report.json_report import render, report_schema
+from merge_gate.errors import UsageError
+from merge_gate.records import TensorMerge, TensorStats
+from merge_gate.report.json_report import read, render
+from merge_gate.report.schema import report_schema
 from tests.report.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ def test_keys_stand_as_the_contract_has_them() -> None:
     ]  # fmt: skip
     assert list(document["adapters"][0]) == [
         "name", "source", "revision", "base", "peft_type", "verdict", "cause", "findings", "coverage", "files",
-        "seconds", "seed", "line", "column",
+        "seconds", "seed", "line", "column", "tensors",
     ]  # fmt: skip
     assert list(document["adapters"][2]["findings"][0]) == [
         "check", "severity", "message", "hint", "module", "tensor", "origin", "nan", "posinf", "neginf", "numel",
@@ -122,6 +125,82 @@ def test_the_schema_refuses_what_is_wrong() -> None:
     passed_with_cause["adapters"][0]["cause"] = "no-effect"
     assert not VALIDATOR.is_valid(passed_with_cause)
     assert VALIDATOR.is_valid(json.loads(render(PASS)) | {"added_later": 1})
+
+
+def test_the_tensors_are_a_table_with_a_line_for_each() -> None:
+    stats = TensorStats(
+        name="a.weight", dtype="float16", shape=(2, 3), numel=6, minimum=-1 / 3, maximum=None, nan=1, first_index=(0, 1)
+    )
+    merge = TensorMerge(module="a", stats=stats, dtype_max=65504.0, changed=True, delta_norm=float("inf"), bounded=2)
+    text = render(report(adapter(tensors=(merge, merge))))
+    (row, _) = [line for line in text.splitlines() if '"a.weight"' in line]
+    table = parse(text)["adapters"][0]["tensors"]
+    assert json.loads(row.strip().rstrip(",")) == table["rows"][0]
+    assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
+        "module": "a", "name": "a.weight", "dtype": "float16", "shape": [2, 3], "numel": 6, "minimum": -0.333333,
+        "maximum": None, "nan": 1, "posinf": 0, "neginf": 0, "first_index": [0, 1], "dtype_max": 65504.0,
+        "changed": True, "base_norm": None, "delta_norm": None, "lost_norm": None, "unchanged_fraction": None,
+        "bounded": 2, "estimated": False,
+    }  # fmt: skip
+
+
+# --- back ----------------------------------------------------------------------------------------------------------
+
+
+@given(hostile_reports())
+def test_a_report_comes_back_as_it_was_written(run: Report) -> None:
+    text = render(run)
+    assert render(read(text.encode(), "report.json")) == text
+
+
+def test_keys_of_a_later_version_are_ignored_and_those_of_an_earlier_one_not_missed() -> None:
+    document = json.loads(render(FAIL)) | {"schema_version": "1.7", "later": 1}
+    for judged in document["adapters"]:
+        del judged["tensors"]
+    assert read(json.dumps(document).encode(), "r") == FAIL
+
+
+def _edited(path: str, value: Any) -> bytes:
+    document = json.loads(render(FAIL))
+    *above, last = path.split(".")
+    place = document
+    for key in above:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    place[last] = value
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it is not JSON"),
+        (b"\xff", "it is not UTF-8 (byte 0)"),
+        (b"[]", "the document is an array, expected an object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"x": NaN}', "a bare NaN"),
+        (b'{"x": 1, "x": 2}', "a key twice"),
+        (b"9" * 10_000, "it is not JSON"),
+        (b"{}", "schema_version is missing"),
+        (_edited("schema_version", "2.0"), "schema_version is 2.0, expected 1.x"),
+        (_edited("tool.name", "other"), "tool.name is other"),
+        (_edited("result", "pass"), "result does not follow from the verdicts"),
+        (_edited("counts.passed", 5), "counts does not follow"),
+        (_edited("adapters.0.verdict", "<script>"), "adapters[0].verdict is '<script>', expected passed, failed or"),
+        (_edited("adapters.0.line", -1), "adapters[0].line is -1, expected a number that is whole and not negative"),
+        (_edited("adapters.0.line", True), "adapters[0].line is True"),
+        (_edited("adapters.0.cause", "no-effect"), "adapters[0] passed and has a cause"),
+        (_edited("adapters.2.findings", {}), "adapters[2].findings is an object, expected an array"),
+        (_edited("adapters.2.findings.0.measured", {"x": "inf"}), "measured.x is 'inf', expected a number"),
+        (_edited("adapters.0.tensors", {"columns": ["name"], "rows": [[]]}), "rows[0] has 0 cells"),
+        (_edited("adapters.0.tensors", {"columns": ["name"], "rows": [["x"]]}), "rows[0].module is missing"),
+        (_edited("adapters.0.name", ["\u202e"]), "adapters[0].name is an array, expected a text"),
+    ],
+)  # fmt: skip
+def test_what_is_no_report_is_refused_with_its_place(data: bytes, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(data, "r\u202e.json")
+    assert said in caught.value.message
+    assert caught.value.message.isprintable()
 
 
 @given(hostile_reports())

@@ -98,6 +98,7 @@ def _report(
         seed=evidence.seed if evidence else None,
         line=spec.line,
         column=spec.column,
+        tensors=evidence.merges if evidence else (),
     )
 
 
