@@ -1,0 +1,283 @@
+"""The fast way: the merge of a low-rank update into one weight, a block of rows at a time, with PEFT's bits.
+
+In: a weight as the base holds it and a `LowRankUpdate`. Out: a `BlockMerge`, which gives the merged rows block by block
+and never holds them all; `measure_merge` and `sample_merge` read figures off it. Knows torch and bitsandbytes: no PEFT,
+no models, no files, no idea of what is good or bad. The weight is never written.
+
+    delta.py    scaling · B @ A in blocks, and the proof that they have the bits of the whole
+    dense.py    W + delta, DoRA's norms, PEFT's roundings
+    packed.py   bitsandbytes weights: dequantised, quantised again
+    bound.py    what can be said of a merge without making it
+
+What is not finite stays so: NaN and infinities travel through every step and are in the figures. One call works on one
+core, if its thread says `torch.set_num_threads(1)`; threads.py spreads weights over the cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from merge_gate.engine.delta import FLOATS, HALVES, Buffers, LowRankUpdate, is_plain
+from merge_gate.engine.dense import DenseValues, Sum
+from merge_gate.engine.packed import Int4Values, Int8Values
+from merge_gate.engine.quantized import BNB_4BIT, is_quantized
+
+Weight = DenseValues | Int8Values | Int4Values
+
+SAMPLE_ROWS = 64
+SAMPLE_ELEMENTS = 1 << 17
+"""A sample has at least so many rows, and about so many elements."""
+
+NARROW = (torch.float32, *HALVES)
+"""Dtypes of a weight whose DoRA or quantised merge is made here; the others are rare, and PEFT's."""
+
+
+class MergedRows(NamedTuple):
+    """A block of a merge; the next one overwrites its tensors.
+
+    `merged` are the rows `rows` of the merged weight, in its final dtype (dequantised, if it is quantised). `change` is
+    by how much they would differ from the base's if nothing were rounded; None unless it was asked for.
+    """
+
+    rows: slice
+    merged: torch.Tensor
+    change: torch.Tensor | None
+
+
+class BlockMerge:
+    """The merge of one update into one weight. Iterate it as often as needed; `scales` are there after the first block.
+
+    `scales` are those of the merged weight, by the suffixes of engine/quantized.py (`SCB`, `absmax`, …); none of a
+    dense one.
+    """
+
+    def __init__(
+        self, values: Weight, update: LowRankUpdate, buffers: Buffers, *, sample_of: int | None = None
+    ) -> None:
+        self._values, self._update, self._buffers = values, update, buffers
+        self.of = sample_of or values.shape[0] * values.shape[1]
+        self.quantized = not isinstance(values, DenseValues)
+        self.scales: dict[str, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[MergedRows]:
+        return self.blocks()
+
+    def blocks(self, *, with_change: bool = False) -> Iterator[MergedRows]:
+        """The merged rows, from the first to the last."""
+        values = self._values
+        slices = self._buffers.blocks(*values.shape, values.device)
+        summed = Sum(values, self._update, slices, self._buffers, rounded=isinstance(values, DenseValues))
+        if isinstance(values, DenseValues):
+            for rows in slices:
+                yield MergedRows(rows, *summed.rows(rows, values.rows(rows), with_change=with_change))
+            return
+        held = values.dtype if self._update.magnitude is not None else self._update.lora_a.dtype
+        again = values.requantized(torch.promote_types(values.dtype, held))
+        for rows in slices:
+            again.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
+        self.scales = again.settle()
+        for rows in slices:
+            change = summed.rows(rows, values.rows(rows), with_change=True)[1] if with_change else None
+            yield MergedRows(rows, again.rows(rows), change)
+
+    def base(self, rows: slice) -> torch.Tensor:
+        """The base's values that `merged` stands in place of."""
+        return self._values.rows(rows)
+
+    def sampled(self) -> BlockMerge | None:
+        """The merge of rows spread evenly over the weight, at an odd stride; None where rows say nothing alone.
+
+        Its products are not proved to have the bits of the whole; they may differ in the last bit of float32.
+        """
+        if self._update.transposed and self._update.magnitude is not None:
+            return None
+        rows, columns = self._values.shape
+        step = max(rows // max(SAMPLE_ROWS, SAMPLE_ELEMENTS // columns), 1)
+        step -= 1 - step % 2 if step > 1 else 0  # odd: an even one would meet the same place of every attention head
+        return BlockMerge(self._values.sampled(step), self._update.sampled(step), self._buffers, sample_of=self.of)
+
+
+def supports(
+    weight: torch.Tensor,
+    update: LowRankUpdate,
+    *,
+    row_scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether `merged_blocks` can take these; what it refuses is for PEFT's own code.
+
+    That is: other quantised, sparse or empty weights, factors of two dtypes, shapes that do not fit, rare dtypes.
+    """
+    return _values(weight, update, row_scales, dtype, Buffers()) is not None
+
+
+def merged_blocks(
+    weight: torch.Tensor,
+    update: LowRankUpdate,
+    buffers: Buffers,
+    *,
+    row_scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> BlockMerge:
+    """The merge of `update` into `weight` as PEFT's `safe_merge=True` would leave it.
+
+    Args:
+        weight: (out, in), or (in, out) if the update is transposed: dense, or a parameter of bitsandbytes. Only read.
+        update: its factors on the weight's device.
+        buffers: the calling thread's; pass the same ones for all weights.
+        row_scales: of an 8-bit weight (`SCB`).
+        dtype: the dtype that the base would be loaded in, if it is not the weight's own; dense weights only.
+
+    Raises:
+        ValueError: `supports` is false of these.
+    """
+    values = _values(weight, update, row_scales, dtype, buffers)
+    if values is None:
+        a, b = update.lora_a, update.lora_b
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (weight, a, b))
+        raise ValueError(f"not a low-rank update of a weight that can be merged in blocks: got {shapes}")
+    return BlockMerge(values, update, buffers)
+
+
+def _values(
+    weight: torch.Tensor,
+    update: LowRankUpdate,
+    row_scales: torch.Tensor | None,
+    dtype: torch.dtype | None,
+    buffers: Buffers,
+) -> Weight | None:
+    if not update.well_formed or weight.device != update.lora_a.device:
+        return None
+    values: Weight | None = None
+    if is_plain(weight) and weight.dim() == 2 and (dtype or weight.dtype) in FLOATS:  # noqa: PLR2004
+        values = DenseValues(weight, buffers, dtype)
+    elif is_quantized(weight) and dtype is None and not update.transposed:
+        is_4bit = type(weight).__name__ == BNB_4BIT
+        values = Int4Values.of(weight) if is_4bit else Int8Values.of(weight, row_scales)
+    if values is None or values.shape != update.shape:
+        return None
+    if isinstance(values, DenseValues) and update.magnitude is None:
+        return values
+    magnitude = update.magnitude if update.magnitude is not None else update.lora_a
+    wide = update.lora_a.dtype is magnitude.dtype is torch.float32
+    return values if wide and values.dtype in NARROW else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What rounding does to a merge. The sums are NaN or infinite where their summands are not finite.
+
+    `unchanged` elements kept their value. `delta_sq` is ‖delta‖² before it was rounded, `lost_sq` is
+    ‖merged - (W + delta)‖², `base_sq` is ‖W‖². Of a quantised weight W and merged are dequantised.
+    """
+
+    unchanged: int
+    delta_sq: float
+    lost_sq: float
+    base_sq: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a merged weight is like, in its final dtype.
+
+    Of the `of` elements of the weight `numel` were merged, and all that follows is of these: `minimum` and `maximum`,
+    NaN as soon as one of them is NaN; whether any has `changed` its value (-0.0 and 0.0 are the same value); the
+    `figures`, where they were asked for. `scales` are the least and the greatest of each scale of a quantised weight.
+    """
+
+    numel: int
+    of: int
+    minimum: float
+    maximum: float
+    changed: bool
+    figures: Figures | None
+    scales: tuple[tuple[str, float, float], ...]
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the figures of a sample stand for the whole."""
+        return self.numel < self.of
+
+    @property
+    def finite(self) -> bool:
+        bounds = [self.minimum, self.maximum, *(bound for _, *both in self.scales for bound in both)]
+        return all(map(math.isfinite, bounds))
+
+    @property
+    def max_abs(self) -> float:
+        """NaN where the merge is."""
+        return max(-self.minimum, self.maximum)
+
+
+@torch.no_grad()
+def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
+    """Merge every row and measure it. The figures cost more than the merge."""
+    tally = _Tally(merge, figures=figures)
+    for block in merge.blocks(with_change=figures):
+        tally.add(block)
+    return tally.result()
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Figures gathered block by block. They stay on the device until `result`."""
+
+    merge: BlockMerge
+    figures: bool
+    bounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    numel: int = 0
+    changed: bool = False
+
+    def add(self, block: MergedRows) -> None:
+        merged = block.merged
+        self.bounds.append(torch.aminmax(merged))
+        self.numel += merged.numel()
+        if self.figures:
+            self.sums.append(self._sums(block))
+        elif not self.changed:
+            self.changed = not bool((merged == self.merge.base(block.rows)).all())
+
+    def _sums(self, block: MergedRows) -> torch.Tensor:
+        base, change = self.merge.base(block.rows), block.change
+        assert change is not None  # noqa: S101 - it was asked for
+        narrow = self.merge.quantized or base.dtype in HALVES
+        moved = block.merged.to(torch.float32 if narrow else torch.float64, copy=True).sub_(base)
+        moves = torch.count_nonzero(moved).double()
+        return torch.stack((moves, _sum_sq(change), _sum_sq(moved.sub_(change)), _sum_sq(base)))
+
+    def result(self) -> Measured:
+        low, high = _reduced(self.bounds)
+        figures, changed = None, self.changed
+        if self.figures:
+            moves, delta_sq, lost_sq, base_sq = torch.stack(self.sums).sum(0).tolist()
+            unchanged, changed = self.numel - int(moves), moves > 0
+            figures = Figures(unchanged=unchanged, delta_sq=delta_sq, lost_sq=lost_sq, base_sq=base_sq)
+        scales = tuple((name, *torch.stack(torch.aminmax(one)).tolist()) for name, one in self.merge.scales.items())
+        return Measured(
+            numel=self.numel,
+            of=self.merge.of,
+            minimum=low,
+            maximum=high,
+            changed=changed,
+            figures=figures,
+            scales=scales,
+        )
+
+
+def _reduced(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """The least and the greatest of (low, high) pairs; NaN where one is NaN."""
+    lows, highs = zip(*bounds, strict=True)
+    return torch.stack(lows).min().item(), torch.stack(highs).max().item()
+
+
+def _sum_sq(values: torch.Tensor) -> torch.Tensor:
+    """Σx², in float64 throughout: squares of float32 and bfloat16 values leave the range of float32."""
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
