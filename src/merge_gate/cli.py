@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from merge_gate import __version__
+from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
@@ -41,11 +40,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
     _mend_streams()
     try:
-        arguments = parser().parse_args(argv)
-        with _stopping_on_signals():
-            return _obey(arguments)
+        with interruptible(time_limit_s=None):
+            return _obey(_parsed(sys.argv[1:] if argv is None else argv))
+    except Interrupted as stop:  # before or after the command itself
+        _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict")
+        return ExitCode.ERROR
     finally:
         _flush()
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; where it is wrong, an earlier run's report must not stand for the run that was meant."""
+    try:
+        return parser().parse_args(argv)
+    except SystemExit as leaving:
+        if leaving.code == ExitCode.USAGE and argv[:1] == ["run"]:
+            _forget_report(argv)
+        raise
+
+
+def _forget_report(argv: Sequence[str]) -> None:
+    from merge_gate.report.directory import claimed
+
+    options = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    options.add_argument("--output", nargs="?", default=DEFAULT_OUTPUT)
+    with suppress(GateError), claimed(options.parse_known_args(argv)[0].output or DEFAULT_OUTPUT):
+        pass
 
 
 def _obey(arguments: argparse.Namespace) -> int:
@@ -62,11 +82,8 @@ def _obey(arguments: argparse.Namespace) -> int:
         if error.hint:
             _say(f"  {error.hint}")
         return error.exit_code
-    except _Stopped as stop:
-        output = getattr(arguments, "output", None)
-        held = f"; {Path(output, 'report.json')} holds what was judged until then" if output else ""
-        _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
-        return ExitCode.ERROR
+    except Interrupted as stop:
+        return _stopped(stop, getattr(arguments, "output", None))
     except Exception as error:
         _say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         _say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
@@ -75,7 +92,20 @@ def _obey(arguments: argparse.Namespace) -> int:
         return ExitCode.ERROR
 
 
-# --- streams and signals -------------------------------------------------------------------------------------------
+def _stopped(stop: Interrupted, output: str | None) -> int:
+    """What a signal has left: no verdict, unless the whole report was on disk when it arrived."""
+    from merge_gate.report.json_report import written
+
+    report = written(Path(output)) if output else None
+    if report is not None and report.complete:
+        _say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
+        return _EXIT_CODES[report.result]
+    held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
+    _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
+    return ExitCode.ERROR
+
+
+# --- streams -------------------------------------------------------------------------------------------
 
 
 def _say(line: str) -> None:
@@ -111,34 +141,6 @@ def _flush() -> None:
             from merge_gate.report.terminal import silence
 
             silence(stream)
-
-
-class _Stopped(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal_name = signal.Signals(number).name
-
-
-@contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Turn the first signal to stop into `_Stopped`; later ones find it stopping. `nohup` stays in force."""
-    wanted = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        for each in wanted:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Signals and a time limit, as one exception in the main thread.
 
-In: a time limit in seconds. Out: `Interrupted`, once, so that whoever waits can stop what it started. Keeps to
+In: a time limit in seconds, or none. Out: `Interrupted`, once, so that whoever waits can stop what it started. Keeps to
 Python 3.9.
 """
 
@@ -19,25 +19,36 @@ TIME_LIMIT_S = 6 * 60 * 60.0
 """As long as a job on a hosted runner may take."""
 
 
-class Interrupted(Exception):  # noqa: N818 # as KeyboardInterrupt: no error, a wish
-    """A signal arrived, or the time limit is over; the text says which."""
+class Interrupted(BaseException):
+    """A signal arrived, or the time limit is over. As KeyboardInterrupt, no error but a wish."""
+
+    def __init__(self, number: int, time_limit_s: float | None) -> None:
+        self.signal_name = signal.Signals(number).name
+        over = f"the time limit of {(time_limit_s or 0) / 60:g} min is over"
+        super().__init__(over if number == signal.SIGALRM else f"received {self.signal_name}")
 
 
 @contextlib.contextmanager
-def interruptible(time_limit_s: float = TIME_LIMIT_S) -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or end of the time limit into `Interrupted`; later ones find it stopping."""
+def interruptible(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[None]:
+    """Turn the first signal to stop, or the end of the time limit, into `Interrupted`; later ones find it stopping.
 
-    def interrupted(number: int, _frame: object) -> None:
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)
-        over = f"the time limit of {time_limit_s / 60:g} min is over"
-        raise Interrupted(over if number == signal.SIGALRM else f"received {signal.Signals(number).name}")
+    The later ones are taken and dropped, not ignored by the system: Python reports a signal that arrived before it was
+    ignored as an error. `nohup` stays in force.
+    """
+    is_stopping = False
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    def stop(number: int, _frame: object) -> None:
+        nonlocal is_stopping
+        if not is_stopping:
+            is_stopping = True
+            raise Interrupted(number, time_limit_s)
+
+    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in wanted}
     try:
-        for number in previous:
-            signal.signal(number, interrupted)
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s or 0)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
