@@ -566,6 +566,69 @@ def test_3_when_a_killed_worker_is_all_that_went_wrong(place: Path) -> None:
     assert {one["verdict"] for one in report_of(place)["adapters"]} == {"error"}
 
 
+OLD_PASS = '{"complete": true, "result": "pass"}'
+NO_VERDICT: dict[str, Callable[[Path], tuple[str, ...]]] = {
+    "a mistyped option": lambda _: ("run", "gate.yml", "--devise", "cpu"),
+    "a mistyped option after the output": lambda _: ("run", "gate.yml", "--output=merge-gate-report", "--devise"),
+    "a config that is not there": lambda _: ("run", "absent.yml"),
+    "a config that is wrong": lambda place: ("run", str(configure(place, unknown="key"))),
+    "a name that is not listed": lambda place: ("run", str(configure(place, "good")), "--only", "godo"),
+    "a wrong pair of options": lambda place: ("run", str(configure(place, "good")), "--gpus", "0"),
+}
+
+
+@pytest.mark.parametrize("name", NO_VERDICT)
+def test_an_earlier_pass_does_not_survive_a_run_without_a_verdict(name: str, place: Path) -> None:
+    (place / "merge-gate-report").mkdir()
+    for file in ("report.json", "summary.md"):
+        (place / "merge-gate-report" / file).write_text(OLD_PASS)
+    answer = merge_gate(*NO_VERDICT[name](place), cwd=place)
+    assert answer.code == 2, answer.said
+    assert list((place / "merge-gate-report").iterdir()) == []
+
+
+def test_a_second_run_into_the_same_directory_is_refused(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
+    _, place = stuck
+    before = (place / REPORT).read_bytes()
+    answer = merge_gate("run", "gate.yml", cwd=place)
+    assert answer.code == 2, answer.said
+    assert "another run" in answer.err
+    assert (place / REPORT).read_bytes() == before
+
+
+@pytest.mark.parametrize("delay_s", [0.03, 0.06, 0.1, 0.2, 0.4, 0.8])
+def test_a_burst_of_signals_at_any_moment_leaves_no_traceback(delay_s: float, place: Path) -> None:
+    """Before Python has come to the command, SIGINT ends the process as it ends any other."""
+    configure(place, "good")
+    process = start("run", "gate.yml", cwd=place)
+    time.sleep(delay_s)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM) * 3:
+        process.send_signal(number)
+    code = process.wait(30)
+    log = (place / "log").read_text()
+    assert code in {3, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP}, log
+    assert "Traceback" not in log or "merge_gate" not in log, log
+    assert "race condition" not in log
+
+
+def test_a_signal_after_the_last_word_leaves_the_verdict_standing(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The report is complete on disk before the terminal is told: a signal in between must not say otherwise."""
+    configure(place, "good")
+    script = (
+        "import os, signal, sys; from merge_gate.report import terminal; from merge_gate.cli import main\n"
+        "terminal.PlainView.finish = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(main(['run', 'gate.yml']))"
+    )
+    done = subprocess.run([COMMAND[0], "-P", "-c", script], cwd=place, env=environment(), check=False)
+    assert done.returncode == 0, capfd.readouterr()
+    assert report_of(place)["complete"] is True
+    said = capfd.readouterr().err
+    assert "is complete" in said
+    assert "no verdict" not in said
+
+
 def test_check_can_be_interrupted(place: Path) -> None:
     for number in range(3000):
         (place / "many" / f"adapter-{number:04}").mkdir(parents=True)

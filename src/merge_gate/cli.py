@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,9 @@ exit codes:
   2  usage or configuration error: nothing was judged
   3  error: no adapter failed, but at least one could not be judged
 """
+
+
+_EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,12 +63,17 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _forget_report(argv: Sequence[str]) -> None:
-    from merge_gate.report.directory import claimed
-
     options = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     options.add_argument("--output", nargs="?", default=DEFAULT_OUTPUT)
-    with suppress(GateError), claimed(options.parse_known_args(argv)[0].output or DEFAULT_OUTPUT):
+    with suppress(GateError), _claimed(options.parse_known_args(argv)[0].output or DEFAULT_OUTPUT):
         pass
+
+
+def _claimed(output: str) -> AbstractContextManager[None]:
+    from merge_gate.report.directory import claimed
+    from merge_gate.report.files import FORMATS
+
+    return claimed(output, FORMATS)
 
 
 def _obey(arguments: argparse.Namespace) -> int:
@@ -94,12 +102,12 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 def _stopped(stop: Interrupted, output: str | None) -> int:
     """What a signal has left: no verdict, unless the whole report was on disk when it arrived."""
-    from merge_gate.report.json_report import written
+    from merge_gate.report.directory import written
 
-    report = written(Path(output)) if output else None
+    report = written(output) if output else None
     if report is not None and report.complete:
         _say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
-        return _EXIT_CODES[report.result]
+        return _EXIT_CODE[report.result]
     held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
     _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
     return ExitCode.ERROR
@@ -237,13 +245,14 @@ def _device(text: str) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.load import load_config
 
-    config = load_config(arguments.config)
-    if arguments.container:
-        return _run_in_container(arguments)
-    if arguments.image or arguments.gpus != "auto":
-        raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device here")
-    only, exhaustive = tuple(arguments.only), arguments.exhaustive
-    return exit_code(_gate(config, arguments.device, arguments.output, only, exhaustive=exhaustive))
+    with _claimed(arguments.output):  # before anything else: an earlier verdict must not stand for this run's
+        config = load_config(arguments.config)
+        if not arguments.container:
+            if arguments.image or arguments.gpus != "auto":
+                raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
+            only, exhaustive = tuple(arguments.only), arguments.exhaustive
+            return exit_code(_gate(config, arguments.device, arguments.output, only, exhaustive=exhaustive))
+    return _run_in_container(arguments)  # the run in there claims the directory itself
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -281,7 +290,7 @@ def _gate(
 
 def exit_code(report: Report) -> ExitCode:
     """The exit code that a finished report asks for."""
-    return {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}[report.result.value]
+    return _EXIT_CODE[report.result.value]
 
 
 def _check(arguments: argparse.Namespace) -> int:

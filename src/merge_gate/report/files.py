@@ -7,18 +7,18 @@ In: a `records.Report` and the output directory. Out: one file per format, each 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import GateError, UsageError
+from merge_gate.errors import UsageError
 from merge_gate.report import json_report, summary
+from merge_gate.report.directory import explained, make_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from merge_gate.records import Report
 
@@ -30,8 +30,6 @@ FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
 )
 """File name and renderer of each format, the one that must not be lost first."""
 
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
-
 
 def write_report(report: Report, directory: str | Path, *, formats: Iterable[str] = tuple(FORMATS)) -> tuple[Path, ...]:
     """Write `formats` into `directory`, which is made if absent, and return the files' paths.
@@ -41,23 +39,13 @@ def write_report(report: Report, directory: str | Path, *, formats: Iterable[str
     start of a run with all formats, it also replaces what an earlier run left there.
     """
     folder = Path(directory)
-    _make(folder)
+    make_directory(folder)
     return tuple(_replace(folder / name, FORMATS[name](report)) for name in formats)
-
-
-def _make(folder: Path) -> None:
-    with _explained(f"cannot make the output directory {folder}"):
-        if folder.is_symlink():
-            raise UsageError(
-                f"the output directory {folder} is a symbolic link and could lead anywhere, expected a directory",
-                hint=f"remove the link, or give --output the directory it points to ({folder.readlink()})",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _replace(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with _explained(f"cannot write {path}"):
+    with explained(f"cannot write {path}"):
         _check_target(path)
         try:
             _write(temporary, text.encode("utf-8"))
@@ -94,16 +82,3 @@ def _sync_directory(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn the system's errors into sentences."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{what}: {error.strerror or error}"
-        if error.errno in _DISK:
-            hint = "free some space on that disk, or choose another directory with --output"
-            raise GateError(message, hint=hint) from error
-        raise UsageError(message, hint="choose a directory that you may write to with --output") from error

@@ -1,0 +1,115 @@
+"""The output directory: made, claimed by one run at a time, and cleared of what earlier runs have left.
+
+In: its path. Out: a directory that holds this run's own state or nothing, and the errors of the system in sentences.
+Knows the names of the reports, and nothing of what is in them but whether one is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from merge_gate.errors import GateError, UsageError
+from merge_gate.records import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+)
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+
+
+@contextlib.contextmanager
+def claimed(directory: str | Path, names: Iterable[str]) -> Iterator[None]:
+    """Hold `directory` for one run, without the files called `names` that an earlier run has left.
+
+    It is made if absent, and taken away again if nothing came of it.
+
+    Raises:
+        UsageError: it cannot be used, or another run that has not ended writes to it.
+    """
+    folder = Path(directory)
+    made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    make_directory(folder)
+    try:
+        with explained(f"cannot use the output directory {folder}"):
+            lock = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(lock, folder)
+            _clear(folder, names)
+            yield
+        finally:
+            os.close(lock)
+    finally:
+        with contextlib.suppress(OSError):
+            for one in made:
+                one.rmdir()  # it fails where something is in it
+
+
+def make_directory(folder: Path) -> None:
+    """Make the output directory where it is absent; never through a link."""
+    with explained(f"cannot make the output directory {folder}"):
+        if folder.is_symlink():
+            raise UsageError(
+                f"the output directory {folder} is a symbolic link and could lead anywhere, expected a directory",
+                hint=f"remove the link, or give --output the directory it points to ({folder.readlink()})",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+class Written(NamedTuple):
+    """What report.json says of a run."""
+
+    complete: bool
+    result: Result
+
+
+def written(directory: str | Path) -> Written | None:
+    """What the report in `directory` says; None where there is none that can be read."""
+    try:
+        document = json.loads(Path(directory, "report.json").read_bytes())
+        return Written(complete=document["complete"] is True, result=Result(document["result"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn the system's errors into sentences."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what}: {error.strerror or error}"
+        if error.errno in _DISK:
+            hint = "free some space on that disk, or choose another directory with --output"
+            raise GateError(message, hint=hint) from error
+        raise UsageError(message, hint="choose a directory that you may write to with --output") from error
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """The lock is the system's: it ends with the process, however that ends, and leaves no file."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise UsageError(
+                f"another run of merge-gate writes to {folder} and has not ended",
+                hint="wait for it, or choose another directory with --output",
+            ) from error
+        # a file system without locks: two runs at once are then the caller's to prevent
+
+
+def _clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove the reports of earlier runs, and what a kill left half-written."""
+    with explained(f"cannot remove an earlier run's report from {folder}"):
+        for name in names:
+            for file in (folder / name, *folder.glob(f".{name}.*.tmp")):
+                if file.is_symlink() or not file.is_dir():
+                    file.unlink(missing_ok=True)
