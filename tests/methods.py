@@ -591,8 +591,11 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """Bit for bit in value; NaN is equal to NaN."""
-    return left.keys() == right.keys() and all(
-        torch.equal(torch.isnan(left[name]), torch.isnan(right[name]))
-        and torch.equal(torch.nan_to_num(left[name]), torch.nan_to_num(right[name]))
-        for name in left
+    return left.keys() == right.keys() and all(same_tensor(left[name], right[name]) for name in left)
+
+
+def same_tensor(left: Tensor, right: Tensor) -> bool:
+    """As `same`, of one tensor."""
+    return torch.equal(torch.isnan(left), torch.isnan(right)) and torch.equal(
+        torch.nan_to_num(left), torch.nan_to_num(right)
     )
