@@ -156,8 +156,8 @@ warns and goes on: these layers of the merged model are the base's. The gate fai
 
 ## Not built
 
-{not_built} types have no model of their own (a configuration that is part of another), need a package that was not there,
-or could not be made small enough without knowing more of them.
+{not_built} types have no model of their own (a configuration that is part of another), need a package that was not
+there, or could not be made small enough without knowing more of them.
 
 | model type | why |
 |---|---|
