@@ -38,7 +38,7 @@ AUTO_CLASSES = {
 }
 """Mappings of model types to classes, the usual class of a fine-tuned model first, with PEFT's task type for it."""
 
-TINY = {"heads": 4, "head": 8, "width": 32, "inner": 48, "vocabulary": 128, "layers": 2, "experts": 4, "other": 64}
+TINY = {"heads": 4, "head": 8, "width": 32, "inner": 48, "vocabulary": 128, "layers": 2, "experts": 4}
 
 
 class CannotBuildError(Exception):
@@ -58,7 +58,7 @@ class Architecture:
 # --- small configurations ------------------------------------------------------------------------------------------
 
 KINDS = {
-    "layers": r"(^|_)(n|num)_(\w*_)?(layers?|blocks?|stages?)$|^(n_layers?|depth|num_layers)$|_layers$",
+    "layers": r"(^|_)(n|num)_(\w*_)?(layers?|blocks?|stages?)$|^(n_layers?|depths?|num_layers)$|_layers$|_depths$",
     "kv_heads": r"(key_value|kv)_heads$|^(n_head_kv|num_kv_heads)$",
     "heads": r"(_heads|_head|^heads)$",
     "head": r"(head_dim|head_size|d_kv|head_channels)\w*$",
@@ -66,7 +66,7 @@ KINDS = {
     "chosen": r"(experts_per_tok|top_?k|topk\w*|experts_per_token|n_group|num_groups?)$",
     "vocabulary": r"vocab\w*$|codebook_size$",
     "inner": r"(intermediate|ffn|inner|mlp|feed_?forward)\w*(_size|_dim|_channels)?$|^(d_ff|n_inner)$",
-    "width": r"(hidden|embed\w*|d_model|projection|width|model)(_size|_dim|s)?$|^(n_embd|dim|d_model)$|_(dim|width)$",
+    "width": r"(hidden|embed\w*|model|projection|width)(_sizes?|_dims?|s|_channels)?$|n_embd$|(^|_)(dims?|widths?)$",
 }
 """Kind of a number, by the name of its key."""
 
