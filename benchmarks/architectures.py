@@ -184,7 +184,11 @@ def document(results: Path) -> str:
             [[f"`{o.model_type}`", o.tensors, len(o.dropped), code(o.dropped[0])] for o in built if o.dropped],
         ),
         failed_table=table(
-            ["model type", "class", "healthy"], [[f"`{o.model_type}`", f"`{o.model_class}`", o.healthy] for o in failed]
+            ["model type", "class", "healthy", "for a user of PEFT"],
+            [
+                [f"`{o.model_type}`", f"`{o.model_class}`", o.healthy, cell(o.complaint or "loads and merges")]
+                for o in failed
+            ],
         ),
         built_rows=rows([[f"`{o.model_type}`", f"`{o.model_class}`", o.tensors, o.healthy, o.one_nan] for o in built]),
         not_built=len(others),

@@ -26,17 +26,32 @@ from tests.gating import Gate, Judgement
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What a user of PEFT ends with: the merged tensors by name, or why there are none; and what the load dropped."""
+    """What a user of PEFT ends with: tensors by name, before and after, or why there are none; and what is not right.
 
+    `dropped` are tensors of the file that did not arrive with their values, `broken` merged ones that are not finite,
+    `tied` targets whose weight another module holds as well, `lost` targets of which no tensor was changed.
+    """
+
+    before: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     raised: str | None = None
 
     @property
-    def good(self) -> bool:
-        return self.raised is None and not (self.dropped or self.broken or self.tied)
+    def complaint(self) -> str | None:
+        """The first thing that is not right, or None."""
+        if self.raised is not None:
+            return self.raised
+        words = {
+            "tensors dropped": self.dropped,
+            "tensors not finite": self.broken,
+            "targets tied": self.tied,
+            "targets not changed": self.lost,
+        }
+        return next((f"{len(names)} {word}" for word, names in words.items() if names), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +65,7 @@ class Outcome:
     parameters: int = 0
     tensors: int = 0
     dropped: tuple[str, ...] = ()
-    raised: str | None = None
+    complaint: str | None = None
     healthy: str | None = None
     one_nan: str | None = None
     wrong: tuple[str, ...] = ()
@@ -70,8 +85,8 @@ def trial(model_type: str, work: Path) -> Outcome:
     gate = Gate()
     healthy = judged(gate, base, adapter)
     wrong = list(disagreements(user, healthy))
-    if user.good and healthy.verdict is Verdict.PASSED:
-        wrong += different_bits(user.tensors, gate_merge(gate, base, adapter), architecture, base)
+    if not user.complaint and healthy.verdict is Verdict.PASSED:
+        wrong += different_bits(user, gate_merge(gate, base, adapter))
     one_nan = judged(gate, base, with_nan(adapter, work / "nan"))
     if one_nan.verdict is not Verdict.FAILED:
         wrong.append(f"one NaN: {one_nan.verdict}")
@@ -82,7 +97,7 @@ def trial(model_type: str, work: Path) -> Outcome:
         parameters=architecture.parameters,
         tensors=len(trained),
         dropped=user.dropped,
-        raised=user.raised,
+        complaint=user.complaint,
         healthy=_word(healthy),
         one_nan=_word(one_nan),
         wrong=tuple(wrong),
@@ -94,22 +109,36 @@ def trial(model_type: str, work: Path) -> Outcome:
 
 
 def user_merge(architecture: Architecture, base: Path, adapter: Path, trained: dict[str, Tensor]) -> Merged:
-    """Load and merge by transformers and PEFT; `dropped` names what was trained and did not arrive with its values."""
+    """Load and merge by transformers and PEFT."""
     try:
         model = architectures.load(architecture, base)
+        before = {name: tensor.clone() for name, tensor in methods.values(model).items()}
         with methods.quiet():
             peft_model = PeftModel.from_pretrained(model, adapter)
-        arrived = dict(peft_model.named_parameters(remove_duplicate=False))
-        dropped = tuple(
-            name for name, value in trained.items() if name not in arrived or not torch.equal(arrived[name], value)
-        )
-        tied = _tied(peft_model)
+        dropped, tied, targets = _dropped(peft_model, trained), _tied(peft_model), _targets(peft_model)
         with methods.quiet():
             merged = peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:  # noqa: BLE001 - whatever PEFT raises is what its user sees
         return Merged(raised=_sentence(error))
     tensors = methods.values(merged)
-    return Merged(tensors=tensors, dropped=dropped, broken=_broken(merged, tensors), tied=tied)
+    changed = {name for name in before if name in tensors and not methods.same_tensor(before[name], tensors[name])}
+    lost = tuple(one for one in targets if not any(name.startswith(f"{one}.") for name in changed))
+    return Merged(
+        before=before, tensors=tensors, dropped=dropped, broken=_broken(merged, tensors), tied=tied, lost=lost
+    )
+
+
+def _dropped(model: nn.Module, trained: dict[str, Tensor]) -> tuple[str, ...]:
+    arrived = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(
+        name for name, value in trained.items() if name not in arrived or not torch.equal(arrived[name], value)
+    )
+
+
+def _targets(model: nn.Module) -> tuple[str, ...]:
+    """Names in the base; a wrapper inside another one stands for the same module."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return tuple(path.removeprefix("base_model.model.") for path in paths if not path.endswith(".base_layer"))
 
 
 def _tied(model: nn.Module) -> tuple[str, ...]:
@@ -160,33 +189,26 @@ def gate_merge(gate: Gate, base: Path, adapter: Path) -> dict[str, Tensor]:
 
 
 def disagreements(user: Merged, gate: Judgement) -> tuple[str, ...]:
-    expected = Verdict.PASSED if user.good else Verdict.FAILED
+    expected = Verdict.FAILED if user.complaint else Verdict.PASSED
     if gate.verdict is expected:
         return ()
-    why = user.raised or "loads and merges"
-    if user.dropped:
-        why = f"{len(user.dropped)} tensors dropped"
-    elif user.broken:
-        why = f"{len(user.broken)} tensors not finite"
-    elif user.tied:
-        why = f"{len(user.tied)} targets tied"
-    return (f"healthy: {_word(gate)}, and for a user of PEFT: {why}",)
+    return (f"healthy: {_word(gate)}, and for a user of PEFT: {user.complaint or 'loads and merges'}",)
 
 
-def different_bits(
-    user: dict[str, Tensor], gate: dict[str, Tensor], architecture: Architecture, base: Path
-) -> tuple[str, ...]:
+def different_bits(user: Merged, gate: dict[str, Tensor]) -> tuple[str, ...]:
     """Tensors that the gate merged to other bits than PEFT, and those that PEFT changed and the gate did not merge."""
-    before = methods.values(architectures.load(architecture, base))
-    other = [name for name, tensor in gate.items() if name not in user or not methods.same_tensor(user[name], tensor)]
-    untouched = before.keys() - gate.keys()
-    pointers = {user[name].data_ptr() for name in gate if name in user}
-    other += [
+    places = {user.tensors[name].data_ptr() for name in gate if name in user.tensors}
+    found = [name for name, tensor in gate.items() if name not in user.tensors or _differ(user.tensors[name], tensor)]
+    found += [
         name
-        for name in sorted(untouched)
-        if name in user and not methods.same_tensor(user[name], before[name]) and user[name].data_ptr() not in pointers
+        for name, tensor in user.tensors.items()
+        if name in user.before and tensor.data_ptr() not in places and _differ(user.before[name], tensor)
     ]
-    return (f"bits of {len(other)} tensors: {', '.join(other[:3])}",) if other else ()
+    return (f"bits of {len(found)} tensors: {', '.join(found[:3])}",) if found else ()
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not methods.same_tensor(one, other)
 
 
 def _word(judgement: Judgement) -> str:
