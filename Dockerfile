@@ -16,7 +16,8 @@ ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements/image-cpu.txt requirements/image-cuda.txt /requirements/
 # The secret is an optional pip.conf, for builds behind a mirror; it never becomes part of a layer.
-# bitsandbytes ships its library for every CUDA, ROCm and XPU version; the CPU image keeps the one for CPUs.
+# bitsandbytes ships its library for every CUDA, ROCm and XPU version; the CPU image keeps the one for CPUs. Headers,
+# static libraries and test folders serve those who build or test these packages; the gate imports none of them.
 # hadolint ignore=DL3042 # the cache is a mount and no part of the image
 RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
@@ -28,7 +29,11 @@ RUN --mount=type=cache,target=/var/cache/pip \
         --require-hashes --requirement "/requirements/image-${VARIANT}.txt"; \
     if [ "${VARIANT}" = cpu ]; then \
         find /opt/merge-gate -name 'libbitsandbytes_*' ! -name 'libbitsandbytes_cpu*' -delete; \
-    fi
+    fi; \
+    cd /opt/merge-gate/lib/python*/site-packages; \
+    rm -rf torch/include torch/share torch/test torch/lib/*.a; \
+    find torch/bin -type f ! -name torch_shm_manager -delete; \
+    find . -type d -name tests -prune -exec rm -rf {} +
 
 # --- merge-gate's own wheel -------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS wheel
@@ -41,6 +46,12 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY src/ src/
 RUN pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels .
+
+# --- both together: the image itself needs no pip ---------------------------------------------------------------------
+FROM environment AS installed
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip --python /opt/merge-gate/bin/python install --no-deps --no-index --no-cache-dir /wheels/*.whl
+COPY entrypoint.py /opt/merge-gate/entrypoint.py
 
 # --- the image --------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE}
@@ -57,10 +68,12 @@ LABEL org.opencontainers.image.title="merge-gate" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.digest="${BASE_DIGEST}"
 
-COPY --from=environment /opt/merge-gate /opt/merge-gate
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip --python /opt/merge-gate/bin/python install --no-deps --no-index --no-cache-dir /wheels/*.whl
-COPY entrypoint.py /opt/merge-gate/entrypoint.py
+# What lets a process gain rights (setuid, setgid), or fetch packages, has no use here.
+# hadolint ignore=DL3059 # a layer of its own, so that it stays when the packages change
+RUN find / -xdev -type f -perm /6000 -exec chmod a-s {} + && \
+    python -m pip uninstall --yes --root-user-action=ignore --no-cache-dir pip && \
+    rm -rf /usr/local/lib/python*/ensurepip
+COPY --from=installed /opt/merge-gate /opt/merge-gate
 
 # There is no USER: a job's container must be able to run as root, and `docker run` passes the caller's uid. An uid
 # without a passwd entry has no home and no name, so both are given here; caches go where any uid can write.

@@ -15,6 +15,6 @@ image=("${common[@]}" --python-version 3.11 --python-platform x86_64-manylinux_2
 # shellcheck disable=SC2086 # options, to be split
 sed 's/^\(torch==.*\)$/\1+cpu/' image.in | uv pip compile "${image[@]}" $torch_cpu --no-emit-find-links --no-emit-index-url -o image-cpu.txt -
 uv pip compile "${image[@]}" -o image-cuda.txt image.in
-uv pip compile "${common[@]}" --universal --python-version 3.9 -o launcher.txt launcher.in
+uv pip compile "${common[@]}" --python-version 3.9 --python-platform linux -o launcher.txt launcher.in
 uv pip compile "${common[@]}" --universal --python-version 3.11 -o build.txt build.in
 uv pip compile "${common[@]}" --universal --python-version 3.11 --only-binary :all: -o e2e-tools.txt e2e-tools.in

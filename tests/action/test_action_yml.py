@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 import tomllib
@@ -14,27 +13,14 @@ from packaging.requirements import Requirement
 
 import entrypoint
 from merge_gate import __version__, cli
+from merge_gate.action import inputs as action
 from merge_gate.action import native
-from merge_gate.action import step as action
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 GATE, UPLOAD, VERDICT = ACTION["runs"]["steps"]
 DOCS = (ROOT / "docs" / "action.md").read_text(encoding="utf-8")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-RUNNER_SIDE = (
-    "action",
-    "canary",
-    "docker_api",
-    "errors",
-    "gpus",
-    "interrupts",
-    "launcher",
-    "native",
-    "sdk",
-    "workflow",
-)
-RELEASED = "released_image"
 
 
 def table(heading: str) -> dict[str, list[str]]:
@@ -65,6 +51,7 @@ def test_the_defaults_pass_their_checks() -> None:
     for name, pattern, _ in action.CHECKS:
         given = ACTION["inputs"][name]
         assert given.get("required") or re.fullmatch(pattern, given["default"]), name
+        assert given.get("required") or given["default"] == action.DEFAULTS.get(name, ""), name
 
 
 def test_the_documents_list_the_inputs_with_their_defaults() -> None:
@@ -96,7 +83,7 @@ def test_the_documents_list_the_outputs() -> None:
 
 
 def test_outputs_come_from_outputs_that_are_set() -> None:
-    tell = (ROOT / "src" / "merge_gate" / "action.py").read_text(encoding="utf-8")
+    tell = (ROOT / "src" / "merge_gate" / "action" / "step.py").read_text(encoding="utf-8")
     for value in re.findall(r"steps\.gate\.outputs\.([a-z-]+)", (ROOT / "action.yml").read_text(encoding="utf-8")):
         assert f'"{value}": ' in tell, value
 
@@ -136,23 +123,6 @@ def test_the_devices_are_those_of_the_command() -> None:
     for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
         assert re.fullmatch(pattern, device)
         assert cli.parser().parse_args(["run", "c", "--device", device]).device == device
-
-
-@pytest.mark.parametrize("name", [*RUNNER_SIDE, RELEASED])
-def test_what_runs_on_a_runners_own_python_is_python_3_9(name: str) -> None:
-    source = (ROOT / "src" / "merge_gate" / f"{name}.py").read_text(encoding="utf-8")
-    tree = ast.parse(source, feature_version=(3, 9))
-    imports = {
-        alias.name.partition(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names
-    }
-    imports |= {node.module.partition(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
-    assert not imports & {"docker", "requests", "torch", "yaml", "pydantic", "rich", "tomllib"}
-    for modern in ("StrEnum", "kw_only", "slots=True", "match ", "datetime.UTC", "zip("):
-        assert modern not in source or name == "errors", modern
-
-
-def test_the_entrypoint_is_python_3_9() -> None:
-    ast.parse((ROOT / "entrypoint.py").read_text(encoding="utf-8"), feature_version=(3, 9))
 
 
 def test_the_python_that_native_asks_for_is_the_packages() -> None:

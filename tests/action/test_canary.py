@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def test_canaries_that_are_there(tmp_path: Path) -> None:
     planted = canary.plant(tmp_path)
-    assert canary.verify(canary.expectations([planted], ""), tmp_path) == []
+    assert canary.verify(canary.expectations({planted: planted}, ""), tmp_path) == []
 
 
 def test_nothing_is_asked_by_hand(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_two_canaries_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["gone", "other", "directory"])
 def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str) -> None:
     planted = canary.plant(tmp_path)
-    expected = canary.expectations([planted], "")
+    expected = canary.expectations({planted: planted}, "")
     planted.unlink()
     if change == "other":
         planted.write_text("other", encoding="utf-8")
@@ -45,10 +45,32 @@ def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str) -> None:
 
 @pytest.mark.parametrize("name", ["nvidia0", "nvidia15", "nvhost-gpu", "dxg"])
 def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str) -> None:
-    expected = canary.expectations([], "all")
+    expected = canary.expectations({}, "all")
     (tmp_path / "nvme0n1").touch()
     with pytest.raises(LauncherError, match=r"no GPU is visible .* \(all\)"):
         canary.verify(expected, tmp_path)
     (tmp_path / name).touch()
     assert canary.verify(expected, tmp_path) == [str(tmp_path / name)]
-    assert canary.verify(canary.expectations([], ""), tmp_path) == [], "not asked for, not looked at"
+    assert canary.verify(canary.expectations({}, ""), tmp_path) == [], "not asked for, not looked at"
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "enough"),
+    [
+        ("0,1", ["nvidia0"], False),
+        ("0,1", ["nvidia0", "nvidia1", "nvidiactl"], True),
+        ("GPU-1,GPU-2", ["nvidia3", "nvidiactl"], False),
+        ("all", ["nvidia0"], True),
+        ("MIG-1,MIG-2", ["nvidia0"], True),
+        ("0,1", ["nvhost-gpu"], True),
+    ],
+)
+def test_the_gpus_that_were_asked_for_are_counted(tmp_path: Path, asked: str, there: list[str], enough: bool) -> None:
+    for name in there:
+        (tmp_path / name).touch()
+    expected = canary.expectations({}, asked)
+    if enough:
+        assert len(canary.verify(expected, tmp_path)) == len(there)
+    else:
+        with pytest.raises(LauncherError, match=f"some GPUs are missing .* expected 2 .{asked}"):
+            canary.verify(expected, tmp_path)

@@ -1,9 +1,8 @@
-"""The engine's address, its answers in words, and its errors as sentences. The engine itself is met in tests/e2e."""
+"""The engine's answers in words, and its errors as sentences. The engine itself is met in tests/e2e."""
 
 from __future__ import annotations
 
 import socket
-import threading
 from typing import TYPE_CHECKING
 
 import docker
@@ -14,46 +13,26 @@ from merge_gate.action import docker_api
 from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
-@pytest.fixture
-def answering(tmp_path: Path) -> Iterator[str]:
-    """A socket at which somebody says OK."""
-    path = tmp_path / "podman" / "podman.sock"
-    path.parent.mkdir()
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-
-        def answer() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(1024)
-                    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nOK")
-
-        threading.Thread(target=answer, daemon=True).start()
-        yield str(path)
-        server.shutdown(socket.SHUT_RDWR)
+def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -> None:
+    assert docker_api.answers({"DOCKER_HOST": "ssh://gpu-box"})
+    assert not docker_api.answers({"DOCKER_HOST": f"unix://{tmp_path}/nowhere.sock"})
 
 
-def test_a_known_socket_is_found(answering: str, tmp_path: Path) -> None:
-    environ = {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path / "home")}
-    found = docker_api.find_address(environ)
-    if not found.startswith(("unix:///var/run/docker", "unix:///run/podman")):  # this machine's own engine comes first
-        assert found == f"unix://{answering}"
+def test_an_engine_behind_ssh_is_refused_in_a_sentence() -> None:
+    with pytest.raises(LauncherError, match="DOCKER_HOST names the engine at ssh://gpu-box") as raised:
+        docker_api.connect({"DOCKER_HOST": "ssh://gpu-box"})
+    assert "on the machine where the engine is" in raised.value.hint
 
 
-def test_docker_host_decides(answering: str) -> None:
-    assert docker_api.find_address({"DOCKER_HOST": "ssh://gpu-box"}) == "ssh://gpu-box"
-    assert docker_api.answers({"DOCKER_HOST": "ssh://gpu-box"}), "set on purpose: tried, not asked"
-    assert docker_api.answers({"DOCKER_HOST": f"unix://{answering}"})
-    assert not docker_api.answers({"DOCKER_HOST": f"unix://{answering}.other"})
+@pytest.mark.parametrize("version", ["5.0.3", "6.1.3", "odd"])
+def test_an_old_sdk_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(docker, "__version__", version)
+    with pytest.raises(LauncherError, match=f"has version {version}, expected 7 or newer") as raised:
+        docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
+    assert "--upgrade" in raised.value.hint
 
 
 def test_a_socket_of_something_else_is_no_engine(tmp_path: Path) -> None:
@@ -117,3 +96,47 @@ def test_the_engines_errors_are_sentences(said: str, gpus: str, message: str, hi
 def test_a_lost_connection_is_a_sentence_too() -> None:
     with pytest.raises(LauncherError, match="it was lost: Connection aborted"), docker_api.translated("it was lost"):
         raise requests.ConnectionError("Connection aborted")
+
+
+class LyingEngine:
+    """A client whose engine answers with JSON of another shape."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer, self.api = answer, self
+
+    def version(self) -> object:
+        return self.answer
+
+    info = version
+
+    def inspect_image(self, _name: str) -> object:
+        return self.answer
+
+    def containers(self, **_options: object) -> object:
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [None, 3, "x", [3], {"Components": [3]}, {"Components": 1}])
+def test_odd_answers_of_an_engine_are_a_sentence(answer: object) -> None:
+    client = LyingEngine(answer)
+    for ask in (
+        docker_api.describe,
+        lambda client: docker_api.ensure_image(client, "image", print),
+        lambda client: docker_api.labelled(client, {"a": "b"}),
+    ):
+        with pytest.raises(LauncherError, match="its answer makes no sense"):
+            ask(client)
+
+
+@pytest.mark.parametrize(
+    ("known", "image", "identity"),
+    [
+        ([], "merge-gate:cpu", "sha256:1"),
+        (["host/a@sha256:2"], "merge-gate:cpu", "sha256:1"),
+        (["host/a@sha256:2", "merge-gate@sha256:3"], "merge-gate:cpu", "merge-gate@sha256:3"),
+        (["a/b@sha256:2", "a/b@sha256:3"], "a/b@sha256:3", "a/b@sha256:3"),
+    ],
+)
+def test_an_image_is_known_by_its_digest(known: list[str], image: str, identity: str) -> None:
+    client = LyingEngine({"Id": "sha256:1", "RepoDigests": known})
+    assert docker_api.ensure_image(client, image, print) == identity

@@ -44,7 +44,9 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("all", "auto", "", "all", "all"),
         ("all", "auto", "GPU-5f1c", "GPU-5f1c", "GPU-5f1c"),
         ("all", "auto", "void", "all", "all"),
-        ("1", "auto", "2,3", "1", "1"),
+        ("3", "auto", "2,3", "3", "3"),
+        ("auto", "cuda", "2,3", "2,3", "2,3"),
+        ("auto", "auto", "0, 1", "0,1", "0,1"),
         ("0,1", "cuda", "", "0,1", "0,1"),
     ],
 )
@@ -61,6 +63,11 @@ def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, 
         ("all", "cpu", ""),
         ("0", "cpu", ""),
         ("all", "auto", "none"),
+        ("auto", "cuda", "none"),
+        ("0", "auto", "none"),
+        ("1", "auto", "2,3"),
+        ("2,4", "auto", "2,3"),
+        ("0", "auto", "GPU-5f1c"),
         ("0 1", "auto", ""),
         ("0,", "auto", ""),
         ("--gpus", "auto", ""),
@@ -70,6 +77,30 @@ def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, 
 def test_what_contradicts_itself_is_refused(gpus: str, device: str, visible: str, with_gpu: Path) -> None:
     with pytest.raises(UsageError, match="gpus"):
         wanted_gpus(gpus, device, {"NVIDIA_VISIBLE_DEVICES": visible}, with_gpu)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "cuda", "nvidia", "wanted"),
+    [
+        ("auto", "auto", "1", None, "1"),
+        ("auto", "auto", "", None, ""),
+        ("auto", "auto", "-1", None, ""),
+        ("all", "auto", "GPU-5f1c", "all", "GPU-5f1c"),
+        ("all", "auto", "1,2", "0,1", "1"),
+        ("auto", "cuda", "1", None, "1"),
+        ("all", "auto", "1", None, "1"),
+        ("1", "auto", "0,1", None, "1"),
+    ],
+)
+def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted, with_gpu: Path) -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": cuda, **({"NVIDIA_VISIBLE_DEVICES": nvidia} if nvidia else {})}
+    assert wanted_gpus(gpus, device, environ, with_gpu) == wanted
+
+
+@pytest.mark.parametrize(("gpus", "device", "cuda"), [("all", "auto", ""), ("auto", "cuda", "-1"), ("0", "auto", "1")])
+def test_more_than_cudas_own_variable_allots_is_refused(gpus: str, device: str, cuda: str, with_gpu: Path) -> None:
+    with pytest.raises(UsageError, match=r"more than this runner allots .*CUDA_VISIBLE_DEVICES="):
+        wanted_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
 
 
 CDI = [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]}]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from merge_gate.action.interrupts import Interrupted, interruptible
+from merge_gate.action.interrupts import Interrupted, held, interruptible
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -26,6 +26,16 @@ def test_the_time_limit() -> None:
     with interruptible(0.05), pytest.raises(Interrupted, match="time limit of"):
         time.sleep(5)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_clears_away_is_not_interrupted_and_the_next_wait_is() -> None:
+    with held(60) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
+            pytest.fail("it began to wait after a signal")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
 
 
 def _wait_for(number: signal.Signals) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import native
-from merge_gate.action.launcher import ContainerRun
+from merge_gate.action.container import ContainerRun
 from merge_gate.demo import make_demo
 from merge_gate.errors import LauncherError, UsageError
 

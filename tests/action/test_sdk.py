@@ -1,11 +1,12 @@
-"""The private copy of the Docker SDK. That its lock installs is shown by tests/e2e, where python3 has only pip."""
+"""The Docker SDK that the action carries is the lock's, byte for byte, and the one that is used."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 import textwrap
-import venv
 from pathlib import Path
 
 import pytest
@@ -13,64 +14,49 @@ import pytest
 from merge_gate.action import sdk
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "requirements" / "launcher.txt"
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sdk") / "bare"
-    venv.create(directory, with_pip=False)
-    return directory / "bin" / "python"
+def locked() -> dict[str, set[str]]:
+    """Package and version → SHA-256 of its files."""
+    entries = LOCK.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    return {entry.split()[0]: set(re.findall(r"sha256:([0-9a-f]{64})", entry)) for entry in entries}
 
 
-def in_bare(bare: Path, code: str, temp: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    head = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    return subprocess.run(
-        [bare, "-I", "-c", head + textwrap.dedent(code), temp, *words], check=False, capture_output=True, text=True
-    )
+def test_every_wheel_is_one_of_the_lock_and_the_other_way_round() -> None:
+    wheels = sorted(sdk.VENDOR.iterdir())
+    named = {"{}=={}".format(*wheel.name.replace("_", "-").split("-py3")[0].rsplit("-", 1)): wheel for wheel in wheels}
+    assert set(named) == set(locked())
+    for name, wheel in named.items():
+        assert wheel.name.endswith("-py3-none-any.whl"), "imported as it lies there, on any machine"
+        assert hashlib.sha256(wheel.read_bytes()).hexdigest() in locked()[name], f"run .ci/vendor.sh ({name})"
 
 
-def test_an_sdk_that_is_there_is_used(tmp_path: Path) -> None:
-    before = list(sys.path)
-    with sdk.available({"RUNNER_TEMP": str(tmp_path)}):
-        assert sys.path == before
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_without_pip_the_message_says_what_to_install(bare: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [None, "5.0.3", "6.1.3", "99.0"])
+def test_whatever_sdk_the_runner_has_the_actions_own_is_used(tmp_path: Path, own: str | None) -> None:
+    if own:
+        (tmp_path / "site" / "docker").mkdir(parents=True)
+        (tmp_path / "site" / "docker" / "__init__.py").write_text(f"__version__ = {own!r}\n", encoding="utf-8")
+    temp = tmp_path / "temp"
+    temp.mkdir()
     code = """
+        import sys
+        sys.path[:0] = sys.argv[1:3]
         from merge_gate.action import sdk
-        from merge_gate.errors import LauncherError
-        try:
-            with sdk.available({"RUNNER_TEMP": sys.argv[1]}):
-                raise SystemExit("no error")
-        except LauncherError as error:
-            print(error.message, "|", error.hint)
+        before = list(sys.path)
+        with sdk.available({"RUNNER_TEMP": sys.argv[3]}):
+            import docker
+            print(docker.__version__, docker.__file__)
+        assert sys.path == before
     """
-    done = in_bare(bare, code, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", textwrap.dedent(code), ROOT / "src", tmp_path / "site", temp],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "cannot be installed" in done.stdout
-    assert "No module named pip" in done.stdout
-    assert "apt-get install python3-pip" in done.stdout
-    assert list(tmp_path.iterdir()) == [], "nothing is left"
-
-
-def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
-    lock = tmp_path / "lock.txt"
-    lock.write_text(f"docker==7.1.0 --hash=sha256:{'0' * 64}\n", encoding="utf-8")
-    links = tmp_path / "links"
-    links.mkdir()
-    (links / "docker-7.1.0-py3-none-any.whl").write_bytes(b"not the wheel")
-    environ = {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(links),
-        "PIP_CONFIG_FILE": "/dev/null",
-        "PATH": "/usr/bin:/bin",
-    }
-    with pytest.raises(sdk.LauncherError, match="cannot be installed"):
-        sdk.install(tmp_path / "target", lock, environ)
-
-
-def test_every_requirement_of_the_lock_has_its_hash() -> None:
-    entries = sdk.LOCK.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
-    assert {entry.split("==")[0] for entry in entries} >= {"docker", "requests", "urllib3"}
-    assert all("--hash=sha256:" in entry for entry in entries)
+    version, file = done.stdout.split()
+    assert f"docker=={version}" in locked()
+    assert file.startswith(str(sdk.VENDOR))
+    assert list(temp.iterdir()) == [], "nothing is left"

@@ -15,14 +15,13 @@ import pytest
 
 import entrypoint
 from merge_gate.action import step as action
+from merge_gate.action.inputs import read_inputs
+from merge_gate.action.outcome import Outcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
+from tests.action.test_outcome import report
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS = {
-    "config": "gate.yml", "runtime": "auto", "gpus": "auto", "device": "auto", "image": "", "hf-cache": "",
-    "fail-on": "broken", "upload-report": "true", "artifact-name": "", "retention-days": "0", "output": "", "args": "",
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -40,78 +39,6 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "DOCKER_HOST": "unix:///nowhere/docker.sock",
         "PATH": os.environ["PATH"],
     }
-
-
-def words(**changed: str) -> list[str]:
-    given = {**DEFAULTS, **{name.replace("_", "-"): value for name, value in changed.items()}}
-    return [f"--{name}={value}" for name, value in given.items()]
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_defaults_are_good(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(), environ)
-    assert inputs.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
-    assert inputs.output.parent.parent == Path(environ["RUNNER_TEMP"])
-    assert inputs.upload_report is True
-    assert re.fullmatch(r"merge-gate-report-release-gate-[0-9a-f]{6}", inputs.artifact_name)
-
-
-def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
-    first, second = (action.read_inputs(words(), {**environ, "MERGE_GATE_JOB_INDEX": "3"}) for _ in range(2))
-    assert first.artifact_name != second.artifact_name
-    assert first.artifact_name.startswith("merge-gate-report-release-gate-3-")
-    assert first.output != second.output
-
-
-def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
-    directory = Path(environ["GITHUB_WORKSPACE"], "--output=x y")
-    directory.mkdir()
-    (directory / "a=b.yml").touch()
-    inputs = action.read_inputs(words(config="--output=x y/a=b.yml", args="--only 'a b' --only=c"), environ)
-    assert inputs.config.name == "a=b.yml"
-    assert inputs.arguments == ("--only", "a b", "--only=c")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("config", ""),
-        ("config", "other.yml"),
-        ("config", "a\nb"),
-        ("runtime", "Docker"),
-        ("runtime", ""),
-        ("gpus", "-1"),
-        ("device", "cuda:x"),
-        ("image", "--privileged"),
-        ("image", "a b"),
-        ("fail-on", "error"),
-        ("upload-report", "True"),
-        ("upload-report", "yes"),
-        ("upload-report", ""),
-        ("artifact-name", "a/b"),
-        ("retention-days", "-1"),
-        ("retention-days", "401"),
-        ("retention-days", "1.5"),
-        ("args", "--only 'a"),
-        ("args", "--output x"),
-        ("args", "--out=x"),
-        ("args", "--device cpu"),
-        ("args", "--container"),
-    ],
-)
-def test_a_wrong_input_is_named_with_what_was_expected(environ: dict[str, str], name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=rf"^{name}: got ") as raised:
-        action.read_inputs(words(**{name.replace("-", "_"): value}), environ)
-    assert "\n" not in raised.value.message
-    assert "docs/action.md" in raised.value.hint
-
-
-def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:
-    with pytest.raises(UsageError) as raised:
-        action.read_inputs(words(runtime="x", device="x", args="--output x"), environ)
-    assert [line.split(":")[0] for line in raised.value.message.splitlines()] == ["runtime", "device", "args"]
 
 
 # --- environment -----------------------------------------------------------------------------------------------------
@@ -143,59 +70,25 @@ def test_the_runtime(environ: dict[str, str], capsys: pytest.CaptureFixture[str]
     assert action.choose_runtime("auto", {**environ, "DOCKER_HOST": "tcp://engine:2376"}) == "docker"
 
 
-# --- result ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("token", ["hf_x\n", " hf_x\r\n", "hf_x"])
+def test_a_token_is_the_word_that_is_masked(environ: dict[str, str], token: str) -> None:
+    assert action.gate_environment({**environ, "MERGE_GATE_INPUT_HF_TOKEN": token})["HF_TOKEN"] == "hf_x"
 
 
-def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **changed: object) -> dict:
-    verdict = {"pass": "passed", "fail": "failed", "error": "error"}[result]
-    entry = {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1}
-    counts = {"passed": 0, "failed": 0, "error": 0, verdict: adapters}
-    return {
-        "schema_version": "1.0",
-        "complete": complete,
-        "result": result,
-        "counts": counts,
-        "adapters": [entry] * adapters,
-        **changed,
-    }
+def test_a_token_of_several_words_is_refused_and_not_shown(environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="hf-token: got several words") as raised:
+        action.gate_environment({**environ, "MERGE_GATE_INPUT_HF_TOKEN": "hf_x\nhf_y"})
+    assert "hf_x" not in raised.value.message
 
 
-@pytest.mark.parametrize(
-    ("code", "found", "result", "says"),
-    [
-        (0, report("pass"), "pass", ""),
-        (1, report("fail"), "fail", ""),
-        (3, report("error"), "error", ""),
-        (0, report("fail"), "error", "exit code 0"),
-        (1, report("pass"), "error", "exit code 1"),
-        (0, report("pass", complete=False), "error", "unfinished"),
-        (1, report("fail", complete=False), "error", "unfinished"),
-        (3, report("pass"), "error", "exit code 3"),
-        (2, report("pass"), "error", "exit code 2"),
-        (-9, report("pass"), "error", "exit code -9"),
-        (0, report("pass", adapters=0), "error", "judged nothing"),
-        (0, report("pass", schema_version="2.0"), "error", "does not know"),
-        (0, report("pass") | {"result": "ok"}, "error", "does not know"),
-        (0, report("pass", complete="yes"), "error", "does not know"),
-        (0, report("pass", adapters=1) | {"adapters": [{}]}, "error", "does not know"),
-        (0, [], "error", "does not know"),
-        (0, None, "error", "wrote no report"),
-        (0, "{", "error", "cannot be read"),
-    ],
-)
-def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path: Path, code, found, result, says) -> None:
-    path = tmp_path / "report.json"
-    if found is not None:
-        path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
-    outcome = action.settle(code, path)
-    assert outcome.result == result
-    assert says in outcome.problem
-    assert bool(says) == bool(outcome.problem)
+def test_a_runner_that_debugs_debugs_the_gate(environ: dict[str, str]) -> None:
+    assert action.gate_environment({**environ, "RUNNER_DEBUG": "1"})["MERGE_GATE_DEBUG"] == "1"
+    assert "MERGE_GATE_DEBUG" not in action.gate_environment(environ)
 
 
-def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
-    outcome = action.settle(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
-    assert outcome.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
+def test_windows_is_a_sentence() -> None:
+    with pytest.raises(UsageError, match="Windows machine, expected Linux"):
+        action._check_system("nt")
 
 
 # --- the whole step --------------------------------------------------------------------------------------------------
@@ -209,9 +102,8 @@ def outputs(environ: dict[str, str]) -> dict[str, str]:
 
 
 def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
-    given = {
-        f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": value for name, value in {**DEFAULTS, **inputs}.items()
-    }
+    asked = {"config": "gate.yml", **inputs}
+    given = {f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": value for name, value in asked.items()}
     return subprocess.Popen(
         [sys.executable, "-I", ROOT / "entrypoint.py", "action"],
         env={**environ, **given},
@@ -248,8 +140,10 @@ def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[
     process = step(environ, runtime="native")
     log, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    (error,) = [line for line in log.splitlines() if line.startswith("::error")]
-    assert "adapters" in error
+    at_the_line, whole = [line for line in log.splitlines() if line.startswith("::error")]
+    assert at_the_line.startswith("::error file=gate.yml,line=1,col=1,title=merge-gate%3A configuration::")
+    assert "adapters" in at_the_line
+    assert "adapters" in whole
     assert outputs(environ)["result"] == "error"
 
 
@@ -261,6 +155,39 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     process.communicate(timeout=60)
     assert outputs(environ)["result"] == "error"
     assert not old.exists()
+
+
+def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, str]) -> None:
+    output = Path(environ["GITHUB_WORKSPACE"], "out")
+    output.mkdir()
+    (output / "report.json").write_text("of the other run", encoding="utf-8")
+    with action._alone(output):
+        process = step(environ, runtime="native", output="out")
+        log, _ = process.communicate(timeout=60)
+    assert "another run writes its report to" in log
+    assert (output / "report.json").read_text() == "of the other run"
+    assert outputs(environ)["report-path"] == ""
+
+
+@pytest.mark.parametrize("blocked", ["temp", "output"])
+def test_a_directory_that_cannot_be_made_is_a_sentence(environ: dict[str, str], blocked: str) -> None:
+    place = Path(environ["GITHUB_WORKSPACE"], "file")
+    place.touch()
+    changed = {"RUNNER_TEMP": str(place)} if blocked == "temp" else {}
+    process = step({**environ, **changed}, runtime="native", **({"output": "file/out"} if blocked == "output" else {}))
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Not a directory" in log
+    assert "bug of merge-gate" not in log
+
+
+def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path: Path) -> None:
+    output = Path(environ["GITHUB_WORKSPACE"], "out")
+    output.mkdir()
+    (tmp_path / "secret").write_text("of the host", encoding="utf-8")
+    (output / "summary.md").symlink_to(tmp_path / "secret")
+    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    assert action._summary(inputs, Outcome("pass", report("pass"))) == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

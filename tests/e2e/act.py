@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 UPLOAD = "actions/upload-artifact@043fb46d1a93c77aae656e7c1c64a875d1fc6a0a"
-ACTION_FILES = ("action.yml", "entrypoint.py", "requirements/launcher.txt", "src")
+ACTION_FILES = ("action.yml", "entrypoint.py", "vendor", "src")
 
 
 def copy_action(target: Path) -> None:

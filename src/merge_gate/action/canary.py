@@ -3,13 +3,14 @@
 In: files outside the container (`plant`, `expectations`). Out: environment variables that carry what must hold, and
 `verify`, which the container's entrypoint calls before the gate. A started container proves neither: a daemon on
 another host mounts empty directories, and an engine may ignore a request for GPUs without a word (podman's
-Docker-compatible API does). Knows neither engine nor SDK; keeps to Python 3.9 and its standard library.
+Docker-compatible API does) or give fewer. Knows neither engine nor SDK.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING
 from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 FILES = "MERGE_GATE_CANARIES"
 GPUS = "MERGE_GATE_GPUS"
 
 _DEVICES = ("nvidia[0-9]*", "nvidiactl", "nvhost*", "nvgpu*", "dxg")
 """Device files of NVIDIA GPUs: discrete cards, Jetson boards, and WSL."""
+
+
+_CARD = re.compile(r"/nvidia\d+$")
 
 
 def plant(directory: Path) -> Path:
@@ -33,9 +37,12 @@ def plant(directory: Path) -> Path:
     return path
 
 
-def expectations(files: Iterable[Path], gpus: str) -> dict[str, str]:
-    """Return the variables that `verify` reads: the digest of each file, and the GPUs asked for (may be empty)."""
-    digests = {str(path): _digest(path) for path in files}
+def expectations(files: Mapping[Path, Path], gpus: str) -> dict[str, str]:
+    """Return the variables that `verify` reads: the digest of each file, and the GPUs asked for (may be empty).
+
+    `files` holds each file's path inside and outside.
+    """
+    digests = {str(inside): _digest(outside) for inside, outside in files.items()}
     return {FILES: json.dumps(digests), **({GPUS: gpus} if gpus else {})}
 
 
@@ -49,14 +56,29 @@ def verify(environ: Mapping[str, str], devices: Path = Path("/dev")) -> list[str
         _verify_file(Path(name), digest)
     asked = environ.get(GPUS, "")
     found = gpu_devices(devices) if asked else []
+    hint = (
+        "install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set "
+        "`gpus: none` to run on the CPU"
+    )
     if asked and not found:
         raise LauncherError(
             f"no GPU is visible inside the container: got no NVIDIA device in {devices}, expected those asked for "
             f"({asked}); nothing was run on the CPU in their place",
-            hint="install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set "
-            "`gpus: none` to run on the CPU",
+            hint=hint,
+        )
+    cards = [name for name in found if _CARD.search(name)]
+    if cards and len(cards) < _count(asked):
+        raise LauncherError(
+            f"some GPUs are missing inside the container: got {', '.join(cards)}, expected {_count(asked)} ({asked})",
+            hint=hint,
         )
     return found
+
+
+def _count(asked: str) -> int:
+    """How many cards must be there at least. Slices of one card (MIG) are several names and one device file."""
+    names = set(asked.split(","))
+    return 1 if "all" in names or any("MIG" in name or ":" in name for name in names) else len(names)
 
 
 def gpu_devices(devices: Path = Path("/dev")) -> list[str]:

@@ -1,33 +1,28 @@
 """The container engine, Docker or podman, its images and its errors; the Docker SDK is imported here only.
 
-In: the caller's environment, a name of an image. Out: a client that has answered, what the engine says of itself, an
-image that is there. Whatever the SDK raises becomes a `LauncherError` with a sentence. Keeps to Python 3.9.
+In: an address, a name of an image, of a container. Out: a client that has answered, what the engine says of itself,
+an image that is there. Whatever the SDK raises, or an engine answers in a form that nobody expects, becomes a
+`LauncherError` with a sentence.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_gate.action import address as addresses
 from merge_gate.errors import GateError, LauncherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _ASK_S = 30
-_PING_S = 5
+_OLDEST_SDK = 7
 _PROGRESS_S = 5.0
 _REASON_LIMIT = 400
-_SOCKETS = (
-    "/var/run/docker.sock", "{home}/.docker/run/docker.sock", "{runtime}/docker.sock",
-    "/run/podman/podman.sock", "{runtime}/podman/podman.sock",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,7 @@ class Engine:
 
     podman: bool
     rootless: bool
+    remapped: bool
     selinux: bool
     nvidia_runtime: bool
     cdi_gpus: bool
@@ -44,114 +40,125 @@ class Engine:
 # --- the engine ----------------------------------------------------------------------------------------------------
 
 
-def find_address(environ: Mapping[str, str]) -> str:
-    """Return the address of the engine: DOCKER_HOST, else the first known socket that exists, else an empty string."""
-    if environ.get("DOCKER_HOST"):
-        return environ["DOCKER_HOST"]
-    places = {
-        "home": environ.get("HOME") or str(Path.home()),
-        "runtime": environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}",
-    }
-    paths = [Path(template.format(**places)) for template in _SOCKETS]
-    return next((f"unix://{path}" for path in paths if _is_socket(path)), "")
-
-
-def _is_socket(path: Path) -> bool:
-    try:
-        return path.is_socket()
-    except OSError:  # another user's directory
-        return False
-
-
 def answers(environ: Mapping[str, str]) -> bool:
     """Tell whether an engine answers, without the SDK. A client alone proves nothing: images ship it without a daemon.
 
     An address other than a socket file was set on purpose, and is taken at its word.
     """
-    address = find_address(environ)
-    return bool(address) and not _silence(address)
-
-
-def _silence(address: str) -> str:
-    """Say why nobody answers at a socket file, an empty string where somebody does or it is another kind of address."""
-    if not address.startswith("unix://"):
-        return ""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_PING_S)
-            connection.connect(address[len("unix://") :])
-            connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")
-            return "" if b" 200 " in connection.recv(64) else "it is no container engine"
-    except OSError as error:
-        return error.strerror or str(error)
+    address = addresses.find(environ)
+    return address is not None and not addresses.silence(address)
 
 
 def connect(environ: Mapping[str, str]) -> Any:
     """Return a client of the engine that has answered. Raises `LauncherError`."""
-    try:
-        import docker  # noqa: PLC0415 # an optional dependency
-    except ImportError as error:
-        raise LauncherError(
-            f"the Docker SDK for Python is not there ({error})", hint="pip install 'merge-gate[launcher]'"
-        ) from error
-    address = find_address(environ)
+    docker = _sdk()
+    address = addresses.find(environ)
     if not address:
         raise LauncherError(
             "no container engine was found: DOCKER_HOST is not set and no socket of Docker or podman is there",
             hint="start Docker (or `podman system service`), or run without a container (`runtime: native`)",
         )
-    trouble = _silence(address)
+    if address.url.startswith("ssh://"):
+        raise LauncherError(
+            f"{address.origin} names the engine at {address.url}, expected unix:// or tcp://: an engine on another "
+            "machine does not see the workspace",
+            hint="run the job on the machine where the engine is",
+        )
+    trouble = addresses.silence(address)
     try:
         if not trouble:
-            return docker.DockerClient(base_url=address, timeout=_ASK_S)  # which asks the engine for its version
-    except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, paramiko and the OS through
+            # which asks the engine for its version
+            return docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
+    except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, ssl and the OS through
         trouble = reason(error)
     raise LauncherError(
-        f"the container engine at {address} does not answer: {trouble}",
+        f"the container engine at {address.url} ({address.origin}) does not answer: {trouble}",
         hint="start it, check that this user may use its socket, or set DOCKER_HOST to another one",
     )
+
+
+def _sdk() -> Any:
+    try:
+        import docker  # noqa: PLC0415 # an optional dependency
+
+        version = str(docker.__version__)
+    except (ImportError, AttributeError) as error:
+        raise LauncherError(
+            f"the Docker SDK for Python is not there ({error})", hint="pip install 'merge-gate[launcher]'"
+        ) from error
+    if int(re.match(r"\d*", version)[0] or 0) < _OLDEST_SDK:  # type: ignore[index] # `*` always matches
+        raise LauncherError(
+            f"the Docker SDK for Python has version {version}, expected {_OLDEST_SDK} or newer",
+            hint="pip install --upgrade 'merge-gate[launcher]'",
+        )
+    return docker
+
+
+def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
+    if not tls:
+        return False
+    pair = (tls.certificate, tls.key) if tls.certificate and tls.key else None
+    return docker.tls.TLSConfig(client_cert=pair, ca_cert=tls.authority or None, verify=tls.verify)
 
 
 def describe(client: Any) -> Engine:
     """Ask the engine what it is."""
     with translated("the container engine cannot describe itself"):
         version, info = client.version(), client.info()
-    components = " ".join(str(part.get("Name")) for part in version.get("Components") or ())
-    security = " ".join(str(option) for option in info.get("SecurityOptions") or ())
-    devices = " ".join(str(device.get("ID")) for device in info.get("DiscoveredDevices") or ())
-    return Engine(
-        podman="podman" in components.lower(),
-        rootless="rootless" in security,
-        selinux="selinux" in security,
-        nvidia_runtime="nvidia" in (info.get("Runtimes") or {}),
-        cdi_gpus="nvidia.com/gpu=" in devices,
-    )
+        components = " ".join(str(part.get("Name")) for part in version.get("Components") or ())
+        security = " ".join(str(option) for option in info.get("SecurityOptions") or ())
+        devices = " ".join(str(device.get("ID")) for device in info.get("DiscoveredDevices") or ())
+        return Engine(
+            podman="podman" in components.lower(),
+            rootless="rootless" in security,
+            remapped="name=userns" in security,
+            selinux="selinux" in security,
+            nvidia_runtime="nvidia" in (info.get("Runtimes") or {}),
+            cdi_gpus="nvidia.com/gpu=" in devices,
+        )
 
 
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-def ensure_image(client: Any, image: str, log: Callable[[bytes], None]) -> None:
-    """Pull `image` unless the engine has it. Raises `LauncherError`."""
-    import docker  # noqa: PLC0415
+def ensure_image(client: Any, image: str, log: Callable[[bytes], None], pull: str = "missing") -> str:
+    """Have `image` there, and return what identifies it: its digest in a registry, else the engine's own id.
 
-    with translated(f"the engine cannot look up the image {image}"):
-        try:
-            client.images.get(image)
-        except docker.errors.ImageNotFound:
-            pass
-        else:
-            return
-    log(f"pulling {image}\n".encode())
+    `pull` is `missing`, `always` or `never`. Raises `LauncherError`.
+    """
+    found = None if pull == "always" else _identity(client, image)
+    if found:
+        return found
     hint = (
         "check the name and the digest, log in to its registry (docker/login-action), or build it from the "
         "Dockerfile; the images of old releases are never deleted"
     )
+    if pull == "never":
+        raise LauncherError(f"the image {image} is not there, and `pull` is never", hint=hint)
+    log(f"pulling {image}\n".encode())
     with translated(f"the image {image} is not there and cannot be pulled", hint=hint):
         name, tag = name_and_tag(image)
         for line in progress(client.api.pull(name, tag=tag, stream=True, decode=True)):
             log(line.encode())
-        client.images.get(image)
+        pulled = _identity(client, image)
+        if not pulled:
+            raise LauncherError("the engine says that it pulled it, and does not have it")
+        return pulled
+
+
+def _identity(client: Any, image: str) -> str:
+    import docker  # noqa: PLC0415
+
+    with translated(f"the engine cannot look up the image {image}"):
+        try:
+            described = client.api.inspect_image(image)
+        except docker.errors.ImageNotFound:
+            return ""
+        name, digest = name_and_tag(image)
+        known = [str(one) for one in described.get("RepoDigests") or ()]
+        asked = [one for one in known if one == f"{name}@{digest}"]
+        of_this_name = [one for one in known if one.startswith(f"{name}@")]
+        return (asked or of_this_name or [str(described["Id"])])[0]
 
 
 def name_and_tag(image: str) -> tuple[str, str]:
@@ -182,6 +189,43 @@ def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
 # --- containers ----------------------------------------------------------------------------------------------------
 
 
+def labelled(client: Any, labels: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """Return id and labels of every container, alive or dead, that carries `labels`."""
+    wanted = [f"{name}={value}" for name, value in labels.items()]
+    with translated("the engine cannot list its containers"):
+        listed = client.api.containers(all=True, filters={"label": wanted})
+        return [(str(one["Id"]), dict(one.get("Labels") or {})) for one in listed]
+
+
+def removed(client: Any, name: str) -> bool:
+    """Remove a container and its volumes; return whether there was one. Raises `LauncherError`."""
+    import docker  # noqa: PLC0415
+
+    with translated("the container cannot be removed"):
+        try:
+            client.api.remove_container(name, force=True, v=True)
+        except docker.errors.NotFound:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
+    """Attach to a container that has not started; when the block has started it, write `line` and close.
+
+    A connection with TLS is a socket; one to a socket file is wrapped in a file that may only be read.
+    """
+    if not line:
+        yield
+        return
+    with translated("the token cannot be handed to the container"):
+        attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
+    with contextlib.closing(attached):
+        yield
+        with translated("the token cannot be handed to the container"):
+            getattr(attached, "_sock", attached).sendall(line)
+
+
 def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
     """Give `log` the output of a container from its first word until it ends.
 
@@ -197,18 +241,24 @@ def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
+_ODD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
+
+
 @contextlib.contextmanager
 def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
     """Turn whatever the SDK raises into a `LauncherError` that begins with `what`.
 
-    `gpus` are those asked for: an engine that refuses them says so in many ways, none of which names the remedy.
+    That includes what Python raises where an engine answers with other JSON than it should. `gpus` are those asked
+    for: an engine that refuses them says so in many ways, none of which names the remedy.
     """
     import docker  # noqa: PLC0415
     import requests  # noqa: PLC0415
 
     try:
         yield
-    except (docker.errors.DockerException, requests.RequestException, LauncherError) as error:
+    except _ODD_ANSWERS as error:
+        raise LauncherError(f"{what}: its answer makes no sense ({type(error).__name__}: {reason(error)})") from error
+    except (docker.errors.DockerException, requests.RequestException, OSError, LauncherError) as error:
         words = reason(error)
         if gpus and re.search(r"device driver|cdi|nvidia|gpu", words, re.IGNORECASE):
             what, hint = f"the engine cannot give the container the GPUs asked for ({gpus})", GPU_HINT

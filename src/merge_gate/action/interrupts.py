@@ -1,7 +1,7 @@
 """Signals and a time limit, as one exception in the main thread.
 
-In: a time limit in seconds, or none. Out: `Interrupted`, once, so that whoever waits can stop what it started. Keeps to
-Python 3.9.
+In: a time limit in seconds, or none. Out: `Interrupted`, once, while somebody waits for it; at any other time a signal
+is only noted, so that nothing that has begun to clear away is cut short.
 """
 
 from __future__ import annotations
@@ -28,29 +28,60 @@ class Interrupted(BaseException):
         super().__init__(over if number == signal.SIGALRM else f"received {self.signal_name}")
 
 
+class Signals:
+    """The first signal that arrived, and whether somebody waits for it."""
+
+    def __init__(self, time_limit_s: float | None) -> None:
+        self._time_limit_s = time_limit_s
+        self._first: int | None = None
+        self._is_waiting = False
+
+    def note(self, number: int, _frame: object) -> None:
+        """Note the first signal, and raise it where somebody waits; later ones find it stopping.
+
+        They are taken and dropped, not ignored by the system: Python reports a signal that arrived before it was
+        ignored as an error.
+        """
+        if self._first is None:
+            self._first = number
+            if self._is_waiting:
+                self._raise(number)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise `Interrupted` inside, at once where a signal came before."""
+        self._is_waiting = True
+        try:
+            if self._first is not None:
+                self._raise(self._first)
+            yield
+        finally:
+            self._is_waiting = False
+
+    def _raise(self, number: int) -> None:
+        self._is_waiting = False
+        raise Interrupted(number, self._time_limit_s)
+
+
 @contextlib.contextmanager
-def interruptible(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[None]:
-    """Turn the first signal to stop, or the end of the time limit, into `Interrupted`; later ones find it stopping.
-
-    The later ones are taken and dropped, not ignored by the system: Python reports a signal that arrived before it was
-    ignored as an error. `nohup` stays in force.
-    """
-    is_stopping = False
-
-    def stop(number: int, _frame: object) -> None:
-        nonlocal is_stopping
-        if not is_stopping:
-            is_stopping = True
-            raise Interrupted(number, time_limit_s)
-
+def held(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Signals]:
+    """Note signals to stop and the end of the time limit; handlers are as before afterwards. `nohup` stays in force."""
+    signals = Signals(time_limit_s)
     wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         wanted.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, stop) for number in wanted}
+    previous = {number: signal.signal(number, signals.note) for number in wanted}
     try:
         signal.setitimer(signal.ITIMER_REAL, time_limit_s or 0)
-        yield
+        yield signals
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[None]:
+    """Turn the first signal to stop, or the end of the time limit, into `Interrupted`."""
+    with held(time_limit_s) as signals, signals.interruptible():
+        yield

@@ -1,97 +1,84 @@
 """The same command inside a container with a GPU.
 
-In: a `ContainerRun`. Out: the exit code of the gate inside, and its log as it comes. Knows nothing of configurations,
-reports or workflows. Keeps to Python 3.9: the action runs it on the runner's own Python.
+In: a `ContainerRun`. Out: the exit code of the gate inside, its log as it comes, and what else is to be told. Knows
+nothing of configurations, reports or workflows.
 
 What it does, in order:
-  1. find the engine; have the image, pulled by its digest where it is not there          docker_api
-  2. ask for GPUs in the words this engine understands                                     gpus
-  3. mount the workspace read-only, the output directory and the cache at their own paths  _directories, _mounts
-  4. plant canaries in them, which the container looks for before anything else            canary
-  5. run as the caller, with no capabilities, and pass on the log                          _create, _supervise
-  6. on SIGINT, SIGTERM or the time limit, stop the container; remove it in every case
+  1. find the engine; remove what launchers left that were killed              docker_api, leftovers
+  2. have the image, pulled by its digest where it is not there                docker_api
+  3. ask for GPUs in the words this engine understands                         gpus
+  4. make the directories: the cache, and one to write to in place of the
+     output directory; plant canaries in them, which the container looks for   _directories, canary
+  5. run as the caller, with no capabilities; hand over the token; pass on
+     the log; stop on SIGINT, SIGTERM or at the time limit                     container, handover
+  6. whatever happened: remove the container, then take the report out of
+     what it wrote, file by file, then remove the directories                  leftovers, collect
+
+What is made is cleared away by the opposite of step 6's order, since each thing's removal is noted before it is made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import signal
+import secrets
 import tempfile
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action import canary, docker_api, released_image
-from merge_gate.action.gpus import device_requests, wanted_gpus
-from merge_gate.action.interrupts import STOP_GRACE_S, TIME_LIMIT_S, Interrupted, interruptible
+from merge_gate.action import canary, collect, container, docker_api, leftovers, released_image
+from merge_gate.action.container import ContainerRun, Prepared
+from merge_gate.action.gpus import wanted_gpus
+from merge_gate.action.interrupts import Interrupted, held
 from merge_gate.errors import ExitCode, LauncherError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_PASSED_ON = (
-    "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-    "http_proxy", "https_proxy", "no_proxy", "NO_COLOR", "FORCE_COLOR",
-)  # fmt: skip
-"""Variables of the caller that the gate inside sees; no other reaches it."""
-
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc", "/sbin", "/sys", "/usr")
 
 
 @dataclass(frozen=True)
-class ContainerRun:
-    """What to run. Paths are absolute, and the same inside the container.
+class Told:
+    """What a run has to say besides its exit code and its log, sentence by sentence, as it happens.
 
-    `workspace` holds the configuration and whatever it names. `hf_cache` None: a cache for this run only. `image`
-    empty: the one released with this version. `arguments` are further words for `merge-gate run`. `gpus` is `auto`,
-    `none`, `all` or a list of indices or UUIDs. `environ` is the caller's environment.
+    `image` gets the image that runs, `warning` what the caller should know, `refused` what was not taken of the report.
     """
 
-    config: Path
-    output: Path
-    workspace: Path
-    image: str = ""
-    device: str = "auto"
-    gpus: str = "auto"
-    arguments: tuple[str, ...] = ()
-    hf_cache: Path | None = None
-    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
-    time_limit_s: float = TIME_LIMIT_S
+    image: Callable[[str], None]
+    warning: Callable[[str], None]
+    refused: Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What was found and made for one run, before the container."""
-
-    client: Any
-    engine: docker_api.Engine
-    image: str
-    gpus: str
-    cache: Path
-    canaries: tuple[Path, ...]
-
-
-def run_in_container(run: ContainerRun, log: Callable[[bytes], None]) -> int:
+def run_in_container(run: ContainerRun, log: Callable[[bytes], None], told: Told | None = None) -> int:
     """Run the gate in a container and return its exit code; `log` receives its output as it comes.
 
-    Raises `UsageError` for what the caller asked wrongly, `LauncherError` for an engine, image, mount or GPU that is
-    not there, or a container that was lost. Must be called in the main thread, which receives the signals.
+    Without `told` everything goes to `log`. Raises `UsageError` for what the caller asked wrongly, `LauncherError` for
+    an engine, image, mount or GPU that is not there, or a container that was lost. Must be called in the main thread,
+    which receives the signals.
     """
     _check_paths(run)
     gpus = wanted_gpus(run.gpus, run.device, run.environ)
-    image = run.image or _released(gpus)
-    try:
-        with interruptible(run.time_limit_s), contextlib.closing(docker_api.connect(run.environ)) as client:
-            facts = docker_api.describe(client)
-            docker_api.ensure_image(client, image, log)
-            with _directories(run) as (cache, canaries):
-                return _run(run, _Prepared(client, facts, image, gpus, cache, canaries), log)
-    except Interrupted as interruption:
-        log(f"merge-gate: {interruption}\n".encode())
-        return int(ExitCode.ERROR)
+    run = replace(run, gpus=gpus, image=run.image or _released(gpus))
+    told = told or _by_log(log)
+    with held(run.time_limit_s) as signals, contextlib.ExitStack() as clearing:
+        try:
+            with signals.interruptible():
+                client = docker_api.connect(run.environ)
+                clearing.callback(client.close)
+                prepared = _prepare(run, client, clearing, log, told)
+                made = container.create(run, prepared)
+            return container.supervise(run, made, prepared, signals, log)
+        except Interrupted as interruption:
+            log(f"merge-gate: {interruption}\n".encode())
+            return int(ExitCode.ERROR)
+
+
+def _by_log(log: Callable[[bytes], None]) -> Told:
+    def say(sentence: str) -> None:
+        log(f"merge-gate: {sentence}\n".encode())
+
+    return Told(image=lambda _image: None, warning=say, refused=say)
 
 
 def for_a_person(
@@ -135,138 +122,112 @@ def _released(gpus: str) -> str:
     return image
 
 
-# --- mounts --------------------------------------------------------------------------------------------------------
+# --- paths ---------------------------------------------------------------------------------------------------------
 
 
 def _check_paths(run: ContainerRun) -> None:
     if not run.config.is_file():
         raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
-    if run.workspace not in run.config.parents:
+    seen = (run.workspace, *run.mounts)
+    if not _lies_in(run.config, seen):
         raise UsageError(
             f"config: {run.config} lies outside the workspace {run.workspace}, which is all that the container sees",
             hint="move it inside, or start from a directory that holds it",
+        )
+    if not _lies_in(run.config.resolve(), seen):
+        raise UsageError(
+            f"config: {run.config} is a symbolic link to {run.config.resolve()}, which lies outside the workspace "
+            f"{run.workspace} and is not there inside the container",
+            hint="put the file itself in the workspace, or add its directory to `mounts`",
         )
     if run.output.resolve() != run.output:
         raise UsageError(
             f"output: {run.output} leads through a symbolic link to {run.output.resolve()}, which it must not",
             hint="name the directory itself",
         )
-    for path in (run.workspace, run.output, *([run.hf_cache] if run.hf_cache else [])):
+    if run.output.exists() and not run.output.is_dir():
+        raise UsageError(f"output: {run.output} is a file, expected a directory", hint="remove it, or name another one")
+    for path in run.mounts:
+        if not path.exists():
+            raise UsageError(f"mounts: {path} is not there", hint="name directories of the runner by absolute paths")
+    for path in (*seen, run.output, *([run.hf_cache] if run.hf_cache else [])):
         if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
             raise UsageError(f"{path} cannot be mounted into the container: it would hide the container's own files")
 
 
-@contextlib.contextmanager
-def _directories(run: ContainerRun) -> Iterator[tuple[Path, tuple[Path, ...]]]:
-    """Make the writable directories; yield the cache and the canaries. What was made for this run alone goes."""
-    scratch = None
-    canaries: list[Path] = []
-    try:
+def _lies_in(path: Path, directories: Sequence[Path]) -> bool:
+    return any(directory in path.parents for directory in directories)
+
+
+# --- preparation ---------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    run: ContainerRun, client: Any, clearing: contextlib.ExitStack, log: Callable[[bytes], None], told: Told
+) -> Prepared:
+    """Steps 1 to 4, for a run whose GPUs and image are settled.
+
+    What has to be cleared away is noted in `clearing` before it is made.
+    """
+    facts = docker_api.describe(client)
+    leftovers.remove_orphans(client, told.warning)
+    told.image(docker_api.ensure_image(client, run.image, log, run.pull))
+    cache, written = _directories(run, clearing, told)
+    canaries = _canaries({run.output: written, cache: cache}, clearing)
+    name = f"merge-gate-{secrets.token_hex(8)}"
+    clearing.callback(leftovers.remove, client, name, told.warning)
+    return Prepared(client, facts, name, cache, written, canaries)
+
+
+def _directories(run: ContainerRun, clearing: contextlib.ExitStack, told: Told) -> tuple[Path, Path]:
+    """Make the directories that the container writes to; return the cache, and the one for the report."""
+    with _prepared():
         run.output.mkdir(parents=True, exist_ok=True)
-        if run.hf_cache:
-            run.hf_cache.mkdir(parents=True, exist_ok=True)
-            cache = run.hf_cache
-        else:
-            cache = scratch = Path(tempfile.mkdtemp(prefix="merge-gate-hf-", dir=run.environ.get("RUNNER_TEMP")))
-        canaries += [canary.plant(directory) for directory in (run.output, cache)]
-        yield cache, tuple(canaries)
-    except OSError as error:
-        raise LauncherError(f"cannot prepare {error.filename}: {error.strerror}") from error
-    finally:
-        for path in canaries:
-            path.unlink(missing_ok=True)
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        collect.clear(run.output)
+        written = _scratch(run.environ, "report", clearing)
+        clearing.callback(_take, written, run.output, told)
+        cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
+        cache.mkdir(parents=True, exist_ok=True)
+        return cache, written
 
 
-def _mounts(run: ContainerRun, cache: Path) -> list[dict[str, Any]]:
-    """Bind mounts by path; unlike with a volume, a missing source is an error and not a new directory of root's."""
-    return [
-        {"Type": "bind", "Source": str(path), "Target": str(path), "ReadOnly": read_only}
-        for path, read_only in ((run.workspace, True), (run.output, False), (cache, False))
-    ]
+def _canaries(directories: Mapping[Path, Path], clearing: contextlib.ExitStack) -> dict[Path, Path]:
+    """Plant a file in each of the directories, given by their paths inside; return the files likewise."""
+    planted = {}
+    with _prepared():
+        for inside, outside in directories.items():
+            path = canary.plant(outside)
+            clearing.callback(_unlink, path)
+            planted[inside / path.name] = path
+    return planted
 
 
-# --- the container -------------------------------------------------------------------------------------------------
-
-
-def command(run: ContainerRun, gpus: str) -> list[str]:
-    """Return the words for the container's entrypoint. Where GPUs were asked for, a CPU is no answer."""
-    device = "cuda" if gpus and run.device == "auto" else run.device
-    config = os.path.relpath(run.config, run.workspace)
-    return ["run", config, "--output", str(run.output), "--device", device, *run.arguments]
-
-
-def environment(run: ContainerRun, cache: Path, canaries: Sequence[Path], gpus: str) -> dict[str, str]:
-    """Return the container's variables. A token is here and nowhere else: not among the words, not in a file."""
-    passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
-    expected = canary.expectations([run.config, *canaries], gpus)
-    # Where NVIDIA's runtime is the default one, it reads this variable, and the image says `all`.
-    no_gpu = {} if gpus else {"NVIDIA_VISIBLE_DEVICES": "void"}
-    return {**passed_on, **expected, "HF_HOME": str(cache), **no_gpu}
-
-
-def _run(run: ContainerRun, prepared: _Prepared, log: Callable[[bytes], None]) -> int:
-    container = _create(run, prepared)
+@contextlib.contextmanager
+def _prepared() -> Iterator[None]:
     try:
-        return _supervise(container, prepared.gpus, log)
-    finally:
-        # One that is gone already, or an engine that is gone, leaves nothing to remove.
-        with contextlib.suppress(LauncherError), docker_api.translated("the container cannot be removed"):
-            container.remove(force=True)
+        yield
+    except OSError as error:
+        what = error.filename or "a temporary directory"
+        raise LauncherError(f"cannot prepare {what}: {error.strerror or error}") from error
 
 
-def _create(run: ContainerRun, prepared: _Prepared) -> Any:
-    facts = prepared.engine
-    offline = run.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    # A rootless engine maps its root to the caller, and every other uid to one that owns nothing.
-    user = "0:0" if facts.rootless else f"{os.getuid()}:{os.getgid()}"
-    requests = device_requests(
-        prepared.gpus, podman=facts.podman, nvidia_runtime=facts.nvidia_runtime, cdi_gpus=facts.cdi_gpus
-    )
-    with docker_api.translated("the container cannot be made", gpus=prepared.gpus):
-        return prepared.client.containers.create(
-            prepared.image,
-            command(run, prepared.gpus),
-            user=user,
-            working_dir=str(run.workspace),
-            environment=environment(run, prepared.cache, prepared.canaries, prepared.gpus),
-            mounts=_mounts(run, prepared.cache),
-            tmpfs={"/tmp": "mode=1777,exec"},  # noqa: S108 # the container's own
-            read_only=True,
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges", *(["label=disable"] if facts.selinux else [])],
-            device_requests=requests,
-            network_mode="none" if offline else None,
-            labels={"merge-gate": "run"},
-        )
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):  # code inside may have removed it, or put something in its place
+        path.unlink()
 
 
-def _supervise(container: Any, gpus: str, log: Callable[[bytes], None]) -> int:
-    """Start the container, pass on its log, wait, and return its exit code."""
-    with docker_api.translated("the container cannot be started", gpus=gpus):
-        container.start()
-    reader = threading.Thread(target=docker_api.pass_on_output, args=(container, log), daemon=True)
-    reader.start()
-    hint = "see the engine's own log; what the report holds is true, but the run did not end"
-    with docker_api.translated("the container was lost", hint=hint):
-        try:
-            status = container.wait(timeout=None)
-        except Interrupted as interruption:
-            log(f"merge-gate: {interruption}; stopping the container\n".encode())
-            container.stop(timeout=STOP_GRACE_S)
-            return int(ExitCode.ERROR)
-        finally:
-            reader.join(STOP_GRACE_S)
-        container.reload()
-    return _exit_code(int(status["StatusCode"]), bool(container.attrs.get("State", {}).get("OOMKilled")))
+def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.ExitStack) -> Path:
+    parent = environ.get("RUNNER_TEMP") or tempfile.gettempdir()
+    folder = Path(parent).resolve() / f"merge-gate-{purpose}-{secrets.token_hex(8)}"
+    clearing.callback(collect.remove_tree, folder)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
-def _exit_code(status: int, out_of_memory: bool) -> int:
-    if status in set(ExitCode):
-        return status
-    killed = out_of_memory or status == 128 + signal.SIGKILL
-    raise LauncherError(
-        f"the container ended with exit code {status}, expected 0 to 3" + (": it was killed" if killed else ""),
-        hint="memory ran out, most likely: see the machine's own log" if killed else "see the container's log above",
-    )
+def _take(written: Path, output: Path, told: Told) -> None:
+    try:
+        refused = collect.take(written, output)
+    except OSError as error:
+        refused = [f"the report cannot be taken from {written}: {error.strerror}"]
+    for sentence in refused:
+        told.refused(sentence)

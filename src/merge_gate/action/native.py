@@ -1,23 +1,23 @@
 """The gate in this environment, as a child process: inside merge-gate's image, or where merge-gate is installed.
 
 In: a `ContainerRun`, of which the image means nothing here. Out: the gate's exit code, its output as it comes. Raises
-`UsageError` where merge-gate is not installed. Keeps to Python 3.9 and its standard library.
+`UsageError` where merge-gate is not installed.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from merge_gate.action.container import config_word
 from merge_gate.action.interrupts import STOP_GRACE_S, Interrupted, interruptible
 from merge_gate.errors import ExitCode, LauncherError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from merge_gate.action.launcher import ContainerRun
+    from merge_gate.action.container import ContainerRun
 
 _PROBE = (
     "import importlib.util as u, sys; sys.exit(0 if u.find_spec('merge_gate') and u.find_spec('merge_gate.cli') else 3)"
@@ -44,8 +44,7 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
         )
     environ, device = gpus_and_device(run)
     # -P: the workspace is the child's working directory and must not be where it imports from.
-    config = os.path.relpath(run.config, run.workspace)
-    words = ["run", config, "--output", str(run.output), "--device", device, *run.arguments]
+    words = ["run", config_word(run), "--output", str(run.output), "--device", device, *run.arguments]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "merge_gate", *words],
         cwd=run.workspace,

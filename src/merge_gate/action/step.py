@@ -2,166 +2,71 @@
 
 In: the words that entrypoint.py formed from the inputs, and the environment. Out: the step's outputs, the job summary,
 annotations, and exit code 0 whatever the verdict is: the action's last step fails the job, after the upload. It is 1
-only where no output could be written. Knows neither the Docker SDK nor how the gate judges. Keeps to Python 3.9 and
-its standard library, since it runs on the runner's own Python.
-
-The result is `pass` or `fail` only where exit code and finished report agree; everything else is `error`.
+only where no output could be written. Knows neither the Docker SDK nor how the gate judges.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import secrets
-import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from merge_gate.action import native, sdk, workflow
+from merge_gate.action import collect, native, outcome, sdk, workflow
+from merge_gate.action.container import ContainerRun, config_word
 from merge_gate.action.docker_api import answers
-from merge_gate.action.launcher import ContainerRun, run_in_container
+from merge_gate.action.inputs import Inputs, read_inputs, workspace_of
+from merge_gate.action.launcher import Told, run_in_container
+from merge_gate.action.outcome import Outcome
 from merge_gate.errors import ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-_REPORT_LIMIT_BYTES = 256 * 1024 * 1024
-_RETENTION_LIMIT_DAYS = 400
-OURS = ("--output", "--device", "--container", "--image", "--gpus")
-"""Options of `merge-gate run` that have an input of their own, or none."""
-
-_Check = tuple[str, str, str]
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs, checked. Paths are absolute."""
+@dataclass
+class _Heard:
+    """What a run tells while the runner heeds no commands; it is said afterwards."""
 
-    config: Path
-    runtime: str
-    gpus: str
-    device: str
-    image: str
-    hf_cache: Path | None
-    fail_on: str
-    upload_report: bool
-    artifact_name: str
-    retention_days: int
-    output: Path
-    arguments: tuple[str, ...]
+    image: str = ""
+    warnings: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the step says. `problem` is why there is no verdict, empty where there is one."""
-
-    result: str
-    report: Mapping[str, Any] | None = None
-    problem: str = ""
+    def told(self) -> Told:
+        return Told(
+            image=lambda name: setattr(self, "image", name), warning=self.warnings.append, refused=self.refused.append
+        )
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the gate as the inputs ask; return the step's exit code."""
-    inputs = None
+    inputs, heard = None, _Heard()
     try:
-        inputs = read_inputs(words, environ)
+        _check_system(os.name)
         ours = gate_environment(environ)
-        outcome = _judge(inputs, ours, workflow.Log(sys.stdout.buffer, secret=ours.get("HF_TOKEN", "")))
+        inputs = read_inputs(words, environ)
+        told = _judge(inputs, ours, heard)
     except GateError as error:
-        outcome = Outcome("error", problem=_words(error))
+        told = Outcome("error", problem=outcome.in_words(error))
+    except OSError as error:
+        told = Outcome(
+            "error", problem=f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
+        )
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
-        outcome = Outcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
-    return _tell(inputs, outcome, environ)
+        told = Outcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
+    return _tell(inputs, told, heard, environ)
 
 
-# --- inputs --------------------------------------------------------------------------------------------------------
-
-
-def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
-    """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
-    given = dict(word[2:].partition("=")[::2] for word in words)
-    problems = [problem for check in CHECKS if (problem := _problem(given, *check))]
-    workspace = _workspace(environ)
-    config = Path(os.path.normpath(workspace / given["config"]))
-    if not any(problem.startswith("config: ") for problem in problems) and not config.is_file():
-        problems.append(f"config: got {given['config']!r}, and {config} is not a file")
-    arguments, complaint = _arguments(given["args"])
-    if problems or complaint:
-        listed = [*problems, *([complaint] if complaint else [])]
-        raise UsageError("\n".join(listed), hint="the inputs are described in docs/action.md")
-    return Inputs(
-        config=config,
-        runtime=given["runtime"],
-        gpus=given["gpus"],
-        device=given["device"],
-        image=given["image"],
-        hf_cache=(workspace / Path(given["hf-cache"]).expanduser()).resolve() if given["hf-cache"] else None,
-        fail_on=given["fail-on"],
-        upload_report=given["upload-report"] == "true",
-        artifact_name=given["artifact-name"] or _artifact_name(environ),
-        retention_days=int(given["retention-days"]),
-        output=_output(given["output"], workspace, environ),
-        arguments=arguments,
-    )
-
-
-CHECKS: tuple[_Check, ...] = (
-    ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (this input is required)"),
-    ("runtime", r"auto|docker|native", "auto, docker or native"),
-    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
-    ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
-    ("image", r"[A-Za-z0-9][A-Za-z0-9._/:@-]*|", "the name of an image"),
-    ("hf-cache", r"[^\0\r\n]*", "a directory"),
-    ("fail-on", r"broken|never", "broken or never"),
-    ("upload-report", r"true|false", "true or false"),
-    ("artifact-name", r'[^"<>|*?\r\n\\/:\0]*', 'a name without " : < > | * ? \\ / and line breaks'),
-    ("retention-days", r"\d{1,3}", f"0 to {_RETENTION_LIMIT_DAYS} days (0: the repository's default)"),
-    ("output", r"[^\0\r\n]*", "a directory"),
-)
-
-
-def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
-    value = given[name]
-    good = re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS)
-    return "" if good else f"{name}: got {value!r}, expected {expected}"
-
-
-def _arguments(text: str) -> tuple[tuple[str, ...], str]:
-    """Split `args` as a shell would, and complain about what another input says."""
-    try:
-        split = tuple(shlex.split(text))
-    except ValueError as error:
-        return (), f"args: got {text!r}, which cannot be split into words ({error})"
-    for word in split:
-        name = word.partition("=")[0]
-        clash = next((own for own in OURS if len(name) > len("--") and own.startswith(name)), "")
-        if clash:
-            return (), f"args: got {word!r}, expected options other than {clash}, which the action sets itself"
-    return split, ""
-
-
-def _workspace(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve()
-
-
-def _output(given: str, workspace: Path, environ: Mapping[str, str]) -> Path:
-    """The directory of the report: the one given, else a new one that the runner removes with the job."""
-    if given:
-        return Path(os.path.normpath(workspace / given))
-    parent = Path(environ.get("RUNNER_TEMP") or workspace).resolve()
-    return parent / f"merge-gate-{secrets.token_hex(4)}" / "report"
-
-
-def _artifact_name(environ: Mapping[str, str]) -> str:
-    """A second artifact of the same name fails its job, so legs of a matrix and repeated uses must differ.
-
-    Nothing that a step can see tells two calls of one reusable workflow apart; hence the random end.
-    """
-    parts = (environ.get("GITHUB_JOB", ""), environ.get("MERGE_GATE_JOB_INDEX", ""), secrets.token_hex(3))
-    return re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(["merge-gate-report", *(part for part in parts if part)]))
+def _check_system(name: str) -> None:
+    if name != "posix":
+        raise UsageError(
+            "this runner is a Windows machine, expected Linux (or macOS with `runtime: native`)",
+            hint="run the job on a Linux runner",
+        )
 
 
 # --- the gate ------------------------------------------------------------------------------------------------------
@@ -171,49 +76,85 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the gate: the token under the name that huggingface_hub reads, nothing of the runner's.
 
     The gate reads files of strangers; it needs none of the runner's tokens, and none of the files that steer a job.
+    Raises `UsageError` for a token that is no word.
     """
     ours = {key: value for key, value in environ.items() if not re.match(r"GITHUB_|ACTIONS_|INPUT_|MERGE_GATE_I", key)}
-    token = environ.get("MERGE_GATE_INPUT_HF_TOKEN")
+    # A line break at its end, as a file or a pasted secret has it, would make another word of it than the one masked.
+    given = environ.get("MERGE_GATE_INPUT_HF_TOKEN", "").strip()
+    if re.search(r"\s", given):
+        raise UsageError("hf-token: got several words, expected one token", hint="check the secret")
+    token = given or environ.get("HF_TOKEN", "").strip()
     marker = {"MERGE_GATE_IMAGE": environ["MERGE_GATE_IMAGE"]} if environ.get("MERGE_GATE_IMAGE") else {}
-    workspace = {"GITHUB_WORKSPACE": str(_workspace(environ))}
-    return {**ours, **marker, **workspace, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
+    debug = {"MERGE_GATE_DEBUG": "1"} if environ.get("RUNNER_DEBUG") == "1" else {}
+    workspace = {"GITHUB_WORKSPACE": str(workspace_of(environ))}
+    return {**ours, **marker, **debug, **workspace, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
-def _judge(inputs: Inputs, environ: Mapping[str, str], log: workflow.Log) -> Outcome:
-    path = inputs.output / "report.json"
-    path.unlink(missing_ok=True)  # an earlier run's verdict must not pass for this one's
-    runtime = choose_runtime(inputs.runtime, environ)
-    _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
-    run = ContainerRun(
+def _judge(inputs: Inputs, environ: Mapping[str, str], heard: _Heard) -> Outcome:
+    run, path = _run_of(inputs, environ), inputs.output / "report.json"
+    log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
+    with _alone(inputs.output):
+        collect.clear(inputs.output)  # an earlier run's verdict must not pass for this one's
+        runtime = choose_runtime(inputs.runtime, environ)
+        _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
+        log.open()
+        try:
+            code = _run(runtime, run, log.write, heard)
+        except GateError as error:
+            return outcome.broken_off(error, path)
+        finally:
+            log.close()
+        file = workflow.file_in_workspace(inputs.config, run.workspace)
+        for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
+            _say(line)
+        return outcome.settle(code, path, log.tail, heard.refused)
+
+
+def _run_of(inputs: Inputs, environ: Mapping[str, str]) -> ContainerRun:
+    return ContainerRun(
         config=inputs.config,
         output=inputs.output,
         workspace=Path(environ["GITHUB_WORKSPACE"]),
         image=inputs.image,
+        pull=inputs.pull,
         device=inputs.device,
         gpus=inputs.gpus,
         arguments=inputs.arguments,
         hf_cache=inputs.hf_cache,
+        mounts=inputs.mounts,
+        limits=inputs.limits,
         environ=environ,
+        time_limit_s=inputs.time_limit_s,
     )
-    log.open()
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep the directory of the report from a second run, which would mix its report with this one's."""
+    import fcntl  # noqa: PLC0415 # not on Windows, where `main` has ended
+
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        code = _run(runtime, run, log.write)
-    except GateError as error:
-        return Outcome("error", _read(path)[0], _words(error))  # what was judged before the container was lost is true
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"output: another run writes its report to {output} at this moment",
+            hint="give each run a directory of its own",
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
     finally:
-        log.close()
-    return settle(code, path, log.tail)
+        os.close(folder)
 
 
-def _words(error: GateError) -> str:
-    return error.message + (f"\nWhat to do: {error.hint}" if error.hint else "")
-
-
-def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None]) -> int:
+def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], heard: _Heard) -> int:
     if runtime == "native":
         return native.run_here(run, log)
     with sdk.available(run.environ):
-        return run_in_container(run, log)
+        return run_in_container(run, log, heard.told())
 
 
 def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
@@ -234,97 +175,55 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
     return "native"
 
 
-def settle(code: int, path: Path, said: Sequence[str] = ()) -> Outcome:
-    """Set the exit code against the report. `pass` and `fail` need both to say so, and the report to be finished.
-
-    `said` are the gate's last words: where there is no report, they are all that tells why.
-    """
-    report, trouble = _read(path)
-    if report is None:
-        return Outcome("error", problem="\n".join([f"the gate ended with exit code {code} and {trouble}", *said]))
-    if report["complete"] and (code, report["result"]) in {(ExitCode.PASS, "pass"), (ExitCode.FAIL, "fail")}:
-        return Outcome(report["result"], report)
-    if report["complete"] and (code, report["result"]) == (ExitCode.ERROR, "error"):
-        return Outcome("error", report)
-    finished = "finished" if report["complete"] else "unfinished"
-    return Outcome(
-        "error",
-        report,
-        f"there is no verdict: the gate ended with exit code {code}, and its report is {finished} and says "
-        f"{report['result']!r}",
-    )
-
-
-def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return the report, or why there is none that can be used."""
-    try:
-        if path.stat().st_size > _REPORT_LIMIT_BYTES:
-            return None, f"wrote a report of more than {_REPORT_LIMIT_BYTES} bytes"
-        report = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None, "wrote no report"
-    except (OSError, ValueError) as error:
-        return None, f"wrote a report that cannot be read ({type(error).__name__})"
-    if not _known(report):
-        return None, "wrote a report that this version of the action does not know"
-    if report["complete"] and not report["adapters"]:
-        return None, "judged nothing"
-    return report, ""
-
-
-def _known(report: object) -> bool:
-    """Tell whether a report has what is read of it here. It comes out of a container: it is not taken on trust."""
-    kinds = {"schema_version": str, "complete": bool, "result": str, "counts": dict, "adapters": list}
-    if not isinstance(report, dict) or any(not isinstance(report.get(name), kind) for name, kind in kinds.items()):
-        return False
-    adapters = report["adapters"]
-    fields = {"name": str, "verdict": str, "findings": list, "line": int, "column": int}
-    return (
-        report["schema_version"].startswith("1.")
-        and report["result"] in {"pass", "fail", "error"}
-        and all(isinstance(adapter, dict) for adapter in adapters)
-        and all(isinstance(adapter.get(name), kind) for adapter in adapters for name, kind in fields.items())
-    )
-
-
 # --- what the step says --------------------------------------------------------------------------------------------
 
 
-def _tell(inputs: Inputs | None, outcome: Outcome, environ: Mapping[str, str]) -> int:
-    report = outcome.report
-    failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
-    if outcome.problem:
-        _say(workflow.command("error", outcome.problem, title="merge-gate"))
+def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[str, str]) -> int:
+    report = told.report
+    for sentence in heard.warnings:
+        _say(workflow.command("warning", sentence, title="merge-gate"))
+    if told.problem:
+        _say(workflow.command("error", told.problem, title="merge-gate"))
     if report and inputs:
-        file = workflow.file_in_workspace(inputs.config, _workspace(environ))
+        file = workflow.file_in_workspace(inputs.config, workspace_of(environ))
         for line in workflow.annotate(report, file):
             _say(line)
-    outputs = {
-        "result": outcome.result,
-        "failed": json.dumps(list(dict.fromkeys(failed))),
-        "counts": json.dumps(report["counts"] if report else {}),
-        "report-path": str(inputs.output) if report and inputs else "",
-        "upload": str(bool(report and inputs and inputs.upload_report)).lower(),
-        "artifact-name": inputs.artifact_name if inputs else "",
-        "retention-days": str(inputs.retention_days) if inputs else "",
-    }
     try:
-        workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
-        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, outcome))
+        workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), _outputs(inputs, told, heard))
+        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, told))
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
         return 1
-    _say(f"merge-gate: result {outcome.result}")
+    _say(f"merge-gate: result {told.result}")
     return 0
 
 
-def _summary(inputs: Inputs | None, outcome: Outcome) -> str:
+def _outputs(inputs: Inputs | None, told: Outcome, heard: _Heard) -> dict[str, str]:
+    report = told.report
+    failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
+    return {
+        "result": told.result,
+        "failed": json.dumps(list(dict.fromkeys(failed))),
+        "counts": json.dumps(report["counts"] if report else {}),
+        "report-path": str(inputs.output) if report and inputs else "",
+        "image": heard.image,
+        "upload": str(bool(report and inputs and inputs.upload_report)).lower(),
+        "upload-path": workflow.literal_patterns(collect.files(inputs.output)) if report and inputs else "",
+        "artifact-name": inputs.artifact_name if inputs else "",
+        "retention-days": str(inputs.retention_days) if inputs else "",
+    }
+
+
+def _summary(inputs: Inputs | None, told: Outcome) -> str:
     """The gate's own summary; before it, what kept the gate from a verdict."""
-    path = inputs.output / "summary.md" if inputs and outcome.report else None
-    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
-    if not outcome.problem:
+    text = ""
+    if inputs and told.report:
+        with contextlib.suppress(OSError, ValueError):
+            name = "summary.md"
+            text = collect.read(inputs.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+    if not told.problem:
         return text
-    quoted = "\n".join(f"    {line}" for line in outcome.problem.splitlines())
+    quoted = "\n".join(f"    {line}" for line in told.problem.splitlines())
     return f"### merge-gate: error\n\n{quoted}\n\n{text}"
 
 

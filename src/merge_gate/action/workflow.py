@@ -1,8 +1,7 @@
 """What a GitHub runner reads: workflow commands in the log, and the files that carry outputs and the summary.
 
 In: foreign text (the gate's log, report.json) and the files that the runner names. Out: a log in which no foreign
-line is a command, annotations, outputs. Knows nothing of containers or of how the gate runs. Works from report.json
-and keeps to Python 3.9 and its standard library, for the runner's own Python.
+line is a command, annotations, outputs. Knows nothing of containers or of how the gate runs; works from report.json.
 """
 
 from __future__ import annotations
@@ -37,12 +36,15 @@ class Log:
     """Passes foreign text on to the runner's log, line by line, harmless.
 
     Between `open` and `close` the runner obeys no command (`::stop-commands::`), and each line is broken besides
-    where it looks like one; the runner splits lines at a lone carriage return too. `secret` becomes `***`.
+    where it looks like one; the runner splits lines at a lone carriage return too. `secret` becomes `***`. Lines that
+    name a place in `config`, the configuration as the gate was told it, are kept.
     """
 
-    def __init__(self, stream: BinaryIO, secret: str = "") -> None:
+    def __init__(self, stream: BinaryIO, secret: str = "", config: str = "") -> None:
         self._stream = stream
         self._secret = secret
+        self._place = re.compile(re.escape(config) + r":(\d+):(\d+): (.+)")
+        self.places: list[tuple[str, str, str]] = []
         self._token = secrets.token_hex(16)
         self._rest = b""
         self._lock = threading.Lock()
@@ -79,6 +81,8 @@ class Log:
         text = line.decode("utf-8", "replace")
         harmless = safe_text(text.replace(self._secret, "***") if self._secret else text)
         self._tail.append(harmless)
+        if (found := self._place.fullmatch(harmless)) and len(self.places) < ANNOTATIONS:
+            self.places.append((found[1], found[2], found[3]))
         self._put(harmless)
 
     def _put(self, line: str) -> None:
@@ -100,6 +104,14 @@ def command(name: str, message: str, **properties: str) -> str:
 def _data(text: str) -> str:
     """Escape a message. `::` in it is broken besides: act, and the runners built on it, split at the last one."""
     return re.sub(":(?=:)", ": ", inert(text)).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[str]:
+    """Return an error for each problem of the configuration, at its line; none where `file` is empty."""
+    title = "merge-gate: configuration"
+    return [
+        command("error", what, file=file, line=line, col=column, title=title) for line, column, what in places if file
+    ]
 
 
 def annotate(report: Mapping[str, Any], file: str) -> list[str]:
@@ -139,6 +151,11 @@ def file_in_workspace(path: Path, workspace: Path) -> str:
     """Return `path` relative to the workspace with forward slashes, or an empty string where it lies outside."""
     inside = os.path.relpath(path, workspace).replace(os.sep, "/")
     return "" if inside == ".." or inside.startswith("../") else inside
+
+
+def literal_patterns(paths: Sequence[Path]) -> str:
+    """Return absolute paths as actions/upload-artifact reads them: one pattern a line, with its wildcards escaped."""
+    return "\n".join(re.sub(r"([\\*?\[])", r"\\\1", str(path)) for path in paths)
 
 
 # --- files of the runner -------------------------------------------------------------------------------------------

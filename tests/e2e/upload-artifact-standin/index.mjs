@@ -1,9 +1,9 @@
 // The artifact protocol (twirp: CreateArtifact, two PUTs to the signed URL, FinalizeArtifact), so that a workflow that
 // uploads can run where neither GitHub nor actions/upload-artifact can be reached. Unlike act's server, and like
 // GitHub's, it refuses a name that was used before in the same run. Needs Node.js >= 20.15 (zlib.crc32).
-import { appendFileSync, existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
+import { appendFileSync, existsSync, readFileSync, statSync } from 'node:fs';
 import { createHash } from 'node:crypto';
-import { join, relative, resolve } from 'node:path';
+import { dirname, relative, resolve } from 'node:path';
 import { crc32, deflateRawSync } from 'node:zlib';
 
 const input = (name) => (process.env[`INPUT_${name.toUpperCase()}`] ?? '').trim();
@@ -13,14 +13,12 @@ function fail(message) {
   process.exit(1);
 }
 
-/** Every file below the directory, hidden ones left out, as actions/upload-artifact does by default. */
-function filesBelow(directory) {
-  if (!existsSync(directory) || !statSync(directory).isDirectory()) return [];
-  return readdirSync(directory, { recursive: true })
-    .filter((name) => !name.split('/').some((part) => part.startsWith('.')))
-    .map((name) => join(directory, name))
-    .filter((path) => statSync(path).isFile())
-    .sort();
+/** The files that lines of patterns name. Like @actions/glob, it takes a backslash as an escape; it knows no wildcard. */
+function filesNamed(patterns) {
+  const lines = patterns.split('\n').map((line) => line.trim()).filter(Boolean);
+  const wild = lines.find((line) => /[*?[]/.test(line.replace(/\\./g, '')));
+  if (wild) fail(`${wild} holds a wildcard`);
+  return lines.map((line) => line.replace(/\\(.)/g, '$1')).filter((path) => existsSync(path) && statSync(path).isFile()).sort();
 }
 
 /** A zip archive (PKWARE APPNOTE 4.3): local headers with data, central directory, end record. */
@@ -81,11 +79,11 @@ async function put(url, body) {
 }
 
 const name = input('name');
-const root = resolve(input('path'));
-const paths = filesBelow(root);
+const paths = filesNamed(input('path'));
+const root = paths.length ? dirname(resolve(paths[0])) : '';
 if (paths.length === 0) {
-  if (input('if-no-files-found') === 'error') fail(`no files in ${root}`);
-  console.log(`::warning::no files in ${root}`);
+  if (input('if-no-files-found') === 'error') fail(`no files in ${input('path')}`);
+  console.log(`::warning::no files in ${input('path')}`);
   process.exit(0);
 }
 // act's server drops the connection where the run has no artifact yet.

@@ -1,0 +1,130 @@
+"""The report, taken out of a directory into which foreign code may have written.
+
+In: that directory. Out: the files of a report that are there, copied into a directory that the foreign code never
+saw, and a sentence for each that was not taken. A link is not followed, a pipe or a device not read, a file above its
+limit not copied, and any other name does not exist. Knows nothing of what the files say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MB = 1024 * 1024
+LIMITS_BYTES = {
+    "report.json": 256 * _MB,
+    "summary.md": 64 * _MB,
+    "report.html": 256 * _MB,
+    "junit.xml": 256 * _MB,
+    "report.sarif": 256 * _MB,
+}
+"""The files of a report and how large each may be; 1,000 adapters make a report.json of about 2 MB."""
+_CHUNK = 1024 * 1024
+
+
+class _Refused(Exception):  # noqa: N818 # it is caught here and becomes a sentence
+    """A file is not what it should be; the text says what it is."""
+
+
+def clear(target: Path) -> None:
+    """Remove what an earlier run has left: its verdict must not pass for this one's. Raises `OSError`."""
+    for name in LIMITS_BYTES:
+        (target / name).unlink(missing_ok=True)
+
+
+def take(source: Path, target: Path) -> list[str]:
+    """Copy the files of a report from `source` to `target`, which is there; return what was refused and why."""
+    refused = []
+    folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name, limit in LIMITS_BYTES.items():
+            try:
+                _take(folder, name, limit, target)
+            except FileNotFoundError:
+                continue
+            except _Refused as refusal:
+                refused.append(f"{name} was not taken from the report directory: {refusal}")
+            except OSError as error:
+                refused.append(f"{name} was not taken from the report directory: {error.strerror}")
+    finally:
+        os.close(folder)
+    return refused
+
+
+def files(folder: Path) -> list[Path]:
+    """Return the files of a report that are there: regular files under their names, no links."""
+    paths = (folder / name for name in LIMITS_BYTES)
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def read(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most `limit`. Raises `OSError`, and `ValueError` for anything else."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pieces: list[bytes] = []
+        _copy(folder, path.name, limit, pieces.append)
+        return b"".join(pieces)
+    except _Refused as refusal:
+        raise ValueError(str(refusal)) from refusal
+    finally:
+        os.close(folder)
+
+
+def _take(folder: int, name: str, limit: int, target: Path) -> None:
+    """Copy under a temporary name and rename: a link at the target's name is replaced and not written through."""
+    temporary = target / f".{name}.{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "wb") as copy:
+            _copy(folder, name, limit, copy.write)
+        temporary.replace(target / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(folder: int, name: str, limit: int, write: Callable[[bytes], object]) -> None:
+    """O_NONBLOCK: opening a pipe must not wait for somebody to write into it."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _Refused("it is a symbolic link, expected a file") from error
+        if error.errno == errno.ENXIO:
+            raise _Refused("it is a socket, expected a file") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _Refused(f"it is {_kind(status.st_mode)}, expected a file")
+        if status.st_size > limit:
+            raise _Refused(f"it has {status.st_size} bytes, expected at most {limit}")
+        left = limit
+        while chunk := file.read(min(_CHUNK, left + 1)):
+            left -= len(chunk)
+            if left < 0:
+                raise _Refused(f"it grew beyond {limit} bytes")
+            write(chunk)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(mode), "of another kind")
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a directory that foreign code has filled: with folders that nobody may enter, or thousands deep.
+
+    Those two tools follow no link on their way down, and need no stack as deep as the directory.
+    """
+    for words in (["chmod", "-R", "u+rwX", "--", str(folder)], ["rm", "-rf", "--", str(folder)]):
+        with contextlib.suppress(OSError):
+            subprocess.run(words, check=False, stdin=subprocess.DEVNULL, capture_output=True)

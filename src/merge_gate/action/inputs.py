@@ -1,0 +1,181 @@
+"""The action's inputs: words in, checked values out, or one error that names all that is wrong.
+
+In: the words that entrypoint.py formed from the inputs, and the environment. Out: `Inputs`. Reads no file but to see
+that it is there. An input that is empty has its default, as in action.yml.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.action.container import Limits
+from merge_gate.action.interrupts import TIME_LIMIT_S
+from merge_gate.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_RETENTION_LIMIT_DAYS = 400
+OURS = ("--output", "--device", "--container", "--image", "--gpus")
+"""Options of `merge-gate run` that have an input of their own, or none."""
+_SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
+
+_Check = tuple[str, str, str]
+CHECKS: tuple[_Check, ...] = (
+    ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (this input is required)"),
+    ("runtime", r"auto|docker|native", "auto, docker or native"),
+    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
+    ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+    ("image", r"[A-Za-z0-9][A-Za-z0-9._/:@-]*|", "the name of an image"),
+    ("pull", r"missing|always|never", "missing, always or never"),
+    ("hf-cache", r"[^\0\r\n]*", "a directory"),
+    ("mounts", r"[^\0]*", "directories, one on each line"),
+    ("memory", _SIZE, "a size such as 16g"),
+    ("shm-size", _SIZE, "a size such as 1g"),
+    ("cpus", r"(\d+(\.\d+)?)?", "a number such as 2 or 1.5"),
+    ("timeout-minutes", r"((?=.*[1-9])\d{1,5}(\.\d+)?)?", "a number of minutes above 0"),
+    ("working-directory", r"[^\0\r\n]*", "a directory"),
+    ("fail-on", r"broken|never", "broken or never"),
+    ("upload-report", r"true|false", "true or false"),
+    ("artifact-name", r'[^"<>|*?\r\n\\/:\0]*', 'a name without " : < > | * ? \\ / and line breaks'),
+    ("retention-days", r"\d{1,3}", f"0 to {_RETENTION_LIMIT_DAYS} days (0: the repository's default)"),
+    ("output", r"[^\0\r\n]*", "a directory"),
+)
+DEFAULTS = {
+    "runtime": "auto", "gpus": "auto", "device": "auto", "pull": "missing", "fail-on": "broken",
+    "upload-report": "true", "retention-days": "0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs, checked. Paths are absolute."""
+
+    config: Path
+    runtime: str
+    gpus: str
+    device: str
+    image: str
+    pull: str
+    hf_cache: Path | None
+    mounts: tuple[Path, ...]
+    limits: Limits
+    time_limit_s: float
+    fail_on: str
+    upload_report: bool
+    artifact_name: str
+    retention_days: int
+    output: Path
+    arguments: tuple[str, ...]
+
+
+def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
+    """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
+    given = {**dict.fromkeys((name for name, _, _ in CHECKS), ""), "args": ""}
+    given.update(word[2:].partition("=")[::2] for word in words)
+    given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
+    problems = [problem for check in CHECKS if (problem := _problem(given, *check))]
+    places = _Places(environ, given["working-directory"])
+    config = places.place(given["config"])
+    named = not places.complaint and not any(problem.startswith("config: ") for problem in problems)
+    if named and not config.is_file():
+        problems.append(f"config: got {given['config']!r}, and {config} is not a file")
+    output = places.place(given["output"]) if given["output"] else _new_output(environ)
+    if output.exists() and not output.is_dir():
+        problems.append(f"output: got {given['output']!r}, and {output} is a file, expected a directory")
+    arguments, complaint = _arguments(given["args"])
+    listed = [problem for problem in (*problems, complaint, places.complaint) if problem]
+    if listed:
+        raise UsageError("\n".join(listed), hint="the inputs are described in docs/action.md")
+    return Inputs(
+        config=config,
+        runtime=given["runtime"],
+        gpus=given["gpus"],
+        device=given["device"],
+        image=given["image"],
+        pull=given["pull"],
+        hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
+        mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
+        limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
+        time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
+        fail_on=given["fail-on"],
+        upload_report=given["upload-report"] == "true",
+        artifact_name=given["artifact-name"] or _artifact_name(environ),
+        retention_days=int(given["retention-days"]),
+        output=output,
+        arguments=arguments,
+    )
+
+
+def workspace_of(environ: Mapping[str, str]) -> Path:
+    """The job's checkout, free of links: what the container mounts has one name."""
+    return Path(environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve()
+
+
+class _Places:
+    """Paths as people write them, relative to the workspace or `working-directory`, with `~` for the home directory.
+
+    The runner's own directories may be links (`_work` on another disk), and lose them here. A link below them comes
+    from the checkout, and is left for the launcher to refuse.
+    """
+
+    def __init__(self, environ: Mapping[str, str], working_directory: str) -> None:
+        named = (environ.get("GITHUB_WORKSPACE"), environ.get("RUNNER_TEMP"))
+        self._roots = {name: Path(name).resolve() for name in map(os.path.abspath, filter(None, named))}
+        self._start = workspace_of(environ)
+        self.complaint = ""
+        if working_directory:
+            self._start = self.place(working_directory)
+            if not self._start.is_dir():
+                self.complaint = f"working-directory: got {working_directory!r}, and {self._start} is not a directory"
+
+    def place(self, given: str) -> Path:
+        path = os.path.normpath(self._start / os.path.expanduser(given))  # noqa: PTH111 # Path's raises without a home
+        for name, resolved in self._roots.items():
+            if path == name or path.startswith(f"{name}{os.sep}"):
+                return resolved / os.path.relpath(path, name)
+        outside = Path(path)
+        if self._start in outside.parents:
+            return outside
+        return outside.parent.resolve() / outside.name
+
+
+def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
+    value = given[name]
+    good = re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS)
+    return "" if good else f"{name}: got {value!r}, expected {expected}"
+
+
+def _arguments(text: str) -> tuple[tuple[str, ...], str]:
+    """Split `args` as a shell would, and complain about what another input says."""
+    try:
+        split = tuple(shlex.split(text))
+    except ValueError as error:
+        return (), f"args: got {text!r}, which cannot be split into words ({error})"
+    for word in split:
+        name = word.partition("=")[0]
+        clash = next((own for own in OURS if len(name) > len("--") and own.startswith(name)), "")
+        if clash:
+            return (), f"args: got {word!r}, expected options other than {clash}, which the action sets itself"
+    return split, ""
+
+
+def _new_output(environ: Mapping[str, str]) -> Path:
+    """A new directory for the report, which the runner removes with the job."""
+    parent = Path(environ.get("RUNNER_TEMP") or workspace_of(environ)).resolve()
+    return parent / f"merge-gate-{secrets.token_hex(4)}" / "report"
+
+
+def _artifact_name(environ: Mapping[str, str]) -> str:
+    """A second artifact of the same name fails its job, so legs of a matrix and repeated uses must differ.
+
+    Nothing that a step can see tells two calls of one reusable workflow apart; hence the random end.
+    """
+    parts = (environ.get("GITHUB_JOB", ""), environ.get("MERGE_GATE_JOB_INDEX", ""), secrets.token_hex(3))
+    return re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(["merge-gate-report", *(part for part in parts if part)]))

@@ -1,0 +1,134 @@
+"""What foreign code leaves in place of a report stays where it is. The real containers are in tests/e2e."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import collect
+from merge_gate.report.files import FORMATS
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "secret").write_text("of the host", encoding="utf-8")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "target").mkdir()
+    return tmp_path / "target"
+
+
+def test_every_format_is_taken() -> None:
+    assert set(FORMATS) <= set(collect.LIMITS_BYTES)
+
+
+def test_files_of_a_report_are_taken_and_no_others(source: Path, target: Path) -> None:
+    for name in ("report.json", "summary.md", "notes.txt", ".hidden", "canary-1"):
+        (source / name).write_text(f"text of {name}", encoding="utf-8")
+    (source / "folder").mkdir()
+    assert collect.take(source, target) == []
+    assert {path.name: path.read_text() for path in target.iterdir()} == {
+        "report.json": "text of report.json",
+        "summary.md": "text of summary.md",
+    }
+    assert collect.files(target) == [target / "report.json", target / "summary.md"]
+
+
+def plant_link(path: Path) -> None:
+    path.symlink_to(path.parent.parent / "secret")
+
+
+def plant_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def plant_folder_link(path: Path) -> None:
+    path.symlink_to(path.parent.parent, target_is_directory=True)
+
+
+def plant_sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(4 << 30)
+
+
+def plant_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("plant", "says"),
+    [
+        (plant_link, "a symbolic link"),
+        (plant_endless, "a symbolic link"),
+        (plant_folder_link, "a symbolic link"),
+        (os.mkfifo, "a pipe"),
+        (plant_sparse, "4294967296 bytes"),
+        (Path.mkdir, "a directory"),
+        (plant_socket, "a socket"),
+    ],
+)
+@pytest.mark.parametrize("name", ["report.json", "summary.md"])
+def test_what_is_no_file_is_refused_in_a_sentence(source: Path, target: Path, name: str, plant, says: str) -> None:
+    plant(source / name)
+    (sentence,) = collect.take(source, target)
+    assert sentence.startswith(f"{name} was not taken from the report directory: ")
+    assert says in sentence
+    assert list(target.iterdir()) == [], "neither the file nor a part of it"
+    with pytest.raises((OSError, ValueError)):
+        collect.read(source / name, collect.LIMITS_BYTES[name])
+
+
+def test_a_source_that_is_a_link_is_not_followed(source: Path, target: Path, tmp_path: Path) -> None:
+    (source / "report.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic"):
+        collect.take(tmp_path / "link", target)
+
+
+def test_a_link_at_the_target_is_replaced_and_not_written_through(source: Path, target: Path, tmp_path: Path) -> None:
+    """A checkout may hold a link under the report's name."""
+    (source / "report.json").write_text("{}", encoding="utf-8")
+    (target / "report.json").symlink_to(tmp_path / "secret")
+    assert collect.take(source, target) == []
+    assert (tmp_path / "secret").read_text() == "of the host"
+    assert not (target / "report.json").is_symlink()
+
+
+def test_a_reader_takes_no_more_than_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert collect.read(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(ValueError, match="5 bytes"):
+        collect.read(tmp_path / "file", 4)
+
+
+def test_an_earlier_report_goes(target: Path) -> None:
+    for name in (*collect.LIMITS_BYTES, "mine.txt"):
+        (target / name).touch()
+    collect.clear(target)
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+
+
+def test_a_directory_made_to_stay_goes(tmp_path: Path) -> None:
+    """Thousands of levels, and folders that nobody may enter."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x", encoding="utf-8")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "closed" / "inner").mkdir(parents=True)
+    (folder / "closed").chmod(0)
+    with contextlib.chdir(folder):
+        for _ in range(3000):
+            Path("d").mkdir()
+            os.chdir("d")
+    collect.remove_tree(folder)
+    assert not folder.exists()
+    assert (tmp_path / "secret").exists()

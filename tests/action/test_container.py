@@ -1,0 +1,146 @@
+"""What the container is told and given. Real containers run in tests/e2e."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.action import canary, container, handover
+from merge_gate.action.container import ContainerRun, Limits, Prepared
+from merge_gate.action.docker_api import Engine
+from merge_gate.errors import LauncherError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKEN = "hf_secret"
+PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=False, cdi_gpus=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> ContainerRun:
+    workspace = tmp_path / "work"
+    (workspace / "gate").mkdir(parents=True)
+    (workspace / "gate" / "config.yml").write_text("version: 1\n", encoding="utf-8")
+    return ContainerRun(
+        config=workspace / "gate" / "config.yml",
+        output=tmp_path / "out",
+        workspace=workspace,
+        image="merge-gate:test",
+        gpus="",
+        environ={"HF_TOKEN": TOKEN, "HTTPS_PROXY": f"http://me:{TOKEN}@proxy", "AWS_SECRET_ACCESS_KEY": "x"},
+    )
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    for name in ("cache", "written"):
+        (tmp_path / name).mkdir()
+    planted = canary.plant(tmp_path / "written")
+    inside = tmp_path / "out" / planted.name
+    return Prepared(None, PLAIN, "merge-gate-1", tmp_path / "cache", tmp_path / "written", {inside: planted})
+
+
+def test_the_words_hold_no_secret_and_are_relative_to_the_workspace(run: ContainerRun) -> None:
+    words = container.command(replace(run, arguments=("--only", "a b")))
+    assert words == ["run", "gate/config.yml", "--output", str(run.output), "--device", "auto", "--only", "a b"]
+    assert TOKEN not in repr(run)
+
+
+def test_a_name_that_begins_with_a_dash_is_no_option(run: ContainerRun) -> None:
+    assert container.command(replace(run, config=run.workspace / "-x.yml"))[1] == "./-x.yml"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "told"),
+    [("", "auto", "auto"), ("all", "auto", "cuda"), ("0", "cuda:0", "cuda:0"), ("", "cpu", "cpu")],
+)
+def test_where_gpus_are_asked_for_a_cpu_is_no_answer(run: ContainerRun, gpus: str, device: str, told: str) -> None:
+    words = container.command(replace(run, device=device, gpus=gpus))
+    assert words[words.index("--device") + 1] == told
+
+
+def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepared: Prepared) -> None:
+    environ = container.environment(run, prepared)
+    assert TOKEN not in str(environ)
+    assert environ["HF_HOME"] == str(prepared.cache)
+    assert environ["NVIDIA_VISIBLE_DEVICES"] == "void", "the image says `all`, for hosts that read it"
+    assert str(run.config) in environ["MERGE_GATE_CANARIES"]
+    assert str(run.output) in environ["MERGE_GATE_CANARIES"]
+    assert str(prepared.written) not in environ["MERGE_GATE_CANARIES"], "that is its name outside"
+    assert set(environ) == {"HF_HOME", "NVIDIA_VISIBLE_DEVICES", "MERGE_GATE_CANARIES", handover.MARKER}
+    assert container.handed_over(run) == {"HF_TOKEN": TOKEN, "HTTPS_PROXY": f"http://me:{TOKEN}@proxy"}
+    assert handover.MARKER not in container.environment(replace(run, environ={}), prepared)
+
+
+@pytest.mark.parametrize("variable", ["MERGE_GATE_DEBUG", "RUNNER_DEBUG"])
+def test_a_runner_that_debugs_debugs_the_gate_inside(run: ContainerRun, prepared: Prepared, variable: str) -> None:
+    assert container.environment(replace(run, environ={variable: "1"}), prepared)["MERGE_GATE_DEBUG"] == "1"
+    assert "MERGE_GATE_DEBUG" not in container.environment(replace(run, environ={variable: ""}), prepared)
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpus", "visible"),
+    [
+        ({"podman": True}, "0", "void"),
+        ({"cdi_gpus": True}, "all", "void"),
+        ({"nvidia_runtime": True}, "all", None),
+        ({"nvidia_runtime": True}, "", "void"),
+    ],
+)
+def test_the_image_asks_for_no_gpu_beside_those_that_were_asked_for(run, prepared, facts, gpus, visible) -> None:
+    environ = container.environment(replace(run, gpus=gpus), replace(prepared, engine=replace(PLAIN, **facts)))
+    assert environ.get("NVIDIA_VISIBLE_DEVICES") == visible
+    assert environ.get("MERGE_GATE_GPUS", "") == gpus
+
+
+def test_a_companys_own_authority_is_there_inside(run: ContainerRun, prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "company.pem").touch()
+    (tmp_path / "link.pem").symlink_to(tmp_path / "company.pem")
+    run = replace(
+        run, environ={"SSL_CERT_FILE": str(tmp_path / "gone"), "REQUESTS_CA_BUNDLE": str(tmp_path / "link.pem")}
+    )
+    environ = container.environment(run, prepared)
+    assert environ["SSL_CERT_FILE"] == environ["REQUESTS_CA_BUNDLE"] == container.AUTHORITIES_INSIDE
+    last = container.mounts(run, prepared)[-1]
+    assert (last["Source"], last["Target"]) == (str(tmp_path / "company.pem"), container.AUTHORITIES_INSIDE)
+    assert last["ReadOnly"] is True
+
+
+def test_the_container_writes_beside_the_output_and_to_the_cache_only(run, prepared, tmp_path: Path) -> None:
+    listed = container.mounts(replace(run, mounts=(tmp_path / "bases",)), prepared)
+    writable = {mount["Target"]: mount["Source"] for mount in listed if not mount["ReadOnly"]}
+    assert writable == {str(run.output): str(prepared.written), str(prepared.cache): str(prepared.cache)}
+    assert {mount["Target"] for mount in listed if mount["ReadOnly"]} == {str(run.workspace), str(tmp_path / "bases")}
+
+
+def test_limits_are_the_engines_words() -> None:
+    assert container._limits(Limits()) == {}
+    limits = container._limits(Limits(memory="16g", shm_size="1g", cpus="1.5"))
+    assert limits == {"mem_limit": "16g", "shm_size": "1g", "nano_cpus": 1_500_000_000}
+
+
+def test_the_caller_keeps_all_groups() -> None:
+    caller = container._caller(PLAIN)
+    assert caller["user"] == f"{os.getuid()}:{os.getgid()}"
+    assert {int(group) for group in caller["group_add"]} | {os.getgid()} == {*os.getgroups(), os.getgid()}
+    assert container._caller(replace(PLAIN, rootless=True)) == {"user": "0:0"}
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_the_gates_own_exit_codes(code: int) -> None:
+    assert container.exit_code(code, out_of_memory=False) == code
+
+
+@pytest.mark.parametrize(
+    ("code", "killed", "says"), [(137, False, "it was killed"), (1, True, ""), (125, False, "125")]
+)
+def test_other_exit_codes_are_no_verdict(code: int, killed: bool, says: str) -> None:
+    if code == 1:
+        assert container.exit_code(code, killed) == 1, "the gate lives when the kernel kills its worker"
+        return
+    with pytest.raises(LauncherError, match=says):
+        container.exit_code(code, killed)

@@ -1,0 +1,168 @@
+"""What the action asks of its inputs: all wrong ones named at once, empty ones have defaults, paths have no links."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import inputs as action
+from merge_gate.action.interrupts import TIME_LIMIT_S
+from merge_gate.errors import UsageError
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    workspace = tmp_path / "work"
+    workspace.mkdir()
+    (workspace / "gate.yml").write_text("version: 1\n", encoding="utf-8")
+    (tmp_path / "temp").mkdir()
+    return {
+        "GITHUB_WORKSPACE": str(workspace),
+        "RUNNER_TEMP": str(tmp_path / "temp"),
+        "GITHUB_JOB": "release gate",
+        "GITHUB_OUTPUT": str(tmp_path / "output"),
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
+        "DOCKER_HOST": "unix:///nowhere/docker.sock",
+        "PATH": os.environ["PATH"],
+    }
+
+
+def words(**changed: str) -> list[str]:
+    given = {"config": "gate.yml", **{name.replace("_", "-"): value for name, value in changed.items()}}
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def test_the_defaults_are_good(environ: dict[str, str]) -> None:
+    inputs = action.read_inputs(words(), environ)
+    assert inputs.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
+    assert inputs.output.parent.parent == Path(environ["RUNNER_TEMP"])
+    assert inputs.upload_report is True
+    assert re.fullmatch(r"merge-gate-report-release-gate-[0-9a-f]{6}", inputs.artifact_name)
+
+
+def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
+    first, second = (action.read_inputs(words(), {**environ, "MERGE_GATE_JOB_INDEX": "3"}) for _ in range(2))
+    assert first.artifact_name != second.artifact_name
+    assert first.artifact_name.startswith("merge-gate-report-release-gate-3-")
+    assert first.output != second.output
+
+
+def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
+    directory = Path(environ["GITHUB_WORKSPACE"], "--output=x y")
+    directory.mkdir()
+    (directory / "a=b.yml").touch()
+    inputs = action.read_inputs(words(config="--output=x y/a=b.yml", args="--only 'a b' --only=c"), environ)
+    assert inputs.config.name == "a=b.yml"
+    assert inputs.arguments == ("--only", "a b", "--only=c")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", ""),
+        ("config", "other.yml"),
+        ("config", "a\nb"),
+        ("runtime", "Docker"),
+        ("gpus", "-1"),
+        ("device", "cuda:x"),
+        ("image", "--privileged"),
+        ("image", "a b"),
+        ("fail-on", "error"),
+        ("upload-report", "True"),
+        ("upload-report", "yes"),
+        ("pull", "Always"),
+        ("memory", "16 GB"),
+        ("memory", "0"),
+        ("shm-size", "lots"),
+        ("cpus", "two"),
+        ("timeout-minutes", "0"),
+        ("timeout-minutes", "-5"),
+        ("working-directory", "nowhere"),
+        ("output", "gate.yml"),
+        ("artifact-name", "a/b"),
+        ("retention-days", "-1"),
+        ("retention-days", "401"),
+        ("retention-days", "1.5"),
+        ("args", "--only 'a"),
+        ("args", "--output x"),
+        ("args", "--out=x"),
+        ("args", "--device cpu"),
+        ("args", "--container"),
+    ],
+)
+def test_a_wrong_input_is_named_with_what_was_expected(environ: dict[str, str], name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{name}: got ") as raised:
+        action.read_inputs(words(**{name.replace("-", "_"): value}), environ)
+    assert "\n" not in raised.value.message
+    assert "docs/action.md" in raised.value.hint
+
+
+def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        action.read_inputs(words(runtime="x", device="x", args="--output x"), environ)
+    assert [line.split(":")[0] for line in raised.value.message.splitlines()] == ["runtime", "device", "args"]
+
+
+def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
+    given = action.read_inputs(
+        [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.CHECKS], environ
+    )
+    assert (given.runtime, given.gpus, given.device, given.pull) == ("auto", "auto", "auto", "missing")
+    assert (given.fail_on, given.upload_report, given.retention_days) == ("broken", True, 0)
+    assert given.time_limit_s == TIME_LIMIT_S
+    assert (given.mounts, given.hf_cache) == ((), None)
+
+
+def test_limits_and_mounts(environ: dict[str, str], tmp_path: Path) -> None:
+    mounts = f"\n {tmp_path}/bases \n/srv/adapters\n"
+    given = action.read_inputs(
+        words(mounts=mounts, memory="16g", shm_size="512m", cpus="1.5", timeout_minutes="0.5", pull="never"), environ
+    )
+    assert given.mounts == (tmp_path / "bases", Path("/srv/adapters"))
+    assert (given.limits.memory, given.limits.shm_size, given.limits.cpus) == ("16g", "512m", "1.5")
+    assert given.time_limit_s == 30
+    assert given.pull == "never"
+
+
+def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) -> None:
+    inner = Path(environ["GITHUB_WORKSPACE"], "a", "b")
+    inner.mkdir(parents=True)
+    (inner / "gate.yml").touch()
+    given = action.read_inputs(words(working_directory="a/b", output="out", hf_cache="../cache"), environ)
+    assert given.config == inner / "gate.yml"
+    assert given.output == inner / "out"
+    assert given.hf_cache == inner.parent / "cache"
+
+
+@pytest.mark.parametrize("name", ["config", "output", "hf-cache"])
+def test_the_home_directory_has_its_sign(environ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").touch() if name == "config" else None
+    given = action.read_inputs(words(**{name.replace("-", "_"): "~/x"}), environ)
+    assert getattr(given, name.replace("-", "_")) == tmp_path / "x"
+
+
+def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_path: Path) -> None:
+    """`_work` on another disk: the workspace and the temporary directory are named by the link."""
+    (tmp_path / "_work").symlink_to(tmp_path)
+    linked = {
+        **environ,
+        "GITHUB_WORKSPACE": str(tmp_path / "_work" / "work"),
+        "RUNNER_TEMP": str(tmp_path / "_work" / "temp"),
+    }
+    for config in ("gate.yml", str(tmp_path / "_work" / "work" / "gate.yml"), str(tmp_path / "work" / "gate.yml")):
+        assert action.read_inputs(words(config=config), linked).config == tmp_path / "work" / "gate.yml"
+    for output in (f"{linked['RUNNER_TEMP']}/out", f"{tmp_path}/temp/out"):
+        given = action.read_inputs(words(output=output), linked).output
+        assert given == given.resolve() == tmp_path / "temp" / "out"
+
+
+def test_a_link_of_the_checkout_is_left_for_the_launcher_to_refuse(environ: dict[str, str], tmp_path: Path) -> None:
+    link = Path(environ["GITHUB_WORKSPACE"], "reports")
+    link.symlink_to(tmp_path)
+    assert action.read_inputs(words(output="reports"), environ).output == link
+    assert action.read_inputs(words(output="reports/x"), environ).output == link / "x"
+    assert os.path.lexists(link)

@@ -1,0 +1,123 @@
+"""When the step says pass: exit code and finished report agree, and the report agrees with itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import outcome
+
+
+def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **changed: object) -> dict:
+    verdict = {"pass": "passed", "fail": "failed", "error": "error"}[result]
+    entry = {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1}
+    counts = {"passed": 0, "failed": 0, "error": 0, verdict: adapters}
+    return {
+        "schema_version": "1.0",
+        "complete": complete,
+        "result": result,
+        "counts": counts,
+        "adapters": [entry] * adapters,
+        **changed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "result", "says"),
+    [
+        (0, report("pass"), "pass", ""),
+        (1, report("fail"), "fail", ""),
+        (3, report("error"), "error", ""),
+        (0, report("fail"), "error", "exit code 0"),
+        (1, report("pass"), "error", "exit code 1"),
+        (0, report("pass", complete=False), "error", "unfinished"),
+        (1, report("fail", complete=False), "error", "unfinished"),
+        (3, report("pass"), "error", "exit code 3"),
+        (2, report("pass"), "error", "exit code 2"),
+        (-9, report("pass"), "error", "exit code -9"),
+        (0, report("pass", adapters=0), "error", "judged nothing"),
+        (0, report("pass", schema_version="2.0"), "error", "does not know"),
+        (0, report("pass") | {"result": "ok"}, "error", "does not know"),
+        (0, report("pass", complete="yes"), "error", "does not know"),
+        (0, report("pass", adapters=1) | {"adapters": [{}]}, "error", "does not know"),
+        (0, [], "error", "does not know"),
+        (0, None, "error", "wrote no report"),
+        (0, "{", "error", "cannot be read"),
+    ],
+)
+def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path: Path, code, found, result, says) -> None:
+    path = tmp_path / "report.json"
+    if found is not None:
+        path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
+    said = outcome.settle(code, path)
+    assert said.result == result
+    assert says in said.problem
+    assert bool(says) == bool(said.problem)
+
+
+def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
+    said = outcome.settle(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
+    assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
+
+
+def changed(change) -> dict:
+    """A finished report of one failed adapter, changed."""
+    made = json.loads(json.dumps(report("fail")))
+    made["adapters"][0]["cause"] = "adapter-nonfinite"
+    made["adapters"][0]["findings"] = [
+        {"check": "adapter-nonfinite", "severity": "error", "message": "1 NaN", "hint": "", "tensor": None}
+    ]
+    change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made.update(result="pass"),
+        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}),
+        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}, result="pass"),
+        lambda made: made.update(counts={}),
+        lambda made: made["adapters"].append(made["adapters"][0] | {"verdict": "error"}),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
+    for code in (0, 1):
+        said = outcome.settle(code, tmp_path / "report.json")
+        assert (said.result, said.report) == ("error", None)
+        assert "contradicts itself" in said.problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made["adapters"][0].update(findings=["x"]),
+        lambda made: made["adapters"][0].update(findings=[{}]),
+        lambda made: made["adapters"][0]["findings"][0].update(severity=None),
+        lambda made: made["adapters"][0]["findings"][0].update(message=["x"]),
+        lambda made: made["adapters"][0]["findings"][0].pop("tensor"),
+        lambda made: made["adapters"][0].update(cause=3),
+        lambda made: made["adapters"][0].update(verdict="good"),
+    ],
+)
+def test_a_report_of_another_shape_is_a_sentence(tmp_path: Path, change) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
+    said = outcome.settle(1, tmp_path / "report.json")
+    assert (said.result, said.report) == ("error", None)
+    assert "does not know" in said.problem
+
+
+def test_a_report_nested_without_end_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "nested too deeply" in outcome.settle(0, tmp_path / "report.json").problem
+
+
+def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
+    said = outcome.settle(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
+    assert said.result == "error"
+    assert "tampered with" in said.problem
+    assert "symbolic link" in said.problem
