@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import collect
+from merge_gate.errors import UsageError
 from merge_gate.report.files import FORMATS
 
 
@@ -113,7 +114,8 @@ def test_a_reader_takes_no_more_than_its_limit(tmp_path: Path) -> None:
 def test_an_earlier_report_goes(target: Path) -> None:
     for name in (*collect.LIMITS_BYTES, "mine.txt"):
         (target / name).touch()
-    collect.clear(target)
+    with collect.claimed(target), pytest.raises(UsageError, match="another run"), collect.claimed(target):
+        pytest.fail("two runs at once")
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
 
 

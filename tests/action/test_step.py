@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import entrypoint
+from merge_gate.action import collect
 from merge_gate.action import step as action
 from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import Outcome
@@ -160,8 +161,8 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
 def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, str]) -> None:
     output = Path(environ["GITHUB_WORKSPACE"], "out")
     output.mkdir()
-    (output / "report.json").write_text("of the other run", encoding="utf-8")
-    with action._alone(output):
+    with collect.claimed(output):
+        (output / "report.json").write_text("of the other run", encoding="utf-8")
         process = step(environ, runtime="native", output="out")
         log, _ = process.communicate(timeout=60)
     assert "another run writes its report to" in log

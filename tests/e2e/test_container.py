@@ -81,11 +81,8 @@ def digest(directory: Path) -> str:
 def containers(engine: str, run: ContainerRun) -> list:
     """Containers of merge-gate that write to the run's output; others may be on this machine."""
     with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
-        ours = []
-        for container in client.containers.list(all=True, filters={"label": "merge-gate=run"}, ignore_removed=True):
-            if str(run.output) in {mount["Destination"] for mount in container.attrs["Mounts"]}:
-                ours.append(container)
-        return ours
+        listed = client.containers.list(all=True, filters={"label": "merge-gate=run"}, ignore_removed=True)
+        return [one for one in listed if str(run.output) in {mount["Destination"] for mount in one.attrs["Mounts"]}]
 
 
 def report_of(run: ContainerRun) -> dict:

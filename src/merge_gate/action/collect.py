@@ -16,8 +16,13 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.errors import UsageError
+
+with contextlib.suppress(ImportError):  # not on Windows, where the step ends before it comes to this
+    import fcntl
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _MB = 1024 * 1024
 LIMITS_BYTES = {
@@ -35,10 +40,32 @@ class _Refused(Exception):  # noqa: N818 # it is caught here and becomes a sente
     """A file is not what it should be; the text says what it is."""
 
 
-def clear(target: Path) -> None:
-    """Remove what an earlier run has left: its verdict must not pass for this one's. Raises `OSError`."""
-    for name in LIMITS_BYTES:
-        (target / name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Hold the directory of the report, made if absent, for one run, without what an earlier run has left there.
+
+    Two runs would mix their reports. Raises `UsageError` where another run writes there, and `OSError`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _lock(folder, target)
+        for name in LIMITS_BYTES:
+            (target / name).unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, target: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"output: another run writes its report to {target} at this moment",
+            hint="give each run a directory of its own",
+        ) from error
 
 
 def take(source: Path, target: Path) -> list[str]:

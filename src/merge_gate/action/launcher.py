@@ -182,8 +182,7 @@ def _prepare(
 def _directories(run: ContainerRun, clearing: contextlib.ExitStack, told: Told) -> tuple[Path, Path]:
     """Make the directories that the container writes to; return the cache, and the one for the report."""
     with _prepared():
-        run.output.mkdir(parents=True, exist_ok=True)
-        collect.clear(run.output)
+        clearing.enter_context(collect.claimed(run.output))
         written = _scratch(run.environ, "report", clearing)
         clearing.callback(_take, written, run.output, told)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)

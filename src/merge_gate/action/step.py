@@ -25,7 +25,7 @@ from merge_gate.action.outcome import Outcome
 from merge_gate.errors import ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass
@@ -93,21 +93,20 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def _judge(inputs: Inputs, environ: Mapping[str, str], heard: _Heard) -> Outcome:
     run, path = _run_of(inputs, environ), inputs.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
-    with _alone(inputs.output):
-        collect.clear(inputs.output)  # an earlier run's verdict must not pass for this one's
+    with collect.claimed(inputs.output):  # an earlier run's verdict must not pass for this one's
         runtime = choose_runtime(inputs.runtime, environ)
-        _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
-        log.open()
-        try:
-            code = _run(runtime, run, log.write, heard)
-        except GateError as error:
-            return outcome.broken_off(error, path)
-        finally:
-            log.close()
-        file = workflow.file_in_workspace(inputs.config, run.workspace)
-        for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
-            _say(line)
-        return outcome.settle(code, path, log.tail, heard.refused)
+    _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
+    log.open()
+    try:
+        code = _run(runtime, run, log.write, heard)  # which claims the directory itself
+    except GateError as error:
+        return outcome.broken_off(error, path)
+    finally:
+        log.close()
+    file = workflow.file_in_workspace(inputs.config, run.workspace)
+    for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
+        _say(line)
+    return outcome.settle(code, path, log.tail, heard.refused)
 
 
 def _run_of(inputs: Inputs, environ: Mapping[str, str]) -> ContainerRun:
@@ -126,28 +125,6 @@ def _run_of(inputs: Inputs, environ: Mapping[str, str]) -> ContainerRun:
         environ=environ,
         time_limit_s=inputs.time_limit_s,
     )
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep the directory of the report from a second run, which would mix its report with this one's."""
-    import fcntl  # noqa: PLC0415 # not on Windows, where `main` has ended
-
-    output.mkdir(parents=True, exist_ok=True)
-    folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"output: another run writes its report to {output} at this moment",
-            hint="give each run a directory of its own",
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], heard: _Heard) -> int:
