@@ -321,6 +321,28 @@ class TensorMerge:
     )
     estimated: bool = told("Whether `lost_norm` and `unchanged_fraction` are estimates by a sample.", default=False)
 
+    @property
+    def headroom(self) -> float | None:
+        """The largest magnitude as a share of what the dtype holds."""
+        return _share(self.stats.max_abs, self.dtype_max)
+
+    @property
+    def delta_ratio(self) -> float | None:
+        """‖ΔW‖/‖W‖."""
+        return _share(self.delta_norm, self.base_norm)
+
+    @property
+    def lost_share(self) -> float | None:
+        """Share of the delta's norm that rounding took."""
+        return _share(self.lost_norm, self.delta_norm)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    """None where one is not known, or the share is no number."""
+    if part is None or not whole or not math.isfinite(part) or not math.isfinite(whole):
+        return None
+    return part / whole
+
 
 @record
 class Thresholds:

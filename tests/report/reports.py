@@ -128,10 +128,63 @@ def report(*adapters: AdapterReport, complete: bool = True, **fields: object) ->
     return Report(**(defaults | fields))
 
 
-PASSED = adapter("support")
+BFLOAT16_MAX = 3.3895313892515355e38
+FLOAT16_MAX = 65504.0
+
+
+def tensors(
+    layers: int = 2, dtype: str = "bfloat16", *, nan: str = "", inf: str = "", no_effect: str = ""
+) -> tuple[TensorMerge, ...]:
+    """The merged tensors of an adapter on q_proj and up_proj; the three name modules by their ends, blank for none."""
+    largest = FLOAT16_MAX if dtype == "float16" else BFLOAT16_MAX
+    return tuple(
+        TensorMerge(
+            module=module,
+            stats=TensorStats(
+                name=f"{module}.weight",
+                dtype=dtype,
+                shape=(2048, 2048),
+                numel=2048 * 2048,
+                minimum=-0.5 - layer,
+                maximum=0.25 * layer,
+                nan=2048 if nan and module.endswith(nan) else 0,
+                posinf=12 if inf and module.endswith(inf) else 0,
+                neginf=3 if inf and module.endswith(inf) else 0,
+                first_index=(311, 2040) if module.endswith((nan or "-", inf or "-")) else None,
+            ),
+            dtype_max=largest,
+            changed=not (no_effect and module.endswith(no_effect)),
+            base_norm=64.0,
+            delta_norm=0.5,
+            lost_norm=0.0625,
+            unchanged_fraction=0.25,
+            bounded=1_000_000 if layer == 0 else 0,
+            estimated=layer == 0,
+        )
+        for layer in range(layers)
+        for module in (f"model.layers.{layer}.self_attn.q_proj", f"model.layers.{layer}.mlp.up_proj")
+    )
+
+
+PASSED = adapter("support", tensors=tensors(2, no_effect="1.mlp.up_proj"))
 WARNED = adapter("legal", findings=(ROUNDING,), line=7)
-FAILED = adapter("billing", Verdict.FAILED, cause="adapter-nonfinite", findings=(MERGED_NAN, NAN, ROUNDING), line=8)
-HALF_FAILED = adapter("summaries", Verdict.FAILED, cause="merged-nonfinite", findings=(OVERFLOW,), base=HALF, line=9)
+FAILED = adapter(
+    "billing",
+    Verdict.FAILED,
+    cause="adapter-nonfinite",
+    findings=(MERGED_NAN, NAN, ROUNDING),
+    line=8,
+    tensors=tensors(8, nan="5.self_attn.q_proj"),
+)
+HALF_FAILED = adapter(
+    "summaries",
+    Verdict.FAILED,
+    cause="merged-nonfinite",
+    findings=(OVERFLOW,),
+    base=HALF,
+    line=9,
+    tensors=tensors(18, "float16", inf="17.mlp.up_proj"),
+)
 CRASHED = adapter("translate-de", Verdict.ERROR, cause="not-judged", findings=(CRASH,), line=11)
 
 PASS = report(PASSED, WARNED)

@@ -1,0 +1,215 @@
+"""report.html: one self-contained page for whoever's release is blocked, and for whoever keeps the report.
+
+In: a `records.Report`. Out: HTML that loads nothing: style and script stand in it, and its content security policy
+allows them alone, by hash. Knows neither files nor the other formats. Foreign text: whatever the template prints is
+made visible by `one_line` and then escaped by Jinja; the data of the maps are JSON that no tag can end.
+
+1. Everything to read is in the page itself, so that it can be searched, printed and read without a script.
+2. The maps are drawn by page/report.js when somebody opens an adapter, from figures of three digits.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from merge_gate.records import Severity, Verdict
+from merge_gate.report import words
+from merge_gate.report.chain import chain
+from merge_gate.report.grid import State, blocks, count_states, state
+from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from merge_gate.records import AdapterReport, Finding, Report, TensorMerge
+
+_LONGEST = 2000
+_DIGITS = 3
+_LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F"}
+_PLACES = 20
+
+
+def render(report: Report) -> str:
+    """Return the HTML of report.html."""
+    layouts = _Layouts()
+    judged = words.worst_first(report.adapters)
+    maps = [layouts.map_of(adapter) for adapter in judged]
+    return _template().render(
+        report=report,
+        words=words,
+        style=_part("report.css"),
+        script=_part("report.js"),
+        policy=_policy(),
+        rows=[_row(adapter, data) for adapter, data in zip(judged, maps, strict=True)],
+        layouts=_data(layouts.known),
+        failed=report.count(Verdict.FAILED),
+        undecided=report.count(Verdict.ERROR),
+        passed=report.count(Verdict.PASSED),
+        warned=sum(bool(words.warnings(adapter)) for adapter in report.adapters),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("merge_gate.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters["number"] = words.number
+    environment.filters["spaced"] = _spaced
+    return environment.get_template("report.html")
+
+
+def _visible(value: Any) -> Any:
+    """Every text that the template prints comes through here, before Jinja escapes it."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return one_line(value, _LONGEST)
+
+
+def _spaced(text: str) -> Markup:
+    """A part of a sentence, with the blanks at its ends that `one_line` takes."""
+    return Markup("{}{}{}").format(
+        " " if text[:1].isspace() else "", one_line(text, _LONGEST), " " if text[1:] and text[-1:].isspace() else ""
+    )
+
+
+@cache
+def _part(name: str) -> Markup:
+    """Style or script, as it stands in the page."""
+    text = resources.files("merge_gate.report").joinpath("page", name).read_text(encoding="utf-8")
+    return Markup(text)  # noqa: S704 - a file of this package
+
+
+def _policy() -> str:
+    digests = {
+        name: base64.b64encode(hashlib.sha256(_part(name).encode()).digest()).decode()
+        for name in ("report.css", "report.js")
+    }
+    return (
+        f"default-src 'none'; style-src 'sha256-{digests['report.css']}'; script-src 'sha256-{digests['report.js']}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+# --- what stands in one adapter's row ------------------------------------------------------------------------------
+
+
+def _row(adapter: AdapterReport, data: dict[str, Any] | None) -> dict[str, Any]:
+    decided = words.deciding(adapter)
+    found = ([decided] if decided else []) + words.others(adapter)
+    return {
+        "adapter": adapter,
+        "cause": words.cause(adapter),
+        "place": words.place(decided) if decided else "",
+        "warnings": sorted({one.check for one in words.warnings(adapter)}),
+        "chain": chain(adapter),
+        "findings": [_told(group) for group in _groups(found)],
+        "states": count_states(adapter.tensors),
+        "map": _data(data) if data else None,
+    }
+
+
+def _groups(findings: list[Finding]) -> list[list[Finding]]:
+    groups: dict[tuple[str, Severity], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.check, finding.severity), []).append(finding)
+    return list(groups.values())
+
+
+def _told(group: list[Finding]) -> dict[str, Any]:
+    first, *more = group
+    return {
+        "finding": first,
+        "place": words.place(first),
+        "values": words.values(first),
+        "origin": words.ORIGINS[first.origin],
+        "measured": [f"{one_line(name, words.NAME_LIMIT)} {value:g}" for name, value in first.measured],
+        "more": [words.place(one) or one.message for one in more[:_PLACES]],
+        "unsaid": max(len(more) - _PLACES, 0),
+        "count": len(more),
+    }
+
+
+# --- the maps ------------------------------------------------------------------------------------------------------
+
+
+class _Layouts:
+    """Where tensors stand. Adapters of one base that touch the same tensors share a layout: it is in the page once."""
+
+    def __init__(self) -> None:
+        self.known: list[dict[str, Any]] = []
+        self._numbers: dict[object, int] = {}
+
+    def map_of(self, adapter: AdapterReport) -> dict[str, Any] | None:
+        """What the script needs to draw the adapter's map; columns in the order of its tensors."""
+        merges = adapter.tensors
+        if not merges:
+            return None
+        return {
+            "layout": self._number(merges),
+            "state": "".join(_LETTERS[state(merge)] for merge in merges),
+            "low": [_short(merge.stats.minimum) for merge in merges],
+            "high": [_short(merge.stats.maximum) for merge in merges],
+            "ratio": [_short(merge.delta_ratio) for merge in merges],
+            "loss": [_short(merge.lost_share) for merge in merges],
+            "bounded": [index for index, merge in enumerate(merges) if merge.bounded],
+            "estimated": [index for index, merge in enumerate(merges) if merge.estimated],
+            "broken": {
+                index: [merge.stats.nan, merge.stats.posinf, merge.stats.neginf, list(merge.stats.first_index or ())]
+                for index, merge in enumerate(merges)
+                if not merge.stats.finite
+            },
+        }
+
+    def _number(self, merges: tuple[TensorMerge, ...]) -> int:
+        key = tuple((merge.module, merge.stats.name, merge.stats.dtype, merge.stats.shape) for merge in merges)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.known)
+            self.known.append(_layout(merges))
+        return self._numbers[key]
+
+
+def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
+    kinds = list(dict.fromkeys((merge.stats.dtype, merge.dtype_max) for merge in merges))
+    return {
+        "blocks": [
+            {
+                "stack": _name(block.stack),
+                "layers": block.layers,
+                "modules": [_name(module) for module in block.modules],
+                "places": [place for one in block.places for place in one],
+            }
+            for block in blocks(merges)
+        ],
+        "names": [_name(merge.stats.name) for merge in merges],
+        "shapes": [" x ".join(map(str, merge.stats.shape)) for merge in merges],
+        "dtypes": [[_name(dtype), largest if math.isfinite(largest) else None] for dtype, largest in kinds],
+        "dtype": [kinds.index((merge.stats.dtype, merge.dtype_max)) for merge in merges],
+    }
+
+
+def _data(value: Any) -> Markup:
+    """JSON that no text in it can end early, whatever tag it holds."""
+    return htmlsafe_json_dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _name(text: str) -> str:
+    return one_line(text, words.NAME_LIMIT)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")

@@ -1,0 +1,289 @@
+// Sorting, filtering, and the maps of report.html. Text goes into the page as text only (textContent), never as HTML.
+"use strict";
+(() => {
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const one = (selector, within = document) => within.querySelector(selector);
+  const make = (tag, className = "", text = "") => {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== "") element.textContent = text;
+    return element;
+  };
+  document.documentElement.classList.add("js"); // at once: what is closed must not be laid out first
+  document.addEventListener("DOMContentLoaded", () => one("#table") && start(one("#table")));
+
+  const start = (table) => {
+    const adapters = all("tbody.adapter", table);
+    const layouts = JSON.parse(one("#layouts").textContent);
+
+    // --- open and close -----------------------------------------------------------------------------------------------
+
+    const open = (adapter, wanted) => {
+      adapter.classList.toggle("opened", wanted);
+      one(".open", adapter).setAttribute("aria-expanded", String(wanted));
+      if (wanted) draw(adapter);
+    };
+    for (const adapter of adapters) {
+      const name = one(".name", adapter);
+      const button = make("button", "open", name.textContent);
+      button.type = "button";
+      button.setAttribute("aria-expanded", "false");
+      name.replaceWith(button);
+      one(".line", adapter).addEventListener("click", () => {
+        if (!String(window.getSelection())) open(adapter, !adapter.classList.contains("opened"));
+      });
+    }
+
+    // --- filter -------------------------------------------------------------------------------------------------------
+
+    const filter = one("#filter");
+    const texts = new Map(adapters.map((adapter) => [adapter, one(".line", adapter).textContent.toLowerCase()]));
+    let pick = "";
+    const fits = (adapter) =>
+      !pick || (pick === "warned" ? "warned" in adapter.dataset : adapter.dataset.verdict === pick);
+    const show = () => {
+      const wanted = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let count = 0;
+      for (const adapter of adapters) {
+        const shown = fits(adapter) && wanted.every((word) => texts.get(adapter).includes(word));
+        adapter.hidden = !shown;
+        count += shown;
+      }
+      one("#shown").textContent = `${count} of ${adapters.length}`;
+      one("#none").hidden = count > 0;
+    };
+    filter.addEventListener("input", show);
+    for (const button of all("[data-pick]")) {
+      button.addEventListener("click", () => {
+        pick = button.dataset.pick;
+        for (const other of all("[data-pick]")) other.setAttribute("aria-pressed", String(other === button));
+        show();
+      });
+    }
+
+    // --- sort ---------------------------------------------------------------------------------------------------------
+
+    const ranks = { failed: 0, error: 1, passed: 2 };
+    const text = (selector) => (adapter) => one(selector, adapter).textContent.trim().toLowerCase();
+    const keys = {
+      name: text(".line th"),
+      verdict: (adapter) => ranks[adapter.dataset.verdict],
+      base: text(".base"),
+      cause: (adapter) => text(".why")(adapter) || "\uffff",
+      seconds: (adapter) => Number(one("[data-value]", adapter).dataset.value) || 0,
+    };
+    const compared = new Intl.Collator("en", { numeric: true }).compare;
+    for (const button of all("[data-sort]")) {
+      button.addEventListener("click", () => {
+        const head = button.parentElement;
+        const up = head.getAttribute("aria-sort") !== "ascending";
+        for (const other of all("thead th", table)) if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const key = keys[button.dataset.sort];
+        const found = adapters.map((adapter) => [key(adapter), adapter]);
+        found.sort(([a], [b]) => (up ? 1 : -1) * (typeof a === "number" ? a - b : compared(a, b)));
+        table.append(...found.map(([, adapter]) => adapter));
+      });
+    }
+
+    // --- maps ---------------------------------------------------------------------------------------------------------
+
+    const STATES = { N: ["N", "NaN"], I: ["∞", "±Inf"], U: ["0", "no effect"], F: ["", "finite"] };
+    const figure = (value) => (value === null || value === undefined ? "not measured" : String(value));
+    const share = (value) => {
+      if (value === null || value === undefined) return "not measured";
+      if (value > 0 && value < 0.0001) return "below 0.01 %";
+      return `${Number((100 * value).toPrecision(3)).toLocaleString("en")} %`;
+    };
+    const clamp = (value) => Math.min(Math.max(value, 0), 1);
+    const KINDS = {
+      state: { label: "state" },
+      headroom: { label: "headroom used", ends: ["0", "the dtype's largest value"], tint: (value) => clamp(value) },
+      ratio: { label: "‖ΔW‖/‖W‖", ends: ["1e-5", "10, logarithmic"], tint: (value) => (value > 0 ? clamp((Math.log10(value) + 5) / 6) : 0) },
+      loss: { label: "rounding loss", ends: ["0", "all of ΔW"], tint: (value) => clamp(value) },
+    };
+
+    const headroom = (data, layout, index) => {
+      const largest = layout.dtypes[layout.dtype[index]][1];
+      const values = [data.low[index], data.high[index]].filter((value) => value !== null).map(Math.abs);
+      return values.length && largest ? Number((Math.max(...values) / largest).toPrecision(3)) : null;
+    };
+    const valueOf = (kind, data, layout, index) =>
+      kind === "headroom" ? headroom(data, layout, index) : data[kind][index];
+
+    const told = (data, layout, index) => {
+      const dtype = layout.dtypes[layout.dtype[index]][0];
+      const said = [`${layout.names[index]} (${layout.shapes[index] || "scalar"}, ${dtype}): ${STATES[data.state[index]][1]}`];
+      const broken = data.broken[index];
+      if (broken) {
+        const [nan, posinf, neginf, first] = broken;
+        const counts = [[nan, "NaN"], [posinf, "+Inf"], [neginf, "-Inf"]].filter(([count]) => count);
+        said.push(counts.map(([count, name]) => `${count.toLocaleString("en")} ${name}`).join(", ") + (first.length ? `, the first at [${first.join(", ")}]` : ""));
+      }
+      const bounded = data.bounded.has(index);
+      said.push(`${bounded ? "bounds on the finite values" : "finite values"} ${figure(data.low[index])} to ${figure(data.high[index])}`);
+      said.push(`headroom used ${share(headroom(data, layout, index))}`);
+      said.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}`);
+      said.push(`rounding loss ${share(data.loss[index])}${data.estimated.has(index) ? ", estimated by a sample" : ""}`);
+      return said.join("; ");
+    };
+
+    const legend = (list, kind) => {
+      list.replaceChildren();
+      const item = (className, mark, label) => {
+        const entry = make("li");
+        entry.append(make("i", className, mark), label);
+        list.append(entry);
+      };
+      if (kind === "state") {
+        for (const [letter, [mark, label]] of Object.entries(STATES)) item(letter, mark, label);
+      } else {
+        const [low, high] = KINDS[kind].ends;
+        const entry = make("li");
+        entry.append(`${low} `, make("i", "ramp"), high);
+        list.append(entry);
+      }
+      item("void", "", "untouched");
+    };
+
+    const paint = (cell, kind, data, layout) => {
+      const index = Number(cell.dataset.index);
+      cell.style.background = "";
+      const [mark] = STATES[data.state[index]];
+      if (kind === "state" || mark === "N" || mark === "∞") {
+        cell.className = data.state[index];
+        cell.textContent = mark;
+        return;
+      }
+      const value = valueOf(kind, data, layout, index);
+      cell.className = value === null ? "unknown" : "h";
+      cell.textContent = value === null ? "?" : "";
+      if (value !== null) cell.style.background = `rgb(var(--heat) / ${(0.06 + 0.94 * KINDS[kind].tint(value)).toFixed(3)})`;
+    };
+
+    const grid = (block, data, layout, reader) => {
+      const heat = make("table", "heat");
+      heat.setAttribute("role", "grid");
+      if (block.stack) heat.append(make("caption", "", block.stack));
+      const head = make("tr");
+      head.append(make("td", "corner"));
+      head.firstChild.style.cssText = "background:none;width:auto";
+      const step = block.layers.length > 16 ? 4 : 1;
+      block.layers.forEach((layer, at) => {
+        const label = make("th", "", at % step ? "" : layer);
+        label.scope = "col";
+        label.setAttribute("aria-label", `layer ${layer}`);
+        head.append(label);
+      });
+      const top = make("thead");
+      if (block.layers.some(Boolean)) top.append(head);
+      const cells = block.modules.map(() => block.layers.map(() => null));
+      for (let at = 0; at < block.places.length; at += 3) cells[block.places[at + 1]][block.places[at + 2]] = block.places[at];
+      const body = make("tbody");
+      cells.forEach((row, down) => {
+        const line = make("tr");
+        const label = make("th", "", block.modules[down]);
+        label.scope = "row";
+        label.title = block.modules[down];
+        line.append(label);
+        row.forEach((index, across) => {
+          const cell = make("td", "void");
+          cell.tabIndex = -1;
+          if (index === null) {
+            const layer = block.layers[across];
+            cell.dataset.said = `${layer ? `layer ${layer}, ` : ""}${block.modules[down]}: untouched by this adapter`;
+          } else {
+            cell.dataset.index = index;
+            cell.dataset.said = told(data, layout, index);
+          }
+          cell.setAttribute("aria-label", cell.dataset.said);
+          line.append(cell);
+        });
+        body.append(line);
+      });
+      heat.append(top, body);
+      const first = one("tbody td", heat);
+      if (first) first.tabIndex = 0;
+      listen(heat, reader);
+      return heat;
+    };
+
+    const listen = (heat, reader) => {
+      const cellOf = (event) => event.target.closest("td[data-said]");
+      const read = (event) => {
+        const cell = cellOf(event);
+        if (cell) reader.textContent = cell.dataset.said;
+      };
+      heat.addEventListener("pointerover", read);
+      heat.addEventListener("focusin", read);
+      heat.addEventListener("click", (event) => {
+        const cell = cellOf(event);
+        if (cell) move(heat, cell);
+      });
+      heat.addEventListener("keydown", (event) => {
+        const cell = cellOf(event);
+        const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] };
+        const step = steps[event.key];
+        if (!cell || !step) return;
+        event.preventDefault();
+        const rows = all("tbody tr", heat);
+        const down = rows.indexOf(cell.parentElement);
+        const line = rows[Math.min(Math.max(down + step[0], 0), rows.length - 1)];
+        const across = Math.min(Math.max(cell.cellIndex + step[1], 1), line.cells.length - 1);
+        move(heat, line.cells[across]);
+      });
+    };
+    const move = (heat, cell) => {
+      for (const other of all("td[tabindex='0']", heat)) other.tabIndex = -1;
+      cell.tabIndex = 0;
+      cell.focus();
+    };
+
+    let maps = 0;
+    const draw = (adapter) => {
+      const place = one(".map", adapter);
+      if (!place || place.dataset.drawn) return;
+      place.dataset.drawn = "yes";
+      maps += 1;
+      const data = JSON.parse(one("script", place).textContent);
+      for (const key of ["bounded", "estimated"]) data[key] = new Set(data[key]);
+      const layout = layouts[data.layout];
+      const reader = make("p", "read", "Point at a tensor, tap it, or move there with the arrow keys.");
+      reader.setAttribute("role", "status");
+      const scroll = make("div", "scroll");
+      scroll.append(...layout.blocks.map((block) => grid(block, data, layout, reader)));
+      const list = make("ul", "legend");
+      const choose = (kind) => {
+        for (const cell of all("td[data-index]", scroll)) paint(cell, kind, data, layout);
+        legend(list, kind);
+      };
+      const kinds = make("fieldset", "kinds");
+      kinds.append(make("legend", "", "Show"));
+      for (const [kind, { label }] of Object.entries(KINDS)) {
+        const choice = make("label");
+        const radio = make("input");
+        Object.assign(radio, { type: "radio", name: `kind-${maps}`, value: kind, checked: kind === "state" });
+        radio.addEventListener("change", () => choose(kind));
+        choice.append(radio, ` ${label}`);
+        kinds.append(choice);
+      }
+      choose("state");
+      place.append(kinds, scroll, list, reader);
+    };
+
+    // --- at the start, from an address, and on paper ----------------------------------------------------------------------
+
+    const byAddress = () => {
+      const adapter = adapters.find((candidate) => `#${candidate.id}` === location.hash);
+      if (adapter) open(adapter, true);
+    };
+    window.addEventListener("hashchange", byAddress);
+    window.addEventListener("beforeprint", () => {
+      for (const adapter of adapters) if (adapter.dataset.verdict !== "passed" && !adapter.hidden) open(adapter, true);
+    });
+    one("#tools").hidden = false;
+    if (adapters[0].dataset.verdict !== "passed" || adapters.length === 1) open(adapters[0], true);
+    byAddress();
+    show();
+  };
+})();

@@ -1,0 +1,33 @@
+"""The chain from base to dtype: it breaks where the cause lies, and says nothing where nothing is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from merge_gate.records import Coverage, Origin, Verdict
+from merge_gate.report.chain import chain
+from tests.report.reports import CRASHED, FAILED, HALF_FAILED, NAN, PASSED, adapter
+
+
+def told(judged: object) -> list[tuple[str, str]]:
+    return [(stage.outcome.value, stage.said) for stage in chain(judged)]  # type: ignore[arg-type]
+
+
+def test_a_passed_adapter_is_sound_all_the_way() -> None:
+    assert told(PASSED) == [
+        ("sound", "finite"), ("sound", "96 tensors"), ("sound", "48 modules"), ("sound", "4 tensors, all finite"),
+    ]  # fmt: skip
+    assert [stage.name for stage in chain(PASSED)] == ["base", "adapter", "merge", "bfloat16"]
+
+
+def test_it_breaks_where_the_cause_lies() -> None:
+    assert [outcome for outcome, _ in told(FAILED)] == ["sound", "broken", "warned", "broken"]
+    assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "broken"]
+    assert told(HALF_FAILED)[3] == ("broken", "of 36 tensors, 1 with ±Inf")
+    base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
+    assert told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))[0] == ("broken", "base-nonfinite")
+
+
+def test_what_was_not_judged_is_not_said_to_be_sound() -> None:
+    crashed = dataclasses.replace(CRASHED, coverage=Coverage())
+    assert {outcome for outcome, _ in told(crashed)} == {"unknown"}
