@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from importlib import resources
@@ -157,7 +158,8 @@ def test_keys_of_a_later_version_are_ignored_and_those_of_an_earlier_one_not_mis
     document = json.loads(render(FAIL)) | {"schema_version": "1.7", "later": 1}
     for judged in document["adapters"]:
         del judged["tensors"]
-    assert read(json.dumps(document).encode(), "r") == FAIL
+    bare = tuple(dataclasses.replace(judged, tensors=()) for judged in FAIL.adapters)
+    assert read(json.dumps(document).encode(), "r") == dataclasses.replace(FAIL, adapters=bare)
 
 
 def _edited(path: str, value: Any) -> bytes:
