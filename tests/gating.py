@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ import transformers
 
 from merge_gate.engine import base as bases
 from merge_gate.engine import merge
+from merge_gate.engine.shape import shape_for
 from merge_gate.judging.checks import judge, thresholds
 from merge_gate.judging.table import CHECK_DEFAULTS
 from merge_gate.judging.verdict import decide
@@ -88,7 +89,8 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        return self._decide((files,), merge.merge_adapter(loaded, files, thresholds=thresholds(SPEC)))
+        evidence = merge.merge_adapter(loaded, files, thresholds=thresholds(SPEC))
+        return self._decide((files,), replace(evidence, instead_of=shape_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
@@ -98,7 +100,7 @@ class Gate:
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE
     ) -> Base:
-        shape = bases.shape_for(str(directory), files)
+        shape = shape_for(str(directory), files)
         key = (str(directory), dtype, quantization, shape)
         if key not in self.loaded:
             self.loaded[key] = bases.load_base(

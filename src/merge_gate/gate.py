@@ -186,7 +186,7 @@ class _Run:
                 assert_never(event)
 
     def _add_base(self, event: BaseLoaded) -> None:
-        """A base is listed once for each number of parameters: a class without a head has fewer."""
+        """A base is listed once for each class that it was loaded as: one without a head has fewer parameters."""
         facts = event.facts
         base = BaseReport(
             model=facts.model,
@@ -194,6 +194,8 @@ class _Run:
             dtype=facts.dtype,
             quantization=facts.quantization,
             parameters=facts.parameters,
+            loaded_as=facts.loaded_as,
+            replaced=facts.replaced,
             findings=tuple(checks.base_nonfinite(facts.nonfinite, facts.model)),
         )
         if base not in (known for _, known in self._bases):

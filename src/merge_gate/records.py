@@ -387,7 +387,11 @@ class Refusal:
 
 @record
 class BaseFacts:
-    """The base as it was measured, once. `parameters` counts elements of parameters and persistent buffers."""
+    """The base as it was measured, once. `parameters` counts elements of parameters and persistent buffers.
+
+    `loaded_as` is the class of the model. `replaced` names the tensors of its own head that gave way to the head of
+    another size that the adapters bring.
+    """
 
     model: str
     revision: str | None
@@ -396,6 +400,8 @@ class BaseFacts:
     sha256: str | None = None
     parameters: int = 0
     nonfinite: tuple[TensorStats, ...] = ()
+    loaded_as: str = ""
+    replaced: tuple[str, ...] = ()
 
 
 @record
@@ -405,7 +411,8 @@ class Evidence:
     `missing` are tensors the config promises and the file lacks, `unexpected` those in the file that nothing in the
     merge uses, in the file's own names. `targeted` are the base's modules that the adapter was put on. `tied` pairs a
     merged tensor with the module that shares it unmerged. `refused_by_safe_merge` names modules that PEFT's
-    `safe_merge=True` refuses although the merged tensor is finite.
+    `safe_merge=True` refuses although the merged tensor is finite. `instead_of` is the class that the adapter's task
+    type asks for, where its names fit only the class that the base was loaded as.
     """
 
     base: BaseFacts
@@ -418,6 +425,7 @@ class Evidence:
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    instead_of: str | None = None
     seed: int | None = None
     parameters_checked: int = 0
     parameters_bounded: int = 0
@@ -553,6 +561,11 @@ class BaseReport:
     sha256: str | None = told("Digest of its weights, hex; null where it was not taken.", default=None)
     parameters: int = told("Elements of all its parameters and persistent buffers.", default=0)
     findings: tuple[Finding, ...] = told("What is wrong with the base itself, before any merge.", default=())
+    loaded_as: str = told("Class of transformers that it was loaded as.", default="")
+    replaced: tuple[str, ...] = told(
+        "Tensors of its own head that gave way, since the adapters bring a head with another number of labels.",
+        default=(),
+    )
 
 
 @record

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from merge_gate.engine.base import Base, load_base, shape_for
+from merge_gate.engine.base import Base, load_base
 from merge_gate.engine.merge import merge_adapter
+from merge_gate.engine.shape import shape_for
 from merge_gate.sources.preflight import preflight
 from tests.conftest import lay_out
 from tests.faults import FAULTS, HEALTHY, Case

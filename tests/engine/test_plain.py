@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.engine.base import Base, load_base, shape_for
+from merge_gate.engine.base import Base, load_base
 from merge_gate.engine.measure import measure
 from merge_gate.engine.merge import merge_adapter, merge_by_peft
 from merge_gate.engine.plain import merge_plain
+from merge_gate.engine.shape import shape_for
 from merge_gate.errors import EngineError
 from merge_gate.records import Thresholds
 from merge_gate.sources.preflight import preflight

@@ -1,6 +1,6 @@
 """Load a base once, measure it once, and make scratches of it. Nothing here, or after it, writes to the base.
 
-In: a directory, a dtype, a quantisation and what the adapter says of its task. Out: `Base`, and from it as many
+In: a directory, its `Shape`, a dtype and a quantisation. Out: `Base`, and from it as many
 scratches as there are adapters. Knows nothing of PEFT.
 
 A scratch has its own modules and its own `Parameter` objects over the base's storage, ties kept: it costs
@@ -10,10 +10,9 @@ milliseconds and no memory. Whoever is about to write to one of its tensors give
 from __future__ import annotations
 
 import copy
-import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +26,7 @@ from merge_gate.engine.quantized import dequantized, is_quantized, scales
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
-from merge_gate.records import AdapterFiles, BaseFacts, Quantization, TensorStats
-
-TASK_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""PEFT's task types and the Auto class that its `AutoPeftModel…` classes pair with them (peft/auto.py)."""
+from merge_gate.records import BaseFacts, Quantization, TensorStats
 
 ADAPTER_PREFIX = "base_model.model."
 """What PEFT puts before the base's names in an adapter's file."""
@@ -45,10 +34,14 @@ ADAPTER_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What has to be fixed before the base's class can build the model: two adapters of one shape share a load."""
+    """What has to be fixed before the base's class can build the model: two adapters of one shape share a load.
+
+    `instead_of` is the class that the adapter's task type asks for, where its names fit only another (shape.py).
+    """
 
     class_name: str
     num_labels: int | None = None
+    instead_of: str | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,13 +153,14 @@ def load_base(
     Raises:
         EngineError: the base cannot be loaded, in a sentence with the library's own reason.
     """
-    model_class = _class_named(shape.class_name)
     target = torch.device(device)
     options: dict[str, Any] = {
         "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
         "local_files_only": True,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": None if allow_pickle else True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_replaced` says which of them may be, and names the others
     }
     if shape.num_labels is not None:
         options["num_labels"] = shape.num_labels
@@ -174,7 +168,7 @@ def load_base(
         options["quantization_config"] = _bnb_config(quantization, dtype)
         options["device_map"] = {"": str(target)}
     try:
-        model = model_class.from_pretrained(directory, **options)
+        model, loading = getattr(transformers, shape.class_name).from_pretrained(directory, **options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"base {label}: out of memory while loading it",
@@ -186,17 +180,52 @@ def load_base(
             hint="install the package that the message names in the environment that runs the gate",
         ) from error
     except Exception as error:  # every library below has its own exceptions; all mean the same here
-        raise EngineError(
-            f"base {label} cannot be loaded as {shape.class_name}: {type(error).__name__}: {first_line(error)}",
-            hint="check that the directory holds a complete model that transformers can load",
-        ) from error
+        raise _not_loaded(error, label, shape) from error
     model.eval()
     model.requires_grad_(requires_grad=False)
-    return _measured(model, label=label, revision=revision, quantization=quantization, device=target)
+    replaced = _replaced(loading["mismatched_keys"], label, shape)
+    return _measured(model, label=label, revision=revision, quantization=quantization, device=target, replaced=replaced)
+
+
+def _not_loaded(error: Exception, label: str, shape: Shape) -> EngineError:
+    if "trust_remote_code" in str(error):
+        return remote_code_refused(f"base {label}")
+    return EngineError(
+        f"base {label} cannot be loaded as {shape.class_name}: {type(error).__name__}: {first_line(error)}",
+        hint="check that the directory holds a complete model that transformers can load",
+    )
+
+
+def remote_code_refused(what: str) -> EngineError:
+    """The error of a base that cannot be loaded without running its own code."""
+    return EngineError(
+        f"{what} needs Python code that comes with the base, and the gate's config does not allow it to run",
+        hint="read that code, pin base.revision to the commit that you have read, and set trust-remote-code: true",
+    )
+
+
+def _replaced(
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], label: str, shape: Shape
+) -> tuple[str, ...]:
+    """Names of the head that gave way; any other tensor of another size means that the base is broken."""
+    for name, stored, expected in mismatched:
+        if expected[0] != shape.num_labels or tuple(stored[1:]) != tuple(expected[1:]):
+            raise EngineError(
+                f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
+                f"needs {list(expected)}",
+                hint="config.json and weights of the base are of different models: fetch the base again",
+            )
+    return tuple(sorted(name for name, _, _ in mismatched))
 
 
 def _measured(
-    model: nn.Module, *, label: str, revision: str | None, quantization: Quantization, device: torch.device
+    model: nn.Module,
+    *,
+    label: str,
+    revision: str | None,
+    quantization: Quantization,
+    device: torch.device,
+    replaced: tuple[str, ...],
 ) -> Base:
     tensors: dict[str, torch.Tensor] = {}
     stats: dict[str, TensorStats] = {}
@@ -217,80 +246,11 @@ def _measured(
         quantization=quantization,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         nonfinite=tuple(one for one in everything if not one.finite),
+        loaded_as=type(model).__name__,
+        replaced=replaced,
     )
     quantized = any(is_quantized(tensor) for tensor in tensors.values())
     return Base(model=model, facts=facts, tensors=tensors, stats=stats, device=device, quantized=quantized, extra=extra)
-
-
-def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> Shape:
-    """Choose the class a PEFT user would load the base with, and the size of a head that only the file knows.
-
-    1. The adapter's task type names the Auto class. 2. Else its `auto_mapping` names a class of transformers. 3. Else
-    the base's own architecture. A class that does not know the base's configuration gives way to the architecture.
-
-    Raises:
-        EngineError: the base's config.json cannot be read.
-    """
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # OSError, ValueError, KeyError and more, by the kind of damage
-        raise EngineError(
-            f"the base's config.json cannot be read: {type(error).__name__}: {first_line(error)}",
-            hint="the base must be a directory saved by save_pretrained, of a model type that transformers knows",
-        ) from error
-    class_name = _class_for(config, files, trust_remote_code=trust_remote_code)
-    return Shape(class_name=class_name, num_labels=_num_labels(config, class_name, files))
-
-
-def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
-    architecture = next((name for name in config.architectures or () if hasattr(transformers, name)), "AutoModel")
-    wanted = TASK_CLASSES.get(files.task_type or "")
-    if wanted is not None:
-        known = type(config) in _class_named(wanted)._model_mapping
-        remote = trust_remote_code and wanted in (getattr(config, "auto_map", None) or {})
-        return wanted if known or remote else architecture
-    mapping = json.loads(files.config_json or "{}").get("auto_mapping") or {}
-    mapped = mapping.get("base_model_class")
-    if isinstance(mapped, str) and _is_model_class(mapped):
-        return mapped
-    if architecture == "AutoModel" and trust_remote_code:
-        remote_map = getattr(config, "auto_map", None) or {}
-        return next((name for name in remote_map if name.startswith("AutoModel")), architecture)
-    return architecture
-
-
-def _is_model_class(name: str) -> bool:
-    found = getattr(transformers, name, None)
-    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-
-
-def _class_named(name: str) -> Any:
-    return getattr(transformers, name)
-
-
-def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
-    """Rows of a classification head as the adapter's file has it, where they differ from the base's own count."""
-    if "Classification" not in class_name:
-        return None
-    saved = {
-        header.name.removeprefix(ADAPTER_PREFIX): header.shape for header in files.tensors if len(header.shape) >= 1
-    }
-    with torch.device("meta"):
-        try:
-            skeleton = (
-                _class_named(class_name).from_config(config)
-                if class_name.startswith("Auto")
-                else _class_named(class_name)(config)
-            )
-        except Exception:
-            return None
-    for name, parameter in skeleton.named_parameters():
-        rows = saved.get(name, ())[:1]
-        if rows and parameter.shape[0] == config.num_labels != rows[0] and parameter.shape[1:] == saved[name][1:]:
-            return int(rows[0])
-    return None
 
 
 def _bnb_config(quantization: Quantization, dtype: str) -> Any:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,15 +130,16 @@ def _cpu_name() -> str:
 
 def _judge_group(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
     from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
+    from merge_gate.engine.shape import shape_for  # noqa: PLC0415 - as above
 
-    by_shape: dict[Shape, list[Task]] = {}
+    by_shape: dict[Shape, list[tuple[Task, str | None]]] = {}
     for task in group.tasks:
         try:
-            shape = bases.shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+            shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
         except Exception as error:
             yield Undecided(task=task.index, refusal=_refusal(error))
         else:
-            by_shape.setdefault(shape, []).append(task)
+            by_shape.setdefault(shape, []).append((task, shape.instead_of))
     for shape, tasks in by_shape.items():
         yield BaseLoading(group=position)
         started = time.perf_counter()
@@ -154,15 +156,15 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
                 allow_pickle=job.allow_pickle,
             )
         except Exception as error:
-            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
+            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in tasks)
             continue
         yield BaseLoaded(group=position, facts=base.facts, seconds=time.perf_counter() - started)
-        for task in tasks:
+        for task, instead_of in tasks:
             yield MergeStarted(task=task.index)
-            yield _judge_task(base, task, progress)
+            yield _judge_task(base, task, instead_of, progress)
 
 
-def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
+def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
     next_s = 0.0
 
     def report(done: int, total: int, module: str) -> None:
@@ -182,7 +184,7 @@ def _judge_task(base: Base, task: Task, progress: Listener) -> Event:
             evidence = merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=report)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
-    return Merged(task=task.index, evidence=evidence)
+    return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -226,6 +226,7 @@ def _keys_unexpected(case: Case) -> Iterator[Finding]:
 
 
 def _base_mismatch(case: Case) -> Iterator[Finding]:
+    yield from _class_mismatch(case)
     named, used = case.files.base_name, case.spec.base.model
     if not named or used is None:
         return
@@ -244,6 +245,19 @@ def _base_mismatch(case: Case) -> Iterator[Finding]:
             "base-mismatch",
             f"adapter_config.json names revision {revision!r} of the base, the gate merged into {got!r}",
             f"set base.revision to {revision!r}, or release with the revision that the gate used",
+            Origin.CONFIG,
+        )
+
+
+def _class_mismatch(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is not None and evidence.instead_of is not None:
+        yield _make(
+            "base-mismatch",
+            f"task_type {case.files.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
+            f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
+            f"load the base as {evidence.base.loaded_as} to serve it: as {evidence.instead_of} nothing of the adapter "
+            "arrives; save it with the task_type of the model that it was trained on",
             Origin.CONFIG,
         )
 

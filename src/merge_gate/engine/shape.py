@@ -1,0 +1,150 @@
+"""Which class an adapter's base is loaded with, and the size of a head that only the adapter's file knows.
+
+In: a base's directory and what the preflight read of an adapter. Out: `Shape`. Loads no weights: models are built on
+torch's meta device, where they have names and shapes only. Knows nothing of PEFT.
+
+1. The adapter's task type names the class. 2. Else its `auto_mapping` names one of transformers. 3. Else the base's own
+architecture. 4. A class that does not know the base's configuration gives way to the architecture. 5. Where none of the
+file's names lies in that class and all of them lie in another class of the base, it was trained on that one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import transformers
+
+from merge_gate.engine.base import ADAPTER_PREFIX, Shape, first_line, remote_code_refused
+from merge_gate.errors import EngineError
+from merge_gate.records import AdapterFiles
+
+TASK_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's task types and the Auto class that its `AutoPeftModel…` classes pair with them (peft/auto.py)."""
+
+
+def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> Shape:
+    """Choose by the rules above.
+
+    Raises:
+        EngineError: the base's config.json cannot be read.
+    """
+    config = _read_config(directory, trust_remote_code=trust_remote_code)
+    asked = _class_for(config, files, trust_remote_code=trust_remote_code)
+    class_name = _class_that_fits(config, asked, files)
+    return Shape(
+        class_name=class_name,
+        num_labels=_num_labels(config, class_name, files),
+        instead_of=asked if files.task_type in TASK_CLASSES and class_name != asked else None,
+    )
+
+
+def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # OSError, ValueError, KeyError and more, by the kind of damage
+        if "trust_remote_code" in str(error):
+            raise remote_code_refused("the base's config.json") from error
+        raise EngineError(
+            f"the base's config.json cannot be read: {type(error).__name__}: {first_line(error)}",
+            hint="the base must be a directory saved by save_pretrained, of a model type that transformers knows",
+        ) from error
+
+
+# --- the class -----------------------------------------------------------------------------------------------------
+
+
+def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
+    architecture = _architecture(config)
+    remote_map = getattr(config, "auto_map", None) or {} if trust_remote_code else {}
+    wanted = TASK_CLASSES.get(files.task_type or "")
+    if wanted is not None:
+        return wanted if wanted in remote_map else _concrete(config, wanted) or architecture
+    mapping = json.loads(files.config_json or "{}").get("auto_mapping") or {}
+    mapped = mapping.get("base_model_class")
+    if isinstance(mapped, str) and _is_model_class(mapped):
+        return mapped
+    if not _is_model_class(architecture):
+        return next((name for name in remote_map if name.startswith("AutoModel")), architecture)
+    return architecture
+
+
+def _architecture(config: Any) -> str:
+    named = (name for name in config.architectures or () if hasattr(transformers, name))
+    return next(named, None) or _concrete(config, "AutoModel") or "AutoModel"
+
+
+def _concrete(config: Any, auto_class: str) -> str | None:
+    """The class that an Auto class stands for, so that two names of one class share a load; None where it has none."""
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    name = getattr(found, "__name__", "")  # some configurations have several classes: the Auto class chooses
+    return name if _is_model_class(name) else auto_class
+
+
+def _is_model_class(name: str) -> bool:
+    found = getattr(transformers, name, None)
+    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+
+
+def _class_that_fits(config: Any, asked: str, files: AdapterFiles) -> str:
+    """Rule 5. The first parts of names tell the classes of an architecture apart (`bert.encoder…` and `encoder…`)."""
+    parts = {
+        header.name.removeprefix(ADAPTER_PREFIX).partition(".")[0]
+        for header in files.tensors
+        if header.name.startswith(ADAPTER_PREFIX)
+    }
+    if not parts or not _is_model_class(asked) or _looks_usual(config, asked, parts) or parts & _parts(config, asked):
+        return asked
+    others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
+    return next((name for name in others if name and _is_model_class(name) and parts <= _parts(config, name)), asked)
+
+
+def _looks_usual(config: Any, class_name: str, parts: set[str]) -> bool:
+    """A model with a head holds the bare one under its prefix; so most names need no model to be built."""
+    prefix = getattr(transformers, class_name).base_model_prefix
+    return (prefix in parts) != (class_name == _concrete(config, "AutoModel"))
+
+
+def _parts(config: Any, class_name: str) -> set[str]:
+    skeleton = _skeleton(config, class_name)
+    return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
+
+
+def _skeleton(config: Any, class_name: str) -> Any:
+    with torch.device("meta"):
+        try:
+            found = getattr(transformers, class_name)
+            return found(config) if _is_model_class(class_name) else found.from_config(config)
+        except Exception:  # a class that needs more than names and shapes
+            return None
+
+
+# --- its head ------------------------------------------------------------------------------------------------------
+
+
+def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
+    """Rows of a classification head as the adapter's file has it, where they differ from the base's own count."""
+    if "Classification" not in class_name:
+        return None
+    saved = {
+        header.name.removeprefix(ADAPTER_PREFIX): header.shape for header in files.tensors if len(header.shape) >= 1
+    }
+    skeleton = _skeleton(config, class_name)
+    for name, parameter in skeleton.named_parameters() if skeleton is not None else ():
+        rows = saved.get(name, ())[:1]
+        if rows and parameter.shape[0] == config.num_labels != rows[0] and parameter.shape[1:] == saved[name][1:]:
+            return int(rows[0])
+    return None
