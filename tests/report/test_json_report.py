@@ -55,7 +55,8 @@ def test_keys_stand_as_the_contract_has_them() -> None:
         "python", "torch", "peft", "transformers", "bitsandbytes", "device", "device_name",
     ]  # fmt: skip
     assert list(document["bases"][0]) == [
-        "model", "revision", "dtype", "quantization", "sha256", "parameters", "findings",
+        "model", "revision", "dtype", "quantization", "sha256", "parameters", "findings", "loaded_as",
+        "replaced",
     ]  # fmt: skip
     assert list(document["adapters"][0]) == [
         "name", "source", "revision", "base", "peft_type", "verdict", "cause", "findings", "coverage", "files",
