@@ -1,4 +1,4 @@
-"""Draw time and memory against the number of adapters, for the gate, with and without --exhaustive, (a) and (b).
+"""Draw time and memory against the number of adapters, for the gate, with and without --quick, (a) and (b).
 
 In: results.json. Out: time-and-memory.svg, text kept as text. Needs matplotlib, which nothing else in the project does.
 """
@@ -12,10 +12,10 @@ HERE = Path(__file__).parent
 NAMES = {
     "a": "(a) load, merge, check per adapter",
     "b": "(b) base once, deep copy per adapter",
-    "exhaustive": "merge-gate --exhaustive",
     "gate": "merge-gate",
+    "quick": "merge-gate --quick",
 }
-COLOURS = {"a": "#b35806", "b": "#998ec3", "exhaustive": "#7fbf7b", "gate": "#1b7837"}
+COLOURS = {"a": "#b35806", "b": "#998ec3", "quick": "#7fbf7b", "gate": "#1b7837"}
 PANELS = {"wall_s": "seconds, whole process", "peak_anon_mib": "peak anonymous memory, GiB"}
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "merge-gate", "font.size": 9})
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for name, label in NAMES.items():
+        for name, label in ((name, label) for name, label in NAMES.items() if name in scaling):
             counts = sorted(int(count) for count in scaling[name])
             factor = 1 / 1024 if key == "peak_anon_mib" else 1
             values = [scaling[name][str(count)][key] * factor for count in counts]

@@ -1,8 +1,8 @@
 """Run the benchmarks and write results.json, the tables of README.md and the plot.
 
-In: options; `--quick` for a smoke run on a tiny base that leaves README.md alone. Out: figures, each from whole
-processes run in turn on this machine. results.json is written after every part, so that a stopped run keeps what it
-has; `--only` runs some parts and keeps the others' figures.
+In: options; `--size tiny` for a smoke run that leaves README.md alone. Out: figures, each from whole processes run in
+turn on this machine. results.json is written after every part, so that a stopped run keeps what it has; `--only` runs
+some parts and keeps the others' figures, `--resume` runs those that have none.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from inputs import GATE, HERE, PYTHON, Inputs
+from inputs import GATE, HERE, PYTHON, Inputs, Job
 from measure import alternate, measure
+from rows import METHODS, ROWS, save_method
 
 from merge_gate.engine.threads import threads
 
@@ -39,6 +41,7 @@ class Plan:
     many: tuple[int, ...]
     checked: int
     repeat: int
+    method_size: str
 
 
 def machine() -> dict[str, object]:
@@ -66,18 +69,52 @@ def _lines(path: str) -> list[str]:
 def scaling(plan: Plan) -> dict[str, object]:
     """Whole runs of the gate, (a) and (b), for a growing number of adapters."""
     inputs = Inputs(plan.work, plan.size)
-    found: dict[str, dict[str, dict]] = {"gate": {}, "exhaustive": {}, "a": {}, "b": {}}
+    found: dict[str, dict[str, dict]] = {}
     for count in plan.counts:
+        job = Job(count=count)
         commands = {
-            "gate": inputs.gate(count),
-            "exhaustive": [*inputs.gate(count), "--exhaustive"],
-            "a": inputs.script("baseline_a", count),
-            "b": inputs.script("baseline_b", count),
+            "gate": inputs.gate(job),
+            **({"quick": [*inputs.gate(job), "--quick"]} if has_quick() else {}),
+            "a": inputs.script("baseline_a", job),
+            "b": inputs.script("baseline_b", job),
         }
         for name, figures in alternate(commands, repeat=plan.repeat, env=HUB_OFF).items():
-            found[name][str(count)] = figures
-    idle = measure([PYTHON, "-c", "import time; time.sleep(0.5)"])
-    return {"size": plan.size, "idle_anon_mib": idle.peak_anon_mib, **found}
+            found.setdefault(name, {})[str(count)] = figures
+    return {"size": plan.size, "idle_anon_mib": idle_anon_mib(), **found}
+
+
+def has_quick() -> bool:
+    """Whether this gate knows a way to settle by a bound what it need not merge."""
+    return "--quick" in subprocess.run([GATE, "run", "--help"], check=True, capture_output=True, text=True).stdout
+
+
+def idle_anon_mib() -> float:
+    return measure([PYTHON, "-c", "import time; time.sleep(0.5)"]).peak_anon_mib
+
+
+def row(plan: Plan, name: str) -> dict[str, object]:
+    """One kind of work, by the gate and by the script."""
+    inputs, wanted = Inputs(plan.work, plan.size), ROWS[name]
+    commands = {
+        "gate": inputs.gate(wanted.job),
+        "script": inputs.script("baseline_a", wanted.job),
+        **{beside: inputs.gate(job) for beside, job in wanted.beside.items()},
+    }
+    found = alternate(commands, repeat=plan.repeat, env=HUB_OFF)
+    return {"size": plan.size, "idle_anon_mib": idle_anon_mib(), **found}
+
+
+def method(plan: Plan, name: str) -> dict[str, object]:
+    """One adapter of a method, by the gate and by the script."""
+    inputs = Inputs(plan.work, plan.method_size)
+    adapter = save_method(name, inputs.base, plan.work / f"methods-{plan.method_size}" / name)
+    config = plan.work / f"{plan.method_size}-method-{name}.yml"
+    config.write_text(json.dumps({"version": 1, "base": {"model": str(inputs.base)}, "adapters": [str(adapter)]}))
+    commands = {
+        "gate": [GATE, "run", str(config), "--output", str(plan.work / f"report-method-{name}")],
+        "script": [PYTHON, str(HERE / "baseline_a.py"), str(inputs.base), str(adapter)],
+    }
+    return {"size": plan.method_size, **alternate(commands, repeat=plan.repeat, env=HUB_OFF)}
 
 
 def startup(plan: Plan) -> dict[str, object]:
@@ -87,10 +124,10 @@ def startup(plan: Plan) -> dict[str, object]:
         "help": [GATE, "--help"],
         "imports": [PYTHON, str(HERE / "imports.py")],
         "imports_and_base": [PYTHON, str(HERE / "imports.py"), str(inputs.base)],
-        "gate_1": inputs.gate(1),
+        "gate_1": inputs.gate(Job()),
     }
     found = alternate(commands, repeat=plan.repeat, env=HUB_OFF)
-    report = json.loads((inputs.report(1) / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((inputs.report(Job()) / "report.json").read_text(encoding="utf-8"))
     merging_s = sum(adapter["seconds"] for adapter in report["adapters"])
     before_s = found["gate_1"]["wall_s"] - merging_s
     return {
@@ -110,13 +147,13 @@ def kernel(plan: Plan) -> dict[str, object]:
 def many(plan: Plan) -> dict[str, object]:
     """Many small adapters on one base: does time grow linearly, does memory stay flat?"""
     inputs = Inputs(plan.work, "pico")
-    commands = {str(count): inputs.gate(count) for count in plan.many}
+    commands = {str(count): inputs.gate(Job(count=count)) for count in plan.many}
     return alternate(commands, repeat=plan.repeat, env=HUB_OFF)
 
 
 def check(plan: Plan) -> dict[str, object]:
     """`merge-gate check`, which reads headers and configs only."""
-    command = Inputs(plan.work, "pico").check(plan.checked)
+    command = Inputs(plan.work, "pico").check(Job(count=plan.checked))
     return {"adapters": plan.checked, **alternate({"check": command}, repeat=plan.repeat)["check"]}
 
 
@@ -124,55 +161,67 @@ def seven_b(plan: Plan) -> dict[str, object]:
     """Four adapters on a 7 B base, the process tree ended when it holds more than 8 GiB; (a) under the same limit."""
     inputs = Inputs(plan.work, "7b")
     found = {"limit_gib": SEVEN_B_LIMIT_BYTES / GIB, "adapters": 4}
-    for name, command in {"gate": inputs.gate(4), "a": inputs.script("baseline_a", 1)}.items():
+    for name, command in {"gate": inputs.gate(Job(count=4)), "a": inputs.script("baseline_a", Job())}.items():
         found[name] = asdict(measure(command, limit_bytes=SEVEN_B_LIMIT_BYTES, env=HUB_OFF))
         print(f"  {name}: {found[name]}", flush=True)
     return found
 
 
 PARTS: dict[str, Callable[[Plan], dict[str, object]]] = {
-    "kernel": kernel,
+    **{name: partial(row, name=name) for name in ROWS},
     "startup": startup,
+    "kernel": kernel,
     "check": check,
     "many": many,
     "scaling": scaling,
     "seven_b": seven_b,
+    **{f"method-{name}": partial(method, name=name) for name in METHODS},
 }
+GROUPS = {"rows": list(ROWS), "methods": [f"method-{name}" for name in METHODS]}
+"""Names that stand for several parts."""
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if arguments.quick:
-        return Plan(work=work, size="tiny", counts=(1, 2), many=(2, 4), checked=10, repeat=1)
+    if arguments.size == "tiny":
+        return Plan(work=work, size="tiny", counts=(1, 2), many=(2, 4), checked=10, repeat=1, method_size="tiny")
     return Plan(
         work=work,
-        size="1.1b",
+        size=arguments.size,
         counts=tuple(arguments.counts),
         many=(25, 50, 100),
         checked=1000,
         repeat=arguments.repeat,
+        method_size="0.1b",
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny base; README.md stays as it is")
+    parser.add_argument("--size", choices=("tiny", "1.1b"), default="1.1b", help="tiny: a smoke run; README.md stays")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of every measurement (default 3)")
-    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of adapters to run with")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; the others keep their figures")
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 4, 8], help="numbers of adapters to run with")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*GROUPS, *PARTS], metavar="PART", help=f"of {', '.join([*GROUPS, *PARTS])}"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what results.json has already")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-bench")
     arguments = parser.parse_args()
     plan = plan_of(arguments)
-    results_file = plan.work / "results.json" if arguments.quick else HERE / "results.json"
-    results = json.loads(results_file.read_text(encoding="utf-8")) if arguments.only and results_file.exists() else {}
-    parts = arguments.only or [name for name in PARTS if not (arguments.quick and name == "seven_b")]
-    for name in parts:
+    smoke = plan.size == "tiny"
+    results_file = plan.work / "results.json" if smoke else HERE / "results.json"
+    keep = (arguments.only or arguments.resume) and results_file.exists()
+    results = json.loads(results_file.read_text(encoding="utf-8")) if keep else {}
+    wanted = [part for name in arguments.only or PARTS for part in GROUPS.get(name, [name])]
+    for name in wanted:
+        if (arguments.resume and name in results) or (smoke and name == "seven_b"):
+            continue
         print(name, flush=True)
         results[name] = {**PARTS[name](plan), "machine": machine()}
         results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"figures: {results_file}")
-    if not arguments.quick:
+    if not smoke:
         subprocess.run([PYTHON, str(HERE / "tables.py")], check=True)
         subprocess.run([PYTHON, str(HERE / "plot.py")], check=True)
 

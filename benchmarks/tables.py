@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rows import METHODS, ROWS
+
 HERE = Path(__file__).parent
-NAMES = ("gate", "exhaustive", "a", "b")
+LABELS = {"gate": "gate", "quick": "`--quick`", "a": "(a)", "b": "(b)"}
 BEGIN, END = "<!-- tables: written by tables.py -->", "<!-- end of tables -->"
 
 
@@ -35,50 +37,115 @@ def machine_line(part: dict) -> str:
     )
 
 
+def machine_lines(parts: list[dict]) -> str:
+    """One line for parts that were measured one after the other: the first one's, and what has changed since."""
+    loads = [part["machine"]["load_before"] for part in parts]
+    latest = max(part["machine"]["date"] for part in parts)
+    first, _, _ = machine_line(parts[0]).rpartition(";")
+    since = f" to {latest}" if latest != parts[0]["machine"]["date"] else ""
+    return first.replace(",", f"{since},", 1) + f"; load average before the runs {min(loads):.2f} to {max(loads):.2f}."
+
+
+def work(results: dict) -> str:
+    """The rows of rows.py that have been measured, against the script."""
+    lines, remarks = [], []
+    found = {name: results[name] for name in ROWS if name in results}
+    for name, part in found.items():
+        gate, script = part["gate"], part["script"]
+        lines.append(
+            [
+                ROWS[name].title,
+                *(f"{run['wall_s']:.1f}" for run in (gate, script)),
+                f"{script['wall_s'] / gate['wall_s']:.1f}",
+                ROWS[name].wanted,
+                *(f"{run['peak_anon_mib'] - part['idle_anon_mib']:,.0f}" for run in (gate, script)),
+            ]
+        )
+        remarks += [REMARKS[name](part)] if name in REMARKS else []
+    head = ["work", "gate, s", "script, s", "script ÷ gate", "wanted", "gate, MiB", "script, MiB"]
+    size = next(iter(found.values()))["size"].upper()
+    parts = [f"### Whole runs on the {size} base, by kind of work", machine_lines(list(found.values()))]
+    return "\n\n".join([*parts, table(head, lines), *remarks])
+
+
+def dtypes(part: dict) -> str:
+    second = part["gate"]["wall_s"] - part["one"]["wall_s"]
+    adapter = (part["eight"]["wall_s"] - part["one"]["wall_s"]) / 7
+    return (
+        f"The second dtype costs {second:.2f} s, one more adapter {adapter:.2f} s"
+        f" (1 adapter: {part['one']['wall_s']:.1f} s, 8: {part['eight']['wall_s']:.1f} s)."
+    )
+
+
+def head(part: dict) -> str:
+    ratio = part["gate"]["wall_s"] / part["one"]["wall_s"]
+    return f"The trained `lm_head` makes it {ratio:.2f} times plain LoRA ({part['one']['wall_s']:.1f} s)."
+
+
+REMARKS = {"dtypes": dtypes, "head": head}
+
+
+def methods(results: dict) -> str:
+    parts = {name: results[f"method-{name}"] for name in METHODS if f"method-{name}" in results}
+    lines = [
+        [
+            name,
+            *(f"{part[one]['wall_s']:.1f}" for one in ("gate", "script")),
+            f"{part['script']['wall_s'] / part['gate']['wall_s']:.1f}",
+            f"{part['gate']['peak_anon_mib']:,.0f}",
+        ]
+        for name, part in parts.items()
+    ]
+    size = next(iter(parts.values()))["size"].upper()
+    title = f"### Every method of PEFT: one adapter on a {size} base"
+    return f"{title}\n\n{machine_lines(list(parts.values()))}\n\n" + table(
+        ["method", "gate, s", "script, s", "script ÷ gate", "gate, MiB"], lines
+    )
+
+
 def scaling(part: dict, kernel: dict | None) -> str:
+    names = [name for name in LABELS if name in part]
+    others = [name for name in names if name != "gate"]
     counts = sorted(part["gate"], key=int)
-    idle = part["idle_anon_mib"]
     rows = []
     for count in counts:
-        gate, exhaustive, a, b = runs = [part[name][count] for name in NAMES]
+        runs = {name: part[name][count] for name in names}
         rows.append(
             [
                 count,
-                *(f"{run['wall_s']:.1f}" for run in runs),
-                f"{a['wall_s'] / gate['wall_s']:.1f}",
-                f"{a['wall_s'] / exhaustive['wall_s']:.1f}",
-                f"{b['wall_s'] / gate['wall_s']:.1f}",
-                *(f"{run['peak_anon_mib'] - idle:,.0f}" for run in runs),
+                *(f"{run['wall_s']:.1f}" for run in runs.values()),
+                *(f"{runs[name]['wall_s'] / runs['gate']['wall_s']:.1f}" for name in others),
+                *(f"{run['peak_anon_mib'] - part['idle_anon_mib']:,.0f}" for run in runs.values()),
             ]
         )
-    costs = {name: marginal_s(part[name]) for name in NAMES}
-    rows.append(
-        ["one more", *(f"{cost:.2f}" for cost in costs.values())]
-        + [f"{costs[one] / costs[other]:.1f}" for one, other in (("a", "gate"), ("a", "exhaustive"), ("b", "gate"))]
-        + [""] * len(NAMES)
-    )
-    labels = ["gate", "`--exhaustive`", "(a)", "(b)"]
-    ratios = ["(a) ÷ gate", "(a) ÷ `--exhaustive`", "(b) ÷ gate"]
+    costs = {name: marginal_s(part[name]) for name in names}
+    more = [f"{costs[name] / costs['gate']:.1f}" for name in others]
+    rows.append(["one more", *(f"{cost:.2f}" for cost in costs.values()), *more, *[""] * len(names)])
+    labels = [LABELS[name] for name in names]
+    ratios = [f"{LABELS[name]} ÷ gate" for name in others]
     head = ["adapters", *(f"{label}, s" for label in labels), *ratios, *(f"{label}, MiB" for label in labels)]
     text = table(head, rows)
     if kernel and kernel.get("touched_parameters"):
-        ratios = [costs[name] / kernel["floor_s"] for name in ("gate", "exhaustive")]
         text += (
-            f"\n\nOne more adapter costs {ratios[0]:.1f} times the floor of merging all of it "
-            f"({kernel['floor_s']:.2f} s, see the next table), and {ratios[1]:.1f} times with `--exhaustive`."
+            f"\n\nOne more adapter costs {costs['gate'] / kernel['floor_s']:.1f} times the floor of merging all of it "
+            f"({kernel['floor_s']:.2f} s, see the next table)."
         )
     return f"### Whole runs on the {part['size'].upper()} base\n\n{machine_line(part)}\n\n{text}"
 
 
+KERNEL = {
+    "floor_s": "one read of the touched weights plus the low-rank product (the floor)",
+    "blocks_s": "gate: every element, in blocks",
+    "bound_s": "gate, `--quick`: bound and sample",
+    "peft_s": "PEFT's `merge(safe_merge=True)` and `isfinite().all()`",
+}
+
+
 def kernel(part: dict) -> str:
+    named = [(KERNEL.get(key, key), value) for key, value in part.items() if key.endswith("_s")]
     rows = [
-        [name, f"{part[key]:.2f}", f"{part[key] / part['floor_s']:.1f}"]
-        for name, key in (
-            ("gate: bound and sample", "bound_s"),
-            ("one read of the touched weights plus the low-rank product (the floor of merging all)", "floor_s"),
-            ("gate, `--exhaustive`: every element, in blocks", "blocks_s"),
-            ("PEFT's `merge(safe_merge=True)` and `isfinite().all()`", "peft_s"),
-        )
+        [name, f"{value:.2f}", f"{value / part['floor_s']:.1f}"]
+        for name, value in sorted(named, key=lambda one: one[1])
     ]
     title = f"### The merge alone: {part['modules']} modules, {part['touched_parameters'] / 1e6:,.0f} M parameters"
     return f"{title}\n\n{machine_line(part)}\n\n" + table(["", "s per adapter", "÷ floor"], rows)
@@ -120,6 +187,8 @@ def seven_b(part: dict) -> str:
 
 def tables(results: dict) -> str:
     parts = []
+    if any(name in results for name in ROWS):
+        parts.append(work(results))
     if "scaling" in results:
         parts.append(scaling(results["scaling"], results.get("kernel")))
     if "kernel" in results:
@@ -130,6 +199,8 @@ def tables(results: dict) -> str:
         parts.append(many(results["many"], results.get("check")))
     if "seven_b" in results:
         parts.append(seven_b(results["seven_b"]))
+    if any(f"method-{name}" in results for name in METHODS):
+        parts.append(methods(results))
     return "\n\n".join(parts)
 
 
