@@ -60,30 +60,57 @@ class BlockMerge:
         self, values: Weight, update: LowRankUpdate, buffers: Buffers, *, sample_of: int | None = None
     ) -> None:
         self._values, self._update, self._buffers = values, update, buffers
-        self.of = sample_of or values.shape[0] * values.shape[1]
+        self.numel = values.shape[0] * values.shape[1]
+        self.of = sample_of or self.numel
         self.quantized = not isinstance(values, DenseValues)
         self.scales: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[MergedRows]:
         return self.blocks()
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return self._buffers.blocks(*self._values.shape, self._values.device)
+
     def blocks(self, *, with_change: bool = False) -> Iterator[MergedRows]:
         """The merged rows, from the first to the last."""
-        values = self._values
-        slices = self._buffers.blocks(*values.shape, values.device)
-        summed = Sum(values, self._update, slices, self._buffers, rounded=isinstance(values, DenseValues))
+        values, slices, summed = self._values, self.slices, self._sum()
         if isinstance(values, DenseValues):
             for rows in slices:
                 yield MergedRows(rows, *summed.rows(rows, values.rows(rows), with_change=with_change))
             return
-        held = values.dtype if self._update.magnitude is not None else self._update.lora_a.dtype
-        again = values.requantized(torch.promote_types(values.dtype, held))
+        again = values.requantized(self._requantized_from())
         for rows in slices:
             again.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
         self.scales = again.settle()
         for rows in slices:
             change = summed.rows(rows, values.rows(rows), with_change=True)[1] if with_change else None
             yield MergedRows(rows, again.rows(rows), change)
+
+    def extremes(self) -> tuple[torch.Tensor, bool] | None:
+        """Of a quantised weight: the least and the greatest of the values that share a scale, all of them.
+
+        And whether they show that a value has changed; if they do not, one may have. None where they have to be read
+        off the blocks.
+        """
+        values, slices = self._values, self.slices
+        extremes = None if isinstance(values, DenseValues) else values.extremes(self._requantized_from())
+        if extremes is None:
+            return None
+        summed = self._sum()
+        for rows in slices:
+            extremes.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
+        ends, self.scales = extremes.settle()
+        changed = any(not torch.equal(extremes.of(values.rows(rows)).to(ends.dtype), ends[:, rows]) for rows in slices)
+        return ends, changed
+
+    def _sum(self) -> Sum:
+        rounded = isinstance(self._values, DenseValues)
+        return Sum(self._values, self._update, self.slices, self._buffers, rounded=rounded)
+
+    def _requantized_from(self) -> torch.dtype:
+        own = self._values.dtype
+        return own if self._update.magnitude is not None else torch.promote_types(own, self._update.lora_a.dtype)
 
     def base(self, rows: slice) -> torch.Tensor:
         """The base's values that `merged` stands in place of."""
@@ -219,6 +246,10 @@ class Measured:
 def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
     """Merge every row and measure it. The figures cost more than the merge."""
     tally = _Tally(merge, figures=figures)
+    extremes = None if figures else merge.extremes()
+    if extremes is not None and extremes[1]:
+        tally.add_extremes(extremes[0])
+        return tally.result()
     for block in merge.blocks(with_change=figures):
         tally.add(block)
     return tally.result()
@@ -242,7 +273,11 @@ class _Tally:
         if self.figures:
             self.sums.append(self._sums(block))
         elif not self.changed:
-            self.changed = not bool((merged == self.merge.base(block.rows)).all())
+            self.changed = _differ(merged, self.merge.base(block.rows))
+
+    def add_extremes(self, ends: torch.Tensor) -> None:
+        self.bounds.append((ends[0].min(), ends[1].max()))
+        self.numel, self.changed = self.merge.numel, True
 
     def _sums(self, block: MergedRows) -> torch.Tensor:
         base, change = self.merge.base(block.rows), block.change
@@ -269,6 +304,17 @@ class _Tally:
             figures=figures,
             scales=scales,
         )
+
+
+def _differ(merged: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether any value differs; -0.0 is 0.0. Bits are compared first, many times faster where all are the same."""
+    if merged.dtype == base.dtype and merged.element_size() == 2 and torch.equal(_bits(merged), _bits(base)):  # noqa: PLR2004
+        return False
+    return not torch.equal(merged, base.to(merged.dtype))
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int16)
 
 
 def _reduced(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
