@@ -140,6 +140,16 @@ def by_peft(layer: Any, *, safe: bool = True) -> tuple[torch.Tensor, dict[str, t
     return base_values(layer), found
 
 
+def before_the_check(layer: Any) -> torch.Tensor:
+    """What PEFT's safe_merge of a dense weight looks at, for merges that it refuses."""
+    with torch.no_grad():
+        weight = layer.get_base_layer().weight.data.clone()
+        if "default" in layer.lora_variant:
+            return layer.lora_variant["default"].merge_safe(layer, "default", weight)
+        weight += layer.get_delta_weight("default").to(weight.dtype)
+    return weight
+
+
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Bit by bit; a NaN equals any NaN, since PEFT's own NaN payload depends on the vector width."""
     both_nan = left.isnan() & right.isnan()

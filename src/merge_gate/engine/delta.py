@@ -111,17 +111,21 @@ class Buffers:
     def __init__(self, *, block_elements: int = BLOCK_ELEMENTS) -> None:
         self.block_elements = block_elements
         self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor of `like`'s shape and device, valid until the next call with this name."""
         return self.of_shape(name, like.shape, dtype, like.device)
 
     def of_shape(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        key, numel = (name, dtype, device), math.prod(shape)
-        buffer = self._buffers.get(key)
+        key, last = (name, dtype, device), self._last.get((name, dtype, device))
+        if last is not None and last.shape == shape:
+            return last
+        buffer, numel = self._buffers.get(key), math.prod(shape)
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-        return buffer[:numel].view(shape)
+        self._last[key] = buffer[:numel].view(shape)
+        return self._last[key]
 
     def blocks(self, rows: int, columns: int, device: torch.device) -> tuple[slice, ...]:
         """Slices of about `block_elements`; the last one takes what would be a short block. One slice off the CPU."""

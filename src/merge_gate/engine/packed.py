@@ -245,10 +245,9 @@ def _quantized_ends(
     code, order = _bnb().get_4bit_type(quant_type, device=ends.device).sort()
     scaled = torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1)
     codes = order[torch.bucketize(scaled, (code[:-1] + code[1:]) / 2)].to(torch.uint8)
-    pairs = (codes[0] << 4 | codes[1]).split(ENDS_AT_ONCE)
-    return torch.cat(
-        [_pair_values(*some, quant_type, dtype) for some in zip(pairs, used.split(ENDS_AT_ONCE), strict=True)], 1
-    )
+    pairs = codes[0] << 4 | codes[1]
+    some = [slice(start, start + ENDS_AT_ONCE) for start in range(0, len(used), ENDS_AT_ONCE)]
+    return torch.cat([_pair_values(pairs[one], used[one], quant_type, dtype) for one in some], 1)
 
 
 def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:

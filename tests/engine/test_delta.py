@@ -1,0 +1,125 @@
+"""Blocks of a product have the bits of the whole, or the whole is made."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_gate.engine import delta
+from merge_gate.engine.delta import Buffers, LowRankUpdate, Proof
+from tests.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
+
+CPU = torch.device("cpu")
+
+
+def facts(rows: int, columns: int, *, transposed: bool = False, scaling: float | None = 2.0, **more) -> dict:
+    starts = tuple(block.start for block in Buffers(**more).blocks(rows, columns, CPU))
+    return {
+        "rows": rows,
+        "columns": columns,
+        "rank": 16,
+        "dtype": torch.float32,
+        "transposed": transposed,
+        "starts": starts,
+        "scaling": scaling,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_shapes_of_real_models_are_proved(transposed) -> None:
+    """Else the fast way is not fast: whole products come in through the back door (as they do for float64 Conv1D)."""
+    for rows, columns in ((2048, 2048), (5632, 2048), (2048, 5632), (3072, 768), (768, 3072)):
+        shape = facts(rows, columns, transposed=transposed, scaling=16 / 3)
+        assert len(shape["starts"]) > 4
+        proof = delta._proved(**shape)
+        assert proof is Proof.SCALED or (transposed and proof is Proof.BLOCKS)
+
+
+def test_a_shape_whose_blocks_differ_is_multiplied_whole(monkeypatch) -> None:
+    """On this machine every shape may prove well: so the short last blocks that are known to differ are forced."""
+
+    def short_last_blocks(self: Buffers, rows: int, columns: int, device: torch.device) -> tuple[slice, ...]:
+        del self, columns, device
+        return tuple(slice(start, min(start + 64, rows)) for start in range(0, rows, 64))
+
+    monkeypatch.setattr(Buffers, "blocks", short_last_blocks)
+    for rows in (65, 66, 67, 69, 193):
+        for columns, rank in ((16, 2), (100, 17), (100, 64), (33, 7)):
+            for dora in (False, True):
+                layer = tuner_layer("linear", rows, columns, rank, dtype=torch.float32, dora=dora)
+                merged = whole(in_blocks(layer))
+                assert same_bits(merged, by_peft(layer)[0]), (rows, columns, rank, dora)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "8bit", "4bit-double"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("proof", [Proof.FAILED, Proof.BLOCKS])
+def test_without_a_proof_the_bits_are_the_same(monkeypatch, proof, dora, kind) -> None:
+    monkeypatch.setattr(delta, "_proved", lambda **_: proof)
+    layer = tuner_layer(kind, 700, 128, 8, dtype=torch.float32, dora=dora, scaling=0.7)
+    merged = whole(in_blocks(layer))
+    assert same_bits(merged, by_peft(layer)[0])
+
+
+def test_the_proof_fails_where_one_block_differs_in_one_bit(monkeypatch) -> None:
+    shape = facts(256, 64, block_elements=1)
+    assert len(shape["starts"]) == 4
+    assert delta._proved.__wrapped__(**shape) is Proof.SCALED
+    genuine = delta.Factors.whole
+
+    def nudged(product: delta.Factors) -> torch.Tensor:
+        values = genuine(product)
+        values[131, 5] = torch.nextafter(values[131, 5], torch.tensor(9.0))
+        return values
+
+    monkeypatch.setattr(delta.Factors, "whole", nudged)
+    assert delta._proved.__wrapped__(**shape) is Proof.FAILED
+
+
+def test_a_kernel_that_scales_a_factor_is_not_given_the_scaling(monkeypatch) -> None:
+    """With a power of two it would show in nothing but an overflow."""
+
+    def scales_first(left, right, alpha, out) -> torch.Tensor:
+        return torch.mm(left * alpha, right, out=out)
+
+    shape = facts(256, 64, block_elements=1, scaling=2.0)
+    monkeypatch.setattr(delta, "multiplied", scales_first)
+    assert delta._proved.__wrapped__(**shape) is Proof.BLOCKS
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 1000])
+def test_blocks_cover_every_row_once_and_none_is_short(rows) -> None:
+    blocks = Buffers(block_elements=1).blocks(rows, 4096, CPU)
+    covered = [row for block in blocks for row in range(block.start, block.stop)]
+    assert covered == list(range(rows))
+    assert len(blocks) == 1 or min(block.stop - block.start for block in blocks) >= 64
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 200), columns=st.integers(1, 200), rank=st.integers(1, 32), seed=st.integers(0, 99))
+def test_the_norm_needs_no_pass_over_the_delta(rows, columns, rank, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+    exact = float((b.double() @ a.double() * 0.7).norm())
+    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=-0.7).delta_norm() == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_norm_of_nothing_is_zero_of_nan_is_nan_and_of_too_much_is_infinite() -> None:
+    a, b = torch.randn(4, 30), torch.zeros(50, 4)
+    assert LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norm() == 0.0
+    b[3, 1] = math.nan
+    assert math.isnan(LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0).delta_norm())
+    assert LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1.7e308).delta_norm() == math.inf
+    assert 1e200 < LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1e200).delta_norm() < math.inf
+
+
+def test_an_update_knows_the_shape_of_its_weight() -> None:
+    layer = tuner_layer("embedding", 24, 70, 4)
+    lora_a, lora_b = factors(layer)
+    update = LowRankUpdate(lora_a=lora_a, lora_b=lora_b, scaling=1.0, transposed=True)
+    assert update.shape == layer.get_base_layer().weight.shape == (70, 24)
