@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
-from merge_gate.report import html_report, json_report, summary
+from merge_gate.report import html_report, json_report, junit, sarif, summary
 from merge_gate.report.directory import explained, make_directory
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
         "report.json": json_report.render,
         "summary.md": summary.render,
         "report.html": html_report.render,
+        "junit.xml": junit.render,
+        "report.sarif": sarif.render,
     }
 )
 """File name and renderer of each format, the one that must not be lost first."""

@@ -1,0 +1,113 @@
+"""junit.xml: the report for everything that shows test results (GitLab, Jenkins, Azure, actions on GitHub).
+
+In: a `records.Report`. Out: XML as Jenkins' junit-10 schema has it: a suite per base, a case per adapter and dtype.
+Knows neither files nor the other formats. A failed adapter is a `failure`, one that could not be judged an `error`;
+so is a run that did not finish or judged nothing, since a reader takes a file without either for green.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from merge_gate.records import Severity, Verdict
+from merge_gate.report import words
+from merge_gate.report.untrusted import one_line, safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from merge_gate.records import AdapterReport, Finding, Report
+
+_TAGS = {Verdict.FAILED: "failure", Verdict.ERROR: "error"}
+_GROUPS = 30
+
+
+def render(report: Report) -> str:
+    """Return the XML of junit.xml."""
+    root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, unjudged=_unjudged(report))})
+    for name, adapters in _suites(report).items():
+        suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
+        properties = ET.SubElement(suite, "properties")
+        for key, value in _properties(report, adapters[0]):
+            ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
+        for adapter in adapters:
+            _case(suite, name, adapter)
+    if _unjudged(report):
+        suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), unjudged=True)})
+        case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")
+        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = words.advice(report)
+    ET.indent(root)
+    # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
+    text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _unjudged(report: Report) -> bool:
+    return not report.complete or not report.adapters
+
+
+def _suites(report: Report) -> dict[str, list[AdapterReport]]:
+    suites: dict[str, list[AdapterReport]] = {}
+    for adapter in report.adapters:
+        revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
+        suites.setdefault(f"base {words.model_name(adapter.base)}{revision}", []).append(adapter)
+    return suites
+
+
+def _counts(adapters: Sequence[AdapterReport], *, unjudged: bool = False) -> dict[str, str]:
+    verdicts = [adapter.verdict for adapter in adapters]
+    return {
+        "tests": str(len(verdicts) + unjudged),
+        "failures": str(verdicts.count(Verdict.FAILED)),
+        "errors": str(verdicts.count(Verdict.ERROR) + unjudged),
+        "time": _time(sum(adapter.seconds for adapter in adapters if math.isfinite(adapter.seconds))),
+    }
+
+
+def _time(seconds: float) -> str:
+    return f"{abs(seconds):.3f}" if 0 <= seconds < math.inf else "0"
+
+
+def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
+    known = [("config", report.config_path), ("config-sha256", report.config_sha256)]
+    for base in report.bases:
+        if (base.model, base.revision) == (first.base.model, first.base.revision) and base.sha256:
+            known.append(("base-sha256", base.sha256))
+            break
+    return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool_version)))]
+
+
+def _case(suite: ET.Element, classname: str, adapter: AdapterReport) -> None:
+    name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+    case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=_time(adapter.seconds))
+    finding = words.deciding(adapter)
+    if adapter.verdict is not Verdict.PASSED:
+        message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
+        told = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
+        told.text = _text([*([finding] if finding else []), *words.others(adapter)])
+    elif adapter.findings:
+        ET.SubElement(case, "system-out").text = _text(list(adapter.findings))
+
+
+def _text(findings: list[Finding]) -> str:
+    """Every kind of finding, the deciding one first: what, where, and what to do."""
+    groups = words.grouped(findings)
+    parts = [_part(finding, more) for finding, more in groups[:_GROUPS]]
+    if len(groups) > _GROUPS:
+        parts.append(f"and {len(groups) - _GROUPS} more kinds of finding, in report.json")
+    return safe_text("\n\n".join(parts))
+
+
+def _part(finding: Finding, more: int) -> str:
+    kind = "warning" if finding.severity is Severity.WARNING else "error"
+    said = [
+        f"{kind} {one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
+        f"where: {words.place(finding)}" if words.place(finding) else "",
+        f"found: {words.values(finding)}" if words.values(finding) else "",
+        f"begins: {words.ORIGINS[finding.origin]}",
+        f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
+        f"and {words.number(more)} more like it" if more else "",
+    ]
+    return "\n".join(filter(None, said))

@@ -1,0 +1,162 @@
+"""report.sarif: the report for code scanning and for editors, SARIF 2.1.0.
+
+In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
+adapter in one dtype and points at the adapter's entry in the configuration file, since a weight file has no lines.
+Fingerprints hold no line, so that an alert stays the same when the file is edited above it. Knows neither files nor
+the other formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from merge_gate.judging.checks import NOT_JUDGED
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.records import AdapterReport, Result, Severity
+from merge_gate.report import words
+from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merge_gate.records import BaseRef, BaseReport, Finding, Report
+
+MOST_RESULTS = 25_000
+"""GitHub refuses a run with more."""
+
+_SUMMARIES = {check: row.summary for check, row in CHECK_DEFAULTS.items()} | {
+    NOT_JUDGED: "The adapter could not be judged; it is not cleared."
+}
+_EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
+
+Json = dict[str, Any]
+
+
+def render(report: Report) -> str:
+    """Return the JSON of report.sarif."""
+    results = list(islice(_results(report), MOST_RESULTS))
+    run = {
+        "tool": {"driver": _driver(report)},
+        "invocations": [_invocation(report)],
+        "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The root of the checkout."}}},
+        "columnKind": "unicodeCodePoints",
+        "results": results,
+    }
+    document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _driver(report: Report) -> Json:
+    return {
+        "name": "merge-gate",
+        "semanticVersion": one_line(report.tool_version, words.NAME_LIMIT),
+        "rules": [_rule(check, summary) for check, summary in _SUMMARIES.items()],
+    }
+
+
+def _rule(check: str, summary: str) -> Json:
+    row = CHECK_DEFAULTS.get(check)
+    return {
+        "id": check,
+        "shortDescription": {"text": summary},
+        "fullDescription": {"text": summary},
+        "help": {
+            "text": f"{summary} What it means and what to do: docs/checks.md#{check}",
+            "markdown": f"{summary} What it means and what to do: `docs/checks.md#{check}`",
+        },
+        "defaultConfiguration": {"level": str(row.severity if row else Severity.ERROR)},
+    }
+
+
+def _invocation(report: Report) -> Json:
+    finished = {
+        "executionSuccessful": report.complete and report.result is not Result.ERROR,
+        "exitCode": _EXIT_CODES[report.result],
+        "exitCodeDescription": words.headline(report),
+    }
+    if report.complete:
+        return finished
+    return finished | {"toolExecutionNotifications": [{"level": "error", "message": {"text": words.advice(report)}}]}
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def _results(report: Report) -> Iterator[Json]:
+    for adapter in words.worst_first(report.adapters):
+        for finding, more in words.grouped(adapter.findings):
+            yield _result(report, adapter, finding, more)
+    for base in report.bases:
+        for finding, more in words.grouped(base.findings):
+            yield _result(report, base, finding, more)
+
+
+def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int) -> Json:
+    """One kind of finding. A base has no line of its own: it points at the top of the file."""
+    name, base, line, column = _identity(judged)
+    check = one_line(finding.check, words.NAME_LIMIT)
+    result: Json = {
+        "ruleId": check,
+        "level": str(finding.severity),
+        "message": {"text": _message(name, base, finding, more)},
+        "locations": [
+            {
+                "physicalLocation": {
+                    "artifactLocation": _address(report.config_path),
+                    "region": {"startLine": max(line, 1), "startColumn": max(column, 1)},
+                },
+                "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
+            }
+        ],
+        "partialFingerprints": {"mergeGate/v1": _fingerprint(name, base, finding)},
+        "properties": {
+            "adapter": name,
+            "base": words.model_name(base),
+            "dtype": words.precision(base),
+            "origin": str(finding.origin),
+            "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
+        },
+    }
+    if check in _SUMMARIES:
+        result["ruleIndex"] = list(_SUMMARIES).index(check)
+    return result
+
+
+def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseReport, int, int]:
+    if isinstance(judged, AdapterReport):
+        return one_line(judged.name, words.NAME_LIMIT), judged.base, judged.line, judged.column
+    return f"base {words.model_name(judged)}", judged, 1, 1
+
+
+def _message(name: str, base: BaseRef | BaseReport, finding: Finding, more: int) -> str:
+    said = f"{name} ({words.precision(base)}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    if more:
+        said += f"; and {words.number(more)} more like it"
+    if finding.hint:
+        said += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+    return _plain(said)
+
+
+def _plain(text: str) -> str:
+    """In a SARIF message, brackets make links; a backslash makes them text (section 3.11.6)."""
+    return text.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]")
+
+
+def _address(path: str) -> Json:
+    """Relative to the checkout, as code scanning asks for; a path from elsewhere has its own address."""
+    normal = posixpath.normpath(quote(path.encode("utf-8", "backslashreplace"), safe="/"))
+    if normal.startswith("/"):
+        return {"uri": f"file://{normal}"}
+    return {"uri": normal, "uriBaseId": "%SRCROOT%"}
+
+
+def _fingerprint(name: str, base: BaseRef | BaseReport, finding: Finding) -> str:
+    parts = [name, base.model or "", base.dtype, base.quantization, finding.check]
+    parts += [finding.module or "", finding.tensor or ""]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

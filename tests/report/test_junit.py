@@ -1,0 +1,103 @@
+"""junit.xml: valid for every report, never green for what is not, and no name is anything but text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import xmlschema
+from hypothesis import given
+
+from merge_gate.records import Verdict
+from merge_gate.report.junit import render
+from tests.report.reports import (
+    ATTACKS,
+    EMPTY,
+    FAIL,
+    HALF,
+    NAN,
+    PASS,
+    PASSED,
+    adapter,
+    hostile_reports,
+    lines_of,
+    report,
+    runner_obeys,
+)
+
+HERE = Path(__file__).parent
+SCHEMA = xmlschema.XMLSchema(HERE / "junit.xsd")
+
+
+def parse(run: Any) -> ET.Element:
+    text = render(run)
+    SCHEMA.validate(ET.ElementTree(ET.fromstring(text)))
+    return ET.fromstring(text.encode("utf-8"))
+
+
+def test_golden() -> None:
+    text, golden = render(FAIL), HERE / "goldens" / "junit.xml"
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+def test_a_suite_per_base_and_a_case_per_dtype() -> None:
+    other = adapter("other", base=HALF)
+    root = parse(report(PASSED, adapter("support", base=HALF), other))
+    (suite,) = root
+    assert suite.get("name") == "base ./models/base"
+    assert [case.get("name") for case in suite.iter("testcase")] == [
+        "support (bfloat16)", "support (float16)", "other (float16)",
+    ]  # fmt: skip
+
+
+def test_failures_and_errors_are_told_apart() -> None:
+    root = parse(FAIL)
+    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
+        "tests": "5", "failures": "2", "errors": "1",
+    }  # fmt: skip
+    cases = {str(case.get("name")): case for case in root.iter("testcase")}
+    failure, error = cases["billing (bfloat16)"].find("failure"), cases["translate-de (bfloat16)"].find("error")
+    assert failure is not None
+    assert (failure.get("type"), failure.get("message")) == (NAN.check, NAN.message)
+    assert "to do: retrain from the last checkpoint" in str(failure.text)
+    assert error is not None
+    assert error.get("type") == "not-judged"
+    assert cases["support (bfloat16)"].find("failure") is None
+    assert "rounding-loss" in str(cases["legal (bfloat16)"].findtext("system-out"))
+
+
+@pytest.mark.parametrize("run", [EMPTY, report(), report(PASSED, complete=False)])
+def test_what_did_not_finish_is_not_green(run: Any) -> None:
+    root = parse(run)
+    assert root.get("errors") == "1"
+    assert len(list(root.iter("error"))) == 1
+
+
+def test_what_passed_is_green() -> None:
+    root = parse(PASS)
+    assert (root.get("failures"), root.get("errors")) == ("0", "0")
+    assert not [*root.iter("failure"), *root.iter("error")]
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, "]]>", "<![CDATA[x]]>", "&xxe;", "\ufffe"])
+def test_a_hostile_name_is_only_text(attack: str) -> None:
+    def shape(text: str) -> list[tuple[str, list[str]]]:
+        evil = adapter(f"x{text}", Verdict.FAILED, cause=f"x{text}", findings=(NAN,), source=text)
+        return [(element.tag, list(element.attrib)) for element in parse(report(evil, config_path=text)).iter()]
+
+    assert shape(attack) == shape("tame")
+
+
+@given(hostile_reports())
+def test_any_report(run: Any) -> None:
+    root = parse(run)
+    cases = list(root.iter("testcase"))
+    assert root.get("tests") == str(len(cases))
+    assert root.get("failures") == str(sum(case.find("failure") is not None for case in cases))
+    assert root.get("errors") == str(sum(case.find("error") is not None for case in cases))
+    assert not any(runner_obeys(line) for line in lines_of(render(run)))

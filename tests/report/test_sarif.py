@@ -1,0 +1,131 @@
+"""report.sarif: as the standard has it, the same fingerprint for the same finding, and no name is anything but text.
+
+Its official schema is in no package that `make test` needs: tests/e2e/test_report.py validates against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.records import Verdict
+from merge_gate.report.sarif import MOST_RESULTS, render
+from tests.report.reports import ATTACKS, EMPTY, FAIL, FAILED, NAN, PASS, ROUNDING, adapter, hostile_reports, report
+
+GOLDEN = Path(__file__).parent / "goldens" / "report.sarif"
+
+
+def parse(run: Any) -> dict[str, Any]:
+    text = render(run)
+    assert text.isascii()
+    document = json.loads(text)
+    assert (document["version"], len(document["runs"])) == ("2.1.0", 1)
+    rules = document["runs"][0]["tool"]["driver"]["rules"]
+    for result in document["runs"][0]["results"]:
+        assert result["level"] in {"error", "warning"}
+        assert result["message"]["text"]
+        (location,) = result["locations"]
+        assert location["physicalLocation"]["region"]["startLine"] >= 1
+        assert location["physicalLocation"]["artifactLocation"]["uri"].isprintable()
+        assert "ruleIndex" not in result or rules[result["ruleIndex"]]["id"] == result["ruleId"]
+    return document["runs"][0]
+
+
+def test_golden() -> None:
+    text = render(FAIL)
+    if os.environ.get("UPDATE_GOLDENS"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+def test_the_rules_are_the_table_of_checks() -> None:
+    rules = parse(PASS)["tool"]["driver"]["rules"]
+    assert [rule["id"] for rule in rules] == [*CHECK_DEFAULTS, "not-judged"]
+    for rule in rules[:-1]:
+        default = CHECK_DEFAULTS[rule["id"]]
+        assert rule["shortDescription"]["text"] == default.summary
+        assert rule["defaultConfiguration"]["level"] == default.severity.value
+        assert f"docs/checks.md#{rule['id']}" in rule["help"]["text"]
+
+
+def test_a_result_points_at_the_adapter_s_line() -> None:
+    results = parse(report(FAILED))["results"]
+    assert [result["ruleId"] for result in results] == ["merged-nonfinite", "adapter-nonfinite", "rounding-loss"]
+    place = results[1]["locations"][0]
+    assert place["physicalLocation"] == {
+        "artifactLocation": {"uri": "merge-gate.yml", "uriBaseId": "%SRCROOT%"},
+        "region": {"startLine": 8, "startColumn": 5},
+    }
+    assert place["logicalLocations"][0]["fullyQualifiedName"] == NAN.tensor
+    assert results[1]["message"]["text"].startswith("billing (bfloat16): lora_B of model.layers.5")
+
+
+def test_hundreds_of_findings_of_one_kind_are_one_result() -> None:
+    (result,) = parse(report(dataclasses.replace(FAILED, findings=(NAN,) * 96)))["results"]
+    assert "and 95 more like it" in result["message"]["text"]
+
+
+def test_a_fingerprint_stays_when_the_file_is_edited_and_differs_between_findings() -> None:
+    def prints(judged: Any) -> list[str]:
+        return [one["partialFingerprints"]["mergeGate/v1"] for one in parse(report(judged))["results"]]
+
+    before = prints(FAILED)
+    assert prints(dataclasses.replace(FAILED, line=80, column=2, seconds=9.0)) == before
+    assert len(set(before)) == len(before)
+    assert not set(prints(dataclasses.replace(FAILED, name="other"))) & set(before)
+
+
+def test_the_run_says_whether_it_came_to_a_verdict() -> None:
+    def told(run: Any) -> tuple[bool, int]:
+        invocation = parse(run)["invocations"][0]
+        return invocation["executionSuccessful"], invocation["exitCode"]
+
+    assert [told(run) for run in (PASS, FAIL, EMPTY)] == [(True, 0), (True, 1), (False, 3)]
+    assert parse(EMPTY)["invocations"][0]["toolExecutionNotifications"][0]["level"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("./a/../merge-gate.yml", "merge-gate.yml"),
+        ("/srv/x y.yml", "file:///srv/x%20y.yml"),
+        ("a:b#c?.yml", "a%3Ab%23c%3F.yml"),
+        ("caf\udce9.yml", "caf%5Cudce9.yml"),
+    ],
+)
+def test_the_address_of_the_file(path: str, uri: str) -> None:
+    (result,) = parse(report(adapter(findings=(ROUNDING,)), config_path=path))["results"]
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == uri
+
+
+def test_a_name_makes_no_link() -> None:
+    evil = adapter("[x](http://evil.example)", findings=(ROUNDING,))
+    assert parse(report(evil))["results"][0]["message"]["text"].startswith("\\[x\\](http://evil.example) (bfloat16)")
+
+
+def test_no_more_results_than_github_takes() -> None:
+    findings = tuple(dataclasses.replace(ROUNDING, check=f"c{n}") for n in range(100))
+    assert len(parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300))))["results"]) == MOST_RESULTS
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_name_is_only_text(attack: str) -> None:
+    finding = dataclasses.replace(
+        NAN, message=f"x{attack}", hint=attack, tensor=attack, module=attack, check=f"x{attack}"
+    )
+    run = report(adapter(attack, Verdict.FAILED, cause=attack, findings=(finding,)), config_path=f"x{attack}")
+    (result,) = parse(run)["results"]
+    assert result["message"]["text"].isprintable()
+    assert result["ruleId"].isprintable()
+
+
+@given(hostile_reports())
+def test_any_report(run: Any) -> None:
+    parse(run)
