@@ -49,9 +49,10 @@ e2e: $(STAMPS)/test
 bench: $(STAMPS)/test
 	$(BIN)/python benchmarks/run.py
 
-schemas: $(STAMPS)/run
-	$(BIN)/merge-gate schema config > src/merge_gate/schemas/config.schema.json
-	$(BIN)/merge-gate schema report > src/merge_gate/schemas/report.schema.json
+# The JSON Schemas and every table of the documents that is made from the code.
+schemas: $(STAMPS)/test
+	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is" \
+		tests/config tests/report/test_docs.py tests/report/test_json_report.py tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist src/*.egg-info

@@ -18,7 +18,7 @@ from merge_gate.engine import base as bases
 from merge_gate.engine import merge
 from merge_gate.engine.shape import shape_for
 from merge_gate.judging.checks import judge, thresholds
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.table import CHECKS
 from merge_gate.judging.verdict import decide
 from merge_gate.records import (
     AdapterFiles,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tests.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
-    CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECK_DEFAULTS.items()
+    CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECKS.items()
 )
 
 

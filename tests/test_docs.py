@@ -20,13 +20,14 @@ from jsonschema import Draft202012Validator
 from merge_gate import cli
 from merge_gate.config.load import config_schema
 from merge_gate.errors import ExitCode
-from merge_gate.judging.checks import NOT_JUDGED
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.check import Symptom
+from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records import Result
 from merge_gate.report.files import FORMATS
 from tests.conftest import lay_out
 from tests.engine.test_bits import peft_merge
 from tests.faults import FAULTS
+from tests.generated import held
 from tests.models import VARIANTS
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHECKS = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
+CHECKS_PAGE = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -197,7 +198,15 @@ def test_the_exit_codes_are_the_tools() -> None:
 
 
 def test_every_check_is_in_the_readmes_table() -> None:
-    assert set(re.findall(r"docs/checks\.md#([a-z-]+)", README)) == set(CHECK_DEFAULTS)
+    assert set(re.findall(r"docs/checks\.md#([a-z-]+)", README)) == set(CHECKS)
+
+
+def test_the_readmes_table_of_checks_is_the_real_one() -> None:
+    rows = ["| what is wrong | checks |", "|---|---|"]
+    for symptom in Symptom:
+        links = [f"[{row.id}](docs/checks.md#{row.id})" for row in CHECKS.values() if row.symptom is symptom]
+        rows.append(f"| {symptom} | {', '.join(links)} |")
+    held(ROOT / "README.md", "checks", "\n".join(rows))
 
 
 def test_the_readme_can_be_read_in_one_sitting() -> None:
@@ -227,26 +236,27 @@ def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, 
 
 
 def test_every_check_has_a_section_in_the_order_of_blame() -> None:
-    assert re.findall(r"^## (.+)$", CHECKS, re.MULTILINE) == [*CHECK_DEFAULTS, NOT_JUDGED]
+    assert re.findall(r"^## (.+)$", CHECKS_PAGE, re.MULTILINE) == [*CHECKS, NOT_JUDGED]
 
 
-@pytest.mark.parametrize("check", CHECK_DEFAULTS)
+@pytest.mark.parametrize("check", CHECKS)
 def test_a_section_states_the_default(check: str) -> None:
-    default = CHECK_DEFAULTS[check]
-    limit = "no limit" if default.limit is None else f"limit {default.limit:g}"
-    can = "can" if default.can_be_off else "cannot"
-    assert f"Default `{default.severity.value}`, {limit}, {can} be switched off." in section(CHECKS, check).splitlines()
+    row = CHECKS[check]
+    limit = "no limit" if row.limit is None else f"limit {row.limit:g}"
+    can = "can" if row.can_be_off else "cannot"
+    said = f"Default `{row.severity.value}`, {limit}, {can} be switched off."
+    assert said in section(CHECKS_PAGE, check).splitlines()
 
 
-@pytest.mark.parametrize("check", [*CHECK_DEFAULTS, NOT_JUDGED])
+@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
 def test_a_section_answers_three_questions(check: str) -> None:
     for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
-        assert f"\n{question}" in section(CHECKS, check)
+        assert f"\n{question}" in section(CHECKS_PAGE, check)
 
 
-@pytest.mark.parametrize("check", [*CHECK_DEFAULTS, NOT_JUDGED])
+@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
 def test_an_example_is_what_the_gate_says(check: str, judged: Judged) -> None:
-    (example,) = blocks(section(CHECKS, check), "text")
+    (example,) = blocks(section(CHECKS_PAGE, check), "text")
     said = {shorn(f.message) for report in judged.reports.values() for f in report.findings if f.check == check}
     nearest = difflib.get_close_matches(shorn(example), said, 1, 0)
     assert shorn(example) in said, f"the gate says: {nearest}"
@@ -286,4 +296,4 @@ def test_every_dependency_has_a_reason() -> None:
 
 def test_the_number_of_checks_in_the_changelog() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECK_DEFAULTS))]
+    assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECKS))]

@@ -3,6 +3,7 @@ written when, and what an accident costs."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -374,12 +375,12 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
         monkeypatch.setattr(inputs, "preflight", broken)
     else:
         merged_only = where == "judging the merge"
+        delta_norm = checks.CHECKS["delta-norm"]
         broken = _failing_for(
-            "other",
-            checks.CHECKS["delta-norm"],
-            lambda case: "" if merged_only and not case.evidence else case.spec.name,
+            "other", delta_norm.judge, lambda case: "" if merged_only and not case.evidence else case.spec.name
         )
-        monkeypatch.setattr(checks, "CHECKS", {**checks.CHECKS, "delta-norm": broken})
+        changed = {**checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, judge=broken)}
+        monkeypatch.setattr(checks, "CHECKS", changed)
     found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
     assert {name: one.verdict for name, one in found.items()} == {
         "good": Verdict.PASSED,

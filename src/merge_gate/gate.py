@@ -37,7 +37,8 @@ from merge_gate.engine.protocol import (
 )
 from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
-from merge_gate.judging import checks, outcome
+from merge_gate.judging import outcome
+from merge_gate.judging.finite import findings_of_base
 from merge_gate.records import (
     AdapterReport,
     AdapterSpec,
@@ -196,7 +197,7 @@ class _Run:
             parameters=facts.parameters,
             loaded_as=facts.loaded_as,
             replaced=facts.replaced,
-            findings=tuple(checks.base_nonfinite(facts.nonfinite, facts.model)),
+            findings=tuple(findings_of_base(facts)),
         )
         if base not in (known for _, known in self._bases):
             self._bases.append((event.group, base))

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.checks import CHECKS, NOT_JUDGED, accident, base_nonfinite, describe_nonfinite, judge, undecided
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.checks import accident, judge, undecided
+from merge_gate.judging.finite import findings_of_base
+from merge_gate.judging.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.words import describe_nonfinite
 from merge_gate.records import (
     AdapterFiles,
     AdapterSpec,
@@ -112,7 +114,7 @@ class Fire:
 def found_in_files(check: str, origin: Origin) -> Fire:
     finding = Finding(
         check=check,
-        severity=CHECK_DEFAULTS[check].severity,
+        severity=CHECKS[check].severity,
         message="what the preflight says",
         hint="do",
         origin=origin,
@@ -299,7 +301,7 @@ def of(check: str, findings: tuple[Finding, ...]) -> list[Finding]:
 
 
 def test_every_check_has_a_case_that_fires_it() -> None:
-    assert list(FIRES) == list(CHECK_DEFAULTS) == list(CHECKS)
+    assert list(FIRES) == list(CHECKS)
 
 
 def test_a_sound_adapter_has_no_findings() -> None:
@@ -312,7 +314,7 @@ def test_a_check_fires_alone_and_says_why(check: str, fire: Fire) -> None:
     findings = judged(fire)
     assert {finding.check for finding in findings} == {check}
     (finding,) = findings
-    assert finding.severity == (fire.severity or CHECK_DEFAULTS[check].severity)
+    assert finding.severity == (fire.severity or CHECKS[check].severity)
     assert finding.origin is fire.origin
     assert finding.hint
     for part in fire.says:
@@ -393,7 +395,7 @@ def test_what_is_not_finite_is_counted_and_placed(stats: TensorStats, said: str)
 
 
 def test_the_base_is_told_of_by_itself_too() -> None:
-    (finding,) = base_nonfinite((broken("model.norm.weight"),), "acme/llama")
+    (finding,) = findings_of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
 
 
@@ -408,7 +410,7 @@ def setting(check: str, severity: Severity, limit: float | None = None) -> Check
 @pytest.mark.parametrize("severity", list(Severity))
 def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Severity) -> None:
     findings = judged(fire, setting(check, severity))
-    default = CHECK_DEFAULTS[check]
+    default = CHECKS[check]
     if not default.can_be_off:
         assert [finding.severity for finding in findings] == [Severity.ERROR]
     elif severity is Severity.OFF:
@@ -420,7 +422,7 @@ def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Seve
 
 
 def test_only_what_is_not_finite_in_base_and_merge_cannot_be_switched_off() -> None:
-    assert {check for check, default in CHECK_DEFAULTS.items() if not default.can_be_off} == {
+    assert {check for check, default in CHECKS.items() if not default.can_be_off} == {
         "base-nonfinite",
         "merged-nonfinite",
     }
@@ -477,7 +479,7 @@ def test_what_the_gate_could_not_do_is_no_check() -> None:
     out_of_memory = Refusal(check=None, message="out of memory", hint="a larger machine", origin=Origin.RUNTIME)
     (finding,) = judge(spec(), files(), evidence(refusal=out_of_memory, merges=()))
     assert finding == undecided("out of memory", "a larger machine")
-    assert finding.check == NOT_JUDGED not in CHECK_DEFAULTS
+    assert finding.check == NOT_JUDGED not in CHECKS
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "7", '"LORA"'])
@@ -533,7 +535,10 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
     def crash(_: object) -> Iterator[Finding]:
         raise ZeroDivisionError("no weights, no norm")
 
-    monkeypatch.setattr("merge_gate.judging.checks.CHECKS", {**CHECKS, "delta-norm": crash})
+    monkeypatch.setattr(
+        "merge_gate.judging.checks.CHECKS",
+        {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], judge=crash)},
+    )
     findings = judged(found_in_files("file-corrupt", Origin.FILE), setting("file-corrupt", severity))
     (said,) = of(NOT_JUDGED, findings)
     assert "delta-norm" in said.message

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.judging.checks import NOT_JUDGED, judge, undecided
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.checks import judge, undecided
+from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.verdict import decide
 from merge_gate.records import (
     CheckSetting,
@@ -121,7 +121,7 @@ def merges(draw: st.DrawFn) -> TensorMerge:
 check_settings = st.lists(
     st.builds(
         CheckSetting,
-        check=st.sampled_from(list(CHECK_DEFAULTS)),
+        check=st.sampled_from(list(CHECKS)),
         severity=st.sampled_from(Severity),
         limit=st.none() | st.floats(0.01, 1e6),
     ),

@@ -15,7 +15,7 @@ from merge_gate.config.model import PRUNING, SIGN_ELECTING, AdapterEntry, BaseEn
 from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
 from merge_gate.config.validate import Validated
 from merge_gate.config.words import CONTROL, listed, nearest, quoted
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.table import CHECKS
 from merge_gate.records import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, Quantization, Severity
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Build:
         self.default_base = self._base(("base",), BaseSpec())
         defaults = {
             check: CheckSetting(check=check, severity=default.severity, limit=default.limit)
-            for check, default in CHECK_DEFAULTS.items()
+            for check, default in CHECKS.items()
         }
         self.default_checks = self._checks(("checks",), defaults)
 
@@ -250,14 +250,14 @@ class _Build:
         settings = dict(below)
         value, place = self.values.root.locate(loc)
         for check in value.children if place == loc and isinstance(value.data, dict) else ():
-            if check not in CHECK_DEFAULTS:
-                self.values.report_unknown(loc, str(check), CHECK_DEFAULTS, "check")
+            if check not in CHECKS:
+                self.values.report_unknown(loc, str(check), CHECKS, "check")
             elif entry := self.values.usable(CheckEntry, (*loc, check)):
                 settings[str(check)] = self._setting((*loc, check), entry, settings[str(check)])
         return settings
 
     def _setting(self, loc: Loc, entry: CheckEntry, below: CheckSetting) -> CheckSetting:
-        default = CHECK_DEFAULTS[below.check]
+        default = CHECKS[below.check]
         severity = below.severity
         if entry.severity is not None:
             severity = default.severity if entry.severity == "on" else Severity(entry.severity)
@@ -266,7 +266,7 @@ class _Build:
             hint = "a model that is not finite never passes"
             self.report((*loc, "severity"), f"{quoted(below.check)} cannot be {what}", hint)
         if entry.limit is not None and default.limit is None:
-            limited = [check for check, row in CHECK_DEFAULTS.items() if row.limit is not None]
+            limited = [check for check, row in CHECKS.items() if row.limit is not None]
             self.report(
                 loc, f"{quoted(below.check)} has no limit", f"checks with one: {', '.join(limited)}", key="limit"
             )

@@ -17,12 +17,12 @@ from pydantic_core import core_schema
 
 from merge_gate.config.load import MAX_NAME, MAX_TEXT
 from merge_gate.config.words import HEX_64, PEFT_TYPE, TEXT
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.table import CHECKS
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
-    from merge_gate.judging.table import CheckDefault
+    from merge_gate.judging.check import Check
 
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -272,11 +272,11 @@ def build_schema() -> dict[str, Any]:
 
 def _checks_schema() -> dict[str, Any]:
     """Return one described key per check, with a limit only where the check has one."""
-    properties = {check: _check_schema(default) for check, default in CHECK_DEFAULTS.items()}
+    properties = {check: _check_schema(default) for check, default in CHECKS.items()}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def _check_schema(default: CheckDefault) -> dict[str, Any]:
+def _check_schema(default: Check) -> dict[str, Any]:
     words = SEVERITY_WORDS if default.can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
     limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {default.limit}."}

@@ -12,6 +12,7 @@ worker nor files.
 from __future__ import annotations
 
 from merge_gate.judging import checks, verdict
+from merge_gate.judging.table import CHECKS
 from merge_gate.records import (
     AdapterFiles,
     AdapterReport,
@@ -28,16 +29,13 @@ from merge_gate.records import (
     Verdict,
 )
 
-NEVER_LOADED = frozenset({"file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe"})
-"""Findings of the preflight after which PEFT does not see the adapter, whatever severity the config gives them."""
-
 
 def blocked(entry: Entry) -> AdapterReport | None:
     """The report of an entry that its files alone keep from being merged; None where it may go on."""
     found = _file_findings(entry.prepared)
-    if any(finding.severity is Severity.ERROR and finding.check != "expectation-failed" for finding in found):
+    if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
         return _judged(entry, found)
-    unsafe = [finding for finding in entry.prepared.files.findings if finding.check in NEVER_LOADED]
+    unsafe = [finding for finding in entry.prepared.files.findings if not _allows_loading(finding)]
     if not unsafe:
         return None
     why = checks.undecided(
@@ -45,6 +43,15 @@ def blocked(entry: Entry) -> AdapterReport | None:
         unsafe[0].hint,
     )
     return _judged(entry, (*found, why))
+
+
+def _allows_merging(finding: Finding) -> bool:
+    return finding.check in CHECKS and CHECKS[finding.check].allows_merging
+
+
+def _allows_loading(finding: Finding) -> bool:
+    """Whatever severity the config gives it; what the table does not know, PEFT does not see."""
+    return finding.check in CHECKS and CHECKS[finding.check].allows_loading
 
 
 def merged(entry: Entry, evidence: Evidence) -> AdapterReport:

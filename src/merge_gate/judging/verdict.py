@@ -9,7 +9,8 @@ In: an adapter's findings and coverage. Out: two values, and why. Knows no check
 
 from __future__ import annotations
 
-from merge_gate.judging.checks import NOT_JUDGED, undecided
+from merge_gate.judging.checks import undecided
+from merge_gate.judging.table import NOT_JUDGED
 from merge_gate.records import Coverage, Finding, Severity, Verdict
 
 

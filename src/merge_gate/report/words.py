@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from merge_gate.judging.table import NOT_JUDGED
 from merge_gate.records import Origin, Quantization, Result, Severity, Verdict
 from merge_gate.report.untrusted import one_line
 
@@ -106,7 +107,7 @@ def cause(adapter: AdapterReport) -> str:
     """The check that decided; empty for a passed adapter."""
     if adapter.verdict is Verdict.PASSED:
         return ""
-    return one_line(adapter.cause or "not-judged", NAME_LIMIT)
+    return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
 
 
 def place(finding: Finding) -> str:

@@ -1,0 +1,186 @@
+"""Checks of what the merge does to the weights: nothing, too little, too much, or not what was trained.
+
+In: what was measured. Out: findings. Plain Python: no torch, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
+from merge_gate.judging.words import are, tensors
+from merge_gate.records import Finding, Origin, Severity
+from merge_gate.text import listing
+
+
+@check("no-effect", ERROR, "The merge changes nothing.", Symptom.NO_EFFECT)
+def no_effect(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is None or evidence.refusal is not None:
+        return
+    lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
+    changed = {merge.module for merge in evidence.merges if merge.changed}
+    idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
+    zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
+    if not changed:
+        reason = "the delta is zero, or smaller than the dtype can add"
+        if lost:
+            reason = "its tensors are missing"
+        elif any("lora_B" in name for name in zero):
+            reason = "every lora_B is zero, as before training"
+        yield no_effect.finding(
+            f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
+            "this follows from the missing tensors: see keys-missing"
+            if lost
+            else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
+            Origin.ADAPTER,
+            module=idle[0] if idle else None,
+            measured=(("modules_unchanged", float(len(evidence.targeted))),),
+        )
+    elif idle:
+        yield no_effect.finding(
+            f"{len(idle)} of {len(evidence.targeted)} targeted modules are not changed by the merge: {listing(idle)}",
+            "if these modules were meant to be trained, their tensors were not saved or never updated",
+            Origin.ADAPTER,
+            severity=Severity.WARNING,
+            module=idle[0],
+            measured=(("modules_unchanged", float(len(idle))),),
+        )
+
+
+def _modules(targeted: tuple[str, ...]) -> str:
+    return (
+        "the 1 targeted module keeps the bits"
+        if len(targeted) == 1
+        else f"all {len(targeted):,} targeted modules keep the bits"
+    )
+
+
+def _any_inside(module: str, changed: set[str]) -> bool:
+    return module in changed or any(one.startswith(f"{module}.") for one in changed) or not module
+
+
+@check(
+    "rounding-loss",
+    WARNING,
+    "More than this share of the delta's norm is lost in the base's dtype.",
+    Symptom.NO_EFFECT,
+    limit=0.5,
+)
+def rounding_loss(case: Case) -> Iterator[Finding]:
+    share = case.evidence.lost_share if case.evidence else None
+    if case.evidence is None or share is None:
+        return
+    merges, limit = case.evidence.rounded, case.limit(rounding_loss)
+    counted = [one for one in merges if one.unchanged_fraction is not None]
+    size = sum(one.stats.numel for one in counted)
+    kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in counted) / size if size else math.nan
+    if share <= limit:
+        return
+    worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))
+    same = f"; {kept:.1%} of the targeted elements keep the base's bits" if size else ""
+    yield rounding_loss.finding(
+        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}",
+        "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is "
+        "close to the base",
+        Origin.MERGE,
+        module=worst.module,
+        tensor=worst.stats.name,
+        measured=(("lost_share", share), ("limit", limit), *((("unchanged_share", kept),) if size else ())),
+    )
+
+
+@check(
+    "headroom",
+    WARNING,
+    "A merged value is above this share of the largest finite value of its dtype.",
+    Symptom.EXTREME_VALUES,
+    limit=0.5,
+)
+def headroom(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is None:
+        return
+    limit = case.limit(headroom)
+    near = [
+        one
+        for one in evidence.merges
+        if one.changed
+        and one.stats.finite
+        and math.isfinite(one.dtype_max)
+        and one.stats.max_abs > limit * one.dtype_max
+    ]
+    if near:
+        worst = max(near, key=lambda one: one.stats.max_abs / one.dtype_max)
+        yield headroom.finding(
+            f"{worst.stats.name} reaches {worst.stats.max_abs:g} of the {worst.dtype_max:g} that {worst.stats.dtype} "
+            f"holds ({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}); "
+            f"{tensors(near)} {are(near)} above it",
+            "activations of this size overflow easily: serve in bfloat16 or float32, or lower the adapter's scale",
+            Origin.MERGE,
+            module=worst.module,
+            tensor=worst.stats.name,
+            measured=(("max_abs", worst.stats.max_abs), ("dtype_max", worst.dtype_max), ("limit", limit)),
+        )
+    broken = {merge.module for merge in evidence.merges if not merge.stats.finite}
+    shy = tuple(
+        name
+        for name in evidence.refused_by_safe_merge
+        if not _any_inside(name, broken) and not any(name.startswith(f"{module}.") for module in broken)
+    )
+    if shy and not evidence.base.nonfinite:
+        yield headroom.finding(
+            f"the delta of {listing(shy)} overflows {evidence.base.dtype} although the merged weight does not: "
+            "PEFT's safe_merge=True refuses this adapter",
+            "merge with safe_merge=False, or in float32",
+            Origin.MERGE,
+            module=shy[0],
+        )
+
+
+@check("delta-norm", WARNING, "‖ΔW‖/‖W‖ of a module is above this.", Symptom.EXTREME_VALUES, limit=10.0)
+def delta_norm(case: Case) -> Iterator[Finding]:
+    limit = case.limit(delta_norm)
+    ratios = [
+        (one.delta_norm / one.base_norm, one)
+        for one in (case.evidence.merges if case.evidence else ())
+        if one.delta_norm is not None and one.base_norm and math.isfinite(one.delta_norm)
+    ]
+    above = [(ratio, one) for ratio, one in ratios if ratio > limit]
+    if above:
+        ratio, worst = max(above, key=lambda pair: pair[0])
+        yield delta_norm.finding(
+            f"the delta of {worst.stats.name} is {ratio:.3g} times as large as the weight it is added to (limit "
+            f"{limit:g}); {tensors(above)} {are(above)} above it",
+            "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base rather than adapts it",
+            Origin.MERGE,
+            module=worst.module,
+            tensor=worst.stats.name,
+            measured=(("ratio", ratio), ("limit", limit)),
+        )
+
+
+@check("not-reproducible", WARNING, "The merge depends on a random seed.", Symptom.UNTRAINED_MERGE)
+def not_reproducible(case: Case) -> Iterator[Finding]:
+    scheme = case.adapter_config.get("init_lora_weights")
+    if isinstance(scheme, str) and scheme.startswith("pissa_niter"):
+        yield not_reproducible.finding(
+            f"init_lora_weights is {scheme!r}: PEFT repeats a randomised decomposition of the base on every load, so "
+            "each merge gives other weights",
+            "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
+            Origin.CONFIG,
+        )
+
+
+@check("tied-weights", ERROR, "A tied tensor is merged on one side only.", Symptom.UNTRAINED_MERGE)
+def tied_weights(case: Case) -> Iterator[Finding]:
+    for name, other in case.evidence.tied if case.evidence else ():
+        yield tied_weights.finding(
+            f"{name} is tied to {other}, and the adapter is trained on one side only: the merge changes both",
+            "untie the base before training and merging (tie_word_embeddings=False), or set ensure_weight_tying in the "
+            "adapter's config and train again",
+            Origin.CONFIG,
+            module=name.rpartition(".")[0],
+            tensor=name,
+        )

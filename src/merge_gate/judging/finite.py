@@ -1,0 +1,113 @@
+"""Checks for NaN and infinity: in the base, in the adapter's file, in the merged model.
+
+In: what was measured. Out: findings, the root first. Plain Python: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_gate.judging.check import ERROR, Case, Symptom, check, counts
+from merge_gate.judging.words import describe_nonfinite, nothing_finite
+from merge_gate.records import BaseFacts, FileTensor, Finding, Origin, Severity, TensorMerge
+from merge_gate.tensor_names import module_of
+
+
+@check(
+    "base-nonfinite",
+    ERROR,
+    "The base itself holds NaN or Inf, before any merge.",
+    Symptom.NONFINITE,
+    can_be_off=False,
+)
+def base_nonfinite(case: Case) -> Iterator[Finding]:
+    if case.evidence is not None:
+        yield from findings_of_base(case.evidence.base)
+
+
+def findings_of_base(base: BaseFacts) -> Iterator[Finding]:
+    """Findings about the base alone, before any merge; the report's list of bases has them too."""
+    for stats in base.nonfinite:
+        yield base_nonfinite.finding(
+            f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge",
+            "the adapter is not the cause: repair or download the base again, or choose a dtype that holds its values",
+            Origin.BASE,
+            module=stats.name.rpartition(".")[0],
+            **counts(stats),
+        )
+
+
+@check("adapter-nonfinite", ERROR, "The adapter's own file holds NaN or Inf.", Symptom.NONFINITE)
+def adapter_nonfinite(case: Case) -> Iterator[Finding]:
+    for one in case.evidence.file_tensors if case.evidence else ():
+        if not one.stats.finite:
+            yield _broken_file_tensor(one)
+
+
+def _broken_file_tensor(one: FileTensor) -> Finding:
+    stats = one.stats
+    if one.used:
+        hint = (
+            "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
+            "earlier checkpoint"
+            if nothing_finite(stats)
+            else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
+        )
+    else:
+        hint = "the merge does not read this tensor, so the merged model is sound; training from it would not be"
+    return adapter_nonfinite.finding(
+        f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
+        + ("" if one.used else "; the merge does not use this tensor"),
+        hint,
+        Origin.ADAPTER,
+        severity=Severity.ERROR if one.used else Severity.WARNING,
+        module=module_of(stats.name),
+        **counts(stats),
+    )
+
+
+@check(
+    "merged-nonfinite",
+    ERROR,
+    "A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
+    Symptom.NONFINITE,
+    can_be_off=False,
+)
+def merged_nonfinite(case: Case) -> Iterator[Finding]:
+    if case.evidence is None:
+        return
+    of_base = {stats.name for stats in case.evidence.base.nonfinite}
+    sick = [module_of(one.stats.name) for one in case.evidence.file_tensors if not one.stats.finite and one.used]
+    for merge in case.evidence.merges:
+        if not merge.stats.finite and merge.stats.name not in of_base:
+            follows = any(_same_place(module, merge) for module in sick)
+            yield _broken_merge(merge, follows=follows)
+
+
+def _same_place(module: str, merge: TensorMerge) -> bool:
+    return merge.module == module or merge.stats.name.startswith(f"{module}.") or module.startswith(f"{merge.module}.")
+
+
+def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
+    stats = merge.stats
+    if follows:
+        hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
+    elif stats.nan:
+        hint = "look at the adapter's tensors of this module: the merge of finite values gave no number"
+    elif stats.dtype == "float16":
+        hint = (
+            f"the merged values exceed {merge.dtype_max:g}, the largest that float16 holds: serve in bfloat16 or "
+            "float32, or lower lora_alpha"
+        )
+    else:
+        hint = (
+            f"the merged values exceed {merge.dtype_max:g}, the largest that {stats.dtype} holds: lower lora_alpha, or "
+            "look for values in the adapter that grew without bound"
+        )
+    return merged_nonfinite.finding(
+        f"{stats.name} of the merged model ({stats.dtype}) holds {describe_nonfinite(stats)}",
+        hint,
+        Origin.MERGE,
+        module=merge.module,
+        **counts(stats),
+    )

@@ -1,0 +1,160 @@
+"""Checks that adapter, base and expectations belong together.
+
+In: names, shapes and what is expected. Out: findings. Plain Python: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
+from merge_gate.judging.words import are, tensors
+from merge_gate.records import Finding, Origin
+from merge_gate.tensor_names import module_of
+from merge_gate.text import listing
+
+
+@check(
+    "keys-missing",
+    ERROR,
+    "Tensors that the adapter's configuration promises are not in its file.",
+    Symptom.TENSORS_LOST,
+    allows_loading=True,  # what is not in the file can do nothing; the load compares names again
+)
+def keys_missing(case: Case) -> Iterator[Finding]:
+    missing = case.evidence.missing if case.evidence else ()
+    if missing:
+        yield keys_missing.finding(
+            f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
+            f"{listing(missing)}; PEFT would merge freshly initialised values in their place",
+            "save the adapter again with save_pretrained and upload all of it; if names carry a foreign prefix "
+            "(_orig_mod., module.), unwrap the model before saving",
+            Origin.ADAPTER,
+            module=module_of(missing[0]),
+            tensor=missing[0],
+            measured=(("missing", float(len(missing))),),
+        )
+
+
+@check(
+    "keys-unexpected",
+    ERROR,
+    "The adapter's file holds tensors that nothing in the merge uses.",
+    Symptom.TENSORS_LOST,
+)
+def keys_unexpected(case: Case) -> Iterator[Finding]:
+    stray = case.evidence.unexpected if case.evidence else ()
+    if stray:
+        yield keys_unexpected.finding(
+            f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray)}",
+            "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
+            "this is the adapter's base, and that the model was unwrapped before saving",
+            Origin.ADAPTER,
+            module=module_of(stray[0]),
+            tensor=stray[0],
+            measured=(("unexpected", float(len(stray))),),
+        )
+
+
+SHAPE_MISMATCH = Check(
+    id="shape-mismatch",
+    severity=ERROR,
+    summary="A tensor does not fit the base.",
+    symptom=Symptom.WRONG_PAIR,
+    allows_loading=True,  # the load compares shapes again, before it writes anything
+)
+TARGETS_NOT_FOUND = Check(
+    id="targets-not-found",
+    severity=ERROR,
+    summary="The adapter targets modules that the base does not have.",
+    symptom=Symptom.WRONG_PAIR,
+)
+NOT_MERGEABLE = Check(
+    id="not-mergeable",
+    severity=ERROR,
+    summary="The method cannot be merged into weights, or its merge is known to be wrong.",
+    symptom=Symptom.UNTRAINED_MERGE,
+)
+
+
+@check(
+    "base-mismatch",
+    WARNING,
+    "adapter_config.json names another base or revision than the one used.",
+    Symptom.WRONG_PAIR,
+)
+def base_mismatch(case: Case) -> Iterator[Finding]:
+    yield from _class_mismatch(case)
+    named, used = case.files.base_name, case.spec.base.model
+    if not named or used is None:
+        return
+    label = case.spec.base.label or used
+    if _last(named) not in {_last(used), _last(label)}:
+        yield base_mismatch.finding(
+            f"adapter_config.json names base {named!r}, the gate merged into {label!r}",
+            "if both are the same weights, set base-mismatch: off for the adapter; else name the right base",
+            Origin.CONFIG,
+        )
+    revision = case.files.base_revision
+    got = case.evidence.base.revision if case.evidence else case.spec.base.revision
+    if revision and got and revision not in {got, case.spec.base.revision}:
+        yield base_mismatch.finding(
+            f"adapter_config.json names revision {revision!r} of the base, the gate merged into {got!r}",
+            f"set base.revision to {revision!r}, or release with the revision that the gate used",
+            Origin.CONFIG,
+        )
+
+
+def _class_mismatch(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is not None and evidence.instead_of is not None:
+        yield base_mismatch.finding(
+            f"task_type {case.files.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
+            f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
+            f"load the base as {evidence.base.loaded_as} to serve it: as {evidence.instead_of} nothing of the adapter "
+            "arrives; save it with the task_type of the model that it was trained on",
+            Origin.CONFIG,
+        )
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+
+
+@check(
+    "expectation-failed",
+    ERROR,
+    "Something stated under expect is not so.",
+    Symptom.WRONG_PAIR,
+    allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
+)
+def expectation_failed(case: Case) -> Iterator[Finding]:
+    expect = case.spec.expect
+    if expect is None:
+        return
+    raw = case.adapter_config
+    stated: list[tuple[str, Any, Any]] = [
+        ("peft_type", expect.peft_type, raw.get("peft_type")),
+        ("r", expect.r, raw.get("r")),
+        ("lora_alpha", expect.lora_alpha, raw.get("lora_alpha")),
+        ("base", expect.base, raw.get("base_model_name_or_path")),
+    ]
+    for key, wanted, got in stated:
+        if wanted is not None and wanted != got:
+            yield _not_so(f"expect.{key} is {wanted!r}, but adapter_config.json has {got!r}")
+    digests = {file.path: file.sha256 for file in case.files.files}
+    for path, wanted in expect.sha256:
+        got = digests.get(path)
+        if got is None:
+            yield _not_so(f"expect.sha256 names {path}, but the adapter has no such file")
+        elif got != wanted.lower():
+            yield _not_so(f"expect.sha256 of {path} is {wanted}, but the file's is {got}")
+
+
+def _not_so(message: str) -> Finding:
+    return expectation_failed.finding(
+        message,
+        "this may be the wrong adapter, or an edited one: find out which before you change what is expected",
+        Origin.CONFIG,
+    )

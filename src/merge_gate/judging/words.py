@@ -1,0 +1,33 @@
+"""Counts of things in the sentences of the checks.
+
+In: numbers and lists. Out: parts of sentences. Knows no check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from merge_gate.records import TensorStats
+
+
+def describe_nonfinite(stats: TensorStats) -> str:
+    """`1 NaN and 2 -Inf among 16,384 values, the first at [0, 7]`."""
+    kinds = ((stats.nan, "NaN"), (stats.posinf, "+Inf"), (stats.neginf, "-Inf"))
+    counts = " and ".join(f"{count:,} {kind}" for count, kind in kinds if count)
+    where = "" if nothing_finite(stats) or stats.first_index is None else f", the first at {list(stats.first_index)}"
+    return f"{counts} among {stats.numel:,} values{where}"
+
+
+def nothing_finite(stats: TensorStats) -> bool:
+    """Whether every value is NaN or infinite."""
+    return stats.nan + stats.posinf + stats.neginf == stats.numel
+
+
+def tensors(found: Sized) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{len(found):,} tensor{'s' if len(found) != 1 else ''}"
+
+
+def are(found: Sized) -> str:
+    """The verb that goes with so many."""
+    return "are" if len(found) != 1 else "is"
