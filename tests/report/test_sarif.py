@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.table import CHECKS
 from merge_gate.records import Verdict
 from merge_gate.report.sarif import MOST_RESULTS, render
 from tests.report.reports import ATTACKS, EMPTY, FAIL, FAILED, NAN, PASS, ROUNDING, adapter, hostile_reports, report
@@ -47,9 +47,9 @@ def test_golden() -> None:
 
 def test_the_rules_are_the_table_of_checks() -> None:
     rules = parse(PASS)["tool"]["driver"]["rules"]
-    assert [rule["id"] for rule in rules] == [*CHECK_DEFAULTS, "not-judged"]
+    assert [rule["id"] for rule in rules] == [*CHECKS, "not-judged"]
     for rule in rules[:-1]:
-        default = CHECK_DEFAULTS[rule["id"]]
+        default = CHECKS[rule["id"]]
         assert rule["shortDescription"]["text"] == default.summary
         assert rule["defaultConfiguration"]["level"] == default.severity.value
         assert f"docs/checks.md#{rule['id']}" in rule["help"]["text"]

@@ -16,8 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from merge_gate.judging.checks import NOT_JUDGED
-from merge_gate.judging.table import CHECK_DEFAULTS
+from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records import AdapterReport, Result, Severity
 from merge_gate.report import words
 from merge_gate.report.untrusted import one_line
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 MOST_RESULTS = 25_000
 """GitHub refuses a run with more."""
 
-_SUMMARIES = {check: row.summary for check, row in CHECK_DEFAULTS.items()} | {
+_SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
     NOT_JUDGED: "The adapter could not be judged; it is not cleared."
 }
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
@@ -61,7 +60,7 @@ def _driver(report: Report) -> Json:
 
 
 def _rule(check: str, summary: str) -> Json:
-    row = CHECK_DEFAULTS.get(check)
+    row = CHECKS.get(check)
     return {
         "id": check,
         "shortDescription": {"text": summary},
