@@ -87,6 +87,22 @@ def _tiny(key: str, value: int) -> int:
     return min(value, TINY[kind])
 
 
+def _filled(key: str, value: int | None) -> int | None:
+    """Some defaults leave out a number without which no model can be built."""
+    kind = _kind(key)
+    return TINY[FILLED[kind]] if value is None and kind in FILLED else value if value is None else _tiny(key, value)
+
+
+FILLED = {
+    "head": "head",
+    "kv_heads": "heads",
+    "heads": "heads",
+    "width": "width",
+    "inner": "inner",
+    "experts": "experts",
+}
+
+
 def _divided(key: str, value: int) -> int:
     """Sizes keep their ratios."""
     kind = _kind(key)
@@ -113,7 +129,7 @@ def _id(key: str, value: int, vocabulary: int) -> int:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-SHRINKERS: tuple[Callable[[str, int], int], ...] = (_tiny, _divided, _shallow)
+SHRINKERS: tuple[Callable[[str, Any], Any], ...] = (_tiny, _filled, _divided, _shallow)
 
 
 def _shrunk(tree: dict[str, Any], shrink: Callable[[str, int], int]) -> dict[str, Any]:
@@ -124,6 +140,8 @@ def _shrunk(tree: dict[str, Any], shrink: Callable[[str, int], int]) -> dict[str
     for key, value in tree.items():
         if key in NAMES_OF_NO_SIZE or not isinstance(key, str):
             found[key] = value
+        elif key == "per_layer_config" and isinstance(value, dict):
+            found[key] = {layer: _shrunk(one, shrink) for layer, one in value.items() if int(layer) < kept}
         elif key in {"out_features", "out_indices"}:
             found[key] = None  # names stages that are gone; none means the last
         elif isinstance(value, dict):
@@ -143,7 +161,7 @@ NAMES_OF_NO_SIZE = {"id2label", "label2id", "rope_scaling", "rope_parameters", "
 def _one(key: str, value: Any, shrink: Callable[[str, int], int]) -> Any:
     if isinstance(value, dict):
         return _shrunk(value, shrink)
-    return shrink(key, value) if type(value) is int else value
+    return shrink(key, value) if type(value) is int or (value is None and shrink is _filled) else value
 
 
 def _layers_to_keep(tree: dict[str, Any], layers: set[int], most: int = 6) -> int:
@@ -187,11 +205,25 @@ def _with(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
+    "bamba": MAMBA,
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGA": 5}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "granitemoehybrid": MAMBA,
+    "informer": {"prediction_length": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "time_series_transformer": {"prediction_length": 4},
 }
 """What a type needs besides."""
 
@@ -242,7 +274,7 @@ def build(model_type: str, directory: Path, dtype: torch.dtype = torch.bfloat16)
     Raises:
         CannotBuildError: none of its classes can be built from any small configuration.
     """
-    last: Exception = CannotBuildError("transformers maps this configuration to no model class")
+    first: Exception | None = None
     for model_class, task_type in model_classes(model_type):
         for config in small_configs(model_type):
             try:
@@ -250,13 +282,15 @@ def build(model_type: str, directory: Path, dtype: torch.dtype = torch.bfloat16)
                     model = _model(model_class, config, dtype)
                     model.save_pretrained(directory)
             except Exception as error:  # noqa: BLE001 - constructors fail in any way
-                last = error
+                first = first or error
                 continue
             parameters = sum(parameter.numel() for parameter in model.parameters())
             return Architecture(
                 model_type=model_type, model_class=model_class, task_type=task_type, parameters=parameters
             )
-    raise CannotBuildError(f"{type(last).__name__}: {last}")
+    raise CannotBuildError(
+        f"{type(first).__name__}: {first}" if first else "transformers maps this configuration to no model class"
+    )
 
 
 def _model(model_class: type[Any], config: Any, dtype: torch.dtype) -> nn.Module:
@@ -292,7 +326,13 @@ def save_lora(architecture: Architecture, base: Path, directory: Path) -> dict[s
     """LoRA on all linear layers, saved by PEFT. Returns what was trained, by the names of PEFT's model."""
     with quiet():
         model = load(architecture, base)
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=_targets(model), task_type=architecture.task_type)
+        config = LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=_targets(model),
+            exclude_modules=["out_proj", "conv1d"] if _has_mamba(model) else None,
+            task_type=architecture.task_type,
+        )
         model = get_peft_model(model, config)
         generator = torch.Generator().manual_seed(1)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -301,6 +341,11 @@ def save_lora(architecture: Architecture, base: Path, directory: Path) -> dict[s
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         model.save_pretrained(directory)
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def _has_mamba(model: nn.Module) -> bool:
+    """PEFT refuses these two layers of it, whose weights a fused kernel reads by itself."""
+    return any(word in model.config.model_type for word in ("mamba", "falcon_h1", "nemotron_h"))
 
 
 def _targets(model: nn.Module) -> str | list[str]:
