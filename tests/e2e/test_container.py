@@ -27,7 +27,7 @@ from merge_gate.action import docker_api
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import GateError, LauncherError
-from merge_gate.report.json_report import report_schema
+from merge_gate.report.schema import report_schema
 from tests.e2e.conftest import serving
 
 if TYPE_CHECKING:

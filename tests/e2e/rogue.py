@@ -1,0 +1,59 @@
+"""The entrypoint of an image whose code is hostile: what `trust-remote-code` lets a base model be.
+
+The configuration's text says what to leave in place of the report: `KIND NAME SECRET`, such as `link summary.md /path`.
+The report that it writes is that of a run in which everything passed. `sleep SECONDS` waits with what it was handed.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def report() -> dict:
+    entry = {"name": "a", "verdict": "passed", "cause": None, "findings": [], "line": 1, "column": 1}
+    counts = {"passed": 1, "failed": 0, "error": 0}
+    return {"schema_version": "1.0", "complete": True, "result": "pass", "counts": counts, "adapters": [entry]}
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(4 << 30)
+
+
+PLANT = {
+    "link": lambda path, secret: path.symlink_to(secret),
+    "endless": lambda path, _secret: path.symlink_to("/dev/zero"),
+    "pipe": lambda path, _secret: os.mkfifo(path),
+    "sparse": lambda path, _secret: sparse(path),
+    "directory": lambda path, _secret: path.mkdir(),
+    "device": lambda path, _secret: os.mknod(path, 0o20666, os.makedev(1, 5)),
+    "hardlink": lambda path, _secret: path.hardlink_to(sys.argv[2]),
+}
+
+
+def main() -> int:
+    kind, *words = Path(sys.argv[2]).read_text(encoding="utf-8").split()
+    if os.environ.get("MERGE_GATE_HANDOVER"):
+        sys.stdin.buffer.readline()
+    if kind == "sleep":
+        time.sleep(float(words[0]))
+        return 3
+    name, secret = words
+    output = Path(sys.argv[sys.argv.index("--output") + 1])
+    for file, text in (("report.json", json.dumps(report())), ("summary.md", "all is well\n")):
+        (output / file).write_text(text, encoding="utf-8")
+    closed = output.joinpath("deep", *["d"] * 60, "closed")
+    closed.mkdir(parents=True)
+    closed.chmod(0)
+    (output / name).unlink(missing_ok=True)
+    try:
+        PLANT[kind](output / name, secret)
+    except OSError as error:
+        sys.stdout.write(f"refused by the engine: {error.strerror}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

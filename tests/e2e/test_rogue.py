@@ -1,0 +1,125 @@
+"""Containers whose code is hostile: nothing that they plant is followed, waited for, read whole, or uploaded."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.action.container import ContainerRun
+from merge_gate.action.launcher import Told, run_in_container
+from tests.e2e.act import HERE, make_repository, run_act
+from tests.e2e.conftest import BASE_IMAGE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.e2e
+
+SECRET = "what only the runner may read"
+ROGUE = "localhost/merge-gate-rogue:e2e"
+
+
+@pytest.fixture(scope="module")
+def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+    context = tmp_path_factory.mktemp("rogue")
+    (context / "rogue.py").write_bytes((HERE / "rogue.py").read_bytes())
+    (context / "Containerfile").write_text(
+        f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
+    )
+    podman("build", "--pull=never", f"--tag={ROGUE}", context)
+    return ROGUE
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(SECRET, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (tmp_path / "temp").mkdir()
+    environ = {"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path / "temp")}
+    return ContainerRun(
+        config=workspace / "rogue.yml", output=tmp_path / "report", workspace=workspace, image=rogue, environ=environ
+    )
+
+
+@pytest.mark.parametrize("name", ["report.json", "summary.md"])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("link", "a symbolic link"),
+        ("endless", "a symbolic link"),
+        ("pipe", "a pipe"),
+        ("sparse", "4294967296 bytes"),
+        ("directory", "a directory"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_refused(
+    run: ContainerRun, secret: Path, kind: str, name: str, says: str
+) -> None:
+    run.config.write_text(f"{kind} {name} {secret}", encoding="utf-8")
+    refused: list[str] = []
+    told = Told(image=lambda _name: None, warning=refused.append, refused=refused.append)
+    before = time.monotonic()
+    assert run_in_container(run, print, told) == 0
+    assert time.monotonic() - before < 60
+    (sentence,) = refused
+    assert sentence.startswith(f"{name} was not taken")
+    assert says in sentence
+    others = {"report.json", "summary.md"} - {name}
+    assert {path.name for path in run.output.iterdir()} == others
+    assert list((run.output.parent / "temp").iterdir()) == [], "folders that nobody may enter are gone as well"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "sparse"])
+def test_other_names_do_not_exist(run: ContainerRun, secret: Path, kind: str) -> None:
+    run.config.write_text(f"{kind} notes.txt {secret}", encoding="utf-8")
+    assert run_in_container(run, print) == 0
+    assert {path.name for path in run.output.iterdir()} == {"report.json", "summary.md"}
+
+
+@pytest.mark.parametrize("kind", ["device", "hardlink"])
+def test_what_the_engine_itself_keeps_it_from(run: ContainerRun, secret: Path, kind: str) -> None:
+    """No capability to make a device, and no way to give a file of another mount a second name."""
+    run.config.write_text(f"{kind} summary.md {secret}", encoding="utf-8")
+    log = bytearray()
+    assert run_in_container(run, log.extend) == 0
+    assert b"refused by the engine" in log
+    assert {path.name for path in run.output.iterdir()} == {"report.json"}
+
+
+@pytest.mark.parametrize(
+    ("plant", "result", "files"),
+    [
+        ("link notes.txt", "pass", {"report.json", "summary.md"}),
+        ("link summary.md", "error", {"report.json"}),
+        ("pipe report.json", "error", set()),
+        ("sparse summary.md", "error", {"report.json"}),
+    ],
+)
+def test_the_artifact_holds_nothing_of_the_runner(
+    tool, repository: Path, tmp_path: Path, bare, released, engine: str, rogue: str, secret: Path, plant, result, files
+) -> None:
+    """The whole chain under act: the artifact unzipped and looked at, the job summary and the log besides."""
+    (repository / "gate" / "rogue.yml").write_text(f"{plant} {secret}", encoding="utf-8")
+    make_repository(repository, "rogue.yml")
+    run = run_act(
+        tool("act"), repository, "rogue.yml", tmp_path / "run", python=bare, consumer_of=released,
+        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.code == (0 if result == "pass" else 1), run.text
+    assert run.outputs("gate")["result"] == result
+    assert {name for archive in run.artifacts.values() for name in archive} == files
+    assert not [data for archive in run.artifacts.values() for data in archive.values() if SECRET.encode() in data]
+    assert SECRET not in run.raw
+    if result == "error":
+        assert any("tampered with" in record["arg"] for record in run.commands("error"))
+        assert json.loads(run.outputs("gate")["failed"]) == []
