@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.demo import make_demo
-from tests.e2e.act import ROOT, copy_action, free_port
+from tests.e2e.act import HERE, ROOT, copy_action, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BASE_IMAGE = "localhost/merge-gate-base:trixie"
 IMAGE = "localhost/merge-gate:e2e"
+ROGUE = "localhost/merge-gate-rogue:e2e"
 GREEN = "version: 1\nbase: {model: ./base, dtype: float16}\nadapters:\n  - ./adapters/good\n"
 
 
@@ -181,6 +182,18 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
         f"--tag={IMAGE}", ROOT,
     )  # fmt: skip
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image whose code is hostile, and small: it has no torch."""
+    context = tmp_path_factory.mktemp("rogue")
+    (context / "rogue.py").write_bytes((HERE / "rogue.py").read_bytes())
+    (context / "Containerfile").write_text(
+        f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
+    )
+    podman("build", "--pull=never", f"--tag={ROGUE}", context)
+    return ROGUE
 
 
 def _hard(flag: str) -> str:

@@ -10,8 +10,7 @@ import pytest
 
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import Told, run_in_container
-from tests.e2e.act import HERE, make_repository, run_act
-from tests.e2e.conftest import BASE_IMAGE
+from tests.e2e.act import make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,18 +18,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.e2e
 
 SECRET = "what only the runner may read"
-ROGUE = "localhost/merge-gate-rogue:e2e"
-
-
-@pytest.fixture(scope="module")
-def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
-    context = tmp_path_factory.mktemp("rogue")
-    (context / "rogue.py").write_bytes((HERE / "rogue.py").read_bytes())
-    (context / "Containerfile").write_text(
-        f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
-    )
-    podman("build", "--pull=never", f"--tag={ROGUE}", context)
-    return ROGUE
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ _ASK_S = 30
 _OLDEST_SDK = 7
 _PROGRESS_S = 5.0
 _REASON_LIMIT = 400
+_LIST_ATTEMPTS = 4
+_LIST_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,19 @@ def labelled(client: Any, labels: Mapping[str, str]) -> list[tuple[str, dict[str
     """Return id and labels of every container, alive or dead, that carries `labels`."""
     wanted = [f"{name}={value}" for name, value in labels.items()]
     with translated("the engine cannot list its containers"):
-        listed = client.api.containers(all=True, filters={"label": wanted})
+        listed = _listed(client, wanted)
         return [(str(one["Id"]), dict(one.get("Labels") or {})) for one in listed]
+
+
+def _listed(client: Any, labels: list[str]) -> Any:
+    """Podman fails to list where one of its containers goes away meanwhile; then it is asked again."""
+    import docker  # noqa: PLC0415
+
+    for _ in range(_LIST_ATTEMPTS - 1):
+        with contextlib.suppress(docker.errors.APIError):
+            return client.api.containers(all=True, filters={"label": labels})
+        time.sleep(_LIST_PAUSE_S)
+    return client.api.containers(all=True, filters={"label": labels})
 
 
 def removed(client: Any, name: str) -> bool:
@@ -211,19 +224,17 @@ def removed(client: Any, name: str) -> bool:
 
 @contextlib.contextmanager
 def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
-    """Attach to a container that has not started; when the block has started it, write `line` and close.
-
-    A connection with TLS is a socket; one to a socket file is wrapped in a file that may only be read.
-    """
+    """Attach to a container that has not started; when the block has started it, write `line` and close."""
     if not line:
         yield
         return
     with translated("the token cannot be handed to the container"):
         attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
-    with contextlib.closing(attached):
+    # Over TLS it is the socket; over a socket file it is a file over it that may only be read.
+    with contextlib.closing(getattr(attached, "_sock", attached)) as connection, contextlib.closing(attached):
         yield
         with translated("the token cannot be handed to the container"):
-            getattr(attached, "_sock", attached).sendall(line)
+            connection.sendall(line)
 
 
 def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:

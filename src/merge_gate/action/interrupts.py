@@ -52,11 +52,15 @@ class Signals:
         """Raise `Interrupted` inside, at once where a signal came before."""
         self._is_waiting = True
         try:
-            if self._first is not None:
-                self._raise(self._first)
+            self.check()
             yield
         finally:
             self._is_waiting = False
+
+    def check(self) -> None:
+        """Raise `Interrupted` where a signal came before."""
+        if self._first is not None:
+            self._raise(self._first)
 
     def _raise(self, number: int) -> None:
         self._is_waiting = False

@@ -67,7 +67,9 @@ def run_in_container(run: ContainerRun, log: Callable[[bytes], None], told: Told
                 client = docker_api.connect(run.environ)
                 clearing.callback(client.close)
                 prepared = _prepare(run, client, clearing, log, told)
-                made = container.create(run, prepared)
+            # A request that is broken off leaves podman with half a container, so this one is waited for.
+            made = container.create(run, prepared)
+            signals.check()
             return container.supervise(run, made, prepared, signals, log)
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}\n".encode())

@@ -30,8 +30,16 @@ def labels(time_limit_s: float) -> dict[str, str]:
 
 
 def remove_orphans(client: Any, say: Callable[[str], None]) -> None:
-    """Remove every container of ours whose launcher is gone; `say` gets a sentence for each that stays."""
-    for name, ours in docker_api.labelled(client, OURS):
+    """Remove every container of ours whose launcher is gone; `say` gets a sentence for each that stays.
+
+    An engine that cannot list its containers at this moment is no reason to judge no adapter.
+    """
+    try:
+        listed = docker_api.labelled(client, OURS)
+    except LauncherError as error:
+        say(f"containers of earlier runs are not looked for: {error.message}")
+        return
+    for name, ours in listed:
         if is_orphan(ours, time.time()):
             remove(client, name, say)
 
@@ -66,17 +74,20 @@ def _process(number: str) -> str:
 def remove(client: Any, name: str, say: Callable[[str], None]) -> None:
     """Remove a container by its name, alive or dead; `say` gets a sentence if it stays.
 
-    An engine that was interrupted while it made the container may still be at it, so one that is not there is asked
-    for again; and an engine may need to be asked twice for one that is.
+    It is asked for until it is not there: podman takes away half of a container that it is still making, says that it
+    is done, and cannot list any container until the other half is gone too. One that was never there may yet be made
+    by an engine that did not answer in time, so it is asked for again.
     """
-    trouble = ""
+    trouble, was_there = "", False
     for _ in range(_ATTEMPTS):
         try:
-            if docker_api.removed(client, name):
-                return
-            trouble = ""
+            is_there, trouble = docker_api.removed(client, name), ""
         except LauncherError as error:
-            trouble = error.message
-        time.sleep(_PAUSE_S)
+            is_there, trouble = False, error.message
+        if was_there and not is_there and not trouble:
+            return
+        was_there = was_there or is_there
+        if not is_there:
+            time.sleep(_PAUSE_S)
     if trouble:
         say(f"the container {name} is still there, the next run will try again: {trouble}")

@@ -1,0 +1,170 @@
+"""What a run leaves where it is killed, interrupted, or its engine fails: nothing after the next run, a token never."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import docker
+import pytest
+
+from merge_gate.action.container import ContainerRun
+from merge_gate.action.launcher import run_in_container
+from tests.e2e.proxy import proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.e2e
+
+TOKEN = "hf_aTokenThatNobodyFindsInWhatIsLeft"
+LAUNCH = """
+import os, sys
+from pathlib import Path
+from merge_gate.action.container import ContainerRun
+from merge_gate.action.launcher import run_in_container
+from merge_gate.errors import GateError
+config, output, image = sys.argv[1:]
+run = ContainerRun(
+    config=Path(config), workspace=Path(config).parent, output=Path(output), image=image, environ=dict(os.environ)
+)
+try:
+    sys.exit(run_in_container(run, lambda data: (sys.stdout.buffer.write(data), sys.stdout.flush())))
+except GateError as error:
+    print(error.message)
+    sys.exit(int(error.exit_code))
+"""
+
+
+@pytest.fixture
+def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
+    """A container that waits for a minute, with a token."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (workspace / "gate.yml").write_text("sleep 60", encoding="utf-8")
+    (tmp_path / "temp").mkdir()
+    environ = {
+        "DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1", "RUNNER_TEMP": str(tmp_path / "temp"), "HF_TOKEN": TOKEN,
+    }  # fmt: skip
+    return ContainerRun(
+        config=workspace / "gate.yml", output=tmp_path / "report", workspace=workspace, image=rogue, environ=environ
+    )
+
+
+@pytest.fixture
+def launch(run: ContainerRun) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start the launcher as a process of its own."""
+    started = []
+
+    def launch(**environ: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, run.config, run.output, run.image],
+            env={**os.environ, **run.environ, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def described(run: ContainerRun) -> list[dict]:
+    """What the engine tells of each container that writes to the run's output."""
+    with contextlib.closing(docker.DockerClient(base_url=run.environ["DOCKER_HOST"])) as client:
+        listed = client.containers.list(all=True, filters={"label": "merge-gate=run"}, ignore_removed=True)
+        ours = [one for one in listed if str(run.output) in {mount["Destination"] for mount in one.attrs["Mounts"]}]
+        assert TOKEN not in json.dumps([one.attrs for one in ours])
+        return [one.attrs for one in ours]
+
+
+def wait_for_container(run: ContainerRun, state: str) -> None:
+    end = time.monotonic() + 60
+    while [one["State"]["Status"] for one in described(run)] != [state]:
+        assert time.monotonic() < end, described(run)
+        time.sleep(0.1)
+
+
+def next_run(run: ContainerRun) -> None:
+    config = run.workspace / "next.yml"
+    config.write_text("sleep 0", encoding="utf-8")
+    assert run_in_container(replace(run, config=config, output=run.output.with_name("next")), print) == 3
+
+
+def test_a_killed_launcher_leaves_a_container_to_the_next_run_and_no_token(run: ContainerRun, launch) -> None:
+    process = launch()
+    wait_for_container(run, "running")
+    process.kill()
+    process.wait()
+    assert len(described(run)) == 1
+    next_run(run)
+    assert described(run) == []
+
+
+def test_a_container_of_a_run_that_goes_on_is_left_alone(run: ContainerRun, launch) -> None:
+    process = launch()
+    wait_for_container(run, "running")
+    next_run(run)
+    assert [one["State"]["Status"] for one in described(run)] == ["running"]
+    process.terminate()
+    assert process.wait(20) == 3
+    assert described(run) == []
+
+
+@pytest.fixture
+def address() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="proxy-") as directory:
+        yield Path(directory) / "engine.sock"
+
+
+@pytest.mark.parametrize("slow_s", [1, 4])
+def test_a_signal_while_a_slow_engine_makes_the_container(
+    run: ContainerRun, launch, address: Path, slow_s: int
+) -> None:
+    """It makes it all the same: the launcher waits for it, removes it, and still ends in time."""
+    asked = []
+
+    def hook(data: bytes) -> None:
+        if b"POST" in data and b"/containers/create" in data:
+            asked.append(time.monotonic())
+            time.sleep(slow_s)
+
+    with proxy(run.environ["DOCKER_HOST"], address, hook):
+        process = launch(DOCKER_HOST=f"unix://{address}")
+        end = time.monotonic() + 60
+        while not asked:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        before = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 3
+        assert time.monotonic() - before < 7.5
+    assert described(run) == []
+
+
+def test_a_container_that_cannot_be_removed_is_named(run: ContainerRun, launch, address: Path) -> None:
+    def hook(data: bytes) -> None:
+        if b"DELETE " in data:
+            raise ConnectionError
+
+    run.config.write_text("sleep 0", encoding="utf-8")
+    with proxy(run.environ["DOCKER_HOST"], address, hook):
+        process = launch(DOCKER_HOST=f"unix://{address}")
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, "what the gate inside said stands"
+    (left,) = described(run)
+    assert f"the container {left['Name'].strip('/')} is still there, the next run will try again" in said.decode()
+    next_run(run)
+    assert described(run) == []
