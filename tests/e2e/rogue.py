@@ -1,11 +1,14 @@
 """The entrypoint of an image whose code is hostile: what `trust-remote-code` lets a base model be.
 
 The configuration's text says what to leave in place of the report: `KIND NAME SECRET`, such as `link summary.md /path`.
-The report that it writes is that of a run in which everything passed. `sleep SECONDS` waits with what it was handed.
+The report that it writes is that of a run in which everything passed. `sleep SECONDS` waits with what it was handed,
+`digest` prints the digest of that.
 """
 
+import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,10 +38,13 @@ PLANT = {
 
 def main() -> int:
     kind, *words = Path(sys.argv[2]).read_text(encoding="utf-8").split()
-    if os.environ.get("MERGE_GATE_HANDOVER"):
-        sys.stdin.buffer.readline()
+    handed_over = sys.stdin.buffer.readline() if os.environ.get("MERGE_GATE_HANDOVER") else b""
     if kind == "sleep":
+        signal.signal(signal.SIGTERM, lambda *_what: sys.exit(3))  # the first process of a container has no default
         time.sleep(float(words[0]))
+        return 3
+    if kind == "digest":
+        sys.stdout.write(hashlib.sha256(handed_over).hexdigest())
         return 3
     name, secret = words
     output = Path(sys.argv[sys.argv.index("--output") + 1])

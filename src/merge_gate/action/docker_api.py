@@ -8,6 +8,7 @@ an image that is there. Whatever the SDK raises, or an engine answers in a form 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from merge_gate.action import address as addresses
 from merge_gate.errors import GateError, LauncherError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 _ASK_S = 30
 _OLDEST_SDK = 7
@@ -69,8 +70,7 @@ def connect(environ: Mapping[str, str]) -> Any:
     trouble = addresses.silence(address)
     try:
         if not trouble:
-            # which asks the engine for its version
-            return docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
+            return _client(docker, address)
     except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, ssl and the OS through
         trouble = reason(error)
     raise LauncherError(
@@ -94,6 +94,26 @@ def _sdk() -> Any:
             hint="pip install --upgrade 'merge-gate[launcher]'",
         )
     return docker
+
+
+def _client(docker: Any, address: addresses.Address) -> Any:
+    """A client that has asked the engine for its version.
+
+    requests puts a company's authorities and proxies, which the environment names, before those of the session.
+    """
+    with _without(os.environ, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        client = docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
+    client.api.trust_env = False
+    return client
+
+
+@contextlib.contextmanager
+def _without(environ: MutableMapping[str, str], *names: str) -> Iterator[None]:
+    kept = {name: environ.pop(name) for name in names if name in environ}
+    try:
+        yield
+    finally:
+        environ.update(kept)
 
 
 def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
@@ -230,8 +250,10 @@ def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
         return
     with translated("the token cannot be handed to the container"):
         attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
-    # Over TLS it is the socket; over a socket file it is a file over it that may only be read.
-    with contextlib.closing(getattr(attached, "_sock", attached)) as connection, contextlib.closing(attached):
+    # Over TLS it is the socket; over a socket file it is a file over it that may only be read. The SDK has the response
+    # hold on to either.
+    connection, response = getattr(attached, "_sock", attached), getattr(attached, "_response", attached)
+    with contextlib.closing(connection), contextlib.closing(attached), contextlib.closing(response):
         yield
         with translated("the token cannot be handed to the container"):
             connection.sendall(line)
