@@ -410,6 +410,43 @@ def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(named: str, sh
     assert (hostile.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
 
 
+# --- what is judged, hashed and reported are the same bytes -----------------------------------------------------------
+
+
+def test_a_pass_certifies_the_bytes_that_it_names(shelf: Shelf, tmp_path: Path) -> None:
+    """A broken file is hashed, and a good one lies there when the merge begins."""
+    lay(tmp_path, shelf, "swapped", NAN)
+    lay(tmp_path, shelf, "good")
+    config = write(
+        tmp_path, *({"path": f"./adapters/{name}"} for name in ("swapped", "good")), base=str(shelf.base("llama"))
+    )
+
+    def swap(*_: object) -> None:
+        shutil.copy(tmp_path / "adapters" / "good" / WEIGHTS, tmp_path / "new")
+        (tmp_path / "new").replace(tmp_path / "adapters" / "swapped" / WEIGHTS)
+
+    swapped, good = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loading=swap)).adapters
+    assert (swapped.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+    assert f"{WEIGHTS} changed while it was judged" in swapped.findings[0].message
+
+
+@pytest.mark.parametrize("moment", ["base_loading", "base_loaded", "adapter_done"])
+def test_no_verdict_stands_on_a_base_that_changes(moment: str, shelf: Shelf, tmp_path: Path) -> None:
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    for name in ("good", "other"):
+        lay(tmp_path, shelf, name)
+    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in ("good", "other")), base="./base")
+    weights = tmp_path / "base" / "model.safetensors"
+
+    def exchange(*_: object) -> None:
+        shutil.copy(weights, tmp_path / "new")
+        (tmp_path / "new").replace(weights)
+
+    report = run_gate(load_config(str(config)), device="cpu", view=Watcher(**{moment: exchange}))
+    assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
+    assert any("changed while it was used" in one.message for one in report.adapters[0].findings)
+
+
 # --- a bound instead of every element ---------------------------------------------------------------------------------
 
 

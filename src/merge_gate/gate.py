@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from merge_gate import __version__
 from merge_gate.engine.grouping import group_by_base
+from merge_gate.engine.pinned import base_changed
 from merge_gate.engine.process import WorkerProcess
 from merge_gate.engine.protocol import (
     BaseLoaded,
@@ -34,10 +35,12 @@ from merge_gate.engine.protocol import (
     MergeProgressed,
     MergeStarted,
     Undecided,
+    Waiting,
 )
 from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
 from merge_gate.judging import outcome
+from merge_gate.judging.bounds import bounded
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.records import (
     AdapterReport,
@@ -46,9 +49,13 @@ from merge_gate.records import (
     Config,
     Entry,
     Environment,
+    FileIdentity,
+    Origin,
     Quantization,
+    Refusal,
     Report,
 )
+from merge_gate.report import words
 from merge_gate.report.provisional import ReportWriter
 from merge_gate.report.terminal import SilentView
 from merge_gate.sources.base_digests import BaseDigests
@@ -114,6 +121,7 @@ class _Run:
         self._entries: list[Entry] = []
         self._groups: tuple[Group, ...] = ()
         self._bases: list[tuple[int, BaseReport]] = []
+        self._identities: dict[int, set[tuple[FileIdentity, ...]]] = {}
         self._reports: dict[int, AdapterReport] = {}
         self._finished = False
 
@@ -166,6 +174,7 @@ class _Run:
                 self._view.base_loading(group.label, group.dtype)
             case BaseLoaded():
                 self._add_base(event)
+                self._identities.setdefault(event.group, set()).add(event.identity)
                 self._view.base_loaded(event.facts, event.seconds)
             case MergeStarted():
                 self._catch_up()
@@ -179,10 +188,12 @@ class _Run:
                 self._settle(event.task, outcome.merged(self._entries[event.task], event.evidence))
             case Undecided():
                 self._settle(event.task, outcome.undecided(self._entries[event.task], event.refusal))
-            case Idle():
+            case Waiting():
+                name = self._entries[event.task].prepared.spec.name
+                spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
+                self._view.note(f"{name}: nothing heard of it for {spent}; its time limit is {limit}")
+            case Idle() | Finished():
                 self._catch_up(at_once=True)
-            case Finished():
-                pass
             case _:
                 assert_never(event)
 
@@ -197,7 +208,7 @@ class _Run:
             parameters=facts.parameters,
             loaded_as=facts.loaded_as,
             replaced=facts.replaced,
-            findings=tuple(findings_of_base(facts)),
+            findings=bounded(findings_of_base(facts)),
         )
         if base not in (known for _, known in self._bases):
             self._bases.append((event.group, base))
@@ -214,11 +225,24 @@ class _Run:
 
     def _finish(self) -> Report:
         self._digests.wait()
+        self._distrust_changed_bases()
         report = self._report(complete=True)
         self._writer.write(report)
         self._finished = True
         self._view.finish(report, self._output or "")
         return report
+
+    def _distrust_changed_bases(self) -> None:
+        """What was measured on a base counts only if all of it, and its digest, is of the same files."""
+        for position, identities in self._identities.items():
+            group = self._groups[position]
+            if all(self._digests.is_of(group.directory, identity) for identity in identities):
+                continue
+            error = base_changed(group.label)
+            refusal = Refusal(check=None, message=error.message, hint=error.hint, origin=Origin.BASE)
+            for task in group.tasks:
+                self._reports[task.index] = outcome.withdrawn(self._entries[task.index], refusal)
+            self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _report(self, *, complete: bool = False) -> Report:
         return Report(

@@ -148,7 +148,8 @@ class AdapterSpec:
     """One entry of `adapters`. Exactly one of `path` (a directory, absolute), `hub_id` and `combine` is set.
 
     `source` is what the report shows: the path as written or the Hub id. `checks` has a setting for every check,
-    the entry's own settings laid over the file's. `line` is the entry's line in the YAML file.
+    the entry's own settings laid over the file's. `limit_seconds` None: a limit by the base's size.
+    `line` is the entry's line in the YAML file.
     """
 
     name: str
@@ -160,6 +161,7 @@ class AdapterSpec:
     base: BaseSpec
     checks: tuple[CheckSetting, ...]
     expect: Expect | None = None
+    limit_seconds: float | None = None
     line: int
     column: int
 
@@ -188,12 +190,28 @@ class Snapshot:
 
 
 @record
+class FileIdentity:
+    """What tells a file from every other one, and from itself before a write (identity.py)."""
+
+    name: str
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@record
 class FileRecord:
-    """One input file of an adapter. `path` is relative to the adapter's directory."""
+    """One input file of an adapter. `path` is relative to the adapter's directory.
+
+    `identity` is that of the open file that was hashed; records of the same bytes are equal, whatever it is.
+    """
 
     path: str = told("Relative to the adapter's directory.")
     size_bytes: int = told("Size in bytes.", key="bytes")
     sha256: str = told("Digest of its bytes, hex.")
+    identity: FileIdentity | None = field(default=None, compare=False)
 
 
 @record

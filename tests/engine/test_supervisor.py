@@ -1,15 +1,16 @@
 """The supervisor and its child process: what a death costs, and that nobody outlives anybody.
 
-A child that must hang at a known place is given a named pipe where the weights of one adapter were: it waits there
-until it is killed.
+A child that must hang at a known place is given a regular expression that takes ten seconds of trial, or is stopped.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +29,18 @@ from merge_gate.engine.protocol import (
     MergeStarted,
     Task,
     Undecided,
+    Waiting,
 )
 from merge_gate.engine.supervisor import Attempt, supervise
 from merge_gate.records import Refusal
 from merge_gate.sources.preflight import preflight
-from tests.command import alive, wait_until
+from tests.command import alive, children_of, wait_until
 
 if TYPE_CHECKING:
     from merge_gate.records import AdapterFiles
     from tests.models import Shelf
 
-WEIGHTS = "adapter_model.safetensors"
+ENDLESS = "(([a-z0-9_.])+)+!"
 
 
 @pytest.fixture
@@ -49,10 +51,10 @@ def adapters(shelf: Shelf, tmp_path: Path) -> list[AdapterFiles]:
     return [preflight(str(tmp_path / f"adapter-{number}"), allow_pickle=False) for number in range(3)]
 
 
-def hang(files: AdapterFiles) -> None:
-    path = Path(files.directory, WEIGHTS)
-    path.unlink()
-    os.mkfifo(path)
+def hang(files: AdapterFiles) -> AdapterFiles:
+    path = Path(files.directory, "adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ENDLESS}))
+    return preflight(files.directory, allow_pickle=False)
 
 
 def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
@@ -61,19 +63,19 @@ def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
 
 
 class Killer:
-    """Hears everything, and kills the child when the event that it waits for has come."""
+    """Hears everything, and sends a signal to the child of the moment when an event that it waits for has come."""
 
-    def __init__(self, *when: Event) -> None:
+    def __init__(self, *when: Event, number: signal.Signals = signal.SIGKILL) -> None:
+        self._number = number
         self.heard: list[Event] = []
-        self.child: WorkerProcess | None = None
         self._when = when
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Idle):
             self.heard.append(event)
-        if event in self._when and self.child is not None:
-            self.child._process.kill()
-            self.child = None
+        if event in self._when:
+            (child,) = children_of(os.getpid())
+            os.kill(child, self._number)
 
     def outcomes(self) -> dict[int, str]:
         ends = [event for event in self.heard if isinstance(event, Merged | Undecided)]
@@ -87,7 +89,6 @@ class Killer:
 
 def run(job: Job, killer: Killer) -> None:
     with WorkerProcess() as child:
-        killer.child = child
         supervise(job, killer, child)
 
 
@@ -104,7 +105,7 @@ def test_each_task_is_merged_in_order_and_the_child_ends(shelf: Shelf, adapters:
 
 
 def test_a_death_within_an_adapter_costs_that_adapter(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    hang(adapters[1])
+    adapters[1] = hang(adapters[1])
     killer = Killer(MergeStarted(task=1))
     run(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
@@ -118,24 +119,93 @@ def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(
     shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
 ) -> None:
     slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
-    (slow / "model.safetensors").unlink()
-    os.mkfifo(slow / "model.safetensors")
     killer = Killer(BaseLoading(group=0))
     run(Job(groups=(group(slow, adapters[:2]), group(shelf.base("llama"), adapters[2:], first=2))), killer)
     assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
-    assert "while it loaded base slow" in killer.refusal(0).message
+    assert "died twice while it loaded base slow" in killer.refusal(0).message
 
 
-def test_a_child_that_dies_at_once_costs_all_and_is_not_started_forever(
-    shelf: Shelf, adapters: list[AdapterFiles]
-) -> None:
+def test_a_child_that_dies_at_once_costs_nothing(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     killer = Killer()
     with WorkerProcess() as child:
         child._process.kill()
         supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, child)
-    assert set(killer.outcomes().values()) == {"Undecided"}
-    assert len(killer.outcomes()) == 3
-    assert "before it judged this adapter" in killer.refusal(2).message
+    assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
+
+
+def test_a_death_right_after_a_base_was_loaded_costs_nothing(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    heard: list[Event] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, BaseLoading) and len([one for one in heard if isinstance(one, BaseLoading)]) == 1:
+            os.kill(children_of(os.getpid())[0], signal.SIGKILL)
+
+    supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen)
+    assert sorted(event.task for event in heard if isinstance(event, Merged)) == [0, 1, 2]
+
+
+def test_children_that_die_at_once_are_not_started_forever(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_gate.engine.process._BOOTSTRAP", "raise SystemExit('no torch here')")
+    killer = Killer()
+    supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
+    said = killer.refusal(2).message
+    assert "died twice before it came to this adapter: exit code 1; its last words: no torch here" in said
+
+
+# --- time limits -----------------------------------------------------------------------------------------------------
+
+
+def limited(job: Job, seconds: float) -> Job:
+    groups = tuple(
+        replace(group, tasks=tuple(replace(task, limit_s=seconds) for task in group.tasks)) for group in job.groups
+    )
+    return replace(job, groups=groups)
+
+
+def test_an_adapter_over_its_time_limit_is_alone_in_that(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is named while it hangs."""
+    monkeypatch.setattr("merge_gate.engine.supervisor.FIRST_WORD_S", 0.5)
+    adapters[1] = hang(adapters[1])
+    killer = Killer()
+    supervise(limited(Job(groups=(group(shelf.base("llama"), adapters),)), 4.0), killer)
+    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
+    assert "time limit of 4 s was over" in killer.refusal(1).message
+    assert "limits: {seconds: …}" in killer.refusal(1).hint
+    waiting = [event for event in killer.heard if isinstance(event, Waiting)]
+    assert {event.task for event in waiting} == {1}
+    assert [event.limit_s for event in waiting] == [4.0] * len(waiting)
+    assert len(waiting) <= 4, "each time after twice as long"
+
+
+def test_a_base_that_never_loads_costs_the_adapters_on_it(
+    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
+) -> None:
+    slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
+    killer = Killer(BaseLoading(group=0), number=signal.SIGSTOP)
+    job = Job(groups=(group(slow, adapters[:2]), group(shelf.base("llama"), adapters[2:], first=2)))
+    supervise(limited(job, 4.0), killer)
+    assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
+    assert "while it loaded base slow: the time limit of 4 s was over" in killer.refusal(0).message
+
+
+def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    """Within its time limit: the trial ends, and says which expression it is."""
+    adapters[0] = hang(adapters[0])
+    killer = Killer()
+    supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer)
+    (merged,) = [event for event in killer.heard if isinstance(event, Merged)]
+    assert merged.evidence.refusal is not None
+    assert merged.evidence.refusal.check == "config-invalid"
+    assert ENDLESS in merged.evidence.refusal.message
+
+
+# --- accounts --------------------------------------------------------------------------------------------------------
 
 
 def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
@@ -152,8 +222,8 @@ def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[Ad
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0))
     attempt.receive(Undecided(task=0, refusal=Refusal(check=None, message="m")))
-    left = attempt.settle_death("killed by SIGKILL")
-    assert [task.index for one in left.groups for task in one.tasks] == [1, 2]
+    assert not attempt.is_at_an_adapter
+    assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 
 
 def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

@@ -7,19 +7,19 @@ and PEFT are imported here and below only. Knows neither configs nor verdicts.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.engine.protocol import (
     BaseLoaded,
     BaseLoading,
@@ -35,13 +35,14 @@ from merge_gate.engine.protocol import (
     Task,
     Undecided,
 )
-from merge_gate.errors import EngineError
-from merge_gate.records import Refusal
+from merge_gate.engine.trial import try_patterns
+from merge_gate.errors import EngineError, Refused
+from merge_gate.identity import base_identity
+from merge_gate.records import Evidence, Refusal
 
 if TYPE_CHECKING:
     from merge_gate.engine.base import Base, Shape
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
 
 PROGRESS_S = 0.1
@@ -52,7 +53,6 @@ def main(descriptor: int) -> None:
     """Entry point of the child: read a job from the pipe, send events, exit 0."""
     pipe = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    _end_with_parent()
     gc.disable()  # collections while importing find nothing and take a fifth of the time
     with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
         import merge_gate.engine.merge  # noqa: F401, PLC0415
@@ -69,12 +69,6 @@ def main(descriptor: int) -> None:
     pipe.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with its parent, also while a native call keeps every Python thread waiting."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_with_parent(pipe: Connection) -> None:
@@ -129,7 +123,14 @@ def _cpu_name() -> str:
 
 
 def _judge_group(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
-    from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
+    try:
+        with pinned_directory(group.directory) as directory:
+            yield from _judge_pinned(position, replace(group, directory=directory), job, device, progress)
+    except OSError as error:
+        yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
+
+
+def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
     from merge_gate.engine.shape import shape_for  # noqa: PLC0415 - as above
 
     by_shape: dict[Shape, list[tuple[Task, str | None]]] = {}
@@ -137,31 +138,40 @@ def _judge_group(position: int, group: Group, job: Job, device: str, progress: L
         try:
             shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
         except Exception as error:
-            yield Undecided(task=task.index, refusal=_refusal(error))
+            yield Undecided(task=task.index, refusal=_refusal(error, group))
         else:
             by_shape.setdefault(shape, []).append((task, shape.instead_of))
     for shape, tasks in by_shape.items():
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
-            base = bases.load_base(
-                group.directory,
-                shape=shape,
-                label=group.label,
-                revision=group.revision,
-                dtype=group.dtype,
-                quantization=group.quantization,
-                device=device,
-                trust_remote_code=job.trust_remote_code,
-                allow_pickle=job.allow_pickle,
-            )
+            identity = base_identity(group.directory)
+            base = _load(group, shape, job, device)
+            verify_base(group.directory, group.label, identity)
         except Exception as error:
-            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in tasks)
+            yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
             continue
-        yield BaseLoaded(group=position, facts=base.facts, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        yield BaseLoaded(group=position, facts=base.facts, identity=identity, seconds=seconds)
         for task, instead_of in tasks:
             yield MergeStarted(task=task.index)
             yield _judge_task(base, task, instead_of, progress)
+
+
+def _load(group: Group, shape: Shape, job: Job, device: str) -> Base:
+    from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
+
+    return bases.load_base(
+        group.directory,
+        shape=shape,
+        label=group.label,
+        revision=group.revision,
+        dtype=group.dtype,
+        quantization=group.quantization,
+        device=device,
+        trust_remote_code=job.trust_remote_code,
+        allow_pickle=job.allow_pickle,
+    )
 
 
 def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
@@ -174,23 +184,33 @@ def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listen
             next_s = time.monotonic() + PROGRESS_S
 
     try:
-        from merge_gate.engine import merge  # noqa: PLC0415 - imports torch and PEFT
-
-        if task.combine is not None:
-            evidence = merge.merge_combination(
-                base, task.files, task.combine, thresholds=task.thresholds, progress=report
-            )
-        else:
-            evidence = merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=report)
+        with contextlib.ExitStack() as stack:
+            files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
+            evidence = _merge(base, replace(task, files=files), report)
+    except Refused as refused:  # by the trial, before PEFT saw it
+        kind, total = task.files[0].peft_type, base.facts.parameters
+        evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
 
 
-def _refusal(error: Exception) -> Refusal:
-    """What the report says of an exception that kept the gate from judging."""
+def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) -> Evidence:
+    from merge_gate.engine import merge  # noqa: PLC0415 - imports torch and PEFT
+
+    names = [name for name, _ in base.model.named_modules()]
+    for files in task.files:
+        try_patterns(files.config_json, names)
+    if task.combine is not None:
+        return merge.merge_combination(base, task.files, task.combine, thresholds=task.thresholds, progress=progress)
+    return merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=progress)
+
+
+def _refusal(error: Exception, group: Group | None = None) -> Refusal:
+    """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
     if isinstance(error, EngineError):
-        return Refusal(check=None, message=error.message, hint=error.hint)
+        message = error.message.replace(group.directory, group.label) if group is not None else error.message
+        return Refusal(check=None, message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
         return Refusal(

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from merge_gate.engine.protocol import Group, Task
+from merge_gate.engine.protocol import DEFAULT_LIMIT_S, Group, Task
+from merge_gate.identity import base_identity
 from merge_gate.judging import checks
 from merge_gate.records import Entry, Snapshot
+
+LIMIT_PER_GIB_S = 180.0
 
 
 def group_by_base(entries: Iterable[tuple[int, Entry]], *, exhaustive: bool) -> tuple[Group, ...]:
@@ -22,7 +25,8 @@ def group_by_base(entries: Iterable[tuple[int, Entry]], *, exhaustive: bool) -> 
             raise AssertionError("an entry without a base is settled before it is grouped")
         key = (base.directory, base.revision, entry.dtype, quantization)
         group = groups.get(key) or _group(base, entry)
-        groups[key] = replace(group, tasks=(*group.tasks, _task(index, entry, exhaustive=exhaustive)))
+        task = _task(index, entry, limit_s=_default_limit_s(base.directory), exhaustive=exhaustive)
+        groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 
 
@@ -37,7 +41,7 @@ def _group(base: Snapshot, entry: Entry) -> Group:
     )
 
 
-def _task(index: int, entry: Entry, *, exhaustive: bool) -> Task:
+def _task(index: int, entry: Entry, *, limit_s: float, exhaustive: bool) -> Task:
     spec = entry.prepared.spec
     thresholds = checks.thresholds(spec)
     return Task(
@@ -45,4 +49,14 @@ def _task(index: int, entry: Entry, *, exhaustive: bool) -> Task:
         files=entry.prepared.members,
         combine=spec.combine,
         thresholds=replace(thresholds, headroom=0.0) if exhaustive else thresholds,
+        limit_s=spec.limit_seconds or limit_s,
     )
+
+
+def _default_limit_s(directory: str) -> float:
+    """A time limit that grows with the base: what its merge takes on two slow cores, several times over."""
+    try:
+        size_bytes = sum(file.size_bytes for file in base_identity(directory))
+    except OSError:  # the worker says what is wrong with it
+        size_bytes = 0
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * size_bytes / 2**30

@@ -15,11 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, NamedTuple, Self
 
+from merge_gate.engine.memory import MemoryGroup, gibibytes
+from merge_gate.engine.private import private_directory
 from merge_gate.engine.protocol import Finished, Idle, Job, Listener
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN")
@@ -56,7 +58,9 @@ class WorkerProcess:
     def __init__(self, *, quantizes: bool = False) -> None:
         self._stack = contextlib.ExitStack()
         self._output = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-        directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-gate-"))
+        directory = self._stack.enter_context(private_directory())
+        self._memory = MemoryGroup()
+        self._kills_before = self._memory.kills()
         self._ours, theirs = Pipe()
         self._stack.callback(self._ours.close)
         self._process = _start(theirs, self._output, directory, {} if quantizes else EAGER)
@@ -69,28 +73,61 @@ class WorkerProcess:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, job: Job, listen: Listener) -> str | None:
-        """Send the job and pass on its events. None when the child finished, else how it ended."""
-        finished = _converse(self._ours, job, listen)
+    def run(self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool]) -> Ending | None:
+        """Send the job and pass on its events. None when the child finished, else how it ended.
+
+        `is_overdue` is asked after each event; a child that is too late is ended.
+        """
+        if _converse(self._ours, job, listen, is_overdue):
+            _exit_code(self._process)
+            return None
+        if is_overdue():
+            _stop(self._process)
         code = _exit_code(self._process)
-        return None if finished else describe_exit(code, self._output)
+        return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
+
+    def _memory_ran_out(self, code: int) -> str | None:
+        """What the kernel says of a SIGKILL: where and how much; empty if it was no lack of memory, None if unknown."""
+        kills = self._memory.kills()
+        if code != -signal.SIGKILL or kills is None or self._kills_before is None:
+            return None
+        if kills == self._kills_before:
+            return ""
+        limit, peak = self._memory.limit_bytes(), self._memory.peak_bytes()
+        allowed = f"the control group may use {gibibytes(limit)}" if limit is not None else "the machine has no more"
+        return f"{allowed}, and used {gibibytes(peak)} at its peak" if peak is not None else allowed
+
+
+class Ending(NamedTuple):
+    """How a child ended, in words, and what to do about it."""
+
+    text: str
+    hint: str
 
 
 _BOOTSTRAP = """\
-import sys
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except (OSError, AttributeError):
+    pass
+if os.getppid() != int(sys.argv[3]):
+    os._exit(1)
 sys.path.insert(0, sys.argv[1])
 import merge_gate
 sys.path.append(sys.path.pop(0))
 from merge_gate.engine.child import main
 main(int(sys.argv[2]))
 """
-"""The parent's own package, whatever else is installed under that name; what stands beside it shadows nothing."""
+"""1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call keeps every Python thread
+waiting; a parent that died before that shows by its number. 2. The package is the parent's own, whatever else is
+installed under that name; what stands beside it shadows nothing."""
 
 
 def _start(theirs: Connection, output: IO[bytes], directory: str, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(theirs.fileno())],
+        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(theirs.fileno()), str(os.getpid())],
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -111,13 +148,16 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return env | OFFLINE
 
 
-def _converse(ours: Connection, job: Job, listen: Listener) -> bool:
-    """Pass on every event. False when the child ended before its last one; what `listen` raises is the caller's."""
+def _converse(ours: Connection, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
+    """Pass on every event. False when the child ended before its last one, or is overdue.
+
+    What `listen` raises is the caller's.
+    """
     try:
         ours.send(job)
     except OSError:
         return False
-    while True:
+    while not is_overdue():
         try:
             event = ours.recv() if ours.poll(IDLE_S) else Idle()
         except (EOFError, OSError):  # OSError: it died within a message
@@ -125,6 +165,7 @@ def _converse(ours: Connection, job: Job, listen: Listener) -> bool:
         listen(event)
         if isinstance(event, Finished):
             return True
+    return False
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
@@ -142,14 +183,31 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def describe_exit(code: int, output: IO[bytes]) -> str:
-    """How a child ended, in words; `output` is what it printed."""
+def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = None) -> Ending:
+    """How a child ended; `output` is what it printed, `out_of_memory` as `_memory_ran_out` says it."""
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - TAIL_BYTES))
     lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
     said = f"; its last words: {lines[-1][:300]}" if lines else ""
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        memory = ", most likely because the machine is out of memory" if -code == signal.SIGKILL else ""
-        return f"killed by {name}{memory}{said}"
-    return f"exit code {code}{said}"
+    if code >= 0:
+        return Ending(f"exit code {code}{said}", _BUG)
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    if -code != signal.SIGKILL:
+        return Ending(f"killed by {name}{said}", _HINTS.get(name, _BUG))
+    if out_of_memory is None:
+        return Ending(f"killed by {name}, most likely because the machine is out of memory{said}", _MEMORY)
+    if out_of_memory:
+        return Ending(f"killed by {name}, out of memory: {out_of_memory}{said}", _MEMORY)
+    return Ending(f"killed by {name} from outside: the kernel counts no death for want of memory{said}", _KILLED)
+
+
+_MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
+_KILLED = "find out what sent the signal (a limit of the runner, a cancelled job), and run the gate again"
+_BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"
+_HINTS = {
+    "SIGBUS": "a file was cut short while it was read, or the disk failed: let nothing write to base and adapters "
+    "during a run, and gate them again",
+    "SIGTERM": _KILLED,
+    "SIGINT": _KILLED,
+    "SIGXCPU": "a limit on computing time was reached: raise it, or gate fewer adapters in one run",
+}

@@ -13,24 +13,29 @@ from merge_gate.records import (
     BaseFacts,
     Combine,
     Evidence,
+    FileIdentity,
     Quantization,
     Refusal,
     Thresholds,
     record,
 )
 
+DEFAULT_LIMIT_S = 600.0
+"""What importing, or a base of no size, may take."""
+
 
 @record
 class Task:
     """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's.
 
-    `thresholds` are those of `merge.merge_adapter`.
+    `thresholds` are those of `merge.merge_adapter`. `limit_s` is what the load of its base may take, and its merge.
     """
 
     index: int
     files: tuple[AdapterFiles, ...]
     combine: Combine | None = None
     thresholds: Thresholds = EVERYTHING
+    limit_s: float = DEFAULT_LIMIT_S
 
 
 @record
@@ -75,10 +80,11 @@ class BaseLoading:
 
 @record
 class BaseLoaded:
-    """`facts` is what was measured of the base."""
+    """`facts` is what was measured of the base, `identity` that of its files before they were read."""
 
     group: int
     facts: BaseFacts
+    identity: tuple[FileIdentity, ...] = ()
     seconds: float
 
 
@@ -121,9 +127,29 @@ class Finished:
 
 
 @record
+class Waiting:
+    """The task has said nothing for so long; the parent tells it itself."""
+
+    task: int
+    seconds: float
+    limit_s: float
+
+
+@record
 class Idle:
     """The child has said nothing for a while; the parent tells it itself."""
 
 
-Event = DeviceChosen | BaseLoading | BaseLoaded | MergeStarted | MergeProgressed | Merged | Undecided | Finished | Idle
+Event = (
+    DeviceChosen
+    | BaseLoading
+    | BaseLoaded
+    | MergeStarted
+    | MergeProgressed
+    | Merged
+    | Undecided
+    | Finished
+    | Waiting
+    | Idle
+)
 Listener = Callable[[Event], None]

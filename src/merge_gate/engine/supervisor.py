@@ -1,19 +1,23 @@
-"""The supervisor of the worker process: it outlives the child, and settles what dies with it.
+"""The supervisor of the worker process: it outlives the child, and settles what dies with it or takes too long.
 
 In: a `Job` of groups, one group per base. Out: events, in order; every task gets exactly one `Merged` or `Undecided`.
 Imports no torch.
 
-1. The parent starts a child and sends the job. 2. The child sends events until `Finished`. 3. If it dies before, the
-adapter under way is `error` (while a base was loading: all of that base), and a new child goes on with the rest.
+1. The parent starts a child and sends the job. 2. The child sends events until `Finished`. 3. If it dies before, or is
+over its time limit, the adapter under way is `error`, and a new child goes on with the rest. 4. Where no adapter was
+under way (imports, the load of a base, between two), a new child tries the same again, once; then those that waited for
+it are `error`. A load that was over its limit is not tried again.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import assert_never
 
-from merge_gate.engine.process import WorkerProcess
+from merge_gate.engine.process import Ending, WorkerProcess
 from merge_gate.engine.protocol import (
+    DEFAULT_LIMIT_S,
     BaseLoaded,
     BaseLoading,
     DeviceChosen,
@@ -25,9 +29,16 @@ from merge_gate.engine.protocol import (
     Merged,
     MergeProgressed,
     MergeStarted,
+    Task,
     Undecided,
+    Waiting,
 )
 from merge_gate.records import Quantization, Refusal
+
+FIRST_WORD_S = 60.0
+"""After so long without progress of an adapter it is named, and again after twice as long."""
+
+_MERGING = "while it merged this adapter"
 
 
 def supervise(job: Job, listen: Listener, child: WorkerProcess | None = None) -> None:
@@ -35,16 +46,21 @@ def supervise(job: Job, listen: Listener, child: WorkerProcess | None = None) ->
 
     `child` is one that was started before the job was known, so that its imports are done by now.
     """
+    tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
         quantizes = any(group.quantization is not Quantization.NONE for group in job.groups)
         with child or WorkerProcess(quantizes=quantizes) as running:
-            exit_text = running.run(job, attempt.receive)
+            ending = running.run(job, attempt.receive, is_overdue=attempt.is_overdue)
         child = None
-        if exit_text is None:
+        if ending is None:
             attempt.settle_rest()
             return
-        job = attempt.settle_death(exit_text)
+        if attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
+            attempt.settle_death(ending)
+        else:
+            tried.add(attempt.place)
+        job = attempt.left()
 
 
 class Attempt:
@@ -56,35 +72,78 @@ class Attempt:
         self._settled: set[int] = set()
         self._task: int | None = None
         self._group: int | None = None
+        self._progress = ""
+        self._begin(DEFAULT_LIMIT_S)
+
+    def _begin(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._began_s = self._heard_s = time.monotonic()
+        self._next_word_s = FIRST_WORD_S
 
     def receive(self, event: Event) -> None:
         """Note what the child is at, and pass the event on."""
         match event:
             case BaseLoading():
                 self._group, self._task = event.group, None
+                self._begin(max(task.limit_s for task in self._job.groups[event.group].tasks))
             case BaseLoaded():
                 self._group = None
+                self._begin(DEFAULT_LIMIT_S)
             case MergeStarted():
-                self._task = event.task
+                self._task, self._progress = event.task, ""
+                self._begin(next(task.limit_s for task in self._tasks() if task.index == event.task))
+            case MergeProgressed():
+                self._progress = f" (at {event.done} of {event.total} modules, {event.module})"
+                self._heard_s, self._next_word_s = time.monotonic(), FIRST_WORD_S
             case Merged() | Undecided():
                 self._settled.add(event.task)
                 self._task = None
-            case DeviceChosen() | MergeProgressed() | Finished() | Idle():
+                self._begin(DEFAULT_LIMIT_S)
+            case Idle():
+                self._name_what_is_silent()
+            case DeviceChosen() | Finished() | Waiting():
                 pass
             case _:
                 assert_never(event)
         self._listen(event)
 
-    def settle_death(self, exit_text: str) -> Job:
-        """Settle what died with the child; return the job that is left."""
+    def _name_what_is_silent(self) -> None:
+        silent_s = time.monotonic() - self._heard_s
+        if self._task is not None and silent_s >= self._next_word_s:
+            self._next_word_s *= 2
+            self._listen(Waiting(task=self._task, seconds=silent_s, limit_s=self._limit_s))
+
+    def is_overdue(self) -> bool:
+        """Whether what the child is at has taken longer than it may."""
+        return time.monotonic() - self._began_s > self._limit_s
+
+    @property
+    def is_at_an_adapter(self) -> bool:
+        """Whether an adapter is being merged, which is then to blame for a death."""
+        return self._task is not None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where in the job the child is: the same place twice is no accident."""
+        if self._group is not None:
+            return "base", self._group
+        return "between", len(self._open())
+
+    def settle_death(self, ending: Ending) -> None:
+        """Settle what died with the child."""
+        late_s = self._limit_s if self.is_overdue() else None
         for index, what in self._lost():
             self._settled.add(index)
-            self._listen(Undecided(task=index, refusal=_death(what, exit_text)))
-        left = tuple(
+            refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
+            self._listen(Undecided(task=index, refusal=refusal))
+
+    def left(self) -> Job:
+        """The job without what is settled."""
+        groups = tuple(
             replace(group, tasks=tuple(task for task in group.tasks if task.index not in self._settled))
             for group in self._job.groups
         )
-        return replace(self._job, groups=left)
+        return replace(self._job, groups=groups)
 
     def settle_rest(self) -> None:
         """Nothing may be missing from the report because nothing was said of it."""
@@ -92,25 +151,30 @@ class Attempt:
             why = "the gate's worker process finished without a word about this adapter"
             self._listen(Undecided(task=index, refusal=Refusal(check=None, message=why, hint="please report this")))
 
+    def _tasks(self) -> list[Task]:
+        return [task for group in self._job.groups for task in group.tasks]
+
     def _open(self) -> list[int]:
-        every = (task.index for group in self._job.groups for task in group.tasks)
-        return [index for index in every if index not in self._settled]
+        return [task.index for task in self._tasks() if task.index not in self._settled]
 
     def _lost(self) -> list[tuple[int, str]]:
         if self._task is not None:
-            return [(self._task, "while it merged this adapter")]
+            return [(self._task, _MERGING)]
         if self._group is not None:
             group = self._job.groups[self._group]
             what = f"while it loaded base {group.label}"
             return [(task.index, what) for task in group.tasks if task.index not in self._settled]
-        if self._settled:  # it died between two adapters: a new child goes on, and this cannot go on forever
-            return []
-        return [(index, "before it judged this adapter") for index in self._open()]
+        return [(index, "before it came to this adapter") for index in self._open()]
 
 
-def _death(what: str, exit_text: str) -> Refusal:
+def _death(what: str, ending: Ending) -> Refusal:
+    again = "" if what == _MERGING else " twice"
+    return Refusal(check=None, message=f"the gate's worker process died{again} {what}: {ending.text}", hint=ending.hint)
+
+
+def _late(what: str, limit_s: float) -> Refusal:
     return Refusal(
         check=None,
-        message=f"the gate's worker process died {what}: {exit_text}",
-        hint="if it was killed for memory, use a larger runner or gate this adapter alone; else report it as a bug",
+        message=f"the gate's worker process was ended {what}: the time limit of {limit_s:g} s was over",
+        hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",
     )

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from merge_gate.judging import effect
+from merge_gate.judging.bounds import bounded
 from merge_gate.judging.check import Case, limit
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records import (
@@ -56,7 +57,8 @@ def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> 
         found.append(_refused(evidence.refusal))
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
     settled = [one for one in (_settle(finding, settings) for finding in found) if one is not None]
-    return tuple(sorted(settled, key=lambda one: (one.severity is not Severity.ERROR, order.get(one.check, 0))))
+    weighed = sorted(bounded(settled), key=lambda one: (one.severity is not Severity.ERROR, order.get(one.check, 0)))
+    return tuple(weighed)
 
 
 def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:

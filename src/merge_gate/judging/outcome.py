@@ -12,6 +12,7 @@ worker nor files.
 from __future__ import annotations
 
 from merge_gate.judging import checks, verdict
+from merge_gate.judging.bounds import cut
 from merge_gate.judging.table import CHECKS
 from merge_gate.records import (
     AdapterFiles,
@@ -66,6 +67,11 @@ def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
     return _judged(entry, (*_file_findings(entry.prepared), why))
 
 
+def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
+    """The report of an entry whose measurements turned out to count for nothing, good or bad."""
+    return _judged(entry, (checks.undecided(refusal.message, refusal.hint, origin=refusal.origin),))
+
+
 def checked(prepared: Prepared) -> AdapterReport:
     """The report on an adapter's files alone; its verdict says nothing of values."""
     findings = _file_findings(prepared)
@@ -95,7 +101,7 @@ def _report(
         source=spec.source,
         revision=entry.prepared.revision,
         base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
-        peft_type=files.peft_type,
+        peft_type=cut(files.peft_type) if files.peft_type else None,
         verdict=what,
         cause=cause,
         findings=findings,
@@ -112,8 +118,9 @@ def _report(
 def _base_ref(spec: BaseSpec, dtype: str, files: AdapterFiles, facts: BaseFacts | None) -> BaseRef:
     if facts is not None:
         return BaseRef(model=facts.model, revision=facts.revision, dtype=facts.dtype, quantization=facts.quantization)
+    name = spec.label or spec.model or files.base_name
     return BaseRef(
-        model=spec.label or spec.model or files.base_name,
+        model=cut(name) if name else None,
         revision=spec.revision,
         dtype=dtype,
         quantization=spec.quantization,

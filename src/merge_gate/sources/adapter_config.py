@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from merge_gate.judging.bounds import bounded
+from merge_gate.judging.patterns import patterns_of
+from merge_gate.judging.patterns import problem as pattern_problem
+from merge_gate.judging.patterns import shown as pattern_shown
 from merge_gate.records import Finding, Origin, Severity, TensorHeader
 from merge_gate.sources.headers import shown
 
@@ -31,6 +35,7 @@ _LORA = "LORA"
 _LORA_BIASES = ("none", "all", "lora_only")
 _LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 _NAMES_SHOWN = 3
+_PATTERNS_COMPILED = 2_000  # of more, the worker looks at the rest, within a time limit
 
 
 class InvalidConfigError(Exception):
@@ -163,9 +168,17 @@ def kind(value: Any) -> str:
 # --- judgement -----------------------------------------------------------------------------------------------------
 
 
+def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
+    """An integer of more than 64 bits fits nothing that PEFT or torch make of it."""
+    for place, value in _walk(config):
+        if _is_integer(value) and not -(2**63) <= value < 2**63:
+            digits = value.bit_length() * 30_103 // 100_000 + 1
+            yield invalid(f"{shown(place)} in {FILE_NAME} is an integer of {digits:,} digits, expected one of 64 bits")
+
+
 def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[Finding, ...]:
     """Every finding on the config by itself, then on the config against the tensors."""
-    findings = (*_judge_types(config), *_judge_lora(config), *_judge_unsafe(config))
+    findings = bounded(chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)))
     return findings or tuple(_judge_rank(config, tensors))
 
 
@@ -195,26 +208,16 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
         value = config.get(key)
         if value is not None and not is_valid(value):
             yield invalid(f"{key} in {FILE_NAME} is {_shown_value(value)}, expected {expected}")
-    pattern = config.get("target_modules")
-    if isinstance(pattern, str) and (problem := _regex_problem(pattern)):
-        yield invalid(
-            f"target_modules in {FILE_NAME} is {shown(pattern)}, which is not a valid regular expression: {problem}",
-            "PEFT reads a string as a regular expression; use a list of names for plain names.",
-        )
+    for pattern in islice(patterns_of(config), _PATTERNS_COMPILED):
+        if problem := pattern_problem(pattern):
+            yield invalid(
+                f"{pattern_shown(pattern)}, which is not a valid regular expression: {problem}",
+                "PEFT reads it as a regular expression; use plain names, for target_modules in a list.",
+            )
 
 
 def _shown_value(value: Any) -> str:
     return f"{kind(value)} ({shown(json.dumps(value))})"
-
-
-def _regex_problem(pattern: str) -> str | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return str(error)
-    return None
 
 
 def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
@@ -270,16 +273,20 @@ def _is_known_library(name: Any) -> bool:
 
 def _find_remote_code(config: dict[str, Any]) -> str | None:
     """The dotted place of a `trust_remote_code` that is set (PEFT hands tokenizer_kwargs on as they are)."""
+    asking = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
+    return next(asking, None)
+
+
+def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value, and its dotted place."""
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
         place, value = waiting.pop()
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in items:
-            if key == "trust_remote_code" and child:
-                return f"{place}trust_remote_code"
+            yield f"{place}{key}", child
             if isinstance(child, dict | list):
                 waiting.append((f"{place}{key}.", child))
-    return None
 
 
 def _unsafe(message: str, hint: str) -> Finding:

@@ -1,7 +1,7 @@
 """The digests of bases, taken beside the run: hashing a large base takes seconds that nobody should wait for.
 
-In: directories of bases. Out: a SHA-256 for each, or None where it could not be taken. One thread per base; the worker
-imports, loads and merges meanwhile.
+In: directories of bases. Out: a SHA-256 for each, or None where it could not be taken, and the identity of the files
+that were hashed. One thread per base; the worker imports, loads and merges meanwhile.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 
+from merge_gate.identity import base_identity
+from merge_gate.records import FileIdentity
 from merge_gate.sources import resolve
 
 
@@ -18,6 +20,7 @@ class BaseDigests:
     def __init__(self) -> None:
         self._threads: dict[str, threading.Thread] = {}
         self._digests: dict[str, str] = {}
+        self._identities: dict[str, tuple[FileIdentity, ...]] = {}
 
     def start(self, directory: str) -> None:
         """Begin to hash the weights in `directory`, unless that has begun already."""
@@ -31,6 +34,14 @@ class BaseDigests:
         """The digest, as far as it is known by now."""
         return self._digests.get(directory)
 
+    def is_of(self, directory: str, identity: tuple[FileIdentity, ...]) -> bool:
+        """Whether the digest is of the files of that `identity`, and they are still there; True without a digest."""
+        hashed = self._identities.get(directory, identity)
+        try:
+            return hashed == identity == base_identity(directory)
+        except OSError:
+            return False
+
     def wait(self) -> None:
         """Wait for all that have been started."""
         for thread in self._threads.values():
@@ -38,4 +49,5 @@ class BaseDigests:
 
     def _take(self, directory: str) -> None:
         with contextlib.suppress(Exception):  # the worker meets the same file and says what is wrong with it
+            self._identities[directory] = base_identity(directory)  # what changes while it is hashed shows at the end
             self._digests[directory] = resolve.digest_directory(directory, resolve.base_weight_files(directory))

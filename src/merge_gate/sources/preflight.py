@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
+from merge_gate.identity import identity_of
 from merge_gate.records import AdapterFiles, FileRecord, Finding, Origin, Severity, TensorHeader
 from merge_gate.sources import adapter_config
 from merge_gate.sources.headers import (
@@ -231,9 +232,10 @@ def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:
+    identity = identity_of(name, os.fstat(file.fileno()))  # before the hash: a write during it must not go unseen
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path=name, size_bytes=file.tell(), sha256=digest)
+    return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
 
 
 def _refuse_pickle() -> Finding:

@@ -1,0 +1,60 @@
+"""The kernel's own account of memory, in both of its versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from merge_gate.engine.memory import MemoryGroup
+
+GIB = 2**30
+
+
+def lay(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_version_2(tmp_path: Path) -> None:
+    lay(
+        tmp_path,
+        {
+            "proc": "0::/job\n",
+            "sys/job/memory.events": "low 0\nhigh 3\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n",
+            "sys/job/memory.max": f"{2 * GIB}\n",
+            "sys/job/memory.peak": f"{2 * GIB}\n",
+        },
+    )
+    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
+    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (1, 2 * GIB, 2 * GIB)
+
+
+def test_version_1(tmp_path: Path) -> None:
+    lay(
+        tmp_path,
+        {
+            "proc": "5:cpu:/\n4:memory:/job\n0::/\n",
+            "sys/memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n",
+            "sys/memory/job/memory.usage_in_bytes": "1\n",
+            "sys/memory/job/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/memory/job/memory.max_usage_in_bytes": f"{GIB}\n",
+        },
+    )
+    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
+    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (4, None, GIB)
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    lay(tmp_path, {"proc": "0::/../../job\n", "sys/memory.events": "oom_kill 0\n", "sys/memory.max": "max\n"})
+    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
+    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (0, None, None)
+
+
+@pytest.mark.parametrize("text", [None, "", "0::/\n", "4:memory:/x\n"])
+def test_where_the_system_does_not_tell_nothing_is_known(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "proc").write_text(text)
+    group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
+    assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (None, None, None)
