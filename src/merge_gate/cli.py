@@ -168,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_check(commands)
     _add_demo(commands)
+    _add_report(commands)
     _add_schema(commands)
     return top
 
@@ -222,6 +223,15 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument("directory", nargs="?", metavar="DIR", help="a new directory (default: a temporary one)")
     demo.set_defaults(run=_demo)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    told = "show a stored report, or what changed from one to another (exit code 1 if something broke or got worse)"
+    report = commands.add_parser("report", help="show a report again, or what changed", description=told)
+    report.add_argument("reports", nargs="+", metavar="REPORT", help="the report.json of a run; two are compared")
+    formats = ("terminal", "markdown", "html", "junit", "sarif")
+    report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
+    report.set_defaults(run=_report)
 
 
 def _add_schema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -366,11 +376,23 @@ def _schema(arguments: argparse.Namespace) -> int:
         from merge_gate.config.load import config_schema as schema
     else:
         from merge_gate.report.schema import report_schema as schema
+    return _print(json.dumps(schema(), indent=2) + "\n")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from merge_gate.report.stored import show
+
+    return _print(*show(arguments.reports, arguments.format))
+
+
+def _print(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
+    """Write a document, as UTF-8 whatever the locale is. It is all the output there is, so an error is one."""
     try:
-        print(json.dumps(schema(), indent=2), flush=True)
-    except OSError as error:  # here the output is all there is
-        raise GateError(f"the schema cannot be written to standard output: {error.strerror}") from error
-    return ExitCode.PASS
+        sys.stdout.buffer.write(text.encode("utf-8"))
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        raise GateError(f"standard output cannot be written to: {error.strerror}") from error
+    return code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from hypothesis import given
 from markdown_it import MarkdownIt
 
 from merge_gate.records import Report, Verdict
-from merge_gate.report.summary import LIMIT_BYTES, code, prose, render
+from merge_gate.report.markdown import code, prose
+from merge_gate.report.summary import LIMIT_BYTES, render
 from tests.report.reports import (
     ATTACKS,
     EMPTY,

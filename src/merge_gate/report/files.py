@@ -33,6 +33,11 @@ FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
 )
 """File name and renderer of each format, the one that must not be lost first."""
 
+WORDS: Mapping[str, str] = MappingProxyType(
+    {"html": "report.html", "markdown": "summary.md", "junit": "junit.xml", "sarif": "report.sarif"}
+)
+"""What a person asks for with `merge-gate report --format`, and the file that a run writes of it."""
+
 
 def write_report(report: Report, directory: str | Path, *, formats: Iterable[str] = tuple(FORMATS)) -> tuple[Path, ...]:
     """Write `formats` into `directory`, which is made if absent, and return the files' paths.

@@ -197,7 +197,7 @@ def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
         ],
         "names": [_name(merge.stats.name) for merge in merges],
         "shapes": [" x ".join(map(str, merge.stats.shape)) for merge in merges],
-        "dtypes": [[_name(dtype), largest if math.isfinite(largest) else None] for dtype, largest in kinds],
+        "dtypes": [[_name(dtype), _short(largest)] for dtype, largest in kinds],
         "dtype": [kinds.index((merge.stats.dtype, merge.dtype_max)) for merge in merges],
     }
 

@@ -2,17 +2,16 @@
 
 In: a `records.Report`. Out: Markdown of at most 64 KiB (GitHub drops a summary above 1 MiB): the result in a
 sentence, a table with the worst first, then for each adapter that is not cleared what is wrong, where, and what to
-do. Knows neither files nor the other formats. Foreign text can form no markup: see `code` and `prose`.
+do. Knows neither files nor the other formats. Foreign text can form no markup: see markdown.py.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from merge_gate.records import Result, Verdict
 from merge_gate.report import words
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.markdown import code, plain, prose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,13 +29,6 @@ _FULL_LIST = "the full list is in `report.json`"
 _RESULT_MARK = {Result.PASS: "✅", Result.FAIL: "❌", Result.ERROR: "⚠️"}
 _VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "⚠️"}
 
-# What may stand in a backtick span as it is, in a table cell too.
-_PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
-# Markdown and HTML syntax, mathematics, and what GitHub makes links of in Markdown: www. and scheme:.
-_SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
-# What it makes links of later, in the text: @name and #123. A zero-width space is all that stops it outside of code.
-_REFERENCE = re.compile(r"(&#(?:64|35);)(?=\w)")
-
 
 def render(report: Report) -> str:
     """Return the Markdown of summary.md."""
@@ -52,35 +44,6 @@ def render(report: Report) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-# --- foreign text --------------------------------------------------------------------------------------------------
-
-
-def code(text: str, limit: int = words.NAME_LIMIT) -> str:
-    """Return a name in code type. GitHub looks for neither mentions nor links in code."""
-    line = one_line(text, limit)
-    if _PLAIN_CODE.fullmatch(line):
-        return f"`{line}`"
-    return f"<code>{''.join(_entity(character) for character in line)}</code>"
-
-
-def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
-    """Return a sentence as plain text; what stands between backticks becomes code."""
-    parts = one_line(text, limit).split("`")
-    if len(parts) % 2 == 0:
-        parts[-2:] = ["`".join(parts[-2:])]
-    return "".join(code(part) if index % 2 and part.strip() else _plain(part) for index, part in enumerate(parts))
-
-
-def _plain(text: str) -> str:
-    return _REFERENCE.sub(r"\1&#8203;", _SYNTAX.sub(lambda match: _entity(match[0]), text))
-
-
-def _entity(character: str) -> str:
-    """An entity is text to Markdown, never syntax."""
-    is_syntax = character.isascii() and not character.isalnum() and character != " "
-    return f"&#{ord(character)};" if is_syntax else character
-
-
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +57,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _row(adapter: AdapterReport) -> str:
-    base = f"{code(words.model_name(adapter.base), 80)} ({_plain(words.precision(adapter.base))})"
+    base = f"{code(words.model_name(adapter.base), 80)} ({plain(words.precision(adapter.base))})"
     verdict = f"{_VERDICT_MARK[adapter.verdict]} {adapter.verdict}"
     finding = words.deciding(adapter)
     if adapter.verdict is Verdict.PASSED:
@@ -141,14 +104,14 @@ def _facts(adapter: AdapterReport, finding: Finding | None) -> list[str]:
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
     source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
-    base = f"{code(words.model_name(adapter.base))} ({_plain(words.precision(adapter.base))})"
+    base = f"{code(words.model_name(adapter.base))} ({plain(words.precision(adapter.base))})"
     facts.append(f"- **Adapter:** {source} on {base}")
     return facts
 
 
 def _place(finding: Finding) -> str:
     place, values = words.place(finding), words.values(finding)
-    return "; ".join(filter(None, (code(place) if place else "", _plain(values), words.ORIGINS[finding.origin])))
+    return "; ".join(filter(None, (code(place) if place else "", plain(values), words.ORIGINS[finding.origin])))
 
 
 def _one_finding(finding: Finding, more: int) -> str:
@@ -166,7 +129,7 @@ def _warnings(report: Report) -> list[str]:
     if not warned:
         return []
     items = [
-        f"- {code(adapter.name, 80)} ({_plain(words.precision(adapter.base))}) {_one_finding(finding, more)}"
+        f"- {code(adapter.name, 80)} ({plain(words.precision(adapter.base))}) {_one_finding(finding, more)}"
         for adapter, found in warned
         for finding, more in words.grouped(found)
     ]
@@ -201,15 +164,15 @@ def _footer(report: Report) -> str:
         rows.append(f"| | … and {words.counted(left, 'more base')} |")
     rows += [
         f"| config | {code(report.config_path)}{config_sha256} |",
-        f"| versions | {', '.join(_plain(text) for text in words.versions(report.environment, report.tool_version))} |",
-        f"| device | {_plain(words.device(report.environment))} |",
+        f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool_version))} |",
+        f"| device | {plain(words.device(report.environment))} |",
     ]
     return "\n".join(["| run | |", "|---|---|", *rows])
 
 
 def _base_row(base: BaseReport) -> str:
     parts = [
-        f"{code(words.model_name(base))} ({_plain(words.precision(base))})",
+        f"{code(words.model_name(base))} ({plain(words.precision(base))})",
         words.counted(base.parameters, "parameter"),
     ]
     if base.revision:

@@ -1,0 +1,46 @@
+"""Reports on disk → a text for people or programs, and an exit code. No model is loaded, torch is not imported.
+
+In: the names of one or two report.json, and a format's word. Out: what `merge-gate report` prints. Raises `UsageError`
+for a file that cannot be read or is no report.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.errors import ExitCode, UsageError
+from merge_gate.report import compare, json_report, text
+from merge_gate.report.files import FORMATS, WORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from merge_gate.records import Report
+
+_COMPARED = {"terminal": compare.render_text, "markdown": compare.render_markdown}
+
+
+def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
+    """One report in another format (exit code 0), or what changed between two."""
+    if len(names) == 1:
+        report = _read(names[0])
+        return (text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)), ExitCode.PASS
+    if len(names) != 2:  # noqa: PLR2004
+        raise UsageError(f"got {len(names)} reports, expected one, or two to compare", hint="name the older one first")
+    if word not in _COMPARED:
+        raise UsageError(
+            f"--format {word} shows one report, got two", hint=f"two can be compared as {' or '.join(_COMPARED)}"
+        )
+    changes = compare.compare(_read(names[0]), _read(names[1]))
+    return _COMPARED[word](changes), changes.exit_code
+
+
+def _read(name: str) -> Report:
+    try:
+        data = Path(name).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{name} cannot be read: {error.strerror or error}", hint="name the report.json that a run wrote"
+        ) from error
+    return json_report.read(data, name)
