@@ -1,8 +1,8 @@
-"""The merge alone, without files and start-up: the gate's bound and sample, its blocks, PEFT's own layer, and a floor.
+"""The merge alone, without files and start-up: the gate's blocks on every road, PEFT's own layers, and a floor.
 
 In: a size. Out: one JSON object of seconds per adapter on stdout. The floor is one read of the touched weights
-(`aminmax`) plus the low-rank product, both in cache-sized blocks and on all cores: nothing that merges every element
-can be faster. All run in turn in one process, and the least time of each counts.
+(`aminmax`) plus the low-rank product, both in cache-sized blocks and on all cores. All run in turn in one process, and
+the least time of each counts. PEFT's merges are timed on the layers of one block of the model and scaled up.
 """
 
 from __future__ import annotations
@@ -11,115 +11,145 @@ import argparse
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import torch
 from make_adapters import RANK
 from make_base import SIZES, Pool, linear_shapes
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora import bnb, layer
 
-from merge_gate.engine.lowrank import Scratch, delta_norm_sq, merge_measured, merge_sample, merged_bound
+from merge_gate.engine.blocks import measure_merge, merged_blocks
+from merge_gate.engine.delta import Buffers, LowRankUpdate
 from merge_gate.engine.threads import spread, threads
 
-LAYERS_OF_PEFT = 4
-"""PEFT's merge is timed on so many layers and scaled up: it is the same work for each of them."""
+Layers = list[Any]
+ROADS = {"lora": False, "dora": True, "8bit": False, "8bit_dora": True, "4bit": False, "4bit_dora": True}
+"""Which of them have a magnitude."""
 
 
-def lora_layers(size: dict[str, int]) -> list[Linear]:
-    """The model's target modules as PEFT wraps them, without the rest of the model."""
-    pool, layers = Pool(), []
-    for _ in range(size["layers"]):
-        for rows, columns in linear_shapes(size).values():
-            base = torch.nn.Linear(columns, rows, bias=False, device="meta")
-            base.weight = torch.nn.Parameter(pool.tensor(rows, columns), requires_grad=False)
-            layer = Linear(base, "default", LoraConfig(r=RANK), r=RANK, lora_alpha=2 * RANK)
-            for side in (layer.lora_A, layer.lora_B):
-                side.to(torch.float32)["default"].weight.data.normal_(std=0.02)
-            layers.append(layer)
-    return layers
+def tuner_layer(road: str, weight: torch.Tensor) -> Any:
+    """A target module as PEFT wraps it, without the rest of the model."""
+    rows, columns = weight.shape
+    if road.startswith("8bit"):
+        base: Any = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, device="meta")
+        base.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        wrapped = bnb.Linear8bitLt
+    elif road.startswith("4bit"):
+        base = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", device="meta")
+        base.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=base)
+        wrapped = bnb.Linear4bit
+    else:
+        base = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        base.weight = torch.nn.Parameter(weight, requires_grad=False)
+        wrapped = layer.Linear
+    config = LoraConfig(r=RANK, use_dora=ROADS[road], init_lora_weights=False)
+    made = wrapped(base.to("cpu"), "default", config, r=RANK, lora_alpha=2 * RANK)
+    for side in (made.lora_A, made.lora_B, made.lora_magnitude_vector):
+        side.to(torch.float32)
+    for side in (made.lora_A, made.lora_B):
+        side["default"].weight.data.normal_(std=0.02)
+    return made
 
 
-class Buffers(threading.local):
-    """Each thread's scratch."""
+def layers_of(road: str, weights: list[torch.Tensor]) -> Layers:
+    """Without those that the gate leaves to PEFT: 4-bit rows that share scales (`tiny` has some)."""
+    return [tuner_layer(road, weight) for weight in weights if "4bit" not in road or weight.shape[1] % 64 == 0]
+
+
+def update_of(made: Any) -> LowRankUpdate:
+    lora_a, lora_b = (side["default"].weight.data for side in (made.lora_A, made.lora_B))
+    magnitude = made.lora_magnitude_vector["default"].weight.data if made.lora_magnitude_vector else None
+    return LowRankUpdate(lora_a=lora_a, lora_b=lora_b, scaling=made.scaling["default"], magnitude=magnitude)
+
+
+class PerThread(threading.local):
+    """Each thread's buffers."""
 
     def __init__(self) -> None:
-        self.scratch = Scratch()
+        self.buffers = Buffers()
 
 
-def parts(layer: Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    factors = (side["default"].weight.detach() for side in (layer.lora_A, layer.lora_B))
-    return layer.get_base_layer().weight.detach(), *factors
+PER_THREAD = PerThread()
 
 
-def by_bound(layers: list[Linear]) -> None:
-    """What the gate does with an adapter whose values are nowhere near the limit."""
-    buffers = Buffers()
-
-    def settle(layer: Linear) -> None:
-        weight, lora_a, lora_b = parts(layer)
-        merged_bound(1.0, lora_a, lora_b, 2.0, weight.dtype)
-        merge_sample(weight, lora_a, lora_b, 2.0, scratch=buffers.scratch)
-        delta_norm_sq(lora_a, lora_b, 2.0)
-
-    for _ in spread(settle, layers):
-        pass
+def by_blocks(made: Any) -> None:
+    """Every element merged and measured."""
+    weight = made.get_base_layer().weight
+    scales = getattr(weight, "SCB", None)
+    measure_merge(merged_blocks(weight, update_of(made), PER_THREAD.buffers, row_scales=scales))
 
 
-def by_blocks(layers: list[Linear]) -> None:
-    """What it does with the others, and with --exhaustive."""
-    buffers = Buffers()
-    for _ in spread(lambda layer: merge_measured(*parts(layer), 2.0, scratch=buffers.scratch, figures=False), layers):
-        pass
+def by_sample(made: Any) -> None:
+    """What estimates of rounding cost beside that."""
+    weight = made.get_base_layer().weight
+    rows = merged_blocks(weight, update_of(made), PER_THREAD.buffers).sampled()
+    measure_merge(rows, figures=True)
 
 
-def by_peft(layers: list[Linear]) -> None:
-    """safe_merge and the check of the result that baselines (a) and (b) make. The merged weight is thrown away."""
-    for layer in layers:
-        kept = layer.get_base_layer().weight.data
-        layer.merge(safe_merge=True)
-        torch.isfinite(layer.get_base_layer().weight).all()
-        layer.get_base_layer().weight.data = kept
-        layer.merged_adapters.clear()
+def read_and_multiply(made: Any) -> None:
+    """The floor."""
+    weight, update, buffers = made.get_base_layer().weight.data, update_of(made), PER_THREAD.buffers
+    for rows in buffers.blocks(*weight.shape, weight.device):
+        product = buffers.take("product", weight[rows], torch.float32)
+        torch.mm(update.lora_b[rows], update.lora_a, out=product)
+        torch.aminmax(weight[rows])
 
 
-def floor(layers: list[Linear]) -> None:
-    buffers = Buffers()
-
-    def read_and_multiply(layer: Linear) -> None:
-        weight, lora_a, lora_b = parts(layer)
-        scratch = buffers.scratch
-        for rows in scratch.blocks(*weight.shape, weight.device):
-            torch.mm(lora_b[rows], lora_a, out=scratch.take("product", weight[rows], lora_a.dtype))
-            torch.aminmax(weight[rows])
-
-    for _ in spread(read_and_multiply, layers):
-        pass
-
-
-def seconds(function: Callable[[list[Linear]], None], layers: list[Linear]) -> float:
+def on_all_cores(function: Callable[[Any], None], layers: Layers) -> float:
     start = time.perf_counter()
-    function(layers)
+    for _ in spread(function, layers):
+        pass
     return time.perf_counter() - start
+
+
+def by_peft(layers: Layers) -> float:
+    """safe_merge and the check of the result that the script makes. The merged weight is thrown away."""
+    start = time.perf_counter()
+    for made in layers:
+        base = made.get_base_layer()
+        parameter, data = base.weight, base.weight.data
+        made.merge(safe_merge=True)
+        if base.weight.dtype.is_floating_point:
+            torch.isfinite(base.weight).all()
+        parameter.data = data
+        base.weight = parameter
+        made.merged_adapters.clear()
+    return time.perf_counter() - start
+
+
+def least(work: dict[str, Callable[[], float]], repeat: int) -> dict[str, float]:
+    """The least seconds of each, all run in turn `repeat` times, after one turn that nobody counts (proofs, pages)."""
+    turns = [{name: run() for name, run in work.items()} for _ in range(repeat + 1)]
+    return {name: min(turn[name] for turn in turns[1:]) for name in work}
 
 
 def main(size: dict[str, int], repeat: int) -> dict[str, float]:
     torch.set_num_threads(threads())
-    layers = lora_layers(size)
-    few = layers[: LAYERS_OF_PEFT * len(linear_shapes(size))]
-    by_blocks(layers)  # proves the shapes: once per process, not once per adapter
-    times: dict[str, list[float]] = {"bound_s": [], "blocks_s": [], "floor_s": [], "peft_s": []}
-    for _ in range(repeat):
-        times["bound_s"].append(seconds(by_bound, layers))
-        times["blocks_s"].append(seconds(by_blocks, layers))
-        times["floor_s"].append(seconds(floor, layers))
-        times["peft_s"].append(seconds(by_peft, few) * len(layers) / len(few))
-    least = {name: min(found) for name, found in times.items()}
+    warnings.filterwarnings("ignore", "Merge lora module to .-bit linear")
+    pool, shapes = Pool(), list(linear_shapes(size).values())
+    weights = [pool.tensor(*shape) for _ in range(size["layers"]) for shape in shapes]
+    found: dict[str, float] = {}
+    for road in ROADS:
+        layers = layers_of(road, weights)
+        few = layers_of(road, weights[: len(shapes)])
+        scale = len(layers) / len(few)
+        work: dict[str, Callable[[], float]] = {
+            f"{road}_blocks_s": lambda made=layers: on_all_cores(by_blocks, made),
+            f"{road}_peft_s": lambda made=few, scale=scale: by_peft(made) * scale,
+        }
+        if road == "lora":
+            work["floor_s"] = lambda made=layers: on_all_cores(read_and_multiply, made)
+            work["sample_s"] = lambda made=layers: on_all_cores(by_sample, made)
+        found.update(least(work, repeat))
     return {
-        **least,
-        "touched_parameters": sum(layer.get_base_layer().weight.numel() for layer in layers),
-        "modules": len(layers),
+        **found,
+        "touched_parameters": sum(weight.numel() for weight in weights),
+        "modules": len(weights),
         "repeat": repeat,
     }
 
@@ -130,7 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found = json.dumps(main(SIZES[arguments.size], arguments.repeat), indent=1)
+    result = json.dumps(main(SIZES[arguments.size], arguments.repeat), indent=1)
     if arguments.out:
-        arguments.out.write_text(found, encoding="utf-8")
-    print(found)
+        arguments.out.write_text(result, encoding="utf-8")
+    print(result)

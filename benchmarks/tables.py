@@ -135,14 +135,27 @@ def scaling(part: dict, kernel: dict | None) -> str:
 
 KERNEL = {
     "floor_s": "one read of the touched weights plus the low-rank product (the floor)",
-    "blocks_s": "gate: every element, in blocks",
-    "bound_s": "gate, `--quick`: bound and sample",
-    "peft_s": "PEFT's `merge(safe_merge=True)` and `isfinite().all()`",
+    "sample_s": "a sample of LoRA for the estimate of rounding",
+    "blocks_s": "every element of {}, in blocks",
+    "peft_s": "PEFT's `merge(safe_merge=True)` of {}",
+}
+ROADS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "8bit": "LoRA on bnb-8bit",
+    "8bit_dora": "DoRA on bnb-8bit",
+    "4bit": "LoRA on bnb-4bit",
+    "4bit_dora": "DoRA on bnb-4bit",
 }
 
 
+def kernel_label(key: str) -> str:
+    road = next((road for road in sorted(ROADS, key=len, reverse=True) if key.startswith(f"{road}_")), "")
+    return KERNEL.get(key.removeprefix(f"{road}_"), key).format(ROADS.get(road, "LoRA"))
+
+
 def kernel(part: dict) -> str:
-    named = [(KERNEL.get(key, key), value) for key, value in part.items() if key.endswith("_s")]
+    named = [(kernel_label(key), value) for key, value in part.items() if key.endswith("_s")]
     rows = [
         [name, f"{value:.2f}", f"{value / part['floor_s']:.1f}"]
         for name, value in sorted(named, key=lambda one: one[1])
