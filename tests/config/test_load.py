@@ -22,7 +22,7 @@ from peft.tuners.lora.model import LoraModel
 
 from merge_gate.config.load import MAX_BYTES, config_schema, load_config
 from merge_gate.config.model import METHODS, AdapterEntry, BaseEntry, CombineEntry, Dtype, ExpectEntry, FileEntry
-from merge_gate.config.yaml_tree import read_yaml
+from merge_gate.config.positions import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.table import CHECKS
 from merge_gate.records import DTYPES, AdapterSpec, Config, Problem, Quantization, Severity
@@ -609,9 +609,9 @@ def test_any_values_are_read_or_refused(place: Path, data: object) -> None:
 
 
 def plain(text: str) -> object:
-    root, found = read_yaml(text, "merge-gate.yml")
-    assert not found
-    return root.data
+    document = read_yaml(text, "merge-gate.yml")
+    assert not document.problems
+    return document.data
 
 
 @pytest.fixture(scope="module")
@@ -674,12 +674,12 @@ YAML_ONLY = [case for case in WRONG if case not in BEYOND_SCHEMA]
 @pytest.mark.parametrize("case", YAML_ONLY)
 def test_the_schema_refuses_what_the_loader_refuses(validator: jsonschema.Draft202012Validator, case: str) -> None:
     try:
-        root, found = read_yaml(WRONG[case][0], "merge-gate.yml")
+        document = read_yaml(WRONG[case][0], "merge-gate.yml")
     except ConfigError:
         return  # not YAML: no editor gets as far as the schema
     # JSON has no infinities: what the loader calls not finite never reaches a JSON Schema
-    infinite = any(isinstance(v.data, float) and v.data - v.data != 0 for _, v in root.walk())
-    assert found or infinite or not validator.is_valid(root.data)
+    infinite = any(isinstance(value, float) and value - value != 0 for _, _, value in document.walk())
+    assert document.problems or infinite or not validator.is_valid(document.data)
 
 
 @pytest.mark.parametrize("case", sorted(BEYOND_SCHEMA))

@@ -1,60 +1,58 @@
 """Validated values → `Config`: names, directories, globs and defaults; what types cannot say.
 
-In: the tree of values with stage 3's problems. Out: a `Config`, or a `ConfigError` with every problem. Knows which
-directories exist (through `config_paths`), and neither YAML nor what the checks do.
+In: a document with the problems of stage 3. Out: a `Config`, or a `ConfigError` with every problem. Knows which
+directories exist (through `paths`), and neither YAML nor what the checks do.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.config.load import MAX_NAME
-from merge_gate.config.model import PRUNING, SIGN_ELECTING, AdapterEntry, BaseEntry, CheckEntry
+from merge_gate.config.model import (
+    PRUNING,
+    SIGN_ELECTING,
+    AdapterEntry,
+    BaseEntry,
+    CheckEntry,
+    CombineEntry,
+    ExpectEntry,
+)
+from merge_gate.config.nearest import nearest
 from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
-from merge_gate.config.validate import Validated
-from merge_gate.config.words import CONTROL, listed, nearest, quoted
+from merge_gate.config.positions import Document, Loc
+from merge_gate.config.problems import Entry, Problems
 from merge_gate.judging.table import CHECKS
 from merge_gate.records import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, Quantization, Severity
+from merge_gate.text import has_hidden, listing, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from merge_gate.config.model import CombineEntry, ExpectEntry
-    from merge_gate.config.yaml_tree import Loc, Value
-    from merge_gate.records import Problem
 
-
-def build_config(path: str, sha256: str, root: Value, problems: list[Problem]) -> Config:
-    """Validate the values of a file and build its configuration.
-
-    Args:
-        path: the file, as the user named it.
-        sha256: the digest of its bytes.
-        root: its values.
-        problems: what YAML itself had to say.
+def build_config(document: Document, sha256: str) -> Config:
+    """Validate the values of a file and build its configuration. `sha256` is the digest of the file's bytes.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
-    values = Validated(path, root, problems)
-    build = _Build(values, Path(path).absolute().parent)
-    adapters = build.adapters()
-    values.raise_problems()
-    top = root.data if isinstance(root.data, dict) else {}
+    problems = Problems(document)
+    adapters = _Build(problems, Path(document.path).absolute().parent).adapters()
+    problems.raise_any()
     return Config(
-        path=path,
+        path=document.path,
         sha256=sha256,
         adapters=adapters,
-        allow_pickle=top.get("allow-pickle") is True,
-        trust_remote_code=top.get("trust-remote-code") is True,
+        allow_pickle=document.get(("allow-pickle",)) is True,
+        trust_remote_code=document.get(("trust-remote-code",)) is True,
     )
 
 
 class _Build:
-    def __init__(self, values: Validated, directory: Path) -> None:
-        self.values, self.directory, self.report = values, directory, values.report
+    def __init__(self, problems: Problems, directory: Path) -> None:
+        self.problems, self.directory, self.report = problems, directory, problems.report
         self.claimed: dict[str, tuple[int, str]] = {}
         self.default_base = self._base(("base",), BaseSpec())
         defaults = {
@@ -66,8 +64,8 @@ class _Build:
     def adapters(self) -> tuple[AdapterSpec, ...]:
         """Build all entries; combinations last, since they refer to the others. The order is the file's."""
         built: list[list[AdapterSpec]] = []
-        for index in range(self.values.count(("adapters",))):
-            entry = self.values.usable(AdapterEntry, ("adapters", index))
+        for index in range(len(self._inside(("adapters",), list))):
+            entry = self.problems.part(AdapterEntry, ("adapters", index))
             built.append(list(self._entry(("adapters", index), entry)) if entry else [])
         named = {spec.name: spec for specs in built for spec in specs}
         complete = all(built)
@@ -80,8 +78,9 @@ class _Build:
 
     def _entry(self, loc: Loc, entry: AdapterEntry) -> Iterator[AdapterSpec]:
         """Yield the entry's adapters: one, or one per directory of a glob. None where its source is wrong."""
-        value, _ = self.values.root.locate(loc)
-        keys = set(value.data) if isinstance(value.data, dict) else {"path"}
+        value = self.problems.document.get(loc)
+        keys = set(value) if isinstance(value, dict) else {"path"}
+        line, column = self.problems.document.line(loc)
         if keys >= {"path", "combine"}:
             self.report(loc, '"path" and "combine" exclude each other', "remove one of them", key="combine")
         elif not keys & {"path", "combine"} and keys <= set(AdapterEntry.model_fields):
@@ -92,14 +91,14 @@ class _Build:
             revision=entry.revision,
             base=self.default_base if "combine" in keys else self._base((*loc, "base"), self.default_base),
             checks=tuple(self._checks((*loc, "checks"), self.default_checks).values()),
-            expect=self._expect((*loc, "expect"), entry.expect) if entry.expect else None,
-            line=value.line,
-            column=value.column,
+            expect=self._expect((*loc, "expect")),
+            line=line,
+            column=column,
         )
         if entry.path and "combine" not in keys:
             yield from self._from_path(loc, draft, entry.path)
         elif "combine" in keys and "path" not in keys:
-            yield from self._from_combine(loc, draft, entry.combine)
+            yield from self._from_combine(loc, draft)
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:
         try:
@@ -132,20 +131,21 @@ class _Build:
             self._claim(loc, spec)
             yield spec
 
-    def _from_combine(self, loc: Loc, draft: AdapterSpec, entry: CombineEntry | None) -> Iterator[AdapterSpec]:
+    def _from_combine(self, loc: Loc, draft: AdapterSpec) -> Iterator[AdapterSpec]:
         """The members are looked up later, in `_combination`."""
         for key, why in (("revision", "it has no files of its own"), ("expect", "state it of the members")):
-            if self.values.present((*loc, key)):
+            if self.problems.is_there((*loc, key)):
                 self.report(loc, f'"{key}" has no meaning for a combination', why, key=key)
-        if not self.values.present((*loc, "name")):
+        if not self.problems.is_there((*loc, "name")):
             self.report(loc, 'a combination needs a "name"', "it is what the report calls it", key="combine")
+        entry = self._whole(CombineEntry, (*loc, "combine"))
         if entry is None:
             return
         self._check_combine((*loc, "combine"), entry)
         combine = Combine(
             method=entry.method,
             adapters=tuple(entry.adapters),
-            weights=tuple(entry.weights),
+            weights=tuple(map(float, entry.weights)),
             density=entry.density,
             majority_sign_method=entry.majority_sign_method,
             seed=entry.seed,
@@ -186,7 +186,7 @@ class _Build:
             member, place = named.get(name), (*loc, "combine", "adapters", index)
             if member is None and complete:
                 known = [other.name for other in named.values() if not other.combine]
-                hint = nearest(name, known) or f"listed are: {listed(map(quoted, known))}"
+                hint = nearest(name, known) or f"listed are: {listing(map(quoted, known))}"
                 self.report(place, f"no adapter is named {quoted(name)}", hint)
             elif member and member.combine:
                 self.report(place, f"{quoted(name)} is a combination itself", "combine its members instead")
@@ -201,8 +201,8 @@ class _Build:
 
     def _claim(self, loc: Loc, spec: AdapterSpec) -> None:
         """Every name once."""
-        given = "name" if self.values.present((*loc, "name")) and spec.name else "path"
-        line = self.values.root.locate((*loc, given))[0].line
+        given = "name" if self.problems.is_there((*loc, "name")) and spec.name else "path"
+        line, _ = self.problems.document.line((*loc, given))
         if spec.name not in self.claimed:
             self.claimed[spec.name] = (line, spec.source)
             return
@@ -215,7 +215,7 @@ class _Build:
 
     def _base(self, loc: Loc, default: BaseSpec) -> BaseSpec:
         """Lay the keys given at `loc` over `default`. A revision stays with its model."""
-        entry = self.values.usable(BaseEntry, loc)
+        entry = self.problems.part(BaseEntry, loc)
         if entry is None:
             return default
         spec = default
@@ -225,7 +225,7 @@ class _Build:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
                 self._refuse_revision(loc, entry.revision)
-            elif spec.model is None and not self.values.present((*loc, "model")):
+            elif spec.model is None and not self.problems.is_there((*loc, "model")):
                 self.report(loc, '"revision" needs "model"', "name the base that it is a revision of", key="revision")
         if entry.dtype is not None:
             spec = replace(spec, dtypes=tuple(entry.dtype))
@@ -248,12 +248,11 @@ class _Build:
     def _checks(self, loc: Loc, below: Mapping[str, CheckSetting]) -> dict[str, CheckSetting]:
         """Lay the settings at `loc` over those `below`."""
         settings = dict(below)
-        value, place = self.values.root.locate(loc)
-        for check in value.children if place == loc and isinstance(value.data, dict) else ():
+        for check in self._inside(loc, dict):
             if check not in CHECKS:
-                self.values.report_unknown(loc, str(check), CHECKS, "check")
-            elif entry := self.values.usable(CheckEntry, (*loc, check)):
-                settings[str(check)] = self._setting((*loc, check), entry, settings[str(check)])
+                self.problems.report_unknown(loc, check, CHECKS, "check")
+            elif entry := self.problems.part(CheckEntry, (*loc, check)):
+                settings[check] = self._setting((*loc, check), entry, settings[check])
         return settings
 
     def _setting(self, loc: Loc, entry: CheckEntry, below: CheckSetting) -> CheckSetting:
@@ -270,14 +269,17 @@ class _Build:
             self.report(
                 loc, f"{quoted(below.check)} has no limit", f"checks with one: {', '.join(limited)}", key="limit"
             )
-        if self.values.root.locate(loc)[0].data == {}:
+        if self.problems.document.get(loc) == {}:
             self.report(loc, f"{quoted(below.check)} is empty", "give it a severity or a limit")
-        return replace(below, severity=severity, limit=entry.limit if entry.limit is not None else below.limit)
+        return replace(below, severity=severity, limit=below.limit if entry.limit is None else float(entry.limit))
 
-    def _expect(self, loc: Loc, entry: ExpectEntry) -> Expect:
-        if self.values.root.locate(loc)[0].data == {}:
+    def _expect(self, loc: Loc) -> Expect | None:
+        entry = self._whole(ExpectEntry, loc)
+        if entry is None:
+            return None
+        if self.problems.document.get(loc) == {}:
             self.report(loc, '"expect" is empty', "state something, or remove it")
-        digests = entry.sha256 or {}
+        digests: dict[str, str] = entry.sha256 or {}
         for name in digests:
             if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
                 hint = "write it relative to the adapter's directory, with /"
@@ -285,10 +287,21 @@ class _Build:
         return Expect(
             peft_type=entry.peft_type.upper() if entry.peft_type else None,
             r=entry.r,
-            lora_alpha=entry.lora_alpha,
+            lora_alpha=None if entry.lora_alpha is None else float(entry.lora_alpha),
             base=entry.base,
             sha256=tuple((name, digest.lower()) for name, digest in digests.items()),
         )
+
+    # --- parts of the file -----------------------------------------------------------------------------------------
+
+    def _inside(self, loc: Loc, kind: type[list[Any] | dict[str, Any]]) -> Any:
+        """The list or mapping at `loc`; an empty one where there is none."""
+        value = self.problems.document.get(loc) if self.problems.is_there(loc) else None
+        return value if isinstance(value, kind) else kind()
+
+    def _whole(self, model: type[Entry], loc: Loc) -> Entry | None:
+        """The model at `loc` if nothing in it is wrong."""
+        return None if loc in self.problems.wrong else self.problems.part(model, loc)
 
 
 def _bad_name(name: str) -> str:
@@ -297,7 +310,7 @@ def _bad_name(name: str) -> str:
         return "is empty"
     if len(name) > MAX_NAME:
         return f"is longer than {MAX_NAME} characters"
-    return "holds a control character" if CONTROL.search(name) else ""
+    return "holds a control character" if has_hidden(name) else ""
 
 
 def _shown(base: BaseSpec) -> str:

@@ -6,10 +6,10 @@ neither the network nor torch. pydantic is imported only when a file is read.
 
 The stages, in order:
 
-1. bytes → text (size, encoding)                                    `_read_text`
-2. text → values with places; YAML's own problems                   `config_yaml.read_yaml`
-3. values → types, unknown keys, ranges                             `config_model`, `config_valid`
-4. what types cannot say: names, directories, globs, defaults       `config_build`, `config_paths`
+1. bytes → text (size, encoding)                                    here
+2. text → values with places; YAML's own problems                   `positions`
+3. values → types, unknown keys, ranges                             `model`, `problems`
+4. what types cannot say: names, directories, globs, defaults       `build`, `paths`
 
 Problems of stage 3 do not stop stage 4: the parts that are right are looked at further, so that all is said at once.
 """
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from merge_gate.errors import ConfigError
 from merge_gate.records import Config, Problem
+from merge_gate.text import listing, quoted
 
 MAX_BYTES = 1024 * 1024
 MAX_NAME = 200
@@ -39,11 +40,10 @@ def load_config(path: str) -> Config:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
     from merge_gate.config.build import build_config  # noqa: PLC0415 (imports pydantic)
-    from merge_gate.config.yaml_tree import read_yaml  # noqa: PLC0415 (imports yaml)
+    from merge_gate.config.positions import read_yaml  # noqa: PLC0415 (imports yaml)
 
     raw = _read_bytes(path)
-    root, problems = read_yaml(_text(raw, path), path)
-    return build_config(path, hashlib.sha256(raw).hexdigest(), root, problems)
+    return build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
 
 
 def config_schema() -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _read_bytes(path: str) -> bytes:
 
 def _files_near(path: str) -> str:
     """Name the YAML file that was perhaps meant."""
-    from merge_gate.config.words import listed, nearest, quoted  # noqa: PLC0415 (needed on failure only)
+    from merge_gate.config.nearest import nearest  # noqa: PLC0415 (needed on failure only)
 
     asked = Path(path)
     is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
@@ -80,7 +80,7 @@ def _files_near(path: str) -> str:
         names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
     except OSError:
         return f"there is no directory {quoted(str(directory))}"
-    there = listed(map(quoted, names)) or "no YAML file"
+    there = listing(map(quoted, names)) or "no YAML file"
     return (nearest(asked.name, names) if not is_directory else "") or f"{quoted(str(directory))} holds {there}"
 
 

@@ -1,28 +1,36 @@
 """What may stand in a configuration: one strict model per mapping, the source of the JSON Schema as well.
 
-In: plain data from the YAML file. Out: typed models or pydantic's errors, and the JSON Schema. Knows neither files nor
-lines: `config` gives errors their place and words. Imported only when a configuration is read, since pydantic takes
-as long to import as the rest of the command line together.
+In: plain data from the YAML file. Out: pydantic's errors, models of what is right, and the JSON Schema. Knows neither
+files nor lines: problems.py gives errors their place and words. Imported only when a configuration is read, since
+pydantic takes as long to import as the rest of the command line together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from merge_gate.config.load import MAX_NAME, MAX_TEXT
-from merge_gate.config.words import HEX_64, PEFT_TYPE, TEXT
 from merge_gate.judging.table import CHECKS
 
 if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import core_schema
 
     from merge_gate.judging.check import Check
+
+TEXT = r"\S"
+HEX_64 = r"^[0-9a-fA-F]{64}$"
+PEFT_TYPE = r"^[A-Za-z][A-Za-z0-9_]*$"
+PATTERNS = {
+    TEXT: "some text",
+    HEX_64: "64 hexadecimal digits, as sha256sum prints them",
+    PEFT_TYPE: "a PEFT type such as LORA",
+}
+"""The patterns of the models, and what each one asks for."""
 
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -41,14 +49,10 @@ SEVERITY_WORDS: list[str | bool] = ["error", "warning", "off", "on", False, True
 
 
 @dataclass(frozen=True, eq=False)
-class Shorthand:
-    """A field that may also be written shorter: `expand` turns the short form into the long one."""
+class Short:
+    """Says in the JSON Schema that a value may be written shorter; `Model.long` makes it the long form."""
 
-    expand: Callable[[Any], Any]
-    schema: dict[str, Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self.expand, handler(source))
+    schema: JsonSchemaValue
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
@@ -56,23 +60,13 @@ class Shorthand:
         return {"anyOf": [self.schema, handler(schema)]}
 
 
-def _under(key: str, *kinds: type) -> Callable[[Any], Any]:
-    return lambda value: {key: value} if isinstance(value, kinds) else value
-
-
-def _on_off(value: Any) -> Any:
-    return ("on" if value else "off") if isinstance(value, bool) else value
-
-
 Text = Annotated[str, Field(pattern=TEXT, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(pattern=TEXT, max_length=MAX_NAME)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-SeverityWord = Annotated[
-    Literal["error", "warning", "off", "on"], BeforeValidator(_on_off), WithJsonSchema({"enum": SEVERITY_WORDS})
-]
+SeverityWord = Annotated[Literal["error", "warning", "off", "on"], WithJsonSchema({"enum": SEVERITY_WORDS})]
 Dtypes = Annotated[
     Annotated[list[Dtype], Field(min_length=1, json_schema_extra={"uniqueItems": True})],
-    Shorthand(lambda value: [value] if isinstance(value, str) else value, {"enum": list(get_args(Dtype))}),
+    Short({"enum": list(get_args(Dtype))}),
 ]
 
 
@@ -80,6 +74,24 @@ class Model(BaseModel):
     """No unknown keys, no conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def long(cls, data: Any) -> Any:
+        """The mapping that a short form stands for."""
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short(cls, data: Any) -> Any:
+        return cls.long(data)
+
+    @classmethod
+    def part(cls, data: dict[str, Any]) -> Self | None:
+        """A model of values that have been found right; None where one is missing that must be there."""
+        fields = cls.model_fields.items()
+        if any(field.is_required() and (field.alias or name) not in data for name, field in fields):
+            return None
+        return cls.model_construct(**data)
 
 
 class BaseEntry(Model):
@@ -103,11 +115,15 @@ class BaseEntry(Model):
         None, description="How the base is quantised before the merge: none, bnb-8bit or bnb-4bit. Default: none."
     )
 
+    @classmethod
+    def long(cls, data: Any) -> Any:
+        """A name alone is the model's, one dtype a list of one."""
+        data = {"model": data} if isinstance(data, str) else data
+        is_one = isinstance(data, dict) and isinstance(data.get("dtype"), str)
+        return data | {"dtype": [data["dtype"]]} if is_one else data
 
-Base = Annotated[
-    BaseEntry,
-    Shorthand(_under("model", str), {"type": "string", "pattern": TEXT, "description": "A directory or a Hub id."}),
-]
+
+Base = Annotated[BaseEntry, Short({"type": "string", "pattern": TEXT, "description": "A directory or a Hub id."})]
 
 
 class CheckEntry(Model):
@@ -116,8 +132,15 @@ class CheckEntry(Model):
     severity: SeverityWord | None = None
     limit: Annotated[Number, Field(gt=0)] | None = None
 
+    @classmethod
+    def long(cls, data: Any) -> Any:
+        """A severity alone, and YAML's `off` and `on`, which are booleans unless quoted."""
+        data = {"severity": data} if isinstance(data, str | bool) else data
+        is_switch = isinstance(data, dict) and isinstance(data.get("severity"), bool)
+        return data | {"severity": "on" if data["severity"] else "off"} if is_switch else data
 
-Checks = dict[str, Annotated[CheckEntry, Shorthand(_under("severity", str, bool), {"enum": SEVERITY_WORDS})]]
+
+Checks = dict[str, Annotated[CheckEntry, Short({"enum": SEVERITY_WORDS})]]
 
 
 class ExpectEntry(Model):
@@ -206,6 +229,16 @@ class AdapterEntry(Model):
         None, description="What must be so of this adapter; anything else is expectation-failed."
     )
 
+    @classmethod
+    def long(cls, data: Any) -> Any:
+        """Text alone is the path."""
+        return {"path": data} if isinstance(data, str) else data
+
+
+Adapter = Annotated[
+    AdapterEntry, Short({"type": "string", "pattern": TEXT, "description": "A directory, a glob or a Hub id."})
+]
+
 
 class FileEntry(Model):
     """Configuration of merge-gate."""
@@ -216,18 +249,7 @@ class FileEntry(Model):
         description="Version of this format: 1."
     )
     base: Base | None = Field(None, description="The base of all adapters that do not name their own.")
-    adapters: Annotated[
-        list[
-            Annotated[
-                AdapterEntry,
-                Shorthand(
-                    _under("path", str),
-                    {"type": "string", "pattern": TEXT, "description": "A directory, a glob or a Hub id."},
-                ),
-            ]
-        ],
-        Field(min_length=1),
-    ] = Field(description="The adapters to judge.")
+    adapters: Annotated[list[Adapter], Field(min_length=1)] = Field(description="The adapters to judge.")
     checks: Checks | None = Field(
         None, description="Severity of each check (error, warning or off), or a mapping with severity and limit."
     )

@@ -15,7 +15,8 @@ import os
 import re
 from pathlib import Path
 
-from merge_gate.config.words import listed, nearest, quoted
+from merge_gate.config.nearest import nearest
+from merge_gate.text import listing, quoted
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -118,7 +119,7 @@ def _siblings(parent: Path, written: str = "") -> str:
     head, slash, tail = written.rstrip("/").rpartition("/")
     if tail and (near := nearest(tail, names, before=head + slash)):
         return near
-    return f"{quoted(str(parent))} holds {listed(quoted(n) for n in names) or 'no directories'}"
+    return f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
 
 
 def _literal_part(pattern: str, directory: Path) -> Path:

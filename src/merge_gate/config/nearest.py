@@ -1,0 +1,34 @@
+"""What was perhaps meant: the known word nearest to a wrong one.
+
+In: a word and those that would have been right. Out: a suggestion, or nothing. Knows the names that other tools use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from merge_gate.text import quoted
+
+COMPARED = 200
+
+_OTHER_NAMES = {
+    "fp16": "float16", "f16": "float16", "half": "float16", "torch.float16": "float16",
+    "fp32": "float32", "f32": "float32", "float": "float32", "full": "float32", "torch.float32": "float32",
+    "torch.bfloat16": "bfloat16", "8bit": "bnb-8bit", "int8": "bnb-8bit", "4bit": "bnb-4bit", "nf4": "bnb-4bit",
+    "warn": "warning", "err": "error", "fail": "error", "ignore": "off", "skip": "off", "disabled": "off",
+}  # fmt: skip
+
+
+def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
+    """`did you mean "x"?` for the known word that is most like `word`, else an empty text.
+
+    `before` is put in front of the known word: the part of a path that was right.
+    """
+    candidates = list(known)[:COMPARED]
+    if len(word) > COMPARED:
+        return ""
+    plain = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
+    other = _OTHER_NAMES.get(word.lower(), "")
+    close = [other] if other in plain else get_close_matches(word.lower().replace("_", "-"), plain, 1)
+    return f"did you mean {quoted(before + plain[close[0]])}?" if close else ""
