@@ -22,6 +22,7 @@ from merge_gate.sources.preflight import preflight
 from tests import architectures, methods
 from tests.architectures import Architecture
 from tests.gating import Gate, Judgement
+from tests.merged import kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +157,11 @@ def _broken(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(name for name in methods.nonfinite(tensors) if name not in buffers or torch.isnan(tensors[name]).any())
 
 
-def with_nan(adapter: Path, directory: Path) -> Path:
-    """The adapter with one NaN, in the middle of the middle lora_B."""
+def with_nan(adapter: Path, directory: Path, name: str | None = None) -> Path:
+    """The adapter with one NaN, in the middle of that tensor, or else of the middle lora_B."""
     state = methods.load_file(adapter / methods.WEIGHTS)
-    factors = [name for name in sorted(state) if ".lora_B." in name]
-    broken = state[factors[len(factors) // 2]]
+    factors = [one for one in sorted(state) if ".lora_B." in one]
+    broken = state[name or factors[len(factors) // 2]]
     broken.view(-1)[broken.numel() // 2] = torch.nan
     return methods.write_variant(adapter, directory, state)
 
@@ -179,9 +180,8 @@ def judged(gate: Gate, base: Path, adapter: Path) -> Judgement:
 def gate_merge(gate: Gate, base: Path, adapter: Path) -> dict[str, Tensor]:
     """The merged tensors of the gate, by the base's names. The base is loaded by now."""
     files = preflight(str(adapter), allow_pickle=False)
-    found: dict[str, Tensor] = {}
-    loaded = gate.base(base, files, dtype="auto")
-    merge.merge_adapter(loaded, files, on_tensor=lambda name, tensor: found.__setitem__(name, tensor.clone()))
+    with kept() as found:
+        merge.merge_adapter(gate.base(base, files, dtype="auto"), files)
     return found
 
 

@@ -17,7 +17,7 @@ import transformers
 from merge_gate.engine import base as bases
 from merge_gate.engine import merge
 from merge_gate.engine.shape import shape_for
-from merge_gate.judging.checks import judge, thresholds
+from merge_gate.judging.checks import judge, leeway
 from merge_gate.judging.table import CHECKS
 from merge_gate.judging.verdict import decide
 from merge_gate.records import (
@@ -89,13 +89,13 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = merge.merge_adapter(loaded, files, thresholds=thresholds(SPEC))
+        evidence = merge.merge_adapter(loaded, files, leeway=leeway(SPEC))
         return self._decide((files,), replace(evidence, instead_of=shape_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
-        return self._decide(members, merge.merge_combination(loaded, members, combine, thresholds=thresholds(SPEC)))
+        return self._decide(members, merge.merge_combination(loaded, members, combine, leeway=leeway(SPEC)))
 
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE

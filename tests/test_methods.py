@@ -20,12 +20,13 @@ from merge_gate.records import Verdict
 from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 from tests.gating import Bench, mistake, one_thread, told
+from tests.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
 pytestmark = pytest.mark.matrix
 
@@ -64,12 +65,8 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
     adapter, directory = bench.adapter(case), bench.base_directory(case.base, dtype)
     expected = methods.merge(bench.base(case.base, dtype), adapter, safe=True)
     files = preflight(str(adapter), allow_pickle=False)
-    seen: dict[str, Tensor] = {}
-    merge.merge_adapter(
-        bench.gate.base(directory, files, dtype="auto"),
-        files,
-        on_tensor=lambda name, tensor: seen.__setitem__(name, tensor.clone()),
-    )
+    with kept() as seen:
+        merge.merge_adapter(bench.gate.base(directory, files, dtype="auto"), files)
     original = methods.values(bench.base(case.base, dtype))
     assert methods.same({name: expected[name] for name in seen}, seen)
     untouched = expected.keys() - seen.keys() - _tied(bench.base(case.base, dtype))

@@ -188,9 +188,9 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
-        "--exhaustive",
+        "--quick",
         action="store_true",
-        help="merge every element, also where base and adapter hold no values large enough to overflow (slower)",
+        help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
     )
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
@@ -260,8 +260,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.container:
             if arguments.image or arguments.gpus != "auto":
                 raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
-            only, exhaustive = tuple(arguments.only), arguments.exhaustive
-            return exit_code(_gate(config, arguments.device, arguments.output, only, exhaustive=exhaustive))
+            only, quick = tuple(arguments.only), arguments.quick
+            return exit_code(_gate(config, arguments.device, arguments.output, only, quick=quick))
     return _run_in_container(arguments)  # the run in there claims the directory itself
 
 
@@ -269,8 +269,8 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.launcher import for_a_person, run_in_container
 
     more = [word for name in arguments.only for word in ("--only", name)]
-    if arguments.exhaustive:
-        more.append("--exhaustive")
+    if arguments.quick:
+        more.append("--quick")
     run = for_a_person(
         arguments.config,
         output=arguments.output,
@@ -289,13 +289,13 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
 
 
 def _gate(
-    config: Config, device: str, output: str | None, only: tuple[str, ...] = (), *, exhaustive: bool = False
+    config: Config, device: str, output: str | None, only: tuple[str, ...] = (), *, quick: bool = False
 ) -> Report:
     from merge_gate.gate import run_gate
     from merge_gate.report.terminal import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        return run_gate(config, device=device, output=output, view=view, only=only, exhaustive=exhaustive)
+        return run_gate(config, device=device, output=output, view=view, only=only, quick=quick)
 
 
 def exit_code(report: Report) -> ExitCode:

@@ -72,19 +72,19 @@ def run_gate(
     output: str | None = None,
     view: View | None = None,
     only: tuple[str, ...] = (),
-    exhaustive: bool = False,
+    quick: bool = False,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named).
 
-    Where base and adapter hold no values large enough to leave the safe range, a sample of the merge is made (see
-    lowrank.py); with `exhaustive`, all of it.
+    Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
+    weight where it proves every value finite and small (engine/bound.py).
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or the output cannot be written.
     """
     specs = select(config, only)
     run = _Run(config, specs, device=device, output=output, view=view or SilentView())
-    return run.run(exhaustive=exhaustive)
+    return run.run(quick=quick)
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -125,13 +125,13 @@ class _Run:
         self._reports: dict[int, AdapterReport] = {}
         self._finished = False
 
-    def run(self, *, exhaustive: bool) -> Report:
+    def run(self, *, quick: bool) -> Report:
         self._writer.write(self._report())
         try:
             quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
             with WorkerProcess(quantizes=quantizes) as child:  # it imports while the names become files
                 self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
-                self._prepare(exhaustive=exhaustive)
+                self._prepare(quick=quick)
                 supervise(self._job(), self._on_event, child)
                 return self._finish()
         except BaseException:
@@ -140,7 +140,7 @@ class _Run:
                     self._writer.write(self._report())
             raise
 
-    def _prepare(self, *, exhaustive: bool) -> None:
+    def _prepare(self, *, quick: bool) -> None:
         inputs = Inputs(self._config, self._view.note)
         for spec in self._specs:
             prepared = inputs.prepare(spec)
@@ -152,7 +152,7 @@ class _Run:
                 to_merge.append((index, entry))
             else:
                 self._settle(index, report)
-        self._groups = group_by_base(to_merge, exhaustive=exhaustive)
+        self._groups = group_by_base(to_merge, quick=quick)
         for group in self._groups:
             self._digests.start(group.directory)
         self._catch_up(at_once=True)

@@ -284,7 +284,8 @@ class TensorStats:
     """One tensor, measured. `minimum` and `maximum` are over the finite elements, None where there is none.
 
     `dtype` in torch's words without the prefix (bfloat16). Of a quantised weight, the dequantised values.
-    `first_index` is the index of the first non-finite element in row-major order.
+    `first_index` is the index of the first non-finite element in row-major order. `is_buffer`: a persistent buffer of
+    the base, no parameter.
     """
 
     name: str = told("Its name in the merged model.")
@@ -297,6 +298,7 @@ class TensorStats:
     posinf: int = told("How many elements are +Infinity.", default=0)
     neginf: int = told("How many elements are -Infinity.", default=0)
     first_index: tuple[int, ...] | None = told("Index of the first non-finite element, row-major.", default=None)
+    is_buffer: bool = False
 
     @property
     def finite(self) -> bool:
@@ -312,14 +314,14 @@ class TensorMerge:
     """One parameter of the base as the merge leaves it.
 
     `stats` is of the merged tensor in its final dtype, named as in the merged model. `module` is the base's module.
-    `dtype_max` is the largest finite value of the dtype. `changed` says whether any element differs from the base.
-    `base_norm` and `delta_norm` are Frobenius norms of the base's tensor and of the exact delta; `lost_norm` is
-    ‖merged − (W + delta)‖; None where they were not measured. `unchanged_fraction` is the share of elements whose
-    bits the merge left alone.
+    `dtype_max` is the largest finite value of the dtype. `changed` says whether any value differs from the base's (−0.0
+    is 0.0) by more than the roundings of the merge itself. `base_norm` and `delta_norm` are Frobenius norms of the
+    base's tensor and of the exact delta; `lost_norm` is ‖merged − (W + delta)‖; None where they were not measured.
+    `unchanged_fraction` is the share of elements whose bits the merge left alone.
 
     `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
-    are bounds that no element exceeds. `estimated`: `lost_norm` and `unchanged_fraction` are estimates by a sample
-    (engine/plain.py).
+    are bounds that no element exceeds. `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and, of DoRA,
+    `delta_norm` are estimates by a sample of the rows (engine/plan.py).
     """
 
     module: str = told("Module of the base.")
@@ -363,20 +365,18 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 @record
-class Thresholds:
-    """How exact the checks have to know it: figures far from these may be bounded or estimated instead of measured.
+class Leeway:
+    """What need not be merged or measured, because the checks do not ask for it; none of it by default.
 
-    `headroom` is a share of the dtype's largest finite value, `delta_norm` a ratio ‖ΔW‖/‖W‖; below them nothing has to
-    be known. `rounding_loss` is a share of ‖ΔW‖; far from it an estimate will do.
+    With `estimates`, norms and losses may be those of a sample of the rows. A `headroom` above 0 lets a bound stand for
+    the merge of a weight, if it proves every value finite and below this share of the dtype's largest (`--quick`).
     """
 
     headroom: float = 0.0
-    delta_norm: float = 0.0
-    rounding_loss: float = 0.0
+    estimates: bool = False
 
 
-EVERYTHING = Thresholds()
-"""Every element is merged, every figure measured."""
+NO_LEEWAY = Leeway()
 
 
 @record
@@ -426,22 +426,32 @@ class BaseFacts:
 class Evidence:
     """Everything that was measured of one adapter on one base: what the checks judge.
 
-    `missing` are tensors the config promises and the file lacks, `unexpected` those in the file that nothing in the
-    merge uses, in the file's own names. `targeted` are the base's modules that the adapter was put on. `tied` pairs a
-    merged tensor with the module that shares it unmerged. `refused_by_safe_merge` names modules that PEFT's
-    `safe_merge=True` refuses although the merged tensor is finite. `instead_of` is the class that the adapter's task
-    type asks for, where its names fit only the class that the base was loaded as.
+    `missing` are tensors the config promises and that did not arrive in the model, `dropped` those of them that are in
+    the file, `unexpected` those in the file that nothing in the merge uses, in the file's own names. `targeted` are
+    the base's modules that the adapter was put on. `tied` pairs a merged tensor with the module that shares it
+    unmerged. `refused_by_safe_merge` names modules that PEFT's `safe_merge=True` refuses although the merged tensor is
+    finite. `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the
+    base was loaded as.
+
+    `layers_in_blocks` were merged a block of rows at a time, `layers_by_peft` by PEFT itself; `witnessed` are those of
+    the former that PEFT merged as well, with the same bits. Where PEFT's bits were others, `differing` names the
+    layers, and all were merged by PEFT.
     """
 
     base: BaseFacts
     peft_type: str | None = None
     file_tensors: tuple[FileTensor, ...] = ()
     missing: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     targeted: tuple[str, ...] = ()
     merges: tuple[TensorMerge, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
+    layers_in_blocks: int = 0
+    layers_by_peft: int = 0
+    witnessed: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
     seed: int | None = None
@@ -503,19 +513,27 @@ class Coverage:
     """How much of the adapter and of the model was checked.
 
     `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them
-    (engine/lowrank.py).
+    (engine/bound.py).
     """
 
     adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
     applied: int = told("Of these, tensors that the merge used.", default=0)
-    modules_merged: int = told("Modules of the base that were merged and measured.", default=0)
+    modules_merged: int = told("Modules of the base that the adapter was put on, merged and measured.", default=0)
+    layers_in_blocks: int = told("Layers that were merged a block of rows at a time.", default=0)
+    layers_by_peft: int = told("Layers that PEFT merged itself, and nobody else.", default=0)
+    layers_witnessed: int = told(
+        "Of those in blocks, layers that PEFT merged as well, with the same bits: at least one of each kind.", default=0
+    )
+    layers_differing: tuple[str, ...] = told(
+        "Layers of which PEFT's bits were others, the first ten; then PEFT has merged all layers.", default=()
+    )
     parameters_checked: int = told(
         "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
         default=0,
     )
     parameters_bounded: int = told(
         "Of the checked ones, elements that were not merged one by one, since base and adapter hold no values large "
-        "enough to overflow; 0 with `--exhaustive`.",
+        "enough to overflow; 0 without `--quick`.",
         default=0,
     )
     parameters_total: int = told("Elements that the merged model has.", default=0)

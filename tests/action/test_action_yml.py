@@ -107,12 +107,12 @@ def test_the_report_survives_and_the_verdict_is_always_given() -> None:
 def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     run = cli.parser().parse_args(["run", "x"])
     known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--run", "--config"}
-    assert known - set(action.OURS) == {"--only", "--exhaustive"}, (
+    assert known - set(action.OURS) == {"--only", "--quick"}, (
         "a new option: give it an input, or allow it in `args` here"
     )
     parse = cli.parser().parse_args
     for arguments in (
-        ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--exhaustive"],
+        ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--quick"],
         ["run", "c", "--device", "auto"],
     ):
         assert parse(arguments).config == "c"

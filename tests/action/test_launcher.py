@@ -103,8 +103,8 @@ def test_the_command_hands_on_what_the_gate_inside_has_to_know(
     monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    cli.main(["run", str(config), "--container", "--only", "a", "--exhaustive", "--image", "x:y"])
-    assert asked[0].arguments == ("--only", "a", "--exhaustive")
+    cli.main(["run", str(config), "--container", "--only", "a", "--quick", "--image", "x:y"])
+    assert asked[0].arguments == ("--only", "a", "--quick")
 
 
 def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:

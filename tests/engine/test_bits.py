@@ -15,6 +15,7 @@ from merge_gate.engine.shape import shape_for
 from merge_gate.sources.preflight import preflight
 from tests.conftest import lay_out
 from tests.faults import FAULTS, HEALTHY, Case
+from tests.merged import kept
 from tests.models import VARIANTS, Shelf, load_for_training, read_config
 
 if TYPE_CHECKING:
@@ -56,12 +57,8 @@ def load() -> Callable[[Path, Path, str], Base]:
 
 
 def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
-    seen: Tensors = {}
-
-    def keep(name: str, tensor: torch.Tensor) -> None:
-        seen[name] = tensor.clone()
-
-    evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True), on_tensor=keep)
+    with kept() as seen:
+        evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True))
     assert evidence.refusal is None, evidence.refusal
     return seen, evidence
 

@@ -15,6 +15,7 @@ from merge_gate.records import Combine, Verdict
 from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 from tests.gating import Bench, Judgement, one_thread
+from tests.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,13 +110,12 @@ def test_the_combination_has_pefts_bits(method: str, dtype: str, bench: Bench) -
     members = make_members(bench, "plain")
     expected = combine_with_peft(bench, members, method, seed=5, dtype=dtype)
     files = tuple(preflight(str(member), allow_pickle=False) for member in members)
-    seen: dict[str, Tensor] = {}
-    evidence = merge.merge_combination(
-        bench.gate.base(bench.base_directory(BASE, dtype), files[0], dtype="auto"),
-        files,
-        make_combine(method, seed=5),
-        on_tensor=lambda name, tensor: seen.__setitem__(name, tensor.clone()),
-    )
+    with kept() as seen:
+        evidence = merge.merge_combination(
+            bench.gate.base(bench.base_directory(BASE, dtype), files[0], dtype="auto"),
+            files,
+            make_combine(method, seed=5),
+        )
     changed = {one.stats.name for one in evidence.merges if one.changed}
     assert changed == {f"model.layers.0.self_attn.{leaf}.weight" for leaf in ("q_proj", "v_proj")}
     assert methods.same({name: expected[name] for name in seen}, seen)

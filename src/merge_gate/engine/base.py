@@ -10,19 +10,18 @@ milliseconds and no memory. Whoever is about to write to one of its tensors give
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine.lowrank import Scratch, extent
+from merge_gate.engine.delta import Buffers
 from merge_gate.engine.measure import dtype_name, measure
-from merge_gate.engine.quantized import dequantized, is_quantized, scales
+from merge_gate.engine.quantized import dequantized, elements, is_quantized, scales
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
@@ -56,29 +55,18 @@ class Base:
     tensors: dict[str, torch.Tensor]
     stats: dict[str, TensorStats]
     device: torch.device
-    quantized: bool = False
-    extra: dict[str, tuple[TensorStats, ...]] = field(default_factory=dict)
-    plans: dict[str, Any] = field(default_factory=dict)
     weights: Weights = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
-    _norms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.tensors, self.device)
 
-    def buffers(self) -> Scratch:
-        """This thread's buffers for the fast way."""
-        if not hasattr(self._buffers, "scratch"):
-            self._buffers.scratch = Scratch()
-        found: Scratch = self._buffers.scratch
+    def buffers(self) -> Buffers:
+        """This thread's buffers for merges in blocks."""
+        if not hasattr(self._buffers, "own"):
+            self._buffers.own = Buffers()
+        found: Buffers = self._buffers.own
         return found
-
-    def norm(self, name: str) -> float:
-        """Frobenius norm of a plain tensor of the base, measured when it is first asked for."""
-        if name not in self._norms:
-            total = extent(self.tensors[name], scratch=self.buffers(), sum_sq=True).sum_sq
-            self._norms[name] = math.sqrt(total or 0.0)
-        return self._norms[name]
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A copy with its own modules over the base's storage; with `private`, over copies of the tensors."""
@@ -114,16 +102,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tens
                 continue
             seen.add(id(tensor))
             yield (f"{prefix}.{name}" if prefix else name), module, tensor
-
-
-def owners(model: nn.Module) -> dict[int, tuple[tuple[str, nn.Module], ...]]:
-    """Id of a parameter → every (module name, module) that holds it: more than one for tied weights."""
-    held: dict[int, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules():
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                held.setdefault(id(tensor), []).append((prefix, module))
-    return {key: tuple(value) for key, value in held.items()}
 
 
 def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[TensorStats, ...]:
@@ -227,30 +205,30 @@ def _measured(
     device: torch.device,
     replaced: tuple[str, ...],
 ) -> Base:
-    tensors: dict[str, torch.Tensor] = {}
-    stats: dict[str, TensorStats] = {}
-    extra: dict[str, tuple[TensorStats, ...]] = {}
     found = list(named_tensors(model))
-    for (name, _, tensor), measured in zip(
-        found, spread(lambda one: measure_in(one[1], one[2], one[0]), found), strict=True
-    ):
-        tensors[name] = tensor
-        stats[name], *rest = measured
-        if rest:
-            extra[name] = tuple(rest)
-    everything = [*stats.values(), *(one for more in extra.values() for one in more)]
+    measured = list(spread(lambda one: measure_in(one[1], one[2], one[0]), found))
     facts = BaseFacts(
         model=label,
         revision=revision,
         dtype=dtype_name(getattr(model, "dtype", torch.float32)),
         quantization=quantization,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        nonfinite=tuple(one for one in everything if not one.finite),
+        parameters=sum(elements(tensor) for _, _, tensor in found),
+        nonfinite=tuple(
+            replace(stats, is_buffer=name.rpartition(".")[2] in module._buffers)
+            for (name, module, _), parts in zip(found, measured, strict=True)
+            for stats in parts
+            if not stats.finite
+        ),
         loaded_as=type(model).__name__,
         replaced=replaced,
     )
-    quantized = any(is_quantized(tensor) for tensor in tensors.values())
-    return Base(model=model, facts=facts, tensors=tensors, stats=stats, device=device, quantized=quantized, extra=extra)
+    return Base(
+        model=model,
+        facts=facts,
+        tensors={name: tensor for name, _, tensor in found},
+        stats={name: parts[0] for (name, _, _), parts in zip(found, measured, strict=True)},
+        device=device,
+    )
 
 
 def _bnb_config(quantization: Quantization, dtype: str) -> Any:

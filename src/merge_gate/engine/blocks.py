@@ -62,6 +62,7 @@ class BlockMerge:
         self._values, self._update, self._buffers = values, update, buffers
         self.numel = values.shape[0] * values.shape[1]
         self.of = sample_of or self.numel
+        self.dtype = values.dtype
         self.quantized = not isinstance(values, DenseValues)
         self.scales: dict[str, torch.Tensor] = {}
 

@@ -202,8 +202,8 @@ def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) ->
     for files in task.files:
         try_patterns(files.config_json, names)
     if task.combine is not None:
-        return merge.merge_combination(base, task.files, task.combine, thresholds=task.thresholds, progress=progress)
-    return merge.merge_adapter(base, task.files[0], thresholds=task.thresholds, progress=progress)
+        return merge.merge_combination(base, task.files, task.combine, leeway=task.leeway, progress=progress)
+    return merge.merge_adapter(base, task.files[0], leeway=task.leeway, progress=progress)
 
 
 def _refusal(error: Exception, group: Group | None = None) -> Refusal:

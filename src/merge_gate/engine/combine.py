@@ -5,10 +5,12 @@ In: a base, and what the preflight read of each member. Out: `Loaded`, as of one
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, base_slots, inject, load_weights, targeted_modules
 from merge_gate.engine.peft_config import initialisation_writes_to_base, listing, read_config
@@ -16,7 +18,7 @@ from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
 
 
-def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) -> Loaded:
+def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tensors, ...], combine: Combine) -> Loaded:
     """Load the members onto one scratch and combine them by PEFT's `add_weighted_adapter` (step 3 to 5 for each).
 
     Raises:
@@ -30,17 +32,23 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) ->
         _refuse_lost_settings(name, config)
     model: Any = None
     state: dict[str, torch.Tensor] = {}
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    for name, files, config in zip(names, members, configs, strict=True):
+    arrivals: list[Arrival] = []
+    for name, files, config, tensors in zip(names, members, configs, weights, strict=True):
         if model is None:
             model = inject(scratch, config, base, name)
         else:
             _add(model, name, config)
-        loaded, lost, stray, _ = load_weights(model, base, files, name)
+        injected_anew = partial(_injected, base, config, name)
+        loaded, arrival = load_weights(
+            model,
+            base,
+            files,
+            tensors,
+            adapter_name=name,
+            injected_anew=injected_anew,
+        )
         state.update(loaded)
-        missing += lost
-        unexpected += stray
+        arrivals.append(arrival)
     torch.manual_seed(combine.seed)
     options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
     try:
@@ -58,14 +66,16 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], combine: Combine) ->
         model=model,
         config=model.peft_config[ADAPTER_NAME],
         state=state,
-        model_key={},
-        missing=missing,
-        unexpected=unexpected,
+        arrivals=tuple(arrivals),
         targeted=targeted_modules(model),
         slots=slots,
         sharers=sharers,
         seed=combine.seed if "dare" in combine.method else None,
     )
+
+
+def _injected(base: Base, config: Any, name: str) -> Any:
+    return inject(base.scratch(), config, base, name)
 
 
 def _refuse_lost_settings(name: str, config: Any) -> None:

@@ -19,7 +19,7 @@ import enum
 import functools
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +74,11 @@ class LowRankUpdate:
             return False
         alike = a.dtype == b.dtype and a.device == b.device and a.shape[0] == b.shape[1]
         return alike and (m is None or (is_plain(m) and m.shape == b.shape[:1] and m.device == b.device))
+
+    def to(self, device: torch.device) -> LowRankUpdate:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, lora_a=self.lora_a.to(device), lora_b=self.lora_b.to(device), magnitude=magnitude)
 
     def sampled(self, step: int) -> LowRankUpdate:
         """The update of every `step`-th row of the stored weight."""

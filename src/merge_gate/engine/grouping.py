@@ -16,7 +16,7 @@ from merge_gate.records import Entry, Snapshot
 LIMIT_PER_GIB_S = 180.0
 
 
-def group_by_base(entries: Iterable[tuple[int, Entry]], *, exhaustive: bool) -> tuple[Group, ...]:
+def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple[Group, ...]:
     """Group entries, each with the index of its task, by base, revision, dtype and quantisation."""
     groups: dict[tuple[object, ...], Group] = {}
     for index, entry in entries:
@@ -25,7 +25,7 @@ def group_by_base(entries: Iterable[tuple[int, Entry]], *, exhaustive: bool) -> 
             raise AssertionError("an entry without a base is settled before it is grouped")
         key = (base.directory, base.revision, entry.dtype, quantization)
         group = groups.get(key) or _group(base, entry)
-        task = _task(index, entry, limit_s=_default_limit_s(base.directory), exhaustive=exhaustive)
+        task = _task(index, entry, limit_s=_default_limit_s(base.directory), quick=quick)
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 
@@ -41,14 +41,13 @@ def _group(base: Snapshot, entry: Entry) -> Group:
     )
 
 
-def _task(index: int, entry: Entry, *, limit_s: float, exhaustive: bool) -> Task:
+def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
     spec = entry.prepared.spec
-    thresholds = checks.thresholds(spec)
     return Task(
         index=index,
         files=entry.prepared.members,
         combine=spec.combine,
-        thresholds=replace(thresholds, headroom=0.0) if exhaustive else thresholds,
+        leeway=checks.leeway(spec, quick=quick),
         limit_s=spec.limit_seconds or limit_s,
     )
 

@@ -10,15 +10,16 @@ adapters (peft-facts: `low_cpu_mem_usage=True` rounds float32 factors to the bas
 3. Inject. PEFT chooses the targets.
 4. Before the load writes anything: compare shapes, and give a private copy to every tensor of the base that the file
    overwrites (trained biases, saved embeddings), because PEFT copies into the shared parameter.
-5. Load, then compare names both ways.
+5. Load, then see what arrived, both ways (arrival.py).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -27,8 +28,10 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import nn
 
+from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
 from merge_gate.engine.base import ADAPTER_PREFIX, Base, first_line, named_tensors
 from merge_gate.engine.peft_config import (
     config_type,
@@ -40,13 +43,15 @@ from merge_gate.engine.peft_config import (
 from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Origin, Refusal
 
+WEIGHTS_NAME = "adapter_model.safetensors"
+
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Loaded:
-    """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `model_key` maps the file's names.
+    """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `arrivals`, by member, what came.
 
     `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
     """
@@ -54,35 +59,48 @@ class Loaded:
     model: Any
     config: Any
     state: dict[str, torch.Tensor]
-    model_key: dict[str, str]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
+    arrivals: tuple[Arrival, ...]
     targeted: tuple[str, ...]
     slots: dict[tuple[int, str], str]
     sharers: dict[str, tuple[str, ...]]
     seed: int | None = None
 
 
-def load_adapter(base: Base, files: AdapterFiles) -> Loaded:
+def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     """Load one adapter onto a new scratch of the base.
+
+    Args:
+        base: the loaded base.
+        files: what the preflight read of the adapter.
+        weights: the tensors of its file, by their names there.
 
     Raises:
         Refused: it cannot be loaded, or not all of it would be.
     """
     config = read_config(files)
-    scratch = base.scratch(private=initialisation_writes_to_base(config))
-    _fit_vocabulary(scratch, files)
+
+    def fitted() -> nn.Module:
+        scratch = base.scratch(private=initialisation_writes_to_base(config))
+        _fit_vocabulary(scratch, files)
+        return scratch
+
+    scratch = fitted()
     slots, sharers = base_slots(scratch)
     model = inject(scratch, config, base)
     refuse_lost_wrappers(model, config, files)
-    state, missing, unexpected, model_key = load_weights(model, base, files, ADAPTER_NAME)
+    state, arrival = load_weights(
+        model,
+        base,
+        files,
+        weights,
+        adapter_name=ADAPTER_NAME,
+        injected_anew=lambda: inject(fitted(), config, base),
+    )
     return Loaded(
         model=model,
         config=config,
         state=state,
-        model_key=model_key,
-        missing=missing,
-        unexpected=unexpected,
+        arrivals=(arrival,),
         targeted=targeted_modules(model),
         slots=slots,
         sharers=sharers,
@@ -216,24 +234,27 @@ def _converted_names(model: Any) -> bool:
 
 
 def load_weights(
-    model: Any, base: Base, files: AdapterFiles, adapter_name: str
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """Load the file by PEFT and compare names both ways.
+    model: Any,
+    base: Base,
+    files: AdapterFiles,
+    weights: Tensors,
+    *,
+    adapter_name: str,
+    injected_anew: Callable[[], Any],
+) -> tuple[dict[str, torch.Tensor], Arrival]:
+    """Load the file by PEFT and see what arrived.
 
-    Returns:
-        What was loaded by the model's keys; file names that are missing; file names that nothing uses; and the file's
-        names mapped to the model's keys.
+    Args:
+        model: with the adapter's layers in place.
+        base: of which it is a scratch.
+        files: names the directory.
+        weights: the file's tensors.
+        adapter_name: PEFT's name for it.
+        injected_anew: makes another such model, to see where marked tensors go (arrival.py).
     """
-    promised = promised_names(model, adapter_name)
     with _before_load(model, base) as state:
         try:
-            model.load_adapter(
-                files.directory,
-                adapter_name,
-                is_trainable=False,
-                torch_device="cpu",
-                key_mapping=getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {}),
-            )
+            _load(model, files.directory, adapter_name)
         except Refused:
             raise
         except ImportError as error:
@@ -242,8 +263,26 @@ def load_weights(
             raise
         except Exception as error:  # whatever PEFT, safetensors or pickle raise: the file did not load
             raise Refused(_load_failed(error)) from error
-    missing, unexpected, model_key = _compare(model, promised, state, files, adapter_name)
-    return state, missing, unexpected, model_key
+
+    def load_marked(marked: Tensors) -> Tensors:
+        other = injected_anew()
+        with tempfile.TemporaryDirectory() as directory:
+            save_file({name: tensor.contiguous() for name, tensor in marked.items()}, Path(directory, WEIGHTS_NAME))
+            _load(other, directory, adapter_name)
+        return dict(other.named_parameters(remove_duplicate=False)) | dict(other.named_buffers(remove_duplicate=False))
+
+    return state, compare(model, weights, state, adapter_name, load_marked)
+
+
+def _load(model: Any, directory: str, adapter_name: str) -> None:
+    """As `PeftModel.from_pretrained` does, with its defaults."""
+    model.load_adapter(
+        directory,
+        adapter_name,
+        is_trainable=False,
+        torch_device="cpu",
+        key_mapping=getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {}),
+    )
 
 
 def _load_failed(error: Exception) -> Refusal:
@@ -265,21 +304,6 @@ def _load_failed(error: Exception) -> Refusal:
         hint="save the adapter again with save_pretrained; weights must be tensors only",
         origin=Origin.FILE if check == "file-corrupt" else Origin.CONFIG,
     )
-
-
-def promised_names(model: Any, adapter_name: str) -> dict[str, str]:
-    """Names that the file should hold → the model's key; the key is empty for tensors PEFT makes on saving."""
-    state = model.state_dict()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            saved = peft.get_peft_model_state_dict(
-                model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
-            )
-        except Exception:
-            return {}
-    by_object = {id(tensor): key for key, tensor in state.items()}
-    return {name: by_object.get(id(tensor), "") for name, tensor in saved.items()}
 
 
 @contextmanager
@@ -313,7 +337,7 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
     if not wrong:
         return
     key, got, expected = wrong[0]
-    name = file_name(key)
+    name = file_name(key, ADAPTER_NAME)
     more = f"; {len(wrong) - 1} more tensors do not fit either" if len(wrong) > 1 else ""
     raise Refused(
         Refusal(
@@ -333,49 +357,6 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004
         return "either r in adapter_config.json is not the rank it was trained with, or this is not the adapter's base"
     return "this is not the base that the adapter was trained on"
-
-
-def _compare(
-    model: Any, promised: dict[str, str], state: dict[str, torch.Tensor], files: AdapterFiles, adapter_name: str
-) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """Step 5.
-
-    Renames that PEFT or transformers applied on load are honoured: what was loaded under a promised key is not
-    missing, whatever the file calls it.
-    """
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    loaded = {key for key in state if key in own}
-    filled = {own[key].data_ptr() for key in loaded if own[key].numel()}  # one tensor may go by several names
-    present = [header.name for header in files.tensors] or [file_name(key, adapter_name) for key in state]
-    missing = tuple(
-        sorted(
-            name
-            for name, key in promised.items()
-            if name not in present and (key not in own or (key not in loaded and own[key].data_ptr() not in filled))
-        )
-    )
-    unused = {file_name(key, adapter_name) for key in state if key not in own}
-    model_key = {name: promised.get(name, name) for name in present if name in promised or name in loaded}
-    renamed = any(key in loaded and name not in present for name, key in promised.items())
-    strays: list[str] = []
-    for name in present:
-        plain = file_name(name, adapter_name)
-        if name in model_key:
-            continue
-        if name in unused or plain in unused or not renamed:
-            strays.append(name)
-        else:  # loaded under another name
-            model_key[name] = promised.get(plain, "")
-    return missing, tuple(sorted(strays)), {name: key for name, key in model_key.items() if key}
-
-
-def file_name(key: str, adapter_name: str = ADAPTER_NAME) -> str:
-    """The name in the file of a key of the model: PEFT leaves the adapter's name out on saving."""
-    return (
-        key.replace(f".modules_to_save.{adapter_name}.", ".")
-        .replace(f".{adapter_name}.", ".")
-        .removesuffix(f".{adapter_name}")
-    )
 
 
 _TENSOR_PARTS = ("lora_", "base_layer", "modules_to_save", "token_adapter", "original_module")

@@ -124,6 +124,18 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(_bits(left), _bits(right))
 
 
+def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two dense tensors hold the same values: 0.0 is −0.0, and NaN is NaN."""
+    if left.shape != right.shape:
+        return False
+    if torch.equal(left, right):
+        return True
+    return all(
+        bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for (_, a), (_, b) in zip(_chunks(left), _chunks(right), strict=True)
+    )
+
+
 def unchanged_fraction(left: torch.Tensor, right: torch.Tensor) -> float:
     """Share of the elements whose bits are the same in both tensors (same shape and dtype)."""
     if left.numel() == 0:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from merge_gate.records import (
-    EVERYTHING,
+    NO_LEEWAY,
     AdapterFiles,
     BaseFacts,
     Combine,
     Evidence,
     FileIdentity,
+    Leeway,
     Quantization,
     Refusal,
-    Thresholds,
     record,
 )
 
@@ -28,13 +28,13 @@ DEFAULT_LIMIT_S = 600.0
 class Task:
     """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's.
 
-    `thresholds` are those of `merge.merge_adapter`. `limit_s` is what the load of its base may take, and its merge.
+    `leeway` is that of `merge.merge_adapter`. `limit_s` is what the load of its base may take, and its merge.
     """
 
     index: int
     files: tuple[AdapterFiles, ...]
     combine: Combine | None = None
-    thresholds: Thresholds = EVERYTHING
+    leeway: Leeway = NO_LEEWAY
     limit_s: float = DEFAULT_LIMIT_S
 
 

@@ -6,6 +6,7 @@ scale is not, and it shows only in the values.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,12 +24,20 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     )
 
 
-def _scb(module: nn.Module, weight: Any) -> torch.Tensor | None:
-    """Row scales of an 8-bit weight: on the parameter, or in the module's state once PEFT or a forward moved them."""
+def row_scales(module: nn.Module, weight: Any) -> torch.Tensor | None:
+    """Of an 8-bit weight: on the parameter, or in the module's state once PEFT or a forward moved them; else None."""
+    if type(weight).__name__ != BNB_8BIT:
+        return None
     scale = getattr(weight, "SCB", None)
     if scale is None:
         scale = getattr(getattr(module, "state", None), "SCB", None)
     return scale
+
+
+def elements(tensor: torch.Tensor) -> int:
+    """How many values a tensor stands for: of a 4-bit weight, two for each byte."""
+    state = getattr(tensor, "quant_state", None) if type(tensor).__name__ == BNB_4BIT else None
+    return tensor.numel() if state is None else math.prod(state.shape)
 
 
 def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
@@ -38,7 +47,7 @@ def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
     if type(weight).__name__ == BNB_4BIT:
         values: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
         return values
-    scale = _scb(module, weight)
+    scale = row_scales(module, weight)
     if scale is None:
         return torch.full(tuple(weight.shape), torch.nan)  # a weight without its scales stands for nothing
     rows: torch.Tensor = functional.int8_vectorwise_dequant(weight.data, scale.to(weight.device))
@@ -48,7 +57,7 @@ def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
 def scales(module: nn.Module, weight: Any) -> list[tuple[str, torch.Tensor]]:
     """(suffix, tensor) of every scale that the weight's values depend on."""
     if type(weight).__name__ == BNB_8BIT:
-        scale = _scb(module, weight)
+        scale = row_scales(module, weight)
         return [] if scale is None else [("SCB", scale)]
     state = weight.quant_state
     found = [("absmax", state.absmax), ("quant_map", state.code)]

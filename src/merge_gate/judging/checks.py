@@ -20,23 +20,26 @@ from merge_gate.records import (
     CheckSetting,
     Evidence,
     Finding,
+    Leeway,
     Origin,
     Refusal,
     Severity,
-    Thresholds,
 )
 
 MEASURE_ABOVE = 0.5
 """Values that may be above this share of their dtype's largest are merged one by one, whatever `headroom` says."""
 
 
-def thresholds(spec: AdapterSpec) -> Thresholds:
-    """How exactly the checks of this adapter have to know the figures that they compare with their limits."""
+def leeway(spec: AdapterSpec, *, quick: bool = False) -> Leeway:
+    """What need not be known exactly: an error rests on a measurement, a warning may rest on an estimate.
+
+    With `quick`, a bound may stand for a merge, as long as it stays below the limit of `headroom`.
+    """
     settings = {setting.check: setting for setting in spec.checks}
-    return Thresholds(
-        headroom=min(limit(settings, effect.headroom), MEASURE_ABOVE),
-        delta_norm=limit(settings, effect.delta_norm),
-        rounding_loss=limit(settings, effect.rounding_loss),
+    errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
+    return Leeway(
+        headroom=min(limit(settings, effect.headroom), MEASURE_ABOVE) if quick else 0.0,
+        estimates=not {effect.rounding_loss.id, effect.delta_norm.id} & errors,
     )
 
 

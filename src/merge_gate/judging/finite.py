@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.check import ERROR, Case, Symptom, check, counts
+from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check, counts
 from merge_gate.judging.words import describe_nonfinite, nothing_finite
 from merge_gate.records import BaseFacts, FileTensor, Finding, Origin, Severity, TensorMerge
 from merge_gate.tensor_names import module_of
@@ -28,10 +28,15 @@ def base_nonfinite(case: Case) -> Iterator[Finding]:
 def findings_of_base(base: BaseFacts) -> Iterator[Finding]:
     """Findings about the base alone, before any merge; the report's list of bases has them too."""
     for stats in base.nonfinite:
+        no_limit = stats.is_buffer and not stats.nan  # some models mean by an infinite buffer that there is no limit
         yield base_nonfinite.finding(
-            f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge",
-            "the adapter is not the cause: repair or download the base again, or choose a dtype that holds its values",
+            f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge"
+            + ("; it is a buffer, where infinity can mean that there is no limit" if no_limit else ""),
+            "the adapter is not the cause: repair or download the base again, or choose a dtype that holds its values"
+            if not no_limit
+            else "nothing, if the model's code means it so; else repair or download the base again",
             Origin.BASE,
+            severity=WARNING if no_limit else ERROR,
             module=stats.name.rpartition(".")[0],
             **counts(stats),
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
 from merge_gate.judging.words import are, tensors
-from merge_gate.records import Finding, Origin
+from merge_gate.records import Evidence, Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import listing
 
@@ -24,17 +24,41 @@ from merge_gate.text import listing
 )
 def keys_missing(case: Case) -> Iterator[Finding]:
     missing = case.evidence.missing if case.evidence else ()
-    if missing:
+    if case.evidence and missing:
         yield keys_missing.finding(
-            f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
-            f"{listing(missing)}; PEFT would merge freshly initialised values in their place",
-            "save the adapter again with save_pretrained and upload all of it; if names carry a foreign prefix "
-            "(_orig_mod., module.), unwrap the model before saving",
+            *(_lost_on_loading(case.evidence) if case.evidence.dropped else _not_in_the_file(missing)),
             Origin.ADAPTER,
             module=module_of(missing[0]),
             tensor=missing[0],
             measured=(("missing", float(len(missing))),),
         )
+
+
+def _not_in_the_file(missing: tuple[str, ...]) -> tuple[str, str]:
+    return (
+        (
+            f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
+            f"{listing(missing)}; PEFT would merge freshly initialised values in their place"
+        ),
+        (
+            "save the adapter again with save_pretrained and upload all of it; if names carry a foreign prefix "
+            "(_orig_mod., module.), unwrap the model before saving"
+        ),
+    )
+
+
+def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
+    missing, dropped = evidence.missing, evidence.dropped
+    return (
+        (
+            f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: {listing(missing)}; "
+            f"{len(dropped):,} of them {are(dropped)} in the file, and PEFT loses them on loading"
+        ),
+        (
+            "this release of PEFT renames the tensors of this architecture so that they match nothing: gate and serve "
+            "the adapter with releases of PEFT and transformers that load it"
+        ),
+    )
 
 
 @check(

@@ -137,6 +137,10 @@ def _coverage(files: AdapterFiles, evidence: Evidence | None) -> Coverage:
         applied=0 if refused else tensors - len(evidence.unexpected),
         modules_merged=len(evidence.targeted),
         parameters_checked=evidence.parameters_checked,
+        layers_in_blocks=0 if evidence.differing else evidence.layers_in_blocks,
+        layers_by_peft=evidence.layers_by_peft,
+        layers_witnessed=len(evidence.witnessed),
+        layers_differing=evidence.differing[:10],
         parameters_bounded=evidence.parameters_bounded,
         parameters_total=evidence.parameters_total,
     )

@@ -1,0 +1,77 @@
+"""The account of one adapter: every parameter and persistent buffer of the merged model, and how it was checked.
+
+In: merged tensors as they come, and PEFT's result. Out: a `TensorMerge` for each tensor that is not the base's any
+more, and two sums that must be equal: what the merged model holds, and what was measured. The first is counted in
+PEFT's result, the second by names: of the base's measurements, and of the merges'. Judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.engine import outcome
+from merge_gate.engine.base import Base, named_tensors
+from merge_gate.engine.quantized import elements
+from merge_gate.errors import Refused
+from merge_gate.records import Origin, Refusal, TensorMerge
+
+
+@dataclass(slots=True)
+class Ledger:
+    """`merges` by the base's names; `layers` that changed each; `total` and `checked` count elements."""
+
+    base: Base
+    merges: dict[str, TensorMerge] = field(default_factory=dict)
+    layers: dict[str, list[Any]] = field(default_factory=dict)
+    checked: int = 0
+    total: int = 0
+
+    def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
+        """Enter what a merge made of one tensor; `layer`, where it differs from the base, made it."""
+        self.merges[merge.stats.name] = merge
+        if layer is not None:
+            self.layers.setdefault(merge.stats.name, []).append(layer)
+
+    def close(self, merged: nn.Module) -> None:
+        """Account for PEFT's result; measure what nobody has measured yet (replaced modules, overwritten tensors).
+
+        Raises:
+            Refused: PEFT left a tuner layer in the model.
+        """
+        left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if left is not None:
+            raise Refused(
+                Refusal(check="not-mergeable", message=f"PEFT left {left} unmerged in its result", origin=Origin.MERGE)
+            )
+        for name, module, tensor in named_tensors(merged):
+            self.total += elements(tensor)
+            known = self.base.tensors.get(name)
+            own = known is not None and outcome.shares_storage(known, tensor)
+            if not own and not outcome.is_the_bases(self.base, name, tensor):
+                self.book(outcome.of_tensor(self.base, module, name, tensor))
+            self.checked += self._measured(name)
+
+    def _measured(self, name: str) -> int:
+        """Elements that were measured under this name: in the merge, else with the base."""
+        merge = self.merges.get(name)
+        if merge is not None:
+            return merge.stats.numel
+        stats = self.base.stats.get(name)
+        return stats.numel if stats is not None else 0
+
+    def tied(self, sharers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
+        """Tensors that a layer changed for one module while another module shares them without that adapter."""
+        pairs = []
+        for name, layers in self.layers.items():
+            modules = sharers.get(name, ())
+            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers)
+            if len(modules) > 1 and not whole and self.merges[name].changed:
+                own = name.rpartition(".")[0]
+                pairs.append((name, next((path for path in modules if path != own), modules[-1])))
+        return tuple(pairs)

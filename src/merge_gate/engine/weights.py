@@ -1,0 +1,43 @@
+"""The tensors of an adapter's own file.
+
+In: what the preflight read. Out: tensors by their names, memory-mapped where the file is safetensors, or `Refused`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from merge_gate.errors import Refused
+from merge_gate.records import AdapterFiles, Origin, Refusal
+
+
+def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
+    """Read every tensor of the file; what else a pickle may hold is left out.
+
+    Raises:
+        Refused: the restricted unpickler refuses the file (`file-corrupt`).
+    """
+    if files.weights is None:
+        return {}
+    path = Path(files.directory) / files.weights
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle
+        raise Refused(_unreadable_pickle(error)) from error
+    items = state.items() if isinstance(state, dict) else ()
+    return {name: tensor for name, tensor in items if isinstance(tensor, torch.Tensor)}
+
+
+def _unreadable_pickle(error: Exception) -> Refusal:
+    return Refusal(
+        check="file-corrupt",
+        message=f"the pickled weights are damaged, or hold something else than tensors ({type(error).__name__})",
+        hint="do not load this file; save the adapter as safetensors",
+        origin=Origin.FILE,
+    )

@@ -1,0 +1,42 @@
+"""The merged tensors that the gate measures, kept as they pass: the gate itself drops each after its measurement.
+
+In: a `with` block around a merge. Out: the tensors by the base's names. Nothing of torch, PEFT or the engine is
+replaced: two of the engine's own functions are listened to.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+
+from merge_gate.engine import outcome, plan
+from merge_gate.engine.quantized import dequantized, is_quantized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def kept() -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what will be measured; of a quantised weight, the values it stands for."""
+    seen: dict[str, torch.Tensor] = {}
+    of_tensor, merge_of = outcome.of_tensor, plan._merge
+
+    def measured(base: Any, module: Any, name: str, tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
+        seen[name] = (dequantized(module, tensor) if is_quantized(tensor) else tensor.detach()).clone()
+        return of_tensor(base, module, name, tensor, *more, **named)
+
+    def merge(base: Any, one: Any, weight: torch.Tensor) -> Any:
+        made = merge_of(base, one, weight)
+        blocks = [(block.rows, block.merged.clone()) for block in made.blocks()]
+        whole = torch.empty(one.update.shape, dtype=blocks[0][1].dtype)
+        for rows, values in blocks:
+            whole[rows] = values
+        seen[one.slot.name] = whole
+        return made
+
+    with patch.object(outcome, "of_tensor", measured), patch.object(plan, "_merge", merge):
+        yield seen
