@@ -47,6 +47,7 @@ class Shape:
 class Base:
     """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only.
 
+    `template` is the scratch that the last adapter left as it was, for the next one (template.py).
     The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
     """
 
@@ -55,6 +56,7 @@ class Base:
     tensors: dict[str, torch.Tensor]
     stats: dict[str, TensorStats]
     device: torch.device
+    template: Any = None
     weights: Weights = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
 

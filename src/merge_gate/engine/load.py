@@ -40,6 +40,7 @@ from merge_gate.engine.peft_config import (
     missing_package,
     read_config,
 )
+from merge_gate.engine.template import Template, kind_of, snapshot
 from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Origin, Refusal
 
@@ -64,6 +65,7 @@ class Loaded:
     slots: dict[tuple[int, str], str]
     sharers: dict[str, tuple[str, ...]]
     seed: int | None = None
+    template: Template | None = None
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
@@ -77,33 +79,43 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     Raises:
         Refused: it cannot be loaded, or not all of it would be.
     """
-    config = read_config(files)
-
-    def fitted() -> nn.Module:
-        scratch = base.scratch(private=initialisation_writes_to_base(config))
-        _fit_vocabulary(scratch, files)
-        return scratch
-
-    scratch = fitted()
-    slots, sharers = base_slots(scratch)
-    model = inject(scratch, config, base)
-    refuse_lost_wrappers(model, config, files)
+    template = base.template if base.template is not None and base.template.kind == kind_of(files) else None
+    base.template = None  # it is given back by whoever finds that it can be used again
+    if template is not None:
+        template.renew()
+    made = template or _make_template(base, files)
+    refuse_lost_wrappers(made.model, made.config, files)
     state, arrival = load_weights(
-        model,
+        made.model,
         base,
         files,
         weights,
         adapter_name=ADAPTER_NAME,
-        injected_anew=lambda: inject(fitted(), config, base),
+        injected_anew=lambda: _make_template(base, files).model,
     )
+    if template is not None and arrival.missing:  # what is missing has the values of PEFT's initialisation
+        return load_adapter(base, files, weights)
     return Loaded(
-        model=model,
-        config=config,
+        model=made.model,
+        config=made.config,
         state=state,
         arrivals=(arrival,),
-        targeted=targeted_modules(model),
-        slots=slots,
-        sharers=sharers,
+        targeted=targeted_modules(made.model),
+        slots=made.slots,
+        sharers=made.sharers,
+        template=made if made.holds(set(state)) else None,
+    )
+
+
+def _make_template(base: Base, files: AdapterFiles) -> Template:
+    """Steps 1 to 3."""
+    config = read_config(files)
+    scratch = base.scratch(private=initialisation_writes_to_base(config))
+    _fit_vocabulary(scratch, files)
+    slots, sharers = base_slots(scratch)
+    model = inject(scratch, config, base)
+    return Template(
+        kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
     )
 
 

@@ -102,6 +102,8 @@ def _evidence(
                 loaded = load(weights)
                 walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress, in_blocks=False)
                 walk.run()
+            if not walk.layers_by_peft:
+                base.template = loaded.template
     except Refused as refused:
         return replace(known, refusal=refused.refusal, seconds=time.perf_counter() - started)
     merges = walk.ledger.merges

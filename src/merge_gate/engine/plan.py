@@ -124,8 +124,9 @@ def merge_in_blocks(
         yield one, _measured(base, one, weight, leeway)
 
 
-def agrees(base: Base, one: BlockLayer, theirs: torch.Tensor | None) -> bool:
-    """Whether PEFT's merged tensor has the bits of the blocks, and its scales those of the re-quantised blocks."""
+def agrees(base: Base, one: BlockLayer) -> bool:
+    """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks."""
+    theirs = one.slot.tensor
     if theirs is None:
         return False
     merge = _merge(base, one, one.slot.data.to(base.device))

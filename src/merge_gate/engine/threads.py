@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,14 +46,3 @@ def spread(function: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[O
         return
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(function, todo)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes on one thread, as it does inside `spread`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,8 +13,8 @@ layer of the scratch is wrapped. The wrapper
 3. measures what the layer's tensors have become, in their final dtype;
 4. puts the base's tensors back, so that no more than one layer's copies exist at a time.
 
-Layers that plan.py gives to blocks of rows have been measured before the walk comes to them, all cores at work. Of each
-kind PEFT merges the first one all the same, and must give the same bits: it is the witness. If one of them differs,
+Layers that plan.py gives to blocks of rows have been measured before the walk begins, all cores at work. Of each kind
+PEFT has merged the first one as well, and must have given the same bits: it is the witness. If one of them differs,
 nothing that was done in blocks counts, and the whole adapter takes PEFT's road.
 
 After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
@@ -40,7 +40,7 @@ from merge_gate.engine.measure import dtype_max, measure
 from merge_gate.engine.peft_config import config_type
 from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.quantized import dequantized, is_quantized
-from merge_gate.engine.threads import one_thread
+from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records import Leeway, Origin, Refusal, TensorMerge
 
@@ -66,7 +66,6 @@ class Walk:
     differing: list[str] = field(default_factory=list)
     layers_by_peft: int = 0
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
-    _witnesses: set[int] = field(default_factory=set)
     _turns: Turns = field(init=False)
     _total: int = 0
     _done: int = 0
@@ -89,6 +88,8 @@ class Walk:
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         if self.in_blocks:
             self._merge_in_blocks(layers)
+            if self.differing:
+                return
         for path, layer in layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -104,16 +105,27 @@ class Walk:
 
     def _merge_in_blocks(self, layers: list[tuple[str, Any]]) -> None:
         """All layers that go in blocks, before PEFT's walk; what is not finite there is left to PEFT's own merge."""
-        kinds: set[tuple[object, ...]] = set()
+        witnesses: dict[tuple[object, ...], BlockLayer] = {}
         planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
         for block, merge in merge_in_blocks(self.base, planned, self.leeway):
-            if merge is None:
-                continue
-            self.blocks[id(block.layer)] = block, merge
-            if block.kind not in kinds:
-                kinds.add(block.kind)
-                self._witnesses.add(id(block.layer))
-            self._progressed(block.path)
+            if merge is not None:
+                self.blocks[id(block.layer)] = block, merge
+                witnesses.setdefault(block.kind, block)
+                self._progressed(block.path)
+        for block, same in zip(witnesses.values(), spread(self._witnesses, witnesses.values()), strict=True):
+            (self.witnessed if same else self.differing).append(block.path)
+
+    def _witnesses(self, block: BlockLayer) -> bool:
+        """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
+        slots = slots_of(block.layer, self.loaded.slots)
+        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base.device):
+            try:
+                block.layer.merge(safe_merge=True)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                return False  # PEFT says why, when it merges the whole adapter
+            return agrees(self.base, block)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
@@ -144,9 +156,8 @@ class Walk:
     # --- one layer ---
 
     def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
-        done = self.blocks.get(id(layer))
-        if done is not None and id(layer) not in self._witnesses:
-            self._book_block(*done)
+        if id(layer) in self.blocks:
+            self._book_block(*self.blocks[id(layer)])
             return
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
@@ -159,16 +170,13 @@ class Walk:
                 self._tried(by_peft, safe_merge=False)
             if not safe:
                 self.refused.append(path)
-            if done is not None:
-                self._hear_witness(*done, copies, by_peft)
-            elif layer.get_base_layer() is before:
+            if layer.get_base_layer() is before:
                 self._record(layer, slots, by_peft)
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)
-        if done is None:
-            self.layers_by_peft += 1
-            self._progressed(path)
+        self.layers_by_peft += 1
+        self._progressed(path)
 
     def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
@@ -199,19 +207,6 @@ class Walk:
         """Enter a layer that was merged in blocks, and let PEFT take it for merged."""
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
-        self.ledger.book(merge, block.layer)
-
-    def _hear_witness(
-        self, block: BlockLayer, merge: TensorMerge, copies: PrivateCopies, by_peft: Callable[..., None]
-    ) -> None:
-        """Compare PEFT's merge with the blocks'; once more on one thread, on which the blocks' bits are proved."""
-        same = agrees(self.base, block, block.slot.tensor)
-        if not same:
-            with one_thread():
-                copies.renew()
-                self._tried(by_peft, safe_merge=True)
-            same = agrees(self.base, block, block.slot.tensor)
-        (self.witnessed if same else self.differing).append(block.path)
         self.ledger.book(merge, block.layer)
 
     # --- step 3 ---

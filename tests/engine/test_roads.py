@@ -1,0 +1,272 @@
+"""Each road gives what a user of PEFT gets: untrained, overflowing and lopsided adapters, and a PEFT that is broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from merge_gate.engine.base import Base, load_base
+from merge_gate.engine.merge import merge_adapter
+from merge_gate.engine.shape import shape_for
+from merge_gate.records import Evidence, Leeway, Verdict
+from merge_gate.sources.preflight import preflight
+from tests import methods
+from tests.command import merge_gate, strict_json
+from tests.faults import configure, edit
+from tests.gating import Bench
+from tests.models import ALL_LINEAR, Shelf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+WEIGHTS = "adapter_model.safetensors"
+SAMPLED = Leeway(estimates=True)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(root=tmp_path_factory.mktemp("bench"))
+
+
+def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
+    shape = shape_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    return load_base(str(directory), shape=shape, label="base", dtype=dtype)
+
+
+def evidence_of(base: Path, adapter: Path, dtype: str = "auto", *, leeway: Leeway = SAMPLED) -> Evidence:
+    files = preflight(str(adapter), allow_pickle=False)
+    return merge_adapter(loaded(base, adapter, dtype), files, leeway=leeway)
+
+
+# --- an untrained adapter has no effect ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with zeros of both signs among its weights, as magnitude pruning leaves them."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**methods.DECODER)).eval()
+    for parameter in model.parameters():
+        parameter.data[parameter.data.abs() < parameter.data.abs().median()] *= 0.0
+    assert any(bool(((p == 0) & p.signbit()).any()) for p in model.parameters())
+    directory = tmp_path_factory.mktemp("pruned")
+    model.save_pretrained(directory)
+    return directory
+
+
+UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    "dora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]),
+    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=1, target_modules=["q_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
+    method: str, dtype: str, pruned: Path, tmp_path: Path, bench: Bench
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=getattr(torch, dtype))
+    with methods.quiet():
+        peft.get_peft_model(model, UNTRAINED[method]()).save_pretrained(tmp_path)
+    if method == "fourierft":
+        edit(lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})(tmp_path)
+    judgement = bench.gate.judge(tmp_path, pruned, dtype=dtype)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
+def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
+    """DoRA with B = 0 and magnitudes that training has moved."""
+
+    def only_magnitude(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+
+    shutil.copytree(shelf.adapter("dora"), tmp_path / "dora")
+    edit(only_magnitude)(tmp_path / "dora")
+    judgement = bench.gate.judge(tmp_path / "dora", shelf.base("llama"))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+# --- an error rests on a measurement -------------------------------------------------------------------------------
+
+
+def test_rounding_loss_as_an_error_is_measured_where_a_sample_is_mistaken(shelf: Shelf, tmp_path: Path) -> None:
+    """Rows of two kinds: a delta that survives rounding in few rows, one that does not in the others."""
+    shutil.copytree(shelf.adapter("tall"), tmp_path / "tall")
+
+    def two_kinds(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.normal_(generator=torch.Generator().manual_seed(3)).mul_(1e-5)
+                tensor[::5].mul_(1e-3)
+
+    edit(two_kinds)(tmp_path / "tall")
+    exact = evidence_of(shelf.base("llama-tall"), tmp_path / "tall", "bfloat16", leeway=Leeway())
+    assert not any(merge.estimated for merge in exact.merges)
+    weights = load_file(tmp_path / "tall" / WEIGHTS)
+    base = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama-tall"), dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "tall" / "adapter_config.json").read_text())
+    lost = delta = 0.0
+    for merge in exact.merges:
+        prefix = f"base_model.model.{merge.module}"
+        exact_delta = weights[f"{prefix}.lora_B.weight"].double() @ weights[f"{prefix}.lora_A.weight"].double()
+        exact_delta *= config["lora_alpha"] / config["r"]
+        weight = base.get_submodule(merge.module).weight.detach()
+        merged = weight + exact_delta.to(torch.bfloat16)
+        lost += float((merged.double() - weight.double() - exact_delta).square().sum())
+        delta += float(exact_delta.square().sum())
+    assert exact.lost_share == pytest.approx(math.sqrt(lost / delta), rel=1e-3)
+
+
+# --- beyond the range of floats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora", "embedding"])
+def test_a_scaling_beyond_all_range_fails(variant: str, shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
+    shutil.copytree(shelf.adapter(variant), tmp_path / "vast")
+    configure(lora_alpha=1e200)(tmp_path / "vast")
+    judgement = bench.gate.judge(tmp_path / "vast", shelf.base("llama"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merged-nonfinite"), judgement
+
+
+def test_nan_in_running_statistics_that_the_file_brings_is_the_adapters(tmp_path: Path, bench: Bench) -> None:
+    torch.manual_seed(0)
+    base = transformers.ResNetModel(
+        transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", num_channels=1)
+    )
+    base.save_pretrained(tmp_path / "base")
+    with methods.quiet():
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LNTuningConfig(target_modules=["normalization"]))
+        model.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("running_mean"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
+    judgement = bench.gate.judge(tmp_path / "adapter", tmp_path / "base")
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "adapter-nonfinite"), judgement
+
+
+# --- PEFT is the witness -------------------------------------------------------------------------------------------
+
+BROKEN_MERGE = """
+import importlib.abc, importlib.machinery, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "peft.tuners.lora.layer":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            merge = module.Linear.merge
+
+            def broken(self, *args, **kwargs):
+                merge(self, *args, **kwargs)
+                self.get_base_layer().weight.data[0, 0] = {value}
+
+            module.Linear.merge = broken
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(("value", "verdict"), [("float('nan')", "failed"), ("123.0", "passed")])
+def test_a_peft_that_merges_otherwise_decides(value: str, verdict: str, shelf: Shelf, tmp_path: Path) -> None:
+    """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    (overlay / "sitecustomize.py").write_text(BROKEN_MERGE.replace("{value}", value))
+    work = tmp_path / "work"
+    work.mkdir()
+    entry = {"path": str(shelf.adapter("every-projection")), "base": str(shelf.base("llama"))}
+    (work / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [entry]}))
+    answer = merge_gate("run", "gate.yml", "--output", "out", cwd=work, PYTHONPATH=str(overlay))
+    (adapter,) = strict_json(work / "out" / "report.json")["adapters"]
+    assert adapter["verdict"] == verdict, answer.said
+    coverage = adapter["coverage"]
+    assert coverage["layers_differing"]
+    assert (coverage["layers_in_blocks"], coverage["layers_witnessed"]) == (0, 0)
+    assert coverage["layers_by_peft"] == 2 * len(ALL_LINEAR)
+    if verdict == "failed":
+        assert adapter["cause"] == "merged-nonfinite"
+
+
+def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
+    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama"))
+    shapes = {tuple(model.get_submodule(name).weight.shape) for name in evidence.targeted}
+    assert (evidence.layers_in_blocks, evidence.layers_by_peft) == (len(evidence.targeted), 0)
+    assert len(evidence.witnessed) == len(shapes)
+    assert evidence.differing == ()
+
+
+# --- the next adapter of the same config ---------------------------------------------------------------------------
+
+
+def without(evidence: Evidence) -> Evidence:
+    from dataclasses import replace  # noqa: PLC0415
+
+    return replace(evidence, seconds=0.0)
+
+
+def change(directory: Path, by: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(directory / WEIGHTS)
+    by(tensors)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("variant", ["every-projection", "dora-all-linear", "conv1d", "embedding", "modules-to-save"])
+def test_an_adapter_is_judged_the_same_after_others_of_its_config(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+    """A sound one, one with other values, one that is broken, one that lacks a tensor, and the first again."""
+    from tests.models import VARIANTS  # noqa: PLC0415
+
+    directory = shelf.base(VARIANTS[variant].base)
+    edits: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+        "first": lambda tensors: None,
+        "other": lambda tensors: [tensor.mul_(1.5) for name, tensor in tensors.items() if "_A" in name],
+        "broken": lambda tensors: next(iter(tensors.values())).view(-1).fill_(torch.nan),
+        "lacking": lambda tensors: tensors.pop(next(iter(tensors))),
+        "last": lambda tensors: None,
+    }
+    for name, by in edits.items():
+        shutil.copytree(shelf.adapter(variant), tmp_path / name)
+        change(tmp_path / name, by)
+    together = loaded(directory, tmp_path / "first")
+    for name in edits:
+        files = preflight(str(tmp_path / name), allow_pickle=False)
+        got = merge_adapter(together, files, leeway=SAMPLED)
+        alone = merge_adapter(loaded(directory, tmp_path / name), files, leeway=SAMPLED)
+        assert repr(without(got)) == repr(without(alone)), name
+
+
+def test_what_peft_merged_is_not_left_in_the_base(shelf: Shelf) -> None:
+    adapter = shelf.adapter("dora-all-linear")
+    base = loaded(shelf.base("llama"), adapter)
+    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
+    for _ in range(2):
+        merge_adapter(base, preflight(str(adapter), allow_pickle=False))
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.tensors.items())
