@@ -31,6 +31,10 @@ $(STAMPS)/lint: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
 	touch $@
 
+$(STAMPS)/e2e: $(STAMPS)/e2e
+	$(BIN)/python -m pip install --quiet --editable '.[test,e2e]'
+	touch $@
+
 demo: $(STAMPS)/run
 	$(BIN)/merge-gate demo merge-gate-demo
 
@@ -43,7 +47,7 @@ lint: $(STAMPS)/lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-e2e: $(STAMPS)/test
+e2e: $(STAMPS)/e2e
 	$(BIN)/python -m pytest tests/e2e -m e2e
 
 bench: $(STAMPS)/test

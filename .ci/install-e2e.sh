@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make e2e` needs on a Debian or Ubuntu machine that has neither Docker nor a container registry:
-# podman, Node.js, a Debian base image made with debootstrap, act, and the linters of workflows and Dockerfile.
+# podman, Node.js, a Debian base image made with debootstrap, act, the linters of workflows and Dockerfile, Chromium, and
+# the schema of SARIF.
 #
 #   sudo .ci/install-e2e.sh            # then: make e2e
 #
@@ -18,7 +19,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 # --- Debian packages ---------------------------------------------------------------------------------------------
 declare -A packages=(
   [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
-  [git]=git
+  [git]=git [chromium]=chromium [npm]=npm
 )
 missing=()
 for command in "${!packages[@]}"; do
@@ -40,6 +41,17 @@ if ! cmp -s "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requi
   "$python" -m venv "$home/tools"
   "$home/tools/bin/python" -m pip install -q --require-hashes -r "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt"
   cp "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requirements.txt"
+fi
+
+# --- the schema of SARIF, which an npm package carries --------------------------------------------------------------
+schema=$home/sarif-2.1.0.json
+digest=2d99159ae54a3eea97f81781cff48780548657c35949f4b7f25e99a2ba4de4f8
+if ! echo "$digest  $schema" | sha256sum --check --status 2>/dev/null; then
+  say "the schema of SARIF into $home"
+  package=$(cd "$home" && npm pack --silent @microsoft/jest-sarif@1.0.0-beta.0)
+  tar -C "$home" -xzf "$home/$package" -O package/lib/schemas/sarif-2.1.0-rtm.5.json >"$schema"
+  rm "$home/$package"
+  echo "$digest  $schema" | sha256sum --check --quiet
 fi
 
 # --- the base image: Debian with the Python of this machine in /usr/local, as in the official python images ---------

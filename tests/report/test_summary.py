@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from markdown_it import MarkdownIt
 
-from merge_gate.records import Report, Verdict
+from merge_gate.records import Origin, Report, Verdict
 from merge_gate.report.markdown import code, prose
 from merge_gate.report.summary import LIMIT_BYTES, render
 from tests.report.reports import (
     ATTACKS,
+    BASE,
     EMPTY,
     FAIL,
     FAILED,
+    HALF,
     NAN,
     PASS,
     ROUNDING,
@@ -30,6 +32,7 @@ from tests.report.reports import (
     lines_of,
     report,
     runner_obeys,
+    tensors,
 )
 
 GOLDEN = Path(__file__).parent / "goldens" / "summary.md"
@@ -49,6 +52,7 @@ TAGS = {
     "code",
     "details",
     "summary",
+    "pre",
 }
 
 
@@ -168,6 +172,42 @@ def test_a_thousand_broken_adapters_fit(text: str) -> None:
     assert "more rows; the full list is in `report.json`" in markdown
     assert markdown.count("<details>") == markdown.count("</details>")
     assert f"### ❌ {code(f'{text}0')}" in markdown
+
+
+def test_what_the_files_show_is_said_once_and_not_once_per_dtype() -> None:
+    lfs = dataclasses.replace(NAN, check="file-lfs-pointer", message="a pointer", origin=Origin.FILE)
+    both = [adapter("a", Verdict.FAILED, cause=lfs.check, findings=(lfs,), base=base) for base in (BASE, HALF)]
+    text = render(report(*both))
+    assert text.count("**What is wrong:**") == 1
+    assert "on `./models/base` (bfloat16; float16)" in text
+    other = dataclasses.replace(both[1], findings=(dataclasses.replace(lfs, message="another"),))
+    assert render(report(both[0], other)).count("**What is wrong:**") == 2
+    warned = [adapter("b", findings=(ROUNDING,), base=base) for base in (BASE, HALF)]
+    assert "<summary>1 warning for 2 adapters that passed</summary>" in render(report(*warned))
+
+
+def test_the_worst_adapter_has_a_map() -> None:
+    text = render(FAIL)
+    (drawn,) = re.findall(r"````text\n(.*?)````", text, re.DOTALL)
+    assert drawn.splitlines() == [
+        "  model.layers      0    5",
+        "  self_attn.q_proj  .....N..|",
+        "  mlp.up_proj       ........|",
+    ]
+    assert "````" not in render(PASS)
+
+
+@pytest.mark.parametrize("attack", [attack for attack in ATTACKS if 0 < len(attack) < 100])
+def test_a_hostile_name_cannot_leave_the_map(attack: str) -> None:
+    merges = tuple(
+        dataclasses.replace(one, module=f"{attack}.{n}.{attack}", stats=dataclasses.replace(one.stats, name="w", nan=1))
+        for n, one in enumerate(tensors(2))
+    )
+    text = render(report(adapter("x", Verdict.FAILED, cause=NAN.check, findings=(NAN,), tensors=merges)))
+    seen = Seen(text)
+    assert set(seen.tags) <= TAGS
+    assert seen.tags.count("pre") == 1
+    assert not any(runner_obeys(line) for line in lines_of(text))
 
 
 def test_an_adapter_without_findings_still_says_what_to_do() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from merge_gate.records import Result, Verdict
 from merge_gate.report import words
 from merge_gate.report.markdown import code, plain, prose
+from merge_gate.report.textmap import LEGEND, text_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ _SECTIONS_BYTES = 36 * 1024
 _OTHERS_BYTES = 4 * 1024
 _WARNINGS_BYTES = 5 * 1024
 _BASES_BYTES = 2 * 1024
+_PRECISIONS = 6
 _FULL_LIST = "the full list is in `report.json`"
 
 _RESULT_MARK = {Result.PASS: "✅", Result.FAIL: "❌", Result.ERROR: "⚠️"}
@@ -75,17 +77,24 @@ def _checks(findings: Iterable[Finding]) -> str:
 
 def _sections(report: Report) -> list[str]:
     blocked = [adapter for adapter in words.worst_first(report.adapters) if adapter.verdict is not Verdict.PASSED]
-    kept, left = _fit(map(_section, blocked), len(blocked), _SECTIONS_BYTES)
+    alike = words.alike(blocked)
+    shown = (_section(adapters, with_map=index == 0) for index, adapters in enumerate(alike))
+    kept, left = _fit(shown, len(alike), _SECTIONS_BYTES)
     if left:
         kept.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
     return kept
 
 
-def _section(adapter: AdapterReport) -> str:
+def _section(alike: list[AdapterReport], *, with_map: bool) -> str:
+    """One adapter, in all the dtypes of which the same is so."""
+    adapter = alike[0]
     finding = words.deciding(adapter)
     cause = code(words.cause(adapter), 80)
     title = f"{code(adapter.name)} {words.title(adapter)}" + (f": {cause}" if adapter.verdict is Verdict.FAILED else "")
-    blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(adapter, finding))]
+    blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(alike, finding))]
+    drawn = text_map(adapter) if with_map else []
+    if drawn:
+        blocks.append("\n".join([f"{LEGEND}:", "", "````text", *drawn, "````"]))
     rest = words.others(adapter)
     if rest:
         items = [f"- {other.severity} {_one_finding(other, more)}" for other, more in words.grouped(rest)]
@@ -93,7 +102,8 @@ def _section(adapter: AdapterReport) -> str:
     return "\n\n".join(blocks)
 
 
-def _facts(adapter: AdapterReport, finding: Finding | None) -> list[str]:
+def _facts(alike: list[AdapterReport], finding: Finding | None) -> list[str]:
+    adapter = alike[0]
     if finding is None:
         message, hint = "No finding was recorded.", "Read the job's log, then run the gate again."
     else:
@@ -104,9 +114,13 @@ def _facts(adapter: AdapterReport, finding: Finding | None) -> list[str]:
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
     source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
-    base = f"{code(words.model_name(adapter.base))} ({plain(words.precision(adapter.base))})"
+    base = f"{code(words.model_name(adapter.base))} ({_precisions(alike)})"
     facts.append(f"- **Adapter:** {source} on {base}")
     return facts
+
+
+def _precisions(alike: list[AdapterReport]) -> str:
+    return "; ".join(plain(words.precision(one.base)) for one in alike[:_PRECISIONS])
 
 
 def _place(finding: Finding) -> str:
@@ -124,17 +138,17 @@ def _one_finding(finding: Finding, more: int) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    warned = [(adapter, words.warnings(adapter)) for adapter in report.adapters if adapter.verdict is Verdict.PASSED]
-    warned = [(adapter, found) for adapter, found in warned if found]
-    if not warned:
+    passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED and words.warnings(adapter)]
+    if not passed:
         return []
+    alike = words.alike(passed)
     items = [
-        f"- {code(adapter.name, 80)} ({plain(words.precision(adapter.base))}) {_one_finding(finding, more)}"
-        for adapter, found in warned
-        for finding, more in words.grouped(found)
+        f"- {code(same[0].name, 80)} ({_precisions(same)}) {_one_finding(finding, more)}"
+        for same in alike
+        for finding, more in words.grouped(words.warnings(same[0]))
     ]
-    total = words.counted(sum(len(found) for _, found in warned), "warning")
-    return _details(f"{total} for {words.counted(len(warned), 'adapter')} that passed", items, _WARNINGS_BYTES)
+    total = words.counted(sum(len(words.warnings(same[0])) for same in alike), "warning")
+    return _details(f"{total} for {words.counted(len(passed), 'adapter')} that passed", items, _WARNINGS_BYTES)
 
 
 def _base_findings(report: Report) -> list[str]:

@@ -103,6 +103,15 @@ def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     return [(group[0], len(group) - 1) for group in groups.values()]
 
 
+def alike(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
+    """Entries of one adapter of which the same is so in several dtypes, as what its files show: to be said once."""
+    groups: dict[object, list[AdapterReport]] = {}
+    for adapter in adapters:
+        key = (adapter.name, adapter.source, adapter.base.model, adapter.verdict, adapter.cause, adapter.findings)
+        groups.setdefault(key, []).append(adapter)
+    return list(groups.values())
+
+
 def cause(adapter: AdapterReport) -> str:
     """The check that decided; empty for a passed adapter."""
     if adapter.verdict is Verdict.PASSED:

@@ -1,0 +1,279 @@
+"""The report in a real browser, on a desk and a phone, by day and by night, for 7 adapters and for 500; and SARIF
+against the standard's own schema.
+
+Chromium comes from Debian, axe-core and Playwright from PyPI, the schema from an npm package: .ci/install-e2e.sh.
+Screenshots are left in $MERGE_GATE_SCREENSHOTS where that names a directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+from merge_gate.records import Coverage, TensorMerge, Verdict
+from merge_gate.report import html_report, sarif
+from tests.report import reports
+from tests.report.reports import ATTACKS, CRASH, HALF, NAN, OVERFLOW, PARAMETERS, ROUNDING, adapter, report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from playwright.sync_api import Browser, Page
+
+    from merge_gate.records import AdapterReport, Report
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+OPENS_WITHIN_S = 10.0
+WHOLE = Coverage(
+    adapter_tensors=448, applied=448, modules_merged=224, parameters_checked=PARAMETERS, parameters_total=PARAMETERS
+)
+
+
+def merged(dtype: str = "bfloat16", **broken: str) -> tuple[TensorMerge, ...]:
+    """32 layers of seven target modules, no two figures alike."""
+    (one, _) = reports.tensors(1, dtype)
+    return tuple(
+        dataclasses.replace(
+            one,
+            module=f"model.layers.{layer}.{target}",
+            stats=dataclasses.replace(
+                one.stats,
+                name=f"model.layers.{layer}.{target}.weight",
+                maximum=0.1234567 * (layer + 1),
+                nan=17 if broken.get("nan") == f"{layer}.{target}" else 0,
+                posinf=12 if broken.get("inf") == f"{layer}.{target}" else 0,
+                first_index=(311, 2040) if f"{layer}.{target}" in broken.values() else None,
+            ),
+            delta_norm=0.0123456 * (layer + 1) * (place + 1),
+            lost_norm=0.000123456 * (place + 1),
+        )
+        for layer in range(32)
+        for place, target in enumerate(TARGETS)
+    )
+
+
+def kind_of(index: int) -> AdapterReport:
+    name, whole = f"team-{index:03d}", {"coverage": WHOLE, "line": index + 5}
+    match index % 7:
+        case 1:
+            broken = merged(nan="5.self_attn.q_proj")
+            found = (NAN, ROUNDING)
+            return adapter(name, Verdict.FAILED, cause=NAN.check, findings=found, tensors=broken, **whole)
+        case 3:
+            broken = merged("float16", inf="17.mlp.up_proj")
+            return adapter(
+                name, Verdict.FAILED, cause=OVERFLOW.check, findings=(OVERFLOW,), base=HALF, tensors=broken, **whole
+            )
+        case 4:
+            return adapter(name, Verdict.ERROR, cause="not-judged", findings=(CRASH,), line=index + 5)
+        case 5:
+            return adapter(name, findings=(ROUNDING,), tensors=merged(), **whole)
+        case _:
+            return adapter(name, tensors=merged(), **whole)
+
+
+def fleet(count: int) -> Report:
+    return report(*map(kind_of, range(count)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "no chromium: run .ci/install-e2e.sh first"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclasses.dataclass
+class Visit:
+    """A page that was opened from disk, and what it said and asked for meanwhile."""
+
+    page: Page
+    seconds: float
+    complaints: list[str]
+    requests: list[str]
+
+
+@pytest.fixture
+def visit(browser: Browser, tmp_path: Path) -> Iterator[Any]:
+    contexts = []
+
+    def go(run: Report, size: str = "desktop", scheme: Any = "light") -> Visit:
+        path = tmp_path / "report.html"
+        path.write_text(html_report.render(run), encoding="utf-8")
+        context = browser.new_context(viewport=SIZES[size], color_scheme=scheme)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        seen = Visit(page, 0.0, [], [])
+        page.on("console", lambda message: seen.complaints.append(message.text))
+        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: seen.complaints.append(dialog.message))
+        page.on("request", lambda request: seen.requests.append(request.url))
+        began = time.monotonic()
+        page.goto(path.as_uri())
+        page.locator("#shown").filter(has_text="of").wait_for(state="attached")
+        seen.seconds = time.monotonic() - began
+        return seen
+
+    yield go
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [7, 500])
+def test_it_opens_fast_quietly_and_for_everybody(visit: Any, count: int, size: str, scheme: str) -> None:
+    seen: Visit = visit(fleet(count), size, scheme)
+    page = seen.page
+    assert seen.seconds < OPENS_WITHIN_S
+    assert page.locator("tbody.adapter").count() == count
+    assert page.locator(".opened .heat td[data-index]").count() == 224, "the worst adapter is open, its map drawn"
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"], "nothing sticks out"
+    if directory := os.environ.get("MERGE_GATE_SCREENSHOTS"):
+        page.screenshot(path=str(Path(directory) / f"report-{count}-{size}-{scheme}.png"), full_page=count < 100)
+    if count < 100:
+        serious = [one for one in Axe().run(page).response["violations"] if one["impact"] in {"serious", "critical"}]
+        assert [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in serious] == []
+    assert seen.complaints == []
+    assert [url for url in seen.requests if not url.startswith("file:")] == []
+    assert len(seen.requests) == 1
+
+
+def test_all_of_it_is_reachable_by_keyboard(visit: Any) -> None:
+    page: Page = visit(fleet(7)).page
+    reached: list[str] = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate(
+                "(e => e.dataset.pick ?? e.dataset.sort ?? (e.className || e.id || e.type))(document.activeElement)"
+            )
+        )
+    for wanted in ("failed", "filter", "name", "cause", "open", "radio", "F"):
+        assert wanted in reached, wanted
+    page.locator(".open", has_text="team-003").focus()
+    page.keyboard.press("Enter")
+    opened = page.locator("tbody.opened", has_text="team-003")
+    opened.locator("input[value=state]").focus()
+    page.keyboard.press("ArrowRight")
+    assert opened.locator("input[value=headroom]").is_checked()
+    page.keyboard.press("Tab")
+    if page.evaluate("document.activeElement.className") == "scroll":  # a region that scrolls is a stop of its own
+        page.keyboard.press("Tab")
+    read = opened.locator(".read")
+    assert read.inner_text().startswith("model.layers.0.self_attn.q_proj.weight (2048 x 2048, float16): finite")
+    for key in ["ArrowDown"] * 5 + ["ArrowRight"] * 17:
+        page.keyboard.press(key)
+    assert read.inner_text().startswith("model.layers.17.mlp.up_proj.weight (2048 x 2048, float16): ±Inf; 12 +Inf")
+    page.keyboard.press("Home")
+    assert read.inner_text().startswith("model.layers.0.mlp.up_proj.weight")
+
+
+def test_hover_and_tap_give_the_numbers(visit: Any) -> None:
+    page: Page = visit(fleet(7)).page
+    opened = page.locator("tbody.opened")
+    opened.locator("td[data-index='35']").hover()
+    read = opened.locator(".read")
+    assert read.inner_text() == (
+        "model.layers.5.self_attn.q_proj.weight (2048 x 2048, bfloat16): NaN; 17 NaN, the first at [311, 2040]; "
+        "bounds on the finite values -0.5 to 0.741; headroom used below 0.01 %; ‖ΔW‖/‖W‖ 0.00116; "
+        "rounding loss 0.167 %, estimated by a sample"
+    )
+    opened.locator("td[data-index='36']").click()
+    assert read.inner_text().startswith("model.layers.5.self_attn.k_proj.weight")
+
+
+def test_the_table_sorts_and_filters(visit: Any) -> None:
+    page: Page = visit(fleet(14)).page
+    names = page.locator("tbody.adapter:visible .open")
+    assert names.all_inner_texts()[:3] == ["team-001", "team-003", "team-008"]
+    page.get_by_role("button", name="adapter", exact=True).click()
+    assert names.all_inner_texts() == [f"team-{index:03d}" for index in range(14)]
+    page.get_by_role("button", name="adapter", exact=True).click()
+    assert names.all_inner_texts()[0] == "team-013"
+    page.get_by_role("button", name="failed", exact=True).click()
+    assert sorted(names.all_inner_texts()) == ["team-001", "team-003", "team-008", "team-010"]
+    page.get_by_label("Filter").fill("MERGED-nonfinite team-010")
+    assert names.all_inner_texts() == ["team-010"]
+    assert page.locator("#shown").inner_text() == "1 of 14"
+    page.get_by_label("Filter").fill("no such adapter")
+    assert page.locator("#none").is_visible()
+
+
+def test_an_address_opens_its_adapter_and_paper_shows_what_is_not_cleared(visit: Any) -> None:
+    page: Page = visit(fleet(7)).page
+    page.evaluate("location.hash = '#adapter-5'")
+    page.locator("#adapter-5.opened .heat").wait_for()
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("tbody.opened").count() == 4
+
+
+def test_hostile_names_are_inert(visit: Any) -> None:
+    def evil(text: str, number: int) -> AdapterReport:
+        finding = dataclasses.replace(NAN, message=text, hint=text, tensor=text, module=text, check=text)
+        merges = tuple(
+            dataclasses.replace(
+                merge, module=f"{text}.{at}.q", stats=dataclasses.replace(merge.stats, name=f"{text}.{at}.q.w")
+            )
+            for at, merge in enumerate(reports.tensors(1))
+        )
+        return adapter(
+            f"{number}{text}",
+            Verdict.FAILED,
+            cause=text,
+            findings=(finding,),
+            source=text,
+            revision=text,
+            tensors=merges,
+        )
+
+    attacks = [*ATTACKS, "</script><script>alert(1)</script>", "]]>", "<!--<script>", "{{ 7 * 7 }}", "'-alert(1)-'"]
+    seen: Visit = visit(report(*(evil(text, number) for number, text in enumerate(attacks))))
+    page = seen.page
+    assert page.locator("tbody.adapter").count() == len(attacks)
+    page.evaluate("document.querySelectorAll('.open[aria-expanded=false]').forEach(button => button.click())")
+    assert page.locator("tbody.opened .heat").count() == len(attacks)
+    assert page.locator("main script:not([type='application/json']), main img, main a, iframe").count() == 0
+    assert "49" not in page.locator("tbody.adapter", has_text="7 * 7").first.locator(".open").inner_text()
+    assert seen.complaints == []
+    assert len(seen.requests) == 1
+
+
+def test_without_a_script_everything_is_there_to_read(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(html_report.render(fleet(7)), encoding="utf-8")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    for said in (NAN.message, NAN.hint, "1 NaN, 223 finite", "448 of 448 adapter tensors used"):
+        assert page.get_by_text(said).first.is_visible()
+    context.close()
+
+
+@pytest.mark.parametrize(
+    "run", [fleet(7), reports.EMPTY, reports.PASS, report(*(adapter(text, findings=(NAN,)) for text in ATTACKS))]
+)
+def test_sarif_is_as_the_standard_has_it(home: Path, run: Report) -> None:
+    schema = json.loads((home / "sarif-2.1.0.json").read_text(encoding="utf-8"))
+    jsonschema.validators.validator_for(schema)(schema).validate(json.loads(sarif.render(run)))
