@@ -21,9 +21,9 @@ def test_a_passed_adapter_is_sound_all_the_way() -> None:
 
 
 def test_it_breaks_where_the_cause_lies() -> None:
-    assert [outcome for outcome, _ in told(FAILED)] == ["sound", "broken", "warned", "broken"]
-    assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "broken"]
-    assert told(HALF_FAILED)[3] == ("broken", "of 36 tensors, 1 with ±Inf")
+    assert [outcome for outcome, _ in told(FAILED)] == ["sound", "broken", "warned", "follows"]
+    assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "follows"]
+    assert told(HALF_FAILED)[3] == ("follows", "of 36 tensors, 1 with ±Inf")
     base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
     assert told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))[0] == ("broken", "base-nonfinite")
 

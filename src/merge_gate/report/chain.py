@@ -5,6 +5,7 @@ In: an `AdapterReport`. Out: its four `Stage`s in order. Knows no format.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class Outcome(StrEnum):
-    """How a stage went."""
+    """How a stage went; what breaks after something else broke, follows from it."""
 
     SOUND = "sound"
     WARNED = "warned"
     BROKEN = "broken"
+    FOLLOWS = "follows"
     UNKNOWN = "unknown"
 
 
@@ -52,8 +54,9 @@ def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
         else "",
         "merge": words.counted(adapter.coverage.modules_merged, "module") if merged else "",
     }
-    stages = [_stage(name, adapter, sound[name]) for name in _STAGES]
-    return (*stages, _dtype(adapter))
+    stages = [*(_stage(name, adapter, sound[name]) for name in _STAGES), _dtype(adapter)]
+    broken = [stage for stage in stages if stage.outcome is Outcome.BROKEN]
+    return tuple(replace(stage, outcome=Outcome.FOLLOWS) if stage in broken[1:] else stage for stage in stages)
 
 
 def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:

@@ -1,21 +1,29 @@
 """Text in the columns of a terminal: how wide it is, cut to a width, broken into lines.
 
-In: text on one line and a width in columns. Out: text. Knows nothing of reports or of escape codes.
+In: text on one line and a width in columns. Out: text. Knows nothing of reports or of escape codes. How wide a character
+is, rich knows; it is imported for text beyond ASCII only, so that a log in a job does without it.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
+from typing import TYPE_CHECKING
 
 from merge_gate.report.untrusted import ELLIPSIS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _BREAK_AFTER = re.compile(r"[./\\_:,=-]")
 
 
 def cells(text: str) -> int:
     """Columns that `text` takes: East Asian wide characters take two, combining ones none."""
-    return len(text) if text.isascii() else sum(_cell(character) for character in text)
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 - see above
+
+    return cell_len(text)
 
 
 def cut(text: str, width: int) -> str:
@@ -23,7 +31,7 @@ def cut(text: str, width: int) -> str:
     if cells(text) <= width:
         return text
     tail = (width - 1) // 2
-    return _head(text, width - 1 - tail) + ELLIPSIS + _head(text[::-1], tail)[::-1]
+    return _head(text, width - 1 - tail) + ELLIPSIS + _tail(text, tail)
 
 
 def pad(text: str, width: int) -> str:
@@ -69,15 +77,18 @@ def _pieces(word: str, width: int) -> list[str]:
 
 
 def _head(text: str, width: int) -> str:
-    used = 0
-    for index, character in enumerate(text):
-        used += _cell(character)
-        if used > width:
-            return text[:index]
-    return text
+    """The longest beginning that fits."""
+    return text[: _longest(text, width, lambda length: text[:length])]
 
 
-def _cell(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+def _tail(text: str, width: int) -> str:
+    """The longest end that fits."""
+    length = _longest(text, width, lambda length: text[len(text) - length :])
+    return text[len(text) - length :]
+
+
+def _longest(text: str, width: int, part: Callable[[int], str]) -> int:
+    length = min(len(text), width)
+    while cells(part(length)) > width:
+        length -= 1
+    return length

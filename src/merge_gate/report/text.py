@@ -206,4 +206,4 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
 
 
 def _reports(output_dir: str) -> str:
-    return f"summary.md for people, report.json for programs, in {one_line(output_dir)}"
+    return f"report.html for people, report.json for programs, in {one_line(output_dir)}"
