@@ -1,7 +1,7 @@
 """Text in the columns of a terminal: how wide it is, cut to a width, broken into lines.
 
-In: text on one line and a width in columns. Out: text. Knows nothing of reports or of escape codes. How wide a character
-is, rich knows; it is imported for text beyond ASCII only, so that a log in a job does without it.
+In: text on one line and a width in columns. Out: text. Knows nothing of reports or of escape codes. How wide a
+character is, rich knows; it is imported for text beyond ASCII only, so that a log in a job does without it.
 """
 
 from __future__ import annotations
