@@ -20,6 +20,7 @@ import pytest
 
 from merge_gate.cli import EXIT_CODES, parser
 from merge_gate.errors import ExitCode
+from merge_gate.report.files import FORMATS
 from tests.command import (
     COMMAND,
     Answer,
@@ -354,7 +355,7 @@ def test_where_the_words_go_does_not_change_the_verdict(script: str, place: Path
     report = strict_json(place / REPORT)
     assert report["complete"] is True
     assert report["counts"] == {"passed": 1, "failed": 2, "error": 0}
-    assert {file.name for file in (place / "merge-gate-report").iterdir()} == {"report.json", "summary.md"}
+    assert {file.name for file in (place / "merge-gate-report").iterdir()} == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +638,31 @@ def test_a_signal_after_the_last_word_leaves_the_verdict_standing(
     said = capfd.readouterr().err
     assert "is complete" in said
     assert "no verdict" not in said
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate.yml")
+    answer = merge_gate("run", "gate.yml", cwd=tmp_path)
+    assert answer.code == 2, answer.said
+    assert "named pipe" in answer.err
+
+
+def test_a_directory_whose_name_is_no_text_is_judged_as_any_other(place: Path) -> None:
+    shutil.copytree(place / "adapters" / "good", os.fsdecode(os.fsencode(place) + b"/many/\xff\xfe-adapter"))
+    config = configure(place, "./many/*")
+    answer = merge_gate("run", config, cwd=place)
+    assert answer.code == 0, answer.said
+    (entry,) = report_of(place)["adapters"]
+    assert entry["verdict"] == "passed"
+
+
+def test_a_path_is_found_in_a_locale_without_its_letters(place: Path) -> None:
+    shutil.copytree(place / "adapters" / "good", place / "adaptér")
+    config = place / "gate.yml"
+    config.write_text("version: 1\nadapters: [./adaptér]\n", encoding="utf-8")
+    for changes in ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        answer = merge_gate("check", config, cwd=place, **changes)
+        assert answer.code == 0, answer.said
 
 
 def test_check_can_be_interrupted(place: Path) -> None:

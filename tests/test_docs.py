@@ -297,3 +297,10 @@ def test_every_dependency_has_a_reason() -> None:
 def test_the_number_of_checks_in_the_changelog() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECKS))]
+
+
+def test_each_fault_on_the_page_of_reliability_names_tests_that_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

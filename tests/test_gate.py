@@ -4,7 +4,9 @@ written when, and what an accident costs."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
 from merge_gate.records import AdapterReport, Report, Result, Severity, Verdict
+from merge_gate.report import files
 from merge_gate.sources import inputs, resolve
 from tests.command import merge_gate, strict_json
 from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
@@ -357,6 +360,41 @@ def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
     assert str(out) in caught.value.message
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_disk_that_gives_out_costs_no_verdict(
+    comes_back: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the report is lost, if the disk stays full, and that is not wrong usage (exit code 3)."""
+    broken: list[bool] = []
+    judged: list[str] = []
+    notes: list[str] = []
+    finished: list[Report] = []
+
+    def no_room(*_: object) -> None:
+        if broken and not (comes_back and "nan" in judged):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", no_room)
+    view = Watcher(
+        start=lambda *_: broken.append(True),
+        adapter_done=lambda adapter: judged.append(adapter.name),
+        note=notes.append,
+        finish=lambda report, _: finished.append(report),
+    )
+    config = small(place, "file-corrupt", "good", "nan")
+    if comes_back:
+        report = run_gate(config, device="cpu", output=str(tmp_path), view=view)
+        assert strict_json(tmp_path / "report.json")["complete"] is True
+    else:
+        with pytest.raises(GateError, match=r"the report is lost: .*No space left") as caught:
+            run_gate(config, device="cpu", output=str(tmp_path), view=view)
+        assert caught.value.exit_code == 3
+        assert strict_json(tmp_path / "report.json")["complete"] is False, "the first one, whole"
+        (report,) = finished
+    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.FAILED]
+    assert len([note for note in notes if "judging goes on" in note]) == 1
+
+
 def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., str]) -> Callable[..., Any]:
     def fail(*args: Any, **kwargs: Any) -> Any:
         if named(*args) == name:
@@ -445,6 +483,63 @@ def test_no_verdict_stands_on_a_base_that_changes(moment: str, shelf: Shelf, tmp
     report = run_gate(load_config(str(config)), device="cpu", view=Watcher(**{moment: exchange}))
     assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
     assert any("changed while it was used" in one.message for one in report.adapters[0].findings)
+
+
+def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(shelf: Shelf, tmp_path: Path) -> None:
+    """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory."""
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    for name in ("good", "other"):
+        lay(tmp_path, shelf, name)
+    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in ("good", "other")), base="./base")
+
+    def cut_short(*_: object) -> None:
+        os.truncate(tmp_path / "base" / "model.safetensors", 4096)
+
+    report = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loaded=cut_short))
+    assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
+    for one in report.adapters:
+        assert "memory" not in " ".join(finding.hint for finding in one.findings), told(one)
+
+
+def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path: Path) -> None:
+    """A config of megabytes, each entry of it wrong, and names of megabytes."""
+    lay(tmp_path, shelf, "huge", configure(rank_pattern={f"layer-{number}": -1 for number in range(100_000)}))
+    lay(tmp_path, shelf, "long", configure(rank_pattern={"x" * 3_000_000: "y" * 3_000_000}, peft_type="Z" * 1_000_000))
+    config = write(
+        tmp_path, *({"path": f"./adapters/{name}"} for name in ("huge", "long")), base=str(shelf.base("llama"))
+    )
+    report = run_gate(load_config(str(config)), device="cpu", output=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "report.json").stat().st_size < 1_000_000
+    assert any(finding.message == "and 99,900 more like these" for finding in report.adapters[0].findings)
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "r", "lora_dropout"])
+def test_a_number_that_nothing_holds_is_the_adapters_fault(key: str, shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "huge", configure(**{key: 10**400}))
+    config = write(tmp_path, {"path": "./adapters/huge"}, base=str(shelf.base("llama")))
+    (huge,) = run_gate(load_config(str(config)), device="cpu").adapters
+    assert (huge.verdict, huge.cause) == (Verdict.FAILED, "config-invalid"), told(huge)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"target_modules": "(q_proj"},
+        {"exclude_modules": "[a-"},
+        {"layers_to_transform": [0], "layers_pattern": "(h"},
+        {"rank_pattern": {"q_proj(": 4}},
+        {"alpha_pattern": {"+q_proj": 8}},
+    ],
+    ids=lambda setting: next(reversed(setting)),
+)
+def test_an_expression_that_python_does_not_take_is_the_adapters_fault(
+    setting: dict[str, Any], shelf: Shelf, tmp_path: Path
+) -> None:
+    lay(tmp_path, shelf, "wrong", configure(**setting))
+    config = write(tmp_path, {"path": "./adapters/wrong"}, base=str(shelf.base("llama")))
+    (wrong,) = check_files(load_config(str(config)))
+    assert (wrong.verdict, wrong.cause) == (Verdict.FAILED, "config-invalid"), told(wrong)
+    assert next(reversed(setting)) in wrong.findings[0].message
 
 
 # --- a bound instead of every element ---------------------------------------------------------------------------------

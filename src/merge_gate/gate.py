@@ -115,7 +115,7 @@ class _Run:
         self, config: Config, specs: tuple[AdapterSpec, ...], *, device: str, output: str | None, view: View
     ) -> None:
         self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
-        self._writer = ReportWriter(output)
+        self._writer = ReportWriter(output, view.note)
         self._digests = BaseDigests()
         self._environment = _environment(device)
         self._entries: list[Entry] = []
@@ -126,7 +126,7 @@ class _Run:
         self._finished = False
 
     def run(self, *, quick: bool) -> Report:
-        self._writer.write(self._report())
+        self._writer.write_first(self._report())
         try:
             quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
             with WorkerProcess(quantizes=quantizes) as child:  # it imports while the names become files
@@ -137,7 +137,7 @@ class _Run:
         except BaseException:
             if not self._finished:
                 with contextlib.suppress(GateError):
-                    self._writer.write(self._report())
+                    self._writer.write_last(self._report())
             raise
 
     def _prepare(self, *, quick: bool) -> None:
@@ -227,7 +227,11 @@ class _Run:
         self._digests.wait()
         self._distrust_changed_bases()
         report = self._report(complete=True)
-        self._writer.write(report)
+        try:
+            self._writer.write_last(report)
+        except GateError:
+            self._view.finish(report, "")  # the terminal is all that is left
+            raise
         self._finished = True
         self._view.finish(report, self._output or "")
         return report

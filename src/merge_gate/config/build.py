@@ -310,7 +310,8 @@ def _bad_name(name: str) -> str:
         return "is empty"
     if len(name) > MAX_NAME:
         return f"is longer than {MAX_NAME} characters"
-    return "holds a control character" if has_hidden(name) else ""
+    readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a name on disk may be any bytes
+    return "holds a control character" if has_hidden(readable) else ""
 
 
 def _shown(base: BaseSpec) -> str:

@@ -55,6 +55,8 @@ def config_schema() -> dict[str, Any]:
 
 def _read_bytes(path: str) -> bytes:
     try:
+        if Path(path).is_fifo():  # reading it would wait for somebody to write
+            _refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file")
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

@@ -88,10 +88,11 @@ def last_name(written: str, place: str | None) -> str:
 
 
 def _absolute(written: str, directory: Path) -> Path:
+    on_disk = os.fsdecode(written.encode("utf-8", "surrogateescape"))  # in a locale without UTF-8, another string
     try:
-        return directory / Path(written).expanduser()
+        return directory / Path(on_disk).expanduser()
     except RuntimeError:  # ~name of nobody
-        return directory / written
+        return directory / on_disk
 
 
 def _is_hub_id(written: str, *, owner_needed: bool) -> bool:

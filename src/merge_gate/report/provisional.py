@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from merge_gate.errors import GateError
 from merge_gate.report.files import write_report
 
 if TYPE_CHECKING:
@@ -25,18 +26,38 @@ report after each would take longer than judging them."""
 
 
 class ReportWriter:
-    """Writes to one directory; to none where it is None."""
+    """Writes to one directory; to none where it is None.
 
-    def __init__(self, directory: str | None) -> None:
+    Only the first and the last report must reach it: what goes wrong in between is told, once, and tried again.
+    """
+
+    def __init__(self, directory: str | None, notify: Callable[[str], None]) -> None:
         self._directory = directory
+        self._notify = notify
+        self._is_told = False
         self._pending = False
         self._next_write_s = 0.0
 
-    def write(self, report: Report) -> None:
-        """Write every format, now."""
+    def write_first(self, report: Report) -> None:
+        """Write every format, before anything is judged.
+
+        Raises:
+            UsageError: the directory cannot be used.
+        """
         if self._directory is not None:
             write_report(report, self._directory)
         self._pending = False
+
+    def write_last(self, report: Report) -> None:
+        """Write every format, after all that could be judged.
+
+        Raises:
+            GateError: the directory could be used, and no longer can; that is no wrong usage.
+        """
+        try:
+            self.write_first(report)
+        except GateError as error:
+            raise GateError(f"the report is lost: {error.message}", hint=error.hint) from error
 
     def changed(self) -> None:
         """There is something that is not on disk yet."""
@@ -47,8 +68,16 @@ class ReportWriter:
         began_s = time.monotonic()
         if not self._pending or (began_s < self._next_write_s and not at_once):
             return
-        if self._directory is not None:
-            write_report(current(), self._directory, formats=PROVISIONAL_FORMATS)
-        self._pending = False
+        try:
+            if self._directory is not None:
+                write_report(current(), self._directory, formats=PROVISIONAL_FORMATS)
+            self._pending = False
+        except GateError as error:
+            self._tell(error)
         ended_s = time.monotonic()
         self._next_write_s = ended_s + PAUSE_RATIO * (ended_s - began_s)
+
+    def _tell(self, error: GateError) -> None:
+        if not self._is_told:
+            self._notify(f"{error.message}; judging goes on, and the report is tried again")
+        self._is_told = True
