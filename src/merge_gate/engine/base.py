@@ -139,8 +139,6 @@ def load_base(
         "local_files_only": True,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": None if allow_pickle else True,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # `_replaced` says which of them may be, and names the others
     }
     if shape.num_labels is not None:
         options["num_labels"] = shape.num_labels
@@ -148,7 +146,7 @@ def load_base(
         options["quantization_config"] = _bnb_config(quantization, dtype)
         options["device_map"] = {"": str(target)}
     try:
-        model, loading = getattr(transformers, shape.class_name).from_pretrained(directory, **options)
+        model, mismatched = _from_pretrained(getattr(transformers, shape.class_name), directory, options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"base {label}: out of memory while loading it",
@@ -163,8 +161,26 @@ def load_base(
         raise _not_loaded(error, label, shape) from error
     model.eval()
     model.requires_grad_(requires_grad=False)
-    replaced = _replaced(loading["mismatched_keys"], label, shape)
+    replaced = _replaced(mismatched, label, shape)
     return _measured(model, label=label, revision=revision, quantization=quantization, device=target, replaced=replaced)
+
+
+Mismatches = Iterable[tuple[str, Sequence[int], Sequence[int]]]
+"""Names in a checkpoint, their shapes there, and the shapes that the model needs."""
+
+
+def _from_pretrained(model_class: Any, directory: str, options: dict[str, Any]) -> tuple[Any, Mismatches]:
+    """The model, and what of its checkpoint does not fit: `_replaced` says which of them may be, and names the others.
+
+    A class with a `from_pretrained` of its own takes no pair from the one below it, and refuses what does not fit.
+    """
+    owner = next(one for one in model_class.__mro__ if "from_pretrained" in vars(one))
+    if owner is not transformers.PreTrainedModel and not owner.__module__.startswith("transformers.models.auto."):
+        return model_class.from_pretrained(directory, **options), ()
+    model, loading = model_class.from_pretrained(
+        directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    return model, loading["mismatched_keys"]
 
 
 def _not_loaded(error: Exception, label: str, shape: Shape) -> EngineError:
@@ -184,9 +200,7 @@ def remote_code_refused(what: str) -> EngineError:
     )
 
 
-def _replaced(
-    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], label: str, shape: Shape
-) -> tuple[str, ...]:
+def _replaced(mismatched: Mismatches, label: str, shape: Shape) -> tuple[str, ...]:
     """Names of the head that gave way; any other tensor of another size means that the base is broken."""
     for name, stored, expected in mismatched:
         if expected[0] != shape.num_labels or tuple(stored[1:]) != tuple(expected[1:]):
