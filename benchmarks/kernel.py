@@ -117,6 +117,8 @@ def by_peft(layers: Layers) -> float:
         if base.weight.dtype.is_floating_point:
             torch.isfinite(base.weight).all()
         parameter.data = data
+        if hasattr(parameter, "bnb_quantized"):  # PEFT marks the old one, and bitsandbytes would quantise it again
+            parameter.bnb_quantized = True
         base.weight = parameter
         made.merged_adapters.clear()
     return time.perf_counter() - start
