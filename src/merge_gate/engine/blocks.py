@@ -62,9 +62,15 @@ class BlockMerge:
         self._values, self._update, self._buffers = values, update, buffers
         self.numel = values.shape[0] * values.shape[1]
         self.of = sample_of or self.numel
-        self.dtype = values.dtype
         self.quantized = not isinstance(values, DenseValues)
+        self.dtype = self._final_dtype()
         self.scales: dict[str, torch.Tensor] = {}
+
+    def _final_dtype(self) -> torch.dtype:
+        """Of the merged values: a quantised weight without DoRA is quantised again from the sum, in float32."""
+        if not self.quantized or self._update.magnitude is not None:
+            return self._values.dtype
+        return torch.promote_types(self._values.dtype, self._update.lora_a.dtype)
 
     def __iter__(self) -> Iterator[MergedRows]:
         return self.blocks()

@@ -142,7 +142,7 @@ def _merged_twice(model: Any, _config: Any) -> Iterator[str]:
     """Tied weights that carry an adapter each (trainable tokens excepted: both write the same rows)."""
     seen: set[int] = set()
     for name, layer, base_layer in _layers(model):
-        weight = getattr(base_layer, "weight", None)
+        weight = base_layer._parameters.get("weight")  # a parametrised weight is another object each time
         if weight is None or isinstance(layer, TrainableTokensLayer):
             continue
         if id(weight) in seen:
