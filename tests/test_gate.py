@@ -140,6 +140,19 @@ def test_each_dtype_has_its_own_verdict(judged: dict[tuple[str, str], AdapterRep
     assert judged["dtypes", "float16"].cause == "merged-nonfinite"
 
 
+def test_every_merged_tensor_is_in_the_report(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    for (name, dtype), one in judged.items():
+        assert len({merge.stats.name for merge in one.tensors}) == len(one.tensors), name
+        assert len({merge.module for merge in one.tensors}) == one.coverage.modules_merged, name
+        assert {merge.stats.dtype for merge in one.tensors} <= {dtype}
+    broken = {merge.module for merge in judged["nan", "float32"].tensors if merge.stats.nan}
+    assert (
+        broken == {one.module for one in judged["nan", "float32"].findings if one.check == "merged-nonfinite"} != set()
+    )
+    assert all(merge.changed for merge in judged["good", "float32"].tensors)
+    assert judged["file-lfs-pointer-off", "float32"].tensors == ()
+
+
 @pytest.mark.parametrize("name", ["nan-unchecked", "nan-warned"])
 def test_a_nan_fails_whatever_is_switched_off(name: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
     one = judged[name, "float32"]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from merge_gate.records import TensorMerge
-from merge_gate.report.grid import State, blocks, count_states, state
+from merge_gate.report.grid import State, blocks, count_states, states
 from tests.report.reports import tensors
 
 ONE = tensors(1)[0]
@@ -53,5 +53,11 @@ def test_the_worst_state_counts() -> None:
         merge("d"),
         merge("e"),
     )
-    assert [state(one) for one in merges] == [State.NAN, State.INF, State.NO_EFFECT, State.FINITE, State.FINITE]
+    assert states(merges) == [State.NAN, State.INF, State.NO_EFFECT, State.FINITE, State.FINITE]
     assert count_states(merges) == [(State.NAN, 1), (State.INF, 1), (State.NO_EFFECT, 1), (State.FINITE, 2)]
+
+
+def test_a_bias_that_is_not_trained_is_not_without_effect() -> None:
+    bias = dataclasses.replace(merge("a", "bias"), changed=False)
+    assert states((merge("a"), bias)) == [State.FINITE, State.UNTOUCHED]
+    assert states((dataclasses.replace(merge("a"), changed=False), bias)) == [State.NO_EFFECT, State.NO_EFFECT]

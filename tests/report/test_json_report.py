@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -44,6 +45,13 @@ def test_the_schema_file_is_what_the_code_says() -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         file.write_text(json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert json.loads(file.read_text(encoding="utf-8")) == report_schema(), "run this test with UPDATE_GOLDENS=1"
+
+
+def test_golden() -> None:
+    text, golden = render(FAIL), Path(__file__).parent / "goldens" / "report.json"
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
 
 
 def test_keys_stand_as_the_contract_has_them() -> None:

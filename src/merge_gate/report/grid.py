@@ -25,6 +25,7 @@ class State(StrEnum):
     INF = "±Inf"
     NO_EFFECT = "no effect"
     FINITE = "finite"
+    UNTOUCHED = "untouched"
 
 
 @record
@@ -41,19 +42,30 @@ class Block:
     places: tuple[tuple[int, int, int], ...]
 
 
-def state(merge: TensorMerge) -> State:
-    """The worst that is so of the tensor."""
+def states(merges: Iterable[TensorMerge]) -> list[State]:
+    """The worst that is so of each tensor.
+
+    A tensor that kept its bits beside one of its module that did not (a bias beside its weight) was not meant to change.
+    """
+    known = tuple(merges)
+    with_effect = {merge.module for merge in known if merge.changed}
+    return [_state(merge, with_effect) for merge in known]
+
+
+def _state(merge: TensorMerge, with_effect: set[str]) -> State:
     if merge.stats.nan:
         return State.NAN
     if merge.stats.posinf or merge.stats.neginf:
         return State.INF
-    return State.FINITE if merge.changed else State.NO_EFFECT
+    if merge.changed:
+        return State.FINITE
+    return State.UNTOUCHED if merge.module in with_effect else State.NO_EFFECT
 
 
 def count_states(merges: Iterable[TensorMerge]) -> list[tuple[State, int]]:
     """How many tensors are in each state, the worst first; states of none are left out."""
-    states = [state(merge) for merge in merges]
-    return [(one, states.count(one)) for one in State if one in states]
+    found = states(merges)
+    return [(one, found.count(one)) for one in State if one in found]
 
 
 def blocks(merges: tuple[TensorMerge, ...]) -> tuple[Block, ...]:

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from merge_gate.records import Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.chain import chain
-from merge_gate.report.grid import State, blocks, count_states, state
+from merge_gate.report.grid import State, blocks, count_states, states
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 2000
 _DIGITS = 3
-_LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F"}
+_LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
 _PLACES = 20
 
 
@@ -161,7 +161,7 @@ class _Layouts:
             return None
         return {
             "layout": self._number(merges),
-            "state": "".join(_LETTERS[state(merge)] for merge in merges),
+            "state": "".join(_LETTERS[state] for state in states(merges)),
             "low": [_short(merge.stats.minimum) for merge in merges],
             "high": [_short(merge.stats.maximum) for merge in merges],
             "ratio": [_short(merge.delta_ratio) for merge in merges],

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merge_gate.report.grid import Block, State, blocks, state
+from merge_gate.report.grid import Block, State, blocks, states
 from merge_gate.report.untrusted import inert, one_line
 
 if TYPE_CHECKING:
     from merge_gate.records import AdapterReport
 
-MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "0", State.FINITE: "."}
+MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "0", State.FINITE: ".", State.UNTOUCHED: " "}
 LEGEND = "N NaN, I ±Inf, 0 no effect, . finite, blank untouched"
 _WIDEST_NAME = 40
 _MOST_LAYERS = 128
@@ -23,7 +23,7 @@ _TICK = 5
 
 def text_map(adapter: AdapterReport) -> list[str]:
     """Layers across, target modules down, those with trouble first where there are many; empty where all is finite."""
-    marks = [MARKS[state(merge)] for merge in adapter.tensors]
+    marks = [MARKS[state] for state in states(adapter.tensors)]
     for block in blocks(adapter.tensors):
         if any(marks[index] in "NI" for index, _, _ in block.places):
             return [inert(line) for line in _drawn(block, marks)]

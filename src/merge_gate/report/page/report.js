@@ -88,7 +88,7 @@
 
     // --- maps ---------------------------------------------------------------------------------------------------------
 
-    const STATES = { N: ["N", "NaN"], I: ["∞", "±Inf"], U: ["0", "no effect"], F: ["", "finite"] };
+    const STATES = { N: ["N", "NaN"], I: ["∞", "±Inf"], U: ["0", "no effect"], F: ["", "finite"], V: ["", "untouched"] };
     const figure = (value) => (value === null || value === undefined ? "not measured" : String(value));
     const share = (value) => {
       if (value === null || value === undefined) return "not measured";
@@ -136,7 +136,7 @@
         list.append(entry);
       };
       if (kind === "state") {
-        for (const [letter, [mark, label]] of Object.entries(STATES)) item(letter, mark, label);
+        for (const letter of "NIUF") item(letter, ...STATES[letter]);
       } else {
         const [low, high] = KINDS[kind].ends;
         const entry = make("li");
@@ -150,8 +150,9 @@
       const index = Number(cell.dataset.index);
       cell.style.background = "";
       const [mark] = STATES[data.state[index]];
-      if (kind === "state" || mark === "N" || mark === "∞") {
-        cell.className = data.state[index];
+      const untouched = data.state[index] === "V";
+      if (kind === "state" || untouched || mark === "N" || mark === "∞") {
+        cell.className = untouched ? "void" : data.state[index];
         cell.textContent = mark;
         return;
       }
