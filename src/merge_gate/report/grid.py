@@ -45,7 +45,7 @@ class Block:
 def states(merges: Iterable[TensorMerge]) -> list[State]:
     """The worst that is so of each tensor.
 
-    A tensor that kept its bits beside one of its module that did not (a bias beside its weight) was not meant to change.
+    One that kept its bits beside another of its module that did not (a bias beside its weight) was not meant to change.
     """
     known = tuple(merges)
     with_effect = {merge.module for merge in known if merge.changed}
