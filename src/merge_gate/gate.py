@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from merge_gate import __version__
 from merge_gate.engine.grouping import group_by_base
+from merge_gate.engine.memory import MemoryGroup, too_large
 from merge_gate.engine.pinned import base_changed
 from merge_gate.engine.process import WorkerProcess
 from merge_gate.engine.protocol import (
@@ -153,8 +154,11 @@ class _Run:
             else:
                 self._settle(index, report)
         self._groups = group_by_base(to_merge, quick=quick)
+        free_bytes = MemoryGroup().free_bytes()
         for group in self._groups:
             self._digests.start(group.directory)
+            if said := too_large(group.label, group.directory, free_bytes):
+                self._view.note(said)
         self._catch_up(at_once=True)
 
     def _job(self) -> Job:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.engine.memory import MemoryGroup
+from merge_gate.engine.memory import MemoryGroup, too_large
 
 GIB = 2**30
 
@@ -58,3 +58,21 @@ def test_where_the_system_does_not_tell_nothing_is_known(text: str | None, tmp_p
         (tmp_path / "proc").write_text(text)
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
     assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (None, None, None)
+
+
+@pytest.mark.parametrize(("limit", "free"), [(None, 3 * GIB), (2 * GIB, 2 * GIB), (4 * GIB, 3 * GIB)])
+def test_what_is_free_is_the_smaller_of_machine_and_group(limit: int | None, free: int, tmp_path: Path) -> None:
+    lay(tmp_path, {"proc": "0::/\n", "meminfo": f"MemTotal: 9 kB\nMemAvailable:   {3 * GIB // 1024} kB\n"})
+    lay(tmp_path, {"sys/memory.events": "oom_kill 0\n", "sys/memory.max": f"{limit or 'max'}\n"})
+    assert MemoryGroup(tmp_path / "proc", tmp_path / "sys", tmp_path / "meminfo").free_bytes() == free
+    assert MemoryGroup(tmp_path / "none", tmp_path / "none", tmp_path / "none").free_bytes() is None
+
+
+def test_a_base_that_may_not_fit_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 2000)
+    said = too_large("acme/base", str(tmp_path), 1999)
+    assert said is not None
+    assert said.startswith("base acme/base has 0.0 GiB, and 0.0 GiB of memory are free")
+    assert too_large("acme/base", str(tmp_path), 2000) is None
+    assert too_large("acme/base", str(tmp_path), None) is None
+    assert too_large("acme/base", str(tmp_path / "absent"), 0) is None

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PROC, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+from merge_gate.identity import base_identity
+
+_PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # version 1 writes a very large number where there is no limit
 
 
 class MemoryGroup:
     """The control group of this process, which its children share."""
 
-    def __init__(self, proc: Path = _PROC, root: Path = _ROOT) -> None:
+    def __init__(self, proc: Path = _PROC, root: Path = _ROOT, meminfo: Path = _MEMINFO) -> None:
         self._directory, self._version = _find(proc, root)
+        self._meminfo = meminfo
 
     def kills(self) -> int | None:
         """Processes of the group that were killed for want of memory so far."""
@@ -35,6 +38,11 @@ class MemoryGroup:
         """What the group may use; None where there is no limit."""
         limit = self._number("memory.max" if self._version == 2 else "memory.limit_in_bytes")  # noqa: PLR2004
         return limit if limit is not None and limit < _UNLIMITED else None
+
+    def free_bytes(self) -> int | None:
+        """What a new process may hope for: what the machine has available, and no more than the group may use."""
+        limits = [one for one in (_available_bytes(self._meminfo), self.limit_bytes()) if one is not None]
+        return min(limits, default=None)
 
     def _number(self, name: str) -> int | None:
         text = self._text(name).strip()
@@ -64,6 +72,29 @@ def _find(proc: Path, root: Path) -> tuple[Path | None, int]:
 
 def _existing(root: Path, path: str, name: str) -> Path | None:
     return next((one for one in (root / path.lstrip("/"), root) if (one / name).exists()), None)
+
+
+def _available_bytes(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(found) * 1024 if found is not None else None
+
+
+def too_large(label: str, directory: str, free_bytes: int | None) -> str | None:
+    """What is to be said of a base whose files are larger than the memory that is free; None where they are not."""
+    try:
+        size_bytes = sum(file.size_bytes for file in base_identity(directory))
+    except OSError:  # the worker says what is wrong with it
+        return None
+    if free_bytes is None or size_bytes <= free_bytes:
+        return None
+    return (
+        f"base {label} has {gibibytes(size_bytes)}, and {gibibytes(free_bytes)} of memory are free here: it is mapped "
+        "from disk where its dtype stays as stored, and is slow then; in another dtype it may not fit"
+    )
 
 
 def gibibytes(count: int) -> str:

@@ -274,7 +274,7 @@ def _dangling(name: str) -> Finding:
 
 def _unreadable(path: str, error: OSError) -> EngineError:
     return EngineError(
-        f"{path} cannot be read: {error.strerror or error}",
+        f"{shown(Path(path).name)} cannot be read: {error.strerror or error}",
         hint="Check that the user who runs the gate may read it, and that the disk is healthy.",
     )
 
