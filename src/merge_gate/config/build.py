@@ -23,7 +23,7 @@ from merge_gate.config.model import (
 from merge_gate.config.nearest import nearest
 from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
 from merge_gate.config.positions import Document, Loc
-from merge_gate.config.problems import Entry, Problems
+from merge_gate.config.problems import Problems
 from merge_gate.judging.table import CHECKS
 from merge_gate.records import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, Quantization, Severity
 from merge_gate.text import has_hidden, listing, quoted
@@ -91,14 +91,14 @@ class _Build:
             revision=entry.revision,
             base=self.default_base if "combine" in keys else self._base((*loc, "base"), self.default_base),
             checks=tuple(self._checks((*loc, "checks"), self.default_checks).values()),
-            expect=self._expect((*loc, "expect")),
+            expect=self._expect((*loc, "expect"), entry.expect) if entry.expect else None,
             line=line,
             column=column,
         )
         if entry.path and "combine" not in keys:
             yield from self._from_path(loc, draft, entry.path)
         elif "combine" in keys and "path" not in keys:
-            yield from self._from_combine(loc, draft)
+            yield from self._from_combine(loc, draft, entry.combine)
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:
         try:
@@ -131,14 +131,13 @@ class _Build:
             self._claim(loc, spec)
             yield spec
 
-    def _from_combine(self, loc: Loc, draft: AdapterSpec) -> Iterator[AdapterSpec]:
+    def _from_combine(self, loc: Loc, draft: AdapterSpec, entry: CombineEntry | None) -> Iterator[AdapterSpec]:
         """The members are looked up later, in `_combination`."""
         for key, why in (("revision", "it has no files of its own"), ("expect", "state it of the members")):
             if self.problems.is_there((*loc, key)):
                 self.report(loc, f'"{key}" has no meaning for a combination', why, key=key)
         if not self.problems.is_there((*loc, "name")):
             self.report(loc, 'a combination needs a "name"', "it is what the report calls it", key="combine")
-        entry = self._whole(CombineEntry, (*loc, "combine"))
         if entry is None:
             return
         self._check_combine((*loc, "combine"), entry)
@@ -273,10 +272,7 @@ class _Build:
             self.report(loc, f"{quoted(below.check)} is empty", "give it a severity or a limit")
         return replace(below, severity=severity, limit=below.limit if entry.limit is None else float(entry.limit))
 
-    def _expect(self, loc: Loc) -> Expect | None:
-        entry = self._whole(ExpectEntry, loc)
-        if entry is None:
-            return None
+    def _expect(self, loc: Loc, entry: ExpectEntry) -> Expect:
         if self.problems.document.get(loc) == {}:
             self.report(loc, '"expect" is empty', "state something, or remove it")
         digests: dict[str, str] = entry.sha256 or {}
@@ -298,10 +294,6 @@ class _Build:
         """The list or mapping at `loc`; an empty one where there is none."""
         value = self.problems.document.get(loc) if self.problems.is_there(loc) else None
         return value if isinstance(value, kind) else kind()
-
-    def _whole(self, model: type[Entry], loc: Loc) -> Entry | None:
-        """The model at `loc` if nothing in it is wrong."""
-        return None if loc in self.problems.wrong else self.problems.part(model, loc)
 
 
 def _bad_name(name: str) -> str:

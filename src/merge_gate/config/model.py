@@ -8,7 +8,7 @@ pydantic takes as long to import as the rest of the command line together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -88,10 +88,33 @@ class Model(BaseModel):
     @classmethod
     def part(cls, data: dict[str, Any]) -> Self | None:
         """A model of values that have been found right; None where one is missing that must be there."""
-        fields = cls.model_fields.items()
-        if any(field.is_required() and (field.alias or name) not in data for name, field in fields):
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        if any(field.is_required() and key not in data for key, field in fields.items()):
             return None
-        return cls.model_construct(**data)
+        inner = {key: _model_in(field.annotation) for key, field in fields.items()}
+        values: dict[str, Any] = dict(data)
+        for key, model in inner.items():
+            if model is not None and isinstance(data.get(key), str | dict):
+                values[key] = model.part(model.long(data[key]))
+        return cls.model_construct(None, **values)
+
+
+def _model_in(annotation: Any, through: tuple[type, ...] = ()) -> type[Model] | None:
+    """The model that a field holds; where it is a list or mapping of models, None or, `through` these, the model."""
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        return annotation
+    origin = get_origin(annotation)
+    inner = () if origin in {list, dict} and origin not in through else get_args(annotation)
+    return next((model for one in inner if (model := _model_in(one, through))), None)
+
+
+def keys_at(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys that the mapping at `loc` of a file may have."""
+    model: type[Model] = FileEntry
+    for step in loc:
+        field = model.model_fields.get(str(step))
+        model = (field and _model_in(field.annotation, through=(list, dict))) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 class BaseEntry(Model):

@@ -12,16 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from merge_gate.config.model import (
-    PATTERNS,
-    AdapterEntry,
-    BaseEntry,
-    CheckEntry,
-    CombineEntry,
-    ExpectEntry,
-    FileEntry,
-    Model,
-)
+from merge_gate.config.model import PATTERNS, FileEntry, Model, keys_at
 from merge_gate.config.nearest import nearest
 from merge_gate.config.positions import Document, Loc, Plain
 from merge_gate.errors import ConfigError
@@ -30,13 +21,6 @@ from merge_gate.text import quoted
 
 Entry = TypeVar("Entry", bound=Model)
 
-_MODELS: dict[str, type[Model]] = {
-    "base": BaseEntry,
-    "adapters": AdapterEntry,
-    "combine": CombineEntry,
-    "expect": ExpectEntry,
-    "checks": CheckEntry,
-}
 _MISSING = {"version": "write version: 1", "adapters": "list the adapters to judge"}
 _EMPTY = {"adapters": "a gate that checks nothing proves nothing: list at least one adapter"}
 _KINDS = {
@@ -116,7 +100,7 @@ class Problems:
     def _translate(self, error: Mapping[str, Any]) -> None:
         loc: Loc = error["loc"]
         if error["type"] == "extra_forbidden":
-            self.report_unknown(loc[:-1], str(loc[-1]), _keys_at(loc[:-1]), "key")
+            self.report_unknown(loc[:-1], str(loc[-1]), keys_at(loc[:-1]), "key")
         elif error["type"] == "missing":
             place = self.document.locate(loc[:-1])[1]
             if isinstance(self.document.get(place), dict):
@@ -135,14 +119,6 @@ class Problems:
             is_hidden = any(loc[:depth] in unknown for depth in range(1, len(loc) + 1))
             if value is None and node not in self.document.broken and not is_hidden:
                 self.report(loc, f"{label(loc)} has no value", "give it one, or remove it")
-
-
-def _keys_at(loc: Loc) -> list[str]:
-    """The keys that the mapping at `loc` may have."""
-    model: type[Model] = FileEntry
-    for step in loc:
-        model = _MODELS.get(str(step), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
