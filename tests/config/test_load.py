@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from peft.tuners.lora.model import LoraModel
 
 from merge_gate.config.load import MAX_BYTES, config_schema, load_config
-from merge_gate.config.model import METHODS, AdapterEntry, BaseEntry, CombineEntry, Dtype, ExpectEntry, FileEntry
+from merge_gate.config.model import (
+    METHODS,
+    AdapterEntry,
+    BaseEntry,
+    CombineEntry,
+    Dtype,
+    ExpectEntry,
+    FileEntry,
+)
 from merge_gate.config.positions import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.table import CHECKS
@@ -721,10 +729,32 @@ def test_the_documented_table_of_checks_is_the_real_one() -> None:
     held(DOCS, "checks", checks_table())
 
 
+KINDS = {"string": "text", "integer": "whole number", "array": "list", "object": "mapping"}
+
+
+def kinds(schema: dict) -> list[str]:
+    """The types of a value in words, each once."""
+    if "const" in schema:
+        return [f"`{schema['const']}`"]
+    if "enum" in schema:
+        return ["text"]
+    inner = [kind for one in schema.get("anyOf", ()) for kind in kinds(one)]
+    return list(dict.fromkeys(inner)) or [KINDS.get(schema.get("type", "object"), schema.get("type", "mapping"))]
+
+
+def keys_table(model: type) -> str:
+    whole = config_schema()
+    schema = whole if model is FileEntry else whole["$defs"][model.__name__]
+    rows = ["| key | type | meaning |", "|---|---|---|"]
+    for key, facts in schema["properties"].items():
+        needed = "Required. " if key in schema.get("required", ()) else ""
+        rows.append(f"| `{key}` | {' or '.join(kinds(facts))} | {needed}{facts['description']} |")
+    return "\n".join(rows)
+
+
 @pytest.mark.parametrize("model", [FileEntry, BaseEntry, AdapterEntry, CombineEntry, ExpectEntry])
-def test_every_key_is_documented(model: type) -> None:
-    for name, field in model.model_fields.items():
-        assert f"| `{field.alias or name}` |" in DOCS.read_text()
+def test_every_key_is_documented_as_a_table_of_the_models(model: type) -> None:
+    held(DOCS, f"keys of {model.__name__}", keys_table(model))
 
 
 def test_the_tables_rules() -> None:

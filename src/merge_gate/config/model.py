@@ -122,17 +122,18 @@ class BaseEntry(Model):
 
     model: Text | None = Field(
         None,
-        description="A directory (relative to this file) or a Hub id. Without it, each adapter's own "
-        "adapter_config.json names its base.",
+        description="A directory (relative to this file), or a Hub id where no such directory exists. Without it, each "
+        "adapter's own adapter_config.json names its base.",
     )
     revision: Text | None = Field(
         None,
-        description="Hub commit, tag or branch. A commit is the safest. Put it in quotes where it could be a number.",
+        description="Hub commit, tag or branch; only with a Hub id. A commit is the safest. Put it in quotes where it "
+        "could be a number. Default: the Hub's default branch.",
     )
     dtype: Dtypes | None = Field(
         None,
-        description="The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list of them, each of "
-        "which is checked. Default: auto.",
+        description="The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list of them without "
+        "repetition: each is checked and has its own entry in the report. Default: auto.",
     )
     quantization: Literal["none", "bnb-8bit", "bnb-4bit"] | None = Field(
         None, description="How the base is quantised before the merge: none, bnb-8bit or bnb-4bit. Default: none."
@@ -172,7 +173,7 @@ class ExpectEntry(Model):
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     peft_type: Annotated[str, Field(pattern=PEFT_TYPE, max_length=MAX_NAME)] | None = Field(
-        None, description="The adapter's PEFT type, such as LORA."
+        None, description="The PEFT type, such as LORA; upper and lower case are the same."
     )
     r: Annotated[int, Field(ge=1)] | None = Field(None, description="The adapter's rank.")
     lora_alpha: Number | None = Field(None, description="The adapter's alpha.")
@@ -183,7 +184,7 @@ class ExpectEntry(Model):
             Field(min_length=1),
         ]
         | None
-    ) = Field(None, description="SHA-256 digests of files in the adapter's directory, by file name.")
+    ) = Field(None, description="SHA-256 digests of files, by name relative to the adapter's directory.")
 
 
 class CombineEntry(Model):
@@ -205,20 +206,25 @@ class CombineEntry(Model):
         }
     )
 
-    method: Method = Field(description="The method of PEFT's add_weighted_adapter.")
+    method: Method = Field(description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
     adapters: Annotated[
         list[Name], Field(min_length=1, max_length=MAX_MEMBERS, json_schema_extra={"uniqueItems": True})
     ] = Field(
-        description="The names of the adapters to combine; each is listed under adapters and is not a combination."
+        description="The names of the adapters to combine, at most 100: each is listed under adapters, on the same "
+        "base, and is not a combination."
     )
     weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = Field(
         description="One weight per adapter, in their order."
     )
     density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        None, description="The share of values that pruning keeps. Needed by ties, dare and magnitude_prune methods."
+        None,
+        description="The share of values that pruning keeps, above 0, at most 1. Needed by the methods ties, dare and "
+        "magnitude_prune, not allowed with the others.",
     )
     majority_sign_method: Literal["total", "frequency"] | None = Field(
-        None, description="How ties methods elect a sign: by total or by frequency. Default: total."
+        None,
+        description="How a sign is elected: by total or by frequency. Only with ties and dare_ties methods. Default: "
+        "total.",
     )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         0, description="Seed of the random methods (dare_*), recorded in the report. Default: 0."
@@ -238,18 +244,24 @@ class AdapterEntry(Model):
     )
 
     name: Name | None = Field(
-        None, description="Name in the report. Default: the last part of the path or Hub id. Must be unique."
+        None,
+        description="Name in the report, at most 200 characters. Every name is unique. Needed with combine, not allowed "
+        "with a glob. Default: the last part of the path or Hub id.",
     )
     path: Text | None = Field(
         None,
         description="A directory (relative to this file), a glob over directories, or a Hub id owner/name.",
     )
-    combine: CombineEntry | None = Field(None, description="Judge a weighted combination of other listed adapters.")
-    revision: Text | None = Field(None, description="Hub commit, tag or branch of the adapter.")
+    combine: CombineEntry | None = Field(
+        None, description="Judge a weighted combination of other listed adapters; in place of path."
+    )
+    revision: Text | None = Field(
+        None, description="Hub commit, tag or branch; only with a Hub id. Default: the Hub's default branch."
+    )
     base: Base | None = Field(None, description="The base of this adapter; what is not given comes from the default.")
     checks: Checks | None = Field(None, description="Checks of this adapter, laid over the file's.")
     expect: ExpectEntry | None = Field(
-        None, description="What must be so of this adapter; anything else is expectation-failed."
+        None, description="What must be so of this adapter; anything else is expectation-failed. Not with combine."
     )
 
     @classmethod
