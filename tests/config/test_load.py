@@ -29,6 +29,7 @@ from merge_gate.config.model import (
     Dtype,
     ExpectEntry,
     FileEntry,
+    LimitsEntry,
 )
 from merge_gate.config.positions import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
@@ -182,6 +183,12 @@ checks: {headroom: {severity: error, limit: 0.9}, delta-norm: error}
     (spec,) = load(place, text).adapters
     assert (severity(spec, "headroom"), limit(spec, "headroom")) == (Severity.WARNING, 0.9)
     assert (severity(spec, "delta-norm"), limit(spec, "delta-norm")) == (Severity.ERROR, 0.001)
+
+
+def test_an_adapters_limit_stands_in_place_of_the_files(place: Path) -> None:
+    text = "version: 1\nadapters: [./a/x, {path: ./adapters/billing, limits: {seconds: 2.5}}]\n"
+    assert [spec.limit_seconds for spec in load(place, text).adapters] == [None, 2.5]
+    assert [spec.limit_seconds for spec in load(place, text + "limits: {seconds: 60}\n").adapters] == [60.0, 2.5]
 
 
 def test_a_directory_wins_over_the_hub(place: Path) -> None:
@@ -370,6 +377,12 @@ WRONG: dict[str, tuple[str, str]] = {
     "merged-nonfinite off": (LIST + "checks: {merged-nonfinite: off}\n", '3:28: "merged-nonfinite" cannot be switched off'),
     "base-nonfinite lowered": (LIST + "checks: {base-nonfinite: {severity: warning}}\n", '3:37: "base-nonfinite" cannot be lowered to warning'),
     "switched off for one": (ENTRY + "checks: {base-nonfinite: 'off'}\n", '4:30: "base-nonfinite" cannot be switched off'),
+    # limits
+    "limits as number": (LIST + "limits: 60\n", '3:9: "limits" must be a mapping, got the number 60'),
+    "no limits": (LIST + "limits: {}\n", '3:9: "limits" is empty'),
+    "no time": (LIST + "limits: {seconds: 0}\n", '3:19: "seconds" must be greater than 0, got the number 0'),
+    "endless": (ENTRY + "limits: {seconds: .inf}\n", '4:23: "seconds" must be a finite number'),
+    "minutes": (ENTRY + "limits: {minutes: 1}\n", '4:14: unknown key "minutes" (known here: seconds)'),
     # expect
     "expect nothing": (ENTRY + "expect: {}\n", '4:13: "expect" is empty'),
     "unknown expectation": (ENTRY + "expect: {alpha: 1}\n", '4:14: unknown key "alpha" (did you mean "lora_alpha"?)'),
@@ -752,7 +765,7 @@ def keys_table(model: type) -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("model", [FileEntry, BaseEntry, AdapterEntry, CombineEntry, ExpectEntry])
+@pytest.mark.parametrize("model", [FileEntry, BaseEntry, AdapterEntry, CombineEntry, ExpectEntry, LimitsEntry])
 def test_every_key_is_documented_as_a_table_of_the_models(model: type) -> None:
     held(DOCS, f"keys of {model.__name__}", keys_table(model))
 

@@ -19,6 +19,7 @@ from merge_gate.config.model import (
     CheckEntry,
     CombineEntry,
     ExpectEntry,
+    LimitsEntry,
 )
 from merge_gate.config.nearest import nearest
 from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
@@ -60,6 +61,7 @@ class _Build:
             for check, default in CHECKS.items()
         }
         self.default_checks = self._checks(("checks",), defaults)
+        self.default_limit = self._limit_seconds(("limits",), None)
 
     def adapters(self) -> tuple[AdapterSpec, ...]:
         """Build all entries; combinations last, since they refer to the others. The order is the file's."""
@@ -92,6 +94,7 @@ class _Build:
             base=self.default_base if "combine" in keys else self._base((*loc, "base"), self.default_base),
             checks=tuple(self._checks((*loc, "checks"), self.default_checks).values()),
             expect=self._expect((*loc, "expect"), entry.expect) if entry.expect else None,
+            limit_seconds=self._limit_seconds((*loc, "limits"), self.default_limit),
             line=line,
             column=column,
         )
@@ -271,6 +274,12 @@ class _Build:
         if self.problems.document.get(loc) == {}:
             self.report(loc, f"{quoted(below.check)} is empty", "give it a severity or a limit")
         return replace(below, severity=severity, limit=below.limit if entry.limit is None else float(entry.limit))
+
+    def _limit_seconds(self, loc: Loc, below: float | None) -> float | None:
+        entry = self.problems.part(LimitsEntry, loc)
+        if self.problems.is_there(loc) and self.problems.document.get(loc) == {}:
+            self.report(loc, '"limits" is empty', "give it seconds, or remove it")
+        return float(entry.seconds) if entry and entry.seconds is not None else below
 
     def _expect(self, loc: Loc, entry: ExpectEntry) -> Expect:
         if self.problems.document.get(loc) == {}:

@@ -167,6 +167,18 @@ class CheckEntry(Model):
 Checks = dict[str, Annotated[CheckEntry, Short({"enum": SEVERITY_WORDS})]]
 
 
+class LimitsEntry(Model):
+    """What one adapter may cost."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    seconds: Annotated[Number, Field(gt=0)] | None = Field(
+        None,
+        description="How long the worker may take over one adapter; one that takes longer is not judged. Default: a "
+        "limit that grows with the base.",
+    )
+
+
 class ExpectEntry(Model):
     """What must be so of the adapter."""
 
@@ -260,6 +272,7 @@ class AdapterEntry(Model):
     )
     base: Base | None = Field(None, description="The base of this adapter; what is not given comes from the default.")
     checks: Checks | None = Field(None, description="Checks of this adapter, laid over the file's.")
+    limits: LimitsEntry | None = Field(None, description="Limits of this adapter, laid over the file's.")
     expect: ExpectEntry | None = Field(
         None, description="What must be so of this adapter; anything else is expectation-failed. Not with combine."
     )
@@ -288,6 +301,7 @@ class FileEntry(Model):
     checks: Checks | None = Field(
         None, description="Severity of each check (error, warning or off), or a mapping with severity and limit."
     )
+    limits: LimitsEntry | None = Field(None, description="What each adapter may cost.")
     allow_pickle: bool = Field(
         False,
         alias="allow-pickle",
