@@ -257,8 +257,8 @@ class AdapterEntry(Model):
 
     name: Name | None = Field(
         None,
-        description="Name in the report, at most 200 characters. Every name is unique. Needed with combine, not allowed "
-        "with a glob. Default: the last part of the path or Hub id.",
+        description="Name in the report, at most 200 characters. Every name is unique. Needed with combine, not "
+        "allowed with a glob. Default: the last part of the path or Hub id.",
     )
     path: Text | None = Field(
         None,

@@ -15,6 +15,7 @@ from merge_gate.errors import UsageError
 from merge_gate.records import AdapterReport, BaseReport, Environment, Report, Result, Verdict, record, told
 from merge_gate.report.fields import Json, UnreadableError, dump, load
 from merge_gate.report.untrusted import one_line
+from merge_gate.text import is_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,10 +25,7 @@ TOOL = "merge-gate"
 
 # Escaped although JSON does not ask for it: characters that hide or reorder text in a terminal, and the one sequence
 # that a GitHub runner obeys anywhere in a log line. So `cat report.json` in a job is harmless; parsers see no change.
-_UNSAFE = re.compile(
-    "[\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-    r"|#(?=\[)"
-)
+_MAYBE_UNSAFE = re.compile(r"[^\n -~]|#(?=\[)")
 # A table without rows, as the layout below leaves it. No text holds it: there, a quote has a backslash before it.
 _NO_ROWS = re.compile(r'^( *)"rows": \[\]', re.MULTILINE)
 
@@ -92,7 +90,13 @@ def render(report: Report) -> str:
     tables = [_rows_taken(adapter["tensors"]) for adapter in document["adapters"]]
     text = json.dumps(document, allow_nan=False, ensure_ascii=False, indent=2)
     text = _with_rows(text, tables)
-    return _UNSAFE.sub(lambda match: json.dumps(match[0]).strip('"') if match[0] != "#" else "\\u0023", text) + "\n"
+    return _MAYBE_UNSAFE.sub(_escaped, text) + "\n"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    if match[0] == "#":
+        return "\\u0023"
+    return json.dumps(match[0]).strip('"') if is_hidden(match[0]) else match[0]
 
 
 def _rows_taken(table: Json) -> list[Json]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from merge_gate.text import is_hidden
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
-# Control, format (bidi overrides, zero width), surrogate, private, line and paragraph separators.
-_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-# Letters that show as nothing: Hangul fillers, and the blank braille cell.
-_BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+# Beside what is hidden: characters that are nobody's, or that fonts show as they like.
+_UNKNOWN_CATEGORIES = frozenset({"Co", "Cn"})
 # Marks that stack on one letter beyond this many are dropped: they would climb over other lines.
 _MARKS_PER_LETTER = 4
 
@@ -65,7 +65,7 @@ def _visible(text: str) -> str:
         marks = marks + 1 if unicodedata.combining(character) else 0
         if marks > _MARKS_PER_LETTER:
             continue
-        hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _BLANK_LETTERS
+        hidden = is_hidden(character) or unicodedata.category(character) in _UNKNOWN_CATEGORIES
         blank = unicodedata.category(character) == "Zs"  # a no-break space and its like are blanks to a reader
         shown.append(REPLACEMENT if hidden else " " if blank else character)
     return "".join(shown)

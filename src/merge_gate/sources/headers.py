@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.records import TensorHeader
+from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,8 +67,7 @@ class LfsPointer:
 
 def shown(text: str) -> str:
     """Hostile text for a message: quoted, control characters escaped, cut to a readable length."""
-    cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
-    return repr(cut)
+    return quoted(text, _SHOWN_CHARACTERS, "'")
 
 
 def open_regular(path: str) -> BufferedReader:

@@ -138,9 +138,7 @@ def _is_there(directory: str, name: str) -> bool:
 
 def _missing(listing: _Listing, what: str) -> Finding:
     names = listing.everything
-    some = ", ".join(shown(name) for name in sorted(names)[:_LISTED])
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    holds = f"the directory holds {some}{more}" if names else "the directory is empty"
+    holds = f"the directory holds {listing(map(shown, sorted(names)), _LISTED)}" if names else "the directory is empty"
     return _file_finding("file-missing", f"{what}: {holds}", _advise_missing(listing))
 
 

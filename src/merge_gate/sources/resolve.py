@@ -21,6 +21,7 @@ from merge_gate.records import AdapterSpec, Snapshot
 from merge_gate.sources import adapter_config
 from merge_gate.sources.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.sources.preflight import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -181,9 +182,8 @@ def _choose_format(plain: set[str], single: str, index: str) -> tuple[str, ...]:
 
 
 def _describe_no_weights(plain: set[str], name: str) -> str:
-    some = ", ".join(shown(n) for n in sorted(plain)[:_LISTED])
-    more = f" and {len(plain) - _LISTED} more" if len(plain) > _LISTED else ""
-    return f"the base {shown(name)} has no {_MODEL} and no {_MODEL_INDEX}; it holds {some or 'nothing'}{more}"
+    some = listing(map(shown, sorted(plain)), _LISTED) or "nothing"
+    return f"the base {shown(name)} has no {_MODEL} and no {_MODEL_INDEX}; it holds {some}"
 
 
 def _advise_no_weights(plain: set[str]) -> str:
