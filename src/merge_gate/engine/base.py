@@ -27,9 +27,6 @@ from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
 from merge_gate.records import BaseFacts, Quantization, TensorStats
 
-ADAPTER_PREFIX = "base_model.model."
-"""What PEFT puts before the base's names in an adapter's file."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:

@@ -13,9 +13,10 @@ import torch
 from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, base_slots, inject, load_weights, targeted_modules
-from merge_gate.engine.peft_config import initialisation_writes_to_base, listing, read_config
+from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
 from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+from merge_gate.text import listing
 
 
 def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tensors, ...], combine: Combine) -> Loaded:
@@ -121,7 +122,7 @@ def _not_combinable(error: Exception, combine: Combine) -> Refusal:
     return Refusal(
         check="not-mergeable",
         message=(
-            f"PEFT cannot combine {listing(combine.adapters)} by {combine.method}: "
+            f"PEFT cannot combine {listing(combine.adapters, 6)} by {combine.method}: "
             f"{type(error).__name__}: {first_line(error)}"
         ),
         hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",

@@ -18,6 +18,8 @@ from torch import nn
 from merge_gate.engine.quantized import BNB_4BIT, is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records import Origin, Refusal
+from merge_gate.tensor_names import ADAPTER_PREFIX
+from merge_gate.text import listing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
     for rule in rules:
         places = list(rule.where(model, config))
         if places:
-            named = f" (in {places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})" if places[0] else ""
+            named = f" (in {listing(places, 1)})" if places[0] else ""
             raise Refused(
                 Refusal(
                     check="not-mergeable",
@@ -76,7 +78,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """(base's name, tuner layer, its base layer)."""
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            yield path.removeprefix("base_model.model."), module, module.get_base_layer()
+            yield path.removeprefix(ADAPTER_PREFIX), module, module.get_base_layer()
 
 
 def _quantized(layer: nn.Module) -> bool:

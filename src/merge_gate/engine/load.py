@@ -32,17 +32,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
-from merge_gate.engine.base import ADAPTER_PREFIX, Base, first_line, named_tensors
+from merge_gate.engine.base import Base, first_line, named_tensors
 from merge_gate.engine.peft_config import (
     config_type,
     initialisation_writes_to_base,
-    listing,
     missing_package,
     read_config,
 )
 from merge_gate.engine.template import Template, kind_of, snapshot
 from merge_gate.errors import Refused
 from merge_gate.records import AdapterFiles, Origin, Refusal
+from merge_gate.tensor_names import ADAPTER_PREFIX, module_of
+from merge_gate.text import listing
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -229,10 +230,10 @@ def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
                 check="keys-missing",
                 message=(
                     f"adapter_config.json promises fully trained modules (modules_to_save {config.modules_to_save!r} "
-                    f"or trainable tokens), but the file lacks {listing(lost)}"
+                    f"or trainable tokens), but the file lacks {listing(lost, 6)}"
                 )
                 if getattr(config, "modules_to_save", None)
-                else f"the file lacks {listing(lost)}, which the config promises",
+                else f"the file lacks {listing(lost, 6)}, which the config promises",
                 hint="save the adapter again with save_pretrained, and check that the upload was complete",
                 tensor=lost[0],
                 origin=Origin.ADAPTER,
@@ -369,18 +370,6 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004
         return "either r in adapter_config.json is not the rank it was trained with, or this is not the adapter's base"
     return "this is not the base that the adapter was trained on"
-
-
-_TENSOR_PARTS = ("lora_", "base_layer", "modules_to_save", "token_adapter", "original_module")
-
-
-def module_of(name: str) -> str:
-    """The base's module that a tensor of an adapter's file belongs to, from its name."""
-    parts = name.removeprefix(ADAPTER_PREFIX).split(".")
-    for position, part in enumerate(parts):
-        if part.startswith(_TENSOR_PARTS):
-            return ".".join(parts[:position])
-    return ".".join(parts[:-1])
 
 
 def targeted_modules(model: Any) -> tuple[str, ...]:

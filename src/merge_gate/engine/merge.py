@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from merge_gate.engine.base import ADAPTER_PREFIX, Base
+from merge_gate.engine.base import Base
 from merge_gate.engine.combine import combined
 from merge_gate.engine.defects import refuse_wrong_merges
 from merge_gate.engine.load import Loaded, load_adapter
@@ -29,6 +29,7 @@ from merge_gate.engine.walk import Progress, Walk
 from merge_gate.engine.weights import read_weights
 from merge_gate.errors import Refused
 from merge_gate.records import NO_LEEWAY, AdapterFiles, Combine, Evidence, FileTensor, Leeway, TensorMerge
+from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 def merge_adapter(

@@ -110,9 +110,3 @@ def initialisation_writes_to_base(config: Any) -> bool:
 def config_type(config: Any) -> str:
     """`LORA`, from an enum member or a string."""
     return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def listing(names: list[str] | tuple[str, ...], most: int = LISTED) -> str:
-    """`a, b, c and 4 more`."""
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers
 
-from merge_gate.engine.base import ADAPTER_PREFIX, Shape, first_line, remote_code_refused
+from merge_gate.engine.base import Shape, first_line, remote_code_refused
 from merge_gate.errors import EngineError
 from merge_gate.records import AdapterFiles
+from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

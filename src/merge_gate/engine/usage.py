@@ -13,12 +13,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.base import ADAPTER_PREFIX, Base
+from merge_gate.engine.base import Base
 from merge_gate.engine.copies import PrivateCopies, Slot, slots_of
 from merge_gate.engine.load import Loaded
 from merge_gate.engine.measure import same_bits
 from merge_gate.engine.quantized import dequantized, is_quantized
 from merge_gate.records import FileTensor, TensorStats
+from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
 def with_use(base: Base, loaded: Loaded, measured: Iterable[TensorStats]) -> tuple[FileTensor, ...]:

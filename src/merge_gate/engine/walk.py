@@ -32,7 +32,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate.engine import outcome
-from merge_gate.engine.base import ADAPTER_PREFIX, Base, first_line
+from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.copies import PrivateCopies, Slot, Turns, slots_of
 from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
@@ -43,6 +43,7 @@ from merge_gate.engine.quantized import dequantized, is_quantized
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records import Leeway, Origin, Refusal, TensorMerge
+from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
 """Called with layers merged, layers in all, and the layer's name."""

@@ -34,6 +34,7 @@ from merge_gate.sources.headers import (
     shown,
 )
 from merge_gate.sources.pickled import read_pickled
+from merge_gate.text import listing as in_a_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -138,7 +139,8 @@ def _is_there(directory: str, name: str) -> bool:
 
 def _missing(listing: _Listing, what: str) -> Finding:
     names = listing.everything
-    holds = f"the directory holds {listing(map(shown, sorted(names)), _LISTED)}" if names else "the directory is empty"
+    some = in_a_sentence(map(shown, sorted(names)), _LISTED)
+    holds = f"the directory holds {some}" if names else "the directory is empty"
     return _file_finding("file-missing", f"{what}: {holds}", _advise_missing(listing))
 
 

@@ -1,0 +1,55 @@
+"""What a reader does not see, and how foreign text and lists stand in a sentence."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+import pytest
+
+from merge_gate.report.json_report import render
+from merge_gate.report.untrusted import one_line
+from merge_gate.text import has_hidden, is_hidden, listing, quoted
+from tests.report.reports import adapter, report
+
+HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
+
+
+def test_what_is_hidden() -> None:
+    for (
+        character
+    ) in "\0\t\n\x1b\x7f\x85\u00ad\u061c\u180e\u200b\u202e\u2066\u2028\ufeff\ufff9\U000e0041\ud800\u115f\u3164\u2800":
+        assert is_hidden(character), repr(character)
+    for character in "a ~ß名é\u0301🙂\ue000":
+        assert not is_hidden(character), repr(character)
+
+
+def test_every_place_means_the_same_by_it() -> None:
+    """What the configuration refuses is what the report replaces for people and escapes for programs."""
+    for character in HIDDEN:
+        assert has_hidden(f"a{character}b")
+        assert character not in quoted(character)
+        assert character not in one_line(f"a{character}b")
+    shown = [character for character in HIDDEN if character != "\n" and unicodedata.category(character) != "Cs"]
+    text = render(report(adapter("a" + "".join(shown))))
+    assert [character for character in shown if character in text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", '"plain"'),
+        ("a\nb", '"a\\nb"'),
+        ("\u202eb", '"\\u202eb"'),
+        ("\u3164", '"\\u3164"'),
+        ("x" * 99, f'"{"x" * 59}…"'),
+    ],
+)
+def test_quoted_text_is_short_and_visible(text: str, shown: str) -> None:
+    assert quoted(text) == shown
+
+
+def test_a_list_says_how_many_it_leaves_out() -> None:
+    assert listing([]) == ""
+    assert listing(["a", "b"], 2) == "a, b"
+    assert listing((str(n) for n in range(2000)), 2) == "0, 1 and 1,998 more"
