@@ -19,7 +19,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 # --- Debian packages ---------------------------------------------------------------------------------------------
 declare -A packages=(
   [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
-  [git]=git [chromium]=chromium [npm]=npm
+  [git]=git [chromium]=chromium [npm]=npm [newuidmap]=uidmap [openssl]=openssl
 )
 missing=()
 for command in "${!packages[@]}"; do

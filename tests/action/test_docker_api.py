@@ -84,6 +84,8 @@ def test_an_error_in_the_midst_of_a_pull() -> None:
         ("unresolvable CDI devices nvidia.com/gpu=0", "0", r"the GPUs asked for \(0\)", "CDI"),
         ("unresolvable CDI devices nvidia.com/gpu=0", "", "cannot be made: unresolvable", ""),
         ("invalid mount config: bind source path does not exist: /x", "", "does not exist: /x", "runtime: native"),
+        ("no matching manifest for linux/arm64/v8 in the manifest list", "", "no matching manifest", "for amd64"),
+        ("exec /opt/merge-gate/bin/python: exec format error", "", "exec format error", "Dockerfile"),
         ("no space left on device", "", "cannot be made: no space left", ""),
     ],
 )

@@ -191,6 +191,18 @@ def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path:
     assert action._summary(inputs, Outcome("pass", report("pass"))) == ""
 
 
+def test_a_server_without_artifacts_keeps_the_report(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
+    inputs.output.mkdir()
+    on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
+    assert action._tell(inputs, Outcome("pass", report("pass")), action._Heard(), on_premises) == 0
+    assert outputs(environ)["upload"] == "false"
+    assert outputs(environ)["report-path"] == str(inputs.output)
+    assert "::warning title=merge-gate::github.acme.example is GitHub Enterprise Server" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_cancelled_job_gets_its_outputs_and_a_true_report(environ: dict[str, str], number: signal.Signals) -> None:
     workspace = Path(environ["GITHUB_WORKSPACE"])

@@ -182,3 +182,36 @@ def test_a_long_summary_is_cut_at_a_line(tmp_path: Path) -> None:
 def test_without_files_of_a_runner_nothing_is_written() -> None:
     workflow.write_outputs("", {"result": "pass"})
     workflow.write_summary("", "text")
+
+
+@pytest.mark.parametrize(
+    ("server", "has_artifacts"),
+    [
+        ("https://github.com", True),
+        ("https://acme.ghe.com", True),
+        ("", True),
+        ("https://github.acme.example", False),
+        ("https://github.com.example", False),
+    ],
+)
+def test_a_server_without_artifacts_is_named(server: str, has_artifacts: bool) -> None:
+    said = workflow.missing_artifacts(server)
+    assert (said == "") is has_artifacts
+    assert has_artifacts or "report-path" in said
+
+
+def test_paths_are_no_patterns() -> None:
+    paths = [Path("/w/reports [gpu]/report.json"), Path("/w/a*b?/c\\d")]
+    assert workflow.literal_patterns(paths) == "/w/reports \\[gpu]/report.json\n/w/a\\*b\\?/c\\\\d"
+
+
+def test_problems_of_the_configuration_are_annotated_at_their_lines() -> None:
+    stream = io.BytesIO()
+    log = workflow.Log(stream, config="gate/a.yml")
+    log.write(b"gate/a.yml:3:5: adapters: unknown key\nother.yml:1:1: no\n x gate/a.yml:3:5: no\ngate/a.yml:9:1: :")
+    log.close()
+    assert log.places == [("3", "5", "adapters: unknown key"), ("9", "1", ":")]
+    first, _second = (decode(line) for line in workflow.annotate_config(log.places, "gate/a.yml"))
+    assert first[1] == {"file": "gate/a.yml", "line": "3", "col": "5", "title": "merge-gate: configuration"}
+    assert first[2] == "adapters: unknown key"
+    assert workflow.annotate_config(log.places, "") == []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import venv
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,6 +151,23 @@ def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> I
     finally:
         service.terminate()
         service.wait(10)
+
+
+def as_user(uid: int, function) -> int:
+    """Call `function` in a child that has become `uid`, and return the exit code that it returned."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            code = function()
+        except Exception:  # noqa: BLE001 # whatever it is, the child ends here
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(scope="session")

@@ -26,9 +26,9 @@ import pytest
 from merge_gate.action import docker_api
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
-from merge_gate.errors import GateError, LauncherError
+from merge_gate.errors import LauncherError
 from merge_gate.report.schema import report_schema
-from tests.e2e.conftest import serving
+from tests.e2e.conftest import as_user, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,23 +170,6 @@ def test_a_real_adapter_on_its_real_base(run: ContainerRun, log: Log, tmp_path: 
 
 
 # --- the caller -----------------------------------------------------------------------------------------------------
-
-
-def as_user(uid: int, function) -> int:
-    """Call `function` in a child that has become `uid`, and return the exit code that it returned."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
-            code = function()
-        except GateError:
-            pass
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_an_ordinary_user_owns_what_the_gate_writes(run: ContainerRun, demo: Path) -> None:

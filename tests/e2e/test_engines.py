@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
 import ssl
 import subprocess
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,11 +24,11 @@ from merge_gate.action.container import ContainerRun, handed_over
 from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import LauncherError
 from tests.e2e.act import free_port
+from tests.e2e.conftest import as_user, serving
 from tests.e2e.proxy import proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +96,64 @@ def check_that_the_token_arrives(run: ContainerRun) -> None:
     log = bytearray()
     assert run_in_container(run, log.extend) == 3, log.decode()
     assert hashlib.sha256(handover.written(handed_over(run))).hexdigest() in log.decode()
+
+
+@contextlib.contextmanager
+def account(name: str) -> Iterator[pwd.struct_passwd]:
+    """An ordinary user with a range of ids for containers, gone afterwards."""
+    subprocess.run(["useradd", "--create-home", name], check=True, capture_output=True)
+    try:
+        yield pwd.getpwnam(name)
+    finally:
+        subprocess.run(["userdel", "--force", "--remove", name], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def rootless(podman, podman_environment: dict[str, str], rogue: str) -> Iterator[tuple[pwd.struct_passwd, str]]:
+    """An engine that an ordinary user runs, with the image in that user's store."""
+    with account(f"merge-gate-{secrets.token_hex(3)}") as user, tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        podman("save", "--quiet", "--output", place / "image.tar", rogue)
+        (place / "image.tar").chmod(0o644)
+        (place / "containers.conf").write_text(
+            '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n', encoding="utf-8"
+        )
+        os.chown(place, user.pw_uid, user.pw_gid)
+        environ = {
+            **podman_environment, "HOME": user.pw_dir, "XDG_RUNTIME_DIR": directory,
+            "CONTAINERS_CONF_OVERRIDE": str(place / "containers.conf"),
+        }  # fmt: skip
+        del environ["CONTAINERS_REGISTRIES_CONF"]  # which only root may read
+        as_user = ("runuser", "-u", user.pw_name, "--")
+        words = [*as_user, "podman", "load", "--quiet", "--input", str(place / "image.tar")]
+        subprocess.run(words, env=environ, cwd="/", check=True, capture_output=True)
+        with serving(environ, place / "podman.sock", *as_user):
+            yield user, f"unix://{place / 'podman.sock'}"
+        pause = place / "libpod" / "tmp" / "pause.pid"
+        if pause.is_file():
+            os.kill(int(pause.read_text()), signal.SIGKILL)
+
+
+def test_a_rootless_engine_maps_its_root_to_the_user(run: ContainerRun, rootless) -> None:
+    """The report belongs to that user, and the token arrives."""
+    user, address = rootless
+    check_that_the_token_arrives(run)  # which imports what that user may not read on this machine
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(run.workspace, Path(directory, "workspace"))
+        for path in (directory, *Path(directory).rglob("*")):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        config = Path(directory, "workspace", "gate.yml")
+        environ = {**run.environ, "DOCKER_HOST": address, "RUNNER_TEMP": directory}
+        theirs = replace(run, config=config, workspace=config.parent, output=Path(directory, "report"), environ=environ)
+        with Path(directory, "log").open("wb", buffering=0) as log:
+            assert as_user(user.pw_uid, lambda: run_in_container(theirs, log.write)) == 3
+        said = Path(directory, "log").read_text(encoding="utf-8")
+        assert hashlib.sha256(handover.written(handed_over(theirs))).hexdigest() in said
+        config.write_text("link notes.txt /etc/passwd", encoding="utf-8")
+        assert as_user(user.pw_uid, lambda: run_in_container(theirs, print)) == 0
+        owners = {path.name: path.stat().st_uid for path in theirs.output.iterdir()}
+        assert owners == {"report.json": user.pw_uid, "summary.md": user.pw_uid}
+        assert {path.name for path in Path(directory).iterdir()} == {"workspace", "report", "log"}
 
 
 def test_over_a_socket_file_the_token_arrives(run: ContainerRun) -> None:

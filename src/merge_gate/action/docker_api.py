@@ -295,6 +295,8 @@ def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
         words = reason(error)
         if gpus and re.search(r"device driver|cdi|nvidia|gpu", words, re.IGNORECASE):
             what, hint = f"the engine cannot give the container the GPUs asked for ({gpus})", GPU_HINT
+        elif re.search(r"exec format error|no matching manifest|does not match the .*platform", words, re.IGNORECASE):
+            hint = PLATFORM_HINT
         elif re.search(r"no such file or directory|source path does not exist", words, re.IGNORECASE):
             hint = hint or MOUNT_HINT
         raise LauncherError(f"{what}: {words}", hint=hint) from error
@@ -303,6 +305,10 @@ def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
 GPU_HINT = (
     "install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set `gpus: none` "
     "to run on the CPU"
+)
+PLATFORM_HINT = (
+    "the released images are for amd64: use such a runner, or build the image from the Dockerfile on this one and name "
+    "it in `image`"
 )
 MOUNT_HINT = (
     "the engine mounts directories of its own host, so this happens where the runner or the job is itself a "

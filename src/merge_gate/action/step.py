@@ -157,7 +157,9 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
 
 def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[str, str]) -> int:
     report = told.report
-    for sentence in heard.warnings:
+    cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
+    wants_upload = report is not None and inputs is not None and inputs.upload_report
+    for sentence in [*heard.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]:
         _say(workflow.command("warning", sentence, title="merge-gate"))
     if told.problem:
         _say(workflow.command("error", told.problem, title="merge-gate"))
@@ -166,7 +168,9 @@ def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[
         for line in workflow.annotate(report, file):
             _say(line)
     try:
-        workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), _outputs(inputs, told, heard))
+        uploads = wants_upload and not cannot_upload
+        outputs = _outputs(inputs, told, heard.image, uploads=uploads)
+        workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
         workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, told))
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
@@ -175,7 +179,7 @@ def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[
     return 0
 
 
-def _outputs(inputs: Inputs | None, told: Outcome, heard: _Heard) -> dict[str, str]:
+def _outputs(inputs: Inputs | None, told: Outcome, image: str, *, uploads: bool) -> dict[str, str]:
     report = told.report
     failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
     return {
@@ -183,8 +187,8 @@ def _outputs(inputs: Inputs | None, told: Outcome, heard: _Heard) -> dict[str, s
         "failed": json.dumps(list(dict.fromkeys(failed))),
         "counts": json.dumps(report["counts"] if report else {}),
         "report-path": str(inputs.output) if report and inputs else "",
-        "image": heard.image,
-        "upload": str(bool(report and inputs and inputs.upload_report)).lower(),
+        "image": image,
+        "upload": str(uploads).lower(),
         "upload-path": workflow.literal_patterns(collect.files(inputs.output)) if report and inputs else "",
         "artifact-name": inputs.artifact_name if inputs else "",
         "retention-days": str(inputs.retention_days) if inputs else "",

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlsplit
 
 from merge_gate.report.untrusted import inert, one_line, safe_text
 
@@ -151,6 +152,17 @@ def file_in_workspace(path: Path, workspace: Path) -> str:
     """Return `path` relative to the workspace with forward slashes, or an empty string where it lies outside."""
     inside = os.path.relpath(path, workspace).replace(os.sep, "/")
     return "" if inside == ".." or inside.startswith("../") else inside
+
+
+def missing_artifacts(server: str) -> str:
+    """Say why a server takes no artifact, nothing where it does: only GitHub's own have artifacts of version 4."""
+    host = (urlsplit(server).hostname or "").lower()
+    if not host or host == "github.com" or host.endswith((".ghe.com", ".localhost")):
+        return ""
+    return (
+        f"{host} is GitHub Enterprise Server, which lacks the artifacts that actions/upload-artifact makes: the "
+        "report is not uploaded and lies in the output report-path; upload it with actions/upload-artifact@v3"
+    )
 
 
 def literal_patterns(paths: Sequence[Path]) -> str:
