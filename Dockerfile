@@ -30,10 +30,10 @@ RUN --mount=type=cache,target=/var/cache/pip \
     if [ "${VARIANT}" = cpu ]; then \
         find /opt/merge-gate -name 'libbitsandbytes_*' ! -name 'libbitsandbytes_cpu*' -delete; \
     fi; \
-    cd /opt/merge-gate/lib/python*/site-packages; \
-    rm -rf torch/include torch/share torch/test torch/lib/*.a; \
-    find torch/bin -type f ! -name torch_shm_manager -delete; \
-    find . -type d -name tests -prune -exec rm -rf {} +
+    find /opt/merge-gate -depth -type d '(' -path '*/torch/include' -o -path '*/torch/share' -o -name tests ')' \
+        -exec rm -rf {} +; \
+    find /opt/merge-gate -type f '(' -name '*.h' -o -name '*.a' -o -path '*/torch/bin/*' ! -name torch_shm_manager ')' \
+        -delete
 
 # --- merge-gate's own wheel -------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS wheel

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import docker
 
+from merge_gate.action import docker_api
+from merge_gate.action.leftovers import OURS
 from tests.e2e.test_leftovers import LAUNCH, TOKEN
 
 
@@ -78,13 +80,17 @@ def launch(asked: argparse.Namespace, directory: Path, does: str) -> subprocess.
 def described(asked: argparse.Namespace, directory: Path) -> list[dict]:
     """What the engine tells of the containers of this script; those of others are none of its business."""
     with contextlib.closing(docker.DockerClient(base_url=asked.engine)) as client:
-        listed = client.api.containers(all=True, filters={"label": "merge-gate=run"})
+        listed = docker_api.labelled(client, OURS)
         ours = []
-        for one in listed:
-            with contextlib.suppress(docker.errors.NotFound):
-                known = client.api.inspect_container(one["Id"])
-                if any(mount["Source"].startswith(str(directory)) for mount in known["Mounts"]):
-                    ours.append(known)
+        for container, _labels in listed:
+            try:
+                known = client.api.inspect_container(container)
+            except docker.errors.APIError as error:
+                if "no such container" not in str(error):  # somebody else's, gone meanwhile
+                    raise
+                continue
+            if any(mount["Source"].startswith(str(directory)) for mount in known["Mounts"]):
+                ours.append(known)
         return ours
 
 

@@ -27,6 +27,7 @@ from merge_gate.action import docker_api
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import LauncherError
+from merge_gate.report.files import FORMATS
 from merge_gate.report.schema import report_schema
 from tests.e2e.conftest import as_user, serving
 
@@ -103,7 +104,7 @@ def test_a_good_adapter_passes_and_nothing_is_left(run: ContainerRun, log: Log, 
     assert report["environment"]["torch"].startswith("2.")
     assert "good (float16): passed" in log.text
     assert digest(run.workspace) == before
-    assert sorted(path.name for path in run.output.iterdir()) == ["report.json", "summary.md"]
+    assert sorted(path.name for path in run.output.iterdir()) == sorted(FORMATS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"], "cache and canaries are gone"
     assert containers(engine, run) == []
 
