@@ -84,8 +84,9 @@ class Gate:
         *,
         dtype: str = "auto",
         quantization: Quantization = Quantization.NONE,
+        allow_pickle: bool = False,
     ) -> Judgement:
-        files = preflight(str(adapter), allow_pickle=False)
+        files = preflight(str(adapter), allow_pickle=allow_pickle)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
