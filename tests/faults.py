@@ -147,6 +147,12 @@ def zero(part: str) -> Callable[[Path], None]:
     return edit(lambda tensors: {k: torch.zeros_like(v) if part in k else v for k, v in tensors.items()})
 
 
+def save_twice(change: float = 0.0) -> Callable[[Path], None]:
+    """What PEFT itself does with enlarged embeddings: a second copy, under a name that it does not load."""
+    name, copy = "base_model.model.lm_head.weight", "base_model.model.lm_head.modules_to_save.weight"
+    return edit(lambda tensors: tensors | {copy: tensors[name] + change})
+
+
 def empty_tensors(tensors: Tensors) -> Tensors:
     """What ZeRO-3 leaves on every rank when the parameters were not gathered before saving."""
     return {name: torch.empty(0) for name in tensors}
@@ -320,6 +326,7 @@ def unused_tensors() -> tuple[Case, ...]:
         ("lora-bias-not-in-config", "lora-bias", configure(lora_bias=False), "lora_B.bias"),
         ("half-excluded", "plain", configure(exclude_modules=["v_proj"]), "v_proj"),
         ("layers-not-in-config", "plain", configure(layers_to_transform=[0], layers_pattern="layers"), "layers.1."),
+        ("saved-twice-differently", "modules-to-save", save_twice(0.5), "lm_head.modules_to_save.weight"),
         ("token-rows-not-in-config", "token-rows", configure(trainable_token_indices=None), "embed_tokens"),
     )
     return tuple(
@@ -520,6 +527,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     half_way = poison("lora_B.bias", 2.5e4)  # twice that, by the scaling, is 0.76 of what float16 holds
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
+        healthy("saved-twice", "modules-to-save", break_=save_twice()),
         healthy("pickle-allowed", "pickled", top=ALLOW_PICKLE),
         healthy("junk-pickle-beside", "plain", break_=overwrite(b"junk", "adapter_model.bin")),
         healthy("other-base-in-config", "plain", break_=another, warnings=("base-mismatch",)),

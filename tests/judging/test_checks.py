@@ -277,6 +277,9 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     "not-reproducible": (
         Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
     ),
+    "meaning-changed": (
+        Fire(("up to 0.13", "2 times"), Origin.CONFIG, files=files(config={"peft_type": "LOKR", "r": 2, "alpha": 4})),
+    ),
     "tied-weights": (
         Fire(
             ("lm_head.weight", "embed_tokens"),
@@ -368,6 +371,7 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ("delta-norm", evidence(merges=(merged(base_norm=0.0, delta_norm=10.0),)), files(), spec()),
         ("not-reproducible", evidence(), files(config={"init_lora_weights": "pissa"}), spec()),
         ("not-reproducible", evidence(), files(config={"init_lora_weights": True}), spec()),
+        ("meaning-changed", evidence(), files(config={"peft_type": "LOKR", "r": 2, "alpha": 2}), spec()),
     ],
 )  # fmt: skip
 def test_a_check_keeps_quiet(check: str, evidence_: Evidence, files_: AdapterFiles, spec_: AdapterSpec) -> None:

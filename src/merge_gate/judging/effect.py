@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
+from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
 from merge_gate.records import Finding, Origin, Severity
 from merge_gate.text import listing
@@ -169,6 +170,22 @@ def not_reproducible(case: Case) -> Iterator[Finding]:
             f"init_lora_weights is {scheme!r}: PEFT repeats a randomised decomposition of the base on every load, so "
             "each merge gives other weights",
             "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
+            Origin.CONFIG,
+        )
+
+
+@check(
+    "meaning-changed",
+    WARNING,
+    "Today's PEFT merges the adapter into something else than the release that saved it.",
+    Symptom.UNTRAINED_MERGE,
+)
+def meaning_changed(case: Case) -> Iterator[Finding]:
+    for change, words, span in changes(case.adapter_config, case.files.tensors):
+        yield meaning_changed.finding(
+            f"adapter_config.json was written by {span}, and {words}",
+            f"compare the merged model with what PEFT before 0.{change.release} merges, and merge with that one if the "
+            "adapter was evaluated there",
             Origin.CONFIG,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from merge_gate.judging import keys
 from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
 from merge_gate.judging.words import are, tensors
 from merge_gate.records import Evidence, Finding, Origin
@@ -24,9 +25,10 @@ from merge_gate.text import listing
 )
 def keys_missing(case: Case) -> Iterator[Finding]:
     missing = case.evidence.missing if case.evidence else ()
-    if case.evidence and missing:
+    said = _lost_on_loading(case.evidence) if case.evidence and case.evidence.dropped else _not_in_the_file(case, missing)
+    if missing and said is not None:
         yield keys_missing.finding(
-            *(_lost_on_loading(case.evidence) if case.evidence.dropped else _not_in_the_file(missing)),
+            *said,
             Origin.ADAPTER,
             module=module_of(missing[0]),
             tensor=missing[0],
@@ -34,16 +36,17 @@ def keys_missing(case: Case) -> Iterator[Finding]:
         )
 
 
-def _not_in_the_file(missing: tuple[str, ...]) -> tuple[str, str]:
+def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | None:
+    """None where nothing was lost."""
+    follows, hint = keys.missing_words(case.adapter_config, missing)
+    if not follows:
+        return None
     return (
         (
             f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
-            f"{listing(missing)}; PEFT would merge freshly initialised values in their place"
+            f"{listing(missing)}; {follows}"
         ),
-        (
-            "save the adapter again with save_pretrained and upload all of it; if names carry a foreign prefix "
-            "(_orig_mod., module.), unwrap the model before saving"
-        ),
+        keys.wrapped_twice(case.files.tensors) or hint,
     )
 
 
@@ -72,7 +75,9 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
     if stray:
         yield keys_unexpected.finding(
             f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray)}",
-            "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
+            keys.wrapped_twice(case.files.tensors)
+            or keys.saved_twice(stray)
+            or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",
             Origin.ADAPTER,
             module=module_of(stray[0]),

@@ -1,0 +1,67 @@
+"""What to say of tensors that the file lacks, or has too many: why that is, and what to do.
+
+In: names, an adapter_config.json as parsed. Out: words. Knows neither findings nor settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_gate.judging.releases import written_by
+from merge_gate.records import TensorHeader
+from merge_gate.tensor_names import ADAPTER_PREFIX
+
+_SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"
+_BASE_STAYS = "the base's biases would stay in their place"
+_LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
+"""Releases of PEFT by their minor number: how they treat biases (docs/methods.md, "Old releases")."""
+
+
+def missing_words(config: Mapping[str, Any], missing: Sequence[str]) -> tuple[str, str]:
+    """What follows from it, and what to do; both empty where nothing was lost (biases that were never trained)."""
+    if not all(name.endswith(".base_layer.bias") for name in missing):
+        follows = "PEFT would merge freshly initialised values in their place"
+        return follows, f"{_SAVE_ALL}; if names carry a foreign prefix (_orig_mod., module.), unwrap the model first"
+    span = written_by(config)
+    if span.newest <= _LAST_WITHOUT_BASE_LAYER:
+        follows = f"{span} wrote these trained biases without base_layer in their names, which PEFT drops since 0.7"
+        return follows, "rename them in the file: q_proj.bias becomes q_proj.base_layer.bias, and so on"
+    if config.get("bias") != "lora_only" or span.oldest >= _FIRST_SAVED:
+        return _BASE_STAYS, _SAVE_ALL
+    if span.newest < _FIRST_TRAINED:  # 0.7 to 0.9 never trained them
+        return "", ""
+    hint = (
+        "saving again with that release loses them again: save with PEFT 0.21 or newer while the trained model is in "
+        "memory, or train again with bias: none or all"
+    )
+    return f"{_BASE_STAYS}: PEFT 0.10 to 0.20 train them with bias='lora_only' and lose them on saving", hint
+
+
+def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:
+    """The hint for a model that PEFT wrapped more than once before it was saved; empty for others."""
+    deep = max((_count_prefixes(tensor.name) for tensor in tensors), default=0)
+    if deep <= 1:
+        return ""
+    return (
+        f"the names in the file begin with {ADAPTER_PREFIX} {deep} times: PEFT was put on a model that it was on already "
+        "(get_peft_model or from_pretrained twice); wrap the plain model once; where only the prefix is wrong, "
+        "rename the tensors"
+    )
+
+
+def _count_prefixes(name: str) -> int:
+    count = 0
+    while name.startswith(ADAPTER_PREFIX):
+        name, count = name.removeprefix(ADAPTER_PREFIX), count + 1
+    return count
+
+
+def saved_twice(stray: Sequence[str]) -> str:
+    """The hint for what PEFT loads under one name and the file holds under two, with other values; empty for others."""
+    if not all(".modules_to_save." in name for name in stray):
+        return ""
+    return (
+        "PEFT saves some fully trained modules twice, with and without modules_to_save in the name; these two differ, "
+        "and it is open which was meant: save the adapter again, or take the wrong copy out of the file"
+    )

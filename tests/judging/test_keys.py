@@ -1,0 +1,48 @@
+"""Words for names that the file lacks or has too many: whose fault, and what next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from merge_gate.judging.keys import missing_words, saved_twice, wrapped_twice
+from merge_gate.records import TensorHeader
+
+BIASES = ("base_model.model.q_proj.base_layer.bias",)
+OLD = {"peft_type": "LORA", "init_lora_weights": True, "layers_to_transform": None, "alpha_pattern": {}}
+LORA_0_9 = OLD | {"megatron_core": "", "use_rslora": False, "use_dora": False, "bias": "lora_only"}
+LORA_0_12 = LORA_0_9 | {"layer_replication": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "missing", "follows", "hint"),
+    [
+        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "freshly initialised", "unwrap"),
+        (LORA_0_12, BIASES, "the base's biases would stay", "saving again with that release loses them again"),
+        (LORA_0_12 | {"bias": "all"}, BIASES, "the base's biases would stay", "save the adapter again"),
+        (LORA_0_9 | {"peft_version": "0.21.2"}, BIASES, "the base's biases would stay", "save the adapter again"),
+        (OLD | {"bias": "all"}, BIASES, "PEFT 0.6 wrote these trained biases", "q_proj.bias becomes"),
+    ],
+)
+def test_missing(config: dict[str, Any], missing: tuple[str, ...], follows: str, hint: str) -> None:
+    got_follows, got_hint = missing_words(config, missing)
+    assert follows in got_follows
+    assert hint in got_hint
+
+
+def test_biases_that_were_never_trained_are_not_missed() -> None:
+    assert missing_words(LORA_0_9, BIASES) == ("", "")
+    assert missing_words(LORA_0_9, (*BIASES, "base_model.model.q_proj.lora_A.weight")) != ("", "")
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_a_model_wrapped_more_than_once(times: int) -> None:
+    header = TensorHeader(name="base_model.model." * times + "q_proj.lora_A.weight", dtype="F32", shape=(2, 2))
+    hint = wrapped_twice((header,))
+    assert (f"{times} times" in hint) == (times > 1)
+
+
+def test_copies_that_differ() -> None:
+    assert "open which was meant" in saved_twice(["base_model.model.lm_head.modules_to_save.weight"])
+    assert not saved_twice(["base_model.model.lm_head.weight"])
