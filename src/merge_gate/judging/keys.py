@@ -44,9 +44,8 @@ def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:
     if deep <= 1:
         return ""
     return (
-        f"the names in the file begin with {ADAPTER_PREFIX} {deep} times: PEFT was put on a model that it was on already "
-        "(get_peft_model or from_pretrained twice); wrap the plain model once; where only the prefix is wrong, "
-        "rename the tensors"
+        f"the names in the file begin with {ADAPTER_PREFIX} {deep} times: PEFT was put on PEFT's own model "
+        "(get_peft_model or from_pretrained); wrap the plain model once; where only the prefix is wrong, rename the tensors"
     )
 
 
