@@ -520,6 +520,13 @@ def healthy_cases() -> tuple[Case, ...]:
     return tuple(healthy(name) for name in family)
 
 
+SINCE_0_16 = (
+    "use_qalora", "qalora_group_size", "target_parameters", "peft_version", "alora_invocation_tokens", "arrow_config",
+    "ensure_weight_tying", "lora_ga_config", "use_bdlora", "monteclora_config", "velora_config", "kasa_config",
+)  # fmt: skip
+"""Keys that releases of PEFT before 0.16 do not write."""
+
+
 def healthy_with_a_twist() -> tuple[Case, ...]:
     """Odd, but not broken: each of these has been failed by some tool."""
     another = configure(base_model_name_or_path="acme/another-base")
@@ -527,6 +534,12 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     half_way = poison("lora_B.bias", 2.5e4)  # twice that, by the scaling, is 0.76 of what float16 holds
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
+        healthy(
+            "saved-by-0.15",
+            "lora-bias",
+            break_=configure(**dict.fromkeys(SINCE_0_16, ...)),
+            warnings=("meaning-changed",),
+        ),
         healthy("saved-twice", "modules-to-save", break_=save_twice()),
         healthy("pickle-allowed", "pickled", top=ALLOW_PICKLE),
         healthy("junk-pickle-beside", "plain", break_=overwrite(b"junk", "adapter_model.bin")),

@@ -9,7 +9,13 @@ import pytest
 from merge_gate.judging.releases import NEWEST, Span, changes, written_by
 from merge_gate.records import TensorHeader
 
-EARLY = {"init_lora_weights": True, "layers_to_transform": None, "alpha_pattern": {}, "megatron_core": "megatron.core"}
+ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
+EARLY = ALWAYS | {
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "alpha_pattern": {},
+    "megatron_core": "megatron.core",
+}
 LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
 
 
@@ -18,12 +24,13 @@ LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
     [
         ({"peft_type": "LORA", "peft_version": "0.18.1"}, Span(oldest=18, newest=18)),
         ({"peft_type": "LORA", "peft_version": "0.21.3.dev0@abc"}, Span(oldest=21, newest=21)),
-        ({"peft_type": "LORA"}, Span(oldest=0, newest=2)),
+        (ALWAYS | {"peft_type": "LORA"}, Span(oldest=0, newest=2)),
         (LORA_0_9, Span(oldest=9, newest=9)),
         (LORA_0_9 | {"layer_replication": None}, Span(oldest=10, newest=13)),
-        ({"peft_type": "LOKR", "r": 2}, Span(oldest=0, newest=13)),
-        ({"peft_type": "LOKR", "exclude_modules": None}, Span(oldest=14, newest=17)),
-        ({"peft_type": "LORA", "kasa_config": None}, Span(oldest=0, newest=NEWEST)),  # no release wrote that
+        (ALWAYS | {"peft_type": "LOKR", "r": 2}, Span(oldest=0, newest=13)),
+        (ALWAYS | {"peft_type": "LOKR", "exclude_modules": None}, Span(oldest=14, newest=17)),
+        (ALWAYS | {"peft_type": "LORA", "kasa_config": None}, Span(oldest=0, newest=NEWEST)),  # no release wrote that
+        ({"peft_type": "LORA", "r": 4}, Span(oldest=0, newest=NEWEST)),  # not PEFT's own
         ({"peft_type": "LORA", "peft_version": 3}, Span(oldest=0, newest=NEWEST)),
     ],
 )
@@ -31,7 +38,7 @@ def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None
     assert written_by(config) == expected
 
 
-LOKR = {"peft_type": "LOKR", "r": 2, "alpha": 4}
+LOKR = ALWAYS | {"peft_type": "LOKR", "r": 2, "alpha": 4}
 DORA = LORA_0_9 | {"layer_replication": None, "use_dora": True}
 EMBEDDING = (TensorHeader(name="base_model.model.embed_tokens.lora_embedding_A", dtype="F32", shape=(2, 4)),)
 LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lora_bias": True, "r": 2, "lora_alpha": 4}
@@ -48,9 +55,9 @@ LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lor
         (LORA_0_14 | {"lora_bias": False}, (), []),
         (DORA, EMBEDDING, ["dora-embedding"]),
         (DORA, (), []),
-        ({"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}, (), ["oft-series"]),
-        ({"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": False}, (), []),
-        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialisation"]),
+        (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}, (), ["oft-series"]),
+        (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": False}, (), []),
+        (ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialisation"]),
         (LORA_0_14 | {"init_lora_weights": "pissa", "lora_bias": False}, (), []),
     ],
 )

@@ -45,7 +45,8 @@ def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:
         return ""
     return (
         f"the names in the file begin with {ADAPTER_PREFIX} {deep} times: PEFT was put on PEFT's own model "
-        "(get_peft_model or from_pretrained); wrap the plain model once; where only the prefix is wrong, rename the tensors"
+        "(get_peft_model or from_pretrained); wrap the plain model once; where only the prefix is wrong, rename the "
+        "tensors"
     )
 
 

@@ -18,6 +18,9 @@ from merge_gate.records import TensorHeader, record
 NEWEST = 99
 """Stands for a release that nothing bounds."""
 
+_ALWAYS = {"base_model_name_or_path", "inference_mode", "peft_type", "task_type"}
+"""What every release writes: a config that lacks one of them was written by something else, and tells no release."""
+
 _KEYS = {"exclude_modules": 14, "peft_version": 18}
 _LORA_KEYS = {
     "init_lora_weights": 3, "layers_to_transform": 4, "alpha_pattern": 6, "megatron_core": 7, "use_rslora": 8,
@@ -50,6 +53,8 @@ def written_by(config: Mapping[str, Any]) -> Span:
     version = config.get("peft_version")
     if isinstance(version, str) and (match := _VERSION.match(version)):
         return Span(oldest=int(match[1]), newest=int(match[1]))
+    if not config.keys() >= _ALWAYS:
+        return Span(oldest=0, newest=NEWEST)
     keys = _KEYS | _KEYS_OF.get(str(config.get("peft_type")), {})
     oldest = max((release for key, release in keys.items() if key in config), default=0)
     newest = min((release - 1 for key, release in keys.items() if key not in config), default=NEWEST)
