@@ -134,6 +134,12 @@ def test_files_may_be_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
     assert look(tmp_path / "snapshot").findings == ()
 
 
+def test_the_class_of_a_base_with_its_own_code_is_not_unsafe(tmp_path: Path) -> None:
+    """PEFT writes this itself, and from_pretrained does not read it."""
+    mapping = {"base_model_class": "GLMForCausalLM", "parent_library": "transformers_modules.glm.0a1b.modeling_glm"}
+    assert look(make(tmp_path, CONFIG | {"task_type": None, "auto_mapping": mapping})).findings == ()
+
+
 # --- file-missing --------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,9 @@ from merge_gate.text import listing
 )
 def keys_missing(case: Case) -> Iterator[Finding]:
     missing = case.evidence.missing if case.evidence else ()
-    said = _lost_on_loading(case.evidence) if case.evidence and case.evidence.dropped else _not_in_the_file(case, missing)
+    said = (
+        _lost_on_loading(case.evidence) if case.evidence and case.evidence.dropped else _not_in_the_file(case, missing)
+    )
     if missing and said is not None:
         yield keys_missing.finding(
             *said,

@@ -27,9 +27,13 @@ MAX_BYTES = 10_000_000
 
 KNOWN_LIBRARIES = (
     "accelerate", "diffusers", "lerobot", "megatron-core", "peft", "sentence_transformers", "timm", "torch",
-    "torchvision", "transformers", "trl",
+    "torchvision", "transformers", "transformers_modules", "trl",
 )  # fmt: skip
-"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps."""
+"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps.
+
+`transformers_modules` is where transformers keeps code that came with a base. PEFT writes it itself for such a base, and
+only `trust-remote-code` decides whether that code runs.
+"""
 
 _LORA = "LORA"
 _LORA_BIASES = ("none", "all", "lora_only")
