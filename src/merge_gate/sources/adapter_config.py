@@ -27,13 +27,13 @@ MAX_BYTES = 10_000_000
 
 KNOWN_LIBRARIES = (
     "accelerate", "diffusers", "lerobot", "megatron-core", "peft", "sentence_transformers", "timm", "torch",
-    "torchvision", "transformers", "transformers_modules", "trl",
+    "torchvision", "transformers", "trl",
 )  # fmt: skip
-"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps.
+"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps."""
 
-`transformers_modules` is where transformers keeps code that came with a base. PEFT writes it itself for such a base, and
-only `trust-remote-code` decides whether that code runs.
-"""
+_CODE_OF_BASES = "transformers_modules."
+"""Where transformers keeps code that came with a base. PEFT writes such a name itself, and PeftModel.from_pretrained
+does not read it; whether that code runs is decided by `trust-remote-code`."""
 
 _LORA = "LORA"
 _LORA_BIASES = ("none", "all", "lora_only")
@@ -272,7 +272,10 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _is_known_library(name: Any) -> bool:
-    return isinstance(name, str) and any(name == known or name.startswith(f"{known}.") for known in KNOWN_LIBRARIES)
+    if not isinstance(name, str):
+        return False
+    known = any(name == library or name.startswith(f"{library}.") for library in KNOWN_LIBRARIES)
+    return known or name.startswith(_CODE_OF_BASES)
 
 
 def _find_remote_code(config: dict[str, Any]) -> str | None:
