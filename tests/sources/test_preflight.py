@@ -166,6 +166,13 @@ def test_missing_files_are_named_with_what_is_there(tmp_path: Path) -> None:
         (("final/adapter_config.json",), "'final'"),
         (("adapter_model-00001-of-00002.safetensors",), "sharded"),
         (("README.md",), "save_pretrained"),
+        (("pytorch_lora_weights.safetensors",), "diffusers"),
+        (("adapters.safetensors",), "MLX"),
+        (("lora-f16.gguf",), "llama.cpp"),
+        (("pytorch_adapter.bin",), "AdapterHub"),
+        (("Copy of adapter_model.safetensors",), "give them back the names"),
+        (("adapter_config (1).json",), "give them back the names"),
+        (("my-style.safetensors",), "kohya"),
     ],
 )
 @pytest.mark.parametrize("is_on_the_hub", [False, True])
@@ -294,6 +301,20 @@ def test_broken_pickles(shelf: Shelf, tmp_path: Path) -> None:
          (b"<html>", "file-corrupt"), (b"\x80junk", "file-corrupt"), (LFS, "file-lfs-pointer"))
     ):  # fmt: skip
         only(look(make_pickled(tmp_path / str(number), content), allow_pickle=True), check)
+
+
+def test_line_ends_that_were_converted(tmp_path: Path) -> None:
+    whole = weights({LORA_A: [64, 64]})
+    data = bytes(range(256)) * 64
+    broken = (whole[: -len(data)] + data).replace(b"\n", b"\r\n")
+    assert "line ends" in only(look(make(tmp_path, weights=broken)), "file-corrupt").message
+
+
+def test_what_is_there_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    first, second = look(tmp_path).findings
+    assert "README.md" in first.message
+    assert "README.md" not in second.message
 
 
 # --- config-invalid ------------------------------------------------------------------------------------------------

@@ -178,6 +178,17 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str = ADAP
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
     targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
     shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    saved = _saved_instead(targets)
+    if saved and config.task_type in _SAVED_BY_TASK:
+        return Refusal(
+            check="targets-not-found",
+            message=(
+                f"target_modules {shown[:300]!r} leaves nothing to adapt: for task_type {config.task_type} PEFT trains "
+                f"{listing(saved)} whole (modules_to_save) instead of adapting it"
+            ),
+            hint="name other layers in target_modules, or save the adapter without a task_type",
+            origin=Origin.CONFIG,
+        )
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
     return Refusal(
         check="targets-not-found",
@@ -191,6 +202,16 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
         ),
         origin=Origin.CONFIG,
     )
+
+
+_SAVED_BY_TASK = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT's classes for these tasks put into modules_to_save (peft/peft_model.py)."""
+
+
+def _saved_instead(targets: Any) -> list[str]:
+    names = targets if isinstance(targets, (list, tuple, set)) else ()
+    return sorted(name for name in names if name.rpartition(".")[2] in _HEADS)
 
 
 def _is_leaf(module: nn.Module) -> bool:

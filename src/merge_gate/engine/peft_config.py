@@ -32,6 +32,15 @@ def read_config(files: AdapterFiles) -> Any:
     """
     kind = str(files.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if kind == "BONE":
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message="BONE was renamed to MiSS and removed in PEFT 0.19, so that no PEFT that the gate runs merges it",
+                hint="convert it with scripts/convert-bone-to-miss.py of PEFT's repository, or merge it with PEFT 0.18",
+                origin=Origin.CONFIG,
+            )
+        )
     if config_class is None:
         raise Refused(
             Refusal(
@@ -47,6 +56,8 @@ def read_config(files: AdapterFiles) -> Any:
     except ImportError as error:
         raise Refused(missing_package(error)) from error
     except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
+        if "weights are incompatible" in str(error):  # OFT up to PEFT 0.13
+            raise Refused(_incompatible(kind, error)) from error
         raise Refused(
             Refusal(
                 check="config-invalid",
@@ -58,6 +69,15 @@ def read_config(files: AdapterFiles) -> Any:
     refuse_by_config(config)
     config.inference_mode = True
     return config
+
+
+def _incompatible(kind: str, error: Exception) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=f"PEFT has changed {kind} since this adapter was saved: {first_line(error)}",
+        hint="the file is not at fault: merge it with the release that PEFT names, or train it again",
+        origin=Origin.CONFIG,
+    )
 
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
@@ -77,7 +97,8 @@ def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
             hint=(
                 f"the adapter was saved by PEFT {saved_by}: run the gate with that version or newer"
                 if newer
-                else "remove the key if it is a mistake, or run the gate with the PEFT version that wrote it"
+                else "remove the key if it is a mistake or another trainer's own; if it changes what is computed, "
+                "merge with the program that wrote it: the gate needs PEFT 0.21 or newer"
             ),
             origin=Origin.CONFIG,
         )

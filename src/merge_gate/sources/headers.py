@@ -33,6 +33,7 @@ _MAX_U64_DIGITS = 20
 _MAX_POINTER_BYTES = 1024
 _TENSOR_FIELDS = {"dtype", "shape", "data_offsets"}
 _SHOWN_CHARACTERS = 120
+_LINE_ENDS_SAMPLE_BYTES, _LINE_ENDS_ENOUGH = 1_000_000, 4
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -133,8 +134,24 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     _check_metadata(entries.pop("__metadata__", None))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
     # 3. The data: every byte belongs to exactly one tensor.
-    _check_offsets(tensors, data_bytes=size_bytes - data_start)
+    try:
+        _check_offsets(tensors, data_bytes=size_bytes - data_start)
+    except CorruptFileError as error:
+        if _has_windows_line_ends(file, data_start):
+            raise CorruptFileError(
+                "is damaged by a conversion of line ends (every LF byte has become CR LF): mark the file as binary in "
+                ".gitattributes (*.safetensors -text) and fetch it again"
+            ) from error
+        raise
     return tuple(tensor for tensor, _, _ in tensors.values())
+
+
+def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
+    """Whether no LF stands without a CR before it, in data where one byte in 256 is an LF by chance."""
+    file.seek(start)
+    data = file.read(_LINE_ENDS_SAMPLE_BYTES)
+    ends = data.count(b"\n")
+    return ends >= _LINE_ENDS_ENOUGH and ends == data.count(b"\r\n")
 
 
 def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:

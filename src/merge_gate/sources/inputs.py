@@ -65,7 +65,8 @@ class Inputs:
             model = self._named_by_adapter(named)
         found = self._base(model, revision, wanted.label or model)
         if isinstance(found, GateError):
-            return replace(prepared, problem=checks.undecided(found.message, found.hint))
+            hint = found.hint if wanted.model is not None else f"{_NAMED_BY_ADAPTER}; {found.hint}"
+            return replace(prepared, problem=checks.undecided(found.message, hint))
         return replace(prepared, base=found)
 
     def _named_by_adapter(self, named: str) -> str:
@@ -99,6 +100,9 @@ class Inputs:
                 f"base {label[:80]!r} cannot be looked up: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
+
+
+_NAMED_BY_ADAPTER = "adapter_config.json names this base, and base.model in the gate's config overrides it"
 
 
 def _no_base() -> Finding:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.errors import EngineError
 from merge_gate.identity import identity_of
 from merge_gate.records import AdapterFiles, FileRecord, Finding, Origin, Severity, TensorHeader
-from merge_gate.sources import adapter_config
+from merge_gate.sources import adapter_config, foreign
 from merge_gate.sources.headers import (
     CorruptFileError,
     lfs_pointer,
@@ -48,7 +48,6 @@ PICKLE_NAME = "adapter_model.bin"
 
 _LISTED = 8
 _MAX_ENTRIES = 10_000
-_MODEL_FILES = re.compile(r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)$")
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
@@ -148,14 +147,8 @@ def _advise_missing(listing: _Listing) -> str:
     if listing.nested:
         latest = max(listing.nested, key=_checkpoint_order)
         return f"The adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path."
-    if any(_MODEL_FILES.match(name) for name in listing.everything):
-        return (
-            "This looks like a full model, not an adapter (a merged one, perhaps): list the directory that "
-            "save_pretrained of the PEFT model wrote."
-        )
-    if any(re.match(r"adapter_model-\d+-of-\d+\.", name) for name in listing.everything):
-        return "PEFT does not load sharded adapter weights: save the adapter again with one weights file."
-    return f"List the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}."
+    known = foreign.advice(listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
+    return known or f"List the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}."
 
 
 def _checkpoint_order(name: str) -> tuple[int, str]:
@@ -207,7 +200,10 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     if is_pickle_only and not allow_pickle:
         return _Weights(findings=(_refuse_pickle(),))
     if name is None:
-        return _Weights(findings=(_missing(listing, f"there are no weights ({WEIGHTS_NAME})"),))
+        what = f"there are no weights ({WEIGHTS_NAME})"
+        if CONFIG_NAME not in listing.present:  # the finding of that has told what there is
+            return _Weights(findings=(_file_finding("file-missing", f"{what} either", _advise_missing(listing)),))
+        return _Weights(findings=(_missing(listing, what),))
     path = str(Path(directory, name))
     try:
         with open_regular(path) as file:
