@@ -12,8 +12,8 @@ _FOREIGN = (
     (
         r"pytorch_lora_weights\.(safetensors|bin)",
         (
-            "this is a LoRA as diffusers saves it, for an image model's parts; the gate merges adapters of transformers "
-            "models only: load it with load_lora_weights of its pipeline and check it there"
+            "this is a LoRA as diffusers saves it, for an image model's parts; the gate merges adapters of "
+            "transformers models only: load it with load_lora_weights of its pipeline and check it there"
         ),
     ),
     (
