@@ -36,7 +36,7 @@ def read_config(files: AdapterFiles) -> Any:
         raise Refused(
             Refusal(
                 check="not-mergeable",
-                message="BONE was renamed to MiSS and removed in PEFT 0.19, so that no PEFT that the gate runs merges it",
+                message="BONE was renamed to MiSS and removed in PEFT 0.19: no PEFT that the gate runs merges it",
                 hint="convert it with scripts/convert-bone-to-miss.py of PEFT's repository, or merge it with PEFT 0.18",
                 origin=Origin.CONFIG,
             )
