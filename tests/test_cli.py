@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from merge_gate.cli import EXIT_CODES, parser
+from merge_gate.command_line import EXIT_CODES, parser
 from merge_gate.errors import ExitCode
 from merge_gate.report.files import FORMATS
 from tests.command import (

@@ -16,25 +16,14 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate import __version__
 from merge_gate.action.interrupts import Interrupted, interruptible
+from merge_gate.command_line import DEFAULT_OUTPUT, parser
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from merge_gate.records import AdapterReport, Config, Report
-
-DEFAULT_OUTPUT = "merge-gate-report"
-
-EXIT_CODES = """\
-exit codes:
-  0  pass: every listed adapter was merged and checked, and none failed
-  1  fail: at least one adapter is broken; the report says which and why
-  2  usage or configuration error: nothing was judged
-  3  error: no adapter failed, but at least one could not be judged
-"""
-
 
 _EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
@@ -78,7 +67,7 @@ def _claimed(output: str) -> AbstractContextManager[None]:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
-        return int(arguments.run(arguments))
+        return int(_COMMANDS[arguments.command](arguments))
     except ConfigError as error:
         for problem in error.problems:
             _say(str(problem))
@@ -151,118 +140,35 @@ def _flush() -> None:
             silence(stream)
 
 
-# --- the command line ----------------------------------------------------------------------------------------------
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(
-        prog="merge-gate",
-        description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
-        "is finite, and name what is broken.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_check(commands)
-    _add_demo(commands)
-    _add_report(commands)
-    _add_schema(commands)
-    return top
-
-
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    run = commands.add_parser(
-        "run",
-        help="gate the adapters of a config",
-        description="Gate every adapter that CONFIG lists; writes report.json and summary.md to the output directory.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument("config", metavar="CONFIG", help="the YAML file that lists the adapters")
-    run.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
-    run.add_argument(
-        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
-    )
-    run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
-    run.add_argument(
-        "--quick",
-        action="store_true",
-        help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
-    )
-    container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
-    container.add_argument("--container", action="store_true", help="run inside the released image, not here")
-    container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
-    container.add_argument("--gpus", default="auto", metavar="WHICH", help="auto (default), none, all, or indices: 0,1")
-    run.set_defaults(run=_run)
-
-
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    check = commands.add_parser(
-        "check",
-        help="check config and files only",
-        description="Check CONFIG and the adapters' files: formats, headers, adapter_config.json, expectations. Loads "
-        "no model; a clean check says nothing about values.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    check.add_argument("config", metavar="CONFIG", help="the YAML file that lists the adapters")
-    check.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
-    )
-    check.set_defaults(run=_check)
-
-
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="see what the gate catches",
-        description="Make a tiny base and a handful of good and broken adapters in DIR, and gate them for real.",
-    )
-    demo.add_argument("directory", nargs="?", metavar="DIR", help="a new directory (default: a temporary one)")
-    demo.set_defaults(run=_demo)
-
-
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    told = "show a stored report, or what changed from one to another (exit code 1 if something broke or got worse)"
-    report = commands.add_parser("report", help="show a report again, or what changed", description=told)
-    report.add_argument("reports", nargs="+", metavar="REPORT", help="the report.json of a run; two are compared")
-    formats = ("terminal", "markdown", "html", "junit", "sarif")
-    report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
-    report.set_defaults(run=_report)
-
-
-def _add_schema(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    schema = commands.add_parser(
-        "schema", help="print a JSON Schema", description="Print the JSON Schema of the config or of report.json."
-    )
-    schema.add_argument("document", choices=("config", "report"), help="which one")
-    schema.set_defaults(run=_schema)
-
-
-def _device(text: str) -> str:
-    name, _, index = text.partition(":")
-    if text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal()):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
-
-
 # --- the commands --------------------------------------------------------------------------------------------------
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from merge_gate.config.load import load_config
-
     with _claimed(arguments.output):  # before anything else: an earlier verdict must not stand for this run's
-        config = load_config(arguments.config)
+        config = _config(arguments)
         if not arguments.container:
             if arguments.image or arguments.gpus != "auto":
                 raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
             only, quick = tuple(arguments.only), arguments.quick
             return exit_code(_gate(config, arguments.device, arguments.output, only, quick=quick))
     return _run_in_container(arguments)  # the run in there claims the directory itself
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The file's, or that of the adapters that are named on the command line."""
+    from merge_gate.config.direct import config_of, names_a_file
+    from merge_gate.config.load import load_config
+
+    options = {name: getattr(arguments, name, None) for name in ("base", "dtype", "quantization")}
+    if names_a_file(arguments.names):
+        given = [f"--{name}" for name, value in options.items() if value]
+        if given:
+            raise UsageError(f"{given[0]} is for adapters that are named here", hint="write it into the config instead")
+        return load_config(arguments.names[0])
+    if getattr(arguments, "container", False):
+        raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
+    dtypes = [word.strip() for word in (options["dtype"] or "").split(",") if word.strip()]
+    return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -272,7 +178,7 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         more.append("--quick")
     run = for_a_person(
-        arguments.config,
+        arguments.names[0],
         output=arguments.output,
         device=arguments.device,
         arguments=more,
@@ -304,13 +210,12 @@ def exit_code(report: Report) -> ExitCode:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from merge_gate.config.load import load_config
     from merge_gate.gate import check_files
     from merge_gate.records import Verdict
     from merge_gate.report.terminal import make_view
     from merge_gate.report.words import counted
 
-    config = load_config(arguments.config)
+    config = _config(arguments)
     counts = dict.fromkeys(Verdict, 0)
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
@@ -340,6 +245,23 @@ def _checked(adapter: AdapterReport) -> Iterator[str]:
         yield f"        {kind}{finding.check}: {one_line(finding.message, MESSAGE_LIMIT)}"
         if finding.hint:
             yield f"        to do: {one_line(finding.hint, MESSAGE_LIMIT)}"
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from merge_gate.config.direct import first_config
+
+    text, path = first_config(arguments.directories), Path("merge-gate.yml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
+    except OSError as error:
+        raise GateError(
+            f"cannot write {path}: {error.strerror}", hint="choose a directory that you may write to"
+        ) from None
+    _tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
+    return ExitCode.PASS
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -393,6 +315,9 @@ def _print(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
     except OSError as error:
         raise GateError(f"standard output cannot be written to: {error.strerror}") from error
     return code
+
+
+_COMMANDS = {"run": _run, "check": _check, "init": _init, "demo": _demo, "report": _report, "schema": _schema}
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import yaml
 from packaging.requirements import Requirement
 
 import entrypoint
-from merge_gate import __version__, cli
+from merge_gate import __version__
 from merge_gate.action import inputs as action
 from merge_gate.action import native
+from merge_gate.command_line import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
@@ -105,24 +106,25 @@ def test_the_report_survives_and_the_verdict_is_always_given() -> None:
 
 
 def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
-    run = cli.parser().parse_args(["run", "x"])
-    known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--run", "--config"}
-    assert known - set(action.OURS) == {"--only", "--quick"}, (
+    run = parser().parse_args(["run", "x"])
+    known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--command", "--names"}
+    of_named_adapters = {"--base", "--dtype", "--quantization"}
+    assert known - set(action.OURS) - of_named_adapters == {"--only", "--quick"}, (
         "a new option: give it an input, or allow it in `args` here"
     )
-    parse = cli.parser().parse_args
+    parse = parser().parse_args
     for arguments in (
         ["run", "c", "--output", "o", "--device", "cuda:1", "--only", "a", "--quick"],
         ["run", "c", "--device", "auto"],
     ):
-        assert parse(arguments).config == "c"
+        assert parse(arguments).names == ["c"]
 
 
 def test_the_devices_are_those_of_the_command() -> None:
     (pattern,) = (pattern for name, pattern, _ in action.CHECKS if name == "device")
     for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
         assert re.fullmatch(pattern, device)
-        assert cli.parser().parse_args(["run", "c", "--device", device]).device == device
+        assert parser().parse_args(["run", "c", "--device", device]).device == device
 
 
 def test_the_python_that_native_asks_for_is_the_packages() -> None:

@@ -1,0 +1,133 @@
+"""argv → a namespace: commands, options, help texts. Runs nothing, and imports nothing that takes time.
+
+In: the words of the command line. Out: their values; `command` names the command. Knows no other module of the package
+but its version.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from merge_gate import __version__
+
+DEFAULT_OUTPUT = "merge-gate-report"
+
+EXIT_CODES = """\
+exit codes:
+  0  pass: every listed adapter was merged and checked, and none failed
+  1  fail: at least one adapter is broken; the report says which and why
+  2  usage or configuration error: nothing was judged
+  3  error: no adapter failed, but at least one could not be judged
+"""
+
+Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="merge-gate",
+        description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
+        "is finite, and name what is broken.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_schema):
+        add(commands)
+    return top
+
+
+def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="gate adapters, named here or in a config",
+        description="Gate every adapter that CONFIG lists, or the adapters that are named: directories, globs or Hub "
+        "ids. Writes report.json, and the same for people and other tools, to the output directory.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_names(run)
+    named = run.add_argument_group("for adapters that are named here; a config says it itself")
+    named.add_argument("--base", metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)")
+    named.add_argument("--dtype", metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16")
+    named.add_argument("--quantization", metavar="Q", help="none, bnb-8bit or bnb-4bit")
+    run.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
+    run.add_argument(
+        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
+    )
+    run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
+    run.add_argument(
+        "--quick",
+        action="store_true",
+        help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
+    )
+    container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
+    container.add_argument("--container", action="store_true", help="run inside the released image, not here")
+    container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
+    container.add_argument("--gpus", default="auto", metavar="WHICH", help="auto (default), none, all, or indices: 0,1")
+
+
+def _add_check(commands: Commands[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="check config and files only",
+        description="Check CONFIG and the adapters' files, or the files of the adapters that are named: formats, "
+        "headers, adapter_config.json, expectations. Loads no model; a clean check says nothing about values.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_names(check)
+    check.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
+    )
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "names",
+        nargs="+",
+        metavar="CONFIG|ADAPTER",
+        help="the YAML file that lists the adapters, or adapters: directories, globs, Hub ids",
+    )
+
+
+def _add_init(commands: Commands[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a first config",
+        description="Write merge-gate.yml, with comments, for the adapters in and below DIR. An existing one stays.",
+    )
+    init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")
+
+
+def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="see what the gate catches",
+        description="Make a tiny base and a handful of good and broken adapters in DIR, and gate them for real.",
+    )
+    demo.add_argument("directory", nargs="?", metavar="DIR", help="a new directory (default: a temporary one)")
+
+
+def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
+    told = "show a stored report, or what changed from one to another (exit code 1 if something broke or got worse)"
+    report = commands.add_parser("report", help="show a report again, or what changed", description=told)
+    report.add_argument("reports", nargs="+", metavar="REPORT", help="the report.json of a run; two are compared")
+    formats = ("terminal", "markdown", "html", "junit", "sarif")
+    report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
+
+
+def _add_schema(commands: Commands[argparse.ArgumentParser]) -> None:
+    schema = commands.add_parser(
+        "schema", help="print a JSON Schema", description="Print the JSON Schema of the config or of report.json."
+    )
+    schema.add_argument("document", choices=("config", "report"), help="which one")
+
+
+def _device(text: str) -> str:
+    name, _, index = text.partition(":")
+    if text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")

@@ -1,0 +1,164 @@
+"""Adapters named on the command line → `Config`, without a file; and a first file, written from what lies there.
+
+In: names as a shell gives them: directories, globs, Hub ids. Out: the `Config` that a file with these entries gives, or
+the text of such a file. Built by the same code as a file's, so that both are judged alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_gate.errors import ConfigError, UsageError
+from merge_gate.records import Config
+from merge_gate.text import listing, quoted
+
+COMMAND_LINE = "the command line"
+"""What stands for the configuration's path in the report."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_DEPTH = 3
+"""How far below a directory `first_config` looks for adapters."""
+
+
+def names_a_file(names: Sequence[str]) -> bool:
+    """Whether the one name is a configuration file, there or not; otherwise the names are adapters.
+
+    Raises:
+        UsageError: a configuration file among adapters.
+    """
+    files = [name for name in names if name.endswith((".yml", ".yaml")) or _is_no_directory(name)]
+    if files and len(names) > 1:
+        raise UsageError(
+            f"{quoted(files[0])} is a file among other arguments",
+            hint="give one configuration file, or adapters (directories, globs, Hub ids), not both",
+        )
+    return bool(files)
+
+
+def _is_no_directory(name: str) -> bool:
+    """Whether something stands there that is no directory: a file, a pipe, a device."""
+    return os.path.exists(name) and not os.path.isdir(name)  # noqa: PTH110, PTH112 (False where pathlib raises)
+
+
+def config_of(
+    names: Sequence[str], *, base: str | None = None, dtypes: Sequence[str] = (), quantization: str | None = None
+) -> Config:
+    """Build the configuration that lists these adapters. Relative names start in the current directory.
+
+    Args:
+        names: directories, globs or Hub ids.
+        base: a directory or a Hub id; where None, each adapter's own adapter_config.json names it.
+        dtypes: `auto` or names of dtypes; each is checked.
+        quantization: `none`, `bnb-8bit` or `bnb-4bit`.
+
+    Raises:
+        UsageError: with every problem.
+    """
+    from merge_gate.config.build import build_config  # noqa: PLC0415 (imports pydantic)
+    from merge_gate.config.positions import read_yaml  # noqa: PLC0415 (imports yaml)
+
+    for name in names:
+        _refuse_shelf(name)
+    wanted = {"model": base, "dtype": list(dtypes), "quantization": quantization}
+    file: dict[str, Any] = {"version": 1, "adapters": [{"path": name} for name in names]}
+    if any(wanted.values()):
+        file["base"] = {key: value for key, value in wanted.items() if value}
+    text = json.dumps(file, indent=1)  # JSON is YAML
+    try:
+        return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
+    except ConfigError as error:
+        problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
+        raise UsageError("; ".join(problems)) from None
+
+
+def _refuse_shelf(name: str) -> None:
+    """A directory that holds adapters is none itself."""
+    if os.path.isdir(name) and not Path(name, ADAPTER_CONFIG).exists():  # noqa: PTH112 (as above)
+        inside = sorted(entry.name for entry in os.scandir(name) if Path(entry.path, ADAPTER_CONFIG).exists())
+        if inside:
+            raise UsageError(
+                f"the directory {quoted(name)} is no adapter, but holds {listing(map(quoted, inside))}",
+                hint=f"name one of them, or all: {quoted(f'{name.rstrip(os.sep)}/*')}",
+            )
+
+
+# --- a first file --------------------------------------------------------------------------------------------------
+
+
+def first_config(directories: Sequence[str]) -> str:
+    """Return a commented configuration of the adapters in and below these directories.
+
+    Raises:
+        UsageError: a directory does not exist, or there is no adapter.
+    """
+    found = sorted({place for directory in directories for place in _adapters_in(directory)})
+    if not found:
+        raise UsageError(
+            f"no {ADAPTER_CONFIG} in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below",
+            hint="name the directories that save_pretrained wrote, or one above them",
+        )
+    bases = Counter(named for place in found if (named := _base_of(place)))
+    return "\n".join([*_head(bases), *_entries(found), *_foot()]) + "\n"
+
+
+def _adapters_in(directory: str) -> Iterator[str]:
+    top = Path(directory)
+    if not top.is_dir():
+        raise UsageError(f"no such directory: {quoted(directory)}", hint="name a directory with adapters")
+    for place, inner, files in os.walk(top):
+        if len(Path(place).relative_to(top).parts) >= MAX_DEPTH:
+            inner.clear()
+        if ADAPTER_CONFIG in files:
+            yield os.path.relpath(place)
+
+
+def _base_of(place: str) -> str | None:
+    """The base that an adapter names; None where its file does not say, which the gate will report."""
+    try:
+        named = json.loads(Path(place, ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return named if isinstance(named, str) and named else None
+
+
+def _head(bases: Counter[str]) -> list[str]:
+    lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
+    if len(bases) == 1:
+        (named,) = bases
+        return [
+            *lines,
+            "base:",
+            f"  model: {json.dumps(named)}   # as the adapters name it; a directory or a Hub id",
+            *_dtype(""),
+        ]
+    why = "each adapter names its own" if bases else "no adapter names one: name it here"
+    return [*lines, f"# base:   # {why}", "#   model: ./path/to/base", *_dtype("# ")]
+
+
+def _dtype(comment: str) -> list[str]:
+    return [f"{comment}  # dtype: [bfloat16, float16]   # what you serve in; each is checked (default: as stored)", ""]
+
+
+def _entries(found: list[str]) -> list[str]:
+    twice = Counter(Path(place).name for place in found)
+    lines = ["adapters:"]
+    for place in found:
+        written = json.dumps(place if place.startswith((".", "/")) else f"./{place}")
+        name = "-".join(Path(place).parts[-2:]) if twice[Path(place).name] > 1 else ""
+        lines.append(f"  - {{name: {json.dumps(name)}, path: {written}}}" if name else f"  - {written}")
+    return lines
+
+
+def _foot() -> list[str]:
+    return [
+        "",
+        "# checks:                # severities and limits; docs/checks.md explains each",
+        "#   rounding-loss: error",
+        "# allow-pickle: true     # only if you trust whoever made the .bin files",
+    ]

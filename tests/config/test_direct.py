@@ -1,0 +1,97 @@
+"""Adapters named on the command line, and a first file: the same configuration as a file that says it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.config.direct import COMMAND_LINE, config_of, first_config, names_a_file
+from merge_gate.config.load import load_config
+from merge_gate.errors import UsageError
+from merge_gate.records import Config, Quantization
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two adapters, one of them two levels down, and a base."""
+    for name, base in (("support", "./base"), ("teams/a/billing", "./base")):
+        (tmp_path / name).mkdir(parents=True)
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def placeless(config: Config) -> tuple[object, ...]:
+    return tuple(replace(adapter, line=1, column=1) for adapter in config.adapters)
+
+
+def test_names_give_the_config_that_a_file_gives(here: Path) -> None:
+    (here / "gate.yml").write_text(
+        "version: 1\nbase: {model: base, dtype: [bfloat16, float16], quantization: bnb-4bit}\n"
+        "adapters: [{path: ./support}, {path: 'teams/*/billing'}, {path: acme/lora}]\n"
+    )
+    direct = config_of(
+        ["./support", "teams/*/billing", "acme/lora"],
+        base="base",
+        dtypes=["bfloat16", "float16"],
+        quantization="bnb-4bit",
+    )
+    assert placeless(direct) == placeless(load_config("gate.yml"))
+    assert direct.adapters[0].base.quantization is Quantization.BNB_4BIT
+    assert direct.path == COMMAND_LINE
+
+
+def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
+    (adapter,) = config_of(["support"]).adapters
+    assert adapter.base.model is None
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (["./nowhere"], {}, "no such directory"),
+        (["support", "support"], {}, "given twice"),
+        (["support"], {"dtypes": ["fp16"]}, "float16"),
+        (["support"], {"quantization": "int3"}, "bnb-8bit"),
+        (["support"], {"base": "./nothing"}, "no such directory"),
+    ],
+)
+def test_problems_are_usage_errors_in_words(
+    names: list[str], options: dict[str, object], said: str, here: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        config_of(names, **options)  # type: ignore[arg-type]
+
+
+def test_a_config_is_told_from_adapters(here: Path) -> None:
+    (here / "list").write_text("version: 1")
+    assert names_a_file(["gate.yml"])
+    assert names_a_file(["list"])
+    assert not names_a_file(["support", "acme/lora"])
+    with pytest.raises(UsageError, match="among other arguments"):
+        names_a_file(["support", "gate.yml"])
+
+
+def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
+    (here / "merge-gate.yml").write_text(first_config(["."]))
+    config = load_config("merge-gate.yml")
+    assert {adapter.name for adapter in config.adapters} == {"support", "billing"}
+    assert {adapter.base.label for adapter in config.adapters} == {"./base"}
+
+
+def test_adapters_of_one_name_get_two(here: Path) -> None:
+    (here / "teams/b/billing").mkdir(parents=True)
+    (here / "teams/b/billing/adapter_config.json").write_text("not json")
+    (here / "merge-gate.yml").write_text(first_config(["teams"]))
+    assert {adapter.name for adapter in load_config("merge-gate.yml").adapters} == {"a-billing", "b-billing"}
+
+
+@pytest.mark.parametrize("directory", ["base", "nowhere"])
+def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
+    with pytest.raises(UsageError, match=r"adapter_config|no such directory"):
+        first_config([directory])
