@@ -105,7 +105,8 @@ def test_every_make_target_exists(page: Path) -> None:
 
 
 def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
-    (commands,) = blocks(README, "console")
+    own, commands = blocks(README, "console")
+    assert [line.split()[:2] for line in own.splitlines()] == [["pip", "install"], ["merge-gate", "run"]]
     assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
 
 
