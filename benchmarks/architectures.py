@@ -21,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -132,9 +133,9 @@ Written by [benchmarks/architectures.py](../benchmarks/architectures.py), which 
 of transformers or PEFT. {date}; transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}; on a
 CPU.
 
-Of the {types} model types that this transformers knows, {built} could be built small and got LoRA on all linear layers.
-Right is a gate that gives a healthy adapter the verdict that its user gets from PEFT, fails it with one NaN in it, and
-merges every tensor to PEFT's bits. **Right: {right}. Wrong: {wrong}.**
+Of the {types} model types of transformers that were tried, {built} could be built small and got LoRA on all linear
+layers. Right is a gate that gives a healthy adapter the verdict that its user gets from PEFT, fails it with one NaN in
+it, and merges every tensor to PEFT's bits. **Right: {right}. Wrong: {wrong}.**
 {wrong_list}
 ## Adapters that PEFT does not load whole
 
@@ -190,7 +191,9 @@ def document(results: Path) -> str:
                 for o in failed
             ],
         ),
-        built_rows=rows([[f"`{o.model_type}`", f"`{o.model_class}`", o.tensors, o.healthy, o.one_nan] for o in built]),
+        built_rows=rows(
+            [[f"`{o.model_type}`", f"`{o.model_class}`", o.tensors, word(o.healthy), word(o.one_nan)] for o in built]
+        ),
         not_built=len(others),
         not_built_rows=rows([[f"`{o.model_type}`", cell(o.reason or "")] for o in others]),
     )
@@ -206,6 +209,11 @@ def rows(lines: list[list[object]]) -> str:
 
 def code(text: str) -> str:
     return f"`{text}`"
+
+
+def word(verdict: str | None) -> str:
+    """A verdict and its cause; the text of an accident is not ours."""
+    return verdict if verdict and re.fullmatch(r"[a-z (-]+\)?", verdict) else cell(verdict or "")
 
 
 def cell(text: str, most: int = 110) -> str:

@@ -268,6 +268,24 @@ def shorn(message: str) -> str:
     return without_numbers(re.sub(r"(\./models|/[\w./-]+)/([\w-]+)", r"\2", message))
 
 
+# --- docs/architectures.md -------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_over_architectures_counts_what_it_lists() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    known, built, right, wrong = map(
+        int, re.search(r"Of the (\d+) .* (\d+) could .*Right: (\d+)\. Wrong: (\d+)\.", page, re.DOTALL).groups()
+    )
+    rows = {name: section(page, name).count("\n| `") for name in ("Built", "Not built")}
+    assert rows == {"Built": built, "Not built": known - built}
+    assert built == right + wrong
+    assert built >= LEAST_ARCHITECTURES
+
+
+LEAST_ARCHITECTURES = 400
+"""Fewer, and the sweep was not run to its end."""
+
+
 # --- docs/architecture.md --------------------------------------------------------------------------------------------
 
 
