@@ -199,7 +199,7 @@ def remote_code_refused(what: str) -> EngineError:
 
 def _replaced(mismatched: Mismatches, label: str, shape: Shape) -> tuple[str, ...]:
     """Names of the head that gave way; any other tensor of another size means that the base is broken."""
-    for name, stored, expected in mismatched:
+    for name, stored, expected in sorted(mismatched):  # a set
         if expected[0] != shape.num_labels or tuple(stored[1:]) != tuple(expected[1:]):
             raise EngineError(
                 f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
