@@ -13,11 +13,15 @@ import math
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from merge_gate.records import Severity, record
 from merge_gate.report.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Json = Any
 
@@ -82,6 +86,7 @@ def is_record(kind: Any) -> bool:
     return is_dataclass(kind)
 
 
+@cache
 def optional(kind: Any) -> tuple[Any, bool]:
     """(`str`, True) of `str | None`."""
     if get_origin(kind) is not UnionType:
@@ -113,23 +118,29 @@ def dump(value: Any) -> Json:
 
 def _field(value: Any, one: Declared) -> Json:
     if one.as_rows:
-        return {"columns": [column.key for column in columns(one.item)], "rows": [_row(row) for row in value]}
+        cells_of = _cells_of(one.item)
+        rows = [[_cell(cell) for cell in cells_of(row)] for row in value]
+        return {"columns": [column.key for column in columns(one.item)], "rows": rows}
     if one.kind == FIGURES:
         return {text(name): _figure(figure) for name, figure in value}
     return dump(value)
 
 
-def _row(value: Any) -> list[Json]:
-    row: list[Json] = []
-    for one in _declared_of(value):
-        cell = getattr(value, one.name)
-        if is_record(cell):
-            row += _row(cell)
-        elif isinstance(cell, float):
-            row.append(float(f"{cell:.{_ROW_DIGITS}g}") if math.isfinite(cell) else None)
-        else:
-            row.append(dump(cell))
-    return row
+@cache
+def _cells_of(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """Get the values of a row from its record; those of records inside of it in their place."""
+
+    def paths(cls: Any) -> list[str]:
+        names = [(one.name, paths(one.kind) if is_record(one.kind) else []) for one in declared(cls)]
+        return [f"{name}.{rest}" if rest else name for name, inner in names for rest in inner or [""]]
+
+    return attrgetter(*paths(cls))
+
+
+def _cell(value: Any) -> Json:
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.{_ROW_DIGITS}g}")
+    return dump(value)
 
 
 def _figure(value: float) -> float | str:
@@ -140,7 +151,7 @@ def _figure(value: float) -> float | str:
 
 def text(value: str) -> str:
     """A file name may hold bytes that are not UTF-8 (surrogates in Python); strict parsers refuse them."""
-    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # --- in ------------------------------------------------------------------------------------------------------------
@@ -154,6 +165,8 @@ def load(kind: Any, value: Json, place: str) -> Any:
     inner, may_be_null = optional(kind)
     if value is None and may_be_null:
         return None
+    if inner in _PLAIN:
+        return _load_plain(inner, value, place)
     if is_record(inner):
         return _load_record(inner, _expect(value, dict, "an object", place), place)
     if inner == FIGURES:
@@ -161,9 +174,7 @@ def load(kind: Any, value: Json, place: str) -> Any:
     if get_origin(inner) is tuple:
         items = _expect(value, list, "an array", place)
         return tuple(load(get_args(inner)[0], one, f"{place}[{index}]") for index, one in enumerate(items))
-    if issubclass(inner, Enum):
-        return _load_word(inner, value, place)
-    return _load_plain(inner, value, place)
+    return _load_word(inner, value, place)
 
 
 def _load_record(cls: Any, value: dict[str, Json], place: str) -> Any:
