@@ -28,7 +28,7 @@ import peft
 import torch
 import transformers
 
-from merge_gate.records import Quantization
+from merge_gate.records.terms import Quantization
 from tests import faults_methods, methods, test_bitsandbytes
 from tests.gating import Bench, mistake, one_thread
 

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from merge_gate.engine import merge
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
 from tests import architectures, methods
 from tests.architectures import Architecture

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records import AdapterReport, BaseReport
+    from merge_gate.records.report import AdapterReport, BaseReport
     from tests.faults import Case
     from tests.models import Shelf
 

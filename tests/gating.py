@@ -20,19 +20,11 @@ from merge_gate.engine.shape import shape_for
 from merge_gate.judging.checks import judge, leeway
 from merge_gate.judging.table import CHECKS
 from merge_gate.judging.verdict import decide
-from merge_gate.records import (
-    AdapterFiles,
-    AdapterSpec,
-    BaseSpec,
-    CheckSetting,
-    Combine,
-    Coverage,
-    Evidence,
-    Finding,
-    Quantization,
-    Severity,
-    Verdict,
-)
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Evidence
+from merge_gate.records.report import Coverage
+from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
 from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 

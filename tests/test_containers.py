@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records import AdapterReport
+    from merge_gate.records.report import AdapterReport
     from tests.conftest import Judged
     from tests.models import Shelf
 

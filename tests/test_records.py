@@ -7,21 +7,19 @@ import pickle
 
 import pytest
 
-from merge_gate import records
 from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, LauncherError, ResolveError, UsageError
-from merge_gate.records import (
-    AdapterReport,
-    BaseRef,
-    Environment,
-    Problem,
-    Quantization,
-    Report,
-    Result,
-    TensorStats,
-    Verdict,
-)
+from merge_gate.records import config, files, measured, report, terms
+from merge_gate.records.config import Problem
+from merge_gate.records.measured import TensorStats
+from merge_gate.records.report import AdapterReport, BaseRef, Environment, Report
+from merge_gate.records.terms import Quantization, Result, Verdict
 
-RECORDS = [one for one in vars(records).values() if isinstance(one, type) and dataclasses.is_dataclass(one)]
+RECORDS = [
+    one
+    for module in (terms, config, files, measured, report)
+    for one in vars(module).values()
+    if isinstance(one, type) and dataclasses.is_dataclass(one) and one.__module__ == module.__name__
+]
 
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)

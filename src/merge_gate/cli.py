@@ -23,7 +23,8 @@ from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from merge_gate.records import AdapterReport, Config, Report
+    from merge_gate.records.config import Config
+    from merge_gate.records.report import AdapterReport, Report
 
 _EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
@@ -211,7 +212,7 @@ def exit_code(report: Report) -> ExitCode:
 
 def _check(arguments: argparse.Namespace) -> int:
     from merge_gate.gate import check_files
-    from merge_gate.records import Verdict
+    from merge_gate.records.terms import Verdict
     from merge_gate.report.terminal import make_view
     from merge_gate.report.words import counted
 
@@ -234,7 +235,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _checked(adapter: AdapterReport) -> Iterator[str]:
     """What the files of one adapter say, worst first; `sound` is less than `passed`."""
-    from merge_gate.records import Severity, Verdict
+    from merge_gate.records.terms import Severity, Verdict
     from merge_gate.report.untrusted import one_line
     from merge_gate.report.words import MESSAGE_LIMIT, NAME_LIMIT
 

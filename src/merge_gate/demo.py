@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,7 +18,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from merge_gate.records import Problem, Refusal
+    from merge_gate.records.config import Problem
+    from merge_gate.records.measured import Refusal
 
 
 class ExitCode(IntEnum):

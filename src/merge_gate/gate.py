@@ -43,19 +43,11 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.judging import outcome
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.finite import findings_of_base
-from merge_gate.records import (
-    AdapterReport,
-    AdapterSpec,
-    BaseReport,
-    Config,
-    Entry,
-    Environment,
-    FileIdentity,
-    Origin,
-    Quantization,
-    Refusal,
-    Report,
-)
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import Entry, FileIdentity
+from merge_gate.records.measured import Refusal
+from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+from merge_gate.records.terms import Origin, Quantization
 from merge_gate.report import words
 from merge_gate.report.provisional import ReportWriter
 from merge_gate.report.terminal import SilentView

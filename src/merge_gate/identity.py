@@ -10,7 +10,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from merge_gate.records import FileIdentity
+from merge_gate.records.files import FileIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,7 +34,8 @@ from merge_gate.config.model import (
 from merge_gate.config.positions import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.table import CHECKS
-from merge_gate.records import DTYPES, AdapterSpec, Config, Problem, Quantization, Severity
+from merge_gate.records.config import AdapterSpec, Config, Problem
+from merge_gate.records.terms import DTYPES, Quantization, Severity
 from tests.generated import held
 
 ROOT = Path(__file__).parents[2]

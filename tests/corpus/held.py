@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from tests.gating import Gate, Judgement, one_thread
 from tests.merged import kept
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.records import Severity, Verdict
+from merge_gate.records.terms import Severity, Verdict
 from tests.corpus.held import hold
 from tests.gating import Gate, one_thread
 

@@ -20,7 +20,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from merge_gate.records import Coverage, TensorMerge, Verdict
+from merge_gate.records.measured import TensorMerge
+from merge_gate.records.report import Coverage
+from merge_gate.records.terms import Verdict
 from merge_gate.report import html_report, sarif
 from tests.report import reports
 from tests.report.reports import ATTACKS, CRASH, HALF, NAN, OVERFLOW, PARAMETERS, ROUNDING, adapter, report
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, Page
 
-    from merge_gate.records import AdapterReport, Report
+    from merge_gate.records.report import AdapterReport, Report
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from tests import architectures, methods
 from tests.architecture_trials import trial, with_nan
 from tests.gating import Gate, one_thread

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from merge_gate.records import Evidence
+    from merge_gate.records.measured import Evidence
 
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = {"pissa-niter"}  # PEFT decomposes the base by a randomised method on every load: no two merges are alike

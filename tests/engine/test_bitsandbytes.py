@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
-from merge_gate.records import Quantization, Verdict
+from merge_gate.records.terms import Quantization, Verdict
 from tests import faults_methods, methods
 from tests.gating import Bench, mistake, one_thread, told
 

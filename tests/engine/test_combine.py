@@ -11,7 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora.config import KasaConfig
 
 from merge_gate.engine import merge
-from merge_gate.records import Combine, Verdict
+from merge_gate.records.config import Combine
+from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
 from tests import faults_methods, methods
 from tests.gating import Bench, Judgement, one_thread

@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import ArrowConfig
 
-from merge_gate.records import Quantization, Severity, Verdict
+from merge_gate.records.terms import Quantization, Severity, Verdict
 from tests import faults_methods, methods
 from tests.gating import Bench, one_thread
 

@@ -16,7 +16,7 @@ from merge_gate.engine.measure import distance, dtype_max, dtype_name, measure, 
 from merge_gate.errors import EngineError
 
 if TYPE_CHECKING:
-    from merge_gate.records import TensorStats
+    from merge_gate.records.measured import TensorStats
 
 NARROW = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW)

@@ -13,7 +13,7 @@ import pytest
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.errors import EngineError
 from merge_gate.identity import base_identity
-from merge_gate.records import AdapterFiles
+from merge_gate.records.files import AdapterFiles
 from merge_gate.sources.preflight import preflight
 
 WEIGHTS = "adapter_model.safetensors"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from merge_gate.engine.base import Base, load_base
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
-from merge_gate.records import Evidence, Leeway, Verdict
+from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
 from tests import methods
 from tests.command import merge_gate, strict_json

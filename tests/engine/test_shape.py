@@ -14,7 +14,8 @@ from merge_gate.engine.base import load_base
 from merge_gate.engine.shape import shape_for
 from merge_gate.errors import EngineError
 from merge_gate.gate import run_gate
-from merge_gate.records import AdapterReport, Report, Severity, Verdict
+from merge_gate.records.report import AdapterReport, Report
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
 from tests.models import VARIANTS, read_config, read_tensors, save_adapter, write_config, write_tensors
 

@@ -32,12 +32,12 @@ from merge_gate.engine.protocol import (
     Waiting,
 )
 from merge_gate.engine.supervisor import Attempt, supervise
-from merge_gate.records import Refusal
+from merge_gate.records.measured import Refusal
 from merge_gate.sources.preflight import preflight
 from tests.command import alive, children_of, wait_until
 
 if TYPE_CHECKING:
-    from merge_gate.records import AdapterFiles
+    from merge_gate.records.files import AdapterFiles
     from tests.models import Shelf
 
 ENDLESS = "(([a-z0-9_.])+)+!"

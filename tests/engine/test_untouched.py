@@ -10,7 +10,7 @@ import pytest
 from merge_gate.engine.base import Base, load_base, named_tensors
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
-from merge_gate.records import Severity
+from merge_gate.records.terms import Severity
 from merge_gate.sources.preflight import preflight
 from tests.conftest import lay_out
 from tests.faults import FAULTS, HEALTHY, Case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge_gate.judging.bounds import MOST_CHARACTERS, MOST_FINDINGS, bounded
-from merge_gate.records import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, Origin, Severity
 
 
 def finding(check: str = "config-invalid", message: str = "m", severity: Severity = Severity.ERROR) -> Finding:

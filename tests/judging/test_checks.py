@@ -15,25 +15,10 @@ from merge_gate.judging.checks import accident, judge, undecided
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.words import describe_nonfinite
-from merge_gate.records import (
-    AdapterFiles,
-    AdapterSpec,
-    BaseFacts,
-    BaseSpec,
-    CheckSetting,
-    Combine,
-    Evidence,
-    Expect,
-    FileRecord,
-    FileTensor,
-    Finding,
-    Origin,
-    Quantization,
-    Refusal,
-    Severity,
-    TensorMerge,
-    TensorStats,
-)
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Expect
+from merge_gate.records.files import AdapterFiles, FileRecord
+from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Refusal, TensorMerge, TensorStats
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from merge_gate.judging.keys import missing_words, saved_twice, wrapped_twice
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 
 BIASES = ("base_model.model.q_proj.base_layer.bias",)
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}

@@ -9,7 +9,9 @@ import pytest
 from merge_gate.judging import outcome
 from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.records import CheckSetting, Entry, Expect, Finding, Origin, Prepared, Severity, Verdict
+from merge_gate.records.config import CheckSetting, Expect
+from merge_gate.records.files import Entry, Prepared
+from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.judging.test_checks import files, spec
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")

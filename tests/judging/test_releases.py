@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from merge_gate.judging.releases import NEWEST, Span, changes, written_by
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
 EARLY = ALWAYS | {

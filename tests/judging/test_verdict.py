@@ -9,19 +9,10 @@ from hypothesis import strategies as st
 from merge_gate.judging.checks import judge, undecided
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.verdict import decide
-from merge_gate.records import (
-    CheckSetting,
-    Coverage,
-    Evidence,
-    FileTensor,
-    Finding,
-    Origin,
-    Refusal,
-    Severity,
-    TensorMerge,
-    TensorStats,
-    Verdict,
-)
+from merge_gate.records.config import CheckSetting
+from merge_gate.records.measured import Evidence, FileTensor, Refusal, TensorMerge, TensorStats
+from merge_gate.records.report import Coverage
+from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.judging.test_checks import base, files, spec
 
 WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from merge_gate.records import (
-    AdapterReport,
-    BaseRef,
-    BaseReport,
-    Coverage,
-    Environment,
-    FileRecord,
-    Finding,
-    Origin,
-    Quantization,
-    Report,
-    Severity,
-    TensorMerge,
-    TensorStats,
-    Verdict,
-)
+from merge_gate.records.files import FileRecord
+from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage, Environment, Report
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 
 PARAMETERS = 1_100_048_384
 SHA256 = "9f2c5d1e" * 8

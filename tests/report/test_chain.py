@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from merge_gate.records import Coverage, Origin, Verdict
+from merge_gate.records.report import Coverage
+from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.chain import chain
 from tests.report.reports import CRASHED, FAILED, HALF_FAILED, NAN, PASSED, adapter
 

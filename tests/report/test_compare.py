@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from merge_gate.errors import ExitCode
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report.compare import Changes, Kind, compare, render_markdown, render_text
 from tests.report.reports import (
     CRASHED,

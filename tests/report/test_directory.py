@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.errors import GateError, UsageError
-from merge_gate.records import Result
+from merge_gate.records.terms import Result
 from merge_gate.report.directory import claimed, explained, written
 
 NAMES = ("report.json", "summary.md")

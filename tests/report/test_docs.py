@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from merge_gate.errors import ExitCode
-from merge_gate.records import AdapterReport, BaseReport, Finding, TensorMerge
+from merge_gate.records.measured import TensorMerge
+from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.terms import Finding
 from merge_gate.report.files import FORMATS, write_report
 from merge_gate.report.json_report import Document
 from merge_gate.report.schema import column_table, field_table

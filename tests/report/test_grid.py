@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from merge_gate.records import TensorMerge
+from merge_gate.records.measured import TensorMerge
 from merge_gate.report.grid import State, blocks, count_states, states
 from tests.report.reports import tensors
 

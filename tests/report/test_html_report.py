@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report.html_report import render
 from tests.report.reports import ATTACKS, EMPTY, FAIL, NAN, PASS, adapter, hostile_reports, report, tensors
 

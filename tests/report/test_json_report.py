@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 
 from merge_gate.errors import UsageError
-from merge_gate.records import TensorMerge, TensorStats
+from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.report.json_report import read, render
 from merge_gate.report.schema import report_schema
 from tests.report.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
 
 if TYPE_CHECKING:
-    from merge_gate.records import Report
+    from merge_gate.records.report import Report
 
 VALIDATOR = jsonschema.Draft202012Validator(report_schema())
 

@@ -11,7 +11,7 @@ import pytest
 import xmlschema
 from hypothesis import given
 
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report.junit import render
 from tests.report.reports import (
     ATTACKS,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 
 from merge_gate.judging.table import CHECKS
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report.sarif import MOST_RESULTS, render
 from tests.report.reports import ATTACKS, EMPTY, FAIL, FAILED, NAN, PASS, ROUNDING, adapter, hostile_reports, report
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from markdown_it import MarkdownIt
 
-from merge_gate.records import Origin, Report, Verdict
+from merge_gate.records.report import Report
+from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.markdown import code, prose
 from merge_gate.report.summary import LIMIT_BYTES, render
 from tests.report.reports import (

@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.records import BaseFacts, Quantization, Report, TensorStats, Verdict
+from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.report import Report
+from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.terminal import PlainView, RichView, SilentView, make_view
 from tests.report.reports import (
     CRASHED,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.records import BaseRef, Quantization, Report
+from merge_gate.records.report import BaseRef, Report
+from merge_gate.records.terms import Quantization
 from merge_gate.report.columns import cells
 from merge_gate.report.text import Style, lines, render
 from tests.report.reports import EMPTY, FAIL, PASS, adapter, hostile_reports, lines_of, report, runner_obeys

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from merge_gate.records import Finding, Origin, Quantization, Report, Severity, Verdict
+from merge_gate.records.report import Report
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report import words
 from tests.report.reports import (
     BASE,

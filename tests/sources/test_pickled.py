@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 from merge_gate.sources.headers import CorruptFileError, read_header
 from merge_gate.sources.pickled import read_pickled
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from merge_gate.errors import EngineError
-from merge_gate.records import Origin, Severity
+from merge_gate.records.terms import Origin, Severity
 from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, read_header
 from merge_gate.sources.preflight import preflight
 from tests import methods
@@ -26,7 +26,8 @@ from tests.models import VARIANTS
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merge_gate.records import AdapterFiles, Finding
+    from merge_gate.records.files import AdapterFiles
+    from merge_gate.records.terms import Finding
     from tests.models import Shelf
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

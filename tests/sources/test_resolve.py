@@ -18,7 +18,7 @@ import huggingface_hub
 import pytest
 
 from merge_gate.errors import ResolveError
-from merge_gate.records import AdapterSpec, BaseSpec
+from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.sources.hub import translate
 from merge_gate.sources.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
 from tests.hub import LoopbackHub
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CLIENT = """
 import json, sys
 from merge_gate.errors import ResolveError
-from merge_gate.records import AdapterSpec, BaseSpec
+from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.sources.resolve import digest_directory, resolve_adapter, resolve_base
 
 def adapter(id, revision=None, **options):

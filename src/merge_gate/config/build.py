@@ -26,7 +26,8 @@ from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
 from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import Problems
 from merge_gate.judging.table import CHECKS
-from merge_gate.records import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, Quantization, Severity
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
+from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import has_hidden, listing, quoted
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
-from merge_gate.records import Config
+from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
 
 COMMAND_LINE = "the command line"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from merge_gate.errors import ConfigError
-from merge_gate.records import Config, Problem
+from merge_gate.records.config import Config, Problem
 from merge_gate.text import listing, quoted
 
 MAX_BYTES = 1024 * 1024

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 
 from merge_gate.errors import ConfigError
-from merge_gate.records import Problem
+from merge_gate.records.config import Problem
 from merge_gate.text import has_hidden, quoted
 
 MAX_DEPTH = 32

@@ -16,7 +16,7 @@ from merge_gate.config.model import PATTERNS, FileEntry, Model, keys_at
 from merge_gate.config.nearest import nearest
 from merge_gate.config.positions import Document, Loc, Plain
 from merge_gate.errors import ConfigError
-from merge_gate.records import Problem
+from merge_gate.records.config import Problem
 from merge_gate.text import quoted
 
 Entry = TypeVar("Entry", bound=Model)

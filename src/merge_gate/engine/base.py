@@ -25,7 +25,8 @@ from merge_gate.engine.quantized import dequantized, elements, is_quantized, sca
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
-from merge_gate.records import BaseFacts, Quantization, TensorStats
+from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.terms import Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from merge_gate.engine.protocol import (
 from merge_gate.engine.trial import try_patterns
 from merge_gate.errors import EngineError, Refused
 from merge_gate.identity import base_identity
-from merge_gate.records import Evidence, Refusal
+from merge_gate.records.measured import Evidence, Refusal
 
 if TYPE_CHECKING:
     from merge_gate.engine.base import Base, Shape

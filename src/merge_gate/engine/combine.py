@@ -15,7 +15,10 @@ from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, base_slots, inject, load_weights, targeted_modules
 from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
 from merge_gate.errors import Refused
-from merge_gate.records import AdapterFiles, Combine, Origin, Refusal
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 from merge_gate.text import listing
 
 

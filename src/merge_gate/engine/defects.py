@@ -17,7 +17,8 @@ from torch import nn
 
 from merge_gate.engine.quantized import BNB_4BIT, is_quantized
 from merge_gate.errors import Refused
-from merge_gate.records import Origin, Refusal
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import listing
 

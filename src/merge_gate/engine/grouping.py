@@ -11,7 +11,7 @@ from dataclasses import replace
 from merge_gate.engine.protocol import DEFAULT_LIMIT_S, Group, Task
 from merge_gate.identity import base_identity
 from merge_gate.judging import checks
-from merge_gate.records import Entry, Snapshot
+from merge_gate.records.files import Entry, Snapshot
 
 LIMIT_PER_GIB_S = 180.0
 

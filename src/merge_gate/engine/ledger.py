@@ -19,7 +19,8 @@ from merge_gate.engine import outcome
 from merge_gate.engine.base import Base, named_tensors
 from merge_gate.engine.quantized import elements
 from merge_gate.errors import Refused
-from merge_gate.records import Origin, Refusal, TensorMerge
+from merge_gate.records.measured import Refusal, TensorMerge
+from merge_gate.records.terms import Origin
 
 
 @dataclass(slots=True)

@@ -41,7 +41,9 @@ from merge_gate.engine.peft_config import (
 )
 from merge_gate.engine.template import Template, kind_of, snapshot
 from merge_gate.errors import Refused
-from merge_gate.records import AdapterFiles, Origin, Refusal
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.text import listing
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from merge_gate.errors import EngineError
-from merge_gate.records import TensorStats
+from merge_gate.records.measured import TensorStats
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements per step of the slow pass: bounds its scratch memory (masks and widened copies) to tens of MiB."""

@@ -28,7 +28,9 @@ from merge_gate.engine.usage import with_use
 from merge_gate.engine.walk import Progress, Walk
 from merge_gate.engine.weights import read_weights
 from merge_gate.errors import Refused
-from merge_gate.records import NO_LEEWAY, AdapterFiles, Combine, Evidence, FileTensor, Leeway, TensorMerge
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import NO_LEEWAY, Evidence, FileTensor, Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from merge_gate.engine.base import Base, measure_in
 from merge_gate.engine.measure import distance, dtype_max, same_bits, same_values, unchanged_fraction
 from merge_gate.engine.quantized import dequantized, is_quantized
-from merge_gate.records import TensorMerge
+from merge_gate.records.measured import TensorMerge
 
 ROUNDED = (torch.bfloat16, torch.float16)
 """Dtypes in which a float32 delta loses bits, so that the loss is measured."""

@@ -15,7 +15,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from merge_gate.engine.base import first_line
 from merge_gate.engine.defects import refuse_by_config
 from merge_gate.errors import Refused
-from merge_gate.records import AdapterFiles, Origin, Refusal
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
 """Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py, tests/engine/)."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from merge_gate.errors import EngineError
 from merge_gate.identity import base_identity, identity_of
-from merge_gate.records import AdapterFiles, FileIdentity, FileRecord
+from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
 
 _OPEN_FILES = Path("/proc/self/fd")
 

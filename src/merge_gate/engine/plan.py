@@ -28,7 +28,7 @@ from merge_gate.engine.measure import dtype_max, dtype_name, same_bits
 from merge_gate.engine.outcome import ROUNDED, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.engine.threads import spread
-from merge_gate.records import Leeway, TensorMerge, TensorStats
+from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
 
 DENSE = (lora.layer.Linear, lora.layer.Embedding)
 PACKED = tuple(getattr(lora, name) for name in ("Linear8bitLt", "Linear4bit") if hasattr(lora, name))

@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from merge_gate.records import (
-    NO_LEEWAY,
-    AdapterFiles,
-    BaseFacts,
-    Combine,
-    Evidence,
-    FileIdentity,
-    Leeway,
-    Quantization,
-    Refusal,
-    record,
-)
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles, FileIdentity
+from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway, Refusal
+from merge_gate.records.terms import Quantization, record
 
 DEFAULT_LIMIT_S = 600.0
 """What importing, or a base of no size, may take."""

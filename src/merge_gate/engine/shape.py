@@ -18,7 +18,7 @@ import transformers
 
 from merge_gate.engine.base import Shape, first_line, remote_code_refused
 from merge_gate.errors import EngineError
-from merge_gate.records import AdapterFiles
+from merge_gate.records.files import AdapterFiles
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {

@@ -33,7 +33,8 @@ from merge_gate.engine.protocol import (
     Undecided,
     Waiting,
 )
-from merge_gate.records import Quantization, Refusal
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Quantization
 
 FIRST_WORD_S = 60.0
 """After so long without progress of an adapter it is named, and again after twice as long."""

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.records import AdapterFiles
+from merge_gate.records.files import AdapterFiles
 
 
 @dataclass(slots=True, kw_only=True)

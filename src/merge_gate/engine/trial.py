@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from merge_gate.errors import Refused
 from merge_gate.judging.patterns import Pattern, patterns_of, shown
-from merge_gate.records import Origin, Refusal
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 
 TRIAL_LIMIT_S = 10.0
 """Computing time for all expressions of one adapter; an honest one needs microseconds for each name."""

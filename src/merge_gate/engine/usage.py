@@ -18,7 +18,7 @@ from merge_gate.engine.copies import PrivateCopies, Slot, slots_of
 from merge_gate.engine.load import Loaded
 from merge_gate.engine.measure import same_bits
 from merge_gate.engine.quantized import dequantized, is_quantized
-from merge_gate.records import FileTensor, TensorStats
+from merge_gate.records.measured import FileTensor, TensorStats
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 

@@ -42,7 +42,8 @@ from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blo
 from merge_gate.engine.quantized import dequantized, is_quantized
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError, Refused
-from merge_gate.records import Leeway, Origin, Refusal, TensorMerge
+from merge_gate.records.measured import Leeway, Refusal, TensorMerge
+from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]

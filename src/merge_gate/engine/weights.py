@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 
 from merge_gate.errors import Refused
-from merge_gate.records import AdapterFiles, Origin, Refusal
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
 
 
 def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:

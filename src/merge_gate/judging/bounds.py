@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from merge_gate.records import Finding, Severity
+from merge_gate.records.terms import Finding, Severity
 
 MOST_FINDINGS = 100
 """Of one check and one severity."""

@@ -13,17 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from merge_gate.records import (
-    AdapterFiles,
-    AdapterSpec,
-    CheckSetting,
-    Evidence,
-    Finding,
-    Origin,
-    Severity,
-    TensorStats,
-    record,
-)
+from merge_gate.records.config import AdapterSpec, CheckSetting
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Evidence, TensorStats
+from merge_gate.records.terms import Finding, Origin, Severity, record
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 

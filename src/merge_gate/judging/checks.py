@@ -14,17 +14,10 @@ from merge_gate.judging import effect
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.check import Case, limit
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.records import (
-    AdapterFiles,
-    AdapterSpec,
-    CheckSetting,
-    Evidence,
-    Finding,
-    Leeway,
-    Origin,
-    Refusal,
-    Severity,
-)
+from merge_gate.records.config import AdapterSpec, CheckSetting
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Evidence, Leeway, Refusal
+from merge_gate.records.terms import Finding, Origin, Severity
 
 MEASURE_ABOVE = 0.5
 """Values that may be above this share of their dtype's largest are merged one by one, whatever `headroom` says."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
-from merge_gate.records import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import listing
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check, counts
 from merge_gate.judging.words import describe_nonfinite, nothing_finite
-from merge_gate.records import BaseFacts, FileTensor, Finding, Origin, Severity, TensorMerge
+from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge
+from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.tensor_names import module_of
 
 

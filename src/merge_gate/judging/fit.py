@@ -11,7 +11,8 @@ from typing import Any
 from merge_gate.judging import keys
 from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
 from merge_gate.judging.words import are, tensors
-from merge_gate.records import Evidence, Finding, Origin
+from merge_gate.records.measured import Evidence
+from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import listing
 

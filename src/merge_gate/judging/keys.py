@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_gate.judging.releases import written_by
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"

@@ -14,21 +14,11 @@ from __future__ import annotations
 from merge_gate.judging import checks, verdict
 from merge_gate.judging.bounds import cut
 from merge_gate.judging.table import CHECKS
-from merge_gate.records import (
-    AdapterFiles,
-    AdapterReport,
-    BaseFacts,
-    BaseRef,
-    BaseSpec,
-    Coverage,
-    Entry,
-    Evidence,
-    Finding,
-    Prepared,
-    Refusal,
-    Severity,
-    Verdict,
-)
+from merge_gate.records.config import BaseSpec
+from merge_gate.records.files import AdapterFiles, Entry, Prepared
+from merge_gate.records.measured import BaseFacts, Evidence, Refusal
+from merge_gate.records.report import AdapterReport, BaseRef, Coverage
+from merge_gate.records.terms import Finding, Severity, Verdict
 
 
 def blocked(entry: Entry) -> AdapterReport | None:

@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from merge_gate.records import TensorHeader, record
+from merge_gate.records.files import TensorHeader
+from merge_gate.records.terms import record
 
 NEWEST = 99
 """Stands for a release that nothing bounds."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from merge_gate.judging.checks import undecided
 from merge_gate.judging.table import NOT_JUDGED
-from merge_gate.records import Coverage, Finding, Severity, Verdict
+from merge_gate.records.report import Coverage
+from merge_gate.records.terms import Finding, Severity, Verdict
 
 
 def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:

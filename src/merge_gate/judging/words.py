@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 
-from merge_gate.records import TensorStats
+from merge_gate.records.measured import TensorStats
 
 
 def describe_nonfinite(stats: TensorStats) -> str:

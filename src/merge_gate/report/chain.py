@@ -9,13 +9,14 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from merge_gate.records import Origin, Severity, record
+from merge_gate.records.terms import Origin, Severity, record
 from merge_gate.report import words
 from merge_gate.report.grid import State, count_states
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
-    from merge_gate.records import AdapterReport, Finding
+    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.terms import Finding
 
 
 class Outcome(StrEnum):

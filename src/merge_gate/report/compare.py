@@ -16,7 +16,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import ExitCode
-from merge_gate.records import AdapterReport, Environment, Report, Severity, Verdict, record
+from merge_gate.records.report import AdapterReport, Environment, Report
+from merge_gate.records.terms import Severity, Verdict, record
 from merge_gate.report import words
 from merge_gate.report.markdown import code, plain
 from merge_gate.report.untrusted import inert, one_line

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from merge_gate.errors import GateError, UsageError
-from merge_gate.records import Result
+from merge_gate.records.terms import Result
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -17,7 +17,7 @@ from operator import attrgetter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from merge_gate.records import Severity, record
+from merge_gate.records.terms import Severity, record
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _declared_of(value: Any) -> tuple[Declared, ...]:
 
 
 def is_record(kind: Any) -> bool:
-    """Whether a type, or a value, is one of records.py."""
+    """Whether a type, or a value, is one of the records."""
     return is_dataclass(kind)
 
 

@@ -20,7 +20,7 @@ from merge_gate.report.directory import explained, make_directory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from merge_gate.records import Report
+    from merge_gate.records.report import Report
 
 FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
     {

@@ -9,7 +9,8 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from merge_gate.records import TensorMerge, record
+from merge_gate.records.measured import TensorMerge
+from merge_gate.records.terms import record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from merge_gate.records import Severity, Verdict
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.chain import chain
 from merge_gate.report.grid import State, blocks, count_states, states
@@ -30,7 +30,9 @@ from merge_gate.report.untrusted import one_line
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from merge_gate.records import AdapterReport, Finding, Report, TensorMerge
+    from merge_gate.records.measured import TensorMerge
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
 
 _LONGEST = 2000
 _DIGITS = 3

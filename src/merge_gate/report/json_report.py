@@ -12,7 +12,8 @@ import re
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate.errors import UsageError
-from merge_gate.records import AdapterReport, BaseReport, Environment, Report, Result, Verdict, record, told
+from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+from merge_gate.records.terms import Result, Verdict, record, told
 from merge_gate.report.fields import Json, UnreadableError, dump, load
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import is_hidden

@@ -11,14 +11,15 @@ import math
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
-from merge_gate.records import Severity, Verdict
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from merge_gate.records import AdapterReport, Finding, Report
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
 
 _TAGS = {Verdict.FAILED: "failure", Verdict.ERROR: "error"}
 _GROUPS = 30

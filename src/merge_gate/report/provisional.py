@@ -15,7 +15,7 @@ from merge_gate.report.files import write_report
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from merge_gate.records import Report
+    from merge_gate.records.report import Report
 
 PROVISIONAL_FORMATS = ("report.json",)
 """What is written while a run goes on; the other formats are there from its start and say that it is not complete."""

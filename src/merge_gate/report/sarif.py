@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.records import AdapterReport, Result, Severity
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Result, Severity
 from merge_gate.report import words
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from merge_gate.records import BaseRef, BaseReport, Finding, Report
+    from merge_gate.records.report import BaseRef, BaseReport, Report
+    from merge_gate.records.terms import Finding
 
 MOST_RESULTS = 25_000
 """GitHub refuses a run with more."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, get_args, get_origin
 
-from merge_gate.records import AdapterReport, BaseReport, Finding, Verdict
+from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.terms import Finding, Verdict
 from merge_gate.report.fields import FIGURES, NONFINITE, Declared, Json, columns, declared, is_record, optional, words
 from merge_gate.report.json_report import Document
 

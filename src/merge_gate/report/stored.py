@@ -16,7 +16,7 @@ from merge_gate.report.files import FORMATS, WORDS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from merge_gate.records import Report
+    from merge_gate.records.report import Report
 
 _COMPARED = {"terminal": compare.render_text, "markdown": compare.render_markdown}
 

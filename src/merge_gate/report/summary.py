@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merge_gate.records import Result, Verdict
+from merge_gate.records.terms import Result, Verdict
 from merge_gate.report import words
 from merge_gate.report.markdown import code, plain, prose
 from merge_gate.report.textmap import LEGEND, text_map
@@ -17,7 +17,8 @@ from merge_gate.report.textmap import LEGEND, text_map
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from merge_gate.records import AdapterReport, BaseReport, Finding, Report
+    from merge_gate.records.report import AdapterReport, BaseReport, Report
+    from merge_gate.records.terms import Finding
 
 LIMIT_BYTES = 64 * 1024
 _TABLE_BYTES = 16 * 1024

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TextIO
 
-from merge_gate.records import Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report import text, words
 from merge_gate.report.columns import cut
 from merge_gate.report.text import Style
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-    from merge_gate.records import AdapterReport, BaseFacts, Report
+    from merge_gate.records.measured import BaseFacts
+    from merge_gate.records.report import AdapterReport, Report
     from merge_gate.report.text import Line
 
     Clock = Callable[[], float]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from merge_gate.records import Result, Severity, Verdict
+from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.columns import cells, cut, fit, pad, wrap
 from merge_gate.report.untrusted import inert, one_line
@@ -18,7 +18,8 @@ from merge_gate.report.untrusted import inert, one_line
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from merge_gate.records import AdapterReport, Finding, Report
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
 
 
 class Style(StrEnum):

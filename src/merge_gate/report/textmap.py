@@ -11,7 +11,7 @@ from merge_gate.report.grid import Block, State, blocks, states
 from merge_gate.report.untrusted import inert, one_line
 
 if TYPE_CHECKING:
-    from merge_gate.records import AdapterReport
+    from merge_gate.records.report import AdapterReport
 
 MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "0", State.FINITE: ".", State.UNTOUCHED: " "}
 LEGEND = "N NaN, I ±Inf, 0 no effect, . finite, blank untouched"

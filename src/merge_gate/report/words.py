@@ -9,13 +9,14 @@ import math
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.table import NOT_JUDGED
-from merge_gate.records import Origin, Quantization, Result, Severity, Verdict
+from merge_gate.records.terms import Origin, Quantization, Result, Severity, Verdict
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from merge_gate.records import AdapterReport, BaseRef, BaseReport, Environment, Finding, Report
+    from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Environment, Report
+    from merge_gate.records.terms import Finding
 
 NAME_LIMIT = 200
 MESSAGE_LIMIT = 600

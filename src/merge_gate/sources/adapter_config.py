@@ -16,7 +16,8 @@ from merge_gate.judging.bounds import bounded
 from merge_gate.judging.patterns import patterns_of
 from merge_gate.judging.patterns import problem as pattern_problem
 from merge_gate.judging.patterns import shown as pattern_shown
-from merge_gate.records import Finding, Origin, Severity, TensorHeader
+from merge_gate.records.files import TensorHeader
+from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.sources.headers import shown
 
 if TYPE_CHECKING:

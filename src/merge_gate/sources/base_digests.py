@@ -10,7 +10,7 @@ import contextlib
 import threading
 
 from merge_gate.identity import base_identity
-from merge_gate.records import FileIdentity
+from merge_gate.records.files import FileIdentity
 from merge_gate.sources import resolve
 
 

@@ -17,7 +17,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.judging import checks
-from merge_gate.records import AdapterFiles, AdapterSpec, Config, Finding, Prepared, Snapshot
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import AdapterFiles, Prepared, Snapshot
+from merge_gate.records.terms import Finding
 from merge_gate.sources import resolve
 from merge_gate.sources.preflight import preflight
 

@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.records import TensorHeader
+from merge_gate.records.files import TensorHeader
 from merge_gate.sources.headers import MAX_HEADER_BYTES, CorruptFileError, other_format, shown
 
 if TYPE_CHECKING:

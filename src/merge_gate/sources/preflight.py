@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
 from merge_gate.identity import identity_of
-from merge_gate.records import AdapterFiles, FileRecord, Finding, Origin, Severity, TensorHeader
+from merge_gate.records.files import AdapterFiles, FileRecord, TensorHeader
+from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.sources import adapter_config, foreign
 from merge_gate.sources.headers import (
     CorruptFileError,

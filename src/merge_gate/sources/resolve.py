@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import ResolveError
-from merge_gate.records import AdapterSpec, Snapshot
+from merge_gate.records.config import AdapterSpec
+from merge_gate.records.files import Snapshot
 from merge_gate.sources import adapter_config
 from merge_gate.sources.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.sources.preflight import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME

@@ -1,0 +1,141 @@
+"""What is said of each adapter and of the run: the content of report.json."""
+
+from __future__ import annotations
+
+from merge_gate.records.files import FileRecord
+from merge_gate.records.measured import TensorMerge
+from merge_gate.records.terms import Finding, Quantization, Result, Verdict, record, told
+
+
+@record
+class Coverage:
+    """How much of the adapter and of the model was checked.
+
+    `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them
+    (engine/bound.py).
+    """
+
+    adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
+    applied: int = told("Of these, tensors that the merge used.", default=0)
+    modules_merged: int = told("Modules of the base that the adapter was put on, merged and measured.", default=0)
+    layers_in_blocks: int = told("Layers that were merged a block of rows at a time.", default=0)
+    layers_by_peft: int = told("Layers that PEFT merged itself, and nobody else.", default=0)
+    layers_witnessed: int = told(
+        "Of those in blocks, layers that PEFT merged as well, with the same bits: at least one of each kind.", default=0
+    )
+    layers_differing: tuple[str, ...] = told(
+        "Layers of which PEFT's bits were others, the first ten; then PEFT has merged all layers.", default=()
+    )
+    parameters_checked: int = told(
+        "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
+        default=0,
+    )
+    parameters_bounded: int = told(
+        "Of the checked ones, elements that were not merged one by one, since base and adapter hold no values large "
+        "enough to overflow; 0 without `--quick`.",
+        default=0,
+    )
+    parameters_total: int = told("Elements that the merged model has.", default=0)
+
+
+@record
+class BaseRef:
+    """The base that an adapter was judged on."""
+
+    model: str | None = told("Directory or Hub id as written; null where none could be found out.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
+    dtype: str = told("The dtype that was checked, in torch's words.")
+    quantization: Quantization = told("How the base was quantised when it was loaded.")
+
+
+@record
+class AdapterReport:
+    """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
+
+    `seed` is that of a combination by a random method, with which it gives the same bits again.
+    """
+
+    name: str = told("Its name in the configuration.")
+    source: str = told("Its path as written, or its Hub id.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    base: BaseRef = told("The base that it was merged into.")
+    peft_type: str | None = told(
+        "PEFT's name of the method, such as `LORA`; null where it could not be read.", default=None
+    )
+    verdict: Verdict = told("`error` where it could not be judged. Only `passed` clears it.")
+    cause: str | None = told(
+        "Id of the check that decided, the one nearest the root; `not-judged` with the verdict `error`; null when "
+        "passed.",
+        default=None,
+    )
+    findings: tuple[Finding, ...] = told("All findings, whichever is the cause.", default=())
+    coverage: Coverage = told("How much was checked.", default=Coverage())
+    files: tuple[FileRecord, ...] = told("The files that were read.", default=())
+    seconds: float = told("Time that the adapter took; null where it was not measured.", default=0.0)
+    seed: int | None = told(
+        "The seed of a combination by a random method (`dare_…`); null for everything else.", default=None
+    )
+    line: int = told("Line of its entry in the configuration file, counted from 1.")
+    column: int = told("Column of its entry, counted from 1.")
+    tensors: tuple[TensorMerge, ...] = told(
+        "Every tensor that the merge touched, as it left it: `rows`, and the names of their `columns`. Figures are "
+        "rounded to six significant digits.",
+        default=(),
+        as_rows=True,
+    )
+
+
+@record
+class BaseReport:
+    """One base that was loaded."""
+
+    model: str = told("Directory or Hub id as written.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    dtype: str = told("The dtype that was checked, in torch's words.")
+    quantization: Quantization = told("How the base was quantised when it was loaded.")
+    sha256: str | None = told("Digest of its weights, hex; null where it was not taken.", default=None)
+    parameters: int = told("Elements of all its parameters and persistent buffers.", default=0)
+    findings: tuple[Finding, ...] = told("What is wrong with the base itself, before any merge.", default=())
+    loaded_as: str = told("Class of transformers that it was loaded as.", default="")
+    replaced: tuple[str, ...] = told(
+        "Tensors of its own head that gave way, since the adapters bring a head with another number of labels.",
+        default=(),
+    )
+
+
+@record
+class Environment:
+    """What the run ran on. Versions are None where a package is absent or was not needed."""
+
+    python: str = told("Version of Python.")
+    torch: str | None = told("Version of torch; null where it is absent.", default=None)
+    peft: str | None = told("Version of PEFT; null where it is absent.", default=None)
+    transformers: str | None = told("Version of transformers; null where it is absent.", default=None)
+    bitsandbytes: str | None = told("Version of bitsandbytes; null where it is absent.", default=None)
+    device: str = told("`cpu`, `cuda:0`, …", default="cpu")
+    device_name: str = told("The device's own name; may be empty.", default="")
+
+
+@record
+class Report:
+    """A run. `complete` False: the run is still going on, or was killed; what it holds is true."""
+
+    complete: bool
+    tool_version: str
+    environment: Environment
+    config_path: str
+    config_sha256: str
+    bases: tuple[BaseReport, ...] = ()
+    adapters: tuple[AdapterReport, ...] = ()
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(adapter.verdict is verdict for adapter in self.adapters)
+
+    @property
+    def result(self) -> Result:
+        """A proven failure outranks an undecided adapter; nothing judged, or an unfinished run, is never `pass`."""
+        if self.count(Verdict.FAILED):
+            return Result.FAIL
+        if self.count(Verdict.ERROR) or not self.adapters or not self.complete:
+            return Result.ERROR
+        return Result.PASS

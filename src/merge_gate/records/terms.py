@@ -1,0 +1,99 @@
+"""The words that all records share, and the one kind of class they are.
+
+In: nothing but the standard library. Out: enumerations, `record`, `told`, and `Finding`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar, dataclass_transform
+
+_T = TypeVar("_T")
+
+
+def told(sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False) -> Any:
+    """A field that report.json has, and what is said of it; `key` where its name there is another.
+
+    `as_rows`: a tuple of many records, which are written as the rows of a table.
+    """
+    return field(default=default, metadata={"told": sentence, "key": key, "as_rows": as_rows})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, told))
+def record(cls: type[_T]) -> type[_T]:
+    """The one kind of class in this module: a frozen, slotted, keyword-only dataclass."""
+    return dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that a base can be asked for, beside `auto`."""
+
+
+class Severity(StrEnum):
+    """How much a finding weighs: an error fails the adapter."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    OFF = "off"
+
+
+class Origin(StrEnum):
+    """Where the cause of a finding lies."""
+
+    FILE = "file"
+    CONFIG = "config"
+    ADAPTER = "adapter"
+    BASE = "base"
+    MERGE = "merge"
+    RUNTIME = "runtime"
+
+
+class Verdict(StrEnum):
+    """What is said of one adapter."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    ERROR = "error"
+
+
+class Result(StrEnum):
+    """What is said of a run."""
+
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    ERROR = "error"
+
+
+class Quantization(StrEnum):
+    """How the base is quantised when it is loaded."""
+
+    NONE = "none"
+    BNB_8BIT = "bnb-8bit"
+    BNB_4BIT = "bnb-4bit"
+
+
+@record
+class Finding:
+    """One thing worth saying of an adapter or a base: what, where, got, expected (`message`) and what now (`hint`).
+
+    `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
+    """
+
+    check: str = told("Id of the check.")
+    severity: Severity = told("`error` fails the adapter, `warning` does not.")
+    message: str = told("What is wrong, where, what was found and what was expected.")
+    hint: str = told("What to do about it; may be empty.", default="")
+    module: str | None = told("Module of the base.", default=None)
+    tensor: str | None = told("Tensor, named as in the file or the model it is from.", default=None)
+    origin: Origin = told("Where the cause lies.")
+    nan: int | None = told("How many values of the tensor are NaN.", default=None)
+    posinf: int | None = told("How many values of the tensor are +Infinity.", default=None)
+    neginf: int | None = told("How many values of the tensor are -Infinity.", default=None)
+    numel: int | None = told("How many values the tensor has.", default=None)
+    first_index: tuple[int, ...] | None = told("Index of the first non-finite value, row-major.", default=None)
+    measured: tuple[tuple[str, float], ...] = told(
+        'The figures behind the finding, by name. JSON has no infinities: those are the strings `"Infinity"`, '
+        '`"-Infinity"` and `"NaN"`.',
+        default=(),
+    )
