@@ -17,4 +17,5 @@ sed 's/^\(torch==.*\)$/\1+cpu/' image.in | uv pip compile "${image[@]}" $torch_c
 uv pip compile "${image[@]}" -o image-cuda.txt image.in
 uv pip compile "${common[@]}" --python-version 3.9 --python-platform linux -o launcher.txt launcher.in
 uv pip compile "${common[@]}" --universal --python-version 3.11 -o build.txt build.in
+uv pip compile "${common[@]}" --universal --python-version 3.11 --only-binary :all: -o audit.txt audit.in
 uv pip compile "${common[@]}" --universal --python-version 3.11 --only-binary :all: -o e2e-tools.txt e2e-tools.in

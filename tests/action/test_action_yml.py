@@ -185,7 +185,9 @@ def test_the_variants_differ_in_torch_and_what_cuda_needs_only() -> None:
     assert more <= {"nvidia", "cuda", "triton"}
 
 
-@pytest.mark.parametrize("name", ["image-cpu.txt", "image-cuda.txt", "launcher.txt", "build.txt", "e2e-tools.txt"])
+@pytest.mark.parametrize(
+    "name", ["image-cpu.txt", "image-cuda.txt", "launcher.txt", "build.txt", "audit.txt", "e2e-tools.txt"]
+)
 def test_every_locked_file_has_its_hash(name: str) -> None:
     text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
     entries = text.replace("\\\n", "").splitlines()
