@@ -46,7 +46,7 @@ def test_the_chain_is_green_and_red(tool, repository: Path, tmp_path: Path, bare
         "nan", "overflow", "lost-keys", "lfs-pointer", "no-effect",
     }  # fmt: skip
     assert {record["kvPairs"]["file"] for record in run.commands("error")} == {"gate/merge-gate.yml"}
-    assert len(run.commands("summary")) == 2
+    assert len({record["job"] for record in run.commands("summary")}) == 2
     assert TOKEN not in run.raw
     assert not [name for files in run.artifacts.values() for name, data in files.items() if TOKEN.encode() in data]
     left = sorted(path.name for path in (tmp_path / "run" / "actions").rglob("merge-gate-*") if path.is_dir())

@@ -51,7 +51,7 @@ def test_a_repository_that_runs_its_own_copy_is_green(play, own_repository: Path
     assert report["result"] == "pass"
     assert report["config"]["path"] == "gate/green.yml"
     assert run.commands("error") == []
-    (summary,) = run.commands("summary")
+    summary = run.commands("summary")[0]
     assert "`good`" in summary["content"]
 
 
