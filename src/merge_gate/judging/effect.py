@@ -52,9 +52,9 @@ def no_effect(case: Case) -> Iterator[Finding]:
 
 def _modules(targeted: tuple[str, ...]) -> str:
     return (
-        "the 1 targeted module keeps the bits"
+        "the 1 targeted module keeps the values"
         if len(targeted) == 1
-        else f"all {len(targeted):,} targeted modules keep the bits"
+        else f"all {len(targeted):,} targeted modules keep the values"
     )
 
 
@@ -81,8 +81,9 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
         return
     worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))
     same = f"; {kept:.1%} of the targeted elements keep the base's bits" if size else ""
+    how = "; estimated from a sample" if any(one.estimated for one in merges) else ""
     yield rounding_loss.finding(
-        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}",
+        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}{how}",
         "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is "
         "close to the base",
         Origin.MERGE,
@@ -152,7 +153,8 @@ def delta_norm(case: Case) -> Iterator[Finding]:
     if above:
         ratio, worst = max(above, key=lambda pair: pair[0])
         yield delta_norm.finding(
-            f"the delta of {worst.stats.name} is {ratio:.3g} times as large as the weight it is added to (limit "
+            f"the delta of {worst.stats.name} is {'about ' if worst.estimated else ''}{ratio:.3g} times as large as "
+            "the weight it is added to (limit "
             f"{limit:g}); {tensors(above)} {are(above)} above it",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base rather than adapts it",
             Origin.MERGE,

@@ -189,7 +189,9 @@ def advice(report: Report) -> str:
         return "A failed adapter merges into a model that is broken or not the one intended. Do not release it."
     if report.result is Result.ERROR:
         return "What could not be judged is not cleared for release; the gate stays closed until it is."
-    return "Every parameter of every merged model is finite."
+    bounded = sum(adapter.coverage.parameters_bounded for adapter in report.adapters)
+    proof = f"; a bound proves it of {number(bounded)} that were not merged one by one" if bounded else ""
+    return f"Every parameter of every merged model is finite{proof}."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:
