@@ -6,7 +6,8 @@ nothing in the model. Knows neither bases nor merges.
 PEFT and transformers rename, split, fuse and drop tensors on their way from the file into the model, and say nothing
 of what they lose. So a name that is in the file and promised by the config is not taken for loaded:
 
-1. A tensor that PEFT would save under the name that the file uses must hold the file's values now.
+1. A tensor that PEFT would save under the name that the file uses must hold the file's values now; of several names of
+   one tensor, one.
 2. A tensor of the file that PEFT would not save (one of the base's that rides along, a trained bias) must be in the
    model under its own name, with its values.
 3. A tensor under any other name was renamed: the values of one tensor that PEFT copied are its own.
@@ -101,10 +102,15 @@ class _Search:
         for name, value in self.file.items():
             if name in promised:
                 key, tensor = promised[name]
-                if _holds(tensor, value):
+                if _holds(tensor, value) or _is_remade(name, key):
                     self._book(name, key)
             elif name in self.loaded and _holds(self.own[name], value):
                 self._book(name, name)
+        taken = {self.own[key].data_ptr() for key in self.taken}
+        for name in self.open_names():  # one tensor may go by several names, of which PEFT loads one
+            key, _ = promised.get(name, ("", None))
+            if key in self.own and self.own[key].data_ptr() in taken:
+                self._book(name, key)
 
     def by_value(self) -> None:
         """Step 3. Of several tensors of one content each stands for one."""
@@ -184,6 +190,14 @@ def file_name(key: str, adapter_name: str) -> str:
 def _holds(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a tensor of the model holds the file's values, in its own dtype."""
     return tensor.shape == value.shape and same_values(tensor.detach(), value.to(tensor.device, tensor.dtype))
+
+
+def _is_remade(name: str, key: str) -> bool:
+    """Whether PEFT makes this tensor on saving, from others, so that its values come back by arithmetic only (VB-LoRA).
+
+    Not LoRA's: there transformers' conversions make tensors, and what they lose is what is looked for.
+    """
+    return not key and ".lora_" not in name
 
 
 def _unique(tensor: torch.Tensor | None) -> set[float]:
