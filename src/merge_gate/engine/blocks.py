@@ -29,8 +29,8 @@ from merge_gate.engine.quantized import BNB_4BIT, is_quantized
 
 Weight = DenseValues | Int8Values | Int4Values
 
-SAMPLE_ROWS = 32
-SAMPLE_ELEMENTS = 1 << 16
+SAMPLE_ROWS = 64
+SAMPLE_ELEMENTS = 1 << 17
 """A sample has at least so many rows, and about so many elements."""
 
 NARROW = (torch.float32, *HALVES)
