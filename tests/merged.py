@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
@@ -38,5 +37,8 @@ def kept() -> Iterator[dict[str, torch.Tensor]]:
         seen[one.slot.name] = whole
         return made
 
-    with patch.object(outcome, "of_tensor", measured), patch.object(plan, "_merge", merge):
+    outcome.of_tensor, plan._merge = measured, merge
+    try:
         yield seen
+    finally:
+        outcome.of_tensor, plan._merge = of_tensor, merge_of
