@@ -92,6 +92,20 @@ def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_untrained_dora_of_convolutions_has_no_effect(dtype: str, tmp_path: Path, bench: Bench) -> None:
+    """PEFT's own road: convolutions have no form in rows."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    transformers.ResNetModel(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
+    model = transformers.ResNetModel.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
+    with methods.quiet():
+        lora = peft.LoraConfig(r=2, target_modules=["convolution"], use_dora=True)
+        peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    judgement = bench.gate.judge(tmp_path / "adapter", tmp_path / "base")
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
 def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
     """DoRA with B = 0 and magnitudes that training has moved."""
 

@@ -22,7 +22,13 @@ ROUNDING_SHARE = 2.0**-20
 
 
 def of_tensor(
-    base: Base, module: nn.Module, name: str, tensor: torch.Tensor, exact: torch.Tensor | None = None
+    base: Base,
+    module: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    exact: torch.Tensor | None = None,
+    *,
+    rounding_share: float = ROUNDING_SHARE,
 ) -> TensorMerge:
     """Measure a merged tensor, and compare it with the base's of that name.
 
@@ -32,6 +38,7 @@ def of_tensor(
         name: as the base and the merged model call it.
         tensor: merged, in its final form.
         exact: W + delta without the rounding of the final dtype, float32; the loss is measured against it.
+        rounding_share: a delta that is no larger a share of the weight is nothing but rounding.
     """
     place = name.rpartition(".")[0]
     if is_the_bases(base, name, tensor):
@@ -53,7 +60,7 @@ def of_tensor(
         module=place,
         stats=stats,
         dtype_max=ceiling,
-        changed=not (comparable and same_values(was, values)) and delta_norm > ROUNDING_SHARE * base_norm,
+        changed=not (comparable and same_values(was, values)) and delta_norm > rounding_share * base_norm,
         base_norm=base_norm,
         delta_norm=delta_norm,
         lost_norm=None if exact is None else distance(values, exact),

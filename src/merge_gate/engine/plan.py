@@ -25,7 +25,7 @@ from merge_gate.engine.copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.delta import LowRankUpdate
 from merge_gate.engine.load import ADAPTER_NAME
 from merge_gate.engine.measure import dtype_max, dtype_name, same_bits
-from merge_gate.engine.outcome import ROUNDED, shares_storage
+from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.engine.threads import spread
 from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
@@ -106,6 +106,15 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
         transposed=True if embeds else layer.fan_in_fan_out,
         magnitude=None if variant is None else layer.lora_magnitude_vector[ADAPTER_NAME].weight.data,
     )
+
+
+def rounding_share(layer: Any) -> float:
+    """How large a share of the weight a delta can be by rounding alone: more for DoRA whose B is zero, as it began."""
+    if ADAPTER_NAME not in (getattr(layer, "lora_magnitude_vector", None) or ()):
+        return ROUNDING_SHARE
+    embedded = getattr(layer, "lora_embedding_B", None) or {}
+    side = embedded[ADAPTER_NAME] if ADAPTER_NAME in embedded else layer.lora_B[ADAPTER_NAME].weight
+    return ROUNDING_SHARE if bool(side.any()) else UNTRAINED_MAGNITUDE
 
 
 # --- the merges ----------------------------------------------------------------------------------------------------
@@ -203,17 +212,10 @@ def _as_record(
             maximum=extremes[1],
         ),
         dtype_max=dtype_max(merge.dtype),
-        changed=changed and not _is_untrained_dora(one.update, figures),
+        changed=changed and (plain or figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq),
         base_norm=math.sqrt(figures.base_sq / part),
         delta_norm=delta_norm,
         lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if lossy else None,
         unchanged_fraction=figures.unchanged / sample.numel,
         estimated=sample.estimated,
     )
-
-
-def _is_untrained_dora(update: LowRankUpdate, figures: Figures) -> bool:
-    """DoRA as it was initialised: B is zero, and each row keeps its length but for the rounding of the magnitude."""
-    if update.magnitude is None or bool(update.lora_b.any()):
-        return False
-    return figures.delta_sq <= UNTRAINED_MAGNITUDE**2 * figures.base_sq

@@ -38,7 +38,7 @@ from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
 from merge_gate.engine.peft_config import config_type
-from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
+from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
 from merge_gate.engine.quantized import dequantized, is_quantized
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError, Refused
@@ -218,7 +218,9 @@ class Walk:
         changed = [(slot, tensor) for slot, tensor in results if not outcome.is_the_bases(self.base, slot.name, tensor)]
         exact = self._exact(layer, slots, changed, by_peft)
         for slot, tensor in results:
-            merge = outcome.of_tensor(self.base, slot.module, slot.name, tensor, exact.get(slot.name))
+            merge = outcome.of_tensor(
+                self.base, slot.module, slot.name, tensor, exact.get(slot.name), rounding_share=rounding_share(layer)
+            )
             self.ledger.book(merge, layer if any(slot is one for one, _ in changed) else None)
 
     def _exact(
