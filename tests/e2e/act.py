@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 UPLOAD = "actions/upload-artifact@043fb46d1a93c77aae656e7c1c64a875d1fc6a0a"
+TAG = f"e2e-{os.getpid()}"
+"""Tells the images and jobs of this run of the tests from those of another one on the same machine."""
 ACTION_FILES = ("action.yml", "entrypoint.py", "vendor", "src")
 
 
@@ -31,10 +34,14 @@ def copy_action(target: Path) -> None:
 
 
 def make_repository(directory: Path, workflow: str) -> Path:
-    """A git repository with one workflow of tests/e2e/workflows."""
+    """A git repository with one workflow of tests/e2e/workflows.
+
+    act names a job's container and volumes after workflow and job, so the workflow's name has to be this run's own.
+    """
     target = directory / ".github" / "workflows" / workflow
     target.parent.mkdir(parents=True)
-    shutil.copy2(HERE / "workflows" / workflow, target)
+    text = (HERE / "workflows" / workflow).read_text(encoding="utf-8").replace(":e2e", f":{TAG}")
+    target.write_text(re.sub(r"^name: .*", rf"\g<0> {TAG}", text, count=1, flags=re.MULTILINE), encoding="utf-8")
     git = ["git", "-C", str(directory), "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "gc.auto=0"]
     subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
     subprocess.run([*git, "add", "-A", "-f"], check=True)
@@ -107,7 +114,7 @@ def run_act(
     secrets: dict[str, str] | None = None,
     environ: dict[str, str] | None = None,
     platform: str = "-self-hosted",
-    timeout_s: float = 240,
+    timeout_s: float = 600,
 ) -> ActRun:
     """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file.
 

@@ -14,17 +14,24 @@ import venv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import docker
 import pytest
 
+from merge_gate.action import address as addresses
+from merge_gate.action import docker_api
+from merge_gate.action.leftovers import OURS
 from merge_gate.demo import make_demo
-from tests.e2e.act import HERE, ROOT, copy_action, free_port
+from tests.e2e.act import HERE, ROOT, TAG, copy_action, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BASE_IMAGE = "localhost/merge-gate-base:trixie"
-IMAGE = "localhost/merge-gate:e2e"
-ROGUE = "localhost/merge-gate-rogue:e2e"
+IMAGE = f"localhost/merge-gate:{TAG}"
+ROGUE = f"localhost/merge-gate-rogue:{TAG}"
+PATIENCE_S = 120
+"""How long something that has to happen may take on a busy machine; what never happens is found out after it."""
+HUB_NAME = "hub.company.invalid"
 GREEN = "version: 1\nbase: {model: ./base, dtype: float16}\nadapters:\n  - ./adapters/good\n"
 
 
@@ -92,6 +99,27 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate authority, and what it has signed for servers of this machine and for a client."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca-key.pem", "-out", "ca.pem", "-subj", "/CN=authority")
+    names = f"subjectAltName=IP:127.0.0.1,DNS:{HUB_NAME},DNS:*.{HUB_NAME}"
+    for name, extension in (("server", names), ("client", "extendedKeyUsage=clientAuth")):
+        openssl("req", *curve, "-keyout", f"{name}-key.pem", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / f"{name}.ext").write_text(extension, encoding="utf-8")
+        openssl(
+            "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca-key.pem", "-CAcreateserial",
+            "-out", f"{name}.pem", "-extfile", f"{name}.ext",
+        )  # fmt: skip
+    return folder
+
+
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
@@ -124,33 +152,21 @@ def podman(podman_environment: dict[str, str]):
     return run
 
 
-def clear_away_a_killed_run(podman) -> None:
-    """Remove containers of the tests' own image, which a killed run has left.
-
-    act names a job's container and volumes after the job alone, finds the old ones, and fails to replace them where
-    the container was killed from outside ("volume is being used").
-    """
-    for container in podman("ps", "--all", "--quiet", "--no-trunc", f"--filter=ancestor={IMAGE}").split():
-        mounts = podman("inspect", "--format={{range .Mounts}}{{.Name}} {{end}}", container).split()
-        podman("rm", "--force", "--time=0", "--volumes", container, check=False)  # podman may need to be asked twice
-        podman("rm", "--force", "--time=0", "--volumes", "--ignore", container)
-        podman("volume", "rm", "--force", *(name for name in mounts if name != "act-toolcache"), check=False)
-
-
 @contextlib.contextmanager
 def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
     """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
     words = [*before, "podman", "system", "service", "--time=0", f"unix://{socket}"]
     service = subprocess.Popen(words, env=podman_environment)
     try:
-        for _ in range(100):
-            if socket.is_socket():
-                break
+        end = time.monotonic() + PATIENCE_S
+        while addresses.silence(addresses.Address(f"unix://{socket}", "the tests")):
+            assert service.poll() is None, "podman's service ended"
+            assert time.monotonic() < end, "podman's service does not answer"
             time.sleep(0.1)
         yield service
     finally:
         service.terminate()
-        service.wait(10)
+        service.wait(PATIENCE_S)
 
 
 def as_user(uid: int, function) -> int:
@@ -171,9 +187,8 @@ def as_user(uid: int, function) -> int:
 
 
 @pytest.fixture(scope="session")
-def engine(podman, podman_environment: dict[str, str]) -> Iterator[str]:
+def engine(podman_environment: dict[str, str]) -> Iterator[str]:
     """An engine that other users may talk to as well; the value is DOCKER_HOST."""
-    clear_away_a_killed_run(podman)
     with tempfile.TemporaryDirectory(prefix="engine-") as directory:
         Path(directory).chmod(0o755)
         socket = Path(directory) / "podman.sock"
@@ -182,8 +197,29 @@ def engine(podman, podman_environment: dict[str, str]) -> Iterator[str]:
             yield f"unix://{socket}"
 
 
+def described(engine: str, place: Path) -> list[dict]:
+    """What the engine tells of each container of merge-gate that mounts something at or below `place`.
+
+    Others are none of the tests' business, and may go away while one looks.
+    """
+    with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
+        known = []
+        for container, _labels in docker_api.labelled(client, OURS):
+            try:
+                known.append(client.api.inspect_container(container))
+            except docker.errors.APIError as error:
+                if "no such container" not in str(error):
+                    raise
+        return [one for one in known if any(_lies_at(mount, place) for mount in one["Mounts"])]
+
+
+def _lies_at(mount: dict, place: Path) -> bool:
+    ends = (Path(mount["Source"]), Path(mount["Destination"]))
+    return any(place == end or place in end.parents for end in ends)
+
+
 @pytest.fixture(scope="session")
-def image(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+def image(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image, built from the real Dockerfile on the local base; pip's settings are this machine's, as mounts."""
     secret = tmp_path_factory.mktemp("pip") / "pip.conf"
     settings = pip_settings()
@@ -199,11 +235,12 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
         f"--build-arg=BASE_IMAGE={BASE_IMAGE}", "--build-arg=TORCH_INDEX=", "--build-arg=VERSION=0.0.1",
         f"--tag={IMAGE}", ROOT,
     )  # fmt: skip
-    return IMAGE
+    yield IMAGE
+    podman("untag", IMAGE)
 
 
 @pytest.fixture(scope="session")
-def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An image whose code is hostile, and small: it has no torch."""
     context = tmp_path_factory.mktemp("rogue")
     (context / "rogue.py").write_bytes((HERE / "rogue.py").read_bytes())
@@ -211,7 +248,8 @@ def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> str:
         f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
     )
     podman("build", "--pull=never", f"--tag={ROGUE}", context)
-    return ROGUE
+    yield ROGUE
+    podman("untag", ROGUE)
 
 
 def _hard(flag: str) -> str:

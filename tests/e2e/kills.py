@@ -22,10 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import docker
-
-from merge_gate.action import docker_api
-from merge_gate.action.leftovers import OURS
+from tests.e2e.conftest import described
 from tests.e2e.test_leftovers import LAUNCH, TOKEN
 
 
@@ -56,11 +53,11 @@ def one_round(asked: argparse.Namespace, directory: Path) -> list[str]:
     before = time.monotonic()
     process.wait(60)
     seen = [signal.Signals(number).name, *(["slower than 7.5 s"] if time.monotonic() - before > 7.5 else [])]
-    left = described(asked, directory)
+    left = described(asked.engine, directory)
     seen += ["left at first"] if left else []
     seen += ["token shown"] if TOKEN in json.dumps(left) else []
     launch(asked, directory, "sleep 0").wait(60)
-    seen += ["left after the next run"] * len(described(asked, directory))
+    seen += ["left after the next run"] * len(described(asked.engine, directory))
     return seen
 
 
@@ -75,23 +72,6 @@ def launch(asked: argparse.Namespace, directory: Path, does: str) -> subprocess.
     }  # fmt: skip
     words = [sys.executable, "-c", LAUNCH, str(config), str(directory / "report"), asked.image]
     return subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def described(asked: argparse.Namespace, directory: Path) -> list[dict]:
-    """What the engine tells of the containers of this script; those of others are none of its business."""
-    with contextlib.closing(docker.DockerClient(base_url=asked.engine)) as client:
-        listed = docker_api.labelled(client, OURS)
-        ours = []
-        for container, _labels in listed:
-            try:
-                known = client.api.inspect_container(container)
-            except docker.errors.APIError as error:
-                if "no such container" not in str(error):  # somebody else's, gone meanwhile
-                    raise
-                continue
-            if any(mount["Source"].startswith(str(directory)) for mount in known["Mounts"]):
-                ours.append(known)
-        return ours
 
 
 if __name__ == "__main__":

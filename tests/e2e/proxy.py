@@ -1,4 +1,4 @@
-"""A way to the engine that a test can slow down, break, or wrap in TLS."""
+"""Ways to a server that a test can slow down, break, wrap in TLS, or lead through a company's proxy."""
 
 from __future__ import annotations
 
@@ -6,43 +6,62 @@ import contextlib
 import socket
 import socketserver
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
-    from pathlib import Path
+
+Place = Path | int
+"""A socket file, or a TCP port of this machine."""
 
 
 @contextlib.contextmanager
 def proxy(
-    engine: str, address: Path | int, hook: Callable[[bytes], None], tls: ssl.SSLContext | None = None
+    upstream: Place,
+    address: Place,
+    hook: Callable[[bytes], None] = lambda _data: None,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[None]:
-    """Serve the engine (a DOCKER_HOST of a socket file) at another socket file or TCP port, until the block ends.
+    """Serve what is at `upstream` at another place, until the block ends.
 
     `hook` sees each piece that a client sends; where it raises `ConnectionError`, the connection breaks.
     """
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as upstream:
-                upstream.connect(engine[len("unix://") :])
+            with contextlib.suppress(OSError):
                 client = tls.wrap_socket(self.request, server_side=True) if tls else self.request
-                back = threading.Thread(target=pump, args=(upstream, client, lambda _data: None), daemon=True)
-                back.start()
-                pump(client, upstream, hook)
-                back.join()
+                join(client, upstream, hook)
                 client.close()
 
-    kinds: dict[bool, type[socketserver.BaseServer]] = {
-        True: type("Tcp", (socketserver.ThreadingTCPServer,), {"allow_reuse_address": True, "daemon_threads": True}),
-        False: type("Unix", (socketserver.ThreadingUnixStreamServer,), {"daemon_threads": True}),
+    kinds: dict[type, type[socketserver.BaseServer]] = {
+        int: type("Tcp", (socketserver.ThreadingTCPServer,), {"allow_reuse_address": True, "daemon_threads": True}),
+        str: type("Unix", (socketserver.ThreadingUnixStreamServer,), {"daemon_threads": True}),
     }
-    is_tcp = isinstance(address, int)
-    with kinds[is_tcp](("127.0.0.1", address) if is_tcp else str(address), Handler) as server:
+    where = ("127.0.0.1", address) if isinstance(address, int) else str(address)
+    with kinds[int if isinstance(address, int) else str](where, Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
         server.shutdown()
+
+
+def join(client: socket.socket, upstream: Place, hook: Callable[[bytes], None]) -> None:
+    """Carry bytes both ways until one end has no more."""
+    with connected(upstream) as server:
+        back = threading.Thread(target=pump, args=(server, client, lambda _data: None), daemon=True)
+        back.start()
+        pump(client, server, hook)
+        back.join()
+
+
+def connected(place: Place) -> socket.socket:
+    if isinstance(place, int):
+        return socket.create_connection(("127.0.0.1", place))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(place))
+    return connection
 
 
 def pump(source: socket.socket, target: socket.socket, hook: Callable[[bytes], None]) -> None:
@@ -53,3 +72,44 @@ def pump(source: socket.socket, target: socket.socket, hook: Callable[[bytes], N
     for end in (target, source):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_WR)
+
+
+class CompanyProxy(socketserver.ThreadingTCPServer):
+    """The only way out of a network: `CONNECT` to one name and its subdomains, which lie at a port of this machine.
+
+    `asked` holds what each client asked for, with its authorization. Open to containers, so not on 127.0.0.1 only.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, name: str, upstream: int) -> None:
+        super().__init__(("", 0), _Connect)
+        self.name, self.upstream = name, upstream
+        self.asked: list[tuple[str, str]] = []
+
+    @property
+    def port(self) -> int:
+        return self.server_address[1]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Connect(socketserver.StreamRequestHandler):
+    server: CompanyProxy
+
+    def handle(self) -> None:
+        method, target, _version = self.rfile.readline().decode().split()
+        headers = dict(line.decode().rstrip().split(": ", 1) for line in iter(self.rfile.readline, b"\r\n"))
+        self.server.asked.append((target, headers.get("Proxy-Authorization", "")))
+        host = target.removesuffix(":443")
+        if method != "CONNECT" or not f".{host}".endswith(f".{self.server.name}"):
+            self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+            return
+        self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        join(self.connection, self.server.upstream, lambda _data: None)

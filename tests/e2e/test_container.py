@@ -29,7 +29,7 @@ from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import LauncherError
 from merge_gate.report.files import FORMATS
 from merge_gate.report.schema import report_schema
-from tests.e2e.conftest import as_user, serving
+from tests.e2e.conftest import PATIENCE_S, as_user, described, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,13 +79,6 @@ def digest(directory: Path) -> str:
     return seen.hexdigest()
 
 
-def containers(engine: str, run: ContainerRun) -> list:
-    """Containers of merge-gate that write to the run's output; others may be on this machine."""
-    with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
-        listed = client.containers.list(all=True, filters={"label": "merge-gate=run"}, ignore_removed=True)
-        return [one for one in listed if str(run.output) in {mount["Destination"] for mount in one.attrs["Mounts"]}]
-
-
 def report_of(run: ContainerRun) -> dict:
     report = json.loads((run.output / "report.json").read_text())
     jsonschema.validate(report, report_schema())
@@ -106,7 +99,7 @@ def test_a_good_adapter_passes_and_nothing_is_left(run: ContainerRun, log: Log, 
     assert digest(run.workspace) == before
     assert sorted(path.name for path in run.output.iterdir()) == sorted(FORMATS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"], "cache and canaries are gone"
-    assert containers(engine, run) == []
+    assert described(engine, run.output) == []
 
 
 def test_broken_adapters_fail(run: ContainerRun, log: Log) -> None:
@@ -251,7 +244,7 @@ class Running:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text: str, timeout_s: float = 90) -> None:
+    def wait_for(self, text: str, timeout_s: float = PATIENCE_S) -> None:
         end = time.monotonic() + timeout_s
         while text not in self.text:
             assert time.monotonic() < end, self.text
@@ -279,30 +272,30 @@ def test_a_signal_stops_the_container_and_leaves_a_true_report(start, engine: st
     running.wait_for("[3/4000]")
     before = time.monotonic()
     running.process.send_signal(number)
-    assert running.process.wait(30) == 3, running.text
+    assert running.process.wait(PATIENCE_S) == 3, running.text
     assert time.monotonic() - before < 7.5, "the runner sends SIGTERM then, and kills soon after"
     report = report_of(running.run)
     assert report["complete"] is False
     assert report["result"] == "error"
     assert 2 <= report["counts"]["passed"] < 4000
     assert f"received {number.name}" in running.text
-    assert containers(engine, running.run) == []
+    assert described(engine, running.run.output) == []
     assert [path.name for path in running.run.output.iterdir() if path.name.startswith("canary")] == []
 
 
 def test_the_time_limit_does_the_same(start, engine: str) -> None:
     running = start(limit_s=4.2)
-    assert running.process.wait(60) == 3, running.text
+    assert running.process.wait(PATIENCE_S) == 3, running.text
     assert "the time limit of 0.07 min is over" in running.text
-    assert containers(engine, running.run) == []
+    assert described(engine, running.run.output) == []
 
 
-def test_a_container_that_is_killed_is_no_verdict(start, engine: str) -> None:
+def test_a_container_that_is_killed_is_no_verdict(start, engine: str, podman) -> None:
     running = start()
     running.wait_for("[2/4000]")
-    (container,) = containers(engine, running.run)
-    container.kill("SIGKILL")
-    assert running.process.wait(30) == 3, running.text
+    (container,) = described(engine, running.run.output)
+    podman("kill", container["Id"])
+    assert running.process.wait(PATIENCE_S) == 3, running.text
     assert "exit code 137" in running.text
     assert "it was killed" in running.text
     assert report_of(running.run)["complete"] is False
@@ -311,13 +304,13 @@ def test_a_container_that_is_killed_is_no_verdict(start, engine: str) -> None:
 def test_a_token_is_in_the_gates_memory_and_nowhere_else(start, engine: str, podman) -> None:
     running = start()
     running.wait_for("[2/4000]")
-    (container,) = containers(engine, running.run)
-    assert TOKEN not in json.dumps(container.attrs)
+    (container,) = described(engine, running.run.output)
+    assert TOKEN not in json.dumps(container)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             assert TOKEN.encode() not in (process / "cmdline").read_bytes(), process
     running.process.send_signal(signal.SIGTERM)
-    running.process.wait(30)
+    running.process.wait(PATIENCE_S)
     assert TOKEN not in running.text
     assert not [path for path in running.run.output.rglob("*") if TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in podman("image", "inspect", running.run.image) + podman(

@@ -48,26 +48,6 @@ def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
     )
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate authority, and what it has signed for an engine at 127.0.0.1 and for a client."""
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *curve, "-keyout", "ca-key.pem", "-out", "ca.pem", "-subj", "/CN=authority")
-    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")):
-        openssl("req", *curve, "-keyout", f"{name}-key.pem", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        (folder / f"{name}.ext").write_text(extension, encoding="utf-8")
-        openssl(
-            "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca-key.pem", "-CAcreateserial",
-            "-out", f"{name}.pem", "-extfile", f"{name}.ext",
-        )  # fmt: skip
-    return folder
-
-
 @pytest.fixture
 def tls_engine(engine: str, certificates: Path) -> Iterator[str]:
     """The engine behind TLS, for those who show a certificate."""
@@ -76,7 +56,7 @@ def tls_engine(engine: str, certificates: Path) -> Iterator[str]:
     context.load_verify_locations(certificates / "ca.pem")
     context.verify_mode = ssl.CERT_REQUIRED
     port = free_port()
-    with proxy(engine, port, lambda _data: None, context):
+    with proxy(Path(engine.removeprefix("unix://")), port, tls=context):
         yield f"tcp://127.0.0.1:{port}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import docker
 import pytest
 
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
+from tests.e2e.conftest import PATIENCE_S, described
 from tests.e2e.proxy import proxy
 
 if TYPE_CHECKING:
@@ -81,19 +80,17 @@ def launch(run: ContainerRun) -> Iterator[Callable[..., subprocess.Popen[bytes]]
         process.communicate()
 
 
-def described(run: ContainerRun) -> list[dict]:
-    """What the engine tells of each container that writes to the run's output."""
-    with contextlib.closing(docker.DockerClient(base_url=run.environ["DOCKER_HOST"])) as client:
-        listed = client.containers.list(all=True, filters={"label": "merge-gate=run"}, ignore_removed=True)
-        ours = [one for one in listed if str(run.output) in {mount["Destination"] for mount in one.attrs["Mounts"]}]
-        assert TOKEN not in json.dumps([one.attrs for one in ours])
-        return [one.attrs for one in ours]
+def left_of(run: ContainerRun) -> list[dict]:
+    """What the engine tells of the run's containers, in which no token stands."""
+    left = described(run.environ["DOCKER_HOST"], run.output)
+    assert TOKEN not in json.dumps(left)
+    return left
 
 
 def wait_for_container(run: ContainerRun, state: str) -> None:
-    end = time.monotonic() + 60
-    while [one["State"]["Status"] for one in described(run)] != [state]:
-        assert time.monotonic() < end, described(run)
+    end = time.monotonic() + PATIENCE_S
+    while [one["State"]["Status"] for one in left_of(run)] != [state]:
+        assert time.monotonic() < end, left_of(run)
         time.sleep(0.1)
 
 
@@ -108,19 +105,22 @@ def test_a_killed_launcher_leaves_a_container_to_the_next_run_and_no_token(run: 
     wait_for_container(run, "running")
     process.kill()
     process.wait()
-    assert len(described(run)) == 1
     next_run(run)
-    assert described(run) == []
+    assert left_of(run) == []
 
 
 def test_a_container_of_a_run_that_goes_on_is_left_alone(run: ContainerRun, launch) -> None:
     process = launch()
     wait_for_container(run, "running")
     next_run(run)
-    assert [one["State"]["Status"] for one in described(run)] == ["running"]
+    assert [one["State"]["Status"] for one in left_of(run)] == ["running"]
     process.terminate()
-    assert process.wait(20) == 3
-    assert described(run) == []
+    assert process.wait(PATIENCE_S) == 3
+    assert left_of(run) == []
+
+
+def socket_of(run: ContainerRun) -> Path:
+    return Path(run.environ["DOCKER_HOST"].removeprefix("unix://"))
 
 
 @pytest.fixture
@@ -141,17 +141,17 @@ def test_a_signal_while_a_slow_engine_makes_the_container(
             asked.append(time.monotonic())
             time.sleep(slow_s)
 
-    with proxy(run.environ["DOCKER_HOST"], address, hook):
+    with proxy(socket_of(run), address, hook):
         process = launch(DOCKER_HOST=f"unix://{address}")
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_S
         while not asked:
             assert time.monotonic() < end
             time.sleep(0.05)
         before = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 3
+        assert process.wait(PATIENCE_S) == 3
         assert time.monotonic() - before < 7.5
-    assert described(run) == []
+    assert left_of(run) == []
 
 
 def test_a_container_that_cannot_be_removed_is_named(run: ContainerRun, launch, address: Path) -> None:
@@ -160,11 +160,11 @@ def test_a_container_that_cannot_be_removed_is_named(run: ContainerRun, launch, 
             raise ConnectionError
 
     run.config.write_text("sleep 0", encoding="utf-8")
-    with proxy(run.environ["DOCKER_HOST"], address, hook):
+    with proxy(socket_of(run), address, hook):
         process = launch(DOCKER_HOST=f"unix://{address}")
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, "what the gate inside said stands"
-    (left,) = described(run)
+    (left,) = left_of(run)
     assert f"the container {left['Name'].strip('/')} is still there, the next run will try again" in said.decode()
     next_run(run)
-    assert described(run) == []
+    assert left_of(run) == []

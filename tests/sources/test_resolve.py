@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import ssl
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -446,6 +447,7 @@ def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Cli
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+        (ssl.SSLEOFError(1, "EOF occurred in violation of protocol"), "cannot be reached"),
         (TimeoutError(), "did not answer in time"),
         (ConnectionResetError(), "cannot be reached"),
         (OSError("Consistency check failed: file should be of size 2 but has size 1"), "arrived incomplete"),
@@ -458,6 +460,16 @@ def test_errors_that_no_loopback_server_can_cause(error: OSError, message: str) 
     assert translated is not None
     assert message in translated.message
     assert "acme/lora" in translated.message
+
+
+def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk() -> None:
+    """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "self-signed certificate in certificate chain"
+    translated = translate(error, "'acme/lora'")
+    assert translated is not None
+    assert "is not trusted: self-signed certificate in certificate chain" in translated.message
+    assert "SSL_CERT_FILE" in translated.hint
 
 
 def test_a_defect_is_not_hidden_as_a_network_problem() -> None:

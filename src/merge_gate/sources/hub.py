@@ -20,6 +20,7 @@ import glob
 import json
 import os
 import re
+import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,7 @@ def translate(error: Exception, what: str) -> ResolveError | None:
         return error
     chain = _chain(error)
     for translate in (
+        _translate_certificate,
         _translate_disk,
         _translate_repository,
         _translate_status,
@@ -229,9 +231,19 @@ def translate(error: Exception, what: str) -> ResolveError | None:
     return None
 
 
-def _translate_disk(error: BaseException, what: str) -> ResolveError | None:
+def _translate_certificate(error: BaseException, what: str) -> ResolveError | None:
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return None
+    return ResolveError(
+        f"the certificate of {_host()}, or of a proxy before it, is not trusted: {error.verify_message}; "
+        f"{what} was not fetched",
+        hint="name the file of your company's certificate authorities in SSL_CERT_FILE",
+    )
 
-    number = error.errno if isinstance(error, OSError) else None
+
+def _translate_disk(error: BaseException, what: str) -> ResolveError | None:
+    """An error of TLS is an OSError too, with numbers of its own."""
+    number = error.errno if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else None
     if number in _DISK_FULL:
         return ResolveError(
             f"the disk is full: {what} does not fit into the cache ({constants.HF_HUB_CACHE})",
@@ -324,7 +336,8 @@ def _translate_transport(error: BaseException, what: str) -> ResolveError | None
 def _is_transport(error: BaseException) -> bool:
     """Whether the connection failed: by name, since huggingface_hub 1 speaks through httpx and 2 through httpx2."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    return "OfflineModeIsEnabled" not in names and bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
+    failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
+    return "OfflineModeIsEnabled" not in names and bool(names & failures)
 
 
 def _translate_cache(error: BaseException, what: str) -> ResolveError | None:
@@ -355,7 +368,8 @@ def _pause(error: Exception, pause_s: float | None) -> float | None:
     chain = _chain(error)
     statuses = [status for link in chain if (status := _status(link)) is not None]
     is_passing = any(map(_is_transport, chain)) or any(s in {408, 429} or s >= _SERVER_ERROR for s in statuses)
-    if pause_s is None or not is_passing:
+    is_distrust = any(isinstance(link, ssl.SSLCertVerificationError) for link in chain)
+    if pause_s is None or not is_passing or is_distrust:
         return None
     return max(pause_s, min(_retry_after(chain), _LONGEST_PAUSE_S))
 
