@@ -43,6 +43,17 @@ if ! cmp -s "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requi
   cp "${BASH_SOURCE%/*}/../requirements/e2e-tools.txt" "$home/tools/requirements.txt"
 fi
 
+# --- Docker SDKs that runners have, each with a current requests, which the older two do not work with ---------------
+for version in 5.0.3 6.1.3 7.1.0; do
+  if [ ! -f "$home/sdks/$version/ready" ]; then
+    say "the Docker SDK $version into $home/sdks/$version"
+    rm -rf "$home/sdks/$version"
+    "$python" -m venv "$home/sdks/$version"
+    "$home/sdks/$version/bin/python" -m pip install -q "docker==$version" "requests>=2.32"
+    touch "$home/sdks/$version/ready"
+  fi
+done
+
 # --- the schema of SARIF, which an npm package carries --------------------------------------------------------------
 schema=$home/sarif-2.1.0.json
 digest=2d99159ae54a3eea97f81781cff48780548657c35949f4b7f25e99a2ba4de4f8

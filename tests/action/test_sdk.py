@@ -32,7 +32,7 @@ def test_every_wheel_is_one_of_the_lock_and_the_other_way_round() -> None:
         assert hashlib.sha256(wheel.read_bytes()).hexdigest() in locked()[name], f"run .ci/vendor.sh ({name})"
 
 
-@pytest.mark.parametrize("own", [None, "5.0.3", "6.1.3", "99.0"])
+@pytest.mark.parametrize("own", [None, "99.0"])
 def test_whatever_sdk_the_runner_has_the_actions_own_is_used(tmp_path: Path, own: str | None) -> None:
     if own:
         (tmp_path / "site" / "docker").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -55,6 +56,7 @@ class ActRun:
     raw: str
     records: list[dict]
     artifacts: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def commands(self, name: str) -> list[dict]:
         return [record for record in self.records if record.get("command") == name]
@@ -121,7 +123,7 @@ def run_act(
     `platform` is this machine itself, or the image that a hosted runner's jobs run in.
     """
     home, store = scratch / "home", scratch / "artifacts"
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     secret_file = home / "secrets"
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
     words = [
@@ -149,7 +151,7 @@ def run_act(
         finally:
             process.kill()
     raw = log.read_text(encoding="utf-8")
-    return ActRun(code, raw, _records(raw), _artifacts(store))
+    return ActRun(code, raw, _records(raw), _artifacts(store), _digests(store))
 
 
 def _records(raw: str) -> list[dict]:
@@ -167,3 +169,7 @@ def _artifacts(store: Path) -> dict[str, dict[str, bytes]]:
             assert opened.testzip() is None
             found[archive.stem] = {name: opened.read(name) for name in opened.namelist()}
     return found
+
+
+def _digests(store: Path) -> dict[str, str]:
+    return {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in store.glob("*/*/*.zip")}

@@ -57,9 +57,9 @@ def installed() -> Path:
 
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a python3 that has pip and nothing else: a plain runner."""
+    """The directory of a python3 that has no packages: a plain runner."""
     directory = tmp_path_factory.mktemp("bare") / "python"
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     return directory / "bin"
 
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from merge_gate.report.schema import report_schema
-from tests.e2e.act import make_repository, run_act
+from tests.e2e.act import TAG, make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +51,43 @@ def test_the_chain_is_green_and_red(tool, repository: Path, tmp_path: Path, bare
     assert not [name for files in run.artifacts.values() for name, data in files.items() if TOKEN.encode() in data]
     left = sorted(path.name for path in (tmp_path / "run" / "actions").rglob("merge-gate-*") if path.is_dir())
     assert not [name for name in left if "sdk" in name or "hf" in name], "the SDK and the cache are gone"
+
+
+def test_every_input_reaches_the_container_and_an_empty_one_has_its_default(
+    tool, repository: Path, tmp_path: Path, bare, released, engine: str, rogue: str, podman
+) -> None:
+    home = tmp_path / "run" / "home"
+    for shelf in ("shelf", "other shelf"):
+        (home / shelf / "base").mkdir(parents=True)
+    (repository / "gate" / "facts.yml").write_text(f"facts notes.txt {home / 'shelf'}", encoding="utf-8")
+    (repository / "gate" / "late.yml").write_text("sleep 600", encoding="utf-8")
+    make_repository(repository, "every-input.yml")
+    run = run_act(
+        tool("act"), repository, "every-input.yml", tmp_path / "run", python=bare, consumer_of=released,
+        secrets={"HF_TOKEN": TOKEN}, environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    seen = run.outputs("seen")
+    assert seen["RESULTS"] == "pass pass error", run.text
+    assert seen["OTHERS"] == "error error"
+    given = [json.loads(line.partition("facts: ")[2]) for line in run.lines() if line.startswith("facts: ")]
+    every, empty = given
+    assert every == {
+        "shm": 32 << 20, "memory": str(512 << 20), "cpus": "150000", "debug": "1", "cache": str(home / "cache"),
+        "shelf": ["base"], "shelf is writable": False,
+        "words": ["run", "gate/facts.yml", "--output", str(home / "report"), "--device", "cpu", "--only", "a"],
+    }  # fmt: skip
+    assert seen["REPORT"] == str(home / "report")
+    assert seen["NAME"] == "every input"
+    assert seen["DIGEST"] == run.digests["every input"]
+    assert seen["IMAGE"] in json.loads(podman("image", "inspect", rogue))[0]["RepoDigests"]
+    assert (empty["shelf"], empty["debug"]) == ([], None)
+    assert empty["memory"] != every["memory"]
+    assert empty["words"][-2:] == ["--device", "auto"]
+    for sentence in (
+        "the time limit of 0.02 min is over", f"localhost/nowhere:{TAG} is not there, and `pull` is never",
+        f"{rogue} is not there and cannot be pulled",
+    ):  # fmt: skip
+        assert sentence in run.text
 
 
 @pytest.mark.usefixtures("image")

@@ -131,6 +131,10 @@ def test_what_could_not_be_judged_is_red_and_says_why(play, repository: Path, te
     assert run.outputs("seen")["RESULT"] == "error"
     assert says in run.text
     assert "Traceback" not in run.text
+    if "nobody" not in text:
+        assert {(record["kvPairs"].get("file"), record["kvPairs"].get("line")) for record in run.commands("error")} > {
+            ("gate/merge-gate.yml", "2")
+        }
 
 
 HOSTILE = ["::add-path::/evil", "a##[add-path]/evil", "%0A::debug::b", "::error file=x::y", " ::warning::z"]

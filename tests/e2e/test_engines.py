@@ -1,4 +1,4 @@
-"""Ways to an engine: a socket file, TLS with a client certificate, a docker context, and one that is rootless."""
+"""Ways to an engine: a socket file, TLS, a docker context, one that is rootless; and SDKs that are on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from merge_gate.action import handover
 from merge_gate.action.container import ContainerRun, handed_over
 from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import LauncherError
-from tests.e2e.act import free_port
+from tests.e2e.act import ROOT, free_port
 from tests.e2e.conftest import as_user, serving
 from tests.e2e.proxy import proxy
 
@@ -174,3 +174,108 @@ def test_tls_that_does_not_agree_is_a_sentence(
     with pytest.raises(LauncherError, match=r"at tcp://.* \(DOCKER_HOST\) does not answer: ") as raised:
         run_in_container(replace(run, environ={**run.environ, "DOCKER_HOST": tls_engine, **tls}), print)
     assert raised.value.hint
+
+
+# --- the first step, on runners that have this SDK or none --------------------------------------------------------
+
+SDKS = ("5.0.3", "6.1.3", "7.1.0")
+FOREIGN = "link notes.txt /etc/passwd"
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, certificates: Path, tmp_path: Path) -> tuple[dict[str, str], int]:
+    """A way to an engine: the variables that name it, and the user who takes it."""
+    if request.param == "rootless":
+        user, address = request.getfixturevalue("rootless")
+        return {"DOCKER_HOST": address}, user.pw_uid
+    if request.param == "tls":
+        folder = of_a_client(certificates, tmp_path / "tls")
+        tls = {"DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(folder)}
+        return {"DOCKER_HOST": request.getfixturevalue("tls_engine"), **tls}, 0
+    return {"DOCKER_HOST": "ssh://gpu-box" if request.param == "ssh" else request.getfixturevalue("engine")}, 0
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that an ordinary user can reach."""
+    with tempfile.TemporaryDirectory(prefix="runner-") as directory:
+        yield Path(directory)
+
+
+def first_step(python: Path, action: Path, image: str, place: Path, environ: dict[str, str], uid: int) -> str:
+    """Run the action's first step in `place` with a runner's Python; return what it printed."""
+    for name in ("work", "temp"):
+        (place / name).mkdir()
+    (place / "work" / "gate.yml").write_text(FOREIGN, encoding="utf-8")
+    for path in (place, *place.rglob("*")):
+        os.chown(path, uid, uid)
+    # This machine's Python may lie where only root may read.
+    reads = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *reads, "--"] if uid else []
+    done = subprocess.run(
+        [*become, python, "-I", action / "entrypoint.py", "action"],
+        env={
+            "PATH": os.environ["PATH"], "HOME": str(place), "GITHUB_WORKSPACE": str(place / "work"),
+            "RUNNER_TEMP": str(place / "temp"), "GITHUB_OUTPUT": str(place / "outputs"),
+            "GITHUB_STEP_SUMMARY": str(place / "summary"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_x",
+            "MERGE_GATE_INPUT_CONFIG": "gate.yml", "MERGE_GATE_INPUT_RUNTIME": "docker",
+            "MERGE_GATE_INPUT_IMAGE": image, "MERGE_GATE_INPUT_OUTPUT": str(place / "report"), **environ,
+        },
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("sdk", ["none", *SDKS])
+@pytest.mark.parametrize("way", ["socket", "tls", "rootless"], indirect=True)
+def test_the_first_step_judges_whatever_sdk_the_runner_has(
+    home: Path, bare: Path, released: Path, rogue: str, place: Path, way, sdk: str
+) -> None:
+    """The token arrives, the report belongs to the runner's user, and nothing else is left."""
+    environ, uid = way
+    python = (bare if sdk == "none" else home / "sdks" / sdk / "bin") / "python"
+    said = first_step(python, released, rogue, place, environ, uid)
+    assert "merge-gate: result pass" in said, said
+    assert hashlib.sha256(handover.written({"HF_TOKEN": "hf_x"})).hexdigest() in said
+    assert {path.name: path.stat().st_uid for path in (place / "report").iterdir()} == {
+        "report.json": uid, "summary.md": uid,
+    }  # fmt: skip
+    assert list((place / "temp").iterdir()) == []
+
+
+@pytest.mark.parametrize("sdk", ["none", *SDKS])
+@pytest.mark.parametrize("way", ["ssh"], indirect=True)
+def test_the_first_step_refuses_an_engine_elsewhere_in_a_sentence(
+    home: Path, bare: Path, released: Path, place: Path, way, sdk: str
+) -> None:
+    python = (bare if sdk == "none" else home / "sdks" / sdk / "bin") / "python"
+    said = first_step(python, released, "image", place, *way)
+    assert "merge-gate: result error" in said
+    assert "an engine on another machine does not see the workspace" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("sdk", "says"),
+    [
+        ("none", "the Docker SDK for Python is not there"),
+        ("5.0.3", "has version 5.0.3, expected 7 or newer"),
+        ("6.1.3", "has version 6.1.3, expected 7 or newer"),
+        ("7.1.0", "podman=True"),
+    ],
+)
+def test_outside_the_action_an_sdk_that_is_too_old_is_a_sentence(
+    home: Path, bare: Path, engine: str, sdk: str, says: str
+) -> None:
+    """As for `merge-gate run --container`. That the older two are too old is seen first."""
+    python = (bare if sdk == "none" else home / "sdks" / sdk / "bin") / "python"
+
+    def run(code: str) -> str:
+        words = [python, "-I", "-c", f"import sys; sys.path.append(sys.argv[1]); {code}", ROOT / "src", engine]
+        return subprocess.run(words, check=False, capture_output=True, text=True).stderr
+
+    if sdk in {"5.0.3", "6.1.3"}:
+        assert "Not supported URL scheme" in run("import docker; docker.DockerClient(base_url=sys.argv[2]).version()")
+    ask = "from merge_gate.action import docker_api as d; "
+    ask += "sys.stderr.write(str(d.describe(d.connect({'DOCKER_HOST': sys.argv[2]}))))"
+    assert says in run(ask)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
+from merge_gate.report.files import FORMATS
 from tests.e2e.act import ROOT, make_repository, run_act
 from tests.e2e.conftest import pip_settings
 
@@ -77,7 +80,8 @@ def test_it_runs_by_hand_as_anybody(podman, image: str, demo: Path, tmp_path: Pa
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(0o777)
-    words = ("run", "--rm", "--network=none", f"--user={user}", f"-v={demo}:/workspace:ro", f"-v={out}:/out", image)
+    alone = ("--network=none", "--read-only", "--tmpfs=/tmp")
+    words = ("run", "--rm", *alone, f"--user={user}", f"-v={demo}:/workspace:ro", f"-v={out}:/out", image)
     log = podman(*words, "run", "green.yml", "--output", "/out")
     report = json.loads((out / "report.json").read_text())
     assert report["result"] == "pass", log
@@ -88,8 +92,50 @@ def test_it_runs_by_hand_as_anybody(podman, image: str, demo: Path, tmp_path: Pa
     assert name.strip() == "merge-gate"
 
 
-def test_it_says_what_it_can_do(podman, image: str) -> None:
-    assert "usage: merge-gate" in podman("run", "--rm", "--network=none", "--read-only", image)
+def recipes_without_github() -> dict[str, str]:
+    """The commands of docs/action.md for other runners: by hand, and what Buildkite's agent gives to a shell."""
+    section = (ROOT / "docs" / "action.md").read_text(encoding="utf-8").partition("### Without GitHub")[2]
+    by_hand, buildkite = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[:2]
+    (step,) = yaml.safe_load(buildkite)["steps"]
+    assert step["artifact_paths"] == "out/*"
+    return {"by hand": by_hand, "Buildkite": step["command"]}
+
+
+@pytest.mark.parametrize("runner", recipes_without_github())
+def test_the_recipes_without_github_judge_and_keep_the_report(
+    podman_environment: dict[str, str], image: str, demo: Path, tmp_path: Path, runner: str
+) -> None:
+    """As they stand there, with podman for docker and the tests' image for the released one."""
+    checkout, bin_ = tmp_path / "checkout", tmp_path / "bin"
+    shutil.copytree(demo, checkout)
+    bin_.mkdir()
+    (bin_ / "docker").write_text('#!/bin/sh\nexec podman "$@"\n', encoding="utf-8")
+    (bin_ / "docker").chmod(0o755)
+    command, found = re.subn(r"ghcr\.io/OWNER/merge-gate:[0-9.]+-cpu", image, recipes_without_github()[runner])
+    assert found == 1
+    environ = {**podman_environment, "PATH": f"{bin_}:{podman_environment['PATH']}"}
+    done = subprocess.run(["bash", "-e", "-c", command], cwd=checkout, env=environ, check=False, capture_output=True)
+    assert done.returncode == 1, done.stdout.decode() + done.stderr.decode()
+    assert {path.name for path in (checkout / "out").iterdir()} == set(FORMATS)
+    assert json.loads((checkout / "out" / "report.json").read_text())["counts"]["failed"] == 5
+
+
+TIMED = """
+import resource, subprocess
+before = 0.0
+for _ in range(3):
+    subprocess.run(["/opt/merge-gate/bin/python", "-I", "/opt/merge-gate/entrypoint.py", "--help"], check=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print("took", used.ru_utime + used.ru_stime - before)
+    before = used.ru_utime + used.ru_stime
+"""
+
+
+def test_it_says_what_it_can_do_at_once(podman, image: str) -> None:
+    """Time of the processor, which other work on this machine does not lengthen."""
+    said = podman("run", "--rm", "--network=none", "--read-only", "--entrypoint=python", image, "-c", TIMED)
+    assert "usage: merge-gate" in said
+    assert min(float(took) for took in re.findall(r"^took (\S+)", said, re.MULTILINE)) < 0.25
     done = subprocess.run(["podman", "run", "--rm", "--network=none", image, "judge"], capture_output=True, check=False)
     assert done.returncode == 2
 
