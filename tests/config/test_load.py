@@ -473,6 +473,24 @@ version: 1
     ]  # fmt: skip
 
 
+def test_a_mistake_hides_no_other_beside_it(place: Path) -> None:
+    text = HEAD + "  - ./a/x\n  - {name: q, combine: {metod: ties, adapters: [x, x], weights: [1], seed: -1}}\n"
+    assert [problem.split(" (")[0] for problem in problems(place, text)] == [
+        '4:24: "method" is missing in "combine"',
+        '4:25: unknown key "metod"',
+        '4:52: "x" is named twice',
+        "4:65: 1 weights for 2 adapters",
+        '4:76: "seed" must be at least 0, got the number -1',
+    ]
+
+
+def test_aliases_cannot_lead_deeper_than_lists_can(place: Path) -> None:
+    chain = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}}}\n" for n in range(1, 2000))
+    merges = "m: &m0 {a: 1}\n" + "".join(f"m: &m{n} {{<<: *m{n - 1}}}\n" for n in range(1, 2000)) + "z: *m1999\n"
+    for text in (chain, merges):
+        assert any("the aliases here lead deeper than 32 levels" in problem for problem in problems(place, text))
+
+
 def test_an_unknown_member_is_not_reported_while_other_entries_are_unreadable(place: Path) -> None:
     found = problems(place, COMBINE + "{method: cat, adapters: [suport], weights: [1]}\n  - ./adapters/suport\n")
     assert [problem.split(": ")[0] for problem in found] == ["7:5"]
@@ -700,7 +718,7 @@ def test_the_schema_refuses_what_the_loader_refuses(validator: jsonschema.Draft2
     except ConfigError:
         return  # not YAML: no editor gets as far as the schema
     # JSON has no infinities: what the loader calls not finite never reaches a JSON Schema
-    infinite = any(isinstance(value, float) and value - value != 0 for _, _, value in document.walk())
+    infinite = any(isinstance(one.data, float) and one.data - one.data != 0 for one in document.places.values())
     assert document.problems or infinite or not validator.is_valid(document.data)
 
 

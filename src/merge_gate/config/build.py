@@ -1,17 +1,19 @@
-"""Validated values → `Config`: names, directories, globs and defaults; what types cannot say.
+"""Models with holes → `Config`: names, directories, globs and defaults; what types cannot say.
 
-In: a document with the problems of stage 3. Out: a `Config`, or a `ConfigError` with every problem. Knows which
-directories exist (through `paths`), and neither YAML nor what the checks do.
+In: a document. Out: a `Config`, or a `ConfigError` with every problem. Knows which directories exist (through
+`paths`), and neither YAML nor what the checks do. A hole in a model is false: what is right beside it is built, so that
+its problems are said too, and thrown away at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from merge_gate.config.load import MAX_NAME
 from merge_gate.config.model import (
+    MAX_NAME,
     PRUNING,
     SIGN_ELECTING,
     AdapterEntry,
@@ -19,19 +21,29 @@ from merge_gate.config.model import (
     CheckEntry,
     CombineEntry,
     ExpectEntry,
-    LimitsEntry,
+    FileEntry,
+    Model,
 )
 from merge_gate.config.nearest import nearest
-from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
-from merge_gate.config.positions import Document, Loc
-from merge_gate.config.problems import Problems
+from merge_gate.config.paths import find, find_all, is_glob, last_name
+from merge_gate.config.positions import Document, Loc, Unusable
+from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import has_hidden, listing, quoted
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+_Record = TypeVar("_Record")
+
+NOTHING_SAID = AdapterSpec(
+    name="",
+    source="",
+    base=BaseSpec(),
+    checks=tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values()),
+    line=1,
+    column=1,
+)
+"""An adapter of a file that says nothing: what the file says is laid over it, then what the entry says."""
 
 
 def build_config(document: Document, sha256: str) -> Config:
@@ -40,143 +52,121 @@ def build_config(document: Document, sha256: str) -> Config:
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
-    problems = Problems(document)
-    adapters = _Build(problems, Path(document.path).absolute().parent).adapters()
-    problems.raise_any()
+    file = read_models(document)
+    adapters = _Build(document, file).adapters(file.adapters or [])
+    document.raise_problems()
     return Config(
         path=document.path,
         sha256=sha256,
         adapters=adapters,
-        allow_pickle=document.get(("allow-pickle",)) is True,
-        trust_remote_code=document.get(("trust-remote-code",)) is True,
+        allow_pickle=file.allow_pickle,
+        trust_remote_code=file.trust_remote_code,
     )
 
 
 class _Build:
-    def __init__(self, problems: Problems, directory: Path) -> None:
-        self.problems, self.directory, self.report = problems, directory, problems.report
+    def __init__(self, document: Document, file: FileEntry) -> None:
+        self.document, self.report = document, document.report
+        self.directory = Path(document.path).absolute().parent
         self.claimed: dict[str, tuple[int, str]] = {}
-        self.default_base = self._base(("base",), BaseSpec())
-        defaults = {
-            check: CheckSetting(check=check, severity=default.severity, limit=default.limit)
-            for check, default in CHECKS.items()
-        }
-        self.default_checks = self._checks(("checks",), defaults)
-        self.default_limit = self._limit_seconds(("limits",), None)
+        self.default = self._laid_over((), file, NOTHING_SAID)
 
-    def adapters(self) -> tuple[AdapterSpec, ...]:
+    def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:
         """Build all entries; combinations last, since they refer to the others. The order is the file's."""
-        built: list[list[AdapterSpec]] = []
-        for index in range(len(self._inside(("adapters",), list))):
-            entry = self.problems.part(AdapterEntry, ("adapters", index))
-            built.append(list(self._entry(("adapters", index), entry)) if entry else [])
+        built = [list(self._entry(("adapters", index), entry)) if entry else [] for index, entry in enumerate(entries)]
         named = {spec.name: spec for specs in built for spec in specs}
-        complete = all(built)
         for index, specs in enumerate(built):
             if specs and specs[0].combine:
-                specs[0] = self._combination(("adapters", index), specs[0], named, complete=complete)
+                loc = ("adapters", index)
+                specs[0] = self._combination(loc, entries[index], specs[0], named, complete=all(built))
         return tuple(spec for specs in built for spec in specs)
+
+    def _laid_over(self, loc: Loc, said: FileEntry | AdapterEntry, below: AdapterSpec) -> AdapterSpec:
+        """What file and entry may both say, laid over what was said before."""
+        checks = (self._setting((*loc, "checks", one.check), said.checks, one) for one in below.checks)
+        return replace(
+            below,
+            base=self._base((*loc, "base"), said.base, below.base),
+            checks=tuple(checks) if said.checks else below.checks,
+            limit_seconds=(said.limits and said.limits.seconds) or below.limit_seconds,
+        )
 
     # --- one entry -------------------------------------------------------------------------------------------------
 
     def _entry(self, loc: Loc, entry: AdapterEntry) -> Iterator[AdapterSpec]:
         """Yield the entry's adapters: one, or one per directory of a glob. None where its source is wrong."""
-        value = self.problems.document.get(loc)
-        keys = set(value) if isinstance(value, dict) else {"path"}
-        line, column = self.problems.document.line(loc)
-        if keys >= {"path", "combine"}:
-            self.report(loc, '"path" and "combine" exclude each other', "remove one of them", key="combine")
-        elif not keys & {"path", "combine"} and keys <= set(AdapterEntry.model_fields):
-            self.report(loc, 'an adapter needs "path" or "combine"', "path is a directory or a Hub id")
-        draft = AdapterSpec(
+        given = entry.model_fields_set
+        line, column = self.document.line(loc)
+        draft = replace(
+            self._laid_over(loc, entry, self.default),
             name=entry.name or "",
-            source="",
-            revision=entry.revision,
-            base=self.default_base if "combine" in keys else self._base((*loc, "base"), self.default_base),
-            checks=tuple(self._checks((*loc, "checks"), self.default_checks).values()),
+            revision=entry.revision or None,
             expect=self._expect((*loc, "expect"), entry.expect) if entry.expect else None,
-            limit_seconds=self._limit_seconds((*loc, "limits"), self.default_limit),
             line=line,
             column=column,
         )
-        if entry.path and "combine" not in keys:
+        if given >= {"path", "combine"}:
+            self.report(loc, '"path" and "combine" exclude each other', "remove one of them", key="combine")
+        elif "combine" in given:
+            yield from self._from_combine(loc, entry, draft)
+        elif entry.path:
             yield from self._from_path(loc, draft, entry.path)
-        elif "combine" in keys and "path" not in keys:
-            yield from self._from_combine(loc, draft, entry.combine)
+        elif "path" not in given and not entry.model_extra:
+            self.report(loc, 'an adapter needs "path" or "combine"', "path is a directory or a Hub id")
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:
+        globbed = is_glob(written, self.directory)
+        if globbed and draft.name:
+            hint = "its adapters are named after their directories: remove it"
+            self.report(loc, f'"name" has no meaning for the glob {quoted(written)}', hint, key="name")
         try:
-            if is_glob(written, self.directory):
-                yield from self._from_glob(loc, draft, written)
-                return
-            found, hub_id = find(written, self.directory, on_hub=draft.revision is not None, owner_needed=True)
+            found = find_all(written, self.directory, on_hub=draft.revision is not None)
         except Unusable as problem:
             self.report((*loc, "path"), problem.message, problem.hint)
             return
-        if found:
-            self._refuse_revision(loc, draft.revision)
-        name = draft.name or last_name(written, found)
-        if reason := _bad_name(name):
-            self.report((*loc, "path"), f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"')
-        spec = replace(draft, name=name, source=written, path=found, hub_id=hub_id)
-        self._claim(loc, spec)
-        yield spec
-
-    def _from_glob(self, loc: Loc, draft: AdapterSpec, pattern: str) -> Iterator[AdapterSpec]:
-        self._refuse_revision(loc, draft.revision)
-        if draft.name:
-            hint = "its adapters are named after their directories: remove it"
-            self.report(loc, f'"name" has no meaning for the glob {quoted(pattern)}', hint, key="name")
-        for written, found in find_all(pattern, self.directory):
-            name = last_name(written, found)
+        for source, path, hub_id in found:
+            if path:
+                self._refuse_revision(loc, draft.revision)
+            name = (not globbed and draft.name) or last_name(source, path)
             if reason := _bad_name(name):
-                self.report((*loc, "path"), f"the directory {quoted(written)} has a name that {reason}", "rename it")
-            spec = replace(draft, name=name, source=written, path=found)
-            self._claim(loc, spec)
-            yield spec
+                message = f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"'
+                if globbed:
+                    message = f"the directory {quoted(source)} has a name that {reason}", "rename it"
+                self.report((*loc, "path"), *message)
+            yield self._claimed(loc, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
 
-    def _from_combine(self, loc: Loc, draft: AdapterSpec, entry: CombineEntry | None) -> Iterator[AdapterSpec]:
+    def _from_combine(self, loc: Loc, entry: AdapterEntry, draft: AdapterSpec) -> Iterator[AdapterSpec]:
         """The members are looked up later, in `_combination`."""
         for key, why in (("revision", "it has no files of its own"), ("expect", "state it of the members")):
-            if self.problems.is_there((*loc, key)):
+            if key in entry.model_fields_set:
                 self.report(loc, f'"{key}" has no meaning for a combination', why, key=key)
-        if not self.problems.is_there((*loc, "name")):
+        if "name" not in entry.model_fields_set:
             self.report(loc, 'a combination needs a "name"', "it is what the report calls it", key="combine")
-        if entry is None:
-            return
-        self._check_combine((*loc, "combine"), entry)
-        combine = Combine(
-            method=entry.method,
-            adapters=tuple(entry.adapters),
-            weights=tuple(map(float, entry.weights)),
-            density=entry.density,
-            majority_sign_method=entry.majority_sign_method,
-            seed=entry.seed,
-        )
-        spec = replace(draft, source=f"{entry.method}({', '.join(entry.adapters)})", combine=combine)
-        if spec.name:
-            self._claim(loc, spec)
-            yield spec
+        if entry.combine:
+            self._check_combine((*loc, "combine"), entry.combine)
+        if entry.combine and entry.combine.adapters and draft.name:
+            combine = _record(Combine, entry.combine)
+            source = f"{combine.method}({', '.join(combine.adapters)})"
+            yield self._claimed(loc, replace(draft, source=source, combine=combine))
 
     def _check_combine(self, loc: Loc, entry: CombineEntry) -> None:
-        if len(entry.weights) != len(entry.adapters):
+        if entry.weights and entry.adapters and len(entry.weights) != len(entry.adapters):
             message = f"{len(entry.weights)} weights for {len(entry.adapters)} adapters"
             self.report((*loc, "weights"), message, "give one weight per adapter, in the same order")
-        if entry.density is None and entry.method in PRUNING:
+        if entry.method in PRUNING and "density" not in entry.model_fields_set:
             hint = "the share of values that pruning keeps, such as 0.5"
             self.report((*loc, "method"), f'the method {entry.method} needs "density"', hint)
-        if entry.density is not None and entry.method not in PRUNING:
-            hint = f"methods with it: {', '.join(PRUNING)}"
-            self.report(loc, f'"density" has no meaning for the method {entry.method}', hint, key="density")
-        if entry.majority_sign_method and entry.method not in SIGN_ELECTING:
-            message = f'"majority_sign_method" has no meaning for the method {entry.method}'
-            self.report(loc, message, f"methods with it: {', '.join(SIGN_ELECTING)}", key="majority_sign_method")
-        for index, name in enumerate(entry.adapters):
-            if name in entry.adapters[:index]:
-                self.report((*loc, "adapters", index), f"{quoted(name)} is named twice", "add up its weights")
+        for key, methods in (("density", PRUNING), ("majority_sign_method", SIGN_ELECTING)):
+            if key in entry.model_fields_set and entry.method and entry.method not in methods:
+                hint = f"methods with it: {', '.join(methods)}"
+                self.report(loc, f'"{key}" has no meaning for the method {entry.method}', hint, key=key)
+        for index in _repeated(entry.adapters):
+            self.report(
+                (*loc, "adapters", index), f"{quoted(entry.adapters[index])} is named twice", "add up its weights"
+            )
 
     def _combination(
-        self, loc: Loc, spec: AdapterSpec, named: Mapping[str, AdapterSpec], *, complete: bool
+        self, loc: Loc, entry: AdapterEntry, spec: AdapterSpec, named: Mapping[str, AdapterSpec], *, complete: bool
     ) -> AdapterSpec:
         """Look up the members, and put the combination on their base unless it names its own.
 
@@ -184,7 +174,8 @@ class _Build:
         """
         names = spec.combine.adapters if spec.combine else ()
         members = [named[name] for name in names if name in named]
-        base = self._base((*loc, "base"), members[0].base if members else self.default_base)
+        default = members[0].base if members else self.default.base
+        base = self._base((*loc, "base"), entry.base, default)
         for index, name in enumerate(names):
             member, place = named.get(name), (*loc, "combine", "adapters", index)
             if member is None and complete:
@@ -202,108 +193,83 @@ class _Build:
         if revision is not None:
             self.report(loc, "revision has no meaning for a directory", "only Hub ids have one", key="revision")
 
-    def _claim(self, loc: Loc, spec: AdapterSpec) -> None:
-        """Every name once."""
-        given = "name" if self.problems.is_there((*loc, "name")) and spec.name else "path"
-        line, _ = self.problems.document.line((*loc, given))
+    def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
+        """The adapter itself. Every name is there once."""
+        given = (*loc, "name") if (*loc, "name") in self.document.places else (*loc, "path")
+        line, _ = self.document.line(given)
         if spec.name not in self.claimed:
             self.claimed[spec.name] = (line, spec.source)
-            return
+            return spec
         first, source = self.claimed[spec.name]
         where = f"in line {line}" if line == first else f"in line {first} and in line {line}"
         message = f"the name {quoted(spec.name)} is given twice, {where}: to {quoted(source)} and {quoted(spec.source)}"
-        self.report((*loc, given), message, 'names must be unique: give one of them another "name"')
+        self.report(given, message, 'names must be unique: give one of them another "name"')
+        return spec
 
     # --- base, checks, expect --------------------------------------------------------------------------------------
 
-    def _base(self, loc: Loc, default: BaseSpec) -> BaseSpec:
+    def _base(self, loc: Loc, entry: BaseEntry | None, default: BaseSpec) -> BaseSpec:
         """Lay the keys given at `loc` over `default`. A revision stays with its model."""
-        entry = self.problems.part(BaseEntry, loc)
-        if entry is None:
+        if not entry:
             return default
         spec = default
-        if entry.model is not None and entry.model != default.label:
-            spec = replace(spec, model=self._base_model(loc, entry), label=entry.model, revision=None)
-        if entry.revision is not None:
+        if entry.model and entry.model != default.label:
+            spec = replace(spec, model=self._found(loc, entry.model, entry.revision), label=entry.model, revision=None)
+        if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
                 self._refuse_revision(loc, entry.revision)
-            elif spec.model is None and not self.problems.is_there((*loc, "model")):
+            elif spec.model is None and "model" not in entry.model_fields_set:
                 self.report(loc, '"revision" needs "model"', "name the base that it is a revision of", key="revision")
-        if entry.dtype is not None:
-            spec = replace(spec, dtypes=tuple(entry.dtype))
-            for index, dtype in enumerate(entry.dtype):
-                if dtype in entry.dtype[:index]:
-                    self.report((*loc, "dtype", index), f"the dtype {dtype} is given twice", "remove one")
-        if entry.quantization is not None:
-            spec = replace(spec, quantization=Quantization(entry.quantization))
-        return spec
+        for index in _repeated(entry.dtype):
+            self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is given twice", "remove one")
+        quantization = Quantization(entry.quantization or spec.quantization)
+        return replace(spec, dtypes=tuple(entry.dtype or spec.dtypes), quantization=quantization)
 
-    def _base_model(self, loc: Loc, entry: BaseEntry) -> str:
-        model = entry.model or ""
+    def _found(self, loc: Loc, model: str, revision: str | None) -> str:
         try:
-            found, hub_id = find(model, self.directory, on_hub=entry.revision is not None, owner_needed=False)
+            found, hub_id = find(model, self.directory, on_hub=bool(revision), owner_needed=False)
         except Unusable as problem:
             self.report((*loc, "model"), problem.message, problem.hint)
             return model
         return found or hub_id or model
 
-    def _checks(self, loc: Loc, below: Mapping[str, CheckSetting]) -> dict[str, CheckSetting]:
-        """Lay the settings at `loc` over those `below`."""
-        settings = dict(below)
-        for check in self._inside(loc, dict):
-            if check not in CHECKS:
-                self.problems.report_unknown(loc, check, CHECKS, "check")
-            elif entry := self.problems.part(CheckEntry, (*loc, check)):
-                settings[check] = self._setting((*loc, check), entry, settings[check])
-        return settings
-
-    def _setting(self, loc: Loc, entry: CheckEntry, below: CheckSetting) -> CheckSetting:
-        default = CHECKS[below.check]
-        severity = below.severity
-        if entry.severity is not None:
-            severity = default.severity if entry.severity == "on" else Severity(entry.severity)
-        if not default.can_be_off and severity is not default.severity:
+    def _setting(self, loc: Loc, checks: Model | None, below: CheckSetting) -> CheckSetting:
+        entry: CheckEntry | None = getattr(checks, below.check)
+        if not entry:
+            return below
+        row = CHECKS[below.check]
+        severity = row.severity if entry.severity == "on" else Severity(entry.severity or below.severity)
+        if not row.can_be_off and severity is not row.severity:
             what = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
             hint = "a model that is not finite never passes"
-            self.report((*loc, "severity"), f"{quoted(below.check)} cannot be {what}", hint)
-        if entry.limit is not None and default.limit is None:
-            limited = [check for check, row in CHECKS.items() if row.limit is not None]
-            self.report(
-                loc, f"{quoted(below.check)} has no limit", f"checks with one: {', '.join(limited)}", key="limit"
-            )
-        if self.problems.document.get(loc) == {}:
-            self.report(loc, f"{quoted(below.check)} is empty", "give it a severity or a limit")
-        return replace(below, severity=severity, limit=below.limit if entry.limit is None else float(entry.limit))
-
-    def _limit_seconds(self, loc: Loc, below: float | None) -> float | None:
-        entry = self.problems.part(LimitsEntry, loc)
-        if self.problems.is_there(loc) and self.problems.document.get(loc) == {}:
-            self.report(loc, '"limits" is empty', "give it seconds, or remove it")
-        return float(entry.seconds) if entry and entry.seconds is not None else below
+            self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {what}", hint)
+        if entry.limit and row.limit is None:
+            limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)
+            self.report(loc, f"{quoted(below.check)} has no limit", f"checks with one: {limited}", key="limit")
+        return replace(below, severity=severity, limit=entry.limit or below.limit)
 
     def _expect(self, loc: Loc, entry: ExpectEntry) -> Expect:
-        if self.problems.document.get(loc) == {}:
-            self.report(loc, '"expect" is empty', "state something, or remove it")
-        digests: dict[str, str] = entry.sha256 or {}
-        for name in digests:
+        for name in entry.sha256 or {}:
             if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
                 hint = "write it relative to the adapter's directory, with /"
                 self.report((*loc, "sha256"), f"{quoted(name)} is not a file inside the adapter", hint, key=name)
-        return Expect(
-            peft_type=entry.peft_type.upper() if entry.peft_type else None,
-            r=entry.r,
-            lora_alpha=None if entry.lora_alpha is None else float(entry.lora_alpha),
-            base=entry.base,
-            sha256=tuple((name, digest.lower()) for name, digest in digests.items()),
-        )
+        return _record(Expect, entry)
 
-    # --- parts of the file -----------------------------------------------------------------------------------------
 
-    def _inside(self, loc: Loc, kind: type[list[Any] | dict[str, Any]]) -> Any:
-        """The list or mapping at `loc`; an empty one where there is none."""
-        value = self.problems.document.get(loc) if self.problems.is_there(loc) else None
-        return value if isinstance(value, kind) else kind()
+def _record(cls: type[_Record], entry: Model) -> _Record:
+    """The record of a model's values; what is not given has the record's default."""
+    values = {name: getattr(entry, name) for name in type(entry).model_fields}
+    return cls(**{name: _hashable(value) for name, value in values.items() if value is not None})
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+
+
+def _repeated(values: list[Any] | None) -> list[int]:
+    """The places of values that have stood before."""
+    return [index for index, value in enumerate(values or []) if value in (values or [])[:index]]
 
 
 def _bad_name(name: str) -> str:

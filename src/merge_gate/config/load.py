@@ -1,8 +1,8 @@
 """YAML file → Config, strict; every problem keeps its line and column.
 
 In: the path of a YAML file. Out: a `Config`, or a `ConfigError` with all problems in the order of the file; the JSON
-Schema of the file. Looks at names of directories, never into them, and knows
-neither the network nor torch. pydantic is imported only when a file is read.
+Schema of the file. Looks at names of directories, never into them, and knows neither the network nor torch. It imports
+pydantic, which takes as long as the rest of the command line together: the commands import it where they need it.
 
 The stages, in order:
 
@@ -19,15 +19,16 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from merge_gate.errors import ConfigError
-from merge_gate.records.config import Config, Problem
+from merge_gate.config.build import build_config
+from merge_gate.config.model import build_schema
+from merge_gate.config.nearest import nearest
+from merge_gate.config.positions import end_of, read_yaml, refuse
+from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
 
 MAX_BYTES = 1024 * 1024
-MAX_NAME = 200
-MAX_TEXT = 4096
 
 
 def load_config(path: str) -> Config:
@@ -39,42 +40,35 @@ def load_config(path: str) -> Config:
     Raises:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
-    from merge_gate.config.build import build_config  # noqa: PLC0415 (imports pydantic)
-    from merge_gate.config.positions import read_yaml  # noqa: PLC0415 (imports yaml)
-
     raw = _read_bytes(path)
     return build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
 
 
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
-    from merge_gate.config.model import build_schema  # noqa: PLC0415 (imports pydantic)
-
     return build_schema()
 
 
 def _read_bytes(path: str) -> bytes:
     try:
         if Path(path).is_fifo():  # reading it would wait for somebody to write
-            _refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file")
+            refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file")
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        _refuse(path, "no such file", _files_near(path))
+        refuse(path, "no such file", _files_near(path))
     except IsADirectoryError:
-        _refuse(path, "this is a directory, expected a YAML file", _files_near(path))
+        refuse(path, "this is a directory, expected a YAML file", _files_near(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        _refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
+        refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
     if len(raw) > MAX_BYTES:
-        _refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "is this the configuration?")
+        refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "is this the configuration?")
     return raw
 
 
 def _files_near(path: str) -> str:
     """Name the YAML file that was perhaps meant."""
-    from merge_gate.config.nearest import nearest  # noqa: PLC0415 (needed on failure only)
-
     asked = Path(path)
     is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
     directory = asked if is_directory else asked.parent
@@ -91,9 +85,4 @@ def _text(raw: bytes, path: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode("utf-8", "replace")
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        _refuse(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8", line, column)
-
-
-def _refuse(path: str, message: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
-    raise ConfigError((Problem(message=message, hint=hint, path=path, line=line, column=column),)) from None
+        refuse(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8", *end_of(before))

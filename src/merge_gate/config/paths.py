@@ -16,20 +16,13 @@ import re
 from pathlib import Path
 
 from merge_gate.config.nearest import nearest
+from merge_gate.config.positions import Unusable
 from merge_gate.text import listing, quoted
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
 _PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
 _GLOB = re.compile(r"[*?\[]")
-
-
-class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
-    """A name that stands for nothing. Carries the problem's message and hint."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
 
 
 def is_glob(written: str, directory: Path) -> bool:
@@ -63,23 +56,27 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
     raise Unusable(*_nothing_there(written, place, path_like=path_like, beside=first if beside else ""))
 
 
-def find_all(pattern: str, directory: Path) -> list[tuple[str, str]]:
-    """Return the directories that a pattern matches, each as written and absolute, sorted.
+def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, str | None, str | None]]:
+    """Return what `written` stands for: one for each directory that a glob matches, sorted, or the one that it names.
+
+    Each is the text that names this one, and the absolute directory or the Hub id, as from `find`.
 
     Raises:
-        Unusable: none.
+        Unusable: nothing.
     """
-    if "**" in pattern:
-        raise Unusable(f'{quoted(pattern)}: "**" is not supported', "write one * for each level")
-    relative = not (Path(pattern).is_absolute() or pattern.startswith("~"))
+    if not is_glob(written, directory):
+        return [(written, *find(written, directory, on_hub=on_hub, owner_needed=True))]
+    if "**" in written:
+        raise Unusable(f'{quoted(written)}: "**" is not supported', "write one * for each level")
+    relative = not (Path(written).is_absolute() or written.startswith("~"))
     start = os.path.join(glob.escape(str(directory)), "") if relative else ""
-    matches = sorted(glob.glob(start + os.path.expanduser(pattern)))
+    matches = sorted(glob.glob(start + os.path.expanduser(written)))
     plain_start = os.path.join(directory, "") if relative else ""
-    found = [(m[len(plain_start) :], os.path.normpath(m)) for m in matches if os.path.isdir(m)]
+    found = [(match[len(plain_start) :], os.path.normpath(match), None) for match in matches if os.path.isdir(match)]
     if not found:
         files = " (only files)" if matches else ""
-        raise Unusable(f"no directory matches {quoted(pattern)}{files}", _siblings(_literal_part(pattern, directory)))
-    return found
+        raise Unusable(f"no directory matches {quoted(written)}{files}", _siblings(_literal_part(written, directory)))
+    return [*found]
 
 
 def last_name(written: str, place: str | None) -> str:

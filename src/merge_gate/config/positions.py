@@ -11,8 +11,8 @@ lists and mappings. Size, depth and the number of values after expanding aliases
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
@@ -27,68 +27,152 @@ MAX_DIGITS = 300
 
 Plain = str | int | float | bool | None | list["Plain"] | dict[str, "Plain"]
 Loc = tuple[str | int, ...]
+Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
-_SCALARS = {"str", "bool", "int", "float", "null", "merge"}
-_TAGS = {yaml.MappingNode: {"map"}, yaml.SequenceNode: {"seq"}, yaml.ScalarNode: _SCALARS}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """One YAML document. `broken` are the nodes with a problem of their own: their data is None."""
+class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
+    """Something that cannot be taken. Carries the problem's message and hint."""
 
-    path: str
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One value of the file: its data, its node, and the key before it. Without data where `is_broken`."""
+
     data: Plain
-    root: yaml.Node
-    broken: set[yaml.Node]
-    problems: list[Problem] = field(default_factory=list)
+    node: yaml.Node
+    key: yaml.Node
+    is_broken: bool
 
-    def locate(self, loc: Loc) -> tuple[yaml.Node, Loc]:
-        """The node at `loc`, or the deepest one on the way there, and the part of `loc` that leads to it."""
-        node = self.root
-        for depth, step in enumerate(loc):
-            child = _child(node, step)
-            if child is None:
-                return node, loc[:depth]
-            node = child
-        return node, loc
 
-    def get(self, loc: Loc) -> Plain:
-        """The value at `loc`, or the deepest one on the way there."""
-        value = self.data
-        for step in self.locate(loc)[1]:
-            value = value[step]  # type: ignore[index]
-        return value
+class Document:
+    """One YAML document: its data, the place of each value in it, and what is wrong with it."""
+
+    def __init__(self, path: str, root: yaml.Node) -> None:
+        self.path, self.places, self.problems = path, dict[Loc, Place](), list[Problem]()
+        self._pairs = dict[yaml.Node, Pairs]()
+        self.data = self._value((), root, root, ())
+
+    def locate(self, loc: Loc) -> Loc:
+        """`loc`, or the deepest place on the way there."""
+        while loc not in self.places:
+            loc = loc[:-1]
+        return loc
+
+    def at(self, loc: Loc) -> Place:
+        """The place at `loc`, or the deepest one on the way there."""
+        return self.places[self.locate(loc)]
 
     def line(self, loc: Loc, key: str | None = None) -> tuple[int, int]:
         """Line and column of the value at `loc`, or of the key `key` of the mapping there."""
-        node = self.locate(loc)[0]
-        keys = {one.value: one for one, _ in node.value} if isinstance(node, yaml.MappingNode) else {}
-        return _start(keys.get(key, node))
+        with_key = self.places.get((*loc, key)) if key is not None else None
+        return _start(with_key.key if with_key else self.at(loc).node)
 
-    def walk(self) -> Iterator[tuple[Loc, yaml.Node, Plain]]:
-        """Every value but the first, with its place."""
-        waiting: list[tuple[Loc, yaml.Node, Any]] = [((), self.root, self.data)]
-        while waiting:
-            loc, node, value = waiting.pop()
-            if loc:
-                yield loc, node, value
-            if node not in self.broken:
-                waiting += [((*loc, step), child, value[step]) for step, child in _children(node)]
+    def report(self, loc: Loc, message: str, hint: str = "", *, key: str | None = None) -> None:
+        """Add a problem at the value at `loc`, or at the key `key` of the mapping there."""
+        self._add(self.line(loc, key), message, hint)
+
+    def _add(self, place: tuple[int, int], message: str, hint: str) -> None:
+        line, column = place
+        self.problems.append(Problem(message=message, hint=hint, path=self.path, line=line, column=column))
+
+    def raise_problems(self) -> None:
+        """Raise a `ConfigError` if there are problems, in the order of the file, each once."""
+        if self.problems:
+            in_order = sorted(self.problems, key=lambda problem: (problem.line, problem.column))
+            raise ConfigError(tuple(dict.fromkeys(in_order))) from None
+
+    # --- nodes → data ----------------------------------------------------------------------------------------------
+
+    def _value(self, loc: Loc, node: yaml.Node, key: yaml.Node, above: tuple[yaml.Node, ...]) -> Plain:
+        """The node's data, with all that it holds; None, and a problem, where it cannot be taken."""
+        if len(self.places) >= MAX_VALUES:
+            refuse(self.path, f"the file expands to more than {MAX_VALUES:,} values", "use fewer aliases")
+        data: Any = None
+        if is_sound := self._is_sound(node, above):
+            inside = (*above, node)
+            if isinstance(node, yaml.MappingNode):
+                pairs = self._keys(node, inside)
+                data = {name: self._value((*loc, name), value, one, inside) for name, (one, value) in pairs.items()}
+            elif isinstance(node, yaml.SequenceNode):
+                data = [self._value((*loc, index), item, item, inside) for index, item in enumerate(node.value)]
+            else:
+                data = _SCALARS[node.tag](node.value)
+        self.places[loc] = Place(data, node, key, not is_sound)
+        return self.places[loc].data
+
+    def _keys(self, node: yaml.MappingNode, inside: tuple[yaml.Node, ...]) -> Pairs:
+        """Merged keys (`<<`) first, then the mapping's own, which win. Only text is a key, and each is there once."""
+        if node in self._pairs:
+            return self._pairs[node]
+        own: Pairs = {}
+        merged: Pairs = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._add(_start(key), "a key must be text, got a list or a mapping", 'write "key: value"')
+            elif key.value in own:
+                hint = f"first in line {_start(own[key.value][0])[0]}"
+                self._add(_start(key), f"the key {quoted(key.value)} is given twice", hint)
+            elif key.tag == _MERGE:
+                merged |= self._merged(value, inside)
+            elif self._is_sound(key, inside):
+                own[key.value] = (key, value)
+        self._pairs[node] = merged | own
+        return self._pairs[node]
+
+    def _merged(self, node: yaml.Node, inside: tuple[yaml.Node, ...]) -> Pairs:
+        """What `<<` brings. PyYAML's own order of several sources differs from release to release: the first wins."""
+        pairs: Pairs = {}
+        for source in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            if not isinstance(source, yaml.MappingNode):
+                self._add(
+                    _start(node), '"<<" takes a mapping or a list of mappings', "use an alias, such as <<: *defaults"
+                )
+                return {}
+            if self._is_sound(source, inside):
+                pairs |= self._keys(source, (*inside, source))
+        return pairs
+
+    def _is_sound(self, node: yaml.Node, above: tuple[yaml.Node, ...]) -> bool:
+        problem = _refusal(node, above)
+        if problem:
+            self._add(_start(node), *problem)
+        return not problem
 
 
-def _child(node: yaml.Node, step: str | int) -> yaml.Node | None:
-    if isinstance(node, yaml.SequenceNode):
-        return node.value[step] if isinstance(step, int) and step < len(node.value) else None
-    return dict(_children(node)).get(step)
+def _start(node: yaml.Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _children(node: yaml.Node) -> Iterator[tuple[str | int, yaml.Node]]:
-    if isinstance(node, yaml.SequenceNode):
-        yield from enumerate(node.value)
-    elif isinstance(node, yaml.MappingNode):
-        yield from ((key.value, value) for key, value in node.value)
+def _refusal(node: yaml.Node, above: tuple[yaml.Node, ...]) -> tuple[str, str] | None:
+    """Why this node, inside of those `above`, is not taken: message and hint."""
+    if node in above:
+        return "this value contains itself", "an alias (*name) may not stand inside its anchor"
+    if len(above) > MAX_DEPTH:
+        return f"the aliases here lead deeper than {MAX_DEPTH} levels", "a configuration needs far less"
+    if node.tag not in _TAGS[type(node)]:
+        return f"the tag {quoted(node.tag.replace(_TAG, '!!'))} is not allowed", "remove the tag"
+    return _scalar_refusal(node) if isinstance(node, yaml.ScalarNode) else None
+
+
+def _scalar_refusal(node: yaml.ScalarNode) -> tuple[str, str] | None:
+    if has_hidden(node.value):
+        hint = "write text without line breaks, tabs and invisible characters"
+        return f"{quoted(node.value)} holds a control character", hint
+    try:
+        _SCALARS[node.tag](node.value)
+    except (ValueError, KeyError):
+        return f"{quoted(node.value)} does not fit its tag", "remove the tag"
+    return None
+
+
+# --- text → nodes --------------------------------------------------------------------------------------------------
 
 
 def read_yaml(text: str, path: str) -> Document:
@@ -98,34 +182,24 @@ def read_yaml(text: str, path: str) -> Document:
         ConfigError: the text is not YAML, holds no document or more than one, or is nested or expanded too far.
     """
     try:
-        loader = _Loader(text, path)
-        root = loader.get_single_node()
+        root = _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
-        _refuse(path, error.problem_mark or error.context_mark, *_syntax(error))
+        mark = error.problem_mark or error.context_mark
+        refuse(path, *_syntax(error), *((mark.line + 1, mark.column + 1) if mark else ()))
     except yaml.reader.ReaderError as error:
         code = error.character if isinstance(error.character, int) else ord(str(error.character)[:1] or "\0")
-        before = text[: error.position]
-        mark = yaml.Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
-        _refuse(path, mark, f"not valid YAML: the character U+{code:04X} is not allowed", "")
+        line, column = end_of(text[: error.position])
+        refuse(path, f"not valid YAML: the character U+{code:04X} is not allowed", "", line, column)
     if root is None:
-        _refuse(path, None, "the file is empty", 'it needs at least "version: 1" and a list "adapters"')
-    data = loader.construct_object(root)
-    if loader.sizes.get(root, 1) > MAX_VALUES:
-        _refuse(path, None, f"the file expands to more than {MAX_VALUES:,} values", "use fewer aliases")
-    return Document(path=path, data=data, root=root, broken=loader.broken, problems=loader.problems)
+        refuse(path, "the file is empty", 'it needs at least "version: 1" and a list "adapters"')
+    return Document(path, root)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader; it bounds the number of nodes, and what it cannot take is a problem, and None."""
+    """PyYAML's safe loader, for its nodes only; their number and depth are bounded."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
-
-    def __init__(self, text: str, path: str) -> None:
-        super().__init__(text)
-        self.path, self.depth, self.nodes = path, 0, 0
-        self.problems: list[Problem] = []
-        self.broken: set[yaml.Node] = set()
-        self.sizes: dict[yaml.Node, int] = {}  # values, with all aliases expanded
+    depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
@@ -138,78 +212,28 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_object(self, node: yaml.Node, deep: bool = True) -> Any:  # noqa: ARG002
-        """The node's data, with all that it holds."""
-        if node in self.broken:
-            return None
-        if node in self.recursive_objects:
-            self.broken.add(node)
-            return self.report(node, "this value contains itself", "an alias (*name) may not stand inside its anchor")
-        if node.tag.removeprefix(_TAG) not in _TAGS[type(node)] or not node.tag.startswith(_TAG):
-            return self.refuse(node, f"the tag {quoted(node.tag.replace(_TAG, '!!'))} is not allowed", "remove the tag")
-        if isinstance(node, yaml.ScalarNode) and has_hidden(node.value):
-            hint = "write text without line breaks, tabs and invisible characters"
-            return self.refuse(node, f"{quoted(node.value)} holds a control character", hint)
-        try:
-            data = super().construct_object(node, deep=True)
-        except (ValueError, KeyError):
-            return self.refuse(node, f"{quoted(node.value)} does not fit its tag", "remove the tag")
-        self.sizes[node] = 1 + sum(self.sizes.get(child, 1) for _, child in _children(node))
-        return data
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[str, Any]:  # type: ignore[override]  # noqa: ARG002
-        """Merged keys (`<<`) first, then the mapping's own, which win."""
-        for _, value in node.value:
-            self.construct_object(value)
-        merged = [pair for key, value in node.value if key.tag == _MERGE for pair in self._merged(value)]
-        inside = {key.value: (key, value) for key, value in [*merged, *self._own(node)]}
-        node.value = list(inside.values())
-        return {key: self.construct_object(value) for key, (_, value) in inside.items()}
-
-    def _own(self, node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-        """The mapping's keys that are text, each once."""
-        first: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                self.report(key, "a key must be text, got a list or a mapping", 'write "key: value"')
-            elif key.value in first:
-                hint = f"first in line {_start(first[key.value])[0]}"
-                self.report(key, f"the key {quoted(key.value)} is given twice", hint)
-            elif key.tag != _MERGE:
-                self.construct_object(key)
-                first[key.value] = key
-                if key not in self.broken:
-                    yield key, value
-
-    def _merged(self, node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-        """What `<<` brings. PyYAML's own order of several sources differs from release to release: the first wins."""
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not all(isinstance(source, yaml.MappingNode) for source in sources):
-            self.report(node, '"<<" takes a mapping or a list of mappings', "use an alias, such as <<: *defaults")
-            return
-        for source in reversed(sources):
-            yield from source.value if source not in self.broken else ()
-
-    def refuse(self, node: yaml.Node, message: str, hint: str) -> None:
-        """Report a problem of a whole value."""
-        self.recursive_objects.pop(node, None)
-        self.constructed_objects[node] = None
-        self.broken.add(node)
-        self.report(node, message, hint)
-
-    def report(self, node: yaml.Node, message: str, hint: str) -> None:
-        line, column = _start(node)
-        self.problems.append(Problem(message=message, hint=hint, path=self.path, line=line, column=column))
+def _int(raw: str) -> int | float:
+    """An int too long to be one becomes a float, which is then infinite."""
+    if len(raw) > MAX_DIGITS:
+        return float("inf") if "x" in raw else float(raw)
+    return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
 
 
-def _number(_: _Loader, node: yaml.ScalarNode) -> int | float:
-    """As in YAML 1.2. An int too long to be one becomes a float, which is then infinite."""
-    raw, kind = node.value, node.tag.removeprefix(_TAG)
-    if kind == "int" and len(raw) <= MAX_DIGITS:
-        return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
-    return float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE)) if "x" not in raw else float("inf")
+def _float(raw: str) -> float:
+    return float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE))
 
 
+_SWITCHES = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+_SCALARS: dict[str, Callable[[str], Plain]] = {
+    f"{_TAG}str": str,
+    f"{_TAG}bool": lambda raw: _SWITCHES[raw.lower()],
+    f"{_TAG}int": _int,
+    f"{_TAG}float": _float,
+    f"{_TAG}null": lambda _: None,
+    _MERGE: str,
+}
+_TAGS = {yaml.MappingNode: {f"{_TAG}map"}, yaml.SequenceNode: {f"{_TAG}seq"}, yaml.ScalarNode: _SCALARS.keys()}
 for _name, _pattern, _first in (
     ("bool", r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$", "yYnNtTfFoO"),
     ("int", r"(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)$", "-+0123456789"),
@@ -218,13 +242,6 @@ for _name, _pattern, _first in (
     ("merge", r"<<$", "<"),
 ):  # fmt: skip
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list(_first))
-for _name in ("int", "float"):
-    _Loader.add_constructor(_TAG + _name, _number)
-_Loader.add_constructor(_MERGE, lambda _, node: node.value)
-
-
-def _start(node: yaml.Node) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column + 1
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
@@ -241,6 +258,11 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
     return f"not valid YAML: {problem}{where}".encode("ascii", "backslashreplace").decode(), hint
 
 
-def _refuse(path: str, mark: yaml.Mark | None, message: str, hint: str) -> NoReturn:
-    line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+def end_of(text: str) -> tuple[int, int]:
+    """Line and column after `text`."""
+    return text.count("\n") + 1, len(text) - text.rfind("\n")
+
+
+def refuse(path: str, message: str, hint: str, line: int = 1, column: int = 1) -> NoReturn:
+    """Raise a `ConfigError` with this one problem."""
     raise ConfigError((Problem(message=message, hint=hint, path=path, line=line, column=column),)) from None
