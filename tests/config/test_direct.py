@@ -69,6 +69,28 @@ def test_problems_are_usage_errors_in_words(
         config_of(names, **options)  # type: ignore[arg-type]
 
 
+def test_an_adapters_own_files_stand_for_it_as_a_hook_of_git_names_them(here: Path) -> None:
+    (here / "support" / "adapter_model.safetensors").write_bytes(b"")
+    names = ["support/adapter_config.json", "support/adapter_model.safetensors", "teams/a/billing/adapter_config.json"]
+    assert not names_a_file(names)
+    assert not names_a_file(names[:1])
+    assert [adapter.source for adapter in config_of(names).adapters] == ["support", "teams/a/billing"]
+
+
+def test_the_files_of_an_adapter_in_the_current_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here / "support")
+    (adapter,) = config_of(["adapter_config.json"]).adapters
+    assert (adapter.name, adapter.path) == ("support", str(here / "support"))
+
+
+def test_directories_of_one_name_are_told_apart(here: Path) -> None:
+    for place in ("a/lora/final", "b/lora/final", "c/other/final", "single"):
+        (here / place).mkdir(parents=True)
+    names = ["a/lora/final", "b/lora/final", "c/other/final", "single"]
+    found = [adapter.name for adapter in config_of(names, base="base").adapters]
+    assert found == ["a-lora-final", "b-lora-final", "other-final", "single"]
+
+
 def test_a_config_is_told_from_adapters(here: Path) -> None:
     (here / "list").write_text("version: 1")
     assert names_a_file(["gate.yml"])

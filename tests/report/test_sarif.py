@@ -110,9 +110,14 @@ def test_a_name_makes_no_link() -> None:
     assert parse(report(evil))["results"][0]["message"]["text"].startswith("\\[x\\](http://evil.example) (bfloat16)")
 
 
-def test_no_more_results_than_github_takes() -> None:
+def test_no_more_results_than_github_keeps_and_the_errors_are_among_them() -> None:
     findings = tuple(dataclasses.replace(ROUNDING, check=f"c{n}") for n in range(100))
-    assert len(parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300))))["results"]) == MOST_RESULTS
+    broken = adapter("last", Verdict.PASSED, findings=(*findings, NAN))
+    run = parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300)), broken))
+    assert len(run["results"]) == MOST_RESULTS
+    assert [result["level"] for result in run["results"][:2]] == ["error", "warning"]
+    (told,) = run["invocations"][0]["toolExecutionNotifications"]
+    assert told["message"]["text"] == "25,101 more results left out; report.json has all findings."
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

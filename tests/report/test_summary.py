@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from cmarkgfm import github_flavored_markdown_to_html
+from cmarkgfm.cmark import Options
 from hypothesis import given
 from markdown_it import MarkdownIt
 
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
+from merge_gate.report.compare import compare, render_markdown
 from merge_gate.report.markdown import code, prose
 from merge_gate.report.summary import LIMIT_BYTES, render
+from merge_gate.report.untrusted import one_line
 from tests.report.reports import (
     ATTACKS,
     BASE,
@@ -57,29 +62,52 @@ TAGS = {
 }
 
 
+def commonmark(markdown: str) -> str:
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+
+
+def github(markdown: str) -> str:
+    """By GitHub's own library, with tables, autolinks and its filter of tags; HTML comes through, as on GitHub."""
+    return github_flavored_markdown_to_html(markdown, options=Options.CMARK_OPT_UNSAFE)
+
+
+RENDERERS = (commonmark, github)
+
+
 class Seen(HTMLParser):
     """The tags with their attributes and the text that a reader of the HTML meets."""
 
-    def __init__(self, markdown: str) -> None:
+    def __init__(self, markdown: str, render: Callable[[str], str] = commonmark) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[str] = []
         self.plain = ""
         self.text = ""
         self._code = 0
-        self.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
+        self.cells: list[list[str]] = []
+        self._in_cell = False
+        self.feed(render(markdown))
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
         self._code += tag == "code"
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"td", "th"}:
+            self.cells[-1].append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         self._code -= tag == "code"
+        if tag in {"td", "th"}:
+            self._in_cell = False
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._in_cell:
+            self.cells[-1][-1] += data
         self.plain += "" if self._code else data
 
 
@@ -121,19 +149,41 @@ def test_names_are_code_and_backticks_make_code() -> None:
     assert Seen(prose("a&b <c> [d](e) f_g `h|i`")).text.strip() == "a&b <c> [d](e) f_g h|i"
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if 0 < len(attack) < 100])
-def test_a_hostile_name_is_only_text(attack: str) -> None:
+def test_a_hostile_name_is_only_text(attack: str, renderer: Callable[[str], str]) -> None:
     finding = dataclasses.replace(NAN, message=attack, hint=attack, tensor=attack, module=attack, check=attack)
     evil = adapter(
         f"a{attack}b", Verdict.FAILED, cause=attack, findings=(finding, ROUNDING), source=attack, revision=attack
     )
     tame = adapter("ab", Verdict.FAILED, cause="x", findings=(NAN, ROUNDING), revision="x")
-    seen = Seen(render(report(evil)))
+    seen = Seen(render(report(evil)), renderer)
     assert set(seen.tags) <= TAGS
     assert seen.attributes == []
     assert [seen.tags.count(tag) for tag in ("table", "tr", "td", "details", "h2", "h3", "ul", "li")] == [
-        Seen(render(report(tame))).tags.count(tag) for tag in ("table", "tr", "td", "details", "h2", "h3", "ul", "li")
+        Seen(render(report(tame)), renderer).tags.count(tag)
+        for tag in ("table", "tr", "td", "details", "h2", "h3", "ul", "li")
     ]
+
+
+def test_on_github_the_tables_are_tables_and_every_name_is_whole() -> None:
+    names = [f"{number}{attack}" for number, attack in enumerate(ATTACKS) if 0 < len(attack) < 100]
+    seen = Seen(render(report(*(adapter(name, findings=(ROUNDING,)) for name in names))), github)
+    assert seen.cells[0] == ["adapter", "base", "verdict", "cause and place"]
+    assert {len(row) for row in seen.cells[1 : len(names) + 1]} == {4}
+    assert [row[0] for row in seen.cells[1 : len(names) + 1]] == [one_line(name, 80) for name in names]
+    assert seen.tags.count("details") == 1
+    assert "a" not in seen.tags
+
+
+def test_on_github_the_map_is_as_it_was_drawn() -> None:
+    assert "  self_attn.q_proj  .....N..|\n" in Seen(render(FAIL), github).text
+
+
+def test_on_github_a_comparison_is_a_table() -> None:
+    seen = Seen(render_markdown(compare(report(), report(*(adapter(attack) for attack in ATTACKS)))), github)
+    assert [row[0] for row in seen.cells] == ["change", *["new"] * (len(seen.cells) - 1)]
+    assert seen.attributes == []
 
 
 @given(TEXTS)
@@ -141,6 +191,7 @@ def test_github_finds_nothing_to_link_in_prose(text: str) -> None:
     markdown = prose(text)
     seen = Seen("**x** " + markdown)
     assert set(seen.tags) <= {"p", "strong", "code"}
+    assert set(Seen("**x** " + markdown, github).tags) <= {"p", "strong", "code"}
     # GitHub links in two passes: over the Markdown (schemes, www.), then over the text outside code (@, #).
     outside_code = re.sub(r"`[^`]*`", "", markdown)
     assert not re.search(r"://|www\.|mailto:", outside_code, re.IGNORECASE)
@@ -153,7 +204,8 @@ def test_any_report(run: Report) -> None:
     assert not any(runner_obeys(line) for line in lines_of(text))
     assert all(line.isprintable() for line in lines_of(text))
     assert len(text.encode()) <= LIMIT_BYTES
-    assert set(Seen(text).tags) <= TAGS
+    for renderer in RENDERERS:
+        assert set(Seen(text, renderer).tags) <= TAGS
 
 
 @pytest.mark.parametrize("text", ["x", "#" * 700, "@" * 700, "名" * 700])

@@ -1,7 +1,8 @@
 """Adapters named on the command line → `Config`, without a file; and a first file, written from what lies there.
 
-In: names as a shell gives them: directories, globs, Hub ids. Out: the `Config` that a file with these entries gives, or
-the text of such a file. Built by the same code as a file's, so that both are judged alike.
+In: names as a shell gives them: directories, globs, Hub ids, or files of adapters, as a hook of git names what was
+changed. Out: the `Config` that a file with these entries gives, or the text of such a file. Built by the same code as a
+file's, so that both are judged alike.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ COMMAND_LINE = "the command line"
 """What stands for the configuration's path in the report."""
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 MAX_DEPTH = 3
 """How far below a directory `first_config` looks for adapters."""
 
@@ -32,7 +34,8 @@ def names_a_file(names: Sequence[str]) -> bool:
     Raises:
         UsageError: a configuration file among adapters.
     """
-    files = [name for name in names if name.endswith((".yml", ".yaml")) or _is_no_directory(name)]
+    others = [name for name in names if _directory_of(name) == name]
+    files = [name for name in others if name.endswith((".yml", ".yaml")) or _is_no_directory(name)]
     if files and len(names) > 1:
         raise UsageError(
             f"{quoted(files[0])} is a file among other arguments",
@@ -46,13 +49,42 @@ def _is_no_directory(name: str) -> bool:
     return os.path.exists(name) and not os.path.isdir(name)  # noqa: PTH110, PTH112 (False where pathlib raises)
 
 
+def _directory_of(name: str) -> str:
+    """Where an adapter's own file stands; every other name is what it is."""
+    is_its_file = Path(name).name in ADAPTER_FILES and os.path.isfile(name)  # noqa: PTH113 (as below)
+    return str(Path(name).parent) if is_its_file else name
+
+
+def _places(names: Sequence[str]) -> list[str]:
+    """The names; files of one adapter are its directory, once."""
+    found: list[str] = []
+    for name in names:
+        place = _directory_of(name)
+        if place == name or place not in found:
+            found.append(place)
+    return found
+
+
+def _longer_names(directories: Sequence[str]) -> dict[str, str]:
+    """For directories that share their last part with others: as many of the last parts as tell them apart."""
+    parts = {directory: Path(directory).parts for directory in directories}
+    deepest = max(map(len, parts.values()), default=0)
+    shared = [Counter(one[-depth:] for one in parts.values()) for depth in range(1, deepest + 1)]
+    longer = {}
+    for directory, one in parts.items():
+        own = (depth for depth in range(1, len(one) + 1) if shared[depth - 1][one[-depth:]] == 1)
+        if (depth := next(own, 1)) > 1:
+            longer[directory] = "-".join(one[-depth:])
+    return longer
+
+
 def config_of(
     names: Sequence[str], *, base: str | None = None, dtypes: Sequence[str] = (), quantization: str | None = None
 ) -> Config:
     """Build the configuration that lists these adapters. Relative names start in the current directory.
 
     Args:
-        names: directories, globs or Hub ids.
+        names: directories, globs or Hub ids; files of one adapter, however many, stand for its directory.
         base: a directory or a Hub id; where None, each adapter's own adapter_config.json names it.
         dtypes: `auto` or names of dtypes; each is checked.
         quantization: `none`, `bnb-8bit` or `bnb-4bit`.
@@ -63,10 +95,13 @@ def config_of(
     from merge_gate.config.build import build_config  # noqa: PLC0415 (imports pydantic)
     from merge_gate.config.positions import read_yaml  # noqa: PLC0415 (imports yaml)
 
-    for name in names:
-        _refuse_shelf(name)
+    places = _places(names)
+    for place in places:
+        _refuse_shelf(place)
+    longer = _longer_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
+    entries = [{"path": place} | ({"name": longer[place]} if place in longer else {}) for place in places]
     wanted = {"model": base, "dtype": list(dtypes), "quantization": quantization}
-    file: dict[str, Any] = {"version": 1, "adapters": [{"path": name} for name in names]}
+    file: dict[str, Any] = {"version": 1, "adapters": entries}
     if any(wanted.values()):
         file["base"] = {key: value for key, value in wanted.items() if value}
     text = json.dumps(file, indent=1)  # JSON is YAML
@@ -146,11 +181,11 @@ def _dtype(comment: str) -> list[str]:
 
 
 def _entries(found: list[str]) -> list[str]:
-    twice = Counter(Path(place).name for place in found)
+    longer = _longer_names(found)
     lines = ["adapters:"]
     for place in found:
         written = json.dumps(place if place.startswith((".", "/")) else f"./{place}")
-        name = "-".join(Path(place).parts[-2:]) if twice[Path(place).name] > 1 else ""
+        name = longer.get(place)
         lines.append(f"  - {{name: {json.dumps(name)}, path: {written}}}" if name else f"  - {written}")
     return lines
 

@@ -2,8 +2,8 @@
 
 In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
 adapter in one dtype and points at the adapter's entry in the configuration file, since a weight file has no lines.
-Fingerprints hold no line, so that an alert stays the same when the file is edited above it. Knows neither files nor
-the other formats.
+Errors come first. Fingerprints hold no line, so that an alert stays the same when the file is edited above it. Knows
+neither files nor the other formats.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import posixpath
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from merge_gate.records.report import BaseRef, BaseReport, Report
     from merge_gate.records.terms import Finding
 
-MOST_RESULTS = 25_000
-"""GitHub refuses a run with more."""
+MOST_RESULTS = 5_000
+"""GitHub keeps no more of a run."""
 
 _SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
     NOT_JUDGED: "The adapter could not be judged; it is not cleared."
@@ -41,13 +40,13 @@ Json = dict[str, Any]
 
 def render(report: Report) -> str:
     """Return the JSON of report.sarif."""
-    results = list(islice(_results(report), MOST_RESULTS))
+    results = sorted(_results(report), key=lambda result: result["level"] != str(Severity.ERROR))
     run = {
         "tool": {"driver": _driver(report)},
-        "invocations": [_invocation(report)],
+        "invocations": [_invocation(report, left_out=max(len(results) - MOST_RESULTS, 0))],
         "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The root of the checkout."}}},
         "columnKind": "unicodeCodePoints",
-        "results": results,
+        "results": results[:MOST_RESULTS],
     }
     document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -75,15 +74,19 @@ def _rule(check: str, summary: str) -> Json:
     }
 
 
-def _invocation(report: Report) -> Json:
-    finished = {
+def _invocation(report: Report, *, left_out: int) -> Json:
+    told = []
+    if not report.complete:
+        told.append({"level": "error", "message": {"text": words.advice(report)}})
+    if left_out:
+        more = f"{words.counted(left_out, 'more result')} left out; report.json has all findings."
+        told.append({"level": "warning", "message": {"text": more}})
+    return {
         "executionSuccessful": report.complete and report.result is not Result.ERROR,
         "exitCode": _EXIT_CODES[report.result],
         "exitCodeDescription": words.headline(report),
+        **({"toolExecutionNotifications": told} if told else {}),
     }
-    if report.complete:
-        return finished
-    return finished | {"toolExecutionNotifications": [{"level": "error", "message": {"text": words.advice(report)}}]}
 
 
 # --- results -------------------------------------------------------------------------------------------------------
