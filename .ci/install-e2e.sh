@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make e2e` needs on a Debian or Ubuntu machine that has neither Docker nor a container registry:
-# podman, Node.js, a Debian base image made with debootstrap, act, the linters of workflows and Dockerfile, Chromium, and
-# the schema of SARIF.
+# podman, Node.js, a Debian base image made with debootstrap, act, gh, the linters of workflows and Dockerfile, Chromium,
+# and the schema of SARIF.
 #
 #   sudo .ci/install-e2e.sh            # then: make e2e
 #
@@ -19,7 +19,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 # --- Debian packages ---------------------------------------------------------------------------------------------
 declare -A packages=(
   [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
-  [git]=git [chromium]=chromium [npm]=npm [newuidmap]=uidmap [openssl]=openssl
+  [git]=git [chromium]=chromium [npm]=npm [newuidmap]=uidmap [openssl]=openssl [gh]=gh [jq]=jq
 )
 missing=()
 for command in "${!packages[@]}"; do

@@ -4,12 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-workflows=(.github/workflows/*.yml tests/e2e/workflows/*.yml)
-zizmor --offline --no-progress --quiet --strict-collection --persona=pedantic .github action.yml
+recipes=(recipes/comment.yml recipes/hub-push.yml)
+workflows=(.github/workflows/*.yml tests/e2e/workflows/*.yml "${recipes[@]}")
+zizmor --offline --no-progress --quiet --strict-collection --persona=pedantic .github action.yml "${recipes[@]}"
 zizmor --offline --no-progress --quiet --strict-collection tests/e2e/workflows tests/e2e/upload-artifact-standin/action.yml
 actionlint -no-color -config-file .github/actionlint.yaml "${workflows[@]}"
 check-jsonschema --builtin-schema vendor.github-actions action.yml tests/e2e/upload-artifact-standin/action.yml
 check-jsonschema --builtin-schema vendor.github-workflows "${workflows[@]}"
+check-jsonschema --builtin-schema vendor.gitlab-ci recipes/gitlab.yml
 check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_*.yml
 check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml

@@ -34,14 +34,14 @@ def copy_action(target: Path) -> None:
             shutil.copy2(source, copy)
 
 
-def make_repository(directory: Path, workflow: str) -> Path:
-    """A git repository with one workflow of tests/e2e/workflows.
+def make_repository(directory: Path, workflow: str, source: Path = HERE / "workflows") -> Path:
+    """A git repository with one workflow of tests/e2e/workflows, or of another directory.
 
     act names a job's container and volumes after workflow and job, so the workflow's name has to be this run's own.
     """
     target = directory / ".github" / "workflows" / workflow
     target.parent.mkdir(parents=True)
-    text = (HERE / "workflows" / workflow).read_text(encoding="utf-8").replace(":e2e", f":{TAG}")
+    text = (source / workflow).read_text(encoding="utf-8").replace(":e2e", f":{TAG}")
     target.write_text(re.sub(r"^name: .*", rf"\g<0> {TAG}", text, count=1, flags=re.MULTILINE), encoding="utf-8")
     git = ["git", "-C", str(directory), "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "gc.auto=0"]
     subprocess.run([*git, "init", "-q", "-b", "main"], check=True)
@@ -116,24 +116,30 @@ def run_act(
     secrets: dict[str, str] | None = None,
     environ: dict[str, str] | None = None,
     platform: str = "-self-hosted",
+    event: str = "push",
+    payload: dict | None = None,
     timeout_s: float = 600,
 ) -> ActRun:
     """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file.
 
-    `platform` is this machine itself, or the image that a hosted runner's jobs run in.
+    `platform` is this machine itself, or the image that a hosted runner's jobs run in. `payload` is what GitHub tells
+    of the event.
     """
     home, store = scratch / "home", scratch / "artifacts"
     home.mkdir(parents=True, exist_ok=True)
     secret_file = home / "secrets"
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
     words = [
-        act, "push", "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
+        act, event, "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
         "-P", f"ubuntu-24.04={platform}", "-P", "self-hosted=-self-hosted", "--pull=false", "--rm",
         "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
         "--artifact-server-port", free_port(),
         "--local-repository", f"{UPLOAD}={HERE / 'upload-artifact-standin'}",
     ]  # fmt: skip
+    if payload is not None:
+        (home / "event.json").write_text(json.dumps(payload), encoding="utf-8")
+        words += ["--eventpath", home / "event.json"]
     if consumer_of:
         words += ["--local-repository", f"acme/merge-gate@v1={consumer_of}"]
     log = scratch / "act.jsonl"

@@ -49,6 +49,8 @@ def test_everything_is_clean(home: Path) -> None:
         (".github/workflows/ci.yml", "runs-on: ubuntu-24.04", "runs-on: ubuntu-10.04", "ubuntu-10.04"),
         ("tests/e2e/workflows/local-green.yml", "runtime: native", "runtme: native", "runtme"),
         ("Dockerfile", "FROM ${BASE_IMAGE} AS wheel", "FROM python AS wheel", "DL3006"),
+        ("recipes/gitlab.yml", "when: always", "when: allways", "allways"),
+        ("recipes/comment.yml", "# zizmor: ignore[dangerous-triggers] see above", "", "dangerous-triggers"),
         (".github/dependabot.yml", "default-days: 7", "default-dayz: 7", "default-dayz"),
     ],
 )
@@ -56,7 +58,7 @@ def test_each_linter_sees_what_it_is_there_for(
     home: Path, tmp_path: Path, name: str, old: str, new: str, says: str
 ) -> None:
     root = tmp_path / "copy"
-    for part in (".ci", ".github", "tests/e2e"):
+    for part in (".ci", ".github", "recipes", "tests/e2e"):
         shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("action.yml", "Dockerfile", ".hadolint.yaml"):
         shutil.copy2(ROOT / file, root / file)

@@ -1,0 +1,136 @@
+"""The recipes, as far as they run without the services they are for: workflows by act, gh and the Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.act import ROOT, ActRun, make_repository, run_act
+from tests.e2e.github import BOT, GitHub, archive, serving
+from tests.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.e2e
+
+RECIPES = ROOT / "recipes"
+SHA = "1f" * 20
+TOKEN = "ghs_thisTokenMustStayHidden0123456789"
+SUMMARY = "## ❌ merge-gate: 1 of 2 adapters failed\n\nAsk @somebody; see `a@b`.\n"
+
+
+def ended(sha: str = SHA, event: str = "pull_request") -> dict:
+    """What GitHub tells of a workflow that has ended, on a fork: `pull_requests` is empty then."""
+    run = {
+        "id": 77, "event": event, "head_sha": sha, "head_branch": "fix/it", "pull_requests": [],
+        "html_url": "https://example.org/runs/77",
+        "head_repository": {"full_name": "stranger/adapters", "owner": {"login": "stranger"}},
+    }  # fmt: skip
+    return {"action": "completed", "workflow_run": run}
+
+
+@pytest.fixture
+def comment(tool, tmp_path: Path, installed: Path):
+    assert shutil.which("gh"), "no gh: run .ci/install-e2e.sh first"
+    (tmp_path / "repository").mkdir()
+    repository = make_repository(tmp_path / "repository", "comment.yml", RECIPES)
+
+    def comment(github: GitHub, payload: dict) -> ActRun:
+        scratch = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        scratch.mkdir()
+        with serving(github, scratch) as certificate:
+            return run_act(
+                tool("act"), repository, "comment.yml", scratch,
+                python=installed, event="workflow_run", payload=payload, secrets={"GITHUB_TOKEN": TOKEN},
+                environ={"GH_HOST": github.url.removeprefix("https://"), "GH_ENTERPRISE_TOKEN": TOKEN,
+                         "SSL_CERT_FILE": str(certificate)},
+            )  # fmt: skip
+
+    return comment
+
+
+def of_the_fork(sha: str = SHA) -> list[dict]:
+    return [{"number": 5, "head": {"label": "stranger:fix/it", "sha": sha}}]
+
+
+def test_a_pull_request_from_a_fork_gets_one_comment_that_is_edited(comment) -> None:
+    github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": archive(summary__md=SUMMARY)})
+    github.comments.append({"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate --> not the bot's"})
+    run = comment(github, ended())
+    assert run.code == 0, run.text
+    assert [one["user"]["login"] for one in github.comments] == ["stranger", BOT]
+    body = github.comments[1]["body"]
+    assert body.startswith("<!-- merge-gate -->\n## ❌ merge-gate: 1 of 2 adapters failed")
+    assert "@somebody" not in body
+    assert "[Run and report](https://example.org/runs/77)" in body
+    github.artifacts = {"merge-gate-report-gate--x2": archive(summary__md="## ✅ merge-gate: 2 adapters passed\n")}
+    assert comment(github, ended()).code == 0
+    assert len(github.comments) == 2
+    assert "## ✅ merge-gate: 2 adapters passed" in github.comments[1]["body"]
+    assert TOKEN not in run.raw
+
+
+def test_what_a_stranger_packs_into_the_artifact_reads_no_file_here(comment) -> None:
+    evil = archive(summary__md="->/proc/self/environ", other__md="->/etc/passwd")
+    github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": evil})
+    run = comment(github, ended())
+    assert run.code == 0, run.text
+    (made,) = github.comments
+    assert TOKEN not in made["body"]
+    assert "root:" not in made["body"]
+
+
+def test_a_long_report_is_cut_to_what_a_comment_holds(comment) -> None:
+    github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": archive(summary__md="名" * 60_000)})
+    assert comment(github, ended()).code == 0
+    assert 20_000 < len(github.comments[0]["body"]) < 65_536
+
+
+@pytest.mark.parametrize("payload", [ended(event="push"), ended(sha="2e" * 20)])
+def test_no_other_run_comments(comment, payload: dict) -> None:
+    github = GitHub(pulls=of_the_fork(), artifacts={"merge-gate-report-gate--x1": archive(summary__md=SUMMARY)})
+    assert comment(github, payload).code == 0
+    assert github.comments == []
+
+
+def test_a_run_without_a_report_says_so(comment) -> None:
+    github = GitHub(pulls=of_the_fork())
+    assert comment(github, ended()).code == 0
+    assert "[Run and report]" in github.comments[0]["body"]
+
+
+# --- a push to the Hub -----------------------------------------------------------------------------------------------
+
+
+def test_a_push_to_the_hub_is_gated_at_its_commit(
+    tool, tmp_path: Path, installed: Path, released: Path, demo: Path
+) -> None:
+    (tmp_path / "repository").mkdir()
+    repository = make_repository(tmp_path / "repository", "hub-push.yml", RECIPES)
+    workflow = repository / ".github" / "workflows" / "hub-push.yml"
+    workflow.write_text(workflow.read_text(encoding="utf-8").replace("OWNER/", "acme/"), encoding="utf-8")
+    with LoopbackHub() as hub:
+        hub.add_repo("acme/base", files_of(demo / "base"))
+        commit = hub.add_repo("acme/nan", files_of(demo / "adapters" / "nan", base_model_name_or_path="acme/base"))
+        run = run_act(
+            tool("act"), repository, "hub-push.yml", tmp_path / "run",
+            python=installed, consumer_of=released, event="repository_dispatch",
+            payload={"action": "hub-push", "client_payload": {"repo": "acme/nan", "revision": commit}},
+            environ={"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
+        )  # fmt: skip
+    assert run.code == 1, run.text
+    (adapter,) = run.report()["adapters"]
+    assert (adapter["name"], adapter["revision"], adapter["cause"]) == ("nan", commit, "adapter-nonfinite")
+
+
+def files_of(directory: Path, **config: str) -> dict[str, bytes]:
+    """A repository of the Hub with what lies in a directory; an adapter's config gets other values."""
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    if config:
+        known = json.loads(files["adapter_config.json"])
+        files["adapter_config.json"] = json.dumps(known | config).encode()
+    return files
