@@ -99,7 +99,7 @@ def test_the_manifest_is_one() -> None:
 def test_the_changed_adapters_are_checked_and_no_others(shelf: Shelf, repository: Repository) -> None:
     put(shelf, repository.root / "adapters" / "old", unfetched)
     assert repository.commit("adapters").returncode == 0  # before there was a hook
-    repository.use("merge-gate", language="system")
+    repository.use("merge-gate", language="unsupported")
     put(shelf, repository.root / "adapters" / "sound")
     done = repository.commit("adapters", ".pre-commit-config.yaml")
     assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def test_the_configs_own_settings_hold_for_what_it_lists(shelf: Shelf, repositor
     put(shelf, repository.root / "adapters" / "pickled", to_pickle)
     config = repository.root / "merge-gate.yml"
     config.write_text("version: 1\nallow-pickle: true\nadapters: [./adapters/pickled]\n")
-    repository.use("merge-gate-config", language="system")
+    repository.use("merge-gate-config", language="unsupported")
     assert repository.commit(".").returncode == 0
     config.write_text("version: 1\nadapters: [./adapters/pickled]\n")
     done = repository.commit(".")
