@@ -164,7 +164,7 @@ class _Run:
     def _on_event(self, event: Event) -> None:
         match event:
             case DeviceChosen():
-                self._environment = replace(self._environment, device=event.device, device_name=event.device_name)
+                self._know_worker(event)
             case BaseLoading():
                 group = self._groups[event.group]
                 self._view.base_loading(group.label, group.dtype)
@@ -192,6 +192,13 @@ class _Run:
                 self._catch_up(at_once=True)
             case _:
                 assert_never(event)
+
+    def _know_worker(self, event: DeviceChosen) -> None:
+        if event.sandbox.missing and not self._environment.sandbox.missing:
+            self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
+        self._environment = replace(
+            self._environment, device=event.device, device_name=event.device_name, sandbox=event.sandbox
+        )
 
     def _add_base(self, event: BaseLoaded) -> None:
         """A base is listed once for each class that it was loaded as: one without a head has fewer parameters."""

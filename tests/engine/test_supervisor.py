@@ -250,7 +250,7 @@ def test_a_broken_pipe_of_the_listener_is_not_taken_for_the_childs(shelf: Shelf,
 def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
     with WorkerProcess() as child:
         pid = child._process.pid
-        child._ours.close()
+        child._channel.close()
         wait_until(lambda: not alive(pid))
         assert child._process.wait() == 0
 

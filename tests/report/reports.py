@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage, Environment, Report
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage, Environment, Report, Sandbox
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 
 PARAMETERS = 1_100_048_384
@@ -15,7 +15,13 @@ SHA256 = "9f2c5d1e" * 8
 BASE = BaseRef(model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
 HALF = BaseRef(model="./models/base", revision=None, dtype="float16", quantization=Quantization.NONE)
 ENVIRONMENT = Environment(
-    python="3.11.7", torch="2.13.0", peft="0.21.2", transformers="5.24.0", device="cpu", device_name="a CPU"
+    python="3.11.7",
+    torch="2.13.0",
+    peft="0.21.2",
+    transformers="5.24.0",
+    device="cpu",
+    device_name="a CPU",
+    sandbox=Sandbox(held=("files", "network"), missing=("processes: the kernel has no filter",)),
 )
 
 NAN = Finding(

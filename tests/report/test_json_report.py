@@ -60,7 +60,7 @@ def test_keys_stand_as_the_contract_has_them() -> None:
         "schema_version", "complete", "result", "counts", "tool", "environment", "config", "bases", "adapters",
     ]  # fmt: skip
     assert list(document["environment"]) == [
-        "python", "torch", "peft", "transformers", "bitsandbytes", "device", "device_name",
+        "python", "torch", "peft", "transformers", "bitsandbytes", "device", "device_name", "sandbox",
     ]  # fmt: skip
     assert list(document["bases"][0]) == [
         "model", "revision", "dtype", "quantization", "sha256", "parameters", "findings", "loaded_as",

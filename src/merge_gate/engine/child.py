@@ -1,6 +1,6 @@
 """The worker process from inside: it loads bases and merges, and sends what it measured.
 
-In: a `Job` from the pipe. Out: events. It is started by process.py as an interpreter of its own; torch, transformers
+In: a `Job` from the channel. Out: events. It is started by process.py as an interpreter of its own; torch, transformers
 and PEFT are imported here and below only. Knows neither configs nor verdicts.
 """
 
@@ -10,15 +10,16 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.engine.channel import Channel
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.engine.protocol import (
     BaseLoaded,
@@ -35,10 +36,12 @@ from merge_gate.engine.protocol import (
     Task,
     Undecided,
 )
+from merge_gate.engine.sandbox import confine, limit
 from merge_gate.engine.trial import try_patterns
 from merge_gate.errors import EngineError, Refused
 from merge_gate.identity import base_identity
 from merge_gate.records.measured import Evidence, Refusal
+from merge_gate.records.report import Sandbox
 
 if TYPE_CHECKING:
     from merge_gate.engine.base import Base, Shape
@@ -50,8 +53,9 @@ PROGRESS_S = 0.1
 
 
 def main(descriptor: int) -> None:
-    """Entry point of the child: read a job from the pipe, send events, exit 0."""
-    pipe = Connection(descriptor)
+    """Entry point of the child: give up what is not needed, read a job, send events, exit 0."""
+    channel = Channel(socket.socket(fileno=descriptor))
+    sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     gc.disable()  # collections while importing find nothing and take a fifth of the time
     with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
@@ -59,26 +63,27 @@ def main(descriptor: int) -> None:
     gc.freeze()
     gc.enable()
     try:
-        job = pipe.recv()
+        job = channel.receive(None)
     except (EOFError, OSError):
         os._exit(0)  # there was nothing to merge
-    threading.Thread(target=_leave_with_parent, args=(pipe,), daemon=True).start()
-    for event in judge_job(job, pipe.send):
-        pipe.send(event)
-    pipe.send(Finished())
-    pipe.close()
+    assert isinstance(job, Job)  # noqa: S101 - the parent is ours
+    threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
+    for event in judge_job(job, channel.send, sandbox):
+        channel.send(event)
+    channel.send(Finished())
+    channel.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
 
 
-def _leave_with_parent(pipe: Connection) -> None:
+def _leave_with_parent(channel: Channel) -> None:
     """The parent sends nothing more: whatever arrives now is its end."""
     with contextlib.suppress(OSError):
-        pipe.poll(None)
+        channel.wait_for_end()
     os._exit(1)
 
 
-def judge_job(job: Job, progress: Listener) -> Iterator[Event]:
+def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]:
     """Load each base once per shape, merge each task; every exception becomes that task's, and the rest go on."""
     try:
         chosen = _choose_device(job.device)
@@ -87,7 +92,7 @@ def judge_job(job: Job, progress: Listener) -> Iterator[Event]:
             for task in group.tasks:
                 yield Undecided(task=task.index, refusal=_refusal(error))
         return
-    yield chosen
+    yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
     for position, group in enumerate(job.groups):
         if group.tasks:
             yield from _judge_group(position, group, job, chosen.device, progress)

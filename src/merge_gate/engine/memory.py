@@ -85,16 +85,21 @@ def _available_bytes(meminfo: Path) -> int | None:
 
 def too_large(label: str, directory: str, free_bytes: int | None) -> str | None:
     """What is to be said of a base whose files are larger than the memory that is free; None where they are not."""
-    try:
-        size_bytes = sum(file.size_bytes for file in base_identity(directory))
-    except OSError:  # the worker says what is wrong with it
-        return None
-    if free_bytes is None or size_bytes <= free_bytes:
+    size_bytes = base_bytes(directory)
+    if size_bytes is None or free_bytes is None or size_bytes <= free_bytes:
         return None
     return (
         f"base {label} has {gibibytes(size_bytes)}, and {gibibytes(free_bytes)} of memory are free here: it is mapped "
         "from disk where its dtype stays as stored, and is slow then; in another dtype it may not fit"
     )
+
+
+def base_bytes(directory: str) -> int | None:
+    """What a base's files hold; None where they cannot be looked at, of which the worker says why."""
+    try:
+        return sum(file.size_bytes for file in base_identity(directory))
+    except OSError:
+        return None
 
 
 def gibibytes(count: int) -> str:

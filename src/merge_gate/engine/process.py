@@ -12,17 +12,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
+from merge_gate.engine.channel import Channel, GarbledError
 from merge_gate.engine.memory import MemoryGroup, gibibytes
 from merge_gate.engine.private import private_directory
-from merge_gate.engine.protocol import Finished, Idle, Job, Listener
+from merge_gate.engine.protocol import Event, Finished, Idle, Job, Listener
+from merge_gate.engine.sandbox import caches
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN")
 """Variables that the child has no use for: everything it reads is on disk by then."""
@@ -61,8 +64,9 @@ class WorkerProcess:
         directory = self._stack.enter_context(private_directory())
         self._memory = MemoryGroup()
         self._kills_before = self._memory.kills()
-        self._ours, theirs = Pipe()
-        self._stack.callback(self._ours.close)
+        ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
+        self._stack.callback(self._channel.close)
         self._process = _start(theirs, self._output, directory, {} if quantizes else EAGER)
         theirs.close()
         self._stack.callback(_stop, self._process)
@@ -78,7 +82,12 @@ class WorkerProcess:
 
         `is_overdue` is asked after each event; a child that is too late is ended.
         """
-        if _converse(self._ours, job, listen, is_overdue):
+        try:
+            finished = _converse(self._channel, job, listen, is_overdue)
+        except GarbledError as error:
+            _stop(self._process)
+            return Ending(f"it sent what is no event of the gate's ({error})", _GARBLED)
+        if finished:
             _exit_code(self._process)
             return None
         if is_overdue():
@@ -124,7 +133,7 @@ waiting; a parent that died before that shows by its number. 2. The package is t
 installed under that name; what stands beside it shadows nothing."""
 
 
-def _start(theirs: Connection, output: IO[bytes], directory: str, extra: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(theirs: socket.socket, output: IO[bytes], directory: str, extra: dict[str, str]) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
         [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(theirs.fileno()), str(os.getpid())],
@@ -133,7 +142,7 @@ def _start(theirs: Connection, output: IO[bytes], directory: str, extra: Mapping
         stdout=output,
         stderr=output,
         cwd=directory,
-        env={**child_environment(os.environ), "TMPDIR": directory, **extra},  # libraries leave files there
+        env=child_environment(os.environ) | caches(directory) | extra,
     )
 
 
@@ -148,24 +157,31 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return env | OFFLINE
 
 
-def _converse(ours: Connection, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
+def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
     """Pass on every event. False when the child ended before its last one, or is overdue.
 
     What `listen` raises is the caller's.
+
+    Raises:
+        GarbledError: the child sent something else.
     """
-    try:
-        ours.send(job)
-    except OSError:
-        return False
+    threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a child that is stopped does not read
     while not is_overdue():
         try:
-            event = ours.recv() if ours.poll(IDLE_S) else Idle()
+            event = channel.receive(IDLE_S) or Idle()
         except (EOFError, OSError):  # OSError: it died within a message
             return False
+        if not isinstance(event, Event):
+            raise GarbledError(type(event).__name__)
         listen(event)
         if isinstance(event, Finished):
             return True
     return False
+
+
+def _send(channel: Channel, job: Job) -> None:
+    with contextlib.suppress(OSError):  # it is gone, which whoever listens will hear
+        channel.send(job)
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
@@ -203,6 +219,7 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
 _KILLED = "find out what sent the signal (a limit of the runner, a cancelled job), and run the gate again"
+_GARBLED = "the base's own code, or a library, wrote to the gate's line: use a base without code of its own"
 _BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"
 _HINTS = {
     "SIGBUS": "a file was cut short while it was read, or the disk failed: let nothing write to base and adapters "

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, FileIdentity
 from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway, Refusal
+from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Quantization, record
 
 DEFAULT_LIMIT_S = 600.0
@@ -57,10 +58,11 @@ class Job:
 
 @record
 class DeviceChosen:
-    """The child has its device."""
+    """The child has its device, and what it gave up."""
 
     device: str
     device_name: str
+    sandbox: Sandbox = Sandbox()
 
 
 @record

@@ -104,6 +104,18 @@ class BaseReport:
 
 
 @record
+class Sandbox:
+    """What the kernel keeps the worker process from (engine/sandbox.py)."""
+
+    held: tuple[str, ...] = told(
+        "What held: `files` (nothing written but its own), `network` (none), `processes` (no other one), `file size`, "
+        "`memory`; empty where nothing was merged.",
+        default=(),
+    )
+    missing: tuple[str, ...] = told("What did not hold, each with its reason.", default=())
+
+
+@record
 class Environment:
     """What the run ran on. Versions are None where a package is absent or was not needed."""
 
@@ -114,6 +126,7 @@ class Environment:
     bitsandbytes: str | None = told("Version of bitsandbytes; null where it is absent.", default=None)
     device: str = told("`cpu`, `cuda:0`, …", default="cpu")
     device_name: str = told("The device's own name; may be empty.", default="")
+    sandbox: Sandbox = told("What the process that merged was kept from.", default=Sandbox())
 
 
 @record

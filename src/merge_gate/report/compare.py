@@ -122,7 +122,9 @@ def _versions(old: Report, new: Report) -> Iterator[str]:
     pairs += [
         (one.name.replace("_", " "), getattr(old.environment, one.name), getattr(new.environment, one.name))
         for one in fields(Environment)
+        if one.name != "sandbox"
     ]
+    pairs.append(("sandbox", words.sandbox(old.environment), words.sandbox(new.environment)))
     for name, before, after in pairs:
         if before != after:
             yield f"{name} {_known(before)} → {_known(after)}"

@@ -181,6 +181,7 @@ def _footer(report: Report) -> str:
         f"| config | {code(report.config_path)}{config_sha256} |",
         f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool_version))} |",
         f"| device | {plain(words.device(report.environment))} |",
+        f"| sandbox | {plain(words.sandbox(report.environment))} |",
     ]
     return "\n".join(["| run | |", "|---|---|", *rows])
 

@@ -211,3 +211,9 @@ def device(environment: Environment) -> str:
     """cuda:0 (NVIDIA H100), or cpu."""
     name = one_line(environment.device_name, NAME_LIMIT)
     return f"{one_line(environment.device, NAME_LIMIT)} ({name})" if name else one_line(environment.device, NAME_LIMIT)
+
+
+def sandbox(environment: Environment) -> str:
+    """What the worker was kept from, and what not."""
+    held = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
+    return "; ".join([held or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])

@@ -1,0 +1,202 @@
+"""The worker's sandbox, tried by code that a base brings along (`trust-remote-code`), with and without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.command import environment, merge_gate, strict_json
+
+if TYPE_CHECKING:
+    from tests.models import Shelf
+
+ROGUE = """
+import json, os, signal, socket, subprocess, threading
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+outside, port = Path(PLACE), PORT
+here = Path.cwd()
+
+
+def bomb():
+    children = [os.fork() for _ in range(3)]
+    if 0 in children:
+        os._exit(0)
+
+
+def thread():
+    started = threading.Thread(target=here.joinpath("by-thread").write_text, args=("x",))
+    started.start()
+    started.join()
+
+
+def grow():
+    with here.joinpath("long").open("wb") as file:
+        file.truncate(1 << 45)
+
+
+def connect(kind, address):
+    with socket.socket(kind, socket.SOCK_STREAM) as line:
+        line.settimeout(5)
+        line.connect(address)
+
+
+def whisper():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        line.sendto(b"secret", ("127.0.0.1", port))
+
+
+tries = {
+    "write": lambda: outside.joinpath("written").write_text("x"),
+    "append": lambda: outside.joinpath("victim").open("a").write("x"),
+    "truncate": lambda: os.truncate(outside / "victim", 0),
+    "remove": lambda: outside.joinpath("removable").unlink(),
+    "rename": lambda: outside.joinpath("renamable").rename(outside / "renamed"),
+    "link": lambda: os.link(outside / "victim", here / "link"),
+    "chmod": lambda: outside.joinpath("victim").chmod(0o777),
+    "times": lambda: os.utime(outside / "victim", (1, 1)),
+    "tcp": lambda: connect(socket.AF_INET, ("127.0.0.1", port)),
+    "udp": whisper,
+    "unix": lambda: connect(socket.AF_UNIX, str(outside / "socket")),
+    "fork": bomb,
+    "program": lambda: subprocess.run(["touch", str(outside / "touched")], check=True),
+    "signal": lambda: os.kill(os.getppid(), signal.SIGCONT),
+    "grow": grow,
+    "thread": thread,
+    "own": lambda: here.joinpath("own").write_text("x"),
+}
+done = []
+for name, attempt in tries.items():
+    try:
+        attempt()
+        done.append(name)
+    except OSError:
+        pass
+
+
+class RogueForCausalLM(LlamaForCausalLM):
+    pass
+
+
+RESULT
+"""
+TELL = 'raise RuntimeError("done: " + " ".join(done))'
+
+
+@pytest.fixture
+def victims(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A directory outside of the worker's own, and a port of the loopback, both of which ought to stay as they are."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("victim", "removable", "renamable"):
+        (outside / name).write_text("as it was")
+    (outside / "victim").chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(outside / "socket"))
+        unix.listen()
+        yield outside, tcp.getsockname()[1]
+
+
+def run(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int], result: str, **changes: str) -> Any:
+    """Gate an adapter on a base whose code is hostile; the report."""
+    base, outside = tmp_path / "base", victims[0]
+    shutil.copytree(shelf.base("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_rogue.RogueForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config))
+    code = ROGUE.replace("PLACE", repr(str(outside))).replace("PORT", str(victims[1])).replace("RESULT", result)
+    (base / "modeling_rogue.py").write_text(code)
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
+    gate = {"version": 1, "base": {"model": "./base"}, "adapters": ["./adapter"], "trust-remote-code": True}
+    (tmp_path / "gate.yml").write_text(json.dumps(gate))
+    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=tmp_path, **changes)
+    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
+    return report | {"said": answer.said}
+
+
+def done_by(report: Any) -> set[str]:
+    message = next(one["message"] for one in report["adapters"][0]["findings"] if one["check"] == "not-judged")
+    return set(str(message).partition("done: ")[2].split())
+
+
+def test_code_of_a_base_is_held_and_the_report_says_by_what(
+    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
+) -> None:
+    outside = victims[0]
+    before = (outside / "victim").stat()
+    report = run(shelf, tmp_path, victims, TELL)
+    # What Landlock leaves open seems to succeed, so that libraries can copy files with their modes, and does nothing.
+    assert done_by(report) == {"own", "thread", "chmod", "times"}, report["said"]
+    assert report["environment"]["sandbox"] == {
+        "held": ["files", "network", "processes", "file size", "memory"],
+        "missing": [],
+    }
+    assert sorted(one.name for one in outside.iterdir()) == ["removable", "renamable", "socket", "victim"]
+    assert (outside / "victim").read_text() == "as it was"
+    after = (outside / "victim").stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert stat.S_IMODE(after.st_mode) == 0o600
+
+
+def test_code_of_a_base_runs_within_it(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]) -> None:
+    report = run(shelf, tmp_path, victims, "")
+    assert report["result"] == "pass", report["said"]
+    assert report["bases"][0]["loaded_as"] == "RogueForCausalLM"
+
+
+def test_without_it_the_report_says_so_and_the_same_code_does_harm(
+    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
+) -> None:
+    report = run(shelf, tmp_path, victims, TELL, MERGE_GATE_SANDBOX="off")
+    assert {"write", "remove", "truncate", "tcp", "unix", "fork", "program"} <= done_by(report), report["said"]
+    assert report["environment"]["sandbox"] == {"held": [], "missing": ["all of it: MERGE_GATE_SANDBOX is off"]}
+    assert "the worker's sandbox is not whole: all of it: MERGE_GATE_SANDBOX is off" in report["said"]
+    assert not (victims[0] / "victim").read_text()
+
+
+WITHOUT = """
+import errno, json, os, platform
+from pathlib import Path
+from merge_gate.engine import sandbox
+from merge_gate.engine.protocol import Job
+
+def absent(_paths):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+sandbox.restrict_writes = absent
+platform.machine = lambda: "sparc"
+held = sandbox.confine(Path.cwd())
+print(json.dumps([held.held, held.missing, sandbox.limit(held, Job(groups=()), "cpu").held]))
+"""
+
+
+def test_what_a_kernel_lacks_is_said_with_its_reason(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", WITHOUT]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout) == [
+        [],
+        [
+            "files: Landlock is not to be had here (Function not implemented)",
+            "network and processes: seccomp is not to be had here (no list of system calls for sparc)",
+        ],
+        ["file size", "memory"],
+    ]
+
+
+def test_a_card_has_no_limit_of_memory(tmp_path: Path) -> None:
+    """Its driver maps more addresses than there is memory."""
+    code = WITHOUT.replace('"cpu").held', '"cuda:0").missing')
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    assert json.loads(done.stdout)[2][-1].startswith("memory: a card's driver")
