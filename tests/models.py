@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -220,7 +221,11 @@ def _noise(model: torch.nn.Module, seed: int, scale: float = 0.05) -> None:
 
 def load_for_training(base: Path, task_type: str | None, **settings: Any) -> PreTrainedModel:
     """The model that a trainer would have put the adapter on."""
-    loaders = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+    loaders = {
+        "CAUSAL_LM": AutoModelForCausalLM,
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+    }
     return loaders.get(task_type or "", AutoModel).from_pretrained(base, **settings)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +41,24 @@ class Shape:
     instead_of: str | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a base is loaded from, and how: `options` are those of `from_pretrained` that every class of it shares."""
+
+    directory: str
+    label: str
+    revision: str | None
+    quantization: Quantization
+    device: torch.device
+    options: Mapping[str, Any]
+
+
 @dataclass(slots=True, kw_only=True)
 class Base:
     """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only.
 
-    `template` is the scratch that the last adapter left as it was, for the next one (template.py).
+    `initialised` names tensors that its files do not have, or not in this size. `template` is the scratch that the last
+    adapter left as it was, for the next one (template.py).
     The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
     """
 
@@ -53,13 +66,18 @@ class Base:
     facts: BaseFacts
     tensors: dict[str, torch.Tensor]
     stats: dict[str, TensorStats]
-    device: torch.device
+    source: Source
+    initialised: frozenset[str]
     template: Any = None
     weights: Weights = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.tensors, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
 
     def buffers(self) -> Buffers:
         """This thread's buffers for merges in blocks."""
@@ -131,20 +149,25 @@ def load_base(
     Raises:
         EngineError: the base cannot be loaded, in a sentence with the library's own reason.
     """
-    target = torch.device(device)
     options: dict[str, Any] = {
         "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
         "local_files_only": True,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": None if allow_pickle else True,
     }
-    if shape.num_labels is not None:
-        options["num_labels"] = shape.num_labels
     if quantization is not Quantization.NONE:
         options["quantization_config"] = _bnb_config(quantization, dtype)
-        options["device_map"] = {"": str(target)}
+        options["device_map"] = {"": device}
+    source = Source(
+        directory=directory,
+        label=label,
+        revision=revision,
+        quantization=quantization,
+        device=torch.device(device),
+        options=options,
+    )
     try:
-        model, mismatched = _from_pretrained(getattr(transformers, shape.class_name), directory, options)
+        model, loading = _from_pretrained(getattr(transformers, shape.class_name), source, shape)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"base {label}: out of memory while loading it",
@@ -157,28 +180,61 @@ def load_base(
         ) from error
     except Exception as error:  # every library below has its own exceptions; all mean the same here
         raise _not_loaded(error, label, shape) from error
-    model.eval()
-    model.requires_grad_(requires_grad=False)
-    replaced = _replaced(mismatched, label, shape)
-    return _measured(model, label=label, revision=revision, quantization=quantization, device=target, replaced=replaced)
+    refuse_mismatches(loading, label, shape)
+    return measure_base(model, source, loading, known={})
 
 
-Mismatches = Iterable[tuple[str, Sequence[int], Sequence[int]]]
-"""Names in a checkpoint, their shapes there, and the shapes that the model needs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What transformers says of a load: names that the files lack, and those that have another size there.
+
+    `mismatched` are names, their shapes in the files, and the shapes that the model needs.
+    """
+
+    missing: frozenset[str] = frozenset()
+    mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...] = ()
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self.mismatched)
+
+    @property
+    def initialised(self) -> frozenset[str]:
+        return self.missing.union(self.replaced)
 
 
-def _from_pretrained(model_class: Any, directory: str, options: dict[str, Any]) -> tuple[Any, Mismatches]:
-    """The model, and what of its checkpoint does not fit: `_replaced` says which of them may be, and names the others.
+def _from_pretrained(model_class: Any, source: Source, shape: Shape) -> tuple[Any, Loading]:
+    """The model, and what of its checkpoint does not fit: `refuse_mismatches` says which of them may be.
 
     A class with a `from_pretrained` of its own takes no pair from the one below it, and refuses what does not fit.
     """
-    owner = next(one for one in model_class.__mro__ if "from_pretrained" in vars(one))
-    if owner is not transformers.PreTrainedModel and not owner.__module__.startswith("transformers.models.auto."):
-        return model_class.from_pretrained(directory, **options), ()
-    model, loading = model_class.from_pretrained(
+    options = {**source.options, **head(shape)}
+    if not loads_as_usual(model_class) and not _owner(model_class).__module__.startswith("transformers.models.auto."):
+        return model_class.from_pretrained(source.directory, **options), Loading()
+    return load_informed(model_class, source.directory, **options)
+
+
+def loads_as_usual(model_class: Any) -> bool:
+    """Whether a class loads as all of transformers' models do: not by a `from_pretrained` of its own or of an Auto."""
+    return _owner(model_class) is transformers.PreTrainedModel
+
+
+def _owner(model_class: Any) -> Any:
+    return next(one for one in model_class.__mro__ if "from_pretrained" in vars(one))
+
+
+def load_informed(model_class: Any, directory: str | None, **options: Any) -> tuple[Any, Loading]:
+    """`from_pretrained`, and what transformers says of it."""
+    model, said = model_class.from_pretrained(
         directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    return model, loading["mismatched_keys"]
+    mismatched = tuple(sorted(said["mismatched_keys"]))  # a set
+    return model, Loading(missing=frozenset(said["missing_keys"]), mismatched=mismatched)
+
+
+def head(shape: Shape) -> dict[str, Any]:
+    """What `from_pretrained` is told of a head."""
+    return {} if shape.num_labels is None else {"num_labels": shape.num_labels}
 
 
 def _not_loaded(error: Exception, label: str, shape: Shape) -> EngineError:
@@ -198,50 +254,63 @@ def remote_code_refused(what: str) -> EngineError:
     )
 
 
-def _replaced(mismatched: Mismatches, label: str, shape: Shape) -> tuple[str, ...]:
-    """Names of the head that gave way; any other tensor of another size means that the base is broken."""
-    for name, stored, expected in sorted(mismatched):  # a set
+def refuse_mismatches(loading: Loading, label: str, shape: Shape) -> None:
+    """A head may give way to another number of labels.
+
+    Raises:
+        EngineError: another tensor has another size, so the base is broken.
+    """
+    for name, stored, expected in loading.mismatched:
         if expected[0] != shape.num_labels or tuple(stored[1:]) != tuple(expected[1:]):
             raise EngineError(
                 f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
                 f"needs {list(expected)}",
                 hint="config.json and weights of the base are of different models: fetch the base again",
             )
-    return tuple(sorted(name for name, _, _ in mismatched))
 
 
-def _measured(
-    model: nn.Module,
-    *,
-    label: str,
-    revision: str | None,
-    quantization: Quantization,
-    device: torch.device,
-    replaced: tuple[str, ...],
-) -> Base:
+Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Where a tensor's values lie, and how: two tensors of one place are one."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def measure_base(model: nn.Module, source: Source, loading: Loading, known: Mapping[Place, TensorStats]) -> Base:
+    """Measure every parameter and persistent buffer, but for those of which another load knows the figures."""
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+
+    def look(one: tuple[str, nn.Module, torch.Tensor]) -> tuple[TensorStats, ...]:
+        name, module, tensor = one
+        stats = known.get(place_of(tensor))
+        return measure_in(module, tensor, name) if stats is None else (replace(stats, name=name),)
+
     found = list(named_tensors(model))
-    measured = list(spread(lambda one: measure_in(one[1], one[2], one[0]), found))
+    stats = list(spread(look, found))
     facts = BaseFacts(
-        model=label,
-        revision=revision,
+        model=source.label,
+        revision=source.revision,
         dtype=dtype_name(getattr(model, "dtype", torch.float32)),
-        quantization=quantization,
+        quantization=source.quantization,
         parameters=sum(elements(tensor) for _, _, tensor in found),
         nonfinite=tuple(
-            replace(stats, is_buffer=name.rpartition(".")[2] in module._buffers)
-            for (name, module, _), parts in zip(found, measured, strict=True)
-            for stats in parts
-            if not stats.finite
+            replace(one, is_buffer=name.rpartition(".")[2] in module._buffers)
+            for (name, module, _), parts in zip(found, stats, strict=True)
+            for one in parts
+            if not one.finite
         ),
         loaded_as=type(model).__name__,
-        replaced=replaced,
+        replaced=loading.replaced,
     )
     return Base(
         model=model,
         facts=facts,
         tensors={name: tensor for name, _, tensor in found},
-        stats={name: parts[0] for (name, _, _), parts in zip(found, measured, strict=True)},
-        device=device,
+        stats={name: parts[0] for (name, _, _), parts in zip(found, stats, strict=True)},
+        source=source,
+        initialised=loading.initialised,
     )
 
 

@@ -84,7 +84,10 @@ def _leave_with_parent(channel: Channel) -> None:
 
 
 def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]:
-    """Load each base once per shape, merge each task; every exception becomes that task's, and the rest go on."""
+    """Load each base once, whatever its classes, and merge each task.
+
+    Every exception becomes that task's, and the rest go on.
+    """
     try:
         chosen = _choose_device(job.device)
     except EngineError as error:
@@ -146,14 +149,18 @@ def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: 
             yield Undecided(task=task.index, refusal=_refusal(error, group))
         else:
             by_shape.setdefault(shape, []).append((task, shape.instead_of))
+    base: Base | None = None
     for shape, tasks in by_shape.items():
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
-            identity = base_identity(group.directory)
-            base = _load(group, shape, job, device)
+            base = _in_another_class(base, shape)
+            if base is None:  # the one before it is let go of first
+                identity = base_identity(group.directory)
+                base = _load(group, shape, job, device)
             verify_base(group.directory, group.label, identity)
         except Exception as error:
+            base = None
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
             continue
         seconds = time.perf_counter() - started
@@ -177,6 +184,12 @@ def _load(group: Group, shape: Shape, job: Job, device: str) -> Base:
         trust_remote_code=job.trust_remote_code,
         allow_pickle=job.allow_pickle,
     )
+
+
+def _in_another_class(base: Base | None, shape: Shape) -> Base | None:
+    from merge_gate.engine import sharing  # noqa: PLC0415 - imports torch
+
+    return sharing.in_another_class(base, shape) if base is not None else None
 
 
 def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
