@@ -154,6 +154,16 @@ def test_code_of_a_base_runs_within_it(shelf: Shelf, tmp_path: Path, victims: tu
     assert report["bases"][0]["loaded_as"] == "RogueForCausalLM"
 
 
+def test_caches_that_the_environment_names_are_the_workers_own(shelf: Shelf, tmp_path: Path) -> None:
+    """A library that may not make the directory of its cache fails while it is imported, and with it the adapter."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HOME")
+    elsewhere = {name: str(tmp_path / "elsewhere" / name.lower()) for name in names}
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
+    gated = merge_gate("run", "adapter", "--base", str(shelf.base("llama")), cwd=tmp_path, **elsewhere)
+    assert gated.code == 0, gated.said
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_without_it_the_report_says_so_and_the_same_code_does_harm(
     shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
 ) -> None:

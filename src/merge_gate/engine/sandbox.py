@@ -24,7 +24,12 @@ from merge_gate.records.report import Sandbox
 SWITCH = "MERGE_GATE_SANDBOX"
 """`off` runs the worker without a sandbox, which the report then says."""
 
-CACHES = {"HF_MODULES_CACHE": "modules", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda"}
+CACHES = {
+    "HF_MODULES_CACHE": "modules",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # made while torch's compiler is imported; the import fails where it cannot
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+}
 """Where libraries write; names of directories in the worker's own."""
 
 _DEVICES = ("nvidia*", "nvidia-caps/*", "dxg", "kfd", "dri/*")
