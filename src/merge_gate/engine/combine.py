@@ -12,7 +12,8 @@ import torch
 
 from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
-from merge_gate.engine.load import ADAPTER_NAME, Loaded, base_slots, inject, load_weights, targeted_modules
+from merge_gate.engine.inject import base_slots, inject
+from merge_gate.engine.load import ADAPTER_NAME, Loaded, load_weights, targeted_modules
 from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
 from merge_gate.errors import Refused
 from merge_gate.records.config import Combine

@@ -1,13 +1,13 @@
 """Adapter files + scratch → a loaded `PeftModel`, with every tensor of the file and of the config accounted for.
 
 In: what the preflight read, and a scratch of the base. Out: `Loaded`, or `Refused` with the check that says why.
-PEFT lives here, in walk.py and in defects.py only. It is driven as a user drives it: the config by PEFT's own class,
-the model class by its task type, `load_adapter` with PEFT's defaults, since other options change bits and fail good
-adapters (peft-facts: `low_cpu_mem_usage=True` rounds float32 factors to the base's dtype).
+PEFT is driven as a user drives it: the config by PEFT's own class, the model class by its task type, `load_adapter`
+with PEFT's defaults, since other options change bits and fail good adapters (`low_cpu_mem_usage=True` rounds float32
+factors to the base's dtype).
 
 1. Read the config by PEFT's class for its type; refuse what PEFT would silently ignore.
-2. Fit the scratch to the file: a resized vocabulary.
-3. Inject. PEFT chooses the targets.
+2. Fit the scratch to the file: a resized vocabulary (inject.py).
+3. Inject. PEFT chooses the targets (inject.py).
 4. Before the load writes anything: compare shapes, and give a private copy to every tensor of the base that the file
    overwrites (trained biases, saved embeddings), because PEFT copies into the shared parameter.
 5. Load, then see what arrived, both ways (arrival.py).
@@ -22,23 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
 from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
-from merge_gate.engine.base import Base, first_line, named_tensors
-from merge_gate.engine.peft_config import (
-    config_type,
-    initialisation_writes_to_base,
-    missing_package,
-    read_config,
-)
+from merge_gate.engine.base import Base, first_line
+from merge_gate.engine.inject import base_slots, fit_vocabulary, inject
+from merge_gate.engine.peft_config import initialisation_writes_to_base, missing_package, read_config
 from merge_gate.engine.template import Template, kind_of, snapshot
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
@@ -114,121 +107,11 @@ def _make_template(base: Base, files: AdapterFiles) -> Template:
     """Steps 1 to 3."""
     config = read_config(files)
     scratch = base.scratch(private=initialisation_writes_to_base(config))
-    _fit_vocabulary(scratch, files)
+    fit_vocabulary(scratch, files)
     slots, sharers = base_slots(scratch)
-    model = inject(scratch, config, base)
+    model = inject(scratch, config, base, ADAPTER_NAME)
     return Template(
         kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
-    )
-
-
-# --- 2. and 3. the scratch -----------------------------------------------------------------------------------------
-
-
-def _fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
-    """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290)."""
-    if not hasattr(scratch, "get_input_embeddings") or not files.tensors:
-        return
-    model: Any = scratch
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return
-    if not isinstance(embedding, nn.Embedding):
-        return
-    name = next((name for name, module in scratch.named_modules() if module is embedding), None)
-    wanted = {f"{ADAPTER_PREFIX}{name}.{suffix}" for suffix in ("weight", "base_layer.weight")}
-    for header in files.tensors:
-        rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
-        if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
-            model.resize_token_embeddings(rows, mean_resizing=False)
-            return
-
-
-def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:
-    """Names of the scratch's parameters before PEFT moves them, and for tied ones the modules that share them."""
-    first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
-    slots: dict[tuple[int, str], str] = {}
-    sharers: dict[str, list[str]] = {}
-    for path, module in scratch.named_modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                canonical = first[id(tensor)]
-                slots[id(module), name] = canonical
-                sharers.setdefault(canonical, []).append(path)
-    return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
-
-
-def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str = ADAPTER_NAME) -> Any:
-    """Let PEFT put the adapter's layers on the scratch.
-
-    Raises:
-        Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
-    """
-    torch.manual_seed(0)
-    model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-    try:
-        return model_class(scratch, config, adapter_name)
-    except ImportError as error:
-        raise Refused(missing_package(error)) from error
-    except NoMatchingPeftModuleError as error:
-        raise Refused(_no_targets(config, scratch)) from error
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-        raise Refused(_injection_failed(error, config, scratch, base)) from error
-
-
-def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
-    targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
-    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-    saved = _saved_instead(targets)
-    if saved and config.task_type in _SAVED_BY_TASK:
-        return Refusal(
-            check="targets-not-found",
-            message=(
-                f"target_modules {shown[:300]!r} leaves nothing to adapt: for task_type {config.task_type} PEFT trains "
-                f"{listing(saved)} whole (modules_to_save) instead of adapting it"
-            ),
-            hint="name other layers in target_modules, or save the adapter without a task_type",
-            origin=Origin.CONFIG,
-        )
-    leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
-    return Refusal(
-        check="targets-not-found",
-        message=(
-            f"target_modules {shown[:300]!r} match no module of the base; the base's layers are called "
-            f"{listing(leaves, 12)}"
-        ),
-        hint=(
-            "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then gate "
-            "the adapter with the version that it was trained with"
-        ),
-        origin=Origin.CONFIG,
-    )
-
-
-_SAVED_BY_TASK = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT's classes for these tasks put into modules_to_save (peft/peft_model.py)."""
-
-
-def _saved_instead(targets: Any) -> list[str]:
-    names = targets if isinstance(targets, (list, tuple, set)) else ()
-    return sorted(name for name in names if name.rpartition(".")[2] in _HEADS)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
-
-
-def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refusal:
-    text = first_line(error)
-    if "not found in the base model" in text or "No modules were targeted" in text:
-        return _no_targets(config, scratch)
-    return Refusal(
-        check="not-mergeable",
-        message=f"PEFT cannot put this {config_type(config)} adapter on base {base.facts.model}: {text}",
-        hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
-        origin=Origin.CONFIG,
     )
 
 
