@@ -30,6 +30,14 @@ class FileIdentity:
 
 
 @record
+class BaseContent:
+    """What a base holds, as digests: `weights` of its weight files, `settings` of its other files that are read."""
+
+    weights: str
+    settings: str
+
+
+@record
 class FileRecord:
     """One input file of an adapter. `path` is relative to the adapter's directory.
 

@@ -1,0 +1,149 @@
+"""What decides a verdict, as one digest: the same key, the same verdict.
+
+In: an `Entry`, the digests of its base, the circumstances of the run. Out: `material`, every value that the verdict
+rests on as plain JSON, and `key_of`, its SHA-256. Names that only stand in the report (the adapter's name, its source,
+its line) are not in it, so that an adapter may move; names that findings speak of (the base's label) are.
+
+What an entry waited for is not in it either: time limits make `error`, and no such verdict is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import merge_gate
+from merge_gate.records.config import Combine, Expect
+from merge_gate.records.files import AdapterFiles, BaseContent, Entry
+from merge_gate.records.terms import record
+from merge_gate.report import fields
+from merge_gate.report.json_report import SCHEMA_VERSION
+
+FORMAT = 1
+"""To be raised when the same material could mean another verdict."""
+
+LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "huggingface_hub",
+)  # fmt: skip
+"""Every package whose code takes part in a load, a merge or a measurement."""
+
+Json = Any
+
+
+@record
+class Circumstances:
+    """What is the same for all entries of a run. `device` is what it merges on: `cpu`, or the card's own name."""
+
+    device: str
+    quick: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+def key_of(material: Json) -> str:
+    """The digest of a material, hex."""
+    return hashlib.sha256(canonical(material)).hexdigest()
+
+
+def canonical(value: Json) -> bytes:
+    """JSON in the one spelling that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> Json:
+    """Everything that the verdict on an entry rests on."""
+    spec = entry.prepared.spec
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA_VERSION,
+        "gate": {"version": merge_gate.__version__, "code": own_code()},
+        "libraries": libraries(),
+        "device": circumstances.device,
+        "quick": circumstances.quick,
+        "allow-pickle": circumstances.allow_pickle,
+        "trust-remote-code": circumstances.trust_remote_code,
+        "base": _base(entry, base),
+        "members": [_files(one) for one in entry.prepared.members],
+        "combine": _combine(spec.combine),
+        "checks": [[one.check, str(one.severity), one.limit] for one in spec.checks],
+        "expect": _expect(spec.expect),
+    }
+
+
+def _base(entry: Entry, content: BaseContent) -> Json:
+    """`asked` is what `base-mismatch` compares: its last part only, since a checkout may lie anywhere."""
+    spec, found = entry.prepared.spec.base, entry.prepared.base
+    return {
+        "weights": content.weights,
+        "settings": content.settings,
+        "dtype": entry.dtype,
+        "quantization": str(spec.quantization),
+        "label": fields.text(found.name) if found else None,
+        "revision": found.revision if found else None,
+        "asked": {
+            "model": fields.text(spec.model.rstrip("/").rpartition("/")[2]) if spec.model is not None else None,
+            "label": fields.text(spec.label) if spec.label is not None else None,
+            "revision": spec.revision,
+        },
+    }
+
+
+def _files(one: AdapterFiles) -> Json:
+    """What PEFT reads of an adapter, and what the preflight says of it."""
+    return {
+        "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in one.files],
+        "findings": fields.dump(one.findings),
+    }
+
+
+def _combine(combine: Combine | None) -> Json:
+    if combine is None:
+        return None
+    return {
+        "method": combine.method,
+        "adapters": [fields.text(name) for name in combine.adapters],  # a refusal names them
+        "weights": list(combine.weights),
+        "density": combine.density,
+        "sign": combine.majority_sign_method,
+        "seed": combine.seed,
+    }
+
+
+def _expect(expect: Expect | None) -> Json:
+    if expect is None:
+        return None
+    return {
+        "peft_type": expect.peft_type,
+        "r": expect.r,
+        "lora_alpha": expect.lora_alpha,
+        "base": expect.base,
+        "sha256": [list(pair) for pair in expect.sha256],
+    }
+
+
+@cache
+def libraries() -> dict[str, str | None]:
+    """The versions that decide, Python's and the machine's kind among them."""
+    versions: dict[str, str | None] = {name: _version(name) for name in LIBRARIES}
+    return versions | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def own_code() -> str:
+    """The digest of the gate's own source: two checkouts of one version need not judge alike."""
+    root = Path(merge_gate.__file__).parent
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    lines = (f"{hashlib.sha256((root / name).read_bytes()).hexdigest()}  {name}\n" for name in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
