@@ -250,8 +250,9 @@ def _checked(adapter: AdapterReport) -> Iterator[str]:
 
 def _init(arguments: argparse.Namespace) -> int:
     from merge_gate.config.direct import first_config
+    from merge_gate.sources.preflight import base_of
 
-    text, path = first_config(arguments.directories), Path("merge-gate.yml")
+    text, path = first_config(arguments.directories, base_of), Path("merge-gate.yml")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

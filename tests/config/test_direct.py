@@ -13,6 +13,7 @@ from merge_gate.config.load import load_config
 from merge_gate.errors import UsageError
 from merge_gate.records.config import Config
 from merge_gate.records.terms import Quantization
+from merge_gate.sources.preflight import base_of
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_a_config_is_told_from_adapters(here: Path) -> None:
 
 
 def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
-    (here / "merge-gate.yml").write_text(first_config(["."]))
+    (here / "merge-gate.yml").write_text(first_config(["."], base_of))
     config = load_config("merge-gate.yml")
     assert {adapter.name for adapter in config.adapters} == {"support", "billing"}
     assert {adapter.base.label for adapter in config.adapters} == {"./base"}
@@ -110,11 +111,11 @@ def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
 def test_adapters_of_one_name_get_two(here: Path) -> None:
     (here / "teams/b/billing").mkdir(parents=True)
     (here / "teams/b/billing/adapter_config.json").write_text("not json")
-    (here / "merge-gate.yml").write_text(first_config(["teams"]))
+    (here / "merge-gate.yml").write_text(first_config(["teams"], base_of))
     assert {adapter.name for adapter in load_config("merge-gate.yml").adapters} == {"a-billing", "b-billing"}
 
 
 @pytest.mark.parametrize("directory", ["base", "nowhere"])
 def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
     with pytest.raises(UsageError, match=r"adapter_config|no such directory"):
-        first_config([directory])
+        first_config([directory], base_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.words import describe_nonfinite
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Expect
-from merge_gate.records.files import AdapterFiles, FileRecord
+from merge_gate.records.files import AdapterConfig, AdapterFiles, FileRecord
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Refusal, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
+from merge_gate.sources.adapter_config import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,7 +67,7 @@ def evidence(**changes: Any) -> Evidence:
 def files(*, config: Mapping[str, Any] | None = None, **changes: Any) -> AdapterFiles:
     usual: dict[str, Any] = {
         "directory": "adapter",
-        "config_json": json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32} | dict(config or {})),
+        "config": recorded({"peft_type": "LORA", "r": 16, "lora_alpha": 32} | dict(config or {})),
         "files": (FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256=DIGEST),),
     }
     return AdapterFiles(**(usual | changes))
@@ -150,14 +150,14 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(
             ("'acme/mistral'", "'./models/llama'"),
             Origin.CONFIG,
-            files=files(base_name="acme/mistral"),
+            files=files(config={"base_model_name_or_path": "acme/mistral"}),
             spec=spec(base=NAMED),
         ),
         Fire(
             ("'v1'", "'c0ffee'"),
             Origin.CONFIG,
             evidence(base=base(revision="c0ffee")),
-            files(base_name="acme/llama", base_revision="v1"),
+            files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
             spec(base=NAMED),
         ),
     ),
@@ -326,14 +326,19 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
 @pytest.mark.parametrize(
     ("check", "evidence_", "files_", "spec_"),
     [
-        ("base-mismatch", evidence(), files(base_name="acme/Llama"), spec(base=NAMED)),
-        ("base-mismatch", evidence(), files(base_name="C:\\models\\llama\\"), spec(base=NAMED)),
-        ("base-mismatch", evidence(), files(base_name="acme/mistral"), spec()),
+        ("base-mismatch", evidence(), files(config={"base_model_name_or_path": "acme/Llama"}), spec(base=NAMED)),
+        (
+            "base-mismatch",
+            evidence(),
+            files(config={"base_model_name_or_path": "C:\\models\\llama\\"}),
+            spec(base=NAMED),
+        ),
+        ("base-mismatch", evidence(), files(config={"base_model_name_or_path": "acme/mistral"}), spec()),
         ("base-mismatch", evidence(), files(), spec(base=NAMED)),
         (
             "base-mismatch",
             evidence(base=base(revision="v1")),
-            files(base_name="llama", base_revision="v1"),
+            files(config={"base_model_name_or_path": "llama", "revision": "v1"}),
             spec(base=NAMED),
         ),
         ("expectation-failed", evidence(), files(), spec(expect=Expect(r=16, lora_alpha=32.0, peft_type="LORA"))),
@@ -472,9 +477,8 @@ def test_what_the_gate_could_not_do_is_no_check() -> None:
     assert finding.check == NOT_JUDGED not in CHECKS
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "7", '"LORA"'])
-def test_an_adapter_config_that_is_no_mapping_is_no_crash(text: str) -> None:
-    judge(spec(expect=Expect(r=8)), files(config_json=text), evidence())
+def test_an_adapter_config_that_is_none_is_no_crash() -> None:
+    judge(spec(expect=Expect(r=8)), dataclasses.replace(files(), config=AdapterConfig()), evidence())
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "16", 16.5, 1 << 80])

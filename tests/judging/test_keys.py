@@ -8,6 +8,7 @@ import pytest
 
 from merge_gate.judging.keys import missing_words, saved_twice, wrapped_twice
 from merge_gate.records.files import TensorHeader
+from merge_gate.sources.adapter_config import recorded
 
 BIASES = ("base_model.model.q_proj.base_layer.bias",)
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
@@ -27,14 +28,14 @@ LORA_0_12 = LORA_0_9 | {"layer_replication": None}
     ],
 )
 def test_missing(config: dict[str, Any], missing: tuple[str, ...], follows: str, hint: str) -> None:
-    got_follows, got_hint = missing_words(config, missing)
+    got_follows, got_hint = missing_words(recorded(config), missing)
     assert follows in got_follows
     assert hint in got_hint
 
 
 def test_biases_that_were_never_trained_are_not_missed() -> None:
-    assert missing_words(LORA_0_9, BIASES) == ("", "")
-    assert missing_words(LORA_0_9, (*BIASES, "base_model.model.q_proj.lora_A.weight")) != ("", "")
+    assert missing_words(recorded(LORA_0_9), BIASES) == ("", "")
+    assert missing_words(recorded(LORA_0_9), (*BIASES, "base_model.model.q_proj.lora_A.weight")) != ("", "")
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])

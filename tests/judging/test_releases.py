@@ -8,6 +8,7 @@ import pytest
 
 from merge_gate.judging.releases import NEWEST, Span, changes, written_by
 from merge_gate.records.files import TensorHeader
+from merge_gate.sources.adapter_config import recorded
 
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
 EARLY = ALWAYS | {
@@ -35,7 +36,7 @@ LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
     ],
 )
 def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None:
-    assert written_by(config) == expected
+    assert written_by(recorded(config)) == expected
 
 
 LOKR = ALWAYS | {"peft_type": "LOKR", "r": 2, "alpha": 4}
@@ -64,11 +65,11 @@ LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lor
 def test_what_changed_is_known_by_the_config(
     config: dict[str, Any], tensors: tuple[TensorHeader, ...], expected: list[str]
 ) -> None:
-    found = changes(config, tensors)
+    found = changes(recorded(config), tensors)
     assert [change.name for change, _, _ in found] == expected
 
 
 def test_the_words_say_by_how_much() -> None:
-    ((_, words, span),) = changes(LOKR, ())
+    ((_, words, span),) = changes(recorded(LOKR), ())
     assert "2 times as much" in words
     assert str(span) == "PEFT up to 0.13"

@@ -85,10 +85,12 @@ def only(files: AdapterFiles, check: str) -> Finding:
 def test_it_reads_what_the_later_stages_need(tmp_path: Path) -> None:
     files = look(make(tmp_path))
     assert files.findings == ()
-    assert (files.peft_type, files.task_type, files.base_name, files.base_revision) == (
+    config = files.config
+    assert (config.peft_type, config.task_type, config.base_name, config.base_revision) == (
         "LORA", "CAUSAL_LM", "acme/base", "v1",
     )  # fmt: skip
-    assert json.loads(files.config_json) == CONFIG
+    assert config.keys == set(CONFIG)
+    assert dict(config.values) == {key: json.dumps(value) for key, value in CONFIG.items() if value}
     assert files.weights == WEIGHTS_NAME
     assert [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in files.tensors] == [
         (name, "F32", shape) for name, shape in SHAPES.items()
@@ -103,7 +105,7 @@ def test_it_reads_what_the_later_stages_need(tmp_path: Path) -> None:
 def test_what_peft_saves_has_no_finding(variant: str, shelf: Shelf) -> None:
     files = look(shelf.adapter(variant), allow_pickle=True)
     assert files.findings == ()
-    assert files.peft_type
+    assert files.config.peft_type
 
 
 @pytest.fixture(scope="session")

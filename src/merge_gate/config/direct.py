@@ -11,19 +11,18 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.config import Config
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
 
 COMMAND_LINE = "the command line"
 """What stands for the configuration's path in the report."""
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 MAX_DEPTH = 3
 """How far below a directory `first_config` looks for adapters."""
 
@@ -51,7 +50,7 @@ def _is_no_directory(name: str) -> bool:
 
 def _directory_of(name: str) -> str:
     """Where an adapter's own file stands; every other name is what it is."""
-    is_its_file = Path(name).name in ADAPTER_FILES and os.path.isfile(name)  # noqa: PTH113 (as below)
+    is_its_file = Path(name).name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) and os.path.isfile(name)  # noqa: PTH113 (as below)
     return str(Path(name).parent) if is_its_file else name
 
 
@@ -114,8 +113,8 @@ def config_of(
 
 def _refuse_shelf(name: str) -> None:
     """A directory that holds adapters is none itself."""
-    if os.path.isdir(name) and not Path(name, ADAPTER_CONFIG).exists():  # noqa: PTH112 (as above)
-        inside = sorted(entry.name for entry in os.scandir(name) if Path(entry.path, ADAPTER_CONFIG).exists())
+    if os.path.isdir(name) and not Path(name, CONFIG_NAME).exists():  # noqa: PTH112 (as above)
+        inside = sorted(entry.name for entry in os.scandir(name) if Path(entry.path, CONFIG_NAME).exists())
         if inside:
             raise UsageError(
                 f"the directory {quoted(name)} is no adapter, but holds {listing(map(quoted, inside))}",
@@ -126,8 +125,12 @@ def _refuse_shelf(name: str) -> None:
 # --- a first file --------------------------------------------------------------------------------------------------
 
 
-def first_config(directories: Sequence[str]) -> str:
+def first_config(directories: Sequence[str], base_of: Callable[[str], str | None]) -> str:
     """Return a commented configuration of the adapters in and below these directories.
+
+    Args:
+        directories: where to look.
+        base_of: gives the base that the adapter in a directory names, or None.
 
     Raises:
         UsageError: a directory does not exist, or there is no adapter.
@@ -135,10 +138,10 @@ def first_config(directories: Sequence[str]) -> str:
     found = sorted({place for directory in directories for place in _adapters_in(directory)})
     if not found:
         raise UsageError(
-            f"no {ADAPTER_CONFIG} in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below",
+            f"no {CONFIG_NAME} in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below",
             hint="name the directories that save_pretrained wrote, or one above them",
         )
-    bases = Counter(named for place in found if (named := _base_of(place)))
+    bases = Counter(named for place in found if (named := base_of(place)))
     return "\n".join([*_head(bases), *_entries(found), *_foot()]) + "\n"
 
 
@@ -149,17 +152,8 @@ def _adapters_in(directory: str) -> Iterator[str]:
     for place, inner, files in os.walk(top):
         if len(Path(place).relative_to(top).parts) >= MAX_DEPTH:
             inner.clear()
-        if ADAPTER_CONFIG in files:
+        if CONFIG_NAME in files:
             yield os.path.relpath(place)
-
-
-def _base_of(place: str) -> str | None:
-    """The base that an adapter names; None where its file does not say, which the gate will report."""
-    try:
-        named = json.loads(Path(place, ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return named if isinstance(named, str) and named else None
 
 
 def _head(bases: Counter[str]) -> list[str]:

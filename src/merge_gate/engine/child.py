@@ -206,7 +206,7 @@ def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listen
             files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
             evidence = _merge(base, replace(task, files=files), report)
     except Refused as refused:  # by the trial, before PEFT saw it
-        kind, total = task.files[0].peft_type, base.facts.parameters
+        kind, total = task.files[0].config.peft_type, base.facts.parameters
         evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
@@ -218,7 +218,7 @@ def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) ->
 
     names = [name for name, _ in base.model.named_modules()]
     for files in task.files:
-        try_patterns(files.config_json, names)
+        try_patterns(files.config.patterns, names)
     if task.combine is not None:
         return merge.merge_combination(base, task.files, task.combine, leeway=task.leeway, progress=progress)
     return merge.merge_adapter(base, task.files[0], leeway=task.leeway, progress=progress)

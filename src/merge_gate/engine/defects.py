@@ -71,10 +71,6 @@ def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
             )
 
 
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
 def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
     """(base's name, tuner layer, its base layer)."""
     for path, module in model.named_modules():
@@ -94,7 +90,7 @@ def _no_merge(model: Any, config: Any) -> Iterator[str]:
 
 def _of_kind(kind: str) -> Callable[[Any, Any], Iterator[str]]:
     def where(_model: Any, config: Any) -> Iterator[str]:
-        if _kind(config) == kind:
+        if config.peft_type == kind:
             yield ""
 
     return where
@@ -111,7 +107,7 @@ def _arrow(_model: Any, config: Any) -> Iterator[str]:
 
 
 def _oft_convolution(model: Any, config: Any) -> Iterator[str]:
-    if _kind(config) != "OFT":
+    if config.peft_type != "OFT":
         return
     for name, _, base_layer in _layers(model):
         kernel = getattr(base_layer, "kernel_size", ())
@@ -120,7 +116,7 @@ def _oft_convolution(model: Any, config: Any) -> Iterator[str]:
 
 
 def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
-    kind = _kind(config)
+    kind = config.peft_type
     for name, _, base_layer in _layers(model):
         packed = type(getattr(base_layer, "weight", None)).__name__
         if _quantized(base_layer) and (kind == "RANDLORA" or (kind == "PVERA" and packed == BNB_4BIT)):

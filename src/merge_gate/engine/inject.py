@@ -15,7 +15,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from merge_gate.engine.base import Base, first_line, named_tensors
-from merge_gate.engine.peft_config import config_type, missing_package
+from merge_gate.engine.peft_config import missing_package
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
@@ -125,7 +125,7 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
         return _no_targets(config, scratch)
     return Refusal(
         check="not-mergeable",
-        message=f"PEFT cannot put this {config_type(config)} adapter on base {base.facts.model}: {text}",
+        message=f"PEFT cannot put this {config.peft_type.value} adapter on base {base.facts.model}: {text}",
         hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
         origin=Origin.CONFIG,
     )

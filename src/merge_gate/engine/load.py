@@ -34,13 +34,11 @@ from merge_gate.engine.inject import base_slots, fit_vocabulary, inject
 from merge_gate.engine.peft_config import initialisation_writes_to_base, missing_package, read_config
 from merge_gate.engine.template import Template, kind_of, snapshot
 from merge_gate.errors import Refused
-from merge_gate.records.files import AdapterFiles
+from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX, module_of
 from merge_gate.text import listing
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""

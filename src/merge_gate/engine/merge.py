@@ -87,7 +87,7 @@ def _evidence(
     progress: Progress | None,
 ) -> Evidence:
     started = time.perf_counter()
-    known = Evidence(base=base.facts, peft_type=members[0].peft_type, parameters_total=base.facts.parameters)
+    known = Evidence(base=base.facts, peft_type=members[0].config.peft_type, parameters_total=base.facts.parameters)
     try:
         weights = tuple(read_weights(files) for files in members)
         measured = tuple(measure(tensor, name) for file in weights for name, tensor in file.items())

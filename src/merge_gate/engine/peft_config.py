@@ -6,7 +6,6 @@ In: what the preflight read. Out: PEFT's config object, or `Refused`. Loads noth
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import peft
@@ -32,7 +31,7 @@ def read_config(files: AdapterFiles) -> Any:
     Raises:
         Refused: PEFT does not know the type, rejects a value, or would ignore a key that is set.
     """
-    kind = str(files.peft_type)
+    kind = str(files.config.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if kind == "BONE":
         raise Refused(
@@ -84,13 +83,12 @@ def _incompatible(kind: str, error: Exception) -> Refusal:
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
     """PEFT drops keys it does not know with a warning; one that is set may change what the adapter computes."""
-    raw = json.loads(files.config_json or "{}")
     known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
-    ignored = sorted(key for key, value in raw.items() if key not in known and value not in (None, False, "", [], {}))
+    ignored = sorted(f"{key}={value}" for key, value in files.config.values if key not in known)
     if not ignored:
         return
-    listed = ", ".join(f"{key}={json.dumps(raw[key])[:60]}" for key in ignored[:LISTED])
-    saved_by = str(raw.get("peft_version") or "").split("@")[0]
+    listed = ", ".join(ignored[:LISTED])
+    saved_by = (files.config.peft_version or "").split("@")[0]
     newer = _version(saved_by) > _version(peft.__version__)
     raise Refused(
         Refusal(
@@ -128,8 +126,3 @@ def initialisation_writes_to_base(config: Any) -> bool:
     """
     scheme = getattr(config, "init_lora_weights", None)
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
-
-
-def config_type(config: Any) -> str:
-    """`LORA`, from an enum member or a string."""
-    return str(getattr(config.peft_type, "value", config.peft_type))

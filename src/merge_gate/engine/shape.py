@@ -10,7 +10,6 @@ file's names lies in that class and all of them lie in another class of the base
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
     return Shape(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
-        instead_of=asked if files.task_type in TASK_CLASSES and class_name != asked else None,
+        instead_of=asked if files.config.task_type in TASK_CLASSES and class_name != asked else None,
     )
 
 
@@ -68,12 +67,11 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
 def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
     architecture = _architecture(config)
     remote_map = getattr(config, "auto_map", None) or {} if trust_remote_code else {}
-    wanted = TASK_CLASSES.get(files.task_type or "")
+    wanted = TASK_CLASSES.get(files.config.task_type or "")
     if wanted is not None:
         return wanted if wanted in remote_map else _concrete(config, wanted) or architecture
-    mapping = json.loads(files.config_json or "{}").get("auto_mapping") or {}
-    mapped = mapping.get("base_model_class")
-    if isinstance(mapped, str) and _is_model_class(mapped):
+    mapped = files.config.base_class
+    if mapped is not None and _is_model_class(mapped):
         return mapped
     if not _is_model_class(architecture):
         return next((name for name in remote_map if name.startswith("AutoModel")), architecture)

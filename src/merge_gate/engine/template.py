@@ -54,7 +54,7 @@ class Template:
 
 def kind_of(files: AdapterFiles) -> object:
     """Adapters of one kind have the same config, and tensors of the same names, dtypes and shapes."""
-    return files.config_json, files.tensors
+    return files.config.digest, files.tensors
 
 
 def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]:

@@ -1,13 +1,12 @@
 """A trial of an adapter's regular expressions on the base's real names, before PEFT matches them without end.
 
-In: adapter_config.json and the base's module names. Out: nothing, or `Refused` that names the expression. Must run in
-the main thread: the time limit is a signal, which Python's matcher lets in.
+In: the expressions of an adapter's config, and the base's module names. Out: nothing, or `Refused` that names the
+expression. Must run in the main thread: the time limit is a signal, which Python's matcher lets in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 import warnings
@@ -15,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from merge_gate.errors import Refused
-from merge_gate.judging.patterns import Pattern, patterns_of, shown
+from merge_gate.judging.patterns import shown
+from merge_gate.records.files import Pattern
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
 
@@ -27,7 +27,7 @@ class _TimeOverError(Exception):
     """The computing time is used up."""
 
 
-def try_patterns(config_json: str, names: Sequence[str]) -> None:
+def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
     """Match every expression of the config against every name.
 
     Raises:
@@ -36,7 +36,7 @@ def try_patterns(config_json: str, names: Sequence[str]) -> None:
     under_way = None
     try:
         with _limited(TRIAL_LIMIT_S):
-            for under_way in patterns_of(json.loads(config_json or "{}")):
+            for under_way in patterns:
                 expression = re.compile(under_way.expression)
                 for name in names:
                     expression.match(name)

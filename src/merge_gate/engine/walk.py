@@ -37,7 +37,6 @@ from merge_gate.engine.copies import PrivateCopies, Slot, Turns, slots_of
 from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
-from merge_gate.engine.peft_config import config_type
 from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
 from merge_gate.engine.quantized import dequantized, is_quantized
 from merge_gate.engine.threads import spread
@@ -271,7 +270,7 @@ def _not_mergeable(config: Any, error: Exception) -> Refusal:
         )
     return Refusal(
         check="not-mergeable",
-        message=f"PEFT cannot merge this {config_type(config)} adapter: {type(error).__name__}: {first_line(error)}",
+        message=f"PEFT cannot merge this {config.peft_type.value} adapter: {type(error).__name__}: {first_line(error)}",
         hint="PEFT's own message says what is not supported; serve the adapter unmerged, or retrain it without that",
         origin=Origin.MERGE,
     )

@@ -7,7 +7,6 @@ them together.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
@@ -85,11 +84,6 @@ class Case:
     files: AdapterFiles
     evidence: Evidence | None
     settings: Mapping[str, CheckSetting]
-
-    @property
-    def adapter_config(self) -> dict[str, Any]:
-        loaded = json.loads(self.files.config_json or "{}")
-        return loaded if isinstance(loaded, dict) else {}
 
     def limit(self, of: Check) -> float:
         return limit(self.settings, of)

@@ -166,8 +166,8 @@ def delta_norm(case: Case) -> Iterator[Finding]:
 
 @check("not-reproducible", WARNING, "The merge depends on a random seed.", Symptom.UNTRAINED_MERGE)
 def not_reproducible(case: Case) -> Iterator[Finding]:
-    scheme = case.adapter_config.get("init_lora_weights")
-    if isinstance(scheme, str) and scheme.startswith("pissa_niter"):
+    scheme = case.files.config.init_lora_weights
+    if scheme is not None and scheme.startswith("pissa_niter"):
         yield not_reproducible.finding(
             f"init_lora_weights is {scheme!r}: PEFT repeats a randomised decomposition of the base on every load, so "
             "each merge gives other weights",
@@ -183,7 +183,7 @@ def not_reproducible(case: Case) -> Iterator[Finding]:
     Symptom.UNTRAINED_MERGE,
 )
 def meaning_changed(case: Case) -> Iterator[Finding]:
-    for change, words, span in changes(case.adapter_config, case.files.tensors):
+    for change, words, span in changes(case.files.config, case.files.tensors):
         yield meaning_changed.finding(
             f"adapter_config.json was written by {span}, and {words}",
             f"compare the merged model with what PEFT before 0.{change.release} merges, and merge with that one if the "

@@ -41,7 +41,7 @@ def keys_missing(case: Case) -> Iterator[Finding]:
 
 def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | None:
     """None where nothing was lost."""
-    follows, hint = keys.missing_words(case.adapter_config, missing)
+    follows, hint = keys.missing_words(case.files.config, missing)
     if not follows:
         return None
     return (
@@ -118,7 +118,7 @@ NOT_MERGEABLE = Check(
 )
 def base_mismatch(case: Case) -> Iterator[Finding]:
     yield from _class_mismatch(case)
-    named, used = case.files.base_name, case.spec.base.model
+    named, used = case.files.config.base_name, case.spec.base.model
     if not named or used is None:
         return
     label = case.spec.base.label or used
@@ -128,7 +128,7 @@ def base_mismatch(case: Case) -> Iterator[Finding]:
             "if both are the same weights, set base-mismatch: off for the adapter; else name the right base",
             Origin.CONFIG,
         )
-    revision = case.files.base_revision
+    revision = case.files.config.base_revision
     got = case.evidence.base.revision if case.evidence else case.spec.base.revision
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield base_mismatch.finding(
@@ -142,7 +142,7 @@ def _class_mismatch(case: Case) -> Iterator[Finding]:
     evidence = case.evidence
     if evidence is not None and evidence.instead_of is not None:
         yield base_mismatch.finding(
-            f"task_type {case.files.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
+            f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
             f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
             f"load the base as {evidence.base.loaded_as} to serve it: as {evidence.instead_of} nothing of the adapter "
             "arrives; save it with the task_type of the model that it was trained on",
@@ -165,12 +165,12 @@ def expectation_failed(case: Case) -> Iterator[Finding]:
     expect = case.spec.expect
     if expect is None:
         return
-    raw = case.adapter_config
+    config = case.files.config
     stated: list[tuple[str, Any, Any]] = [
-        ("peft_type", expect.peft_type, raw.get("peft_type")),
-        ("r", expect.r, raw.get("r")),
-        ("lora_alpha", expect.lora_alpha, raw.get("lora_alpha")),
-        ("base", expect.base, raw.get("base_model_name_or_path")),
+        ("peft_type", expect.peft_type, config.peft_type),
+        ("r", expect.r, config.r),
+        ("lora_alpha", expect.lora_alpha, config.lora_alpha),
+        ("base", expect.base, config.base_name),
     ]
     for key, wanted, got in stated:
         if wanted is not None and wanted != got:

@@ -1,15 +1,14 @@
 """What to say of tensors that the file lacks, or has too many: why that is, and what to do.
 
-In: names, an adapter_config.json as parsed. Out: words. Knows neither findings nor settings.
+In: names, an adapter's config. Out: words. Knows neither findings nor settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from merge_gate.judging.releases import written_by
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import AdapterConfig, TensorHeader
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"
@@ -18,7 +17,7 @@ _LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
 """Releases of PEFT by their minor number: how they treat biases (docs/methods.md, "Old releases")."""
 
 
-def missing_words(config: Mapping[str, Any], missing: Sequence[str]) -> tuple[str, str]:
+def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, str]:
     """What follows from it, and what to do; both empty where nothing was lost (biases that were never trained)."""
     if not all(name.endswith(".base_layer.bias") for name in missing):
         follows = "PEFT would merge freshly initialised values in their place"
@@ -27,7 +26,7 @@ def missing_words(config: Mapping[str, Any], missing: Sequence[str]) -> tuple[st
     if span.newest <= _LAST_WITHOUT_BASE_LAYER:
         follows = f"{span} wrote these trained biases without base_layer in their names, which PEFT drops since 0.7"
         return follows, "rename them in the file: q_proj.bias becomes q_proj.base_layer.bias, and so on"
-    if config.get("bias") != "lora_only" or span.oldest >= _FIRST_SAVED:
+    if config.bias != "lora_only" or span.oldest >= _FIRST_SAVED:
         return _BASE_STAYS, _SAVE_ALL
     if span.newest < _FIRST_TRAINED:  # 0.7 to 0.9 never trained them
         return "", ""

@@ -91,7 +91,7 @@ def _report(
         source=spec.source,
         revision=entry.prepared.revision,
         base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
-        peft_type=cut(files.peft_type) if files.peft_type else None,
+        peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
         verdict=what,
         cause=cause,
         findings=findings,
@@ -108,7 +108,7 @@ def _report(
 def _base_ref(spec: BaseSpec, dtype: str, files: AdapterFiles, facts: BaseFacts | None) -> BaseRef:
     if facts is not None:
         return BaseRef(model=facts.model, revision=facts.revision, dtype=facts.dtype, quantization=facts.quantization)
-    name = spec.label or spec.model or files.base_name
+    name = spec.label or spec.model or files.config.base_name
     return BaseRef(
         model=cut(name) if name else None,
         revision=spec.revision,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from merge_gate.records.files import Pattern
 from merge_gate.text import quoted
 
 _WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -24,14 +25,6 @@ MOST_CHARACTERS = 100_000
 """No expression that people or PEFT write is longer; Python takes seconds to compile one."""
 
 
-class Pattern(NamedTuple):
-    """`text` as it stands at `place`, and the `expression` that PEFT makes of it."""
-
-    place: str
-    text: str
-    expression: str
-
-
 def patterns_of(config: Mapping[str, Any]) -> Iterator[Pattern]:
     """Every expression of a config that is more than a name, in the order of its keys; other types are passed over."""
     return (pattern for pattern in _every_pattern(config) if not _PLAIN_NAME.fullmatch(pattern.text))
@@ -40,14 +33,14 @@ def patterns_of(config: Mapping[str, Any]) -> Iterator[Pattern]:
 def _every_pattern(config: Mapping[str, Any]) -> Iterator[Pattern]:
     for key, value in config.items():
         if key in _WHOLE_NAMES and isinstance(value, str):
-            yield Pattern(key, value, value)
+            yield Pattern(place=key, text=value, expression=value)
         elif key == "layers_pattern":
             for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
                 if isinstance(text, str):
-                    yield Pattern(key, text, rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.")
+                    yield Pattern(place=key, text=text, expression=rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.")
         elif key.endswith("_pattern") and isinstance(value, dict):
             for text in value:
-                yield Pattern(f"a key of {key}", text, rf"(.*\.)?({text})$")
+                yield Pattern(place=f"a key of {key}", text=text, expression=rf"(.*\.)?({text})$")
 
 
 def problem(pattern: Pattern) -> str | None:

@@ -1,6 +1,6 @@
 """Which releases of PEFT can have written a config, and what has changed its meaning since.
 
-In: an adapter_config.json as parsed, and the tensors of the file. Out: a `Span` of releases; the `Change`s that concern
+In: an adapter's config, and the tensors of the file. Out: a `Span` of releases; the `Change`s that concern
 this adapter. Plain Python; what each row says was run with those releases (docs/methods.md, "Old releases").
 
 Releases are counted by their minor number: 0.10.0 and 0.10.1 are 10. From 0.18 on PEFT writes `peft_version`. Before
@@ -10,10 +10,9 @@ that the keys tell: PEFT writes every key that it knows, so a key that is there,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import AdapterConfig, TensorHeader
 from merge_gate.records.terms import record
 
 NEWEST = 99
@@ -49,16 +48,15 @@ class Span:
         return f"PEFT 0.{self.oldest} to 0.{self.newest}" if self.oldest else f"PEFT up to 0.{self.newest}"
 
 
-def written_by(config: Mapping[str, Any]) -> Span:
+def written_by(config: AdapterConfig) -> Span:
     """The releases that can have written this config, as far as it tells."""
-    version = config.get("peft_version")
-    if isinstance(version, str) and (match := _VERSION.match(version)):
+    if match := _VERSION.match(config.peft_version or ""):
         return Span(oldest=int(match[1]), newest=int(match[1]))
-    if not config.keys() >= _ALWAYS:
+    if not config.keys >= _ALWAYS:
         return Span(oldest=0, newest=NEWEST)
-    keys = _KEYS | _KEYS_OF.get(str(config.get("peft_type")), {})
-    oldest = max((release for key, release in keys.items() if key in config), default=0)
-    newest = min((release - 1 for key, release in keys.items() if key not in config), default=NEWEST)
+    keys = _KEYS | _KEYS_OF.get(config.peft_type or "", {})
+    oldest = max((release for key, release in keys.items() if key in config.keys), default=0)
+    newest = min((release - 1 for key, release in keys.items() if key not in config.keys), default=NEWEST)
     return Span(oldest=oldest, newest=newest) if oldest <= newest else Span(oldest=0, newest=NEWEST)  # edited by hand
 
 
@@ -73,59 +71,58 @@ class Change:
     peft_type: str
     release: int
     first: int
-    concerns: Callable[[Mapping[str, Any], tuple[TensorHeader, ...]], str | None]
+    concerns: Callable[[AdapterConfig, tuple[TensorHeader, ...]], str | None]
 
 
-def changes(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[tuple[Change, str, Span], ...]:
+def changes(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> tuple[tuple[Change, str, Span], ...]:
     """The rows that concern an adapter which every release that can have written it read otherwise than today's."""
     span = written_by(config)
     found = []
     for change in CHANGES:
-        if change.peft_type == config.get("peft_type") and change.first <= span.newest < change.release:
+        if change.peft_type == config.peft_type and change.first <= span.newest < change.release:
             words = change.concerns(config, tensors)
             if words is not None:
                 found.append((change, words, span))
     return tuple(found)
 
 
-def _ratio(config: Mapping[str, Any], alpha_key: str) -> float | None:
+def _ratio(config: AdapterConfig, alpha: float | None) -> float | None:
     """Alpha / r, or None where that is 1 or not to be told."""
-    alpha, rank = config.get(alpha_key), config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or not rank:
+    if alpha is None or not config.r:
         return None
-    ratio = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    ratio = alpha / (config.r**0.5 if config.use_rslora else config.r)
     return ratio if ratio != 1 else None
 
 
-def _lokr_scale(config: Mapping[str, Any], _tensors: tuple[TensorHeader, ...]) -> str | None:
-    ratio = _ratio(config, "alpha")
+def _lokr_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+    ratio = _ratio(config, config.alpha)
     if ratio is None:
         return None
     return f"LoKr's delta is scaled by alpha / r since PEFT 0.14: today's merge adds {ratio:g} times as much"
 
 
-def _lora_bias_scale(config: Mapping[str, Any], _tensors: tuple[TensorHeader, ...]) -> str | None:
-    ratio = _ratio(config, "lora_alpha")
-    if not config.get("lora_bias") or ratio is None:
+def _lora_bias_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+    ratio = _ratio(config, config.lora_alpha)
+    if not config.lora_bias or ratio is None:
         return None
     return f"the bias of lora_B is scaled since PEFT 0.16: today's merge adds {ratio:g} times as much of it"
 
 
-def _dora_embedding(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...]) -> str | None:
-    if not config.get("use_dora") or not any(".lora_embedding_A" in tensor.name for tensor in tensors):
+def _dora_embedding(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
+    if not config.use_dora or not any(".lora_embedding_A" in tensor.name for tensor in tensors):
         return None
     return "merging DoRA on an embedding takes in the magnitude since PEFT 0.16: that release left it out"
 
 
-def _oft_series(config: Mapping[str, Any], _tensors: tuple[TensorHeader, ...]) -> str | None:
-    if not config.get("use_cayley_neumann"):
+def _oft_series(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+    if not config.use_cayley_neumann:
         return None
     return "the last term of OFT's Cayley-Neumann series counts half since PEFT 0.18"
 
 
-def _old_initialisation(config: Mapping[str, Any], _tensors: tuple[TensorHeader, ...]) -> str | None:
-    scheme = config.get("init_lora_weights")
-    if not isinstance(scheme, str) or not scheme.startswith(("pissa", "olora")):
+def _old_initialisation(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+    scheme = config.init_lora_weights
+    if scheme is None or not scheme.startswith(("pissa", "olora")):
         return None
     return (
         f"init_lora_weights={scheme!r} meant nothing up to PEFT 0.6: today's PEFT takes a part of the base out for it"

@@ -7,6 +7,9 @@ from dataclasses import field, replace
 from merge_gate.records.config import AdapterSpec
 from merge_gate.records.terms import Finding, record, told
 
+CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+"""An adapter's files, as PEFT names them."""
+
 
 @record
 class Snapshot:
@@ -60,20 +63,53 @@ class TensorHeader:
 
 
 @record
-class AdapterFiles:
-    """What the preflight read of an adapter without torch.
+class Pattern:
+    """A regular expression of an adapter's config: `text` as it stands at `place`, `expression` as PEFT forms it."""
 
-    `config_json` is the text of adapter_config.json, re-serialised (empty when it is missing or unreadable). `tensors`
-    is empty where only torch can tell what pickled weights hold. `weights` is the file PEFT will load, relative to
-    `directory`, or None.
+    place: str
+    text: str
+    expression: str
+
+
+@record
+class AdapterConfig:
+    """adapter_config.json, read once (sources/adapter_config.py): all stages look here, and only PEFT reads it again.
+
+    A value that is absent, empty or of a wrong type (which is a finding) is None or False. `digest` is that of all that
+    the file says, empty where there is none. `values` are the keys that are set, and how each reads, cut.
     """
 
-    directory: str
-    config_json: str = ""
+    digest: str = ""
+    keys: frozenset[str] = frozenset()
+    values: tuple[tuple[str, str], ...] = ()
+    patterns: tuple[Pattern, ...] = ()
     peft_type: str | None = None
+    peft_version: str | None = None
     task_type: str | None = None
     base_name: str | None = None
     base_revision: str | None = None
+    base_class: str | None = None
+    r: int | None = None
+    alpha: float | None = None
+    lora_alpha: float | None = None
+    bias: str | None = None
+    init_lora_weights: str | None = None
+    lora_bias: bool = False
+    use_cayley_neumann: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+@record
+class AdapterFiles:
+    """What the preflight read of an adapter without torch.
+
+    `tensors` is empty where only torch can tell what pickled weights hold. `weights` is the file PEFT will load,
+    relative to `directory`, or None.
+    """
+
+    directory: str
+    config: AdapterConfig = AdapterConfig()
     weights: str | None = None
     tensors: tuple[TensorHeader, ...] = ()
     files: tuple[FileRecord, ...] = ()

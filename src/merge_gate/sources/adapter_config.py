@@ -1,29 +1,30 @@
-"""adapter_config.json, read strictly and judged before PEFT sees it.
+"""adapter_config.json: read once into a record for all later stages, and judged before PEFT sees it.
 
-In: the bytes of the file, and the tensors that the weights file holds. Out: `Finding`s (`config-invalid`,
-`config-unsafe`), and the parsed object. Imports neither torch nor PEFT, so it has no list of PEFT's types: whatever a
-type or a newer version may mean by a value is left to the merge; what is refused here fails for every type.
+In: the object in the file, and the tensors that the weights file holds. Out: `AdapterConfig`, and `Finding`s
+(`config-invalid`, `config-unsafe`). Imports neither torch nor PEFT, so it has no list of PEFT's types: whatever a type
+or a newer version may mean by a value is left to the merge; what is refused here fails for every type.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.patterns import patterns_of
 from merge_gate.judging.patterns import problem as pattern_problem
 from merge_gate.judging.patterns import shown as pattern_shown
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.sources.headers import shown
+from merge_gate.sources.strict_json import kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FILE_NAME = "adapter_config.json"
 MAX_BYTES = 10_000_000
 
 KNOWN_LIBRARIES = (
@@ -40,52 +41,48 @@ _LORA = "LORA"
 _LORA_BIASES = ("none", "all", "lora_only")
 _LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 _NAMES_SHOWN = 3
+_VALUE_SHOWN = 60
+_NOT_SET: tuple[Any, ...] = (None, False, "", [], {})
 _PATTERNS_COMPILED = 2_000  # of more, the worker looks at the rest, within a time limit
 
 
-class InvalidConfigError(Exception):
-    """The text is not one JSON object. The message continues a sentence that starts with the file's name."""
+# --- the record ----------------------------------------------------------------------------------------------------
 
 
-# --- parsing -------------------------------------------------------------------------------------------------------
+def recorded(config: dict[str, Any]) -> AdapterConfig:
+    """What the later stages read of the object."""
+    mapping = config.get("auto_mapping")
+    return AdapterConfig(
+        digest=hashlib.sha256(json.dumps(config).encode()).hexdigest(),
+        keys=frozenset(config),
+        values=tuple((key, json.dumps(value)[:_VALUE_SHOWN]) for key, value in config.items() if value not in _NOT_SET),
+        patterns=tuple(patterns_of(config)),
+        peft_type=_text(config, "peft_type"),
+        peft_version=_text(config, "peft_version"),
+        task_type=_text(config, "task_type"),
+        base_name=_text(config, "base_model_name_or_path"),
+        base_revision=_text(config, "revision"),
+        base_class=_text(mapping, "base_model_class") if isinstance(mapping, dict) else None,
+        r=config["r"] if _is_integer(config.get("r")) else None,
+        alpha=_number(config, "alpha"),
+        lora_alpha=_number(config, "lora_alpha"),
+        bias=_text(config, "bias"),
+        init_lora_weights=_text(config, "init_lora_weights"),
+        lora_bias=bool(config.get("lora_bias")),
+        use_cayley_neumann=bool(config.get("use_cayley_neumann")),
+        use_dora=bool(config.get("use_dora")),
+        use_rslora=bool(config.get("use_rslora")),
+    )
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """The object in the file. Raises `InvalidConfigError` for anything that strict JSON does not allow."""
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise InvalidConfigError(f"is not UTF-8 text: {error.reason}") from None
-    except RecursionError:
-        raise InvalidConfigError("is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise InvalidConfigError(f"is not valid JSON: {error}") from None
-    except ValueError as error:
-        raise InvalidConfigError(f"holds a number that JSON cannot carry: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidConfigError(f"holds {kind(value)}, expected a JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise InvalidConfigError(f"has the key {shown(key)} twice; which one counts depends on the reader")
-        entries[key] = value
-    return entries
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidConfigError(f"holds {name}, which is not a JSON number")
-
-
-def text_or_none(config: dict[str, Any], key: str) -> str | None:
+def _text(config: dict[str, Any], key: str) -> str | None:
     """The string under `key`; None when it is absent, empty or not a string (which `judge` reports)."""
     value = config.get(key)
     return value if isinstance(value, str) and value else None
+
+
+def _number(config: dict[str, Any], key: str) -> float | None:
+    return config[key] if _is_number(config.get(key)) else None
 
 
 # --- types of values -----------------------------------------------------------------------------------------------
@@ -156,20 +153,6 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What these keys hold in every PEFT type that has them; null is always allowed."""
 
 
-def kind(value: Any) -> str:
-    """A JSON value's kind in words."""
-    if value is None:
-        return "null"
-    names = (
-        (bool, "true or false"),
-        (str, "a string"),
-        (int | float, "a number"),
-        (list, "a list"),
-        (dict, "an object"),
-    )
-    return next(name for cls, name in names if isinstance(value, cls))
-
-
 # --- judgement -----------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +161,8 @@ def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
     for place, value in _walk(config):
         if _is_integer(value) and not -(2**63) <= value < 2**63:
             digits = value.bit_length() * 30_103 // 100_000 + 1
-            yield invalid(f"{shown(place)} in {FILE_NAME} is an integer of {digits:,} digits, expected one of 64 bits")
+            what = f"{shown(place)} in {CONFIG_NAME} is an integer of {digits:,} digits"
+            yield invalid(f"{what}, expected one of 64 bits")
 
 
 def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[Finding, ...]:
@@ -202,17 +186,17 @@ def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Findi
 def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
     if "peft_type" not in config:
         yield invalid(
-            f"{FILE_NAME} has no peft_type, so nothing says which method the tensors belong to",
+            f"{CONFIG_NAME} has no peft_type, so nothing says which method the tensors belong to",
             "Check that this is PEFT's config and not the model's (config.json) or another trainer's.",
         )
     elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
         yield invalid(
-            f"peft_type in {FILE_NAME} is {_shown_value(config['peft_type'])}, expected a string such as LORA"
+            f"peft_type in {CONFIG_NAME} is {_shown_value(config['peft_type'])}, expected a string such as LORA"
         )
     for key, (is_valid, expected) in _TYPES.items():
         value = config.get(key)
         if value is not None and not is_valid(value):
-            yield invalid(f"{key} in {FILE_NAME} is {_shown_value(value)}, expected {expected}")
+            yield invalid(f"{key} in {CONFIG_NAME} is {_shown_value(value)}, expected {expected}")
     for pattern in islice(patterns_of(config), _PATTERNS_COMPILED):
         if problem := pattern_problem(pattern):
             yield invalid(
@@ -232,9 +216,9 @@ def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
     ranks, bias = config.get("rank_pattern"), config.get("bias")
     rank = config.get("r")
     if isinstance(rank, int) and rank <= 0 and not ranks:
-        yield invalid(f"r in {FILE_NAME} is {rank}, expected a positive rank")
+        yield invalid(f"r in {CONFIG_NAME} is {rank}, expected a positive rank")
     if isinstance(bias, str) and bias not in _LORA_BIASES:
-        yield invalid(f"bias in {FILE_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")
+        yield invalid(f"bias in {CONFIG_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")
     if isinstance(ranks, dict):
         for name, value in ranks.items():
             if not _is_integer(value) or value <= 0:
@@ -253,7 +237,7 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
     if config.get("megatron_config"):
         core = config.get("megatron_core", "megatron.core")
         yield _unsafe(
-            f"megatron_config is set in {FILE_NAME}: PEFT would import the module {shown(str(core))} from wherever "
+            f"megatron_config is set in {CONFIG_NAME}: PEFT would import the module {shown(str(core))} from wherever "
             "Python finds it first",
             "Set megatron_config to null; it is needed for training with Megatron only.",
         )
@@ -261,13 +245,13 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if library is not None and not _is_known_library(library):
         yield _unsafe(
-            f"auto_mapping in {FILE_NAME} names the module {shown(str(library))} to import the base's class from, "
+            f"auto_mapping in {CONFIG_NAME} names the module {shown(str(library))} to import the base's class from, "
             f"expected one of {', '.join(KNOWN_LIBRARIES)}",
             "Set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config.",
         )
     if place := _find_remote_code(config):
         yield _unsafe(
-            f"{shown(place)} in {FILE_NAME} asks for code from the Hub to be run",
+            f"{shown(place)} in {CONFIG_NAME} asks for code from the Hub to be run",
             "Remove it: whether remote code may run is decided by trust-remote-code in the gate's config.",
         )
 
@@ -320,7 +304,7 @@ def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> It
     ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")
     first = factors[0]
     yield invalid(
-        f"r in {FILE_NAME} is {rank}, but each of the {len(factors)} lora_A tensors has another rank ({ranks}): "
+        f"r in {CONFIG_NAME} is {rank}, but each of the {len(factors)} lora_A tensors has another rank ({ranks}): "
         f"{shown(first.name)} has shape {list(first.shape)}",
         "Config and weights come from different runs, or the config was edited: restore the config of this run.",
         tensor=first.name,

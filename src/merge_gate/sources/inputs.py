@@ -61,7 +61,8 @@ class Inputs:
         wanted = prepared.spec.base
         model, revision = wanted.model, wanted.revision
         if model is None:
-            named, revision = prepared.files.base_name, wanted.revision or prepared.files.base_revision
+            said = prepared.files.config
+            named, revision = said.base_name, wanted.revision or said.base_revision
             if not named:
                 return replace(prepared, problem=_no_base())
             model = self._named_by_adapter(named)

@@ -14,7 +14,6 @@ The order of reading is fixed, and the first cause is the first finding:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -23,15 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
 from merge_gate.identity import identity_of
-from merge_gate.records.files import AdapterFiles, FileRecord, TensorHeader
+from merge_gate.records.files import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    AdapterFiles,
+    FileRecord,
+    TensorHeader,
+)
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.sources import adapter_config, foreign
+from merge_gate.sources import adapter_config, foreign, strict_json
 from merge_gate.sources.headers import (
     CorruptFileError,
     lfs_pointer,
     open_regular,
     parse_file,
-    read_header,
     shown,
 )
 from merge_gate.sources.pickled import read_pickled
@@ -40,12 +46,6 @@ from merge_gate.text import listing as in_a_sentence
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from io import BufferedReader
-
-__all__ = ["CONFIG_NAME", "PICKLE_NAME", "WEIGHTS_NAME", "preflight", "read_header"]
-
-CONFIG_NAME = adapter_config.FILE_NAME
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 
 _LISTED = 8
 _MAX_ENTRIES = 10_000
@@ -62,19 +62,25 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
     config = _read_config(snapshot_directory, listing)
     weights = _read_weights(snapshot_directory, listing, allow_pickle=allow_pickle)
     judged = adapter_config.judge(config.parsed, weights.tensors) if config.parsed is not None else ()
-    parsed = config.parsed or {}
+    recorded = adapter_config.recorded(config.parsed) if config.parsed is not None else AdapterConfig()
     return AdapterFiles(
         directory=snapshot_directory,
-        config_json=json.dumps(config.parsed, allow_nan=False) if config.parsed is not None else "",
-        peft_type=adapter_config.text_or_none(parsed, "peft_type"),
-        task_type=adapter_config.text_or_none(parsed, "task_type"),
-        base_name=adapter_config.text_or_none(parsed, "base_model_name_or_path"),
-        base_revision=adapter_config.text_or_none(parsed, "revision"),
+        config=recorded,
         weights=weights.name,
         tensors=weights.tensors,
         files=(*config.files, *weights.files),
-        findings=(*config.findings, *judged, *weights.findings, *_judge_tensors(parsed, weights)),
+        findings=(*config.findings, *judged, *weights.findings, *_judge_tensors(recorded.peft_type, weights)),
     )
+
+
+def base_of(directory: str) -> str | None:
+    """The base that an adapter's config names; None where it does not say, or cannot be read."""
+    present = frozenset({CONFIG_NAME})
+    try:
+        config = _read_config(directory, _Listing(present=present, withheld=frozenset(), nested=()))
+    except EngineError:
+        return None
+    return adapter_config.recorded(config.parsed or {}).base_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +193,8 @@ def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
         return _Config(files=(record,), findings=(adapter_config.invalid(message),))
     file.seek(0)
     try:
-        return _Config(files=(record,), parsed=adapter_config.parse(file.read(adapter_config.MAX_BYTES + 1)))
-    except adapter_config.InvalidConfigError as error:
+        return _Config(files=(record,), parsed=strict_json.parse(file.read(adapter_config.MAX_BYTES + 1)))
+    except strict_json.InvalidJsonError as error:
         return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}"),))
 
 
@@ -279,10 +285,10 @@ def _unreadable(path: str, error: OSError) -> EngineError:
 # --- 4. the tensors ------------------------------------------------------------------------------------------------
 
 
-def _judge_tensors(config: dict[str, Any], weights: _Weights) -> Iterator[Finding]:
+def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding]:
     if not weights.is_listed:
         return
-    if not weights.tensors and config.get("peft_type") != "XLORA":  # its experts lie beside it; the merge refuses it
+    if not weights.tensors and peft_type != "XLORA":  # its experts lie beside it; the merge refuses it
         yield Finding(
             check="keys-missing",
             severity=Severity.ERROR,
@@ -290,7 +296,7 @@ def _judge_tensors(config: dict[str, Any], weights: _Weights) -> Iterator[Findin
             hint=_SHARDS_HINT,
             origin=Origin.ADAPTER,
         )
-    yield from _judge_shards(weights.tensors, is_lora=config.get("peft_type") == "LORA")
+    yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
 
 
 _SHARDS_HINT = (

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import Snapshot
-from merge_gate.sources import adapter_config
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
+from merge_gate.sources import strict_json
 from merge_gate.sources.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
-from merge_gate.sources.preflight import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
@@ -237,8 +236,8 @@ def _check_index(directory: str, weights: Sequence[str], *, name: str) -> None:
     path = Path(directory, weights[0])
     try:
         with open_regular(str(path)) as file:
-            mapping = adapter_config.parse(file.read(_MAX_INDEX_BYTES)).get("weight_map")
-    except (CorruptFileError, adapter_config.InvalidConfigError) as error:
+            mapping = strict_json.parse(file.read(_MAX_INDEX_BYTES)).get("weight_map")
+    except (CorruptFileError, strict_json.InvalidJsonError) as error:
         raise ResolveError(f"the base {shown(name)} is broken: {weights[0]} {error}", hint=_FETCH_AGAIN) from error
     files = set(mapping.values()) if isinstance(mapping, dict) and all(map(_is_text, mapping.values())) else None
     if not files:

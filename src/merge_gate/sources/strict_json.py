@@ -1,0 +1,61 @@
+"""A JSON object, read strictly: what two readers could understand in two ways is refused.
+
+In: the bytes of a file, which are hostile. Out: the object, or `InvalidJsonError`. Knows no file's meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from merge_gate.sources.headers import shown
+
+
+class InvalidJsonError(Exception):
+    """The text is not one JSON object. The message continues a sentence that starts with the file's name."""
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The object in the file. Raises `InvalidJsonError` for anything that strict JSON does not allow."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise InvalidJsonError(f"is not UTF-8 text: {error.reason}") from None
+    except RecursionError:
+        raise InvalidJsonError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJsonError(f"is not valid JSON: {error}") from None
+    except ValueError as error:
+        raise InvalidJsonError(f"holds a number that JSON cannot carry: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidJsonError(f"holds {kind(value)}, expected a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise InvalidJsonError(f"has the key {shown(key)} twice; which one counts depends on the reader")
+        entries[key] = value
+    return entries
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidJsonError(f"holds {name}, which is not a JSON number")
+
+
+def kind(value: Any) -> str:
+    """A JSON value's kind in words."""
+    if value is None:
+        return "null"
+    names = (
+        (bool, "true or false"),
+        (str, "a string"),
+        (int | float, "a number"),
+        (list, "a list"),
+        (dict, "an object"),
+    )
+    return next(name for cls, name in names if isinstance(value, cls))
