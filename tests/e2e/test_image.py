@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,6 +63,25 @@ def test_it_holds_what_the_gate_uses_and_nothing_that_gives_more_rights(podman, 
     )
     found = podman("run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", f"{script} 2>/dev/null; true")
     assert found.strip() == ""
+
+
+@pytest.mark.parametrize(("flag", "mended"), [("F", True), (" ", False)])
+def test_a_release_stops_at_a_package_that_debian_has_mended(
+    podman_environment: dict[str, str], image: str, tmp_path: Path, flag: str, mended: bool
+) -> None:
+    """What Debian's security tracker would say is put beside it, in the tracker's own format."""
+    told = f"VERSION 1\nCVE-2026-0001,,made up\n\nlibc6,0,BH?{flag},999:1,\n\n"
+    (tmp_path / "trixie").write_bytes(zlib.compress(told.encode()))
+    done = subprocess.run(
+        [ROOT / ".ci" / "scan-debian.sh", image],
+        env={**podman_environment, "ENGINE": "podman", "DEBSECAN_SOURCE": tmp_path.as_uri()},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == mended, done.stderr
+    assert ("CVE-2026-0001 libc6" in done.stdout) is mended
+    assert ("none with a vulnerability that is mended there" in done.stdout) is not mended
 
 
 def test_the_packages_are_those_of_the_lock(podman, image: str) -> None:
