@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action.interrupts import Interrupted, interruptible
-from merge_gate.command_line import DEFAULT_OUTPUT, parser
+from merge_gate.command_line import DEFAULT_OUTPUT, commanded, parser
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; where it is wrong, an earlier run's report must not stand for the run that was meant."""
     try:
-        return parser().parse_args(argv)
+        return parser().parse_args(commanded(argv))
     except SystemExit as leaving:
         if leaving.code == ExitCode.USAGE and argv[:1] == ["run"]:
             _forget_report(argv)
@@ -150,8 +150,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.container:
             if arguments.image or arguments.gpus != "auto":
                 raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
-            only, quick = tuple(arguments.only), arguments.quick
-            return exit_code(_gate(config, arguments.device, arguments.output, only, quick=quick))
+            only, quick, shard = tuple(arguments.only), arguments.quick, _shard(arguments)
+            return exit_code(_gate(config, arguments.device, arguments.output, only, quick=quick, shard=shard))
     return _run_in_container(arguments)  # the run in there claims the directory itself
 
 
@@ -178,6 +178,8 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     more = [word for name in arguments.only for word in ("--only", name)]
     if arguments.quick:
         more.append("--quick")
+    if shard := _shard(arguments):
+        more += ["--shard", "{}/{}".format(*shard)]
     run = for_a_person(
         arguments.names[0],
         output=arguments.output,
@@ -195,14 +197,26 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     return run_in_container(run, write)
 
 
+def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    from merge_gate.fleet.partition import shard_of
+
+    return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
+
+
 def _gate(
-    config: Config, device: str, output: str | None, only: tuple[str, ...] = (), *, quick: bool = False
+    config: Config,
+    device: str,
+    output: str | None,
+    only: tuple[str, ...] = (),
+    *,
+    quick: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> Report:
     from merge_gate.gate import run_gate
     from merge_gate.report.terminal import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        return run_gate(config, device=device, output=output, view=view, only=only, quick=quick)
+        return run_gate(config, device=device, output=output, view=view, only=only, quick=quick, shard=shard)
 
 
 def exit_code(report: Report) -> ExitCode:
@@ -309,6 +323,22 @@ def _report(arguments: argparse.Namespace) -> int:
     return _print(*show(arguments.reports, arguments.format))
 
 
+def _report_combine(arguments: argparse.Namespace) -> int:
+    """The shards are read before the output directory is claimed, which removes the reports of earlier runs."""
+    from merge_gate.fleet.combined import combined
+    from merge_gate.fleet.shard_files import found_in, refuse_overwriting
+    from merge_gate.report.files import write_report
+    from merge_gate.report.terminal import make_view
+
+    found = found_in(arguments.directories)
+    refuse_overwriting(found, arguments.output)
+    report = combined(found)
+    with _claimed(arguments.output), closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+        write_report(report, arguments.output)
+        view.finish(report, arguments.output)
+    return exit_code(report)
+
+
 def _print(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
     """Write a document, as UTF-8 whatever the locale is. It is all the output there is, so an error is one."""
     try:
@@ -319,7 +349,15 @@ def _print(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
     return code
 
 
-_COMMANDS = {"run": _run, "check": _check, "init": _init, "demo": _demo, "report": _report, "schema": _schema}
+_COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "init": _init,
+    "demo": _demo,
+    "report": _report,
+    "report combine": _report_combine,
+    "schema": _schema,
+}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ but its version.
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 
 from merge_gate import __version__
 
@@ -23,6 +25,16 @@ exit codes:
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 
+COMBINE = "report combine"
+"""A command of two words, which argparse hears as one; a report of this name is given as ./combine."""
+
+
+def commanded(argv: Sequence[str]) -> list[str]:
+    """The words of the command line, those of a command in one."""
+    first = " ".join(argv[:2])
+    return [first, *argv[2:]] if first == COMBINE else list(argv)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -34,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_schema):
+    for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_combine, _add_schema):
         add(commands)
     return top
 
@@ -62,6 +74,13 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
         "--quick",
         action="store_true",
         help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="gate the I-th of N parts, on this machine of N; N alone takes I from JOB_COMPLETION_INDEX, which counts "
+        "from 0; `merge-gate report combine` makes one report of all",
     )
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
@@ -119,11 +138,38 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
 
 
+def _add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
+    combine = commands.add_parser(
+        COMBINE,
+        prog=f"merge-gate {COMBINE}",
+        help="make one report of all shards",
+        description="Make one report of the reports of all shards of a run (`merge-gate run --shard I/N`). A shard "
+        "that is missing, doubled, incomplete, or of another config, version or set leaves no verdict: exit code 3.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    combine.add_argument(
+        "directories",
+        nargs="+",
+        metavar="DIR",
+        help="a shard's output directory, or one that holds several, as artifacts are downloaded",
+    )
+    combine.add_argument(
+        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
+    )
+
+
 def _add_schema(commands: Commands[argparse.ArgumentParser]) -> None:
     schema = commands.add_parser(
         "schema", help="print a JSON Schema", description="Print the JSON Schema of the config or of report.json."
     )
     schema.add_argument("document", choices=("config", "report"), help="which one")
+
+
+def _shard(text: str) -> str:
+    if re.fullmatch(r"([1-9]\d{0,4}/)?[1-9]\d{0,4}", text, re.ASCII):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no shard, expected I/N such as 2/4, counted from 1")
 
 
 def _device(text: str) -> str:

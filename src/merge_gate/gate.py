@@ -40,13 +40,15 @@ from merge_gate.engine.protocol import (
 )
 from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
+from merge_gate.fleet.bases import Used, in_order
+from merge_gate.fleet.partition import part_of
 from merge_gate.judging import outcome
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry, FileIdentity
 from merge_gate.records.measured import Refusal
-from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Shard
 from merge_gate.records.terms import Origin, Quantization
 from merge_gate.report import words
 from merge_gate.report.provisional import ReportWriter
@@ -66,8 +68,9 @@ def run_gate(
     view: View | None = None,
     only: tuple[str, ...] = (),
     quick: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> Report:
-    """Gate every adapter of the config (with `only`: those named).
+    """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
     weight where it proves every value finite and small (engine/bound.py).
@@ -75,8 +78,10 @@ def run_gate(
     Raises:
         UsageError: `only` names an adapter that the config does not list, or the output cannot be written.
     """
-    specs = select(config, only)
-    run = _Run(config, specs, device=device, output=output, view=view or SilentView())
+    specs, part = select(config, only), None
+    if shard is not None:
+        specs, part = part_of(config, specs, *shard, quick=quick)
+    run = _Run(config, specs, part, device=device, output=output, view=view or SilentView())
     return run.run(quick=quick)
 
 
@@ -105,15 +110,23 @@ class _Run:
     """One run: what is known so far, and how each event adds to it."""
 
     def __init__(
-        self, config: Config, specs: tuple[AdapterSpec, ...], *, device: str, output: str | None, view: View
+        self,
+        config: Config,
+        specs: tuple[AdapterSpec, ...],
+        shard: Shard | None,
+        *,
+        device: str,
+        output: str | None,
+        view: View,
     ) -> None:
         self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
+        self._shard = shard
         self._writer = ReportWriter(output, view.note)
         self._digests = BaseDigests()
         self._environment = _environment(device)
         self._entries: list[Entry] = []
         self._groups: tuple[Group, ...] = ()
-        self._bases: list[tuple[int, BaseReport]] = []
+        self._bases: list[tuple[int, Used]] = []
         self._identities: dict[int, set[tuple[FileIdentity, ...]]] = {}
         self._reports: dict[int, AdapterReport] = {}
         self._finished = False
@@ -213,8 +226,12 @@ class _Run:
             replaced=facts.replaced,
             findings=bounded(findings_of_base(facts)),
         )
-        if base not in (known for _, known in self._bases):
-            self._bases.append((event.group, base))
+        if base not in (known.base for _, known in self._bases):
+            self._bases.append((event.group, Used(base=base, position=self._position(event.task))))
+
+    def _position(self, index: int) -> int:
+        """Where an entry stands in the whole run's list."""
+        return self._shard.positions[index] if self._shard is not None else index
 
     def _settle(self, index: int, report: AdapterReport) -> None:
         """One entry has been judged: its line of the report, on disk and before the reader's eyes."""
@@ -252,16 +269,20 @@ class _Run:
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _report(self, *, complete: bool = False) -> Report:
+        bases = in_order(
+            replace(one, base=replace(one.base, sha256=self._digests.of(self._groups[group].directory)))
+            for group, one in self._bases
+        )
+        shard = self._shard and replace(self._shard, bases_from=tuple(one.position for one in bases))
         return Report(
             complete=complete,
             tool_version=__version__,
             environment=self._environment,
             config_path=self._config.path,
             config_sha256=self._config.sha256,
-            bases=tuple(
-                replace(base, sha256=self._digests.of(self._groups[group].directory)) for group, base in self._bases
-            ),
+            bases=tuple(one.base for one in bases),
             adapters=tuple(self._reports[index] for index in sorted(self._reports)),
+            shard=shard,
         )
 
 

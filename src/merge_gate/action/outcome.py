@@ -89,10 +89,18 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
 def _trouble(report: Any) -> str:
     if not _is_known(report):
         return "wrote a report that this version of the action does not know"
-    if report["complete"] and not report["adapters"]:
+    if report["complete"] and not report["adapters"] and not _is_empty_shard(report):
         return "judged nothing"
     contradiction = _contradiction(report)
     return f"wrote a report that contradicts itself: {contradiction}" if contradiction else ""
+
+
+def _is_empty_shard(report: Mapping[str, Any]) -> bool:
+    """Tell whether this part of a larger run has no adapters; the run's verdict comes from the combination."""
+    shard = report.get("shard")
+    if not isinstance(shard, dict) or not _has(shard, {"entries": int, "positions": list}):
+        return False
+    return shard["entries"] > 0 and not shard["positions"]
 
 
 def _is_known(report: object) -> bool:

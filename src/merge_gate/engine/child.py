@@ -164,7 +164,8 @@ def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: 
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
             continue
         seconds = time.perf_counter() - started
-        yield BaseLoaded(group=position, facts=base.facts, identity=identity, seconds=seconds)
+        first = tasks[0][0].index
+        yield BaseLoaded(group=position, task=first, facts=base.facts, identity=identity, seconds=seconds)
         for task, instead_of in tasks:
             yield MergeStarted(task=task.index)
             yield _judge_task(base, task, instead_of, progress)

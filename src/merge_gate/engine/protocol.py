@@ -74,9 +74,13 @@ class BaseLoading:
 
 @record
 class BaseLoaded:
-    """`facts` is what was measured of the base, `identity` that of its files before they were read."""
+    """`facts` is what was measured of the base, `identity` that of its files before they were read.
+
+    `task` is the first that will be merged into it.
+    """
 
     group: int
+    task: int
     facts: BaseFacts
     identity: tuple[FileIdentity, ...] = ()
     seconds: float

@@ -130,8 +130,33 @@ class Environment:
 
 
 @record
+class Shard:
+    """Which part of a larger run a report is of, for `merge-gate report combine` (fleet/combined.py)."""
+
+    index: int = told("Its number, counted from 1.")
+    count: int = told("How many shards the run has.")
+    plan_sha256: str = told(
+        "Digest of the plan: configuration, version of merge-gate, options, all entries, and the shard of each. Shards "
+        "with another one are not of the same run."
+    )
+    entries: int = told("How many entries (adapters, times dtypes) the run has in all shards.")
+    positions: tuple[int, ...] = told(
+        "Of those, counted from 0 in the order of the file, the ones of this shard, as `adapters` has them; empty "
+        "where there are more shards than adapters.",
+        default=(),
+    )
+    bases_from: tuple[int, ...] = told(
+        "For each of `bases`, the position of the first entry that was merged into it.", default=()
+    )
+
+
+@record
 class Report:
-    """A run. `complete` False: the run is still going on, or was killed; what it holds is true."""
+    """A run. `complete` False: the run is still going on, or was killed; what it holds is true.
+
+    `shard` is None for a whole run, also for one that was combined of shards. `problems` are what keeps shards from
+    being one run.
+    """
 
     complete: bool
     tool_version: str
@@ -140,15 +165,25 @@ class Report:
     config_sha256: str
     bases: tuple[BaseReport, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
+    shard: Shard | None = None
+    problems: tuple[str, ...] = ()
 
     def count(self, verdict: Verdict) -> int:
         return sum(adapter.verdict is verdict for adapter in self.adapters)
 
     @property
     def result(self) -> Result:
-        """A proven failure outranks an undecided adapter; nothing judged, or an unfinished run, is never `pass`."""
+        """A proven failure outranks an undecided adapter; nothing judged, or an unfinished run, is never `pass`.
+
+        A shard may have nothing to judge where there are more shards than adapters. It is no verdict on the run:
+        that is the combination's, which counts the entries.
+        """
         if self.count(Verdict.FAILED):
             return Result.FAIL
-        if self.count(Verdict.ERROR) or not self.adapters or not self.complete:
+        if self.count(Verdict.ERROR) or not self.complete or self.problems:
             return Result.ERROR
-        return Result.PASS
+        return Result.PASS if self.adapters or self.is_empty_shard else Result.ERROR
+
+    @property
+    def is_empty_shard(self) -> bool:
+        return self.shard is not None and not self.shard.positions and self.shard.entries > 0

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate.errors import UsageError
-from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
+from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Shard
 from merge_gate.records.terms import Result, Verdict, record, told
 from merge_gate.report.fields import Json, UnreadableError, dump, load
 from merge_gate.report.untrusted import one_line
@@ -69,6 +69,13 @@ class Document:
     config: ConfigFile = told("The configuration file.")
     bases: tuple[BaseReport, ...] = told("Every base that was loaded, once.")
     adapters: tuple[AdapterReport, ...] = told("One entry per adapter, base and dtype, in the order of the file.")
+    shard: Shard | None = told(
+        "Which part of a larger run this is (`--shard`); null for a whole run, also one combined of shards.",
+        default=None,
+    )
+    problems: tuple[str, ...] = told(
+        "What keeps the shards that were combined from being one run; with any, `result` is never `pass`.", default=()
+    )
 
 
 def _document(report: Report) -> Document:
@@ -82,6 +89,8 @@ def _document(report: Report) -> Document:
         config=ConfigFile(path=report.config_path, sha256=report.config_sha256),
         bases=report.bases,
         adapters=report.adapters,
+        shard=report.shard,
+        problems=report.problems,
     )
 
 
@@ -186,4 +195,6 @@ def _report(document: Document) -> Report:
         config_sha256=document.config.sha256,
         bases=document.bases,
         adapters=document.adapters,
+        shard=document.shard,
+        problems=document.problems,
     )

@@ -38,7 +38,8 @@ def render(report: Report) -> str:
     if _unjudged(report):
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), unjudged=True)})
         case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")
-        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = words.advice(report)
+        why = "\n".join([words.advice(report), *words.problems(report)])
+        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = safe_text(why)
     ET.indent(root)
     # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
     text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
@@ -46,7 +47,9 @@ def render(report: Report) -> str:
 
 
 def _unjudged(report: Report) -> bool:
-    return not report.complete or not report.adapters
+    if report.complete and report.is_empty_shard:
+        return False
+    return not report.complete or not report.adapters or bool(report.problems)
 
 
 def _suites(report: Report) -> dict[str, list[AdapterReport]]:

@@ -78,6 +78,7 @@ def _invocation(report: Report, *, left_out: int) -> Json:
     told = []
     if not report.complete:
         told.append({"level": "error", "message": {"text": words.advice(report)}})
+    told += [{"level": "error", "message": {"text": _plain(problem)}} for problem in words.problems(report)]
     if left_out:
         more = f"{words.counted(left_out, 'more result')} left out; report.json has all findings."
         told.append({"level": "warning", "message": {"text": more}})

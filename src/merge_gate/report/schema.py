@@ -96,8 +96,9 @@ def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
     for one in declared(cls):
         name = f"{prefix}{one.key}"
         listed.append((name, one))
-        if is_record(one.kind):
-            listed += _listed(one.kind, f"{name}.")
+        inner, _ = optional(one.kind)
+        if is_record(inner):
+            listed += _listed(inner, f"{name}.")
         elif get_origin(one.kind) is tuple and is_record(one.item) and one.item not in _SHARED and not one.as_rows:
             listed += _listed(one.item, f"{name}[].")
     return listed

@@ -38,6 +38,7 @@ def render(report: Report) -> str:
     blocks = [
         f"## {_RESULT_MARK[report.result]} merge-gate: {words.headline(report)}",
         words.advice(report),
+        *_problems(report),
         *_table(report),
         *_sections(report),
         *_warnings(report),
@@ -48,6 +49,11 @@ def render(report: Report) -> str:
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------
+
+
+def _problems(report: Report) -> list[str]:
+    said = words.problems(report)
+    return ["\n".join(f"- {prose(problem)}" for problem in said)] if said else []
 
 
 def _table(report: Report) -> list[str]:

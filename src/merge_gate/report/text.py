@@ -201,6 +201,8 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     said = f"{report.result.value.upper()}: {words.headline(report)}."
     shown: list[Line] = [((part, style),) for part in wrap(said, width)]
     shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
+    for problem in words.problems(report):
+        shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
     if output_dir:
         shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
     return shown

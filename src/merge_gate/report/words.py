@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NAME_LIMIT = 200
 MESSAGE_LIMIT = 600
+MOST_PROBLEMS = 20
+"""How many problems of a combination the formats for people show."""
 
 ORIGINS = {
     Origin.FILE: "in the adapter's files on disk",
@@ -153,13 +155,33 @@ def values(finding: Finding) -> str:
 
 def headline(report: Report) -> str:
     """The result of the run in one sentence, without its full stop."""
+    if report.complete and report.is_empty_shard:
+        return f"{part(report)}has nothing to judge"
+    return part(report) + _said(report)
+
+
+def part(report: Report) -> str:
+    """What stands before all that is said of a part of a run: `shard 2 of 4: `; empty for a whole run."""
+    return f"shard {report.shard.index} of {report.shard.count}: " if report.shard else ""
+
+
+def problems(report: Report) -> list[str]:
+    """What keeps shards from being one run, the first of it; each is a sentence without its full stop."""
+    said = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
+    more = len(report.problems) - len(said)
+    return [*said, f"and {counted(more, 'more problem')}, in report.json"] if more else said
+
+
+def _said(report: Report) -> str:
+    unfinished = "" if report.complete else "the run did not finish"
+    unfinished = "the shards are not one whole run" if report.problems else unfinished
     if not report.adapters:
-        return "no adapter was judged" if report.complete else "the run did not finish and no adapter was judged"
+        return f"{unfinished} and no adapter was judged" if unfinished else "no adapter was judged"
     total = len(report.adapters)
     names = {adapter.name for adapter in report.adapters}
     noun = "adapter" if len(names) == total else "merge"
     said = _counts(report, counted(total, noun), noun)
-    return said if report.complete else f"the run did not finish; so far {said}"
+    return f"{unfinished}; so far {said}" if unfinished else said
 
 
 def _counts(report: Report, everything: str, noun: str) -> str:
@@ -183,6 +205,10 @@ def _all_passed(report: Report, everything: str, noun: str) -> str:
 
 def advice(report: Report) -> str:
     """What the result means for whoever waits for it, in one sentence."""
+    if report.complete and report.is_empty_shard:
+        return "There are more shards than adapters. Whether the adapters pass is said by the shards that have them."
+    if report.problems and report.result is not Result.FAIL:
+        return "Nothing here clears an adapter for release: the shards are not one whole run."
     if not report.complete and report.result is not Result.FAIL:
         return "Nothing here clears an adapter for release: the run ended before its time. Run it again."
     if report.result is Result.FAIL:
@@ -191,7 +217,8 @@ def advice(report: Report) -> str:
         return "What could not be judged is not cleared for release; the gate stays closed until it is."
     bounded = sum(adapter.coverage.parameters_bounded for adapter in report.adapters)
     proof = f"; a bound proves it of {number(bounded)} that were not merged one by one" if bounded else ""
-    return f"Every parameter of every merged model is finite{proof}."
+    whose = " of this shard" if report.shard else ""
+    return f"Every parameter of every merged model{whose} is finite{proof}."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:

@@ -1,0 +1,93 @@
+"""What an adapter and its base are likely to cost, from names and sizes on disk: the same on every machine.
+
+In: a config and its entries. Out: `Cost`s. Reads sizes, and of adapter_config.json the base's name; no weights. What
+lies on the Hub has no size here: it may be in one machine's cache and not in another's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from merge_gate.identity import base_identity
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.terms import record
+
+MERGE_BYTES = 64 << 20
+LOAD_BYTES = 256 << 20
+"""What a merge and a load cost besides the bytes that they pass through, as bytes: with tiny bases it is all."""
+
+_LONGEST_CONFIG_BYTES = 1 << 20
+
+
+@record
+class Cost:
+    """Of one entry of the config: the base that it needs, what reading that costs, and what its own merges cost."""
+
+    base: tuple[str, str]
+    read_bytes: int
+    merge_bytes: int
+
+
+class Costs:
+    """The costs of one config's entries."""
+
+    def __init__(self, config: Config) -> None:
+        self._home = Path(config.path).resolve().parent
+        self._specs = {spec.name: spec for spec in config.adapters}
+        self._bases: dict[str, int] = {}
+
+    def of(self, spec: AdapterSpec) -> Cost:
+        """A merge passes through the weights of the base and the adapter's own, once for each dtype."""
+        members = [self._specs[name] for name in spec.combine.adapters] if spec.combine is not None else [spec]
+        model = spec.base.model or _named_base(members[0], self._home)
+        base_bytes = self._base_bytes(model) if model and Path(model).is_absolute() else 0
+        own_bytes = sum(_weight_bytes(member.path) for member in members if member.path)
+        dtypes = len(spec.base.dtypes)
+        return Cost(
+            base=(self._name(model), spec.base.revision or ""),
+            read_bytes=dtypes * (LOAD_BYTES + base_bytes),
+            merge_bytes=dtypes * (MERGE_BYTES + base_bytes + own_bytes),
+        )
+
+    def _name(self, model: str) -> str:
+        """A directory by its way from the config: the checkout may lie elsewhere on another machine."""
+        return os.path.relpath(model, self._home) if Path(model).is_absolute() else model
+
+    def _base_bytes(self, directory: str) -> int:
+        if directory not in self._bases:
+            try:
+                self._bases[directory] = sum(file.size_bytes for file in base_identity(directory))
+            except OSError:  # the preflight says what is wrong with it
+                self._bases[directory] = 0
+        return self._bases[directory]
+
+
+def _named_base(spec: AdapterSpec, home: Path) -> str:
+    """The base that adapter_config.json names, as `sources/inputs.py` takes it; empty where it cannot be told."""
+    named = _read_base_name(spec.path) if spec.path else ""
+    try:
+        return str(home / named) if named and (home / named).is_dir() else named
+    except (OSError, ValueError):  # a name that no file system takes
+        return named
+
+
+def _read_base_name(directory: str) -> str:
+    try:
+        path = Path(directory, "adapter_config.json")
+        if not path.is_file() or path.stat().st_size > _LONGEST_CONFIG_BYTES:
+            return ""
+        named = json.loads(path.read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):  # the preflight says what is wrong with it
+        return ""
+    return named if isinstance(named, str) else ""
+
+
+def _weight_bytes(directory: str) -> int:
+    """Of the weights alone: what else lies beside them may differ from machine to machine."""
+    try:
+        with os.scandir(directory) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.name.startswith("adapter_model."))
+    except OSError:
+        return 0
