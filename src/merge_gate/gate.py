@@ -135,7 +135,8 @@ class _Run:
         self._writer.write_first(self._report())
         try:
             quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
-            with WorkerProcess(quantizes=quantizes) as child:  # it imports while the names become files
+            worker = WorkerProcess(quantizes=quantizes) if self._specs else contextlib.nullcontext()
+            with worker as child:  # it imports while the names become files
                 self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
                 self._prepare(quick=quick)
                 supervise(self._job(), self._on_event, child)

@@ -58,6 +58,7 @@ def test_keys_stand_as_the_contract_has_them() -> None:
     document = parse(render(FAIL))
     assert list(document) == [
         "schema_version", "complete", "result", "counts", "tool", "environment", "config", "bases", "adapters",
+        "shard", "problems",
     ]  # fmt: skip
     assert list(document["environment"]) == [
         "python", "torch", "peft", "transformers", "bitsandbytes", "device", "device_name", "sandbox",

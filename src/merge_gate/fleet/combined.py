@@ -146,14 +146,15 @@ def _unfinished(parts: list[_Part]) -> Iterator[str]:
 def _other_versions(parts: list[_Part]) -> Iterator[str]:
     """Other versions of the libraries may judge otherwise."""
     first = parts[0]
-    for name in _VERSIONS:
-        ours = getattr(first.report.environment, name)
-        for part in parts[1:]:
-            theirs = getattr(part.report.environment, name)
-            if theirs != ours:
-                got, expected = one_line(theirs or "absent", _SHOWN), one_line(ours or "absent", _SHOWN)
-                yield f"{part.name} ran on {name} {got}, and {first.name} on {expected}"
-                break
+    for part in parts[1:]:
+        if part.shard.versions_sha256 != first.shard.versions_sha256:
+            theirs, ours = part.report.environment, first.report.environment
+            differing = [name for name in _VERSIONS if getattr(theirs, name) != getattr(ours, name)]
+            told = "other versions of the libraries, or other code of merge-gate"
+            if differing:
+                got, expected = (one_line(getattr(one, differing[0]) or "absent", _SHOWN) for one in (theirs, ours))
+                told = f"{differing[0]} {got}, expected {expected}"
+            yield f"{part.name} ran on {told}, unlike {first.name}"
 
 
 def _bases(parts: list[_Part]) -> tuple[tuple[BaseReport, ...], list[str]]:

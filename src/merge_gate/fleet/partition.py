@@ -9,13 +9,12 @@ do, the largest first. Ties are broken by name, so that neither the order of fil
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 
 from merge_gate import __version__
 from merge_gate.errors import UsageError
+from merge_gate.fleet import key
 from merge_gate.fleet.costs import Cost, Costs
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.report import Shard
@@ -71,8 +70,14 @@ def part_of(
         "shards": count,
         "entries": [[spec.name, list(spec.base.dtypes), shards[spec.name]] for spec in specs],
     }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    shard = Shard(index=index, count=count, plan_sha256=digest, entries=entries, positions=tuple(positions))
+    shard = Shard(
+        index=index,
+        count=count,
+        plan_sha256=key.key_of(plan),
+        versions_sha256=key.key_of([key.own_code(), key.libraries()]),
+        entries=entries,
+        positions=tuple(positions),
+    )
     return tuple(ours), shard
 
 

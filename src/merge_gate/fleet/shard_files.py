@@ -81,28 +81,44 @@ def _in(directory: Path) -> Iterator[Found]:
         yield Found(place=str(directory), problem=f"holds no {REPORT}, and no directory that could")
     yield from (Found(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])
     if len(below) > MOST_DIRECTORIES:
-        yield Found(place=str(directory), problem=f"holds {len(below):,} directories, of which 1,000 were read")
+        yield Found(
+            place=str(directory), problem=f"holds {len(below):,} directories, of which {MOST_DIRECTORIES:,} were read"
+        )
     yield from map(_read, [*places, *below[:MOST_DIRECTORIES]])
 
 
 def _read(place: Path) -> Found:
-    name = str(place)
+    path = place / REPORT
     try:
-        descriptor = os.open(place / REPORT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        data, file = _bytes_of(path)
+        report = json_report.read(data, str(path))
     except FileNotFoundError:
-        return Found(place=name, problem=f"holds no {REPORT}")
+        return Found(place=str(place), problem=f"holds no {REPORT}")
+    except _OddError as error:
+        return Found(place=str(place), problem=f"has a {REPORT} that {error}")
     except OSError as error:
-        why = "is a symbolic link, which is not followed" if (place / REPORT).is_symlink() else error.strerror
-        return Found(place=name, problem=f"has a {REPORT} that cannot be read: {why}")
-    with os.fdopen(descriptor, "rb") as file:
+        why = "is a symbolic link, which is not followed" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        return Found(place=str(place), problem=f"has a {REPORT} that {why}")
+    except GateError as error:
+        return Found(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
+    return Found(place=str(place), report=report, file=file)
+
+
+class _OddError(Exception):
+    """What lies there is nothing to read; the text says what it is."""
+
+
+def _bytes_of(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """The bytes of a regular file, and which file it is. O_NONBLOCK: a pipe is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            return Found(place=name, problem=f"has a {REPORT} that is no regular file")
-        data = file.read(LONGEST_BYTES + 1) if status.st_size <= LONGEST_BYTES else b""
-    if status.st_size > LONGEST_BYTES or len(data) > LONGEST_BYTES:
-        return Found(place=name, problem=f"has a {REPORT} of more than {LONGEST_BYTES:,} bytes")
-    try:
-        report = json_report.read(data, str(place / REPORT))
-    except GateError as error:
-        return Found(place=name, problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
-    return Found(place=name, report=report, file=(status.st_dev, status.st_ino))
+            raise _OddError("is no regular file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(LONGEST_BYTES + 1)  # it may grow meanwhile
+    finally:
+        os.close(descriptor)
+    if len(data) > LONGEST_BYTES:
+        raise _OddError(f"has more than {LONGEST_BYTES:,} bytes")
+    return data, (status.st_dev, status.st_ino)

@@ -139,6 +139,9 @@ class Shard:
         "Digest of the plan: configuration, version of merge-gate, options, all entries, and the shard of each. Shards "
         "with another one are not of the same run."
     )
+    versions_sha256: str = told(
+        "Digest of merge-gate's own code and of the versions of all libraries that take part in a verdict."
+    )
     entries: int = told("How many entries (adapters, times dtypes) the run has in all shards.")
     positions: tuple[int, ...] = told(
         "Of those, counted from 0 in the order of the file, the ones of this shard, as `adapters` has them; empty "
