@@ -18,6 +18,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from merge_gate import cli
+from merge_gate.command_line import commanded
 from merge_gate.config.load import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.judging.check import Symptom
@@ -143,7 +144,7 @@ def test_every_command_and_option_exists(command: str) -> None:
     if words[0].startswith("-"):
         assert words[0] in helped()
         return
-    text = helped(words[0])
+    text = helped(*commanded(words)[0].split())
     for option in re.findall(r"--[a-z-]+", command):
         assert option in text
 
