@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint e2e bench schemas clean help
+.PHONY: demo test lint e2e bench fuzz schemas clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
+	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "merge-gate needs Python 3.11 or newer")'
@@ -52,6 +53,10 @@ e2e: $(STAMPS)/e2e
 
 bench: $(STAMPS)/test
 	$(BIN)/python benchmarks/run.py
+
+FUZZ_SECONDS ?= 3600
+fuzz: $(STAMPS)/test
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test

@@ -211,3 +211,13 @@ def test_no_damage_gets_past_as_another_file(
 def named(loaded: Any) -> list[tuple[str, tuple[int, ...]]]:
     """Raises where there are no tensors by name."""
     return [(name, tuple(tensor.shape)) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)]
+
+
+def test_an_archive_whose_directory_points_before_its_start_is_damaged(tmp_path: Path) -> None:
+    """Not a disk that cannot be read, which would be nobody's fault."""
+    whole = bytearray(packed(b"\x80\x02}."))
+    place = whole.rindex(b"PK\x01\x02") + 42  # where the first member starts
+    whole[place : place + 4] = (1).to_bytes(4, "little")
+    end = whole.rindex(b"PK\x05\x06") + 16  # where the directory starts, for a file that lost its first bytes
+    whole[end : end + 4] = (len(whole)).to_bytes(4, "little")
+    assert "truncated or damaged" in refuse(tmp_path / "a.bin", bytes(whole))

@@ -11,6 +11,7 @@ is the object, and then the data (torch/serialization.py).
 
 from __future__ import annotations
 
+import errno
 import io
 import pickletools
 import re
@@ -81,7 +82,9 @@ def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:
                 raise CorruptFileError("is a zip archive, but none that torch.save wrote (it has no data.pkl)")
             with archive.open(name) as data:
                 raw = data.read(MAX_HEADER_BYTES + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's start is the file's
+            raise
         raise CorruptFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
     if len(raw) > MAX_HEADER_BYTES:
         raise CorruptFileError(f"has a data.pkl of more than {MAX_HEADER_BYTES:,} bytes, which is no list of tensors")

@@ -1,0 +1,188 @@
+"""What is fuzzed: each parser of something that strangers write, with what must hold of whatever it makes of any bytes.
+
+A target takes bytes and returns nothing. It lets through the parser's own refusal, which is its answer to a broken
+file, and raises anything else: what the parser did not expect, or an assertion on its answer. `bounded` holds the two
+figures that every input is held to.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from pathlib import Path
+
+from safetensors import deserialize
+
+from merge_gate.config.load import load_config
+from merge_gate.errors import ConfigError, UsageError
+from merge_gate.records.files import TensorHeader
+from merge_gate.report import compare, json_report, text
+from merge_gate.report.files import FORMATS
+from merge_gate.sources import adapter_config
+from merge_gate.sources.headers import CorruptFileError, parse_file
+from merge_gate.sources.pickled import read_pickled
+from merge_gate.text import has_hidden
+
+LONGEST_CPU_S = 1.0
+MOST_BYTES = 200 * 2**20
+FRAMED = b"F"
+"""The first byte of an input whose rest is put into the frame that a random change would break."""
+
+_LARGEST_FINDINGS = 200_000
+_TENSORS = tuple(
+    TensorHeader(name=f"base_model.model.layers.0.q_proj.lora_{side}.weight", dtype="F32", shape=shape)
+    for side, shape in (("A", (8, 16)), ("B", (16, 8)))
+)
+
+
+class OutOfBoundsError(Exception):
+    """An input took longer, or more memory, than an input may."""
+
+
+def bounded(target: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """Hold every input to its time (of the processor, so that a busy machine is nobody's fault) and its memory."""
+    before = _peak_bytes()
+
+    def held(data: bytes) -> None:
+        start_s = time.process_time()
+        target(data)
+        taken_s, grown = time.process_time() - start_s, _peak_bytes() - before
+        if taken_s > LONGEST_CPU_S or grown > MOST_BYTES:
+            raise OutOfBoundsError(f"{len(data):,} bytes of input took {taken_s:.2f} s and {grown / 2**20:.0f} MiB")
+
+    return held
+
+
+def _peak_bytes() -> int:
+    """Of this process alone: what getrusage says begins with the peak of the parent."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:", 1)[1].split(None, 1)[0]) * 1024
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[BufferedReader]:
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        with os.fdopen(file.fileno(), "rb", closefd=False) as reader:
+            yield reader
+
+
+def _sound(tensors: tuple[TensorHeader, ...]) -> None:
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
+    assert all(type(size) is int and size >= 0 for tensor in tensors for size in tensor.shape)
+
+
+# --- the parsers ---------------------------------------------------------------------------------------------------
+
+
+def headers(data: bytes) -> None:
+    """The header of a safetensors file. What is accepted, the library accepts as well, with the same tensors."""
+    if data.startswith(FRAMED):
+        size, header = 8 * sum(data[1:2]), data[2:]
+        data = len(header).to_bytes(8, "little") + header + bytes(size)
+    with _opened(data) as file:
+        try:
+            tensors = parse_file(file)
+        except CorruptFileError as error:
+            assert not has_hidden(str(error)), error
+            return
+    _sound(tensors)
+    known = {name: (one["dtype"], tuple(one["shape"])) for name, one in deserialize(data)}
+    assert known == {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+
+
+def pickled(data: bytes) -> None:
+    """A file of torch.save, read without unpickling."""
+    if data.startswith(FRAMED):
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as parts:
+            parts.writestr(zipfile.ZipInfo("archive/data.pkl"), data[1:])
+        data = archive.getvalue()
+    with _opened(data) as file:
+        try:
+            tensors = read_pickled(file, len(data))
+        except CorruptFileError as error:
+            assert not has_hidden(str(error)), error
+            return
+    _sound(tensors or ())
+
+
+def config_of_adapter(data: bytes) -> None:
+    """adapter_config.json. What is taken means what it means to any JSON parser; what is found is short."""
+    try:
+        parsed = adapter_config.parse(data)
+    except adapter_config.InvalidConfigError as error:
+        assert not has_hidden(str(error)), error
+        return
+    assert parsed == json.loads(data)
+    json.dumps(parsed, allow_nan=False).encode()
+    findings = adapter_config.judge(parsed, _TENSORS)
+    assert {one.check for one in findings} <= {"config-invalid", "config-unsafe"}
+    assert not any(has_hidden(one.message) for one in findings)
+    assert sum(len(one.message) + len(one.hint) for one in findings) < _LARGEST_FINDINGS
+
+
+def config(data: bytes) -> None:
+    """The configuration. A problem names a place in the file; without one, every adapter has a name of its own."""
+    path = _place() / "gate.yml"
+    path.write_bytes(data)
+    try:
+        loaded = load_config(str(path))
+    except ConfigError as error:
+        lines = data.count(b"\n") + data.count(b"\r") + sum(map(data.count, _OTHER_LINE_ENDS)) + 1
+        assert error.problems
+        assert all(1 <= one.line <= lines + 1 and one.column >= 1 for one in error.problems)
+        assert not any(has_hidden(one.message) or has_hidden(one.hint) for one in error.problems), error
+        return
+    names = [adapter.name for adapter in loaded.adapters]
+    assert names
+    assert len(set(names)) == len(names)
+
+
+_OTHER_LINE_ENDS = tuple(end.encode() for end in "\x85\u2028\u2029")
+_PLACES: list[Path] = []
+
+
+def _place() -> Path:
+    """A directory with a base and adapters, for as long as this process lives; in memory where there is such a disk."""
+    if not _PLACES:
+        shm = Path("/dev/shm")
+        _PLACES.append(Path(tempfile.mkdtemp(prefix="fuzz-", dir=shm if os.access(shm, os.W_OK) else None)))
+        atexit.register(shutil.rmtree, _PLACES[0], ignore_errors=True)
+        for name in ("models/base", "adapters/support", "adapters/team-a"):
+            (_PLACES[0] / name).mkdir(parents=True)
+    return _PLACES[0]
+
+
+def report(data: bytes) -> None:
+    """A stored report. What is read is shown in every format, changed by nothing, and read again as the same."""
+    try:
+        stored = json_report.read(data, "report.json")
+    except UsageError as error:
+        assert not has_hidden(str(error)), error
+        return
+    written = json_report.render(stored)
+    assert json_report.render(json_report.read(written.encode(), "report.json")) == written
+    for render in FORMATS.values():
+        render(stored).encode()
+    text.render(stored, "").encode()
+    changes = compare.compare(stored, stored)
+    (compare.render_text(changes) + compare.render_markdown(changes)).encode()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "headers": headers,
+    "pickled": pickled,
+    "adapter-config": config_of_adapter,
+    "config": config,
+    "report": report,
+}
