@@ -20,12 +20,12 @@ TEXTS = (
     "Infinity", "1.0", "<<", "./adapters/support", "acme/a", "trust_remote_code", "torch", "__metadata__", "all",
 )  # fmt: skip
 TOKENS = (
-    b"\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\t", b"1e999", b"NaN", b"-", b"&a ", b"*a", b"<<: ",
-    b"!!python/object:os.system ", b"!!binary ", b"? ", b"- ", b": ", b"|\n", b"---\n", b"...\n", b"%YAML 1.2\n", b"{",
-    b"}", b"[", b"]", b'"', b"'", b"\\ud800", b"PK\x03\x04", b"\x80\x02", b"}", b"(", b"t", b"R", b"u", b".", b"\x85", b"\x93",
-    b"q\x00", b"h\x00", b"Q",
-    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"cos\nsystem\n",
-    b"X\x07\x00\x00\x00storage", b"ccollections\nOrderedDict\n", b"\x8c\x05torch",
+    b"\xff", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\t", b"1e999", b"NaN", b"-", b"&a ", b"*a",
+    b"<<: ", b"!!python/object:os.system ", b"!!binary ", b"? ", b"- ", b": ", b"|\n", b"---\n", b"...\n",
+    b"%YAML 1.2\n", b"{", b"}", b"[", b"]", b'"', b"'", b"\\ud800", b"PK\x03\x04", b"\x80\x02", b"}", b"(", b"t",
+    b"R", b"u", b".", b"\x85", b"\x93", b"q\x00", b"h\x00", b"Q", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch\nFloatStorage\n", b"cos\nsystem\n", b"X\x07\x00\x00\x00storage", b"ccollections\nOrderedDict\n",
+    b"\x8c\x05torch",
 )  # fmt: skip
 _MOST_CHANGES, _DEEPEST = 4, 40
 

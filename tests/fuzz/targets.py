@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -27,7 +28,7 @@ from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.files import TensorHeader
 from merge_gate.report import compare, json_report, text
 from merge_gate.report.files import FORMATS
-from merge_gate.sources import adapter_config
+from merge_gate.sources import adapter_config, strict_json
 from merge_gate.sources.headers import CorruptFileError, parse_file
 from merge_gate.sources.pickled import read_pickled
 from merge_gate.text import has_hidden
@@ -119,12 +120,13 @@ def pickled(data: bytes) -> None:
 def config_of_adapter(data: bytes) -> None:
     """adapter_config.json. What is taken means what it means to any JSON parser; what is found is short."""
     try:
-        parsed = adapter_config.parse(data)
-    except adapter_config.InvalidConfigError as error:
+        parsed = strict_json.parse(data)
+    except strict_json.InvalidJsonError as error:
         assert not has_hidden(str(error)), error
         return
     assert parsed == json.loads(data)
-    json.dumps(parsed, allow_nan=False).encode()
+    record = adapter_config.recorded(parsed)
+    assert pickle.loads(pickle.dumps(record)) == record
     findings = adapter_config.judge(parsed, _TENSORS)
     assert {one.check for one in findings} <= {"config-invalid", "config-unsafe"}
     assert not any(has_hidden(one.message) for one in findings)
