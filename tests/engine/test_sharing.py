@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from merge_gate.engine import base as bases
 from merge_gate.engine.base import Base, Shape, load_base, named_tensors
-from merge_gate.engine.child import _judge_group
+from merge_gate.engine.child import Kept, _judge_group
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
 from merge_gate.engine.sharing import in_another_class
@@ -130,7 +130,7 @@ def test_eight_adapters_with_four_heads_read_the_body_once(
     monkeypatch.setattr(bases, "measure", measured)
     monkeypatch.setattr(bases, "load_base", from_files)
     group = fleet(shelf, tmp_path)
-    for event in _judge_group(0, group, Job(groups=(group,)), "cpu", lambda _: None):
+    for event in _judge_group(0, group, Job(groups=(group,), device="cpu"), lambda _: None, Kept(group)):
         events.append(event)
         if isinstance(event, (BaseLoading, BaseLoaded)):
             read.append(0)

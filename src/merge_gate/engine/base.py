@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.delta import Buffers
+from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
 from merge_gate.engine.quantized import dequantized, elements, is_quantized, scales
 from merge_gate.engine.stream import Weights
@@ -60,6 +62,7 @@ class Base:
     `initialised` names tensors that its files do not have, or not in this size. `template` is the scratch that the last
     adapter left as it was, for the next one (template.py).
     The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
+    Those of `hollow` have values only while they are `filled` (casting.py).
     """
 
     model: nn.Module
@@ -69,6 +72,7 @@ class Base:
     source: Source
     initialised: frozenset[str]
     template: Any = None
+    hollow: Hollow | None = None
     weights: Weights = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
 
@@ -85,6 +89,29 @@ class Base:
             self._buffers.own = Buffers()
         found: Buffers = self._buffers.own
         return found
+
+    def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """The tensors of these names have values inside of the `with` block."""
+        if self.hollow is None:
+            return nullcontext()
+        return self.hollow.filled(self.tensors[name] for name in names if name in self.tensors)
+
+    def values(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a tensor of the base stands for, until this thread asks for another one."""
+        return tensor if self.hollow is None else self.hollow.values(tensor, self._room)
+
+    def _room(self, size_bytes: int) -> torch.Tensor:
+        held: torch.Tensor | None = getattr(self._buffers, "cast", None)
+        if held is None or held.nbytes < size_bytes:
+            held = self._buffers.cast = torch.empty(size_bytes, dtype=torch.uint8)
+        return held
+
+    def was_misread(self) -> bool:
+        """Whether somebody has read a tensor that had no values; it has some from now on."""
+        if self.hollow is None or not self.hollow.fill_touched():
+            return False
+        self.template = None
+        return True
 
     def scratch(self, *, private: bool = False) -> nn.Module:
         """A copy with its own modules over the base's storage; with `private`, over copies of the tensors."""
@@ -277,7 +304,13 @@ def place_of(tensor: torch.Tensor) -> Place:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def measure_base(model: nn.Module, source: Source, loading: Loading, known: Mapping[Place, TensorStats]) -> Base:
+def measure_base(
+    model: nn.Module,
+    source: Source,
+    loading: Loading,
+    known: Mapping[Place, TensorStats],
+    hollow: Hollow | None = None,
+) -> Base:
     """Measure every parameter and persistent buffer, but for those of which another load knows the figures."""
     model.eval()
     model.requires_grad_(requires_grad=False)
@@ -311,6 +344,7 @@ def measure_base(model: nn.Module, source: Source, loading: Loading, known: Mapp
         stats={name: parts[0] for (name, _, _), parts in zip(found, stats, strict=True)},
         source=source,
         initialised=loading.initialised,
+        hollow=hollow,
     )
 
 

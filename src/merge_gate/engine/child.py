@@ -40,6 +40,7 @@ from merge_gate.engine.sandbox import confine, limit
 from merge_gate.engine.trial import try_patterns
 from merge_gate.errors import EngineError, Refused
 from merge_gate.identity import base_identity
+from merge_gate.records.files import FileIdentity
 from merge_gate.records.measured import Evidence, Refusal
 from merge_gate.records.report import Sandbox
 
@@ -96,9 +97,38 @@ def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]
                 yield Undecided(task=task.index, refusal=_refusal(error))
         return
     yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
+    job = replace(job, device=chosen.device)
+    kept: Kept | None = None
     for position, group in enumerate(job.groups):
         if group.tasks:
-            yield from _judge_group(position, group, job, chosen.device, progress)
+            kept = kept if kept is not None and kept.serves(group) else Kept(group)
+            yield from _judge_group(position, group, job, progress, kept)
+
+
+class Kept:
+    """Bases that were mapped from the files of a group, for the next group: the same files in another dtype."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._bases: dict[Shape, tuple[Base, tuple[FileIdentity, ...]]] = {}
+
+    def serves(self, group: Group) -> bool:
+        return replace(group, dtype=self._group.dtype, tasks=self._group.tasks) == self._group
+
+    def add(self, shape: Shape, base: Base, identity: tuple[FileIdentity, ...]) -> None:
+        from merge_gate.engine.casting import is_mapped  # noqa: PLC0415 - imports torch
+
+        if is_mapped(base):  # another one takes memory
+            self._bases[shape] = base, identity
+
+    def cast(self, shape: Shape, group: Group, identity: tuple[FileIdentity, ...]) -> Base | None:
+        """One of them in this group's dtype; None where that has to be loaded."""
+        from merge_gate.engine.casting import in_another_dtype  # noqa: PLC0415 - imports torch
+
+        base, found = self._bases.get(shape, (None, ()))
+        if base is None or found != identity:
+            return None
+        return in_another_dtype(base, shape, group.directory, group.dtype)
 
 
 def _choose_device(wanted: str) -> DeviceChosen:
@@ -130,15 +160,15 @@ def _cpu_name() -> str:
     return ""
 
 
-def _judge_group(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
+def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
     try:
         with pinned_directory(group.directory) as directory:
-            yield from _judge_pinned(position, replace(group, directory=directory), job, device, progress)
+            yield from _judge_pinned(position, replace(group, directory=directory), job, progress, kept)
     except OSError as error:
         yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
 
 
-def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: Listener) -> Iterator[Event]:
+def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
     from merge_gate.engine.shape import shape_for  # noqa: PLC0415 - as above
 
     by_shape: dict[Shape, list[tuple[Task, str | None]]] = {}
@@ -157,8 +187,9 @@ def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: 
             base = _in_another_class(base, shape)
             if base is None:  # the one before it is let go of first
                 identity = base_identity(group.directory)
-                base = _load(group, shape, job, device)
+                base = kept.cast(shape, group, identity) or _load(group, shape, job)
             verify_base(group.directory, group.label, identity)
+            kept.add(shape, base, identity)
         except Exception as error:
             base = None
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
@@ -171,7 +202,7 @@ def _judge_pinned(position: int, group: Group, job: Job, device: str, progress: 
             yield _judge_task(base, task, instead_of, progress)
 
 
-def _load(group: Group, shape: Shape, job: Job, device: str) -> Base:
+def _load(group: Group, shape: Shape, job: Job) -> Base:
     from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
 
     return bases.load_base(
@@ -181,7 +212,7 @@ def _load(group: Group, shape: Shape, job: Job, device: str) -> Base:
         revision=group.revision,
         dtype=group.dtype,
         quantization=group.quantization,
-        device=device,
+        device=job.device,
         trust_remote_code=job.trust_remote_code,
         allow_pickle=job.allow_pickle,
     )

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.base import wrap
+from merge_gate.engine.base import Base, wrap
 from merge_gate.engine.load import ADAPTER_NAME
 from merge_gate.engine.quantized import is_quantized
 
@@ -88,12 +88,14 @@ class Turns:
 class PrivateCopies:
     """A tuner layer over copies of the base's tensors, on the device that computes (`with` block).
 
+    The base's own tensors have values inside of the block, whatever they are outside (hollow.py).
+
     Of a quantised weight a wrapper is enough: PEFT puts a new parameter in its place, but marks the old one.
 
     Args:
         layer: PEFT's layer.
         slots: its tensors.
-        device: where the copies live.
+        base: whose they are; on its device the copies live.
         dtype: of the copies; as stored where it is None.
         keep_marks: leave PEFT's marks of what it has merged, for a merge that counts.
     """
@@ -102,16 +104,19 @@ class PrivateCopies:
         self,
         layer: Any,
         slots: list[Slot],
-        device: torch.device,
+        base: Base,
         *,
         dtype: torch.dtype | None = None,
         keep_marks: bool = False,
     ) -> None:
-        self._layer, self._slots, self._device, self._dtype, self._keep_marks = layer, slots, device, dtype, keep_marks
+        self._layer, self._slots, self._device, self._dtype = layer, slots, base.device, dtype
+        self._keep_marks = keep_marks
         self._found = [(slot.tensor, slot.parameter.data) for slot in slots]
+        self._filled = base.filled(slot.name for slot in slots)
         self._merged = {id(inner): list(inner.merged_adapters) for inner in self._tuners()}
 
     def __enter__(self) -> Self:
+        self._filled.__enter__()
         self.renew()
         return self
 
@@ -119,6 +124,7 @@ class PrivateCopies:
         """Put back what hung there before."""
         for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
             slot.put(tensor, data)
+        self._filled.__exit__(None, None, None)
         if not self._keep_marks:
             for inner in self._tuners():
                 inner.merged_adapters[:] = self._merged.get(id(inner), [])

@@ -125,7 +125,7 @@ def merge_in_blocks(
 ) -> Iterator[tuple[BlockLayer, TensorMerge | None]]:
     """Merge and measure each layer; None where PEFT has to say what is broken, or is at the edge of its dtype."""
     if base.device.type == "cpu":
-        merges = spread(lambda one: _measured(base, one, one.slot.data, leeway), planned)
+        merges = spread(lambda one: _measured(base, one, base.values(one.slot.data), leeway), planned)
         yield from zip(planned, merges, strict=True)
         return
     weights = base.weights.stream(one.slot.name for one in planned)  # one card: the next weight travels meanwhile

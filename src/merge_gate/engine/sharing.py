@@ -55,7 +55,8 @@ def in_another_class(known: Base, shape: Shape) -> Base | None:
     if model is None:
         return None
     stats = {place_of(tensor): known.stats[name] for name, tensor in known.tensors.items() if tensor.numel()}
-    return measure_base(model, known.source, loading, stats)
+    shared = measure_base(model, known.source, loading, stats, known.hollow)
+    return None if shared.was_misread() else shared
 
 
 def _built(known: Base, model_class: Any, shape: Shape) -> tuple[Any, Loading]:

@@ -93,7 +93,7 @@ def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
     """What a layer's parameters and buffers become when PEFT merges it; nothing is kept."""
     slots = slots_of(layer, loaded.slots)
     before = layer.get_base_layer()
-    with PrivateCopies(layer, slots, base.device):
+    with PrivateCopies(layer, slots, base):
         layer.merge(safe_merge=False)
         after = layer.get_base_layer()
         if after is before:

@@ -119,7 +119,7 @@ class Walk:
     def _witnesses(self, block: BlockLayer) -> bool:
         """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
         slots = slots_of(block.layer, self.loaded.slots)
-        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base.device):
+        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
             try:
                 block.layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
@@ -164,7 +164,7 @@ class Walk:
         for slot in slots:
             self._turns.begin(slot)
         before = layer.get_base_layer()
-        with PrivateCopies(layer, slots, self.base.device, keep_marks=True) as copies:
+        with PrivateCopies(layer, slots, self.base, keep_marks=True) as copies:
             safe = self._tried(by_peft, safe_merge=True)
             if not safe or _at_the_edge(slots):
                 copies.renew()
@@ -232,7 +232,7 @@ class Walk:
         if not rounded:
             return {}
         try:
-            with PrivateCopies(layer, slots, self.base.device, dtype=torch.float32):
+            with PrivateCopies(layer, slots, self.base, dtype=torch.float32):
                 by_peft(safe_merge=False)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except (MemoryError, torch.OutOfMemoryError):

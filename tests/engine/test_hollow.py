@@ -1,0 +1,103 @@
+"""Tensors without values: they have them while they are filled, and whoever reads them before is found out."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from merge_gate.engine.hollow import CASTABLE, Hollow
+
+SHAPES = {"matrix": (40, 33), "vector": (700,), "scalar": (), "pages": (64, 1024)}
+
+
+def sources(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def hollow(given_: dict[str, torch.Tensor], dtype: torch.dtype = torch.float16) -> Hollow:
+    return Hollow(given_, dict.fromkeys(given_, dtype))
+
+
+@given(source=st.sampled_from(CASTABLE), dtype=st.sampled_from(CASTABLE))
+def test_filled_it_is_the_cast_and_afterwards_nothing(source: torch.dtype, dtype: torch.dtype) -> None:
+    given_ = sources(source)
+    made = hollow(given_, dtype)
+    assert not made.fill_touched()
+    with made.filled(made.tensors.values()):
+        assert all(torch.equal(made.tensors[name], tensor.to(dtype)) for name, tensor in given_.items())
+    assert not made.fill_touched()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_who_reads_it_empty_is_found_out(name: str) -> None:
+    given_ = sources()
+    made = hollow(given_)
+    assert not made.tensors[name].flatten()[-1:].any()  # read
+    assert made.fill_touched()
+    assert torch.equal(made.tensors[name], given_[name].half())
+    assert not made.fill_touched()
+    others = [tensor for other, tensor in made.tensors.items() if other != name]
+    with made.filled(others):
+        pass
+    assert not made.fill_touched()
+
+
+def test_who_reads_it_before_it_is_filled_is_found_out() -> None:
+    made = hollow(sources())
+    made.tensors["matrix"].sum()
+    with made.filled([made.tensors["matrix"]]):
+        pass
+    assert made.fill_touched()
+    assert not made.fill_touched()
+
+
+def test_who_writes_to_it_is_found_out() -> None:
+    made = hollow(sources())
+    made.tensors["pages"][5].fill_(1)
+    assert made.fill_touched()
+
+
+def test_a_copy_of_it_is_found_out() -> None:
+    made = hollow(sources())
+    made.tensors["matrix"].clone()
+    assert made.fill_touched()
+
+
+def test_values_do_not_touch_it() -> None:
+    given_ = sources()
+    made = hollow(given_)
+    rooms: list[int] = []
+
+    def room(size_bytes: int) -> torch.Tensor:
+        rooms.append(size_bytes)
+        return torch.empty(size_bytes + 64, dtype=torch.uint8)
+
+    for name, tensor in given_.items():
+        assert torch.equal(made.values(made.tensors[name], room), tensor.half())
+    assert rooms == [tensor.numel() * 2 for tensor in given_.values()]
+    assert not made.fill_touched()
+    assert made.values(given_["matrix"], room) is given_["matrix"]
+
+
+def test_it_stays_filled_as_long_as_one_thread_reads() -> None:
+    given_ = sources()
+    made = hollow(given_)
+    meet = threading.Barrier(8)
+
+    def read(number: int) -> bool:
+        meet.wait()
+        good = True
+        for _ in range(200):
+            with made.filled([made.tensors["matrix"], made.tensors["vector"]][: 1 + number % 2]):
+                good = good and torch.equal(made.tensors["matrix"], given_["matrix"].half())
+        return good
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(8)))
+    assert not made.fill_touched()
