@@ -46,6 +46,13 @@ def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> Non
     assert outcome.blocked(Entry(prepared=prepared, dtype="float32")) is None
 
 
+@pytest.mark.parametrize("version", ["0.21.2", None])
+def test_the_release_that_saved_it_is_reported(version: str | None) -> None:
+    member = files(config={"peft_version": version} if version else {})
+    report = outcome.checked(Prepared(spec=spec(), members=(member,)))
+    assert (report.peft_type, report.saved_by) == ("LORA", version)
+
+
 @pytest.mark.parametrize("severity", list(Severity))
 def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
     severity: Severity, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,7 @@ def _report(
         revision=entry.prepared.revision,
         base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
         peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
+        saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
         verdict=what,
         cause=cause,
         findings=findings,

@@ -62,6 +62,10 @@ class AdapterReport:
     peft_type: str | None = told(
         "PEFT's name of the method, such as `LORA`; null where it could not be read.", default=None
     )
+    saved_by: str | None = told(
+        "Version of PEFT that saved it, by its adapter_config.json; null where that does not say (before PEFT 0.18).",
+        default=None,
+    )
     verdict: Verdict = told("`error` where it could not be judged. Only `passed` clears it.")
     cause: str | None = told(
         "Id of the check that decided, the one nearest the root; `not-judged` with the verdict `error`; null when "
