@@ -27,7 +27,7 @@ from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
 from tests.conftest import lay_out
 from tests.engine.test_bits import peft_merge
-from tests.faults import FAULTS
+from tests.faults import FAULTS, HEALTHY
 from tests.generated import held
 from tests.models import VARIANTS
 
@@ -262,6 +262,23 @@ def test_an_example_is_what_the_gate_says(check: str, judged: Judged) -> None:
     said = {shorn(f.message) for report in judged.reports.values() for f in report.findings if f.check == check}
     nearest = difflib.get_close_matches(shorn(example), said, 1, 0)
     assert shorn(example) in said, f"the gate says: {nearest}"
+
+
+@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
+def test_a_section_links_what_happened_to_others(check: str) -> None:
+    _, _, happened = section(CHECKS_PAGE, check).partition("\n**It happened.**\n")
+    links = re.findall(r"\[([\w./-]+)#(\d+)\]\(https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)\)", happened)
+    assert links, "no incident, and no word why there is none"
+    for name, number, repository, linked in links:
+        assert (f"huggingface/{name}" if "/" not in name else name, number) == (repository, linked)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_cases_of_a_section_have_its_check(check: str) -> None:
+    (named,) = re.findall(r"^Cases: ((?:`[\w.-]+`[,.]\s*)+)", section(CHECKS_PAGE, check), re.MULTILINE)
+    cases = {case.name: {case.cause, *case.warnings} for case in (*FAULTS, *HEALTHY)}
+    for name in re.findall(r"`([\w.-]+)`", named):
+        assert check in cases[name], name
 
 
 def shorn(message: str) -> str:
