@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INPUTS = (
     "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "mounts", "memory", "shm-size", "cpus",
     "timeout-minutes", "working-directory", "fail-on", "upload-report", "artifact-name", "retention-days", "output",
-    "args",
+    "shard", "args",
 )  # fmt: skip
 """The action's inputs that travel as words. `hf-token` is not among them: a token stays in the environment."""
 

@@ -50,6 +50,12 @@ def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -
     assert first.output != second.output
 
 
+def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
+    inputs = action.read_inputs(words(shard="2/4", args="--quick"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
+    assert inputs.arguments == ("--shard", "2/4", "--quick")
+    assert inputs.artifact_name.startswith("merge-gate-report-release-gate-shard-2-of-4-")
+
+
 def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
     directory = Path(environ["GITHUB_WORKSPACE"], "--output=x y")
     directory.mkdir()
@@ -91,6 +97,10 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("args", "--out=x"),
         ("args", "--device cpu"),
         ("args", "--container"),
+        ("args", "--shard 1/2"),
+        ("shard", "2"),
+        ("shard", "0/2"),
+        ("shard", "2/4 --quick"),
     ],
 )
 def test_a_wrong_input_is_named_with_what_was_expected(environ: dict[str, str], name: str, value: str) -> None:

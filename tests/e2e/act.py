@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 UPLOAD = "actions/upload-artifact@043fb46d1a93c77aae656e7c1c64a875d1fc6a0a"
+DOWNLOAD = "actions/download-artifact@3e5f45b2cfb9172054b4087a40e8e0b5a5461e7c"
 TAG = f"e2e-{os.getpid()}"
 """Tells the images and jobs of this run of the tests from those of another one on the same machine."""
 ACTION_FILES = ("action.yml", "entrypoint.py", "vendor", "src")
@@ -136,6 +137,7 @@ def run_act(
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
         "--artifact-server-port", free_port(),
         "--local-repository", f"{UPLOAD}={HERE / 'upload-artifact-standin'}",
+        "--local-repository", f"{DOWNLOAD}={HERE / 'download-artifact-standin'}",
     ]  # fmt: skip
     if payload is not None:
         (home / "event.json").write_text(json.dumps(payload), encoding="utf-8")

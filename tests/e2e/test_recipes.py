@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.demo import EXPECTED
 from tests.e2e.act import ROOT, ActRun, make_repository, run_act
 from tests.e2e.github import BOT, GitHub, archive, serving
 from tests.hub import LoopbackHub
@@ -101,6 +103,61 @@ def test_a_run_without_a_report_says_so(comment) -> None:
     github = GitHub(pulls=of_the_fork())
     assert comment(github, ended()).code == 0
     assert "[Run and report]" in github.comments[0]["body"]
+
+
+# --- a fleet ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(tool, tmp_path: Path, installed: Path, released: Path, demo: Path):
+    """The matrix over the demo's adapters; its last job runs on this machine instead of in the image."""
+
+    def fleet(config: str, *changes: tuple[str, str]) -> ActRun:
+        (tmp_path / "repository").mkdir()
+        shutil.copytree(demo, tmp_path / "repository", dirs_exist_ok=True)
+        shutil.copy(demo / config, tmp_path / "repository" / "merge-gate.yml")
+        repository = make_repository(tmp_path / "repository", "fleet-matrix.yml", RECIPES)
+        workflow = repository / ".github" / "workflows" / "fleet-matrix.yml"
+        text = re.sub(r"^    container: .*\n", "", workflow.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for old, new in (("OWNER/", "acme/"), *changes):
+            assert old in text
+            text = text.replace(old, new)
+        workflow.write_text(text, encoding="utf-8")
+        return run_act(
+            tool("act"), repository, "fleet-matrix.yml", tmp_path / "run", python=installed, consumer_of=released,
+            event="pull_request",
+        )  # fmt: skip
+
+    return fleet
+
+
+def test_a_broken_adapter_in_one_shard_is_the_verdict_of_all(fleet) -> None:
+    run = fleet("merge-gate.yml")
+    assert run.code == 1, run.text
+    names = {f"merge-gate-shard-{number}" for number in (1, 2, 3, 4)}
+    assert set(run.artifacts) == {*names, "merge-gate-report"}, run.text
+    report = run.report("merge-gate-report")
+    assert (report["result"], report["complete"], report["problems"]) == ("fail", True, [])
+    assert {(one["name"], one["base"]["dtype"]): (one["verdict"], one["cause"]) for one in report["adapters"]} == {
+        key: (str(verdict), cause) for key, (verdict, cause) in EXPECTED.items()
+    }
+    assert {run.report(name)["result"] for name in names} >= {"fail"}
+
+
+def test_a_fleet_that_is_sound_is_green_with_more_shards_than_adapters(fleet) -> None:
+    run = fleet("green.yml")
+    assert run.code == 0, run.text
+    assert [len(run.report(f"merge-gate-shard-{number}")["adapters"]) for number in (1, 2, 3, 4)] == [1, 0, 0, 0]
+    report = run.report("merge-gate-report")
+    assert (report["result"], len(report["adapters"])) == ("pass", 1)
+
+
+def test_an_artifact_that_is_missing_leaves_no_verdict(fleet) -> None:
+    """Also of a shard that had nothing to judge."""
+    run = fleet("green.yml", ("fail-on: never", "upload-report: ${{ matrix.shard != 3 }}\n          fail-on: never"))
+    assert run.code == 1, run.text
+    report = run.report("merge-gate-report")
+    assert (report["result"], report["problems"]) == ("error", ["of 4 shards, 3 is missing"])
 
 
 # --- a push to the Hub -----------------------------------------------------------------------------------------------

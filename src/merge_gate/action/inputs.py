@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
-OURS = ("--output", "--device", "--container", "--image", "--gpus")
+OURS = ("--output", "--device", "--container", "--image", "--gpus", "--shard")
 """Options of `merge-gate run` that have an input of their own, or none."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 
@@ -46,6 +46,7 @@ CHECKS: tuple[_Check, ...] = (
     ("artifact-name", r'[^"<>|*?\r\n\\/:\0]*', 'a name without " : < > | * ? \\ / and line breaks'),
     ("retention-days", r"\d{1,3}", f"0 to {_RETENTION_LIMIT_DAYS} days (0: the repository's default)"),
     ("output", r"[^\0\r\n]*", "a directory"),
+    ("shard", r"([1-9]\d{0,4}/[1-9]\d{0,4})?", "a part such as 2/4, counted from 1"),
 )
 DEFAULTS = {
     "runtime": "auto", "gpus": "auto", "device": "auto", "pull": "missing", "fail-on": "broken",
@@ -106,10 +107,10 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
         fail_on=given["fail-on"],
         upload_report=given["upload-report"] == "true",
-        artifact_name=given["artifact-name"] or _artifact_name(environ),
+        artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),
         output=output,
-        arguments=arguments,
+        arguments=(*(["--shard", given["shard"]] if given["shard"] else []), *arguments),
     )
 
 
@@ -172,10 +173,11 @@ def _new_output(environ: Mapping[str, str]) -> Path:
     return parent / f"merge-gate-{secrets.token_hex(4)}" / "report"
 
 
-def _artifact_name(environ: Mapping[str, str]) -> str:
+def _artifact_name(environ: Mapping[str, str], shard: str) -> str:
     """A second artifact of the same name fails its job, so legs of a matrix and repeated uses must differ.
 
     Nothing that a step can see tells two calls of one reusable workflow apart; hence the random end.
     """
-    parts = (environ.get("GITHUB_JOB", ""), environ.get("MERGE_GATE_JOB_INDEX", ""), secrets.token_hex(3))
+    leg = "shard-" + shard.replace("/", "-of-") if shard else environ.get("MERGE_GATE_JOB_INDEX", "")
+    parts = (environ.get("GITHUB_JOB", ""), leg, secrets.token_hex(3))
     return re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(["merge-gate-report", *(part for part in parts if part)]))
