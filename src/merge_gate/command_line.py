@@ -1,7 +1,7 @@
 """argv → a namespace: commands, options, help texts. Runs nothing, and imports nothing that takes time.
 
 In: the words of the command line. Out: their values; `command` names the command. Knows no other module of the package
-but its version.
+but its version and the names of the report's files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from merge_gate import __version__
+from merge_gate.output_files import OUTPUT_FILES
 
 DEFAULT_OUTPUT = "merge-gate-report"
 
@@ -134,7 +135,7 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     told = "show a stored report, or what changed from one to another (exit code 1 if something broke or got worse)"
     report = commands.add_parser("report", help="show a report again, or what changed", description=told)
     report.add_argument("reports", nargs="+", metavar="REPORT", help="the report.json of a run; two are compared")
-    formats = ("terminal", "markdown", "html", "junit", "sarif")
+    formats = ("terminal", *(one.word for one in OUTPUT_FILES if one.word))
     report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from merge_gate.errors import ExitCode
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import AdapterReport, BaseReport
 from merge_gate.records.terms import Finding
@@ -23,9 +24,17 @@ DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="ut
 SECTIONS = dict(zip(*[iter(re.split(r"^#+ (.*)$", DOCS, flags=re.MULTILINE)[1:])] * 2, strict=True))
 
 
+def file_table() -> str:
+    """The formats, as docs/report.md has them."""
+    words = {one.name: f"`{one.word}`" if one.word else "" for one in OUTPUT_FILES}
+    rows = [f"| `{one.name}` | {words[one.name]} | {one.readers} | {one.content} |" for one in OUTPUT_FILES]
+    return "\n".join(["| file | `--format` | for | what it is |", "|---|---|---|---|", *rows])
+
+
 @pytest.mark.parametrize(
     ("block", "table"),
     [
+        ("files of a run", file_table()),
         ("fields of Document", field_table(Document)),
         ("fields of BaseReport", field_table(BaseReport)),
         ("fields of AdapterReport", field_table(AdapterReport)),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
+from merge_gate.output_files import OUTPUT_FILES
 
 with contextlib.suppress(ImportError):  # not on Windows, where the step ends before it comes to this
     import fcntl
@@ -24,15 +25,8 @@ with contextlib.suppress(ImportError):  # not on Windows, where the step ends be
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_MB = 1024 * 1024
-LIMITS_BYTES = {
-    "report.json": 256 * _MB,
-    "summary.md": 64 * _MB,
-    "report.html": 256 * _MB,
-    "junit.xml": 256 * _MB,
-    "report.sarif": 256 * _MB,
-}
-"""The files of a report and how large each may be; 1,000 adapters make a report.json of about 2 MB."""
+LIMITS_BYTES = {one.name: one.limit_bytes for one in OUTPUT_FILES}
+"""The files of a report and how large each may be."""
 _CHUNK = 1024 * 1024
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
-from merge_gate.report import html_report, json_report, junit, sarif, summary
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.directory import explained, make_directory
 
 if TYPE_CHECKING:
@@ -23,19 +24,11 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
 FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
-    {
-        "report.json": json_report.render,
-        "summary.md": summary.render,
-        "report.html": html_report.render,
-        "junit.xml": junit.render,
-        "report.sarif": sarif.render,
-    }
+    {one.name: import_module(f"merge_gate.report.{one.made_by}").render for one in OUTPUT_FILES}
 )
 """File name and renderer of each format, the one that must not be lost first."""
 
-WORDS: Mapping[str, str] = MappingProxyType(
-    {"html": "report.html", "markdown": "summary.md", "junit": "junit.xml", "sarif": "report.sarif"}
-)
+WORDS: Mapping[str, str] = MappingProxyType({one.word: one.name for one in OUTPUT_FILES if one.word})
 """What a person asks for with `merge-gate report --format`, and the file that a run writes of it."""
 
 
