@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+LONGEST_STALL_S = 120.0
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")
 
 
@@ -49,6 +50,19 @@ class Failure:
     headers: dict[str, str]
 
 
+@dataclass
+class Damage:
+    """The next `times` bodies whose path matches `pattern` arrive damaged.
+
+    `stall`: the first half, and no more. `cut`: the first half, and the end of the connection. `short`: the first half,
+    said to be all of it. `other`: as many bytes, of which the last is another. `silence`: not even a status line.
+    """
+
+    pattern: str
+    kind: str
+    times: int
+
+
 @dataclass(frozen=True)
 class Request:
     method: str
@@ -62,7 +76,10 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.ranges: list[str] = []
         self.failures: list[Failure] = []
+        self.damages: list[Damage] = []
+        self.is_over = threading.Event()
         self.tokens: set[str] = set()
         self.on_request: Callable[[str], object] = lambda path: path
         self._lock = threading.Lock()
@@ -79,6 +96,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.is_over.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -107,15 +125,25 @@ class LoopbackHub:
     def fail(self, pattern: str, status: int, *, times: int = 10**6, **headers: str) -> None:
         self.failures.append(Failure(pattern, status, times, {k.replace("_", "-"): v for k, v in headers.items()}))
 
+    def damage(self, pattern: str, kind: str, *, times: int = 10**6) -> None:
+        self.damages.append(Damage(pattern, kind, times))
+
     def paths(self, method: str | None = None) -> list[str]:
         return [request.path for request in self.requests if method in {None, request.method}]
 
     def next_failure(self, path: str) -> Failure | None:
+        return self._next(self.failures, path)
+
+    def next_damage(self, path: str) -> str:
+        damage = self._next(self.damages, path)
+        return damage.kind if damage else ""
+
+    def _next(self, listed: list[Any], path: str) -> Any:
         with self._lock:
-            for failure in self.failures:
-                if failure.times > 0 and re.search(failure.pattern, path):
-                    failure.times -= 1
-                    return failure
+            for one in listed:
+                if one.times > 0 and re.search(one.pattern, path):
+                    one.times -= 1
+                    return one
         return None
 
 
@@ -131,6 +159,13 @@ def _describe(name: str, content: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _sha1(content)}
     if _is_lfs(name):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return entry
+
+
+def _sibling(name: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": _sha1(content)}
+    if _is_lfs(name):
+        entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return entry
 
 
@@ -158,6 +193,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.hub.requests.append(Request(self.command, path, self._token()))
         self.hub.on_request(path)
+        if path.startswith("/api/") and (kind := self.hub.next_damage(path)):
+            self._send_damaged(kind, 200, b"{}", {})
+            return
         if failure := self.hub.next_failure(path):
             self._send(failure.status, b"", failure.headers)
             return
@@ -196,10 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_info(self, repo_id: str, revision: str) -> None:
         repo, commit = self._find(repo_id, revision)
-        siblings = [
-            {"rfilename": name, "size": len(content), "blobId": _sha1(content)}
-            for name, content in repo.commits[commit].items()
-        ]
+        siblings = [_sibling(name, content) for name, content in repo.commits[commit].items()]
         info = {"id": repo_id, "sha": commit, "private": repo.private, "gated": repo.gated, "siblings": siblings}
         self._send_json(info | {"tags": [], "downloads": 0, "likes": 0})
 
@@ -231,14 +266,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_content(content, headers)
 
     def _send_content(self, content: bytes, headers: dict[str, str]) -> None:
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if start is None:
-            self._send(200, content, headers | {"Accept-Ranges": "bytes"})
-            return
-        begin = int(start[1])
-        self._send(
-            206, content[begin:], headers | {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
-        )
+        asked = self.headers.get("Range") or ""
+        self.hub.ranges += [asked] if asked else []
+        start = re.fullmatch(r"bytes=(\d+)-", asked)
+        begin = int(start[1]) if start else 0
+        status, place = 200, {"Accept-Ranges": "bytes"}
+        if start:
+            status, place = 206, {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+        kind = self.hub.next_damage(urlsplit(self.path).path) if self.command == "GET" else ""
+        if kind:
+            self._send_damaged(kind, status, content[begin:], headers | place)
+        else:
+            self._send(status, content[begin:], headers | place)
 
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -251,6 +290,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _send_damaged(self, kind: str, status: int, content: bytes, headers: dict[str, str]) -> None:
+        half = content[: len(content) // 2]
+        if kind == "short":
+            self._send(status, half, headers)
+        elif kind == "other":
+            self._send(status, content[:-1] + bytes([content[-1] ^ 1]), headers)
+        else:
+            self.close_connection = True
+            if kind != "silence":
+                self.send_response(status)
+                for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(half)
+                self.wfile.flush()
+            if kind != "cut":
+                self.hub.is_over.wait(LONGEST_STALL_S)
 
 
 def _handler_of(hub: LoopbackHub) -> type[_Handler]:

@@ -13,6 +13,7 @@ import os
 import ssl
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -20,13 +21,13 @@ import pytest
 
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.sources.hub import translate
+from merge_gate.sources.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, translate
 from merge_gate.sources.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
+from tests.command import wait_until
 from tests.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 CLIENT = """
 import json, sys
@@ -47,6 +48,7 @@ for call in json.load(sys.stdin):
     try:
         from merge_gate.sources import hub
         hub.PAUSES_S = (0.01, 0.02)
+        hub._REQUEST_TIMEOUT_S = 1.0
         got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
         directory = got.snapshot.directory
         import os
@@ -421,6 +423,81 @@ def test_a_failure_during_the_download(hub: LoopbackHub, client: Client) -> None
     hub.add_repo("acme/lora", ADAPTER)
     hub.fail("/cdn/", 404)
     assert "refused the request" in client.adapter("acme/lora")["error"]
+
+
+def content_of(answer: dict[str, Any]) -> dict[str, bytes]:
+    directory = Path(answer["directory"])
+    return {name: (directory / name).read_bytes() for name in answer["names"]}
+
+
+CHUNK_BYTES = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE
+"""What huggingface_hub writes at once: less than that leaves nothing to go on from."""
+
+CHOSEN = {"adapter_config.json": CONFIG, "adapter_model.safetensors": TENSORS}
+LARGE = CHOSEN | {"adapter_model.safetensors": TENSORS + bytes(2 * CHUNK_BYTES)}
+
+
+@pytest.mark.parametrize(("kind", "resumes"), [("cut", True), ("stall", True), ("short", False)])
+def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Client, kind: str, resumes: bool) -> None:
+    hub.add_repo("acme/lora", LARGE)
+    hub.damage("/cdn/", kind, times=1)
+    answer = client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert content_of(answer) == LARGE
+    assert hub.ranges == ([f"bytes={CHUNK_BYTES}-"] if resumes else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("cut", "broke off again and again"), ("stall", "did not answer in time"), ("short", "arrived incomplete")],
+)
+def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
+    hub: LoopbackHub, client: Client, kind: str, said: str
+) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.damage("/cdn/", kind)
+    assert said in client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"]
+    assert "is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adapter_model.safetensors", "SHA-256"), ("adapter_config.json", "git")])
+def test_other_bytes_than_those_that_are_listed_leave_the_cache(
+    hub: LoopbackHub, client: Client, name: str, kind: str
+) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.damage(f"(cdn|resolve).*{name}", "other", times=1)
+    error = client.adapter("acme/lora")["error"]
+    assert f"{name}' of 'acme/lora' arrived with other bytes" in error
+    assert kind in error
+    assert f"{name} is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    assert content_of(client.adapter("acme/lora")) == CHOSEN
+
+
+def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client) -> None:
+    hub.damage("/api/models", "silence")
+    answer = client.adapter("acme/lora")
+    assert "did not answer in time" in answer["error"]
+    assert len(answer["notes"]) == len(PAUSES_S)
+
+
+def test_a_network_that_is_dead_is_told_within_a_minute() -> None:
+    """A request is made three times; huggingface_hub makes one for a file six times, a second apart."""
+    assert 3 * _REQUEST_TIMEOUT_S + sum(PAUSES_S) < 60
+    assert 6 * (_DOWNLOAD_TIMEOUT_S + 1) < 60
+
+
+def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", LARGE)
+    hub.damage("/cdn/", "stall", times=1)
+    call = json.dumps([{"kind": "adapter", "id": "acme/lora", "revision": None}])
+    command = [sys.executable, "-P", "-c", CLIENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=client.env, cwd=client.home.parent) as run:
+        assert run.stdin is not None
+        run.stdin.write(call.encode())
+        run.stdin.close()
+        wait_until(lambda: any(path.stat().st_size for path in client.home.rglob("*.incomplete")), run)
+        run.kill()
+    assert "is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    assert content_of(client.adapter("acme/lora")) == LARGE
 
 
 def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ In: a Hub id, a revision, and a function that chooses from the repository's file
 1. One request turns the revision into a commit and lists the repository's files.
 2. The caller chooses from the list.
 3. These files are fetched at that commit: whatever moves in the repository meanwhile changes nothing.
+4. What has arrived is compared with the digests that the Hub lists; other bytes leave the cache.
 
 Offline (HF_HUB_OFFLINE=1) the cache's own refs and listings answer instead of the Hub.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -37,6 +39,8 @@ from merge_gate.sources.headers import shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from huggingface_hub.hf_api import RepoSibling
+
     Choose = Callable[[frozenset[str]], tuple[str, ...]]
 
 T = TypeVar("T")
@@ -45,8 +49,12 @@ PAUSES_S = (1.0, 4.0)
 """Waits before the second and the third try of a request that failed for a passing reason."""
 
 _LONGEST_PAUSE_S = 60.0
-_REQUEST_TIMEOUT_S = 30.0
+_REQUEST_TIMEOUT_S = 10.0
+_DOWNLOAD_TIMEOUT_S = 8
+"""Without a byte; huggingface_hub asks six times before it gives up, which so takes less than a minute."""
+
 _LISTED = 6
+_DIGEST_SHOWN = 16
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\[]*", re.ASCII)
 """What git allows as the name of a ref; it becomes part of a path in the cache."""
 
@@ -68,7 +76,7 @@ def fetch(
     repo_id: str, revision: str | None, choose: Choose, *, token: str | None, notify: Callable[[str], None]
 ) -> Fetched:
     """Fetch what `choose` picks from the names of the repository's files; all of it is there when this returns."""
-    _silence_progress_bars()
+    _set_up_library()
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ResolveError(
             f"{shown(revision)} is not the name of a revision of {shown(repo_id)}",
@@ -98,18 +106,23 @@ class _Repository:
         commit = info.sha
         if not commit:
             raise ResolveError(f"{_host()} answered without a commit for {self.what}", hint=_CHECK_ENDPOINT)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        files = {file.rfilename: file for file in info.siblings or ()}
         # 2. What is needed of it.
-        names = frozenset(sizes)
+        names = frozenset(files)
         wanted = choose(names)
+        new = [name for name in wanted if not self._is_cached(name, commit)]
         # 3. Fetch at that commit. The first call leaves the revision's ref in the cache, for offline runs; where the
         #    revision has moved on since step 1, the second goes back to the commit.
-        total_bytes = sum(sizes[n] for n in wanted)
+        total_bytes = sum(files[name].size or 0 for name in wanted)
         self.notify(f"fetching {self.what} at {commit[:12]}: {len(wanted)} files, {_shown_bytes(total_bytes)}")
-        directory = self._ask(lambda: self._download(self.revision, wanted))
+        directory = self._ask(lambda: self._download(self.revision, wanted), is_patient=True)
         if Path(directory).name != commit:
-            directory = self._ask(lambda: self._download(commit, wanted))
-        return self._check(directory, wanted, withheld=names - set(wanted))
+            directory = self._ask(lambda: self._download(commit, wanted), is_patient=True)
+        fetched = self._check(directory, wanted, withheld=names - set(wanted))
+        # 4. The bytes are those that the Hub lists.
+        for name in new:
+            self._compare(Path(directory, name), files[name])
+        return fetched
 
     def from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
@@ -126,6 +139,31 @@ class _Repository:
             raise incomplete(self.what, absent)
         commit = Path(directory).name
         return Fetched(directory=directory, commit=commit, withheld=tuple(sorted(withheld)), is_listed=is_listed)
+
+    def _is_cached(self, name: str, commit: str) -> bool:
+        return isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=commit), str)
+
+    def _compare(self, path: Path, listed: RepoSibling) -> None:
+        """Git LFS lists the SHA-256 of the content, git the SHA-1 of a blob; a mirror may list neither."""
+        if listed.lfs is not None:
+            kind, expected = "SHA-256", listed.lfs.sha256
+            with path.open("rb") as file:
+                got = hashlib.file_digest(file, "sha256").hexdigest()
+        elif listed.blob_id is not None:
+            kind, expected = "SHA-1 in git", listed.blob_id
+            content = path.read_bytes()
+            got = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        else:
+            return
+        if got == expected:
+            return
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise ResolveError(
+            f"{shown(listed.rfilename)} of {self.what} arrived with other bytes than {_host()} lists: its {kind} is "
+            f"{got[:_DIGEST_SHOWN]}…, expected {shown(expected)[:_DIGEST_SHOWN]}…; it was removed from the cache",
+            hint="Run again. If it stays so, something in between changes it: check HF_ENDPOINT, and any proxy.",
+        )
 
     def _cached_listing(self, commit: str) -> frozenset[str] | None:
         """The repository's files as the last download saw them; None where huggingface_hub 1 kept no list."""
@@ -146,8 +184,11 @@ class _Repository:
             library_name="merge-gate",
         )
 
-    def _ask(self, request: Callable[[], T]) -> T:
-        """`request()`, tried again after passing failures, its errors translated."""
+    def _ask(self, request: Callable[[], T], *, is_patient: bool = False) -> T:
+        """`request()`, tried again after passing failures, its errors translated.
+
+        `is_patient`: it has tried lost connections and silence again by itself, where the file broke off.
+        """
         for pause_s in (*PAUSES_S, None):
             try:
                 return request()
@@ -155,7 +196,7 @@ class _Repository:
                 translated = translate(error, self.what)
                 if translated is None:
                     raise
-                wait_s = _pause(error, pause_s)
+                wait_s = _pause(error, pause_s, is_patient=is_patient)
                 if wait_s is None:
                     raise translated from error
                 self.notify(f"{translated.message}; trying again in {wait_s:.0f} s")
@@ -177,10 +218,12 @@ def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
     )
 
 
-def _silence_progress_bars() -> None:
-    """The gate has its own view; huggingface_hub's bars would break it. Whoever set the variable keeps their choice."""
+def _set_up_library() -> None:
+    """The gate has its own view, which bars would break, and its own patience. What a variable says stays."""
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
+    if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
+        constants.HF_HUB_DOWNLOAD_TIMEOUT = _DOWNLOAD_TIMEOUT_S
 
 
 def _shown_bytes(count: int) -> str:
@@ -327,6 +370,11 @@ def _translate_transport(error: BaseException, what: str) -> ResolveError | None
             f"{_host()} did not answer in time for {what}",
             hint="Run again; a slow line may need a longer HF_HUB_DOWNLOAD_TIMEOUT (seconds).",
         )
+    if "Protocol" in type(error).__name__:
+        return ResolveError(
+            f"the connection to {_host()} broke off again and again while {what} was fetched",
+            hint="Run again: what has arrived is kept, and the rest is asked for. Check any proxy in between.",
+        )
     return ResolveError(
         f"{_host()} cannot be reached to fetch {what} ({type(error).__name__})",
         hint="Check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network.",
@@ -338,6 +386,10 @@ def _is_transport(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
     return "OfflineModeIsEnabled" not in names and bool(names & failures)
+
+
+def _is_incomplete(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
 def _translate_cache(error: BaseException, what: str) -> ResolveError | None:
@@ -355,7 +407,7 @@ def _translate_answer(error: BaseException, what: str) -> ResolveError | None:
         return ResolveError(f"{_host()} did not answer as a Hub does when asked for {what}", hint=_CHECK_ENDPOINT)
     if isinstance(error, errors.FileMetadataError | errors.EntryNotFoundError):
         return ResolveError(f"{_host()} did not deliver the files that it lists for {what}", hint=_CHECK_ENDPOINT)
-    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+    if _is_incomplete(error):
         return ResolveError(f"{what} arrived incomplete from {_host()}", hint="Run again; check any proxy in between.")
     if isinstance(error, OSError):
         reason = error.strerror or type(error).__name__
@@ -363,11 +415,12 @@ def _translate_answer(error: BaseException, what: str) -> ResolveError | None:
     return None
 
 
-def _pause(error: Exception, pause_s: float | None) -> float | None:
+def _pause(error: Exception, pause_s: float | None, *, is_patient: bool) -> float | None:
     """Seconds to wait before asking again, None when there is no point or no try left."""
     chain = _chain(error)
     statuses = [status for link in chain if (status := _status(link)) is not None]
-    is_passing = any(map(_is_transport, chain)) or any(s in {408, 429} or s >= _SERVER_ERROR for s in statuses)
+    is_passing = any(s in {408, 429} or s >= _SERVER_ERROR for s in statuses) or any(map(_is_incomplete, chain))
+    is_passing = is_passing or (any(map(_is_transport, chain)) and not is_patient)
     is_distrust = any(isinstance(link, ssl.SSLCertVerificationError) for link in chain)
     if pause_s is None or not is_passing or is_distrust:
         return None
