@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.checks import accident, judge, undecided
+from merge_gate.judging.checks import accident, judge, leeway, undecided
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.words import describe_nonfinite
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles, FileRecord
-from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Refusal, TensorMerge, TensorStats
+from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Leeway, Refusal, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.sources.adapter_config import recorded
 
@@ -543,3 +543,27 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
 def test_running_out_of_memory_is_no_bug() -> None:
     assert "out of memory" in accident("its files could not be read", MemoryError()).message
     assert "bug" not in accident("its files could not be read", MemoryError()).hint
+
+
+# --- what need not be known exactly ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "quick", "expected"),
+    [
+        ((), False, Leeway(headroom=0.0, estimates=True)),
+        ((), True, Leeway(headroom=0.5, estimates=True)),
+        ((setting("headroom", Severity.WARNING, 0.25),), True, Leeway(headroom=0.25, estimates=True)),
+        ((setting("headroom", Severity.WARNING, 0.75),), True, Leeway(headroom=0.5, estimates=True)),
+        ((setting("rounding-loss", Severity.ERROR),), False, Leeway(headroom=0.0, estimates=False)),
+        ((setting("delta-norm", Severity.ERROR),), True, Leeway(headroom=0.5, estimates=False)),
+        ((setting("delta-norm", Severity.WARNING),), False, Leeway(headroom=0.0, estimates=True)),
+        ((setting("headroom", Severity.ERROR),), False, Leeway(headroom=0.0, estimates=True)),
+    ],
+)
+def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], quick: bool, expected: Leeway) -> None:
+    assert leeway(with_settings(spec(), *settings), quick=quick) == expected
+
+
+def test_exactly_is_the_default() -> None:
+    assert leeway(spec()).headroom == 0.0

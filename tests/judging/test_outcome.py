@@ -9,10 +9,12 @@ import pytest
 from merge_gate.judging import outcome
 from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.records.config import CheckSetting, Expect
-from merge_gate.records.files import Entry, Prepared
-from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from tests.judging.test_checks import files, spec
+from merge_gate.records.config import BaseSpec, CheckSetting, Expect
+from merge_gate.records.files import Entry, FileRecord, Prepared, TensorHeader
+from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.report import AdapterReport, BaseRef, Coverage
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from tests.judging.test_checks import evidence, files, spec
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
 
@@ -73,3 +75,136 @@ def test_the_rows_that_let_an_adapter_through_are_these() -> None:
     allowing = [row.id for row in CHECKS.values() if row.allows_loading]
     assert allowing == ["config-invalid", "keys-missing", "shape-mismatch"]
     assert [row.id for row in CHECKS.values() if row.allows_merging] == ["expectation-failed"]
+
+
+# --- the line of the report ------------------------------------------------------------------------------------------
+
+HEADER = TensorHeader(name="x", dtype="F32", shape=(1,))
+RECORD = FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256="00")
+MADE = BaseFacts(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+SPEC = spec(name="n", source="./n", line=7, column=3, base=BaseSpec(model="/b", label="./b", revision="r0"))
+PREPARED = Prepared(
+    spec=SPEC, members=(files(tensors=(HEADER, HEADER, HEADER), files=(RECORD,)),), revision="adapter-revision"
+)
+ENTRY = Entry(prepared=PREPARED, dtype="bfloat16")
+LINE = AdapterReport(
+    name="n",
+    source="./n",
+    revision="adapter-revision",
+    base=BaseRef(model="./b", revision="r0", dtype="bfloat16", quantization=Quantization.NONE),
+    peft_type="LORA",
+    verdict=Verdict.PASSED,
+    cause=None,
+    findings=(),
+    coverage=Coverage(adapter_tensors=3),
+    files=(RECORD,),
+    seconds=0.0,
+    line=7,
+    column=3,
+)
+MEASURED = evidence(
+    base=MADE,
+    layers_in_blocks=4,
+    layers_by_peft=2,
+    witnessed=("a", "b", "c"),
+    parameters_bounded=5,
+    seconds=1.5,
+    seed=11,
+)
+WHOLE = Coverage(
+    adapter_tensors=2,
+    applied=2,
+    modules_merged=1,
+    parameters_checked=64,
+    layers_in_blocks=4,
+    layers_by_peft=2,
+    layers_witnessed=3,
+    parameters_bounded=5,
+    parameters_total=64,
+)
+NOW_ON = BaseRef(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+TOLD = Refusal(check=None, message="gone", hint="again", origin=Origin.BASE)
+NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone", hint="again", origin=Origin.BASE)
+
+
+def test_a_merged_adapter_in_full() -> None:
+    assert outcome.merged(ENTRY, MEASURED) == dataclasses.replace(
+        LINE, base=NOW_ON, coverage=WHOLE, seconds=1.5, seed=11, tensors=MEASURED.merges
+    )
+
+
+def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() -> None:
+    differing = tuple(f"l{number}" for number in range(12))
+    one = dataclasses.replace(MEASURED, differing=differing, unexpected=("stray",))
+    line = outcome.merged(ENTRY, one)
+    assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
+    assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
+    refused = dataclasses.replace(MEASURED, refusal=Refusal(check="not-mergeable", message="no"), merges=())
+    assert outcome.merged(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
+
+
+def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
+    found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
+    prepared = dataclasses.replace(PREPARED, members=(dataclasses.replace(PREPARED.files, findings=(found,)),))
+    line = outcome.undecided(Entry(prepared=prepared, dtype="bfloat16"), TOLD)
+    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO))
+    assert line == expected
+
+
+def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
+    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,))
+    assert outcome.withdrawn(ENTRY, TOLD) == expected
+
+
+def test_files_alone_in_full() -> None:
+    base = dataclasses.replace(LINE.base, dtype=SPEC.base.dtypes[0])
+    assert outcome.checked(PREPARED) == dataclasses.replace(LINE, base=base)
+
+
+PROBLEM = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="no such repository", origin=Origin.RUNTIME)
+
+
+def test_an_adapter_that_was_not_found_says_that_alone() -> None:
+    line = outcome.checked(Prepared(spec=SPEC, problem=PROBLEM))
+    assert (line.findings, line.peft_type, line.coverage) == ((PROBLEM,), None, Coverage())
+
+
+def test_what_files_say_comes_before_what_else_is_wrong() -> None:
+    found = Finding(check="file-corrupt", severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
+    prepared = Prepared(spec=SPEC, members=(files(findings=(found,)),), problem=PROBLEM)
+    assert outcome.checked(prepared).findings == (found, PROBLEM)
+    assert outcome.checked(prepared).cause == "file-corrupt"
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "expected"),
+    [
+        (BaseSpec(model="/b", label="./b"), "acme/b", "./b"),
+        (BaseSpec(model="/b"), "acme/b", "/b"),
+        (BaseSpec(), "acme/b", "acme/b"),
+        (BaseSpec(), "x" * 3000, "x" * 2000 + "… (1,000 more)"),
+        (BaseSpec(), None, None),
+    ],
+)
+def test_the_base_is_called_as_it_was_asked_for(base: BaseSpec, named: str | None, expected: str | None) -> None:
+    prepared = Prepared(spec=spec(base=base), members=(files(config={"base_model_name_or_path": named}),))
+    assert outcome.checked(prepared).base.model == expected
+
+
+def test_a_type_that_is_a_novel_is_cut() -> None:
+    prepared = Prepared(spec=SPEC, members=(files(config={"peft_type": "x" * 3000}),))
+    assert outcome.checked(prepared).peft_type == "x" * 2000 + "… (1,000 more)"
+
+
+def test_what_is_not_loaded_says_why_and_what_to_do() -> None:
+    report = outcome.blocked(entry("file-corrupt", Severity.WARNING))
+    assert report is not None
+    lesser, why = report.findings
+    assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
+    assert why == Finding(
+        check=NOT_JUDGED,
+        severity=Severity.ERROR,
+        message="not merged, since file-corrupt was found (its severity in the config does not make it loadable)",
+        hint="h",
+        origin=Origin.RUNTIME,
+    )

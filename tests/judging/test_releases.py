@@ -73,3 +73,81 @@ def test_the_words_say_by_how_much() -> None:
     ((_, words, span),) = changes(recorded(LOKR), ())
     assert "2 times as much" in words
     assert str(span) == "PEFT up to 0.13"
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [
+        (Span(oldest=9, newest=9), "PEFT 0.9"),
+        (Span(oldest=9, newest=NEWEST), "PEFT 0.9 or newer"),
+        (Span(oldest=0, newest=NEWEST), "PEFT"),
+        (Span(oldest=9, newest=12), "PEFT 0.9 to 0.12"),
+        (Span(oldest=0, newest=12), "PEFT up to 0.12"),
+    ],
+)
+def test_a_span_in_words(span: Span, said: str) -> None:
+    assert str(span) == said
+
+
+KEYS = {
+    "init_lora_weights": 3, "layers_to_transform": 4, "alpha_pattern": 6, "megatron_core": 7, "use_rslora": 8,
+    "use_dora": 9, "layer_replication": 10, "lora_bias": 14, "corda_config": 15, "use_qalora": 16,
+    "target_parameters": 17, "peft_version": 18, "use_bdlora": 19, "velora_config": 20, "kasa_config": 21,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", sorted(set(KEYS.values())))
+def test_each_release_is_known_by_the_keys_that_it_brought(release: int) -> None:
+    """`peft_version` without a version in it is a key as any other."""
+    keys = {key: None for key, since in (KEYS | {"exclude_modules": 14}).items() if since <= release}
+    later = [since for since in KEYS.values() if since > release]
+    got = written_by(recorded(ALWAYS | {"peft_type": "LORA"} | keys))
+    assert got == Span(oldest=release, newest=min(later) - 1 if later else NEWEST)
+
+
+def test_a_key_of_one_type_says_nothing_of_another() -> None:
+    config = ALWAYS | {"peft_type": "LOKR", "use_dora": False, "exclude_modules": None, "peft_version": None}
+    assert written_by(recorded(config)) == Span(oldest=18, newest=NEWEST)
+
+
+@pytest.mark.parametrize(
+    ("changed", "times"),
+    [
+        ({"r": 4, "alpha": 6}, "1.5"),
+        ({"r": 4, "alpha": 8, "use_rslora": True}, "4"),
+        ({"r": 4, "alpha": 4}, None),
+        ({"r": 4, "alpha": 2, "use_rslora": True}, None),
+        ({"r": 0, "alpha": 4}, None),
+        ({"r": 1, "alpha": 4}, "4"),
+        ({"r": 4, "alpha": None}, None),
+        ({"r": None, "alpha": 4}, None),
+    ],
+)
+def test_by_how_much(changed: dict[str, Any], times: str | None) -> None:
+    found = [words for _, words, _ in changes(recorded(LOKR | changed), ())]
+    said = f"LoKr's delta is scaled by alpha / r since PEFT 0.14: today's merge adds {times} times as much"
+    assert found == ([said] if times else [])
+
+
+@pytest.mark.parametrize(
+    ("version", "concerned"), [("0.5.0", False), ("0.6.0", True), ("0.13.2", True), ("0.14.0", False)]
+)
+def test_the_first_and_the_last_release_concerned(version: str, concerned: bool) -> None:
+    assert bool(changes(recorded(LOKR | {"peft_version": version}), ())) == concerned
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_4", "olora"])
+def test_initialisations_of_later_releases(scheme: str) -> None:
+    config = ALWAYS | {"peft_type": "LORA", "init_lora_weights": scheme}
+    assert [change.name for change, _, _ in changes(recorded(config), ())] == ["old-initialisation"]
+    assert not changes(recorded(config | {"init_lora_weights": f"x{scheme}"}), ())
+    assert not changes(recorded(config | {"init_lora_weights": "gaussian"}), ())
+
+
+def test_rows_that_concern_are_all_told() -> None:
+    config = LORA_0_14 | {"use_dora": True}
+    assert [change.name for change, _, _ in changes(recorded(config), EMBEDDING)] == [
+        "lora-bias-scale",
+        "dora-embedding",
+    ]
+    assert not changes(recorded(config | {"peft_type": "LOHA"}), EMBEDDING)

@@ -55,8 +55,8 @@ def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None
 @pytest.mark.parametrize(
     ("coverage", "says"),
     [
-        (Coverage(), "no parameters"),
-        (Coverage(modules_merged=1), "no parameters"),
+        (Coverage(), "the merged model has no parameters that could be checked"),
+        (Coverage(modules_merged=1), "the merged model has no parameters that could be checked"),
         (Coverage(modules_merged=1, parameters_checked=63, parameters_total=64), "only 63 of 64"),
         (Coverage(modules_merged=1, parameters_checked=65, parameters_total=64), "65 of 64"),
         (Coverage(modules_merged=1, parameters_checked=0, parameters_total=64), "only 0 of 64"),
@@ -67,7 +67,15 @@ def test_nothing_vacuous_passes(coverage: Coverage, says: str) -> None:
     verdict, cause, found = decide((finding("headroom", Severity.WARNING),), coverage)
     assert (verdict, cause) == (Verdict.ERROR, NOT_JUDGED)
     assert says in found[0].message
-    assert found[0].hint
+    assert found[0].hint == "please report this, with the adapter's config"
+
+
+def test_a_gap_is_told_in_full_and_before_the_warnings() -> None:
+    warned = finding("headroom", Severity.WARNING)
+    coverage = Coverage(modules_merged=1, parameters_checked=1_000, parameters_total=1_100_048_384)
+    _, _, (gap, *others) = decide((warned,), coverage)
+    assert gap.message == "only 1,000 of 1,100,048,384 parameters of the merged model were checked"
+    assert others == [warned]
 
 
 # --- whatever the settings -------------------------------------------------------------------------------------------

@@ -1,0 +1,264 @@
+"""All that the checks say, word for word: `said.txt` is what people read, so a change of it is looked at.
+
+Written anew with UPDATE_GOLDENS=1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from merge_gate.judging.checks import accident, judge
+from merge_gate.records.files import AdapterFiles, TensorHeader
+from merge_gate.records.measured import Evidence, FileTensor, Refusal
+from merge_gate.records.terms import Finding, Origin
+from tests.judging.test_checks import (
+    ALL,
+    HALF_MAX,
+    LORA_A,
+    LORA_B,
+    MODULE,
+    NAMED,
+    base,
+    broken,
+    evidence,
+    files,
+    lossy,
+    merged,
+    spec,
+    tensor,
+)
+from tests.judging.test_keys import BIASES, LORA_0_9, LORA_0_12, OLD
+from tests.judging.test_releases import ALWAYS, DORA, EMBEDDING, LORA_0_14
+
+SAID = Path(__file__).with_name("said.txt")
+SECOND = "model.layers.6.mlp"
+
+
+def headers(*names: str) -> tuple[TensorHeader, ...]:
+    return tuple(TensorHeader(name=name, dtype="F32", shape=(2, 2)) for name in names)
+
+
+def lost(config: dict[str, Any], *names: str) -> tuple[Evidence, AdapterFiles]:
+    return evidence(missing=names), files(config=config)
+
+
+def nonfinite(module: str, *, dtype: str = "bfloat16", **counts: int) -> Evidence:
+    """A tensor of the adapter is not finite, and so is a merged one."""
+    stats = tensor(f"{module}.weight", dtype=dtype, first_index=(1,), **(counts or {"posinf": 2}))
+    return evidence(
+        file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(stats, module=module, dtype_max=3.4e38),)
+    )
+
+
+SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
+    "two tensors are missing": lost({}, LORA_A, LORA_B),
+    "biases that an old release names otherwise": lost(OLD | {"bias": "all"}, *BIASES),
+    "biases that a release lost on saving": lost(LORA_0_12, *BIASES),
+    "biases that nobody trained": lost(LORA_0_9, *BIASES),
+    "biases of a config that says no release": lost(LORA_0_12 | {"bias": "all"}, *BIASES),
+    "one tensor is lost on loading": (evidence(missing=(LORA_A,), dropped=(LORA_A,)), files()),
+    "two of three are lost on loading": (
+        evidence(missing=(LORA_A, LORA_B, "x.lora_A.weight"), dropped=(LORA_A, LORA_B)),
+        files(),
+    ),
+    "missing, and wrapped twice": (
+        evidence(missing=(LORA_A,)),
+        files(tensors=headers("base_model.model.base_model.model.q_proj.lora_A.weight", LORA_B)),
+    ),
+    "unexpected, and wrapped twice": (
+        evidence(unexpected=("a.lora_A", "b.lora_B")),
+        files(tensors=headers("base_model.model.base_model.model.q_proj.lora_A.weight")),
+    ),
+    "unexpected, and saved twice": (evidence(unexpected=("score.modules_to_save.weight",)), files()),
+    "a class that the base is not": (
+        evidence(base=base(loaded_as="BertModel"), instead_of="BertForMaskedLM"),
+        files(config={"task_type": "MASKED_LM"}),
+    ),
+    "a revision of the base that the config does not name": (
+        evidence(base=base(revision="c0ffee")),
+        files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
+    ),
+    "the revision that was asked for": (
+        evidence(base=base(revision="c0ffee")),
+        files(config={"base_model_name_or_path": "acme/llama", "revision": "c0ffee"}),
+    ),
+    "an infinite buffer of the base": (
+        evidence(base=base(nonfinite=(tensor("model.mask", neginf=3, is_buffer=True, first_index=(0, 1)),))),
+        files(),
+    ),
+    "a NaN in a buffer of the base": (
+        evidence(base=base(nonfinite=(tensor("model.mask", nan=1, is_buffer=True, first_index=(0, 1)),))),
+        files(),
+    ),
+    "a tensor of nothing but NaN": (
+        evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=60, posinf=1, neginf=3)),)),
+        files(),
+    ),
+    "a NaN that the merge carries on": (nonfinite(MODULE), files()),
+    "a NaN that the merge carries on into a part of the module": (
+        evidence(
+            file_tensors=(FileTensor(stats=broken(LORA_B)),),
+            merges=(merged(broken(f"{MODULE}.inner.weight"), module=f"{MODULE}.inner"),),
+        ),
+        files(),
+    ),
+    "a NaN that the merge carries on into the whole of it": (
+        evidence(
+            file_tensors=(FileTensor(stats=broken(LORA_B)),),
+            merges=(merged(broken("model.layers.5.fused"), module="model.layers.5"),),
+        ),
+        files(),
+    ),
+    "a NaN, and another elsewhere": (nonfinite("model.layers.55.q_proj"), files()),
+    "an overflow in bfloat16": (
+        evidence(merges=(merged(tensor(dtype="bfloat16", posinf=2, first_index=(3,)), dtype_max=3.4e38),)),
+        files(),
+    ),
+    "an overflow in float16": (evidence(merges=(merged(broken(neginf=1)),)), files()),
+    "a NaN of finite values": (evidence(merges=(merged(broken(nan=1, posinf=1)),)), files()),
+    "two modules without effect": (
+        evidence(targeted=(MODULE, SECOND), merges=(merged(changed=False), merged(module=SECOND, changed=False))),
+        files(),
+    ),
+    "no effect, since tensors are missing": (evidence(missing=(LORA_A,), merges=(merged(changed=False),)), files()),
+    "two of three modules without effect": (
+        evidence(
+            targeted=(MODULE, SECOND, "lm_head"),
+            merges=(merged(), merged(module=SECOND, changed=False), merged(module="lm_head", changed=False)),
+        ),
+        files(),
+    ),
+    "a module that is changed in a part of it, and one that only begins alike": (
+        evidence(targeted=(SECOND, "model.layers.6.ml"), merges=(merged(module=f"{SECOND}.up"),)),
+        files(),
+    ),
+    "no effect by a zero that is no lora_B": (
+        evidence(
+            merges=(merged(changed=False),),
+            file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)), FileTensor(stats=tensor(LORA_B))),
+        ),
+        files(),
+    ),
+    "no effect, and a constant lora_B": (
+        evidence(
+            merges=(merged(changed=False),),
+            file_tensors=(FileTensor(stats=tensor(LORA_B, minimum=1.0, maximum=1.0)),),
+        ),
+        files(),
+    ),
+    "rounding, estimated, in two tensors of different size": (
+        evidence(
+            merges=(
+                lossy(0.9, estimated=True),
+                merged(
+                    tensor("model.norm.weight", numel=192, dtype="bfloat16"),
+                    module="model.norm",
+                    base_norm=5.0,
+                    delta_norm=2.0,
+                    lost_norm=1.7,
+                    unchanged_fraction=0.5,
+                ),
+                merged(tensor("rest.weight"), module="rest", delta_norm=1.0, lost_norm=0.6),
+            )
+        ),
+        files(),
+    ),
+    "rounding, without a count": (
+        evidence(merges=(merged(base_norm=1.0, delta_norm=1.0, lost_norm=0.75),)),
+        files(),
+    ),
+    "little headroom in three": (
+        evidence(
+            merges=(
+                merged(tensor("a.weight", maximum=40_000.0), module="a"),
+                merged(tensor("b.weight", minimum=-65_000.0), module="b"),
+                merged(tensor("c.weight", dtype="bfloat16", maximum=2e38), module="c", dtype_max=3.4e38),
+                merged(tensor("d.weight", maximum=HALF_MAX / 2), module="d"),
+            )
+        ),
+        files(),
+    ),
+    "safe_merge refuses two, and one that is broken besides": (
+        evidence(
+            refused_by_safe_merge=(MODULE, "lm_head", SECOND, f"{SECOND}.up"),
+            merges=(merged(), merged(broken("x.weight"), module=SECOND)),
+        ),
+        files(),
+    ),
+    "safe_merge refuses on a broken base": (
+        evidence(refused_by_safe_merge=(MODULE,), base=base(nonfinite=(broken("model.norm.weight"),))),
+        files(),
+    ),
+    "two large deltas, the larger one estimated": (
+        evidence(
+            merges=(
+                merged(base_norm=1.0, delta_norm=20.0),
+                merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=88.0, estimated=True),
+                merged(tensor("c.weight"), module="c", base_norm=2.0, delta_norm=float("inf")),
+                merged(tensor("d.weight"), module="d", base_norm=2.0, delta_norm=20.0),
+            )
+        ),
+        files(),
+    ),
+    "the bias of lora_B": (evidence(), files(config=LORA_0_14)),
+    "the bias of lora_B, by the root of the rank": (
+        evidence(),
+        files(config=LORA_0_14 | {"use_rslora": True, "r": 4, "lora_alpha": 6}),
+    ),
+    "DoRA on an embedding": (evidence(), files(config=DORA, tensors=EMBEDDING)),
+    "OFT's series": (
+        evidence(),
+        files(config=ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}),
+    ),
+    "an old initialisation": (evidence(), files(config=ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"})),
+    "two ties": (evidence(tied=(("lm_head.weight", "embed"), ("a.b.weight", "c"))), files()),
+    "what the engine cannot do": (
+        evidence(refusal=Refusal(check=None, message="out of memory", hint="more", origin=Origin.BASE), merges=()),
+        files(),
+    ),
+    "what the engine refuses": (
+        evidence(refusal=Refusal(check="not-mergeable", message="no", hint="h", origin=Origin.CONFIG, module="m",
+                                 tensor="t"), merges=()),
+        files(),
+    ),
+}  # fmt: skip
+
+
+def found(one: Evidence | None, of_files: AdapterFiles) -> tuple[Finding, ...]:
+    return judge(spec(base=NAMED) if of_files.config.base_revision else spec(), of_files, one)
+
+
+def shown(finding: Finding) -> str:
+    rest = {
+        field.name: getattr(finding, field.name)
+        for field in dataclasses.fields(finding)
+        if field.name not in {"check", "severity", "origin", "message", "hint"}
+        and getattr(finding, field.name) != field.default
+    }
+    places = "".join(f"\n  {name} = {value!r}" for name, value in rest.items())
+    return f"{finding.severity} {finding.check}, {finding.origin}\n  {finding.message}\n  > {finding.hint}{places}\n"
+
+
+def told() -> str:
+    parts = []
+    for parameter in ALL:
+        fire = parameter.values[1]
+        parts += [f"== {parameter.id}\n", *map(shown, judge(fire.spec, fire.files, fire.evidence))]
+    for name, (one, of_files) in SITUATIONS.items():
+        parts += [f"== {name}\n", *map(shown, found(one, of_files))]
+    parts += ["== accidents\n", *(shown(accident("x", error)) for error in (MemoryError(), ValueError("v" * 300)))]
+    return "\n".join(parts)
+
+
+def test_what_the_checks_say() -> None:
+    if os.environ.get("UPDATE_GOLDENS"):
+        SAID.write_text(told(), encoding="utf-8")
+    assert told() == SAID.read_text(encoding="utf-8")
+
+
+def test_every_situation_says_something_of_its_own_or_nothing_on_purpose() -> None:
+    silent = [name for name, situation in SITUATIONS.items() if not found(*situation)]
+    assert silent == ["biases that nobody trained", "the revision that was asked for"]
