@@ -336,8 +336,20 @@ def test_the_number_of_checks_in_the_changelog() -> None:
     assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECKS))]
 
 
-def test_each_fault_on_the_page_of_reliability_names_tests_that_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
-    assert len(named) > 20
-    for file, test in named:
-        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+def tables_with_tests() -> Iterator[tuple[str, str]]:
+    """The rows of the tables whose last column names tests, and the page of each."""
+    for name in ("reliability.md", "security.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for table in re.findall(r"^\|.*\| tests? \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+            yield from ((name, row) for row in table.splitlines())
+
+
+def test_each_fault_and_each_threat_names_tests_that_are_there() -> None:
+    rows = list(tables_with_tests())
+    assert {name for name, _ in rows} == {"reliability.md", "security.md"}
+    assert len(rows) > 50
+    for _, row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.rstrip("|").rpartition("|")[2])
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
