@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import io
+import json
 import re
 import subprocess
 import sys
@@ -302,6 +304,31 @@ def test_the_sweep_over_architectures_counts_what_it_lists() -> None:
 
 LEAST_ARCHITECTURES = 400
 """Fewer, and the sweep was not run to its end."""
+
+
+# --- docs/peers.md ---------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_with_peers_is_what_they_said() -> None:
+    path = ROOT / "benchmarks" / "peers.py"
+    spec = importlib.util.spec_from_file_location("peers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    peers = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = peers
+    spec.loader.exec_module(peers)
+    answers = peers.told()
+    assert len(answers) > LEAST_PEER_CASES
+    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    (made,) = re.findall(r"<!-- peers\b[^>]*-->\n(.*?)\n<!-- /peers -->", page, re.DOTALL)
+    assert made == peers.tables(answers)
+    kept = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
+    for name in ("deltalint", "adaptersentry", "transformers"):
+        assert f"{name} {kept['versions'][name]}" in " ".join(page.split())
+
+
+LEAST_PEER_CASES = 150
+"""Fewer, and the comparison was not run to its end."""
 
 
 # --- docs/architecture.md --------------------------------------------------------------------------------------------
