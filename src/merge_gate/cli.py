@@ -23,6 +23,7 @@ from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
     from merge_gate.records.report import AdapterReport, Report
 
@@ -59,11 +60,12 @@ def _forget_report(argv: Sequence[str]) -> None:
         pass
 
 
-def _claimed(output: str) -> AbstractContextManager[None]:
+def _claimed(output: str, *, is_resumed: bool = False) -> AbstractContextManager[None]:
+    from merge_gate.fleet.resume import LEFT
     from merge_gate.report.directory import claimed
     from merge_gate.report.files import FORMATS
 
-    return claimed(output, FORMATS)
+    return claimed(output, FORMATS if is_resumed else (*FORMATS, LEFT))
 
 
 def _obey(arguments: argparse.Namespace) -> int:
@@ -145,13 +147,16 @@ def _flush() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with _claimed(arguments.output):  # before anything else: an earlier verdict must not stand for this run's
+    keeping = _keeping(arguments)  # before the directory is claimed, which removes what may be gone on from
+    with _claimed(arguments.output, is_resumed=arguments.resume):  # an earlier verdict must not stand for this run's
         config = _config(arguments)
         if not arguments.container:
             if arguments.image or arguments.gpus != "auto":
                 raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
             only, quick, shard = tuple(arguments.only), arguments.quick, _shard(arguments)
-            return exit_code(_gate(config, arguments.device, arguments.output, only, quick=quick, shard=shard))
+            report = _gate(config, arguments.device, arguments.output, only, quick=quick, shard=shard, keeping=keeping)
+            _end_of_resuming(arguments.output)
+            return exit_code(report)
     return _run_in_container(arguments)  # the run in there claims the directory itself
 
 
@@ -175,6 +180,11 @@ def _config(arguments: argparse.Namespace) -> Config:
 def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.launcher import for_a_person, run_in_container
 
+    if arguments.cache or arguments.resume:
+        raise UsageError(
+            "--cache and --resume are for a run that is not in a container",
+            hint="in a workflow, the action's input `cache` gives the container its directory",
+        )
     more = [word for name in arguments.only for word in ("--only", name)]
     if arguments.quick:
         more.append("--quick")
@@ -197,6 +207,23 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
     return run_in_container(run, write)
 
 
+def _keeping(arguments: argparse.Namespace) -> Keeping:
+    """Which verdicts of earlier runs count, and where those of this one are kept."""
+    from merge_gate.fleet.keeper import Keeping
+    from merge_gate.fleet.resume import left_in
+
+    if arguments.resume and arguments.no_cache:
+        raise UsageError("--no-cache judges anew, and --resume does not", hint="give one of them")
+    left = left_in(arguments.output) if arguments.resume else None
+    return Keeping(cache=arguments.cache, fresh=arguments.no_cache, left=left)
+
+
+def _end_of_resuming(output: str) -> None:
+    from merge_gate.fleet.resume import forget
+
+    forget(output)
+
+
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
     from merge_gate.fleet.partition import shard_of
 
@@ -211,12 +238,23 @@ def _gate(
     *,
     quick: bool = False,
     shard: tuple[int, int] | None = None,
+    keeping: Keeping | None = None,
 ) -> Report:
+    from merge_gate.fleet.keeper import NOTHING
     from merge_gate.gate import run_gate
     from merge_gate.report.terminal import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        return run_gate(config, device=device, output=output, view=view, only=only, quick=quick, shard=shard)
+        return run_gate(
+            config,
+            device=device,
+            output=output,
+            view=view,
+            only=only,
+            quick=quick,
+            shard=shard,
+            keeping=keeping or NOTHING,
+        )
 
 
 def exit_code(report: Report) -> ExitCode:

@@ -83,6 +83,10 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
         help="gate the I-th of N parts, on this machine of N; N alone takes I from JOB_COMPLETION_INDEX, which counts "
         "from 0; `merge-gate report combine` makes one report of all",
     )
+    kept = run.add_argument_group("verdicts of earlier runs", "taken over where everything that decides is the same")
+    kept.add_argument("--cache", metavar="DIR", help="keep verdicts in DIR, and take over those that are there")
+    kept.add_argument("--no-cache", action="store_true", help="take over nothing; --cache keeps the new verdicts")
+    kept.add_argument("--resume", action="store_true", help="go on from the report of a killed run in --output")
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
     container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")

@@ -5,13 +5,15 @@ as adapters are judged, so that a run that is killed leaves a true one. Imports 
 measures.
 
 1. Names become directories, and the adapters' files are judged on their own.   sources/inputs.py, judging/outcome.py
-2. What is left is grouped by base, dtype and quantisation.                     engine/grouping.py
-3. A worker merges; each evidence becomes findings, a verdict and a report.     engine/supervisor.py, judging/outcome.py
+2. What an earlier run has judged is taken over.                                fleet/keeper.py
+3. What is left is grouped by base, dtype and quantisation.                     engine/grouping.py
+4. A worker merges; each evidence becomes findings, a verdict and a report.     engine/supervisor.py, judging/outcome.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,19 +43,21 @@ from merge_gate.engine.protocol import (
 from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
 from merge_gate.fleet.bases import Used, in_order
+from merge_gate.fleet.keeper import NOTHING, Keeper, Keeping
 from merge_gate.fleet.partition import part_of
+from merge_gate.fleet.progress import Hourly
+from merge_gate.fleet.verdicts import Line
 from merge_gate.judging import outcome
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry, FileIdentity
-from merge_gate.records.measured import Refusal
+from merge_gate.records.measured import BaseFacts, Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Shard
-from merge_gate.records.terms import Origin, Quantization
+from merge_gate.records.terms import Origin, Quantization, Verdict
 from merge_gate.report import words
 from merge_gate.report.provisional import ReportWriter
 from merge_gate.report.terminal import SilentView
-from merge_gate.sources.base_digests import BaseDigests
 from merge_gate.sources.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -69,20 +73,25 @@ def run_gate(
     only: tuple[str, ...] = (),
     quick: bool = False,
     shard: tuple[int, int] | None = None,
+    keeping: Keeping = NOTHING,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
-    weight where it proves every value finite and small (engine/bound.py).
+    weight where it proves every value finite and small (engine/bound.py). `keeping` says which verdicts of earlier runs
+    are taken over, and where those of this one are kept.
 
     Raises:
-        UsageError: `only` names an adapter that the config does not list, or the output cannot be written.
+        UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
     """
     specs, part = select(config, only), None
     if shard is not None:
         specs, part = part_of(config, specs, *shard, quick=quick)
-    run = _Run(config, specs, part, device=device, output=output, view=view or SilentView())
-    return run.run(quick=quick)
+    view = view or SilentView()
+    with contextlib.closing(
+        Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
+    ) as keeper:
+        return _Run(config, specs, part, keeper, device=device, output=output, view=view).run(quick=quick)
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -114,29 +123,34 @@ class _Run:
         config: Config,
         specs: tuple[AdapterSpec, ...],
         shard: Shard | None,
+        keeper: Keeper,
         *,
         device: str,
         output: str | None,
         view: View,
     ) -> None:
         self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
-        self._shard = shard
+        self._shard, self._keeper, self._digests = shard, keeper, keeper.digests
         self._writer = ReportWriter(output, view.note)
-        self._digests = BaseDigests()
         self._environment = _environment(device)
         self._entries: list[Entry] = []
         self._groups: tuple[Group, ...] = ()
-        self._bases: list[tuple[int, Used]] = []
+        self._group_of: dict[int, int] = {}
+        self._bases: dict[tuple[str, BaseReport], int] = {}
         self._identities: dict[int, set[tuple[FileIdentity, ...]]] = {}
         self._reports: dict[int, AdapterReport] = {}
+        self._taken_over: set[int] = set()
+        self._unkept: dict[int, BaseReport] = {}
+        self._hourly = Hourly()
         self._finished = False
 
     def run(self, *, quick: bool) -> Report:
         self._writer.write_first(self._report())
         try:
             quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
-            worker = WorkerProcess(quantizes=quantizes) if self._specs else contextlib.nullcontext()
-            with worker as child:  # it imports while the names become files
+            # It imports while the names become files; where all may have been judged, it starts once one has not been.
+            at_once = self._specs and not self._keeper.looks_back
+            with WorkerProcess(quantizes=quantizes) if at_once else contextlib.nullcontext() as child:
                 self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
                 self._prepare(quick=quick)
                 supervise(self._job(), self._on_event, child)
@@ -159,13 +173,18 @@ class _Run:
                 to_merge.append((index, entry))
             else:
                 self._settle(index, report)
-        self._groups = group_by_base(to_merge, quick=quick)
+        for index, line in self._keeper.take_over(to_merge):
+            self._take_over(index, line)
+        self._groups = group_by_base([one for one in to_merge if one[0] not in self._taken_over], quick=quick)
+        self._group_of = {task.index: at for at, group in enumerate(self._groups) for task in group.tasks}
         free_bytes = MemoryGroup().free_bytes()
         for group in self._groups:
             self._digests.start(group.directory)
             if said := too_large(group.label, group.directory, free_bytes):
                 self._view.note(said)
-        self._catch_up(at_once=True)
+        self._hourly.merging_begins(len(self._reports))
+        if self._groups:
+            self._catch_up(at_once=True)
 
     def _job(self) -> Job:
         return Job(
@@ -195,6 +214,7 @@ class _Run:
                 self._catch_up()
                 self._view.adapter_progress(event.done, event.total, event.module)
             case Merged():
+                self._unkept[event.task] = _base_report(event.evidence.base)
                 self._settle(event.task, outcome.merged(self._entries[event.task], event.evidence))
             case Undecided():
                 self._settle(event.task, outcome.undecided(self._entries[event.task], event.refusal))
@@ -210,25 +230,18 @@ class _Run:
     def _know_worker(self, event: DeviceChosen) -> None:
         if event.sandbox.missing and not self._environment.sandbox.missing:
             self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
+        self._keeper.device_chosen(event)
         self._environment = replace(
             self._environment, device=event.device, device_name=event.device_name, sandbox=event.sandbox
         )
 
     def _add_base(self, event: BaseLoaded) -> None:
         """A base is listed once for each class that it was loaded as: one without a head has fewer parameters."""
-        facts = event.facts
-        base = BaseReport(
-            model=facts.model,
-            revision=facts.revision,
-            dtype=facts.dtype,
-            quantization=facts.quantization,
-            parameters=facts.parameters,
-            loaded_as=facts.loaded_as,
-            replaced=facts.replaced,
-            findings=bounded(findings_of_base(facts)),
-        )
-        if base not in (known.base for _, known in self._bases):
-            self._bases.append((event.group, Used(base=base, position=self._position(event.task))))
+        self._use(self._groups[event.group].directory, _base_report(event.facts), event.task)
+
+    def _use(self, directory: str, base: BaseReport, index: int) -> None:
+        position = self._position(index)
+        self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
 
     def _position(self, index: int) -> int:
         """Where an entry stands in the whole run's list."""
@@ -241,11 +254,41 @@ class _Run:
         self._catch_up()
         self._view.adapter_done(report)
 
+    def _take_over(self, index: int, line: Line) -> None:
+        """An earlier run has judged this entry."""
+        self._environment = replace(self._environment, device=self._keeper.device, device_name=self._keeper.device_name)
+        self._taken_over.add(index)
+        self._use(self._base_directory(index), line.base, index)
+        self._reports[index] = line.adapter
+        self._writer.changed()
+        self._view.adapter_done(line.adapter)
+
+    def _keep(self) -> None:
+        """Keep what was judged, as soon as it is known of which bytes: the digests of bases come late."""
+        for index in list(self._unkept):
+            directory = self._base_directory(index)
+            if self._digests.of(directory) is None:
+                continue
+            base = self._unkept.pop(index)
+            if all(self._digests.is_of(directory, one) for one in self._identities.get(self._group_of[index], ())):
+                line = self._keeper.keep(self._entries[index], Line(adapter=self._reports[index], base=base))
+                self._reports[index] = line.adapter if line is not None else self._reports[index]
+
+    def _base_directory(self, index: int) -> str:
+        base = self._entries[index].prepared.base
+        assert base is not None  # noqa: S101 - what has none is settled before
+        return base.directory
+
     def _catch_up(self, *, at_once: bool = False) -> None:
+        self._keep()
+        if self._hourly.is_due:
+            failed = sum(one.verdict is Verdict.FAILED for one in self._reports.values())
+            self._view.note(self._hourly.said(len(self._reports), len(self._entries), failed))
         self._writer.catch_up(self._report, at_once=at_once)
 
     def _finish(self) -> Report:
         self._digests.wait()
+        self._keep()
         self._distrust_changed_bases()
         report = self._report(complete=True)
         try:
@@ -261,18 +304,24 @@ class _Run:
         """What was measured on a base counts only if all of it, and its digest, is of the same files."""
         for position, identities in self._identities.items():
             group = self._groups[position]
-            if all(self._digests.is_of(group.directory, identity) for identity in identities):
-                continue
-            error = base_changed(group.label)
-            refusal = Refusal(check=None, message=error.message, hint=error.hint, origin=Origin.BASE)
-            for task in group.tasks:
-                self._reports[task.index] = outcome.withdrawn(self._entries[task.index], refusal)
-            self._view.note(f"{error.message}; the verdicts on it are withdrawn")
+            if not all(self._digests.is_of(group.directory, identity) for identity in identities):
+                self._withdraw(group.label, [task.index for task in group.tasks])
+        for directory in {self._base_directory(index) for index in self._taken_over}:
+            if not self._digests.holds(directory):
+                taken = [index for index in self._taken_over if self._base_directory(index) == directory]
+                self._withdraw(self._reports[taken[0]].base.model or "", taken)
+
+    def _withdraw(self, label: str, indices: list[int]) -> None:
+        error = base_changed(label)
+        refusal = Refusal(check=None, message=error.message, hint=error.hint, origin=Origin.BASE)
+        for index in indices:
+            self._reports[index] = outcome.withdrawn(self._entries[index], refusal)
+        self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _report(self, *, complete: bool = False) -> Report:
         bases = in_order(
-            replace(one, base=replace(one.base, sha256=self._digests.of(self._groups[group].directory)))
-            for group, one in self._bases
+            Used(base=replace(base, sha256=self._digests.of(directory)), position=position)
+            for (directory, base), position in self._bases.items()
         )
         shard = self._shard and replace(self._shard, bases_from=tuple(one.position for one in bases))
         return Report(
@@ -285,6 +334,19 @@ class _Run:
             adapters=tuple(self._reports[index] for index in sorted(self._reports)),
             shard=shard,
         )
+
+
+def _base_report(facts: BaseFacts) -> BaseReport:
+    return BaseReport(
+        model=facts.model,
+        revision=facts.revision,
+        dtype=facts.dtype,
+        quantization=facts.quantization,
+        parameters=facts.parameters,
+        loaded_as=facts.loaded_as,
+        replaced=facts.replaced,
+        findings=bounded(findings_of_base(facts)),
+    )
 
 
 def _environment(device: str) -> Environment:

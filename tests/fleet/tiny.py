@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from merge_gate.records.report import Sandbox
 from tests.faults import poison
 
 if TYPE_CHECKING:
@@ -47,5 +48,6 @@ def lay_fleet(shelf: Shelf, place: Path, *, each: int = 3) -> Path:
 
 
 def same(report: Report) -> Report:
-    """What must be alike however many machines judged: all but times, and the mark of a shard."""
-    return replace(report, shard=None, adapters=tuple(replace(one, seconds=0.0) for one in report.adapters))
+    """What must be alike however many machines judged, and when: all but times, and the marks of shard and cache."""
+    adapters = tuple(replace(one, seconds=0.0, judged=None, cached=False) for one in report.adapters)
+    return replace(report, shard=None, adapters=adapters, environment=replace(report.environment, sandbox=Sandbox()))

@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage, Environment, Report, Sandbox
+from merge_gate.records.report import (
+    AdapterReport,
+    BaseRef,
+    BaseReport,
+    Coverage,
+    Environment,
+    Judged,
+    Report,
+    Sandbox,
+)
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 
 PARAMETERS = 1_100_048_384
@@ -161,7 +170,14 @@ def tensors(
 
 
 PASSED = adapter("support", tensors=tensors(2, no_effect="1.mlp.up_proj"))
-WARNED = adapter("legal", findings=(ROUNDING,), line=7)
+WARNED = adapter(
+    "legal",
+    findings=(ROUNDING,),
+    line=7,
+    seconds=0.0,
+    cached=True,
+    judged=Judged(key=SHA256, at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84, seal=SHA256),
+)
 FAILED = adapter(
     "billing",
     Verdict.FAILED,

@@ -118,6 +118,9 @@ def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
 # --- plain ---------------------------------------------------------------------------------------------------------
 
 
+MARK = "cached, judged 2026-03-01T12:00:00Z at acme/adapters run 7"
+
+
 def test_plain_says_one_line_per_event() -> None:
     out, err = Stream(), Stream()
     play(PlainView(out, err))
@@ -126,7 +129,7 @@ def test_plain_says_one_line_per_event() -> None:
         "loading base ./models/base (bfloat16)",
         "base ./models/base (bfloat16): 1,100,048,384 parameters, all finite, 1.34 s",
         "[1/5] support (bfloat16): passed, 48 modules, 0.84 s",
-        "[2/5] legal (bfloat16): passed, 48 modules, 0.84 s, warning: rounding-loss",
+        f"[2/5] legal (bfloat16): passed, 48 modules, {MARK}, warning: rounding-loss",
         "[3/5] billing (bfloat16): failed, adapter-nonfinite in model.layers.5.self_attn.q_proj, 0.84 s",
         "[4/5] summaries (float16): failed, merged-nonfinite in model.layers.17.mlp.up_proj, 0.84 s",
         "[5/5] translate-de (bfloat16): error, not-judged, 0.84 s",

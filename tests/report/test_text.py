@@ -28,8 +28,8 @@ def test_golden(width: int) -> None:
 
 
 def test_the_result_is_the_last_thing_on_the_screen() -> None:
-    assert render(PASS, "out").splitlines()[-3].startswith("PASS: both adapters passed")
-    assert render(FAIL, "out").splitlines()[-3].startswith("FAIL: 2 of 5")
+    assert render(PASS, "out").splitlines()[-4].startswith("PASS: both adapters passed")
+    assert render(FAIL, "out").splitlines()[-4].startswith("FAIL: 2 of 5")
     assert render(EMPTY, "out").splitlines()[-3].startswith("ERROR: the run did not finish")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.engine.channel import Channel
+from merge_gate.engine.device import cpu_name
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.engine.protocol import (
     BaseLoaded,
@@ -149,15 +150,7 @@ def _choose_device(wanted: str) -> DeviceChosen:
                 f"device {wanted} was asked for, but there are only {count} CUDA devices (cuda:0 is first)"
             )
         return DeviceChosen(device=wanted, device_name=torch.cuda.get_device_name(index))
-    return DeviceChosen(device="cpu", device_name=_cpu_name())
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return ""
+    return DeviceChosen(device="cpu", device_name=cpu_name())
 
 
 def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:

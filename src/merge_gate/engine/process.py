@@ -27,7 +27,10 @@ from merge_gate.engine.private import private_directory
 from merge_gate.engine.protocol import Event, Finished, Idle, Job, Listener
 from merge_gate.engine.sandbox import caches
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN")
+SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
+    "MERGE_GATE_CACHE_KEY",
+)  # fmt: skip
 """Variables that the child has no use for: everything it reads is on disk by then."""
 
 OFFLINE = {

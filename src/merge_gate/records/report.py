@@ -49,6 +49,20 @@ class BaseRef:
 
 
 @record
+class Judged:
+    """When and where a verdict was reached, and what it rests on."""
+
+    key: str = told("What the verdict rests on, as a digest: files, base, settings, versions. Same key, same verdict.")
+    at: str = told("When it was reached, in UTC.")
+    place: str = told("Where: the CI run, or the name of the machine.")
+    seconds: float = told("Time that the adapter took then; null where it was not measured.")
+    seal: str = told(
+        "Seal of all that the verdict says, by which a later run knows it as its own: an HMAC under "
+        "`MERGE_GATE_CACHE_KEY` where that is set, else a digest."
+    )
+
+
+@record
 class AdapterReport:
     """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
 
@@ -86,6 +100,15 @@ class AdapterReport:
         "rounded to six significant digits.",
         default=(),
         as_rows=True,
+    )
+    judged: Judged | None = told(
+        "When and where the verdict was reached; null where it is of this run only and can never be taken over.",
+        default=None,
+    )
+    cached: bool = told(
+        "Whether an earlier run reached the verdict and this one took it over (`--cache`, `--resume`); `seconds` is "
+        "then 0.",
+        default=False,
     )
 
 

@@ -41,10 +41,11 @@ def write_report(report: Report, directory: str | Path, *, formats: Iterable[str
     """
     folder = Path(directory)
     make_directory(folder)
-    return tuple(_replace(folder / name, FORMATS[name](report)) for name in formats)
+    return tuple(write_text(folder / name, FORMATS[name](report)) for name in formats)
 
 
-def _replace(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write one file of the output directory, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with explained(f"cannot write {path}"):
         _check_target(path)

@@ -139,7 +139,7 @@ def read(data: bytes, name: str) -> Report:
         UsageError: it is no report of version 1, or contradicts itself.
     """
     try:
-        document: Document = load(Document, _parsed(data), "")
+        document: Document = load(Document, parsed(data), "")
         _consistent(document)
     except UnreadableError as error:
         raise UsageError(
@@ -149,7 +149,12 @@ def read(data: bytes, name: str) -> Report:
     return _report(document)
 
 
-def _parsed(data: bytes) -> Json:
+def parsed(data: bytes) -> Json:
+    """JSON of unknown origin, read strictly.
+
+    Raises:
+        UnreadableError: it is none, or two readers could read it in two ways.
+    """
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except UnicodeDecodeError as error:

@@ -91,8 +91,10 @@ def _case(suite: ET.Element, classname: str, adapter: AdapterReport) -> None:
         message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
         told = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
         told.text = _text([*([finding] if finding else []), *words.others(adapter)])
-    elif adapter.findings:
-        ET.SubElement(case, "system-out").text = _text(list(adapter.findings))
+    said = [_text(list(adapter.findings))] if adapter.findings and adapter.verdict is Verdict.PASSED else []
+    said += words.marks(adapter)
+    if said:
+        ET.SubElement(case, "system-out").text = "\n\n".join(said)
 
 
 def _text(findings: list[Finding]) -> str:

@@ -47,6 +47,7 @@ def render(report: Report) -> str:
         "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The root of the checkout."}}},
         "columnKind": "unicodeCodePoints",
         "results": results[:MOST_RESULTS],
+        **_marks(report),
     }
     document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -90,6 +91,16 @@ def _invocation(report: Report, *, left_out: int) -> Json:
     }
 
 
+def _marks(report: Report) -> Json:
+    """What stands beside verdicts, also of adapters that passed and have no result."""
+    marks = [
+        {"adapter": one_line(adapter.name, words.NAME_LIMIT), "dtype": words.precision(adapter.base), "mark": mark}
+        for adapter in report.adapters
+        for mark in words.marks(adapter)
+    ]
+    return {"properties": {"marks": marks[:MOST_RESULTS]}} if marks else {}
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +116,7 @@ def _results(report: Report) -> Iterator[Json]:
 def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int) -> Json:
     """One kind of finding. A base has no line of its own: it points at the top of the file."""
     name, base, line, column = _identity(judged)
+    marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
     check = one_line(finding.check, words.NAME_LIMIT)
     result: Json = {
         "ruleId": check,
@@ -125,6 +137,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
             "base": words.model_name(base),
             "dtype": words.precision(base),
             "origin": str(finding.origin),
+            **({"marks": marks} if marks else {}),
             "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
         },
     }

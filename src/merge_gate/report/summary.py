@@ -75,6 +75,7 @@ def _row(adapter: AdapterReport) -> str:
     else:
         place = (finding.module or finding.tensor) if finding else None
         why = code(words.cause(adapter), 80) + (f" in {code(place, 120)}" if place else "")
+    why = "; ".join(filter(None, [why, *(plain(mark) for mark in words.marks(adapter))]))
     return f"| {code(adapter.name, 80)} | {base} | {verdict} | {why} |"
 
 
@@ -123,6 +124,7 @@ def _facts(alike: list[AdapterReport], finding: Finding | None) -> list[str]:
     source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
     base = f"{code(words.model_name(adapter.base))} ({_precisions(alike)})"
     facts.append(f"- **Adapter:** {source} on {base}")
+    facts += [f"- **Mark:** {plain(mark)}" for mark in words.marks(adapter)]
     return facts
 
 
@@ -183,6 +185,8 @@ def _footer(report: Report) -> str:
     rows += bases
     if left:
         rows.append(f"| | … and {words.counted(left, 'more base')} |")
+    if said := words.cached(report):
+        rows.append(f"| cached | {plain(said)} |")
     rows += [
         f"| config | {code(report.config_path)}{config_sha256} |",
         f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool_version))} |",

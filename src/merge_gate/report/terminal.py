@@ -340,7 +340,7 @@ def _loaded(facts: BaseFacts, seconds: float) -> str:
 
 def _done(adapter: AdapterReport) -> tuple[str, str]:
     """Return the verdict and what there is to say of it, to be read one after the other."""
-    took = f", {words.duration(adapter.seconds)}"
+    took = "".join(f", {mark}" for mark in words.marks(adapter)) or f", {words.duration(adapter.seconds)}"
     why = text.reason(adapter)
     if adapter.verdict is Verdict.PASSED:
         merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"

@@ -93,7 +93,8 @@ def _cells(adapter: AdapterReport, report: Report) -> Row:
     base = words.precision(adapter.base)
     if _several_models(report):
         base = f"{words.model_name(adapter.base)} ({base})"
-    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, adapter.verdict.value, reason(adapter)
+    said = f"{adapter.verdict.value}, cached" if adapter.cached else adapter.verdict.value
+    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, reason(adapter)
 
 
 def reason(adapter: AdapterReport) -> str:
@@ -151,6 +152,7 @@ def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) ->
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _told(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
+    heading += [line for mark in words.marks(adapter) for line in _labelled("mark", mark, width)]
     also = [line for other, more in words.grouped(words.others(adapter)) for line in _also(other, more, width)]
     return [*heading, *also]
 
@@ -203,6 +205,8 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
     for problem in words.problems(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
+    if said := words.cached(report):
+        shown += [((part, Style.PLAIN),) for part in wrap(f"{said}.", width)]
     if output_dir:
         shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
     return shown

@@ -136,6 +136,26 @@ def unsaid_place(finding: Finding) -> str:
     return "" if named in finding.message else one_line(named, NAME_LIMIT)
 
 
+def marks(adapter: AdapterReport) -> list[str]:
+    """What has to stand beside the verdict: that it was reached earlier, and when and where."""
+    judged = adapter.judged
+    if not adapter.cached:
+        return []
+    if judged is None:
+        return ["cached"]
+    return [f"cached, judged {one_line(judged.at, NAME_LIMIT)} at {one_line(judged.place, NAME_LIMIT)}"]
+
+
+def cached(report: Report) -> str:
+    """How many verdicts earlier runs reached, in one sentence without its full stop; empty where there is none."""
+    taken = [adapter for adapter in report.adapters if adapter.cached]
+    times = sorted(one_line(one.judged.at, NAME_LIMIT) for one in taken if one.judged is not None)
+    if not taken:
+        return ""
+    when = f", the oldest {times[0]}" if times else ""
+    return f"{number(len(taken))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
+
+
 def title(adapter: AdapterReport) -> str:
     """What is said of the adapter, to stand behind its name; for a failed one the cause follows."""
     return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value

@@ -202,6 +202,14 @@ def base_weight_files(directory: str) -> tuple[str, ...]:
     return _choose_weights(_list(directory, name=directory), name=directory, allow_pickle=True)
 
 
+def base_setting_files(directory: str) -> tuple[str, ...]:
+    """What transformers may read of a base beside its weights: configurations, and code in and below the directory."""
+    names = _list(directory, name=directory)
+    configs = {n for n in names if n.endswith(".json") and not n.endswith(".index.json")} - _TOKENIZER
+    code = {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*.py")}
+    return tuple(sorted(n for n in {*configs, *code} if Path(directory, n).is_file()))
+
+
 def _list(directory: str, *, name: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(directory))  # noqa: PTH208 (names are all that is wanted)

@@ -1,0 +1,83 @@
+"""An entry, and the line of the report that a run could have reached on it; no model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from merge_gate.fleet.key import Circumstances, Json, material
+from merge_gate.fleet.verdicts import Line
+from merge_gate.identity import identity_of
+from merge_gate.records.config import AdapterSpec, BaseSpec
+from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Prepared, Snapshot
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from tests.report.reports import tensors
+
+BASE = BaseContent(weights="b" * 64, settings="c" * 64)
+RUN = Circumstances(device="cpu")
+NAN = Finding(
+    check="adapter-nonfinite",
+    severity=Severity.ERROR,
+    message="lora_B holds 1 NaN",
+    origin=Origin.ADAPTER,
+    measured=(("share", 0.1), ("largest", float("inf"))),
+)
+
+
+def entry(directory: Path, name: str = "one", data: bytes = b"weights") -> Entry:
+    """An adapter of one file, as the preflight reads it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(data)
+    file = FileRecord(
+        path=path.name,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        identity=identity_of(path.name, path.stat()),
+    )
+    spec = AdapterSpec(
+        name=name, source=f"./{name}", path=str(directory), base=BaseSpec(model="/b", label="./b"), checks=(),
+        line=3, column=5,
+    )  # fmt: skip
+    prepared = Prepared(
+        spec=spec,
+        members=(AdapterFiles(directory=str(directory), files=(file,)),),
+        base=Snapshot(name="./b", directory="/b"),
+    )
+    return Entry(prepared=prepared, dtype="bfloat16")
+
+
+def line(of: Entry, verdict: Verdict = Verdict.PASSED) -> Line:
+    """A passed line, or one that failed by NaN in the adapter."""
+    spec = of.prepared.spec
+    failed = verdict is Verdict.FAILED
+    adapter = AdapterReport(
+        name=spec.name,
+        source=spec.source,
+        base=BaseRef(model="./b", revision=None, dtype="bfloat16", quantization=Quantization.NONE),
+        peft_type="LORA",
+        verdict=verdict,
+        cause=NAN.check if failed else None,
+        findings=(NAN,) if failed else (),
+        coverage=Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=9, parameters_total=9),
+        files=of.prepared.files.files,
+        seconds=0.84,
+        line=spec.line,
+        column=spec.column,
+        tensors=tensors(1),
+    )
+    base = BaseReport(model="./b", dtype="bfloat16", quantization=Quantization.NONE, sha256="d" * 64, parameters=9)
+    return Line(adapter=adapter, base=base)
+
+
+def material_of(of: Entry) -> Json:
+    """What its key is made of."""
+    return material(of, BASE, RUN)
+
+
+def other(of: Entry, **changes: object) -> Entry:
+    """The entry with another spec."""
+    spec = replace(of.prepared.spec, **changes)  # type: ignore[arg-type]
+    return replace(of, prepared=replace(of.prepared, spec=spec))
