@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 recipes=(recipes/comment.yml recipes/hub-push.yml)
 workflows=(.github/workflows/*.yml tests/e2e/workflows/*.yml "${recipes[@]}")
-zizmor --offline --no-progress --quiet --strict-collection --persona=pedantic .github action.yml "${recipes[@]}"
+zizmor --offline --no-progress --quiet --strict-collection --persona=auditor .github action.yml "${recipes[@]}"
 zizmor --offline --no-progress --quiet --strict-collection tests/e2e/workflows tests/e2e/upload-artifact-standin/action.yml
 actionlint -no-color -config-file .github/actionlint.yaml "${workflows[@]}"
 check-jsonschema --builtin-schema vendor.github-actions action.yml tests/e2e/upload-artifact-standin/action.yml
