@@ -1,7 +1,7 @@
 """argv → a namespace: commands, options, help texts. Runs nothing, and imports nothing that takes time.
 
 In: the words of the command line. Out: their values; `command` names the command. Knows no other module of the package
-but its version and the names of the report's files.
+but its version, and words that stand for something: files of a report, quantisations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from merge_gate import __version__
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.records.terms import Quantization
+from merge_gate.text import one_of
 
 DEFAULT_OUTPUT = "merge-gate-report"
 
@@ -65,7 +67,7 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
     named = run.add_argument_group("for adapters that are named here; a config says it itself")
     named.add_argument("--base", metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)")
     named.add_argument("--dtype", metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16")
-    named.add_argument("--quantization", metavar="Q", help="none, bnb-8bit or bnb-4bit")
+    named.add_argument("--quantization", metavar="Q", help=one_of(Quantization))
     run.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
     run.add_argument(
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"

@@ -40,3 +40,9 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     known = list(names)
     shown = ", ".join(known[:most])
     return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
+
+
+def one_of(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else str(last)

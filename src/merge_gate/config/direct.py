@@ -86,7 +86,7 @@ def config_of(
         names: directories, globs or Hub ids; files of one adapter, however many, stand for its directory.
         base: a directory or a Hub id; where None, each adapter's own adapter_config.json names it.
         dtypes: `auto` or names of dtypes; each is checked.
-        quantization: `none`, `bnb-8bit` or `bnb-4bit`.
+        quantization: a word of `Quantization`.
 
     Raises:
         UsageError: with every problem.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,8 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from merge_gate.judging.table import CHECKS
+from merge_gate.records.terms import DTYPES, Quantization
+from merge_gate.text import one_of
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -59,7 +61,12 @@ PRUNING = tuple(name for name in METHODS if name.startswith(("ties", "dare", "ma
 SIGN_ELECTING = tuple(name for name in METHODS if "ties" in name)
 """The methods that elect a sign: they take `majority_sign_method`."""
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+if TYPE_CHECKING:
+    Dtype: TypeAlias = str
+    QuantizationWord: TypeAlias = str
+else:
+    Dtype = Literal[("auto", *DTYPES)]
+    QuantizationWord = Literal[tuple(map(str, Quantization))]
 
 
 # --- models with holes ---------------------------------------------------------------------------------------------
@@ -194,8 +201,9 @@ class BaseEntry(Model):
     dtype: Dtypes | None = None
     """The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list of them without repetition:
     each is checked and has its own entry in the report. Default: auto."""
-    quantization: Literal["none", "bnb-8bit", "bnb-4bit"] | None = None
-    """How the base is quantised before the merge: none, bnb-8bit or bnb-4bit. Default: none."""
+    quantization: QuantizationWord | None = Field(
+        None, description=f"How the base is quantised before the merge: {one_of(Quantization)}. Default: none."
+    )
 
 
 Base = Annotated[BaseEntry, _source("model", "A directory or a Hub id.")]

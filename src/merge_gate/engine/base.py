@@ -23,7 +23,7 @@ from torch import nn
 from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
-from merge_gate.engine.quantized import dequantized, elements, is_quantized, scales
+from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, scales
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
@@ -182,9 +182,7 @@ def load_base(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": None if allow_pickle else True,
     }
-    if quantization is not Quantization.NONE:
-        options["quantization_config"] = _bnb_config(quantization, dtype)
-        options["device_map"] = {"": device}
+    options |= loading_options(quantization, dtype, device)
     source = Source(
         directory=directory,
         label=label,
@@ -346,13 +344,6 @@ def measure_base(
         initialised=loading.initialised,
         hollow=hollow,
     )
-
-
-def _bnb_config(quantization: Quantization, dtype: str) -> Any:
-    if quantization is Quantization.BNB_8BIT:
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.quantized import BNB_4BIT, is_quantized
+from merge_gate.engine.quantized import BNB_4BIT, has_layers_in, is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
@@ -124,10 +124,10 @@ def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
 
 
 def _quantized_unknown(model: Any, _config: Any) -> Iterator[str]:
-    """A tuner layer for plain weights on packed ones: neither written for bitsandbytes nor given a backend for it."""
+    """A tuner layer for plain weights on packed ones: neither written for them nor given a backend for it."""
     for name, layer, base_layer in _layers(model):
-        knows = getattr(layer, "quantization_backend", None) is not None or type(layer).__module__.endswith(".bnb")
-        if _quantized(base_layer) and not knows:
+        knows = getattr(layer, "quantization_backend", None) is not None
+        if _quantized(base_layer) and not knows and not has_layers_in(type(layer).__module__, base_layer.weight):
             yield name
 
 

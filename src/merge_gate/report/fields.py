@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from merge_gate.records.terms import Severity, record
 from merge_gate.report.untrusted import one_line
+from merge_gate.text import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,7 +218,7 @@ def _load_figure(value: Json, place: str) -> float:
 def _load_word(kind: type[Enum], value: Json, place: str) -> Enum:
     known = words(kind)
     if not isinstance(value, str) or value not in known:
-        raise UnreadableError(f"{place} is {_shown(value)}, expected {', '.join(known[:-1])} or {known[-1]}")
+        raise UnreadableError(f"{place} is {_shown(value)}, expected {one_of(known)}")
     return kind(value)
 
 
