@@ -6,6 +6,7 @@ no models, no files, no idea of what is good or bad. The weight is never written
 
     delta.py    scaling · B @ A in blocks, and the proof that they have the bits of the whole
     dense.py    W + delta, DoRA's norms, PEFT's roundings
+    screen.py   which blocks of a 16-bit weight have to be merged with these roundings, to know its extremes
     packed.py   bitsandbytes weights: dequantised, quantised again
     bound.py    what can be said of a merge without making it
 
@@ -16,7 +17,7 @@ core, if its thread says `torch.set_num_threads(1)`; threads.py spreads weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from merge_gate.engine.delta import FLOATS, HALVES, Buffers, LowRankUpdate, is_p
 from merge_gate.engine.dense import DenseValues, Sum
 from merge_gate.engine.packed import Int4Values, Int8Values
 from merge_gate.engine.quantized import BNB_4BIT, is_quantized
+from merge_gate.engine.screen import Candidates, Ends, Screen
 
 Weight = DenseValues | Int8Values | Int4Values
 
@@ -81,11 +83,12 @@ class BlockMerge:
 
     def blocks(self, *, with_change: bool = False) -> Iterator[MergedRows]:
         """The merged rows, from the first to the last."""
-        values, slices, summed = self._values, self.slices, self._sum()
+        values, slices = self._values, self.slices
         if isinstance(values, DenseValues):
-            for rows in slices:
-                yield MergedRows(rows, *summed.rows(rows, values.rows(rows), with_change=with_change))
+            made = self.dense_rows(with_change=with_change)
+            yield from map(made, slices)
             return
+        summed = self._sum()
         again = values.requantized(self._requantized_from())
         for rows in slices:
             again.put(rows, summed.rows(rows, values.rows(rows), with_change=False)[0])
@@ -93,6 +96,18 @@ class BlockMerge:
         for rows in slices:
             change = summed.rows(rows, values.rows(rows), with_change=True)[1] if with_change else None
             yield MergedRows(rows, again.rows(rows), change)
+
+    def dense_rows(self, *, with_change: bool = False) -> Callable[[slice], MergedRows]:
+        """Makes any of the `slices` of a dense weight."""
+        values, summed = self._values, self._sum()
+        return lambda rows: MergedRows(rows, *summed.rows(rows, values.rows(rows), with_change=with_change))
+
+    def candidates(self) -> Candidates | None:
+        """Which of the `slices` can hold the extremes of the merge; None where all of them have to be merged."""
+        values, update, slices = self._values, self._update, self.slices
+        if self.quantized or not Screen.suits(update, values.dtype, slices):
+            return None
+        return Screen(values.rows, update, values.dtype, slices, self._buffers).candidates()
 
     def extremes(self) -> tuple[torch.Tensor, bool] | None:
         """Of a quantised weight: the least and the greatest of the values that share a scale, all of them.
@@ -251,11 +266,18 @@ class Measured:
 
 @torch.no_grad()
 def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
-    """Merge every row and measure it. The figures cost more than the merge."""
+    """Merge every row and measure it. The figures cost more than the merge.
+
+    Without them a row of a 16-bit weight that cannot hold an extreme is merged and measured in float32 (screen.py).
+    """
     tally = _Tally(merge, figures=figures)
     extremes = None if figures else merge.extremes()
     if extremes is not None and extremes[1]:
         tally.add_extremes(extremes[0])
+        return tally.result()
+    candidates = None if figures else merge.candidates()
+    if candidates is not None:
+        tally.add_candidates(candidates)
         return tally.result()
     for block in merge.blocks(with_change=figures):
         tally.add(block)
@@ -285,6 +307,23 @@ class _Tally:
     def add_extremes(self, ends: torch.Tensor) -> None:
         self.bounds.append((ends[0].min(), ends[1].max()))
         self.numel, self.changed = self.merge.numel, True
+
+    def add_candidates(self, candidates: Candidates) -> None:
+        """Of all blocks those that may hold an extreme; more, until one of them has changed a value."""
+        made, slices, seen = self.merge.dense_rows(), self.merge.slices, set()
+
+        def add(number: int) -> Ends:
+            seen.add(number)
+            self.add(made(slices[number]))
+            return float(self.bounds[-1][0]), float(self.bounds[-1][1])
+
+        candidates.visit(add)
+        for number in range(len(slices)):
+            if self.changed:
+                break
+            if number not in seen:
+                add(number)
+        self.numel = self.merge.numel
 
     def _sums(self, block: MergedRows) -> torch.Tensor:
         base, change = self.merge.base(block.rows), block.change

@@ -1,0 +1,195 @@
+"""Which blocks of a merge can hold its least and its greatest value: every element merged in float32, errors bounded.
+
+In: a dense 16-bit weight and an update, in blocks of rows. Out: the blocks that have to be merged with PEFT's roundings
+to know the extremes of the whole merge. Knows torch: no PEFT, no models, no files; judges nothing.
+
+PEFT rounds three times: the product to float32, the delta to the weight's dtype, the sum to it. Each rounding keeps the
+order of values, and none of them is larger than a bound. So:
+
+1. Every element is merged in float32, W + scaling · B @ A in one product, and measured. Let t be such a sum.
+2. What PEFT rounds last, to the final dtype, is within `reach` of t.
+3. A block whose greatest t, plus reach, is rounded to no more than a value that another block is known to hold, holds
+   nothing greater. Likewise for the least. All others are merged with PEFT's roundings, the likeliest first.
+
+Usually two to four blocks are left. NaN and infinities are in every sum that they are part of. Where one is found, and
+where a value comes near the limits of a dtype, all blocks are merged as PEFT merges them.
+
+The bound of step 2, with u the largest relative error of a rounding in a dtype, r the rank, and P not less than
+|scaling| · Σ|b||a| of any element (by Cauchy and Schwarz from the norms of rows and columns):
+
+    rounding the delta                       u(W) · P, and u(factors) · P where PEFT rounds it to their dtype as well
+    all in float32: r products, their sum in any order, the scaling, W, in either merge
+                                             (4 r + 32) · 2⁻²⁴ · (|W| + P) each
+    what is below the least normal number    its place is lost, whatever the order of factors
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge_gate.engine.delta import HALVES, Buffers, Factors, LowRankUpdate
+
+SLACK = 1.01
+"""What the norms of P and the terms of the bound may be off by, many times over."""
+
+UNIT = 2.0**-24
+"""u of float32."""
+
+LEAST = 2.0**-120
+"""More than a product or a sum in float32 can lose below its least normal number, 2⁻¹²⁶, flushed to zero or not."""
+
+MOST = 2.0**120
+"""Factors and products up to here are far from float32's limit in any order of multiplication."""
+
+VANISHED = 2.0**-60
+"""More than the root of a square that float32 flushes to zero."""
+
+MOST_RANK = 1 << 15
+
+LEAST_BLOCKS = 8
+"""Of fewer blocks too large a share is left, and the bound costs as much as one of them."""
+
+ROOM = 0.25
+"""Values may come to this share of the largest of their dtype."""
+
+WORTH = 1 / 8
+"""A reach above this share of the values' range leaves most blocks as candidates."""
+
+Ends = tuple[float, float]
+"""The least and the greatest of some values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`product` is P of the module's docstring, `fixed` the part of the reach that does not depend on the values."""
+
+    product: float
+    share: float
+    fixed: float
+    ceiling: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, factors: Factors, scaling: float, dtype: torch.dtype) -> Bound | None:
+        """None where float32 may leave its range on the way, so that nothing is proved."""
+        left, right, rank = factors.left, factors.right, factors.left.shape[1]
+        if rank > MOST_RANK:
+            return None
+        a, b = _longest(right, 0), _longest(left, 1)
+        sizes = (a, b, abs(scaling), a * b, a * abs(scaling), b * abs(scaling), a * b * abs(scaling))
+        if not all(size <= MOST for size in sizes) or abs(scaling) < 1 / MOST:  # NaN is not
+            return None
+        product = abs(scaling) * a * b * SLACK
+        rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
+        share = (4 * rank + 32) * UNIT
+        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in rounded)
+        fixed = SLACK * sum(torch.finfo(one).eps / 2 for one in rounded) * product + lost
+        ceiling = ROOM * min(torch.finfo(one).max for one in (*rounded, torch.float32))
+        return cls(product, share, fixed, ceiling)
+
+    def reach(self, ends: Ends) -> float | None:
+        """How far what PEFT rounds last is from the sums with these extremes; None if they are near a limit, or NaN."""
+        largest = max(-ends[0], ends[1])
+        if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and largest + self.product <= self.ceiling):
+            return None
+        weight = 2 * (largest + self.product)  # not less than any |W|
+        return SLACK * (self.fixed + 2 * self.share * (weight + self.product))
+
+
+def _longest(vectors: torch.Tensor, dim: int) -> float:
+    """Not less than the norm of any of them, in float32: squares that vanish there are made good for."""
+    norms = torch.linalg.vector_norm(vectors, dim=dim)
+    return float(norms.max()) * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
+
+
+class Screen:
+    """The float32 merge of a weight. `rows` gives a block of the base's values in the weight's final dtype."""
+
+    def __init__(
+        self,
+        rows: Callable[[slice], torch.Tensor],
+        update: LowRankUpdate,
+        dtype: torch.dtype,
+        slices: Sequence[slice],
+        buffers: Buffers,
+    ) -> None:
+        self._rows, self._slices, self._buffers, self._dtype = rows, slices, buffers, dtype
+        self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
+        self._scaling = update.scaling
+        self._bound = Bound.of(self._factors, update.scaling, dtype)
+
+    @staticmethod
+    def suits(update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
+        """Whether there are blocks to leave out, of a merge that rounds its sums."""
+        narrow = dtype in HALVES and update.lora_a.dtype != torch.float64
+        return narrow and update.magnitude is None and len(slices) >= LEAST_BLOCKS
+
+    def candidates(self) -> Candidates | None:
+        """None where nothing can be left out: every block has to be merged as PEFT merges it."""
+        bound = self._bound
+        if bound is None:
+            return None
+        first = self._merged(self._slices[0])
+        least, greatest = (float(end) for end in first)
+        reach = bound.reach((least, greatest))
+        if reach is None or reach > WORTH * (greatest - least):
+            return None
+        found = [first, *(self._merged(rows) for rows in self._slices[1:])]
+        lows, highs = (torch.stack(ends).tolist() for ends in zip(*found, strict=True))
+        reach = bound.reach((_least(lows), _greatest(highs)))
+        return None if reach is None else Candidates(tuple(zip(lows, highs, strict=True)), reach, self._rounded)
+
+    def _merged(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step 1 for a block: the extremes of its sums."""
+        base = self._rows(rows)
+        sums = self._buffers.take("sum", base, torch.float32).copy_(base)
+        torch.addmm(sums, self._factors.left[rows], self._factors.right, alpha=self._scaling, out=sums)
+        return torch.aminmax(sums)
+
+    def _rounded(self, value: float) -> float:
+        """As PEFT's sum is rounded: float32 first."""
+        return float(torch.tensor(value, dtype=torch.float32).to(self._dtype))
+
+
+def _least(values: Iterable[float]) -> float:
+    """NaN where one is NaN, as Python's `min` is not."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else min(found)
+
+
+def _greatest(values: Iterable[float]) -> float:
+    return -_least(-value for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Step 3: `ends` of the sums of each block, the `reach`, and how the final dtype rounds."""
+
+    ends: Sequence[Ends]
+    reach: float
+    rounded: Callable[[float], float]
+
+    def visit(self, merged: Callable[[int], Ends]) -> None:
+        """Have every block merged, by its number, that can hold an extreme; `merged` says what it holds.
+
+        All of them, as soon as one holds what the bound excludes: some library does not compute in float32 then.
+        """
+        known: dict[int, Ends] = {}
+        for sign, end in ((1.0, 1), (-1.0, 0)):  # the greatest; the least is the greatest of -x
+            sums = [sign * ends[end] for ends in self.ends]
+            best = -math.inf
+            for number in sorted(range(len(sums)), key=sums.__getitem__, reverse=True):
+                if self.rounded(sums[number] + self.reach) <= best:
+                    break
+                if number not in known:
+                    known[number] = merged(number)
+                found = sign * known[number][end]
+                if not self.rounded(sums[number] - self.reach) <= found <= self.rounded(sums[number] + self.reach):
+                    for other in set(range(len(sums))) - known.keys():
+                        merged(other)
+                    return
+                best = max(best, found)

@@ -1,0 +1,165 @@
+"""What a float32 merge says of PEFT's: the bound holds for every element, and the extremes are those of all of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_gate.engine.blocks import measure_merge, merged_blocks
+from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
+from merge_gate.engine.screen import Bound, Candidates
+from tests.engine.blocks_layers import whole
+
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+EXPONENTS = st.integers(-30, 12)
+
+
+def update_of(rows, columns, rank, *, seed, b_size=0.1, a_size=0.1, scaling=2.0, dtype=torch.float32, transposed=False):
+    """Factors of any size, with rows, columns and single values that stand out."""
+    generator = torch.Generator().manual_seed(seed)
+    lora_b = torch.randn(rows, rank, generator=generator)
+    lora_a = torch.randn(rank, columns, generator=generator)
+    lora_b *= 10 ** torch.randn(rows, 1, generator=generator).clamp(-2, 1)
+    lora_a *= 10 ** torch.randn(1, columns, generator=generator).clamp(-2, 1)
+    a, b = lora_a.mul(a_size).to(dtype), lora_b.mul(b_size).to(dtype)
+    return LowRankUpdate(lora_a=a, lora_b=b, scaling=scaling, transposed=transposed)
+
+
+def weight_of(update, size, dtype, seed):
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(update.shape, generator=generator).mul(size).to(dtype)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(2, 300),
+    columns=st.integers(1, 90),
+    rank=st.sampled_from([1, 2, 8, 16, 33, 256]),
+    sizes=st.tuples(EXPONENTS, EXPONENTS, EXPONENTS, st.integers(-20, 20)),
+    dtype=HALVES,
+    factor_dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_what_peft_rounds_is_within_reach_of_the_float32_sum(
+    rows, columns, rank, sizes, dtype, factor_dtype, transposed, seed
+) -> None:
+    """Every element, of weights and factors of all sizes: values that vanish in the dtype among them."""
+    w, a, b, s = (2.0**size for size in sizes)
+    made = update_of(
+        rows, columns, rank, seed=seed, a_size=a, b_size=b, scaling=s, dtype=factor_dtype, transposed=transposed
+    )
+    weight = weight_of(made, w, dtype, seed)
+    factors = Factors.of(made.lora_a, made.lora_b, transposed=transposed)
+    sums = torch.addmm(weight.float(), factors.left, factors.right, alpha=s)
+    bound = Bound.of(factors, s, dtype)
+    reach = None if bound is None else bound.reach((float(sums.min()), float(sums.max())))
+    if reach is None:
+        return
+    peft = whole(merged_blocks(weight, made, Buffers(block_elements=1)))
+    low, high = ((sums.double() + sign * reach).float().to(dtype) for sign in (-1, 1))
+    assert bool(((low <= peft) & (peft <= high)).all())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(512, 900),
+    columns=st.integers(1, 40),
+    rank=st.sampled_from([1, 8, 16]),
+    sizes=st.tuples(st.integers(-8, 2), st.integers(-8, 2)),
+    levels=st.sampled_from([0, 1, 2]),
+    dtype=HALVES,
+    transposed=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_extremes_are_those_of_all_blocks(rows, columns, rank, sizes, levels, dtype, transposed, seed) -> None:
+    """With `levels` the weight has one or two values only, so that blocks differ by the delta alone."""
+    made = update_of(rows, columns, rank, seed=seed, a_size=2.0 ** sizes[0], b_size=2.0 ** sizes[1])
+    if transposed:
+        made = LowRankUpdate(lora_a=made.lora_b.T, lora_b=made.lora_a.T, scaling=2.0, transposed=True)
+    weight = weight_of(made, 1.0, dtype, seed)
+    if levels:
+        weight = weight.sign() if levels > 1 else torch.ones_like(weight)
+    merge = merged_blocks(weight, made, Buffers(block_elements=1))
+    peft, found = whole(merge), measure_merge(merge)
+    assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
+    assert found.changed == (not torch.equal(peft, weight))
+    assert found.numel == found.of == peft.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", [0, 63, 64, 1999, 2047])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["weight", "lora_a", "lora_b"])
+def test_nothing_is_left_out_where_a_value_is_not_finite(place, value, row, dtype) -> None:
+    made = update_of(2048, 64, 8, seed=0)
+    weight = weight_of(made, 1.0, dtype, 0)
+    if place == "lora_a":
+        made.lora_a[:, row % 64] = value
+    else:
+        (weight if place == "weight" else made.lora_b)[row, 0] = value
+    merge = merged_blocks(weight, made, Buffers(block_elements=1))
+    assert merge.candidates() is None
+    assert not measure_merge(merge).finite
+
+
+@pytest.mark.parametrize("size", [3e4, 6e4])
+def test_nothing_is_left_out_near_the_largest_value(size) -> None:
+    made = update_of(600, 64, 8, seed=0)
+    weight = weight_of(made, 0.01, torch.float16, 0)
+    weight[200, 3] = size
+    merge = merged_blocks(weight, made, Buffers(block_elements=1))
+    assert merge.candidates() is None
+    assert measure_merge(merge).maximum == whole(merge).max().item()
+
+
+def test_of_a_usual_weight_few_blocks_are_left() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) * 0.02 for shape in ((16, 512), (8192, 16)))
+    made = LowRankUpdate(lora_a=a, lora_b=b, scaling=2.0)
+    merge = merged_blocks(weight_of(made, 0.02, torch.bfloat16, 0), made, Buffers(block_elements=1))
+    visited = visit(merge)
+    assert len(merge.slices) == 128
+    assert len(visited) < 16
+
+
+def test_all_blocks_are_visited_where_one_holds_what_the_bound_excludes() -> None:
+    """As where a library rounds the factors to fewer bits: the figures do not rest on that it does not."""
+    ends = tuple((-1.0, float(number)) for number in range(1, 10))
+    seen: list[int] = []
+
+    def merged(number: int) -> tuple[float, float]:
+        seen.append(number)
+        return -1.0, ends[number][1] + 0.5
+
+    Candidates(ends, 0.25, float).visit(merged)
+    assert sorted(seen) == list(range(9))
+
+
+def test_blocks_whose_greatest_values_are_rounded_to_the_same_are_not_asked_twice() -> None:
+    ends, seen = ((-1.0, 1.0), (-1.0, 1.1), (-1.2, 0.9)), []
+
+    def merged(number: int) -> tuple[float, float]:
+        seen.append(number)
+        return float(round(ends[number][0])), float(round(ends[number][1]))
+
+    Candidates(ends, 0.1, lambda value: float(round(value))).visit(merged)
+    assert seen == [1, 2]
+
+
+def visit(merge) -> list[int]:
+    """The blocks that have to be merged with PEFT's roundings."""
+    candidates, rows_of, seen = merge.candidates(), merge.dense_rows(), []
+    assert candidates is not None
+
+    def merged(number: int) -> tuple[float, float]:
+        seen.append(number)
+        values = rows_of(merge.slices[number]).merged
+        return values.min().item(), values.max().item()
+
+    candidates.visit(merged)
+    return seen
