@@ -26,7 +26,7 @@ The bound of step 2, with u the largest relative error of a rounding in a dtype,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,8 +102,8 @@ class Bound:
 
 def _longest(vectors: torch.Tensor, dim: int) -> float:
     """Not less than the norm of any of them, in float32: squares that vanish there are made good for."""
-    norms = torch.linalg.vector_norm(vectors, dim=dim)
-    return float(norms.max()) * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
+    squares = vectors.square().sum(dim)
+    return math.sqrt(squares.max()) * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
 
 
 class Screen:
@@ -133,36 +133,27 @@ class Screen:
         bound = self._bound
         if bound is None:
             return None
-        first = self._merged(self._slices[0])
-        least, greatest = (float(end) for end in first)
-        reach = bound.reach((least, greatest))
-        if reach is None or reach > WORTH * (greatest - least):
-            return None
-        found = [first, *(self._merged(rows) for rows in self._slices[1:])]
-        lows, highs = (torch.stack(ends).tolist() for ends in zip(*found, strict=True))
-        reach = bound.reach((_least(lows), _greatest(highs)))
-        return None if reach is None else Candidates(tuple(zip(lows, highs, strict=True)), reach, self._rounded)
+        found: list[Ends] = []
+        for rows in self._slices:
+            least, greatest = self._merged(rows)
+            reach = bound.reach((least, greatest))
+            if reach is None or (not found and reach > WORTH * (greatest - least)):
+                return None
+            found.append((least, greatest))
+        reach = bound.reach((min(low for low, _ in found), max(high for _, high in found)))
+        return None if reach is None else Candidates(tuple(found), reach, self._rounded)
 
-    def _merged(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _merged(self, rows: slice) -> Ends:
         """Step 1 for a block: the extremes of its sums."""
         base = self._rows(rows)
         sums = self._buffers.take("sum", base, torch.float32).copy_(base)
         torch.addmm(sums, self._factors.left[rows], self._factors.right, alpha=self._scaling, out=sums)
-        return torch.aminmax(sums)
+        least, greatest = torch.aminmax(sums)
+        return float(least), float(greatest)
 
     def _rounded(self, value: float) -> float:
         """As PEFT's sum is rounded: float32 first."""
         return float(torch.tensor(value, dtype=torch.float32).to(self._dtype))
-
-
-def _least(values: Iterable[float]) -> float:
-    """NaN where one is NaN, as Python's `min` is not."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else min(found)
-
-
-def _greatest(values: Iterable[float]) -> float:
-    return -_least(-value for value in values)
 
 
 @dataclass(frozen=True, slots=True)
