@@ -109,6 +109,16 @@ def test_it_opens_fast_quietly_and_for_everybody(visit: Any, count: int, size: s
     assert len(seen.requests) == 1
 
 
+def test_a_phone_s_first_screen_says_which_adapter_which_tensor_why_and_what_to_do(visit: Any) -> None:
+    page: Page = visit(fleet(7), "phone").page
+    height = SIZES["phone"]["height"]
+    opened = page.locator("tbody.opened")
+    for told in (opened.locator(".open"), opened.locator(".message").first, opened.locator(".hint").first):
+        box = told.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= height
+
+
 def test_all_of_it_is_reachable_by_keyboard(visit: Any) -> None:
     page: Page = visit(fleet(7)).page
     reached: list[str] = []

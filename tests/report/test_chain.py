@@ -24,7 +24,7 @@ def test_a_passed_adapter_is_sound_all_the_way() -> None:
 def test_it_breaks_where_the_cause_lies() -> None:
     assert [outcome for outcome, _ in told(FAILED)] == ["sound", "broken", "warned", "follows"]
     assert [outcome for outcome, _ in told(HALF_FAILED)] == ["sound", "sound", "broken", "follows"]
-    assert told(HALF_FAILED)[3] == ("follows", "of 36 tensors, 1 with ±Inf")
+    assert told(HALF_FAILED)[3] == ("follows", "±Inf in 1 of 36 tensors")
     base = dataclasses.replace(NAN, origin=Origin.BASE, check="base-nonfinite")
     assert told(adapter(verdict=Verdict.FAILED, cause=base.check, findings=(base,)))[0] == ("broken", "base-nonfinite")
 

@@ -75,10 +75,10 @@ def _dtype(adapter: AdapterReport) -> Stage:
     counts = count_states(adapter.tensors)
     if not counts:
         return Stage(name=name, outcome=Outcome.UNKNOWN, said="nothing was merged")
-    broken = [f"{number} with {state}" for state, number in counts if state in {State.NAN, State.INF}]
+    broken = [f"{state} in {number}" for state, number in counts if state in {State.NAN, State.INF}]
     total = words.counted(len(adapter.tensors), "tensor")
     if broken:
-        return Stage(name=name, outcome=Outcome.BROKEN, said=f"of {total}, {', '.join(broken)}")
+        return Stage(name=name, outcome=Outcome.BROKEN, said=f"{', '.join(broken)} of {total}")
     return Stage(name=name, outcome=Outcome.SOUND, said=f"{total}, all finite")
 
 
