@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 INPUTS = (
-    "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "mounts", "memory", "shm-size", "cpus",
+    "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "cache", "mounts", "memory", "shm-size", "cpus",
     "timeout-minutes", "working-directory", "fail-on", "upload-report", "artifact-name", "retention-days", "output",
     "shard", "args",
 )  # fmt: skip

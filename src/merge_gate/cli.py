@@ -180,14 +180,12 @@ def _config(arguments: argparse.Namespace) -> Config:
 def _run_in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.launcher import for_a_person, run_in_container
 
-    if arguments.cache or arguments.resume:
+    if arguments.resume:
         raise UsageError(
-            "--cache and --resume are for a run that is not in a container",
-            hint="in a workflow, the action's input `cache` gives the container its directory",
+            "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
         )
     more = [word for name in arguments.only for word in ("--only", name)]
-    if arguments.quick:
-        more.append("--quick")
+    more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
     run = for_a_person(
@@ -197,6 +195,7 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
         arguments=more,
         image=arguments.image,
         gpus=arguments.gpus,
+        cache=arguments.cache,
         environ=os.environ,
     )
 

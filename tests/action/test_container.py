@@ -117,6 +117,19 @@ def test_the_container_writes_beside_the_output_and_to_the_cache_only(run, prepa
     assert {mount["Target"] for mount in listed if mount["ReadOnly"]} == {str(run.workspace), str(tmp_path / "bases")}
 
 
+def test_the_cache_of_verdicts_is_written_to_and_its_secret_seen_by_nobody(run, prepared, tmp_path: Path) -> None:
+    key = "0123456789abcdef"
+    run = replace(
+        run, cache=tmp_path / "verdicts", environ={"MERGE_GATE_CACHE_KEY": key, "MERGE_GATE_PLACE": "a/b run 7"}
+    )
+    (mount,) = [one for one in container.mounts(run, prepared) if one["Source"] == str(tmp_path / "verdicts")]
+    assert (mount["Target"], mount["ReadOnly"]) == (str(tmp_path / "verdicts"), False)
+    environ = container.environment(run, prepared)
+    assert key not in str(environ)
+    assert environ["MERGE_GATE_PLACE"] == "a/b run 7"
+    assert container.handed_over(run) == {"MERGE_GATE_CACHE_KEY": key}
+
+
 def test_limits_are_the_engines_words() -> None:
     assert container._limits(Limits()) == {}
     limits = container._limits(Limits(memory="16g", shm_size="1g", cpus="1.5"))

@@ -50,6 +50,14 @@ def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -
     assert first.output != second.output
 
 
+def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
+    inputs = action.read_inputs(words(cache="kept", args="--no-cache"), environ)
+    kept = Path(environ["GITHUB_WORKSPACE"], "kept").resolve()
+    assert inputs.cache == kept
+    assert inputs.arguments == ("--cache", str(kept), "--no-cache")
+    assert action.read_inputs(words(cache=""), environ).cache is None
+
+
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(shard="2/4", args="--quick"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
     assert inputs.arguments == ("--shard", "2/4", "--quick")
@@ -98,6 +106,7 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("args", "--device cpu"),
         ("args", "--container"),
         ("args", "--shard 1/2"),
+        ("args", "--cache elsewhere"),
         ("shard", "2"),
         ("shard", "0/2"),
         ("shard", "2/4 --quick"),

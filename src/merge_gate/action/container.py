@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "NO_PROXY", "no_proxy", "NO_COLOR", "FORCE_COLOR",
-    "MERGE_GATE_DEBUG",
+    "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE",
 )  # fmt: skip
 """Variables of the caller that the gate inside sees; no other reaches it but the next ones."""
-_HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+_HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "MERGE_GATE_CACHE_KEY")
 """Those that may hold a secret travel by standard input."""
 _AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 """Variables that name a file of certificate authorities, such as a company's own, in the order of preference."""
@@ -47,7 +47,8 @@ class ContainerRun:
     """What to run. Paths are absolute, and the same inside the container.
 
     `workspace` holds the configuration and whatever it names that `mounts` do not hold; both are read-only inside.
-    `hf_cache` None: a cache for this run only. `image` empty: the one released with this version; `pull` says when it
+    `hf_cache` None: a cache for this run only. `cache` is the directory of verdicts that are kept, which the container
+    writes to. `image` empty: the one released with this version; `pull` says when it
     is fetched. `arguments` are further words for `merge-gate run`. `gpus` is `auto`, `none`, `all` or a list of indices
     or UUIDs, and once the launcher has settled it, empty for none. `environ` is the caller's environment.
     """
@@ -61,6 +62,7 @@ class ContainerRun:
     gpus: str = "auto"
     arguments: tuple[str, ...] = ()
     hf_cache: Path | None = None
+    cache: Path | None = None
     mounts: tuple[Path, ...] = ()
     limits: Limits = Limits()
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -137,6 +139,7 @@ def mounts(run: ContainerRun, prepared: Prepared) -> list[dict[str, Any]]:
         *((path, path, True) for path in run.mounts),
         (prepared.written, run.output, False),
         (prepared.cache, prepared.cache, False),
+        *([(run.cache, run.cache, False)] if run.cache else []),
         *([(Path(authorities), Path(AUTHORITIES_INSIDE), True)] if authorities else []),
     ]
     return [

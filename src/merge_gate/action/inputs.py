@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
-OURS = ("--output", "--device", "--container", "--image", "--gpus", "--shard")
+OURS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache")
 """Options of `merge-gate run` that have an input of their own, or none."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 
@@ -35,6 +35,7 @@ CHECKS: tuple[_Check, ...] = (
     ("image", r"[A-Za-z0-9][A-Za-z0-9._/:@-]*|", "the name of an image"),
     ("pull", r"missing|always|never", "missing, always or never"),
     ("hf-cache", r"[^\0\r\n]*", "a directory"),
+    ("cache", r"[^\0\r\n]*", "a directory"),
     ("mounts", r"[^\0]*", "directories, one on each line"),
     ("memory", _SIZE, "a size such as 16g"),
     ("shm-size", _SIZE, "a size such as 1g"),
@@ -65,6 +66,7 @@ class Inputs:
     image: str
     pull: str
     hf_cache: Path | None
+    cache: Path | None
     mounts: tuple[Path, ...]
     limits: Limits
     time_limit_s: float
@@ -90,6 +92,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, and {output} is a file, expected a directory")
+    cache = places.place(given["cache"]).resolve() if given["cache"] else None
     arguments, complaint = _arguments(given["args"])
     listed = [problem for problem in (*problems, complaint, places.complaint) if problem]
     if listed:
@@ -102,6 +105,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
         image=given["image"],
         pull=given["pull"],
         hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
+        cache=cache,
         mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
         limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
@@ -110,7 +114,11 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
         artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),
         output=output,
-        arguments=(*(["--shard", given["shard"]] if given["shard"] else []), *arguments),
+        arguments=(
+            *(["--shard", given["shard"]] if given["shard"] else []),
+            *(["--cache", str(cache)] if cache else []),
+            *arguments,
+        ),
     )
 
 

@@ -91,6 +91,7 @@ def for_a_person(
     arguments: Sequence[str] = (),
     image: str = "",
     gpus: str = "auto",
+    cache: str | None = None,
     environ: Mapping[str, str],
 ) -> ContainerRun:
     """Return the run that `merge-gate run --container CONFIG` means on somebody's own machine.
@@ -108,8 +109,9 @@ def for_a_person(
         image=image,
         device=device,
         gpus=gpus,
-        arguments=tuple(arguments),
+        arguments=(*arguments, *(["--cache", str(Path(cache).resolve())] if cache else [])),
         hf_cache=Path(home).expanduser().resolve(),
+        cache=Path(cache).resolve() if cache else None,
         environ=environ,
     )
 
@@ -152,7 +154,7 @@ def _check_paths(run: ContainerRun) -> None:
     for path in run.mounts:
         if not path.exists():
             raise UsageError(f"mounts: {path} is not there", hint="name directories of the runner by absolute paths")
-    for path in (*seen, run.output, *([run.hf_cache] if run.hf_cache else [])):
+    for path in (*seen, run.output, *filter(None, (run.hf_cache, run.cache))):
         if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
             raise UsageError(f"{path} cannot be mounted into the container: it would hide the container's own files")
 
@@ -175,7 +177,8 @@ def _prepare(
     leftovers.remove_orphans(client, told.warning)
     told.image(docker_api.ensure_image(client, run.image, log, run.pull))
     cache, written = _directories(run, clearing, told)
-    canaries = _canaries({run.output: written, cache: cache}, clearing)
+    kept = {run.cache: run.cache} if run.cache else {}
+    canaries = _canaries({run.output: written, cache: cache, **kept}, clearing)
     name = f"merge-gate-{secrets.token_hex(8)}"
     clearing.callback(leftovers.remove, client, name, told.warning)
     return Prepared(client, facts, name, cache, written, canaries)
@@ -188,7 +191,8 @@ def _directories(run: ContainerRun, clearing: contextlib.ExitStack, told: Told) 
         written = _scratch(run.environ, "report", clearing)
         clearing.callback(_take, written, run.output, told)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
-        cache.mkdir(parents=True, exist_ok=True)
+        for one in filter(None, (cache, run.cache)):
+            one.mkdir(parents=True, exist_ok=True)
         return cache, written
 
 

@@ -87,7 +87,9 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     marker = {"MERGE_GATE_IMAGE": environ["MERGE_GATE_IMAGE"]} if environ.get("MERGE_GATE_IMAGE") else {}
     debug = {"MERGE_GATE_DEBUG": "1"} if environ.get("RUNNER_DEBUG") == "1" else {}
     workspace = {"GITHUB_WORKSPACE": str(workspace_of(environ))}
-    return {**ours, **marker, **debug, **workspace, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
+    repository, number = environ.get("GITHUB_REPOSITORY", ""), environ.get("GITHUB_RUN_ID", "")
+    place = {"MERGE_GATE_PLACE": f"{repository} run {number}"} if repository and number else {}
+    return {**ours, **marker, **debug, **workspace, **place, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
 def _judge(inputs: Inputs, environ: Mapping[str, str], heard: _Heard) -> Outcome:
@@ -120,6 +122,7 @@ def _run_of(inputs: Inputs, environ: Mapping[str, str]) -> ContainerRun:
         gpus=inputs.gpus,
         arguments=inputs.arguments,
         hf_cache=inputs.hf_cache,
+        cache=inputs.cache,
         mounts=inputs.mounts,
         limits=inputs.limits,
         environ=environ,
