@@ -20,7 +20,7 @@ from typing import Any
 import merge_gate
 from merge_gate.records.config import Combine, Expect
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry
-from merge_gate.records.terms import record
+from merge_gate.records.terms import QUANTIZED_BY, record
 from merge_gate.report import fields
 from merge_gate.report.json_report import SCHEMA_VERSION
 
@@ -28,7 +28,8 @@ FORMAT = 1
 """To be raised when the same material could mean another verdict."""
 
 LIBRARIES = (
-    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy", "huggingface_hub",
+    "torch", "transformers", "peft", *dict.fromkeys(QUANTIZED_BY.values()), "accelerate", "safetensors", "numpy",
+    "huggingface_hub",
 )  # fmt: skip
 """Every package whose code takes part in a load, a merge or a measurement."""
 

@@ -73,6 +73,10 @@ class Quantization(StrEnum):
     BNB_4BIT = "bnb-4bit"
 
 
+QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
+"""The package that does it."""
+
+
 @record
 class Finding:
     """One thing worth saying of an adapter or a base: what, where, got, expected (`message`) and what now (`hint`).
