@@ -21,7 +21,8 @@ import pytest
 
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.sources.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, translate
+from merge_gate.sources.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S
+from merge_gate.sources.hub_errors import translate
 from merge_gate.sources.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
 from tests.command import wait_until
 from tests.hub import LoopbackHub

@@ -177,7 +177,7 @@ def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Findi
         check="config-invalid",
         severity=Severity.ERROR,
         message=message,
-        hint=hint or "Save the adapter again with save_pretrained, which writes this file.",
+        hint=hint or "save the adapter again with save_pretrained, which writes this file",
         origin=Origin.CONFIG,
         tensor=tensor,
     )
@@ -187,7 +187,7 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
     if "peft_type" not in config:
         yield invalid(
             f"{CONFIG_NAME} has no peft_type, so nothing says which method the tensors belong to",
-            "Check that this is PEFT's config and not the model's (config.json) or another trainer's.",
+            "check that this is PEFT's config and not the model's (config.json) or another trainer's",
         )
     elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
         yield invalid(
@@ -201,7 +201,7 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
         if problem := pattern_problem(pattern):
             yield invalid(
                 f"{pattern_shown(pattern)}, which is not a valid regular expression: {problem}",
-                "PEFT reads it as a regular expression; use plain names, for target_modules in a list.",
+                "PEFT reads it as a regular expression; use plain names, for target_modules in a list",
             )
 
 
@@ -239,7 +239,7 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
         yield _unsafe(
             f"megatron_config is set in {CONFIG_NAME}: PEFT would import the module {shown(str(core))} from wherever "
             "Python finds it first",
-            "Set megatron_config to null; it is needed for training with Megatron only.",
+            "set megatron_config to null; it is needed for training with Megatron only",
         )
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
@@ -247,12 +247,12 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
         yield _unsafe(
             f"auto_mapping in {CONFIG_NAME} names the module {shown(str(library))} to import the base's class from, "
             f"expected one of {', '.join(KNOWN_LIBRARIES)}",
-            "Set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config.",
+            "set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config",
         )
     if place := _find_remote_code(config):
         yield _unsafe(
             f"{shown(place)} in {CONFIG_NAME} asks for code from the Hub to be run",
-            "Remove it: whether remote code may run is decided by trust-remote-code in the gate's config.",
+            "remove it: whether remote code may run is decided by trust-remote-code in the gate's config",
         )
 
 
@@ -306,6 +306,6 @@ def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> It
     yield invalid(
         f"r in {CONFIG_NAME} is {rank}, but each of the {len(factors)} lora_A tensors has another rank ({ranks}): "
         f"{shown(first.name)} has shape {list(first.shape)}",
-        "Config and weights come from different runs, or the config was edited: restore the config of this run.",
+        "config and weights come from different runs, or the config was edited: restore the config of this run",
         tensor=first.name,
     )

@@ -1,7 +1,8 @@
 """The Hugging Face Hub: a repository and a revision into files in the cache, pinned to a commit.
 
 In: a Hub id, a revision, and a function that chooses from the repository's file names. Out: `Fetched`, or a
-`ResolveError` with what to do. Knows nothing of adapters and bases. The only module that imports huggingface_hub.
+`ResolveError` with what to do. Knows nothing of adapters and bases. With hub_errors.py the only module that imports
+huggingface_hub.
 
 1. One request turns the revision into a commit and lists the repository's files.
 2. The caller chooses from the list.
@@ -10,31 +11,28 @@ In: a Hub id, a revision, and a function that chooses from the repository's file
 
 Offline (HF_HUB_OFFLINE=1) the cache's own refs and listings answer instead of the Hub.
 
-The token comes from where huggingface_hub looks for it (HF_TOKEN, the file that `hf auth login` writes). Messages are
-written here and quote neither requests nor headers, so that they cannot hold it.
+The token comes from where huggingface_hub looks for it (HF_TOKEN, the file that `hf auth login` writes).
 """
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
-import json
 import os
 import re
-import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from merge_gate.errors import ResolveError
+from merge_gate.sources import hub_errors
 from merge_gate.sources.headers import shown
+from merge_gate.sources.hub_errors import CHECK_ENDPOINT, host, translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -80,7 +78,7 @@ def fetch(
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ResolveError(
             f"{shown(revision)} is not the name of a revision of {shown(repo_id)}",
-            hint="Name a branch, a tag or a commit.",
+            hint="name a branch, a tag or a commit",
         )
     repository = _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify)
     return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
@@ -105,7 +103,7 @@ class _Repository:
         )
         commit = info.sha
         if not commit:
-            raise ResolveError(f"{_host()} answered without a commit for {self.what}", hint=_CHECK_ENDPOINT)
+            raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
         files = {file.rfilename: file for file in info.siblings or ()}
         # 2. What is needed of it.
         names = frozenset(files)
@@ -160,9 +158,9 @@ class _Repository:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise ResolveError(
-            f"{shown(listed.rfilename)} of {self.what} arrived with other bytes than {_host()} lists: its {kind} is "
+            f"{shown(listed.rfilename)} of {self.what} arrived with other bytes than {host()} lists: its {kind} is "
             f"{got[:_DIGEST_SHOWN]}…, expected {shown(expected)[:_DIGEST_SHOWN]}…; it was removed from the cache",
-            hint="Run again. If it stays so, something in between changes it: check HF_ENDPOINT, and any proxy.",
+            hint="run again; if it stays so, something in between changes it: check HF_ENDPOINT, and any proxy",
         )
 
     def _cached_listing(self, commit: str) -> frozenset[str] | None:
@@ -214,7 +212,7 @@ def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
     """The error for a cache that lacks files of a snapshot."""
     return ResolveError(
         f"the cache holds {what} in part: {', '.join(absent[:_LISTED])} is not there",
-        hint="Run once with network access (HF_HUB_OFFLINE unset) and the same cache to complete it.",
+        hint="run once with network access (HF_HUB_OFFLINE unset) and the same cache to complete it",
     )
 
 
@@ -230,203 +228,8 @@ def _shown_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"  # noqa: PLR2004
 
 
-def _host() -> str:
-    """The Hub's host name; HF_ENDPOINT may carry credentials, which must not be shown."""
-    return urlsplit(constants.ENDPOINT).hostname or "the Hub"
-
-
-# --- huggingface_hub's errors --------------------------------------------------------------------------------------
-
-_CHECK_ENDPOINT = "Check HF_ENDPOINT, and any proxy in between."
-_SET_TOKEN = "Set HF_TOKEN to a token that may read it (in a workflow: the hf-token input)"  # noqa: S105
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-_SERVER_ERROR = 500
-
-
-def _chain(error: BaseException) -> tuple[BaseException, ...]:
-    """The error and what it was raised from: huggingface_hub wraps a lost connection in "not in the cache"."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return tuple(chain)
-
-
-def translate(error: Exception, what: str) -> ResolveError | None:
-    """The sentence for an error of huggingface_hub, of its HTTP client (httpx, httpx2) or of the disk; else None."""
-    if isinstance(error, ResolveError):
-        return error
-    chain = _chain(error)
-    for translate in (
-        _translate_certificate,
-        _translate_disk,
-        _translate_repository,
-        _translate_status,
-        _translate_transport,
-        _translate_cache,
-        _translate_answer,
-    ):
-        for link in chain:
-            if translated := translate(link, what):
-                return translated
-    return None
-
-
-def _translate_certificate(error: BaseException, what: str) -> ResolveError | None:
-    if not isinstance(error, ssl.SSLCertVerificationError):
-        return None
-    return ResolveError(
-        f"the certificate of {_host()}, or of a proxy before it, is not trusted: {error.verify_message}; "
-        f"{what} was not fetched",
-        hint="name the file of your company's certificate authorities in SSL_CERT_FILE",
-    )
-
-
-def _translate_disk(error: BaseException, what: str) -> ResolveError | None:
-    """An error of TLS is an OSError too, with numbers of its own."""
-    number = error.errno if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else None
-    if number in _DISK_FULL:
-        return ResolveError(
-            f"the disk is full: {what} does not fit into the cache ({constants.HF_HUB_CACHE})",
-            hint="Free space, or point HF_HOME at a larger disk.",
-        )
-    if number in _NOT_WRITABLE:
-        return ResolveError(
-            f"the cache ({constants.HF_HUB_CACHE}) cannot be written for {what}: {os.strerror(number or 0)}",
-            hint="Point HF_HOME at a directory that the user who runs the gate may write to.",
-        )
-    return None
-
-
-def _translate_repository(error: BaseException, what: str) -> ResolveError | None:
-
-    if isinstance(error, errors.HFValidationError):
-        return ResolveError(
-            f"{what} is neither an existing directory nor a valid Hub id (owner/name)",
-            hint="Check the spelling; relative paths start at the config file's directory.",
-        )
-    if isinstance(error, errors.GatedRepoError):
-        return ResolveError(
-            f"{what} is gated: {_host()} does not give its files to this token, or to no token",
-            hint=f"Accept its terms on its page with the token's account. {_SET_TOKEN}.",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ResolveError(
-            f"{what} exists on {_host()}, but not that revision",
-            hint="Name a branch, a tag or a commit that the repository has; without one, its main branch is used.",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ResolveError(
-            f"{what} was not found on {_host()}: it does not exist, or it is private and this token may not see it",
-            hint=f"Check the spelling. If it is private: {_SET_TOKEN[0].lower()}{_SET_TOKEN[1:]}.",
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return ResolveError(f"{what} was disabled by {_host()}", hint="Use another copy of it.")
-    return None
-
-
-def _translate_status(error: BaseException, what: str) -> ResolveError | None:
-    status = _status(error)
-    if status is None:
-        return None
-    if status == 401:  # noqa: PLR2004
-        return ResolveError(
-            f"{_host()} rejected the token for {what} (401)",
-            hint="The token is wrong or has expired: set HF_TOKEN to a valid one, or unset it for public repositories.",
-        )
-    if status == 403:  # noqa: PLR2004
-        return ResolveError(
-            f"{_host()} does not allow this token to read {what} (403)",
-            hint=f"{_SET_TOKEN}; a fine-grained token needs read access to this repository.",
-        )
-    if status == 429:  # noqa: PLR2004
-        return ResolveError(
-            f"{_host()} limits the rate of requests (429) while asking for {what}",
-            hint="Set HF_TOKEN (tokens have higher limits), or wait and run again; a kept cache needs fewer requests.",
-        )
-    if status >= _SERVER_ERROR:
-        return ResolveError(
-            f"{_host()} failed ({status}) while asking for {what}",
-            hint="Run again later; with a filled cache, HF_HUB_OFFLINE=1 needs no Hub.",
-        )
-    return ResolveError(f"{_host()} refused the request for {what} ({status})", hint=_CHECK_ENDPOINT)
-
-
-def _status(error: BaseException) -> int | None:
-
-    if not isinstance(error, errors.HfHubHTTPError):
-        return None
-    status: int = error.response.status_code
-    return status
-
-
-def _translate_transport(error: BaseException, what: str) -> ResolveError | None:
-    if not _is_transport(error):
-        return None
-    if "timeout" in type(error).__name__.lower():
-        return ResolveError(
-            f"{_host()} did not answer in time for {what}",
-            hint="Run again; a slow line may need a longer HF_HUB_DOWNLOAD_TIMEOUT (seconds).",
-        )
-    if "Protocol" in type(error).__name__:
-        return ResolveError(
-            f"the connection to {_host()} broke off again and again while {what} was fetched",
-            hint="Run again: what has arrived is kept, and the rest is asked for. Check any proxy in between.",
-        )
-    return ResolveError(
-        f"{_host()} cannot be reached to fetch {what} ({type(error).__name__})",
-        hint="Check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network.",
-    )
-
-
-def _is_transport(error: BaseException) -> bool:
-    """Whether the connection failed: by name, since huggingface_hub 1 speaks through httpx and 2 through httpx2."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
-    return "OfflineModeIsEnabled" not in names and bool(names & failures)
-
-
-def _is_incomplete(error: BaseException) -> bool:
-    return isinstance(error, OSError) and "Consistency check failed" in str(error)
-
-
-def _translate_cache(error: BaseException, what: str) -> ResolveError | None:
-    if constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return ResolveError(
-            f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to ask {_host()}",
-            hint="Fill the cache by one run with network access, or unset HF_HUB_OFFLINE.",
-        )
-    return None
-
-
-def _translate_answer(error: BaseException, what: str) -> ResolveError | None:
-    """What a server says that is no Hub, a broken proxy, or whatever else the file system has to say."""
-    if isinstance(error, json.JSONDecodeError | TypeError | KeyError):
-        return ResolveError(f"{_host()} did not answer as a Hub does when asked for {what}", hint=_CHECK_ENDPOINT)
-    if isinstance(error, errors.FileMetadataError | errors.EntryNotFoundError):
-        return ResolveError(f"{_host()} did not deliver the files that it lists for {what}", hint=_CHECK_ENDPOINT)
-    if _is_incomplete(error):
-        return ResolveError(f"{what} arrived incomplete from {_host()}", hint="Run again; check any proxy in between.")
-    if isinstance(error, OSError):
-        reason = error.strerror or type(error).__name__
-        return ResolveError(f"{what} cannot be fetched into the cache ({constants.HF_HUB_CACHE}): {reason}")
-    return None
-
-
 def _pause(error: Exception, pause_s: float | None, *, is_patient: bool) -> float | None:
     """Seconds to wait before asking again, None when there is no point or no try left."""
-    chain = _chain(error)
-    statuses = [status for link in chain if (status := _status(link)) is not None]
-    is_passing = any(s in {408, 429} or s >= _SERVER_ERROR for s in statuses) or any(map(_is_incomplete, chain))
-    is_passing = is_passing or (any(map(_is_transport, chain)) and not is_patient)
-    is_distrust = any(isinstance(link, ssl.SSLCertVerificationError) for link in chain)
-    if pause_s is None or not is_passing or is_distrust:
+    if pause_s is None or not hub_errors.is_passing(error, transport=not is_patient):
         return None
-    return max(pause_s, min(_retry_after(chain), _LONGEST_PAUSE_S))
-
-
-def _retry_after(chain: Iterable[BaseException]) -> float:
-    headers = (link.response.headers for link in chain if _status(link) is not None)  # type: ignore[attr-defined]
-    return max((float(value) for h in headers if (value := h.get("Retry-After", "")).isdecimal()), default=0.0)
+    return max(pause_s, min(hub_errors.retry_after_s(error), _LONGEST_PAUSE_S))

@@ -153,9 +153,9 @@ def _missing(listing: _Listing, what: str) -> Finding:
 def _advise_missing(listing: _Listing) -> str:
     if listing.nested:
         latest = max(listing.nested, key=_checkpoint_order)
-        return f"The adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path."
+        return f"the adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path"
     known = foreign.advice(listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
-    return known or f"List the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}."
+    return known or f"list the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
 def _checkpoint_order(name: str) -> tuple[int, str]:
@@ -246,7 +246,7 @@ def _refuse_pickle() -> Finding:
         "pickle-refused",
         f"the only weights are {PICKLE_NAME}, a Python pickle, which can run code when it is loaded; "
         f"expected {WEIGHTS_NAME}",
-        "Save the adapter again as safetensors (PEFT's default), or set allow-pickle: true if you trust its author.",
+        "save the adapter again as safetensors (PEFT's default), or set allow-pickle: true if you trust its author",
     )
 
 
@@ -255,7 +255,7 @@ def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
     return _file_finding(
         "file-lfs-pointer",
         f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the file {expected} that it stands for",
-        "Fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`.",
+        "fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
     )
 
 
@@ -263,7 +263,7 @@ def _corrupt(name: str, error: CorruptFileError) -> Finding:
     return _file_finding(
         "file-corrupt",
         f"{name} {error}",
-        "Copy or download the file again and compare its size; if it is the same there, save the adapter again.",
+        "copy or download the file again and compare its size; if it is the same there, save the adapter again",
     )
 
 
@@ -271,14 +271,14 @@ def _dangling(name: str) -> Finding:
     return _file_finding(
         "file-missing",
         f"{name} is a symbolic link whose target does not exist",
-        "Restore the target, or copy the file itself into the directory.",
+        "restore the target, or copy the file itself into the directory",
     )
 
 
 def _unreadable(path: str, error: OSError) -> EngineError:
     return EngineError(
         f"{shown(Path(path).name)} cannot be read: {error.strerror or error}",
-        hint="Check that the user who runs the gate may read it, and that the disk is healthy.",
+        hint="check that the user who runs the gate may read it, and that the disk is healthy",
     )
 
 
@@ -300,9 +300,9 @@ def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding
 
 
 _SHARDS_HINT = (
-    "Typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
+    "typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
     "Trainer/Accelerate (stage3_gather_16bit_weights_on_model_save, or a full state dict), or gather before "
-    "save_pretrained."
+    "save_pretrained"
 )
 
 

@@ -113,7 +113,7 @@ def _local(path: str, *, name: str) -> Resolved:
     found = "it is a file" if Path(path).exists() else "there is nothing at that path"
     raise ResolveError(
         f"{shown(name)} is not a directory: {found} ({path})",
-        hint="Relative paths start at the config file's directory. Check that an earlier step has made or fetched it.",
+        hint="relative paths start at the config file's directory; check that an earlier step has made or fetched it",
     )
 
 
@@ -143,7 +143,7 @@ def _refuse_local_name(model: str) -> None:
     if model.startswith((".", "~")) or "\\" in model or model.endswith("/") or model.count("/") > 1:
         raise ResolveError(
             f"the base {shown(model)} is neither a directory here nor a Hub id (owner/name)",
-            hint="Name the base in the gate's config: base: {model: ./path/to/base} or a Hub id.",
+            hint="name the base in the gate's config: base: {model: ./path/to/base} or a Hub id",
         )
 
 
@@ -168,7 +168,7 @@ def _choose_weights(names: Iterable[str], *, name: str, allow_pickle: bool) -> t
     if pickles:
         raise ResolveError(
             f"the base {shown(name)} has pickled weights only ({pickles[-1]}), which can run code when they are loaded",
-            hint="Use a revision or a copy with safetensors weights, or set allow-pickle: true if you trust it.",
+            hint="use a revision or a copy with safetensors weights, or set allow-pickle: true if you trust it",
         )
     raise ResolveError(_describe_no_weights(plain, name), hint=_advise_no_weights(plain))
 
@@ -188,10 +188,10 @@ def _describe_no_weights(plain: set[str], name: str) -> str:
 
 def _advise_no_weights(plain: set[str]) -> str:
     if CONFIG_NAME in plain:
-        return "This is an adapter, not a full model: name the base that it was trained on."
+        return "this is an adapter, not a full model: name the base that it was trained on"
     if any(n.endswith(".gguf") for n in plain):
-        return "GGUF weights cannot be merged into: name the original model in safetensors format."
-    return "Name a directory or repository in the format that transformers' save_pretrained writes."
+        return "GGUF weights cannot be merged into: name the original model in safetensors format"
+    return "name a directory or repository in the format that transformers' save_pretrained writes"
 
 
 # --- whether a base's files are whole ------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _list(directory: str, *, name: str) -> frozenset[str]:
     except OSError as error:
         raise ResolveError(
             f"the base {shown(name)} cannot be read: {error.strerror or error}",
-            hint="Check that the user who runs the gate may read it.",
+            hint="check that the user who runs the gate may read it",
         ) from error
 
 
@@ -232,7 +232,7 @@ def _check_base(directory: str, *, name: str, allow_pickle: bool) -> None:
     if "config.json" not in names:
         raise ResolveError(
             f"the base {shown(name)} has weights but no config.json, so nothing says which architecture it is",
-            hint="Name a directory or repository in the format that transformers' save_pretrained writes.",
+            hint="name a directory or repository in the format that transformers' save_pretrained writes",
         )
     if weights[0] in _SHARDS:
         _check_index(directory, weights, name=name)
@@ -262,7 +262,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_FETCH_AGAIN = "Fetch or copy the base again and compare the sizes of its files."
+_FETCH_AGAIN = "fetch or copy the base again and compare the sizes of its files"
 
 
 def _check_base_file(directory: str, file_name: str, *, name: str) -> None:
@@ -272,7 +272,7 @@ def _check_base_file(directory: str, file_name: str, *, name: str) -> None:
                 size = f", expected {pointer.size_bytes:,} bytes" if pointer.size_bytes is not None else ""
                 raise ResolveError(
                     f"the base {shown(name)} has a Git LFS pointer where {file_name} should be{size}",
-                    hint="Fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`.",
+                    hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
                 )
             if file_name.endswith(".safetensors"):
                 parse_file(file)
@@ -281,7 +281,7 @@ def _check_base_file(directory: str, file_name: str, *, name: str) -> None:
     except OSError as error:
         raise ResolveError(
             f"the base {shown(name)} cannot be read: {file_name}: {error.strerror or error}",
-            hint="Check that the user who runs the gate may read it.",
+            hint="check that the user who runs the gate may read it",
         ) from error
 
 

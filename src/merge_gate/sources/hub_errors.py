@@ -1,0 +1,221 @@
+"""Errors of the Hub, of the way to it and of the disk below the cache, in the gate's words: one table.
+
+In: an exception out of huggingface_hub. Out: a `ResolveError` with what to do, or None for what is no such error;
+whether it is worth another try. Quotes neither requests nor headers, which may hold a token.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import ssl
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, errors
+
+from merge_gate.errors import ResolveError
+
+CHECK_ENDPOINT = "check HF_ENDPOINT, and any proxy in between"
+_SET_TOKEN = "set HF_TOKEN to a token that may read it (in a workflow: the hf-token input)"  # noqa: S105
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SERVER_ERROR = 500
+
+
+class _Row(NamedTuple):
+    """One kind of error. `{what}`, `{host}`, `{cache}`, `{status}` and `{why}` are filled in."""
+
+    applies: Callable[[BaseException], bool]
+    message: str
+    hint: str = ""
+
+
+def host() -> str:
+    """The Hub's host name; HF_ENDPOINT may carry credentials, which must not be shown."""
+    return urlsplit(constants.ENDPOINT).hostname or "the Hub"
+
+
+def translate(error: Exception, what: str) -> ResolveError | None:
+    """The sentence for an error of huggingface_hub, of its HTTP client (httpx, httpx2) or of the disk; else None."""
+    if isinstance(error, ResolveError):
+        return error
+    links = _chain(error)
+    for row in _ROWS:
+        for link in filter(row.applies, links):
+            facts = {"what": what, "host": host(), "cache": constants.HF_HUB_CACHE}
+            return ResolveError(row.message.format(**facts, status=_status(link), why=_why(link)), hint=row.hint)
+    return None
+
+
+def is_passing(error: Exception, *, transport: bool) -> bool:
+    """Whether the same request may succeed a little later; `transport`: whether a lost connection is such an error."""
+    links = _chain(error)
+    statuses = [status for link in links if (status := _status(link)) is not None]
+    passing = any(one in {408, 429} or one >= _SERVER_ERROR for one in statuses) or any(map(_is_incomplete, links))
+    passing = passing or (transport and any(map(_is_transport, links)))
+    return passing and not any(map(_is_distrust, links))
+
+
+def retry_after_s(error: Exception) -> float:
+    """The longest wait that a server asked for."""
+    headers = (link.response.headers for link in _chain(error) if isinstance(link, errors.HfHubHTTPError))
+    return max((float(value) for h in headers if (value := h.get("Retry-After", "")).isdecimal()), default=0.0)
+
+
+# --- kinds of errors -----------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException) -> tuple[BaseException, ...]:
+    """The error and what it was raised from: huggingface_hub wraps a lost connection in "not in the cache"."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return tuple(chain)
+
+
+def _is(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
+    return lambda error: isinstance(error, kinds)
+
+
+def _status(error: BaseException) -> int | None:
+    return int(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
+
+
+def _has_status(number: int) -> Callable[[BaseException], bool]:
+    return lambda error: _status(error) == number
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if _is_transport(error) or not isinstance(error, OSError):
+        return type(error).__name__
+    return error.strerror or (os.strerror(error.errno) if error.errno else type(error).__name__)
+
+
+def _is_distrust(error: BaseException) -> bool:
+    return isinstance(error, ssl.SSLCertVerificationError)
+
+
+def _of_the_disk(numbers: set[int]) -> Callable[[BaseException], bool]:
+    """An error of TLS is an OSError too, with numbers of its own."""
+    return lambda error: isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno in numbers
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Whether the connection failed: by name, since huggingface_hub 1 speaks through httpx and 2 through httpx2."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
+    return "OfflineModeIsEnabled" not in names and bool(names & failures)
+
+
+def _is_transport_with(word: str) -> Callable[[BaseException], bool]:
+    return lambda error: _is_transport(error) and word in type(error).__name__.lower()
+
+
+def _is_incomplete(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def _is_offline(error: BaseException) -> bool:
+    missing = errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled
+    return constants.HF_HUB_OFFLINE and isinstance(error, missing)
+
+
+_ROWS = (
+    _Row(
+        _is_distrust,
+        "the certificate of {host}, or of a proxy before it, is not trusted: {why}; {what} was not fetched",
+        "name the file of your company's certificate authorities in SSL_CERT_FILE",
+    ),
+    _Row(
+        _of_the_disk(_DISK_FULL),
+        "the disk is full: {what} does not fit into the cache ({cache})",
+        "free space, or point HF_HOME at a larger disk",
+    ),
+    _Row(
+        _of_the_disk(_NOT_WRITABLE),
+        "the cache ({cache}) cannot be written for {what}: {why}",
+        "point HF_HOME at a directory that the user who runs the gate may write to",
+    ),
+    _Row(
+        _is(errors.HFValidationError),
+        "{what} is neither an existing directory nor a valid Hub id (owner/name)",
+        "check the spelling; relative paths start at the config file's directory",
+    ),
+    _Row(
+        _is(errors.GatedRepoError),
+        "{what} is gated: {host} does not give its files to this token, or to no token",
+        f"accept its terms on its page with the token's account, and {_SET_TOKEN}",
+    ),
+    _Row(
+        _is(errors.RevisionNotFoundError),
+        "{what} exists on {host}, but not that revision",
+        "name a branch, a tag or a commit that the repository has; without one, its main branch is used",
+    ),
+    _Row(
+        _is(errors.RepositoryNotFoundError),
+        "{what} was not found on {host}: it does not exist, or it is private and this token may not see it",
+        f"check the spelling; if it is private: {_SET_TOKEN}",
+    ),
+    _Row(_is(errors.DisabledRepoError), "{what} was disabled by {host}", "use another copy of it"),
+    _Row(
+        _has_status(401),
+        "{host} rejected the token for {what} (401)",
+        "the token is wrong or has expired: set HF_TOKEN to a valid one, or unset it for public repositories",
+    ),
+    _Row(
+        _has_status(403),
+        "{host} does not allow this token to read {what} (403)",
+        f"{_SET_TOKEN}; a fine-grained token needs read access to this repository",
+    ),
+    _Row(
+        _has_status(429),
+        "{host} limits the rate of requests (429) while asking for {what}",
+        "set HF_TOKEN (tokens have higher limits), or wait and run again; a kept cache needs fewer requests",
+    ),
+    _Row(
+        lambda error: (_status(error) or 0) >= _SERVER_ERROR,
+        "{host} failed ({status}) while asking for {what}",
+        "run again later; with a filled cache, HF_HUB_OFFLINE=1 needs no Hub",
+    ),
+    _Row(lambda error: _status(error) is not None, "{host} refused the request for {what} ({status})", CHECK_ENDPOINT),
+    _Row(
+        _is_transport_with("timeout"),
+        "{host} did not answer in time for {what}",
+        "run again; a slow line may need a longer HF_HUB_DOWNLOAD_TIMEOUT (seconds)",
+    ),
+    _Row(
+        _is_transport_with("protocol"),
+        "the connection to {host} broke off again and again while {what} was fetched",
+        "run again: what has arrived is kept, and the rest is asked for; check any proxy in between",
+    ),
+    _Row(
+        _is_transport,
+        "{host} cannot be reached to fetch {what} ({why})",
+        "check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network",
+    ),
+    _Row(
+        _is_offline,
+        "{what} is not in the cache, and HF_HUB_OFFLINE forbids to ask {host}",
+        "fill the cache by one run with network access, or unset HF_HUB_OFFLINE",
+    ),
+    _Row(
+        _is(json.JSONDecodeError, TypeError, KeyError),
+        "{host} did not answer as a Hub does when asked for {what}",
+        CHECK_ENDPOINT,
+    ),
+    _Row(
+        _is(errors.FileMetadataError, errors.EntryNotFoundError),
+        "{host} did not deliver the files that it lists for {what}",
+        CHECK_ENDPOINT,
+    ),
+    _Row(_is_incomplete, "{what} arrived incomplete from {host}", "run again; check any proxy in between"),
+    _Row(_is(OSError), "{what} cannot be fetched into the cache ({cache}): {why}"),
+)
+"""The first that fits, on the error or on one that it was raised from."""
