@@ -1,5 +1,5 @@
-"""The report in a real browser, on a desk and a phone, by day and by night, for 7 adapters and for 500; and SARIF
-against the standard's own schema.
+"""The report in a real browser, on a desk and a phone, by day and by night, for 7 adapters and for 500; SARIF against
+the standard's own schema; junit.xml in the library that EnricoMi's action reads it with.
 
 Chromium comes from Debian, axe-core and Playwright from PyPI, the schema from an npm package: .ci/install-e2e.sh.
 Screenshots are left in $MERGE_GATE_SCREENSHOTS where that names a directory.
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
+import junitparser
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from merge_gate.records.terms import Verdict
-from merge_gate.report import html_report, sarif
+from merge_gate.report import html_report, junit, sarif
 from tests.report import reports
 from tests.report.fleet import fleet
 from tests.report.reports import ATTACKS, NAN, adapter, report
@@ -236,3 +237,24 @@ def test_without_a_script_everything_is_there_to_read(browser: Browser, tmp_path
 def test_sarif_is_as_the_standard_has_it(home: Path, run: Report) -> None:
     schema = json.loads((home / "sarif-2.1.0.json").read_text(encoding="utf-8"))
     jsonschema.validators.validator_for(schema)(schema).validate(json.loads(sarif.render(run)))
+
+
+@pytest.mark.parametrize("count", [7, 500])
+def test_the_library_of_a_junit_reader_counts_as_we_do(tmp_path: Path, count: int) -> None:
+    run = fleet(count)
+    path = tmp_path / "junit.xml"
+    path.write_text(junit.render(run), encoding="utf-8")
+    suites = list(junitparser.JUnitXml.fromfile(str(path)))
+    verdicts = [adapter.verdict for adapter in run.adapters]
+    assert sum(suite.tests for suite in suites) == count
+    assert sum(suite.failures for suite in suites) == verdicts.count(Verdict.FAILED)
+    assert sum(suite.errors for suite in suites) == verdicts.count(Verdict.ERROR)
+    assert sum(bool(case.result) for suite in suites for case in suite) == count - verdicts.count(Verdict.PASSED)
+
+
+def test_a_hostile_name_is_text_for_that_library_too(tmp_path: Path) -> None:
+    run = report(*(adapter(f"{n}{attack}", Verdict.FAILED, findings=(NAN,)) for n, attack in enumerate(ATTACKS)))
+    path = tmp_path / "junit.xml"
+    path.write_text(junit.render(run), encoding="utf-8")
+    cases = [case for suite in junitparser.JUnitXml.fromfile(str(path)) for case in suite]
+    assert [len(case.result) for case in cases] == [1] * len(ATTACKS)

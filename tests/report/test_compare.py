@@ -86,6 +86,15 @@ def test_versions_are_named() -> None:
     ]
 
 
+def test_an_upgrade_that_breaks_an_adapter_is_stopped() -> None:
+    newer = dataclasses.replace(report(BROKEN), environment=dataclasses.replace(ENVIRONMENT, transformers="6.0.0"))
+    changes = compare(report(PASSED), newer)
+    assert changes.exit_code is ExitCode.FAIL
+    lines = render_text(changes).splitlines()
+    assert lines[0] == "broke      support (bfloat16): passed → failed (adapter-nonfinite)"
+    assert "version    transformers 5.24.0 → 6.0.0" in lines
+
+
 def test_word_for_word() -> None:
     text = render_text(compare(report(PASSED, FAILED), report(BROKEN, dataclasses.replace(PASSED, name="billing"))))
     assert text.splitlines() == [
