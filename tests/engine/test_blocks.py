@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge_gate.engine import blocks
 from merge_gate.engine.blocks import Measured, measure_merge, merged_blocks, supports
 from merge_gate.engine.delta import Buffers, LowRankUpdate
 from merge_gate.engine.stream import stream_to
@@ -332,6 +333,23 @@ def test_lost_and_delta_are_those_of_the_exact_sum(dtype, dora) -> None:
     assert figures.delta_sq == pytest.approx(float((exact - weight).square().sum()), rel=1e-5)
     lost = float((merged - exact).square().sum())
     assert figures.lost_sq == pytest.approx(lost, rel=1e-3 if dtype is not torch.float32 else 2, abs=1e-11)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e-12, 1.0, 1e12, 1e25, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_squares_hold_beyond_the_range_of_float32(dtype, size) -> None:
+    values = torch.randn(130, 70, generator=torch.Generator().manual_seed(0)).mul(size).to(dtype)
+    assert float(blocks._sum_sq(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+
+
+def test_a_zero_that_loses_its_sign_has_kept_its_value() -> None:
+    """DoRA with a negative magnitude makes -0.0 of 0.0."""
+    layer = tuner_layer("linear", 4, 8, 2, dora=True)
+    weight = layer.get_base_layer().weight.data
+    weight[:, 4:], factors(layer)[0].data[:, 4:] = 0.0, 0.0
+    layer.lora_magnitude_vector["default"].weight.data.fill_(-1.0)
+    found = measure_merge(in_blocks(layer), figures=True)
+    assert found.figures.unchanged == 16
 
 
 def test_figures_of_one_merge_are_plain_numbers() -> None:

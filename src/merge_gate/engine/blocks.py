@@ -97,6 +97,17 @@ class BlockMerge:
             change = summed.rows(rows, values.rows(rows), with_change=True)[1] if with_change else None
             yield MergedRows(rows, again.rows(rows), change)
 
+    def unrounded_rows(self) -> Callable[[slice], torch.Tensor] | None:
+        """Makes rows of a dense DoRA merge before their last rounding, to the weight's dtype, which keeps their order.
+
+        None where more than that is rounded.
+        """
+        values, update = self._values, self._update
+        if self.quantized or update.magnitude is None:
+            return None
+        summed = self._sum()
+        return lambda rows: summed.unrounded(rows, values.rows(rows))
+
     def dense_rows(self, *, with_change: bool = False) -> Callable[[slice], MergedRows]:
         """Makes any of the `slices` of a dense weight."""
         values, summed = self._values, self._sum()
@@ -279,6 +290,10 @@ def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
     if candidates is not None:
         tally.add_candidates(candidates)
         return tally.result()
+    unrounded = None if figures else merge.unrounded_rows()
+    if unrounded is not None:
+        tally.add_unrounded(unrounded)
+        return tally.result()
     for block in merge.blocks(with_change=figures):
         tally.add(block)
     return tally.result()
@@ -308,6 +323,16 @@ class _Tally:
         self.bounds.append((ends[0].min(), ends[1].max()))
         self.numel, self.changed = self.merge.numel, True
 
+    def add_unrounded(self, made: Callable[[slice], torch.Tensor]) -> None:
+        """Of all blocks the extremes, rounded afterwards: the same ones, since rounding keeps the order of values."""
+        for rows in self.merge.slices:
+            values = made(rows)
+            least, greatest = (end.to(self.merge.dtype) for end in torch.aminmax(values))
+            self.bounds.append((least, greatest))
+            self.numel += values.numel()
+            if not self.changed:
+                self.changed = _differ(values.to(self.merge.dtype), self.merge.base(rows))
+
     def add_candidates(self, candidates: Candidates) -> None:
         """Of all blocks those that may hold an extreme; more, until one of them has changed a value."""
         made, slices, seen = self.merge.dense_rows(), self.merge.slices, set()
@@ -328,9 +353,10 @@ class _Tally:
     def _sums(self, block: MergedRows) -> torch.Tensor:
         base, change = self.merge.base(block.rows), block.change
         assert change is not None  # noqa: S101 - it was asked for
-        narrow = self.merge.quantized or base.dtype in HALVES
-        moved = block.merged.to(torch.float32 if narrow else torch.float64, copy=True).sub_(base)
-        moves = torch.count_nonzero(moved).double()
+        wide = torch.float32 if self.merge.quantized or base.dtype in HALVES else torch.float64
+        base = base.to(wide)
+        moved = block.merged.to(wide, copy=True).sub_(base)
+        moves = torch.count_nonzero(moved.add_(0.0).view(_INTEGERS[wide])).double()  # -0.0 is no move
         return torch.stack((moves, _sum_sq(change), _sum_sq(moved.sub_(change)), _sum_sq(base)))
 
     def result(self) -> Measured:
@@ -369,7 +395,18 @@ def _reduced(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, fl
     return torch.stack(lows).min().item(), torch.stack(highs).max().item()
 
 
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Zeros are counted among them in half the time."""
+
+SAFE_SQUARES = (2.0**-80, 2.0**100)
+"""A sum of float32 squares between these has lost nothing: what float32 flushes to zero is below 2⁻¹²⁶ each."""
+
+
 def _sum_sq(values: torch.Tensor) -> torch.Tensor:
-    """Σx², in float64 throughout: squares of float32 and bfloat16 values leave the range of float32."""
+    """Σx², rows summed in float64. Squares that leave the range of float32 are all taken in float64."""
+    if values.dtype is torch.float32 and values.device.type == "cpu":
+        total: torch.Tensor = torch.linalg.vector_norm(values, dim=1).double().square().sum()
+        if SAFE_SQUARES[0] < float(total) < SAFE_SQUARES[1]:
+            return total
     norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm.square()

@@ -157,6 +157,11 @@ class Delta:
         self._alpha = update.scaling if proof is Proof.SCALED else 1.0
         self._whole = self._factors.whole().mul_(update.scaling) if proof is Proof.FAILED else None
 
+    @property
+    def is_made_anew(self) -> bool:
+        """Whether a block may be written to: it is no part of a whole product that is kept."""
+        return self._whole is None
+
     def block(self, rows: slice) -> torch.Tensor:
         """These rows of PEFT's `get_delta_weight`, which the next call overwrites."""
         delta = self._made(rows) if self._whole is None else self._whole[rows]

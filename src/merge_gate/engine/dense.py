@@ -82,10 +82,21 @@ class Sum:
         delta = self._delta.block(rows)
         if self._norms is None:
             return self._added(base, delta), delta if with_change else None
-        exact = torch.add(base, delta, out=self._wide(base, delta))
-        exact.mul_(self._norms.factor(rows, exact))
+        exact = self._scaled(rows, base, delta, self._norms, self._wide(base, delta))
         merged = self._narrow(exact, base.dtype)
         return merged, torch.sub(exact, base, out=delta) if with_change and delta.dtype == exact.dtype else None
+
+    def unrounded(self, rows: slice, base: torch.Tensor) -> torch.Tensor:
+        """These rows of DoRA's sum in the dtype in which PEFT computes them."""
+        assert self._norms is not None  # noqa: S101 - LoRA rounds its delta before
+        delta = self._delta.block(rows)
+        in_place = self._delta.is_made_anew and torch.result_type(base, delta) == delta.dtype
+        return self._scaled(rows, base, delta, self._norms, delta if in_place else self._wide(base, delta))
+
+    @staticmethod
+    def _scaled(rows: slice, base: torch.Tensor, delta: torch.Tensor, norms: _Norms, out: torch.Tensor) -> torch.Tensor:
+        exact = torch.add(base, delta, out=out)
+        return exact.mul_(norms.factor(rows, exact))
 
     def _wide(self, base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         return self._buffers.take("sum", base, torch.result_type(base, delta))

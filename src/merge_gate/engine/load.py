@@ -279,11 +279,11 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
 def targeted_modules(model: Any) -> tuple[str, ...]:
     """The base's names of the modules that carry the adapter: tuner layers and fully trained modules."""
     found: dict[str, None] = {}
-    inside: list[str] = []
+    outer = None
     for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in inside):
-            continue
+        if outer is not None and path.startswith(f"{outer}."):
+            continue  # what is inside a module follows it
         if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
             found[path.removeprefix(ADAPTER_PREFIX)] = None
-            inside.append(path)
+            outer = path
     return tuple(found)

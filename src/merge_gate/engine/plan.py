@@ -155,19 +155,23 @@ def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
 
 def _measured(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
     merge = _merge(base, one, weight)
-    sample = _sample(merge, one.update) if leeway.estimates else None
+    norm = one.update.delta_norm() if one.update.magnitude is None else None  # a pass over the factors: once
+    sample = _sample(merge, norm) if leeway.estimates else None
     ceiling = dtype_max(merge.dtype)
     if leeway.headroom and sample is not None:
-        bounded = _bounded(base, one, merge, sample, leeway.headroom * ceiling)
+        bounded = _bounded(base, one, merge, sample, leeway.headroom * ceiling, norm=norm)
         if bounded is not None:
             return bounded
     found = measure_merge(merge, figures=sample is None)
     if not found.finite or found.max_abs >= ceiling:
         return None
-    return _as_record(one, (found.minimum, found.maximum), sample or found, changed=found.changed, merge=merge)
+    extremes = found.minimum, found.maximum
+    return _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
 
 
-def _bounded(base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, limit: float) -> TensorMerge | None:
+def _bounded(
+    base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, limit: float, *, norm: float | None
+) -> TensorMerge | None:
     """Settle a weight by a bound on its values; None where that proves nothing, or where nothing seems to change.
 
     That something changes is seen, not concluded: rows are merged until one of them does.
@@ -177,29 +181,36 @@ def _bounded(base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, l
         return None
     if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):
         return None
-    record = _as_record(one, (-bound, bound), sample, changed=True, merge=merge)
+    record = _as_record(one, (-bound, bound), sample, norm=norm, changed=True, merge=merge)
     return replace(record, bounded=merge.of - sample.numel)
 
 
-def _sample(merge: BlockMerge, update: LowRankUpdate) -> Measured | None:
+def _sample(merge: BlockMerge, delta_norm: float | None) -> Measured | None:
     """Figures of some rows; None where they do not speak for the others (a delta in few rows)."""
     rows = merge.sampled()
     if rows is None:
         return None
     found = measure_merge(rows, figures=True)
-    if found.figures is None or update.magnitude is not None:
+    if found.figures is None or delta_norm is None:
         return found
-    held, expected = math.sqrt(found.figures.delta_sq), update.delta_norm() * math.sqrt(found.numel / found.of)
+    held, expected = math.sqrt(found.figures.delta_sq), delta_norm * math.sqrt(found.numel / found.of)
     return found if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None
 
 
 def _as_record(
-    one: BlockLayer, extremes: tuple[float, float], sample: Measured, *, changed: bool, merge: BlockMerge
+    one: BlockLayer,
+    extremes: tuple[float, float],
+    sample: Measured,
+    *,
+    norm: float | None,
+    changed: bool,
+    merge: BlockMerge,
 ) -> TensorMerge:
+    """`norm` is ‖delta‖ where it is known exactly; else it follows from the sample."""
     figures = sample.figures or Figures(unchanged=0, delta_sq=0.0, lost_sq=0.0, base_sq=0.0)
     part = sample.numel / sample.of
     plain = one.update.magnitude is None
-    delta_norm = one.update.delta_norm() if plain else math.sqrt(figures.delta_sq / part)
+    delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
     lossy = (merge.dtype in ROUNDED or merge.quantized) and figures.delta_sq > 0
     return TensorMerge(
         module=one.slot.name.rpartition(".")[0],
