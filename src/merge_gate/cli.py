@@ -376,6 +376,15 @@ def _report_combine(arguments: argparse.Namespace) -> int:
     return exit_code(report)
 
 
+def _report_baseline(arguments: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from merge_gate.report.baseline import render
+    from merge_gate.report.stored import stored
+
+    return _print(render(stored(arguments.report), datetime.now(UTC).date()))
+
+
 def _print(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:
     """Write a document, as UTF-8 whatever the locale is. It is all the output there is, so an error is one."""
     try:
@@ -393,6 +402,7 @@ _COMMANDS = {
     "demo": _demo,
     "report": _report,
     "report combine": _report_combine,
+    "report baseline": _report_baseline,
     "schema": _schema,
 }
 

@@ -28,14 +28,14 @@ exit codes:
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 
-COMBINE = "report combine"
-"""A command of two words, which argparse hears as one; a report of this name is given as ./combine."""
+COMBINE, BASELINE = "report combine", "report baseline"
+"""Commands of two words, which argparse hears as one; a report of such a name is given as ./combine."""
 
 
 def commanded(argv: Sequence[str]) -> list[str]:
     """The words of the command line, those of a command in one."""
     first = " ".join(argv[:2])
-    return [first, *argv[2:]] if first == COMBINE else list(argv)
+    return [first, *argv[2:]] if first in {COMBINE, BASELINE} else list(argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_combine, _add_schema):
+    for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_combine, _add_baseline, _add_schema):
         add(commands)
     return top
 
@@ -164,6 +164,17 @@ def _add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
     combine.add_argument(
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
     )
+
+
+def _add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
+    baseline = commands.add_parser(
+        BASELINE,
+        prog=f"merge-gate {BASELINE}",
+        help="write a first baseline",
+        description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
+        "and an owner for each, and name the file in the config: `baseline: FILE`.",
+    )
+    baseline.add_argument("report", metavar="REPORT", help="the report.json of a run")
 
 
 def _add_schema(commands: Commands[argparse.ArgumentParser]) -> None:

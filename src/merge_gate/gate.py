@@ -13,6 +13,7 @@ measures.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import os
 import platform
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ from merge_gate.fleet.partition import part_of
 from merge_gate.fleet.progress import Hourly
 from merge_gate.fleet.verdicts import Line
 from merge_gate.judging import outcome
+from merge_gate.judging.baseline import accept
 from merge_gate.judging.bounds import bounded
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.records.config import AdapterSpec, Config
@@ -142,6 +144,7 @@ class _Run:
         self._taken_over: set[int] = set()
         self._unkept: dict[int, BaseReport] = {}
         self._hourly = Hourly()
+        self._today = dt.datetime.now(dt.UTC).date()
         self._finished = False
 
     def run(self, *, quick: bool) -> Report:
@@ -323,6 +326,8 @@ class _Run:
             Used(base=replace(base, sha256=self._digests.of(directory)), position=position)
             for (directory, base), position in self._bases.items()
         )
+        adapters = tuple(self._reports[index] for index in sorted(self._reports))
+        adapters, baseline = accept(adapters, self._config.baseline, self._today)
         shard = self._shard and replace(self._shard, bases_from=tuple(one.position for one in bases))
         return Report(
             complete=complete,
@@ -331,8 +336,9 @@ class _Run:
             config_path=self._config.path,
             config_sha256=self._config.sha256,
             bases=tuple(one.base for one in bases),
-            adapters=tuple(self._reports[index] for index in sorted(self._reports)),
+            adapters=adapters,
             shard=shard,
+            baseline=baseline,
         )
 
 

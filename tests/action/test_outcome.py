@@ -24,12 +24,24 @@ def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **
     }
 
 
+def accepted(**changed: object) -> dict:
+    """One that failed, and that the baseline accepts."""
+    entry = {"name": "a", "verdict": "failed", "cause": None, "findings": [], "line": 1, "column": 1}
+    entry["accepted"] = {"reason": "known", "owner": "team-a", "until": "2026-12-31"}
+    return report("fail") | {"result": "pass", "adapters": [entry], "accepted": 1} | changed
+
+
 @pytest.mark.parametrize(
     ("code", "found", "result", "says"),
     [
         (0, report("pass"), "pass", ""),
         (1, report("fail"), "fail", ""),
         (3, report("error"), "error", ""),
+        (0, accepted(), "pass", ""),
+        (0, accepted(accepted=0), "error", "contradicts itself"),
+        (0, accepted(accepted=2), "error", "contradicts itself"),
+        (1, accepted(result="fail"), "error", "contradicts itself"),
+        (0, report("fail", accepted=1) | {"result": "pass"}, "error", "contradicts itself"),
         (0, report("fail"), "error", "exit code 0"),
         (1, report("pass"), "error", "exit code 1"),
         (0, report("pass", complete=False), "error", "unfinished"),

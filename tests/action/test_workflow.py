@@ -135,6 +135,13 @@ def test_many_annotations_are_nine_and_a_count_failed_ones_first() -> None:
     assert "file" not in decode(lines[0])[1]
 
 
+def test_a_failure_that_is_accepted_is_a_warning_after_the_errors() -> None:
+    known = adapter("known") | {"accepted": {"reason": "r", "owner": "o", "until": "2026-12-31"}}
+    lines = workflow.annotate({"adapters": [known, adapter("new")]}, "")
+    assert [line.partition(" ")[0] for line in lines] == ["::error", "::warning"]
+    assert "known failed" in lines[1]
+
+
 def test_the_finding_that_decided_is_the_one_that_is_told() -> None:
     judged = adapter("x")
     other = {**judged["findings"][0], "check": "no-effect", "message": "nothing changes"}

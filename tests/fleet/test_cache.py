@@ -18,7 +18,7 @@ from merge_gate.config.load import load_config
 from merge_gate.fleet.keeper import Keeping
 from merge_gate.fleet.resume import LEFT
 from merge_gate.gate import run_gate
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.files import FORMATS
 from merge_gate.report.json_report import read, render
 from merge_gate.report.terminal import View
@@ -159,6 +159,23 @@ def test_no_cache_judges_anew_and_keeps_the_new_verdicts(copy: Path) -> None:
     again = run(copy, "plain-0")
     assert again.adapters[0].cached
     assert again.adapters[0].judged == first.judged
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_an_accepted_failure_is_accepted_from_the_cache_too(copy: Path) -> None:
+    """The baseline is of today: neither kept nor part of the key."""
+    answer = merge_gate("report", "baseline", "cold/report.json", cwd=copy)
+    assert answer.code == 0, answer.said
+    text = answer.out.replace('reason: ""', "reason: known").replace('owner: ""', "owner: team-a")
+    (copy / "known.yml").write_text(text)
+    config = json.loads((copy / "fleet.yml").read_text())
+    (copy / "fleet.yml").write_text(json.dumps(config | {"baseline": "known.yml"}))
+    report = run(copy)
+    assert report.result is Result.PASS
+    assert {
+        one.name: one.accepted is not None for one in report.adapters if one.verdict is Verdict.FAILED
+    } == dict.fromkeys(BROKEN, True)
+    assert cached(report) == everyone(report)
 
 
 # --- attacked ------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_names_places_and_time_limits_do_not() -> None:
         (CheckSetting, {"check", "severity", "limit"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
         (Expect, {"peft_type", "r", "lora_alpha", "base", "sha256"}),
-        (Config, {"allow_pickle", "trust_remote_code"} | {"path", "sha256", "adapters"}),
+        (Config, {"allow_pickle", "trust_remote_code"} | {"path", "sha256", "adapters", "baseline", "baseline_path"}),
     ],
 )
 def test_a_new_setting_is_thought_of_here(cls: type, known: set[str]) -> None:

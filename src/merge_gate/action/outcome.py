@@ -123,10 +123,13 @@ def _has(value: object, kinds: Mapping[str, Any]) -> bool:
 def _contradiction(report: Mapping[str, Any]) -> str:
     """Say where counts or result do not follow from the adapters; an unfinished report says `error` in any case."""
     verdicts = Counter(adapter["verdict"] for adapter in report["adapters"])
+    accepted = sum(bool(one.get("accepted")) for one in report["adapters"] if one["verdict"] == "failed")
     counts = {verdict: verdicts[verdict] for verdict in _VERDICTS}
     if report["counts"] != counts:
         return f"its counts are {json.dumps(report['counts'])[:200]}, and its adapters are {json.dumps(counts)}"
-    follows = "fail" if counts["failed"] else "error" if counts["error"] else "pass"
+    if report.get("accepted", 0) != accepted:
+        return f"it says that {json.dumps(report['accepted'])[:200]} are accepted, and of its adapters {accepted} are"
+    follows = "fail" if counts["failed"] > accepted else "error" if counts["error"] else "pass"
     if report["complete"] and report["result"] != follows:
         return f"its result is {report['result']!r}, and its adapters make it {follows!r}"
     return ""

@@ -118,10 +118,12 @@ def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[s
 def annotate(report: Mapping[str, Any], file: str) -> list[str]:
     """Return an error for each adapter that failed or could not be judged, failed ones first.
 
+    A failure that the baseline accepts is a warning, after the others.
+
     `file` is the configuration relative to the workspace, as the job's page shows it; empty where it lies outside.
     """
     blocked = [adapter for adapter in report["adapters"] if adapter["verdict"] != "passed"]
-    blocked.sort(key=lambda adapter: adapter["verdict"] != "failed")
+    blocked.sort(key=lambda adapter: (bool(adapter.get("accepted")), adapter["verdict"] != "failed"))
     shown = [_annotation(adapter, file) for adapter in blocked[:ANNOTATIONS]]
     left = len(blocked) - len(shown)
     if left:
@@ -133,7 +135,8 @@ def _annotation(adapter: Mapping[str, Any], file: str) -> str:
     cause = adapter["cause"] or "not judged"
     title = f"{one_line(str(adapter['name']), _NAME_LIMIT)} {adapter['verdict']}: {one_line(cause, _NAME_LIMIT)}"
     place = {"file": file, "line": str(adapter["line"]), "col": str(adapter["column"])} if file else {}
-    return command("error", _sentences(adapter), **place, title=title)
+    level = "warning" if adapter["verdict"] == "failed" and adapter.get("accepted") else "error"
+    return command(level, _sentences(adapter), **place, title=title)
 
 
 def _sentences(adapter: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def build_config(document: Document, sha256: str) -> Config:
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
-    file = read_models(document)
+    file = read_models(document, FileEntry)
     adapters = _Build(document, file).adapters(file.adapters or [])
     document.raise_problems()
     return Config(
@@ -61,6 +61,7 @@ def build_config(document: Document, sha256: str) -> Config:
         adapters=adapters,
         allow_pickle=file.allow_pickle,
         trust_remote_code=file.trust_remote_code,
+        baseline_path=str(Path(document.path).parent / file.baseline) if file.baseline else None,
     )
 
 

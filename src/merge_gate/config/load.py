@@ -11,6 +11,8 @@ The stages, in order:
 3. values → types, unknown keys, ranges                             `model`, `problems`
 4. what types cannot say: names, directories, globs, defaults       `build`, `paths`
 
+A baseline that the file names goes the same way (`baseline`).
+
 Problems of stage 3 do not stop stage 4: the parts that are right are looked at further, so that all is said at once.
 """
 
@@ -18,9 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merge_gate.config.baseline import build_baseline
 from merge_gate.config.build import build_config
 from merge_gate.config.model import build_schema
 from merge_gate.config.nearest import nearest
@@ -41,7 +45,11 @@ def load_config(path: str) -> Config:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
     raw = _read_bytes(path)
-    return build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
+    config = build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
+    if config.baseline_path is None:
+        return config
+    known = _text(_read_bytes(config.baseline_path), config.baseline_path)
+    return replace(config, baseline=build_baseline(read_yaml(known, config.baseline_path)))
 
 
 def config_schema() -> dict[str, Any]:

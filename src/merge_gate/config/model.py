@@ -43,10 +43,12 @@ MAX_MEMBERS = 100
 
 TEXT = r"\S"
 HEX_64 = r"^[0-9a-fA-F]{64}$"
+DATE = r"^\d{4}-\d\d-\d\d$"
 PEFT_TYPE = r"^[A-Za-z][A-Za-z0-9_]*$"
 PATTERNS = {
     TEXT: "some text",
     HEX_64: "64 hexadecimal digits, as sha256sum prints them",
+    DATE: "a day such as 2026-12-31",
     PEFT_TYPE: "a PEFT type such as LORA",
 }
 """The patterns of the models, and what each one asks for."""
@@ -352,6 +354,9 @@ class FileEntry(Model):
     """Load pickled weights (.bin), with weights_only. Default: false, they are refused."""
     trust_remote_code: bool = Field(False, alias="trust-remote-code")
     """Run Python code that comes with the base. Default: false. Only for bases that you trust."""
+    baseline: Text | None = None
+    """A YAML file (relative to this file) of known failures that do not fail the run until their last day;
+    `merge-gate report baseline` writes a first one. Default: none."""
 
 
 # --- the JSON Schema -----------------------------------------------------------------------------------------------

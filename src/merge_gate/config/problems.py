@@ -1,18 +1,20 @@
 """A document + the models → the models with holes, and what is wrong with them in plain words and with its place.
 
-In: plain data with places. Out: a `FileEntry` of what types can say is right, a `Problem` for all the rest. Knows
+In: plain data with places. Out: a model of what types can say is right, a `Problem` for all the rest. Knows
 pydantic's errors, and neither files nor what the configuration means; text from outside is escaped here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from merge_gate.config.model import PATTERNS, FileEntry, wrong
+from merge_gate.config.model import PATTERNS, Model, wrong
 from merge_gate.config.nearest import nearest
 from merge_gate.config.positions import Document, Loc, Place
 from merge_gate.text import quoted
+
+_File = TypeVar("_File", bound=Model)
 
 _MISSING = {"version": "write version: 1", "adapters": "list the adapters to judge"}
 _EMPTY = {"adapters": "a gate that checks nothing proves nothing: list at least one adapter"}
@@ -35,7 +37,7 @@ _BOUNDS = {
 }
 
 
-def read_models(document: Document) -> FileEntry:
+def read_models(document: Document, model: type[_File]) -> _File:
     """Validate the document, and report all that types can say is wrong with it.
 
     Raises:
@@ -46,7 +48,7 @@ def read_models(document: Document) -> FileEntry:
         if not whole.is_broken:
             document.report((), f"the file must be a mapping, got {described(whole)}", 'start with "version: 1"')
         document.raise_problems()
-    file = FileEntry.model_validate(whole.data)
+    file = model.model_validate(whole.data)
     for loc, error in wrong(file):
         _report(document, loc, error)
     return file

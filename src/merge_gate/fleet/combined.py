@@ -18,8 +18,9 @@ from dataclasses import replace
 from merge_gate.errors import GateError
 from merge_gate.fleet.bases import Used, in_order
 from merge_gate.fleet.shard_files import Found
-from merge_gate.records.report import BaseReport, Environment, Report, Sandbox, Shard
-from merge_gate.records.terms import Result, record
+from merge_gate.judging.baseline import WORST_LAST
+from merge_gate.records.report import BaselineEntry, BaseReport, Environment, Report, Sandbox, Shard
+from merge_gate.records.terms import Acceptance, Result, record
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import listing
 
@@ -189,7 +190,18 @@ def _whole(parts: list[_Part], bases: tuple[BaseReport, ...], problems: tuple[st
         bases=bases,
         adapters=tuple(placed[position] for position in sorted(placed)),
         problems=problems,
+        baseline=_baseline(parts),
     )
+
+
+def _baseline(parts: list[_Part]) -> tuple[BaselineEntry, ...]:
+    """An entry that one shard has a use for is used, though it matches nothing in the others."""
+    known: dict[BaselineEntry, BaselineEntry] = {}
+    for part in parts:
+        for one in part.report.baseline:
+            bare = replace(one, outcome=Acceptance.UNMATCHED)
+            known[bare] = max(one, known.get(bare, one), key=lambda entry: WORST_LAST.index(entry.outcome))
+    return tuple(known.values())
 
 
 def _environment(known: Sequence[Environment]) -> Environment:

@@ -90,7 +90,18 @@ def _document(line: Line, material: Json, reached: Reached) -> Json:
 
 
 def _nameless(adapter: AdapterReport) -> AdapterReport:
-    return replace(adapter, name="", source="", revision=None, line=0, column=0, seconds=0.0, judged=None, cached=False)
+    return replace(
+        adapter,
+        name="",
+        source="",
+        revision=None,
+        line=0,
+        column=0,
+        seconds=0.0,
+        judged=None,
+        cached=False,
+        accepted=None,
+    )
 
 
 def _digestless(base: BaseReport) -> BaseReport:
@@ -137,6 +148,7 @@ def today(line: Line, entry: Entry) -> Line | None:
         seconds=0.0,
         files=entry.prepared.files.files,
         cached=True,
+        accepted=None,
     )
     return replace(line, adapter=adapter, base=_digestless(line.base))
 

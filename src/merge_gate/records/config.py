@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 from merge_gate.records.terms import Quantization, Severity, record
 
 
@@ -91,11 +93,32 @@ class AdapterSpec:
 
 
 @record
+class KnownFailure:
+    """A failure that somebody answers for until the end of a day. `adapter` is the digest of its files.
+
+    `cause` is the check that decided, `also` are others that may fail the adapter. `line` is its place in the file.
+    """
+
+    adapter: str
+    cause: str
+    also: tuple[str, ...] = ()
+    reason: str
+    owner: str
+    until: dt.date
+    line: int
+
+
+@record
 class Config:
-    """A valid configuration. `path` is the file as the user named it, `sha256` the digest of its bytes."""
+    """A valid configuration. `path` is the file as the user named it, `sha256` the digest of its bytes.
+
+    `baseline_path` names the file that `baseline` was read from.
+    """
 
     path: str
     sha256: str
     adapters: tuple[AdapterSpec, ...]
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    baseline_path: str | None = None
+    baseline: tuple[KnownFailure, ...] = ()

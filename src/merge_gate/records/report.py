@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.terms import Finding, Quantization, Result, Verdict, record, told
+from merge_gate.records.terms import Acceptance, Finding, Quantization, Result, Verdict, record, told
 
 
 @record
@@ -63,6 +63,32 @@ class Judged:
 
 
 @record
+class Accepted:
+    """Who answers for a failure that is known, and how long."""
+
+    reason: str = told("Why it is accepted.")
+    owner: str = told("Who answers for it.")
+    until: str = told("The last day on which it is; after it the adapter fails the run.")
+
+
+@record
+class BaselineEntry:
+    """One acceptance of the baseline, and what came of it."""
+
+    adapter: str = told("Digest of the adapter's files, hex.")
+    cause: str = told("The check that decided.")
+    also: tuple[str, ...] = told("Other checks that may fail the adapter.", default=())
+    reason: str = told("Why it is accepted.")
+    owner: str = told("Who answers for it.")
+    until: str = told("The last day on which it is.")
+    outcome: Acceptance = told(
+        "`used`; `expired`: its last day is over; `fails otherwise too`: a check failed that it does not name; "
+        "`matches nothing` in this run."
+    )
+    line: int = told("Its line in the baseline's file, counted from 1.")
+
+
+@record
 class AdapterReport:
     """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
 
@@ -109,6 +135,9 @@ class AdapterReport:
         "Whether an earlier run reached the verdict and this one took it over (`--cache`, `--resume`); `seconds` is "
         "then 0.",
         default=False,
+    )
+    accepted: Accepted | None = told(
+        "Who answers for the failure, where the baseline has it; the verdict stays `failed`.", default=None
     )
 
 
@@ -197,18 +226,24 @@ class Report:
     adapters: tuple[AdapterReport, ...] = ()
     shard: Shard | None = None
     problems: tuple[str, ...] = ()
+    baseline: tuple[BaselineEntry, ...] = ()
+
+    @property
+    def accepted(self) -> int:
+        """How many of the failed ones the baseline accepts."""
+        return sum(adapter.accepted is not None for adapter in self.adapters if adapter.verdict is Verdict.FAILED)
 
     def count(self, verdict: Verdict) -> int:
         return sum(adapter.verdict is verdict for adapter in self.adapters)
 
     @property
     def result(self) -> Result:
-        """A proven failure outranks an undecided adapter; nothing judged, or an unfinished run, is never `pass`.
+        """A failure that nobody answers for outranks an undecided adapter; nothing vacuous or unfinished is `pass`.
 
         A shard may have nothing to judge where there are more shards than adapters. It is no verdict on the run:
         that is the combination's, which counts the entries.
         """
-        if self.count(Verdict.FAILED):
+        if self.count(Verdict.FAILED) > self.accepted:
             return Result.FAIL
         if self.count(Verdict.ERROR) or not self.complete or self.problems:
             return Result.ERROR

@@ -65,6 +65,15 @@ class Result(StrEnum):
     ERROR = "error"
 
 
+class Acceptance(StrEnum):
+    """What came of one acceptance of a baseline."""
+
+    USED = "used"
+    EXPIRED = "expired"
+    MORE = "fails otherwise too"
+    UNMATCHED = "matches nothing"
+
+
 class Quantization(StrEnum):
     """How the base is quantised when it is loaded."""
 

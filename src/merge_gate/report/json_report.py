@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, NoReturn
 
 from merge_gate.errors import UsageError
-from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Shard
+from merge_gate.records.report import AdapterReport, BaselineEntry, BaseReport, Environment, Report, Shard
 from merge_gate.records.terms import Result, Verdict, record, told
 from merge_gate.report.fields import Json, UnreadableError, dump, load
 from merge_gate.report.untrusted import one_line
@@ -73,6 +73,10 @@ class Document:
         "Which part of a larger run this is (`--shard`); null for a whole run, also one combined of shards.",
         default=None,
     )
+    accepted: int = told(
+        "How many of the failed ones the baseline accepts; where it is all of them, `result` is `pass`.", default=0
+    )
+    baseline: tuple[BaselineEntry, ...] = told("What came of each entry of the baseline.", default=())
     problems: tuple[str, ...] = told(
         "What keeps the shards that were combined from being one run; with any, `result` is never `pass`.", default=()
     )
@@ -84,6 +88,7 @@ def _document(report: Report) -> Document:
         complete=report.complete,
         result=report.result,
         counts=Counts(**{verdict.value: report.count(verdict) for verdict in Verdict}),
+        accepted=report.accepted,
         tool=Tool(name=TOOL, version=report.tool_version),
         environment=report.environment,
         config=ConfigFile(path=report.config_path, sha256=report.config_sha256),
@@ -91,6 +96,7 @@ def _document(report: Report) -> Document:
         adapters=report.adapters,
         shard=report.shard,
         problems=report.problems,
+        baseline=report.baseline,
     )
 
 
@@ -183,7 +189,7 @@ def _consistent(document: Document) -> None:
     if document.schema_version.split(".")[0] != "1":
         raise UnreadableError(f"schema_version is {one_line(document.schema_version, 20)}, expected 1.x")
     expected = _document(_report(document))
-    for key in ("result", "counts"):
+    for key in ("result", "counts", "accepted"):
         if getattr(document, key) != getattr(expected, key):
             raise UnreadableError(f"{key} does not follow from the verdicts of its adapters")
     for index, adapter in enumerate(document.adapters):
@@ -202,4 +208,5 @@ def _report(document: Document) -> Report:
         adapters=document.adapters,
         shard=document.shard,
         problems=document.problems,
+        baseline=document.baseline,
     )

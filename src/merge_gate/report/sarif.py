@@ -98,7 +98,9 @@ def _marks(report: Report) -> Json:
         for adapter in report.adapters
         for mark in words.marks(adapter)
     ]
-    return {"properties": {"marks": marks[:MOST_RESULTS]}} if marks else {}
+    known = words.baseline(report)
+    said = {**({"marks": marks[:MOST_RESULTS]} if marks else {}), **({"baseline": known} if known else {})}
+    return {"properties": said} if said else {}
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -141,6 +143,9 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
             "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
         },
     }
+    if isinstance(judged, AdapterReport) and judged.accepted is not None and finding.severity is Severity.ERROR:
+        said = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
+        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": said}]
     if check in _SUMMARIES:
         result["ruleIndex"] = list(_SUMMARIES).index(check)
     return result

@@ -24,7 +24,7 @@ _COMPARED = {"terminal": compare.render_text, "markdown": compare.render_markdow
 def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
     """One report in another format (exit code 0), or what changed between two."""
     if len(names) == 1:
-        report = _read(names[0])
+        report = stored(names[0])
         return (text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)), ExitCode.PASS
     if len(names) != 2:  # noqa: PLR2004
         raise UsageError(f"got {len(names)} reports, expected one, or two to compare", hint="name the older one first")
@@ -32,11 +32,16 @@ def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
         raise UsageError(
             f"--format {word} shows one report, got two", hint=f"two can be compared as {' or '.join(_COMPARED)}"
         )
-    changes = compare.compare(_read(names[0]), _read(names[1]))
+    changes = compare.compare(stored(names[0]), stored(names[1]))
     return _COMPARED[word](changes), changes.exit_code
 
 
-def _read(name: str) -> Report:
+def stored(name: str) -> Report:
+    """The report in a file.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
     try:
         data = Path(name).read_bytes()
     except OSError as error:

@@ -52,7 +52,7 @@ def render(report: Report) -> str:
 
 
 def _problems(report: Report) -> list[str]:
-    said = words.problems(report)
+    said = [*words.problems(report), *words.baseline(report)]
     return ["\n".join(f"- {prose(problem)}" for problem in said)] if said else []
 
 

@@ -93,7 +93,8 @@ def _cells(adapter: AdapterReport, report: Report) -> Row:
     base = words.precision(adapter.base)
     if _several_models(report):
         base = f"{words.model_name(adapter.base)} ({base})"
-    said = f"{adapter.verdict.value}, cached" if adapter.cached else adapter.verdict.value
+    marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
+    said = ", ".join([adapter.verdict.value, *marks])
     return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, reason(adapter)
 
 
@@ -205,6 +206,8 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
     for problem in words.problems(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
+    for said in words.baseline(report):
+        shown += [((part, Style.DOUBT),) for part in wrap(f"- {said}", width)]
     if said := words.cached(report):
         shown += [((part, Style.PLAIN),) for part in wrap(f"{said}.", width)]
     if output_dir:

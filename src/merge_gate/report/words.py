@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.table import NOT_JUDGED
-from merge_gate.records.terms import Origin, Quantization, Result, Severity, Verdict
+from merge_gate.records.terms import Acceptance, Origin, Quantization, Result, Severity, Verdict
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -137,13 +137,34 @@ def unsaid_place(finding: Finding) -> str:
 
 
 def marks(adapter: AdapterReport) -> list[str]:
-    """What has to stand beside the verdict: that it was reached earlier, and when and where."""
-    judged = adapter.judged
-    if not adapter.cached:
-        return []
-    if judged is None:
-        return ["cached"]
-    return [f"cached, judged {one_line(judged.at, NAME_LIMIT)} at {one_line(judged.place, NAME_LIMIT)}"]
+    """What has to stand beside the verdict: who answers for a failure; when and where it was reached earlier."""
+    said = []
+    if (known := adapter.accepted) is not None:
+        owner, reason = one_line(known.owner, NAME_LIMIT), one_line(known.reason, MESSAGE_LIMIT)
+        said.append(f"accepted until {one_line(known.until, NAME_LIMIT)} by {owner}: {reason}")
+    if adapter.cached:
+        at = adapter.judged
+        when = f", judged {one_line(at.at, NAME_LIMIT)} at {one_line(at.place, NAME_LIMIT)}" if at else ""
+        said.append(f"cached{when}")
+    return said
+
+
+def baseline(report: Report) -> list[str]:
+    """What the baseline says that is not so (any more); each is a sentence without its full stop."""
+    told = {
+        Acceptance.EXPIRED: "is over since its last day",
+        Acceptance.MORE: "does not name all checks that fail the adapter, so it is not accepted",
+        Acceptance.UNMATCHED: "matches nothing in this run",
+    }
+    off = [one for one in report.baseline if one.outcome in told]
+    said = [
+        f"baseline, line {number(one.line)}: {one_line(one.cause, NAME_LIMIT)} of {one_line(one.adapter, 12)} until "
+        f"{one_line(one.until, NAME_LIMIT)} by {one_line(one.owner, NAME_LIMIT)} {told[one.outcome]}"
+        for one in off[:MOST_PROBLEMS]
+    ]
+    return (
+        [*said, f"and {counted(len(off) - len(said), 'more entry')}, in report.json"] if len(off) > len(said) else said
+    )
 
 
 def cached(report: Report) -> str:
@@ -206,10 +227,11 @@ def _said(report: Report) -> str:
 
 def _counts(report: Report, everything: str, noun: str) -> str:
     failed, undecided = report.count(Verdict.FAILED), report.count(Verdict.ERROR)
+    known = f", {number(report.accepted)} of them accepted" if report.accepted else ""
     if failed and undecided:
-        return f"{number(failed)} of {everything} failed, {number(undecided)} could not be judged"
+        return f"{number(failed)} of {everything} failed{known}, {number(undecided)} could not be judged"
     if failed:
-        return f"{number(failed)} of {everything} failed"
+        return f"{number(failed)} of {everything} failed{known}"
     if undecided:
         return f"{number(undecided)} of {everything} could not be judged, none failed"
     return _all_passed(report, everything, noun)
@@ -238,7 +260,10 @@ def advice(report: Report) -> str:
     bounded = sum(adapter.coverage.parameters_bounded for adapter in report.adapters)
     proof = f"; a bound proves it of {number(bounded)} that were not merged one by one" if bounded else ""
     whose = " of this shard" if report.shard else ""
-    return f"Every parameter of every merged model{whose} is finite{proof}."
+    if report.accepted:
+        whose = f" that passed{whose}"
+    known = "What failed is broken, and the baseline accepts it until its last day. " if report.accepted else ""
+    return f"{known}Every parameter of every merged model{whose} is finite{proof}."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:
