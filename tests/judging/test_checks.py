@@ -475,6 +475,7 @@ def test_what_the_gate_could_not_do_is_no_check() -> None:
     (finding,) = judge(spec(), files(), evidence(refusal=out_of_memory, merges=()))
     assert finding == undecided("out of memory", "a larger machine")
     assert finding.check == NOT_JUDGED not in CHECKS
+    assert undecided("out of memory").hint == ""
 
 
 def test_an_adapter_config_that_is_none_is_no_crash() -> None:

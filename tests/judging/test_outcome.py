@@ -165,7 +165,7 @@ PROBLEM = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="no such re
 
 
 def test_an_adapter_that_was_not_found_says_that_alone() -> None:
-    line = outcome.checked(Prepared(spec=SPEC, problem=PROBLEM))
+    line = outcome.checked(Prepared(spec=dataclasses.replace(SPEC, expect=Expect(r=8)), problem=PROBLEM))
     assert (line.findings, line.peft_type, line.coverage) == ((PROBLEM,), None, Coverage())
 
 

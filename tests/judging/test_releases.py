@@ -115,6 +115,7 @@ def test_a_key_of_one_type_says_nothing_of_another() -> None:
     [
         ({"r": 4, "alpha": 6}, "1.5"),
         ({"r": 4, "alpha": 8, "use_rslora": True}, "4"),
+        ({"r": 9, "alpha": 6, "use_rslora": True}, "2"),
         ({"r": 4, "alpha": 4}, None),
         ({"r": 4, "alpha": 2, "use_rslora": True}, None),
         ({"r": 0, "alpha": 4}, None),

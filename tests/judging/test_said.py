@@ -152,15 +152,16 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "rounding, estimated, in two tensors of different size": (
         evidence(
             merges=(
-                lossy(0.9, estimated=True),
+                lossy(0.8, estimated=True),
                 merged(
                     tensor("model.norm.weight", numel=192, dtype="bfloat16"),
                     module="model.norm",
                     base_norm=5.0,
                     delta_norm=2.0,
-                    lost_norm=1.7,
+                    lost_norm=1.8,
                     unchanged_fraction=0.5,
                 ),
+                merged(tensor("all.weight"), module="all", delta_norm=0.5, lost_norm=0.0, unchanged_fraction=0.0),
                 merged(tensor("rest.weight"), module="rest", delta_norm=1.0, lost_norm=0.6),
             )
         ),
@@ -202,6 +203,20 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
             )
         ),
         files(),
+    ),
+    "two large deltas of one size": (
+        evidence(
+            merges=(
+                merged(base_norm=1.0, delta_norm=20.0),
+                merged(tensor("b.weight"), module="b", base_norm=2.0, delta_norm=40.0),
+            )
+        ),
+        files(),
+    ),
+    "nothing that is targeted": (evidence(targeted=(), merges=()), files()),
+    "a base whose name only begins like the one used": (
+        evidence(),
+        files(config={"base_model_name_or_path": "acme/llamaX", "revision": "main"}),
     ),
     "the bias of lora_B": (evidence(), files(config=LORA_0_14)),
     "the bias of lora_B, by the root of the rank": (

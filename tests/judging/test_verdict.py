@@ -78,6 +78,12 @@ def test_a_gap_is_told_in_full_and_before_the_warnings() -> None:
     assert others == [warned]
 
 
+def test_nothing_at_all_is_told_in_full() -> None:
+    assert decide((), Coverage())[2][0].message == "the merged model has no parameters that could be checked"
+    unmerged = Coverage(parameters_checked=64, parameters_total=64)
+    assert decide((), unmerged)[2][0].message == "no module was merged"
+
+
 # --- whatever the settings -------------------------------------------------------------------------------------------
 
 NAMES = ("model.norm.weight", "model.layers.0.q_proj.weight", "lm_head.weight")
