@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint e2e bench fuzz schemas clean help
+.PHONY: demo test lint e2e bench fuzz mutants coverage schemas clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -12,6 +12,8 @@ help:
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
+	@echo "make mutants small changes of the code that judges: does a test fail? (hours)"
+	@echo "make coverage branches that the tests take"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
 
 $(STAMPS)/venv:
@@ -57,6 +59,26 @@ bench: $(STAMPS)/test
 FUZZ_SECONDS ?= 3600
 fuzz: $(STAMPS)/test
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+$(STAMPS)/mutants: $(STAMPS)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,mutants]'
+	touch $@
+
+# Of one part: make mutants PARTS=judging
+PARTS ?= judging preflight config
+mutants: $(STAMPS)/mutants
+	for part in $(PARTS); do $(BIN)/python tests/mutants.py $$part --show || exit; done
+
+$(STAMPS)/coverage: $(STAMPS)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,coverage]'
+	touch $@
+
+# Branches of all that imports no torch; what the tests start is measured too.
+coverage: $(STAMPS)/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m "not matrix and not cuda" --ignore=tests/e2e --ignore=tests/engine
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test
