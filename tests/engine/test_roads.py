@@ -74,6 +74,9 @@ UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
     "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
     "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=1, target_modules=["q_proj"]),
+    "randlora": lambda: peft.RandLoraConfig(r=2, target_modules=["q_proj"]),
+    "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"]),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
 }
 
@@ -86,7 +89,7 @@ def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
     model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=getattr(torch, dtype))
     with methods.quiet():
         peft.get_peft_model(model, UNTRAINED[method]()).save_pretrained(tmp_path)
-    if method == "fourierft":
+    if method in {"fourierft", "waveft"}:
         edit(lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})(tmp_path)
     judgement = bench.gate.judge(tmp_path, pruned, dtype=dtype)
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
@@ -104,6 +107,23 @@ def test_an_untrained_dora_of_convolutions_has_no_effect(dtype: str, tmp_path: P
         peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
     judgement = bench.gate.judge(tmp_path / "adapter", tmp_path / "base")
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("lora-linear", 1e-6), ("lora-conv2d", 1e-6), ("loha-linear", 1e-5), ("vblora-linear", 3e-3)],
+)
+def test_a_delta_of_a_millionth_is_an_effect(name: str, factor: float, tmp_path: Path, bench: Bench) -> None:
+    """What is added to a weight is zero while untrained, so that anything else was trained; on both roads."""
+    case = methods.find(name)
+    base, adapter = bench.base_directory(case.base, "float32"), bench.adapter(case)
+    state = methods.load_file(adapter / methods.WEIGHTS)
+    small = {
+        name: tensor * factor for name, tensor in state.items() if name.endswith(("lora_B.weight", "w1_a", "bank"))
+    }
+    judgement = bench.gate.judge(methods.write_variant(adapter, tmp_path, state | small), base)
+    assert small
+    assert judgement.verdict is Verdict.PASSED, judgement
 
 
 def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from merge_gate.records.files import FileRecord
@@ -295,3 +297,12 @@ def runner_obeys(line: str) -> bool:
 def lines_of(text: str) -> list[str]:
     """Lines as a runner may see them: carriage returns and form feeds break a line too."""
     return text.splitlines()
+
+
+def in_two_dtypes() -> Report:
+    """One adapter: in both dtypes its file lacks a tensor, and in bfloat16 there is a warning besides."""
+    missing = replace(NAN, check="keys-missing", message="a tensor is not there", origin=Origin.FILE)
+    both = ((BASE, (missing, ROUNDING)), (HALF, (missing,)))
+    return report(
+        *(adapter("a", Verdict.FAILED, cause="keys-missing", findings=found, base=base) for base, found in both)
+    )

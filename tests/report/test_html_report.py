@@ -17,7 +17,18 @@ from hypothesis import given
 
 from merge_gate.records.terms import Verdict
 from merge_gate.report.html_report import render
-from tests.report.reports import ATTACKS, EMPTY, FAIL, NAN, PASS, adapter, hostile_reports, report, tensors
+from tests.report.reports import (
+    ATTACKS,
+    EMPTY,
+    FAIL,
+    NAN,
+    PASS,
+    adapter,
+    hostile_reports,
+    in_two_dtypes,
+    report,
+    tensors,
+)
 
 GOLDEN = Path(__file__).parent / "goldens" / "report.html"
 MEBIBYTE = 1024 * 1024
@@ -55,6 +66,12 @@ class Page(HTMLParser):
 
     def data(self) -> list[Any]:
         return [json.loads(text) for kind, text in self.raw if kind == "data"]
+
+
+def test_what_another_dtype_s_row_says_already_is_folded() -> None:
+    html = render(in_two_dtypes())
+    assert html.count('<details class="again">') == 1
+    assert "<code>keys-missing</code>: the same as in bfloat16</summary>" in html
 
 
 def test_golden() -> None:

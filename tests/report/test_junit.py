@@ -23,6 +23,7 @@ from tests.report.reports import (
     PASSED,
     adapter,
     hostile_reports,
+    in_two_dtypes,
     lines_of,
     report,
     runner_obeys,
@@ -36,6 +37,13 @@ def parse(run: Any) -> ET.Element:
     text = render(run)
     SCHEMA.validate(ET.ElementTree(ET.fromstring(text)))
     return ET.fromstring(text.encode("utf-8"))
+
+
+def test_a_case_refers_to_the_one_before_for_what_is_the_same() -> None:
+    first, second = parse(in_two_dtypes()).iter("failure")
+    assert "to do: retrain" in (first.text or "")
+    assert second.get("message") == "a tensor is not there"
+    assert second.text == "error keys-missing: the same as for a (bfloat16)"
 
 
 def test_golden() -> None:

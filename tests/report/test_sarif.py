@@ -17,7 +17,19 @@ from hypothesis import given
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import Verdict
 from merge_gate.report.sarif import MOST_RESULTS, render
-from tests.report.reports import ATTACKS, EMPTY, FAIL, FAILED, NAN, PASS, ROUNDING, adapter, hostile_reports, report
+from tests.report.reports import (
+    ATTACKS,
+    EMPTY,
+    FAIL,
+    FAILED,
+    NAN,
+    PASS,
+    ROUNDING,
+    adapter,
+    hostile_reports,
+    in_two_dtypes,
+    report,
+)
 
 GOLDEN = Path(__file__).parent / "goldens" / "report.sarif"
 
@@ -36,6 +48,13 @@ def parse(run: Any) -> dict[str, Any]:
         assert location["physicalLocation"]["artifactLocation"]["uri"].isprintable()
         assert "ruleIndex" not in result or rules[result["ruleIndex"]]["id"] == result["ruleId"]
     return document["runs"][0]
+
+
+def test_what_is_so_in_several_dtypes_is_one_result() -> None:
+    missing, rounding = parse(in_two_dtypes())["results"]
+    assert (missing["ruleId"], missing["properties"]["dtype"]) == ("keys-missing", "bfloat16; float16")
+    assert missing["message"]["text"].startswith("a (bfloat16; float16): a tensor is not there")
+    assert (rounding["ruleId"], rounding["properties"]["dtype"]) == ("rounding-loss", "bfloat16")
 
 
 def test_golden() -> None:

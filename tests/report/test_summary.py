@@ -35,6 +35,7 @@ from tests.report.reports import (
     UNDECIDED,
     adapter,
     hostile_reports,
+    in_two_dtypes,
     lines_of,
     report,
     runner_obeys,
@@ -237,6 +238,18 @@ def test_what_the_files_show_is_said_once_and_not_once_per_dtype() -> None:
     assert render(report(both[0], other)).count("**What is wrong:**") == 2
     warned = [adapter("b", findings=(ROUNDING,), base=base) for base in (BASE, HALF)]
     assert "<summary>1 warning for 2 adapters that passed</summary>" in render(report(*warned))
+
+
+def test_what_one_dtype_has_besides_is_said_of_that_one() -> None:
+    text = render(in_two_dtypes())
+    assert text.count("a tensor is not there") == 1
+    assert "- warning (bfloat16) `rounding-loss`" in text
+    changed = dataclasses.replace(ROUNDING, check="meaning-changed", message="PEFT reads it otherwise")
+    passed = [adapter("b", findings=(changed,)), adapter("b", findings=(changed, ROUNDING), base=HALF)]
+    text = render(report(*passed))
+    assert text.count("PEFT reads it otherwise") == 1
+    assert "`b` (bfloat16; float16) `meaning-changed`" in text
+    assert "`b` (float16) `rounding-loss`" in text
 
 
 def test_the_worst_adapter_has_a_map() -> None:

@@ -13,9 +13,26 @@ from merge_gate.records.report import BaseRef, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.columns import cells
 from merge_gate.report.text import Style, lines, render
-from tests.report.reports import EMPTY, FAIL, PASS, adapter, hostile_reports, lines_of, report, runner_obeys
+from tests.report.reports import (
+    EMPTY,
+    FAIL,
+    PASS,
+    adapter,
+    hostile_reports,
+    in_two_dtypes,
+    lines_of,
+    report,
+    runner_obeys,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def test_what_is_so_in_several_dtypes_is_said_once() -> None:
+    text = render(in_two_dtypes(), "out")
+    assert text.count("a tensor is not there") == 1
+    assert "a failed: keys-missing (bfloat16; float16)" in text
+    assert "(bfloat16) rounding-loss: " in text
 
 
 @pytest.mark.parametrize("width", [40, 80])

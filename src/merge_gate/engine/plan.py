@@ -108,10 +108,16 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
     )
 
 
+ADDED = ("lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_")
+"""Prefixes of tensors whose product is added to the weight: untrained it is zero, to the last bit."""
+
+
 def rounding_share(layer: Any) -> float:
     """How large a share of the weight a delta can be by rounding alone: more for DoRA whose B is zero, as it began."""
     if ADAPTER_NAME not in (getattr(layer, "lora_magnitude_vector", None) or ()):
-        return ROUNDING_SHARE
+        varied = getattr(layer, "lora_variant", None) or ()
+        is_added = ADAPTER_NAME not in varied and all(name.startswith(ADDED) for name in layer.adapter_layer_names)
+        return 0.0 if is_added else ROUNDING_SHARE
     embedded = getattr(layer, "lora_embedding_B", None) or {}
     side = embedded[ADAPTER_NAME] if ADAPTER_NAME in embedded else layer.lora_B[ADAPTER_NAME].weight
     return ROUNDING_SHARE if bool(side.any()) else UNTRAINED_MAGNITUDE

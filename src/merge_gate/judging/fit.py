@@ -49,7 +49,7 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
             f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
             f"{listing(missing)}; {follows}"
         ),
-        keys.wrapped_twice(case.files.tensors) or hint,
+        keys.names_of_another_kind(case.files.tensors) or hint,
     )
 
 
@@ -78,7 +78,7 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
     if stray:
         yield keys_unexpected.finding(
             f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray)}",
-            keys.wrapped_twice(case.files.tensors)
+            keys.names_of_another_kind(case.files.tensors)
             or keys.saved_twice(stray)
             or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from merge_gate.judging.foreign import by_tensors
 from merge_gate.judging.releases import written_by
 from merge_gate.records.files import AdapterConfig, TensorHeader
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -35,6 +36,11 @@ def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, s
         "memory, or train again with bias: none or all"
     )
     return f"{_BASE_STAYS}: PEFT 0.10 to 0.20 train them with bias='lora_only' and lose them on saving", hint
+
+
+def names_of_another_kind(tensors: tuple[TensorHeader, ...]) -> str:
+    """The hint for names that no PEFT model has: of another format, or of a model wrapped twice; empty for others."""
+    return by_tensors(tensor.name for tensor in tensors) or wrapped_twice(tensors)
 
 
 def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:

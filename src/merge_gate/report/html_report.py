@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from merge_gate.records.terms import Severity, Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report import words
 from merge_gate.report.chain import chain
 from merge_gate.report.grid import State, blocks, count_states, states
@@ -51,7 +51,7 @@ def render(report: Report) -> str:
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        rows=[_row(adapter, data) for adapter, data in zip(judged, maps, strict=True)],
+        rows=_rows(judged, maps),
         layouts=_data(layouts.known),
         failed=report.count(Verdict.FAILED),
         undecided=report.count(Verdict.ERROR),
@@ -110,6 +110,17 @@ def _policy() -> str:
 # --- what stands in one adapter's row ------------------------------------------------------------------------------
 
 
+def _rows(judged: list[AdapterReport], maps: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """What an earlier row of the same adapter says, in another dtype, is folded in the later ones."""
+    before = words.told_before(judged)
+    rows = [_row(adapter, data) for adapter, data in zip(judged, maps, strict=True)]
+    for place, row in enumerate(rows):
+        for told in row["findings"]:
+            earlier = before.get((place, told["finding"]))
+            told["before"] = words.precision(earlier.base) if earlier is not None else ""
+    return rows
+
+
 def _row(adapter: AdapterReport, data: dict[str, Any] | None) -> dict[str, Any]:
     decided = words.deciding(adapter)
     found = ([decided] if decided else []) + words.others(adapter)
@@ -119,20 +130,13 @@ def _row(adapter: AdapterReport, data: dict[str, Any] | None) -> dict[str, Any]:
         "place": words.place(decided) if decided else "",
         "warnings": sorted({one.check for one in words.warnings(adapter)}),
         "chain": chain(adapter),
-        "findings": [_told(group) for group in _groups(found)],
+        "findings": [_told(group) for group in words.kinds(found)],
         "states": count_states(adapter.tensors),
         "map": _data(data) if data else None,
     }
 
 
-def _groups(findings: list[Finding]) -> list[list[Finding]]:
-    groups: dict[tuple[str, Severity], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.check, finding.severity), []).append(finding)
-    return list(groups.values())
-
-
-def _told(group: list[Finding]) -> dict[str, Any]:
+def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
     first, *more = group
     return {
         "finding": first,

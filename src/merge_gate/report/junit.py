@@ -16,7 +16,7 @@ from merge_gate.report import words
 from merge_gate.report.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
@@ -33,8 +33,9 @@ def render(report: Report) -> str:
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
             ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
-        for adapter in adapters:
-            _case(suite, name, adapter)
+        before = words.told_before(adapters)
+        for place, adapter in enumerate(adapters):
+            _case(suite, name, adapter, {first: one for (where, first), one in before.items() if where == place})
     if _unjudged(report):
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), unjudged=True)})
         case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")
@@ -84,33 +85,49 @@ def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
     return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool_version)))]
 
 
-def _case(suite: ET.Element, classname: str, adapter: AdapterReport) -> None:
-    name = f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+def _name(adapter: AdapterReport) -> str:
+    return f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+
+
+def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Mapping[Finding, AdapterReport]) -> None:
+    """`before`: what an earlier case, of the same adapter in another dtype, has told already."""
+    name = _name(adapter)
     case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=_time(adapter.seconds))
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
         told = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
-        told.text = _text([*([finding] if finding else []), *words.others(adapter)])
-    said = [_text(list(adapter.findings))] if adapter.findings and adapter.verdict is Verdict.PASSED else []
+        told.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
+    said = [_text(list(adapter.findings), before)] if adapter.findings and adapter.verdict is Verdict.PASSED else []
     said += words.marks(adapter)
     if said:
         ET.SubElement(case, "system-out").text = "\n\n".join(said)
 
 
-def _text(findings: list[Finding]) -> str:
+def _text(findings: list[Finding], before: Mapping[Finding, AdapterReport]) -> str:
     """Every kind of finding, the deciding one first: what, where, and what to do."""
     groups = words.grouped(findings)
-    parts = [_part(finding, more) for finding, more in groups[:_GROUPS]]
+    parts = [
+        _again(finding, before[finding]) if finding in before else _part(finding, more)
+        for finding, more in groups[:_GROUPS]
+    ]
     if len(groups) > _GROUPS:
         parts.append(f"and {len(groups) - _GROUPS} more kinds of finding, in report.json")
     return safe_text("\n\n".join(parts))
 
 
-def _part(finding: Finding, more: int) -> str:
+def _again(finding: Finding, earlier: AdapterReport) -> str:
+    return f"{_kind(finding)}: the same as for {_name(earlier)}"
+
+
+def _kind(finding: Finding) -> str:
     kind = "warning" if finding.severity is Severity.WARNING else "error"
+    return f"{kind} {one_line(finding.check, words.NAME_LIMIT)}"
+
+
+def _part(finding: Finding, more: int) -> str:
     said = [
-        f"{kind} {one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
+        f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
         f"where: {words.place(finding)}" if words.place(finding) else "",
         f"found: {words.values(finding)}" if words.values(finding) else "",
         f"begins: {words.ORIGINS[finding.origin]}",

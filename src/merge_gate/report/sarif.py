@@ -1,9 +1,9 @@
 """report.sarif: the report for code scanning and for editors, SARIF 2.1.0.
 
 In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
-adapter in one dtype and points at the adapter's entry in the configuration file, since a weight file has no lines.
-Errors come first. Fingerprints hold no line, so that an alert stays the same when the file is edited above it. Knows
-neither files nor the other formats.
+adapter, in all the dtypes that have it, and points at the adapter's entry in the configuration file, since a weight
+file has no lines. Errors come first. Fingerprints hold no line, so that an alert stays the same when the file is edited
+above it. Knows neither files nor the other formats.
 """
 
 from __future__ import annotations
@@ -107,15 +107,23 @@ def _marks(report: Report) -> Json:
 
 
 def _results(report: Report) -> Iterator[Json]:
-    for adapter in words.worst_first(report.adapters):
-        for finding, more in words.grouped(adapter.findings):
-            yield _result(report, adapter, finding, more)
+    for same in _entries(report):
+        for finding, more, where in words.told_once(same, lambda adapter: list(adapter.findings)):
+            yield _result(report, same[0], finding, more, where or words.precisions(same))
     for base in report.bases:
         for finding, more in words.grouped(base.findings):
-            yield _result(report, base, finding, more)
+            yield _result(report, base, finding, more, words.precision(base))
 
 
-def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int) -> Json:
+def _entries(report: Report) -> list[list[AdapterReport]]:
+    """The entries of each adapter on one base, in all its dtypes."""
+    found: dict[object, list[AdapterReport]] = {}
+    for adapter in words.worst_first(report.adapters):
+        found.setdefault((adapter.name, adapter.source, adapter.line, adapter.base.model), []).append(adapter)
+    return list(found.values())
+
+
+def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int, dtypes: str) -> Json:
     """One kind of finding. A base has no line of its own: it points at the top of the file."""
     name, base, line, column = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
@@ -123,7 +131,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
     result: Json = {
         "ruleId": check,
         "level": str(finding.severity),
-        "message": {"text": _message(name, base, finding, more)},
+        "message": {"text": _message(name, dtypes, finding, more)},
         "locations": [
             {
                 "physicalLocation": {
@@ -133,11 +141,11 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
                 "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
             }
         ],
-        "partialFingerprints": {"mergeGate/v1": _fingerprint(name, base, finding)},
+        "partialFingerprints": {"mergeGate/v1": _fingerprint(name, base, dtypes, finding)},
         "properties": {
             "adapter": name,
             "base": words.model_name(base),
-            "dtype": words.precision(base),
+            "dtype": dtypes,
             "origin": str(finding.origin),
             **({"marks": marks} if marks else {}),
             "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
@@ -157,8 +165,8 @@ def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseRe
     return f"base {words.model_name(judged)}", judged, 1, 1
 
 
-def _message(name: str, base: BaseRef | BaseReport, finding: Finding, more: int) -> str:
-    said = f"{name} ({words.precision(base)}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
+def _message(name: str, dtypes: str, finding: Finding, more: int) -> str:
+    said = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if more:
         said += f"; and {words.number(more)} more like it"
     if finding.hint:
@@ -179,7 +187,7 @@ def _address(path: str) -> Json:
     return {"uri": normal, "uriBaseId": "%SRCROOT%"}
 
 
-def _fingerprint(name: str, base: BaseRef | BaseReport, finding: Finding) -> str:
-    parts = [name, base.model or "", base.dtype, base.quantization, finding.check]
+def _fingerprint(name: str, base: BaseRef | BaseReport, dtypes: str, finding: Finding) -> str:
+    parts = [name, base.model or "", dtypes, finding.check]
     parts += [finding.module or "", finding.tensor or ""]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

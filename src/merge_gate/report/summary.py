@@ -26,7 +26,6 @@ _SECTIONS_BYTES = 36 * 1024
 _OTHERS_BYTES = 4 * 1024
 _WARNINGS_BYTES = 5 * 1024
 _BASES_BYTES = 2 * 1024
-_PRECISIONS = 6
 _FULL_LIST = "the full list is in `report.json`"
 
 _RESULT_MARK = {Result.PASS: "✅", Result.FAIL: "❌", Result.ERROR: "⚠️"}
@@ -103,10 +102,11 @@ def _section(alike: list[AdapterReport], *, with_map: bool) -> str:
     drawn = text_map(adapter) if with_map else []
     if drawn:
         blocks.append("\n".join([f"{LEGEND}:", "", "````text", *drawn, "````"]))
-    rest = words.others(adapter)
+    rest = words.told_once(alike, words.others)
     if rest:
-        items = [f"- {other.severity} {_one_finding(other, more)}" for other, more in words.grouped(rest)]
-        blocks += _details(words.counted(len(rest), "more finding"), items, _OTHERS_BYTES)
+        items = [f"- {other.severity} {_one_finding(other, more, where)}" for other, more, where in rest]
+        total = len(rest) + sum(more for _, more, _ in rest)
+        blocks += _details(words.counted(total, "more finding"), items, _OTHERS_BYTES)
     return "\n\n".join(blocks)
 
 
@@ -122,14 +122,10 @@ def _facts(alike: list[AdapterReport], finding: Finding | None) -> list[str]:
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
     source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
-    base = f"{code(words.model_name(adapter.base))} ({_precisions(alike)})"
+    base = f"{code(words.model_name(adapter.base))} ({plain(words.precisions(alike))})"
     facts.append(f"- **Adapter:** {source} on {base}")
     facts += [f"- **Mark:** {plain(mark)}" for mark in words.marks(adapter)]
     return facts
-
-
-def _precisions(alike: list[AdapterReport]) -> str:
-    return "; ".join(plain(words.precision(one.base)) for one in alike[:_PRECISIONS])
 
 
 def _place(finding: Finding) -> str:
@@ -137,8 +133,10 @@ def _place(finding: Finding) -> str:
     return "; ".join(filter(None, (code(place) if place else "", plain(values), words.ORIGINS[finding.origin])))
 
 
-def _one_finding(finding: Finding, more: int) -> str:
+def _one_finding(finding: Finding, more: int, where: str = "") -> str:
     text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
+    if where:
+        text = f"({plain(where)}) {text}"
     if unsaid := words.unsaid_place(finding):
         text += f" ({code(unsaid, 120)})"
     if more:
@@ -150,13 +148,13 @@ def _warnings(report: Report) -> list[str]:
     passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED and words.warnings(adapter)]
     if not passed:
         return []
-    alike = words.alike(passed)
+    told = [(same, words.told_once(same, words.warnings)) for same in words.alike(passed)]
     items = [
-        f"- {code(same[0].name, 80)} ({_precisions(same)}) {_one_finding(finding, more)}"
-        for same in alike
-        for finding, more in words.grouped(words.warnings(same[0]))
+        f"- {code(same[0].name, 80)} {_one_finding(finding, more, where or words.precisions(same))}"
+        for same, warned in told
+        for finding, more, where in warned
     ]
-    total = words.counted(sum(len(words.warnings(same[0])) for same in alike), "warning")
+    total = words.counted(sum(1 + more for _, warned in told for _, more, _ in warned), "warning")
     return _details(f"{total} for {words.counted(len(passed), 'adapter')} that passed", items, _WARNINGS_BYTES)
 
 

@@ -64,9 +64,9 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     shown: list[Line] = []
     if report.adapters:
         shown += [_BLANK, *_table(report, width, marks)]
-    for adapter in words.worst_first(report.adapters):
-        if adapter.findings or adapter.verdict is not Verdict.PASSED:
-            shown += [_BLANK, *_paragraph(adapter, width, marks)]
+    for same in words.alike(words.worst_first(report.adapters)):
+        if same[0].verdict is not Verdict.PASSED or any(adapter.findings for adapter in same):
+            shown += [_BLANK, *_paragraph(same, width, marks)]
     shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
     # Here and not earlier: only now is it known what stands at the start of a line.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
@@ -139,12 +139,14 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 # --- paragraphs ----------------------------------------------------------------------------------------------------
 
 
-def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) -> list[Line]:
+def _paragraph(same: list[AdapterReport], width: int, marks: dict[Verdict, str]) -> list[Line]:
+    """One adapter, in all the dtypes in which the same finding decides."""
+    adapter = same[0]
     mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
     title = f"{one_line(adapter.name, words.NAME_LIMIT)} {words.title(adapter)}"
     if adapter.verdict is Verdict.FAILED:
         title += f": {words.cause(adapter)}"
-    title += f" ({words.precision(adapter.base)})"
+    title += f" ({words.precisions(same)})"
     first, *rest = wrap(title, width - 2)
     heading: list[Line] = [
         (mark, (first, Style.STRONG)),
@@ -154,7 +156,8 @@ def _paragraph(adapter: AdapterReport, width: int, marks: dict[Verdict, str]) ->
     if adapter.verdict is not Verdict.PASSED:
         heading += _told(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
     heading += [line for mark in words.marks(adapter) for line in _labelled("mark", mark, width)]
-    also = [line for other, more in words.grouped(words.others(adapter)) for line in _also(other, more, width)]
+    told = words.told_once(same, words.others)
+    also = [line for other, more, where in told for line in _also(other, more, width, where)]
     return [*heading, *also]
 
 
@@ -166,9 +169,10 @@ def _told(finding: Finding, width: int) -> list[Line]:
     return shown + _to_do(finding, width)
 
 
-def _also(finding: Finding, more: int, width: int) -> list[Line]:
+def _also(finding: Finding, more: int, width: int, where: str = "") -> list[Line]:
     label = "warning" if finding.severity is Severity.WARNING else "also"
-    text = f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    text = f"({where}) " if where else ""
+    text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if unsaid := words.unsaid_place(finding):
         text += f" ({unsaid})"
     if more:

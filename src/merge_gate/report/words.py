@@ -13,7 +13,7 @@ from merge_gate.records.terms import Acceptance, Origin, Quantization, Result, S
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Environment, Report
     from merge_gate.records.terms import Finding
@@ -22,6 +22,8 @@ NAME_LIMIT = 200
 MESSAGE_LIMIT = 600
 MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
+
+_PRECISIONS = 6
 
 ORIGINS = {
     Origin.FILE: "in the adapter's files on disk",
@@ -98,21 +100,62 @@ def warnings(adapter: AdapterReport) -> list[Finding]:
     return [finding for finding in adapter.findings if finding.severity is Severity.WARNING]
 
 
-def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """The first finding of each check and severity, and how many more there are: a broken file has hundreds."""
+def kinds(findings: Iterable[Finding]) -> list[tuple[Finding, ...]]:
+    """The findings by check and severity."""
     groups: dict[tuple[str, Severity], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.check, finding.severity), []).append(finding)
-    return [(group[0], len(group) - 1) for group in groups.values()]
+    return [tuple(group) for group in groups.values()]
+
+
+def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+    """The first finding of each check and severity, and how many more there are: a broken file has hundreds."""
+    return [(kind[0], len(kind) - 1) for kind in kinds(findings)]
 
 
 def alike(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
-    """Entries of one adapter of which the same is so in several dtypes, as what its files show: to be said once."""
+    """Entries of one adapter that the same finding decides in several dtypes, as what its files show."""
     groups: dict[object, list[AdapterReport]] = {}
     for adapter in adapters:
-        key = (adapter.name, adapter.source, adapter.base.model, adapter.verdict, adapter.cause, adapter.findings)
+        key = (adapter.name, adapter.source, adapter.base.model, adapter.verdict, adapter.cause, deciding(adapter))
         groups.setdefault(key, []).append(adapter)
     return list(groups.values())
+
+
+def told_once(
+    same: list[AdapterReport], findings: Callable[[AdapterReport], list[Finding]]
+) -> list[tuple[Finding, int, str]]:
+    """The first of each kind of finding in any of them, how many more, and in which of their dtypes; empty for all."""
+    entries: dict[tuple[Finding, ...], list[AdapterReport]] = {}
+    for adapter in same:
+        for kind in kinds(findings(adapter)):
+            entries.setdefault(kind, []).append(adapter)
+    return [
+        (kind[0], len(kind) - 1, "" if len(those) == len(same) else precisions(those))
+        for kind, those in entries.items()
+    ]
+
+
+def precisions(adapters: Iterable[AdapterReport]) -> str:
+    """float32; bfloat16."""
+    named = [precision(adapter.base) for adapter in adapters]
+    return "; ".join(named[:_PRECISIONS]) + ("; …" if len(named) > _PRECISIONS else "")
+
+
+def told_before(adapters: Iterable[AdapterReport]) -> dict[tuple[int, Finding], AdapterReport]:
+    """Which earlier entry of the same adapter, in another dtype, has all that this one has of a kind of finding.
+
+    Keys: the entry's place in `adapters`, and the first finding of that kind.
+    """
+    first: dict[object, AdapterReport] = {}
+    found: dict[tuple[int, Finding], AdapterReport] = {}
+    for place, adapter in enumerate(adapters):
+        for kind in kinds(adapter.findings):
+            key = (adapter.name, adapter.source, adapter.base.model, kind)
+            earlier = first.setdefault(key, adapter)
+            if earlier is not adapter:
+                found[place, kind[0]] = earlier
+    return found
 
 
 def cause(adapter: AdapterReport) -> str:

@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.judging.bounds import bounded
+from merge_gate.judging.foreign import by_keys
 from merge_gate.judging.patterns import patterns_of
 from merge_gate.judging.patterns import problem as pattern_problem
 from merge_gate.judging.patterns import shown as pattern_shown
@@ -187,7 +188,8 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
     if "peft_type" not in config:
         yield invalid(
             f"{CONFIG_NAME} has no peft_type, so nothing says which method the tensors belong to",
-            "check that this is PEFT's config and not the model's (config.json) or another trainer's",
+            by_keys(config)
+            or "check that this is PEFT's config and not the model's (config.json) or another trainer's",
         )
     elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
         yield invalid(

@@ -17,6 +17,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from merge_gate.judging.foreign import by_files
 from merge_gate.records.files import TensorHeader
 from merge_gate.text import quoted
 
@@ -42,21 +43,46 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Bits per element of every dtype that safetensors knows."""
 
+_ZIP, _PICKLE, _GGUF = (
+    "a zip archive (torch's pickle format, or an archive of the adapter)",
+    "a Python pickle",
+    "a GGUF model",
+)
+_PAGE = "an HTML or XML page, so probably a failed download"
 _FORMATS = (
-    (re.compile(rb"PK\x03\x04"), "a zip archive (torch's pickle format, or an archive of the adapter)"),
-    (re.compile(rb"\x80[\x02-\x05]"), "a Python pickle"),
-    (re.compile(rb"GGUF"), "a GGUF model"),
+    (re.compile(rb"PK\x03\x04"), _ZIP),
+    (re.compile(rb"\x80[\x02-\x05]"), _PICKLE),
+    (re.compile(rb"GGUF"), _GGUF),
     (re.compile(rb"\x1f\x8b"), "a gzip archive"),
     (re.compile(rb"\x89HDF\r\n"), "an HDF5 file"),
     (re.compile(rb"\x93NUMPY"), "a NumPy array"),
-    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "an HTML or XML page, so probably a failed download"),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), _PAGE),
     (re.compile(rb"\s*[{\[]"), "a JSON text"),
     (re.compile(rb"\x00{16}"), "zeros, so probably a download that was cut off"),
 )
 
+_SAVED_AS_PICKLE = (
+    "a file that torch.save wrote belongs under the name adapter_model.bin, with allow-pickle: true; better save the "
+    "adapter again with save_pretrained; an archive of the adapter must be unpacked"
+)
+_HINTS = {
+    _ZIP: _SAVED_AS_PICKLE,
+    _PICKLE: _SAVED_AS_PICKLE,
+    _GGUF: by_files(("adapter.gguf",)) or "",
+    _PAGE: "the server answered with a page, of a sign-in mostly: download the file again, with a token",
+}
+"""What to do about some of them; the others are to be fetched again."""
+
 
 class CorruptFileError(Exception):
-    """The file is not what its name claims. The text continues a sentence that starts with the file's name."""
+    """The file is not what its name claims. The text continues a sentence that starts with the file's name.
+
+    `hint` says what to do, where that is not to fetch the file again.
+    """
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +165,9 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     except CorruptFileError as error:
         if _has_windows_line_ends(file, data_start):
             raise CorruptFileError(
-                "is damaged by a conversion of line ends (every LF byte has become CR LF): mark the file as binary in "
-                ".gitattributes (*.safetensors -text) and fetch it again"
+                "is damaged by a conversion of line ends: every LF byte in it has become CR LF",
+                "git or an FTP client took the file for text: write `*.safetensors -text` into .gitattributes where it "
+                "was committed, and commit the undamaged file again",
             ) from error
         raise
     return tuple(tensor for tensor, _, _ in tensors.values())
@@ -156,7 +183,7 @@ def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
 
 def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:
     if name := other_format(file):
-        raise CorruptFileError(f"is not a safetensors file but {name}")
+        raise CorruptFileError(f"is not a safetensors file but {name}", _HINTS.get(name, ""))
     if size_bytes < _PREFIX_BYTES:
         raise CorruptFileError(f"has {size_bytes} bytes, too few for a safetensors file")
     if header_bytes > MAX_HEADER_BYTES:

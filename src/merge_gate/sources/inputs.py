@@ -100,16 +100,19 @@ class Inputs:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
             return ResolveError(
-                f"base {label[:80]!r} cannot be looked up: {type(error).__name__}",
+                f"the base {label[:80]!r} cannot be looked up: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
 
 
-_NAMED_BY_ADAPTER = "adapter_config.json names this base, and base.model in the gate's config overrides it"
+_NAMED_BY_ADAPTER = (
+    "adapter_config.json names this base, as the machine that trained the adapter called it; base.model in the gate's "
+    "config (or --base) overrides it"
+)
 
 
 def _no_base() -> Finding:
     return checks.undecided(
         "no base to merge into: the config sets no base.model, and adapter_config.json names none",
-        "set base: {model: …} for the file or for this adapter",
+        "set base: {model: …} in the gate's config, for the file or for this adapter, or give --base",
     )

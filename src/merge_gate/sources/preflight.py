@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
 from merge_gate.identity import identity_of
+from merge_gate.judging import foreign
 from merge_gate.records.files import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -32,7 +33,7 @@ from merge_gate.records.files import (
     TensorHeader,
 )
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.sources import adapter_config, foreign, strict_json
+from merge_gate.sources import adapter_config, strict_json
 from merge_gate.sources.headers import (
     CorruptFileError,
     lfs_pointer,
@@ -147,14 +148,14 @@ def _missing(listing: _Listing, what: str) -> Finding:
     names = listing.everything
     some = in_a_sentence(map(shown, sorted(names)), _LISTED)
     holds = f"the directory holds {some}" if names else "the directory is empty"
-    return _file_finding("file-missing", f"{what}: {holds}", _advise_missing(listing))
+    return _file_finding("file-missing", f"there {what}: {holds}", _advise_missing(listing))
 
 
 def _advise_missing(listing: _Listing) -> str:
     if listing.nested:
         latest = max(listing.nested, key=_checkpoint_order)
         return f"the adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path"
-    known = foreign.advice(listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
+    known = foreign.by_files(listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
     return known or f"list the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
@@ -168,7 +169,9 @@ def _checkpoint_order(name: str) -> tuple[int, str]:
 
 def _read_config(directory: str, listing: _Listing) -> _Config:
     if CONFIG_NAME not in listing.present:
-        return _Config(findings=(_missing(listing, f"there is no {CONFIG_NAME}"),))
+        has_weights = {WEIGHTS_NAME, PICKLE_NAME} & (listing.present | listing.withheld)
+        what = f"is no {CONFIG_NAME}" if has_weights else f"is neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
+        return _Config(findings=(_missing(listing, what),))
     path = str(Path(directory, CONFIG_NAME))
     try:
         with open_regular(path) as file:
@@ -207,10 +210,9 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     if is_pickle_only and not allow_pickle:
         return _Weights(findings=(_refuse_pickle(),))
     if name is None:
-        what = f"there are no weights ({WEIGHTS_NAME})"
-        if CONFIG_NAME not in listing.present:  # the finding of that has told what there is
-            return _Weights(findings=(_file_finding("file-missing", f"{what} either", _advise_missing(listing)),))
-        return _Weights(findings=(_missing(listing, what),))
+        if CONFIG_NAME not in listing.present:  # the finding of that has said so
+            return _Weights()
+        return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})"),))
     path = str(Path(directory, name))
     try:
         with open_regular(path) as file:
@@ -263,7 +265,8 @@ def _corrupt(name: str, error: CorruptFileError) -> Finding:
     return _file_finding(
         "file-corrupt",
         f"{name} {error}",
-        "copy or download the file again and compare its size; if it is the same there, save the adapter again",
+        error.hint
+        or "copy or download the file again and compare its size; if it is the same there, save the adapter again",
     )
 
 

@@ -60,7 +60,7 @@ def resolve_adapter(
 ) -> Resolved:
     """The directory of one adapter. A pickle that is not allowed is not fetched; `withheld` then names it."""
     if spec.path is not None:
-        return _local(spec.path, name=spec.source)
+        return _local(spec.path, "adapter", name=spec.source)
     if spec.hub_id is None:
         raise ValueError(f"adapter {spec.name!r} is a combination and has no files of its own")
 
@@ -95,7 +95,7 @@ def resolve_base(
     """
     name = label or model
     if Path(model).is_absolute():
-        resolved = _local(model, name=name)
+        resolved = _local(model, "base", name=name)
     else:
         _refuse_local_name(model)
 
@@ -107,13 +107,18 @@ def resolve_base(
     return resolved
 
 
-def _local(path: str, *, name: str) -> Resolved:
+def _local(path: str, what: str, *, name: str) -> Resolved:
     if Path(path).is_dir():
         return Resolved(snapshot=Snapshot(name=name, directory=path))
     found = "it is a file" if Path(path).exists() else "there is nothing at that path"
+    place, start = (
+        ("", "")
+        if Path(name).is_absolute()
+        else (f" ({path})", "relative paths start at the config file's directory; ")
+    )
     raise ResolveError(
-        f"{shown(name)} is not a directory: {found} ({path})",
-        hint="relative paths start at the config file's directory; check that an earlier step has made or fetched it",
+        f"the {what} {shown(name)} is not a directory here: {found}{place}",
+        hint=f"{start}check that an earlier step has made or fetched it",
     )
 
 

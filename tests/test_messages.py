@@ -1,0 +1,305 @@
+"""What a stranger reads at two in the morning: what is wrong, where, whose fault it is, and what to do.
+
+Each row is an adapter as the world has them, a real layout of files, and the words that its report must have.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from merge_gate.config.load import load_config
+from merge_gate.gate import run_gate
+from merge_gate.records.terms import Origin, Severity, Verdict
+from tests.faults import configure, overwrite, remove, rename, save_twice
+from tests.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
+
+if TYPE_CHECKING:
+    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.terms import Finding
+    from tests.models import Shelf
+
+CORPUS = Path(__file__).parent / "corpus"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """`source` is a variant of tests.models, a directory of the corpus, or empty; `break_` edits its copy.
+
+    `base` names one of tests.models or, with a slash, of the corpus; None leaves it to the adapter. `says` stands in
+    the message and `hint` in what to do, in that order.
+    """
+
+    name: str
+    check: str
+    says: tuple[str, ...]
+    hint: tuple[str, ...]
+    source: str = "plain"
+    break_: Callable[[Path], None] = lambda _: None
+    base: str | None = "llama"
+    verdict: Verdict = Verdict.FAILED
+    origin: Origin | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+
+# --- layouts of other programs -------------------------------------------------------------------------------------
+
+
+def files(**contents: Any) -> Callable[[Path], None]:
+    """Nothing but these files; names are written with __ for a dot. Tensors by shapes, JSON, or bytes."""
+
+    def make(directory: Path) -> None:
+        for path in directory.iterdir():
+            path.unlink()
+        for name, content in contents.items():
+            write(directory / name.replace("__", "."), content)
+
+    return make
+
+
+def write(path: Path, content: Any) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif all(isinstance(shape, tuple) for shape in content.values()):
+        save_file({name: torch.ones(shape) for name, shape in content.items()}, path)
+    else:
+        path.write_text(json.dumps(content))
+
+
+def tensors(content: Mapping[str, tuple[int, ...]]) -> Callable[[Path], None]:
+    """Another program's tensors under PEFT's name, beside PEFT's config."""
+    return lambda directory: write(directory / ADAPTER_WEIGHTS, dict(content))
+
+
+def windows(directory: Path) -> None:
+    """What Git's autocrlf does to a file that it takes for text."""
+    path = directory / ADAPTER_WEIGHTS
+    write(path, {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_{side}.weight": (64, 64) for side in "AB"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4096].replace(b"\n", b"\r\n") + bytes(range(256)).replace(b"\n", b"\r\n") * 16)
+
+
+def renamed_copy(directory: Path) -> None:
+    (directory / ADAPTER_WEIGHTS).rename(directory / f"Copy of {ADAPTER_WEIGHTS}")
+
+
+def split(directory: Path) -> None:
+    (directory / ADAPTER_WEIGHTS).rename(directory / "adapter_model-00001-of-00002.safetensors")
+
+
+def torch_saved(directory: Path) -> None:
+    content = {name: tensor.clone() for name, tensor in read_tensors(directory).items()}
+    torch.save(content, directory / ADAPTER_WEIGHTS)
+
+
+def in_a_checkpoint(directory: Path) -> None:
+    (directory / "checkpoint-40").mkdir()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        (directory / name).rename(directory / "checkpoint-40" / name)
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+UNET = {f"unet.{ATTENTION}.lora_A.weight": (4, 8), f"unet.{ATTENTION}.lora_B.weight": (8, 4)}
+FLUX = {f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": (4, 4) for side in "AB"}
+KOHYA = {f"lora_unet_{ATTENTION.replace('.', '_')}.{part}": (4, 4) for part in ("lora_down.weight", "lora_up.weight")}
+MLX = {f"model.layers.0.self_attn.q_proj.lora_{side}": (4, 4) for side in "ab"}
+MLX_CONFIG = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}, "num_layers": 16}
+ADAPTER_HUB = {"bert.encoder.layer.0.output.adapters.sst.adapter_down.0.weight": (4, 8)}
+ADAPTER_HUB_CONFIG = {"config": {"reduction_factor": 16}, "config_id": "9076f36a", "model_class": "BertModel"}
+GGUF = b"GGUF\x03\x00\x00\x00" + bytes(64)
+DIFFUSERS = ("diffusers", "pipe.load_lora_weights(DIRECTORY)", "pipe.fuse_lora(safe_fusing=True)")
+MLX_HINT = ("MLX", "mlx_lm.fuse --model BASE --adapter-path DIRECTORY --save-path MERGED")
+HUB_HINT = ("adapters library", "model.merge_adapter(NAME)")
+NEITHER = ("neither adapter_config.json nor adapter_model.safetensors", "the directory holds")
+
+
+def other_formats() -> tuple[Row, ...]:
+    file = Origin.FILE
+    missing, config = "file-missing", "config-invalid"
+    both_mlx = files(adapter_config__json=MLX_CONFIG, adapters__safetensors=MLX)
+    both_hub = files(adapter_config__json=ADAPTER_HUB_CONFIG, pytorch_adapter__bin=b"PK", head_config__json=b"{}")
+    kohya = ("kohya", "ComfyUI", "pipe.load_lora_weights(FILE)", "adapter_model.safetensors")
+    gguf = ("llama.cpp", "convert_lora_to_gguf.py --base BASE DIRECTORY")
+    lost = ("not in the file",)
+    return (
+        Row(name="unet", check=missing, says=NEITHER, hint=DIFFUSERS, origin=file,
+            break_=files(pytorch_lora_weights__safetensors=UNET)),
+        Row(name="transformer", check=missing, says=NEITHER, hint=DIFFUSERS, origin=file,
+            break_=files(pytorch_lora_weights__safetensors=FLUX)),
+        Row(name="kohya", check=missing, says=NEITHER, hint=kohya, break_=files(style__safetensors=KOHYA)),
+        Row(name="gguf", check=missing, says=NEITHER, hint=gguf, break_=files(lora__gguf=GGUF)),
+        Row(name="mlx", check=config, says=("no peft_type",), hint=MLX_HINT, break_=both_mlx),
+        Row(name="mlx-weights", check=missing, says=("there are no weights",), hint=MLX_HINT, break_=both_mlx),
+        Row(name="adapter-hub", check=config, says=("no peft_type",), hint=HUB_HINT, break_=both_hub),
+        Row(name="adapter-hub-weights", check=missing, says=("there are no weights",), hint=HUB_HINT, break_=both_hub),
+        Row(name="merged", check=missing, says=NEITHER, hint=("full model", "save_pretrained of the PEFT model"),
+            break_=files(config__json={"model_type": "llama"}, model__safetensors=UNET)),
+        Row(name="unet-inside", check="keys-missing", says=lost, hint=DIFFUSERS, break_=tensors(UNET)),
+        Row(name="transformer-inside", check="keys-missing", says=lost, hint=DIFFUSERS, break_=tensors(FLUX)),
+        Row(name="kohya-inside", check="keys-missing", says=lost, hint=("kohya", "convert_sd_adapter_to_peft.py"),
+            break_=tensors(KOHYA)),
+        Row(name="mlx-inside", check="keys-missing", says=lost, hint=MLX_HINT, break_=tensors(MLX)),
+        Row(name="adapter-hub-inside", check="keys-missing", says=lost, hint=HUB_HINT, break_=tensors(ADAPTER_HUB)),
+        Row(name="gguf-inside", check="file-corrupt", says=("not a safetensors file but a GGUF model",), hint=gguf,
+            break_=overwrite(GGUF)),
+    )  # fmt: skip
+
+
+def files_gone_wrong() -> tuple[Row, ...]:
+    page = b"<!DOCTYPE html><html>Sign in</html>"
+    return (
+        Row(name="copy", check="file-missing", says=("there are no weights", "'Copy of adapter_model.safetensors'"),
+            hint=("renamed the files", "give them back the names"), break_=renamed_copy),
+        Row(name="split", check="file-missing", says=("there are no weights", "-of-00002"),
+            hint=("sharded", "one weights file"), break_=split),
+        Row(name="neither", check="file-missing", says=(*NEITHER, "'README.md'"),
+            hint=("list the directory that save_pretrained wrote",), break_=files(README__md=b"# A model")),
+        Row(name="checkpoint", check="file-missing", says=NEITHER, hint=("in the subdirectory 'checkpoint-40'",),
+            break_=in_a_checkpoint),
+        Row(name="no-config", check="file-missing", says=("there is no adapter_config.json", ADAPTER_WEIGHTS),
+            hint=("save_pretrained",), break_=remove(ADAPTER_CONFIG)),
+        Row(name="line-ends", check="file-corrupt", says=("conversion of line ends", "CR LF"),
+            hint=("took the file for text", "*.safetensors -text", ".gitattributes"), break_=windows),
+        Row(name="page", check="file-corrupt", says=("HTML", "failed download"), hint=("sign-in", "token"),
+            break_=overwrite(page)),
+        Row(name="torch-save", check="file-corrupt", says=("zip archive",), hint=("adapter_model.bin", "allow-pickle"),
+            break_=torch_saved),
+    )  # fmt: skip
+
+
+def of_other_releases() -> tuple[Row, ...]:
+    llama, config = "corpus/llama", Origin.CONFIG
+    newer = configure(frobnicate=3, peft_version="0.99.0")
+    return (
+        Row(name="bone", source="0.15.2/bone", base=llama, check="not-mergeable", origin=config,
+            says=("BONE was renamed to MiSS",), hint=("convert-bone-to-miss.py", "PEFT 0.18")),
+        Row(name="old-oft", source="0.9.0/oft", base=llama, check="not-mergeable", origin=config,
+            says=("PEFT has changed OFT since this adapter was saved",),
+            hint=("not at fault", "the release that PEFT names", "train it again")),
+        Row(name="biases-lost", source="0.20.0/lora-bias-only", base=llama, check="keys-missing", origin=Origin.ADAPTER,
+            says=("the base's biases would stay", "PEFT 0.10 to 0.20", "lose them on saving"),
+            hint=("saving again with that release loses them again", "0.21 or newer", "bias: none or all")),
+        Row(name="biases-renamed", source="0.3.0/lora-bias-all", base=llama, check="keys-missing",
+            says=("without base_layer in their names", "drops since 0.7"),
+            hint=("rename", "q_proj.bias becomes q_proj.base_layer.bias")),
+        Row(name="lokr", source="0.6.2/lokr", base=llama, check="meaning-changed", verdict=Verdict.PASSED,
+            says=("written by PEFT up to 0.13", "alpha / r since PEFT 0.14", "2 times as much"),
+            hint=("PEFT before 0.14", "if the adapter was evaluated there")),
+        Row(name="newer", check="not-judged", says=("sets frobnicate=3", "would ignore"), verdict=Verdict.ERROR,
+            hint=("saved by PEFT 0.99.0", "that version or newer"), break_=newer),
+        Row(name="unknown-key", check="config-invalid", says=("sets frobnicate=3", "would ignore"), origin=config,
+            hint=("remove the key", "another trainer's", "the gate needs PEFT 0.21 or newer"),
+            break_=configure(frobnicate=3)),
+        Row(name="unknown-type", check="not-judged", says=("does not know the adapter type 'NEWLORA'",),
+            verdict=Verdict.ERROR, hint=("upgrade PEFT", "correct peft_type"), break_=configure(peft_type="NEWLORA")),
+        Row(name="copies-differ", source="modules-to-save", check="keys-unexpected", break_=save_twice(0.5),
+            says=("would land on nothing in the base and be dropped", "lm_head.modules_to_save.weight"),
+            hint=("twice", "these two differ", "save the adapter again")),
+    )  # fmt: skip
+
+
+def adapter_and_base() -> tuple[Row, ...]:
+    prefix = rename(PREFIX, PREFIX * 3)
+    here = "/home/me/runs/llama-tuned"
+    bare = configure(task_type="SEQ_CLS")
+    return (
+        Row(name="head-saved-instead", source="classifier", base="bert-classifier", check="targets-not-found",
+            says=("leaves nothing to adapt", "SEQ_CLS", "trains classifier whole (modules_to_save)"),
+            hint=("name other layers", "without a task_type"), origin=Origin.CONFIG,
+            break_=configure(target_modules=["classifier"])),
+        Row(name="no-such-layer", check="targets-not-found", origin=Origin.CONFIG,
+            says=("'query_key_value' match no module of the base", "layers are called", "q_proj"),
+            hint=("check that this is the adapter's base", "transformers 5 renamed"),
+            break_=configure(target_modules=["query_key_value"])),
+        Row(name="wrapped-thrice", check="keys-missing", says=("not in the file",),
+            hint=("begin with base_model.model. 3 times", "get_peft_model", "wrap the plain model once"),
+            break_=prefix),
+        Row(name="other-head", source="feature-extraction", base="bert-classifier", check="base-mismatch",
+            says=("task_type SEQ_CLS", "stands for BertForSequenceClassification", "names of BertModel"),
+            hint=("load the base as BertModel", "save it with the task_type"), verdict=Verdict.PASSED, break_=bare),
+        Row(name="path-of-the-trainer", base=None, check="not-judged", verdict=Verdict.ERROR,
+            says=(f"the base '{here}' is not a directory here", "nothing at that path"),
+            hint=("adapter_config.json names this base", "machine that trained", "base.model", "overrides it"),
+            break_=configure(base_model_name_or_path=here)),
+        Row(name="no-base", base=None, check="not-judged", verdict=Verdict.ERROR,
+            says=("no base to merge into", "names none"), hint=("set base: {model: …} in the gate's config", "--base"),
+            break_=configure(base_model_name_or_path=None)),
+        Row(name="code-of-the-base", base="with-code", check="not-judged", verdict=Verdict.ERROR,
+            says=("needs Python code that comes with the base", "does not allow it"),
+            hint=("read that code", "pin base.revision", "trust-remote-code: true")),
+        Row(name="rank", check="config-invalid", says=("r in adapter_config.json is 8", "lora_A", "another rank (4)"),
+            hint=("different runs", "restore the config"), break_=configure(r=8), origin=Origin.CONFIG),
+        Row(name="other-size", source="wide", check="shape-mismatch", origin=Origin.ADAPTER,
+            says=("has shape", "config and base need"), hint=("not the adapter's base",)),
+    )  # fmt: skip
+
+
+ROWS = (*other_formats(), *files_gone_wrong(), *of_other_releases(), *adapter_and_base())
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+def lay_out(row: Row, shelf: Shelf, directory: Path) -> None:
+    source = CORPUS / "adapters" / row.source if "/" in row.source else shelf.adapter(row.source)
+    shutil.copytree(source, directory)
+    row.break_(directory)
+
+
+def base_of(row: Row, shelf: Shelf, root: Path) -> str:
+    if row.base == "with-code":
+        return str(root / "with-code")
+    if str(row.base).startswith("corpus/"):
+        return str(CORPUS / "bases" / str(row.base).partition("/")[2])
+    return str(shelf.base(str(row.base)))
+
+
+@pytest.fixture(scope="module")
+def told(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, AdapterReport]:
+    """All rows in one run."""
+    root = tmp_path_factory.mktemp("messages")
+    shutil.copytree(shelf.base("llama"), root / "with-code")
+    code = {"model_type": "acme", "auto_map": {"AutoConfig": "acme.Config", "AutoModelForCausalLM": "acme.Model"}}
+    (root / "with-code" / "config.json").write_text(json.dumps(code))
+    entries = []
+    for row in ROWS:
+        lay_out(row, shelf, root / row.name)
+        base = {"base": {"model": base_of(row, shelf, root)}} if row.base else {}
+        entries.append({"name": row.name, "path": str(root / row.name)} | base)
+    path = root / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
+    return {one.name: one for one in run_gate(load_config(str(path)), device="cpu").adapters}
+
+
+def finding_of(row: Row, report: AdapterReport) -> Finding:
+    found = [finding for finding in report.findings if finding.check == row.check]
+    assert found, [f"{finding.check}: {finding.message}" for finding in report.findings]
+    return found[0]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_it_says_what_where_whose_fault_and_what_next(row: Row, told: Mapping[str, AdapterReport]) -> None:
+    report = told[row.name]
+    assert report.verdict is row.verdict, [f"{one.check}: {one.message}" for one in report.findings]
+    finding = finding_of(row, report)
+    assert finding.severity is (Severity.WARNING if row.verdict is Verdict.PASSED else Severity.ERROR)
+    assert row.origin in {None, finding.origin}
+    for words, text in ((row.says, finding.message), (row.hint, finding.hint)):
+        places = [text.find(word) for word in words]
+        assert -1 not in places, (text, words)
+        assert places == sorted(places), (text, words)
+
+
+def test_no_message_is_said_twice_of_one_adapter(told: Mapping[str, AdapterReport]) -> None:
+    for name, report in told.items():
+        messages = [finding.message for finding in report.findings]
+        assert len(messages) == len(set(messages)), name
