@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.command_line import DEFAULT_OUTPUT, commanded, parser
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
     from merge_gate.records.report import AdapterReport, Report
+
+
+class _Elsewhere(TypedDict):
+    """Which part of a run is judged here, and where its merges are made."""
+
+    shard: tuple[int, int] | None
+    ray: str | None
+
 
 _EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
@@ -153,8 +161,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.container:
             if arguments.image or arguments.gpus != "auto":
                 raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
-            only, quick, shard = tuple(arguments.only), arguments.quick, _shard(arguments)
-            report = _gate(config, arguments.device, arguments.output, only, quick=quick, shard=shard, keeping=keeping)
+            only, quick, more = tuple(arguments.only), arguments.quick, _elsewhere(arguments)
+            report = _gate(config, arguments.device, arguments.output, only, quick=quick, keeping=keeping, **more)
             _end_of_resuming(arguments.output)
             return exit_code(report)
     return _run_in_container(arguments)  # the run in there claims the directory itself
@@ -184,6 +192,8 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
         )
+    if arguments.ray is not None:
+        raise UsageError("--ray is for a run that is not in a container", hint="leave --container away")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
     if shard := _shard(arguments):
@@ -229,6 +239,13 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
 
 
+def _elsewhere(arguments: argparse.Namespace) -> _Elsewhere:
+    from merge_gate.fleet.ray_cluster import checked_address
+
+    ray = checked_address(arguments.ray) if arguments.ray is not None else None
+    return {"shard": _shard(arguments), "ray": ray}
+
+
 def _gate(
     config: Config,
     device: str,
@@ -238,6 +255,7 @@ def _gate(
     quick: bool = False,
     shard: tuple[int, int] | None = None,
     keeping: Keeping | None = None,
+    ray: str | None = None,
 ) -> Report:
     from merge_gate.fleet.keeper import NOTHING
     from merge_gate.gate import run_gate
@@ -253,6 +271,7 @@ def _gate(
             quick=quick,
             shard=shard,
             keeping=keeping or NOTHING,
+            ray=ray,
         )
 
 

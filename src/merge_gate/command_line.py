@@ -89,6 +89,15 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
     kept.add_argument("--cache", metavar="DIR", help="keep verdicts in DIR, and take over those that are there")
     kept.add_argument("--no-cache", action="store_true", help="take over nothing; --cache keeps the new verdicts")
     kept.add_argument("--resume", action="store_true", help="go on from the report of a killed run in --output")
+    cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="merge on the cluster at HOST:PORT, or the one that `auto` finds; without ADDRESS, as the last word, on "
+        "one that is started on this machine for this run",
+    )
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
     container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")

@@ -45,6 +45,7 @@ from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
 from merge_gate.fleet.bases import Used, in_order
 from merge_gate.fleet.keeper import NOTHING, Keeper, Keeping
+from merge_gate.fleet.on_ray import judge_on_ray
 from merge_gate.fleet.partition import part_of
 from merge_gate.fleet.progress import Hourly
 from merge_gate.fleet.verdicts import Line
@@ -76,15 +77,18 @@ def run_gate(
     quick: bool = False,
     shard: tuple[int, int] | None = None,
     keeping: Keeping = NOTHING,
+    ray: str | None = None,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
     weight where it proves every value finite and small (engine/bound.py). `keeping` says which verdicts of earlier runs
-    are taken over, and where those of this one are kept.
+    are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that merges (fleet/
+    ray_cluster.py), None for a worker process here.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
+        GateError: there is no such cluster, or the report cannot be written.
     """
     specs, part = select(config, only), None
     if shard is not None:
@@ -93,7 +97,8 @@ def run_gate(
     with contextlib.closing(
         Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
     ) as keeper:
-        return _Run(config, specs, part, keeper, device=device, output=output, view=view).run(quick=quick)
+        run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
+        return run.run(quick=quick)
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -130,7 +135,9 @@ class _Run:
         device: str,
         output: str | None,
         view: View,
+        ray: str | None,
     ) -> None:
+        self._ray = ray
         self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
         self._shard, self._keeper, self._digests = shard, keeper, keeper.digests
         self._writer = ReportWriter(output, view.note)
@@ -152,11 +159,14 @@ class _Run:
         try:
             quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
             # It imports while the names become files; where all may have been judged, it starts once one has not been.
-            at_once = self._specs and not self._keeper.looks_back
+            at_once = self._specs and not self._keeper.looks_back and self._ray is None
             with WorkerProcess(quantizes=quantizes) if at_once else contextlib.nullcontext() as child:
                 self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
                 self._prepare(quick=quick)
-                supervise(self._job(), self._on_event, child)
+                if self._ray is None:
+                    supervise(self._job(), self._on_event, child)
+                elif self._groups:
+                    judge_on_ray(self._ray, self._job(), self._on_event, self._digests)
                 return self._finish()
         except BaseException:
             if not self._finished:
