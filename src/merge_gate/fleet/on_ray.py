@@ -219,7 +219,8 @@ def _workers(job: Job, nodes: tuple[Node, ...]) -> list[_Worker]:
                     gpus=int(on_gpus),
                     memory_bytes=min(WORKER_BYTES + largest, node.memory_bytes // count),
                 )
-                workers.append(_Worker(job=job, needs=needs, left=left))
+                device = "cuda" if on_gpus else job.device  # Ray shows each worker its own one, whatever its number
+                workers.append(_Worker(job=replace(job, device=device), needs=needs, left=left))
     return workers
 
 
