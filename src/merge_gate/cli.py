@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, TypedDict
 from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.command_line import DEFAULT_OUTPUT, commanded, parser
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
+from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
-    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.report import Report
 
 
 class _Elsewhere(TypedDict):
@@ -40,15 +40,15 @@ _EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ER
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
-    _mend_streams()
+    mend_streams()
     try:
         with interruptible(time_limit_s=None):
             return _obey(_parsed(sys.argv[1:] if argv is None else argv))
     except Interrupted as stop:  # before or after the command itself
-        _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict")
+        say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict")
         return ExitCode.ERROR
     finally:
-        _flush()
+        flush_streams()
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,20 +81,20 @@ def _obey(arguments: argparse.Namespace) -> int:
         return int(_COMMANDS[arguments.command](arguments))
     except ConfigError as error:
         for problem in error.problems:
-            _say(str(problem))
+            say(str(problem))
         count = len(error.problems)
-        _say(f"merge-gate: {count} problem{'s' if count > 1 else ''} in the configuration; nothing was judged")
+        say(f"merge-gate: {count} problem{'s' if count > 1 else ''} in the configuration; nothing was judged")
         return error.exit_code
     except GateError as error:
-        _say(f"merge-gate: {error.message}")
+        say(f"merge-gate: {error.message}")
         if error.hint:
-            _say(f"  {error.hint}")
+            say(f"  {error.hint}")
         return error.exit_code
     except Interrupted as stop:
         return _stopped(stop, getattr(arguments, "output", None))
     except Exception as error:
-        _say(f"merge-gate: unexpected {type(error).__name__}: {error}")
-        _say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
+        say(f"merge-gate: unexpected {type(error).__name__}: {error}")
+        say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
         if os.environ.get("MERGE_GATE_DEBUG"):
             raise
         return ExitCode.ERROR
@@ -106,49 +106,11 @@ def _stopped(stop: Interrupted, output: str | None) -> int:
 
     report = written(output) if output else None
     if report is not None and report.complete:
-        _say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
+        say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
         return _EXIT_CODE[report.result]
     held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
-    _say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
+    say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
     return ExitCode.ERROR
-
-
-# --- streams -------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    from merge_gate.report.terminal import write
-    from merge_gate.report.untrusted import safe_text
-
-    write(sys.stderr, safe_text(line) + "\n")
-
-
-def _tell(line: str) -> None:
-    from merge_gate.report.terminal import write
-    from merge_gate.report.untrusted import inert
-
-    write(sys.stdout, inert(line) + "\n")
-
-
-def _mend_streams() -> None:
-    """A stream that the caller closed becomes /dev/null, else the first file to be opened would take its number."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            from merge_gate.report.terminal import silence
-
-            silence(stream)
 
 
 # --- the commands --------------------------------------------------------------------------------------------------
@@ -284,6 +246,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from merge_gate.gate import check_files
     from merge_gate.records.terms import Verdict
     from merge_gate.report.terminal import make_view
+    from merge_gate.report.text import files_told
     from merge_gate.report.words import counted
 
     config = _config(arguments)
@@ -291,9 +254,9 @@ def _check(arguments: argparse.Namespace) -> int:
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
             counts[adapter.verdict] += 1
-            for line in _checked(adapter):
-                _tell(line)
-    _tell(
+            for line in files_told(adapter):
+                tell(line)
+    tell(
         f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]} are sound, "
         f"{counts[Verdict.FAILED]} failed, {counts[Verdict.ERROR]} could not be read. Nothing was merged: "
         "`merge-gate run` does that."
@@ -301,21 +264,6 @@ def _check(arguments: argparse.Namespace) -> int:
     if counts[Verdict.FAILED]:
         return ExitCode.FAIL
     return ExitCode.ERROR if counts[Verdict.ERROR] else ExitCode.PASS
-
-
-def _checked(adapter: AdapterReport) -> Iterator[str]:
-    """What the files of one adapter say, worst first; `sound` is less than `passed`."""
-    from merge_gate.records.terms import Severity, Verdict
-    from merge_gate.report.untrusted import one_line
-    from merge_gate.report.words import MESSAGE_LIMIT, NAME_LIMIT
-
-    said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
-    yield f"{said:<6}  {one_line(adapter.name, NAME_LIMIT)}  ({one_line(adapter.source, NAME_LIMIT)})"
-    for finding in adapter.findings:
-        kind = "warning: " if finding.severity is Severity.WARNING else ""
-        yield f"        {kind}{finding.check}: {one_line(finding.message, MESSAGE_LIMIT)}"
-        if finding.hint:
-            yield f"        to do: {one_line(finding.hint, MESSAGE_LIMIT)}"
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -332,18 +280,18 @@ def _init(arguments: argparse.Namespace) -> int:
         raise GateError(
             f"cannot write {path}: {error.strerror}", hint="choose a directory that you may write to"
         ) from None
-    _tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
+    tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
     return ExitCode.PASS
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.directory is not None:
         _run_demo(arguments.directory, str(Path(arguments.directory, DEFAULT_OUTPUT)))
-        _tell(f"Its files are yours to play with: merge-gate run {Path(arguments.directory, 'merge-gate.yml')}")
+        tell(f"Its files are yours to play with: merge-gate run {Path(arguments.directory, 'merge-gate.yml')}")
     else:
         with tempfile.TemporaryDirectory(prefix="merge-gate-demo-") as directory:
             _run_demo(directory, None)
-        _tell("To keep the files and the report, name a new directory: merge-gate demo DIR")
+        tell("To keep the files and the report, name a new directory: merge-gate demo DIR")
     return ExitCode.PASS
 
 
@@ -359,7 +307,7 @@ def _run_demo(directory: str, output: str | None) -> None:
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",
             hint="this installation of merge-gate cannot be trusted; please report this, with the output of `pip list`",
         )
-    _tell(
+    tell(
         f"\nThe gate judged all {len(got)} entries of the demo as it should. Its own exit code is "
         f"{int(exit_code(report))}: in a workflow, this release would stop here."
     )

@@ -8,8 +8,6 @@ events are hostile: hidden characters are replaced and no line can become a work
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TextIO
@@ -17,6 +15,7 @@ from typing import IO, TYPE_CHECKING, TextIO
 from merge_gate.records.terms import Verdict
 from merge_gate.report import text, words
 from merge_gate.report.columns import cut
+from merge_gate.report.streams import encodable, write
 from merge_gate.report.text import Style
 from merge_gate.report.untrusted import inert, one_line, safe_text
 
@@ -359,32 +358,9 @@ def _styled(line: Line, console: Console) -> Text:
 
     styled = Text()
     for part, style in line:
-        styled.append(_encodable(part, console.file), style=_COLOURS[style])
+        styled.append(encodable(part, console.file), style=_COLOURS[style])
     return styled
 
 
-def write(stream: IO[str], message: str) -> None:
-    """Write at once. A reader who has gone, or a full disk behind a redirection, must not end a run."""
-    try:
-        stream.write(_encodable(message, stream))
-        stream.flush()
-    except (OSError, ValueError):  # ValueError: the stream is closed
-        silence(stream)
-
-
-def silence(stream: IO[str]) -> None:
-    """Send what a broken stream still holds, and all that follows, nowhere: Python flushes it once more at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
-def _encodable(message: str, stream: IO[str]) -> str:
-    """Replace what the stream's encoding cannot say: a log in the C locale must not end the run."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return message.encode(encoding, "replace").decode(encoding)
-
-
 def _is_ascii(stream: IO[str]) -> bool:
-    return _encodable("✓✗━─⠋…", stream) != "✓✗━─⠋…"
+    return encodable("✓✗━─⠋…", stream) != "✓✗━─⠋…"

@@ -16,7 +16,7 @@ from merge_gate.report.columns import cells, cut, fit, pad, wrap
 from merge_gate.report.untrusted import inert, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
@@ -221,3 +221,17 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
 
 def _reports(output_dir: str) -> str:
     return f"report.html for people, report.json for programs, in {one_line(output_dir)}"
+
+
+# --- files alone ---------------------------------------------------------------------------------------------------
+
+
+def files_told(adapter: AdapterReport) -> Iterator[str]:
+    """What the files of one adapter say, worst first; `sound` is less than `passed`."""
+    said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
+    yield f"{said:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
+    for finding in adapter.findings:
+        kind = "warning: " if finding.severity is Severity.WARNING else ""
+        yield f"        {kind}{finding.check}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
+        if finding.hint:
+            yield f"        to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
