@@ -212,6 +212,12 @@ def test_lfs_pointers_in_both_places(tmp_path: Path) -> None:
     assert "lfs: true" in tensors.hint
 
 
+def test_a_pointer_in_place_of_a_pickle_that_is_refused_is_told_first(tmp_path: Path) -> None:
+    pointer, refused = look(make_pickled(tmp_path, LFS)).findings
+    assert (pointer.check, refused.check) == ("file-lfs-pointer", "pickle-refused")
+    assert "12,345,678 bytes" in pointer.message
+
+
 def test_an_lfs_pointer_without_a_size(tmp_path: Path) -> None:
     only(look(make(tmp_path, weights=LFS.partition(b"size")[0])), "file-lfs-pointer")
 

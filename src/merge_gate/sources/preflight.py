@@ -208,7 +208,7 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
     is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
     if is_pickle_only and not allow_pickle:
-        return _Weights(findings=(_refuse_pickle(),))
+        return _Weights(findings=(*_pointer_in_place(directory, name), _refuse_pickle()))
     if name is None:
         if CONFIG_NAME not in listing.present:  # the finding of that has said so
             return _Weights()
@@ -241,6 +241,18 @@ def _record(name: str, file: BufferedReader) -> FileRecord:
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
+
+
+def _pointer_in_place(directory: str, name: str | None) -> tuple[Finding, ...]:
+    """A pickle that is refused anyway may not even be there."""
+    if name is None:
+        return ()
+    try:
+        with open_regular(str(Path(directory, name))) as file:
+            pointer, size_bytes = lfs_pointer(file), os.fstat(file.fileno()).st_size
+    except (CorruptFileError, OSError):
+        return ()
+    return (_lfs(name, size_bytes, pointer.size_bytes),) if pointer else ()
 
 
 def _refuse_pickle() -> Finding:
