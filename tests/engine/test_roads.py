@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from merge_gate.engine import plan
 from merge_gate.engine.base import Base, load_base
+from merge_gate.engine.blocks import measure_merge
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
 from merge_gate.records.measured import Evidence, Leeway
@@ -256,6 +259,26 @@ def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
     assert (evidence.layers_in_blocks, evidence.layers_by_peft) == (len(evidence.targeted), 0)
     assert len(evidence.witnessed) == len(shapes)
     assert evidence.differing == ()
+
+
+def test_extremes_that_pefts_merge_does_not_have_send_the_adapter_through_peft(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measuring is at fault here, not the bits: PEFT is the witness of the figures as well."""
+
+    def nudged(*given: Any, **named: Any) -> Any:
+        found = measure_merge(*given, **named)
+        return dataclasses.replace(found, maximum=found.maximum * 1.5)
+
+    right = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    monkeypatch.setattr(plan, "measure_merge", nudged)
+    evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
+    assert len(evidence.differing) == len(right.witnessed)
+    assert evidence.layers_in_blocks == 0
+    by_peft, expected = (
+        {one.stats.name: (one.stats.minimum, one.stats.maximum) for one in found.merges} for found in (evidence, right)
+    )
+    assert {name: by_peft[name] for name in expected} == expected
 
 
 # --- the next adapter of the same config ---------------------------------------------------------------------------

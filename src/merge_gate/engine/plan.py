@@ -24,7 +24,7 @@ from merge_gate.engine.bound import merged_bound
 from merge_gate.engine.copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.delta import LowRankUpdate
 from merge_gate.engine.load import ADAPTER_NAME
-from merge_gate.engine.measure import dtype_max, dtype_name, same_bits
+from merge_gate.engine.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.engine.threads import spread
@@ -139,8 +139,11 @@ def merge_in_blocks(
         yield one, _measured(base, one, weight, leeway)
 
 
-def agrees(base: Base, one: BlockLayer) -> bool:
-    """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks."""
+def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
+    """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks.
+
+    And whether its extremes are those that were measured, where they are of all of the weight.
+    """
     theirs = one.slot.tensor
     if theirs is None:
         return False
@@ -149,6 +152,10 @@ def agrees(base: Base, one: BlockLayer) -> bool:
     values = dequantized(one.slot.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
         return False
+    if not quantized and not measured.bounded:
+        stats = measure(values, one.slot.name)
+        if (stats.minimum, stats.maximum) != (measured.stats.minimum, measured.stats.maximum):
+            return False
     given = dict(scales(one.slot.module, theirs)) if quantized else {}
     ours = {name: scale for name, scale in merge.scales.items() if name in given}
     return all(same_bits(given[name].flatten(), scale.flatten()) for name, scale in ours.items())

@@ -126,7 +126,7 @@ class Walk:
                 raise
             except Exception:
                 return False  # PEFT says why, when it merges the whole adapter
-            return agrees(self.base, block)
+            return agrees(self.base, block, self.blocks[id(block.layer)][1])
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
