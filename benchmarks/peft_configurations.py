@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -82,16 +82,17 @@ def say(outcome: Outcome) -> str:
 # --- docs/methods.md -----------------------------------------------------------------------------------------------
 
 
-TEXT = """Run on {date} with {versions}, in {dtypes}: {names:,} configurations. PEFT makes an adapter of
-{made:,} of them on these models; each is merged by PEFT (`safe_merge=True`) and by the gate, {trials:,} trials.
-**{passed:,} pass with PEFT's bits, {refused:,} are refused by both, {wrong:,} are not judged as by PEFT.** With one NaN
-in the file, {failed:,} of {trials:,} fail; of the others the merge does not read that tensor, and a warning says so.
+TEXT = """Run on {date} with {versions}, in {dtypes}:
+{names:,} configurations. PEFT makes an adapter of {made:,} of them on these models; each is merged by PEFT
+(`safe_merge=True`) and by the gate: {trials:,} trials. **{passed:,} pass with PEFT's bits, {refused:,} are refused by
+both, {wrong:,} are judged otherwise than by PEFT.** With one NaN in the file, {failed:,} of {trials:,} fail; in the
+others the merge does not read that tensor, and a warning says so.
 
-| config, on | trials | PEFT | the gate |
-|---|---:|---|---|
+| PEFT | the gate | configs | trials |
+|---|---|---|---:|
 {rows}
 
-Where there is no adapter, PEFT itself refuses the configuration on that model: {reasons}.
+PEFT itself refuses the rest on these models: {reasons}.
 """
 
 
@@ -99,8 +100,11 @@ def document(outcomes: list[Outcome]) -> str:
     made = [one for one in outcomes if not one.reason]
     refused = [one for one in made if one.gate != "passed" and not one.wrong]
     wrong = [one for one in made if one.wrong]
-    counts = Counter((group(one), one.peft[:100], told(one)) for one in refused + wrong)
-    reasons = Counter(one.reason.partition(": ")[2][:100] for one in outcomes if one.reason)
+    rows: dict[tuple[str, str], list[Outcome]] = {}
+    for one in refused + wrong:
+        rows.setdefault((re.sub(r"'[A-Za-z0-9]+' object has", "the model has", one.peft)[:100], told(one)), []).append(
+            one
+        )
     return TEXT.format(
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch")),
@@ -113,21 +117,23 @@ def document(outcomes: list[Outcome]) -> str:
         wrong=len(wrong),
         failed=sum(one.one_nan.startswith("failed") for one in made),
         rows="\n".join(
-            f"| {who} | {count} | {cell(peft)} | {cell(said)} |" for (who, peft, said), count in counts.items()
+            f"| {cell(peft)} | {cell(said)} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
+            for (peft, said), those in rows.items()
         ),
-        reasons="; ".join(f"{cell(reason)} ({count})" for reason, count in reasons.most_common()),
+        reasons=", ".join(sorted({f"{kind_of(one)} on {model_of(one)}" for one in outcomes if one.reason})),
     )
 
 
-def group(outcome: Outcome) -> str:
-    """The kind of config, and the kind of model where that matters."""
-    kind, _, model = outcome.name.partition(": ")[2].rpartition(" on ")
-    kind = kind.rpartition(" ")[2].removesuffix("Config")
-    return f"{kind}, a toy" if outcome.name.startswith("custom_models") else f"{kind}, {model}"
+def kind_of(outcome: Outcome) -> str:
+    return outcome.name.partition(": ")[2].rpartition(" on ")[0].rpartition(" ")[2].removesuffix("Config")
+
+
+def model_of(outcome: Outcome) -> str:
+    return outcome.name.rpartition(" on ")[2].removeprefix("tiny-").removeprefix("random-")
 
 
 def told(outcome: Outcome) -> str:
-    return f"{outcome.gate}: {outcome.said[:150]}" if outcome.wrong else outcome.gate
+    return f"{outcome.gate}: {outcome.said[:120]}" if outcome.wrong else outcome.gate
 
 
 def cell(text: str) -> str:

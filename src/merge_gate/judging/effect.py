@@ -174,6 +174,13 @@ def not_reproducible(case: Case) -> Iterator[Finding]:
             "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
             Origin.CONFIG,
         )
+    if case.files.config.peft_type == "ADAMSS":
+        yield not_reproducible.finding(
+            "the file does not say which rows of the base its tensors belong to: PEFT clusters the rows anew on every "
+            "load, and another dtype of the base, or another scikit-learn, may give other clusters",
+            "merge where it was trained, from a base in the same dtype, and compare outputs before release",
+            Origin.CONFIG,
+        )
 
 
 @check(
