@@ -17,7 +17,7 @@ from merge_gate.engine.base import Base, Shape, load_base
 from merge_gate.engine.casting import in_another_dtype
 from merge_gate.engine.child import judge_job
 from merge_gate.engine.merge import merge_adapter
-from merge_gate.engine.protocol import BaseLoaded, Group, Job, Merged, Task
+from merge_gate.engine.protocol import BaseLoaded, Event, Group, Job, Merged, Task
 from merge_gate.engine.shape import shape_for
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.report import Sandbox
@@ -193,7 +193,39 @@ def test_a_class_that_changes_what_it_loads_is_loaded(shelf: Shelf, monkeypatch:
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_dtypes_load_the_files_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (("bfloat16", "float16", "float32"), ["bfloat16"]),
+        (("float16", "bfloat16"), ["auto"]),
+        (("float32",), ["auto"]),
+        (("auto", "float16"), ["auto"]),
+        (("float16", "float64"), ["auto", "float64"]),
+    ],
+)
+def test_the_files_are_loaded_once_as_they_are(
+    dtypes: tuple[str, ...], expected: list[str], shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = heard(monkeypatch)
+    events = run(shelf.base("llama-bfloat16"), shelf.adapter("bfloat16-base"), dtypes)
+    assert loads == expected
+    facts = [event.facts for event in events if isinstance(event, BaseLoaded)]
+    assert [one.dtype for one in facts] == [dtype.replace("auto", "bfloat16") for dtype in dtypes]
+    merged = [event.evidence for event in events if isinstance(event, Merged)]
+    assert [one.base for one in merged] == facts
+    assert all(one.refusal is None and one.parameters_checked == one.parameters_total for one in merged)
+    assert all(one.layers_by_peft == 0 for one in merged)
+
+
+def test_what_would_not_be_mapped_is_not_loaded_for_a_cast(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = heard(monkeypatch)
+    events = run(shelf.base("mixtral"), shelf.adapter("per-expert"), ("float16",))
+    assert loads == ["float16"]
+    assert [type(event).__name__ for event in events][-1] == "Merged"
+
+
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The dtypes in which bases will have been loaded from their files."""
     loads: list[str] = []
     load = bases.load_base
 
@@ -202,20 +234,16 @@ def test_two_dtypes_load_the_files_once(shelf: Shelf, monkeypatch: pytest.Monkey
         return load(*directory, **settings)
 
     monkeypatch.setattr(bases, "load_base", from_files)
-    directory = str(shelf.base("llama-bfloat16"))
-    files = preflight(str(shelf.adapter("bfloat16-base")), allow_pickle=False)
+    return loads
+
+
+def run(base: Path, adapter: Path, dtypes: tuple[str, ...]) -> list[Event]:
+    files = preflight(str(adapter), allow_pickle=False)
     groups = tuple(
-        Group(label="llama", directory=directory, dtype=dtype, tasks=(Task(index=index, files=(files,)),))
-        for index, dtype in enumerate(("bfloat16", "float16", "float32"))
+        Group(label="base", directory=str(base), dtype=dtype, tasks=(Task(index=index, files=(files,)),))
+        for index, dtype in enumerate(dtypes)
     )
-    events = list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
-    assert loads == ["bfloat16"]
-    facts = [event.facts for event in events if isinstance(event, BaseLoaded)]
-    assert [one.dtype for one in facts] == ["bfloat16", "float16", "float32"]
-    merged = [event.evidence for event in events if isinstance(event, Merged)]
-    assert [one.base for one in merged] == facts
-    assert all(one.refusal is None and one.parameters_checked == one.parameters_total for one in merged)
-    assert all(one.layers_by_peft == 0 for one in merged)
+    return list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
 
 
 def test_files_that_changed_in_between_are_loaded_again(shelf: Shelf, tmp_path: Path) -> None:

@@ -140,7 +140,11 @@ def test_eight_adapters_with_four_heads_read_the_body_once(
     ]  # fmt: skip
     assert loads == ["GPT2LMHeadModel"]
     body = loaded[0].parameters
-    assert read[1::2] == [body, *(facts.parameters - body for facts in loaded[1:])]
+    first, *others = read[1::2]
+    assert (
+        body <= first < 1.05 * body
+    )  # what is too small to be cast when it is read is measured after its cast as well
+    assert others == [facts.parameters - body for facts in loaded[1:]]
     merged = [event for event in events if isinstance(event, Merged)]
     assert len(merged) == 8
     assert all(event.evidence.refusal is None for event in merged)

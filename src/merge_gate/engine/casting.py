@@ -15,6 +15,7 @@ after (hollow.py), or None where it would not be what `from_pretrained` gives in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from merge_gate.engine.base import (
 )
 from merge_gate.engine.hollow import CASTABLE, LEAST_ELEMENTS, Hollow
 from merge_gate.engine.measure import dtype_name, measure
+from merge_gate.engine.sharing import stored_names
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.terms import Quantization
 
@@ -62,6 +64,27 @@ def in_another_dtype(known: Base, shape: Shape, directory: str, dtype: str) -> B
         return _cast(known, shape, replace(source, directory=directory, options={**source.options, "dtype": wanted}))
     except Exception:  # what cannot be made this way is loaded from its files, and says there what is wrong with it
         return None
+
+
+def is_mapped_otherwise(directory: str, shape: Shape, dtype: str) -> bool:
+    """Whether the files hold the base in another dtype, and would be mapped in that: it can be cast from it then."""
+    model_class, options = getattr(transformers, shape.class_name), {"local_files_only": True, "use_safetensors": True}
+    try:
+        config = json.loads(Path(directory, "config.json").read_bytes())
+        stored = str(config.get("dtype") or config.get("torch_dtype"))
+        if stored == dtype or not {stored, dtype} <= {dtype_name(one) for one in CASTABLE}:
+            return False
+        if "quantization_config" in config or not loads_as_usual(model_class):
+            return False
+        outline, expected = load_informed(
+            model_class, directory, dtype="auto", **options, **head(shape), device_map="meta"
+        )
+        names = stored_names(Path(directory))
+    except Exception:  # the load says what is wrong
+        return False
+    prefix = f"{outline.base_model_prefix}."
+    wanted = {name for name, _, _ in named_tensors(outline)} - expected.initialised
+    return all(not names.isdisjoint((name, prefix + name, name.removeprefix(prefix))) for name in wanted)
 
 
 def _cast(known: Base, shape: Shape, source: Source) -> Base | None:

@@ -44,6 +44,7 @@ from merge_gate.identity import base_identity
 from merge_gate.records.files import FileIdentity
 from merge_gate.records.measured import Evidence, Refusal
 from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
     from merge_gate.engine.base import Base, Shape
@@ -107,7 +108,7 @@ def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]
 
 
 class Kept:
-    """Bases that were mapped from the files of a group, for the next group: the same files in another dtype."""
+    """Bases that are mapped from the files of a group: what this group, or the next one, wants in another dtype."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -119,13 +120,16 @@ class Kept:
     def add(self, shape: Shape, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.casting import is_mapped  # noqa: PLC0415 - imports torch
 
-        if is_mapped(base):  # another one takes memory
+        if base.hollow is None and is_mapped(base):  # another one takes memory
             self._bases[shape] = base, identity
 
-    def cast(self, shape: Shape, group: Group, identity: tuple[FileIdentity, ...]) -> Base | None:
+    def cast(self, shape: Shape, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
         """One of them in this group's dtype; None where that has to be loaded."""
-        from merge_gate.engine.casting import in_another_dtype  # noqa: PLC0415 - imports torch
+        from merge_gate.engine.casting import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
 
+        is_plain = group.quantization is Quantization.NONE and job.device == "cpu"
+        if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.dtype):
+            self.add(shape, _load(replace(group, dtype="auto"), shape, job), identity)
         base, found = self._bases.get(shape, (None, ()))
         if base is None or found != identity:
             return None
@@ -180,7 +184,7 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
             base = _in_another_class(base, shape)
             if base is None:  # the one before it is let go of first
                 identity = base_identity(group.directory)
-                base = kept.cast(shape, group, identity) or _load(group, shape, job)
+                base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
             verify_base(group.directory, group.label, identity)
             kept.add(shape, base, identity)
         except Exception as error:

@@ -88,12 +88,25 @@ def _stored(directory: Path, lacking: frozenset[str], prefix: str) -> Iterator[t
     if not lacking:
         return
     names = {other for name in lacking for other in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))}
-    index = directory / "model.safetensors.index.json"
-    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    for path in sorted(files):
-        with safe_open(directory / path, framework="pt") as file:
+    for path in _files(directory):
+        with safe_open(path, framework="pt") as file:
             for name in sorted(names.intersection(file.keys())):
                 yield name, file.get_tensor(name)
+
+
+def stored_names(directory: Path) -> set[str]:
+    """Names of the tensors in the base's files."""
+    names: set[str] = set()
+    for path in _files(directory):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return [directory / path for path in sorted(files)]
 
 
 def _outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
