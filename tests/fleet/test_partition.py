@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from merge_gate.config.load import load_config
 from merge_gate.errors import UsageError
 from merge_gate.fleet.costs import Cost, Costs
 from merge_gate.fleet.partition import assign, part_of, shard_of
+from merge_gate.records.config import Combine, KnownFailure
 from tests.command import merge_gate
 
 if TYPE_CHECKING:
@@ -121,9 +123,11 @@ def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path
 
     others = [digest(config, 3), digest(config, quick=True), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
+    known = KnownFailure(adapter="a" * 64, cause="no-effect", reason="r", owner="o", until=date(2030, 1, 1), line=1)
+    others.append(digest(replace(config, baseline=(known,))))
     (tmp_path / "adapters" / "a5" / "adapter_config.json").write_text("{}")  # a base that nobody knows
     others.append(digest(config, 3))
-    assert len({digest(config), *others}) == 6
+    assert len({digest(config), *others}) == 7
 
 
 def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
@@ -136,8 +140,6 @@ def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
 
 
 def test_sizes_of_a_combination_are_its_members(config: Config) -> None:
-    from merge_gate.records.config import Combine  # noqa: PLC0415
-
     blend = replace(
         config.adapters[0], name="b", path=None, combine=Combine(method="ties", adapters=("a1", "a3"), weights=(1, 1))
     )

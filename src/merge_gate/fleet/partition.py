@@ -66,6 +66,7 @@ def part_of(
         "plan": PLAN_VERSION,
         "version": __version__,
         "config": config.sha256,
+        "baseline": repr(config.baseline),
         "quick": quick,
         "shards": count,
         "entries": [[spec.name, list(spec.base.dtypes), shards[spec.name]] for spec in specs],
