@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from merge_gate.errors import EngineError
 from merge_gate.records.terms import Finding
-from merge_gate.sources.preflight import preflight
+from merge_gate.sources.preflight import base_of, preflight
 from tests.sources.test_pickled import packed
 from tests.sources.test_preflight import (
     CONFIG,
@@ -76,6 +78,10 @@ SITUATIONS: dict[str, Files] = {
     "a checkpoint further down": {
         f"checkpoint-{number}/{CONFIG_NAME}": b"{}" for number in (9, 100, 20)
     } | {f"last/{CONFIG_NAME}": b"{}"},
+    "a first checkpoint and one without a number": {
+        f"checkpoint-0/{CONFIG_NAME}": b"{}",
+        f"final/{CONFIG_NAME}": b"{}",
+    },
     "diffusers": {"pytorch_lora_weights.safetensors": b""},
     "MLX": {CONFIG_NAME: b"{}", "adapters.npz": b""},
     "GGUF": {"a.gguf": b""},
@@ -157,6 +163,8 @@ SITUATIONS: dict[str, Files] = {
     "an empty embedding": SOUND | shapes(q__lora_embedding_B=[8]),
     # --- the weights file itself
     "empty weights": SOUND | {WEIGHTS_NAME: b""},
+    "weights of eight bytes": SOUND | {WEIGHTS_NAME: b"\x01" + bytes(7)},
+    "weights whose header may just be so long": SOUND | {WEIGHTS_NAME: (100_000_000).to_bytes(8, "little") + b"x" * 9},
     "weights of three bytes": SOUND | {WEIGHTS_NAME: b"abc"},
     "weights whose header claims too much": SOUND | {WEIGHTS_NAME: (100_000_001).to_bytes(8, "little") + b"123456789"},
     "weights that end in their header": SOUND | {WEIGHTS_NAME: (1000).to_bytes(8, "little") + b"{}"},
@@ -195,6 +203,8 @@ SITUATIONS: dict[str, Files] = {
     "an entry beyond all size": header(one(shape=[2**62, 8], offsets=[0, 0])),
     "a hole": header("{" + A + "[0, 8]}, " + B + "[9, 17]}}", bytes(17)),
     "an overlap": header("{" + A + "[0, 8]}, " + B + "[7, 15]}}", bytes(15)),
+    "just enough line ends to say so": header(one("U8", [4], [0, 4]), b"\r\n" * 4),
+    "a header with a number of 41 digits": header(one(offsets=[0, 10**40])),
     "converted line ends": header(one("U8", [8], [0, 8]), b"\r\n" * 5),
     "too few line ends to say so": header(one("U8", [4], [0, 4]), b"\r\n" * 3),
     "a name that hides": SOUND | {WEIGHTS_NAME: weights({"a\u202eb\n": [0]})},
@@ -252,3 +262,43 @@ SILENT = (
 @pytest.mark.parametrize("name", SILENT)
 def test_what_is_right_is_not_talked_about(name: str, tmp_path: Path) -> None:
     assert preflight(str(laid(tmp_path, SITUATIONS[name])), allow_pickle=False).findings == ()
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_link_to_nowhere_in_full(name: str, tmp_path: Path) -> None:
+    laid(tmp_path, SOUND)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("gone")
+    (finding,) = preflight(str(tmp_path), allow_pickle=False).findings
+    assert finding.message == f"{name} is a symbolic link whose target does not exist"
+    assert finding.hint == "restore the target, or copy the file itself into the directory"
+
+
+def test_sockets_and_devices_are_named(tmp_path: Path) -> None:
+    laid(tmp_path, without(CONFIG_NAME, WEIGHTS_NAME))
+    (tmp_path / WEIGHTS_NAME).symlink_to(os.devnull)
+    with socket.socket(socket.AF_UNIX) as end:
+        before = Path.cwd()
+        os.chdir(tmp_path)  # the name of a socket may be 108 bytes long
+        try:
+            end.bind(CONFIG_NAME)
+        finally:
+            os.chdir(before)
+        of_config, of_weights = preflight(str(tmp_path), allow_pickle=False).findings
+    assert of_config.message == f"{CONFIG_NAME} is a socket, expected a regular file"
+    assert of_weights.message == f"{WEIGHTS_NAME} is a device, expected a regular file"
+
+
+def test_what_cannot_be_read_is_named_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as raised:
+        preflight(str(tmp_path / "gone\n"), allow_pickle=False)
+    assert str(raised.value) == "'gone\\n' cannot be read: No such file or directory"
+    assert raised.value.hint == "check that the user who runs the gate may read it, and that the disk is healthy"
+
+
+def test_the_base_that_a_config_names(tmp_path: Path) -> None:
+    assert base_of(str(tmp_path)) is None
+    laid(tmp_path, SOUND)
+    assert base_of(str(tmp_path)) == "acme/base"
+    laid(tmp_path, raw_config("{"))
+    assert base_of(str(tmp_path)) is None
