@@ -46,6 +46,14 @@ def machine_lines(parts: list[dict]) -> str:
     return first.replace(",", f"{since},", 1) + f"; load average before the runs {min(loads):.2f} to {max(loads):.2f}."
 
 
+def rounds(parts: list[dict]) -> str:
+    """Of how many rounds the figures are, as the parts themselves say."""
+    counts = sorted({part["gate"]["runs"] for part in parts})
+    if counts == [1]:
+        return "One run of each."
+    return f"Medians of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs of each."
+
+
 def work(results: dict) -> str:
     """The rows of rows.py that have been measured, against the script."""
     lines, remarks = [], []
@@ -65,7 +73,7 @@ def work(results: dict) -> str:
     head = ["work", "gate, s", "script, s", "script ÷ gate", "wanted", "gate, MiB", "script, MiB"]
     size = next(iter(found.values()))["size"].upper()
     parts = [f"### Whole runs on the {size} base, by kind of work", machine_lines(list(found.values()))]
-    return "\n\n".join([*parts, table(head, lines), *remarks])
+    return "\n\n".join([*parts, rounds(list(found.values())), table(head, lines), *remarks])
 
 
 def dtypes(part: dict) -> str:
@@ -98,7 +106,7 @@ def methods(results: dict) -> str:
     ]
     size = next(iter(parts.values()))["size"].upper()
     title = f"### Every method of PEFT: one adapter on a {size} base"
-    return f"{title}\n\n{machine_lines(list(parts.values()))}\n\n" + table(
+    return f"{title}\n\n{machine_lines(list(parts.values()))} {rounds(list(parts.values()))}\n\n" + table(
         ["method", "gate, s", "script, s", "script ÷ gate", "gate, MiB"], lines
     )
 
