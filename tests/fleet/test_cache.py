@@ -15,6 +15,7 @@ import pytest
 
 from merge_gate import gate
 from merge_gate.config.load import load_config
+from merge_gate.fleet import keeper
 from merge_gate.fleet.keeper import Keeping
 from merge_gate.fleet.resume import LEFT
 from merge_gate.gate import run_gate
@@ -176,6 +177,19 @@ def test_an_accepted_failure_is_accepted_from_the_cache_too(copy: Path) -> None:
         one.name: one.accepted is not None for one in report.adapters if one.verdict is Verdict.FAILED
     } == dict.fromkeys(BROKEN, True)
     assert cached(report) == everyone(report)
+
+
+def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without a job says what it would merge on; the cache knows it until the machine starts anew."""
+    monkeypatch.setattr(keeper, "has_card", lambda: True)
+    first = run(copy, "plain-0")
+    assert cached(first) == {"plain-0"}
+    assert first.environment.device == "cpu"
+    assert len(list((copy / "cache" / "devices").iterdir())) == 1
+    monkeypatch.setattr(keeper, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    assert same(run(copy, "plain-0")) == same(first)
 
 
 # --- attacked ------------------------------------------------------------------------------------------------------

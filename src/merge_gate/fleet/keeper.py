@@ -114,8 +114,8 @@ class Keeper:
                 return found
         if self._store is None or self._keeping.fresh:
             return None
-        document = self._store.get(verdicts.KIND, key)
-        return verdicts.restored(document, rests_on, entry, self._seal) if document is not None else None
+        found_there = self._store.get_sealed(verdicts.KIND, key)
+        return verdicts.restored(found_there[1], found_there[0], rests_on, entry) if found_there else None
 
     def _material(self, entry: Entry) -> Json | None:
         content = self.digests.content(_directory(entry))

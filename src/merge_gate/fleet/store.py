@@ -85,12 +85,18 @@ class Store:
 
     def get(self, kind: str, name: str) -> Json | None:
         """The document, or None."""
+        found = self.get_sealed(kind, name)
+        return found[1] if found is not None else None
+
+    def get_sealed(self, kind: str, name: str) -> tuple[str, Json] | None:
+        """The document, with the seal that fits it before it; or None."""
         folder = self._folders.get(kind)
         if folder is None or not _NAME.fullmatch(name):
             return None
         try:
             seal, _, body = _read(folder, name).partition(b"\n")
-            return parsed(body) if self._seal.fits(seal.decode("ascii"), kind, name, body) else None
+            mark = seal.decode("ascii")
+            return (mark, parsed(body)) if self._seal.fits(mark, kind, name, body) else None
         except (OSError, UnicodeDecodeError, UnreadableError):
             return None
 

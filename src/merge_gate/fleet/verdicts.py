@@ -15,7 +15,6 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.errors import UsageError
 from merge_gate.fleet.key import canonical, key_of
 from merge_gate.judging import verdict
 from merge_gate.records.report import AdapterReport, BaseReport, Judged
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 Json = Any
 
 KIND = "verdicts"
+_KEYS = {"material", "at", "place", "seconds", "adapter", "base"}
 LONGEST_PLACE = 200
+_LARGEST = 1 << 63
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -108,26 +109,34 @@ def _digestless(base: BaseReport) -> BaseReport:
     return replace(base, sha256=None)
 
 
-def restored(document: Json, material: Json, entry: Entry, seal: Seal) -> Line | None:
-    """The line of today's report that a document stands for; None where it is not of this entry, or no verdict."""
+def restored(document: Json, seal: str, material: Json, entry: Entry) -> Line | None:
+    """The line of today's report that a document stands for; None where it is not of this entry, or no verdict.
+
+    `seal` is the one that the document was found with.
+    """
     try:
-        if not isinstance(document, dict) or document.get("material") != material:
+        if not isinstance(document, dict) or document.keys() != _KEYS or document["material"] != material:
             return None
-        line = Line(
-            adapter=load(AdapterReport, document.get("adapter"), "adapter"),
-            base=load(BaseReport, document.get("base"), "base"),
+        if not _is_bounded(document):
+            return None
+        mark = Judged(
+            key=key_of(material),
+            at=load(str, document["at"], "at"),
+            place=load(str, document["place"], "place"),
+            seconds=load(float, document["seconds"], "seconds"),
+            seal=seal,
         )
-        reached = Reached(
-            at=load(str, document.get("at"), "at"),
-            place=load(str, document.get("place"), "place"),
-            seconds=load(float, document.get("seconds"), "seconds"),
-        )
-    except (UnreadableError, UsageError, RecursionError):
+        adapter = replace(load(AdapterReport, document["adapter"], "adapter"), judged=mark)
+        return today(Line(adapter=adapter, base=load(BaseReport, document["base"], "base")), entry)
+    except (UnreadableError, RecursionError):
         return None
-    if not _holds(line, entry) or not _is_place(reached):
-        return None
-    marked, again = sealed(line, material, reached, seal)
-    return today(marked, entry) if again == document else None
+
+
+def _is_bounded(value: Json) -> bool:
+    """Whether every whole number can be reckoned with and printed; Python's have no end."""
+    if isinstance(value, dict | list):
+        return all(map(_is_bounded, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or -_LARGEST < value < _LARGEST
 
 
 def today(line: Line, entry: Entry) -> Line | None:

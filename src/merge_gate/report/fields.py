@@ -29,6 +29,7 @@ Json = Any
 FIGURES = tuple[tuple[str, float], ...]
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ROW_DIGITS = 6
+_AS_THEY_ARE = (int, bool)
 _SHOWN = 60
 
 
@@ -106,6 +107,8 @@ def words(kind: type[Enum]) -> list[str]:
 
 def dump(value: Any) -> Json:
     """A record, or what one holds, as JSON."""
+    if value is None or type(value) in _AS_THEY_ARE:  # most of what a fleet's report holds
+        return value
     if isinstance(value, str):
         return text(value)
     if isinstance(value, float):
