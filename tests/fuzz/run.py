@@ -56,7 +56,9 @@ def in_a_process(name: str, asked: argparse.Namespace) -> int:
     words = [f"--{key}={getattr(asked, key)}" for key in ("runs", "seconds", "keep", "seed")]
     command = [sys.executable, __file__, f"--alone={name}", *words, *(["--plain"] if asked.plain else [])]
     start_s = time.monotonic()
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:  # atheris ends its process without tidying up
+        environ = os.environ | {"TMPDIR": place}
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", env=environ)
     said = ended.stdout + ended.stderr
     if ended.returncode:
         print(said[-8000:])

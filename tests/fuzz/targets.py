@@ -155,10 +155,9 @@ _PLACES: list[Path] = []
 
 
 def _place() -> Path:
-    """A directory with a base and adapters, for as long as this process lives; in memory where there is such a disk."""
+    """A directory with a base and adapters, for as long as this process lives."""
     if not _PLACES:
-        shm = Path("/dev/shm")
-        _PLACES.append(Path(tempfile.mkdtemp(prefix="fuzz-", dir=shm if os.access(shm, os.W_OK) else None)))
+        _PLACES.append(Path(tempfile.mkdtemp(prefix="fuzz-")))
         atexit.register(shutil.rmtree, _PLACES[0], ignore_errors=True)
         for name in ("models/base", "adapters/support", "adapters/team-a"):
             (_PLACES[0] / name).mkdir(parents=True)
