@@ -23,8 +23,9 @@ from make_base import SIZES, Pool, linear_shapes
 from peft import LoraConfig
 from peft.tuners.lora import bnb, layer
 
-from merge_gate.engine.blocks import measure_merge, merged_blocks
+from merge_gate.engine.blocks import merged_blocks
 from merge_gate.engine.delta import Buffers, LowRankUpdate
+from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.threads import spread, threads
 
 Layers = list[Any]

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine import blocks
-from merge_gate.engine.blocks import Measured, measure_merge, merged_blocks, supports
+from merge_gate.engine import figures
+from merge_gate.engine.blocks import merged_blocks, supports
 from merge_gate.engine.delta import Buffers, LowRankUpdate
+from merge_gate.engine.figures import Measured, measure_merge
 from merge_gate.engine.stream import stream_to
 from tests.engine.blocks_layers import (
     DENSE,
@@ -339,7 +340,7 @@ def test_lost_and_delta_are_those_of_the_exact_sum(dtype, dora) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_squares_hold_beyond_the_range_of_float32(dtype, size) -> None:
     values = torch.randn(130, 70, generator=torch.Generator().manual_seed(0)).mul(size).to(dtype)
-    assert float(blocks._sum_sq(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+    assert float(figures._sum_sq(values)) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
 
 
 def test_a_zero_that_loses_its_sign_has_kept_its_value() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine import packed
-from merge_gate.engine.blocks import measure_merge
+from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.quantized import dequantized, scales
 from tests.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
 

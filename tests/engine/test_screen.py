@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine.blocks import measure_merge, merged_blocks
+from merge_gate.engine.blocks import merged_blocks
 from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
+from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.screen import Bound, Candidates
 from tests.engine.blocks_layers import whole
 

@@ -19,10 +19,11 @@ import torch
 from peft.tuners import lora
 
 from merge_gate.engine.base import Base
-from merge_gate.engine.blocks import BlockMerge, Figures, Measured, measure_merge, merged_blocks, supports
+from merge_gate.engine.blocks import BlockMerge, merged_blocks, supports
 from merge_gate.engine.bound import merged_bound
 from merge_gate.engine.copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.delta import LowRankUpdate
+from merge_gate.engine.figures import Figures, Measured, measure_merge
 from merge_gate.engine.load import ADAPTER_NAME
 from merge_gate.engine.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
