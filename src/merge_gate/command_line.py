@@ -19,7 +19,7 @@ DEFAULT_OUTPUT = "merge-gate-report"
 
 EXIT_CODES = """\
 exit codes:
-  0  pass: every listed adapter was merged and checked, and none failed
+  0  pass: every listed adapter was merged and checked, and none failed (but for failures that a baseline accepts)
   1  fail: at least one adapter is broken; the report says which and why
   2  usage or configuration error: nothing was judged
   3  error: no adapter failed, but at least one could not be judged

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine import plan
 from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.blocks import measure_merge
+from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
 from merge_gate.records.measured import Evidence, Leeway

@@ -277,13 +277,18 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
 
 
 def targeted_modules(model: Any) -> tuple[str, ...]:
-    """The base's names of the modules that carry the adapter: tuner layers and fully trained modules."""
+    """The base's names of the modules that carry the adapter: tuner layers and fully trained modules.
+
+    A head that is tied to an embedding with trained tokens has none of its own: the embedding carries them.
+    """
     found: dict[str, None] = {}
     outer = None
     for path, module in model.named_modules():
         if outer is not None and path.startswith(f"{outer}."):
             continue  # what is inside a module follows it
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
+        if getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None:
+            outer = path
+        elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
             found[path.removeprefix(ADAPTER_PREFIX)] = None
             outer = path
     return tuple(found)
