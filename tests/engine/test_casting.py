@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine import base as bases
-from merge_gate.engine import casting
+from merge_gate.engine import casting, sandbox
 from merge_gate.engine.base import Base, Shape, load_base
 from merge_gate.engine.casting import in_another_dtype
 from merge_gate.engine.child import judge_job
@@ -42,6 +42,12 @@ LOADED_AGAIN = {"mixtral", "qwen2-moe", "wav2vec2"}
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny bases' tensors are smaller than what is worth a page."""
     monkeypatch.setattr(casting, "LEAST_ELEMENTS", 2)
+
+
+@pytest.fixture(autouse=True)
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker bounds its own process; here that is the one of all tests."""
+    monkeypatch.setenv(sandbox.SWITCH, "off")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from merge_gate.errors import UsageError
 from merge_gate.fleet.seal import Seal
-from merge_gate.fleet.store import ABANDONED_S, Store
+from merge_gate.fleet.store import ABANDONED_S, LONGEST_BYTES, Store
 
 NAME, OTHER = "a" * 64, "b" * 64
 DOCUMENT = {"verdict": "failed", "figures": [1, 2.5, None]}
@@ -80,7 +80,7 @@ def test_a_kind_that_is_a_link_is_refused(tmp_path: Path) -> None:
         store(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["a pipe", "a directory", "a file without end"])
+@pytest.mark.parametrize("kind", ["a pipe", "a directory", "a file that is too large"])
 def test_what_is_no_plain_small_file_is_a_miss(tmp_path: Path, file: Path, kind: str) -> None:
     file.unlink()
     if kind == "a pipe":
@@ -89,7 +89,7 @@ def test_what_is_no_plain_small_file_is_a_miss(tmp_path: Path, file: Path, kind:
         file.mkdir()
     else:
         with file.open("wb") as hole:
-            hole.truncate(1 << 40)
+            hole.truncate(LONGEST_BYTES + 1)
     began = time.monotonic()
     assert store(tmp_path).get("verdicts", NAME) is None
     assert time.monotonic() - began < 5

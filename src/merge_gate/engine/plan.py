@@ -191,7 +191,7 @@ def _bounded(
     That something changes is seen, not concluded: rows are merged until one of them does.
     """
     bound = merged_bound(base.stats[one.slot.name].max_abs, one.update, merge.dtype)
-    if merge.quantized or not bound <= limit:
+    if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of all leaves nothing to a bound
         return None
     if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):
         return None
