@@ -34,7 +34,7 @@ $(STAMPS)/lint: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
 	touch $@
 
-$(STAMPS)/e2e: $(STAMPS)/e2e
+$(STAMPS)/e2e: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,e2e]'
 	touch $@
 
