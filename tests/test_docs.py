@@ -117,6 +117,15 @@ def test_every_target_is_told_to_contributors() -> None:
     assert set(re.findall(r"^\| `make (\w+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
 
 
+@pytest.mark.parametrize("target", sorted(make_targets() - {"help", "clean"}))
+def test_every_make_target_works_first_in_a_fresh_clone(target: str, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    command = ["make", "--dry-run", "--file", str(ROOT / "Makefile"), target]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not shown.stderr, "make says so of a target that waits for itself"
+    assert "-m venv .venv" in shown.stdout
+
+
 def helped(*words: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
