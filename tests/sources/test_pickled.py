@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copyreg
+import functools
 import io
 import os
 import pickle
+import pickletools
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from safetensors.torch import save_file
 
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.headers import CorruptFileError, read_header
-from merge_gate.sources.pickled import read_pickled
+from merge_gate.sources.pickled import UnsafePickleError, read_pickled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,14 +130,77 @@ class Call:
         return self.reduced
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
-def test_a_call_is_named_and_not_made(tmp_path: Path, protocol: int, zipped: bool) -> None:
-    value = {"a": torch.zeros(2), "payload": Call(os.mkdir, str(tmp_path / "ran"))}
-    torch.save(value, tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CorruptFileError, match=r"would call '(posix|os)\.mkdir' when it is loaded"):
+class Empty:
+    """An object without arguments, which the oldest protocols write by INST and OBJ."""
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "os.system": (Call(os.system, "touch ran"), r"'(posix|nt)\.system'"),
+    "eval": (Call(eval, "open('ran', 'w')"), r"'(__builtin__|builtins)\.eval'"),
+    "the inner of two": (Call(print, Call(eval, "open('ran', 'w')")), r"'(__builtin__|builtins)\.eval'"),
+    "a function of a function": (Call(functools.partial, os.system), r"'functools\.partial'"),
+    "far down": ({"a": [({}, [Call(os.mkdir, "ran")])]}, r"'(posix|nt)\.mkdir'"),
+    "with keywords": (Call(copyreg.__newobj_ex__, Empty, (), {"a": 1}), r"(Empty|getattr|__newobj_ex__)'"),
+}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["zip", "before-1.6", "bare"])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_call_is_named_and_not_made(
+    tmp_path: Path, case: str, kind: str, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    value, function = HOSTILE[case]
+    whole = {"payload": value}
+    if kind == "bare":
+        (tmp_path / "a.bin").write_bytes(pickle.dumps(whole, protocol))
+    else:
+        torch.save(whole, tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(UnsafePickleError, match=f"would call .*{function} when it is loaded") as raised:
         look(tmp_path / "a.bin")
-    assert not (tmp_path / "ran").exists()
+    assert "do not load this file" in raised.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"(ios\nsystem\n.",
+        b"((ios\nsystem\nt.",
+        b"\x80\x02(cos\nsystem\nX\x02\x00\x00\x00lso.",
+        b"cos\nsystem\n(S'ls'\ntR.",
+        b"cos\nsystem\n(S'ls'\ntR0}.",
+        b"\x80\x02}(X\x01\x00\x00\x00acos\nsystem\n)Ru\x8f.",  # before what this reader does not know
+    ],
+    ids=["INST", "INST-in-a-tuple", "OBJ", "text", "result-dropped", "and-a-set"],
+)
+def test_a_call_is_named_however_it_is_written(tmp_path: Path, written: bytes) -> None:
+    for content in (packed(written), written):
+        assert "would call 'os.system' when it is loaded" in refuse(tmp_path / "a.bin", content)
+
+
+@pytest.mark.parametrize("ends", [b".", b"\x8f."], ids=["read", "left to torch"])
+def test_a_name_alone_is_imported_by_who_unpickles_it(tmp_path: Path, ends: bytes) -> None:
+    written = b"\x80\x02}X\x01\x00\x00\x00acevil.module\nthing\ns" + ends
+    assert "would import 'evil.module.thing' when it is loaded" in refuse(tmp_path / "a.bin", packed(written))
+
+
+def test_a_call_among_the_keys_of_storages(tmp_path: Path) -> None:
+    """The fifth pickle of a file of before torch 1.6, which is unpickled too."""
+    torch.save(tensors(), tmp_path / "a.bin", _use_new_zipfile_serialization=False)
+    stream = io.BytesIO((tmp_path / "a.bin").read_bytes())
+    for _ in range(4):
+        collections.deque(pickletools.genops(stream), 0)
+    content = stream.getvalue()[: stream.tell()] + pickle.dumps([Call(os.system, "ls")], 2)
+    assert "system' when it is loaded" in refuse(tmp_path / "a.bin", content)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, bytearray(b"a"), b"a", 1j], ids=repr)
+def test_what_is_no_tensor_and_calls_nothing_foreign_is_left_to_torch(tmp_path: Path, value: Any) -> None:
+    torch.save({"a": torch.zeros(2), "more": value}, tmp_path / "a.bin")
+    assert look(tmp_path / "a.bin") is None
+    assert torch.load(tmp_path / "a.bin", weights_only=True)["more"] == value
 
 
 def test_setattr_is_not_mistaken_for_a_set(tmp_path: Path) -> None:

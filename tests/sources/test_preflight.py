@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +13,11 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from merge_gate.errors import EngineError
 from merge_gate.records.terms import Origin, Severity
@@ -106,6 +109,19 @@ def test_what_peft_saves_has_no_finding(variant: str, shelf: Shelf) -> None:
     files = look(shelf.adapter(variant), allow_pickle=True)
     assert files.findings == ()
     assert files.config.peft_type
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_torch_pickles_is_read_as_safetensors_are(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+    if variant == "pickled":  # it has no other weights
+        assert look(shelf.adapter(variant), allow_pickle=True).tensors
+        return
+    shutil.copytree(shelf.adapter(variant), tmp_path / "pickled")
+    torch.save(load_file(tmp_path / "pickled" / WEIGHTS_NAME), tmp_path / "pickled" / PICKLE_NAME)
+    (tmp_path / "pickled" / WEIGHTS_NAME).unlink()
+    found = look(tmp_path / "pickled", allow_pickle=True)
+    assert found.findings == ()
+    assert set(found.tensors) == set(look(shelf.adapter(variant)).tensors)
 
 
 @pytest.fixture(scope="session")
@@ -292,6 +308,14 @@ def test_pickles_are_refused_here_and_on_the_hub(tmp_path: Path) -> None:
     assert "allow-pickle" in only(look(tmp_path), "pickle-refused").hint
     (tmp_path / PICKLE_NAME).unlink()
     only(look(tmp_path, withheld=(PICKLE_NAME,)), "pickle-refused")
+
+
+def test_what_a_refused_pickle_would_call_is_told(tmp_path: Path) -> None:
+    """Nobody is then told to allow it."""
+    finding = only(look(make_pickled(tmp_path, b"cposix\nsystem\n(S'ls'\ntR.")), "pickle-refused")
+    assert "would call 'posix.system' when it is loaded" in finding.message
+    assert "do not load this file" in finding.hint
+    assert "allow-pickle" not in finding.hint
 
 
 def test_an_allowed_pickle_is_looked_at_but_never_unpickled(shelf: Shelf) -> None:

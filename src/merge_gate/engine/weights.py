@@ -5,6 +5,7 @@ In: what the preflight read. Out: tensors by their names, memory-mapped where th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
+from merge_gate.text import quoted
 
 
 def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
@@ -37,9 +39,11 @@ def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
 
 
 def _unreadable_pickle(error: Exception) -> Refusal:
+    foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
+    what = f"torch refuses {quoted(foreign[1])} in them" if foreign else type(error).__name__
     return Refusal(
         check="file-corrupt",
-        message=f"the pickled weights are damaged, or hold something else than tensors ({type(error).__name__})",
-        hint="do not load this file; save the adapter as safetensors",
+        message=f"the pickled weights are damaged, or hold something else than tensors ({what})",
+        hint="do not load this file; ask who made it, and have the adapter saved as safetensors",
         origin=Origin.FILE,
     )

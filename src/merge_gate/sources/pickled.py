@@ -45,8 +45,21 @@ _DTYPES = {
 
 _LEFT_TO_TORCH = {
     "_codecs.encode", "__builtin__.set", "builtins.set", "__builtin__.bytearray", "builtins.bytearray",
+    "__builtin__.complex", "builtins.complex",
 }  # fmt: skip
 """What torch's restricted loader knows and this reader does not, beside names of torch and collections."""
+
+_DO_NOT_LOAD = (
+    "do not load this file: whatever unpickles it runs that; ask who made it, and have the adapter saved as "
+    "safetensors, which holds tensors and nothing that runs"
+)
+
+
+class UnsafePickleError(CorruptFileError):
+    """Whoever unpickles the file imports or calls what no state dict needs."""
+
+    def __init__(self, does: str, name: str) -> None:
+        super().__init__(f"would {does} {shown(name)} when it is loaded, expected tensors only", _DO_NOT_LOAD)
 
 
 class _BeyondThisReaderError(Exception):
@@ -56,7 +69,8 @@ class _BeyondThisReaderError(Exception):
 def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...] | None:
     """The tensors that a file of torch.save holds, in its order; None where that cannot be told without torch.
 
-    Raises `CorruptFileError` for what torch's restricted loader would refuse as well.
+    Raises `CorruptFileError` for what torch's restricted loader would refuse as well, `UnsafePickleError` if that would
+    run something.
     """
     if not size_bytes:
         raise CorruptFileError("is empty (0 bytes)")
@@ -69,7 +83,9 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, .
             return _headers(_object_of_legacy_file(file))
     except _BeyondThisReaderError:
         return None
-    raise CorruptFileError(f"is not torch's format but {other_format(file) or 'something unknown'}")
+    if (found := other_format(file)) is None:
+        _refuse_calls(file)
+    raise CorruptFileError(f"is not torch's format but {found or 'something unknown'}")
 
 
 def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:
@@ -96,7 +112,19 @@ def _object_of_legacy_file(file: BufferedReader) -> Any:
     stream = io.BytesIO(file.read(MAX_HEADER_BYTES))
     for _ in range(_BEFORE_THE_OBJECT):
         _run(stream)
-    return _run(stream)
+    value = _run(stream)
+    _run(stream)  # the keys of its storages, which are unpickled as well
+    return value
+
+
+def _refuse_calls(file: BufferedReader) -> None:
+    """A pickle of protocol 0 or 1 has no mark at its start. torch writes none, and its unrestricted loader runs it."""
+    try:
+        _object_of_legacy_file(file)
+    except UnsafePickleError:
+        raise
+    except (CorruptFileError, _BeyondThisReaderError):
+        return
 
 
 def _headers(value: Any) -> tuple[TensorHeader, ...]:
@@ -163,11 +191,13 @@ def _call(function: Any, arguments: Any) -> Any:
             return sizes
         case "collections.OrderedDict", ():
             return {}
-    if function.text.startswith(("torch.", "collections.")) or function.text in _LEFT_TO_TORCH:
-        raise _BeyondThisReaderError
-    raise CorruptFileError(
-        f"would call {shown(function.text)} when it is loaded, expected tensors only: do not load this file"
-    )
+    if _is_foreign(function.text):
+        raise UnsafePickleError("call", function.text)
+    raise _BeyondThisReaderError
+
+
+def _is_foreign(name: str) -> bool:
+    return not name.startswith(("torch.", "collections.")) and name not in _LEFT_TO_TORCH
 
 
 # --- the stack -----------------------------------------------------------------------------------------------------
@@ -181,6 +211,7 @@ class _Stack:
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.foreign: list[str] = []
 
     def push(self, value: Any) -> None:
         self.values.append(value)
@@ -227,6 +258,10 @@ class _Stack:
             raise _BeyondThisReaderError
         target.update((key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=False) if type(key) is str)
 
+    def push_items(self, pairs: list[Any]) -> None:
+        self.push({})
+        self.set_items(pairs)
+
     def call(self) -> None:
         function, arguments = self.pop_some(2)
         self.push(_call(function, arguments))
@@ -235,7 +270,28 @@ class _Stack:
         module, name = self.pop_some(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise CorruptFileError("holds a damaged pickle: it names a function by something else than text")
-        self.push(_Name(f"{module}.{name}"))
+        self.push_name(f"{module}.{name}")
+
+    def push_name(self, text: str) -> None:
+        if _is_foreign(text):
+            self.foreign.append(text)
+        self.push(_Name(text))
+
+    def instance(self, name: str) -> None:
+        self.push(_call(_Name(name), tuple(self.pop_mark())))
+
+    def instance_of_first(self) -> None:
+        function, *arguments = self.pop_mark() or (None,)
+        self.push(_call(function, tuple(arguments)))
+
+    def call_with_keywords(self) -> None:
+        function, arguments, _keywords = self.pop_some(3)
+        self.push(_call(function, arguments))
+
+    def refuse_foreign(self) -> None:
+        """An unpickler imports a name's module as soon as it has read the name."""
+        if self.foreign:
+            raise UnsafePickleError("import", self.foreign[0])
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {
@@ -244,7 +300,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 _LITERALS = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "STRING", "UNICODE", "INT", "LONG", "FLOAT",
 }  # fmt: skip
 _STEPS: dict[str, Callable[[_Stack, Any], None]] = {
     "PROTO": lambda _stack, _argument: None,
@@ -257,16 +313,24 @@ _STEPS: dict[str, Callable[[_Stack, Any], None]] = {
     "APPENDS": lambda stack, _: stack.extend(stack.pop_mark()),
     "SETITEM": lambda stack, _: stack.set_items(stack.pop_some(2)),
     "SETITEMS": lambda stack, _: stack.set_items(stack.pop_mark()),
+    "LIST": lambda stack, _: stack.push(stack.pop_mark()),
+    "DICT": lambda stack, _: stack.push_items(stack.pop_mark()),
+    "POP": lambda stack, _: stack.drop(),
+    "PUT": lambda stack, place: stack.remember(place),
     "BINPUT": lambda stack, place: stack.remember(place),
     "LONG_BINPUT": lambda stack, place: stack.remember(place),
     "MEMOIZE": lambda stack, _: stack.remember(len(stack.memo)),
+    "GET": lambda stack, place: stack.recall(place),
     "BINGET": lambda stack, place: stack.recall(place),
     "LONG_BINGET": lambda stack, place: stack.recall(place),
-    "GLOBAL": lambda stack, name: stack.push(_Name(name.replace(" ", ".", 1))),
+    "GLOBAL": lambda stack, name: stack.push_name(name.replace(" ", ".", 1)),
     "STACK_GLOBAL": lambda stack, _: stack.name(),
     "BINPERSID": lambda stack, _: stack.push(_storage(stack.pop())),
     "REDUCE": lambda stack, _: stack.call(),
     "NEWOBJ": lambda stack, _: stack.call(),
+    "NEWOBJ_EX": lambda stack, _: stack.call_with_keywords(),
+    "INST": lambda stack, name: stack.instance(name.replace(" ", ".", 1)),
+    "OBJ": lambda stack, _: stack.instance_of_first(),
     "BUILD": lambda stack, _: stack.drop(),  # attributes of a state dict (`_metadata`)
 }
 
@@ -278,14 +342,22 @@ def _run(stream: io.BytesIO) -> Any:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 break
-            if opcode.name in _LITERALS:
-                stack.push(argument)
-            elif opcode.name in _CONSTANTS:
-                stack.push(_CONSTANTS[opcode.name]())
-            elif opcode.name in _STEPS:
-                _STEPS[opcode.name](stack, argument)
-            else:
-                raise _BeyondThisReaderError
+            _carry_out(stack, opcode.name, argument)
+    except _BeyondThisReaderError:
+        stack.refuse_foreign()
+        raise
     except ValueError as error:
         raise CorruptFileError(f"holds a damaged pickle ({error})") from None
+    stack.refuse_foreign()
     return stack.pop()
+
+
+def _carry_out(stack: _Stack, opcode: str, argument: Any) -> None:
+    if opcode in _LITERALS:
+        stack.push(argument)
+    elif opcode in _CONSTANTS:
+        stack.push(_CONSTANTS[opcode]())
+    elif opcode in _STEPS:
+        _STEPS[opcode](stack, argument)
+    else:
+        raise _BeyondThisReaderError

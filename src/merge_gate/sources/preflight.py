@@ -41,7 +41,7 @@ from merge_gate.sources.headers import (
     parse_file,
     shown,
 )
-from merge_gate.sources.pickled import read_pickled
+from merge_gate.sources.pickled import UnsafePickleError, read_pickled
 from merge_gate.text import listing as in_a_sentence
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
     is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
     if is_pickle_only and not allow_pickle:
-        return _Weights(findings=(*_pointer_in_place(directory, name), _refuse_pickle()))
+        return _Weights(findings=_refuse_pickle(directory, name))
     if name is None:
         if CONFIG_NAME not in listing.present:  # the finding of that has said so
             return _Weights()
@@ -243,25 +243,28 @@ def _record(name: str, file: BufferedReader) -> FileRecord:
     return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
 
 
-def _pointer_in_place(directory: str, name: str | None) -> tuple[Finding, ...]:
-    """A pickle that is refused anyway may not even be there."""
-    if name is None:
-        return ()
+def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
+    """A pickle that is refused anyway may not even be there (`name` is None), or be worse than others."""
+    pointer = None
     try:
-        with open_regular(str(Path(directory, name))) as file:
-            pointer, size_bytes = lfs_pointer(file), os.fstat(file.fileno()).st_size
+        if name is not None:
+            with open_regular(str(Path(directory, name))) as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                pointer = lfs_pointer(file)
+                read_pickled(file, size_bytes)
+    except UnsafePickleError as error:
+        return (_pickle_refused(f"which {error}", error.hint),)
     except (CorruptFileError, OSError):
-        return ()
-    return (_lfs(name, size_bytes, pointer.size_bytes),) if pointer else ()
-
-
-def _refuse_pickle() -> Finding:
-    return _file_finding(
-        "pickle-refused",
-        f"the only weights are {PICKLE_NAME}, a Python pickle, which can run code when it is loaded; "
-        f"expected {WEIGHTS_NAME}",
+        pass
+    refused = _pickle_refused(
+        f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
         "save the adapter again as safetensors (PEFT's default), or set allow-pickle: true if you trust its author",
     )
+    return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
+
+
+def _pickle_refused(does: str, hint: str) -> Finding:
+    return _file_finding("pickle-refused", f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
 
 
 def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
