@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.report.json_report import render
 from merge_gate.report.untrusted import one_line
-from merge_gate.text import has_hidden, is_hidden, listing, quoted
+from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted
 from tests.report.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
@@ -53,3 +53,10 @@ def test_a_list_says_how_many_it_leaves_out() -> None:
     assert listing([]) == ""
     assert listing(["a", "b"], 2) == "a, b"
     assert listing((str(n) for n in range(2000)), 2) == "0, 1 and 1,998 more"
+
+
+def test_counts_have_the_noun_that_goes_with_them() -> None:
+    assert counted(0, "tensor") == "0 tensors"
+    assert counted(1, "tensor") == "1 tensor"
+    assert counted(2000, "tensor") == "2,000 tensors"
+    assert (counted(1, "entry", "entries"), counted(2, "entry", "entries")) == ("1 entry", "2 entries")

@@ -42,6 +42,11 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     return f"{shown} and {len(known) - most:,} more" if len(known) > most else shown
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """(1, "adapter") → 1 adapter, (2, "adapter") → 2 adapters; `many` where that is not `one` and an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def one_of(words: Iterable[str]) -> str:
     """`a, b or c`."""
     *others, last = words

@@ -410,7 +410,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "member twice": (COMBINE + "{method: cat, adapters: [support, support], weights: [1, 1]}\n", '6:48: "support" is named twice'),
     "no members": (COMBINE + "{method: cat, adapters: [], weights: [1]}\n", '6:38: "adapters" is empty'),
     "too many members": (COMBINE + f"{{method: cat, adapters: [{', '.join('n' + str(n) for n in range(101))}], weights: [1]}}\n", '6:38: "adapters" must be at most 100 entries long, got a list of 101'),
-    "weights": (COMBINE + "{method: cat, adapters: [support, billing], weights: [1]}\n", "6:67: 1 weights for 2 adapters"),
+    "weights": (COMBINE + "{method: cat, adapters: [support, billing], weights: [1]}\n", "6:67: 1 weight for 2 adapters"),
     "weight as text": (COMBINE + "{method: cat, adapters: [support], weights: ['1']}\n", '6:59: entry 1 of "weights" must be a number, got'),
     "weight infinite": (COMBINE + "{method: cat, adapters: [support], weights: [1e999]}\n", '6:59: entry 1 of "weights" must be a finite number, got the number 1e999'),
     "no density": (COMBINE + "{method: ties, adapters: [support], weights: [1]}\n", '6:23: the method ties needs "density"'),
@@ -479,7 +479,7 @@ def test_a_mistake_hides_no_other_beside_it(place: Path) -> None:
         '4:24: "method" is missing in "combine"',
         '4:25: unknown key "metod"',
         '4:52: "x" is named twice',
-        "4:65: 1 weights for 2 adapters",
+        "4:65: 1 weight for 2 adapters",
         '4:76: "seed" must be at least 0, got the number -1',
     ]
 

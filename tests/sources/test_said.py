@@ -108,6 +108,7 @@ SITUATIONS: dict[str, Files] = {
     "a config that is true": raw_config("true"),
     "a key twice": raw_config('{"r": 4, "r": 8}'),
     "a bare NaN": raw_config('{"r": NaN}'),
+    "an integer of 5,000 digits": raw_config('{"r": ' + "9" * 5000 + "}"),
     "a number out of range": raw_config('{"lora_alpha": 1e999}'),
     "no type": config(peft_type=...),
     "a type that is no text": config(peft_type=7),
@@ -170,6 +171,10 @@ SITUATIONS: dict[str, Files] = {
     "weights whose header claims too much": SOUND | {WEIGHTS_NAME: (100_000_001).to_bytes(8, "little") + b"123456789"},
     "weights that end in their header": SOUND | {WEIGHTS_NAME: (1000).to_bytes(8, "little") + b"{}"},
     "weights that end in their data": SOUND | {WEIGHTS_NAME: weights(SHAPES)[:-1]},
+    "weights of one byte": SOUND | {WEIGHTS_NAME: b"a"},
+    "weights with one byte too many": SOUND | {WEIGHTS_NAME: weights({LORA_A: [4, 8]}) + b"x"},
+    "weights of one byte that is not there": header(one("U8", [1], [0, 1])),
+    "a pointer to one byte": SOUND | {WEIGHTS_NAME: LFS.partition(b"size")[0] + b"size 1\n"},
     "weights that go on": SOUND | {WEIGHTS_NAME: weights(SHAPES) + b"xyz"},
     **{f"weights that are {kind}": SOUND | {WEIGHTS_NAME: start + b"\xff" * 20} for kind, start in (
         ("a zip", b"PK\x03\x04"), ("a pickle", b"\x80\x02"), ("GGUF", b"GGUF"), ("gzip", b"\x1f\x8b"),

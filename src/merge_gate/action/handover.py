@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, BinaryIO
 
 from merge_gate.errors import LauncherError
+from merge_gate.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,6 @@ def read(environ: Mapping[str, str], stream: BinaryIO) -> dict[str, str]:
         return {str(name): str(value) for name, value in variables.items()}
     except (ValueError, AttributeError) as error:
         raise LauncherError(
-            f"the token was not handed over: got {len(line)} bytes on standard input, expected one line",
+            f"the token was not handed over: got {counted(len(line), 'byte')} on standard input, expected one line",
             hint="the launcher was stopped while it started the container, or the engine lost its standard input",
         ) from error

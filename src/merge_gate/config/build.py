@@ -31,7 +31,7 @@ from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.terms import Quantization, Severity
-from merge_gate.text import has_hidden, listing, quoted
+from merge_gate.text import counted, has_hidden, listing, quoted
 
 _Record = TypeVar("_Record")
 
@@ -152,7 +152,7 @@ class _Build:
 
     def _check_combine(self, loc: Loc, entry: CombineEntry) -> None:
         if entry.weights and entry.adapters and len(entry.weights) != len(entry.adapters):
-            message = f"{len(entry.weights)} weights for {len(entry.adapters)} adapters"
+            message = f"{counted(len(entry.weights), 'weight')} for {counted(len(entry.adapters), 'adapter')}"
             self.report((*loc, "weights"), message, "give one weight per adapter, in the same order")
         if entry.method in PRUNING and "density" not in entry.model_fields_set:
             hint = "the share of values that pruning keeps, such as 0.5"

@@ -38,7 +38,7 @@ from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX, module_of
-from merge_gate.text import listing
+from merge_gate.text import counted, listing
 
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
@@ -255,7 +255,8 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
         return
     key, got, expected = wrong[0]
     name = file_name(key, ADAPTER_NAME)
-    more = f"; {len(wrong) - 1} more tensors do not fit either" if len(wrong) > 1 else ""
+    others = len(wrong) - 1
+    more = f"; {counted(others, 'more tensor')} {'does' if others == 1 else 'do'} not fit either" if others else ""
     raise Refused(
         Refusal(
             check="shape-mismatch",

@@ -35,6 +35,7 @@ from merge_gate.engine.protocol import (
 )
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Quantization
+from merge_gate.text import counted
 
 FIRST_WORD_S = 60.0
 """After so long without progress of an adapter it is named, and again after twice as long."""
@@ -94,7 +95,7 @@ class Attempt:
                 self._task, self._progress = event.task, ""
                 self._begin(next(task.limit_s for task in self._tasks() if task.index == event.task))
             case MergeProgressed():
-                self._progress = f" (at {event.done} of {event.total} modules, {event.module})"
+                self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._heard_s, self._next_word_s = time.monotonic(), FIRST_WORD_S
             case Merged() | Undecided():
                 self._settled.add(event.task)

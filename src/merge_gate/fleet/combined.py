@@ -22,7 +22,7 @@ from merge_gate.judging.baseline import WORST_LAST
 from merge_gate.records.report import BaselineEntry, BaseReport, Environment, Report, Sandbox, Shard
 from merge_gate.records.terms import Acceptance, Result, record
 from merge_gate.report.untrusted import one_line
-from merge_gate.text import listing
+from merge_gate.text import counted, listing
 
 _WORST = {Result.FAIL: 0, Result.ERROR: 1, Result.PASS: 2}
 _VERSIONS = ("python", "torch", "peft", "transformers", "bitsandbytes")
@@ -132,7 +132,7 @@ def _unfinished(parts: list[_Part]) -> Iterator[str]:
     for part in parts:
         if not part.report.complete:
             done, all_of_it = len(part.report.adapters), len(part.shard.positions)
-            yield f"{part.name} did not finish: it judged {done} of {all_of_it} entries"
+            yield f"{part.name} did not finish: it judged {done:,} of {counted(all_of_it, 'entry', 'entries')}"
     holders: dict[int, _Part] = {}
     for part in parts:
         for position in part.shard.positions:
@@ -141,7 +141,7 @@ def _unfinished(parts: list[_Part]) -> Iterator[str]:
                 return
     entries = parts[0].shard.entries
     if len(parts) == parts[0].shard.count and len(holders) < entries:
-        yield f"all shards together have {len(holders)} of {entries} entries"
+        yield f"all shards together have {len(holders):,} of {counted(entries, 'entry', 'entries')}"
 
 
 def _other_versions(parts: list[_Part]) -> Iterator[str]:

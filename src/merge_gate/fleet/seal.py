@@ -11,6 +11,7 @@ import hmac
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
+from merge_gate.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,7 @@ class Seal:
     def __init__(self, secret: str = "") -> None:
         if secret and len(secret.encode()) < SHORTEST:
             raise UsageError(
-                f"{SECRET} has {len(secret.encode())} bytes, expected at least {SHORTEST}",
+                f"{SECRET} has {counted(len(secret.encode()), 'byte')}, expected at least {SHORTEST}",
                 hint="make one with `openssl rand -hex 32`, or unset it",
             )
         self._key = hashlib.sha256(b"merge-gate seal\0" + secret.encode()).digest() if secret else _NO_SECRET

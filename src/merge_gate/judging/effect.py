@@ -12,7 +12,7 @@ from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.text import listing
+from merge_gate.text import counted, listing
 
 
 @check("no-effect", ERROR, "The merge changes nothing.", Symptom.NO_EFFECT)
@@ -41,7 +41,8 @@ def no_effect(case: Case) -> Iterator[Finding]:
         )
     elif idle:
         yield no_effect.finding(
-            f"{len(idle)} of {len(evidence.targeted)} targeted modules are not changed by the merge: {listing(idle)}",
+            f"{len(idle):,} of {counted(len(evidence.targeted), 'targeted module')} {are(idle)} not changed by the "
+            f"merge: {listing(idle)}",
             "if these modules were meant to be trained, their tensors were not saved or never updated",
             Origin.ADAPTER,
             severity=Severity.WARNING,
@@ -74,9 +75,9 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     if case.evidence is None or share is None:
         return
     merges, limit = case.evidence.rounded, case.limit(rounding_loss)
-    counted = [one for one in merges if one.unchanged_fraction is not None]
-    size = sum(one.stats.numel for one in counted)
-    kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in counted) / size if size else math.nan
+    known = [one for one in merges if one.unchanged_fraction is not None]
+    size = sum(one.stats.numel for one in known)
+    kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in known) / size if size else math.nan
     if share <= limit:
         return
     worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))

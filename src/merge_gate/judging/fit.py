@@ -55,10 +55,11 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
 
 def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
     missing, dropped = evidence.missing, evidence.dropped
+    found = "it is" if len(missing) == 1 else f"{len(dropped):,} of them {are(dropped)}"
     return (
         (
             f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: {listing(missing)}; "
-            f"{len(dropped):,} of them {are(dropped)} in the file, and PEFT loses them on loading"
+            f"{found} in the file, and PEFT loses {'it' if len(missing) == 1 else 'them'} on loading"
         ),
         (
             "this release of PEFT renames the tensors of this architecture so that they match nothing: gate and serve "

@@ -13,6 +13,7 @@ from merge_gate.judging.checks import undecided
 from merge_gate.judging.table import NOT_JUDGED
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Severity, Verdict
+from merge_gate.text import counted
 
 
 def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:
@@ -36,8 +37,8 @@ def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, str | None]:
 def _gap(coverage: Coverage) -> str:
     if coverage.parameters_checked != coverage.parameters_total:
         return (
-            f"only {coverage.parameters_checked:,} of {coverage.parameters_total:,} parameters of the merged model "
-            "were checked"
+            f"only {coverage.parameters_checked:,} of {counted(coverage.parameters_total, 'parameter')} of the merged "
+            "model were checked"
         )
     if not coverage.parameters_total:
         return "the merged model has no parameters that could be checked"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sized
 
 from merge_gate.records.measured import TensorStats
+from merge_gate.text import counted
 
 
 def describe_nonfinite(stats: TensorStats) -> str:
@@ -15,7 +16,7 @@ def describe_nonfinite(stats: TensorStats) -> str:
     kinds = ((stats.nan, "NaN"), (stats.posinf, "+Inf"), (stats.neginf, "-Inf"))
     counts = " and ".join(f"{count:,} {kind}" for count, kind in kinds if count)
     where = "" if nothing_finite(stats) or stats.first_index is None else f", the first at {list(stats.first_index)}"
-    return f"{counts} among {stats.numel:,} values{where}"
+    return f"{counts} among {counted(stats.numel, 'value')}{where}"
 
 
 def nothing_finite(stats: TensorStats) -> bool:
@@ -25,7 +26,7 @@ def nothing_finite(stats: TensorStats) -> bool:
 
 def tensors(found: Sized) -> str:
     """`1 tensor`, `2 tensors`."""
-    return f"{len(found):,} tensor{'s' if len(found) != 1 else ''}"
+    return counted(len(found), "tensor")
 
 
 def are(found: Sized) -> str:

@@ -112,7 +112,8 @@ def _text(findings: list[Finding], before: Mapping[Finding, AdapterReport]) -> s
         for finding, more in groups[:_GROUPS]
     ]
     if len(groups) > _GROUPS:
-        parts.append(f"and {len(groups) - _GROUPS} more kinds of finding, in report.json")
+        left = words.counted(len(groups) - _GROUPS, "more kind", "more kinds")
+        parts.append(f"and {left} of finding, in report.json")
     return safe_text("\n\n".join(parts))
 
 

@@ -109,7 +109,10 @@ class PlainView(View):
             return
         estimate = self._pace.estimate(done, total)
         left = f", {estimate}" if estimate else ""
-        self._say(f"{self._state.label} {self._state.name}: {done} of {total} modules{left}, at {_name(module)}")
+        self._say(
+            f"{self._state.label} {self._state.name}: {done:,} of {words.counted(total, 'module')}{left}, "
+            f"at {_name(module)}"
+        )
 
     def adapter_done(self, adapter: AdapterReport) -> None:
         self._state.end()
@@ -258,7 +261,7 @@ class RichView(View):
 
     def _bar(self, done: int, total: int, width: int) -> Line:
         full, empty = ("#", "-") if _is_ascii(self._console.file) else ("━", "─")
-        figures = f"  {done}/{total} modules" if width >= 60 else f"  {done}/{total}"  # noqa: PLR2004
+        figures = f"  {done}/{words.counted(total, 'module')}" if width >= 60 else f"  {done}/{total}"  # noqa: PLR2004
         if left := self._pace.estimate(done, total):
             figures += f", {left}"
         length = min(max(width - 2 - len(figures), 4), 50)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.report.grid import Block, State, blocks, states
 from merge_gate.report.untrusted import inert, one_line
+from merge_gate.text import counted
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
@@ -42,7 +43,7 @@ def _drawn(block: Block, marks: list[str]) -> list[str]:
     lines = [f"  {_head(block):<{width}}  {_ticks(block)}".rstrip()]
     lines += [f"  {name:<{width}}  {row}|" for name, row in shown]
     if len(rows) > _MOST_MODULES:
-        lines.append(f"  … and {len(rows) - _MOST_MODULES} more modules")
+        lines.append(f"  … and {counted(len(rows) - _MOST_MODULES, 'more module')}")
     return lines
 
 

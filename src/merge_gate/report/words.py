@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from merge_gate.judging.table import NOT_JUDGED
 from merge_gate.records.terms import Acceptance, Origin, Quantization, Result, Severity, Verdict
 from merge_gate.report.untrusted import one_line
+from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats take their words from here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -41,11 +42,6 @@ _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
 def number(value: int) -> str:
     """1100048384 → 1,100,048,384."""
     return f"{value:,}"
-
-
-def counted(value: int, noun: str) -> str:
-    """(2, "adapter") → 2 adapters."""
-    return f"{number(value)} {noun}" if value == 1 else f"{number(value)} {noun}s"
 
 
 def duration(seconds: float) -> str:
@@ -206,7 +202,9 @@ def baseline(report: Report) -> list[str]:
         for one in off[:MOST_PROBLEMS]
     ]
     return (
-        [*said, f"and {counted(len(off) - len(said), 'more entry')}, in report.json"] if len(off) > len(said) else said
+        [*said, f"and {counted(len(off) - len(said), 'more entry', 'more entries')}, in report.json"]
+        if len(off) > len(said)
+        else said
     )
 
 

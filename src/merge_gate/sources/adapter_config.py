@@ -305,8 +305,9 @@ def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> It
     found = sorted({tensor.shape[0] for tensor in factors})
     ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")
     first = factors[0]
+    all_of_them = f"each of the {len(factors):,} lora_A tensors" if len(factors) > 1 else "the lora_A tensor"
     yield invalid(
-        f"r in {CONFIG_NAME} is {rank}, but each of the {len(factors)} lora_A tensors has another rank ({ranks}): "
+        f"r in {CONFIG_NAME} is {rank}, but {all_of_them} has another rank ({ranks}): "
         f"{shown(first.name)} has shape {list(first.shape)}",
         "config and weights come from different runs, or the config was edited: restore the config of this run",
         tensor=first.name,

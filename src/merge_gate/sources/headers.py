@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.judging.foreign import by_files
 from merge_gate.records.files import TensorHeader
-from merge_gate.text import quoted
+from merge_gate.text import counted, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,7 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     # 2. The header: a JSON object of names.
     raw = file.read(header_bytes)
     if len(raw) < header_bytes:
-        raise CorruptFileError(f"was cut off while it was read: {len(raw)} of {header_bytes} header bytes")
+        raise CorruptFileError(f"was cut off while it was read: {len(raw):,} of {counted(header_bytes, 'header byte')}")
     entries = _parse_json(raw)
     _check_metadata(entries.pop("__metadata__", None))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
@@ -185,14 +185,14 @@ def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> N
     if name := other_format(file):
         raise CorruptFileError(f"is not a safetensors file but {name}", _HINTS.get(name, ""))
     if size_bytes < _PREFIX_BYTES:
-        raise CorruptFileError(f"has {size_bytes} bytes, too few for a safetensors file")
+        raise CorruptFileError(f"has {counted(size_bytes, 'byte')}, too few for a safetensors file")
     if header_bytes > MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"is not a safetensors file: its first 8 bytes claim a header of {header_bytes:,} bytes, "
             f"the format allows {MAX_HEADER_BYTES:,}"
         )
     raise CorruptFileError(
-        f"is truncated, or not a safetensors file: the header alone should have {header_bytes:,} bytes, "
+        f"is truncated, or not a safetensors file: the header alone should have {counted(header_bytes, 'byte')}, "
         f"the whole file has {size_bytes:,}"
     )
 
@@ -293,12 +293,9 @@ def _check_offsets(tensors: dict[str, tuple[TensorHeader, int, int]], *, data_by
             what = "overlaps the one before it" if begin < expected else "leaves a hole before it"
             raise CorruptFileError(f"has a tensor {shown(tensor.name)} that {what} (byte {begin}, expected {expected})")
         expected = end
+    described = f"its header describes {counted(expected, 'byte')} of tensor data, the file holds {data_bytes:,}"
     if expected > data_bytes:
-        raise CorruptFileError(
-            f"is truncated: its header describes {expected:,} bytes of tensor data, the file holds {data_bytes:,}"
-        )
-    if expected < data_bytes:
-        raise CorruptFileError(
-            f"has {data_bytes - expected:,} bytes that belong to no tensor: "
-            f"its header describes {expected:,} bytes of tensor data, the file holds {data_bytes:,}"
-        )
+        raise CorruptFileError(f"is truncated: {described}")
+    if over := data_bytes - expected:
+        belong = "belongs" if over == 1 else "belong"
+        raise CorruptFileError(f"has {counted(over, 'byte')} that {belong} to no tensor: {described}")

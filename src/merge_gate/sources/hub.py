@@ -33,6 +33,7 @@ from merge_gate.errors import ResolveError
 from merge_gate.sources import hub_errors
 from merge_gate.sources.headers import shown
 from merge_gate.sources.hub_errors import CHECK_ENDPOINT, host, translate
+from merge_gate.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -112,7 +113,9 @@ class _Repository:
         # 3. Fetch at that commit. The first call leaves the revision's ref in the cache, for offline runs; where the
         #    revision has moved on since step 1, the second goes back to the commit.
         total_bytes = sum(files[name].size or 0 for name in wanted)
-        self.notify(f"fetching {self.what} at {commit[:12]}: {len(wanted)} files, {_shown_bytes(total_bytes)}")
+        self.notify(
+            f"fetching {self.what} at {commit[:12]}: {counted(len(wanted), 'file')}, {_shown_bytes(total_bytes)}"
+        )
         directory = self._ask(lambda: self._download(self.revision, wanted), is_patient=True)
         if Path(directory).name != commit:
             directory = self._ask(lambda: self._download(commit, wanted), is_patient=True)

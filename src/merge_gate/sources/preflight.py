@@ -42,6 +42,7 @@ from merge_gate.sources.headers import (
     shown,
 )
 from merge_gate.sources.pickled import UnsafePickleError, read_pickled
+from merge_gate.text import counted
 from merge_gate.text import listing as in_a_sentence
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def _pickle_refused(does: str, hint: str) -> Finding:
 
 
 def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
-    expected = f"of {target_bytes:,} bytes" if target_bytes is not None else "itself"
+    expected = f"of {counted(target_bytes, 'byte')}" if target_bytes is not None else "itself"
     return _file_finding(
         "file-lfs-pointer",
         f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the file {expected} that it stands for",

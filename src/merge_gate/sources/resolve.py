@@ -21,7 +21,7 @@ from merge_gate.records.config import AdapterSpec
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
 from merge_gate.sources import strict_json
 from merge_gate.sources.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
-from merge_gate.text import listing
+from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -257,7 +257,8 @@ def _check_index(directory: str, weights: Sequence[str], *, name: str) -> None:
         raise ResolveError(f"the base {shown(name)} is broken: {weights[0]} has no weight_map", hint=_FETCH_AGAIN)
     if absent := sorted(files - set(weights)):
         raise ResolveError(
-            f"the base {shown(name)} is incomplete: {weights[0]} names {len(absent)} shards that are not beside it "
+            f"the base {shown(name)} is incomplete: {weights[0]} names {counted(len(absent), 'shard')} that "
+            f"{'is' if len(absent) == 1 else 'are'} not beside it "
             f"({', '.join(shown(shard) for shard in absent[:_LISTED])})",
             hint=_FETCH_AGAIN,
         )
@@ -274,7 +275,7 @@ def _check_base_file(directory: str, file_name: str, *, name: str) -> None:
     try:
         with open_regular(str(Path(directory, file_name))) as file:
             if pointer := lfs_pointer(file):
-                size = f", expected {pointer.size_bytes:,} bytes" if pointer.size_bytes is not None else ""
+                size = f", expected {counted(pointer.size_bytes, 'byte')}" if pointer.size_bytes is not None else ""
                 raise ResolveError(
                     f"the base {shown(name)} has a Git LFS pointer where {file_name} should be{size}",
                     hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",

@@ -18,8 +18,7 @@ class InvalidJsonError(Exception):
 def parse(raw: bytes) -> dict[str, Any]:
     """The object in the file. Raises `InvalidJsonError` for anything that strict JSON does not allow."""
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = _loaded(raw.decode("utf-8"))
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise InvalidJsonError(f"is not UTF-8 text: {error.reason}") from None
@@ -27,11 +26,20 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise InvalidJsonError("is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise InvalidJsonError(f"is not valid JSON: {error}") from None
-    except ValueError as error:
-        raise InvalidJsonError(f"holds a number that JSON cannot carry: {error}") from None
+    except ValueError:
+        raise InvalidJsonError("holds a number that is too large for a float") from None
     if not isinstance(value, dict):
         raise InvalidJsonError(f"holds {kind(value)}, expected a JSON object")
     return value
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # of int(), which reads so many digits and no more
+        raise InvalidJsonError("holds an integer with more digits than are read, expected one of 64 bits") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
