@@ -97,11 +97,11 @@ class Keeper:
             return
         listed = list(entries)
         for _, entry in listed:
-            self.digests.start(_directory(entry))
+            self.digests.start(base_directory(entry))
         self.digests.wait()
         for index, entry in listed:
             line = self._line_of(entry)
-            if line is not None and _is_there(entry) and self.digests.holds(_directory(entry)):
+            if line is not None and _is_there(entry) and self.digests.holds(base_directory(entry)):
                 yield index, line
 
     def _line_of(self, entry: Entry) -> Line | None:
@@ -118,7 +118,7 @@ class Keeper:
         return verdicts.restored(found_there[1], found_there[0], rests_on, entry) if found_there else None
 
     def _material(self, entry: Entry) -> Json | None:
-        content = self.digests.content(_directory(entry))
+        content = self.digests.content(base_directory(entry))
         if content is None or self._device is None:
             return None
         circumstances = Circumstances(
@@ -186,7 +186,8 @@ class Keeper:
         return hashlib.sha256("\0".join(seen).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _directory(entry: Entry) -> str:
+def base_directory(entry: Entry) -> str:
+    """The directory of the base that an entry is merged into; of one that has a base, as all that are merged do."""
     if entry.prepared.base is None:
         raise AssertionError("an entry without a base is settled before it is looked for")
     return entry.prepared.base.directory

@@ -7,17 +7,19 @@ worker nor files.
 2. Evidence settles it.                                            `merged`
 3. What kept the gate from judging settles it too.                 `undecided`
 4. Where only the files are asked about, they have a verdict.      `checked`
+5. A base has its line too.                                        `of_base`
 """
 
 from __future__ import annotations
 
 from merge_gate.judging import checks, verdict
-from merge_gate.judging.bounds import cut
+from merge_gate.judging.bounds import bounded, cut
+from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import BaseSpec
 from merge_gate.records.files import AdapterFiles, Entry, Prepared
 from merge_gate.records.measured import BaseFacts, Evidence, Refusal
-from merge_gate.records.report import AdapterReport, BaseRef, Coverage
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Severity, Verdict
 
 
@@ -60,6 +62,20 @@ def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
     return _judged(entry, (checks.undecided(refusal.message, refusal.hint, origin=refusal.origin),))
+
+
+def of_base(facts: BaseFacts) -> BaseReport:
+    """What is said of a base."""
+    return BaseReport(
+        model=facts.model,
+        revision=facts.revision,
+        dtype=facts.dtype,
+        quantization=facts.quantization,
+        parameters=facts.parameters,
+        loaded_as=facts.loaded_as,
+        replaced=facts.replaced,
+        findings=bounded(findings_of_base(facts)),
+    )
 
 
 def checked(prepared: Prepared) -> AdapterReport:
