@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,7 +37,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
@@ -233,6 +235,16 @@ def make_adapter(base_dir: Path, out_dir: Path, *, seed: int = 1, **lora_kwargs:
     """A LoRA adapter of the base, as PEFT saves it; nothing is trained, all its parameters are seeded noise."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     save_adapter(base_dir, out_dir, LoraConfig(**(settings | lora_kwargs)), seed=seed)
+
+
+@contextmanager
+def among_transformers(model_class: type[PreTrainedModel]) -> Iterator[str]:
+    """A class of one's own, found by its name in transformers as those of a later release would be."""
+    setattr(transformers, model_class.__name__, model_class)
+    try:
+        yield model_class.__name__
+    finally:
+        delattr(transformers, model_class.__name__)
 
 
 def save_adapter(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
 
-from tests import peft_configurations
-from tests.gating import Gate, one_thread
+from tests import methods
+from tests.gating import Gate, Judgement, one_thread
 from tests.peft_configurations import Outcome, hold, one_nan, read
 
 TABLES = {
@@ -125,21 +126,22 @@ def test_the_gate_merges_to_pefts_bits_and_refuses_what_peft_refuses(outcomes: d
         assert one.one_nan.startswith("failed"), one
 
 
-def test_a_merge_to_other_bits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT adds a little more than the gate has seen it add: that is a disagreement."""
+class GateOfAnother(Gate):
+    """Gates another adapter than the one that PEFT merges: one value of it differs."""
+
+    def judge(self, adapter: Path, base: Path, **settings: Any) -> Judgement:
+        tensors = methods.load_file(adapter / methods.WEIGHTS)
+        name = next(name for name in tensors if "h.1.attn.c_attn.lora_B" in name)
+        tensors[name].view(-1)[3] += 1e-3
+        return super().judge(methods.write_variant(adapter, adapter / "another", tensors), base, **settings)
+
+
+def test_a_merge_to_other_bits_is_seen(tmp_path: Path) -> None:
     for module, text in TABLES.items():
         (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
     one = next(one for one in read(tmp_path) if one.kind is LoraConfig and "decoder_models: 0" in one.name)
-    original = peft_configurations.user_merge
-
-    def user_merge(*arguments: object) -> object:
-        merged = original(*arguments)  # type: ignore[arg-type]
-        merged.tensors["transformer.h.1.attn.c_attn.weight"].view(-1)[3] += 1e-6
-        return merged
-
-    monkeypatch.setattr(peft_configurations, "user_merge", user_merge)
     with one_thread():
-        outcome = hold(one, "float32", Gate(), tmp_path / "work")
+        outcome = hold(one, "float32", GateOfAnother(), tmp_path / "work")
     assert outcome.wrong == ("bits of 1 tensors: transformer.h.1.attn.c_attn.weight",)
 
 

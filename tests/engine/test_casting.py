@@ -24,7 +24,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.sources.preflight import preflight
 from tests import methods
 from tests.merged import kept
-from tests.models import VARIANTS
+from tests.models import VARIANTS, among_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -181,19 +181,28 @@ def test_a_dtype_that_is_no_cast_away_is_loaded(shelf: Shelf) -> None:
     assert in_another_dtype(known, shape, str(shelf.base("llama")), "float64") is None
 
 
-def test_a_class_that_changes_what_it_loads_is_loaded(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+class Scaled(transformers.LlamaForCausalLM):  # type: ignore[misc]
     """A real load ends with the class's own step, which may read or write weights: here it scales one."""
-    tie = transformers.LlamaForCausalLM.tie_weights
 
-    def scaled(self: Any, *positional: Any, **named: Any) -> Any:
-        found = tie(self, *positional, **named)
-        self.model.norm.weight.data.mul_(2)
+    factor = 2.0
+
+    def tie_weights(self, *positional: Any, **named: Any) -> Any:
+        found = super().tie_weights(*positional, **named)
+        if self.factor != 1:
+            self.model.norm.weight.data.mul_(self.factor)
         return found
 
+
+class Unscaled(Scaled):
+    factor = 1.0
+
+
+@pytest.mark.parametrize("model_class", [Scaled, Unscaled])
+def test_a_class_that_changes_what_it_loads_is_loaded(model_class: type[Scaled], shelf: Shelf) -> None:
     known = loaded(shelf.base("llama"), "auto", "LlamaForCausalLM")
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "tie_weights", scaled)
-    shape = Shape(class_name="LlamaForCausalLM")
-    assert in_another_dtype(known, shape, str(shelf.base("llama")), "float16") is None
+    with among_transformers(model_class) as name:
+        cast = in_another_dtype(known, Shape(class_name=name), str(shelf.base("llama")), "float16")
+    assert (cast is None) == (model_class is Scaled)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 
 from merge_gate.engine import base as bases
@@ -17,7 +18,7 @@ from merge_gate.engine.sharing import in_another_class
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
 from tests.merged import kept
-from tests.models import save_adapter
+from tests.models import among_transformers, save_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,14 +76,23 @@ def test_a_quantised_base_is_loaded_from_its_files(shelf: Shelf) -> None:
     assert in_another_class(known, Shape(class_name="LlamaModel")) is None
 
 
-def test_what_would_be_rounded_twice_is_loaded_from_its_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class may keep in float32 what the one before it has in float16."""
-    import transformers  # noqa: PLC0415 - beside the only use
+class Body(transformers.GPT2Model):  # type: ignore[misc]
+    """GPT-2 under another name."""
 
+
+class RoundedLess(Body):
+    """A class may keep in float32 what the one before it has in float16."""
+
+    _keep_in_fp32_modules = ("c_fc",)
+    _keep_in_fp32_modules_strict = ("c_fc",)
+
+
+@pytest.mark.parametrize("model_class", [Body, RoundedLess])
+def test_what_would_be_rounded_twice_is_loaded_from_its_files(model_class: type[Body], shelf: Shelf) -> None:
     known = load(shelf, "gpt2", "GPT2LMHeadModel", "float16")
-    monkeypatch.setattr(transformers.GPT2Model, "_keep_in_fp32_modules", ["c_fc"], raising=False)
-    monkeypatch.setattr(transformers.GPT2Model, "_keep_in_fp32_modules_strict", ["c_fc"], raising=False)
-    assert in_another_class(known, Shape(class_name="GPT2Model")) is None
+    with among_transformers(model_class) as name:
+        shared = in_another_class(known, Shape(class_name=name))
+    assert (shared is None) == (model_class is RoundedLess)
 
 
 def test_the_first_may_be_let_go_of(shelf: Shelf) -> None:
