@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate import whole_file
 from merge_gate.config.load import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
-from merge_gate.report import files
 from merge_gate.sources import inputs, resolve
 from tests.command import merge_gate, strict_json
 from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
@@ -388,7 +388,7 @@ def test_a_disk_that_gives_out_costs_no_verdict(
         if broken and not (comes_back and "nan" in judged):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", no_room)
+    monkeypatch.setattr(whole_file.os, "fsync", no_room)
     view = Watcher(
         start=lambda *_: broken.append(True),
         adapter_done=lambda adapter: judged.append(adapter.name),

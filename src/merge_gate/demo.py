@@ -8,13 +8,13 @@ are written in the formats of transformers and PEFT without either, whose import
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.records.terms import Verdict
+from merge_gate.tensor_names import ADAPTER_PREFIX
+from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,21 +89,14 @@ def _claim(root: Path) -> None:
 
 
 def _write(root: Path, name: str, content: bytes) -> None:
-    """By a temporary file and a rename; a link anywhere below the root would lead out of the demo."""
+    """A link anywhere below the root would lead out of the demo."""
     target = root / name
     links = [path for path in (target, *target.parents) if path != root and root in path.parents and path.is_symlink()]
     if links:
         raise UsageError(f"{links[0]} is a link, which no demo has made", hint="remove it, or name a new directory")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".demo-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(target) as file:
+        file.write(content)
 
 
 def _demo_files() -> dict[str, bytes]:
@@ -185,7 +178,7 @@ def _adapters() -> dict[str, Tensors]:
         "nan": good | {last_b: nan},
         "overflow": good | {last_b: overflow},
         "lost-keys": {
-            name.replace("base_model.model.", "base_model.model._orig_mod."): value for name, value in good.items()
+            name.replace(ADAPTER_PREFIX, f"{ADAPTER_PREFIX}_orig_mod."): value for name, value in good.items()
         },
         "no-effect": {name: value * 0 if "lora_B" in name else value for name, value in good.items()},
     }
@@ -198,7 +191,7 @@ def _good_adapter() -> Tensors:
     tensors: Tensors = {}
     for layer in range(LAYERS):
         for target in TARGETS:
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            prefix = f"{ADAPTER_PREFIX}model.layers.{layer}.self_attn.{target}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=generator) * 0.1
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(HIDDEN, RANK, generator=generator) * 0.01
     return tensors

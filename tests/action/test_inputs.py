@@ -127,10 +127,10 @@ def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:
 
 def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
     given = action.read_inputs(
-        [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.CHECKS], environ
+        [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.RULES], environ
     )
     assert (given.runtime, given.gpus, given.device, given.pull) == ("auto", "auto", "auto", "missing")
-    assert (given.fail_on, given.upload_report, given.retention_days) == ("broken", True, 0)
+    assert (given.upload_report, given.retention_days) == (True, 0)
     assert given.time_limit_s == TIME_LIMIT_S
     assert (given.mounts, given.hf_cache) == ((), None)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.whole_file import whole_file
 
 with contextlib.suppress(ImportError):  # not on Windows, where the step ends before it comes to this
     import fcntl
@@ -101,15 +101,9 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def _take(folder: int, name: str, limit: int, target: Path) -> None:
-    """Copy under a temporary name and rename: a link at the target's name is replaced and not written through."""
-    temporary = target / f".{name}.{secrets.token_hex(8)}"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with os.fdopen(descriptor, "wb") as copy:
-            _copy(folder, name, limit, copy.write)
-        temporary.replace(target / name)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A link at the target's name is replaced and not written through."""
+    with whole_file(target / name) as copy:
+        _copy(folder, name, limit, copy.write)
 
 
 def _copy(folder: int, name: str, limit: int, write: Callable[[bytes], object]) -> None:

@@ -26,8 +26,8 @@ OURS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "
 """Options of `merge-gate run` that have an input of their own, or none."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 
-_Check = tuple[str, str, str]
-CHECKS: tuple[_Check, ...] = (
+_Rule = tuple[str, str, str]
+RULES: tuple[_Rule, ...] = (
     ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (this input is required)"),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
@@ -70,7 +70,6 @@ class Inputs:
     mounts: tuple[Path, ...]
     limits: Limits
     time_limit_s: float
-    fail_on: str
     upload_report: bool
     artifact_name: str
     retention_days: int
@@ -80,10 +79,10 @@ class Inputs:
 
 def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
-    given = {**dict.fromkeys((name for name, _, _ in CHECKS), ""), "args": ""}
+    given = {**dict.fromkeys((name for name, _, _ in RULES), ""), "args": ""}
     given.update(word[2:].partition("=")[::2] for word in words)
     given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
-    problems = [problem for check in CHECKS if (problem := _problem(given, *check))]
+    problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     places = _Places(environ, given["working-directory"])
     config = places.place(given["config"])
     named = not places.complaint and not any(problem.startswith("config: ") for problem in problems)
@@ -109,7 +108,6 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
         mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
         limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
-        fail_on=given["fail-on"],
         upload_report=given["upload-report"] == "true",
         artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),

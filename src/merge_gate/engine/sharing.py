@@ -14,7 +14,6 @@ writes to a base, so nothing is copied. Knows nothing of PEFT.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from merge_gate.engine.base import (
     Base,
@@ -104,9 +105,12 @@ def stored_names(directory: Path) -> set[str]:
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    return [directory / path for path in sorted(files)]
+    """Found as transformers' own load finds them: one file, else the shards of its index."""
+    whole = directory / SAFE_WEIGHTS_NAME
+    if whole.exists():
+        return [whole]
+    shards, _ = get_checkpoint_shard_files(str(directory), str(directory / SAFE_WEIGHTS_INDEX_NAME))
+    return [Path(shard) for shard in shards]
 
 
 def _outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

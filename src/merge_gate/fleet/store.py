@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import stat
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from merge_gate.errors import UsageError
 from merge_gate.fleet.key import canonical
 from merge_gate.report.fields import UnreadableError
 from merge_gate.report.json_report import parsed
+from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,8 @@ class Store:
         try:
             if folder is None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            _write(folder, name, self._seal.of(kind, name, body).encode() + b"\n" + body)
+            with whole_file(Path(name), folder=folder) as file:
+                file.write(self._seal.of(kind, name, body).encode() + b"\n" + body)
         except OSError as error:
             self._tell(error)
 
@@ -138,16 +139,3 @@ def _read(folder: int, name: str) -> bytes:
         if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_BYTES:
             return b""
         return file.read(LONGEST_BYTES)
-
-
-def _write(folder: int, name: str, data: bytes) -> None:
-    temporary = f".{name}.{secrets.token_hex(8)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as file:
-            file.write(data)
-        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=folder)
-        raise

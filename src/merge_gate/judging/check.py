@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
-from typing import Any
 
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
@@ -61,19 +61,75 @@ class Check:
     judge: Callable[[Case], Iterator[Finding]] = lambda _: iter(())
 
     def finding(
-        self, message: str, hint: str, origin: Origin, *, severity: Severity | None = None, **places: Any
+        self,
+        message: str,
+        hint: str,
+        origin: Origin,
+        *,
+        severity: Severity | None = None,
+        module: str | None = None,
+        tensor: str | None = None,
+        stats: TensorStats | None = None,
+        measured: tuple[tuple[str, float], ...] = (),
     ) -> Finding:
-        """A finding of this check. `severity` marks a lesser case: a warning of a check that is an error."""
-        return Finding(
-            check=self.id, severity=severity or self.severity, message=message, hint=hint, origin=origin, **places
+        """A finding of this check.
+
+        Args:
+            message: what is wrong, where, got and expected.
+            hint: what to do about it; may be empty.
+            origin: where the cause lies.
+            severity: marks a lesser case: a warning of a check that is an error.
+            module: module of the base.
+            tensor: name of the tensor.
+            stats: instead of its name, where its counts of NaN and infinities belong into the report.
+            measured: the figures behind the finding, by name.
+        """
+        found = Finding(
+            check=self.id,
+            severity=severity or self.severity,
+            message=message,
+            hint=hint,
+            origin=origin,
+            module=module,
+            tensor=tensor,
+            measured=measured,
+        )
+        if stats is None:
+            return found
+        return replace(
+            found,
+            tensor=stats.name,
+            nan=stats.nan,
+            posinf=stats.posinf,
+            neginf=stats.neginf,
+            numel=stats.numel,
+            first_index=stats.first_index,
         )
 
 
 def check(
-    name: str, severity: Severity, summary: str, symptom: Symptom, **more: Any
+    name: str,
+    severity: Severity,
+    summary: str,
+    symptom: Symptom,
+    *,
+    limit: float | None = None,
+    can_be_off: bool = True,
+    allows_merging: bool = False,
+    allows_loading: bool = False,
 ) -> Callable[[Callable[[Case], Iterator[Finding]]], Check]:
     """Make a row of the table of the function that judges. The order of definition is the order of blame."""
-    return lambda judge: Check(id=name, severity=severity, summary=summary, symptom=symptom, judge=judge, **more)
+    return lambda judge: Check(
+        id=name,
+        severity=severity,
+        summary=summary,
+        symptom=symptom,
+        limit=limit,
+        can_be_off=can_be_off,
+        allows_merging=allows_merging,
+        allows_loading=allows_loading,
+        judge=judge,
+    )
 
 
 @record
@@ -94,9 +150,3 @@ def limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
     setting = settings.get(of.id)
     chosen = setting.limit if setting is not None and setting.limit is not None else of.limit
     return math.inf if chosen is None else chosen
-
-
-def counts(stats: TensorStats) -> dict[str, Any]:
-    """The figures of a tensor that is not finite, as a finding has them."""
-    names = ("nan", "posinf", "neginf", "numel", "first_index")
-    return {"tensor": stats.name} | {name: getattr(stats, name) for name in names}

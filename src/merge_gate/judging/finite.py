@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check, counts
+from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.words import describe_nonfinite, nothing_finite
 from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -39,7 +39,7 @@ def findings_of_base(base: BaseFacts) -> Iterator[Finding]:
             Origin.BASE,
             severity=WARNING if no_limit else ERROR,
             module=stats.name.rpartition(".")[0],
-            **counts(stats),
+            stats=stats,
         )
 
 
@@ -68,7 +68,7 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
         Origin.ADAPTER,
         severity=Severity.ERROR if one.used else Severity.WARNING,
         module=module_of(stats.name),
-        **counts(stats),
+        stats=stats,
     )
 
 
@@ -115,5 +115,5 @@ def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
         hint,
         Origin.MERGE,
         module=merge.module,
-        **counts(stats),
+        stats=stats,
     )
