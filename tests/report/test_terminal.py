@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
+from merge_gate.report.columns import cells
 from merge_gate.report.terminal import PlainView, RichView, SilentView, make_view
 from tests.report.reports import (
     CRASHED,
@@ -197,45 +198,74 @@ def test_plain_lets_no_name_become_a_command(report: Report, name: str, encoding
 
 
 def frame(view: RichView, width: int, height: int = 24) -> list[str]:
+    """What stands at the foot of a terminal of this size, blanks at the ends of lines aside."""
     view._console.size = (width, height)  # type: ignore[assignment]
-    return view._frame().plain.split("\n")
+    shown = view._console.render_lines(view._foot.get_renderable(), pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in shown]
 
 
 def test_the_live_view_says_what_and_how_long() -> None:
     clock = Clock()
     view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
+    assert frame(view, 80) == []
     view._state.total = 5
     view.base_loading("./models/base", "bfloat16")
+    assert [line[2:] for line in frame(view, 80)] == ["loading base ./models/base (bfloat16)"]
     clock.now += 3
-    assert frame(view, 80)[0][2:] == "loading base ./models/base (bfloat16)  3 s"
+    assert [line[2:] for line in frame(view, 80)] == ["loading base ./models/base (bfloat16)  3 s"]
     view.base_loaded(FACTS, 3)
     view.adapter_started("support", 1, 5, "bfloat16")
     view.adapter_done(PASSED)
     view.adapter_started("billing", 2, 5, "bfloat16")
-    clock.now += 4
-    view.adapter_progress(12, 48, "model.layers.3.self_attn.q_proj")
-    done, now, bar, module, whole = frame(view, 80)
-    assert done == "✓ support  passed, 48 modules, 0.84 s"
-    assert now[2:] == "billing  [2/5] bfloat16"
-    assert bar.endswith("  12/48 modules, about 12 s left")
-    assert bar.count("━") * 3 == pytest.approx(bar.count("─"), abs=3)
-    assert module == "  model.layers.3.self_attn.q_proj"
-    assert whole.startswith("  all 5 adapters: about ")
+    assert [line[2:] for line in frame(view, 80)] == [
+        "support  passed, 48 modules, 0.84 s",
+        "billing  [2/5] bfloat16",
+        "━" * 12 + "╸" + "━" * 51 + " 1/5 adapters",
+    ]
+    for module, name in ((12, "model.layers.3.self_attn.q_proj"), (24, "model.layers.7.self_attn.q_proj")):
+        clock.now += 4
+        view.adapter_progress(module, 48, name)
+    done, now, module, bar, whole = frame(view, 80)
+    assert (done[0], now[2:], module) == ("✓", "billing  [2/5] bfloat16", "  model.layers.7.self_attn.q_proj")
+    assert bar.endswith(" 24/48 modules, about 8 s left")
+    assert bar.index("╸") == pytest.approx(2 + bar.count("━") / 2, abs=1)
+    assert whole.endswith(" 1/5 adapters, about 56 s left")
 
 
-@pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_a_frame_fits_the_terminal(width: int) -> None:
+def test_what_took_no_merge_is_not_in_the_estimate() -> None:
+    """A thousand refused files in a moment say nothing of how long a merge takes."""
     clock = Clock()
     view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
+    view._state.total = 1004
+    for _ in range(1000):
+        clock.now += 0.001
+        view.adapter_done(FAILED)
+    for index in range(1001, 1004):
+        view.adapter_started("big", index, 1004, "bfloat16")
+        clock.now += 60
+        view.adapter_progress(1, 2, "layers.1")
+        clock.now += 60
+        view.adapter_done(PASSED)
+    view.adapter_started("big", 1004, 1004, "bfloat16")
+    assert frame(view, 80)[-1].endswith(" 1,003/1,004 adapters, about 2 min 00 s left")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_frame_fits_the_terminal_whatever_its_size_is_by_now(encoding: str) -> None:
+    clock = Clock()
+    view = RichView(Stream(tty=True, encoding=encoding), Stream(tty=True, encoding=encoding), clock=clock)
     for judged in (PASSED, WARNED, FAILED, HALF_FAILED, CRASHED) * 9:
         view.adapter_done(judged)
     view.adapter_started("[red]名前" * 20, 46, 46, "bfloat16")
-    clock.now += 2
-    view.adapter_progress(47, 48, "model." * 30)
-    lines = frame(view, width)
-    assert len(lines) <= 24
-    assert all(view._console.render_lines(line).__len__() == 1 for line in lines)
-    assert any("[red]" in line for line in lines) or width < 40
+    for done in (23, 47):
+        clock.now += 2
+        view.adapter_progress(done, 48, "model." * 30)
+    for width, height in ((200, 50), (80, 24), (120, 30), (40, 12), (20, 24), (80, 24)):
+        lines = frame(view, width, height)
+        assert len(lines) <= height
+        assert all(cells(line) < width for line in lines)
+        assert lines[-1].lstrip("━╸╺- ").startswith("45/46 adap")
+        assert any("[red]" in line for line in lines) or width < 40
 
 
 def test_colour_goes_where_it_may() -> None:

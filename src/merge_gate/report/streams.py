@@ -61,3 +61,8 @@ def encodable(message: str, stream: IO[str]) -> str:
     """Replace what the stream's encoding cannot say: a log in the C locale must not end the run."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return message.encode(encoding, "replace").decode(encoding)
+
+
+def is_ascii(stream: IO[str]) -> bool:
+    """Whether marks, bars and the ellipsis are to be plain, since the stream cannot say others."""
+    return encodable("✓✗━─⠋…", stream) != "✓✗━─⠋…"

@@ -1,30 +1,25 @@
 """What a person sees of a run: progress while it works, the result at its end.
 
 In: the events of a run, in order, and two text streams. Out: progress on standard error, the result on standard
-output. Knows the records and the texts of `report`, nothing of how a run is done. `RichView` is for a terminal,
-`PlainView` for everything else (no escape codes, one line per event); only the former imports rich. All names in the
-events are hostile: hidden characters are replaced and no line can become a workflow command.
+output. Knows the records and the texts of `report`, nothing of how a run is done. `RichView` is for a terminal, with
+rich's progress (foot.py), `PlainView` for everything else: no escape codes, one line per event, and no import of rich.
+All names in the events are hostile: hidden characters are replaced and no line can become a workflow command.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from merge_gate.records.terms import Verdict
 from merge_gate.report import text, words
-from merge_gate.report.columns import cut
-from merge_gate.report.streams import encodable, write
+from merge_gate.report.streams import is_ascii, write
 from merge_gate.report.text import Style
 from merge_gate.report.untrusted import inert, one_line, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
 
     from merge_gate.records.measured import BaseFacts
     from merge_gate.records.report import AdapterReport, Report
@@ -37,15 +32,6 @@ WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal is."""
 QUIET_S = 30.0
 """How long `PlainView` says nothing while a merge goes on."""
-
-_COLOURS = {
-    Style.PLAIN: "",
-    Style.STRONG: "bold",
-    Style.FAINT: "dim",
-    Style.GOOD: "bold green",
-    Style.BAD: "bold red",
-    Style.DOUBT: "bold yellow",
-}
 
 
 class View:
@@ -124,7 +110,7 @@ class PlainView(View):
             self._say(line)
 
     def finish(self, report: Report, output_dir: str) -> None:
-        write(self._stdout, text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=_is_ascii(self._stdout)))
+        write(self._stdout, text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=is_ascii(self._stdout)))
 
     def close(self) -> None:
         """There is nothing to put back."""
@@ -140,61 +126,42 @@ class RichView(View):
     def __init__(self, stdout: TextIO, stderr: TextIO, *, colour: bool = True, clock: Clock = time.monotonic) -> None:
         from rich.console import Console  # noqa: PLC0415 - only this view pays for importing rich
 
+        from merge_gate.report.foot import Foot, styled  # noqa: PLC0415
+
         def console(stream: TextIO) -> Console:
             return Console(file=stream, no_color=True if not colour else None, highlight=False, markup=False)
 
-        self._stdout = stdout
-        self._colour = colour
-        self._out = console(stdout)
-        self._console = console(stderr)
-        self._clock = clock
+        self._stdout, self._stderr, self._colour, self._styled = stdout, stderr, colour, styled
+        self._out, self._console = console(stdout), console(stderr)
+        self._foot = Foot(self._console, clock)
         self._state = _State()
-        self._pace = _Pace(clock)
-        self._run_pace = _Pace(clock)
-        self._loading: str | None = None
-        self._modules = (0, 0, "")
-        self._finished: list[Line] = []
-        self._live: Live | None = None
 
     def start(self, config_path: str, adapter_count: int) -> None:
-        from rich.live import Live  # noqa: PLC0415 - see above
-
         self._state.total = adapter_count
-        self._run_pace.begin()
         self._print(((_opening(config_path, adapter_count), Style.STRONG),))
-        self._loading = "reading files, starting torch"
-        self._pace.begin()
-        self._live = Live(get_renderable=self._frame, console=self._console, refresh_per_second=8, transient=True)
-        self._live.start()
+        self._foot.wait_for("reading files, starting torch")
+        self._foot.start()
 
     def base_loading(self, model: str, dtype: str) -> None:
-        self._loading = _loading(model, dtype)
-        self._pace.begin()
+        self._foot.wait_for(_loading(model, dtype))
 
     def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
-        self._loading = None
         self._print(((_loaded(facts, seconds), Style.FAINT),))
 
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
-        self._loading = None
-        self._modules = (0, 0, "")
         self._state.begin(name, index, total, dtype)
-        self._pace.begin()
-        if self._state.done == 0:
-            self._run_pace.begin()
+        self._foot.begin(self._state.name, f"{self._state.label} {self._state.dtype}", self._state.total)
 
     def adapter_progress(self, done: int, total: int, module: str) -> None:
-        self._modules = (done, total, _name(module))
+        self._foot.step(done, total, _name(module))
 
     def adapter_done(self, adapter: AdapterReport) -> None:
-        self._modules = (0, 0, "")
         self._state.end()
-        style = text.STYLES[adapter.verdict]
-        said, why = _done(adapter)
-        mark = self._marks[adapter.verdict]
-        self._finished.append(
-            ((f"{mark} ", style), (f"{_name(adapter.name)}  ", Style.PLAIN), (said, style), (why, Style.FAINT))
-        )
+        style, (said, why) = text.STYLES[adapter.verdict], _done(adapter)
+        mark = (text.ASCII_MARKS if is_ascii(self._stderr) else text.MARKS)[adapter.verdict]
+        name = _name(adapter.name)
+        line = ((f"{mark} ", style), (f"{name}  ", Style.PLAIN), (said, style), (why, Style.FAINT))
+        self._foot.end(line, self._state.total)
 
     def note(self, message: str) -> None:
         for line in safe_text(message).split("\n"):
@@ -204,78 +171,20 @@ class RichView(View):
         self.close()
         on_terminal = self._stdout.isatty()
         width = min(self._out.width, WIDEST) if on_terminal else PLAIN_WIDTH
-        lines = text.lines(report, output_dir, width=width, ascii_only=_is_ascii(self._stdout))
+        lines = text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
         if on_terminal and self._colour:
             for line in lines:
-                self._out.print(_styled(line, self._out), soft_wrap=True)
+                self._out.print(self._styled(line, self._stdout), soft_wrap=True)
             return
         write(self._stdout, text.joined(lines))
         if not on_terminal:
             self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    @property
-    def _marks(self) -> dict[Verdict, str]:
-        return text.ASCII_MARKS if _is_ascii(self._console.file) else text.MARKS
+        self._foot.stop()
 
     def _print(self, line: Line) -> None:
-        self._console.print(_styled(line, self._console), overflow="fold")
-
-    def _frame(self) -> Text:
-        """Return what stands at the foot of the terminal now, no line wider than the terminal."""
-        width = self._console.width - 1
-        room = max(self._console.height - 7, 1)
-        shown = [*self._finished[-room:], *self._working(width)]
-        frame = _styled((), self._console)
-        for index, line in enumerate(shown):
-            styled = _styled(line, self._console)
-            styled.truncate(width, overflow="ellipsis" if not _is_ascii(self._console.file) else "crop")
-            frame.append("\n" if index else "").append_text(styled)
-        return frame
-
-    def _working(self, width: int) -> list[Line]:
-        spinner: tuple[str, Style] = (f"{self._spinner()} ", Style.GOOD)
-        if self._loading:
-            waited = f"  {words.duration(int(self._pace.elapsed_s))}" if self._pace.elapsed_s >= 1 else ""
-            return [(spinner, (cut(self._loading, width - 2 - len(waited)), Style.PLAIN), (waited, Style.FAINT))]
-        if not self._state.name:
-            return []
-        done, total, module = self._modules
-        label = f"  {self._state.label} {self._state.dtype}"
-        lines: list[Line] = [
-            (spinner, (cut(self._state.name, max(width - 2 - len(label), 8)), Style.STRONG), (label, Style.FAINT)),
-        ]
-        if total:
-            lines.append(self._bar(done, total, width))
-            lines.append((("  ", Style.PLAIN), (cut(module, width - 2), Style.FAINT)))
-        fraction = done / total if total else 0.0
-        if self._state.total > 1 and (left := self._run_pace.estimate(self._state.done + fraction, self._state.total)):
-            lines.append(
-                (("  ", Style.PLAIN), (f"all {words.counted(self._state.total, 'adapter')}: {left}", Style.FAINT))
-            )
-        return lines
-
-    def _bar(self, done: int, total: int, width: int) -> Line:
-        full, empty = ("#", "-") if _is_ascii(self._console.file) else ("━", "─")
-        figures = f"  {done}/{words.counted(total, 'module')}" if width >= 60 else f"  {done}/{total}"  # noqa: PLR2004
-        if left := self._pace.estimate(done, total):
-            figures += f", {left}"
-        length = min(max(width - 2 - len(figures), 4), 50)
-        filled = length * min(done, total) // total
-        return (
-            ("  ", Style.PLAIN),
-            (full * filled, Style.GOOD),
-            (empty * (length - filled), Style.FAINT),
-            (figures, Style.PLAIN),
-        )
-
-    def _spinner(self) -> str:
-        frames = "|/-\\" if _is_ascii(self._console.file) else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-        return frames[int(self._clock() * 8) % len(frames)]
+        self._console.print(self._styled(line, self._stderr), overflow="fold")
 
 
 @dataclass(slots=True)
@@ -354,16 +263,3 @@ def _done(adapter: AdapterReport) -> tuple[str, str]:
 
 def _name(name: str) -> str:
     return one_line(name, words.NAME_LIMIT)
-
-
-def _styled(line: Line, console: Console) -> Text:
-    from rich.text import Text  # noqa: PLC0415 - only `RichView` comes here
-
-    styled = Text()
-    for part, style in line:
-        styled.append(encodable(part, console.file), style=_COLOURS[style])
-    return styled
-
-
-def _is_ascii(stream: IO[str]) -> bool:
-    return encodable("✓✗━─⠋…", stream) != "✓✗━─⠋…"
