@@ -46,6 +46,11 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
     assert "PYTHONPATH" not in child_environment({})
 
 
+def test_threads_that_wait_sleep_unless_somebody_wants_them_otherwise() -> None:
+    assert child_environment({})["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert child_environment({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     made = merge_gate("demo", "here", cwd=tmp_path)
     assert made.code == 0, made.said

@@ -44,6 +44,10 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. Who has
+set it to something else keeps that."""
+
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 """Keeps bitsandbytes, which PEFT imports, from importing torch's compiler: a fifth of all imports, used by nothing here
 but bitsandbytes' own quantisation on a CPU."""
@@ -157,7 +161,7 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
     if kept:
         env["PYTHONPATH"] = os.pathsep.join(kept)
-    return env | OFFLINE
+    return WAITING | env | OFFLINE
 
 
 def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
