@@ -236,7 +236,7 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"--tag={IMAGE}", ROOT,
     )  # fmt: skip
     yield IMAGE
-    podman("untag", IMAGE)
+    podman("untag", IMAGE, IMAGE)  # without the second, each name that the same bytes have, another run's too
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +249,7 @@ def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     podman("build", "--pull=never", f"--tag={ROGUE}", context)
     yield ROGUE
-    podman("untag", ROGUE)
+    podman("untag", ROGUE, ROGUE)
 
 
 def _hard(flag: str) -> str:
