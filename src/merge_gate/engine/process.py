@@ -45,8 +45,8 @@ OFFLINE = {
 }
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. Who has
-set it to something else keeps that."""
+"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. Who
+has set it to something else keeps that."""
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 """Keeps bitsandbytes, which PEFT imports, from importing torch's compiler: a fifth of all imports, used by nothing here
