@@ -72,6 +72,11 @@ def test_nothing_is_found_where_nothing_is(environ: dict[str, str]) -> None:
     assert address.find(environ) is None
 
 
+def test_a_place_that_cannot_be_looked_at_is_passed_over(environ, answering: str) -> None:
+    """Another user's directory; here, one whose name is too long."""
+    assert address.find({**environ, "HOME": "/" + "x" * 5000}) == address.find(environ)
+
+
 def test_a_known_socket_is_found(environ: dict[str, str], answering: str) -> None:
     found = address.find(environ)
     assert found

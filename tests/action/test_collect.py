@@ -111,6 +111,12 @@ def test_a_reader_takes_no_more_than_its_limit(tmp_path: Path) -> None:
         collect.read(tmp_path / "file", 4)
 
 
+def test_a_file_that_grows_while_it_is_read_is_refused() -> None:
+    """As those of /proc: of no size before they are read."""
+    with pytest.raises(ValueError, match="it grew beyond 10 bytes"):
+        collect.read(Path("/proc/self/status"), 10)
+
+
 def test_an_earlier_report_goes(target: Path) -> None:
     for name in (*collect.LIMITS_BYTES, "mine.txt"):
         (target / name).touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import docker
@@ -25,6 +26,30 @@ def test_an_engine_behind_ssh_is_refused_in_a_sentence() -> None:
     with pytest.raises(LauncherError, match="DOCKER_HOST names the engine at ssh://gpu-box") as raised:
         docker_api.connect({"DOCKER_HOST": "ssh://gpu-box"})
     assert "on the machine where the engine is" in raised.value.hint
+
+
+def test_a_machine_without_an_engine_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_api.addresses, "_SOCKETS", ())
+    with pytest.raises(LauncherError, match="no container engine was found: DOCKER_HOST is not set") as raised:
+        docker_api.connect({"DOCKER_CONFIG": "/nowhere"})
+    assert "runtime: native" in raised.value.hint
+
+
+def test_no_sdk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "docker", None)
+    with pytest.raises(LauncherError, match="the Docker SDK for Python is not there") as raised:
+        docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
+    assert "merge-gate[launcher]" in raised.value.hint
+
+
+def test_an_engine_behind_tls_whose_files_are_no_certificates_is_a_sentence(tmp_path: Path) -> None:
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).write_text("none", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        environ = {"DOCKER_HOST": url, "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(tmp_path)}
+        with pytest.raises(LauncherError, match=rf"at {url} \(DOCKER_HOST\) does not answer: .*(?i:certificate)"):
+            docker_api.connect(environ)
 
 
 def test_an_sdk_of_no_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

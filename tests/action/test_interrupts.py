@@ -38,6 +38,17 @@ def test_what_clears_away_is_not_interrupted_and_the_next_wait_is() -> None:
         time.sleep(0.01)
 
 
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible(60):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def _wait_for(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(5)

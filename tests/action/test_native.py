@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from merge_gate.action import native
 from merge_gate.action.container import ContainerRun
 from merge_gate.demo import make_demo
 from merge_gate.errors import LauncherError, UsageError
+from tests.command import alive
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,35 @@ def test_a_python_without_merge_gate(run: ContainerRun, tmp_path: Path, monkeypa
     with pytest.raises(UsageError, match="runtime: native, but merge-gate is not installed") as raised:
         native.run_here(run, print)
     assert "container:" in raised.value.hint
+
+
+def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(version_info=(3, 9, 2), version="3.9.2 (default)", executable="/usr/bin/python3")
+    monkeypatch.setattr(native, "sys", older)
+    with pytest.raises(UsageError, match=r"/usr/bin/python3 is Python 3\.9\.2, expected 3\.11 or newer"):
+        native.run_here(run, print)
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
+    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
+) -> None:
+    trap = "trap 'echo stopped; exit 3' TERM" if obeys else "trap '' TERM"
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\n{trap}\necho $$\nwhile :; do sleep 0.05; done\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(native, "STOP_GRACE_S", 20.0 if obeys else 0.2)
+    said: list[bytes] = []
+
+    def log(data: bytes) -> None:
+        said.append(data)
+        if len(said) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert native.run_here(run, log) == 3
+    assert said[-1] == b"merge-gate: received SIGTERM; stopping the gate\n"
+    assert not alive(int(said[0]))
 
 
 def test_a_gate_that_dies_is_no_verdict(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

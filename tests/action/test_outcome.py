@@ -69,6 +69,21 @@ def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path: Path, code, 
     assert bool(says) == bool(said.problem)
 
 
+@pytest.mark.parametrize(
+    ("shard", "result"),
+    [
+        ({"entries": 3, "positions": []}, "pass"),
+        ({"entries": 0, "positions": []}, "error"),
+        ({"entries": 3, "positions": [1]}, "error"),
+        ({"entries": "3", "positions": []}, "error"),
+        ("1/2", "error"),
+    ],
+)
+def test_a_shard_without_adapters_passes_and_a_run_without_them_does_not(tmp_path: Path, shard, result: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report("pass", adapters=0, shard=shard)), encoding="utf-8")
+    assert outcome.settle(0, tmp_path / "report.json").result == result
+
+
 def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
     said = outcome.settle(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
     assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]

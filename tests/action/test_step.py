@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
 
 import entrypoint
-from merge_gate.action import collect
+from merge_gate.action import collect, leftovers
 from merge_gate.action import step as action
 from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import Outcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
+from tests.action.stand_in import BREAK_OFF, Container, engine_at
 from tests.action.test_outcome import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "GITHUB_STEP_SUMMARY": str(tmp_path / "summary"),
         "DOCKER_HOST": "unix:///nowhere/docker.sock",
         "PATH": os.environ["PATH"],
+        **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
     }
 
 
@@ -138,6 +141,64 @@ def test_outputs_that_cannot_be_written_fail_the_step(environ: dict[str, str]) -
     log, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "cannot write /nowhere/output" in log
+
+
+def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(action, "read_inputs", crash)
+    assert action.main([], environ) == 0
+    assert "unexpected ZeroDivisionError: by nought; this is a bug of merge-gate" in capsys.readouterr().out
+    assert outputs(environ)["result"] == "error"
+
+
+def test_neither_an_engine_nor_the_gate_is_a_sentence(environ: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(UsageError, match="no container engine answers, and merge-gate is not installed") as raised:
+        action.choose_runtime("auto", environ)
+    assert "start Docker" in raised.value.hint
+
+
+def fail_one(inside: Container) -> int:
+    """A gate inside whose only adapter fails."""
+    output = Path(inside.asked["Cmd"][inside.asked["Cmd"].index("--output") + 1])
+    (inside.outside(output) / "report.json").write_text(json.dumps(report("fail")), encoding="utf-8")
+    (inside.outside(output) / "summary.md").write_text("## the gate's own", encoding="utf-8")
+    return 1
+
+
+def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Path) -> None:
+    with engine_at(tmp_path / "engine.sock", fail_one) as engine:
+        orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.OURS, leftovers._UNTIL: "1"}})
+        engine.containers[orphan.id] = orphan
+        engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
+        process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
+        log, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert "merge-gate: runtime docker, report in " in log
+    assert "::warning title=merge-gate::the container ffffffffffff is still there" in log
+    assert "::error file=gate.yml,line=1" in log
+    said = outputs(environ)
+    assert (said["result"], said["failed"], said["image"], said["upload"]) == ("fail", '["a"]', "sha256:1", "true")
+    assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text() == "## the gate's own\n"
+
+
+def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str], tmp_path: Path) -> None:
+    with engine_at(tmp_path / "engine.sock", fail_one) as engine:
+        engine.before["POST /containers/.*/wait"] = lambda: engine.container.ended.wait(30)
+        engine.wrong["POST /containers/.*/wait"] = [BREAK_OFF]
+        process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
+        log, _ = process.communicate(timeout=60)
+    assert "::error title=merge-gate::the container was lost: " in log
+    said = outputs(environ)
+    assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["a"]', True)
+    summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
+    assert summary.startswith("### merge-gate: error\n\n    the container was lost: ")
+    assert summary.endswith("## the gate's own\n")
 
 
 def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[str, str]) -> None:

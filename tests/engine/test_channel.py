@@ -84,3 +84,21 @@ def test_the_end_of_the_other_side_is_heard(line: tuple[Channel, socket.socket])
     theirs.close()
     with pytest.raises(EOFError):
         channel.receive(1.0)
+
+
+def test_without_a_limit_a_message_is_waited_for(line: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = line
+    timer = threading.Timer(0.05, Channel(theirs).send, (Idle(),))
+    timer.start()
+    assert channel.receive(None) == Idle()
+    timer.join()
+
+
+def test_a_wait_for_the_end_returns_when_the_other_side_goes(line: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = line
+    timer = threading.Timer(0.05, Channel(theirs).close)
+    timer.start()
+    channel.wait_for_end()
+    timer.join()
+    with pytest.raises(EOFError):
+        channel.receive(None)

@@ -52,7 +52,7 @@ def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     assert (group.kills(), group.limit_bytes(), group.peak_bytes()) == (0, None, None)
 
 
-@pytest.mark.parametrize("text", [None, "", "0::/\n", "4:memory:/x\n"])
+@pytest.mark.parametrize("text", [None, "", "0::/\n", "4:memory:/x\n", "5:cpu:/x\n"])
 def test_where_the_system_does_not_tell_nothing_is_known(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "proc").write_text(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate.engine import pinned
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.errors import EngineError
 from merge_gate.identity import base_identity
@@ -139,11 +140,32 @@ def test_a_directory_stays_the_same_though_another_takes_its_name(tmp_path: Path
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("ours")
-    with pinned_directory(str(base)) as pinned:
+    with pinned_directory(str(base)) as held:
         base.rename(tmp_path / "moved")
         shutil.copytree(tmp_path / "moved", base)
         (base / "config.json").write_text("theirs")
-        assert Path(pinned, "config.json").read_text() == "ours"
+        assert Path(held, "config.json").read_text() == "ours"
+
+
+def test_a_system_without_such_links_reads_the_files_by_their_names(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "_OPEN_FILES", Path("/nowhere"))
+    with pinned_adapter(read(adapter)) as files:
+        assert files.directory == str(adapter)
+    with pinned_directory(str(adapter)) as directory:
+        assert directory == str(adapter)
+    files = read(adapter)
+    with pytest.raises(EngineError, match="changed while it was judged"), pinned_adapter(files):
+        write_in_place(adapter)
+
+
+def test_a_base_that_is_gone_is_another_one(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    identity = base_identity(str(tmp_path / "base"))
+    (tmp_path / "base").rmdir()
+    with pytest.raises(EngineError, match="base acme/b changed while it was used"):
+        verify_base(str(tmp_path / "base"), "acme/b", identity)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate.engine import landlock, sandbox
+from merge_gate.engine.protocol import Job
+from merge_gate.engine.sandbox import SWITCH, confine, limit
+from merge_gate.records.report import Sandbox
 from tests.command import environment, merge_gate, strict_json
 
 if TYPE_CHECKING:
@@ -210,3 +216,88 @@ def test_a_card_has_no_limit_of_memory(tmp_path: Path) -> None:
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True
     )
     assert json.loads(done.stdout)[2][-1].startswith("memory: a card's driver")
+
+
+# --- in a thread of this process, of which alone it holds ------------------------------------------------------------
+
+
+def in_a_thread(what: Callable[[], None]) -> None:
+    """Run something that is given up for good, and raise what it raises."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            what()
+        except BaseException as error:  # noqa: BLE001 - the test's own failures too
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_what_is_given_up_is_given_up(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+
+    def give_up() -> None:
+        assert confine(own) == Sandbox(held=("files", "network", "processes"))
+        (own / "file").write_text("x")
+        (own / "file").rename(own / "renamed")
+        Path(os.devnull).write_text("x")
+        with pytest.raises(PermissionError):
+            (other / "file").write_text("x")
+        with pytest.raises(PermissionError):
+            (own / "renamed").rename(other / "renamed")
+        with pytest.raises(PermissionError):
+            socket.socket(socket.AF_INET)
+        with pytest.raises(PermissionError):
+            os.fork()
+
+    in_a_thread(give_up)
+    assert list(other.iterdir()) == []
+
+
+def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Path("/dev/shm") / f"{tmp_path.name}-{os.getpid()}"
+
+    def try_to_write() -> None:
+        confine(tmp_path)
+        Path("/dev/zero").write_text("x")
+        shared.write_text("x")
+        shared.unlink()
+
+    with pytest.raises(PermissionError):
+        in_a_thread(try_to_write)
+    monkeypatch.setattr(sandbox, "_DEVICES", ("zero",))
+    in_a_thread(try_to_write)
+
+
+def test_capabilities_that_cannot_be_read_are_no_reason_to_give_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_CAPABILITIES_VERSION", 0)
+    held: list[Sandbox] = []
+    in_a_thread(lambda: held.append(confine(tmp_path)))
+    assert held == [Sandbox(held=("files", "network", "processes"))]
+
+
+def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    told = Sandbox(missing=("all of it: MERGE_GATE_SANDBOX is off",))
+    assert confine(tmp_path) == told
+    assert limit(told, Job(groups=()), "cpu") is told
+
+
+def test_a_rule_that_the_kernel_refuses_is_an_error_and_holds_nobody(tmp_path: Path) -> None:
+    def give_up() -> None:
+        with pytest.raises(FileNotFoundError):
+            landlock.restrict_writes([tmp_path / "absent"])
+        (tmp_path / "file").write_text("x")
+
+    in_a_thread(give_up)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        landlock._call(landlock._RESTRICT, -1, 0)

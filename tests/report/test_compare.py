@@ -10,7 +10,7 @@ from hypothesis import given
 
 from merge_gate.errors import ExitCode
 from merge_gate.records.terms import Verdict
-from merge_gate.report.compare import Changes, Kind, compare, render_markdown, render_text
+from merge_gate.report.compare import Change, Changes, Kind, compare, render_markdown, render_text
 from tests.report.reports import (
     CRASHED,
     ENVIRONMENT,
@@ -116,6 +116,11 @@ def test_any_two_reports(old: Any, new: Any) -> None:
 @given(hostile_reports())
 def test_a_report_is_as_itself(run: Any) -> None:
     assert compare(run, run).changes == ()
+
+
+def test_a_change_of_nothing_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="a change is of an adapter"):
+        _ = Change(kind=Kind.NEW, old=None, new=None).adapter
 
 
 def test_markdown_is_a_table() -> None:

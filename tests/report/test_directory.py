@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
+from merge_gate.report import directory
 from merge_gate.report.directory import claimed, explained, written
 
 NAMES = ("report.json", "summary.md")
@@ -38,6 +40,22 @@ def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -
     with claimed(tmp_path / "a" / "b", NAMES):
         (tmp_path / "a" / "b" / "report.json").write_text("{}")
     assert (tmp_path / "a" / "b" / "report.json").exists()
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(directory.fcntl, "flock", refuse)
+    (tmp_path / "report.json").write_text("old")
+    with claimed(tmp_path, NAMES):
+        assert not (tmp_path / "report.json").exists()
+
+
+def test_a_directory_under_a_reports_name_is_somebodys_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with claimed(tmp_path, NAMES):
+        assert (tmp_path / "report.json").is_dir()
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -11,7 +12,9 @@ import pytest
 import xmlschema
 from hypothesis import given
 
+from merge_gate.records.report import Shard
 from merge_gate.records.terms import Verdict
+from merge_gate.report import junit
 from merge_gate.report.junit import render
 from tests.report.reports import (
     ATTACKS,
@@ -84,6 +87,21 @@ def test_what_did_not_finish_is_not_green(run: Any) -> None:
     root = parse(run)
     assert root.get("errors") == "1"
     assert len(list(root.iter("error"))) == 1
+
+
+def test_a_shard_without_adapters_is_green_when_it_is_done() -> None:
+    shard = Shard(index=2, count=2, plan_sha256="p", versions_sha256="v", entries=1, positions=())
+    root = parse(report(shard=shard))
+    assert (root.get("tests"), root.get("errors")) == ("1", "0")
+    assert "shard 2 of 2: has nothing to judge" in str(root.findtext(".//system-out"))
+    assert parse(report(shard=shard, complete=False)).get("errors") == "1"
+
+
+def test_kinds_of_findings_without_end_are_counted() -> None:
+    found = tuple(replace(NAN, check=f"check-{number}") for number in range(junit._GROUPS + 3))
+    (failure,) = parse(report(adapter("a", Verdict.FAILED, cause="check-0", findings=found))).iter("failure")
+    assert str(failure.text).count("check-") == junit._GROUPS
+    assert str(failure.text).endswith("and 3 more kinds of finding, in report.json")
 
 
 def test_what_passed_is_green() -> None:

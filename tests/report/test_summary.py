@@ -15,11 +15,13 @@ from cmarkgfm.cmark import Options
 from hypothesis import given
 from markdown_it import MarkdownIt
 
+from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.compare import compare, render_markdown
 from merge_gate.report.markdown import code, prose
 from merge_gate.report.summary import LIMIT_BYTES, render
+from merge_gate.report.textmap import text_map
 from merge_gate.report.untrusted import one_line
 from tests.report.reports import (
     ATTACKS,
@@ -250,6 +252,29 @@ def test_what_one_dtype_has_besides_is_said_of_that_one() -> None:
     assert text.count("PEFT reads it otherwise") == 1
     assert "`b` (bfloat16; float16) `meaning-changed`" in text
     assert "`b` (float16) `rounding-loss`" in text
+
+
+def test_the_map_is_of_the_first_stack_that_is_broken() -> None:
+    def moved(one: TensorMerge) -> TensorMerge:
+        module = one.module.replace("model.", "decoder.")
+        return dataclasses.replace(one, module=module, stats=dataclasses.replace(one.stats, name=f"{module}.weight"))
+
+    sound, other = tensors(2), map(moved, tensors(2, nan="up_proj"))
+    head, *rows = text_map(adapter("a", Verdict.FAILED, tensors=(*sound, *other)))
+    assert head.split() == ["decoder.layers", "0"]
+    assert rows == ["  self_attn.q_proj  ..|", "  mlp.up_proj       NN|"]
+
+
+def test_the_map_of_many_modules_shows_the_broken_ones() -> None:
+    def named(number: int) -> TensorMerge:
+        one = tensors(1, nan="up_proj" if number == 19 else "")[1]
+        return dataclasses.replace(
+            one, module=f"model.layers.0.m{number}", stats=dataclasses.replace(one.stats, name="w")
+        )
+
+    _, first, *_, last = text_map(adapter("a", Verdict.FAILED, tensors=tuple(map(named, range(20)))))
+    assert first.split() == ["m19.w", "N|"]
+    assert last == "  … and 4 more modules"
 
 
 def test_the_worst_adapter_has_a_map() -> None:

@@ -115,9 +115,7 @@ def dump(value: Any) -> Json:
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
         return [dump(one) for one in value]
-    if is_record(value):
-        return {one.key: _field(getattr(value, one.name), one) for one in _declared_of(value)}
-    return value
+    return {one.key: _field(getattr(value, one.name), one) for one in _declared_of(value)}
 
 
 def _field(value: Any, one: Declared) -> Json:

@@ -2,7 +2,8 @@
 
 In: a `records.Report`. Out: XML as Jenkins' junit-10 schema has it: a suite per base, a case per adapter and dtype.
 Knows neither files nor the other formats. A failed adapter is a `failure`, one that could not be judged an `error`;
-so is a run that did not finish or judged nothing, since a reader takes a file without either for green.
+so is a run that did not finish or judged nothing, since a reader takes a file without either for green. A shard that
+has no adapters is one case that passed: some readers refuse a file without any.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _GROUPS = 30
 
 def render(report: Report) -> str:
     """Return the XML of junit.xml."""
-    root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, unjudged=_unjudged(report))})
+    unjudged = _unjudged(report)
+    own = (unjudged or not report.adapters, unjudged)
+    root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
     for name, adapters in _suites(report).items():
         suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
         properties = ET.SubElement(suite, "properties")
@@ -36,15 +39,22 @@ def render(report: Report) -> str:
         before = words.told_before(adapters)
         for place, adapter in enumerate(adapters):
             _case(suite, name, adapter, {first: one for (where, first), one in before.items() if where == place})
-    if _unjudged(report):
-        suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), unjudged=True)})
-        case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")
-        why = "\n".join([words.advice(report), *words.problems(report)])
-        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = safe_text(why)
+    if unjudged or not report.adapters:
+        suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
+        _run(ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0"), report, unjudged=unjudged)
     ET.indent(root)
     # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
     text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _run(case: ET.Element, report: Report, *, unjudged: bool) -> None:
+    """The run itself as a case, for what is of no adapter."""
+    why = safe_text("\n".join([words.advice(report), *words.problems(report)]))
+    if unjudged:
+        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = why
+    else:
+        ET.SubElement(case, "system-out").text = f"{words.headline(report)}\n{why}"
 
 
 def _unjudged(report: Report) -> bool:
@@ -61,12 +71,12 @@ def _suites(report: Report) -> dict[str, list[AdapterReport]]:
     return suites
 
 
-def _counts(adapters: Sequence[AdapterReport], *, unjudged: bool = False) -> dict[str, str]:
+def _counts(adapters: Sequence[AdapterReport], more_tests: int = 0, more_errors: int = 0) -> dict[str, str]:
     verdicts = [adapter.verdict for adapter in adapters]
     return {
-        "tests": str(len(verdicts) + unjudged),
+        "tests": str(len(verdicts) + more_tests),
         "failures": str(verdicts.count(Verdict.FAILED)),
-        "errors": str(verdicts.count(Verdict.ERROR) + unjudged),
+        "errors": str(verdicts.count(Verdict.ERROR) + more_errors),
         "time": _time(sum(adapter.seconds for adapter in adapters if math.isfinite(adapter.seconds))),
     }
 

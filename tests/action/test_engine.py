@@ -1,0 +1,366 @@
+"""The launcher against an engine at a socket file: a whole run, and each way in which it can go wrong.
+
+The containers are functions of these tests; real ones, of Docker and podman, run in tests/e2e.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import docker_api, leftovers, released_image
+from merge_gate.action.container import ContainerRun, Limits
+from merge_gate.action.launcher import Told, run_in_container
+from merge_gate.errors import LauncherError
+from tests.action.stand_in import BREAK_OFF, Container, Engine, engine_at
+
+# The SDK leaves the connection of a stream that broke off to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+
+TOKEN = "hf_secret"
+
+
+def judge(inside: Container) -> int:
+    """What the gate does: a log, and a report in the output directory."""
+    output = Path(inside.asked["Cmd"][inside.asked["Cmd"].index("--output") + 1])
+    inside.say("judged 1 adapter\n")
+    (inside.outside(output) / "report.json").write_text("{}")
+    return 1
+
+
+def wait_to_be_stopped(inside: Container) -> int:
+    assert inside.told_to_stop.wait(30)
+    inside.say("stopped\n")
+    return 3
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr(leftovers, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(docker_api, "_LIST_PAUSE_S", 0.01)
+    with engine_at(tmp_path / "engine.sock", judge) as engine:
+        yield engine
+    gc.collect()
+
+
+@pytest.fixture
+def run(engine: Engine, tmp_path: Path) -> ContainerRun:
+    workspace, temporary = tmp_path / "work", tmp_path / "temp"
+    workspace.mkdir()
+    temporary.mkdir()
+    (workspace / "gate.yml").write_text("version: 1\n", encoding="utf-8")
+    return ContainerRun(
+        config=workspace / "gate.yml",
+        output=tmp_path / "out",
+        workspace=workspace,
+        image="merge-gate:test",
+        gpus="none",
+        environ={"DOCKER_HOST": engine.address, "RUNNER_TEMP": str(temporary)},
+    )
+
+
+class Heard:
+    """Everything that a run tells."""
+
+    def __init__(self) -> None:
+        self.log = b""
+        self.images: list[str] = []
+        self.warnings: list[str] = []
+        self.refused: list[str] = []
+
+    def write(self, data: bytes) -> None:
+        self.log += data
+
+    def run(self, run: ContainerRun) -> int:
+        return run_in_container(run, self.write, Told(self.images.append, self.warnings.append, self.refused.append))
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+def nothing_is_left(run: ContainerRun, engine: Engine) -> None:
+    assert engine.containers == {}
+    assert list(Path(run.environ["RUNNER_TEMP"]).iterdir()) == []
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_exit_code_log_and_report_and_leaves_nothing(run, engine: Engine, heard: Heard) -> None:
+    assert heard.run(run) == 1
+    assert heard.log == b"judged 1 adapter\n"
+    assert (run.output / "report.json").read_text() == "{}"
+    assert sorted(one.name for one in run.output.iterdir()) == ["report.json"], "no canary"
+    assert (heard.images, heard.warnings, heard.refused) == (["sha256:1"], [], [])
+    asked = engine.container.asked
+    assert asked["Cmd"][:2] == ["run", "gate.yml"]
+    assert asked["WorkingDir"] == str(run.workspace)
+    host = asked["HostConfig"]
+    assert (host["CapDrop"], host["SecurityOpt"], host["ReadonlyRootfs"]) == (["ALL"], ["no-new-privileges"], True)
+    assert not [request for request in engine.asked if request.endswith("/attach")], "there is nothing to hand over"
+    nothing_is_left(run, engine)
+
+
+def test_a_person_hears_everything_in_the_log(run, engine: Engine) -> None:
+    engine.wrong["GET /containers/json"] = [(500, {"message": "database is locked"})] * 4
+    said: list[bytes] = []
+    assert run_in_container(run, said.append) == 1
+    assert b"merge-gate: containers of earlier runs are not looked for: " in b"".join(said)
+    assert b"database is locked" in b"".join(said)
+
+
+def test_a_token_goes_by_standard_input_and_stands_nowhere_else(run, engine: Engine, heard: Heard) -> None:
+    def tell(inside: Container) -> int:
+        inside.say(str(json.loads(inside.read_line())))
+        return 0
+
+    engine.run = tell
+    assert heard.run(replace(run, environ={**run.environ, "HF_TOKEN": TOKEN})) == 0
+    assert heard.log.decode() == str({"HF_TOKEN": TOKEN})
+    assert TOKEN not in json.dumps(engine.container.asked)
+    assert engine.container.asked["OpenStdin"] is True
+
+
+def test_caches_and_mounts_are_made_and_stay(run, engine: Engine, heard: Heard, tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    run = replace(
+        run, hf_cache=tmp_path / "hf", cache=tmp_path / "verdicts", mounts=(tmp_path / "bases",),
+        limits=Limits(memory="16g", shm_size="1g", cpus="2"),
+    )  # fmt: skip
+    assert heard.run(run) == 1
+    mounted = {one["Target"]: one["ReadOnly"] for one in engine.container.asked["HostConfig"]["Mounts"]}
+    assert mounted == {
+        str(run.workspace): True, str(tmp_path / "bases"): True,
+        str(run.output): False, str(tmp_path / "hf"): False, str(tmp_path / "verdicts"): False,
+    }  # fmt: skip
+    assert list((tmp_path / "hf").iterdir()) == list((tmp_path / "verdicts").iterdir()) == [], "no canary stays"
+    assert engine.container.asked["HostConfig"]["Memory"] == 16 << 30
+    nothing_is_left(run, engine)
+
+
+@pytest.mark.parametrize("offline", ["1", "on", "TRUE"])
+def test_a_run_without_the_hub_has_no_network(run, engine: Engine, heard: Heard, offline: str) -> None:
+    heard.run(replace(run, environ={**run.environ, "HF_HUB_OFFLINE": offline}))
+    assert engine.container.asked["HostConfig"]["NetworkMode"] == "none"
+
+
+def test_an_engine_is_served_as_it_says_that_it_is(run, engine: Engine, heard: Heard) -> None:
+    engine.info["SecurityOptions"] = ["name=selinux", "name=userns"]
+    heard.run(run)
+    host = engine.container.asked["HostConfig"]
+    assert host["SecurityOpt"] == ["no-new-privileges", "label=disable"]
+    assert host["UsernsMode"] == "host"
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_is_not_there_is_pulled(run, engine: Engine, heard: Heard, monkeypatch) -> None:
+    monkeypatch.setattr(docker_api, "_PROGRESS_S", 0.0)
+    engine.can_pull["host/gate:1"] = {"Id": "sha256:2", "RepoDigests": ["host/gate@sha256:3"]}
+    detail = {"current": 1_000_000, "total": 2_000_000}
+    engine.pull_says = [{"status": "Downloading", "id": "a", "progressDetail": detail}]
+    assert heard.run(replace(run, image="host/gate:1")) == 1
+    assert heard.log == b"pulling host/gate:1\npulling: 1 of 2 MB\njudged 1 adapter\n"
+    assert heard.images == ["host/gate@sha256:3"]
+
+
+def test_a_pull_may_be_asked_for_and_forbidden(run, engine: Engine, heard: Heard) -> None:
+    engine.can_pull["merge-gate:test"] = {"Id": "sha256:newer"}
+    assert heard.run(replace(run, pull="never")) == 1
+    assert heard.run(replace(run, pull="always")) == 1
+    assert heard.images == ["sha256:1", "sha256:newer"]
+    with pytest.raises(LauncherError, match="the image absent is not there, and `pull` is never"):
+        heard.run(replace(run, image="absent", pull="never"))
+    nothing_is_left(run, engine)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ([{"status": "Pulling"}, {"error": "manifest unknown"}], "cannot be pulled: manifest unknown"),
+        ([{"status": "Pulling"}], "the engine says that it pulled it, and does not have it"),
+    ],
+)
+def test_a_pull_that_brings_nothing(run, engine: Engine, heard: Heard, says: list, message: str) -> None:
+    engine.pull_says = says
+    with pytest.raises(LauncherError, match=message) as raised:
+        heard.run(replace(run, image="host/gate:1"))
+    assert "check the name and the digest" in raised.value.hint
+    assert engine.made == []
+
+
+@pytest.mark.parametrize(("gpus", "image"), [("none", "gate:cpu"), ("all", "gate:cuda")])
+def test_a_release_runs_its_own_image(run, engine: Engine, heard: Heard, monkeypatch, gpus: str, image: str) -> None:
+    monkeypatch.setattr(released_image, "CPU", "gate:cpu")
+    monkeypatch.setattr(released_image, "CUDA", "gate:cuda")
+    engine.images = {"gate:cpu": {"Id": "gate:cpu"}, "gate:cuda": {"Id": "gate:cuda"}}
+    heard.run(replace(run, image="", gpus=gpus))
+    assert heard.images == [engine.container.asked["Image"]] == [image]
+
+
+# --- what an engine refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("GET /info", "the container engine cannot describe itself: broken"),
+        ("GET /images/.*", "the engine cannot look up the image merge-gate:test: broken"),
+        ("POST /containers/create", "the container cannot be made: broken"),
+        ("POST /containers/.*/start", "the container cannot be started: broken"),
+        ("POST /containers/.*/wait", "the container was lost: broken"),
+    ],
+)
+def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(
+    run, engine: Engine, heard: Heard, request_: str, message: str
+) -> None:
+    engine.wrong[request_] = [(500, {"message": "broken"})]
+    with pytest.raises(LauncherError, match=message):
+        heard.run(run)
+    nothing_is_left(run, engine)
+
+
+def test_gpus_that_an_engine_does_not_have(run, engine: Engine, heard: Heard) -> None:
+    said = {"message": 'could not select device driver "" with capabilities: [[gpu]]'}
+    engine.wrong["POST /containers/.*/start"] = [(500, said)]
+    with pytest.raises(LauncherError, match=r"the GPUs asked for \(all\)") as raised:
+        heard.run(replace(run, gpus="all"))
+    assert "gpus: none" in raised.value.hint
+    nothing_is_left(run, engine)
+
+
+@pytest.mark.parametrize("request_", ["attach", "wait"])
+def test_an_engine_that_goes_away_is_a_sentence(run, engine: Engine, heard: Heard, request_: str) -> None:
+    engine.wrong[f"POST /containers/.*/{request_}"] = [BREAK_OFF]
+    message = {"attach": "the token cannot be handed to the container", "wait": "the container was lost"}[request_]
+    with pytest.raises(LauncherError, match=message):
+        heard.run(replace(run, environ={**run.environ, "HF_TOKEN": TOKEN}))
+    nothing_is_left(run, engine)
+
+
+def test_a_log_that_breaks_off_costs_the_log_alone(run, engine: Engine, heard: Heard) -> None:
+    engine.wrong["GET /containers/.*/logs"] = [BREAK_OFF]
+    assert heard.run(run) == 1
+    assert heard.log == b""
+    assert (run.output / "report.json").exists()
+
+
+def test_a_container_that_was_killed_is_no_verdict(run, engine: Engine, heard: Heard) -> None:
+    engine.run = lambda _inside: 137
+    with pytest.raises(LauncherError, match="exit code 137, expected 0 to 3: it was killed"):
+        heard.run(run)
+    nothing_is_left(run, engine)
+
+
+def test_an_engine_of_a_context_that_does_not_answer(run, engine: Engine, heard: Heard) -> None:
+    engine.wrong["GET /version"] = [(500, {"message": "starting"})]
+    with pytest.raises(LauncherError, match=r"\(DOCKER_HOST\) does not answer: .*starting"):
+        heard.run(run)
+
+
+# --- what is left of others, and of this run -------------------------------------------------------------------------
+
+
+def orphan(engine: Engine, **labels: str) -> Container:
+    made = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.OURS, **labels}})
+    engine.containers[made.id] = made
+    return made
+
+
+def test_a_container_whose_launcher_is_gone_is_removed_and_one_that_may_live_is_not(
+    run, engine: Engine, heard: Heard
+) -> None:
+    orphan(engine, **{leftovers._UNTIL: "1"})
+    assert heard.run(run) == 1
+    assert engine.containers == {}
+    living = orphan(engine)
+    assert heard.run(run) == 1
+    assert list(engine.containers.values()) == [living]
+
+
+def test_an_orphan_that_cannot_be_removed_is_told_and_stops_nobody(run, engine: Engine, heard: Heard) -> None:
+    orphan(engine, **{leftovers._UNTIL: "1"})
+    engine.wrong["DELETE /containers/f+"] = [(409, {"message": "removal is in progress"})] * 6
+    assert heard.run(run) == 1
+    (said,) = heard.warnings
+    assert said.startswith("the container ffffffffffff is still there, the next run will try again: ")
+    assert "removal is in progress" in said
+
+
+def test_a_list_that_fails_once_is_asked_for_again(run, engine: Engine, heard: Heard) -> None:
+    engine.wrong["GET /containers/json"] = [(500, {"message": "no such container"})]
+    assert heard.run(run) == 1
+    assert heard.warnings == []
+
+
+def test_a_directory_that_cannot_be_made_is_a_sentence(run, engine: Engine, heard: Heard, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LauncherError, match=f"cannot prepare {tmp_path}/file/hf: Not a directory"):
+        heard.run(replace(run, hf_cache=tmp_path / "file" / "hf"))
+    assert engine.made == []
+    nothing_is_left(run, engine)
+
+
+def test_code_inside_that_removes_its_report_directory_costs_the_report(run, engine: Engine, heard: Heard) -> None:
+    def remove(inside: Container) -> int:
+        shutil.rmtree(inside.outside(run.output))
+        return 0
+
+    engine.run = remove
+    assert heard.run(run) == 0
+    (said,) = heard.refused
+    assert said.startswith("the report cannot be taken from ")
+    assert list(run.output.iterdir()) == []
+    nothing_is_left(run, engine)
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_stops_the_gate_inside_and_keeps_its_report(run, engine: Engine, heard: Heard) -> None:
+    def judge_for_long(inside: Container) -> int:
+        judge(inside)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return wait_to_be_stopped(inside)
+
+    engine.run = judge_for_long
+    assert heard.run(run) == 3
+    assert b"merge-gate: received SIGTERM; stopping the container\n" in heard.log
+    assert b"stopped\n" in heard.log, "its last words too"
+    assert (run.output / "report.json").exists()
+    nothing_is_left(run, engine)
+
+
+def test_the_time_limit_stops_it_too(run, engine: Engine, heard: Heard) -> None:
+    engine.run = wait_to_be_stopped
+    assert heard.run(replace(run, time_limit_s=1.0)) == 3
+    assert b"the time limit of " in heard.log
+    nothing_is_left(run, engine)
+
+
+def send_a_signal() -> None:
+    """To the main thread, and not before it has been taken."""
+    taken = threading.Event()
+    os.kill(os.getpid(), signal.SIGINT)
+    taken.wait(0.05)
+
+
+@pytest.mark.parametrize("request_", ["GET /info", "POST /containers/create"])
+def test_a_signal_before_the_start_starts_nothing(run, engine: Engine, heard: Heard, request_: str) -> None:
+    engine.before[request_] = send_a_signal
+    assert heard.run(run) == 3
+    assert heard.log == b"merge-gate: received SIGINT\n"
+    assert not [request for request in engine.asked if request.endswith("/start")]
+    nothing_is_left(run, engine)
