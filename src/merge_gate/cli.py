@@ -82,8 +82,10 @@ def _obey(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         for problem in error.problems:
             say(str(problem))
-        count = len(error.problems)
-        say(f"merge-gate: {count} problem{'s' if count > 1 else ''} in the configuration; nothing was judged")
+        if error.more:
+            say(f"and {error.more:,} more")
+        count = len(error.problems) + error.more
+        say(f"merge-gate: {count:,} problem{'s' if count > 1 else ''} in the configuration; nothing was judged")
         return error.exit_code
     except GateError as error:
         say(f"merge-gate: {error.message}")

@@ -52,13 +52,15 @@ class UsageError(GateError):
 
 
 class ConfigError(GateError):
-    """The configuration is not valid. `problems` holds all of them, in the order of the file."""
+    """The configuration is not valid. `problems` holds the first in the order of the file; there are `more`."""
 
     exit_code = ExitCode.USAGE
 
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+    def __init__(self, problems: tuple[Problem, ...], *, more: int = 0) -> None:
+        rest = [f"and {more:,} more"] if more else []
+        super().__init__("\n".join([*map(str, problems), *rest]))
         self.problems = problems
+        self.more = more
 
 
 class ResolveError(GateError):

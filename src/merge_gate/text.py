@@ -31,6 +31,8 @@ def has_hidden(text: str) -> bool:
 def quoted(text: str, most: int = 60, mark: str = '"') -> str:
     """`text` between two `mark`s, cut to `most` characters, with all that is hidden or unprintable escaped."""
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
+    if shown.isprintable() and not has_hidden(shown):
+        return f"{mark}{shown}{mark}"
     escaped = (c if c.isprintable() and not is_hidden(c) else c.encode("unicode_escape").decode() for c in shown)
     return f"{mark}{''.join(escaped)}{mark}"
 

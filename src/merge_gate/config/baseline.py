@@ -7,11 +7,13 @@ entry is of one adapter: there are no patterns, so that what is not finite is ac
 from __future__ import annotations
 
 import datetime as dt
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, WrapValidator
 
-from merge_gate.config.model import DATE, MAX_TEXT, TEXT, Digest, Model, or_hole
+from merge_gate.config.build import as_record
+from merge_gate.config.model import DATE, Digest, Model, Text, Version, or_hole
 from merge_gate.config.nearest import nearest
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
@@ -20,8 +22,6 @@ from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from merge_gate.config.positions import Document, Loc
-
-Text = Annotated[str, Field(pattern=TEXT, max_length=MAX_TEXT)]
 
 
 class AcceptEntry(Model):
@@ -41,7 +41,7 @@ Accept = Annotated[AcceptEntry, WrapValidator(or_hole)]
 class BaselineFile(Model):
     """Known failures of a fleet."""
 
-    version: Annotated[int, Field(ge=1, le=1)]
+    version: Version
     accept: list[Accept]
 
 
@@ -59,22 +59,14 @@ def build_baseline(document: Document) -> tuple[KnownFailure, ...]:
             continue
         for check in (entry.cause, *(one for one in entry.also or [] if one)):
             if check not in CHECKS:
-                document.report(loc, f"there is no check {quoted(check)}", nearest(check, list(CHECKS)), key="cause")
+                document.report(loc, f"there is no check {quoted(check)}", partial(nearest, check, CHECKS), key="cause")
         try:
             until = dt.date.fromisoformat(entry.until)
         except ValueError:
             document.report((*loc, "until"), f"{quoted(entry.until)} is no day", "write a day such as 2026-12-31")
             continue
         line, _ = document.line(loc)
-        one = KnownFailure(
-            adapter=entry.adapter,
-            cause=entry.cause,
-            also=tuple(entry.also or ()),
-            reason=entry.reason or "",
-            owner=entry.owner or "",
-            until=until,
-            line=line,
-        )
+        one = as_record(KnownFailure, entry, until=until, line=line)
         if (first := known.setdefault((one.adapter, one.cause), one)) is not one:
             document.report(loc, "this adapter and cause are accepted already", f"first in line {first.line}")
     document.raise_problems()

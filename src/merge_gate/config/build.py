@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -84,11 +85,13 @@ class _Build:
 
     def _laid_over(self, loc: Loc, said: FileEntry | AdapterEntry, below: AdapterSpec) -> AdapterSpec:
         """What file and entry may both say, laid over what was said before."""
-        checks = (self._setting((*loc, "checks", one.check), said.checks, one) for one in below.checks)
+        checks = below.checks
+        if said.checks:
+            checks = tuple(self._setting((*loc, "checks", one.check), said.checks, one) for one in checks)
         return replace(
             below,
             base=self._base((*loc, "base"), said.base, below.base),
-            checks=tuple(checks) if said.checks else below.checks,
+            checks=checks,
             limit_seconds=(said.limits and said.limits.seconds) or below.limit_seconds,
         )
 
@@ -134,7 +137,8 @@ class _Build:
                 if globbed:
                     message = f"the directory {quoted(source)} has a name that {reason}", "rename it"
                 self.report((*loc, "path"), *message)
-            yield self._claimed(loc, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
+            naming = (*loc, "name" if draft.name else "path")
+            yield self._claimed(naming, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
 
     def _from_combine(self, loc: Loc, entry: AdapterEntry, draft: AdapterSpec) -> Iterator[AdapterSpec]:
         """The members are looked up later, in `_combination`."""
@@ -146,9 +150,9 @@ class _Build:
         if entry.combine:
             self._check_combine((*loc, "combine"), entry.combine)
         if entry.combine and entry.combine.adapters and draft.name:
-            combine = _record(Combine, entry.combine)
+            combine = as_record(Combine, entry.combine)
             source = f"{combine.method}({', '.join(combine.adapters)})"
-            yield self._claimed(loc, replace(draft, source=source, combine=combine))
+            yield self._claimed((*loc, "name"), replace(draft, source=source, combine=combine))
 
     def _check_combine(self, loc: Loc, entry: CombineEntry) -> None:
         if entry.weights and entry.adapters and len(entry.weights) != len(entry.adapters):
@@ -162,9 +166,8 @@ class _Build:
                 hint = f"methods with it: {', '.join(methods)}"
                 self.report(loc, f'"{key}" has no meaning for the method {entry.method}', hint, key=key)
         for index in _repeated(entry.adapters):
-            self.report(
-                (*loc, "adapters", index), f"{quoted(entry.adapters[index])} is named twice", "add up its weights"
-            )
+            message = f"{quoted(entry.adapters[index])} is named twice"
+            self.report((*loc, "adapters", index), message, "add up its weights")
 
     def _combination(
         self, loc: Loc, entry: AdapterEntry, spec: AdapterSpec, named: Mapping[str, AdapterSpec], *, complete: bool
@@ -180,9 +183,7 @@ class _Build:
         for index, name in enumerate(names):
             member, place = named.get(name), (*loc, "combine", "adapters", index)
             if member is None and complete:
-                known = [other.name for other in named.values() if not other.combine]
-                hint = nearest(name, known) or f"listed are: {listing(map(quoted, known))}"
-                self.report(place, f"no adapter is named {quoted(name)}", hint)
+                self.report(place, f"no adapter is named {quoted(name)}", partial(_listed, name, named))
             elif member and member.combine:
                 self.report(place, f"{quoted(name)} is a combination itself", "combine its members instead")
             elif member and (member.base.model, member.base.revision) != (base.model, base.revision):
@@ -195,16 +196,15 @@ class _Build:
             self.report(loc, "revision has no meaning for a directory", "only Hub ids have one", key="revision")
 
     def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
-        """The adapter itself. Every name is there once."""
-        given = (*loc, "name") if (*loc, "name") in self.document.places else (*loc, "path")
-        line, _ = self.document.line(given)
+        """The adapter itself. Every name is there once. `loc` is what names it."""
+        line, _ = self.document.line(loc)
         if spec.name not in self.claimed:
             self.claimed[spec.name] = (line, spec.source)
             return spec
         first, source = self.claimed[spec.name]
         where = f"in line {line}" if line == first else f"in line {first} and in line {line}"
         message = f"the name {quoted(spec.name)} is given twice, {where}: to {quoted(source)} and {quoted(spec.source)}"
-        self.report(given, message, 'names must be unique: give one of them another "name"')
+        self.report(loc, message, 'names must be unique: give one of them another "name"')
         return spec
 
     # --- base, checks, expect --------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class _Build:
             return model
         return found or hub_id or model
 
-    def _setting(self, loc: Loc, checks: Model | None, below: CheckSetting) -> CheckSetting:
+    def _setting(self, loc: Loc, checks: Model, below: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, below.check)
         if not entry:
             return below
@@ -255,22 +255,28 @@ class _Build:
             if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
                 hint = "write it relative to the adapter's directory, with /"
                 self.report((*loc, "sha256"), f"{quoted(name)} is not a file inside the adapter", hint, key=name)
-        return _record(Expect, entry)
+        return as_record(Expect, entry)
 
 
-def _record(cls: type[_Record], entry: Model) -> _Record:
-    """The record of a model's values; what is not given has the record's default."""
+def as_record(cls: type[_Record], entry: Model, **more: Any) -> _Record:
+    """The record of a model's values, and `more`; what is not given has the record's default."""
     values = {name: getattr(entry, name) for name in type(entry).model_fields}
-    return cls(**{name: _hashable(value) for name, value in values.items() if value is not None})
+    return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
 
 
 def _hashable(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
+def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:
+    known = [other.name for other in named.values() if not other.combine]
+    return nearest(name, known) or f"listed are: {listing(map(quoted, known))}"
+
+
 def _repeated(values: list[Any] | None) -> list[int]:
     """The places of values that have stood before."""
-    return [index for index, value in enumerate(values or []) if value in (values or [])[:index]]
+    first = dict[Any, int]()
+    return [index for index, value in enumerate(values or []) if first.setdefault(value, index) != index]
 
 
 def _bad_name(name: str) -> str:

@@ -108,7 +108,7 @@ def config_of(
         return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
     except ConfigError as error:
         problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
-        raise UsageError("; ".join(problems)) from None
+        raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
 
 
 def _refuse_shelf(name: str) -> None:

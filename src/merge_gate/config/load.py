@@ -18,19 +18,21 @@ Problems of stage 3 do not stop stage 4: the parts that are right are looked at 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from merge_gate.config.baseline import build_baseline
 from merge_gate.config.build import build_config
-from merge_gate.config.model import build_schema
+from merge_gate.config.model import config_schema
 from merge_gate.config.nearest import nearest
 from merge_gate.config.positions import end_of, read_yaml, refuse
 from merge_gate.records.config import Config
 from merge_gate.text import listing, quoted
+
+__all__ = ["MAX_BYTES", "config_schema", "load_config"]
 
 MAX_BYTES = 1024 * 1024
 
@@ -44,17 +46,21 @@ def load_config(path: str) -> Config:
     Raises:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # looking for garbage while many values are made would be half of the time
+    try:
+        return _load(path)
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def _load(path: str) -> Config:
     raw = _read_bytes(path)
     config = build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
     if config.baseline_path is None:
         return config
     known = _text(_read_bytes(config.baseline_path), config.baseline_path)
     return replace(config, baseline=build_baseline(read_yaml(known, config.baseline_path)))
-
-
-def config_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
-    return build_schema()
 
 
 def _read_bytes(path: str) -> bytes:

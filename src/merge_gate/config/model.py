@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
+from merge_gate.config.positions import Loc, Nothing
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import DTYPES, Quantization
 from merge_gate.text import one_of
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 MAX_NAME = 200
 MAX_TEXT = 4096
 MAX_MEMBERS = 100
+MAX_ADAPTERS = 10_000
 
 TEXT = r"\S"
 HEX_64 = r"^[0-9a-fA-F]{64}$"
@@ -77,7 +79,7 @@ else:
 class Wrong:
     """Stands in a model where something is wrong, and is false. `errors` are pydantic's."""
 
-    def __init__(self, *errors: Any) -> None:
+    def __init__(self, errors: list[Any]) -> None:
         self.errors = errors
 
     def __bool__(self) -> bool:
@@ -86,14 +88,10 @@ class Wrong:
 
 def or_hole(value: Any, handler: Any) -> Any:
     """The value as `handler` makes it, or a hole."""
-    if value is None:
-        return Wrong({"type": "null", "loc": ()})
-    if isinstance(value, Wrong):
-        return value
     try:
         return handler(value)
     except ValidationError as error:
-        return Wrong(*error.errors(include_url=False, include_input=False))
+        return Wrong(error.errors(include_url=False))
 
 
 class Model(BaseModel):
@@ -106,19 +104,25 @@ class Model(BaseModel):
     if_empty: ClassVar[str] = ""
     """What to do where it is empty and may not be."""
 
+    keys: ClassVar[dict[str, str]]
+    """The key of each field."""
+    needed: ClassVar[dict[str, Nothing]]
+    """What stands in the place of needed keys that are not there."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls.keys = {name: field.alias or name for name, field in cls.model_fields.items()}
+        cls.needed = {name: Nothing.MISSING for name, field in cls.model_fields.items() if field.is_required()}
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        needed = [field.alias or name for name, field in cls.model_fields.items() if field.is_required()]
-        return dict.fromkeys(needed, Wrong({"type": "missing", "loc": ()})) | data if isinstance(data, dict) else data
+        return cls.needed | data if isinstance(data, dict) else data
 
-    @field_validator("*", mode="wrap")
-    @classmethod
-    def _keep(cls, value: Any, handler: Any) -> Any:
-        return or_hole(value, handler)
+    _keep = field_validator("*", mode="wrap")(or_hole)
 
 
-def wrong(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
+def wrong(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
     """Everything that is wrong in `value`, which stands at `loc`: its place and pydantic's error."""
     if isinstance(value, Wrong):
         yield from (((*loc, *error["loc"]), error) for error in value.errors)
@@ -126,12 +130,12 @@ def wrong(value: Any, loc: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[s
         for index, item in enumerate(value):
             yield from wrong(item, (*loc, index))
     elif isinstance(value, Model):
-        fields = {field.alias or name: name for name, field in type(value).model_fields.items()}
         for key in value.model_extra or ():
-            yield (*loc, key), {"type": "unknown", "known": list(fields), "kind": value.kind}
-        for key, name in fields.items():
-            yield from wrong(getattr(value, name), (*loc, key))
-        if value.if_empty and not value.model_fields_set and not value.model_extra:
+            yield (*loc, key), {"type": "unknown", "known": list(value.keys.values()), "kind": value.kind}
+        for name, key in value.keys.items():
+            if name in value.model_fields_set:
+                yield from wrong(getattr(value, name), (*loc, key))
+        if value.if_empty and not value.model_fields_set:
             yield loc, {"type": "empty", "hint": value.if_empty}
 
 
@@ -167,6 +171,7 @@ class Short:
 
 # --- types ---------------------------------------------------------------------------------------------------------
 
+Version = Annotated[int, Field(ge=1, le=1), WithJsonSchema({"type": "integer", "const": 1})]
 Text = Annotated[str, Field(pattern=TEXT, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(pattern=TEXT, max_length=MAX_NAME)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -340,12 +345,12 @@ class FileEntry(Model):
 
     model_config = ConfigDict(title="merge-gate configuration")
 
-    version: Annotated[int, Field(ge=1, le=1), WithJsonSchema({"type": "integer", "const": 1})]
+    version: Version
     """Version of this format: 1."""
     base: Base | None = None
     """The base of all adapters that do not name their own."""
-    adapters: Annotated[list[Adapter], Field(min_length=1)]
-    """The adapters to judge."""
+    adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
+    """The adapters to judge, at most 10,000 entries; a glob is one."""
     checks: Checks | None = None
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
     limits: LimitsEntry | None = None
@@ -381,8 +386,8 @@ class _Schema(GenerateJsonSchema):
         return False
 
 
-def build_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of the configuration."""
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
     schema = FileEntry.model_json_schema(by_alias=True, schema_generator=_Schema)
     one_line = json.dumps(schema).replace(r"\n", " ")  # a docstring's line breaks are not the sentence's
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(one_line)}

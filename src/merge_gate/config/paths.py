@@ -6,13 +6,14 @@ Hub id: a mistyped directory must not become a download from whoever owns that n
 """
 
 # os.path says False where pathlib raises (a name too long), and keeps ./ as written:
-# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH207
+# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH119, PTH207
 
 from __future__ import annotations
 
 import glob
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from merge_gate.config.nearest import nearest
@@ -53,7 +54,13 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
     beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
     if _is_hub_id(written, owner_needed=owner_needed) and not path_like and not beside:
         return None, written
-    raise Unusable(*_nothing_there(written, place, path_like=path_like, beside=first if beside else ""))
+    if "://" in written:
+        raise Unusable(f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name")
+    more = "a Hub id looks like owner/name" if not path_like else ""
+    if beside:
+        more = f"{quoted(first)} is a directory here, so this reads as a path; to mean the Hub, add a revision"
+    hint = partial(_siblings, Path(place).parent, written, more)
+    raise Unusable(f"no such directory: {quoted(written)}", hint)
 
 
 def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, str | None, str | None]]:
@@ -75,21 +82,19 @@ def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, 
     found = [(match[len(plain_start) :], os.path.normpath(match), None) for match in matches if os.path.isdir(match)]
     if not found:
         files = " (only files)" if matches else ""
-        raise Unusable(f"no directory matches {quoted(written)}{files}", _siblings(_literal_part(written, directory)))
+        hint = partial(_siblings, _literal_part(written, directory))
+        raise Unusable(f"no directory matches {quoted(written)}{files}", hint)
     return [*found]
 
 
 def last_name(written: str, place: str | None) -> str:
     """Return the last part of a directory or a Hub id: the default name of an adapter."""
-    return Path(place).name if place else written.rsplit("/", 1)[-1]
+    return os.path.basename(place) if place else written.rsplit("/", 1)[-1]
 
 
-def _absolute(written: str, directory: Path) -> Path:
+def _absolute(written: str, directory: Path) -> str:
     on_disk = os.fsdecode(written.encode("utf-8", "surrogateescape"))  # in a locale without UTF-8, another string
-    try:
-        return directory / Path(on_disk).expanduser()
-    except RuntimeError:  # ~name of nobody
-        return directory / on_disk
+    return os.path.join(directory, os.path.expanduser(on_disk))
 
 
 def _is_hub_id(written: str, *, owner_needed: bool) -> bool:
@@ -97,27 +102,17 @@ def _is_hub_id(written: str, *, owner_needed: bool) -> bool:
     return bool(_HUB_ID.fullmatch(written)) and not odd and ("/" in written or not owner_needed)
 
 
-def _nothing_there(written: str, place: Path, *, path_like: bool, beside: str) -> tuple[str, str]:
-    if "://" in written:
-        return f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name"
-    hints = [_siblings(place.parent, written)]
-    if beside:
-        hints.append(f"{quoted(beside)} is a directory here, so this reads as a path; to mean the Hub, add a revision")
-    elif not path_like:
-        hints.append("a Hub id looks like owner/name")
-    return f"no such directory: {quoted(written)}", "; ".join(hints)
-
-
-def _siblings(parent: Path, written: str = "") -> str:
-    """Say what is there instead: the name that was perhaps meant, written as the other was, or all names."""
+def _siblings(parent: Path, written: str = "", more: str = "") -> str:
+    """Say what is there instead: the name that was perhaps meant, written as the other was, or all. Then `more`."""
     try:
         names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())[:200]
     except (OSError, ValueError):
-        return f"there is no directory {quoted(str(parent))} either"
-    head, slash, tail = written.rstrip("/").rpartition("/")
-    if tail and (near := nearest(tail, names, before=head + slash)):
-        return near
-    return f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
+        there = f"there is no directory {quoted(str(parent))} either"
+    else:
+        head, slash, tail = written.rstrip("/").rpartition("/")
+        near = nearest(tail, names, before=head + slash) if tail else ""
+        there = near or f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
+    return f"{there}; {more}" if more else there
 
 
 def _literal_part(pattern: str, directory: Path) -> Path:

@@ -1,0 +1,139 @@
+"""What is bounded: values, adapters, problems that are told; and that both of PyYAML's parsers say the same."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from merge_gate.config.direct import config_of
+from merge_gate.config.load import load_config
+from merge_gate.config.model import MAX_ADAPTERS
+from merge_gate.config.positions import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
+from merge_gate.errors import ConfigError, UsageError
+from tests.config.test_load import HEAD, WRONG
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.config import Config
+
+
+def load(place: Path, text: str) -> Config:
+    (place / "merge-gate.yml").write_text(text)
+    return load_config(str(place / "merge-gate.yml"))
+
+
+def refused(place: Path, text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(place, text)
+    return caught.value
+
+
+# --- how many --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_may_list_ten_thousand_adapters_and_no_more(tmp_path: Path) -> None:
+    text = HEAD + "".join(f"- acme/a{n}\n" for n in range(MAX_ADAPTERS))
+    assert len(load(tmp_path, text).adapters) == MAX_ADAPTERS == 10_000
+    (problem,) = refused(tmp_path, text + "- acme/b\n").problems
+    assert problem.message == '"adapters" must be at most 10,000 entries long, got a list of 10001'
+
+
+def test_values_are_bounded_where_they_stand(tmp_path: Path) -> None:
+    (problem,) = refused(tmp_path, "a:\n" + "- a\n" * MAX_VALUES).problems
+    assert (problem.message, problem.line) == ("the file is more than 100,000 values", MAX_VALUES - 1)
+    (problem,) = refused(tmp_path, "a: &a x\nb: [" + "*a," * MAX_VALUES + "]").problems
+    assert (problem.message, problem.line) == ("the file is more than 100,000 values", 2)
+
+
+def test_as_many_values_as_may_be_are_read() -> None:
+    text = "[" + "a," * (MAX_VALUES - 1) + "]"
+    assert len(read_yaml(text, "x").data) == MAX_VALUES - 1
+
+
+def test_aliases_expand_to_as_many_values_as_may_be(tmp_path: Path) -> None:
+    thousand = "a: &a [" + "x," * 999 + "]\n"
+    assert len(read_yaml(thousand + "b: [" + "*a," * 98 + "]", "x").data["b"]) == 98
+    (problem,) = refused(tmp_path, thousand + "b: [" + "*a," * 100 + "]").problems
+    assert (problem.message, problem.hint) == ("the file expands to more than 100,000 values", "use fewer aliases")
+
+
+@pytest.mark.parametrize("parts", [MAX_TOLD, MAX_TOLD + 150, 3000])
+def test_the_first_problems_are_told_and_the_others_counted(tmp_path: Path, parts: int) -> None:
+    error = refused(tmp_path, HEAD + "- acme/a\n" + "".join(f"k{n}: 1\n" for n in range(parts)))
+    assert [problem.line for problem in error.problems] == list(range(4, 4 + MAX_TOLD))
+    assert all(problem.hint.startswith("known here: version") for problem in error.problems)
+    assert error.more == parts - MAX_TOLD
+    said = str(error).splitlines()
+    assert len(said) == MAX_TOLD + (error.more > 0)
+    assert said[-1] == f"and {error.more:,} more" or not error.more
+
+
+def test_a_problem_that_an_alias_repeats_is_one(tmp_path: Path) -> None:
+    error = refused(tmp_path, HEAD + "- &a {path: acme/a, nam: x}\n" + "- *a\n" * 200)
+    assert [(problem.line, problem.column) for problem in error.problems] == [(3, 13), (3, 21)]
+    assert error.more == 0
+
+
+def test_problems_of_the_command_line_are_counted_too() -> None:
+    with pytest.raises(UsageError, match=r"; and 50 more$") as caught:
+        config_of([f"./a{n}" for n in range(150)])
+    assert caught.value.message.count("no such directory") == MAX_TOLD
+
+
+def test_looking_for_garbage_goes_on_after_a_file(tmp_path: Path) -> None:
+    before = gc.get_threshold()
+    refused(tmp_path, "- a\n")
+    assert gc.get_threshold() == before != (0, 0, 0)
+
+
+# --- both parsers ----------------------------------------------------------------------------------------------------
+
+
+def outcome(text: str) -> tuple[object, ...]:
+    """The data, and where each value and problem is; or none of it, and the refusal."""
+    try:
+        document = read_yaml(text, "x")
+    except ConfigError as error:
+        return None, error.problems
+    places = [(0, document.root)]
+    for depth, value in places:
+        places += [(depth + 1, one) for pair in value.holds.values() for one in pair]
+    written = [(depth, one.line, one.column, one.tag) for depth, one in places if one.written or one.holds]
+    return repr(document.data), list(document.problems), written  # where nothing is written, the two may differ
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_without_libyaml_all_is_the_same(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    fast = outcome(WRONG[case][0])
+    monkeypatch.delattr(yaml, "CSafeLoader")
+    assert outcome(WRONG[case][0]) == fast
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet=st.sampled_from("[]{}:,-?&*|>'\"%@`#~<ab01. \n\tü😀\u2028"), max_size=40))
+@example("a: !<tag:yaml.org,2002:int> 1")
+@example("! 12: ! [a]")
+@example('"\\/": "\\x41\\u00e9"')
+def test_both_parsers_read_the_same(text: str) -> None:
+    """libyaml takes more (a tab after a value); what both take is the same, but for a lone `!`."""
+    with pytest.MonkeyPatch.context() as without:
+        fast = outcome(text)
+        without.delattr(yaml, "CSafeLoader")
+        slow = outcome(text)
+    assert fast == slow or (slow[0] is None and fast[0] is not None)
+
+
+def test_far_into_a_file_the_words_are_those_of_libyaml(tmp_path: Path) -> None:
+    near, far = ("# x\n" * (size // 4) + "a: 'x' y\n" for size in (MAX_REREAD - 100, MAX_REREAD + 100))
+    (problem,) = refused(tmp_path, near).problems
+    assert problem.message.startswith("not valid YAML: expected <block end>, but found '<scalar>' (while parsing a bl")
+    assert problem.line == near.count("\n")
+    (problem,) = refused(tmp_path, far).problems
+    assert problem.message.startswith("not valid YAML: did not find expected key (while parsing a block mapping in li")
+    assert problem.line == far.count("\n")
