@@ -46,9 +46,14 @@ SLOW = (
     "tests/sources/test_preflight.py::test_sound_files_are_accepted_as_the_library_does",
     "tests/sources/test_preflight.py::test_a_thousand_small_adapters_take_seconds",
     "tests/config/test_load.py::test_a_thousand_adapters_are_read_in_seconds",
+    "tests/config/test_load.py::test_any_text_is_read_or_refused",
     "tests/config/test_load.py::test_any_bytes_are_read_or_refused",
     "tests/config/test_load.py::test_any_yaml_punctuation_is_read_or_refused",
     "tests/config/test_load.py::test_any_values_are_read_or_refused",
+    "tests/config/test_load.py::test_importing_the_table_of_checks_costs_nothing",
+    "tests/config/test_load.py::test_loading_does_not_import_torch",
+    "tests/config/test_bounds.py::test_both_parsers_read_the_same",
+    "tests/config/test_bounds.py::test_a_file_may_list_ten_thousand_adapters_and_no_more",
 )
 """Left out: seconds for each mutant. What only they notice counts as not noticed."""
 
