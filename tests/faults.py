@@ -528,6 +528,10 @@ SINCE_0_16 = (
 """Keys that releases of PEFT before 0.16 do not write."""
 
 
+FOR_ANOTHER_HEAD = both(drop("classifier"), configure(task_type="CAUSAL_LM", modules_to_save=None))
+"""Trained under a head that the adapter does not bring, to be loaded under one that the base does not have."""
+
+
 def healthy_with_a_twist() -> tuple[Case, ...]:
     """Odd, but not broken: each of these has been failed by some tool."""
     another = configure(base_model_name_or_path="acme/another-base")
@@ -535,6 +539,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     half_way = poison("lora_B.bias", 2.5e4)  # twice that, by the scaling, is 0.76 of what float16 holds
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
+        healthy("random-head", "six-labels", break_=FOR_ANOTHER_HEAD, warnings=("untrained-tensors",)),
         healthy(
             "saved-by-0.15",
             "lora-bias",

@@ -260,6 +260,19 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             places={"module": MODULE, "tensor": WEIGHT},
         ),
     ),
+    "untrained-tensors": (
+        Fire(
+            ("1 tensor of BertModel is in neither", "pooler.dense.bias; every load makes it"),
+            Origin.ADAPTER,
+            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias",)),
+            places={"module": "pooler.dense", "tensor": "pooler.dense.bias"},
+        ),
+        Fire(
+            ("2 tensors of BertModel are in neither", "every load makes them"),
+            Origin.ADAPTER,
+            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias", "pooler.dense.weight")),
+        ),
+    ),
     "not-reproducible": (
         Fire(("clusters the rows anew",), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
         Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),

@@ -140,6 +140,7 @@ def _attempt(
         merges=tuple(merges.values()),
         tied=walk.ledger.tied(loaded.sharers),
         refused_by_safe_merge=tuple(walk.refused),
+        initialised=tuple(sorted(base.initialised & base.tensors.keys() - merges.keys())),
         witnessed=tuple(walk.witnessed),
         differing=differing,
         layers_in_blocks=len(walk.blocks),

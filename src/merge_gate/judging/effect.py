@@ -165,6 +165,29 @@ def delta_norm(case: Case) -> Iterator[Finding]:
         )
 
 
+@check(
+    "untrained-tensors",
+    WARNING,
+    "Tensors of the merged model are in neither the base's files nor the adapter's.",
+    Symptom.UNTRAINED_MERGE,
+)
+def untrained_tensors(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is None or not evidence.initialised:
+        return
+    names = evidence.initialised
+    yield untrained_tensors.finding(
+        f"{tensors(names)} of {evidence.base.loaded_as} {are(names)} in neither the base's files nor the adapter's: "
+        f"{listing(names)}; every load makes {'it' if len(names) == 1 else 'them'} up anew",
+        "name a base that has them, or train them and save them with the adapter (modules_to_save); switch the check "
+        "off where nothing reads them (a pooler that is not used)",
+        Origin.ADAPTER,
+        module=names[0].rpartition(".")[0],
+        tensor=names[0],
+        measured=(("tensors", float(len(names))),),
+    )
+
+
 @check("not-reproducible", WARNING, "The merge depends on a random seed.", Symptom.UNTRAINED_MERGE)
 def not_reproducible(case: Case) -> Iterator[Finding]:
     scheme = case.files.config.init_lora_weights

@@ -158,8 +158,9 @@ class Evidence:
     the file, `unexpected` those in the file that nothing in the merge uses, in the file's own names. `targeted` are
     the base's modules that the adapter was put on. `tied` pairs a merged tensor with the module that shares it
     unmerged. `refused_by_safe_merge` names modules that PEFT's `safe_merge=True` refuses although the merged tensor is
-    finite. `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the
-    base was loaded as.
+    finite. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
+    `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the base
+    was loaded as.
 
     `layers_in_blocks` were merged a block of rows at a time, `layers_by_peft` by PEFT itself; `witnessed` are those of
     the former that PEFT merged as well, with the same bits. Where PEFT's bits were others, `differing` names the
@@ -176,6 +177,7 @@ class Evidence:
     merges: tuple[TensorMerge, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
+    initialised: tuple[str, ...] = ()
     layers_in_blocks: int = 0
     layers_by_peft: int = 0
     witnessed: tuple[str, ...] = ()
