@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate.engine.heap import REUSE
 from merge_gate.engine.private import PREFIX, private_directory
-from merge_gate.engine.process import SECRETS, WorkerProcess, child_environment, describe_exit
+from merge_gate.engine.process import SECRETS, WAITING, WorkerProcess, child_environment, describe_exit
 from tests.command import alive, environment, merge_gate, strict_json, wait_until
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
@@ -46,9 +47,10 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
     assert "PYTHONPATH" not in child_environment({})
 
 
-def test_threads_that_wait_sleep_unless_somebody_wants_them_otherwise() -> None:
-    assert child_environment({})["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert child_environment({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+@pytest.mark.parametrize("name", [*WAITING, *REUSE])
+def test_threads_and_memory_are_the_workers_choice_unless_they_are_the_callers(name: str) -> None:
+    assert child_environment({})[name] == {**WAITING, **REUSE}[name]
+    assert child_environment({name: "other"})[name] == "other"
 
 
 def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:

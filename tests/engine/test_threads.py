@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from merge_gate.engine import threads as parallel
-from merge_gate.engine.threads import MOST_THREADS, spread, threads
+from merge_gate.engine.threads import AHEAD, MOST_THREADS, spread, threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 TWO = 2
@@ -40,6 +41,21 @@ def test_each_thread_computes_by_itself(two_threads: None) -> None:
     before = torch.get_num_threads()
     assert set(spread(lambda _: torch.get_num_threads(), range(4))) == {1}
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("count", [1, TWO])
+def test_items_may_follow_from_results(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "threads", lambda: count)
+    seen: list[int] = []
+    last = 10 * TWO * AHEAD
+
+    def items() -> Iterator[int]:
+        yield from range(last)
+        yield seen[0] - 1  # by now the first result is there
+
+    for result in spread(lambda item: item, items()):
+        seen.append(result)  # noqa: PERF402 - read while it grows
+    assert seen == [*range(last), -1]
 
 
 @pytest.mark.parametrize("count", [1, TWO])

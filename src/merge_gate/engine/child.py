@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.engine.channel import Channel
 from merge_gate.engine.device import cpu_name
+from merge_gate.engine.heap import give_back
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.engine.protocol import (
     BaseLoaded,
@@ -183,6 +184,7 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         try:
             base = _in_another_class(base, shape)
             if base is None:  # the one before it is let go of first
+                give_back()
                 identity = base_identity(group.directory)
                 base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
             verify_base(group.directory, group.label, identity)

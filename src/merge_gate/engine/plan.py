@@ -10,8 +10,9 @@ every run, and has to give the same bits (walk.py).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,9 @@ DORA = (lora.variants.DoraLinearVariant, lora.variants.DoraEmbeddingVariant)
 
 FAIR_FACTOR = 1.25
 """A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""
+
+APART = 16
+"""After so many layers there is time for other work: PEFT's merge of one takes as long as blocks of so many."""
 
 UNTRAINED_MAGNITUDE = 2.0**-8
 """How far DoRA's magnitude is from the norm that it started as, at most, by the rounding of a 16-bit base."""
@@ -128,16 +132,32 @@ def rounding_share(layer: Any) -> float:
 
 
 def merge_in_blocks(
-    base: Base, planned: list[BlockLayer], leeway: Leeway
+    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
 ) -> Iterator[tuple[BlockLayer, TensorMerge | None]]:
-    """Merge and measure each layer; None where PEFT has to say what is broken, or is at the edge of its dtype."""
+    """Merge and measure each layer; None where PEFT has to say what is broken, or is at the edge of its dtype.
+
+    On a CPU `beside` is asked now and then for other work, which one of the threads does meanwhile.
+    """
     if base.device.type == "cpu":
-        merges = spread(lambda one: _measured(base, one, base.values(one.slot.data), leeway), planned)
-        yield from zip(planned, merges, strict=True)
+        merges = spread(lambda work: work(), _work(base, planned, leeway, beside))
+        yield from (merge for merge in merges if merge is not None)
         return
     weights = base.weights.stream(one.slot.name for one in planned)  # one card: the next weight travels meanwhile
     for one, weight in zip(planned, weights, strict=True):
         yield one, _measured(base, one, weight, leeway)
+
+
+def _work(
+    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
+) -> Iterator[Callable[[], tuple[BlockLayer, TensorMerge | None] | None]]:
+    def merged(one: BlockLayer) -> tuple[BlockLayer, TensorMerge | None]:
+        return one, _measured(base, one, base.values(one.slot.data), leeway)
+
+    for number, one in enumerate(planned):
+        other = beside() if number % APART == 0 else None
+        if other is not None:
+            yield other
+        yield functools.partial(merged, one)
 
 
 def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, Self
 
 from merge_gate.engine.channel import Channel, GarbledError
+from merge_gate.engine.heap import REUSE
 from merge_gate.engine.memory import MemoryGroup, gibibytes
 from merge_gate.engine.private import private_directory
 from merge_gate.engine.protocol import Event, Finished, Idle, Job, Listener
@@ -45,8 +46,8 @@ OFFLINE = {
 }
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. Who
-has set it to something else keeps that."""
+"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. What
+the caller has set stays."""
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 """Keeps bitsandbytes, which PEFT imports, from importing torch's compiler: a fifth of all imports, used by nothing here
@@ -161,7 +162,7 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
     if kept:
         env["PYTHONPATH"] = os.pathsep.join(kept)
-    return WAITING | env | OFFLINE
+    return WAITING | REUSE | env | OFFLINE
 
 
 def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:

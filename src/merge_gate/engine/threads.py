@@ -7,7 +7,9 @@ core each of them waits for a time slice (measured: 2 s became 150 s). Threads t
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,9 @@ Out = TypeVar("Out")
 
 MOST_THREADS = 16
 """Beyond this, reading the weights is limited by memory."""
+
+AHEAD = 16
+"""So many items per thread are taken before the first result: one that takes longer than others stops no thread."""
 
 
 def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
@@ -38,11 +43,17 @@ def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 def spread(function: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[Out]:
-    """Apply `function` to every item, on all cores; results come in order, an exception when its turn comes."""
-    todo = list(items)
-    count = min(threads(), len(todo))
-    if count <= 1:
-        yield from map(function, todo)
+    """Apply `function` to every item, on all cores; results come in order, an exception when its turn comes.
+
+    Items are taken a few at a time, as results are: later ones may follow from earlier results.
+    """
+    todo, count = iter(items), threads()
+    first = list(itertools.islice(todo, 2))
+    if count <= 1 or len(first) <= 1:
+        yield from map(function, itertools.chain(first, todo))
         return
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(function, todo)
+        begun = deque(pool.submit(function, item) for item in (*first, *itertools.islice(todo, AHEAD * count - 2)))
+        while begun:
+            yield begun.popleft().result()
+            begun.extend(pool.submit(function, item) for item in itertools.islice(todo, 1))

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +41,7 @@ from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
 from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
 from merge_gate.engine.quantized import dequantized, is_quantized
-from merge_gate.engine.threads import spread
+from merge_gate.engine.threads import spread, threads
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records.measured import Leeway, Refusal, TensorMerge
 from merge_gate.records.terms import Origin
@@ -105,16 +107,33 @@ class Walk:
         self.ledger.close(merged)
 
     def _merge_in_blocks(self, layers: list[tuple[str, Any]]) -> None:
-        """All layers that go in blocks, before PEFT's walk; what is not finite there is left to PEFT's own merge."""
+        """All layers that go in blocks, before PEFT's walk; what is not finite there is left to PEFT's own merge.
+
+        PEFT's merges as a witness are made meanwhile, few at a time: each takes several times a weight's memory.
+        """
         witnesses: dict[tuple[object, ...], BlockLayer] = {}
+        waiting: deque[BlockLayer] = deque()
+        same: dict[str, bool] = {}
+        room = threading.Semaphore(max(1, threads() // 2))
+
+        def bear_witness(block: BlockLayer) -> None:
+            with room:
+                same[block.path] = self._witnesses(block)
+
+        def next_witness() -> Callable[[], None] | None:
+            return functools.partial(bear_witness, waiting.popleft()) if waiting else None
+
         planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
-        for block, merge in merge_in_blocks(self.base, planned, self.leeway):
+        for block, merge in merge_in_blocks(self.base, planned, self.leeway, next_witness):
             if merge is not None:
                 self.blocks[id(block.layer)] = block, merge
-                witnesses.setdefault(block.kind, block)
+                if witnesses.setdefault(block.kind, block) is block:
+                    waiting.append(block)
                 self._progressed(block.path)
-        for block, same in zip(witnesses.values(), spread(self._witnesses, witnesses.values()), strict=True):
-            (self.witnessed if same else self.differing).append(block.path)
+        for _ in spread(bear_witness, waiting):
+            pass
+        for block in witnesses.values():
+            (self.witnessed if same[block.path] else self.differing).append(block.path)
 
     def _witnesses(self, block: BlockLayer) -> bool:
         """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
