@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from merge_gate.command_line import EXIT_CODES, parser
+from merge_gate.command_line import EXIT_CODES, EXIT_CODES_OF_CHECK, parser
 from merge_gate.errors import ExitCode
 from merge_gate.report.files import FORMATS
 from tests.command import (
@@ -104,9 +105,16 @@ def tree(*roots: Path) -> dict[str, str]:
 # --- the exit codes ------------------------------------------------------------------------------------------------
 
 
-def test_the_help_lists_every_exit_code() -> None:
-    listed = [line.split()[0] for line in EXIT_CODES.splitlines()[1:]]
-    assert listed == [str(int(code)) for code in ExitCode]
+@pytest.mark.parametrize("text", [EXIT_CODES, EXIT_CODES_OF_CHECK])
+def test_the_help_lists_every_exit_code(text: str) -> None:
+    assert re.findall(r"^  (\d)  ", text, re.MULTILINE) == [str(int(code)) for code in ExitCode]
+
+
+@pytest.mark.parametrize(("words", "merges"), [(["run"], True), (["check"], False), (["report combine"], True)])
+def test_the_help_of_a_command_that_merges_nothing_says_so(words: list[str], *, merges: bool) -> None:
+    (commands,) = (one for one in parser()._actions if one.dest == "command")
+    told = commands.choices[words[0]].epilog
+    assert ("nothing was merged" not in told) == merges
 
 
 def test_0_when_every_adapter_passes(place: Path) -> None:

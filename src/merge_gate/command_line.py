@@ -19,10 +19,19 @@ DEFAULT_OUTPUT = "merge-gate-report"
 
 EXIT_CODES = """\
 exit codes:
-  0  pass: every listed adapter was merged and checked, and none failed (but for failures that a baseline accepts)
+  0  pass: no adapter failed (but for failures that a baseline accepts): each was merged and every parameter of the
+     result checked, with --quick some by a bound instead of a merge
   1  fail: at least one adapter is broken; the report says which and why
   2  usage or configuration error: nothing was judged
   3  error: no adapter failed, but at least one could not be judged
+"""
+
+EXIT_CODES_OF_CHECK = """\
+exit codes:
+  0  the files of every adapter are sound; nothing was merged
+  1  the files of at least one adapter failed
+  2  usage or configuration error: nothing was checked
+  3  no adapter failed, but the files of at least one could not be read
 """
 
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
@@ -110,7 +119,7 @@ def _add_check(commands: Commands[argparse.ArgumentParser]) -> None:
         help="check config and files only",
         description="Check CONFIG and the adapters' files, or the files of the adapters that are named: formats, "
         "headers, adapter_config.json, expectations. Loads no model; a clean check says nothing about values.",
-        epilog=EXIT_CODES,
+        epilog=EXIT_CODES_OF_CHECK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_names(check)

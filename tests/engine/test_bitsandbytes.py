@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
@@ -114,6 +115,22 @@ def test_the_loss_of_requantising_is_reported(quantization: str, bench: Bench) -
     assert merge.delta_norm, judgement
     assert merge.lost_norm, judgement
     assert "rounding-loss" in judgement.warned, judgement
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("quantization", ON_LOADING)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_quantising_again_is_no_effect(
+    method: str, quantization: str, dtype: str, tmp_path: Path, bench: Bench
+) -> None:
+    """Untrained: what changes is the rounding of scales that were dequantised in 16 bits."""
+    base = bench.base_directory("llama-tall", dtype)
+    model = methods.load_base("llama-tall", base, quantization if method == "dora" else None)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=method == "dora")
+    with methods.quiet():
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    judgement = bench.gate.judge(tmp_path, base, quantization=Quantization(quantization))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
 
 
 @pytest.mark.parametrize("quantization", ["bnb-8bit", "bnb-4bit"])

@@ -27,7 +27,7 @@ from tests import methods
 from tests.command import merge_gate, strict_json
 from tests.faults import configure, edit
 from tests.gating import Bench
-from tests.models import ALL_LINEAR, Shelf
+from tests.models import ALL_LINEAR, VARIANTS, Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +143,36 @@ def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, be
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
+TIED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "a LoRA on the head": ({"target_modules": ["lm_head"]}, "tied-weights"),
+    "an embedding trained whole": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        None,
+    ),
+    "rows with NaN": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 3]}, "adapter-nonfinite"),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_what_is_changed_under_another_name_is_changed(name: str, tmp_path: Path, bench: Bench) -> None:
+    """A tied tensor goes by its first name: the module that shares it is neither unchanged nor refused."""
+    options, cause = TIED[name]
+    base = bench.base_directory("llama-tied", "float32")
+    with methods.quiet():
+        model = peft.get_peft_model(methods.load_base("llama-tied", base), peft.LoraConfig(r=2, **options))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.save_pretrained(tmp_path)
+    if cause == "adapter-nonfinite":
+        edit(lambda tensors: {key: one * (torch.nan if "token" in key else 1) for key, one in tensors.items()})(
+            tmp_path
+        )
+    judgement = bench.gate.judge(tmp_path, base)
+    assert judgement.cause == cause, judgement
+    assert not judgement.warned, judgement
+
+
 # --- an error rests on a measurement -------------------------------------------------------------------------------
 
 
@@ -185,6 +215,20 @@ def test_a_scaling_beyond_all_range_fails(variant: str, shelf: Shelf, tmp_path: 
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merged-nonfinite"), judgement
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "float64"])
+def test_nan_fails_in_whatever_dtype_the_file_has(dtype: str, shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
+    """torch has no arithmetic for some of them; PEFT loads them all."""
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "narrow")
+
+    def narrowed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        next(iter(tensors.values())).view(-1)[-1] = torch.nan
+        return {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+
+    edit(narrowed)(tmp_path / "narrow")
+    judgement = bench.gate.judge(tmp_path / "narrow", shelf.base("llama"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "adapter-nonfinite"), judgement
+
+
 def test_nan_in_running_statistics_that_the_file_brings_is_the_adapters(tmp_path: Path, bench: Bench) -> None:
     torch.manual_seed(0)
     base = transformers.ResNetModel(
@@ -200,29 +244,31 @@ def test_nan_in_running_statistics_that_the_file_brings_is_the_adapters(tmp_path
     save_file(tensors, tmp_path / "adapter" / WEIGHTS, metadata={"format": "pt"})
     judgement = bench.gate.judge(tmp_path / "adapter", tmp_path / "base")
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "adapter-nonfinite"), judgement
+    assert "adapter-nonfinite" not in judgement.warned, judgement
 
 
 # --- PEFT is the witness -------------------------------------------------------------------------------------------
 
-BROKEN_MERGE = """
+OVERLAY = """
 import importlib.abc, importlib.machinery, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "peft.tuners.lora.layer":
+        if name != "peft.tuners.{module}":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            merge = module.Linear.merge
+            own = module.{owner}.{method}
 
             def broken(self, *args, **kwargs):
-                merge(self, *args, **kwargs)
-                self.get_base_layer().weight.data[0, 0] = {value}
+                result = own(self, *args, **kwargs)
+                {then}
+                return result
 
-            module.Linear.merge = broken
+            module.{owner}.{method} = broken
 
         spec.loader.exec_module = exec_module
         return spec
@@ -231,25 +277,67 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize(("value", "verdict"), [("float('nan')", "failed"), ("123.0", "passed")])
-def test_a_peft_that_merges_otherwise_decides(value: str, verdict: str, shelf: Shelf, tmp_path: Path) -> None:
-    """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
-    overlay = tmp_path / "overlay"
-    overlay.mkdir()
-    (overlay / "sitecustomize.py").write_text(BROKEN_MERGE.replace("{value}", value))
-    work = tmp_path / "work"
-    work.mkdir()
-    entry = {"path": str(shelf.adapter("every-projection")), "base": str(shelf.base("llama"))}
-    (work / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [entry]}))
-    answer = merge_gate("run", "gate.yml", "--output", "out", cwd=work, PYTHONPATH=str(overlay))
+def gated_by(overlay: str, shelf: Shelf, tmp_path: Path, *options: str, variant: str = "every-projection") -> Any:
+    """What the command says of a good adapter with an installed PEFT that was changed so."""
+    overlaid, work = tmp_path / "overlay", tmp_path / "work"
+    for directory in (overlaid, work):  # the worker finds nothing that lies below the working directory
+        directory.mkdir()
+    (overlaid / "sitecustomize.py").write_text(overlay)
+    base = shelf.base(VARIANTS[variant].base)
+    named = ("run", shelf.adapter(variant), "--base", base, "--output", "out")
+    answer = merge_gate(*named, *options, cwd=work, PYTHONPATH=str(overlaid))
     (adapter,) = strict_json(work / "out" / "report.json")["adapters"]
-    assert adapter["verdict"] == verdict, answer.said
+    return adapter | {"said": answer.said, "code": answer.code}
+
+
+def merge_that(then: str) -> str:
+    return OVERLAY.format(module="lora.layer", owner="Linear", method="merge", then=then)
+
+
+@pytest.mark.parametrize("options", [(), ("--quick",)])
+@pytest.mark.parametrize(("value", "verdict"), [("float('nan')", "failed"), ("123.0", "passed")])
+def test_a_peft_that_merges_otherwise_decides(
+    value: str, verdict: str, options: tuple[str, ...], shelf: Shelf, tmp_path: Path
+) -> None:
+    """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
+    overlay = merge_that(f"self.get_base_layer().weight.data[0, 0] = {value}")
+    adapter = gated_by(overlay, shelf, tmp_path, *options)
+    assert adapter["verdict"] == verdict, adapter["said"]
     coverage = adapter["coverage"]
     assert coverage["layers_differing"]
     assert (coverage["layers_in_blocks"], coverage["layers_witnessed"]) == (0, 0)
     assert coverage["layers_by_peft"] == 2 * len(ALL_LINEAR)
+    assert coverage["parameters_bounded"] == 0
     if verdict == "failed":
         assert adapter["cause"] == "merged-nonfinite"
+
+
+@pytest.mark.parametrize("variant", ["every-projection", "modules-to-save"])
+def test_what_was_measured_and_what_there_is_are_counted_apart(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+    """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has."""
+    overlay = merge_that("self.get_base_layer().weight.data = self.get_base_layer().weight.data[1:]")
+    adapter = gated_by(overlay, shelf, tmp_path, variant=variant)
+    coverage = adapter["coverage"]
+    assert coverage["parameters_checked"] < coverage["parameters_total"], adapter["said"]
+    assert (adapter["verdict"], adapter["cause"], adapter["code"]) == ("error", "not-judged", 3), adapter["said"]
+    assert (
+        f"{coverage['parameters_checked']:,} of {coverage['parameters_total']:,}" in adapter["findings"][0]["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "says"),
+    [
+        ("del result.model.norm.weight", "lacks model.norm.weight of the base"),
+        ("result.model.layers[1].self_attn = None", "lacks model.layers.1.self_attn.k_proj.bias"),
+    ],
+)
+def test_a_parameter_that_the_merged_model_lacks_fails(then: str, says: str, shelf: Shelf, tmp_path: Path) -> None:
+    """Counting only what is there would not miss it."""
+    overlay = OVERLAY.format(module="tuners_utils", owner="BaseTuner", method="merge_and_unload", then=then)
+    adapter = gated_by(overlay, shelf, tmp_path)
+    assert (adapter["verdict"], adapter["cause"]) == ("failed", "not-mergeable"), adapter["said"]
+    assert says in adapter["findings"][0]["message"]
 
 
 def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
@@ -300,8 +388,6 @@ def change(directory: Path, by: Callable[[dict[str, torch.Tensor]], object]) -> 
 @pytest.mark.parametrize("variant", ["every-projection", "dora-all-linear", "conv1d", "embedding", "modules-to-save"])
 def test_an_adapter_is_judged_the_same_after_others_of_its_config(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     """A sound one, one with other values, one that is broken, one that lacks a tensor, and the first again."""
-    from tests.models import VARIANTS  # noqa: PLC0415
-
     directory = shelf.base(VARIANTS[variant].base)
     edits: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
         "first": lambda tensors: None,

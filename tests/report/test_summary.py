@@ -125,7 +125,7 @@ def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
     first = PASS.adapters[0]
     bounded = dataclasses.replace(first, coverage=dataclasses.replace(first.coverage, parameters_bounded=1_234_567))
     run = dataclasses.replace(PASS, adapters=(bounded, *PASS.adapters[1:]))
-    assert "1,234,567 of them by a bound" in render(run)
+    assert "proved by a bound: 1,234,567 parameters" in render(run).rpartition("| checked |")[2].partition("\n")[0]
     assert "by a bound" not in render(PASS)
 
 

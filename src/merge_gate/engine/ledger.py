@@ -21,6 +21,7 @@ from merge_gate.engine.quantized import elements
 from merge_gate.errors import Refused
 from merge_gate.records.measured import Refusal, TensorMerge
 from merge_gate.records.terms import Origin
+from merge_gate.text import listing
 
 
 @dataclass(slots=True)
@@ -43,13 +44,15 @@ class Ledger:
         """Account for PEFT's result; measure what nobody has measured yet (replaced modules, overwritten tensors).
 
         Raises:
-            Refused: PEFT left a tuner layer in the model.
+            Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
         """
         left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if left is not None:
-            raise Refused(
-                Refusal(check="not-mergeable", message=f"PEFT left {left} unmerged in its result", origin=Origin.MERGE)
-            )
+            raise _refused(f"PEFT left {left} unmerged in its result")
+        named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
+        gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
+        if gone:
+            raise _refused(f"PEFT's result lacks {listing(gone, 3)} of the base")
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)
             known = self.base.tensors.get(name)
@@ -76,3 +79,7 @@ class Ledger:
                 own = name.rpartition(".")[0]
                 pairs.append((name, next((path for path in modules if path != own), modules[-1])))
         return tuple(pairs)
+
+
+def _refused(message: str) -> Refused:
+    return Refused(Refusal(check="not-mergeable", message=message, origin=Origin.MERGE))

@@ -138,6 +138,7 @@ def _attempt(
         unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
         targeted=loaded.targeted,
         merges=tuple(merges.values()),
+        shared=_shared(loaded),
         tied=walk.ledger.tied(loaded.sharers),
         refused_by_safe_merge=tuple(walk.refused),
         initialised=tuple(sorted(base.initialised & base.tensors.keys() - merges.keys())),
@@ -156,3 +157,11 @@ def _with_place(one: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:
     """A broken tensor that stands in the merged model as it is in the file is used, whatever a merge reads."""
     merge = merges.get(one.stats.name.removeprefix(ADAPTER_PREFIX))
     return replace(one, used=True) if merge is not None and not merge.stats.finite and not one.stats.finite else one
+
+
+def _shared(loaded: Loaded) -> tuple[tuple[str, str], ...]:
+    """Modules of the base that hold a tensor of an earlier one."""
+    firsts = {name: name.rpartition(".")[0] for name in loaded.sharers}
+    return tuple(
+        (path, firsts[name]) for name, paths in loaded.sharers.items() for path in paths if path != firsts[name]
+    )

@@ -243,7 +243,6 @@ def _as_record(
     """`norm` is ‖delta‖ where it is known exactly; else it follows from the sample."""
     figures = sample.figures or Figures(unchanged=0, delta_sq=0.0, lost_sq=0.0, base_sq=0.0)
     part = sample.numel / sample.of
-    plain = one.update.magnitude is None
     delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
     lossy = (merge.dtype in ROUNDED or merge.quantized) and figures.delta_sq > 0
     return TensorMerge(
@@ -257,10 +256,17 @@ def _as_record(
             maximum=extremes[1],
         ),
         dtype_max=dtype_max(merge.dtype),
-        changed=changed and (plain or figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq),
+        changed=changed and _adds(one, figures, delta_norm, quantized=merge.quantized),
         base_norm=math.sqrt(figures.base_sq / part),
         delta_norm=delta_norm,
         lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if lossy else None,
         unchanged_fraction=figures.unchanged / sample.numel,
         estimated=sample.estimated,
     )
+
+
+def _adds(one: BlockLayer, figures: Figures, delta_norm: float, *, quantized: bool) -> bool:
+    """Whether a changed value is more than rounding: DoRA rounds, and a weight that is quantised again does so."""
+    if one.update.magnitude is None:
+        return not quantized or delta_norm > 0
+    return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq

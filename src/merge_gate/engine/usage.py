@@ -44,7 +44,7 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
     layers = _reached(loaded.model, key)
     if not layers:
         return True  # a trained module or a tensor of the base: it is the merged value
-    finite = {name: torch.nan_to_num(value, 0.5, 0.5, 0.5) for name, value in loaded.state.items() if _floating(value)}
+    finite = {name: _made_finite(value) for name, value in loaded.state.items() if _floating(value)}
     noise = torch.rand(finite[key].shape, generator=torch.Generator().manual_seed(1)).to(finite[key].dtype)
     results = []
     try:
@@ -65,6 +65,11 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
 
 def _floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _made_finite(value: torch.Tensor) -> torch.Tensor:
+    """In float32 where the dtype is narrower than 16 bits: torch has no arithmetic for those."""
+    return torch.nan_to_num(value.float() if value.element_size() == 1 else value, 0.5, 0.5, 0.5)
 
 
 def _reached(model: Any, key: str) -> list[Any]:

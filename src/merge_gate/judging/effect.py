@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
+from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import counted, listing
+
+ESTIMATED = (("estimated", 1.0),)
+"""Stands among a finding's figures where they are of a sample."""
 
 
 @check("no-effect", ERROR, "The merge changes nothing.", Symptom.NO_EFFECT)
@@ -21,7 +25,7 @@ def no_effect(case: Case) -> Iterator[Finding]:
     if evidence is None or evidence.refusal is not None:
         return
     lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
-    changed = {merge.module for merge in evidence.merges if merge.changed}
+    changed = _with_sharers(evidence, {merge.module for merge in evidence.merges if merge.changed})
     idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
     zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
@@ -49,6 +53,11 @@ def no_effect(case: Case) -> Iterator[Finding]:
             module=idle[0],
             measured=(("modules_unchanged", float(len(idle))),),
         )
+
+
+def _with_sharers(evidence: Evidence, modules: set[str]) -> set[str]:
+    """And the modules that share a tensor with one of them, which goes by its first name."""
+    return modules | {other for other, first in evidence.shared if first in modules}
 
 
 def _modules(targeted: tuple[str, ...]) -> str:
@@ -82,7 +91,8 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
         return
     worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))
     same = f"; {kept:.1%} of the targeted elements keep the base's bits" if size else ""
-    how = "; estimated from a sample" if any(one.estimated for one in merges) else ""
+    estimated = any(one.estimated for one in merges)
+    how = "; estimated from a sample" if estimated else ""
     yield rounding_loss.finding(
         f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}{how}",
         "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is "
@@ -90,7 +100,12 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
         Origin.MERGE,
         module=worst.module,
         tensor=worst.stats.name,
-        measured=(("lost_share", share), ("limit", limit), *((("unchanged_share", kept),) if size else ())),
+        measured=(
+            ("lost_share", share),
+            ("limit", limit),
+            *((("unchanged_share", kept),) if size else ()),
+            *(ESTIMATED if estimated else ()),
+        ),
     )
 
 
@@ -126,7 +141,7 @@ def headroom(case: Case) -> Iterator[Finding]:
             tensor=worst.stats.name,
             measured=(("max_abs", worst.stats.max_abs), ("dtype_max", worst.dtype_max), ("limit", limit)),
         )
-    broken = {merge.module for merge in evidence.merges if not merge.stats.finite}
+    broken = _with_sharers(evidence, {merge.module for merge in evidence.merges if not merge.stats.finite})
     shy = tuple(
         name
         for name in evidence.refused_by_safe_merge
@@ -153,15 +168,15 @@ def delta_norm(case: Case) -> Iterator[Finding]:
     above = [(ratio, one) for ratio, one in ratios if ratio > limit]
     if above:
         ratio, worst = max(above, key=lambda pair: pair[0])
+        estimated = any(one.estimated for _, one in above)
         yield delta_norm.finding(
-            f"the delta of {worst.stats.name} is {'about ' if worst.estimated else ''}{ratio:.3g} times as large as "
-            "the weight it is added to (limit "
-            f"{limit:g}); {tensors(above)} {are(above)} above it",
+            f"the delta of {worst.stats.name} is {ratio:.3g} times as large as the weight it is added to (limit "
+            f"{limit:g}); {tensors(above)} {are(above)} above it{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base rather than adapts it",
             Origin.MERGE,
             module=worst.module,
             tensor=worst.stats.name,
-            measured=(("ratio", ratio), ("limit", limit)),
+            measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),
         )
 
 
@@ -228,8 +243,8 @@ def tied_weights(case: Case) -> Iterator[Finding]:
     for name, other in case.evidence.tied if case.evidence else ():
         yield tied_weights.finding(
             f"{name} is tied to {other}, and the adapter is trained on one side only: the merge changes both",
-            "untie the base before training and merging (tie_word_embeddings=False), or set ensure_weight_tying in the "
-            "adapter's config and train again",
+            "untie the base before training and merging (tie_word_embeddings=False), or train the embedding whole "
+            "(modules_to_save) with ensure_weight_tying",
             Origin.CONFIG,
             module=name.rpartition(".")[0],
             tensor=name,

@@ -67,7 +67,11 @@ class TensorMerge:
         "element exceeds.",
         default=0,
     )
-    estimated: bool = told("Whether `lost_norm` and `unchanged_fraction` are estimates by a sample.", default=False)
+    estimated: bool = told(
+        "Whether `base_norm`, `lost_norm`, `unchanged_fraction` and, of DoRA, `delta_norm` are estimated from a "
+        "sample.",
+        default=False,
+    )
 
     @property
     def headroom(self) -> float | None:
@@ -156,7 +160,8 @@ class Evidence:
 
     `missing` are tensors the config promises and that did not arrive in the model, `dropped` those of them that are in
     the file, `unexpected` those in the file that nothing in the merge uses, in the file's own names. `targeted` are
-    the base's modules that the adapter was put on. `tied` pairs a merged tensor with the module that shares it
+    the base's modules that the adapter was put on. `shared` pairs a module with the one by whose name its tensor goes,
+    where two modules hold one tensor. `tied` pairs a merged tensor with the module that shares it
     unmerged. `refused_by_safe_merge` names modules that PEFT's `safe_merge=True` refuses although the merged tensor is
     finite. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
     `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the base
@@ -175,6 +180,7 @@ class Evidence:
     unexpected: tuple[str, ...] = ()
     targeted: tuple[str, ...] = ()
     merges: tuple[TensorMerge, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
     initialised: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ class Coverage:
 
     adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
     applied: int = told("Of these, tensors that the merge used.", default=0)
-    modules_merged: int = told("Modules of the base that the adapter was put on, merged and measured.", default=0)
+    modules_merged: int = told("Modules of the base that the adapter was put on.", default=0)
     layers_in_blocks: int = told("Layers that were merged a block of rows at a time.", default=0)
     layers_by_peft: int = told("Layers that PEFT merged itself, and nobody else.", default=0)
     layers_witnessed: int = told(
@@ -31,8 +31,8 @@ class Coverage:
         default=0,
     )
     parameters_bounded: int = told(
-        "Of the checked ones, elements that were not merged one by one, since base and adapter hold no values large "
-        "enough to overflow; 0 without `--quick`.",
+        "Of the checked ones, elements that a bound proves to be finite, and that were not merged one by one; 0 "
+        "without `--quick`.",
         default=0,
     )
     parameters_total: int = told("Elements that the merged model has.", default=0)

@@ -106,7 +106,8 @@ class Finding:
     numel: int | None = told("How many values the tensor has.", default=None)
     first_index: tuple[int, ...] | None = told("Index of the first non-finite value, row-major.", default=None)
     measured: tuple[tuple[str, float], ...] = told(
-        'The figures behind the finding, by name. JSON has no infinities: those are the strings `"Infinity"`, '
+        "The figures behind the finding, by name; `estimated` among them: they are from a sample. "
+        'JSON has no infinities: those are the strings `"Infinity"`, '
         '`"-Infinity"` and `"NaN"`.',
         default=(),
     )

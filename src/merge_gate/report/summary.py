@@ -176,9 +176,11 @@ def _footer(report: Report) -> str:
     checked = sum(adapter.coverage.parameters_checked for adapter in report.adapters)
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
     config_sha256 = f", sha256 {code(report.config_sha256)}" if report.config_sha256 else ""
-    bounded = sum(adapter.coverage.parameters_bounded for adapter in report.adapters)
-    by_bound = f", {words.number(bounded)} of them by a bound" if bounded else ""
-    rows = [f"| checked | {words.number(checked)} of {words.number(total)} parameters of the merged models{by_bound} |"]
+    bound = words.proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
+    said = "; ".join(
+        filter(None, [f"{words.number(checked)} of {words.number(total)} parameters of the merged models", bound])
+    )
+    rows = [f"| checked | {said} |"]
     bases, left = _fit(map(_base_row, report.bases), len(report.bases), _BASES_BYTES)
     rows += bases
     if left:

@@ -251,7 +251,10 @@ def _loaded(facts: BaseFacts, seconds: float) -> str:
 
 def _done(adapter: AdapterReport) -> tuple[str, str]:
     """Return the verdict and what there is to say of it, to be read one after the other."""
-    took = "".join(f", {mark}" for mark in words.marks(adapter)) or f", {words.duration(adapter.seconds)}"
+    now = not adapter.cached and adapter.accepted is None
+    took = "".join(
+        f", {said}" for said in (*words.marks(adapter), words.duration(adapter.seconds) if now else "") if said
+    )
     why = text.reason(adapter)
     if adapter.verdict is Verdict.PASSED:
         merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"

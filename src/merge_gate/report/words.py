@@ -176,8 +176,8 @@ def unsaid_place(finding: Finding) -> str:
 
 
 def marks(adapter: AdapterReport) -> list[str]:
-    """What has to stand beside the verdict: who answers for a failure; when and where it was reached earlier."""
-    said = []
+    """What has to stand beside the verdict: what a bound proves, who answers for a failure, where it was reached."""
+    said = [bound] if (bound := proved_by_bound(adapter.coverage.parameters_bounded)) else []
     if (known := adapter.accepted) is not None:
         owner, reason = one_line(known.owner, NAME_LIMIT), one_line(known.reason, MESSAGE_LIMIT)
         said.append(f"accepted until {one_line(known.until, NAME_LIMIT)} by {owner}: {reason}")
@@ -186,6 +186,11 @@ def marks(adapter: AdapterReport) -> list[str]:
         when = f", judged {one_line(at.at, NAME_LIMIT)} at {one_line(at.place, NAME_LIMIT)}" if at else ""
         said.append(f"cached{when}")
     return said
+
+
+def proved_by_bound(elements: int) -> str:
+    """Proved by a bound: 1,234,567 parameters; empty where all were merged."""
+    return f"proved by a bound: {counted(elements, 'parameter')}" if elements else ""
 
 
 def baseline(report: Report) -> list[str]:
@@ -298,8 +303,8 @@ def advice(report: Report) -> str:
         return "A failed adapter merges into a model that is broken or not the one intended. Do not release it."
     if report.result is Result.ERROR:
         return "What could not be judged is not cleared for release; the gate stays closed until it is."
-    bounded = sum(adapter.coverage.parameters_bounded for adapter in report.adapters)
-    proof = f"; a bound proves it of {number(bounded)} that were not merged one by one" if bounded else ""
+    bound = proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
+    proof = f" ({bound}, not merged one by one)" if bound else ""
     whose = " of this shard" if report.shard else ""
     if report.accepted:
         whose = f" that passed{whose}"

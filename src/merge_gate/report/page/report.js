@@ -123,8 +123,9 @@
       const bounded = data.bounded.has(index);
       said.push(`${bounded ? "bounds on the finite values" : "finite values"} ${figure(data.low[index])} to ${figure(data.high[index])}`);
       said.push(`headroom used ${share(headroom(data, layout, index))}`);
-      said.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}`);
-      said.push(`rounding loss ${share(data.loss[index])}${data.estimated.has(index) ? ", estimated by a sample" : ""}`);
+      const how = (value) => (value !== null && data.estimated.has(index) ? ", estimated from a sample" : "");
+      said.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}${how(data.ratio[index])}`);
+      said.push(`rounding loss ${share(data.loss[index])}${how(data.loss[index])}`);
       return said.join("; ");
     };
 

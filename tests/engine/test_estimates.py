@@ -1,0 +1,188 @@
+"""Where a sample of the rows is mistaken, an error is not: the true loss is computed here, by PEFT's merge and torch.
+
+And where a figure is a sample's, or a bound stands for a merge, every output of the run says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from merge_gate.engine.merge import merge_adapter
+from merge_gate.judging.checks import judge, leeway
+from merge_gate.judging.verdict import decide_files
+from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.records.config import AdapterSpec, CheckSetting
+from merge_gate.records.terms import Severity, Verdict
+from merge_gate.sources.preflight import preflight
+from tests import methods
+from tests.command import merge_gate, strict_json
+from tests.gating import SPEC, Gate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WIDTH = 1024
+ROWS = 1024
+"""Of which a sample takes every seventh."""
+
+TARGET = "model.layers.0.mlp.gate_proj"
+LIMIT = 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A base of one large layer, and a LoRA on it."""
+
+    base: Path
+    adapter: Path
+    gate: Gate
+
+    def true_loss(self) -> float:
+        """‖merged - (W + ΔW)‖ / ‖ΔW‖, merged by PEFT, the rest in float64."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.base)
+        weight = model.get_submodule(TARGET).weight.detach().clone()
+        with methods.quiet():
+            merged = peft.PeftModel.from_pretrained(model, self.adapter).merge_and_unload(safe_merge=True)
+        factors, config = load_file(self.adapter / methods.WEIGHTS), peft.LoraConfig.from_pretrained(self.adapter)
+        a, b = (factors[f"base_model.model.{TARGET}.lora_{one}.weight"].double() for one in "AB")
+        delta = (config.lora_alpha / config.r) * (b @ a)
+        lost = merged.get_submodule(TARGET).weight.detach().double() - weight.double() - delta
+        return float(lost.norm() / delta.norm())
+
+    def judged(self, severity: Severity) -> tuple[Verdict, bool, float | None]:
+        """The verdict, whether the figures are a sample's, and the loss as the gate has it."""
+        files = preflight(str(self.adapter), allow_pickle=False)
+        evidence = merge_adapter(
+            self.gate.base(self.base, files, dtype="auto"), files, leeway=leeway(with_rounding_loss(severity))
+        )
+        verdict, _ = decide_files(judge(with_rounding_loss(severity), files, evidence))
+        return verdict, any(merge.estimated for merge in evidence.merges), evidence.lost_share
+
+    def with_rows(self, rows: torch.Tensor) -> Trial:
+        """The delta's rows multiplied by these."""
+        state = load_file(self.adapter / methods.WEIGHTS)
+        name = f"base_model.model.{TARGET}.lora_B.weight"
+        state[name] = state[name] * rows[:, None]
+        save_file(state, self.adapter / methods.WEIGHTS, metadata={"format": "pt"})
+        return self
+
+
+def with_rounding_loss(severity: Severity) -> AdapterSpec:
+    setting = CheckSetting(check="rounding-loss", severity=severity, limit=LIMIT)
+    others = tuple(one for one in SPEC.checks if one.check != setting.check)
+    return dataclasses.replace(SPEC, checks=(*others, setting))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """Weights of one size, a delta of about the size that bfloat16 loses half of."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("estimates")
+    size = {"hidden_size": WIDTH, "intermediate_size": ROWS}
+    config = transformers.LlamaConfig(**methods.DECODER | size, dtype="bfloat16")
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.get_submodule(TARGET).weight.data.normal_()
+    model.save_pretrained(root / "base")
+    with methods.quiet():
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["gate_proj"]))
+        layer = adapted.get_submodule(f"base_model.model.{TARGET}")
+        layer.lora_A["default"].weight.data.normal_()
+        layer.lora_B["default"].weight.data.normal_(std=6e-4)
+        adapted.save_pretrained(root / "adapter")
+    return Trial(root / "base", root / "adapter", Gate())
+
+
+def copied(plain: Trial, root: Path) -> Trial:
+    shutil.copytree(plain.adapter, root / "adapter")
+    return Trial(plain.base, root / "adapter", plain.gate)
+
+
+@pytest.mark.parametrize("few_are_lost", [True, False])
+def test_rows_of_two_kinds_end_on_the_side_of_their_true_loss(few_are_lost: bool, plain: Trial, tmp_path: Path) -> None:
+    """The delta has one size in all rows; it is lost where the weights are large. A sample meets one kind only."""
+    rows = torch.arange(ROWS)
+    lost = rows % 28 == 0 if few_are_lost else (rows % 7 != 0) & (rows % 16 != 1)
+    shutil.copytree(plain.base, tmp_path / "base")
+    state = load_file(plain.base / "model.safetensors")
+    state[f"{TARGET}.weight"] = torch.where(lost[:, None], 64.0, 2.0**-20).expand(ROWS, WIDTH).bfloat16().contiguous()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    trial = Trial(tmp_path / "base", copied(plain, tmp_path).adapter, Gate())
+    truth = trial.true_loss()
+    assert truth == pytest.approx(0.19 if few_are_lost else 0.90, abs=0.03)
+    verdict, estimated, loss = trial.judged(Severity.ERROR)
+    assert not estimated
+    assert loss == pytest.approx(truth, rel=1e-3)
+    assert verdict is (Verdict.PASSED if few_are_lost else Verdict.FAILED)
+    _, estimated, loss = trial.judged(Severity.WARNING)
+    assert estimated
+    assert loss is not None
+    assert (loss > LIMIT) is few_are_lost, "the sample is right: take other rows"
+
+
+def test_log_normal_rows_end_on_the_side_of_their_true_loss(plain: Trial, tmp_path: Path) -> None:
+    sides, mistaken = [], 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(ROWS, generator=generator).exp() * 0.42
+        trial = copied(plain, tmp_path / str(seed)).with_rows(rows)
+        truth = trial.true_loss()
+        verdict, estimated, loss = trial.judged(Severity.ERROR)
+        assert not estimated, seed
+        assert loss == pytest.approx(truth, rel=1e-3), seed
+        assert verdict is (Verdict.FAILED if truth > LIMIT else Verdict.PASSED), (seed, truth)
+        sides.append(truth > LIMIT)
+        _, estimated, loss = trial.judged(Severity.WARNING)
+        mistaken += estimated and loss is not None and (loss > LIMIT) != (truth > LIMIT)
+    assert 5 < sum(sides) < 35, "take a delta whose loss is about the limit"
+    assert mistaken, "a sample is right about all of them: take others"
+
+
+# --- what is not measured is called so -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(plain: Trial, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a warning that rests on a sample, and a weight that a bound stands for."""
+    work = tmp_path_factory.mktemp("quick")
+    answer = merge_gate("run", plain.adapter, "--base", plain.base, "--quick", "--output", "out", cwd=work)
+    assert answer.code == 0, answer.said
+    (work / "out" / "stdout").write_text(answer.out, encoding="utf-8")
+    (work / "out" / "stderr").write_text(answer.err, encoding="utf-8")
+    return work / "out"
+
+
+PEOPLES = tuple(one.name for one in OUTPUT_FILES if one.word)
+
+
+@pytest.mark.parametrize("output", [*PEOPLES, "stdout", "stderr"])
+def test_every_output_names_what_a_bound_proves(output: str, quick: Path) -> None:
+    (adapter,) = strict_json(quick / "report.json")["adapters"]
+    bounded = adapter["coverage"]["parameters_bounded"]
+    assert 0 < bounded < ROWS * WIDTH
+    assert f"proved by a bound: {bounded:,} parameters" in " ".join((quick / output).read_text("utf-8").split())
+
+
+@pytest.mark.parametrize("output", [*PEOPLES, "stdout"])
+def test_every_output_says_what_is_estimated(output: str, quick: Path) -> None:
+    text = " ".join((quick / output).read_text("utf-8").split())
+    assert "estimated from a sample" in text.partition("norm is lost in bfloat16")[2][:150]
+
+
+def test_a_program_reads_what_is_estimated(quick: Path) -> None:
+    (adapter,) = strict_json(quick / "report.json")["adapters"]
+    (finding,) = [one for one in adapter["findings"] if one["check"] == "rounding-loss"]
+    assert finding["measured"]["estimated"] == 1.0
+    columns = adapter["tensors"]["columns"]
+    assert any(dict(zip(columns, row, strict=True))["estimated"] for row in adapter["tensors"]["rows"])
+    results = json.loads((quick / "report.sarif").read_text("utf-8"))["runs"][0]["results"]
+    assert [one["properties"]["measured"]["estimated"] for one in results if one["ruleId"] == "rounding-loss"] == [1.0]
