@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from merge_gate.engine.base import Base, Shape
+    from merge_gate.engine.base import Base, ModelClass
     from tests.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
@@ -67,7 +67,7 @@ SPEC = AdapterSpec(name="trial", source="./trial", base=BaseSpec(), checks=DEFAU
 class Gate:
     """Judges adapters; keeps the bases it has loaded."""
 
-    loaded: dict[tuple[str, str, Quantization, Shape], Base] = field(default_factory=dict)
+    loaded: dict[tuple[str, str, Quantization, ModelClass], Base] = field(default_factory=dict)
 
     def judge(
         self,

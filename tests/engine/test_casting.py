@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine import base as bases
 from merge_gate.engine import casting, sandbox
-from merge_gate.engine.base import Base, Shape, load_base
+from merge_gate.engine.base import Base, ModelClass, load_base
 from merge_gate.engine.casting import in_another_dtype
 from merge_gate.engine.child import judge_job
 from merge_gate.engine.merge import merge_adapter
@@ -56,13 +56,13 @@ def architectures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(directory: Path, dtype: str, class_name: str) -> Base:
-    return load_base(str(directory), shape=Shape(class_name=class_name), label="base", dtype=dtype)
+    return load_base(str(directory), shape=ModelClass(class_name=class_name), label="base", dtype=dtype)
 
 
 def two(directory: Path, dtype: str, class_name: str) -> tuple[Base | None, Base]:
     """The base in the dtype, cast from that of its files, and loaded."""
     known = loaded(directory, "auto", class_name)
-    cast = in_another_dtype(known, Shape(class_name=class_name), str(directory), dtype)
+    cast = in_another_dtype(known, ModelClass(class_name=class_name), str(directory), dtype)
     return cast, loaded(directory, dtype, class_name)
 
 
@@ -140,7 +140,7 @@ def llama(architectures: Path) -> tuple[Path, Base, Base]:
 @pytest.mark.parametrize("case", ON_LLAMA[::2], ids=lambda case: case.name)
 def test_every_method_comes_to_the_same(case: methods.Case, llama: tuple[Path, Base, Base], tmp_path: Path) -> None:
     directory, known, fresh = llama
-    cast = in_another_dtype(known, Shape(class_name="LlamaForCausalLM"), str(directory), "float16")
+    cast = in_another_dtype(known, ModelClass(class_name="LlamaForCausalLM"), str(directory), "float16")
     assert cast is not None
     methods.save_adapter(case, methods.load_base("llama", directory), tmp_path / "a", base_directory=directory)
     files = preflight(str(tmp_path / "a"), allow_pickle=False)
@@ -170,13 +170,13 @@ def test_what_the_dtype_cannot_hold_is_counted(value: float, shelf: Shelf, tmp_p
 
 
 def test_what_was_cast_before_is_not_cast_again(shelf: Shelf) -> None:
-    shape = Shape(class_name="LlamaForCausalLM")
+    shape = ModelClass(class_name="LlamaForCausalLM")
     known = loaded(shelf.base("llama"), "bfloat16", shape.class_name)
     assert in_another_dtype(known, shape, str(shelf.base("llama")), "float16") is None
 
 
 def test_a_dtype_that_is_no_cast_away_is_loaded(shelf: Shelf) -> None:
-    shape = Shape(class_name="LlamaForCausalLM")
+    shape = ModelClass(class_name="LlamaForCausalLM")
     known = loaded(shelf.base("llama"), "auto", shape.class_name)
     assert in_another_dtype(known, shape, str(shelf.base("llama")), "float64") is None
 
@@ -201,7 +201,7 @@ class Unscaled(Scaled):
 def test_a_class_that_changes_what_it_loads_is_loaded(model_class: type[Scaled], shelf: Shelf) -> None:
     known = loaded(shelf.base("llama"), "auto", "LlamaForCausalLM")
     with among_transformers(model_class) as name:
-        cast = in_another_dtype(known, Shape(class_name=name), str(shelf.base("llama")), "float16")
+        cast = in_another_dtype(known, ModelClass(class_name=name), str(shelf.base("llama")), "float16")
     assert (cast is None) == (model_class is Scaled)
 
 
@@ -285,7 +285,7 @@ def test_files_that_changed_in_between_are_loaded_again(shelf: Shelf, tmp_path: 
 def test_lora_leaves_no_cast_behind(shelf: Shelf) -> None:
     """Memory: each cast is let go of after its layer."""
     directory = shelf.base("llama-tall")
-    shape = Shape(class_name="LlamaForCausalLM")
+    shape = ModelClass(class_name="LlamaForCausalLM")
     cast = in_another_dtype(loaded(directory, "auto", shape.class_name), shape, str(directory), "float16")
     assert cast is not None
     assert cast.hollow is not None

@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig
 
 from merge_gate.engine import base as bases
-from merge_gate.engine.base import Base, Shape, load_base, named_tensors
+from merge_gate.engine.base import Base, ModelClass, load_base, named_tensors
 from merge_gate.engine.child import Kept, _judge_group
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
@@ -40,7 +40,7 @@ PAIRS = {
 
 
 def load(shelf: Shelf, key: str, class_name: str, dtype: str, labels: int | None = None, **options: Any) -> Base:
-    shape = Shape(class_name=class_name, num_labels=labels)
+    shape = ModelClass(class_name=class_name, num_labels=labels)
     return load_base(str(shelf.base(key)), shape=shape, label=key, dtype=dtype, **options)
 
 
@@ -55,7 +55,7 @@ def test_it_is_what_the_files_give(pair: str, dtype: str, shelf: Shelf) -> None:
     known = load(shelf, key, first, dtype)
     before = {name: tensor.clone() for name, tensor in known.tensors.items()}
     fresh = load(shelf, key, second, dtype, labels)
-    shared = in_another_class(known, Shape(class_name=second, num_labels=labels))
+    shared = in_another_class(known, ModelClass(class_name=second, num_labels=labels))
     assert shared is not None
     assert all(torch.equal(known.tensors[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
     assert shared.facts.loaded_as == second
@@ -73,7 +73,7 @@ def test_it_is_what_the_files_give(pair: str, dtype: str, shelf: Shelf) -> None:
 
 def test_a_quantised_base_is_loaded_from_its_files(shelf: Shelf) -> None:
     known = load(shelf, "llama", "LlamaForCausalLM", "auto", quantization=Quantization.BNB_8BIT)
-    assert in_another_class(known, Shape(class_name="LlamaModel")) is None
+    assert in_another_class(known, ModelClass(class_name="LlamaModel")) is None
 
 
 class Body(transformers.GPT2Model):  # type: ignore[misc]
@@ -91,14 +91,14 @@ class RoundedLess(Body):
 def test_what_would_be_rounded_twice_is_loaded_from_its_files(model_class: type[Body], shelf: Shelf) -> None:
     known = load(shelf, "gpt2", "GPT2LMHeadModel", "float16")
     with among_transformers(model_class) as name:
-        shared = in_another_class(known, Shape(class_name=name))
+        shared = in_another_class(known, ModelClass(class_name=name))
     assert (shared is None) == (model_class is RoundedLess)
 
 
 def test_the_first_may_be_let_go_of(shelf: Shelf) -> None:
     known: Base | None = load(shelf, "gpt2", "GPT2LMHeadModel", "bfloat16")
     assert known is not None
-    shared = in_another_class(known, Shape(class_name="GPT2Model"))
+    shared = in_another_class(known, ModelClass(class_name="GPT2Model"))
     total = sum(float(tensor.abs().sum()) for name, tensor in known.tensors.items() if name != "lm_head.weight")
     known = None
     assert shared is not None
@@ -168,7 +168,7 @@ def test_an_adapter_merges_into_the_same_bits(in_blocks: bool, shelf: Shelf, tmp
     save_adapter(base, tmp_path / "a", LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets))
     files = preflight(str(tmp_path / "a"), allow_pickle=False)
     shared = in_another_class(
-        load(shelf, "bert-classifier", "BertModel", "bfloat16"), Shape(class_name=f"Bert{CLASSIFIER}")
+        load(shelf, "bert-classifier", "BertModel", "bfloat16"), ModelClass(class_name=f"Bert{CLASSIFIER}")
     )
     assert shared is not None
     seen = []

@@ -20,7 +20,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.compare import compare, render_markdown
 from merge_gate.report.markdown import code, prose
-from merge_gate.report.summary import LIMIT_BYTES, render
+from merge_gate.report.summary import render
 from merge_gate.report.textmap import text_map
 from merge_gate.report.untrusted import one_line
 from tests.report.reports import (
@@ -44,6 +44,7 @@ from tests.report.reports import (
     tensors,
 )
 
+LIMIT_BYTES = 64 * 1024
 GOLDEN = Path(__file__).parent / "goldens" / "summary.md"
 TAGS = {
     "h2",

@@ -1,6 +1,6 @@
 """Load a base once, measure it once, and make scratches of it. Nothing here, or after it, writes to the base.
 
-In: a directory, its `Shape`, a dtype and a quantisation. Out: `Base`, and from it as many
+In: a directory, its `ModelClass`, a dtype and a quantisation. Out: `Base`, and from it as many
 scratches as there are adapters. Knows nothing of PEFT.
 
 A scratch has its own modules and its own `Parameter` objects over the base's storage, ties kept: it costs
@@ -32,8 +32,8 @@ from merge_gate.records.terms import Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What has to be fixed before the base's class can build the model: two adapters of one shape share a load.
+class ModelClass:
+    """The class that a base is loaded as, and the size of its head: adapters of one class and size share a load.
 
     `instead_of` is the class that the adapter's task type asks for, where its names fit only another (shape.py).
     """
@@ -160,7 +160,7 @@ def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[Tens
 def load_base(
     directory: str,
     *,
-    shape: Shape,
+    shape: ModelClass,
     label: str,
     revision: str | None = None,
     dtype: str = "auto",
@@ -228,7 +228,7 @@ class Loading:
         return self.missing.union(self.replaced)
 
 
-def _from_pretrained(model_class: Any, source: Source, shape: Shape) -> tuple[Any, Loading]:
+def _from_pretrained(model_class: Any, source: Source, shape: ModelClass) -> tuple[Any, Loading]:
     """The model, and what of its checkpoint does not fit: `refuse_mismatches` says which of them may be.
 
     A class with a `from_pretrained` of its own takes no pair from the one below it, and refuses what does not fit.
@@ -257,12 +257,12 @@ def load_informed(model_class: Any, directory: str | None, **options: Any) -> tu
     return model, Loading(missing=frozenset(said["missing_keys"]), mismatched=mismatched)
 
 
-def head(shape: Shape) -> dict[str, Any]:
+def head(shape: ModelClass) -> dict[str, Any]:
     """What `from_pretrained` is told of a head."""
     return {} if shape.num_labels is None else {"num_labels": shape.num_labels}
 
 
-def _not_loaded(error: Exception, label: str, shape: Shape) -> EngineError:
+def _not_loaded(error: Exception, label: str, shape: ModelClass) -> EngineError:
     if "trust_remote_code" in str(error):
         return remote_code_refused(f"base {label}")
     return EngineError(
@@ -279,7 +279,7 @@ def remote_code_refused(what: str) -> EngineError:
     )
 
 
-def refuse_mismatches(loading: Loading, label: str, shape: Shape) -> None:
+def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
     """A head may give way to another number of labels.
 
     Raises:

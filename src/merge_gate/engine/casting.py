@@ -25,8 +25,8 @@ import transformers
 
 from merge_gate.engine.base import (
     Base,
+    ModelClass,
     Place,
-    Shape,
     Source,
     head,
     load_informed,
@@ -45,7 +45,7 @@ from merge_gate.records.terms import Quantization
 Tensors = dict[str, torch.Tensor]
 
 
-def in_another_dtype(known: Base, shape: Shape, directory: str, dtype: str) -> Base | None:
+def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str) -> Base | None:
     """The base as `from_pretrained` gives it in another dtype.
 
     Args:
@@ -66,7 +66,7 @@ def in_another_dtype(known: Base, shape: Shape, directory: str, dtype: str) -> B
         return None
 
 
-def is_mapped_otherwise(directory: str, shape: Shape, dtype: str) -> bool:
+def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
     """Whether the files hold the base in another dtype, and would be mapped in that: it can be cast from it then."""
     model_class, options = getattr(transformers, shape.class_name), {"local_files_only": True, "use_safetensors": True}
     try:
@@ -87,7 +87,7 @@ def is_mapped_otherwise(directory: str, shape: Shape, dtype: str) -> bool:
     return all(not names.isdisjoint((name, prefix + name, name.removeprefix(prefix))) for name in wanted)
 
 
-def _cast(known: Base, shape: Shape, source: Source) -> Base | None:
+def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
     model_class = getattr(transformers, shape.class_name)
     # 2.
     outline, expected = load_informed(model_class, source.directory, **source.options, **head(shape), device_map="meta")

@@ -48,7 +48,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
-    from merge_gate.engine.base import Base, Shape
+    from merge_gate.engine.base import Base, ModelClass
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
 
@@ -113,18 +113,18 @@ class Kept:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._bases: dict[Shape, tuple[Base, tuple[FileIdentity, ...]]] = {}
+        self._bases: dict[ModelClass, tuple[Base, tuple[FileIdentity, ...]]] = {}
 
     def serves(self, group: Group) -> bool:
         return replace(group, dtype=self._group.dtype, tasks=self._group.tasks) == self._group
 
-    def add(self, shape: Shape, base: Base, identity: tuple[FileIdentity, ...]) -> None:
+    def add(self, shape: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.casting import is_mapped  # noqa: PLC0415 - imports torch
 
         if base.hollow is None and is_mapped(base):  # another one takes memory
             self._bases[shape] = base, identity
 
-    def cast(self, shape: Shape, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
+    def cast(self, shape: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
         """One of them in this group's dtype; None where that has to be loaded."""
         from merge_gate.engine.casting import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
 
@@ -169,7 +169,7 @@ def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept
 def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
     from merge_gate.engine.shape import shape_for  # noqa: PLC0415 - as above
 
-    by_shape: dict[Shape, list[tuple[Task, str | None]]] = {}
+    by_shape: dict[ModelClass, list[tuple[Task, str | None]]] = {}
     for task in group.tasks:
         try:
             shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
@@ -201,7 +201,7 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
             yield _judge_task(base, task, instead_of, progress)
 
 
-def _load(group: Group, shape: Shape, job: Job) -> Base:
+def _load(group: Group, shape: ModelClass, job: Job) -> Base:
     from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
 
     return bases.load_base(
@@ -217,7 +217,7 @@ def _load(group: Group, shape: Shape, job: Job) -> Base:
     )
 
 
-def _in_another_class(base: Base | None, shape: Shape) -> Base | None:
+def _in_another_class(base: Base | None, shape: ModelClass) -> Base | None:
     from merge_gate.engine import sharing  # noqa: PLC0415 - imports torch
 
     return sharing.in_another_class(base, shape) if base is not None else None

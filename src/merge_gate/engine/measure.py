@@ -18,7 +18,7 @@ from merge_gate.errors import EngineError
 from merge_gate.records.measured import TensorStats
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements per step of the slow pass: bounds its scratch memory (masks and widened copies) to tens of MiB."""
+"""Elements per step of the slow pass: bounds its own memory (masks and widened copies) to tens of MiB."""
 
 _NARROW = tuple(
     getattr(torch, name)

@@ -1,7 +1,7 @@
 """Which class an adapter's base is loaded with, and the size of a head that only the adapter's file knows.
 
-In: a base's directory and what the preflight read of an adapter. Out: `Shape`. Loads no weights: models are built on
-torch's meta device, where they have names and shapes only. Knows nothing of PEFT.
+In: a base's directory and what the preflight read of an adapter. Out: `ModelClass`. Loads no weights: models are built
+on torch's meta device, where they have names and shapes only. Knows nothing of PEFT.
 
 1. The adapter's task type names the class. 2. Else its `auto_mapping` names one of transformers. 3. Else the base's own
 architecture. 4. A class that does not know the base's configuration gives way to the architecture. 5. Where none of the
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from merge_gate.engine.base import Shape, first_line, remote_code_refused
+from merge_gate.engine.base import ModelClass, first_line, remote_code_refused
 from merge_gate.errors import EngineError
 from merge_gate.records.files import AdapterFiles
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -31,7 +31,7 @@ TASK_CLASSES = {
 """PEFT's task types and the Auto class that its `AutoPeftModel…` classes pair with them (peft/auto.py)."""
 
 
-def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> Shape:
+def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
     """Choose by the rules above.
 
     Raises:
@@ -40,7 +40,7 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     asked = _class_for(config, files, trust_remote_code=trust_remote_code)
     class_name = _class_that_fits(config, asked, files)
-    return Shape(
+    return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
         instead_of=asked if files.config.task_type in TASK_CLASSES and class_name != asked else None,

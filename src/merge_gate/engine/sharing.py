@@ -1,7 +1,7 @@
 """A base in another class, over the tensors that are in memory: of a fleet of heads the body is read once.
 
-In: a loaded `Base`, and the `Shape` of another class or another number of labels. Out: a `Base` of that shape over the
-same storage, or None where transformers would make something else of it: then it is loaded from its files. Nothing
+In: a loaded `Base`, and the `ModelClass` of another class or another number of labels. Out: a `Base` of that class over
+the same storage, or None where transformers would make something else of it: then it is loaded from its files. Nothing
 writes to a base, so nothing is copied. Knows nothing of PEFT.
 
 1. An outline of the class is loaded from the files on torch's meta device, where tensors have names, shapes and dtypes
@@ -27,7 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from merge_gate.engine.base import (
     Base,
     Loading,
-    Shape,
+    ModelClass,
     head,
     load_informed,
     loads_as_usual,
@@ -39,7 +39,7 @@ from merge_gate.engine.base import (
 from merge_gate.records.terms import Quantization
 
 
-def in_another_class(known: Base, shape: Shape) -> Base | None:
+def in_another_class(known: Base, shape: ModelClass) -> Base | None:
     """The base as another class has it.
 
     Args:
@@ -60,7 +60,7 @@ def in_another_class(known: Base, shape: Shape) -> Base | None:
     return None if shared.was_misread() else shared
 
 
-def _built(known: Base, model_class: Any, shape: Shape) -> tuple[Any, Loading]:
+def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loading]:
     # 1.
     directory, on_meta = known.source.directory, {"device_map": "meta"}
     outline, expected = load_informed(model_class, directory, **known.source.options, **head(shape), **on_meta)

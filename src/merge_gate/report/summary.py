@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
 
-LIMIT_BYTES = 64 * 1024
 _TABLE_BYTES = 16 * 1024
 _SECTIONS_BYTES = 36 * 1024
 _OTHERS_BYTES = 4 * 1024
