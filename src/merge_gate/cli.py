@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -23,6 +23,7 @@ from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from merge_gate.engine.process import WorkerProcess
     from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
@@ -119,17 +120,40 @@ def _stopped(stop: Interrupted, output: str | None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    keeping = _keeping(arguments)  # before the directory is claimed, which removes what may be gone on from
-    with _claimed(arguments.output, is_resumed=arguments.resume):  # an earlier verdict must not stand for this run's
-        config = _config(arguments)
-        if not arguments.container:
-            if arguments.image or arguments.gpus != "auto":
-                raise UsageError("--image and --gpus belong to --container", hint="add --container, or use --device")
-            only, quick, more = tuple(arguments.only), arguments.quick, _elsewhere(arguments)
-            report = _gate(config, arguments.device, arguments.output, only, quick=quick, keeping=keeping, **more)
-            _end_of_resuming(arguments.output)
-            return exit_code(report)
+    with _started_early(arguments) as child:
+        from merge_gate.fleet.resume import forget
+
+        keeping = _keeping(arguments)  # before the directory is claimed, which removes what may be gone on from
+        with _claimed(arguments.output, is_resumed=arguments.resume):  # an earlier verdict must not stand for this run
+            config = _config(arguments)
+            if not arguments.container:
+                if arguments.image or arguments.gpus != "auto":
+                    raise UsageError(
+                        "--image and --gpus belong to --container", hint="add --container, or use --device"
+                    )
+                only, quick, more = tuple(arguments.only), arguments.quick, _elsewhere(arguments)
+                report = _gate(
+                    config, arguments.device, arguments.output, only, quick=quick, keeping=keeping, child=child, **more
+                )
+                forget(arguments.output)
+                return exit_code(report)
     return _run_in_container(arguments)  # the run in there claims the directory itself
+
+
+def _started_early(arguments: argparse.Namespace) -> AbstractContextManager[WorkerProcess | None]:
+    """The worker, so that it imports while the config is read; leaving ends it, whatever became of the run.
+
+    With verdicts to take over there may be nothing to merge: on one core it would only be in the way of finding out.
+    """
+    from merge_gate.engine.process import WorkerProcess
+
+    looks_back = arguments.resume or (arguments.cache and not arguments.no_cache)
+    if arguments.container or arguments.ray is not None or (looks_back and len(os.sched_getaffinity(0)) == 1):
+        return nullcontext()
+    try:
+        return WorkerProcess()
+    except (GateError, OSError):
+        return nullcontext()  # once there is something to merge, it is tried again, and said
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -191,12 +215,6 @@ def _keeping(arguments: argparse.Namespace) -> Keeping:
     return Keeping(cache=arguments.cache, fresh=arguments.no_cache, left=left)
 
 
-def _end_of_resuming(output: str) -> None:
-    from merge_gate.fleet.resume import forget
-
-    forget(output)
-
-
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
     from merge_gate.fleet.partition import shard_of
 
@@ -220,6 +238,7 @@ def _gate(
     shard: tuple[int, int] | None = None,
     keeping: Keeping | None = None,
     ray: str | None = None,
+    child: WorkerProcess | None = None,
 ) -> Report:
     from merge_gate.fleet.keeper import NOTHING
     from merge_gate.gate import run_gate
@@ -236,6 +255,7 @@ def _gate(
             shard=shard,
             keeping=keeping or NOTHING,
             ray=ray,
+            child=child,
         )
 
 

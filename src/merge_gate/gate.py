@@ -58,13 +58,14 @@ def run_gate(
     shard: tuple[int, int] | None = None,
     keeping: Keeping = NOTHING,
     ray: str | None = None,
+    child: WorkerProcess | None = None,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
     weight where it proves every value finite and small (engine/bound.py). `keeping` says which verdicts of earlier runs
     are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that merges (fleet/
-    ray_cluster.py), None for a worker process here.
+    ray_cluster.py), None for a worker process here. `child` is one that was started before the config was known.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
@@ -78,7 +79,7 @@ def run_gate(
         Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
     ) as keeper:
         run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
-        return run.run(quick=quick)
+        return run.run(quick=quick, child=child)
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -126,17 +127,16 @@ class _Run:
         self._groups: tuple[Group, ...] = ()
         self._finished = False
 
-    def run(self, *, quick: bool) -> Report:
+    def run(self, *, quick: bool, child: WorkerProcess | None) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
-            # It imports while the names become files; where all may have been judged, it starts once one has not been.
-            at_once = self._specs and not self._keeper.looks_back and self._ray is None
-            with WorkerProcess(quantizes=quantizes) if at_once else contextlib.nullcontext() as child:
+            with self._importing(child) as importing:
                 self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
                 self._prepare(quick=quick)
+                if importing is not None and not self._groups:
+                    importing.end()
                 if self._ray is None:
-                    supervise(self._job(), self._on_event, child)
+                    supervise(self._job(), self._on_event, importing)
                 elif self._groups:
                     judge_on_ray(self._ray, self._job(), self._on_event, self._digests)
                 return self._finish()
@@ -145,6 +145,21 @@ class _Run:
                 with contextlib.suppress(GateError):
                     self._writer.write_last(self._tally.report())
             raise
+
+    def _importing(self, child: WorkerProcess | None) -> contextlib.AbstractContextManager[WorkerProcess | None]:
+        """The worker that imports while the names become files.
+
+        One that was started without a word of quantisation is of no use where there is some. Where all may have been
+        judged and none was started yet, it starts once one has not been.
+        """
+        quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
+        if child is not None and not quantizes:
+            return contextlib.nullcontext(child)
+        if child is not None:
+            child.end()
+        if self._specs and not self._keeper.looks_back and self._ray is None:
+            return WorkerProcess(quantizes=quantizes)
+        return contextlib.nullcontext()
 
     def _prepare(self, *, quick: bool) -> None:
         """Stages 1 to 3: what is left to merge is in `_groups`."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from merge_gate.engine.channel import Channel
 from merge_gate.engine.device import cpu_name
 from merge_gate.engine.heap import give_back
+from merge_gate.engine.imports import quick_imports
 from merge_gate.engine.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.engine.protocol import (
     BaseLoaded,
@@ -62,7 +63,7 @@ def main(descriptor: int) -> None:
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     gc.disable()  # collections while importing find nothing and take a fifth of the time
-    with contextlib.suppress(Exception):  # what cannot be imported is said by the task that needs it
+    with contextlib.suppress(Exception), quick_imports():  # what cannot be imported is said by the task that needs it
         import merge_gate.engine.merge  # noqa: F401, PLC0415
     gc.freeze()
     gc.enable()

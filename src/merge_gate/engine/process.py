@@ -83,6 +83,10 @@ class WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the child, whatever it is at; may be called more than once."""
         self._stack.close()
 
     def run(self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool]) -> Ending | None:

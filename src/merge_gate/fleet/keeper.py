@@ -14,7 +14,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.engine.device import cpu_name, has_card
@@ -198,7 +197,7 @@ def _is_there(entry: Entry) -> bool:
     for member in entry.prepared.members:
         for file in member.files:
             try:
-                if identity_of(file.path, os.stat(Path(member.directory, file.path))) != file.identity:  # noqa: PTH116
+                if identity_of(file.path, os.stat(f"{member.directory}/{file.path}")) != file.identity:  # noqa: PTH116
                     return False
             except OSError:
                 return False

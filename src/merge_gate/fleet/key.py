@@ -35,6 +35,8 @@ LIBRARIES = (
 
 Json = Any
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
 
 @record
 class Circumstances:
@@ -53,7 +55,7 @@ def key_of(material: Json) -> str:
 
 def canonical(value: Json) -> bytes:
     """JSON in the one spelling that is hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> Json:

@@ -30,7 +30,6 @@ Json = Any
 KIND = "verdicts"
 _KEYS = {"material", "at", "place", "seconds", "adapter", "base"}
 LONGEST_PLACE = 200
-_LARGEST = 1 << 63
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -117,8 +116,6 @@ def restored(document: Json, seal: str, material: Json, entry: Entry) -> Line | 
     try:
         if not isinstance(document, dict) or document.keys() != _KEYS or document["material"] != material:
             return None
-        if not _is_bounded(document):
-            return None
         mark = Judged(
             key=key_of(material),
             at=load(str, document["at"], "at"),
@@ -130,13 +127,6 @@ def restored(document: Json, seal: str, material: Json, entry: Entry) -> Line | 
         return today(Line(adapter=adapter, base=load(BaseReport, document["base"], "base")), entry)
     except (UnreadableError, RecursionError):
         return None
-
-
-def _is_bounded(value: Json) -> bool:
-    """Whether every whole number can be reckoned with and printed; Python's have no end."""
-    if isinstance(value, dict | list):
-        return all(map(_is_bounded, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int) or -_LARGEST < value < _LARGEST
 
 
 def today(line: Line, entry: Entry) -> Line | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -30,6 +30,8 @@ FIGURES = tuple[tuple[str, float], ...]
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ROW_DIGITS = 6
 _AS_THEY_ARE = (int, bool)
+_ENDLESS = 1 << 1000
+"""No number is as large that a float can hold. Python's whole numbers have no end, and not all can be printed."""
 _SHOWN = 60
 
 
@@ -158,95 +160,193 @@ def text(value: str) -> str:
 
 # --- in ------------------------------------------------------------------------------------------------------------
 
+# A reader takes JSON and returns the value. There is one for each kind, made once. The place of what is wrong is put
+# together on the way out, since a fleet's report has half a million values in which nothing is.
+
+
+class _WrongError(Exception):
+    """What is wrong, and the steps to it, the last one first."""
+
+    def __init__(self, said: str) -> None:
+        self.said, self.steps = said, list[str]()
+
+    def within(self, step: str) -> None:
+        self.steps.append(step)
+
 
 def load(kind: Any, value: Json, place: str) -> Any:
     """The value of a field of type `kind`.
 
     Keys that no record knows are ignored (a later 1.x wrote them); keys that are absent have the record's default.
+
+    Raises:
+        UnreadableError: it is none; `place` and the way from there are named.
     """
+    try:
+        return _reader(kind)(value)
+    except _WrongError as wrong:
+        where = (place + "".join(reversed(wrong.steps))).removeprefix("." if not place else "")
+        raise UnreadableError(f"{where or 'the document'} {wrong.said}") from None
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Json], Any]:
     inner, may_be_null = optional(kind)
-    if value is None and may_be_null:
-        return None
-    if inner in _PLAIN:
-        return _load_plain(inner, value, place)
-    if is_record(inner):
-        return _load_record(inner, _expect(value, dict, "an object", place), place)
-    if inner == FIGURES:
-        return tuple((name, _load_figure(one, f"{place}.{name}")) for name, one in _object(value, place))
-    if get_origin(inner) is tuple:
-        items = _expect(value, list, "an array", place)
-        return tuple(load(get_args(inner)[0], one, f"{place}[{index}]") for index, one in enumerate(items))
-    return _load_word(inner, value, place)
+    read = _reader_of(inner)
+    if not may_be_null:
+        return read
+    return lambda value: None if value is None else read(value)
 
 
-def _load_record(cls: Any, value: dict[str, Json], place: str) -> Any:
+def _reader_of(kind: Any) -> Callable[[Json], Any]:
+    if kind in _PLAIN:
+        return partial(_read_plain, kind)
+    if is_record(kind):
+        return partial(_read_record, kind)
+    if kind == FIGURES:
+        return _read_figures
+    if get_origin(kind) is tuple:
+        return partial(_read_tuple, _reader(get_args(kind)[0]))
+    return partial(_read_word, kind)
+
+
+def _read_record(cls: Any, value: Json) -> Any:
+    _expect(value, dict, "an object")
     loaded = {}
-    for one in declared(cls):
-        where = f"{place}.{one.key}" if place else one.key
-        if one.key in value:
-            known = value[one.key]
-            loaded[one.name] = _load_rows(one.item, known, where) if one.as_rows else load(one.kind, known, where)
-        elif one.default is MISSING:
-            raise UnreadableError(f"{where} is missing")
+    for name, key, read, is_needed in _readers(cls):
+        if key in value:
+            try:
+                loaded[name] = read(value[key])
+            except _WrongError as wrong:
+                wrong.within(f".{key}")
+                raise
+        elif is_needed:
+            raise _missing(key)
     return cls(**loaded)
 
 
-def _load_rows(cls: Any, value: Json, place: str) -> tuple[Any, ...]:
-    table = _expect(value, dict, "an object", place)
-    keys = load(tuple[str, ...], table.get("columns"), f"{place}.columns")
-    rows = _expect(table.get("rows"), list, "an array", f"{place}.rows")
-    return tuple(_load_row(cls, keys, row, f"{place}.rows[{index}]") for index, row in enumerate(rows))
+@cache
+def _readers(cls: Any) -> tuple[tuple[str, str, Callable[[Json], Any], bool], ...]:
+    return tuple(
+        (one.name, one.key, partial(_read_rows, one.item) if one.as_rows else _reader(one.kind), one.default is MISSING)
+        for one in declared(cls)
+    )
 
 
-def _load_row(cls: Any, keys: tuple[str, ...], row: Json, place: str) -> Any:
-    cells = _expect(row, list, "an array", place)
-    if len(cells) != len(keys):
-        raise UnreadableError(f"{place} has {len(cells)} cells, expected one for each of {len(keys)} columns")
-    return _load_record(cls, _nested(cls, dict(zip(keys, cells, strict=True))), place)
+def _missing(key: str) -> _WrongError:
+    wrong = _WrongError("is missing")
+    wrong.within(f".{key}")
+    return wrong
 
 
-def _nested(cls: Any, flat: dict[str, Json]) -> dict[str, Json]:
-    inner = {one.key: _nested(one.kind, flat) for one in declared(cls) if is_record(one.kind)}
-    return flat | inner
+def _read_tuple(read: Callable[[Json], Any], value: Json) -> tuple[Any, ...]:
+    _expect(value, list, "an array")
+    loaded: list[Any] = []
+    try:
+        for one in value:
+            loaded.append(read(one))  # noqa: PERF401 - their number is the place of the one that is wrong
+    except _WrongError as wrong:
+        wrong.within(f"[{len(loaded)}]")
+        raise
+    return tuple(loaded)
 
 
-def _load_figure(value: Json, place: str) -> float:
+def _read_rows(cls: Any, value: Json) -> tuple[Any, ...]:
+    _expect(value, dict, "an object")
+    try:
+        keys = _reader(tuple[str, ...])(value.get("columns"))
+    except _WrongError as wrong:
+        wrong.within(".columns")
+        raise
+    try:
+        return _read_tuple(partial(_read_row, _row_maker(cls, keys), len(keys)), value.get("rows"))
+    except _WrongError as wrong:
+        wrong.within(".rows")
+        raise
+
+
+def _read_row(make: Callable[[list[Json]], Any], width: int, row: Json) -> Any:
+    _expect(row, list, "an array")
+    if len(row) != width:
+        raise _WrongError(f"has {len(row)} cells, expected one for each of {width} columns")
+    return make(row)
+
+
+@lru_cache(maxsize=16)  # the columns are whatever a file says
+def _row_maker(cls: Any, keys: tuple[str, ...]) -> Callable[[list[Json]], Any]:
+    """How a row becomes a record; those inside of it stand in the same row."""
+    place_of = {key: index for index, key in enumerate(keys)}
+    steps: list[tuple[str, str, Callable[[list[Json]], Any]]] = []
+    absent: str | None = None
+    for one in declared(cls):
+        if is_record(one.kind):
+            steps.append((one.name, one.key, _row_maker(one.kind, keys)))
+        elif one.key in place_of:
+            steps.append((one.name, one.key, _cell_reader(_reader(one.kind), place_of[one.key])))
+        elif one.default is MISSING:
+            absent = one.key
+            break
+
+    def make(row: list[Json]) -> Any:
+        loaded = {}
+        for name, key, read in steps:
+            try:
+                loaded[name] = read(row)
+            except _WrongError as wrong:
+                wrong.within(f".{key}")
+                raise
+        if absent is not None:
+            raise _missing(absent)
+        return cls(**loaded)
+
+    return make
+
+
+def _cell_reader(read: Callable[[Json], Any], index: int) -> Callable[[list[Json]], Any]:
+    return lambda row: read(row[index])
+
+
+def _read_figures(value: Json) -> tuple[tuple[str, float], ...]:
+    _expect(value, dict, "an object")
+    loaded: list[tuple[str, float]] = []
+    for name, one in value.items():
+        try:
+            loaded.append((name, _read_figure(one)))
+        except _WrongError as wrong:
+            wrong.within(f".{name}")
+            raise
+    return tuple(loaded)
+
+
+def _read_figure(value: Json) -> float:
     if isinstance(value, str) and value in NONFINITE:
         return NONFINITE[value]
-    return _load_plain(float, value, place)  # type: ignore[no-any-return]
+    return _read_plain(float, value)  # type: ignore[no-any-return]
 
 
-def _load_word(kind: type[Enum], value: Json, place: str) -> Enum:
+def _read_word(kind: type[Enum], value: Json) -> Enum:
     known = words(kind)
     if not isinstance(value, str) or value not in known:
-        raise UnreadableError(f"{place} is {_shown(value)}, expected {one_of(known)}")
+        raise _WrongError(f"is {_shown(value)}, expected {one_of(known)}")
     return kind(value)
 
 
 _PLAIN = {str: "a text", bool: "true or false", int: "a number that is whole and not negative", float: "a number"}
 
 
-def _load_plain(kind: Any, value: Json, place: str) -> Any:
-    if kind is float:
-        if value is None:
-            return math.nan
-        kinds: tuple[type, ...] = (int, float)
-    else:
-        kinds = (kind,)
-    is_kind = isinstance(value, kinds) and (kind is bool) == isinstance(value, bool)
-    if not is_kind or (kind is int and value < 0):
-        raise UnreadableError(f"{place} is {_shown(value)}, expected {_PLAIN[kind]}")
-    return value
+def _read_plain(kind: Any, value: Json) -> Any:
+    if type(value) is kind and (kind is not int or 0 <= value < _ENDLESS):  # nearly all
+        return value
+    if kind is float and value is None:
+        return math.nan
+    if kind is float and type(value) is int and -_ENDLESS < value < _ENDLESS:
+        return value
+    raise _WrongError(f"is {_shown(value)}, expected {_PLAIN[kind]}")
 
 
-def _object(value: Json, place: str) -> list[tuple[str, Json]]:
-    return list(_expect(value, dict, "an object", place).items())
-
-
-def _expect(value: Json, kind: type, name: str, place: str) -> Any:
+def _expect(value: Json, kind: type, name: str) -> None:
     if not isinstance(value, kind):
-        raise UnreadableError(f"{place or 'the document'} is {_shown(value)}, expected {name}")
-    return value
+        raise _WrongError(f"is {_shown(value)}, expected {name}")
 
 
 def _shown(value: Json) -> str:

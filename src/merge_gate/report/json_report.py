@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import replace
+from typing import NoReturn
 
 from merge_gate.errors import UsageError
 from merge_gate.records.report import AdapterReport, BaselineEntry, BaseReport, Environment, Report, Shard
@@ -18,17 +19,16 @@ from merge_gate.report.fields import Json, UnreadableError, dump, load
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import is_hidden
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 SCHEMA_VERSION = "1.0"
 TOOL = "merge-gate"
 
 # Escaped although JSON does not ask for it: characters that hide or reorder text in a terminal, and the one sequence
 # that a GitHub runner obeys anywhere in a log line. So `cat report.json` in a job is harmless; parsers see no change.
 _MAYBE_UNSAFE = re.compile(r"[^\n -~]|#(?=\[)")
-# A table without rows, as the layout below leaves it. No text holds it: there, a quote has a backslash before it.
-_NO_ROWS = re.compile(r'^( *)"rows": \[\]', re.MULTILINE)
+# Empty lists as the layout below leaves them. No text holds a line break, so nothing else looks like them.
+_NO_ROWS = '\n    "rows": []'
+_NO_ADAPTERS = '\n  "adapters": []'
+_ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 
 @record
@@ -102,37 +102,51 @@ def _document(report: Report) -> Document:
 
 def render(report: Report) -> str:
     """Return report.json. Never raises for what a record may hold: non-finite figures become strings."""
-    document = dump(_document(report))
-    tables = [_rows_taken(adapter["tensors"]) for adapter in document["adapters"]]
-    text = json.dumps(document, allow_nan=False, ensure_ascii=False, indent=2)
-    text = _with_rows(text, tables)
-    return _MAYBE_UNSAFE.sub(_escaped, text) + "\n"
+    text = _laid_out(dump(replace(_document(report), adapters=())))
+    return text.replace(_NO_ADAPTERS, _with_adapters(report.adapters), 1) + "\n"
+
+
+def _with_adapters(adapters: tuple[AdapterReport, ...]) -> str:
+    """The list as it stands in the document. What the report before this one held is not laid out again."""
+    known = {id(adapter): (adapter, _known_text(adapter)) for adapter in adapters}
+    _LAST.clear()
+    _LAST.update(known)
+    if not adapters:
+        return _NO_ADAPTERS
+    return '\n  "adapters": [\n    ' + ",\n    ".join(known[id(one)][1] for one in adapters) + "\n  ]"
+
+
+_LAST: dict[int, tuple[AdapterReport, str]] = {}
+"""The adapters of the last report, by identity, and their texts: a run's provisional reports hold mostly the same."""
+
+
+def _known_text(adapter: AdapterReport) -> str:
+    known = _LAST.get(id(adapter))
+    return known[1] if known is not None and known[0] is adapter else _adapter_text(adapter)
+
+
+def _adapter_text(adapter: AdapterReport) -> str:
+    described = dump(adapter)
+    rows, described["tensors"]["rows"] = described["tensors"]["rows"], []
+    text = _laid_out(described)
+    if rows:  # a line for each: with every cell on its own they would be most of the file
+        lines = ",\n".join(f"      {_ROW.encode(row)}" for row in rows)
+        text = text.replace(_NO_ROWS, f'\n    "rows": [\n{_inert(lines)}\n    ]', 1)
+    return text.replace("\n", "\n    ")
+
+
+def _laid_out(document: Json) -> str:
+    return _inert(json.dumps(document, allow_nan=False, ensure_ascii=False, indent=2))
+
+
+def _inert(text: str) -> str:
+    return _MAYBE_UNSAFE.sub(_escaped, text)
 
 
 def _escaped(match: re.Match[str]) -> str:
     if match[0] == "#":
         return "\\u0023"
     return json.dumps(match[0]).strip('"') if is_hidden(match[0]) else match[0]
-
-
-def _rows_taken(table: Json) -> list[Json]:
-    rows: list[Json] = table["rows"]
-    table["rows"] = []
-    return rows
-
-
-def _with_rows(text: str, tables: Iterable[list[Json]]) -> str:
-    """Put the rows back, a line for each: with every cell on its own they would be most of the file."""
-    waiting = iter(tables)
-
-    def laid_out(match: re.Match[str]) -> str:
-        rows, indent = next(waiting), match[1]
-        if not rows:
-            return match[0]
-        lines = (f"{indent}  {json.dumps(row, allow_nan=False, ensure_ascii=False)}" for row in rows)
-        return f'{indent}"rows": [\n' + ",\n".join(lines) + f"\n{indent}]"
-
-    return _NO_ROWS.sub(laid_out, text)
 
 
 # --- back ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ def one_line(text: str, limit: int | None = None) -> str:
     A hidden character becomes U+FFFD, so that the reader sees that something was there. A long text loses its
     middle: names differ in their heads and tails.
     """
-    line = " ".join(_visible(part) for part in text.split())
+    if text.isascii() and text.isprintable() and "  " not in text and text == text.strip(" "):  # nearly all
+        line = text
+    else:
+        line = " ".join(_visible(part) for part in text.split())
     return shorten(line, limit) if limit else line
 
 

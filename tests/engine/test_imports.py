@@ -1,0 +1,95 @@
+"""Imports in less time: what transformers and PEFT are afterwards is what they are without, and so is a merge."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.engine.child import judge_job
+from merge_gate.engine.process import OFFLINE, WorkerProcess
+from merge_gate.engine.protocol import Event, Group, Job, Merged, Task
+from merge_gate.records.report import Sandbox
+from merge_gate.sources.preflight import preflight
+from tests.command import environment
+
+if TYPE_CHECKING:
+    from tests.models import Shelf
+
+PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
+QUICK = "from merge_gate.engine.imports import quick_imports\nquick = quick_imports()\n"
+IMPORTS = """
+import json, sys
+before = list(sys.meta_path)
+with quick:
+    import peft, transformers, transformers.models, transformers.loss.loss_utils as losses
+    is_there = "scipy.optimize._optimize" in sys.modules
+"""
+SAID = """
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+from transformers.utils import import_utils
+found = {
+    "names": sorted(dir(transformers)),
+    "models": sorted(dir(transformers.models)),
+    "modules": sorted(transformers.models._modules),
+    "losses": {name: f"{one.__module__}.{one.__name__}" for name, one in losses.LOSS_MAPPING.items()},
+    "scipy": transformers.utils.is_scipy_available(),
+    "reading": type(import_utils.create_import_structure_from_path).__name__,
+    "matching": [side.tolist() for side in linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])],
+    "finders": [type(one).__name__ for one in sys.meta_path if one not in before],
+    "peft": sorted(dir(peft)),
+}
+import scipy.optimize
+found["scipy's"] = sorted(dir(scipy.optimize))
+print(json.dumps([is_there, found]))
+"""
+
+
+def said(script: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(**OFFLINE), check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_libraries_are_what_they_are_without() -> None:
+    plain, quick = said(PLAIN + IMPORTS + SAID), said(QUICK + IMPORTS + SAID)
+    assert quick[1] == plain[1]
+    assert (plain[0], quick[0]) == (True, False), "nothing is saved any more"
+
+
+def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:
+    script = (
+        "with quick:\n    import scipy.optimize._zeros_py, scipy.optimize\n"
+        "    from scipy.optimize import brentq, minimize\n"
+        "print(round(brentq(lambda x: x - 2, 0, 9)), scipy.optimize.minimize is minimize)"
+    )
+    done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
+    assert done.stdout == "2 True\n"
+
+
+def test_without_scipy_nothing_stands_in_its_place() -> None:
+    script = "import sys\nwith quick:\n    pass\nprint('scipy.optimize' in sys.modules, 'scipy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
+    assert done.stdout == "False False\n"
+
+
+def test_the_worker_merges_as_this_process_does(shelf: Shelf) -> None:
+    """The worker imports in less time; this process has imported everything as it comes."""
+    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
+    base = shelf.base("llama")
+    group = Group(label="base", directory=str(base), dtype="float32", tasks=(Task(index=0, files=(files,)),))
+    job = Job(groups=(group,), device="cpu")
+    heard: list[Event] = []
+    with WorkerProcess() as child:
+        assert child.run(job, heard.append, is_overdue=lambda: False) is None
+    here = [one for one in judge_job(job, heard.append, Sandbox()) if isinstance(one, Merged)]
+    there = [one for one in heard if isinstance(one, Merged)]
+    assert len(here) == 1
+    assert [timeless(one) for one in there] == [timeless(one) for one in here]
+
+
+def timeless(event: Merged) -> Merged:
+    return replace(event, evidence=replace(event.evidence, seconds=0.0))

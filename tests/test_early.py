@@ -1,0 +1,127 @@
+"""The worker is started before the config is read, and is gone where it is of no use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate import gate
+from merge_gate.cli import main
+from merge_gate.config import load
+from merge_gate.engine.process import EAGER
+from merge_gate.errors import GateError
+from merge_gate.report.json_report import read
+from tests.command import children_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from merge_gate.records.config import Config
+    from tests.models import Shelf
+
+
+@pytest.fixture
+def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with one sound adapter and its config, and no other directory for what is passing."""
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "one")
+    write(tmp_path, shelf.base("llama"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(place: Path, base: Path, more: str = "") -> None:
+    (place / "gate.yml").write_text(f"version: 1\nbase: {{model: {base}{more}}}\nadapters: [./one]\n")
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The children of this process, whenever a config is read."""
+    seen: list[list[int]] = []
+    real: Callable[[str], Config] = load.load_config
+
+    def watched(path: str) -> Config:
+        seen.append(children_of(os.getpid()))
+        return real(path)
+
+    monkeypatch.setattr(load, "load_config", watched)
+    return seen
+
+
+def nothing_is_left(place: Path) -> bool:
+    return not children_of(os.getpid()) and not list((place / "tmp").iterdir())
+
+
+def test_it_runs_while_the_config_is_read(place: Path, meanwhile: list[list[int]]) -> None:
+    assert main(["run", "gate.yml"]) == 0
+    assert [len(children) for children in meanwhile] == [1]
+    assert nothing_is_left(place)
+
+
+def test_a_config_that_is_refused_leaves_nothing(place: Path, meanwhile: list[list[int]]) -> None:
+    (place / "gate.yml").write_text("version: 1\nadapters: 7\n")
+    assert main(["run", "gate.yml"]) == 2
+    assert [len(children) for children in meanwhile] == [1]
+    assert nothing_is_left(place)
+
+
+@pytest.mark.parametrize("words", [("--ray", "auto"), ("--container",)])
+def test_where_another_process_merges_none_is_started(
+    place: Path, meanwhile: list[list[int]], words: tuple[str, ...]
+) -> None:
+    (place / "gate.yml").write_text("version: 1\nadapters: 7\n")
+    assert main(["run", "gate.yml", *words]) == 2
+    assert meanwhile == [[]]
+
+
+@pytest.mark.parametrize(("cores", "started"), [({0}, 0), ({0, 1}, 1)])
+def test_where_all_is_known_it_is_ended_before_the_report(
+    place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch, cores: set[int], started: int
+) -> None:
+    assert main(["run", "gate.yml", "--cache", "cache"]) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    left: list[list[int]] = []
+    real = gate.supervise
+
+    def watched(*given: Any) -> None:
+        left.append(children_of(os.getpid()))
+        real(*given)
+
+    monkeypatch.setattr(gate, "supervise", watched)
+    assert main(["run", "gate.yml", "--cache", "cache"]) == 0
+    report = read((place / "merge-gate-report" / "report.json").read_bytes(), "report.json")
+    assert [one.cached for one in report.adapters] == [True]
+    assert [len(children) for children in meanwhile] == [1, started]
+    assert left == [[]]
+
+
+def test_a_base_that_is_quantised_gets_a_worker_of_its_own(
+    shelf: Shelf, place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(place, shelf.base("llama"), ", quantization: bnb-8bit")
+    (eager,) = EAGER
+    environments: list[bytes] = []
+
+    def watched(*_: Any) -> None:
+        environments.extend(Path(f"/proc/{child}/environ").read_bytes() for child in children_of(os.getpid()))
+        raise GateError("seen")
+
+    monkeypatch.setattr(gate, "supervise", watched)
+    assert main(["run", "gate.yml"]) == 3
+    assert [len(children) for children in meanwhile] == [1]
+    assert [f"\0{eager}=".encode() in one for one in environments] == [False]
+    assert nothing_is_left(place)
+
+
+def test_where_none_can_be_started_yet_the_run_says_so_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier report is gone all the same."""
+    (place / "merge-gate-report").mkdir()
+    (place / "merge-gate-report" / "report.json").write_text("{}")
+    monkeypatch.setattr("tempfile.tempdir", str(place / "nowhere"))
+    assert main(["run", "gate.yml"]) == 3
+    assert (place / "merge-gate-report" / "report.json").read_text() != "{}"
