@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge_gate.engine import screen
 from merge_gate.engine.blocks import merged_blocks
 from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
 from merge_gate.engine.figures import measure_merge
@@ -44,10 +45,11 @@ def weight_of(update, size, dtype, seed):
     dtype=HALVES,
     factor_dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
     transposed=st.booleans(),
+    in_bfloat16=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
-def test_what_peft_rounds_is_within_reach_of_the_float32_sum(
-    rows, columns, rank, sizes, dtype, factor_dtype, transposed, seed
+def test_what_peft_rounds_is_within_reach_of_the_sum(
+    rows, columns, rank, sizes, dtype, factor_dtype, transposed, in_bfloat16, seed
 ) -> None:
     """Every element, of weights and factors of all sizes: values that vanish in the dtype among them."""
     w, a, b, s = (2.0**size for size in sizes)
@@ -56,8 +58,12 @@ def test_what_peft_rounds_is_within_reach_of_the_float32_sum(
     )
     weight = weight_of(made, w, dtype, seed)
     factors = Factors.of(made.lora_a, made.lora_b, transposed=transposed)
-    sums = torch.addmm(weight.float(), factors.left, factors.right, alpha=s)
-    bound = Bound.of(factors, s, dtype)
+    in_bfloat16 = in_bfloat16 and dtype is torch.bfloat16
+    if in_bfloat16:
+        sums = torch.addmm(weight, (factors.left * s).bfloat16(), factors.right.bfloat16()).float()
+    else:
+        sums = torch.addmm(weight.float(), factors.left, factors.right, alpha=s)
+    bound = Bound.of(factors, s, dtype, in_bfloat16=in_bfloat16)
     reach = None if bound is None else bound.reach((float(sums.min()), float(sums.max())))
     if reach is None:
         return
@@ -77,7 +83,10 @@ def test_what_peft_rounds_is_within_reach_of_the_float32_sum(
     transposed=st.booleans(),
     seed=st.integers(0, 1 << 16),
 )
-def test_the_extremes_are_those_of_all_blocks(rows, columns, rank, sizes, levels, dtype, transposed, seed) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_extremes_are_those_of_all_blocks(
+    fast, rows, columns, rank, sizes, levels, dtype, transposed, seed
+) -> None:
     """With `levels` the weight has one or two values only, so that blocks differ by the delta alone."""
     made = update_of(rows, columns, rank, seed=seed, a_size=2.0 ** sizes[0], b_size=2.0 ** sizes[1])
     if transposed:
@@ -86,7 +95,9 @@ def test_the_extremes_are_those_of_all_blocks(rows, columns, rank, sizes, levels
     if levels:
         weight = weight.sign() if levels > 1 else torch.ones_like(weight)
     merge = merged_blocks(weight, made, Buffers(block_elements=1))
-    peft, found = whole(merge), measure_merge(merge)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "multiplies_bfloat16", lambda: fast)
+        peft, found = whole(merge), measure_merge(merge)
     assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
     assert found.changed == (not torch.equal(peft, weight))
     assert found.numel == found.of == peft.numel()

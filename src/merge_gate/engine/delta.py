@@ -110,7 +110,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 class Buffers:
     """Memory that lives from block to block and from weight to weight. Each thread needs its own.
 
-    It grows to the largest block it met, about 1.5 MiB for a weight in bfloat16.
+    It grows to the largest block it met, about 2.5 MiB for a weight in bfloat16.
     """
 
     def __init__(self, *, block_elements: int = BLOCK_ELEMENTS) -> None:

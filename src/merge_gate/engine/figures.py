@@ -68,7 +68,7 @@ class Measured:
 def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
     """Merge every row and measure it. The figures cost more than the merge.
 
-    Without them a row of a 16-bit weight that cannot hold an extreme is merged and measured in float32 (screen.py).
+    Without them a row of a 16-bit weight that cannot hold an extreme is merged and measured in one product (screen.py).
     """
     tally = _Tally(merge, figures=figures)
     extremes = None if figures else merge.extremes()

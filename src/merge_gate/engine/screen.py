@@ -1,4 +1,4 @@
-"""Which blocks of a merge can hold its least and its greatest value: every element merged in float32, errors bounded.
+"""Which blocks of a merge can hold its least and its greatest value: every element merged, errors bounded.
 
 In: a dense 16-bit weight and an update, in blocks of rows. Out: the blocks that have to be merged with PEFT's roundings
 to know the extremes of the whole merge. Knows torch: no PEFT, no models, no files; judges nothing.
@@ -6,7 +6,8 @@ to know the extremes of the whole merge. Knows torch: no PEFT, no models, no fil
 PEFT rounds three times: the product to float32, the delta to the weight's dtype, the sum to it. Each rounding keeps the
 order of values, and none of them is larger than a bound. So:
 
-1. Every element is merged in float32, W + scaling · B @ A in one product, and measured. Let t be such a sum.
+1. Every element is merged, W + scaling · B @ A in one product, and measured. Let t be such a sum: in float32, or of a
+   bfloat16 weight in bfloat16 where the processor multiplies that, in half the time.
 2. What PEFT rounds last, to the final dtype, is within `reach` of t.
 3. A block whose greatest t, plus reach, is rounded to no more than a value that another block is known to hold, holds
    nothing greater. Likewise for the least. All others are merged with PEFT's roundings, the likeliest first.
@@ -21,12 +22,16 @@ The bound of step 2, with u the largest relative error of a rounding in a dtype,
     all in float32: r products, their sum in any order, the scaling, W, in either merge
                                              (4 r + 32) · 2⁻²⁴ · (|W| + P) each
     what is below the least normal number    its place is lost, whatever the order of factors
+    in bfloat16 besides: both factors        2 u · P
+        the product, if it is rounded        u · P
+        the sum                              u · |t|
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,22 +64,36 @@ ROOM = 0.25
 WORTH = 1 / 8
 """A reach above this share of the values' range leaves most blocks as candidates."""
 
+TOGETHER = 4
+"""So many blocks are multiplied in one bfloat16 product: half as large as in float32, and dearer to begin."""
+
 Ends = tuple[float, float]
 """The least and the greatest of some values."""
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, and torch uses them."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """`product` is P of the module's docstring, `fixed` the part of the reach that does not depend on the values."""
+    """`product` is P of the module's docstring, `fixed` the part of the reach that does not depend on the values.
+
+    `rounding` is u of the dtype that the sums are rounded to; of float32 it is in `share`.
+    """
 
     product: float
     share: float
     fixed: float
     ceiling: float
+    rounding: float
 
     @classmethod
     @torch.no_grad()
-    def of(cls, factors: Factors, scaling: float, dtype: torch.dtype) -> Bound | None:
+    def of(cls, factors: Factors, scaling: float, dtype: torch.dtype, *, in_bfloat16: bool = False) -> Bound | None:
         """None where float32 may leave its range on the way, so that nothing is proved."""
         left, right, rank = factors.left, factors.right, factors.left.shape[1]
         if rank > MOST_RANK:
@@ -87,9 +106,10 @@ class Bound:
         rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
         share = (4 * rank + 32) * UNIT
         lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in rounded)
-        fixed = SLACK * sum(torch.finfo(one).eps / 2 for one in rounded) * product + lost
+        narrow = torch.finfo(torch.bfloat16).eps / 2 if in_bfloat16 else 0.0
+        fixed = SLACK * (sum(torch.finfo(one).eps / 2 for one in rounded) + 3 * narrow) * product + lost
         ceiling = ROOM * min(torch.finfo(one).max for one in (*rounded, torch.float32))
-        return cls(product, share, fixed, ceiling)
+        return cls(product, share, fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
         """How far what PEFT rounds last is from the sums with these extremes; None if they are near a limit, or NaN."""
@@ -97,7 +117,7 @@ class Bound:
         if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and largest + self.product <= self.ceiling):
             return None
         weight = 2 * (largest + self.product)  # not less than any |W|
-        return SLACK * (self.fixed + 2 * self.share * (weight + self.product))
+        return SLACK * (self.fixed + 2 * self.share * (weight + self.product) + self.rounding * largest)
 
 
 def _longest(vectors: torch.Tensor, dim: int) -> float:
@@ -106,8 +126,13 @@ def _longest(vectors: torch.Tensor, dim: int) -> float:
     return math.sqrt(squares.max()) * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
 
 
+def _ends(sums: torch.Tensor) -> Ends:
+    least, greatest = torch.aminmax(sums)
+    return float(least), float(greatest)
+
+
 class Screen:
-    """The float32 merge of a weight. `rows` gives a block of the base's values in the weight's final dtype."""
+    """The merge of a weight in one product. `rows` gives a block of the base's values in the weight's final dtype."""
 
     def __init__(
         self,
@@ -120,7 +145,8 @@ class Screen:
         self._rows, self._slices, self._buffers, self._dtype = rows, slices, buffers, dtype
         self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
         self._scaling = update.scaling
-        self._bound = Bound.of(self._factors, update.scaling, dtype)
+        self._in_bfloat16 = dtype == torch.bfloat16 and multiplies_bfloat16()
+        self._bound = Bound.of(self._factors, update.scaling, dtype, in_bfloat16=self._in_bfloat16)
 
     @staticmethod
     def suits(update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
@@ -134,8 +160,7 @@ class Screen:
         if bound is None:
             return None
         found: list[Ends] = []
-        for rows in self._slices:
-            least, greatest = self._merged(rows)
+        for least, greatest in self._in_halves() if self._in_bfloat16 else map(self._merged, self._slices):
             reach = bound.reach((least, greatest))
             if reach is None or (not found and reach > WORTH * (greatest - least)):
                 return None
@@ -148,8 +173,18 @@ class Screen:
         base = self._rows(rows)
         sums = self._buffers.take("sum", base, torch.float32).copy_(base)
         torch.addmm(sums, self._factors.left[rows], self._factors.right, alpha=self._scaling, out=sums)
-        least, greatest = torch.aminmax(sums)
-        return float(least), float(greatest)
+        return _ends(sums)
+
+    def _in_halves(self) -> Iterator[Ends]:
+        """Step 1 in bfloat16: the extremes of each block, a few of them in one product."""
+        left = (self._factors.left * self._scaling).bfloat16()
+        right = self._factors.right.bfloat16()
+        for first in range(0, len(self._slices), TOGETHER):
+            blocks = self._slices[first : first + TOGETHER]
+            start, stop = blocks[0].start, blocks[-1].stop
+            base = self._rows(slice(start, stop))
+            sums = torch.addmm(base, left[start:stop], right, out=self._buffers.take("sum", base, torch.bfloat16))
+            yield from (_ends(sums[rows.start - start : rows.stop - start]) for rows in blocks)
 
     def _rounded(self, value: float) -> float:
         """As PEFT's sum is rounded: float32 first."""
