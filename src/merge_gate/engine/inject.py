@@ -6,10 +6,13 @@ names of the scratch's parameters, or `Refused`. Knows no values of the adapter 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import peft
 import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -67,13 +70,38 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str) -> An
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        return model_class(scratch, config, adapter_name)
+        with _targets_filled(base, config):
+            return model_class(scratch, config, adapter_name)
     except ImportError as error:
         raise Refused(missing_package(error)) from error
     except NoMatchingPeftModuleError as error:
         raise Refused(_no_targets(config, scratch)) from error
     except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         raise Refused(_injection_failed(error, config, scratch, base)) from error
+
+
+@contextlib.contextmanager
+def _targets_filled(base: Base, config: Any) -> Iterator[None]:
+    """The weights of a module have values while PEFT makes its layer: DoRA, among others, reads them then (hollow.py).
+
+    Only for memory: what is read elsewhere is noticed, cast for good, and loaded again.
+    """
+    tuner, hollow, name = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base.hollow, "_create_and_replace"
+    own: Any = vars(tuner).get(name) if tuner is not None else None
+    if hollow is None or own is None:
+        yield
+        return
+
+    def with_values(self: Any, peft_config: Any, adapter: str, target: Any, *others: Any, **named: Any) -> Any:
+        held = list(target.parameters()) if isinstance(target, nn.Module) else []
+        with hollow.filled(held):
+            return own(self, peft_config, adapter, target, *others, **named)
+
+    setattr(tuner, name, with_values)
+    try:
+        yield
+    finally:
+        setattr(tuner, name, own)
 
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
