@@ -53,8 +53,9 @@ lint: $(STAMPS)/lint
 e2e: $(STAMPS)/e2e
 	$(BIN)/python -m pytest tests/e2e -m e2e
 
+BENCH ?=
 bench: $(STAMPS)/test
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(STAMPS)/test

@@ -157,13 +157,15 @@ ROADS = {
 }
 
 
-def kernel_label(key: str) -> str:
+def kernel_label(key: str) -> str | None:
+    """None for what kernel.py does not measure (any more)."""
     road = next((road for road in sorted(ROADS, key=len, reverse=True) if key.startswith(f"{road}_")), "")
-    return KERNEL.get(key.removeprefix(f"{road}_"), key).format(ROADS.get(road, "LoRA"))
+    label = KERNEL.get(key.removeprefix(f"{road}_"))
+    return label and label.format(ROADS.get(road, "LoRA"))
 
 
 def kernel(part: dict) -> str:
-    named = [(kernel_label(key), value) for key, value in part.items() if key.endswith("_s")]
+    named = [(label, value) for key, value in part.items() if (label := kernel_label(key))]
     rows = [
         [name, f"{value:.2f}", f"{value / part['floor_s']:.1f}"]
         for name, value in sorted(named, key=lambda one: one[1])

@@ -21,6 +21,7 @@ from merge_gate.engine.quantized import dequantized, is_quantized, scales
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 DENSE = ("linear", "conv1d", "embedding")
 QUANTIZED = ("8bit", "4bit", "4bit-double")
+PACKED = (*QUANTIZED, "fp4", "fp4-double")
 
 
 @contextlib.contextmanager
@@ -48,13 +49,14 @@ def base_layer(kind: str, rows: int, columns: int, dtype: torch.dtype) -> torch.
     return module
 
 
-def quantized_layer(kind: str, weight: torch.Tensor, quant_type: str = "nf4") -> torch.nn.Module:
+def quantized_layer(kind: str, weight: torch.Tensor, quant_type: str | None = None) -> torch.nn.Module:
     rows, columns = weight.shape
+    quant_type = quant_type or ("fp4" if kind.startswith("fp4") else "nf4")
     if kind == "8bit":
         module: Any = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
         module.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        settings = {"compress_statistics": kind == "4bit-double", "quant_type": quant_type}
+        settings = {"compress_statistics": kind.endswith("-double"), "quant_type": quant_type}
         module = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, **settings)
         module.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=module, **settings)
     return module.to("cpu")
@@ -78,7 +80,7 @@ def tuner_layer(
     base = base_layer(kind, rows, columns, dtype)
     config = LoraConfig(r=rank, use_dora=dora, fan_in_fan_out=kind == "conv1d")
     arguments = {"r": rank, "lora_alpha": 8}
-    if kind in QUANTIZED:
+    if kind in PACKED:
         made = lora_bnb.Linear8bitLt if kind == "8bit" else lora_bnb.Linear4bit
     else:
         made = lora_layer.Embedding if kind == "embedding" else lora_layer.Linear

@@ -17,6 +17,7 @@ from merge_gate.engine.figures import Measured, measure_merge
 from merge_gate.engine.stream import stream_to
 from tests.engine.blocks_layers import (
     DENSE,
+    PACKED,
     QUANTIZED,
     base_values,
     before_the_check,
@@ -102,7 +103,7 @@ def test_dora_has_pefts_bits(kind, rows, columns, rank, scaling, dtype, block_el
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from(QUANTIZED),
+    kind=st.sampled_from(PACKED),
     dora=st.booleans(),
     rows=ROWS,
     columns=st.sampled_from([64, 128, 192, 320, 512, 640]),
@@ -130,17 +131,30 @@ def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype,
         holds(layer, block_elements=Buffers().block_elements)
 
 
-@pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_base_loaded_in_another_dtype_is_merged_from_the_stored_one(kind, dora, dtype) -> None:
-    stored = tuner_layer(kind, 300, 96, 4, dora=dora, dtype=torch.bfloat16, seed=1)
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(DENSE),
+    dora=st.booleans(),
+    rows=ROWS,
+    columns=WIDTHS,
+    rank=RANKS,
+    scaling=SCALINGS,
+    dtypes=st.permutations(DTYPES),
+    block_elements=st.sampled_from([1, 1 << 14]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_a_base_loaded_in_another_dtype_is_merged_from_the_stored_one(
+    kind, dora, rows, columns, rank, scaling, dtypes, block_elements, seed
+) -> None:
+    kept, dtype = dtypes[:2]
+    shape = {"kind": kind, "rows": rows, "columns": columns, "rank": rank}
+    stored, loaded = (tuner_layer(**shape, dora=dora, dtype=kept, scaling=scaling, seed=seed) for _ in range(2))
     weight = stored.get_base_layer().weight.data
-    loaded = tuner_layer(kind, 300, 96, 4, dora=dora, dtype=torch.bfloat16, seed=1)
     loaded.get_base_layer().weight.data = weight.to(dtype)
-    merge = merged_blocks(weight, update_of(stored), Buffers(block_elements=1), dtype=dtype)
-    merged, found = whole(merge), measure_merge(merge, figures=True)
-    peft, _ = by_peft(loaded)
+    with threads(1):
+        merge = merged_blocks(weight, update_of(stored), Buffers(block_elements=block_elements), dtype=dtype)
+        merged, found = whole(merge), measure_merge(merge, figures=True)
+        peft, _ = by_peft(loaded)
     assert same_bits(merged, peft)
     assert (found.minimum, found.maximum) == (peft.min().item(), peft.max().item())
     assert found.figures.unchanged == int((peft == weight.to(dtype)).sum())
