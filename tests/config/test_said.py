@@ -1,0 +1,299 @@
+"""All that is said of a configuration, word for word: `said.txt` is what people read, so its changes are looked at.
+
+Written anew with UPDATE_GOLDENS=1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from merge_gate.config.direct import config_of, first_config, names_a_file
+from merge_gate.config.load import config_schema, load_config
+from merge_gate.errors import ConfigError, UsageError
+from merge_gate.sources.preflight import base_of
+from tests.config.test_baseline import DIGEST, ENTRY, GOOD
+from tests.config.test_load import COMBINE, DIRECTORIES, HEAD, LIST, SCHEMA_FILE, WRONG
+from tests.config.test_load import ENTRY as ONE
+
+SAID = Path(__file__).with_name("said.txt")
+
+MORE = {
+    "a tag on the whole file": "!x {version: 1}\n",
+    "a merge of a refused value": LIST + "base: {<<: !x {a: b}, model: acme/b}\n",
+    "a merge of a list with text": LIST + "base: {<<: [x], model: acme/b}\n",
+    "a list of mappings as a key": LIST + "? {a: b}\n: b\n",
+    "an anchor twice": "version: 1\nadapters: [&a acme/x, &a acme/y]\n",
+    "a null key": LIST + "~: 1\n",
+    "a quoted << is a key": LIST + "'<<': {}\n",
+    "a key that is too long to compare": LIST + f"{'a' * 201}: 1\n",
+    "text that YAML cannot start": LIST + "base: @x\n",
+    "a character that is not ASCII in a syntax error": LIST + "base: [a\u00fc b] c\u00fc: *\u00fc\n",
+    "a block without an end": "version: 1\nadapters:\n  - a\n b\n",
+    "a control character in a comment": LIST + "# \x07\n",
+    "digits": LIST + f"checks: {{headroom: {{limit: {'9' * 301}}}}}\n",
+    "digits of a hexadecimal number": LIST + f"checks: {{headroom: {{limit: 0x{'f' * 301}}}}}\n",
+    "an octal number": LIST + "baseline: 0o17\n",
+    "a hexadecimal number": ONE + "name: 0xff\n",
+    "infinity with a sign": LIST + "limits: {seconds: -.INF}\n",
+    "a mapping where text stands": ONE + "name: {a: b}\n",
+    "an empty list where text stands": ONE + "name: []\n",
+    "an empty mapping where a list stands": "version: 1\nadapters: {}\n",
+    "a list where a mapping stands": LIST + "checks: [headroom]\n",
+    "a whole number that is wanted": ONE + "expect: {r: [1]}\n",
+    "a severity that nothing is like": LIST + "checks: {headroom: {severity: maybe}}\n",
+    "a severity without a value": LIST + "checks: {headroom: {severity: ~}}\n",
+    "a dtype without a value": LIST + "base: {dtype: [~]}\n",
+    "no path at all": LIST.replace("./adapters/support", "~"),
+    "text that is too long": LIST + f"base: {'a/' * 2049}\n",
+    "an empty type": ONE + "expect: {peft_type: ''}\n",
+    "a blank digest": ONE + "expect: {sha256: {a: ' '}}\n",
+    "a digest without a value": ONE + "expect: {sha256: {a: ~}}\n",
+    "a file of digests with a backslash": ONE + f"expect: {{sha256: {{'a\\b': {'a' * 64}}}}}\n",
+    "a file named as pydantic names keys": ONE + "expect: {sha256: {'[key]': x}}\n",
+    "a seed that is too large": COMBINE + "{method: cat, adapters: [support], weights: [1], seed: 4294967296}\n",
+    "several things wrong in a combination": COMBINE + "{method: x, adapters: [1, support], density: 2}\n    nam: x\n",
+    "a member that nothing is like": COMBINE + "{method: cat, adapters: [zzzzz], weights: [1]}\n",
+    "a sign for a method that elects none": COMBINE
+    + "{method: dare_linear, adapters: [support], weights: [1], density: 0.5, majority_sign_method: total}\n",
+    "a combination without a value": HEAD + "  - {name: both, combine: ~}\n",
+    "a path and a combination without values": HEAD + "  - {path: ~, combine: ~}\n",
+    "another revision of a base": "version: 1\nbase: {model: acme/b, revision: v1}\nadapters:\n  - ./a/x\n"
+    "  - {name: q, base: {revision: v2}, combine: {method: cat, adapters: [x], weights: [1]}}\n",
+    "a name that is too long on disk": HEAD + f"  - ./{'n' * 201}\n",
+    "names that are too long on disk": HEAD + f"  - ./{'n' * 200}*\n",
+    "a glob in the middle of a path": HEAD + "  - ./adapters/*/x-*/y\n",
+    "a glob at home": HEAD + "  - ~/no-such-*\n",
+    "a glob in no directory": HEAD + "  - ./none/x-*\n",
+    "a Hub id of git": HEAD + "  - acme/x.git\n",
+    "a Hub id with two hyphens": HEAD + "  - acme/x--y\n",
+    "a Hub id with two dots": HEAD + "  - acme/x..y\n",
+    "a base of one part beside nothing": LIST + "base: gpt 2\n",
+    "a base that is a file": LIST + "base: adapters/weights.safetensors\n",
+    "a base beside a directory": LIST + "base: adapters/bas\n",
+    "a directory with a slash at its end": HEAD + "  - ./adapters/suport/\n",
+    "a revision of a base by another": "version: 1\nbase: ./models/base\nadapters:\n"
+    "  - {path: ./a/x, base: {revision: v1}}\n",
+    "the first of two wrong entries": HEAD + "  - 5\n  - ./a/x\n  - {path: ./b/x, base: {model: 1}}\n",
+    "the same adapter beside a name": HEAD + "  - {path: ./a/x, name: y}\n  - {path: acme/z, name: y}\n",
+}
+READ = {
+    "as little as may be": LIST,
+    "all of it": """\
+version: 1
+base: {model: acme/base, revision: v1, dtype: [auto, float32], quantization: bnb-8bit}
+adapters:
+  - ./adapters/support/
+  - {path: ./adapters/team-*, checks: {headroom: on, rounding-loss: {limit: 3}}, limits: {seconds: 5}}
+  - {name: h, path: acme/x, revision: v2, base: {model: ./models/other, dtype: float16}}
+  - {path: adapters/nowhere, revision: main, base: {model: models/nowhere, revision: v5},
+     expect: {peft_type: LoRa, r: 1, lora_alpha: 2.5}}
+  - {path: ./a/x, base: {model: models/elsewhere, revision: v3}, expect: {base: b, sha256: {a/b: %s}}}
+  - {path: acme/_, base: {revision: v9, dtype: [float16]}}
+  - {name: c, combine: {method: dare_ties, adapters: [support, team-a], weights: [1, -0.5], density: 1,
+     seed: 4294967295, majority_sign_method: frequency}}
+  - {name: d, combine: {method: cat, adapters: [h], weights: [1]}, base: {dtype: float16, quantization: none}}
+checks: {headroom: off, delta-norm: {severity: warning, limit: 1.5}, no-effect: {limit: ~}}
+limits: {seconds: 60}
+allow-pickle: yes
+trust-remote-code: true
+""".replace(", no-effect: {limit: ~}", "")
+    % ("A" * 64),
+    "other ways to write it": """\
+---
+"version": 0x1
+adapters: &all
+  - {path: "acme/a", name: "12", revision: !!str 7}
+  - ? path
+    : acme/b
+base: !!map
+  model: >-
+    acme/base
+  dtype: auto
+checks: {headroom: {severity: "off", limit: +.5e0}, delta-norm: {limit: 0o12}, no-effect: !!bool Off}
+...
+""",
+    "numbers as text": "version: 1\nadapters: [{path: acme/x, name: 1.2.3, revision: '1'}, {path: c/d, name: 1_0}]\n",
+}
+
+
+@pytest.fixture
+def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory whose name is short enough to stand in a message, with what the documents name; it is home, too."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        place = Path(short)
+        for name in (*DIRECTORIES, "n" * 201):
+            (place / name).mkdir(parents=True)
+        (place / "adapters/weights.safetensors").touch()
+        monkeypatch.setenv("HOME", short)
+        yield place
+
+
+def shown(place: Path, text: str, known: str | None = None) -> str:
+    """What comes of a file: its problems, or its configuration."""
+    (place / "merge-gate.yml").write_text(text, encoding="utf-8")
+    (place / "known.yml").unlink(missing_ok=True)
+    if known is not None:
+        (place / "known.yml").write_text(known, encoding="utf-8")
+    try:
+        config = load_config(str(place / "merge-gate.yml"))
+    except ConfigError as error:
+        return str(error)
+    return "\n".join([*(str(one) for one in config.adapters), *map(str, config.baseline), str(config.baseline_path)])
+
+
+def told(place: Path) -> str:
+    with_known = LIST + "baseline: known.yml\n"
+    parts = [f"== {case}\n{shown(place, text)}" for case, (text, _) in WRONG.items()]
+    parts += [f"== {case}\n{shown(place, text)}" for case, text in (MORE | READ).items()]
+    parts += [f"== baseline: {case}\n{shown(place, with_known, text)}" for case, text in KNOWN.items()]
+    return "\n\n".join(parts).replace(str(place), "<here>") + "\n"
+
+
+KNOWN = {
+    "good": GOOD + ENTRY.replace("no-effect", "headroom").replace(DIGEST, DIGEST.upper()),
+    "none": "version: 1\naccept: []\n",
+    "not there": None,
+    "a list": "- a\n",
+    "empty": "version: 1\naccept:\n",
+    "several wrong": "version: 2\naccept:\n  - 5\n" + ENTRY.replace("a1", "zz")
+    + ENTRY.replace("2026-12-31", "2026-02-30") + ENTRY.replace("no-effect", "no-efect") + "    also: [headrom, 5]\n"
+    + ENTRY.replace("    reason: a stub\n", "") + ENTRY,
+    "also checks that there are not": GOOD + "    also: [headroom, zzzzzz]\n",
+    "the same twice, and another": GOOD + ENTRY + ENTRY.replace("no-effect", "headroom"),
+}  # fmt: skip
+
+
+def test_what_is_said_of_configurations(laid: Path) -> None:
+    said = told(laid)
+    if os.environ.get("UPDATE_GOLDENS"):
+        SAID.write_text(said, encoding="utf-8")
+    assert said == SAID.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, base in (("a/one", "./b1"), ("a/deep/er/two", "./b1"), ("c/three", "./b2"), ("none/four", None)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "a/deep/er/two/too/deep").mkdir(parents=True)
+    (tmp_path / "a/deep/er/two/too/deep/adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TOP = "# What to merge and check before a release. Try it: merge-gate run merge-gate.yml\nversion: 1\n\n"
+DTYPE = "  # dtype: [bfloat16, float16]   # what you serve in; each is checked (default: as stored)\n\n"
+NO_BASE = "#   model: ./path/to/base\n# " + DTYPE
+FOOT = """
+# checks:                # severities and limits; docs/checks.md explains each
+#   rounding-loss: error
+# allow-pickle: true     # only if you trust whoever made the .bin files
+"""
+
+
+def test_a_first_file_word_for_word(here: Path) -> None:
+    assert first_config(["a"], base_of) == (
+        f'{TOP}base:\n  model: "./b1"   # as the adapters name it; a directory or a Hub id\n{DTYPE}'
+        f'adapters:\n  - "./a/deep/er/two"\n  - "./a/one"\n{FOOT}'
+    )
+    assert first_config(["a/one", "c"], base_of) == (
+        f'{TOP}# base:   # each adapter names its own\n{NO_BASE}adapters:\n  - "./a/one"\n  - "./c/three"\n{FOOT}'
+    )
+    assert f"# base:   # no adapter names one: name it here\n{NO_BASE}" in first_config(["none"], base_of)
+    os.chdir("a")
+    assert '  - "../c/three"' in first_config(["../c"], base_of)
+
+
+@pytest.mark.parametrize(
+    ("directory", "message", "hint"),
+    [
+        ("empty", 'no adapter_config.json in "empty", nor up to 3 levels below',
+         "name the directories that save_pretrained wrote, or one above them"),
+        ("gone", 'no such directory: "gone"', "name a directory with adapters"),
+    ],
+)  # fmt: skip
+def test_a_first_file_of_nothing_word_for_word(here: Path, directory: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        first_config([directory], base_of)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_a_directory_of_adapters_is_none_itself(here: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        config_of(["a/"])
+    assert caught.value.message == 'the directory "a/" is no adapter, but holds "one"'
+    assert caught.value.hint == 'name one of them, or all: "a/*"'
+    with pytest.raises(UsageError, match='"none/" is no adapter, but holds "four"'):
+        config_of(["a/one", "none/"])
+    assert [one.source for one in config_of(["a/one", "a/deep"]).adapters] == ["a/one", "a/deep"]
+
+
+def test_a_file_among_adapters_word_for_word(here: Path) -> None:
+    assert names_a_file(["gone.yaml"])
+    with pytest.raises(UsageError) as caught:
+        names_a_file(["a/one", "gone.yaml"])
+    assert caught.value.message == '"gone.yaml" is a file among other arguments'
+    assert caught.value.hint == "give one configuration file, or adapters (directories, globs, Hub ids), not both"
+
+
+def test_problems_of_the_command_line_word_for_word(here: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        config_of(["a/one", "./gone", "/"], quantization="8bit", dtypes=["auto", "auto"])
+    assert str(caught.value) == (
+        'no such directory: "./gone" (did you mean "./none"?); '
+        'the adapter\'s name would be "", which is empty (add a "name"); '
+        "the dtype auto is given twice (remove one); "
+        '"quantization" must be one of none, bnb-8bit, bnb-4bit; got the text "8bit" (did you mean "bnb-8bit"?)'
+    )
+    assert re.fullmatch("[0-9a-f]{64}", config_of(["a/one"]).sha256)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("gone.yml", 'gone.yml:1:1: no such file (did you mean "gate.yml"?)'),
+        ("zzzzzzzz", 'zzzzzzzz:1:1: no such file ("." holds "gate.yml", "other.yaml")'),
+        (".", '.:1:1: this is a directory, expected a YAML file ("." holds "gate.yml", "other.yaml")'),
+        ("gate.yml.d", 'gate.yml.d:1:1: this is a directory, expected a YAML file ("gate.yml.d" holds no YAML file)'),
+        ("none/x", 'none/x:1:1: no such file (there is no directory "none")'),
+        ("pipe", "pipe:1:1: this is a named pipe, expected a YAML file (write the configuration to a file)"),
+        ("x" * 300, f"{'x' * 300}:1:1: the file cannot be read: File name too long (check its name and permissions)"),
+        ("a\0b", "a\0b:1:1: the file cannot be read: embedded null byte (check its name and permissions)"),
+        ("large", "large:1:1: the file is larger than 1,048,576 bytes (is this the configuration?)"),
+        ("latin", "latin:2:5: byte 0xfc is not UTF-8 (save the file as UTF-8)"),
+        ("whole", 'whole:1:1: the file is empty (it needs at least "version: 1" and a list "adapters")'),
+    ],
+)  # fmt: skip
+def test_files_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in {
+        "gate.yml": b"a", "other.yaml": b"b", "large": b"#" * (1 << 20) + b"#", "whole": b"#" * (1 << 20),
+        "latin": b"# a\nb: \xc3\xbc\xfc\n",
+    }.items():  # fmt: skip
+        Path(name).write_bytes(data)
+    Path("gate.yml.d").mkdir()
+    os.mkfifo("pipe")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == said
+
+
+def test_a_fresh_import_makes_the_same_models(monkeypatch: pytest.MonkeyPatch, laid: Path) -> None:
+    """What is made when the modules are imported does not depend on what was imported, or asked, before."""
+    for name in [name for name in sys.modules if name.startswith("merge_gate.config")]:
+        monkeypatch.delitem(sys.modules, name)
+    fresh = importlib.import_module("merge_gate.config.load")
+    assert fresh.config_schema is not config_schema
+    assert fresh.config_schema() == json.loads(SCHEMA_FILE.read_text())
+    monkeypatch.setattr("tests.config.test_said.load_config", fresh.load_config)
+    assert told(laid) == SAID.read_text(encoding="utf-8")
