@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ import pytest
 
 from merge_gate import whole_file
 from merge_gate.config.load import load_config
+from merge_gate.engine import supervisor
 from merge_gate.errors import GateError, UsageError
+from merge_gate.fleet import progress
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
 from merge_gate.records.report import AdapterReport, Report
@@ -407,6 +410,23 @@ def test_a_disk_that_gives_out_costs_no_verdict(
         (report,) = finished
     assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.FAILED]
     assert len([note for note in notes if "judging goes on" in note]) == 1
+
+
+def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first word comes at once here, and an hour is over as soon as it begins."""
+    monkeypatch.setattr(supervisor, "FIRST_WORD_S", 0.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
+    lay(tmp_path, shelf, "silent", configure(target_modules="(([a-z0-9_.])+)+!"))
+    entries = [{"path": "./adapters/broken"}, {"path": "./adapters/silent", "limits": {"seconds": 8}}]
+    config = load_config(str(write(tmp_path, *entries, base={"model": str(shelf.base("llama"))})))
+    notes: list[str] = []
+    report = run_gate(config, device="cpu", view=Watcher(note=notes.append))
+    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.ERROR]
+    assert any(re.fullmatch(r"silent: nothing heard of it for .+; its time limit is 8 s", said) for said in notes)
+    assert any("1 of 2 adapters judged, 1 failed" in said for said in notes)
 
 
 def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., str]) -> Callable[..., Any]:

@@ -394,7 +394,3 @@ _COMMANDS = {
     "report baseline": _report_baseline,
     "schema": _schema,
 }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
