@@ -207,6 +207,13 @@ def test_the_hint_fits_what_is_there_instead(
         assert hint in finding.hint
 
 
+def test_a_file_of_the_hub_that_lies_further_down_is_not_what_lies_here(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    message = only(look(tmp_path, withheld=("further/down.bin", "here.bin")), "file-missing").message
+    assert "here.bin" in message
+    assert "down.bin" not in message
+
+
 def test_a_link_to_nowhere(tmp_path: Path) -> None:
     make(tmp_path)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -232,6 +239,20 @@ def test_a_pointer_in_place_of_a_pickle_that_is_refused_is_told_first(tmp_path: 
     pointer, refused = look(make_pickled(tmp_path, LFS)).findings
     assert (pointer.check, refused.check) == ("file-lfs-pointer", "pickle-refused")
     assert "12,345,678 bytes" in pointer.message
+
+
+@pytest.mark.parametrize("content", [LFS, b"", b"GGUF" + bytes(60)], ids=["pointer", "empty", "other"])
+def test_a_file_that_is_not_taken_is_named_and_has_its_digest(content: bytes, tmp_path: Path) -> None:
+    """What was judged can be told from what stands there later."""
+    files = look(make(tmp_path, weights=content))
+    assert files.weights == WEIGHTS_NAME
+    (record,) = (one for one in files.files if one.path == WEIGHTS_NAME)
+    assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_pointer_is_named_where_pickles_are_refused(tmp_path: Path) -> None:
+    pointer, _ = look(make_pickled(tmp_path, LFS)).findings
+    assert pointer.message.startswith(f"{PICKLE_NAME} is a Git LFS pointer of {len(LFS)} bytes")
 
 
 def test_an_lfs_pointer_without_a_size(tmp_path: Path) -> None:

@@ -207,6 +207,17 @@ SITUATIONS: dict[str, Files] = {
     "an entry whose size is another": header(one(offsets=[0, 12])),
     "an entry that ends before it begins": header(one(shape=[0], offsets=[4, 0])),
     "an entry beyond all size": header(one(shape=[2**62, 8], offsets=[0, 0])),
+    "a first name that comes once, and a second twice": header(
+        "{" + A + "[0, 8]}, " + B + "[8, 16]}, " + B + "[16, 24]}}", bytes(24)
+    ),
+    "the largest number that may stand there": header(one("U8", [2**64 - 1, 0], [0, 0])),
+    "a number of twenty digits that is too large": header(one(offsets=[0, 10**20 - 1])),
+    "tensors of a size that only a 64-bit number holds": header(one("U8", [2**64 - 1], [0, 2**64 - 1])),
+    "an empty tensor that ends before it begins": header(one("U8", [0], [0, -0]).replace("[0, 0]", "[8, 0]")),
+    "tensors that begin together": header("{" + A + "[0, 8]}, " + B + "[0, 8]}}", bytes(8)),
+    "an empty tensor in the place of the next": header(
+        '{"z": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, ' + A + "[0, 8]}}", bytes(8)
+    ),
     "a hole": header("{" + A + "[0, 8]}, " + B + "[9, 17]}}", bytes(17)),
     "an overlap": header("{" + A + "[0, 8]}, " + B + "[7, 15]}}", bytes(15)),
     "just enough line ends to say so": header(one("U8", [4], [0, 4]), b"\r\n" * 4),
