@@ -24,12 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers", "foreign")
+PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers")
 PARTS = {
     "judging": (["src/merge_gate/judging/*.py"], ["tests/judging"]),
     "preflight": (
         [f"src/merge_gate/sources/{name}.py" for name in PREFLIGHT],
-        ["tests/sources/test_said.py", "tests/sources/test_pickled.py", "tests/sources/test_preflight.py"],
+        [f"tests/sources/test_{name}.py" for name in ("said", "pickled", "preflight", "adapter_config")],
     ),
     "config": (["src/merge_gate/config/*.py"], ["tests/config"]),
 }
@@ -39,6 +39,10 @@ SLOW = (
     "tests/judging/test_verdict.py::test_what_is_not_finite_never_passes",
     "tests/judging/test_verdict.py::test_what_is_not_finite_is_an_error_by_default",
     "tests/sources/test_pickled.py::test_no_damage_gets_past_as_another_file",
+    "tests/sources/test_adapter_config.py::test_any_object_is_a_record_or_a_finding",
+    "tests/sources/test_adapter_config.py::test_any_bytes_are_a_record_or_a_finding",
+    "tests/sources/test_adapter_config.py::test_what_is_recorded_is_what_peft_reads",
+    "tests/sources/test_preflight.py::test_what_torch_pickles_is_read_as_safetensors_are",
     "tests/sources/test_preflight.py::test_what_peft_saves_has_no_finding",
     "tests/sources/test_preflight.py::test_what_every_method_saves_has_no_finding",
     "tests/sources/test_preflight.py::test_what_the_library_refuses_is_refused",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from merge_gate.errors import UsageError
 from merge_gate.records.measured import TensorMerge, TensorStats
@@ -229,6 +230,49 @@ def test_what_is_no_report_is_refused_with_its_place(data: bytes, said: str) -> 
         read(data, "r\u202e.json")
     assert said in caught.value.message
     assert caught.value.message.isprintable()
+
+
+def stood(data: bytes) -> None:
+    """A sentence, or a report that is written and read again as the same."""
+    try:
+        text = render(read(data, "report.json"))
+    except UsageError as error:
+        refused = error
+    else:
+        assert render(read(text.encode(), "report.json")) == text
+        return
+    assert refused.message.isprintable()
+    assert refused.hint
+
+
+@given(hostile_reports(), st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 9)), min_size=1))
+def test_other_bytes_in_a_report_are_a_sentence_or_another_report(
+    run: Report, edits: list[tuple[float, bytes, int]]
+) -> None:
+    data = render(run).encode()
+    for share, insert, removed in edits:
+        place = int(share * len(data))
+        data = data[:place] + insert + data[place + removed :]
+    stood(data)
+
+
+_OTHERS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+
+
+@given(hostile_reports(), st.data())
+def test_another_value_anywhere_is_a_sentence_or_another_report(run: Report, data: st.DataObject) -> None:
+    document = json.loads(render(run))
+    inside: Any = document
+    while True:
+        key = data.draw(st.sampled_from(sorted(inside) if isinstance(inside, dict) else range(len(inside))))
+        if not inside[key] or not isinstance(inside[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        inside = inside[key]
+    if isinstance(inside, dict) and data.draw(st.booleans()):
+        del inside[key]
+    else:
+        inside[key] = data.draw(_OTHERS)
+    stood(json.dumps(document).encode())
 
 
 @given(hostile_reports())

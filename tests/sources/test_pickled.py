@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copyreg
+import errno
 import functools
 import io
 import os
@@ -117,6 +118,67 @@ def test_a_state_dict_with_its_attributes(tmp_path: Path) -> None:
 def test_what_only_torch_knows_is_left_to_torch(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "a.bin")
     assert look(tmp_path / "a.bin") is None
+
+
+def rebuilt(storage: bytes, shape: bytes) -> bytes:
+    """`{"a": tensor}`, as opcodes: a tensor of torch's `_rebuild_tensor` on this storage and of this shape."""
+    reference = b"(X\x07\0\0\0storagec" + storage + b"X\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x04tQ"
+    return b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor\n(" + reference + b"K\0" + shape + b"K\x01\x85tRs."
+
+
+FLOAT = b"torch\nFloatStorage\n"
+
+
+def test_a_size_is_a_shape(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(packed(rebuilt(FLOAT, b"ctorch\nSize\nK\x02\x85\x85R")))
+    assert look(tmp_path / "a.bin") == (TensorHeader(name="a", dtype="F32", shape=(2,)),)
+
+
+@pytest.mark.parametrize(
+    "shape", [b"]", b"J\xff\xff\xff\xff\x85", b"X\x01\0\0\0a\x85"], ids=["list", "negative", "text"]
+)
+def test_a_shape_that_is_none(tmp_path: Path, shape: bytes) -> None:
+    assert "whose shape is not a tuple of sizes" in refuse(tmp_path / "a.bin", packed(rebuilt(FLOAT, shape)))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        rebuilt(b"torch.storage\nUntypedStorage\n", b"K\x02\x85"),
+        b"\x80\x02}X\x01\0\0\0a)Qs.",
+        b"\x80\x02}X\x01\0\0\0aK\x01)Rs.",
+        b"\x80\x02K\x01K\x01a.",
+        b"\x80\x02K\x01K\x01K\x01s.",
+    ],
+    ids=["bytes", "reference", "a call of a number", "an item of a number", "an entry of a number"],
+)
+def test_what_has_no_meaning_here_is_left_to_torch(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(packed(written))
+    assert look(tmp_path / "a.bin") is None
+
+
+def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(100_000_001))
+    assert "more than 100,000,000 bytes" in refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes())
+
+
+class FailingDisk(io.FileIO):
+    """Whose end cannot be read."""
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        if whence == os.SEEK_END:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().seek(place, whence)
+
+
+def test_a_disk_that_fails_is_not_the_files_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(packed(b"\x80\x02}."))
+    with (
+        io.BufferedReader(FailingDisk(tmp_path / "a.bin")) as file,
+        pytest.raises(OSError, match=os.strerror(errno.EIO)),
+    ):
+        read_pickled(file, 9)
 
 
 # --- what is hostile -----------------------------------------------------------------------------------------------

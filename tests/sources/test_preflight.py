@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from merge_gate.errors import EngineError
+from merge_gate.identity import identity_of
 from merge_gate.records.terms import Origin, Severity
-from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, read_header
-from merge_gate.sources.preflight import preflight
+from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, parse_file, read_header
+from merge_gate.sources.preflight import base_of, preflight
 from tests import methods
 from tests.models import VARIANTS
 
@@ -250,6 +253,40 @@ def test_a_file_that_is_not_taken_is_named_and_has_its_digest(content: bytes, tm
     assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
+@pytest.mark.parametrize("content", [LFS, b"", b"[]", b" " * 10_000_001], ids=["pointer", "empty", "list", "large"])
+def test_a_config_that_is_not_taken_has_its_digest(content: bytes, tmp_path: Path) -> None:
+    record, _ = look(make(tmp_path, content)).files
+    assert record.path == CONFIG_NAME
+    assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_file_that_cannot_be_opened_is_named_with_the_reason(name: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)
+    with pytest.raises(EngineError) as raised:
+        look(tmp_path)
+    assert raised.value.message == f"'{name}' cannot be read: {os.strerror(errno.ELOOP)}"
+
+
+def test_weights_that_are_not_there_or_no_file_are_named_all_the_same(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / WEIGHTS_NAME).unlink()
+    (tmp_path / WEIGHTS_NAME).symlink_to("gone")
+    assert look(tmp_path).weights == WEIGHTS_NAME
+    (tmp_path / WEIGHTS_NAME).unlink()
+    (tmp_path / WEIGHTS_NAME).mkdir()
+    assert look(tmp_path).weights == WEIGHTS_NAME
+
+
+def test_what_was_read_can_be_known_again(tmp_path: Path) -> None:
+    files = look(make(tmp_path))
+    assert files.directory == str(tmp_path)
+    for record in files.files:
+        assert record.identity == identity_of(record.path, (tmp_path / record.path).stat())
+
+
 def test_a_pointer_is_named_where_pickles_are_refused(tmp_path: Path) -> None:
     pointer, _ = look(make_pickled(tmp_path, LFS)).findings
     assert pointer.message.startswith(f"{PICKLE_NAME} is a Git LFS pointer of {len(LFS)} bytes")
@@ -356,6 +393,37 @@ def test_broken_pickles(shelf: Shelf, tmp_path: Path) -> None:
          (b"<html>", "file-corrupt"), (b"\x80junk", "file-corrupt"), (LFS, "file-lfs-pointer"))
     ):  # fmt: skip
         only(look(make_pickled(tmp_path / str(number), content), allow_pickle=True), check)
+
+
+class ShrinkingFile(io.FileIO):
+    """Which is cut off after it was measured: eight bytes are left."""
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, 8 - self.tell())
+        return super().readinto(memoryview(buffer)[:left])
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(WHOLE)
+    size = int.from_bytes(WHOLE[:8], "little")
+    with io.BufferedReader(ShrinkingFile(tmp_path / "file")) as file, pytest.raises(CorruptFileError) as raised:
+        parse_file(file)
+    assert str(raised.value) == f"was cut off while it was read: 0 of {size} header bytes"
+
+
+def test_two_files_are_found_among_any_number(tmp_path: Path) -> None:
+    """Of ten thousand others not all are listed."""
+    make(tmp_path)
+    for number in range(10_001):
+        (tmp_path / f"{number}").touch()
+    assert look(tmp_path).findings == ()
+    (tmp_path / WEIGHTS_NAME).unlink()
+    assert "and 9," in only(look(tmp_path), "file-missing").message
+
+
+def test_a_base_is_not_known_where_the_config_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).symlink_to(CONFIG_NAME)
+    assert base_of(str(tmp_path)) is None
 
 
 def test_line_ends_that_were_converted(tmp_path: Path) -> None:

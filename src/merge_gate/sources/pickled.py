@@ -303,6 +303,7 @@ _LITERALS = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "STRING", "UNICODE", "INT", "LONG", "FLOAT",
 }  # fmt: skip
 _STEPS: dict[str, Callable[[_Stack, Any], None]] = {
+    "STOP": lambda _stack, _argument: None,
     "PROTO": lambda _stack, _argument: None,
     "FRAME": lambda _stack, _argument: None,
     "TUPLE": lambda stack, _: stack.push(tuple(stack.pop_mark())),
@@ -340,8 +341,6 @@ def _run(stream: io.BytesIO) -> Any:
     stack = _Stack()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "STOP":
-                break
             _carry_out(stack, opcode.name, argument)
     except _BeyondThisReaderError:
         stack.refuse_foreign()
