@@ -232,6 +232,16 @@ def test_the_live_view_says_what_and_how_long() -> None:
     assert whole.endswith(" 1/5 adapters, about 56 s left")
 
 
+def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
+    view.base_loading("./models/base", "bfloat16")
+    view.adapter_done(FAILED)
+    assert [line[2:] for line in frame(view, 80)][1:] == ["loading base ./models/base (bfloat16)"]
+    view.adapter_started("support", 2, 2, "bfloat16")
+    view.adapter_done(PASSED)
+    assert len(frame(view, 80)) == 2
+
+
 def test_what_took_no_merge_is_not_in_the_estimate() -> None:
     """A thousand refused files in a moment say nothing of how long a merge takes."""
     clock = Clock()

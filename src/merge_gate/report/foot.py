@@ -85,9 +85,10 @@ class Foot(Progress):
         self.update(self._whole, completed=len(self._done) + done / total)
 
     def end(self, line: Line, total: int) -> None:
-        """A part is done; one that never began ends too."""
+        """A part is done; one that never began ends too, and what is waited for is still waited for."""
         self._done.append(line)
-        self._label = ""
+        if self._began_s is None:
+            self._label = ""
         self._count(total)
 
     def _count(self, total: int) -> None:
