@@ -8,13 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from merge_gate.engine import process
 from merge_gate.engine.heap import REUSE
+from merge_gate.engine.memory import MemoryGroup
 from merge_gate.engine.private import PREFIX, private_directory
-from merge_gate.engine.process import SECRETS, WAITING, WorkerProcess, child_environment, describe_exit
+from merge_gate.engine.process import SECRETS, WAITING, Ending, WorkerProcess, child_environment, describe_exit
+from merge_gate.engine.protocol import Job
 from tests.command import alive, environment, merge_gate, strict_json, wait_until
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
@@ -89,6 +93,79 @@ def test_how_a_child_ended_is_said(
         ending = describe_exit(code, file, out_of_memory=memory)
     assert ending.text.startswith(said)
     assert to_do in ending.hint
+
+
+ODD = """
+import os, signal, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+line = socket.socket(fileno=int(sys.argv[2]))
+"""
+SENDS_A_JOB = """
+from merge_gate.engine.channel import Channel
+from merge_gate.engine.protocol import Job
+Channel(line).send(Job(groups=()))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ending]:
+    """How a worker that does something else in place of its work is said to have ended."""
+
+    def run(code: str, **counters: object) -> Ending:
+        monkeypatch.setattr(process, "_BOOTSTRAP", ODD + code)
+        with WorkerProcess() as child:
+            for name, value in counters.items():
+                setattr(child, f"_{name}", value)
+            ending = child.run(Job(groups=()), lambda _event: None, is_overdue=lambda: False)
+        assert ending is not None
+        assert not alive(child._process.pid)
+        return ending
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("line.sendall(bytes([255]) * 16); time.sleep(60)", "a message of 18,446,744,073,709,551,615 bytes"),
+        (SENDS_A_JOB, "Job"),
+    ],
+)
+def test_a_child_that_sends_what_is_no_event_is_ended(odd_child: Callable[..., Ending], code: str, said: str) -> None:
+    ending = odd_child(code)
+    assert ending.text == f"it sent what is no event of the gate's ({said})"
+    assert "without code of its own" in ending.hint
+
+
+def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Ending], monkeypatch) -> None:
+    monkeypatch.setattr(process, "LEAVING_S", 0.1)
+    assert odd_child("line.close(); time.sleep(60)").text.startswith("killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("files", "killed_before", "said"),
+    [
+        (
+            {"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"},
+            0,
+            "out of memory: the control group may use 2.0 GiB, and used 1.5 GiB at its peak",
+        ),
+        ({"memory.max": "max"}, 0, "out of memory: the machine has no more"),
+        ({}, 1, "from outside: the kernel counts no death for want of memory"),
+        ({}, None, "most likely because the machine is out of memory"),
+    ],
+)
+def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
+    odd_child: Callable[..., Ending], tmp_path: Path, files: dict[str, str], killed_before: int | None, said: str
+) -> None:
+    for name, text in {"memory.events": "oom_kill 1\n", **files}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "proc").write_text("0::/\n")
+    memory = MemoryGroup(tmp_path / "proc", tmp_path)
+    ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", memory=memory, kills_before=killed_before)
+    assert ending.text.startswith("killed by SIGKILL")
+    assert said in ending.text
 
 
 # --- it leaves nothing behind ----------------------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(
     assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
     assert "time limit of 4 s was over" in killer.refusal(1).message
     assert "limits: {seconds: …}" in killer.refusal(1).hint
-    waiting = [event for event in killer.heard if isinstance(event, Waiting)]
-    assert {event.task for event in waiting} == {1}
+    waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.task == 1]
+    assert waiting, "and on a busy machine others too"
     assert [event.limit_s for event in waiting] == [4.0] * len(waiting)
     assert len(waiting) <= 4, "each time after twice as long"
 
