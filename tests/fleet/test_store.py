@@ -138,6 +138,27 @@ def test_a_full_disk_is_told_once_and_costs_no_verdict(tmp_path: Path) -> None:
     assert "verdicts of this run are not kept there" in told[0]
 
 
+def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "bases").touch()
+    with pytest.raises(UsageError, match="cannot use the cache directory"):
+        store(tmp_path)
+
+
+def test_where_nothing_may_be_written_nothing_is_there_and_it_is_told_once() -> None:
+    told: list[str] = []
+    cache = Store("/proc/self", Seal(""), notify=told.append)  # where no directory can be made, whoever asks
+    assert cache.is_empty("verdicts")
+    assert cache.get("verdicts", NAME) is None
+    for _ in range(2):
+        cache.put("verdicts", NAME, DOCUMENT)
+    cache.tidy()
+    cache.close()
+    assert told == [
+        "cannot write to the cache directory /proc/self: Permission denied; verdicts of this run are not kept there"
+    ]
+
+
 def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file: Path) -> None:
     old, young = file.with_name(f".{NAME}.1"), file.with_name(f".{NAME}.2")
     for path in (old, young):

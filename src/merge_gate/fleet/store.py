@@ -66,8 +66,7 @@ class Store:
         except FileExistsError:
             raise
         except OSError:
-            if not folder.is_dir():
-                return
+            return
         self._folders[folder.name] = os.open(folder, _FOLDER)
 
     def close(self) -> None:
