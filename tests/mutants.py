@@ -57,6 +57,7 @@ SLOW = (
     "tests/config/test_load.py::test_importing_the_table_of_checks_costs_nothing",
     "tests/config/test_load.py::test_loading_does_not_import_torch",
     "tests/config/test_bounds.py::test_both_parsers_read_the_same",
+    "tests/config/test_said.py::test_a_fresh_import_makes_the_same_models",
     "tests/config/test_bounds.py::test_a_file_may_list_ten_thousand_adapters_and_no_more",
 )
 """Left out: seconds for each mutant. What only they notice counts as not noticed."""
