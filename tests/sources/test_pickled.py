@@ -157,6 +157,10 @@ def test_what_has_no_meaning_here_is_left_to_torch(tmp_path: Path, written: byte
     assert look(tmp_path / "a.bin") is None
 
 
+def test_an_escape_that_is_none_is_no_warning(tmp_path: Path) -> None:
+    assert "does not hold tensors" in refuse(tmp_path / "a.bin", packed(b"\x80\x02S'\\q'\n."))
+
+
 def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_001))

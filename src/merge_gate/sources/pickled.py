@@ -15,6 +15,7 @@ import errno
 import io
 import pickletools
 import re
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -340,8 +341,10 @@ def _run(stream: io.BytesIO) -> Any:
     """The value of the next pickle in the stream."""
     stack = _Stack()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            _carry_out(stack, opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in old texts
+            for opcode, argument, _ in pickletools.genops(stream):
+                _carry_out(stack, opcode.name, argument)
     except _BeyondThisReaderError:
         stack.refuse_foreign()
         raise
