@@ -118,7 +118,7 @@ ADAPTER_HUB_CONFIG = {"config": {"reduction_factor": 16}, "config_id": "9076f36a
 GGUF = b"GGUF\x03\x00\x00\x00" + bytes(64)
 DIFFUSERS = ("diffusers", "pipe.load_lora_weights(DIRECTORY)", "pipe.fuse_lora(safe_fusing=True)")
 MLX_HINT = ("MLX", "mlx_lm.fuse --model BASE --adapter-path DIRECTORY --save-path MERGED")
-HUB_HINT = ("adapters library", "model.merge_adapter(NAME)")
+HUB_HINT = ("adapters library", "adapters.init(model)", "model.merge_adapter(name)")
 NEITHER = ("neither adapter_config.json nor adapter_model.safetensors", "the directory holds")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from merge_gate.records.terms import Severity, Verdict
 from tests.corpus.held import hold
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ADAPTERS = sorted(path.parent for path in HERE.glob("adapters/*/*/merged.json"))
 
-CHANGED = {"0.13.2/dora-embedding", "0.15.2/lora-bias-term", "0.17.1/oft-rank", "0.3.0/lora-pissa", "0.6.2/lokr"}
+CHANGED = {
+    "0.13.2/dora-embedding", "0.15.2/lora-bias-term", "0.17.1/oft-rank", "0.3.0/lora-pissa", "0.4.0/lora-convolution",
+    "0.6.2/lokr",
+}  # fmt: skip
 """Merged into something else than then: a warning names it."""
 
 REFUSED = {
@@ -64,3 +70,15 @@ def test_it_is_merged_into_what_its_release_merged(adapter: Path, gate: Gate) ->
     assert held.passes, str(held.judgement)
     assert bool(held.differing) == (which in CHANGED | FORGOTTEN), held.differing
     assert ("meaning-changed" in warned) == (which in CHANGED), str(held.judgement)
+
+
+def test_a_converted_bone_adapter_is_merged_into_what_its_release_merged(tmp_path: Path, gate: Gate) -> None:
+    """What scripts/convert-bone-to-miss.py of PEFT's repository does, which the hint names."""
+    adapter = tmp_path / "bone"
+    shutil.copytree(HERE / "adapters" / "0.15.2" / "bone", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "MISS"}))
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name.replace(".bone_", ".miss_"): value for name, value in load_file(weights).items()}, weights)
+    held = hold(adapter, HERE / "bases", gate)
+    assert held.is_same, (str(held.judgement), held.differing)

@@ -7,6 +7,7 @@ names of the scratch's parameters, or `Refused`. Knows no values of the adapter 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,10 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str) -> An
         raise Refused(missing_package(error)) from error
     except NoMatchingPeftModuleError as error:
         raise Refused(_no_targets(config, scratch)) from error
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+    except (AssertionError, RuntimeError) as error:
+        refused = _loftq_without_a_gpu(config, error) or _injection_failed(error, config, scratch, base)
+        raise Refused(refused) from error
+    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
         raise Refused(_injection_failed(error, config, scratch, base)) from error
 
 
@@ -119,15 +123,50 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
             origin=Origin.CONFIG,
         )
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
+    excluded = getattr(config, "exclude_modules", None)
+    but = f" that exclude_modules ({_in_words(excluded)[:100]}) leaves over" if excluded else ""
     return Refusal(
         check="targets-not-found",
         message=(
-            f"target_modules {shown[:300]!r} match no module of the base; the base's layers are called "
+            f"target_modules {shown[:300]!r} match no module of the base{but}; the base's layers are called "
             f"{listing(leaves, 12)}"
         ),
-        hint=(
+        hint=_misread(targets, leaves)
+        or (
             "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then gate "
             "the adapter with the version that it was trained with"
+        ),
+        origin=Origin.CONFIG,
+    )
+
+
+def _in_words(names: Any) -> str:
+    return names if isinstance(names, str) else ", ".join(sorted(names))
+
+
+def _misread(targets: Any, leaves: list[str]) -> str:
+    """The hint where PEFT reads what stands there otherwise than it was meant; empty for others."""
+    if isinstance(targets, str) and any(leaf in re.split(r"[\s,|]+", targets) for leaf in leaves):
+        return (
+            "a text in target_modules is one regular expression, which has to match a layer's whole name: write a list "
+            "of names"
+        )
+    if isinstance(targets, (list, tuple, set)) and any(set("*\\()[]|^$") & set(name) for name in targets):
+        return "in a list, target_modules are plain names, no regular expressions: write the expression as a text"
+    return ""
+
+
+def _loftq_without_a_gpu(config: Any, error: Exception) -> Refusal | None:
+    """PEFT quantises the base anew on each load of such an adapter, on CUDA or XPU only (peft/utils/loftq_utils.py)."""
+    scheme = str(getattr(config, "init_lora_weights", "")).lower()
+    if scheme != "loftq" or not any(word in str(error) for word in ("CUDA", "NVIDIA", "XPU")):
+        return None
+    return Refusal(
+        check=None,
+        message="init_lora_weights is 'loftq': PEFT quantises the base whenever it loads this adapter, on a GPU only",
+        hint=(
+            "gate it on a machine with a GPU; if it was trained on a base that LoftQ had quantised and saved, name "
+            "that base and set init_lora_weights to true in adapter_config.json"
         ),
         origin=Origin.CONFIG,
     )

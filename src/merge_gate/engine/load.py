@@ -280,16 +280,24 @@ def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
 def targeted_modules(model: Any) -> tuple[str, ...]:
     """The base's names of the modules that carry the adapter: tuner layers and fully trained modules.
 
-    A head that is tied to an embedding with trained tokens has none of its own: the embedding carries them.
+    A head that is tied to an embedding with trained tokens has none of its own: the embedding carries them. Nor has one
+    whose trained copy is the embedding's (`ensure_weight_tying`).
     """
     found: dict[str, None] = {}
+    copies: set[int] = set()
     outer = None
     for path, module in model.named_modules():
         if outer is not None and path.startswith(f"{outer}."):
             continue  # what is inside a module follows it
-        if getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None:
+        own = (
+            {id(tensor) for tensor in module.modules_to_save.parameters()}
+            if isinstance(module, ModulesToSaveWrapper)
+            else set()
+        )
+        if getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None or (own and own <= copies):
             outer = path
         elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
             found[path.removeprefix(ADAPTER_PREFIX)] = None
             outer = path
+        copies |= own
     return tuple(found)

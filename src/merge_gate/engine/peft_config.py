@@ -47,7 +47,12 @@ def read_config(files: AdapterFiles) -> Any:
             Refusal(
                 check=None,
                 message=f"PEFT {peft.__version__} does not know the adapter type {kind!r}, so it cannot be merged here",
-                hint="upgrade PEFT in the environment that runs the gate, or correct peft_type in adapter_config.json",
+                hint=(
+                    f"PEFT writes it {kind.upper()!r}: correct peft_type in adapter_config.json"
+                    if kind.upper() in PEFT_TYPE_TO_CONFIG_MAPPING
+                    else "upgrade PEFT in the environment that runs the gate, or correct peft_type in "
+                    "adapter_config.json"
+                ),
                 origin=Origin.CONFIG,
             )
         )

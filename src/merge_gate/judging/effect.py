@@ -232,8 +232,9 @@ def meaning_changed(case: Case) -> Iterator[Finding]:
     for change, words, span in changes(case.files.config, case.files.tensors):
         yield meaning_changed.finding(
             f"adapter_config.json was written by {span}, and {words}",
-            f"compare the merged model with what PEFT before 0.{change.release} merges, and merge with that one if the "
-            "adapter was evaluated there",
+            change.hint
+            or f"compare the merged model with what PEFT before 0.{change.release} merges, and merge with that one if "
+            "the adapter was evaluated there",
             Origin.CONFIG,
         )
 

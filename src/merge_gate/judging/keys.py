@@ -5,6 +5,7 @@ In: names, an adapter's config. Out: words. Knows neither findings nor settings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from merge_gate.judging.foreign import by_tensors
@@ -39,8 +40,41 @@ def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, s
 
 
 def names_of_another_kind(tensors: tuple[TensorHeader, ...]) -> str:
-    """The hint for names that no PEFT model has: of another format, or of a model wrapped twice; empty for others."""
-    return by_tensors(tensor.name for tensor in tensors) or wrapped_twice(tensors)
+    """The hint for names that no PEFT model has: another format's, a wrapped or a merged model's; empty for others."""
+    names = [tensor.name for tensor in tensors]
+    return by_tensors(names) or wrapped_twice(tensors) or _wrapped(names) or _of_a_full_model(names)
+
+
+_WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+    "module.": ("DataParallel, DDP or DeepSpeed", "model.module"),
+    "_fsdp_wrapped_module.": ("FSDP", "accelerator.unwrap_model(model)"),
+}
+"""Prefixes that training puts before every name: who does, and what the model inside is called."""
+
+
+def _wrapped(names: Sequence[str]) -> str:
+    """The hint for names that begin as a wrapper's do."""
+    for prefix, (wrapper, inner) in _WRAPPERS.items():
+        if names and all(name.startswith(f"{prefix}{ADAPTER_PREFIX}") for name in names):
+            return (
+                f"every name in the file begins with {prefix}, which {wrapper} puts there: save the model inside "
+                f"({inner}) with save_pretrained, or take that prefix off the names"
+            )
+    return ""
+
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+
+
+def _of_a_full_model(names: Sequence[str]) -> str:
+    """The hint for a file with a base's embedding in it, and no name that PEFT writes."""
+    if any(name.startswith(ADAPTER_PREFIX) for name in names) or not any(map(_EMBEDDING.search, names)):
+        return ""
+    return (
+        "the file holds a full model's tensors (a merged one, perhaps), and none of an adapter: save the PEFT model "
+        "with save_pretrained before it is merged, and list that directory"
+    )
 
 
 def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:

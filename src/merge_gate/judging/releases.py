@@ -64,7 +64,8 @@ def written_by(config: AdapterConfig) -> Span:
 class Change:
     """Something that PEFT reads otherwise since `release` (a minor number).
 
-    `concerns` looks at the config and the tensors, and gives how it shows there, or None.
+    `concerns` looks at the config and the tensors, and gives how it shows there, or None. `hint` is for what
+    merging with an older release does not bring back.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Change:
     release: int
     first: int
     concerns: Callable[[AdapterConfig, tuple[TensorHeader, ...]], str | None]
+    hint: str = ""
 
 
 def changes(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> tuple[tuple[Change, str, Span], ...]:
@@ -129,10 +131,24 @@ def _old_initialisation(config: AdapterConfig, _tensors: tuple[TensorHeader, ...
     )
 
 
+def _convolution(_config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
+    if not any(".lora_A" in tensor.name and len(tensor.shape) == 4 for tensor in tensors):  # noqa: PLR2004
+        return None
+    return "until PEFT 0.6 LoRA gave a convolution without a bias a random one, trained beside it, and did not save it"
+
+
 CHANGES = (
     Change(name="lokr-scale", peft_type="LOKR", first=6, release=14, concerns=_lokr_scale),
     Change(name="lora-bias-scale", peft_type="LORA", first=14, release=16, concerns=_lora_bias_scale),
     Change(name="dora-embedding", peft_type="LORA", first=13, release=16, concerns=_dora_embedding),
     Change(name="oft-series", peft_type="OFT", first=16, release=18, concerns=_oft_series),
     Change(name="old-initialisation", peft_type="LORA", first=0, release=7, concerns=_old_initialisation),
+    Change(
+        name="lora-convolution",
+        peft_type="LORA",
+        first=4,
+        release=6,
+        concerns=_convolution,
+        hint="compare outputs of the merged model with those of the evaluation, and train it again if they differ",
+    ),
 )

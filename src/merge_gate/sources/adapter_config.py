@@ -215,17 +215,21 @@ def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
     """What is wrong for LoRA only, where the names mean one thing (peft/tuners/lora/config.py)."""
     if config.get("peft_type") != _LORA:
         return
-    ranks, bias = config.get("rank_pattern"), config.get("bias")
-    rank = config.get("r")
-    if isinstance(rank, int) and rank <= 0 and not ranks:
+    rank, bias = config.get("r"), config.get("bias")
+    if "lora_alpha" in config and config["lora_alpha"] is None:
+        yield invalid(f"lora_alpha in {CONFIG_NAME} is null, expected a number: the delta is scaled by it")
+    if isinstance(rank, int) and rank <= 0 and not config.get("rank_pattern"):
         yield invalid(f"r in {CONFIG_NAME} is {rank}, expected a positive rank")
     if isinstance(bias, str) and bias not in _LORA_BIASES:
         yield invalid(f"bias in {CONFIG_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")
+    yield from _judge_patterns(config.get("rank_pattern"), config.get("alpha_pattern"))
+
+
+def _judge_patterns(ranks: Any, alphas: Any) -> Iterator[Finding]:
     if isinstance(ranks, dict):
         for name, value in ranks.items():
             if not _is_integer(value) or value <= 0:
                 yield invalid(f"rank_pattern[{shown(name)}] is {_shown_value(value)}, expected a positive integer")
-    alphas = config.get("alpha_pattern")
     if isinstance(alphas, dict):
         for name, value in alphas.items():
             if not _is_number(value):

@@ -84,9 +84,18 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, .
             return _headers(_object_of_legacy_file(file))
     except _BeyondThisReaderError:
         return None
+    if _is_safetensors(file):
+        raise CorruptFileError("is not torch's format but safetensors", "give it the name adapter_model.safetensors")
     if (found := other_format(file)) is None:
         _refuse_calls(file)
     raise CorruptFileError(f"is not torch's format but {found or 'something unknown'}")
+
+
+def _is_safetensors(file: BufferedReader) -> bool:
+    """Whether the file begins as safetensors do: eight bytes of length, then the object."""
+    file.seek(0)
+    start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
 def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:

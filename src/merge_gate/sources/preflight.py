@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 _LISTED = 8
 _MAX_ENTRIES = 10_000
+_MAX_FOLDERS = 200  # looked into, of a directory that holds no adapter itself
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
@@ -137,8 +140,24 @@ def _list(directory: str, withheld: tuple[str, ...]) -> _Listing:
     # PEFT looks for its two files by name, so a large directory does not hide them.
     present |= {name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) if _is_there(directory, name)}
     if CONFIG_NAME not in present:
-        nested |= {name for name in present if _is_there(directory, f"{name}/{CONFIG_NAME}")}
+        nested |= set(_below(directory, present))
     return _Listing(present=frozenset(present), withheld=frozenset(withheld), nested=tuple(sorted(nested)))
+
+
+def _below(directory: str, names: set[str]) -> Iterator[str]:
+    """Folders with a config: a checkpoint's, or a run's with its checkpoints."""
+    for name in sorted(names)[:_MAX_FOLDERS]:
+        if _is_there(directory, f"{name}/{CONFIG_NAME}"):
+            yield name
+        elif os.path.isdir(Path(directory, name)):  # noqa: PTH112 (a plain call)
+            yield from (f"{name}/{inner}" for inner in _folders(directory, name))
+
+
+def _folders(directory: str, name: str) -> Iterator[str]:
+    with suppress(OSError), os.scandir(Path(directory, name)) as entries:
+        for entry in islice(entries, _MAX_FOLDERS):
+            if _is_there(directory, f"{name}/{entry.name}/{CONFIG_NAME}"):
+                yield entry.name
 
 
 def _is_there(directory: str, name: str) -> bool:
@@ -154,9 +173,13 @@ def _missing(listing: _Listing, what: str) -> Finding:
 
 def _advise_missing(listing: _Listing) -> str:
     if listing.nested:
-        latest = max(listing.nested, key=_checkpoint_order)
+        *_, latest = ordered = sorted(listing.nested, key=_checkpoint_order)
+        if _checkpoint_order(latest)[0] < 0 and len(ordered) > 1:
+            some = in_a_sentence(map(shown, ordered), _LISTED)
+            return f"{len(ordered)} adapters are in subdirectories ({some}): list each that you release by its path"
         return f"the adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path"
-    known = foreign.by_files(listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
+    strangers = listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}
+    known = foreign.by_files(strangers, has_config=CONFIG_NAME in listing.present)
     return known or f"list the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
@@ -199,7 +222,7 @@ def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
     try:
         return _Config(files=(record,), parsed=strict_json.parse(file.read(adapter_config.MAX_BYTES + 1)))
     except strict_json.InvalidJsonError as error:
-        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}"),))
+        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}", error.hint),))
 
 
 # --- 3. the weights ------------------------------------------------------------------------------------------------

@@ -5,18 +5,31 @@ In: the bytes of a file, which are hostile. Out: the object, or `InvalidJsonErro
 
 from __future__ import annotations
 
+import codecs
 import json
 from typing import Any, NoReturn
 
 from merge_gate.sources.headers import shown
 
+_MARKED = "an editor has put it there: save the file as UTF-8 without BOM"
+_EDITED = "correct the file at that place if somebody has edited it; else save the adapter again with save_pretrained"
+
 
 class InvalidJsonError(Exception):
-    """The text is not one JSON object. The message continues a sentence that starts with the file's name."""
+    """The text is not one JSON object. The message continues a sentence that starts with the file's name.
+
+    `hint` says what to do, where that is not to write the file anew.
+    """
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 def parse(raw: bytes) -> dict[str, Any]:
     """The object in the file. Raises `InvalidJsonError` for anything that strict JSON does not allow."""
+    if raw.startswith(codecs.BOM_UTF8):
+        raise InvalidJsonError("begins with a byte order mark, which PEFT cannot read", _MARKED)
     try:
         value = _loaded(raw.decode("utf-8"))
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
@@ -25,7 +38,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InvalidJsonError("is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise InvalidJsonError(f"is not valid JSON: {error}") from None
+        raise InvalidJsonError(f"is not valid JSON: {error}", _EDITED) from None
     except ValueError:
         raise InvalidJsonError("holds a number that is too large for a float") from None
     if not isinstance(value, dict):

@@ -1,0 +1,75 @@
+"""Adapters as people ship them: those that PEFT merges pass with its bits, the others say what a person is to do."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from merge_gate.config.load import load_config
+from merge_gate.gate import run_gate
+from merge_gate.records.terms import Severity, Verdict
+from tests import methods
+from tests.gating import Gate, one_thread
+from tests.merged import kept
+from tests.shipped import SHIPPED, Shipped, loftq, merge_plainly
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from merge_gate.records.report import AdapterReport
+    from tests.models import Shelf
+
+ROWS = (*SHIPPED, Shipped(name="loftq", make=loftq, cause="not-judged", says=("'loftq'", "on a GPU only")))
+if torch.cuda.is_available():
+    ROWS = SHIPPED
+PASSING = [row for row in SHIPPED if row.cause is None]
+
+
+@pytest.fixture(scope="module")
+def root(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shipped")
+    with one_thread(), methods.quiet():  # what old trainers warn of is not in question
+        for row in ROWS:
+            row.make(shelf, directory / row.name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def told(shelf: Shelf, root: Path) -> Mapping[str, AdapterReport]:
+    """All rows in one run."""
+    entries = []
+    for row in ROWS:
+        base = {"base": {"model": str(shelf.base(row.base))}} if row.base else {}
+        entries.append({"name": row.name, "path": str(root / row.name / row.path)} | base)
+    path = root / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
+    return {one.name: one for one in run_gate(load_config(str(path)), device="cpu").adapters}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_it_is_judged_as_peft_loads_it_and_says_what_to_do(row: Shipped, told: Mapping[str, AdapterReport]) -> None:
+    report = told[row.name]
+    said = [f"{one.check}: {one.message}" for one in report.findings]
+    expected = Verdict.PASSED if row.cause is None else Verdict.ERROR if row.cause == "not-judged" else Verdict.FAILED
+    assert report.verdict is expected, said
+    if row.cause is None:
+        assert {one.check for one in report.findings if one.severity is Severity.WARNING} == set(row.warned), said
+        return
+    finding = next(one for one in report.findings if one.severity is Severity.ERROR)
+    assert finding.check == row.cause, said
+    for words, text in ((row.says, finding.message), (row.hint, finding.hint)):
+        assert [word for word in words if word not in text] == [], text
+
+
+@pytest.mark.parametrize("row", PASSING, ids=lambda row: row.name)
+def test_the_merge_is_what_plain_peft_makes_of_the_directory(row: Shipped, shelf: Shelf, root: Path) -> None:
+    with one_thread(), methods.quiet(), kept() as seen:
+        expected = merge_plainly(row, shelf, root / row.name)
+        Gate().judge(root / row.name / row.path, shelf.base(str(row.base)), allow_pickle=True)
+    assert all(torch.isfinite(tensor).all() for tensor in expected.values())
+    assert seen
+    assert methods.same({name: expected[name] for name in seen}, seen)
