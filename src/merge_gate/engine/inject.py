@@ -78,8 +78,10 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str) -> An
     except NoMatchingPeftModuleError as error:
         raise Refused(_no_targets(config, scratch)) from error
     except (AssertionError, RuntimeError) as error:
-        refused = _loftq_without_a_gpu(config, error) or _injection_failed(error, config, scratch, base)
-        raise Refused(refused) from error
+        refused = _loftq_without_a_gpu(config, error)
+        if refused is None and isinstance(error, AssertionError):  # a mistake of somebody's code
+            raise
+        raise Refused(refused or _injection_failed(error, config, scratch, base)) from error
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
         raise Refused(_injection_failed(error, config, scratch, base)) from error
 
