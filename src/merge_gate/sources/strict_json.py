@@ -29,7 +29,7 @@ class InvalidJsonError(Exception):
 def parse(raw: bytes) -> dict[str, Any]:
     """The object in the file. Raises `InvalidJsonError` for anything that strict JSON does not allow."""
     if raw.startswith(codecs.BOM_UTF8):
-        raise InvalidJsonError("begins with a byte order mark, which PEFT cannot read", _MARKED)
+        raise InvalidJsonError("is not valid JSON: it begins with a byte order mark, which PEFT cannot read", _MARKED)
     try:
         value = _loaded(raw.decode("utf-8"))
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and lone surrogates
