@@ -43,6 +43,11 @@ CONFIG = {
 }  # fmt: skip
 LORA_A, LORA_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
 SHAPES = {LORA_A: [4, 8], LORA_B: [8, 4]}
+NEWLINES = {
+    name: {"dtype": "F32", "shape": [4, 4], "data_offsets": [at, at + 64]} for name, at in ((LORA_A, 0), (LORA_B, 64))
+}
+"""The header of a file whose data is line ends."""
+HINTED = "*.safetensors -text"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345678\n"
 
 
@@ -431,6 +436,29 @@ def test_line_ends_that_were_converted(tmp_path: Path) -> None:
     data = bytes(range(256)) * 64
     broken = (whole[: -len(data)] + data).replace(b"\n", b"\r\n")
     assert "line ends" in only(look(make(tmp_path, weights=broken)), "file-corrupt").message
+
+
+def test_line_ends_stay_with_what_the_hint_says(tmp_path: Path) -> None:
+    """git converts on checkout what it is told is text; with the hint's line in .gitattributes it leaves it alone."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True)
+
+    make(tmp_path, weights=pack(json.dumps(NEWLINES).encode(), b"\n" * 128))
+    sound = (tmp_path / WEIGHTS_NAME).read_bytes()
+    git("init", "--quiet")
+    git("add", ".")
+    attributes = tmp_path / ".gitattributes"
+    found = []
+    for written in ("* text eol=crlf\n", f"* text eol=crlf\n{HINTED}\n"):
+        attributes.write_text(written, encoding="utf-8")
+        (tmp_path / WEIGHTS_NAME).unlink()
+        git("checkout", "--quiet", "--", WEIGHTS_NAME)
+        found.append(look(tmp_path))
+    hint = only(found[0], "file-corrupt").hint
+    assert f"`{HINTED}`" in hint
+    assert not found[1].findings
+    assert (tmp_path / WEIGHTS_NAME).read_bytes() == sound
 
 
 def test_what_is_there_is_told_once(tmp_path: Path) -> None:
