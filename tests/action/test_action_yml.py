@@ -44,12 +44,12 @@ def test_the_entrypoint_knows_the_inputs() -> None:
 
 
 def test_every_input_is_checked() -> None:
-    checked = {name for name, _, _ in action.CHECKS} | {"args"}
+    checked = {name for name, _, _ in action.RULES} | {"args"}
     assert checked == set(entrypoint.INPUTS)
 
 
 def test_the_defaults_pass_their_checks() -> None:
-    for name, pattern, _ in action.CHECKS:
+    for name, pattern, _ in action.RULES:
         given = ACTION["inputs"][name]
         assert given.get("required") or re.fullmatch(pattern, given["default"]), name
         assert given.get("required") or given["default"] == action.DEFAULTS.get(name, ""), name
@@ -121,7 +121,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
 
 
 def test_the_devices_are_those_of_the_command() -> None:
-    (pattern,) = (pattern for name, pattern, _ in action.CHECKS if name == "device")
+    (pattern,) = (pattern for name, pattern, _ in action.RULES if name == "device")
     for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
         assert re.fullmatch(pattern, device)
         assert parser().parse_args(["run", "c", "--device", device]).device == device
