@@ -58,7 +58,8 @@ def read_models(document: Document, model: type[_File]) -> _File:
 def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
     place, _, there = document.at(loc)
     key = str(loc[-1]) if loc else ""
-    match error["type"], error.get("input"):
+    kind, value = error["type"], error.get("input")
+    match kind, value:
         case "unknown", _:
             known = error["known"]
             message = f"unknown {error['kind']} {quoted(key)}"
@@ -76,7 +77,7 @@ def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
             document.report(place, f"{label(place)} has no value", "give it one, or remove it")
         case _, str(name) if key == "[key]" and place != loc:
             document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
-        case kind, value:
+        case _:
             document.report(place, *_wrong_value(kind, error.get("ctx", {}), value, place, there.written))
 
 
@@ -85,8 +86,6 @@ def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
 
 def label(loc: Loc) -> str:
     """A place by its key, or by its number in a list."""
-    if not loc:
-        return "the file"
     if isinstance(loc[-1], int):
         return f"entry {loc[-1] + 1} of {label(loc[:-1])}"
     return quoted(loc[-1])
