@@ -82,6 +82,8 @@ class LoopbackHub:
         self.is_over = threading.Event()
         self.tokens: set[str] = set()
         self.on_request: Callable[[str], object] = lambda path: path
+        self.unsaid: set[str] = set()
+        """Keys that a repository's description lacks here, as on a mirror that knows less than the real Hub."""
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -234,9 +236,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_info(self, repo_id: str, revision: str) -> None:
         repo, commit = self._find(repo_id, revision)
-        siblings = [_sibling(name, content) for name, content in repo.commits[commit].items()]
+        siblings = [self._said(_sibling(name, content)) for name, content in repo.commits[commit].items()]
         info = {"id": repo_id, "sha": commit, "private": repo.private, "gated": repo.gated, "siblings": siblings}
-        self._send_json(info | {"tags": [], "downloads": 0, "likes": 0})
+        self._send_json(self._said(info | {"tags": [], "downloads": 0, "likes": 0}))
+
+    def _said(self, described: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in described.items() if key not in self.hub.unsaid}
 
     def _send_tree(self, repo_id: str, revision: str) -> None:
         repo, commit = self._find(repo_id, revision)

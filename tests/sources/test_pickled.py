@@ -308,6 +308,13 @@ def test_a_file_that_is_not_whole(tmp_path: Path, content: bytes) -> None:
     assert refuse(tmp_path / "a.bin", content)
 
 
+def test_safetensors_under_the_name_of_a_pickle(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4, 3)}, tmp_path / "a.bin")
+    with (tmp_path / "a.bin").open("rb") as file, pytest.raises(CorruptFileError, match="but safetensors") as caught:
+        read_pickled(file, (tmp_path / "a.bin").stat().st_size)
+    assert caught.value.hint == "give it the name adapter_model.safetensors"
+
+
 def test_an_archive_that_torch_did_not_write(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("weights/readme.txt", "hello")

@@ -186,6 +186,22 @@ def test_missing_files_are_named_with_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("paths", "hint"),
+    [
+        (("run/german", "run/french"), "2 adapters are in subdirectories ('run/french', 'run/german')"),
+        (("german", "french"), "2 adapters are in subdirectories ('french', 'german')"),
+        (("run/checkpoint-5", "run/checkpoint-10"), "the adapter seems to be in the subdirectory 'run/checkpoint-10'"),
+    ],
+)
+def test_adapters_further_down_are_named_by_their_paths(paths: tuple[str, ...], hint: str, tmp_path: Path) -> None:
+    for path in paths:
+        make(tmp_path / path)
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    assert only(look(tmp_path), "file-missing").hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("names", "hint"),
     [
         (("config.json", "model.safetensors"), "full model"),

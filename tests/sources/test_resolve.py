@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -21,9 +22,15 @@ import pytest
 
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.sources.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S
+from merge_gate.sources.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, _Repository
 from merge_gate.sources.hub_errors import translate
-from merge_gate.sources.resolve import base_weight_files, digest_directory, resolve_adapter, resolve_base
+from merge_gate.sources.resolve import (
+    base_setting_files,
+    base_weight_files,
+    digest_directory,
+    resolve_adapter,
+    resolve_base,
+)
 from tests.command import wait_until
 from tests.hub import LoopbackHub
 
@@ -50,6 +57,8 @@ for call in json.load(sys.stdin):
         from merge_gate.sources import hub
         hub.PAUSES_S = (0.01, 0.02)
         hub._REQUEST_TIMEOUT_S = 1.0
+        if call.pop("keeps_no_listing", False):
+            hub.huggingface_hub = object()  # huggingface_hub 1 cannot be asked what a repository holds
         got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
         directory = got.snapshot.directory
         import os
@@ -81,7 +90,8 @@ class Client:
 
     def __init__(self, url: str, home: Path) -> None:
         self.home = home
-        self.env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "2"}
+        kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
+        self.env = kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "2"}
 
     def ask(self, *calls: dict[str, Any], **env: str) -> list[dict[str, Any]]:
         process = subprocess.run(
@@ -109,8 +119,9 @@ def make_directory(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
-def spec(path: Path) -> AdapterSpec:
-    return AdapterSpec(name="a", source="./a", path=str(path), base=BaseSpec(), checks=(), line=1, column=1)
+def spec(path: Path | None) -> AdapterSpec:
+    where = None if path is None else str(path)
+    return AdapterSpec(name="a", source="./a", path=where, base=BaseSpec(), checks=(), line=1, column=1)
 
 
 # --- directories ---------------------------------------------------------------------------------------------------
@@ -130,6 +141,11 @@ def test_a_missing_directory_and_a_file_say_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ResolveError, match="it is a file"):
         resolve_adapter(spec(tmp_path / "file"))
+
+
+def test_a_combination_is_no_directory() -> None:
+    with pytest.raises(ValueError, match="has no files of its own"):
+        resolve_adapter(spec(None))
 
 
 def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
@@ -186,6 +202,29 @@ def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     assert base_weight_files(str(resolve_base(str(sharded)).snapshot.directory)) == tuple(sorted(SHARDS)[1:])[::-1]
     pickled = make_directory(tmp_path / "pickled", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
     assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
+
+
+def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
+    (directory / "model.safetensors").symlink_to("../gone")
+    with pytest.raises(ResolveError, match=r"model\.safetensors: No such file or directory") as raised:
+        resolve_base(str(directory), label="./base")
+    assert "'./base' cannot be read" in raised.value.message
+
+
+def test_a_base_that_is_gone_by_now(tmp_path: Path) -> None:
+    with pytest.raises(ResolveError, match="cannot be read: No such file or directory"):
+        base_weight_files(str(tmp_path / "base"))
+
+
+def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path) -> None:
+    """Code may lie further down; a link to nowhere is nothing that it reads."""
+    beside = {"config.json": b"{}", "generation_config.json": b"{}", "modeling_x.py": b"", "tokenizer.json": b"{}"}
+    directory = make_directory(tmp_path / "base", SHARDS | beside)
+    make_directory(directory / "code", {"layers.py": b"", "notes.json": b"{}"})
+    (directory / "gone.json").symlink_to("nowhere")
+    found = base_setting_files(str(directory))
+    assert found == ("code/layers.py", "config.json", "generation_config.json", "modeling_x.py")
 
 
 @pytest.mark.parametrize("name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/"])
@@ -292,6 +331,22 @@ def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Cl
     asked = client.ask(call | {"allow_pickle": True}, HF_HUB_OFFLINE="1")[0]
     assert "in part: adapter_model.bin" in asked["error"]
     assert client.ask(call | {"allow_pickle": True})[0]["names"] == ["adapter_config.json", "adapter_model.bin"]
+
+
+@pytest.mark.parametrize("why", ["huggingface_hub 1", "its list is gone"])
+def test_a_cache_that_does_not_know_what_the_repository_holds(hub: LoopbackHub, client: Client, why: str) -> None:
+    """What is not there may be missing in the repository or in the cache; what is there is enough."""
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
+    whole, pickled = ({"kind": "adapter", "id": f"acme/{name}"} for name in ("lora", "pickled"))
+    client.ask(whole, pickled)
+    if why == "its list is gone":
+        for lists in list(client.home.rglob("trees")):
+            shutil.rmtree(lists)
+    asked = [call | {"keeps_no_listing": why == "huggingface_hub 1"} for call in (whole, pickled)]
+    found, half = client.ask(*asked, HF_HUB_OFFLINE="1")
+    assert (found["names"], found["withheld"]) == (sorted(CHOSEN), [])
+    assert "in part: adapter_model.safetensors is not there" in half["error"]
 
 
 HUB_BASE = BASE | {
@@ -473,6 +528,21 @@ def test_other_bytes_than_those_that_are_listed_leave_the_cache(
     assert content_of(client.adapter("acme/lora")) == CHOSEN
 
 
+def test_a_mirror_that_lists_no_digests_is_taken_at_its_word(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER)
+    hub.unsaid = {"blobId", "lfs"}
+    answer = client.adapter("acme/lora")
+    assert (answer["commit"], content_of(answer)) == (commit, CHOSEN)
+
+
+def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.unsaid = {"sha"}
+    answer = client.adapter("acme/lora")
+    assert answer["error"] == "127.0.0.1 answered without a commit for 'acme/lora'"
+    assert "HF_ENDPOINT" in answer["hint"]
+
+
 def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client) -> None:
     hub.damage("/api/models", "silence")
     answer = client.adapter("acme/lora")
@@ -552,6 +622,29 @@ def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk() -> Non
 
 def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
     assert translate(ZeroDivisionError(), "'acme/lora'") is None
+    repository = _Repository(repo_id="acme/lora", revision=None, token=None, notify=pytest.fail)
+    with pytest.raises(ZeroDivisionError):
+        repository._ask(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "are_off", "timeout_s"),
+    [
+        ({}, True, _DOWNLOAD_TIMEOUT_S),
+        ({"HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "77"}, False, 77),
+    ],
+    ids=["unset", "set"],
+)
+def test_what_a_variable_says_of_the_library_stays(
+    client: Client, said: dict[str, str], are_off: bool, timeout_s: int
+) -> None:
+    code = (
+        "from merge_gate.sources import hub; from huggingface_hub import utils;"
+        "hub._set_up_library(); print(utils.are_progress_bars_disabled(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    answer = subprocess.run(run, env=client.env | said, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(are_off), str(timeout_s)]
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------

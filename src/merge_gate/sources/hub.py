@@ -190,19 +190,19 @@ class _Repository:
 
         `is_patient`: it has tried lost connections and silence again by itself, where the file broke off.
         """
-        for pause_s in (*PAUSES_S, None):
+        pauses = iter(PAUSES_S)
+        while True:
             try:
                 return request()
             except Exception as error:
                 translated = translate(error, self.what)
                 if translated is None:
                     raise
-                wait_s = _pause(error, pause_s, is_patient=is_patient)
+                wait_s = _pause(error, next(pauses, None), is_patient=is_patient)
                 if wait_s is None:
                     raise translated from error
                 self.notify(f"{translated.message}; trying again in {wait_s:.0f} s")
                 time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
 
     @property
     def what(self) -> str:

@@ -40,8 +40,6 @@ def host() -> str:
 
 def translate(error: Exception, what: str) -> ResolveError | None:
     """The sentence for an error of huggingface_hub, of its HTTP client (httpx, httpx2) or of the disk; else None."""
-    if isinstance(error, ResolveError):
-        return error
     links = _chain(error)
     for row in _ROWS:
         for link in filter(row.applies, links):
