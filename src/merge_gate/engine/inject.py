@@ -15,6 +15,7 @@ import peft
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -62,8 +63,16 @@ def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str
     return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
 
 
-def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str) -> Any:
+def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, with_magnitudes: bool = True) -> Any:
     """Let PEFT put the adapter's layers on the scratch.
+
+    Args:
+        scratch: of the base.
+        config: PEFT's.
+        base: whose scratch it is.
+        adapter_name: PEFT's name for the adapter.
+        with_magnitudes: whether DoRA's magnitudes have the values that training starts from; else they are NaN, which
+            saves a product and a norm of every layer.
 
     Raises:
         Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
@@ -71,7 +80,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str) -> An
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        with _targets_filled(base, config):
+        with _targets_filled(base, config), contextlib.nullcontext() if with_magnitudes else _magnitudes_unmeasured():
             return model_class(scratch, config, adapter_name)
     except ImportError as error:
         raise Refused(missing_package(error)) from error
@@ -108,6 +117,25 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
         yield
     finally:
         setattr(tuner, name, own)
+
+
+@contextlib.contextmanager
+def _magnitudes_unmeasured() -> Iterator[None]:
+    """PEFT makes DoRA's magnitudes (peft/tuners/lora/dora.py) of factors without values, so that nothing is computed.
+
+    Their shape and dtype are PEFT's; their values are NaN.
+    """
+    own: Any = DoraLinearLayer.update_layer
+
+    def update_layer(self: Any, *, lora_A: torch.Tensor, lora_B: torch.Tensor, **others: Any) -> None:  # noqa: N803
+        own(self, lora_A=lora_A.to("meta"), lora_B=lora_B.to("meta"), **others)
+        self.weight = nn.Parameter(torch.full_like(self.weight, torch.nan, device=lora_A.device))
+
+    DoraLinearLayer.update_layer = update_layer
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = own
 
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:

@@ -77,7 +77,13 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     base.template = None  # it is given back by whoever finds that it can be used again
     if template is not None:
         template.renew()
-    made = template or _make_template(base, files)
+    loaded = _loaded(base, files, weights, template or _make_template(base, files, with_magnitudes=False))
+    if loaded.arrivals[0].missing:  # what is missing has the values of PEFT's initialisation
+        return _loaded(base, files, weights, _make_template(base, files))
+    return loaded
+
+
+def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -> Loaded:
     refuse_lost_wrappers(made.model, made.config, files)
     state, arrival = load_weights(
         made.model,
@@ -87,8 +93,6 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
         adapter_name=ADAPTER_NAME,
         injected_anew=lambda: _make_template(base, files).model,
     )
-    if template is not None and arrival.missing:  # what is missing has the values of PEFT's initialisation
-        return load_adapter(base, files, weights)
     return Loaded(
         model=made.model,
         config=made.config,
@@ -101,13 +105,13 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     )
 
 
-def _make_template(base: Base, files: AdapterFiles) -> Template:
+def _make_template(base: Base, files: AdapterFiles, *, with_magnitudes: bool = True) -> Template:
     """Steps 1 to 3."""
     config = read_config(files)
     scratch = base.scratch(private=initialisation_writes_to_base(config))
     fit_vocabulary(scratch, files)
     slots, sharers = base_slots(scratch)
-    model = inject(scratch, config, base, ADAPTER_NAME)
+    model = inject(scratch, config, base, ADAPTER_NAME, with_magnitudes=with_magnitudes)
     return Template(
         kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
     )
