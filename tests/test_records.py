@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 
 from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, LauncherError, ResolveError, UsageError
 from merge_gate.records import config, files, measured, report, terms
 from merge_gate.records.config import Problem
-from merge_gate.records.measured import TensorStats
+from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.report import AdapterReport, BaseRef, Environment, Report
 from merge_gate.records.terms import Quantization, Result, Verdict
 
+NAN, INF = float("nan"), float("inf")
 RECORDS = [
     one
     for module in (terms, config, files, measured, report)
@@ -54,6 +56,21 @@ def test_one_bad_value_of_any_kind_is_not_finite(bad: str) -> None:
 )
 def test_the_largest_magnitude(minimum: float | None, maximum: float | None, largest: float) -> None:
     assert stats(minimum=minimum, maximum=maximum).max_abs == largest
+
+
+def merge(**changes: Any) -> TensorMerge:
+    found = {"module": "m", "stats": stats(minimum=-3.0, maximum=2.0), "dtype_max": 6.0, "changed": True}
+    return TensorMerge(**(found | changes))
+
+
+def test_shares_of_a_merge() -> None:
+    one = merge(base_norm=8.0, delta_norm=2.0, lost_norm=0.5)
+    assert (one.headroom, one.delta_ratio, one.lost_share) == (0.5, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(("part", "whole"), [(None, 1.0), (1.0, None), (1.0, 0.0), (NAN, 1.0), (1.0, NAN), (INF, 1.0)])
+def test_a_share_that_is_no_number_is_not_known(part: float | None, whole: float | None) -> None:
+    assert merge(delta_norm=part, base_norm=whole).delta_ratio is None
 
 
 def report(*verdicts: Verdict, complete: bool = True) -> Report:

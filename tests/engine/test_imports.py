@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from merge_gate.engine import imports
 from merge_gate.engine.child import judge_job
 from merge_gate.engine.process import OFFLINE, WorkerProcess
 from merge_gate.engine.protocol import Event, Group, Job, Merged, Task
@@ -16,6 +20,8 @@ from merge_gate.sources.preflight import preflight
 from tests.command import environment
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.models import Shelf
 
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
@@ -74,6 +80,35 @@ def test_without_scipy_nothing_stands_in_its_place() -> None:
     script = "import sys\nwith quick:\n    pass\nprint('scipy.optimize' in sys.modules, 'scipy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
     assert done.stdout == "False False\n"
+
+
+def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
+    """As inspect does, for `__wrapped__` and its like."""
+    script = (
+        "import sys\nwith quick:\n    import scipy.optimize as one\n"
+        "    print(hasattr(one, '__wrapped__'), type(sys.modules['scipy.optimize']).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
+    assert done.stdout == "False _Optimize\n"
+
+
+READS = "def create_import_structure_from_path(path):\n    return [path]\n"
+
+
+@pytest.mark.parametrize(("source", "is_remembered"), [(READS, True), ("other = len\n", False)])
+def test_only_the_function_that_reads_gets_a_memory(
+    source: str, is_remembered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release without it is imported as it is."""
+    (tmp_path / "structures.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "_STRUCTURES", "structures")
+    with imports.quick_imports():
+        module = importlib.import_module("structures")
+        meanwhile = dict(vars(module))
+    monkeypatch.delitem(sys.modules, "structures")
+    changed = {name for name, value in vars(module).items() if meanwhile[name] is not value}
+    assert changed == ({"create_import_structure_from_path"} if is_remembered else set()), "and is put back"
 
 
 def test_the_worker_merges_as_this_process_does(shelf: Shelf) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.judging.keys import missing_words, saved_twice, wrapped_twice
+from merge_gate.judging.keys import missing_words, names_of_another_kind, saved_twice, wrapped_twice
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.adapter_config import recorded
 
@@ -43,6 +43,23 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
     header = TensorHeader(name="base_model.model." * times + "q_proj.lora_A.weight", dtype="F32", shape=(2, 2))
     hint = wrapped_twice((header,))
     assert (f"{times} times" in hint) == (times > 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["module.base_model.model.q.lora_A.weight", "module.base_model.model.q.lora_B.weight"], "model.module"),
+        (["_orig_mod.base_model.model.q.lora_A.weight"], "torch.compile"),
+        (["_orig_mod.base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
+        (["model.embed_tokens.weight", "model.norm.weight"], "full model's tensors"),
+        (["model.norm.weight"], None),
+        (["model.embed_tokens.weight", "base_model.model.q.lora_A.weight"], None),
+        ([], None),
+    ],
+)
+def test_names_that_no_peft_model_has(names: list[str], hint: str | None) -> None:
+    said = names_of_another_kind(tuple(TensorHeader(name=name, dtype="F32", shape=(2, 2)) for name in names))
+    assert (hint in said) if hint else not said
 
 
 def test_copies_that_differ() -> None:

@@ -11,8 +11,8 @@ from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import Entry, FileRecord, Prepared, TensorHeader
-from merge_gate.records.measured import BaseFacts, Refusal
-from merge_gate.records.report import AdapterReport, BaseRef, Coverage
+from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from tests.judging.test_checks import evidence, files, spec
 
@@ -207,4 +207,24 @@ def test_what_is_not_loaded_says_why_and_what_to_do() -> None:
         message="not merged, since file-corrupt was found (its severity in the config does not make it loadable)",
         hint="h",
         origin=Origin.RUNTIME,
+    )
+
+
+def test_a_base_in_full() -> None:
+    nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
+    facts = dataclasses.replace(
+        MADE, sha256="00", parameters=64, nonfinite=(nan,), loaded_as="LlamaForCausalLM", replaced=("score.weight",)
+    )
+    line = outcome.of_base(facts)
+    (found,) = line.findings
+    assert (found.check, found.origin, found.nan) == ("base-nonfinite", Origin.BASE, 1)
+    assert line == BaseReport(
+        model="./b",
+        revision="r1",
+        dtype="float16",
+        quantization=Quantization.BNB_4BIT,
+        parameters=64,
+        findings=line.findings,
+        loaded_as="LlamaForCausalLM",
+        replaced=("score.weight",),
     )

@@ -41,6 +41,8 @@ def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None
 
 LOKR = ALWAYS | {"peft_type": "LOKR", "r": 2, "alpha": 4}
 DORA = LORA_0_9 | {"layer_replication": None, "use_dora": True}
+CONVOLUTION = (TensorHeader(name="base_model.model.conv.lora_A.weight", dtype="F32", shape=(2, 4, 3, 3)),)
+LINEAR = (TensorHeader(name="base_model.model.fc.lora_A.weight", dtype="F32", shape=(2, 4)),)
 EMBEDDING = (TensorHeader(name="base_model.model.embed_tokens.lora_embedding_A", dtype="F32", shape=(2, 4)),)
 LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lora_bias": True, "r": 2, "lora_alpha": 4}
 
@@ -60,6 +62,9 @@ LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lor
         (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": False}, (), []),
         (ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialisation"]),
         (LORA_0_14 | {"init_lora_weights": "pissa", "lora_bias": False}, (), []),
+        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.6.0"}, CONVOLUTION, []),
+        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, CONVOLUTION, ["lora-convolution"]),
+        (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, LINEAR, []),
     ],
 )
 def test_what_changed_is_known_by_the_config(

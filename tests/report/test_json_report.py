@@ -189,6 +189,20 @@ def test_keys_of_a_later_version_are_ignored_and_those_of_an_earlier_one_not_mis
     assert read(json.dumps(document).encode(), "r") == dataclasses.replace(FAIL, adapters=bare)
 
 
+def test_a_column_that_an_earlier_version_lacked_has_its_default() -> None:
+    document = json.loads(render(FAIL))
+    columns = ["module", "name", "dtype", "shape", "numel", "dtype_max", "changed"]
+    for judged in document["adapters"]:
+        judged["tensors"] = {"columns": columns, "rows": [["m", "m.weight", "float32", [2, 3], 6, 3.4e38, True]]}
+    merge = TensorMerge(
+        module="m",
+        stats=TensorStats(name="m.weight", dtype="float32", shape=(2, 3), numel=6),
+        dtype_max=3.4e38,
+        changed=True,
+    )
+    assert read(json.dumps(document).encode(), "r").adapters[0].tensors == (merge,)
+
+
 def _edited(path: str, value: Any) -> bytes:
     document = json.loads(render(FAIL))
     *above, last = path.split(".")
@@ -222,6 +236,10 @@ def _edited(path: str, value: Any) -> bytes:
         (_edited("adapters.2.findings.0.measured", {"x": "inf"}), "measured.x is 'inf', expected a number"),
         (_edited("adapters.0.tensors", {"columns": ["name"], "rows": [[]]}), "rows[0] has 0 cells"),
         (_edited("adapters.0.tensors", {"columns": ["name"], "rows": [["x"]]}), "rows[0].module is missing"),
+        (_edited("adapters.0.tensors", []), "adapters[0].tensors is an array, expected an object"),
+        (_edited("adapters.0.tensors", {"columns": "name", "rows": []}), "columns is 'name', expected an array"),
+        (_edited("adapters.0.tensors", {"columns": [7], "rows": []}), "tensors.columns[0] is 7, expected a text"),
+        (_edited("adapters.0.tensors", {"columns": ["module"], "rows": [[3]]}), "rows[0].module is 3, expected a"),
         (_edited("adapters.0.name", ["\u202e"]), "adapters[0].name is an array, expected a text"),
     ],
 )  # fmt: skip

@@ -154,6 +154,15 @@ def test_a_long_merge_is_not_silent() -> None:
     ]
 
 
+def test_nothing_is_estimated_in_the_first_second() -> None:
+    clock, err = Clock(), Stream()
+    view = PlainView(Stream(), err, clock=clock)
+    clock.now += 60
+    view.adapter_started("big", 1, 1, "bfloat16")
+    view.adapter_progress(1, 16, "layers.1")
+    assert err.text == "[1/1] big: 1 of 16 modules, at layers.1\n"
+
+
 def test_a_base_that_is_not_finite_says_so() -> None:
     err = Stream()
     bad = TensorStats(name="w", dtype="bfloat16", shape=(2,), numel=2, nan=1)

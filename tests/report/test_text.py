@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate.records.report import BaseRef, Report
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.columns import cells
-from merge_gate.report.text import Style, lines, render
+from merge_gate.report.text import Style, files_told, lines, render
 from tests.report.reports import (
     EMPTY,
     FAIL,
+    NAN,
     PASS,
+    ROUNDING,
     adapter,
     hostile_reports,
     in_two_dtypes,
@@ -80,3 +83,22 @@ def test_any_report_at_any_width(run: Report, width: int) -> None:
         assert line.isprintable()
         assert not runner_obeys(line)
         assert cells(line) <= max(width, 24) + line.count("# ") + line.count(": ")
+
+
+def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
+    text = render(report(adapter(), problems=("shard 2 of 3 is missing", "shard 1 was given twice")), "")
+    result = text[text.index("ERROR: ") :]
+    assert "- shard 2 of 3 is missing\n- shard 1 was given twice\n" in result
+
+
+def test_what_files_alone_say() -> None:
+    assert [*files_told(adapter("support"))] == ["sound   support  (./adapters/support)"]
+    worse = adapter("billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint="")))
+    assert [*files_told(worse)] == [
+        "failed  billing  (./adapters/billing)",
+        f"        adapter-nonfinite: {NAN.message}",
+        f"        to do: {NAN.hint}",
+        f"        warning: rounding-loss: {ROUNDING.message}",
+    ]
+    (line,) = files_told(adapter("a\n::error::b"))
+    assert line == "sound   a ::error::b  (./adapters/a ::error::b)"

@@ -55,6 +55,12 @@ def test_only_a_pass_is_called_finite() -> None:
     assert "Do not release" in words.advice(report(FAILED, complete=False))
 
 
+def test_shards_that_are_not_one_run_clear_nothing() -> None:
+    problems = ("shard 2 of 3 is missing",)
+    assert "not one whole run" in words.advice(report(PASSED, problems=problems))
+    assert "Do not release" in words.advice(report(FAILED, problems=problems))
+
+
 def test_the_cause_decides_not_the_first_symptom() -> None:
     assert FAILED.findings[0] == MERGED_NAN
     assert words.deciding(FAILED) == NAN
