@@ -1,0 +1,356 @@
+"""The commands in this process and without a worker: what is asked for in vain, what is handed on, and accidents.
+
+tests/test_cli.py runs the real command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from merge_gate import __main__, cli, demo, gate
+from merge_gate.action import launcher
+from merge_gate.cli import main
+from merge_gate.config.positions import MAX_TOLD
+from merge_gate.engine import process, protocol
+from merge_gate.records.measured import Refusal
+from merge_gate.records.report import Sandbox
+from merge_gate.report.files import write_report
+from tests.report.reports import FAIL, PASS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from merge_gate.action.container import ContainerRun
+    from merge_gate.engine.protocol import Event, Job
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
+SHAPES = {"base_model.model.q.lora_A.weight": [4, 8], "base_model.model.q.lora_B.weight": [8, 4]}
+
+
+def weights() -> bytes:
+    """The tensors of a LoRA in safetensors, all zeros."""
+    at = range(0, 4 * 32 * len(SHAPES), 4 * 32)
+    header = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [begin, begin + 4 * 32]}
+        for begin, (name, shape) in zip(at, SHAPES.items(), strict=True)
+    }
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(4 * 32 * len(SHAPES))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with one adapter and its config, in which the commands run; no worker can be started."""
+
+    def refuse() -> NoReturn:
+        raise OSError("no process to be had")
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(weights())
+    (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
+    monkeypatch.setattr(process, "WorkerProcess", refuse)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def broken(*_: object) -> NoReturn:
+    raise ZeroDivisionError("by zero")
+
+
+# --- before the command, and around it -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[..., None]]:
+    """Sets what SIGINT does; afterwards it does what it did."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
+    ids=["a terminal", "in the background"],
+)
+def test_an_interrupt_during_the_imports_leaves_no_traceback(
+    before: Any, then: Any, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell has a command in the background ignore it, which stays so."""
+    seen: list[Any] = []
+
+    def run() -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 7
+
+    interrupt(before)
+    monkeypatch.setattr(cli, "main", run)
+    assert importlib.reload(__main__).main() == 7
+    assert seen == [then]
+
+
+def test_a_signal_before_the_command_leaves_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_parsed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["check", "gate.yml"]) == 3
+    assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
+
+
+def test_a_signal_during_a_command_without_an_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli._COMMANDS, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["check", "gate.yml"]) == 3
+    assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
+
+
+def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MERGE_GATE_DEBUG", raising=False)
+    monkeypatch.setitem(cli._COMMANDS, "schema", broken)
+    assert main(["schema", "config"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("merge-gate: unexpected ZeroDivisionError: by zero\n")
+    assert "MERGE_GATE_DEBUG=1" in said
+    monkeypatch.setenv("MERGE_GATE_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["schema", "config"])
+
+
+def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [{"path": 7}] * (MAX_TOLD + 4)}))
+    assert main(["check", "gate.yml"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == ["and 4 more", f"merge-gate: {MAX_TOLD + 4} problems in the configuration; nothing was judged"]
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+CONTRADICTIONS = {
+    "a base for a file": (("gate.yml", "--base", "./base"), "--base is for adapters that are named here"),
+    "a file for a container": (("one", "--container"), "--container needs a config"),
+    "to resume in a container": (("gate.yml", "--container", "--resume"), "--resume is for a run that is not in a"),
+    "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), "--ray is for a run that is not in a"),
+    "to judge anew and to go on": (("gate.yml", "--no-cache", "--resume"), "--no-cache judges anew, and --resume"),
+    "an image without a container": (("gate.yml", "--image", "x:y"), "--image and --gpus belong to --container"),
+    "GPUs without a container": (("gate.yml", "--gpus", "0"), "--image and --gpus belong to --container"),
+    "a part that is none": (("gate.yml", "--shard", "0/2"), "'0/2' is no shard"),
+    "more parts than there are": (("gate.yml", "--shard", "3/2"), "3/2"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_what_cannot_be_had_together_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, said = CONTRADICTIONS[name]
+    try:
+        code = main(["run", *words])
+    except SystemExit as left:
+        code = int(str(left.code))
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "inside"),
+    [
+        ((), ()),
+        (("--shard", "2/4", "--no-cache", "--only", "one"), ("--only", "one", "--no-cache", "--shard", "2/4")),
+        (("--quick",), ("--quick",)),
+    ],
+)
+def test_a_run_in_a_container_is_told_what_this_one_was(
+    words: tuple[str, ...], inside: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[ContainerRun] = []
+
+    def run(wanted: ContainerRun, log: Callable[[bytes], None]) -> int:
+        asked.append(wanted)
+        log(b"from the inside\n")
+        return 1
+
+    monkeypatch.setattr(launcher, "run_in_container", run)
+    assert main(["run", "gate.yml", "--container", *words]) == 1
+    assert [one.arguments for one in asked] == [inside]
+    assert capfd.readouterr().out == "from the inside\n"
+
+
+# --- run, with somebody else in the worker's place -------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """What the worker says before it gives up on every adapter. There is a base to merge into."""
+    (place / "base").mkdir()
+    (place / "base" / "config.json").write_text("{}")
+    (place / "base" / "model.safetensors").write_bytes(weights())
+    says: list[Event] = []
+
+    def supervise(job: Job, on_event: Callable[[Event], None], _: object) -> None:
+        for event in says:
+            on_event(event)
+        for group in job.groups:
+            for task in group.tasks:
+                on_event(protocol.Undecided(task=task.index, refusal=REFUSAL))
+
+    monkeypatch.setattr(gate, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(gate, "supervise", supervise)
+    return says
+
+
+REFUSAL = Refusal(check="not-judged", message="nobody merges here", hint="hire somebody")
+
+
+def report_of(place: Path) -> dict[str, Any]:
+    return json.loads((place / "merge-gate-report" / "report.json").read_text())
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
+    assert main(["run", "gate.yml", "--shard", "1/2"]) == 3
+    assert (report_of(place)["shard"]["index"], report_of(place)["shard"]["count"]) == (1, 2)
+    assert [one["findings"][0]["message"] for one in report_of(place)["adapters"]] == [REFUSAL.message]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gate.MemoryGroup, "free_bytes", lambda _: 100)
+    assert main(["run", "gate.yml"]) == 3
+    said = capsys.readouterr()
+    assert "of memory are free here: it is mapped from disk" in said.out + said.err
+
+
+def test_a_sandbox_that_is_not_whole_is_told_once(
+    place: Path, worker: list[Event], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second worker that has as little of it is no news."""
+    chosen = protocol.DeviceChosen(device="cpu", device_name="", sandbox=Sandbox(missing=("files: no Landlock here",)))
+    worker += [chosen, chosen]
+    assert main(["run", "gate.yml"]) == 3
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("the worker's sandbox is not whole: files: no Landlock here") == 1
+    assert report_of(place)["environment"]["sandbox"]["missing"] == ["files: no Landlock here"]
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_cluster_is_asked_where_there_is_something_to_merge(
+    sound: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def judge(address: str, job: Job, on_event: Callable[[Event], None], _: object) -> None:
+        asked.append(address)
+        gate.supervise(job, on_event, None)
+
+    monkeypatch.setattr(gate, "judge_on_ray", judge)
+    if not sound:
+        cut(place)
+    assert main(["run", "gate.yml", "--ray", "auto"]) == (3 if sound else 1)
+    assert asked == (["auto"] if sound else [])
+
+
+# --- check, init, demo ---------------------------------------------------------------------------------------------
+
+
+def unreadable(place: Path) -> None:
+    weights = place / "one" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(weights.name)
+
+
+def cut(place: Path) -> None:
+    (place / "one" / "adapter_model.safetensors").write_bytes(weights()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("break_", "code", "said"),
+    [
+        (lambda _: None, 0, "1 adapter: the files of 1 are sound, 0 failed, 0 could not be read."),
+        (cut, 1, "1 adapter: the files of 0 are sound, 1 failed, 0 could not be read."),
+        (unreadable, 3, "1 adapter: the files of 0 are sound, 0 failed, 1 could not be read."),
+    ],
+    ids=["sound", "broken", "unreadable"],
+)
+def test_a_check_says_what_it_found_and_that_nothing_was_merged(
+    break_: Callable[[Path], object], code: int, said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_(place)
+    assert main(["check", "one"]) == code
+    assert f"{said} Nothing was merged" in capsys.readouterr().out
+
+
+def test_a_first_config_is_written_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "."]) == 0
+    written = (place / "merge-gate.yml").read_text()
+    assert "one" in written
+    assert "merge-gate run merge-gate.yml" in capsys.readouterr().out
+    assert main(["init", "."]) == 2
+    assert "merge-gate.yml is there already" in capsys.readouterr().err
+    assert (place / "merge-gate.yml").read_text() == written
+
+
+def test_a_first_config_where_nobody_can_write(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/proc")  # where not even root can make a file
+    assert main(["init", str(place)]) == 3
+    assert "cannot write merge-gate.yml" in capsys.readouterr().err
+
+
+def test_a_demo_that_is_judged_otherwise_is_no_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
+    monkeypatch.setattr(cli, "_gate", lambda *_: PASS)
+    assert main(["demo", "new"]) == 3
+    said = capsys.readouterr().err
+    assert "did not judge the demo as it should: good (float16), " in said
+    assert all(f"{name} ({dtype})" in said for name, dtype in demo.EXPECTED)
+    assert "cannot be trusted" in said
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_report_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(FAIL, place / "out")
+    assert main(["report", "out/report.json", "--format", "junit"]) == 0
+    assert capsys.readouterr().out == (place / "out" / "junit.xml").read_text()
+
+
+def test_what_broke_since_another_report_is_an_exit_code(place: Path) -> None:
+    write_report(PASS, place / "before")
+    write_report(FAIL, place / "after")
+    assert main(["report", "before/report.json", "after/report.json"]) == 1
+    assert main(["report", "after/report.json", "after/report.json"]) == 0
+
+
+def test_no_shards_make_no_green_report(place: Path) -> None:
+    (place / "shards").mkdir()
+    assert main(["report", "combine", "shards"]) == 3
+
+
+def test_a_first_baseline_accepts_each_failure(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(FAIL, place / "out")
+    assert main(["report", "baseline", "out/report.json"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{one.name}" in said for one in FAIL.adapters if one.verdict == "failed")
+
+
+@pytest.mark.parametrize("document", ["config", "report"])
+def test_a_schema_is_all_that_is_printed(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", document]) == 0
+    assert json.loads(capsys.readouterr().out)["$schema"]
