@@ -83,13 +83,14 @@ def test_without_scipy_nothing_stands_in_its_place() -> None:
 
 
 def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
-    """As inspect does, for `__wrapped__` and its like."""
+    """As inspect does, for `__wrapped__` and its like; any other name is the real module's."""
     script = (
         "import sys\nwith quick:\n    import scipy.optimize as one\n"
-        "    print(hasattr(one, '__wrapped__'), type(sys.modules['scipy.optimize']).__name__)"
+        "    print(hasattr(one, '__wrapped__'), type(sys.modules['scipy.optimize']).__name__)\n"
+        "    print(one.brentq.__module__, type(sys.modules['scipy.optimize']).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
-    assert done.stdout == "False _Optimize\n"
+    assert done.stdout.splitlines() == ["False _Optimize", "scipy.optimize._zeros_py module"]
 
 
 READS = "def create_import_structure_from_path(path):\n    return [path]\n"
@@ -106,7 +107,7 @@ def test_only_the_function_that_reads_gets_a_memory(
     with imports.quick_imports():
         module = importlib.import_module("structures")
         meanwhile = dict(vars(module))
-    monkeypatch.delitem(sys.modules, "structures")
+    assert sys.modules.pop("structures") is module
     changed = {name for name, value in vars(module).items() if meanwhile[name] is not value}
     assert changed == ({"create_import_structure_from_path"} if is_remembered else set()), "and is put back"
 

@@ -49,6 +49,16 @@ def entry(directory: Path, name: str = "one", data: bytes = b"weights") -> Entry
     return Entry(prepared=prepared, dtype="bfloat16")
 
 
+def based_entry(place: Path) -> Entry:
+    """An adapter on a base of its own below `place`; nothing reads what the files hold."""
+    base = place / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    made = entry(place / "one")
+    return replace(made, prepared=replace(made.prepared, base=Snapshot(name="./b", directory=str(base))))
+
+
 def line(of: Entry, verdict: Verdict = Verdict.PASSED) -> Line:
     """A passed line, or one that failed by NaN in the adapter."""
     spec = of.prepared.spec

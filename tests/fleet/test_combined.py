@@ -11,8 +11,8 @@ import pytest
 from merge_gate.errors import GateError
 from merge_gate.fleet.combined import combined
 from merge_gate.fleet.shard_files import Found
-from merge_gate.records.report import BaseReport, Report, Sandbox, Shard
-from merge_gate.records.terms import Quantization, Result, Verdict
+from merge_gate.records.report import BaselineEntry, BaseReport, Report, Sandbox, Shard
+from merge_gate.records.terms import Acceptance, Quantization, Result, Verdict
 from merge_gate.report import junit, sarif, summary, text
 from merge_gate.report.html_report import render as render_html
 from merge_gate.report.json_report import read, render
@@ -160,6 +160,27 @@ def test_devices_may_differ_and_are_all_named() -> None:
     ).environment
     assert (whole.device, whole.device_name) == ("cpu", "a CPU, another CPU")
     assert whole.sandbox == Sandbox(held=("network",), missing=("processes: the kernel has no filter", "files: why"))
+
+
+def test_an_entry_of_the_baseline_is_what_the_shard_with_a_use_for_it_says() -> None:
+    def entry(outcome: Acceptance, adapter: str = SHA256) -> BaselineEntry:
+        return BaselineEntry(
+            adapter=adapter,
+            cause="no-effect",
+            reason="known",
+            owner="team-a",
+            until="2027-01-01",
+            outcome=outcome,
+            line=3,
+        )
+
+    gone = entry(Acceptance.UNMATCHED, "0" * 64)
+    parts = [
+        replace(one, baseline=(entry(outcome), gone))
+        for one, outcome in zip(SHARDS, (Acceptance.UNMATCHED, Acceptance.USED, Acceptance.UNMATCHED), strict=True)
+    ]
+    for order in permutations(parts):
+        assert combined(found(*order)).baseline == (entry(Acceptance.USED), gone)
 
 
 def test_no_report_of_a_shard_at_all_is_an_error() -> None:

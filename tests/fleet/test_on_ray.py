@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import queue
 import shutil
 from collections import deque
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +24,25 @@ from merge_gate.engine.protocol import (
     Idle,
     Job,
     Merged,
+    MergeProgressed,
     MergeStarted,
     Task,
     Undecided,
 )
 from merge_gate.errors import GateError
-from merge_gate.fleet.on_ray import run_on
+from merge_gate.fleet import ray_cluster, ray_task
+from merge_gate.fleet.on_ray import judge_on_ray, run_on
 from merge_gate.fleet.ray_cluster import LostError, Needs, Node
-from merge_gate.fleet.ray_task import Expected, Part, run_part, versions
+from merge_gate.fleet.ray_task import MOST_EVENTS, Expected, Part, run_part, versions
 from merge_gate.identity import base_identity
-from merge_gate.records.measured import Refusal
+from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
 from merge_gate.sources.resolve import base_weight_files, digest_directory
 from tests.faults import poison
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.models import Shelf
 
@@ -64,6 +72,7 @@ class Scripted:
     def __init__(self, says: Callable[[int, list[int]], list[Any]], *nodes: Node) -> None:
         self._says, self._nodes = says, nodes or (Node(id="a", cpus=1, gpus=0, memory_bytes=8 * GIB),)
         self.parts: list[tuple[list[int], Needs]] = []
+        self.whole: list[Part] = []
         self.cancelled: list[Any] = []
         self._waiting: dict[int, deque[Any]] = {}
 
@@ -73,6 +82,7 @@ class Scripted:
     def submit(self, part: Part, needs: Needs) -> int:
         tasks = [task.index for group in part.job.groups for task in group.tasks]
         self.parts.append((tasks, needs))
+        self.whole.append(part)
         number = len(self.parts)
         self._waiting[number] = deque(self._says(number, tasks))
         return number
@@ -92,7 +102,7 @@ class Scripted:
 
 
 def settled(task: int) -> list[Event]:
-    return [MergeStarted(task=task), Undecided(task=task, refusal=DONE)]
+    return [BaseLoading(group=0), MergeStarted(task=task), Undecided(task=task, refusal=DONE)]
 
 
 def heard(cluster: Scripted, what: Job) -> dict[int, list[str]]:
@@ -142,6 +152,47 @@ def test_a_cluster_without_a_processor_is_said() -> None:
     cluster._nodes = ()
     with pytest.raises(GateError, match="no node with a processor"):
         heard(cluster, job(1))
+
+
+def test_there_are_no_more_workers_than_tasks() -> None:
+    assert [tasks for tasks, _ in needs(job(1), Node(id="a", cpus=8, gpus=0, memory_bytes=64 * GIB))] == [[0]]
+
+
+class Digests:
+    """The digests of bases, once somebody has waited for them."""
+
+    def __init__(self) -> None:
+        self.waited = 0
+
+    def wait(self) -> None:
+        self.waited += 1
+
+    def of(self, directory: str) -> str | None:
+        assert self.waited
+        return f"digest of {directory}"
+
+
+@pytest.mark.parametrize(
+    ("address", "digests"),
+    [(ray_cluster.LOCAL, [None, None]), ("head:6379", ["digest of /nowhere/0", "digest of /nowhere/1"])],
+)
+def test_only_other_machines_wait_for_the_digests_of_bases(
+    address: str, digests: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine the identity of its files tells a base."""
+    cluster = Scripted(lambda _, tasks: [settled(task) for task in tasks])
+    asked: list[str] = []
+
+    def connect(where: str) -> contextlib.AbstractContextManager[Scripted]:
+        asked.append(where)
+        return contextlib.nullcontext(cluster)
+
+    monkeypatch.setattr(ray_cluster, "cluster", connect)
+    events: list[Event] = []
+    judge_on_ray(address, job(1, 1), events.append, Digests())
+    assert asked == [address]
+    assert [base.sha256 for base in cluster.whole[0].bases] == digests
+    assert sum(isinstance(event, Undecided) for event in events) == 2
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -285,3 +336,83 @@ def test_another_base_on_a_node_is_an_error(part: Part) -> None:
 
 def test_other_versions_on_a_node_are_an_error(part: Part) -> None:
     assert "has other versions of the libraries" in refused(replace(part, versions_sha256="0" * 64))
+
+
+def test_a_base_that_nobody_could_hash_is_an_error(part: Part) -> None:
+    there = moved(part)
+    Path(part.job.groups[0].directory, "model.safetensors").unlink()
+    assert "cannot read base ./base: " in refused(there)
+
+
+# --- what a node says ------------------------------------------------------------------------------------------------
+
+
+def queued(*said: Event | BaseException | None) -> queue.SimpleQueue[Event | BaseException | None]:
+    events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    for one in said:
+        events.put(one)
+    return events
+
+
+def progressed(done: int) -> Event:
+    return MergeProgressed(task=7, done=done, total=99, module="m")
+
+
+def test_events_travel_together_and_progress_that_is_overtaken_does_not() -> None:
+    started, done = MergeStarted(task=7), Undecided(task=7, refusal=DONE)
+    said = (started, progressed(1), progressed(2), progressed(3), done, started, progressed(1), None)
+    assert [*ray_task._batches(queued(*said))] == [[started, progressed(3), done, started, progressed(1)]]
+
+
+def test_no_message_holds_more_than_a_few_events() -> None:
+    said = [MergeStarted(task=index) for index in range(2 * MOST_EVENTS + 1)]
+    batches = [*ray_task._batches(queued(*said, None))]
+    assert [event for batch in batches for event in batch] == said
+    assert [len(batch) for batch in batches] == [MOST_EVENTS, MOST_EVENTS, 1]
+    assert [*ray_task._batches(queued(None))] == []
+
+
+def supervised(monkeypatch: pytest.MonkeyPatch, part: Part, then: Callable[[], None]) -> Iterator[list[Event]]:
+    """What a node says whose worker loads the base and judges the adapter, before something else happens."""
+    facts = BaseFacts(model="./base", revision=None, dtype="float32", quantization=Quantization.NONE)
+    identity = base_identity(part.job.groups[0].directory)
+
+    def supervise(job: Job, listen: Callable[[Event], None]) -> None:
+        listen(BaseLoaded(group=0, task=7, facts=facts, identity=identity, seconds=0.1))
+        listen(Idle())
+        for event in settled(job.groups[0].tasks[0].index):
+            listen(event)
+        then()
+        listen(Finished())
+
+    monkeypatch.setattr(ray_task, "supervise", supervise)
+    return run_part(part)
+
+
+def test_a_base_that_changes_on_a_node_while_it_is_used_takes_its_verdicts_along(
+    part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = moved(part)
+
+    def identities(then: Callable[[], None]) -> list[Any]:
+        events = [event for batch in supervised(monkeypatch, there, then) for event in batch]
+        assert sum(isinstance(event, Undecided) for event in events) == 1
+        assert not any(isinstance(event, Idle | Finished) for event in events)
+        return [event.identity for event in events if isinstance(event, BaseLoaded)]
+
+    as_the_run_saw_it = there.bases[0].identity
+    weights = Path(part.job.groups[0].directory, "model.safetensors")
+    assert identities(lambda: None) == [as_the_run_saw_it]
+    assert identities(lambda: os.utime(weights, ns=(1, 1))) == [as_the_run_saw_it, ()]
+
+
+def test_whatever_ends_a_nodes_supervisor_is_raised_where_the_run_hears_it(
+    part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heard: list[Event] = []
+    with pytest.raises(OSError, match="No space left"):
+        heard.extend(chain.from_iterable(supervised(monkeypatch, part, fail)))
+    assert any(isinstance(event, Undecided) for event in heard), "what was judged before is heard before"

@@ -116,3 +116,18 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base:
         store.put("bases", name, bad)
         assert known(bases, base) is None
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
+
+
+@pytest.mark.parametrize("said", ["\n", None])
+def test_a_system_that_does_not_say_its_start_vouches_for_nothing(
+    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    assert seen.this_start(), "this machine says it"
+    file = base / "boot_id"
+    if said is not None:
+        file.write_text(said)
+    monkeypatch.setattr(seen, "Path", lambda _: file)
+    assert seen.this_start() is None
+    learn(bases, base)
+    monkeypatch.undo()
+    assert known(bases, base) is None, "nothing was noted"
