@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.config import KasaConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, LoraGAConfig
 
 from merge_gate.engine import merge
 from merge_gate.records.config import Combine
@@ -179,6 +179,7 @@ WRONG = {
     "bias-term": {"lora_bias": True},
     "dora": {"use_dora": True},
     "kasa": {"kasa_config": KasaConfig()},
+    "blocks": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
     "tokens": {"trainable_token_indices": [1, 5]},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
@@ -194,9 +195,12 @@ def test_what_peft_combines_wrongly_is_refused(name: str, bench: Bench) -> None:
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
 
 
-@pytest.mark.parametrize("scheme", ["gaussian", "orthogonal", "mica"])
+ALONE: dict[str, dict[str, Any]] = {"lora_ga": {"lora_ga_config": LoraGAConfig()}}
+
+
+@pytest.mark.parametrize("scheme", ["gaussian", "orthogonal", "mica", "lora_ga"])
 def test_initialisations_that_leave_the_base_alone_combine(scheme: str, bench: Bench) -> None:
-    members = make_members(bench, scheme, init_lora_weights=scheme)
+    members = make_members(bench, scheme, init_lora_weights=scheme, **ALONE.get(scheme, {}))
     assert error_of(bench, members, "cat") < 1e-4
     judgement = gate(bench, members, make_combine("cat"))
     assert judgement.verdict is Verdict.PASSED, judgement
@@ -207,6 +211,50 @@ def test_members_of_different_rank_combine_where_the_method_can(bench: Bench) ->
     assert error_of(bench, members, "cat") < 1e-4
     for method in ("cat", "svd", "ties_svd"):
         assert gate(bench, members, make_combine(method)).verdict is Verdict.PASSED
+
+
+PLAIN: dict[str, Any] = {}
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "outside of the first one's layers": ({"layers_to_transform": [0]}, {"target_modules": ["lm_head"]}, "lm_head"),
+    "excluded by the first": ({"exclude_modules": ["v_proj"]}, PLAIN, "layers.0.self_attn.v_proj"),
+    "head of the first": ({"modules_to_save": ["lm_head"]}, PLAIN, "lm_head"),
+    "head of the second": (PLAIN, {"modules_to_save": ["lm_head"]}, "lm_head"),
+    "biases of the second": (PLAIN, {"bias": "all"}, "bias"),
+}
+"""Members of which PEFT loses something, or combines it without its weight: both configs, and where it is."""
+
+
+def make_unlike(bench: Bench, *settings: dict[str, Any]) -> tuple[Path, Path]:
+    members = [make_members(bench, f"unlike-{one}", **one)[place] for place, one in enumerate(settings)]
+    return members[0], members[1]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_a_combination_loses_of_a_member_is_refused(name: str, bench: Bench) -> None:
+    first, second, place = UNLIKE[name]
+    members = make_unlike(bench, first, second)
+    assert error_of(bench, members, "cat") > 1e-2, "PEFT combines this rightly now: the rule can go"
+    judgement = gate(bench, members, make_combine("cat"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert place in judgement.findings[0].message
+
+
+@pytest.mark.parametrize("second", [{"layers_to_transform": [0]}, {"target_modules": ["o_proj"]}])
+def test_members_of_other_layers_combine_where_the_first_ones_config_has_them(
+    second: dict[str, Any], bench: Bench
+) -> None:
+    members = make_unlike(bench, PLAIN, second)
+    assert error_of(bench, members, "cat") < 1e-4
+    judgement = gate(bench, members, make_combine("cat"))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+@pytest.mark.parametrize(("weight", "verdict"), [(1.0, Verdict.PASSED), (0.5, Verdict.FAILED)])
+def test_biases_of_one_member_need_the_weight_one(weight: float, verdict: Verdict, bench: Bench) -> None:
+    """As they are written whole, that is their weighted sum."""
+    members = make_unlike(bench, PLAIN, {"bias": "all"})
+    judgement = gate(bench, members, make_combine("cat", weights=(0.5, weight)))
+    assert judgement.verdict is verdict, judgement
 
 
 def refused_by_peft(bench: Bench, members: tuple[Path, ...], method: str, match: str) -> None:

@@ -5,21 +5,26 @@ In: a base, and what the preflight read of each member. Out: `Loaded`, as of one
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.inject import base_slots, inject
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, load_weights, targeted_modules
+from merge_gate.engine.measure import same_values
 from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
 from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
+from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import listing
 
 
@@ -36,7 +41,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     for name, config in zip(combine.adapters, configs, strict=True):
         _refuse_lost_settings(name, config)
     model: Any = None
-    state: dict[str, torch.Tensor] = {}
+    brought: list[dict[str, torch.Tensor]] = []
     arrivals: list[Arrival] = []
     for name, files, config, tensors in zip(names, members, configs, weights, strict=True):
         if model is None:
@@ -52,8 +57,9 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
             adapter_name=name,
             injected_anew=injected_anew,
         )
-        state.update(loaded)
+        brought.append(loaded)
         arrivals.append(arrival)
+    _refuse_unweighted(model, base, slots, brought, combine)
     torch.manual_seed(combine.seed)
     options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
     try:
@@ -67,10 +73,11 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
     except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
         raise Refused(_not_combinable(error, combine)) from error
+    _refuse_left_out(model, names, combine)
     return Loaded(
         model=model,
         config=model.peft_config[ADAPTER_NAME],
-        state=state,
+        state={key: tensor for one in brought for key, tensor in one.items()},
         arrivals=tuple(arrivals),
         targeted=targeted_modules(model),
         slots=slots,
@@ -92,6 +99,7 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
         "use_rslora": getattr(config, "use_rslora", False),
         "lora_bias": getattr(config, "lora_bias", False),
         "use_dora": getattr(config, "use_dora", False),
+        "use_bdlora": getattr(config, "use_bdlora", None),
         "kasa_config": getattr(config, "kasa_config", None),
         "trainable_token_indices": getattr(config, "trainable_token_indices", None),
         f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
@@ -106,6 +114,69 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
                 origin=Origin.CONFIG,
             )
         )
+
+
+def _refuse_unweighted(
+    model: Any, base: Base, slots: Mapping[tuple[int, str], str], brought: Sequence[Tensors], combine: Combine
+) -> None:
+    """Tensors of the base that a member brings whole (biases, embeddings): PEFT's load writes them, without a weight.
+
+    The last one that brings a tensor wins. That is the weighted sum where nobody else changes it, and its weight is 1.
+    """
+    for path, module in model.named_modules():
+        for attribute in module._parameters:
+            key, name = f"{path}.{attribute}", slots.get((id(module), attribute))
+            holders = [number for number, tensors in enumerate(brought) if key in tensors]
+            if name is None or not holders:
+                continue
+            with base.filled([name]):
+                changed = [one for one in holders if not _is_equal(base.tensors[name], brought[one][key])]
+            if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
+                raise Refused(
+                    Refusal(
+                        check="not-mergeable",
+                        message=f"{combine.adapters[changed[0]]} brings {name} whole, and PEFT combines it without its "
+                        "weight: it weighs factors of LoRA only",
+                        hint="merge this adapter by itself, or combine members without trained biases or embeddings",
+                        module=name.rpartition(".")[0],
+                        tensor=name,
+                        origin=Origin.CONFIG,
+                    )
+                )
+
+
+def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a member's tensor is the base's, perhaps in another dtype."""
+    theirs = theirs.to(ours.device)
+    return same_values(ours, theirs.to(ours.dtype)) or same_values(ours.to(theirs.dtype), theirs)
+
+
+def _refuse_left_out(model: Any, names: Sequence[str], combine: Combine) -> None:
+    """What a member has trained and the combination does not have."""
+    for number, name in enumerate(names):
+        lost = [path for path, module in model.named_modules() if _has_lost(module, name)]
+        if lost:
+            paths = [path.removeprefix(ADAPTER_PREFIX) for path in lost]
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"PEFT leaves {listing(paths)} of {combine.adapters[number]} out of the combination: it "
+                    "takes layers_to_transform and exclude_modules of the first member, and no module that is trained "
+                    "whole (modules_to_save)",
+                    hint="name the member that adapts the most layers first; merge one with a trained head by itself",
+                    module=paths[0],
+                    origin=Origin.CONFIG,
+                )
+            )
+
+
+def _has_lost(module: Any, name: str) -> bool:
+    if isinstance(module, ModulesToSaveWrapper):
+        return name in module.modules_to_save
+    if not isinstance(module, LoraLayer):
+        return False
+    held = {*module.lora_A, *module.lora_embedding_A}
+    return name in held and ADAPTER_NAME not in held
 
 
 def _add(model: Any, name: str, config: Any) -> None:

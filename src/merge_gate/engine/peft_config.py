@@ -18,8 +18,8 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
 
-ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "true", "false"})
-"""Values of init_lora_weights that write no weight of the base (peft/tuners/lora/layer.py, tests/engine/)."""
+ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga", "true", "false"})
+"""Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
 
 LISTED = 6
 """Names listed in one message before "and N more"."""
@@ -124,7 +124,7 @@ def missing_package(error: ImportError) -> Refusal:
 
 
 def initialisation_writes_to_base(config: Any) -> bool:
-    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …).
+    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
     base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
