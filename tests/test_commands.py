@@ -20,9 +20,9 @@ from merge_gate.cli import main
 from merge_gate.config.positions import MAX_TOLD
 from merge_gate.engine import process, protocol
 from merge_gate.records.measured import Refusal
-from merge_gate.records.report import Sandbox
+from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.files import write_report
-from tests.report.reports import FAIL, PASS
+from tests.report.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -341,6 +341,19 @@ def test_what_broke_since_another_report_is_an_exit_code(place: Path) -> None:
 def test_no_shards_make_no_green_report(place: Path) -> None:
     (place / "shards").mkdir()
     assert main(["report", "combine", "shards"]) == 3
+
+
+def test_the_shards_of_a_run_become_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report of one that is missing is no verdict, and is written all the same."""
+    marks = {"count": 2, "plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "entries": 2, "bases_from": (0,)}
+    for index, judged in ((1, adapter("first")), (2, adapter("second"))):
+        mark = Shard(index=index, positions=(index - 1,), **marks)
+        write_report(report(judged, shard=mark), place / "shards" / str(index))
+    assert main(["report", "combine", "shards"]) == 0
+    assert [one["name"] for one in report_of(place)["adapters"]] == ["first", "second"]
+    assert "PASS" in capsys.readouterr().out
+    assert main(["report", "combine", "shards/1"]) == 3
+    assert report_of(place)["problems"]
 
 
 def test_a_first_baseline_accepts_each_failure(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
