@@ -63,6 +63,13 @@ def test_it_is_that_of_the_weights_and_known_once_it_is_taken(base: str) -> None
     assert digests.holds(base)
 
 
+def test_what_lies_beside_the_weights_may_change(base: str, tmp_path: Path) -> None:
+    (tmp_path / "base" / "README.md").write_text("before")
+    digests = taken(base)
+    (tmp_path / "base" / "README.md").write_text("after it was hashed")
+    assert digests.holds(base)
+
+
 def test_it_is_taken_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(base_digests, "base_identity", lambda directory: calls.append(directory) or ())

@@ -133,6 +133,21 @@ def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
     assert "names this base" not in one.problem.hint
 
 
+def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = inputs.resolve.resolve_base
+
+    def failing(model: str, *words: Any, **options: Any) -> Any:
+        if model == "acme/odd":
+            raise RecursionError("too deep for anybody")
+        return find(model, *words, **options)
+
+    lay_adapter(place / "odd", base_model_name_or_path="acme/odd")
+    monkeypatch.setattr(inputs.resolve, "resolve_base", failing)
+    found = prepared(place, "./odd", "./one")
+    assert why(found["odd"]) == "the base 'acme/odd' cannot be looked up: RecursionError"
+    assert found["one"].problem is None
+
+
 @pytest.mark.parametrize("named", ["/" + "a" * 5000, "/x\0y"])
 def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place: Path) -> None:
     """What says so depends on the Python: newer ones only tell that nothing is there."""

@@ -6,6 +6,7 @@ Knows nothing of merging.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,11 +75,8 @@ class Inputs:
 
     def _named_by_adapter(self, named: str) -> str:
         """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
-        path = Path(self._config.path).resolve().parent / named
-        try:
-            return str(path) if path.is_dir() else named
-        except (OSError, ValueError):  # a name that no file system takes
-            return named
+        path = str(Path(self._config.path).resolve().parent / named)
+        return path if os.path.isdir(path) else named  # noqa: PTH112 (pathlib raises for a name that no system takes)
 
     def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
         key = (model, revision)
