@@ -512,6 +512,7 @@ INVALID = {
     "r a fraction": (CONFIG | {"r": 4.5}, "expected an integer"),
     "r zero": (CONFIG | {"r": 0}, "expected a positive rank"),
     "alpha a word": (CONFIG | {"lora_alpha": "16"}, "expected a number"),
+    "alpha null": (CONFIG | {"lora_alpha": None}, "is null, expected a number: the delta is scaled by it"),
     "targets a number": (CONFIG | {"target_modules": 1}, "a string or a list of strings"),
     "targets of numbers": (CONFIG | {"target_modules": [1]}, "a string or a list of strings"),
     "targets no regex": (CONFIG | {"target_modules": "*.q"}, "not a valid regular expression"),
