@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.errors import GateError
-from merge_gate.fleet.ray_cluster import checked_address
 from merge_gate.report.json_report import read
 from tests.command import COMMAND, environment, merge_gate, wait_until
 from tests.faults import configure
@@ -172,14 +170,6 @@ def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
     said = done.stderr.splitlines()[-1]
     assert "GateError: a Ray cluster on this machine cannot be started: " in said
     assert "object store memory" in said
-
-
-@pytest.mark.parametrize("address", ["fleet.yml", "ray://head:10001", "head", "head:port", "-", "local"])
-def test_what_is_no_address_is_said(address: str) -> None:
-    with pytest.raises(GateError, match="no address of a Ray cluster"):
-        checked_address(address)
-    for fine in ("", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379"):
-        assert checked_address(fine) == fine
 
 
 def test_nothing_of_ray_is_imported_without_the_option() -> None:
