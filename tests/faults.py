@@ -338,11 +338,13 @@ def unused_tensors() -> tuple[Case, ...]:
 def wrong_shapes() -> tuple[Case, ...]:
     cut_rows = edit(lambda tensors: {k: v[:-1] if k == one_key(tensors, "lora_B") else v for k, v in tensors.items()})
     transposed = edit(lambda tensors: {k: v.T.contiguous() for k, v in tensors.items()})
+    beyond = configure(trainable_token_indices=[3, 7, 64])
     fewer_rows = configure(trainable_token_indices={"embed_tokens": [3]})
     rows = (
         ("short-lora-B", "plain", cut_rows, None, "shape-mismatch", V_B),
         ("other-size-base", "wide", None, "llama", "shape-mismatch", "lora_"),
         ("zero3-empty-tensors", "plain", edit(empty_tensors), None, "shape-mismatch", "lora_"),
+        ("token-rows-beyond", "token-rows", beyond, None, "shape-mismatch", None),
         ("token-rows-short", "token-rows", fewer_rows, None, "shape-mismatch", "tokens_delta"),
         ("saved-head-short", "modules-to-save", edit(halve("lm_head")), None, "shape-mismatch", "lm_head"),
         ("wrong-rank", "plain", configure(r=8), None, "config-invalid", None),
@@ -498,6 +500,8 @@ def healthy_cases() -> tuple[Case, ...]:
         "resized-vocabulary",
         "resized-tied",
         "resized-target",
+        "resized-tokens",
+        "resized-tied-tokens",
         "both-biases",
         "dropout",
         "bfloat16-file",
@@ -540,6 +544,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
         healthy("random-head", "six-labels", break_=FOR_ANOTHER_HEAD, warnings=("untrained-tensors",)),
+        healthy("resized-head-lost", "resized-vocabulary", break_=drop("lm_head"), warnings=("untrained-tensors",)),
         healthy(
             "saved-by-0.15",
             "lora-bias",

@@ -384,6 +384,8 @@ VARIANTS: dict[str, Variant] = {
     "resized-target": Variant(
         {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]}, save={"rows": 70}
     ),
+    "resized-tokens": Variant({"trainable_token_indices": {"embed_tokens": [3, 65, 69]}}, save={"rows": 70}),
+    "resized-tied-tokens": Variant({"trainable_token_indices": [3, 65, 69]}, base="llama-tied", save={"rows": 70}),
     "both-biases": Variant({"lora_bias": True, "bias": "lora_only"}),
     "dropout": Variant({"lora_dropout": 0.1}),
     "bfloat16-file": Variant(after=_cast_file(torch.bfloat16)),

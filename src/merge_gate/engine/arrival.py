@@ -14,7 +14,8 @@ of what they lose. So a name that is in the file and promised by the config is n
 4. What is still unexplained was fused or split: it is loaded again with marks in its place, by PEFT, into another
    model, and the marks show which tensors it went into.
 5. What has not been found is unexpected, unless it repeats, bit for bit, a tensor that has been: PEFT itself writes
-   such duplicates (`modules_to_save` beside `save_embedding_layers`; `bias="all"` beside a trained head).
+   such duplicates (`modules_to_save` beside `save_embedding_layers`; `bias="all"` beside a trained head; trained tokens
+   of tied embeddings).
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from merge_gate.engine.measure import same_values
 
 MOST_MARKS = 1 << 24
 """Marks are whole numbers that float32 holds."""
+
+_TOKENS = "trainable_tokens_delta"
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -64,7 +68,8 @@ def compare(
     """
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     promised = promised_tensors(model, adapter_name)
-    search = _Search(file=file, own=own, loaded={key for key in copied if key in own})
+    loaded = {key for key in copied if key in own}
+    search = _Search(file=file, own=own, loaded=loaded, twins=_tied_tokens(model))
     search.by_name(promised)
     search.by_value()
     search.by_mark(load_marked)
@@ -84,12 +89,14 @@ def compare(
 class _Search:
     """What has been found so far. `own` are the model's tensors by key, `loaded` the keys that PEFT copied into.
 
-    `found` are names of the file that have arrived, `taken` keys of the model whose content is explained.
+    `twins` are names of trained tokens of a tied module → those of the module that holds them. `found` are names of the
+    file that have arrived, `taken` keys of the model whose content is explained.
     """
 
     file: Tensors
     own: Tensors
     loaded: set[str]
+    twins: Mapping[str, str]
     model_key: dict[str, str] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)
     taken: set[str] = field(default_factory=set)
@@ -152,6 +159,7 @@ class _Search:
     def repeats(self, name: str) -> bool:
         """Step 5. Whether a stray says what another name of the same tensor has said."""
         plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".").replace(".base_layer.", ".")
+        plain = self.twins.get(name, plain)
         other = self.file.get(plain)
         mine = self.file[name]
         return plain in self.found and other is not None and other.dtype == mine.dtype and _holds(other, mine)
@@ -161,6 +169,12 @@ class _Search:
         if key:
             self.model_key[name] = key
             self.taken.add(key)
+
+
+def _tied_tokens(model: Any) -> dict[str, str]:
+    paths = {id(module): path for path, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
+    tied = ((path, module.tied_adapter) for path, module in model.named_modules() if id(module) in paths)
+    return {f"{path}.{_TOKENS}": f"{paths[id(other)]}.{_TOKENS}" for path, other in tied if other is not None}
 
 
 def promised_tensors(model: Any, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:

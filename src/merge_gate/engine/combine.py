@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
-from merge_gate.engine.inject import base_slots, inject
+from merge_gate.engine.inject import base_slots, inject, written_whole
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, load_weights, targeted_modules
 from merge_gate.engine.measure import same_values
 from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
@@ -123,26 +123,22 @@ def _refuse_unweighted(
 
     The last one that brings a tensor wins. That is the weighted sum where nobody else changes it, and its weight is 1.
     """
-    for path, module in model.named_modules():
-        for attribute in module._parameters:
-            key, name = f"{path}.{attribute}", slots.get((id(module), attribute))
-            holders = [number for number, tensors in enumerate(brought) if key in tensors]
-            if name is None or not holders:
-                continue
-            with base.filled([name]):
-                changed = [one for one in holders if not _is_equal(base.tensors[name], brought[one][key])]
-            if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
-                raise Refused(
-                    Refusal(
-                        check="not-mergeable",
-                        message=f"{combine.adapters[changed[0]]} brings {name} whole, and PEFT combines it without its "
-                        "weight: it weighs factors of LoRA only",
-                        hint="merge this adapter by itself, or combine members without trained biases or embeddings",
-                        module=name.rpartition(".")[0],
-                        tensor=name,
-                        origin=Origin.CONFIG,
-                    )
+    for key, name in written_whole(model, slots, {key for tensors in brought for key in tensors}).items():
+        holders = [number for number, tensors in enumerate(brought) if key in tensors]
+        with base.filled([name]):
+            changed = [one for one in holders if not _is_equal(base.tensors[name], brought[one][key])]
+        if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"{combine.adapters[changed[0]]} brings {name} whole, and PEFT combines it without its "
+                    "weight: it weighs factors of LoRA only",
+                    hint="merge this adapter by itself, or combine members without trained biases or embeddings",
+                    module=name.rpartition(".")[0],
+                    tensor=name,
+                    origin=Origin.CONFIG,
                 )
+            )
 
 
 def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -28,6 +28,9 @@ from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import listing
 
+_UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
+"""Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
+
 
 def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
     """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290)."""
@@ -35,13 +38,16 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
         return
     model: Any = scratch
     try:
-        embedding = model.get_input_embeddings()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
         return
     if not isinstance(embedding, nn.Embedding):
         return
-    name = next((name for name, module in scratch.named_modules() if module is embedding), None)
-    wanted = {f"{ADAPTER_PREFIX}{name}.{suffix}" for suffix in ("weight", "base_layer.weight")}
+    wanted = set()
+    for name, module in scratch.named_modules():
+        if module is embedding or (module is head and head is not None):
+            suffixes = ("weight", *_UNDER_LAYERS) if module is embedding else _UNDER_LAYERS
+            wanted |= {f"{ADAPTER_PREFIX}{name}.{suffix}" for suffix in suffixes}
     for header in files.tensors:
         rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
         if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
@@ -61,6 +67,16 @@ def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str
                 slots[id(module), name] = canonical
                 sharers.setdefault(canonical, []).append(path)
     return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
+
+
+def written_whole(model: nn.Module, slots: Mapping[tuple[int, str], str], keys: Container[str]) -> dict[str, str]:
+    """Of the keys of a PEFT model those of the base's own tensors, and what the base calls them."""
+    named = {
+        f"{path}.{attribute}": slots.get((id(module), attribute), "")
+        for path, module in model.named_modules()
+        for attribute in module._parameters
+    }
+    return {key: name for key, name in named.items() if name and key in keys}
 
 
 def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, with_magnitudes: bool = True) -> Any:
@@ -218,6 +234,14 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refusal:
     text = first_line(error)
+    tokens = getattr(config, "trainable_token_indices", None)
+    if tokens and isinstance(error, IndexError):
+        return Refusal(
+            check="shape-mismatch",
+            message=f"trainable_token_indices name rows that the base's vocabulary does not have: {text}",
+            hint="name the base with the enlarged vocabulary, or save the adapter with save_embedding_layers=True",
+            origin=Origin.CONFIG,
+        )
     if "not found in the base model" in text or "No modules were targeted" in text:
         return _no_targets(config, scratch)
     return Refusal(

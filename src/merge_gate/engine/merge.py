@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.base import Base
 from merge_gate.engine.combine import combined
 from merge_gate.engine.defects import refuse_wrong_merges
+from merge_gate.engine.inject import written_whole
 from merge_gate.engine.load import Loaded, load_adapter
 from merge_gate.engine.measure import measure
 from merge_gate.engine.usage import with_use
@@ -117,6 +119,8 @@ def _attempt(
             warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
             loaded = load(weights)
             refuse_wrong_merges(loaded.model, loaded.config)
+            brought = set(written_whole(loaded.model, loaded.slots, loaded.state).values())
+            enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
             walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
             walk.run()
@@ -141,7 +145,7 @@ def _attempt(
         shared=_shared(loaded),
         tied=walk.ledger.tied(loaded.sharers),
         refused_by_safe_merge=tuple(walk.refused),
-        initialised=tuple(sorted(base.initialised & base.tensors.keys() - merges.keys())),
+        initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
         witnessed=tuple(walk.witnessed),
         differing=differing,
         layers_in_blocks=len(walk.blocks),
@@ -151,6 +155,30 @@ def _attempt(
         parameters_bounded=sum(merge.bounded for merge in merges.values()),
         parameters_total=walk.ledger.total,
     )
+
+
+def _made_up(base: Base, whole: set[str]) -> set[str]:
+    """Tensors that the base's files lack and that the adapter does not bring whole: a delta is added to noise."""
+    return set(base.initialised & base.tensors.keys()) - whole
+
+
+def _enlarged(base: Base, loaded: Loaded) -> set[str]:
+    """Tensors that got rows for a larger vocabulary, but for those that the adapter has trained whole."""
+    trained = {
+        id(module)
+        for wrapper in loaded.model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for module in wrapper.original_module.modules()
+    }
+    return {
+        name
+        for module in loaded.model.modules()
+        for attribute, tensor in module._parameters.items()
+        if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
+        and id(module) not in trained
+        and tensor.dim() == base.tensors[name].dim()
+        and len(tensor) > len(base.tensors[name])
+    }
 
 
 def _with_place(one: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:

@@ -55,6 +55,7 @@ Progress = Callable[[int, int, str], None]
 class Walk:
     """One adapter's merge. `refused` are layers that only safe_merge refuses; `witnessed` those that PEFT confirmed.
 
+    `adapted` are the base's names of tensors under layers that merge in their place.
     `differing` are layers whose merge in blocks is not PEFT's: the walk then has to be done again, without blocks.
     """
 
@@ -67,6 +68,7 @@ class Walk:
     refused: list[str] = field(default_factory=list)
     witnessed: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    adapted: set[str] = field(default_factory=set)
     layers_by_peft: int = 0
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
     _turns: Turns = field(init=False)
@@ -228,6 +230,7 @@ class Walk:
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
         self.ledger.book(merge, block.layer)
+        self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
 
     # --- step 3 ---
 
@@ -235,6 +238,7 @@ class Walk:
         results = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
         changed = [(slot, tensor) for slot, tensor in results if not outcome.is_the_bases(self.base, slot.name, tensor)]
         exact = self._exact(layer, slots, changed, by_peft)
+        self.adapted.update(slot.name for slot, _ in results)
         for slot, tensor in results:
             merge = outcome.of_tensor(
                 self.base, slot.module, slot.name, tensor, exact.get(slot.name), rounding_share=rounding_share(layer)

@@ -1,0 +1,80 @@
+"""Tensors that the base's files lack: the adapter brings them whole, or every load makes them up anew."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from peft import LNTuningConfig, LoraConfig
+
+from merge_gate.records.terms import Verdict
+from tests import models
+from tests.gating import Gate, one_thread
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Q = "model.layers.0.self_attn.q_proj"
+Config = LoraConfig | LNTuningConfig
+
+
+def config(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+
+
+def on(name: str) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=[name, "q_proj"], task_type="CAUSAL_LM")
+
+
+NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "adapter", "warned"),
+    [
+        pytest.param(f"{Q}.weight", config(), True, id="a delta on a weight"),
+        pytest.param(f"{Q}.weight", config(use_dora=True), True, id="DoRA on a weight"),
+        pytest.param(f"{Q}.bias", config(), True, id="a bias beside the weight that is merged"),
+        pytest.param(f"{Q}.bias", config(lora_bias=True), True, id="a delta on a bias"),
+        pytest.param(f"{Q}.bias", config(bias="all"), False, id="a trained bias"),
+        pytest.param("lm_head.weight", config(modules_to_save=["lm_head"]), False, id="a trained head"),
+        pytest.param("lm_head.weight", config(), True, id="a head that nobody trained"),
+        pytest.param("model.norm.weight", NORMS, False, id="a trained norm"),
+        pytest.param("model.embed_tokens.weight", config(trainable_token_indices=[1, 2]), True, id="some rows"),
+    ],
+)
+def test_what_no_file_has_is_warned_of(lacking: str, adapter: Config, warned: bool, tmp_path: Path) -> None:
+    whole, base, out = tmp_path / "whole", tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama", whole)
+    models.save_adapter(whole, out, adapter)
+    shutil.copytree(whole, base)
+    tensors = models.read_tensors(whole, "model.safetensors")
+    models.write_tensors(base, {name: one for name, one in tensors.items() if name != lacking}, "model.safetensors")
+    assert warned_of(out, base) == ([lacking] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "made_up"),
+    [
+        pytest.param(config(), [], id="both are saved"),
+        pytest.param(config(trainable_token_indices=[3, 69]), [], id="tokens"),
+        pytest.param(config(modules_to_save=["embed_tokens", "lm_head"]), [], id="both are trained"),
+        pytest.param(on("embed_tokens"), ["lm_head.weight"], id="a LoRA on the embedding, which is saved alone"),
+        pytest.param(on("lm_head"), ["model.embed_tokens.weight"], id="a LoRA on the head, which is saved alone"),
+    ],
+)
+def test_rows_of_an_enlarged_vocabulary_that_no_file_has_are_warned_of(
+    adapter: Config, made_up: list[str], tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama", base)
+    models.save_adapter(base, out, adapter, rows=70)
+    assert warned_of(out, base) == made_up
+
+
+def warned_of(adapter: Path, base: Path) -> list[str | None]:
+    with one_thread():
+        judgement = Gate().judge(adapter, base)
+    assert judgement.verdict is Verdict.PASSED, str(judgement)
+    return [one.tensor for one in judgement.findings if one.check == "untrained-tensors"]
