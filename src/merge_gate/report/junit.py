@@ -38,7 +38,7 @@ def render(report: Report) -> str:
             ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
         before = words.told_before(adapters)
         for place, adapter in enumerate(adapters):
-            _case(suite, name, adapter, {first: one for (where, first), one in before.items() if where == place})
+            _case(suite, name, adapter, before.get(place, {}))
     if unjudged or not report.adapters:
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
         _run(ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0"), report, unjudged=unjudged)

@@ -76,10 +76,11 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
 
 
 def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
-    rows = [_cells(adapter, report) for adapter in words.worst_first(report.adapters)]
+    names_base = len({adapter.base.model for adapter in report.adapters}) > 1
+    rows = [_cells(adapter, names_base=names_base) for adapter in words.worst_first(report.adapters)]
     if width < _NARROW:
         return [line for row in rows for line in _stacked(row, width, marks)]
-    heads = ("ADAPTER", "BASE" if _several_models(report) else "DTYPE", "VERDICT", "CAUSE")
+    heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE")
     texts = [heads, *(row[1:] for row in rows)]
     widths = fit([max(cells(row[column]) for row in texts) for column in range(4)], width - 2 - 3 * 2)
     head: Line = (("  ", Style.PLAIN), (_row(heads, widths), Style.FAINT))
@@ -89,9 +90,9 @@ def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
 Row = tuple[Verdict, str, str, str, str]
 
 
-def _cells(adapter: AdapterReport, report: Report) -> Row:
+def _cells(adapter: AdapterReport, *, names_base: bool) -> Row:
     base = words.precision(adapter.base)
-    if _several_models(report):
+    if names_base:
         base = f"{words.model_name(adapter.base)} ({base})"
     marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
     said = ", ".join([adapter.verdict.value, *marks])
@@ -104,10 +105,6 @@ def reason(adapter: AdapterReport) -> str:
         return words.cause(adapter)
     checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
     return f"warning: {', '.join(checks)}" if checks else ""
-
-
-def _several_models(report: Report) -> bool:
-    return len({adapter.base.model for adapter in report.adapters}) > 1
 
 
 def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:

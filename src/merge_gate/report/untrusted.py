@@ -50,6 +50,8 @@ def inert(line: str) -> str:
     `::name::` counts after leading blanks; the older `##[name]` counts anywhere in a line (actions/runner,
     ActionCommand.cs).
     """
+    if "::" not in line and "##[" not in line:  # nearly all
+        return line
     return _LEGACY_COMMAND.sub("# ", _COMMAND.sub(r"\1: ", line))
 
 

@@ -138,19 +138,19 @@ def precisions(adapters: Iterable[AdapterReport]) -> str:
     return "; ".join(named[:_PRECISIONS]) + ("; …" if len(named) > _PRECISIONS else "")
 
 
-def told_before(adapters: Iterable[AdapterReport]) -> dict[tuple[int, Finding], AdapterReport]:
+def told_before(adapters: Iterable[AdapterReport]) -> dict[int, dict[Finding, AdapterReport]]:
     """Which earlier entry of the same adapter, in another dtype, has all that this one has of a kind of finding.
 
-    Keys: the entry's place in `adapters`, and the first finding of that kind.
+    By the entry's place in `adapters`, if there is any, and the first finding of that kind.
     """
     first: dict[object, AdapterReport] = {}
-    found: dict[tuple[int, Finding], AdapterReport] = {}
+    found: dict[int, dict[Finding, AdapterReport]] = {}
     for place, adapter in enumerate(adapters):
         for kind in kinds(adapter.findings):
             key = (adapter.name, adapter.source, adapter.base.model, kind)
             earlier = first.setdefault(key, adapter)
             if earlier is not adapter:
-                found[place, kind[0]] = earlier
+                found.setdefault(place, {})[kind[0]] = earlier
     return found
 
 
