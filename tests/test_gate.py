@@ -23,8 +23,9 @@ from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
+from merge_gate.report import provisional
 from merge_gate.sources import inputs, resolve
-from tests.command import merge_gate, strict_json
+from tests.command import merge_gate, strict_json, wait_until
 from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
 from tests.hub import LoopbackHub
 from tests.models import to_pickle
@@ -363,6 +364,23 @@ def test_a_digest_that_fails_costs_the_digest_only(
     report = run_gate(small(place, "good"), device="cpu", output=str(tmp_path))
     assert report.result is Result.PASS
     assert [base.sha256 for base in report.bases] == [None]
+
+
+def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def slow(*_: object) -> str:
+        wait_until(lambda: len(strict_json(tmp_path / "report.json")["adapters"]) == 2)
+        seen.append(strict_json(tmp_path / "report.json")["complete"])
+        return "0" * 64
+
+    monkeypatch.setattr(resolve, "digest_directory", slow)
+    monkeypatch.setattr(provisional, "PAUSE_RATIO", 1e9)
+    report = run_gate(small(place, "good", "nan"), device="cpu", output=str(tmp_path))
+    assert seen[0] is False
+    assert [base.sha256 for base in report.bases] == ["0" * 64]
 
 
 def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:

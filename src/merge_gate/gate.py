@@ -173,8 +173,6 @@ class _Run:
             if said := too_large(group.label, group.directory, free_bytes):
                 self._view.note(said)
         self._hourly.merging_begins(self._tally.judged)
-        if self._groups:
-            self._catch_up(at_once=True)
 
     def _loadable(self) -> Iterator[tuple[int, Entry]]:
         """The entries that their files let be merged; the others are settled."""
@@ -205,7 +203,7 @@ class _Run:
             trust_remote_code=self._config.trust_remote_code,
         )
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:  # noqa: C901 - a case for each event
         match event:
             case protocol.DeviceChosen():
                 self._know_worker(event)
@@ -232,8 +230,10 @@ class _Run:
                 name = self._tally.entries[event.task].prepared.spec.name
                 spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
                 self._view.note(f"{name}: nothing heard of it for {spent}; its time limit is {limit}")
-            case protocol.Idle() | protocol.Finished():
+            case protocol.Idle():
                 self._catch_up(at_once=True)
+            case protocol.Finished():
+                pass  # the last report follows
             case _:
                 assert_never(event)
 
@@ -269,7 +269,9 @@ class _Run:
 
     def _finish(self) -> Report:
         """Stage 5."""
-        self._digests.wait()
+        if not self._digests.are_taken:
+            self._catch_up(at_once=True)  # a large base may take minutes
+            self._digests.wait()
         self._keep()
         for fallen in self._standing.fallen():
             for index in fallen.indices:

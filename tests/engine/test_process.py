@@ -18,7 +18,7 @@ from merge_gate.engine.heap import REUSE
 from merge_gate.engine.memory import MemoryGroup
 from merge_gate.engine.private import PREFIX, private_directory
 from merge_gate.engine.process import SECRETS, WAITING, Ending, WorkerProcess, child_environment, describe_exit
-from merge_gate.engine.protocol import Job
+from merge_gate.engine.protocol import Event, Finished, Idle, Job
 from tests.command import alive, environment, merge_gate, strict_json, wait_until
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
@@ -69,6 +69,14 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
 
 
+def test_while_the_child_imports_its_parent_has_time_for_other_things() -> None:
+    events: list[Event] = []
+    with WorkerProcess() as child:
+        assert child.run(Job(groups=(), device="cpu"), events.append, is_overdue=lambda: False) is None
+    assert isinstance(events[0], Idle)
+    assert isinstance(events[-1], Finished)
+
+
 # --- how it ended ----------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +110,7 @@ line = socket.socket(fileno=int(sys.argv[2]))
 """
 SENDS_A_JOB = """
 from merge_gate.engine.channel import Channel
-from merge_gate.engine.protocol import Job
+from merge_gate.engine.protocol import Event, Finished, Idle, Job
 Channel(line).send(Job(groups=()))
 time.sleep(60)
 """

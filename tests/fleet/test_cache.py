@@ -105,6 +105,20 @@ def test_a_warm_run_is_the_cold_one_but_for_marks(fleet: Path) -> None:
     assert all(one is not None and f"judged {one.at} at {one.place}" in answer.err for one in marked)
 
 
+def test_what_is_taken_over_is_in_every_format_before_anything_is_merged(copy: Path) -> None:
+    """A run that is killed then leaves it, and its last report takes less time."""
+    poison("lora_B", value=0.25)(copy / "adapters" / "plain-0")
+    seen: list[str] = []
+
+    class Waiting(View):
+        def base_loading(self, *_: object) -> None:
+            seen.extend(name for name in FORMATS if "plain-1" in (copy / "out" / name).read_text(encoding="utf-8"))
+
+    with contextlib.chdir(copy):
+        run_gate(load_config("fleet.yml"), output="out", view=Waiting(), keeping=Keeping(cache="cache"))
+    assert seen[: len(FORMATS)] == list(FORMATS)
+
+
 @pytest.mark.usefixtures("no_worker")
 def test_where_all_is_known_no_worker_is_started(fleet: Path) -> None:
     report = run(fleet)

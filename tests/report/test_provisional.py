@@ -54,6 +54,17 @@ def test_a_run_has_all_files_at_its_start_and_at_its_end(tmp_path: Path, monkeyp
     assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
 
 
+def test_when_it_first_waits_all_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.writer.write_first(EMPTY)
+    begun = {name: (tmp_path / name).read_bytes() for name in ALL}
+    assert run.judge(at_once=True) == 1
+    assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
+    run.writer.write_first(EMPTY)
+    assert run.judge(at_once=True) == 2
+    assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
+
+
 def test_a_provisional_report_waits_for_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, monkeypatch)
     assert run.judge() == 1

@@ -178,11 +178,13 @@ def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable
         GarbledError: the child sent something else.
     """
     threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a child that is stopped does not read
+    patience_s = 0.0  # it imports, or reads the job: time for what the listener does meanwhile
     while not is_overdue():
         try:
-            event = channel.receive(IDLE_S) or Idle()
+            event = channel.receive(patience_s) or Idle()
         except (EOFError, OSError):  # OSError: it died within a message
             return False
+        patience_s = IDLE_S
         if not isinstance(event, Event):
             raise GarbledError(type(event).__name__)
         listen(event)

@@ -6,6 +6,7 @@ made visible by `one_line` and then escaped by Jinja; the data of the maps are J
 
 1. Everything to read is in the page itself, so that it can be searched, printed and read without a script.
 2. The maps are drawn by page/report.js when somebody opens an adapter, from figures of three digits.
+3. An adapter's row that stood in the report before this one is not laid out again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from merge_gate.records.terms import Verdict
 from merge_gate.report import words
 from merge_gate.report.chain import chain
 from merge_gate.report.grid import State, blocks, count_states, states
+from merge_gate.report.remembered import Remembered
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jinja2 import Template
 
     from merge_gate.records.measured import TensorMerge
@@ -44,14 +48,13 @@ def render(report: Report) -> str:
     """Return the HTML of report.html."""
     layouts = _Layouts()
     judged = words.worst_first(report.adapters)
-    maps = [layouts.map_of(adapter) for adapter in judged]
-    return _template().render(
+    page, _ = _templates()
+    return page.render(
         report=report,
-        words=words,
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        rows=_rows(judged, maps),
+        rows=_rows(report, judged, layouts),
         layouts=_data(layouts.known),
         failed=report.count(Verdict.FAILED),
         undecided=report.count(Verdict.ERROR),
@@ -61,7 +64,8 @@ def render(report: Report) -> str:
 
 
 @cache
-def _template() -> Template:
+def _templates() -> tuple[Template, Template]:
+    """The page, and a row of it."""
     environment = Environment(
         loader=PackageLoader("merge_gate.report", "page"),
         autoescape=True,
@@ -70,9 +74,10 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=_visible,
     )
+    environment.globals["words"] = words
     environment.filters["number"] = words.number
     environment.filters["spaced"] = _spaced
-    return environment.get_template("report.html")
+    return environment.get_template("report.html"), environment.get_template("row.html")
 
 
 def _visible(value: Any) -> Any:
@@ -110,30 +115,44 @@ def _policy() -> str:
 # --- what stands in one adapter's row ------------------------------------------------------------------------------
 
 
-def _rows(judged: list[AdapterReport], maps: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> list[dict[str, Any]]:
     """What an earlier row of the same adapter says, in another dtype, is folded in the later ones."""
     before = words.told_before(judged)
-    rows = [_row(adapter, data) for adapter, data in zip(judged, maps, strict=True)]
-    for place, row in enumerate(rows):
-        for told in row["findings"]:
-            earlier = before.get((place, told["finding"]))
-            told["before"] = words.precision(earlier.base) if earlier is not None else ""
-    return rows
+    texts = _TEXTS.texts(
+        _row,
+        judged,
+        [layouts.number_of(adapter) for adapter in judged],
+        [_named(before.get(place, {})) for place in range(len(judged))],
+        [report.config_path] * len(judged),
+    )
+    return [
+        {"verdict": adapter.verdict, "is_warned": bool(words.warnings(adapter)), "text": Markup(text)}  # noqa: S704 - made below
+        for adapter, text in zip(judged, texts, strict=True)
+    ]
 
 
-def _row(adapter: AdapterReport, data: dict[str, Any] | None) -> dict[str, Any]:
+_TEXTS = Remembered()
+
+
+def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
+    return {finding: words.precision(earlier.base) for finding, earlier in before.items()}
+
+
+def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str], config_path: str) -> str:
+    """`before`: the dtype in whose row a finding is told already."""
     decided = words.deciding(adapter)
     found = ([decided] if decided else []) + words.others(adapter)
-    return {
-        "adapter": adapter,
+    row = {
         "cause": words.cause(adapter),
         "place": words.place(decided) if decided else "",
         "warnings": sorted({one.check for one in words.warnings(adapter)}),
         "chain": chain(adapter),
-        "findings": [_told(group) for group in words.kinds(found)],
+        "findings": [_told(group) | {"before": before.get(group[0], "")} for group in words.kinds(found)],
         "states": count_states(adapter.tensors),
-        "map": _data(data) if data else None,
+        "map": _data(_map(adapter.tensors, layout)) if layout is not None else None,
     }
+    _, template = _templates()
+    return template.render(adapter=adapter, row=row, config_path=config_path)
 
 
 def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
@@ -160,33 +179,35 @@ class _Layouts:
         self.known: list[dict[str, Any]] = []
         self._numbers: dict[object, int] = {}
 
-    def map_of(self, adapter: AdapterReport) -> dict[str, Any] | None:
-        """What the script needs to draw the adapter's map; columns in the order of its tensors."""
+    def number_of(self, adapter: AdapterReport) -> int | None:
+        """Which layout is the adapter's; None where no tensor was merged."""
         merges = adapter.tensors
         if not merges:
             return None
-        return {
-            "layout": self._number(merges),
-            "state": "".join(_LETTERS[state] for state in states(merges)),
-            "low": [_short(merge.stats.minimum) for merge in merges],
-            "high": [_short(merge.stats.maximum) for merge in merges],
-            "ratio": [_short(merge.delta_ratio) for merge in merges],
-            "loss": [_short(merge.lost_share) for merge in merges],
-            "bounded": [index for index, merge in enumerate(merges) if merge.bounded],
-            "estimated": [index for index, merge in enumerate(merges) if merge.estimated],
-            "broken": {
-                index: [merge.stats.nan, merge.stats.posinf, merge.stats.neginf, list(merge.stats.first_index or ())]
-                for index, merge in enumerate(merges)
-                if not merge.stats.finite
-            },
-        }
-
-    def _number(self, merges: tuple[TensorMerge, ...]) -> int:
         key = tuple((merge.module, merge.stats.name, merge.stats.dtype, merge.stats.shape) for merge in merges)
         if key not in self._numbers:
             self._numbers[key] = len(self.known)
             self.known.append(_layout(merges))
         return self._numbers[key]
+
+
+def _map(merges: tuple[TensorMerge, ...], layout: int) -> dict[str, Any]:
+    """What the script needs to draw an adapter's map; columns in the order of its tensors."""
+    return {
+        "layout": layout,
+        "state": "".join(_LETTERS[state] for state in states(merges)),
+        "low": [_short(merge.stats.minimum) for merge in merges],
+        "high": [_short(merge.stats.maximum) for merge in merges],
+        "ratio": [_short(merge.delta_ratio) for merge in merges],
+        "loss": [_short(merge.lost_share) for merge in merges],
+        "bounded": [index for index, merge in enumerate(merges) if merge.bounded],
+        "estimated": [index for index, merge in enumerate(merges) if merge.estimated],
+        "broken": {
+            index: [merge.stats.nan, merge.stats.posinf, merge.stats.neginf, list(merge.stats.first_index or ())]
+            for index, merge in enumerate(merges)
+            if not merge.stats.finite
+        },
+    }
 
 
 def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from merge_gate.errors import UsageError
 from merge_gate.records.report import AdapterReport, BaselineEntry, BaseReport, Environment, Report, Shard
 from merge_gate.records.terms import Result, Verdict, record, told
 from merge_gate.report.fields import Json, UnreadableError, dump, load
+from merge_gate.report.remembered import Remembered
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import is_hidden
 
@@ -108,21 +109,11 @@ def render(report: Report) -> str:
 
 def _with_adapters(adapters: tuple[AdapterReport, ...]) -> str:
     """The list as it stands in the document. What the report before this one held is not laid out again."""
-    known = {id(adapter): (adapter, _known_text(adapter)) for adapter in adapters}
-    _LAST.clear()
-    _LAST.update(known)
-    if not adapters:
-        return _NO_ADAPTERS
-    return '\n  "adapters": [\n    ' + ",\n    ".join(known[id(one)][1] for one in adapters) + "\n  ]"
+    texts = _TEXTS.texts(_adapter_text, adapters)
+    return '\n  "adapters": [\n    ' + ",\n    ".join(texts) + "\n  ]" if texts else _NO_ADAPTERS
 
 
-_LAST: dict[int, tuple[AdapterReport, str]] = {}
-"""The adapters of the last report, by identity, and their texts: a run's provisional reports hold mostly the same."""
-
-
-def _known_text(adapter: AdapterReport) -> str:
-    known = _LAST.get(id(adapter))
-    return known[1] if known is not None and known[0] is adapter else _adapter_text(adapter)
+_TEXTS = Remembered()
 
 
 def _adapter_text(adapter: AdapterReport) -> str:

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import GateError
-from merge_gate.report.files import write_report
+from merge_gate.report.files import FORMATS, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
 PROVISIONAL_FORMATS = ("report.json",)
-"""What is written while a run goes on; the other formats are there from its start and say that it is not complete."""
+"""What is written while a run goes on; the other formats are there from its start and say that it is not complete. They
+are written once more when the run first waits: what earlier runs have judged is laid out by then, and the last report
+takes less time."""
 
 PAUSE_RATIO = 4.0
 """After a provisional report, no other for this many times as long as it took: with a thousand adapters, writing the
@@ -36,6 +38,7 @@ class ReportWriter:
         self._notify = notify
         self._is_told = False
         self._pending = False
+        self._has_waited = False
         self._next_write_s = 0.0
 
     def write_first(self, report: Report) -> None:
@@ -64,13 +67,18 @@ class ReportWriter:
         self._pending = True
 
     def catch_up(self, current: Callable[[], Report], *, at_once: bool = False) -> None:
-        """Write what has changed since the last provisional report, unless that was a moment ago."""
+        """Write what has changed since the last provisional report, unless that was a moment ago.
+
+        `at_once`: the run waits, so that a report costs it nothing.
+        """
         began_s = time.monotonic()
         if not self._pending or (began_s < self._next_write_s and not at_once):
             return
+        formats = FORMATS if at_once and not self._has_waited else PROVISIONAL_FORMATS
+        self._has_waited |= at_once
         try:
             if self._directory is not None:
-                write_report(current(), self._directory, formats=PROVISIONAL_FORMATS)
+                write_report(current(), self._directory, formats=formats)
             self._pending = False
         except GateError as error:
             self._tell(error)

@@ -73,6 +73,11 @@ class BaseDigests:
         identity = self._identities.get(directory)
         return identity is not None and self.is_of(directory, identity)
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether none is being taken."""
+        return not any(thread.is_alive() for thread in self._threads.values())
+
     def wait(self) -> None:
         """Wait for all that have been started."""
         for thread in self._threads.values():
