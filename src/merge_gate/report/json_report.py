@@ -28,7 +28,7 @@ TOOL = "merge-gate"
 _MAYBE_UNSAFE = re.compile(r"[^\n -~]|#(?=\[)")
 # Empty lists as the layout below leaves them. No text holds a line break, so nothing else looks like them.
 _NO_ROWS = '\n    "rows": []'
-_NO_ADAPTERS = '\n  "adapters": []'
+_NO_ADAPTERS, _ADAPTERS = '\n  "adapters": []', '\n  "adapters": [\n    '
 _ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 
@@ -104,13 +104,11 @@ def _document(report: Report) -> Document:
 def render(report: Report) -> str:
     """Return report.json. Never raises for what a record may hold: non-finite figures become strings."""
     text = _laid_out(dump(replace(_document(report), adapters=())))
-    return text.replace(_NO_ADAPTERS, _with_adapters(report.adapters), 1) + "\n"
-
-
-def _with_adapters(adapters: tuple[AdapterReport, ...]) -> str:
-    """The list as it stands in the document. What the report before this one held is not laid out again."""
-    texts = _TEXTS.texts(_adapter_text, adapters)
-    return '\n  "adapters": [\n    ' + ",\n    ".join(texts) + "\n  ]" if texts else _NO_ADAPTERS
+    texts = _TEXTS.texts(_adapter_text, report.adapters)
+    if texts:
+        before, _, after = text.partition(_NO_ADAPTERS)
+        return "".join((before, _ADAPTERS, ",\n    ".join(texts), "\n  ]", after, "\n"))
+    return text + "\n"
 
 
 _TEXTS = Remembered()
