@@ -37,6 +37,7 @@ MORE = {
     "a key that is too long to compare": LIST + f"{'a' * 201}: 1\n",
     "text that YAML cannot start": LIST + "base: @x\n",
     "a character that is not ASCII in a syntax error": LIST + "base: [a\u00fc b] c\u00fc: *\u00fc\n",
+    "a character that is not ASCII in an escape": LIST + 'base: "\\\u00fc"\n',
     "a block without an end": "version: 1\nadapters:\n  - a\n b\n",
     "a control character in a comment": LIST + "# \x07\n",
     "digits": LIST + f"checks: {{headroom: {{limit: {'9' * 301}}}}}\n",
@@ -70,6 +71,15 @@ MORE = {
     "  - {name: q, base: {revision: v2}, combine: {method: cat, adapters: [x], weights: [1]}}\n",
     "a name that is too long on disk": HEAD + f"  - ./{'n' * 201}\n",
     "names that are too long on disk": HEAD + f"  - ./{'n' * 200}*\n",
+    "a name of as many characters as are compared": HEAD + f"  - ./{'n' * 200}\n",
+    "members that differ by an underscore": HEAD + "  - {path: ./a/x, name: x_y}\n"
+    "  - {name: q, combine: {method: cat, adapters: [z-y, z_y], weights: [1, 1]}}\n",
+    "a combination without a name, that begins with its base": HEAD + "  - ./adapters/support\n"
+    "  - {base: ~, combine: {method: cat, adapters: [support], weights: [1]}}\n",
+    "a combination whose name comes last": HEAD + "  - ./adapters/support\n"
+    "  - {combine: {method: cat, adapters: [support], weights: [1]}, name: support}\n",
+    "a combination with a dtype twice": HEAD + "  - ./adapters/support\n"
+    "  - {name: q, base: {dtype: [float16, float16]}, combine: {method: cat, adapters: [support], weights: [1]}}\n",
     "a glob in the middle of a path": HEAD + "  - ./adapters/*/x-*/y\n",
     "a glob at home": HEAD + "  - ~/no-such-*\n",
     "a glob in no directory": HEAD + "  - ./none/x-*\n",
@@ -150,12 +160,23 @@ def shown(place: Path, text: str, known: str | None = None) -> str:
     return "\n".join([*(str(one) for one in config.adapters), *map(str, config.baseline), str(config.baseline_path)])
 
 
-def told(place: Path) -> str:
-    with_known = LIST + "baseline: known.yml\n"
-    parts = [f"== {case}\n{shown(place, text)}" for case, (text, _) in WRONG.items()]
-    parts += [f"== {case}\n{shown(place, text)}" for case, text in (MORE | READ).items()]
-    parts += [f"== baseline: {case}\n{shown(place, with_known, text)}" for case, text in KNOWN.items()]
-    return "\n\n".join(parts).replace(str(place), "<here>") + "\n"
+def told(place: Path) -> Iterator[str]:
+    """What is said of one case after the other."""
+    texts = {case: text for case, (text, _) in WRONG.items()} | MORE | READ
+    files = [(case, text, None) for case, text in texts.items()]
+    files += [(f"baseline: {case}", LIST + "baseline: known.yml\n", known) for case, known in KNOWN.items()]
+    for case, text, known in files:
+        yield f"== {case}\n{shown(place, text, known)}\n".replace(str(place), "<here>")
+
+
+def hold(said: Iterator[str]) -> None:
+    """Each case against the file, up to the first that differs."""
+    stored = SAID.read_text(encoding="utf-8")
+    at = 0
+    for one in said:
+        assert stored[at : at + len(one)] == one, "look at the difference, then run with UPDATE_GOLDENS=1"
+        at += len(one) + 1
+    assert at == len(stored) + 1, "cases are missing"
 
 
 KNOWN = {
@@ -173,15 +194,20 @@ KNOWN = {
 
 
 def test_what_is_said_of_configurations(laid: Path) -> None:
-    said = told(laid)
     if os.environ.get("UPDATE_GOLDENS"):
-        SAID.write_text(said, encoding="utf-8")
-    assert said == SAID.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+        SAID.write_text("\n".join(told(laid)), encoding="utf-8")
+    hold(told(laid))
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, base in (("a/one", "./b1"), ("a/deep/er/two", "./b1"), ("c/three", "./b2"), ("none/four", None)):
+    for name, base in (
+        ("a/one", "./b1"),
+        ("a/deep/er/two", "./b1"),
+        ("c/three", "./b2"),
+        ("none/four", None),
+        ("far/1/2/3/4", None),
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     (tmp_path / "a/deep/er/two/too/deep").mkdir(parents=True)
@@ -219,6 +245,8 @@ def test_a_first_file_word_for_word(here: Path) -> None:
     [
         ("empty", 'no adapter_config.json in "empty", nor up to 3 levels below',
          "name the directories that save_pretrained wrote, or one above them"),
+        ("far", 'no adapter_config.json in "far", nor up to 3 levels below',
+         "name the directories that save_pretrained wrote, or one above them"),
         ("gone", 'no such directory: "gone"', "name a directory with adapters"),
     ],
 )  # fmt: skip
@@ -238,6 +266,12 @@ def test_a_directory_of_adapters_is_none_itself(here: Path) -> None:
     assert [one.source for one in config_of(["a/one", "a/deep"]).adapters] == ["a/one", "a/deep"]
 
 
+def test_an_adapter_may_hold_adapters(here: Path) -> None:
+    (here / "a/one/checkpoint-1").mkdir()
+    (here / "a/one/checkpoint-1/adapter_config.json").write_text("{}")
+    assert [one.source for one in config_of(["a/one"]).adapters] == ["a/one"]
+
+
 def test_a_file_among_adapters_word_for_word(here: Path) -> None:
     assert names_a_file(["gone.yaml"])
     with pytest.raises(UsageError) as caught:
@@ -255,6 +289,9 @@ def test_problems_of_the_command_line_word_for_word(here: Path) -> None:
         "the dtype auto is given twice (remove one); "
         '"quantization" must be one of none, bnb-8bit, bnb-4bit; got the text "8bit" (did you mean "bnb-8bit"?)'
     )
+    with pytest.raises(UsageError) as caught:
+        config_of(["a/one"], dtypes=["zzzzzz"])
+    assert str(caught.value).endswith('got the text "zzzzzz"')
     assert re.fullmatch("[0-9a-f]{64}", config_of(["a/one"]).sha256)
 
 
@@ -296,4 +333,4 @@ def test_a_fresh_import_makes_the_same_models(monkeypatch: pytest.MonkeyPatch, l
     assert fresh.config_schema is not config_schema
     assert fresh.config_schema() == json.loads(SCHEMA_FILE.read_text())
     monkeypatch.setattr("tests.config.test_said.load_config", fresh.load_config)
-    assert told(laid) == SAID.read_text(encoding="utf-8")
+    hold(told(laid))

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ SITUATIONS: dict[str, Files] = {
     "a first checkpoint and one without a number": {
         f"checkpoint-0/{CONFIG_NAME}": b"{}",
         f"final/{CONFIG_NAME}": b"{}",
+    },
+    "runs with checkpoints": {
+        **{f"run-{run}/checkpoint-{number}/{CONFIG_NAME}": b"{}" for run in (1, 2) for number in (10, 20)},
+        "run-3/checkpoint-30/README.md": b"",
+        "run-4": b"",
     },
     "diffusers": {"pytorch_lora_weights.safetensors": b""},
     "MLX": {CONFIG_NAME: b"{}", "adapters.npz": b""},
@@ -258,21 +264,25 @@ def shown(finding: Finding) -> str:
     return f"{finding.severity} {finding.check}, {finding.origin}{where}\n  {finding.message}\n  > {finding.hint}\n"
 
 
-def told(place: Path) -> str:
-    parts = []
+def told(place: Path) -> Iterator[str]:
+    """What is said in one situation after the other."""
     for number, (name, files) in enumerate(SITUATIONS.items()):
         directory = place / str(number)
-        directory.mkdir()
+        directory.mkdir(parents=True)
         found = preflight(str(laid(directory, files)), allow_pickle=name not in REFUSED)
-        parts += [f"== {name}\n", *map(shown, found.findings)]
-    return "\n".join(parts)
+        yield "\n".join([f"== {name}\n", *map(shown, found.findings)])
 
 
 def test_what_is_said_of_files(tmp_path: Path) -> None:
-    said = told(tmp_path)
+    """Each situation against the file, up to the first that differs."""
     if os.environ.get("UPDATE_GOLDENS"):
-        SAID.write_text(said, encoding="utf-8")
-    assert said == SAID.read_text(encoding="utf-8")
+        SAID.write_text("\n".join(told(tmp_path / "written")), encoding="utf-8")
+    stored = SAID.read_text(encoding="utf-8")
+    at = 0
+    for one in told(tmp_path / "read"):
+        assert stored[at : at + len(one)] == one
+        at += len(one) + 1
+    assert at == len(stored) + 1
 
 
 SILENT = (
@@ -324,3 +334,9 @@ def test_the_base_that_a_config_names(tmp_path: Path) -> None:
     assert base_of(str(tmp_path)) == "acme/base"
     laid(tmp_path, raw_config("{"))
     assert base_of(str(tmp_path)) is None
+
+
+def test_of_a_folder_with_many_adapters_two_hundred_are_counted(tmp_path: Path) -> None:
+    laid(tmp_path, {f"team/adapter-{number}x/{CONFIG_NAME}": b"{}" for number in range(201)})
+    (finding,) = preflight(str(tmp_path), allow_pickle=False).findings
+    assert finding.hint.startswith("200 adapters are in subdirectories ('team/adapter-")

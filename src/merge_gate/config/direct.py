@@ -178,7 +178,7 @@ def _entries(found: list[str]) -> list[str]:
     longer = _longer_names(found)
     lines = ["adapters:"]
     for place in found:
-        written = json.dumps(place if place.startswith((".", "/")) else f"./{place}")
+        written = json.dumps(place if place.startswith(".") else f"./{place}")
         name = longer.get(place)
         lines.append(f"  - {{name: {json.dumps(name)}, path: {written}}}" if name else f"  - {written}")
     return lines
