@@ -80,6 +80,9 @@ MORE = {
     "  - {combine: {method: cat, adapters: [support], weights: [1]}, name: support}\n",
     "a combination with a dtype twice": HEAD + "  - ./adapters/support\n"
     "  - {name: q, base: {dtype: [float16, float16]}, combine: {method: cat, adapters: [support], weights: [1]}}\n",
+    "a base that is not there, after its dtype": LIST + "base: {dtype: float16, model: ./models/none}\n",
+    "a directory in one that holds none": HEAD + "  - ./adapters/support/x\n",
+    "a glob in a directory that holds none": HEAD + "  - ./adapters/support/x*\n",
     "a glob in the middle of a path": HEAD + "  - ./adapters/*/x-*/y\n",
     "a glob at home": HEAD + "  - ~/no-such-*\n",
     "a glob in no directory": HEAD + "  - ./none/x-*\n",
@@ -96,6 +99,7 @@ MORE = {
     "the same adapter beside a name": HEAD + "  - {path: ./a/x, name: y}\n  - {path: acme/z, name: y}\n",
 }
 READ = {
+    "a base of one part": LIST + "base: gpt2\n",
     "as little as may be": LIST,
     "all of it": """\
 version: 1
@@ -302,6 +306,7 @@ def test_problems_of_the_command_line_word_for_word(here: Path) -> None:
         ("zzzzzzzz", 'zzzzzzzz:1:1: no such file ("." holds "gate.yml", "other.yaml")'),
         (".", '.:1:1: this is a directory, expected a YAML file ("." holds "gate.yml", "other.yaml")'),
         ("gate.yml.d", 'gate.yml.d:1:1: this is a directory, expected a YAML file ("gate.yml.d" holds no YAML file)'),
+        ("gates", 'gates:1:1: this is a directory, expected a YAML file ("gates" holds "gate.yml")'),
         ("none/x", 'none/x:1:1: no such file (there is no directory "none")'),
         ("pipe", "pipe:1:1: this is a named pipe, expected a YAML file (write the configuration to a file)"),
         ("x" * 300, f"{'x' * 300}:1:1: the file cannot be read: File name too long (check its name and permissions)"),
@@ -319,6 +324,8 @@ def test_files_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pa
     }.items():  # fmt: skip
         Path(name).write_bytes(data)
     Path("gate.yml.d").mkdir()
+    Path("gates").mkdir()
+    Path("gates/gate.yml").touch()
     os.mkfifo("pipe")
     with pytest.raises(ConfigError) as caught:
         load_config(path)

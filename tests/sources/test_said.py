@@ -302,6 +302,7 @@ def test_a_link_to_nowhere_in_full(name: str, tmp_path: Path) -> None:
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("gone")
     (finding,) = preflight(str(tmp_path), allow_pickle=False).findings
+    assert (finding.check, finding.severity) == ("file-missing", "error")
     assert finding.message == f"{name} is a symbolic link whose target does not exist"
     assert finding.hint == "restore the target, or copy the file itself into the directory"
 
