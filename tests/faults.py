@@ -147,6 +147,14 @@ def zero(part: str) -> Callable[[Path], None]:
     return edit(lambda tensors: {k: torch.zeros_like(v) if part in k else v for k, v in tensors.items()})
 
 
+def as_in_the_base(directory: Path) -> None:
+    """A tied embedding that was saved whole, and never trained."""
+    base = directory.parent / read_config(directory)["base_model_name_or_path"]
+    embedding = read_tensors(base, "model.safetensors")["model.embed_tokens.weight"]
+    name = "base_model.model.model.embed_tokens.weight"
+    write_tensors(directory, read_tensors(directory) | {name: embedding})
+
+
 def save_twice(change: float = 0.0) -> Callable[[Path], None]:
     """What PEFT itself does with enlarged embeddings: a second copy, under a name that it does not load."""
     name, copy = "base_model.model.lm_head.weight", "base_model.model.lm_head.modules_to_save.weight"
@@ -208,6 +216,9 @@ V_B = "layers.1.self_attn.v_proj.lora_B"
 # --- what must fail --------------------------------------------------------------------------------------------------
 
 
+UNDER_TRAINED = "base_model.model.model.embed_tokens.original_module.weight"
+
+
 def nonfinite_adapters() -> tuple[Case, ...]:
     """Each bad value, in each factor, at the first, the last and every index, and in every kind of saved tensor."""
     grid = (
@@ -243,6 +254,7 @@ def nonfinite_adapters() -> tuple[Case, ...]:
         ("nan-bfloat16-file", "bfloat16-file", poison("lora_B", where="last"), V_B),
         ("nan-expert", "fused-experts", poison("experts.lora_B", where="last"), "experts"),
         ("nan-rider", "plain", add("base_model.model.model.norm.weight", torch.nan, (32,)), "norm.weight"),
+        ("nan-under-tied-head", "saved-tied-embedding", add(UNDER_TRAINED, torch.nan, (64, 32)), "original_module"),
         ("nan-pickled", "pickled", poison_pickle("lora_B"), V_B),
     )
     return tuple(
@@ -431,9 +443,11 @@ def broken_promises() -> tuple[Case, ...]:
 
 
 def vain_merges() -> tuple[Case, ...]:
+    untrained = both(zero("lora_B"), as_in_the_base)
     return (
         Case("all-lora-B-zero", break_=zero("lora_B"), cause="no-effect"),
         Case("all-lora-A-zero", "every-projection", zero("lora_A"), cause="no-effect"),
+        Case("untrained-tied-embedding", "saved-tied-embedding", untrained, cause="no-effect"),
         Case("alpha-zero", break_=configure(lora_alpha=0), cause="no-effect"),
         Case("tied-head-one-side", "tied-head", cause="tied-weights"),
         Case("tied-embedding-one-side", "tied-embedding", cause="tied-weights"),
@@ -544,6 +558,12 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
     return (
         healthy("pissa-niter", warnings=("not-reproducible",)),
         healthy("random-head", "six-labels", break_=FOR_ANOTHER_HEAD, warnings=("untrained-tensors",)),
+        healthy(
+            "nan-where-a-trained-head-stands",
+            "modules-to-save",
+            break_=add("base_model.model.lm_head.original_module.weight", torch.nan, (64, 32)),
+            warnings=("adapter-nonfinite",),
+        ),
         healthy("resized-head-lost", "resized-vocabulary", break_=drop("lm_head"), warnings=("untrained-tensors",)),
         healthy(
             "saved-by-0.15",

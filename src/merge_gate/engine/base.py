@@ -62,6 +62,7 @@ class Base:
     `initialised` names tensors that its files do not have, or not in this size. `template` is the scratch that the last
     adapter left as it was, for the next one (template.py).
     The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
+    `aliases` are the other names of tied ones.
     Those of `hollow` have values only while they are `filled` (casting.py).
     """
 
@@ -74,10 +75,18 @@ class Base:
     template: Any = None
     hollow: Hollow | None = None
     weights: Weights = field(init=False)
+    aliases: dict[str, str] = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.tensors, self.device)
+        first = {id(tensor): name for name, tensor in self.tensors.items()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.aliases = {name: first[id(one)] for name, one in named if name not in self.tensors and id(one) in first}
+
+    def first_name(self, name: str) -> str:
+        """The name under which a tensor is in `tensors` and `stats`: a tied one has more."""
+        return self.aliases.get(name, name)
 
     @property
     def device(self) -> torch.device:

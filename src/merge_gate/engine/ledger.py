@@ -55,7 +55,7 @@ class Ledger:
             raise _refused(f"PEFT's result lacks {listing(gone, 3)} of the base")
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)
-            known = self.base.tensors.get(name)
+            known = self.base.tensors.get(self.base.first_name(name))
             own = known is not None and outcome.shares_storage(known, tensor)
             if not own and not outcome.is_the_bases(self.base, name, tensor):
                 self.book(outcome.of_tensor(self.base, module, name, tensor))
@@ -66,7 +66,7 @@ class Ledger:
         merge = self.merges.get(name)
         if merge is not None:
             return merge.stats.numel
-        stats = self.base.stats.get(name)
+        stats = self.base.stats.get(self.base.first_name(name))
         return stats.numel if stats is not None else 0
 
     def tied(self, sharers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:

@@ -6,6 +6,8 @@ what is good or bad.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -42,14 +44,15 @@ def of_tensor(
     """
     place = name.rpartition(".")[0]
     if is_the_bases(base, name, tensor):
-        return TensorMerge(module=place, stats=base.stats[name], dtype_max=dtype_max(tensor.dtype), changed=False)
+        stats = replace(base.stats[base.first_name(name)], name=name)
+        return TensorMerge(module=place, stats=stats, dtype_max=dtype_max(tensor.dtype), changed=False)
     stats, *scales = measure_in(module, tensor, name)
     broken = next((scale for scale in scales if not scale.finite), None)
     if stats.finite and broken is not None:
         stats = broken
     values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
     ceiling = dtype_max(values.dtype)
-    known = base.tensors.get(name)
+    known = base.tensors.get(base.first_name(name))
     if known is None or known.shape != tensor.shape or not stats.finite:
         return TensorMerge(module=place, stats=stats, dtype_max=ceiling, changed=True)
     was = (dequantized(base.model.get_submodule(place), known) if is_quantized(known) else known.data).to(values.device)
@@ -70,7 +73,7 @@ def of_tensor(
 
 def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
     """Whether a tensor has the bits of the base's tensor of that name."""
-    known = base.tensors.get(name)
+    known = base.tensors.get(base.first_name(name))
     if known is None or type(known) is not type(tensor) or is_quantized(tensor):
         return False
     return same_bits(known, tensor.to(known.device))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.base import Base
@@ -42,8 +43,8 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
     layers it can reach are merged into private copies each time. Last it is loaded as it is.
     """
     layers = _reached(loaded.model, key)
-    if not layers:
-        return True  # a trained module or a tensor of the base: it is the merged value
+    if not layers:  # a trained module or a tensor of the base: it is the merged value
+        return not _is_replaced(loaded, key)
     finite = {name: _made_finite(value) for name, value in loaded.state.items() if _floating(value)}
     noise = torch.rand(finite[key].shape, generator=torch.Generator().manual_seed(1)).to(finite[key].dtype)
     results = []
@@ -61,6 +62,20 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
         for left, right, bad in zip(first, second, actual, strict=True)
         for one, other, broken in zip(left, right, bad, strict=True)
     )
+
+
+def _is_replaced(loaded: Loaded, key: str) -> bool:
+    """Whether a trained module stands in this one's place in the merged model, and in that of all that share it."""
+    path, _, inside = key.rpartition(".original_module.")
+    if not inside or not _is_trained(loaded, path):
+        return False
+    place, _, attribute = key.rpartition(".")
+    name = loaded.slots.get((id(loaded.model.get_submodule(place)), attribute), "")
+    return all(_is_trained(loaded, f"{ADAPTER_PREFIX}{other}") for other in loaded.sharers.get(name, ()))
+
+
+def _is_trained(loaded: Loaded, path: str) -> bool:
+    return isinstance(loaded.model.get_submodule(path), ModulesToSaveWrapper)
 
 
 def _floating(value: Any) -> bool:
