@@ -34,7 +34,7 @@ from tests.sources.test_preflight import (
 
 SAID = Path(__file__).with_name("said.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
-REFUSED = ("a pickle", "a pickle that calls, and that nobody allowed")
+REFUSED = ("a pickle", "a pickle that calls, and that nobody allowed", "a pointer for a pickle that nobody allowed")
 Files = dict[str, bytes]
 
 
@@ -89,6 +89,9 @@ SITUATIONS: dict[str, Files] = {
         "run-3/checkpoint-30/README.md": b"",
         "run-4": b"",
     },
+    "one adapter further down": {f"final/{CONFIG_NAME}": b"{}"},
+    "two adapters further down": {f"{name}/{CONFIG_NAME}": b"{}" for name in ("first", "second")},
+    "ten adapters further down": {f"{name}/{CONFIG_NAME}": b"{}" for name in "abcdefghij"},
     "diffusers": {"pytorch_lora_weights.safetensors": b""},
     "MLX": {CONFIG_NAME: b"{}", "adapters.npz": b""},
     "GGUF": {"a.gguf": b""},
@@ -98,6 +101,7 @@ SITUATIONS: dict[str, Files] = {
     "a full model": {"model-00001-of-00002.safetensors": b"", "config.json": b""},
     "kohya": {"my-style.safetensors": b""},
     "a pickle": pickled(packed(b"\x80\x02}.")),
+    "a pointer for a pickle that nobody allowed": pickled(LFS),
     "a pointer for a config": raw_config(LFS),
     "a pointer for weights": SOUND | {WEIGHTS_NAME: LFS},
     "a pointer that has lost its size": SOUND | {WEIGHTS_NAME: LFS.partition(b"size")[0]},
@@ -134,6 +138,8 @@ SITUATIONS: dict[str, Files] = {
     "one layer": config(layers_to_transform=3),
     "a rank of nothing": config(r=0),
     "a rank of nothing, and ranks of their own": config(r=0, rank_pattern={"q": 4}),
+    "an alpha of null": config(lora_alpha=None),
+    "a rank of one": config(r=1),
     "a bias of its own": config(bias="some"),
     "ranks and alphas that are none": config(
         rank_pattern={"a": 0, "b": True, "c": "4", "d": 1}, alpha_pattern={"a": "x", "b": False, "c": 0}
@@ -157,6 +163,8 @@ SITUATIONS: dict[str, Files] = {
     ) | {CONFIG_NAME: config(r=9)[CONFIG_NAME]},
     "three other ranks": SOUND | shapes(**{f"l{rank}__lora_A__weight": [rank, 2] for rank in (5, 3, 2)}),
     "a rank that one tensor has": SOUND | shapes(a__lora_A__weight=[4, 2], b__lora_A__weight=[3, 2]),
+    "another rank, of two tensors": SOUND | shapes(a__lora_A__weight=[3, 2], b__lora_A__weight=[3, 2]),
+    "a tensor of no rank beside another": SOUND | shapes(a__lora_A__weight=[0, 2], b__lora_A__weight=[3, 2]),
     "another rank, and patterns": config(r=8, rank_pattern={"x": 4}),
     "another rank, and parameters": config(r=8, target_parameters=["x"]),
     "another rank, in blocks": config(r=8, use_bdlora={"a": 1}),
