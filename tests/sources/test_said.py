@@ -113,6 +113,7 @@ SITUATIONS: dict[str, Files] = {
     "a config nested without end": raw_config("[" * 100_000),
     "a config that is cut off": raw_config('{"a": '),
     "a config that is a list": raw_config("[]"),
+    "a config with a byte order mark": raw_config(b"\xef\xbb\xbf{}"),
     "a config that is null": raw_config("null"),
     "a config that is a text": raw_config('"x"'),
     "a config that is a number": raw_config("7"),
