@@ -8,13 +8,14 @@ transformers and PEFT make of it, so that a test of the gate never agrees with t
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -239,12 +240,20 @@ def make_adapter(base_dir: Path, out_dir: Path, *, seed: int = 1, **lora_kwargs:
 
 @contextmanager
 def among_transformers(model_class: type[PreTrainedModel]) -> Iterator[str]:
-    """A class of one's own, found by its name in transformers as those of a later release would be."""
-    setattr(transformers, model_class.__name__, model_class)
+    """A class of one's own, found by its name in transformers as those of a later release would be.
+
+    There may be two modules of that name: transformers puts another one in its own place while it is imported
+    (transformers/processing_utils.py), and who imported it before holds the first.
+    """
+    held = [vars(module).get("transformers") for module in list(sys.modules.values())]
+    named = {id(one): one for one in (sys.modules["transformers"], *held) if isinstance(one, ModuleType)}
+    for module in named.values():
+        setattr(module, model_class.__name__, model_class)
     try:
         yield model_class.__name__
     finally:
-        delattr(transformers, model_class.__name__)
+        for module in named.values():
+            delattr(module, model_class.__name__)
 
 
 def save_adapter(
