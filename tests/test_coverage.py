@@ -40,5 +40,6 @@ def test_what_is_left_out_is_what_imports_torch() -> None:
 
 
 def test_no_decision_is_excluded() -> None:
+    assert SETTINGS["report"]["fail_under"] == 100
     assert SETTINGS["report"]["exclude_also"] == ["if TYPE_CHECKING:", r"assert_never\("]
     assert not [path for path in PACKAGE.rglob("*.py") if "pragma:" in path.read_text(encoding="utf-8")]
