@@ -219,6 +219,34 @@ def test_a_directory_with_brackets_in_its_name_is_no_glob(place: Path) -> None:
     assert one(place, "'./adapters/r[16]'").name == "r[16]"
 
 
+def test_a_directory_whose_name_is_not_utf_8_is_found_by_a_glob(place: Path) -> None:
+    os.mkdir(os.fsencode(place / "adapters") + b"/team-caf\xe9")  # noqa: PTH102
+    config = load(place, HEAD + "  - ./adapters/team-*\n")
+    assert [os.fsencode(spec.name) for spec in config.adapters] == [b"team-a", b"team-b", b"team-caf\xe9"]
+
+
+def test_a_directory_whose_name_is_too_long_for_a_name_is_told_where_it_is_named(place: Path) -> None:
+    (place / ("n" * 201)).mkdir()
+    found = problems(place, HEAD + f"  - base: ./models/base\n    path: ./{'n' * 201}\n")
+    assert [problem.partition(" the adapter's name would be")[0] for problem in found] == ["4:11:"]
+    (place / ("n" * 200)).mkdir()
+    assert one(place, f"./{'n' * 200}").name == "n" * 200
+
+
+@pytest.mark.parametrize("switch", ["allow-pickle", "trust-remote-code"])
+def test_a_switch_is_off_until_it_is_switched_on(switch: str, place: Path) -> None:
+    field = switch.replace("-", "_")
+    assert getattr(load(place, LIST), field) is False
+    assert getattr(load(place, LIST + f"{switch}: false\n"), field) is False
+    assert getattr(load(place, LIST + f"{switch}: true\n"), field) is True
+
+
+def test_two_merge_keys_of_one_mapping_are_both_merged(place: Path) -> None:
+    text = HEAD + "  - &a {name: x, path: ./a/x}\n  - &b {path: ./b/x, name: y}\n"
+    config = load(place, text + "  - {<<: {path: ./adapters/support}, <<: {name: z}}\n")
+    assert [(spec.name, spec.source) for spec in config.adapters][2] == ("z", "./adapters/support")
+
+
 def test_a_glob_starts_in_a_directory_whose_name_looks_like_one(place: Path) -> None:
     odd = place / "odd[1]"
     (odd / "team-a").mkdir(parents=True)
@@ -278,6 +306,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "unknown alias": ("version: 1\nadapters: *x\n", "2:11: not valid YAML: found undefined alias"),
     "NUL": ("version: 1\nadap\0ters: a\n", "2:5: not valid YAML: the character U+0000 is not allowed"),
     "duplicate key": (LIST + "version: 1\n", '3:1: the key "version" is given twice (first in line 1)'),
+    "duplicate key above its value": ("version:\n  1\nadapters: [./adapters/support]\nversion: 1\n", '4:1: the key "version" is given twice (first in line 1)'),
     "duplicate inner key": (ENTRY + "path: acme/x\n", '4:5: the key "path" is given twice (first in line 3)'),
     "python tag": (LIST + "base: !!python/object/apply:os.system [ls]\n", '3:7: the tag "!!python/object/apply:os.sys'),
     "local tag": (LIST + "base: !secret x\n", '3:7: the tag "!secret" is not allowed'),
@@ -338,6 +367,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "name of a glob": (HEAD + "  - path: ./adapters/team-*\n    name: x\n", '4:5: "name" has no meaning for the glob'),
     "revision of a glob": (HEAD + "  - path: ./adapters/team-a*\n    revision: x\n", "4:5: revision has no meaning for a directory"),
     "revision of a directory": (ENTRY + "revision: v1\n", "4:5: revision has no meaning for a directory"),
+    "path below its entry": (HEAD + "  - name: x\n    path: ./none\n", '4:11: no such directory: "./none"'),
     "duplicate name": (HEAD + "  - ./a/x\n  - ./b/x\n", '4:5: the name "x" is given twice, in line 3 and in line 4: to "./a/x" and "./b/x"'),
     "the same twice": (HEAD + "  - ./a/x\n  - ./a/x\n", '4:5: the name "x" is given twice, in line 3 and in line 4'),
     "duplicate in a glob": (HEAD + "  - ./?/x\n", '3:5: the name "x" is given twice, in line 3: to "./a/x" and "./b/x"'),
