@@ -16,9 +16,12 @@ from merge_gate.engine import casting, sandbox
 from merge_gate.engine.base import Base, ModelClass, load_base
 from merge_gate.engine.casting import in_another_dtype
 from merge_gate.engine.child import judge_job
+from merge_gate.engine.hollow import Hollow
+from merge_gate.engine.load import load_adapter
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.protocol import BaseLoaded, Event, Group, Job, Merged, Task
 from merge_gate.engine.shape import shape_for
+from merge_gate.engine.weights import read_weights
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.preflight import preflight
@@ -147,6 +150,34 @@ def test_every_method_comes_to_the_same(case: methods.Case, llama: tuple[Path, B
     (ours, merged), (theirs, expected) = outcome(cast, files), outcome(fresh, files)
     assert repr(ours) == repr(theirs)
     assert same(merged, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("lora-linear", False),
+        ("lora-orthogonal", False),
+        ("lora-dora", False),
+        ("lora-mica", True),
+        ("lora-kasa", True),
+    ],
+)
+def test_no_weight_is_cast_to_load_a_lora_that_reads_none(
+    name: str, is_read: bool, llama: tuple[Path, Base, Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, known, _ = llama
+    cast = in_another_dtype(known, ModelClass(class_name="LlamaForCausalLM"), str(directory), "float16")
+    assert cast is not None
+    case = methods.find(name)
+    methods.save_adapter(case, methods.load_base("llama", directory), tmp_path / "a", base_directory=directory)
+    files = preflight(str(tmp_path / "a"), allow_pickle=False)
+    filled: list[int] = []
+    fill = Hollow.filled
+    monkeypatch.setattr(Hollow, "filled", lambda hollow, held: filled.append(len(held)) or fill(hollow, held))
+    with methods.quiet():
+        load_adapter(cast, files, read_weights(files))
+    assert bool(filled) is is_read
+    assert not cast.was_misread()
 
 
 # --- what is not finite --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from merge_gate.engine.base import Base, first_line, named_tensors
-from merge_gate.engine.peft_config import missing_package
+from merge_gate.engine.peft_config import initialisation_reads_base, missing_package
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
@@ -96,7 +96,11 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, wi
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        with _targets_filled(base, config), contextlib.nullcontext() if with_magnitudes else _magnitudes_unmeasured():
+        filled = initialisation_reads_base(config, with_magnitudes=with_magnitudes)
+        with (
+            _targets_filled(base, config) if filled else contextlib.nullcontext(),
+            contextlib.nullcontext() if with_magnitudes else _magnitudes_unmeasured(),
+        ):
             return model_class(scratch, config, adapter_name)
     except ImportError as error:
         raise Refused(missing_package(error)) from error

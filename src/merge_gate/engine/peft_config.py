@@ -131,3 +131,20 @@ def initialisation_writes_to_base(config: Any) -> bool:
     """
     scheme = getattr(config, "init_lora_weights", None)
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
+
+
+def initialisation_reads_base(config: Any, *, with_magnitudes: bool) -> bool:
+    """Whether PEFT may read a weight of the base while it makes a layer: not for LoRA, but for what some settings ask.
+
+    Args:
+        config: PEFT's.
+        with_magnitudes: whether DoRA's magnitudes are measured (inject.py).
+    """
+    scheme = getattr(config, "init_lora_weights", None)
+    is_plain = config.peft_type == peft.PeftType.LORA and str(scheme).lower() in {
+        "gaussian",
+        "orthogonal",
+        "true",
+        "false",
+    }
+    return not is_plain or bool(getattr(config, "kasa_config", None)) or (config.use_dora and with_magnitudes)
