@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merge_gate.records.files import TensorHeader
-from merge_gate.sources.headers import CorruptFileError, read_header
+from merge_gate.sources.headers import CorruptFileError
 from merge_gate.sources.pickled import UnsafePickleError, read_pickled
+from tests.sources.headers_of import header_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +80,7 @@ def test_it_reads_what_safetensors_holds_of_the_same_tensors(tmp_path: Path, pro
     assert found is not None
     assert {one.name for one in found} == set(tensors())
     assert sorted(found, key=lambda one: one.name) == sorted(
-        read_header(str(tmp_path / "a.safetensors")), key=lambda one: one.name
+        header_of(tmp_path / "a.safetensors"), key=lambda one: one.name
     )
 
 
@@ -88,7 +89,7 @@ def test_every_dtype_has_the_name_that_safetensors_gives_it(tmp_path: Path, name
     value = {"a": torch.zeros(4, 2, dtype=getattr(torch, name))}
     save_file(value, tmp_path / "a.safetensors")
     torch.save(value, tmp_path / "a.bin")
-    assert look(tmp_path / "a.bin") == read_header(str(tmp_path / "a.safetensors"))
+    assert look(tmp_path / "a.bin") == header_of(tmp_path / "a.safetensors")
 
 
 def test_views_have_their_own_shape(tmp_path: Path) -> None:

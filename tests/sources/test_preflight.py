@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from merge_gate.errors import EngineError
 from merge_gate.identity import identity_of
 from merge_gate.records.terms import Origin, Severity
-from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, parse_file, read_header
+from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, parse_file
 from merge_gate.sources.preflight import base_of, preflight
 from tests import methods
 from tests.models import VARIANTS
+from tests.sources.headers_of import header_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -629,7 +630,7 @@ def accepts(path: Path) -> bool:
 
 def reads(path: Path) -> bool:
     try:
-        read_header(str(path))
+        header_of(path)
     except CorruptFileError:
         return False
     return True
@@ -703,7 +704,7 @@ def test_sound_files_are_accepted_as_the_library_does(
     path = tmp_path / "file"
     path.write_bytes(pack(json.dumps(header).encode() + b" " * padding, bytes(size)))
     assert accepts(path)
-    described = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in read_header(str(path))}
+    described = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in header_of(path)}
     assert described == {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
 
 

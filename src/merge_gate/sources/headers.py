@@ -131,17 +131,11 @@ def other_format(file: BufferedReader) -> str | None:
     return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
 
 
-def read_header(path: str) -> tuple[TensorHeader, ...]:
+def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     """The tensors that a safetensors file holds, in the header's order.
 
     Raises `CorruptFileError`, or `OSError` when the file cannot be read.
     """
-    with open_regular(path) as file:
-        return parse_file(file)
-
-
-def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
-    """`read_header` of an open file."""
     # 1. Eight bytes: the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
     if not size_bytes:
