@@ -729,7 +729,7 @@ def test_no_mapping_of_the_schema_takes_unknown_keys() -> None:
 
 BEYOND_SCHEMA = {
     # directories, names and digests of the file system and of other entries
-    "no directory", "no directory, nothing near", "no parent", "windows path", "home", "home of nobody",
+    "path below its entry", "no directory", "no directory, nothing near", "no parent", "windows path", "home", "home of nobody",
     "mistyped, not the Hub", "no Hub id", "too many parts", "URL", "a file", "no match", "only files match",
     "two stars", "too long for the system", "glob too long for the system", "name of a glob", "revision of a glob", "revision of a directory", "duplicate name",
     "the same twice", "duplicate in a glob", "duplicate given name", "name of the root", "no base",
