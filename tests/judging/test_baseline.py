@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from merge_gate.judging.baseline import accept, adapter_digest
 from merge_gate.records.config import KnownFailure
 from merge_gate.records.files import FileRecord
+from merge_gate.records.report import Accepted, BaselineEntry
 from merge_gate.records.terms import Acceptance, Result, Verdict
 from tests.report.reports import CRASHED, FAILED, PASSED, SHA256, report
 
@@ -28,9 +31,17 @@ KNOWN = KnownFailure(
 def test_a_known_failure_is_accepted_and_stays_failed() -> None:
     (line,), (entry,) = accept([FAILED], [KNOWN], DAY)
     assert line.verdict is Verdict.FAILED
-    assert line.accepted is not None
-    assert (line.accepted.owner, line.accepted.until) == ("team-a", "2026-03-01")
-    assert entry.outcome is Acceptance.USED
+    assert line.accepted == Accepted(reason="retrained in spring", owner="team-a", until="2026-03-01")
+    assert entry == BaselineEntry(
+        adapter=KNOWN.adapter,
+        cause="adapter-nonfinite",
+        also=("merged-nonfinite",),
+        reason="retrained in spring",
+        owner="team-a",
+        until="2026-03-01",
+        outcome=Acceptance.USED,
+        line=5,
+    )
     assert report(line, PASSED).result is Result.PASS
     assert report(line, PASSED).accepted == 1
 
@@ -68,3 +79,6 @@ def test_the_digest_is_of_all_files_in_their_order() -> None:
     one, two = (FileRecord(path=name, size_bytes=1, sha256=SHA256) for name in ("a", "b"))
     assert adapter_digest([]) is None
     assert len({adapter_digest(files) for files in ([one], [two], [one, two], [two, one])}) == 4
+    written = f"{SHA256}  a\n{SHA256}  caf\\udce9\n"
+    odd = replace(two, path=os.fsdecode(b"caf\xe9"))
+    assert adapter_digest([one, odd]) == hashlib.sha256(written.encode()).hexdigest(), "as sha256sum writes them"
