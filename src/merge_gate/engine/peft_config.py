@@ -21,6 +21,9 @@ from merge_gate.records.terms import Origin
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga", "true", "false"})
 """Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
 
+UNREADING_SCHEMES = frozenset({"gaussian", "orthogonal", "true", "false"})
+"""Those that read none either."""
+
 LISTED = 6
 """Names listed in one message before "and N more"."""
 
@@ -140,11 +143,6 @@ def initialisation_reads_base(config: Any, *, with_magnitudes: bool) -> bool:
         config: PEFT's.
         with_magnitudes: whether DoRA's magnitudes are measured (inject.py).
     """
-    scheme = getattr(config, "init_lora_weights", None)
-    is_plain = config.peft_type == peft.PeftType.LORA and str(scheme).lower() in {
-        "gaussian",
-        "orthogonal",
-        "true",
-        "false",
-    }
+    scheme = str(getattr(config, "init_lora_weights", None)).lower()
+    is_plain = config.peft_type == peft.PeftType.LORA and scheme in UNREADING_SCHEMES
     return not is_plain or bool(getattr(config, "kasa_config", None)) or (config.use_dora and with_magnitudes)
