@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.report.json_report import read
-from tests.command import COMMAND, environment, merge_gate, wait_until
+from tests.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
 from tests.faults import configure
 from tests.fleet.tiny import BROKEN, lay_fleet, same
 
@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> No
         assert tasks
         for task in tasks:
             os.kill(task, signal.SIGKILL)
-        assert process.wait(180) == 1, (fleet / "log").read_text()
+        assert process.wait(PATIENCE_S) == 1, (fleet / "log").read_text()
     assert same(stored(fleet / "killed")) == same(stored(fleet / "whole"))
     assert tasks_of(marker) == []
 
@@ -104,7 +104,7 @@ def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
     with running(fleet, "--output", "stopped", "--ray", MARKER=marker) as process:
         wait_until(lambda: judged(fleet) > 4, process)
         process.terminate()
-        assert process.wait(60) == 3, (fleet / "log").read_text()
+        assert process.wait(PATIENCE_S) == 3, (fleet / "log").read_text()
     wait_until(lambda: not tasks_of(marker))
     assert "stopped by SIGTERM" in (fleet / "log").read_text(encoding="utf-8")
     assert not stored(fleet / "stopped").complete
@@ -139,9 +139,9 @@ def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> Non
             owner.stdin.write("remove\n")
             owner.stdin.flush()
             assert owner.stdout.readline() == "removed\n"
-            assert process.wait(240) == 1, (fleet / "log").read_text()
+            assert process.wait(PATIENCE_S) == 1, (fleet / "log").read_text()
     finally:
-        owner.communicate(timeout=60)
+        owner.communicate(timeout=PATIENCE_S)
     assert same(stored(fleet / "removed")) == same(stored(fleet / "whole"))
 
 
