@@ -180,6 +180,18 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
             places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
         ),
+        Fire(
+            ("./base", "lm_head.weight", "1 NaN", "the adapter brings finite values in its place"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("lm_head.weight"),)), mended=("lm_head.weight",)),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("./base", "lm_head.weight.absmax", "the adapter brings finite values in its place"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), mended=("lm_head.weight",)),
+            severity=Severity.WARNING,
+        ),
     ),
     "adapter-nonfinite": (
         Fire(

@@ -19,20 +19,24 @@ from merge_gate.engine import outcome
 from merge_gate.engine.base import Base, named_tensors
 from merge_gate.engine.quantized import elements
 from merge_gate.errors import Refused
-from merge_gate.records.measured import Refusal, TensorMerge
+from merge_gate.records.measured import Refusal, TensorMerge, TensorStats
 from merge_gate.records.terms import Origin
 from merge_gate.text import listing
 
 
 @dataclass(slots=True)
 class Ledger:
-    """`merges` by the base's names; `layers` that changed each; `total` and `checked` count elements."""
+    """`merges` by the base's names; `layers` that changed each; `total` and `checked` count elements.
+
+    `left` names the base's tensors that are not finite in the merged model either.
+    """
 
     base: Base
     merges: dict[str, TensorMerge] = field(default_factory=dict)
     layers: dict[str, list[Any]] = field(default_factory=dict)
     checked: int = 0
     total: int = 0
+    left: set[str] = field(default_factory=set)
 
     def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
         """Enter what a merge made of one tensor; `layer`, where it differs from the base, made it."""
@@ -59,15 +63,15 @@ class Ledger:
             own = known is not None and outcome.shares_storage(known, tensor)
             if not own and not outcome.is_the_bases(self.base, name, tensor):
                 self.book(outcome.of_tensor(self.base, module, name, tensor))
-            self.checked += self._measured(name)
+            stats = self._measured(name)
+            self.checked += stats.numel if stats is not None else 0
+            if stats is None or not stats.finite:
+                self.left.add(self.base.first_name(name))
 
-    def _measured(self, name: str) -> int:
-        """Elements that were measured under this name: in the merge, else with the base."""
+    def _measured(self, name: str) -> TensorStats | None:
+        """What was measured under this name: in the merge, else with the base."""
         merge = self.merges.get(name)
-        if merge is not None:
-            return merge.stats.numel
-        stats = self.base.stats.get(self.base.first_name(name))
-        return stats.numel if stats is not None else 0
+        return merge.stats if merge is not None else self.base.stats.get(self.base.first_name(name))
 
     def tied(self, sharers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
         """Tensors that a layer changed for one module while another module shares them without that adapter."""

@@ -144,6 +144,7 @@ def _attempt(
         merges=tuple(merges.values()),
         shared=_shared(loaded),
         tied=walk.ledger.tied(loaded.sharers),
+        mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
         refused_by_safe_merge=tuple(walk.refused),
         initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
         witnessed=tuple(walk.witnessed),
@@ -155,6 +156,10 @@ def _attempt(
         parameters_bounded=sum(merge.bounded for merge in merges.values()),
         parameters_total=walk.ledger.total,
     )
+
+
+def _not_finite(base: Base) -> list[str]:
+    return [name for name, stats in base.stats.items() if not stats.finite]
 
 
 def _made_up(base: Base, whole: set[str]) -> set[str]:

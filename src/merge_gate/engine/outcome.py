@@ -53,7 +53,7 @@ def of_tensor(
     values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
     ceiling = dtype_max(values.dtype)
     known = base.tensors.get(base.first_name(name))
-    if known is None or known.shape != tensor.shape or not stats.finite:
+    if known is None or known.shape != tensor.shape or not (stats.finite and base.stats[base.first_name(name)].finite):
         return TensorMerge(module=place, stats=stats, dtype_max=ceiling, changed=True)
     was = (dequantized(base.model.get_submodule(place), known) if is_quantized(known) else known.data).to(values.device)
     base_norm = distance(was)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.words import describe_nonfinite, nothing_finite
-from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge
+from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.tensor_names import module_of
 
@@ -23,12 +23,18 @@ from merge_gate.tensor_names import module_of
 )
 def base_nonfinite(case: Case) -> Iterator[Finding]:
     if case.evidence is not None:
-        yield from findings_of_base(case.evidence.base)
+        yield from findings_of_base(case.evidence.base, case.evidence.mended)
 
 
-def findings_of_base(base: BaseFacts) -> Iterator[Finding]:
-    """Findings about the base alone, before any merge; the report's list of bases has them too."""
+def findings_of_base(base: BaseFacts, mended: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Findings about the base before any merge; the report's list of bases has them too.
+
+    In place of those that are `mended` an adapter brings finite values.
+    """
     for stats in base.nonfinite:
+        if stats.name in mended or stats.name.rpartition(".")[0] in mended:  # or a scale of one
+            yield _mended(base, stats)
+            continue
         no_limit = stats.is_buffer and not stats.nan  # some models mean by an infinite buffer that there is no limit
         yield base_nonfinite.finding(
             f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge"
@@ -41,6 +47,18 @@ def findings_of_base(base: BaseFacts) -> Iterator[Finding]:
             module=stats.name.rpartition(".")[0],
             stats=stats,
         )
+
+
+def _mended(base: BaseFacts, stats: TensorStats) -> Finding:
+    return base_nonfinite.finding(
+        f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge; the "
+        "adapter brings finite values in its place",
+        "nothing for this adapter; one that does not bring this tensor fails on this base",
+        Origin.BASE,
+        severity=WARNING,
+        module=stats.name.rpartition(".")[0],
+        stats=stats,
+    )
 
 
 @check("adapter-nonfinite", ERROR, "The adapter's own file holds NaN or Inf.", Symptom.NONFINITE)
