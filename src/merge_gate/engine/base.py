@@ -105,15 +105,9 @@ class Base:
             return nullcontext()
         return self.hollow.filled(self.tensors[name] for name in names if name in self.tensors)
 
-    def values(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a tensor of the base stands for, until this thread asks for another one."""
-        return tensor if self.hollow is None else self.hollow.values(tensor, self._room)
-
-    def _room(self, size_bytes: int) -> torch.Tensor:
-        held: torch.Tensor | None = getattr(self._buffers, "cast", None)
-        if held is None or held.nbytes < size_bytes:
-            held = self._buffers.cast = torch.empty(size_bytes, dtype=torch.uint8)
-        return held
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the base as it is in memory: what one that has no values now is cast from."""
+        return tensor if self.hollow is None else self.hollow.source(tensor)
 
     def was_misread(self) -> bool:
         """Whether somebody has read a tensor that had no values; it has some from now on."""

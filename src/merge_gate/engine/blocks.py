@@ -114,9 +114,9 @@ class BlockMerge:
     def candidates(self) -> Candidates | None:
         """Which of the `slices` can hold the extremes of the merge; None where all of them have to be merged."""
         values, update, slices = self._values, self._update, self.slices
-        if self.quantized or not Screen.suits(update, values.dtype, slices):
+        if not isinstance(values, DenseValues) or not Screen.suits(values.stored, update, values.dtype, slices):
             return None
-        return Screen(values.rows, update, values.dtype, slices, self._buffers).candidates()
+        return Screen(values.stored, update, values.dtype, slices, self._buffers).candidates()
 
     def extremes(self) -> tuple[torch.Tensor, bool] | None:
         """Of a quantised weight: the least and the greatest of the values that share a scale, all of them.

@@ -48,6 +48,11 @@ class DenseValues:
         self.shape, self.device = (weight.shape[0], weight.shape[1]), weight.device
         self.dtype = dtype or weight.dtype
 
+    @property
+    def stored(self) -> torch.Tensor:
+        """The weight that the values are cast from, if its dtype is another one."""
+        return self._weight
+
     def rows(self, rows: slice) -> torch.Tensor:
         values = self._weight[rows]
         return values if values.dtype == self.dtype else self._buffers.take("base", values, self.dtype).copy_(values)

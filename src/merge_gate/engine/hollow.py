@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -83,13 +83,10 @@ class Hollow:
             for place in places:
                 self._leave(place)
 
-    def values(self, tensor: torch.Tensor, room: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """The tensor itself; of one that is hollow its values, in `room` for so many bytes."""
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a hollow tensor is cast from, in its own dtype; any other tensor itself."""
         place = self._places.get(tensor.data_ptr())
-        if place is None:
-            return tensor
-        space = room(place.tensor.nbytes)[: place.tensor.nbytes]
-        return space.view(place.tensor.dtype).view(place.tensor.shape).copy_(place.source)
+        return tensor if place is None else place.source
 
     def fill_touched(self) -> bool:
         """Fill for good what was read or written while it had no values. Whether there was any."""

@@ -151,7 +151,7 @@ def _work(
     base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
 ) -> Iterator[Callable[[], tuple[BlockLayer, TensorMerge | None] | None]]:
     def merged(one: BlockLayer) -> tuple[BlockLayer, TensorMerge | None]:
-        return one, _measured(base, one, base.values(one.slot.data), leeway)
+        return one, _measured(base, one, base.stored(one.slot.data), leeway)
 
     for number, one in enumerate(planned):
         other = beside() if number % APART == 0 else None
@@ -168,7 +168,7 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
     theirs = one.slot.tensor
     if theirs is None:
         return False
-    merge = _merge(base, one, one.slot.data.to(base.device))
+    merge = _merge(base, one, base.stored(one.slot.data).to(base.device))
     quantized = is_quantized(theirs)
     values = dequantized(one.slot.module, theirs) if quantized else theirs.data
     if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
@@ -183,8 +183,12 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
 
 
 def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
-    held = one.slot.parameter if is_quantized(one.slot.parameter) else weight
-    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales)
+    """`weight` may be in another dtype than the base: it is cast a block at a time."""
+    if is_quantized(one.slot.parameter):
+        held, dtype = one.slot.parameter, None
+    else:
+        held, dtype = weight, one.slot.data.dtype
+    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales, dtype=dtype)
 
 
 def _measured(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:

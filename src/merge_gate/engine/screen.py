@@ -7,7 +7,8 @@ PEFT rounds three times: the product to float32, the delta to the weight's dtype
 order of values, and none of them is larger than a bound. So:
 
 1. Every element is merged, W + scaling · B @ A in one product, and measured. Let t be such a sum: in float32, or of a
-   bfloat16 weight in bfloat16 where the processor multiplies that, in half the time.
+   weight stored in bfloat16 in bfloat16, where the processor multiplies that, in half the time. A weight that is wanted
+   in another dtype than it is stored in is read as it is stored.
 2. What PEFT rounds last, to the final dtype, is within `reach` of t.
 3. A block whose greatest t, plus reach, is rounded to no more than a value that another block is known to hold, holds
    nothing greater. Likewise for the least. All others are merged with PEFT's roundings, the likeliest first.
@@ -19,6 +20,7 @@ The bound of step 2, with u the largest relative error of a rounding in a dtype,
 |scaling| · Σ|b||a| of any element (by Cauchy and Schwarz from the norms of rows and columns):
 
     rounding the delta                       u(W) · P, and u(factors) · P where PEFT rounds it to their dtype as well
+    rounding the stored weight to W          u(W) · |W|
     all in float32: r products, their sum in any order, the scaling, W, in either merge
                                              (4 r + 32) · 2⁻²⁴ · (|W| + P) each
     what is below the least normal number    its place is lost, whatever the order of factors
@@ -82,18 +84,22 @@ def multiplies_bfloat16() -> bool:
 class Bound:
     """`product` is P of the module's docstring, `fixed` the part of the reach that does not depend on the values.
 
-    `rounding` is u of the dtype that the sums are rounded to; of float32 it is in `share`.
+    `share` is the relative error of a merge in float32, `cast` that of the stored weight. `rounding` is u of the dtype
+    that the sums are rounded to; of float32 it is in `share`.
     """
 
     product: float
     share: float
+    cast: float
     fixed: float
     ceiling: float
     rounding: float
 
     @classmethod
     @torch.no_grad()
-    def of(cls, factors: Factors, scaling: float, dtype: torch.dtype, *, in_bfloat16: bool = False) -> Bound | None:
+    def of(
+        cls, factors: Factors, scaling: float, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
+    ) -> Bound | None:
         """None where float32 may leave its range on the way, so that nothing is proved."""
         left, right, rank = factors.left, factors.right, factors.left.shape[1]
         if rank > MOST_RANK:
@@ -105,11 +111,12 @@ class Bound:
         product = abs(scaling) * a * b * SLACK
         rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
         share = (4 * rank + 32) * UNIT
-        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in rounded)
-        narrow = torch.finfo(torch.bfloat16).eps / 2 if in_bfloat16 else 0.0
-        fixed = SLACK * (sum(torch.finfo(one).eps / 2 for one in rounded) + 3 * narrow) * product + lost
+        casts = [] if stored == dtype else [dtype]
+        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in (*casts, *rounded))
+        narrow = _unit(torch.bfloat16) if in_bfloat16 else 0.0
+        fixed = SLACK * (sum(map(_unit, rounded)) + 3 * narrow) * product + lost
         ceiling = ROOM * min(torch.finfo(one).max for one in (*rounded, torch.float32))
-        return cls(product, share, fixed, ceiling, narrow)
+        return cls(product, share, sum(map(_unit, casts)), fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
         """How far what PEFT rounds last is from the sums with these extremes; None if they are near a limit, or NaN."""
@@ -117,7 +124,13 @@ class Bound:
         if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and largest + self.product <= self.ceiling):
             return None
         weight = 2 * (largest + self.product)  # not less than any |W|
-        return SLACK * (self.fixed + 2 * self.share * (weight + self.product) + self.rounding * largest)
+        in_float32 = 2 * self.share * (weight + self.product)
+        return SLACK * (self.fixed + in_float32 + self.cast * weight + self.rounding * largest)
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """u: the largest relative error of a rounding to it."""
+    return torch.finfo(dtype).eps / 2
 
 
 def _longest(vectors: torch.Tensor, dim: int) -> float:
@@ -132,26 +145,26 @@ def _ends(sums: torch.Tensor) -> Ends:
 
 
 class Screen:
-    """The merge of a weight in one product. `rows` gives a block of the base's values in the weight's final dtype."""
+    """The merge of a weight in one product: `stored` as it lies in memory, `dtype` as it is wanted."""
 
     def __init__(
         self,
-        rows: Callable[[slice], torch.Tensor],
+        stored: torch.Tensor,
         update: LowRankUpdate,
         dtype: torch.dtype,
         slices: Sequence[slice],
         buffers: Buffers,
     ) -> None:
-        self._rows, self._slices, self._buffers, self._dtype = rows, slices, buffers, dtype
+        self._stored, self._slices, self._buffers, self._dtype = stored, slices, buffers, dtype
         self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
         self._scaling = update.scaling
-        self._in_bfloat16 = dtype == torch.bfloat16 and multiplies_bfloat16()
-        self._bound = Bound.of(self._factors, update.scaling, dtype, in_bfloat16=self._in_bfloat16)
+        self._in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16()
+        self._bound = Bound.of(self._factors, update.scaling, dtype, stored=stored.dtype, in_bfloat16=self._in_bfloat16)
 
     @staticmethod
-    def suits(update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
+    def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
         """Whether there are blocks to leave out, of a merge that rounds its sums."""
-        narrow = dtype in HALVES and update.lora_a.dtype != torch.float64
+        narrow = dtype in HALVES and torch.float64 not in (stored.dtype, update.lora_a.dtype)
         return narrow and update.magnitude is None and len(slices) >= LEAST_BLOCKS
 
     def candidates(self) -> Candidates | None:
@@ -170,7 +183,7 @@ class Screen:
 
     def _merged(self, rows: slice) -> Ends:
         """Step 1 for a block: the extremes of its sums."""
-        base = self._rows(rows)
+        base = self._stored[rows]
         sums = self._buffers.take("sum", base, torch.float32).copy_(base)
         torch.addmm(sums, self._factors.left[rows], self._factors.right, alpha=self._scaling, out=sums)
         return _ends(sums)
@@ -182,7 +195,7 @@ class Screen:
         for first in range(0, len(self._slices), TOGETHER):
             blocks = self._slices[first : first + TOGETHER]
             start, stop = blocks[0].start, blocks[-1].stop
-            base = self._rows(slice(start, stop))
+            base = self._stored[start:stop]
             sums = torch.addmm(base, left[start:stop], right, out=self._buffers.take("sum", base, torch.bfloat16))
             yield from (_ends(sums[rows.start - start : rows.stop - start]) for rows in blocks)
 
