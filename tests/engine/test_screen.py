@@ -158,7 +158,7 @@ def test_all_blocks_are_visited_where_one_holds_what_the_bound_excludes() -> Non
         seen.append(number)
         return -1.0, ends[number][1] + 0.5
 
-    Candidates(ends, 0.25, float).visit(merged)
+    Candidates(ends, [0.25] * 9, float).visit(merged)
     assert sorted(seen) == list(range(9))
 
 
@@ -169,7 +169,7 @@ def test_blocks_whose_greatest_values_are_rounded_to_the_same_are_not_asked_twic
         seen.append(number)
         return float(round(ends[number][0])), float(round(ends[number][1]))
 
-    Candidates(ends, 0.1, lambda value: float(round(value))).visit(merged)
+    Candidates(ends, [0.1] * 3, lambda value: float(round(value))).visit(merged)
     assert seen == [1, 2]
 
 

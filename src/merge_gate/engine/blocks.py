@@ -6,7 +6,8 @@ no models, no files, no idea of what is good or bad. The weight is never written
 
     delta.py    scaling · B @ A in blocks, and the proof that they have the bits of the whole
     dense.py    W + delta, DoRA's norms, PEFT's roundings
-    screen.py   which blocks of a 16-bit weight have to be merged with these roundings, to know its extremes
+    screen.py   which blocks of a 16-bit weight have to be merged with these roundings, to know its extremes;
+                dora_screen.py with DoRA's norms
     packed.py   bitsandbytes weights: dequantised, quantised again
     bound.py    what can be said of a merge without making it
 
@@ -23,6 +24,7 @@ import torch
 
 from merge_gate.engine.delta import FLOATS, HALVES, Buffers, LowRankUpdate, is_plain
 from merge_gate.engine.dense import DenseValues, Sum
+from merge_gate.engine.dora_screen import DoraScreen
 from merge_gate.engine.packed import Int4Values, Int8Values
 from merge_gate.engine.quantized import BNB_4BIT, is_quantized
 from merge_gate.engine.screen import Candidates, Screen
@@ -114,9 +116,12 @@ class BlockMerge:
     def candidates(self) -> Candidates | None:
         """Which of the `slices` can hold the extremes of the merge; None where all of them have to be merged."""
         values, update, slices = self._values, self._update, self.slices
-        if not isinstance(values, DenseValues) or not Screen.suits(values.stored, update, values.dtype, slices):
+        if not isinstance(values, DenseValues):
             return None
-        return Screen(values.stored, update, values.dtype, slices, self._buffers).candidates()
+        screen = Screen if update.magnitude is None else DoraScreen
+        if not screen.suits(values.stored, update, values.dtype, slices):
+            return None
+        return screen(values.stored, update, values.dtype, slices, self._buffers).candidates()
 
     def extremes(self) -> tuple[torch.Tensor, bool] | None:
         """Of a quantised weight: the least and the greatest of the values that share a scale, all of them.

@@ -104,7 +104,7 @@ class Bound:
         left, right, rank = factors.left, factors.right, factors.left.shape[1]
         if rank > MOST_RANK:
             return None
-        a, b = _longest(right, 0), _longest(left, 1)
+        a, b = float(lengths(right, 0).max()), float(lengths(left, 1).max())
         sizes = (a, b, abs(scaling), a * b, a * abs(scaling), b * abs(scaling), a * b * abs(scaling))
         if not all(size <= MOST for size in sizes) or abs(scaling) < 1 / MOST:  # NaN is not
             return None
@@ -113,10 +113,10 @@ class Bound:
         share = (4 * rank + 32) * UNIT
         casts = [] if stored == dtype else [dtype]
         lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in (*casts, *rounded))
-        narrow = _unit(torch.bfloat16) if in_bfloat16 else 0.0
-        fixed = SLACK * (sum(map(_unit, rounded)) + 3 * narrow) * product + lost
+        narrow = unit(torch.bfloat16) if in_bfloat16 else 0.0
+        fixed = SLACK * (sum(map(unit, rounded)) + 3 * narrow) * product + lost
         ceiling = ROOM * min(torch.finfo(one).max for one in (*rounded, torch.float32))
-        return cls(product, share, sum(map(_unit, casts)), fixed, ceiling, narrow)
+        return cls(product, share, sum(map(unit, casts)), fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
         """How far what PEFT rounds last is from the sums with these extremes; None if they are near a limit, or NaN."""
@@ -128,20 +128,42 @@ class Bound:
         return SLACK * (self.fixed + in_float32 + self.cast * weight + self.rounding * largest)
 
 
-def _unit(dtype: torch.dtype) -> float:
+def unit(dtype: torch.dtype) -> float:
     """u: the largest relative error of a rounding to it."""
     return torch.finfo(dtype).eps / 2
 
 
-def _longest(vectors: torch.Tensor, dim: int) -> float:
-    """Not less than the norm of any of them, in float32: squares that vanish there are made good for."""
-    squares = vectors.square().sum(dim)
-    return math.sqrt(squares.max()) * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
+def lengths(vectors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Not less than the norm of each of them, in float64: squares that vanish in float32 are made good for."""
+    return vectors.square().sum(dim).double().sqrt() * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
 
 
 def _ends(sums: torch.Tensor) -> Ends:
     least, greatest = torch.aminmax(sums)
     return float(least), float(greatest)
+
+
+def summed(
+    stored: torch.Tensor,
+    factors: Factors,
+    scaling: float,
+    slices: Sequence[slice],
+    buffers: Buffers,
+    *,
+    in_bfloat16: bool,
+) -> Iterator[tuple[Sequence[slice], torch.Tensor]]:
+    """Step 1: some blocks and their sums, which the next ones overwrite."""
+    left, right, alpha, together, dtype = factors.left, factors.right, scaling, 1, torch.float32
+    if in_bfloat16:
+        left, right, alpha, together = (left * scaling).bfloat16(), right.bfloat16(), 1.0, TOGETHER
+        dtype = torch.bfloat16
+    for first in range(0, len(slices), together):
+        blocks = slices[first : first + together]
+        rows = slice(blocks[0].start, blocks[-1].stop)
+        base = stored[rows]
+        sums = buffers.take("sum", base, dtype)
+        torch.addmm(base if base.dtype == dtype else sums.copy_(base), left[rows], right, alpha=alpha, out=sums)
+        yield blocks, sums
 
 
 class Screen:
@@ -155,15 +177,15 @@ class Screen:
         slices: Sequence[slice],
         buffers: Buffers,
     ) -> None:
-        self._stored, self._slices, self._buffers, self._dtype = stored, slices, buffers, dtype
-        self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
-        self._scaling = update.scaling
-        self._in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16()
-        self._bound = Bound.of(self._factors, update.scaling, dtype, stored=stored.dtype, in_bfloat16=self._in_bfloat16)
+        self._slices, self._dtype = slices, dtype
+        factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
+        in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16()
+        self._bound = Bound.of(factors, update.scaling, dtype, stored=stored.dtype, in_bfloat16=in_bfloat16)
+        self._summed = summed(stored, factors, update.scaling, slices, buffers, in_bfloat16=in_bfloat16)
 
     @staticmethod
     def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
-        """Whether there are blocks to leave out, of a merge that rounds its sums."""
+        """Whether there are blocks to leave out, of a LoRA that rounds its sums."""
         narrow = dtype in HALVES and torch.float64 not in (stored.dtype, update.lora_a.dtype)
         return narrow and update.magnitude is None and len(slices) >= LEAST_BLOCKS
 
@@ -173,43 +195,24 @@ class Screen:
         if bound is None:
             return None
         found: list[Ends] = []
-        for least, greatest in self._in_halves() if self._in_bfloat16 else map(self._merged, self._slices):
-            reach = bound.reach((least, greatest))
-            if reach is None or (not found and reach > WORTH * (greatest - least)):
-                return None
-            found.append((least, greatest))
+        for blocks, sums in self._summed:
+            for rows in blocks:
+                start = blocks[0].start
+                least, greatest = _ends(sums[rows.start - start : rows.stop - start])
+                reach = bound.reach((least, greatest))
+                if reach is None or (not found and reach > WORTH * (greatest - least)):
+                    return None
+                found.append((least, greatest))
         reach = bound.reach((min(low for low, _ in found), max(high for _, high in found)))
-        return None if reach is None else Candidates(tuple(found), reach, self._rounded)
-
-    def _merged(self, rows: slice) -> Ends:
-        """Step 1 for a block: the extremes of its sums."""
-        base = self._stored[rows]
-        sums = self._buffers.take("sum", base, torch.float32).copy_(base)
-        torch.addmm(sums, self._factors.left[rows], self._factors.right, alpha=self._scaling, out=sums)
-        return _ends(sums)
-
-    def _in_halves(self) -> Iterator[Ends]:
-        """Step 1 in bfloat16: the extremes of each block, a few of them in one product."""
-        left = (self._factors.left * self._scaling).bfloat16()
-        right = self._factors.right.bfloat16()
-        for first in range(0, len(self._slices), TOGETHER):
-            blocks = self._slices[first : first + TOGETHER]
-            start, stop = blocks[0].start, blocks[-1].stop
-            base = self._stored[start:stop]
-            sums = torch.addmm(base, left[start:stop], right, out=self._buffers.take("sum", base, torch.bfloat16))
-            yield from (_ends(sums[rows.start - start : rows.stop - start]) for rows in blocks)
-
-    def _rounded(self, value: float) -> float:
-        """As PEFT's sum is rounded: float32 first."""
-        return float(torch.tensor(value, dtype=torch.float32).to(self._dtype))
+        return None if reach is None else Candidates(found, [reach] * len(found), rounding_to(self._dtype))
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Step 3: `ends` of the sums of each block, the `reach`, and how the final dtype rounds."""
+    """Step 3. A block holds nothing beyond its `ends` by more than its reach; `rounded` as all is in the end."""
 
     ends: Sequence[Ends]
-    reach: float
+    reaches: Sequence[float]
     rounded: Callable[[float], float]
 
     def visit(self, merged: Callable[[int], Ends]) -> None:
@@ -220,15 +223,21 @@ class Candidates:
         known: dict[int, Ends] = {}
         for sign, end in ((1.0, 1), (-1.0, 0)):  # the greatest; the least is the greatest of -x
             sums = [sign * ends[end] for ends in self.ends]
+            most = [one + reach for one, reach in zip(sums, self.reaches, strict=True)]
             best = -math.inf
-            for number in sorted(range(len(sums)), key=sums.__getitem__, reverse=True):
-                if self.rounded(sums[number] + self.reach) <= best:
+            for number in sorted(range(len(most)), key=most.__getitem__, reverse=True):
+                if self.rounded(most[number]) <= best:
                     break
                 if number not in known:
                     known[number] = merged(number)
                 found = sign * known[number][end]
-                if not self.rounded(sums[number] - self.reach) <= found <= self.rounded(sums[number] + self.reach):
+                if not self.rounded(sums[number] - self.reaches[number]) <= found <= self.rounded(most[number]):
                     for other in set(range(len(sums))) - known.keys():
                         merged(other)
                     return
                 best = max(best, found)
+
+
+def rounding_to(dtype: torch.dtype) -> Callable[[float], float]:
+    """How PEFT rounds a sum: to float32 first."""
+    return lambda value: float(torch.tensor(value, dtype=torch.float32).to(dtype))
