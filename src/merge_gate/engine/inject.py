@@ -19,6 +19,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
+from merge_gate.engine.ahead import decomposed_ahead
 from merge_gate.engine.base import Base, first_line, named_tensors
 from merge_gate.engine.peft_config import initialisation_reads_base, missing_package
 from merge_gate.errors import Refused
@@ -100,6 +101,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, wi
         with (
             _targets_filled(base, config) if filled else contextlib.nullcontext(),
             contextlib.nullcontext() if with_magnitudes else _magnitudes_unmeasured(),
+            decomposed_ahead(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base),
         ):
             return model_class(scratch, config, adapter_name)
     except ImportError as error:
