@@ -584,6 +584,8 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("some-lora-B-zero", "plain", break_=zero(V_B), warnings=("no-effect",)),
         healthy("lopsided-float16", "lopsided", dtype="float16"),
         healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",)),
+        healthy("magnitudes-zero", "dora", break_=zero("lora_magnitude_vector"), warnings=("delta-norm",)),
+        healthy("saved-head-zero", "modules-to-save", break_=zero("lm_head"), warnings=("delta-norm",)),
         healthy("near-the-limit", "lora-bias", break_=half_way, dtype="float16", warnings=("headroom", "delta-norm")),
         healthy("tiny-delta", "plain", break_=shrink("lora_B", 1e-4), dtype="bfloat16", warnings=("rounding-loss",)),
         healthy("expected", "plain", entry={"expect": expect}),

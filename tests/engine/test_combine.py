@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, LoraGAConfig
 
 from merge_gate.engine import merge
 from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
-from tests import faults_methods, methods
+from tests import faults_methods, methods, models
 from tests.gating import Bench, Judgement, one_thread
 from tests.merged import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -67,17 +67,29 @@ def make_combine(method: str, **changes: Any) -> Combine:
 
 
 def combine_with_peft(
-    bench: Bench, members: tuple[Path, ...], method: str, *, seed: int = 0, dtype: str = "float32", safe: bool = True
+    bench: Bench,
+    members: tuple[Path, ...],
+    method: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    safe: bool = True,
+    weights: tuple[float, ...] = WEIGHTS,
+    rows: int | None = None,
 ) -> dict[str, Tensor]:
+    """What a user gets, who enlarges the vocabulary to `rows` before loading."""
     names = [f"member_{position}" for position in range(len(members))]
     with methods.quiet():
         torch.manual_seed(0)
-        model = PeftModel.from_pretrained(copy.deepcopy(bench.base(BASE, dtype)), members[0], adapter_name=names[0])
+        base: Any = copy.deepcopy(bench.base(BASE, dtype))
+        if rows is not None:
+            base.resize_token_embeddings(rows, mean_resizing=False)
+        model = PeftModel.from_pretrained(base, members[0], adapter_name=names[0])
         for name, member in zip(names[1:], members[1:], strict=True):
             model.load_adapter(str(member), name)
         torch.manual_seed(seed)
         density = 0.5 if method in PRUNING else None
-        model.add_weighted_adapter(names, list(WEIGHTS), "mix", combination_type=method, density=density)
+        model.add_weighted_adapter(names, list(weights), "mix", combination_type=method, density=density)
         model.set_adapter("mix")
         return methods.values(model.merge_and_unload(safe_merge=safe))
 
@@ -255,6 +267,90 @@ def test_biases_of_one_member_need_the_weight_one(weight: float, verdict: Verdic
     members = make_unlike(bench, PLAIN, {"bias": "all"})
     judgement = gate(bench, members, make_combine("cat", weights=(0.5, weight)))
     assert judgement.verdict is verdict, judgement
+
+
+OPPOSITE = (1.0, -1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_members_that_cancel_each_other_have_no_effect(method: str, dtype: str, bench: Bench) -> None:
+    """PEFT's product of the factors is not zero in float32: its rounding is no effect."""
+    one, _ = make_members(bench, "plain")
+    judgement = gate(bench, (one, one), make_combine(method, weights=OPPOSITE), dtype)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
+def test_members_that_nearly_cancel_each_other_pass(bench: Bench) -> None:
+    one, _ = make_members(bench, "plain")
+    judgement = gate(bench, (one, one), make_combine("cat", weights=(1.0, -0.999999)))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+def test_kernels_that_cancel_each_other_have_no_effect(bench: Bench) -> None:
+    case = methods.make_case("combine-kernels", "convnext", "LoraConfig", r=2, target_modules=["patch_embeddings"])
+    adapter = bench.adapter(case)
+    judgement = bench.gate.combine(
+        (adapter, adapter), bench.base_directory(case.base, "float32"), make_combine("cat", weights=OPPOSITE)
+    )
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
+# --- vocabularies that were enlarged -------------------------------------------------------------------------------
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def enlarged(bench: Bench, name: str, change: Callable[[Tensor], Tensor] | None = None) -> Path:
+    """An adapter that brings embeddings of 30 rows, of which the base has 24; `change` is made to them."""
+    out = bench.root / "adapters" / f"combine-{name}"
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(7)  # of the rows that are added
+    models.save_adapter(bench.base_directory(BASE, "float32"), out, config, seed=len(name), rows=30)
+    if change is not None:
+        tensors = models.read_tensors(out)
+        models.write_tensors(out, tensors | {EMBEDDING: change(tensors[EMBEDDING])})
+    return out
+
+
+def in_row(row: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_add(0, torch.tensor([row]), torch.ones(1, tensor.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "weights", "passes"),
+    [
+        pytest.param(("one", None), ("other", None), WEIGHTS, True, id="the same rows"),
+        pytest.param(None, ("one", None), WEIGHTS, True, id="rows of the second"),
+        pytest.param(("one", None), None, WEIGHTS, True, id="rows of the first"),
+        pytest.param(("one", None), ("new", in_row(29)), WEIGHTS, False, id="other rows of the second"),
+        pytest.param(None, ("old", in_row(3)), WEIGHTS, False, id="a row of the base"),
+        pytest.param(None, ("old", in_row(3)), (0.6, 1.0), True, id="a row of the base, with the weight 1"),
+    ],
+)
+def test_an_enlarged_vocabulary_is_combined_where_nobody_weighs_its_rows(
+    first: Any, second: Any, weights: tuple[float, float], passes: bool, bench: Bench
+) -> None:
+    plain = make_members(bench, "plain")
+    members = tuple(
+        plain[place] if made is None else enlarged(bench, *made) for place, made in enumerate((first, second))
+    )
+    with kept() as seen:
+        judgement = gate(bench, members, make_combine("cat", weights=weights))
+    if not passes:
+        assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+        return
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert seen["model.embed_tokens.weight"].shape[0] == 30
+    expected = combine_with_peft(bench, members, "cat", weights=weights, rows=30)
+    assert methods.same({name: expected[name] for name in seen}, seen)
+
+
+def test_vocabularies_of_two_sizes_are_refused(bench: Bench) -> None:
+    one = enlarged(bench, "one")
+    other = enlarged(bench, "shorter", lambda tensor: tensor[:26])
+    judgement = gate(bench, (one, other), make_combine("cat"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "shape-mismatch"), judgement
 
 
 def refused_by_peft(bench: Bench, members: tuple[Path, ...], method: str, match: str) -> None:

@@ -117,6 +117,19 @@ def test_the_norm_of_nothing_is_zero_of_nan_is_nan_and_of_too_much_is_infinite()
     assert 1e200 < LowRankUpdate(lora_a=a, lora_b=torch.ones(50, 4), scaling=1e200).delta_norm() < math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_factors_that_cancel_is_zero(dtype: torch.dtype) -> None:
+    a, b = torch.randn(4, 30).to(dtype), torch.randn(50, 4).to(dtype)
+
+    def norm(second: float) -> float:
+        return LowRankUpdate(lora_a=torch.cat((a, a * second)), lora_b=torch.cat((b, b), 1), scaling=3.0).delta_norm()
+
+    assert norm(-1.0) == 0.0
+    left = (torch.ones((), dtype=dtype) - torch.finfo(dtype).eps * 8).item()
+    exact = 3.0 * float((b.double() @ (a.double() + (a * -left).double())).norm())
+    assert norm(-left) == pytest.approx(exact, rel=1e-2)
+
+
 def test_an_update_knows_the_shape_of_its_weight() -> None:
     layer = tuner_layer("embedding", 24, 70, 4)
     lora_a, lora_b = factors(layer)

@@ -271,6 +271,17 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
             places={"module": MODULE, "tensor": WEIGHT},
         ),
+        Fire(
+            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+        Fire(
+            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
+        ),
     ),
     "untrained-tensors": (
         Fire(
@@ -420,6 +431,16 @@ def test_the_base_is_told_of_by_itself_too() -> None:
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
 
 
+def test_a_combination_without_effect_is_told_of_its_weights() -> None:
+    combine = Combine(method="cat", adapters=("a", "b"), weights=(1.0, -1.0))
+    one = evidence(merges=(merged(changed=False),))
+    (finding,) = judge(spec(combine=combine), files(), one)
+    assert (finding.check, finding.hint) == (
+        "no-effect",
+        "with these weights the members cancel each other, or each was saved before it was trained",
+    )
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +454,8 @@ def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Seve
     findings = judged(fire, setting(check, severity))
     default = CHECKS[check]
     if not default.can_be_off:
-        assert [finding.severity for finding in findings] == [Severity.ERROR]
+        lesser = fire.severity is Severity.WARNING
+        assert [finding.severity for finding in findings] == [Severity.WARNING if lesser else Severity.ERROR]
     elif severity is Severity.OFF:
         assert findings == ()
     elif fire.severity is Severity.WARNING:  # the lesser case of a check stays one

@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.arrival import Arrival, Tensors
 from merge_gate.engine.base import Base, first_line
-from merge_gate.engine.inject import base_slots, inject, written_whole
+from merge_gate.engine.inject import base_slots, fit_vocabulary, inject, written_whole
 from merge_gate.engine.load import ADAPTER_NAME, Loaded, load_weights, targeted_modules
 from merge_gate.engine.measure import same_values
 from merge_gate.engine.peft_config import initialisation_writes_to_base, read_config
@@ -34,7 +34,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     Raises:
         Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
     """
-    scratch = base.scratch()
+    scratch = _fitted(base, members)
     slots, sharers = base_slots(scratch)
     names = tuple(f"member_{position}" for position in range(len(members)))
     configs = [read_config(files) for files in members]
@@ -48,7 +48,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
             model = inject(scratch, config, base, name)
         else:
             _add(model, name, config)
-        injected_anew = partial(_injected, base, config, name)
+        injected_anew = partial(_injected, base, members, config, name)
         loaded, arrival = load_weights(
             model,
             base,
@@ -86,8 +86,15 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     )
 
 
-def _injected(base: Base, config: Any, name: str) -> Any:
-    return inject(base.scratch(), config, base, name)
+def _fitted(base: Base, members: tuple[AdapterFiles, ...]) -> Any:
+    """A scratch with the vocabulary of the first member that brings another one; PEFT refuses members of two sizes."""
+    scratch = base.scratch()
+    any(fit_vocabulary(scratch, files) for files in members)
+    return scratch
+
+
+def _injected(base: Base, members: tuple[AdapterFiles, ...], config: Any, name: str) -> Any:
+    return inject(_fitted(base, members), config, base, name)
 
 
 def _refuse_lost_settings(name: str, config: Any) -> None:
@@ -122,11 +129,17 @@ def _refuse_unweighted(
     """Tensors of the base that a member brings whole (biases, embeddings): PEFT's load writes them, without a weight.
 
     The last one that brings a tensor wins. That is the weighted sum where nobody else changes it, and its weight is 1.
+    Rows for an enlarged vocabulary, which the base lacks, have no weight: all who bring them have to agree.
     """
     for key, name in written_whole(model, slots, {key for tensors in brought for key in tensors}).items():
         holders = [number for number, tensors in enumerate(brought) if key in tensors]
+        ours = base.tensors[name]
+        held = [_split(brought[one][key], ours) for one in holders]
         with base.filled([name]):
-            changed = [one for one in holders if not _is_equal(base.tensors[name], brought[one][key])]
+            changed = [one for one, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
+        added = [new for _, new in held]
+        if not all(_is_equal(added[0], one) for one in added[1:]):
+            raise Refused(_two_vocabularies(name, [combine.adapters[one] for one in holders]))
         if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
             raise Refused(
                 Refusal(
@@ -139,6 +152,24 @@ def _refuse_unweighted(
                     origin=Origin.CONFIG,
                 )
             )
+
+
+def _split(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that the base has as well, and those that it lacks."""
+    rows = len(ours) if ours.dim() else 0
+    return (theirs[:rows], theirs[rows:]) if 0 < rows < len(theirs) else (theirs, theirs.flatten()[:0])
+
+
+def _two_vocabularies(name: str, holders: Sequence[str]) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=f"{listing(holders)} bring other values for the rows of {name} that the base lacks, and PEFT "
+        "takes those of the last one",
+        hint="merge each by itself, or train them from one base whose vocabulary has been enlarged and saved",
+        module=name.rpartition(".")[0],
+        tensor=name,
+        origin=Origin.CONFIG,
+    )
 
 
 def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

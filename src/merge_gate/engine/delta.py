@@ -90,10 +90,16 @@ class LowRankUpdate:
     def delta_norm(self) -> float:
         """‖scaling · B @ A‖, Frobenius, in float64, from r-by-r matrices only: √tr((BᵀB)(AAᵀ)) · |scaling|.
 
-        Infinite where it is too large for a float; without DoRA's magnitude.
+        Infinite where it is too large for a float; without DoRA's magnitude. Zero where B @ A cancels, and what a merge
+        finds there is rounding: an adapter that is combined with itself, with weights 1 and -1.
         """
         a, b = self.lora_a.detach().double(), self.lora_b.detach().double()
-        return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)) * abs(self.scaling)
+        left, right = b.T @ b, a @ a.T
+        square, parts = float((left * right).sum()), float(left.trace() * right.trace())
+        rounding = min(torch.finfo(dtype).eps for dtype in (torch.float32, self.lora_a.dtype)) / 2
+        if math.isfinite(parts) and square <= rounding**2 * parts:
+            return 0.0
+        return math.sqrt(max(square, 0.0)) * abs(self.scaling)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

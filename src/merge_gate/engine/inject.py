@@ -33,17 +33,20 @@ _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
 """Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
 
 
-def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
-    """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290)."""
+def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> bool:
+    """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290).
+
+    False where they have as many, or the file brings none.
+    """
     if not hasattr(scratch, "get_input_embeddings") or not files.tensors:
-        return
+        return False
     model: Any = scratch
     try:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
-        return
+        return False
     if not isinstance(embedding, nn.Embedding):
-        return
+        return False
     wanted = set()
     for name, module in scratch.named_modules():
         if module is embedding or (module is head and head is not None):
@@ -53,7 +56,8 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> None:
         rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
         if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
             model.resize_token_embeddings(rows, mean_resizing=False)
-            return
+            return True
+    return False
 
 
 def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str, tuple[str, ...]]]:

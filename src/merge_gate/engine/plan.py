@@ -99,18 +99,25 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
         return None
     if dict(layer.lora_bias).get(ADAPTER_NAME):
         return None
+    factors = _factors(layer)
+    if factors is None:
+        return None
+    return LowRankUpdate(
+        lora_a=factors[0],
+        lora_b=factors[1],
+        scaling=float(layer.scaling[ADAPTER_NAME]),
+        transposed=True if isinstance(layer, lora.layer.Embedding) else layer.fan_in_fan_out,
+        magnitude=None if variant is None else layer.lora_magnitude_vector[ADAPTER_NAME].weight.data,
+    )
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     embeds = isinstance(layer, lora.layer.Embedding)
     side_a, side_b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
     if ADAPTER_NAME not in side_a:
         return None
-    factors = [side[ADAPTER_NAME] if embeds else side[ADAPTER_NAME].weight for side in (side_a, side_b)]
-    return LowRankUpdate(
-        lora_a=factors[0].data,
-        lora_b=factors[1].data,
-        scaling=float(layer.scaling[ADAPTER_NAME]),
-        transposed=True if embeds else layer.fan_in_fan_out,
-        magnitude=None if variant is None else layer.lora_magnitude_vector[ADAPTER_NAME].weight.data,
-    )
+    a, b = (side[ADAPTER_NAME] if embeds else side[ADAPTER_NAME].weight for side in (side_a, side_b))
+    return a.data, b.data
 
 
 ADDED = ("lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_")
@@ -122,10 +129,19 @@ def rounding_share(layer: Any) -> float:
     if ADAPTER_NAME not in (getattr(layer, "lora_magnitude_vector", None) or ()):
         varied = getattr(layer, "lora_variant", None) or ()
         is_added = ADAPTER_NAME not in varied and all(name.startswith(ADDED) for name in layer.adapter_layer_names)
-        return 0.0 if is_added else ROUNDING_SHARE
+        return (math.inf if _cancels(layer) else 0.0) if is_added else ROUNDING_SHARE
     embedded = getattr(layer, "lora_embedding_B", None) or {}
     side = embedded[ADAPTER_NAME] if ADAPTER_NAME in embedded else layer.lora_B[ADAPTER_NAME].weight
     return ROUNDING_SHARE if bool(side.any()) else UNTRAINED_MAGNITUDE
+
+
+def _cancels(layer: Any) -> bool:
+    """Whether the product of a LoRA's factors is zero but for rounding; a kernel's, of its flattened factors."""
+    factors = _factors(layer) if issubclass(type(layer), (*DENSE, *PACKED, lora.layer._ConvNd)) else None
+    if factors is None:
+        return False
+    a, b = (factor.flatten(1) for factor in factors)
+    return LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm() == 0
 
 
 # --- the merges ----------------------------------------------------------------------------------------------------
@@ -260,7 +276,7 @@ def _as_record(
             maximum=extremes[1],
         ),
         dtype_max=dtype_max(merge.dtype),
-        changed=changed and _adds(one, figures, delta_norm, quantized=merge.quantized),
+        changed=changed and _adds(one, figures, delta_norm),
         base_norm=math.sqrt(figures.base_sq / part),
         delta_norm=delta_norm,
         lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if lossy else None,
@@ -269,8 +285,8 @@ def _as_record(
     )
 
 
-def _adds(one: BlockLayer, figures: Figures, delta_norm: float, *, quantized: bool) -> bool:
-    """Whether a changed value is more than rounding: DoRA rounds, and a weight that is quantised again does so."""
+def _adds(one: BlockLayer, figures: Figures, delta_norm: float) -> bool:
+    """Whether a changed value is more than rounding: of a product that cancels, of DoRA, of quantising again."""
     if one.update.magnitude is None:
-        return not quantized or delta_norm > 0
+        return delta_norm > 0
     return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq

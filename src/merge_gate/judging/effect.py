@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
-from merge_gate.records.measured import Evidence
+from merge_gate.records.measured import Evidence, TensorMerge
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import counted, listing
 
 ESTIMATED = (("estimated", 1.0),)
 """Stands among a finding's figures where they are of a sample."""
+
+
+WIPED_SHARE = 2.0**-20
+"""A merged tensor is wiped out where its norm is no larger a share of the base's: what float32 leaves of W - W."""
 
 
 @check("no-effect", ERROR, "The merge changes nothing.", Symptom.NO_EFFECT)
@@ -38,6 +42,8 @@ def no_effect(case: Case) -> Iterator[Finding]:
             f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
             "this follows from the missing tensors: see keys-missing"
             if lost
+            else "with these weights the members cancel each other, or each was saved before it was trained"
+            if case.spec.combine is not None
             else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
@@ -178,6 +184,23 @@ def delta_norm(case: Case) -> Iterator[Finding]:
             tensor=worst.stats.name,
             measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),
         )
+    wiped = tuple(one.stats.name for one in (case.evidence.merges if case.evidence else ()) if _is_wiped(one))
+    if wiped:
+        yield delta_norm.finding(
+            f"the merge wipes out {tensors(wiped)} of the base: {listing(wiped)} {are(wiped)} zero in the merged model",
+            "look at the adapter's tensors of these modules (magnitudes, scales, a head that it brings): zeros there "
+            "mean that they were not gathered on saving, or not saved",
+            Origin.MERGE,
+            module=wiped[0].rpartition(".")[0],
+            tensor=wiped[0],
+            measured=(("tensors", float(len(wiped))),),
+        )
+
+
+def _is_wiped(merge: TensorMerge) -> bool:
+    """Whether ‖merged‖ is below the rounding of ‖W‖."""
+    most = merge.stats.max_abs * math.sqrt(merge.stats.numel)
+    return merge.stats.finite and bool(merge.base_norm) and most <= WIPED_SHARE * (merge.base_norm or 0.0)
 
 
 @check(
