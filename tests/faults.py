@@ -166,6 +166,10 @@ def empty_tensors(tensors: Tensors) -> Tensors:
     return {name: torch.empty(0) for name in tensors}
 
 
+def complex_factors(tensors: Tensors) -> Tensors:
+    return {name: torch.complex(tensor, tensor) if "lora_A" in name else tensor for name, tensor in tensors.items()}
+
+
 def overwrite(content: bytes, name: str = ADAPTER_WEIGHTS) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes(content) and None
 
@@ -584,6 +588,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("some-lora-B-zero", "plain", break_=zero(V_B), warnings=("no-effect",)),
         healthy("lopsided-float16", "lopsided", dtype="float16"),
         healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",)),
+        healthy("complex-factors", "plain", break_=edit(complex_factors), warnings=("keys-unexpected",)),
         healthy("magnitudes-zero", "dora", break_=zero("lora_magnitude_vector"), warnings=("delta-norm",)),
         healthy("saved-head-zero", "modules-to-save", break_=zero("lm_head"), warnings=("delta-norm",)),
         healthy("near-the-limit", "lora-bias", break_=half_way, dtype="float16", warnings=("headroom", "delta-norm")),

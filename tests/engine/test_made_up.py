@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from peft import LNTuningConfig, LoraConfig
 
+from merge_gate.errors import EngineError
 from merge_gate.records.terms import Verdict
 from tests import models
 from tests.gating import Gate, one_thread
@@ -78,3 +80,45 @@ def warned_of(adapter: Path, base: Path) -> list[str | None]:
         judgement = Gate().judge(adapter, base)
     assert judgement.verdict is Verdict.PASSED, str(judgement)
     return [one.tensor for one in judgement.findings if one.check == "untrained-tensors"]
+
+
+# --- an index that leaves a shard out ------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def without_a_shard(base: Path, *, needed: bool, keep_file: bool = True) -> str:
+    """The index names nothing of the second shard any more; where that is not `needed`, the first holds its tensors."""
+    index = json.loads((base / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    first, second = shards[:2]
+    if not needed:
+        moved = models.read_tensors(base, first) | models.read_tensors(base, second)
+        models.write_tensors(base, moved, first)
+    index["weight_map"] = {
+        name: first if shard == second else shard
+        for name, shard in index["weight_map"].items()
+        if shard != second or not needed
+    }
+    (base / INDEX).write_text(json.dumps(index))
+    if not keep_file:
+        (base / second).unlink()
+    return second
+
+
+@pytest.mark.parametrize("keep_file", [True, False], ids=["the file is there", "the file is gone as well"])
+def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: bool, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama-sharded", base)
+    models.save_adapter(base, out, config())
+    lost = without_a_shard(base, needed=True, keep_file=keep_file)
+    with one_thread(), pytest.raises(EngineError, match=f"base base is incomplete: its index lists nothing of {lost}"):
+        Gate().judge(out, base)
+
+
+def test_a_shard_that_nothing_needs_may_be_left_out(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    models.make_base("llama-sharded", base)
+    models.save_adapter(base, out, config())
+    without_a_shard(base, needed=False)
+    assert warned_of(out, base) == []

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 NARROW = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW)
-WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+WHOLE = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -2.5, 448.0, -448.0)
 CHUNK = 7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,36 @@ def test_both_formats_hold_the_same(tmp_path: Path) -> None:
         assert found.keys() == TENSORS.keys()
         assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
     assert read_weights(files(tmp_path, None)) == {}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int8", "bool", "float8_e4m3fn", "complex64"])
+def test_numbers_of_every_kind_that_torch_copies_are_read(dtype: str, tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2, 3).to(getattr(torch, dtype))}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert read_weights(files(tmp_path, "a.safetensors"))["a"].dtype is tensors["a"].dtype
+
+
+def test_what_is_no_numbers_is_refused(tmp_path: Path) -> None:
+    unreadable = {
+        "of float4_e2m1fn_x2": torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "without values (meta device)": torch.ones(2, 3, device="meta"),
+    }
+    for why, tensor in unreadable.items():
+        torch.save(TENSORS | {"odd": tensor}, tmp_path / "a.bin")
+        with pytest.raises(Refused) as raised:
+            read_weights(files(tmp_path, "a.bin"))
+        refusal = raised.value.refusal
+        assert (refusal.check, refusal.tensor) == ("file-corrupt", "odd")
+        assert refusal.message.endswith(f"nor loaded by PEFT: it is {why}")
+
+
+def test_a_dtype_that_torch_lacks_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(Refused) as raised:
+        read_weights(files(tmp_path, "a.safetensors"))
+    assert raised.value.refusal.check == "file-corrupt"
+    assert "F6_E2M3" in raised.value.refusal.message
 
 
 def test_what_torch_refuses_is_named(tmp_path: Path) -> None:

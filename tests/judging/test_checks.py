@@ -15,7 +15,7 @@ from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.words import describe_nonfinite
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Expect
-from merge_gate.records.files import AdapterConfig, AdapterFiles, FileRecord
+from merge_gate.records.files import AdapterConfig, AdapterFiles, FileRecord, TensorHeader
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Leeway, Refusal, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.sources.adapter_config import recorded
@@ -142,6 +142,13 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "keys-unexpected": (
         Fire(("1 tensor", "optimizer.step"), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
+        Fire(
+            ("1 tensor in the file is complex", LORA_A, "drops the imaginary one"),
+            Origin.ADAPTER,
+            files=files(tensors=(TensorHeader(name=LORA_A, dtype="C64", shape=(2, 2)),)),
+            places={"module": MODULE, "tensor": LORA_A},
+            severity=Severity.WARNING,
+        ),
     ),
     "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER),),
     "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),

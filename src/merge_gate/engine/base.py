@@ -10,10 +10,13 @@ milliseconds and no memory. Whoever is about to write to one of its tensors give
 from __future__ import annotations
 
 import copy
+import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.terms import Quantization
+from merge_gate.text import counted, listing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +213,7 @@ def load_base(
     except Exception as error:  # every library below has its own exceptions; all mean the same here
         raise _not_loaded(error, label, shape) from error
     refuse_mismatches(loading, label, shape)
+    _refuse_lost_shards(model, directory, loading, label)
     return measure_base(model, source, loading, known={})
 
 
@@ -297,6 +302,41 @@ def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
             )
 
 
+_SHARD = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)")
+
+
+def _refuse_lost_shards(model: Any, directory: str, loading: Loading, label: str) -> None:
+    """Transformers makes up what the index does not list, and fails only where a file that it lists is not there.
+
+    Raises:
+        EngineError: the index lists nothing of a numbered shard, and the model's body has tensors that are made up.
+    """
+    prefix = f"{model.base_model_prefix}." if hasattr(model, getattr(model, "base_model_prefix", None) or "") else ""
+    made_up = sorted(name for name in loading.missing if name.startswith(prefix))
+    lost = _lost_shards(Path(directory)) if made_up else []
+    if lost:
+        raise EngineError(
+            f"base {label} is incomplete: its index lists nothing of {listing(lost, 3)}, and transformers would make "
+            f"up {counted(len(made_up), 'tensor')}: {listing(made_up, 3)}",
+            hint="fetch the base again, with its index and all of its shards",
+        )
+
+
+def _lost_shards(directory: Path) -> list[str]:
+    """Files that the numbers of others imply (`model-00002-of-00003.safetensors`) and that the index does not name."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return []
+    named = set(json.loads(index.read_bytes())["weight_map"].values())  # transformers has read it
+    found = [match for match in map(_SHARD.fullmatch, named) if match is not None]
+    implied = {
+        f"{match[1]}{number:0{len(match[2])}}{match[3]}{match[4]}{match[5]}"
+        for match in found
+        for number in range(1, int(match[4]) + 1)
+    }
+    return sorted(implied - named)
+
+
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
@@ -350,6 +390,10 @@ def measure_base(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, cut to a readable length; for messages."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:400]
+    """The first line of an error's text that says something, cut to a readable length; for messages.
+
+    With the next one, where it ends with a colon.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = 2 if lines and lines[0].endswith(":") else 1
+    return (" ".join(lines[:said]) or type(error).__name__)[:400]

@@ -27,6 +27,10 @@ _NARROW = tuple(
 )
 
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""torch stores these, and can do little with them."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` → `bfloat16`."""
     return str(dtype).removeprefix("torch.")
@@ -60,7 +64,7 @@ def _with(stats: TensorStats, **changes: Any) -> TensorStats:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a form that `aminmax` takes: dense, real, not bool, not float8."""
+    """The same values in a form that `aminmax` takes: dense, real, not bool, not float8, not unsigned."""
     values = tensor.detach()
     if type(values) is not torch.Tensor:
         values = values.as_subclass(torch.Tensor)
@@ -70,6 +74,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
         values = torch.view_as_real(values.resolve_conj())
     if values.dtype in _NARROW:
         return values.to(torch.float32)
+    if values.dtype in _UNSIGNED:
+        return values.to(torch.float64)
     if values.dtype is torch.bool:
         return values.to(torch.uint8)
     return values

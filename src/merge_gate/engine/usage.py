@@ -45,7 +45,7 @@ def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
     layers = _reached(loaded.model, key)
     if not layers:  # a trained module or a tensor of the base: it is the merged value
         return not _is_replaced(loaded, key)
-    finite = {name: _made_finite(value) for name, value in loaded.state.items() if _floating(value)}
+    finite = {name: _made_finite(_real(value)) for name, value in loaded.state.items() if _numbers(value)}
     noise = torch.rand(finite[key].shape, generator=torch.Generator().manual_seed(1)).to(finite[key].dtype)
     results = []
     try:
@@ -78,8 +78,13 @@ def _is_trained(loaded: Loaded, path: str) -> bool:
     return isinstance(loaded.model.get_submodule(path), ModulesToSaveWrapper)
 
 
-def _floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def _numbers(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    """What is loaded of a complex tensor."""
+    return value.real if value.is_complex() else value
 
 
 def _made_finite(value: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,18 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
             tensor=stray[0],
             measured=(("unexpected", float(len(stray))),),
         )
+    halved = tuple(header.name for header in case.files.tensors if header.dtype == "C64" and header.name not in stray)
+    if halved:
+        yield keys_unexpected.finding(
+            f"{tensors(halved)} in the file {are(halved)} complex: {listing(halved)}; PEFT loads the real part and "
+            "drops the imaginary one",
+            "find out what has written complex numbers: no method of PEFT trains any",
+            Origin.ADAPTER,
+            severity=WARNING,
+            module=module_of(halved[0]),
+            tensor=halved[0],
+            measured=(("complex", float(len(halved))),),
+        )
 
 
 SHAPE_MISMATCH = Check(
