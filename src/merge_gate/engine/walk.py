@@ -17,6 +17,9 @@ Layers that plan.py gives to blocks of rows have been measured before the walk b
 PEFT has merged the first one as well, and must have given the same bits: it is the witness. If one of them differs,
 nothing that was done in blocks counts, and the whole adapter takes PEFT's road.
 
+On that road, layers that share nothing with others are merged by PEFT before the walk reaches them as well, two at a
+time (steps 1 to 4): a merge of whole tensors often keeps one core only.
+
 After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
 """
 
@@ -27,11 +30,13 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from merge_gate.engine import outcome
 from merge_gate.engine.base import Base, first_line
@@ -40,8 +45,9 @@ from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
 from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
-from merge_gate.engine.quantized import dequantized, is_quantized
+from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.threads import spread, threads
+from merge_gate.engine.twin import Deltas, Twins, exact_quantized
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records.measured import Leeway, Refusal, TensorMerge
 from merge_gate.records.terms import Origin
@@ -49,6 +55,21 @@ from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
 """Called with layers merged, layers in all, and the layer's name."""
+
+AT_A_TIME = 2
+"""So many layers are merged by PEFT at a time: each takes several times a weight's memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What PEFT's merge of one layer came to: figures, and the layer beside those that the merge has changed.
+
+    `safe` says whether safe_merge let it pass. `adapted` are the base's names of its tensors.
+    """
+
+    safe: bool
+    merges: tuple[tuple[TensorMerge, Any], ...] = ()
+    adapted: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +92,8 @@ class Walk:
     adapted: set[str] = field(default_factory=set)
     layers_by_peft: int = 0
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
+    _beside: dict[int, Made] = field(default_factory=dict)
+    _twins: Twins = field(default_factory=Twins)
     _turns: Turns = field(init=False)
     _total: int = 0
     _done: int = 0
@@ -95,6 +118,7 @@ class Walk:
             self._merge_in_blocks(layers)
             if self.differing:
                 return
+        self._merge_beside([(path, layer) for path, layer in layers if id(layer) not in self.blocks])
         for path, layer in layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -181,24 +205,84 @@ class Walk:
         if id(layer) in self.blocks:
             self._book_block(*self.blocks[id(layer)])
             return
+        made = self._beside.pop(id(layer), None)
+        if made is None:
+            made = self._made(layer, by_peft)
+            self._progressed(path)
+        else:
+            layer.merged_adapters.append(ADAPTER_NAME)
+        if not made.safe:
+            self.refused.append(path)
+        for merge, changed in made.merges:
+            self.ledger.book(merge, changed)
+        self.adapted.update(made.adapted)
+        self.layers_by_peft += 1
+
+    def _made(self, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
+        """Steps 1 to 4."""
         slots = slots_of(layer, self.loaded.slots)
         for slot in slots:
             self._turns.begin(slot)
         before = layer.get_base_layer()
-        with PrivateCopies(layer, slots, self.base, keep_marks=True) as copies:
+        made = Made(safe=True)
+        with PrivateCopies(layer, slots, self.base, keep_marks=keep_marks) as copies, Deltas(layer) as deltas:
             safe = self._tried(by_peft, safe_merge=True)
             if not safe or _at_the_edge(slots):
                 copies.renew()
                 self._tried(by_peft, safe_merge=False)
-            if not safe:
-                self.refused.append(path)
             if layer.get_base_layer() is before:
-                self._record(layer, slots, by_peft)
+                made = self._measured(layer, slots, by_peft, deltas)
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)
-        self.layers_by_peft += 1
-        self._progressed(path)
+        return replace(made, safe=safe)
+
+    def _merge_beside(self, layers: list[tuple[str, Any]]) -> None:
+        """Merge layers that share nothing with others, a few at a time; what fails is left to the walk, and said there.
+
+        Each has as many threads of torch's as it has in the walk: bits depend on that.
+        """
+        inside = {id(inner) for _, layer in layers for inner in layer.modules() if inner is not layer}
+        apart = [(path, layer) for path, layer in layers if id(layer) not in inside and self._is_apart(layer)]
+        if self.base.device.type != "cpu" or threads() == 1 or len(apart) == 1:
+            return
+
+        def merge(one: tuple[str, Any]) -> Made | None:
+            _, layer = one
+            try:
+                with torch.no_grad():
+                    return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                return None
+
+        drawn, done = torch.get_rng_state(), self._done
+        pool = ThreadPoolExecutor(AT_A_TIME, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        try:
+            for (path, layer), made in zip(apart, pool.map(merge, apart), strict=True):
+                if made is not None:
+                    self._beside[id(layer)] = made
+                    self._progressed(path)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if not torch.equal(drawn, torch.get_rng_state()):  # a merge that draws numbers: their order is the walk's
+            torch.set_rng_state(drawn)
+            self._beside.clear()
+            self._done = done
+
+    def _is_apart(self, layer: Any) -> bool:
+        """Whether a layer merges into tensors of the base's own that no other has a part in, and into nothing else."""
+        slots = slots_of(layer, self.loaded.slots)
+        alone = all(
+            type(slot.parameter) is nn.Parameter
+            and self._turns.is_alone(slot)
+            and slot.name in self.base.tensors
+            and outcome.shares_storage(self.base.tensors[slot.name], slot.data)
+            for slot in slots
+        )
+        tuners = [inner for inner in layer.modules() if isinstance(inner, BaseTunerLayer)]
+        return bool(slots) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
 
     def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
@@ -234,28 +318,38 @@ class Walk:
 
     # --- step 3 ---
 
-    def _record(self, layer: Any, slots: list[Slot], by_peft: Callable[..., None]) -> None:
+    def _measured(self, layer: Any, slots: list[Slot], by_peft: Callable[..., None], deltas: Deltas) -> Made:
         results = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
         changed = [(slot, tensor) for slot, tensor in results if not outcome.is_the_bases(self.base, slot.name, tensor)]
-        exact = self._exact(layer, slots, changed, by_peft)
-        self.adapted.update(slot.name for slot, _ in results)
-        for slot, tensor in results:
-            merge = outcome.of_tensor(
-                self.base, slot.module, slot.name, tensor, exact.get(slot.name), rounding_share=rounding_share(layer)
+        exact = self._exact(layer, slots, changed, by_peft, deltas)
+        share = rounding_share(layer)
+        merges = tuple(
+            (
+                outcome.of_tensor(
+                    self.base, slot.module, slot.name, tensor, exact.get(slot.name), rounding_share=share
+                ),
+                layer if any(slot is one for one, _ in changed) else None,
             )
-            self.ledger.book(merge, layer if any(slot is one for one, _ in changed) else None)
+            for slot, tensor in results
+        )
+        return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in results))
 
     def _exact(
-        self, layer: Any, slots: list[Slot], changed: list[tuple[Slot, torch.Tensor]], by_peft: Callable[..., None]
+        self,
+        layer: Any,
+        slots: list[Slot],
+        changed: list[tuple[Slot, torch.Tensor]],
+        by_peft: Callable[..., None],
+        deltas: Deltas,
     ) -> dict[str, torch.Tensor]:
         """The same merge into float32 copies: what the merged tensors would be without the rounding of their dtype."""
         if any(is_quantized(tensor) for _, tensor in changed):
-            return _exact_quantized(layer, changed)
+            return exact_quantized(layer, changed)
         rounded = [slot for slot, tensor in changed if tensor.dtype in outcome.ROUNDED]
         if not rounded:
             return {}
         try:
-            with PrivateCopies(layer, slots, self.base, dtype=torch.float32):
+            with PrivateCopies(layer, slots, self.base, dtype=torch.float32), self._twins.of(layer, deltas):
                 by_peft(safe_merge=False)
                 return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
         except (MemoryError, torch.OutOfMemoryError):
@@ -268,20 +362,6 @@ def _at_the_edge(slots: list[Slot]) -> bool:
     """Whether a merged value is the largest of a 16-bit dtype: W + delta rounded once may then be Inf."""
     merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in outcome.ROUNDED]
     return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)
-
-
-def _exact_quantized(layer: Any, changed: list[tuple[Slot, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """W + delta before re-quantising, where the layer can say its delta."""
-    exact = {}
-    for slot, tensor in changed:
-        if slot.attribute != "weight" or not is_quantized(tensor) or getattr(layer, "lora_variant", None):
-            continue
-        try:
-            delta = layer.get_delta_weight(ADAPTER_NAME)
-            exact[slot.name] = dequantized(slot.module, slot.parameter).float() + delta.float()
-        except Exception:  # noqa: S112 - as above
-            continue
-    return exact
 
 
 def _not_mergeable(config: Any, error: Exception) -> Refusal:
