@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers.utils import import_utils
 
 from merge_gate.engine import imports
 from merge_gate.engine.child import judge_job
-from merge_gate.engine.process import OFFLINE, WorkerProcess
+from merge_gate.engine.process import EAGER, OFFLINE, WorkerProcess
 from merge_gate.engine.protocol import Event, Group, Job, Merged, Task
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.preflight import preflight
@@ -27,35 +28,43 @@ if TYPE_CHECKING:
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
 QUICK = "from merge_gate.engine.imports import quick_imports\nquick = quick_imports()\n"
 IMPORTS = """
-import json, sys
+import inspect, json, sys
 before = list(sys.meta_path)
 with quick:
     import peft, transformers, transformers.models, transformers.loss.loss_utils as losses
-    is_there = "scipy.optimize._optimize" in sys.modules
+    are_there = [name in sys.modules for name in ("scipy.optimize._optimize", "torch._dynamo.convert_frame")]
 """
 SAID = """
+import torch
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
 from transformers.utils import import_utils
+marked = transformers.generation.continuous_batching.cache.PagedAttentionCache.update
 found = {
     "names": sorted(dir(transformers)),
     "models": sorted(dir(transformers.models)),
     "modules": sorted(transformers.models._modules),
     "losses": {name: f"{one.__module__}.{one.__name__}" for name, one in losses.LOSS_MAPPING.items()},
     "scipy": transformers.utils.is_scipy_available(),
-    "reading": type(import_utils.create_import_structure_from_path).__name__,
+    "reading": import_utils.create_import_structure_from_path.cache_parameters(),
+    "lists": import_utils.fetch__all__.__name__,
     "matching": [side.tolist() for side in linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])],
-    "finders": [type(one).__name__ for one in sys.meta_path if one not in before],
     "peft": sorted(dir(peft)),
+    "compiled": [torch.compile.__module__, torch.compile(len) is len, torch.compiler.disable(len)([1])],
+    "marked": [marked.__module__, marked.__qualname__, str(inspect.signature(marked))],
 }
-import scipy.optimize
+import scipy.optimize, torch._dynamo.backends.registry
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 found["scipy's"] = sorted(dir(scipy.optimize))
-print(json.dumps([is_there, found]))
+found["the compiler's"] = sorted(dir(torch._dynamo))
+found["its part"] = torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
+found["finders"] = [type(one).__name__ for one in sys.meta_path if one not in before]
+print(json.dumps([are_there, found]))
 """
 
 
 def said(script: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(**OFFLINE), check=True, capture_output=True, text=True
+        [sys.executable, "-c", script], env=environment(**OFFLINE, **EAGER), check=True, capture_output=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -69,7 +78,7 @@ def printed(script: str) -> list[str]:
 def test_libraries_are_what_they_are_without() -> None:
     plain, quick = said(PLAIN + IMPORTS + SAID), said(QUICK + IMPORTS + SAID)
     assert quick[1] == plain[1]
-    assert (plain[0], quick[0]) == (True, False), "nothing is saved any more"
+    assert (plain[0], quick[0]) == ([True, True], [False, False]), "nothing is saved any more"
 
 
 def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:
@@ -93,17 +102,34 @@ def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
         "    print(hasattr(one, '__wrapped__'), type(sys.modules['scipy.optimize']).__name__)\n"
         "    print(one.brentq.__module__, type(sys.modules['scipy.optimize']).__name__)"
     )
-    assert printed(script) == ["False _Optimize", "scipy.optimize._zeros_py module"]
+    assert printed(script) == ["False _Deferred", "scipy.optimize._zeros_py module"]
 
 
-READS = "def create_import_structure_from_path(path):\n    return [path]\n"
+READS = """
+import functools
+@functools.lru_cache
+def create_import_structure_from_path(path):
+    return [path]
+"""
+LISTS = "def fetch__all__(text):\n    return [line for line in text.splitlines() if line.startswith('__all__')]"
+LAST, FIRST = f"{LISTS}[-1:]\n", f"{LISTS}[:1]\n"
+BOTH = {"create_import_structure_from_path", "fetch__all__"}
 
 
-@pytest.mark.parametrize(("source", "is_remembered"), [(READS, True), ("other = len\n", False)])
-def test_only_the_function_that_reads_gets_a_memory(
-    source: str, is_remembered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        (READS + LAST, BOTH),
+        (LAST, {"fetch__all__"}),
+        (READS + FIRST, {"create_import_structure_from_path"}),
+        ("", set()),
+    ],
+    ids=["both", "a release that remembers nothing", "one that wants the first list", "one that has neither"],
+)
+def test_only_what_is_known_is_read_in_less_time(
+    source: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A release without it is imported as it is."""
+    """Another release of transformers is imported as it is."""
     (tmp_path / "structures.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(imports, "_STRUCTURES", "structures")
@@ -111,8 +137,25 @@ def test_only_the_function_that_reads_gets_a_memory(
         module = importlib.import_module("structures")
         meanwhile = dict(vars(module))
     assert sys.modules.pop("structures") is module
-    changed = {name for name, value in vars(module).items() if meanwhile[name] is not value}
-    assert changed == ({"create_import_structure_from_path"} if is_remembered else set()), "and is put back"
+    assert {name for name, value in vars(module).items() if meanwhile[name] is not value} == changed, "and is put back"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "import x\n",
+        '__all__ = ["one", "two"]',
+        'x\n__all__ = [\n    "one",\n    "two",\n]\ny\n',
+        '__all__ = ["one"]\n__all__ = ["two"]\n',
+        'x\r\n__all__ = ["one"]\r\n',
+        'x\n__all__ = ["one"]\n\x0c__all__ = ["two"]\n',
+        '  __all__ = ["one"]\n',
+        "x = __all__\n",
+    ],
+)
+def test_a_list_is_the_same_from_its_line_on(text: str) -> None:
+    assert import_utils.fetch__all__(imports.from_last_list(text)) == import_utils.fetch__all__(text)
 
 
 def test_the_worker_merges_as_this_process_does(shelf: Shelf) -> None:

@@ -1,108 +1,99 @@
-"""What a merge imports, in less time: work that transformers does twice, and a library that it needs for training only.
+"""What a merge imports, in less time: packages that it never calls run when they are called, and nothing is read twice.
 
-In: nothing. Out: `quick_imports`, a context in which transformers and PEFT are imported. What was changed for that is
-undone at its end; no name that transformers or PEFT hold afterwards does anything else than it would.
+In: nothing. Out: `quick_imports`, a context in which transformers and PEFT are imported. No name that they hold
+afterwards does anything else than it would.
 
-1. transformers reads the source of all its models to know what they export, once for itself and once for its `models`.
-   The second reading is the first one's answer.
-2. It imports scipy.optimize for one function, by which losses of object detection match boxes. That function imports
-   it when it is called.
+1. Packages that they import and hardly use are deferred (deferred.py).
+2. transformers reads the source of all its models to know what they export, and then once more: its memory holds fewer
+   directories than there are. It gets one without a limit.
+3. In each of these files it looks for the last `__all__` from the first line on. It gets the file from there on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from merge_gate.engine.deferred import Deferring, Part, mark
+
+_DEFERRED = {"scipy.optimize": Part(called=("linear_sum_assignment",))}  # by losses of object detection
+_COMPILER = {  # transformers uses one module of it, where torchvision is installed that uses another, which needs three
+    "torch._dynamo": Part(
+        below=("_trace_wrapped_higher_order_op", "config", "graph_utils", "metrics_context", "utils"),
+        marks=("allow_in_graph", "assume_constant_result", "disable"),
+    )
+}
 _STRUCTURES = "transformers.utils.import_utils"
-_READING = "create_import_structure_from_path"
-_OPTIMIZE = "scipy.optimize"
+_READING, _NAMES = "create_import_structure_from_path", "fetch__all__"
+_TWO_LISTS = '__all__ = ["first"]\n\n__all__ = [\n    "last",\n]\n'
+
+Change = Callable[[ModuleType], dict[str, Any]]
+"""What names of a module are while the imports last."""
 
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """For the imports of this process, before anything of transformers is imported."""
-    finder, optimize = _Finder(), _Optimize(_OPTIMIZE)
-    sys.meta_path.insert(0, finder)
-    is_ours = sys.modules.setdefault(_OPTIMIZE, optimize) is optimize
-    try:
+    """For the imports of this process, before anything of torch and transformers is imported.
+
+    Where torch compiles nothing (TORCHDYNAMO_DISABLE) nobody reads marks for its compiler, and `torch.compile` gives
+    back what it gets: what is imported then is not told of a compiler at all.
+    """
+    compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+    changes: dict[str, Change] = {_STRUCTURES: _read_once}
+    if not compiles:
+        changes["torch"] = lambda _: {"compile": mark}
+    with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes):
         yield
-    finally:
-        finder.undo()
-        sys.meta_path.remove(finder)
-        if is_ours and sys.modules.get(_OPTIMIZE) is optimize:
-            del sys.modules[_OPTIMIZE]
 
 
-class _Finder:
-    """Finds modules where they are; the one that reads the models' source gets a memory."""
+class _Changing:
+    """A finder. Modules that are imported in its context have other names than usual until its end."""
 
-    def __init__(self) -> None:
-        self._undo: Callable[[], None] = lambda: None
+    def __init__(self, changes: Mapping[str, Change]) -> None:
+        self._changes = changes
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        self._undo.close()
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _: ModuleType | None = None) -> ModuleSpec | None:
-        if name.startswith(f"{_OPTIMIZE}.") and isinstance(sys.modules.get(_OPTIMIZE), _Optimize):
-            return PathFinder.find_spec(name, _real(_OPTIMIZE).__path__)  # whatever lies below the real one
-        spec = PathFinder.find_spec(name, path) if name == _STRUCTURES else None
+        """As importlib asks for it."""
+        spec = PathFinder.find_spec(name, path) if name in self._changes else None
         if spec is None or spec.loader is None:
             return None
-        load = spec.loader.exec_module
+        execute = spec.loader.exec_module
 
-        def load_and_remember(module: ModuleType) -> None:
-            load(module)
-            read = getattr(module, _READING, None)
-            if callable(read):
-                setattr(module, _READING, _remembering(read))
-                self._undo = lambda: setattr(module, _READING, read)
+        def execute_and_change(module: ModuleType) -> None:
+            execute(module)
+            for attribute, value in self._changes[name](module).items():
+                self._undo.callback(setattr, module, attribute, getattr(module, attribute))
+                setattr(module, attribute, value)
 
-        spec.loader.exec_module = load_and_remember  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
         return spec
 
-    def undo(self) -> None:
-        """The module has its own function again."""
-        self._undo()
+
+def _read_once(module: ModuleType) -> dict[str, Any]:
+    read: Any = getattr(module, _READING, None)
+    names: Any = getattr(module, _NAMES, None)
+    changed: dict[str, Any] = {}
+    if hasattr(read, "cache_info"):
+        changed[_READING] = functools.lru_cache(maxsize=None)(read.__wrapped__)
+    if callable(names) and names(_TWO_LISTS) == names(from_last_list(_TWO_LISTS)):
+        changed[_NAMES] = lambda text: names(from_last_list(text))
+    return changed
 
 
-def _remembering(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    known: dict[str, Any] = {}
-
-    def remembered(path: Any) -> Any:
-        """A file stands for its directory, as it does for `read`."""
-        place = os.fspath(path)
-        place = os.path.dirname(place) if os.path.isfile(place) else place  # noqa: PTH113, PTH120
-        if place not in known:
-            known[place] = read(place)
-        return copy.deepcopy(known[place])
-
-    return remembered
-
-
-class _Optimize(ModuleType):
-    """In the place of scipy.optimize: one function of it; whoever wants another imports the real one."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__path__ = []
-
-    @staticmethod
-    def linear_sum_assignment(*given: Any, **named: Any) -> Any:
-        """scipy's, imported when it is called."""
-        return _real(_OPTIMIZE).linear_sum_assignment(*given, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # who looks at every module wants none of it
-            raise AttributeError(name)
-        return getattr(_real(_OPTIMIZE), name)
-
-
-def _real(name: str) -> ModuleType:
-    if isinstance(sys.modules.get(name), _Optimize):
-        del sys.modules[name]
-    return importlib.import_module(name)
+def from_last_list(text: str) -> str:
+    """A module's source from its last line that begins with `__all__` on, or from one before; all of it without one."""
+    return text[max(text.rfind("\n__all__"), 0) :]

@@ -50,8 +50,8 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 the caller has set stays."""
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
-"""Keeps bitsandbytes, which PEFT imports, from importing torch's compiler: a fifth of all imports, used by nothing here
-but bitsandbytes' own quantisation on a CPU."""
+"""torch compiles nothing, so that its compiler need not be imported (imports.py). PEFT's own imports ask for it.
+Nothing here uses it but bitsandbytes' own quantisation on a CPU."""
 
 TAIL_BYTES = 2000
 """How much of a dead child's output is kept for the message."""
