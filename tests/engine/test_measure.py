@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine import measure as module
-from merge_gate.engine.measure import distance, dtype_max, dtype_name, measure, same_bits, unchanged_fraction
+from merge_gate.engine.measure import (
+    distance,
+    dtype_max,
+    dtype_name,
+    measure,
+    same_bits,
+    same_values,
+    unchanged_fraction,
+)
 from merge_gate.errors import EngineError
 
 if TYPE_CHECKING:
@@ -184,6 +192,28 @@ def test_bits_tell_zero_from_minus_zero_and_nan_equals_itself() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float16))
     assert not same_bits(torch.zeros(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("starts", [(0, 0), (8, 0), (1, 1), (0, 3)])
+@pytest.mark.parametrize("length", [1, 7, 8, 16])
+def test_a_bit_that_differs_is_found_wherever_the_tensors_begin(length: int, starts: tuple[int, int], dtype) -> None:
+    """Several values are compared at once where both of them begin and end with a word."""
+    values = torch.arange(1, length + 1, dtype=torch.float32).to(dtype)
+    left, right = (torch.cat((torch.zeros(start), values.float())).to(dtype)[start:] for start in starts)
+    assert same_bits(left, right)
+    assert same_values(left, right)
+    for place in range(length):
+        other = torch.cat((torch.zeros(starts[1]), values.float())).to(dtype)[starts[1] :]
+        other[place] = -1.0
+        assert not same_bits(left, other)
+        assert not same_values(left, other)
+
+
+def test_values_are_the_same_where_a_zero_has_another_sign() -> None:
+    left, right = torch.tensor([0.0, 1.0, math.nan, 2.0]), torch.tensor([-0.0, 1.0, math.nan, 2.0])
+    assert same_values(left, right)
+    assert not same_values(left, -right)
 
 
 @settings(max_examples=100, deadline=None)

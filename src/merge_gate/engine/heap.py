@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 
-REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
+REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(5 << 26)}
 """Environment: pieces of every size come from one heap, and no more than so many bytes stay free at its end. A libc
 other than glibc does not look."""
 
