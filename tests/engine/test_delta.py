@@ -130,6 +130,13 @@ def test_the_norm_of_factors_that_cancel_is_zero(dtype: torch.dtype) -> None:
     assert norm(-left) == pytest.approx(exact, rel=1e-2)
 
 
+def test_a_rank_that_does_nothing_hides_no_other() -> None:
+    a, b = torch.randn(4, 30), torch.randn(50, 4)
+    a[0], b[:, 0], b[:, 1], a[1] = 1e9, 0.0, 1e9, 0.0
+    norm = LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm()
+    assert norm == pytest.approx(float((b.double() @ a.double()).norm()), rel=1e-6)
+
+
 def test_an_update_knows_the_shape_of_its_weight() -> None:
     layer = tuner_layer("embedding", 24, 70, 4)
     lora_a, lora_b = factors(layer)

@@ -91,11 +91,12 @@ class LowRankUpdate:
         """‖scaling · B @ A‖, Frobenius, in float64, from r-by-r matrices only: √tr((BᵀB)(AAᵀ)) · |scaling|.
 
         Infinite where it is too large for a float; without DoRA's magnitude. Zero where B @ A cancels, and what a merge
-        finds there is rounding: an adapter that is combined with itself, with weights 1 and -1.
+        finds there is rounding: an adapter that is combined with itself, with weights 1 and -1. The rounding is a share
+        of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
         """
         a, b = self.lora_a.detach().double(), self.lora_b.detach().double()
         left, right = b.T @ b, a @ a.T
-        square, parts = float((left * right).sum()), float(left.trace() * right.trace())
+        square, parts = float((left * right).sum()), float((left.diagonal() * right.diagonal()).sqrt().sum()) ** 2
         rounding = min(torch.finfo(dtype).eps for dtype in (torch.float32, self.lora_a.dtype)) / 2
         if math.isfinite(parts) and square <= rounding**2 * parts:
             return 0.0
