@@ -10,8 +10,6 @@ milliseconds and no memory. Whoever is about to write to one of its tensors give
 from __future__ import annotations
 
 import copy
-import json
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +25,7 @@ from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
 from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, scales
+from merge_gate.engine.shards import shards_left_out
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
@@ -302,9 +301,6 @@ def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
             )
 
 
-_SHARD = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)")
-
-
 def _refuse_lost_shards(model: Any, directory: str, loading: Loading, label: str) -> None:
     """Transformers makes up what the index does not list, and fails only where a file that it lists is not there.
 
@@ -313,28 +309,13 @@ def _refuse_lost_shards(model: Any, directory: str, loading: Loading, label: str
     """
     prefix = f"{model.base_model_prefix}." if hasattr(model, getattr(model, "base_model_prefix", None) or "") else ""
     made_up = sorted(name for name in loading.missing if name.startswith(prefix))
-    lost = _lost_shards(Path(directory)) if made_up else []
+    lost = shards_left_out(Path(directory)) if made_up else []
     if lost:
         raise EngineError(
             f"base {label} is incomplete: its index lists nothing of {listing(lost, 3)}, and transformers would make "
             f"up {counted(len(made_up), 'tensor')}: {listing(made_up, 3)}",
             hint="fetch the base again, with its index and all of its shards",
         )
-
-
-def _lost_shards(directory: Path) -> list[str]:
-    """Files that the numbers of others imply (`model-00002-of-00003.safetensors`) and that the index does not name."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return []
-    named = set(json.loads(index.read_bytes())["weight_map"].values())  # transformers has read it
-    found = [match for match in map(_SHARD.fullmatch, named) if match is not None]
-    implied = {
-        f"{match[1]}{number:0{len(match[2])}}{match[3]}{match[4]}{match[5]}"
-        for match in found
-        for number in range(1, int(match[4]) + 1)
-    }
-    return sorted(implied - named)
 
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]

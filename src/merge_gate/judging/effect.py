@@ -29,7 +29,10 @@ def no_effect(case: Case) -> Iterator[Finding]:
     if evidence is None or evidence.refusal is not None:
         return
     lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
-    changed = _with_sharers(evidence, {merge.module for merge in evidence.merges if merge.changed})
+    altered = {
+        one.module for one in evidence.merges if one.changed or not one.stats.finite
+    }  # NaN of the base stays NaN
+    changed = _with_sharers(evidence, altered)
     idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
     zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
