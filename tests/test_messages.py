@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Origin, Severity, Verdict
-from tests.faults import configure, overwrite, remove, rename, save_twice
+from tests.faults import configure, edit, halve, overwrite, remove, rename, save_twice
 from tests.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
@@ -220,6 +220,24 @@ def adapter_and_base() -> tuple[Row, ...]:
             says=("'query_key_value' match no module of the base", "layers are called", "q_proj"),
             hint=("check that this is the adapter's base", "transformers 5 renamed"),
             break_=configure(target_modules=["query_key_value"])),
+        Row(name="all-excluded", check="targets-not-found", origin=Origin.CONFIG,
+            says=("'q_proj, v_proj' match no module of the base that exclude_modules (q_proj, v_proj) leaves over",),
+            hint=("look at exclude_modules", "the base has layers of these names"),
+            break_=configure(target_modules=["q_proj", "v_proj"], exclude_modules=["q_proj", "v_proj"])),
+        Row(name="no-such-number", check="targets-not-found", origin=Origin.CONFIG,
+            says=("match no module of the base in the layers of layers_to_transform (7)",),
+            hint=("look at layers_to_transform", "the base has layers of these names"),
+            break_=configure(layers_to_transform=[7])),
+        Row(name="no-targets", check="targets-not-found", says=("target_modules in adapter_config.json is empty",),
+            hint=("restore the adapter_config.json",), break_=configure(target_modules=[]), origin=Origin.CONFIG),
+        Row(name="head-of-another-vocabulary", source="modules-to-save", check="shape-mismatch",
+            says=("lm_head.weight has shape [32, 32]", "need [64, 32]"), break_=edit(halve("lm_head")),
+            hint=("another vocabulary or number of labels",), origin=Origin.ADAPTER),
+        Row(name="rank-of-one-layer", source="patterns", check="shape-mismatch", origin=Origin.ADAPTER,
+            says=("v_proj.lora_A.weight has shape [2, 32]", "need [4, 32]"), break_=configure(rank_pattern={}),
+            hint=("r or rank_pattern in adapter_config.json",)),
+        Row(name="alpha-of-nothing", check="no-effect", says=("the merge changes nothing", "lora_alpha is 0"),
+            hint=("restore lora_alpha",), break_=configure(lora_alpha=0)),
         Row(name="wrapped-thrice", check="keys-missing", says=("not in the file",),
             hint=("begin with base_model.model. 3 times", "get_peft_model", "wrap the plain model once"),
             break_=prefix),

@@ -269,6 +269,16 @@ def test_biases_of_one_member_need_the_weight_one(weight: float, verdict: Verdic
     assert judgement.verdict is verdict, judgement
 
 
+def test_a_tensor_of_a_member_that_does_not_fit_has_its_own_name(bench: Bench, tmp_path: Path) -> None:
+    one, other = make_members(bench, "plain")
+    state = faults_methods.load_file(other / methods.WEIGHTS)
+    name = next(key for key in state if "lora_B" in key)
+    methods.write_variant(other, tmp_path / "short", state | {name: state[name][:-1].clone()})
+    judgement = gate(bench, (one, tmp_path / "short"), make_combine("cat"))
+    assert judgement.cause == "shape-mismatch", judgement
+    assert judgement.findings[0].tensor == name
+
+
 OPPOSITE = (1.0, -1.0)
 
 

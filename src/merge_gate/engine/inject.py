@@ -178,9 +178,18 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
             hint="name other layers in target_modules, or save the adapter without a task_type",
             origin=Origin.CONFIG,
         )
+    if not targets:
+        return Refusal(
+            check="targets-not-found",
+            message="target_modules in adapter_config.json is empty, and no target_parameters are named",
+            hint="restore the adapter_config.json that was saved with the adapter",
+            origin=Origin.CONFIG,
+        )
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
     excluded = getattr(config, "exclude_modules", None)
+    layers = getattr(config, "layers_to_transform", None)
     but = f" that exclude_modules ({_in_words(excluded)[:100]}) leaves over" if excluded else ""
+    but += f" in the layers of layers_to_transform ({str(layers).strip('[]')[:100]})" if layers is not None else ""
     return Refusal(
         check="targets-not-found",
         message=(
@@ -189,11 +198,21 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
         ),
         hint=_misread(targets, leaves)
         or (
-            "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then gate "
-            "the adapter with the version that it was trained with"
+            f"look at {_narrowed(excluded, layers)} in adapter_config.json: the base has layers of these names"
+            if (excluded or layers is not None) and _are_leaves(targets, leaves)
+            else "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then "
+            "gate the adapter with the version that it was trained with"
         ),
         origin=Origin.CONFIG,
     )
+
+
+def _are_leaves(targets: Any, leaves: list[str]) -> bool:
+    return not isinstance(targets, str) and all(name.rpartition(".")[2] in leaves for name in targets)
+
+
+def _narrowed(excluded: Any, layers: Any) -> str:
+    return " and ".join(["exclude_modules"] * bool(excluded) + ["layers_to_transform"] * (layers is not None))
 
 
 def _in_words(names: Any) -> str:

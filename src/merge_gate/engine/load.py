@@ -173,7 +173,7 @@ def load_weights(
         adapter_name: PEFT's name for it.
         injected_anew: makes another such model, to see where marked tensors go (arrival.py).
     """
-    with _before_load(model, base) as state:
+    with _before_load(model, base, adapter_name) as state:
         try:
             _load(model, files.directory, adapter_name)
         except Refused:
@@ -228,14 +228,14 @@ def _load_failed(error: Exception) -> Refusal:
 
 
 @contextmanager
-def _before_load(model: Any, base: Base) -> Iterator[dict[str, torch.Tensor]]:
+def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str, torch.Tensor]]:
     """Step 4, run by torch just before it copies: PEFT has renamed everything, and nothing is written yet."""
     shared = {tensor.data_ptr() for tensor in base.tensors.values() if tensor.numel()}
     state: dict[str, torch.Tensor] = {}
 
     def check_and_privatise(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        _refuse_shapes(incoming, own)
+        _refuse_shapes(incoming, own, adapter_name)
         for key in incoming:
             tensor = own.get(key)
             if tensor is not None and tensor.data_ptr() in shared:
@@ -249,7 +249,10 @@ def _before_load(model: Any, base: Base) -> Iterator[dict[str, torch.Tensor]]:
         hook.remove()
 
 
-def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+_SAVED = ".modules_to_save."
+
+
+def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter_name: str) -> None:
     wrong = [
         (key, tuple(tensor.shape), tuple(own[key].shape))
         for key, tensor in incoming.items()
@@ -258,14 +261,14 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
     if not wrong:
         return
     key, got, expected = wrong[0]
-    name = file_name(key, ADAPTER_NAME)
+    name = file_name(key, adapter_name)
     others = len(wrong) - 1
     more = f"; {counted(others, 'more tensor')} {'does' if others == 1 else 'do'} not fit either" if others else ""
     raise Refused(
         Refusal(
             check="shape-mismatch",
             message=f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
-            hint=_shape_hint(got, expected),
+            hint=_shape_hint(got, expected, trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key),
             module=module_of(name),
             tensor=name,
             origin=Origin.ADAPTER,
@@ -273,11 +276,16 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
     )
 
 
-def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...], *, trained_whole: bool) -> str:
     if 0 in got or len(got) < len(expected):
         return "the tensor was saved unsharded-empty by ZeRO-3 or FSDP: gather the parameters before save_pretrained"
+    if trained_whole:
+        return "this is not the adapter's base, or one with another vocabulary or number of labels than in training"
     if len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004
-        return "either r in adapter_config.json is not the rank it was trained with, or this is not the adapter's base"
+        return (
+            "either r or rank_pattern in adapter_config.json is not the rank it was trained with, or this is not the "
+            "adapter's base"
+        )
     return "this is not the base that the adapter was trained on"
 
 

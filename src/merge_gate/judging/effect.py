@@ -41,12 +41,16 @@ def no_effect(case: Case) -> Iterator[Finding]:
             reason = "its tensors are missing"
         elif any("lora_B" in name for name in zero):
             reason = "every lora_B is zero, as before training"
+        elif case.files.config.lora_alpha == 0:
+            reason = "lora_alpha is 0"
         yield no_effect.finding(
             f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
             "this follows from the missing tensors: see keys-missing"
             if lost
             else "with these weights the members cancel each other, or each was saved before it was trained"
             if case.spec.combine is not None
+            else "restore lora_alpha in adapter_config.json: it scales the delta"
+            if case.files.config.lora_alpha == 0
             else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
             Origin.ADAPTER,
             module=idle[0] if idle else None,
