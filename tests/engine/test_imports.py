@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import inspect
 import json
 import subprocess
 import sys
@@ -35,9 +37,14 @@ with quick:
     are_there = [name in sys.modules for name in ("scipy.optimize._optimize", "torch._dynamo.convert_frame")]
 """
 SAID = """
-import torch
+import fsspec, importlib.metadata, torch
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
 from transformers.utils import import_utils
+def places():
+    for name in simple_registry.singleton._data:
+        for kernel in simple_registry.singleton._data[name].fake_impl.kernels:
+            yield name, kernel.source
+from torch._library import simple_registry
 marked = transformers.generation.continuous_batching.cache.PagedAttentionCache.update
 found = {
     "names": sorted(dir(transformers)),
@@ -49,6 +56,8 @@ found = {
     "lists": import_utils.fetch__all__.__name__,
     "matching": [side.tolist() for side in linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])],
     "peft": sorted(dir(peft)),
+    "looks": importlib.metadata.entry_points.__qualname__,
+    "plugins": sorted(fsspec.available_protocols()),
     "compiled": [torch.compile.__module__, torch.compile(len) is len, torch.compiler.disable(len)([1])],
     "marked": [marked.__module__, marked.__qualname__, str(inspect.signature(marked))],
 }
@@ -57,6 +66,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 found["scipy's"] = sorted(dir(scipy.optimize))
 found["the compiler's"] = sorted(dir(torch._dynamo))
 found["its part"] = torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
+found["places"] = [torch._library.utils.get_source.__qualname__, sorted(map(str, places()))]
 found["finders"] = [type(one).__name__ for one in sys.meta_path if one not in before]
 print(json.dumps([are_there, found]))
 """
@@ -156,6 +166,43 @@ def test_only_what_is_known_is_read_in_less_time(
 )
 def test_a_list_is_the_same_from_its_line_on(text: str) -> None:
     assert import_utils.fetch__all__(imports.from_last_list(text)) == import_utils.fetch__all__(text)
+
+
+def test_what_is_installed_is_looked_through_once_and_then_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+    look = importlib.metadata.entry_points
+
+    def counting(**wanted: str) -> Any:
+        asked.append(wanted)
+        return look(**wanted)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", counting)
+    with imports.quick_imports():
+        meanwhile = importlib.metadata.entry_points
+        assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
+        assert list(meanwhile(group="none")) == list(look(group="none"))
+    assert asked == [{}]
+    assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
+    assert asked == [{}, {"group": "console_scripts"}]
+    assert importlib.metadata.entry_points is counting
+
+
+@pytest.mark.parametrize("source", ["import inspect, sys\n{}", "{}"], ids=["it is that", "it says something else"])
+def test_a_place_is_noted_without_its_source_where_that_is_the_same(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "(lambda frame: f'{frame.filename}:{frame.lineno}')(inspect.getframeinfo(sys._getframe(stacklevel)))"
+    body = f"def get_source(stacklevel):\n    return {said if 'inspect' in source else repr('nowhere')}\n"
+    (tmp_path / "places.py").write_text(source.format(body), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "_PLACES", "places")
+    with imports.quick_imports():
+        module = importlib.import_module("places")
+        quick = module.get_source
+        here = quick(1)
+    assert here == (f"{__file__}:{inspect.currentframe().f_lineno - 1}" if "inspect" in source else "nowhere")
+    assert (module.get_source is quick) == ("inspect" not in source)
+    del sys.modules["places"]
 
 
 def test_the_worker_merges_as_this_process_does(shelf: Shelf) -> None:

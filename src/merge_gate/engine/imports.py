@@ -7,12 +7,16 @@ afterwards does anything else than it would.
 2. transformers reads the source of all its models to know what they export, and then once more: its memory holds fewer
    directories than there are. It gets one without a limit.
 3. In each of these files it looks for the last `__all__` from the first line on. It gets the file from there on.
+4. torch, fsspec and bitsandbytes look through all that is installed for plugins, four times: it is looked through once.
+5. torch notes the file and line of each operator, and reads that file for it: it notes them without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +34,7 @@ _COMPILER = {  # transformers uses one module of it, where torchvision is instal
     )
 }
 _STRUCTURES = "transformers.utils.import_utils"
+_PLACES = "torch._library.utils"
 _READING, _NAMES = "create_import_structure_from_path", "fetch__all__"
 _TWO_LISTS = '__all__ = ["first"]\n\n__all__ = [\n    "last",\n]\n'
 
@@ -45,10 +50,10 @@ def quick_imports() -> Iterator[None]:
     back what it gets: what is imported then is not told of a compiler at all.
     """
     compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
-    changes: dict[str, Change] = {_STRUCTURES: _read_once}
+    changes: dict[str, Change] = {_STRUCTURES: _read_once, _PLACES: _place_without_source}
     if not compiles:
         changes["torch"] = lambda _: {"compile": mark}
-    with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes):
+    with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes), _looked_through_once():
         yield
 
 
@@ -97,3 +102,30 @@ def _read_once(module: ModuleType) -> dict[str, Any]:
 def from_last_list(text: str) -> str:
     """A module's source from its last line that begins with `__all__` on, or from one before; all of it without one."""
     return text[max(text.rfind("\n__all__"), 0) :]
+
+
+def _place_without_source(module: ModuleType) -> dict[str, Any]:
+    place: Any = getattr(module, "get_source", None)
+
+    def quick(stacklevel: int) -> str:
+        caller = inspect.getframeinfo(sys._getframe(stacklevel), context=0)
+        return f"{caller.filename}:{caller.lineno}"
+
+    return {"get_source": quick} if callable(place) and place(1) == quick(1) else {}
+
+
+@contextlib.contextmanager
+def _looked_through_once() -> Iterator[None]:
+    look = importlib.metadata.entry_points
+    found, is_over = functools.cache(look), False
+
+    def remembered(**wanted: Any) -> Any:
+        """Whoever keeps this function looks anew afterwards."""
+        return look(**wanted) if is_over else found().select(**wanted)
+
+    importlib.metadata.entry_points = remembered
+    try:
+        yield
+    finally:
+        importlib.metadata.entry_points = look
+        is_over = True
