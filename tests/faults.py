@@ -455,6 +455,7 @@ def vain_merges() -> tuple[Case, ...]:
         Case("alpha-zero", break_=configure(lora_alpha=0), cause="no-effect"),
         Case("tied-head-one-side", "tied-head", cause="tied-weights"),
         Case("tied-embedding-one-side", "tied-embedding", cause="tied-weights"),
+        Case("tied-tokens-one-side", "tied-tokens-head", cause="tied-weights"),
         Case(
             "nonfinite-check-off",
             break_=poison("lora_B", where="last"),

@@ -408,6 +408,7 @@ VARIANTS: dict[str, Variant] = {
     "bfloat16-base": Variant(base="llama-bfloat16"),
     "tied-base": Variant(base="llama-tied"),
     "tied-tokens": Variant({"trainable_token_indices": {"embed_tokens": [3, 7, 63]}}, base="llama-tied"),
+    "tied-tokens-head": Variant({"trainable_token_indices": {"lm_head": [3, 7, 63]}}, base="llama-tied"),
     "saved-tied-embedding": Variant({"modules_to_save": ["embed_tokens"]}, base="llama-tied"),
     "tied-head": Variant({"target_modules": ["q_proj", "lm_head"]}, base="llama-tied"),
     "tied-embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}, base="llama-tied"),

@@ -73,16 +73,24 @@ class Ledger:
         merge = self.merges.get(name)
         return merge.stats if merge is not None else self.base.stats.get(self.base.first_name(name))
 
-    def tied(self, sharers: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
-        """Tensors that a layer changed for one module while another module shares them without that adapter."""
+    def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+        """Tensors that a layer changed for one module while another module shares them without that adapter.
+
+        `tokens` says whose trained tokens a module carries; one that is not there does not count (merge.py).
+        """
         pairs = []
         for name, layers in self.layers.items():
             modules = sharers.get(name, ())
-            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers)
+            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers) and _agree(tokens, modules)
             if len(modules) > 1 and not whole and self.merges[name].changed:
                 own = name.rpartition(".")[0]
                 pairs.append((name, next((path for path in modules if path != own), modules[-1])))
         return tuple(pairs)
+
+
+def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
+    """Whether all of the modules that count carry the same tokens."""
+    return len({tokens[path] for path in modules if path in tokens}) == 1
 
 
 def _refused(message: str) -> Refused:

@@ -12,12 +12,14 @@ In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusa
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.base import Base
@@ -122,6 +124,7 @@ def _attempt(
             brought = set(written_whole(loaded.model, loaded.slots, loaded.state).values())
             enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
+            tokens = _tokens(loaded)
             walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
             walk.run()
             differing = tuple(walk.differing)
@@ -143,7 +146,7 @@ def _attempt(
         targeted=loaded.targeted,
         merges=tuple(merges.values()),
         shared=_shared(loaded),
-        tied=walk.ledger.tied(loaded.sharers),
+        tied=walk.ledger.tied(loaded.sharers, tokens),
         mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
         refused_by_safe_merge=tuple(walk.refused),
         initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
@@ -160,6 +163,22 @@ def _attempt(
 
 def _not_finite(base: Base) -> list[str]:
     return [name for name, stats in base.stats.items() if not stats.finite]
+
+
+def _tokens(loaded: Loaded) -> dict[str, int]:
+    """Whose trained tokens a module of the base carries: PEFT links a head to its embedding's.
+
+    The model's embedding and head are there in any case, with tokens of their own where they carry none.
+    """
+    model, found = loaded.model.get_base_model(), {}
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
+        found = {path: id(module) for path, module in model.named_modules() if id(module) in ends}
+    return found | {
+        path.removesuffix(".token_adapter"): id(layer.tied_adapter or layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, TrainableTokensLayer)
+    }
 
 
 def _made_up(base: Base, whole: set[str]) -> set[str]:
