@@ -14,6 +14,7 @@ from tests.gating import Gate, one_thread
 
 SLICE = {
     "blip": "its head is tied to an embedding, and all-linear reaches it",
+    "clip": "a parameter without dimensions",
     "deepseek_v3": "low-rank attention, dense and sparse layers, shared experts",
     "gemma3": "a vision tower, a language model, keys of an older layout",
     "gpt2": "Conv1D",

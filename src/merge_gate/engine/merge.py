@@ -201,7 +201,7 @@ def _enlarged(base: Base, loaded: Loaded) -> set[str]:
         if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
         and id(module) not in trained
         and tensor.dim() == base.tensors[name].dim()
-        and len(tensor) > len(base.tensors[name])
+        and tensor.shape[:1] > base.tensors[name].shape[:1]  # some have no dimension at all
     }
 
 
