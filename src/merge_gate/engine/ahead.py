@@ -106,8 +106,8 @@ class _Ahead:
 
     def svd(self, matrix: torch.Tensor, *others: Any, **named: Any) -> Any:
         """In the place of `torch.linalg.svd`."""
-        if self.weight is None or others or named != THIN:
-            return self.own(matrix, *others, **named)
+        if self.weight is None or others or named != THIN or sorted(matrix.shape) != sorted(self.weight.shape):
+            return self.own(matrix, *others, **named)  # svd_lowrank, among others, comes here with a small one
         begun = self.begun.pop(id(self.weight), None)
         if begun is not None and _same(matrix, begun.values):
             self._begin(begun.form, AT_A_TIME)
