@@ -31,6 +31,7 @@ def shard(number: int, of: int = 3) -> str:
         ([shard(0), shard(1), shard(2)], []),
         ([shard(0), shard(2)], [shard(1)]),
         (["model-1-of-2.bin"], ["model-2-of-2.bin"]),
+        (["model-1-of-999999999999.bin"], []),
     ],
 )
 def test_what_the_numbers_imply_is_named_or_left_out(named: list[str], left_out: list[str], tmp_path: Path) -> None:

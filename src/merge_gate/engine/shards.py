@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-_NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)")
+_NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-)(\d{1,5})(\.\w+)")
+"""As transformers numbers them, with five digits; a stranger's file name may count to any number."""
 
 
 def shards_left_out(directory: Path) -> list[str]:
