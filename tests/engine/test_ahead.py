@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_gate.engine import ahead
 from merge_gate.engine.base import Base, load_base
@@ -39,21 +39,36 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def callers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[threading.Thread]]:
-    """Two threads, and who calls torch's decomposition."""
-    seen: list[threading.Thread] = []
-    own = torch.linalg.svd
+class Seen(TorchDispatchMode):
+    """Counts the decompositions of this thread, as torch makes them, and those that were begun on others."""
 
-    def svd(*matrix: Any, **named: Any) -> Any:
-        seen.append(threading.current_thread())
-        return own(*matrix, **named)
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = self.ahead = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.here += func is torch.ops.aten._linalg_svd.default
+        return func(*args, **(kwargs or {}))
+
+    def forget(self) -> None:
+        self.here = self.ahead = 0
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    """Two threads, and who decomposes."""
+    counter = Seen()
+    begin, own = ahead._Ahead._decompose, torch.linalg.svd
+
+    def counted(self: Any, values: torch.Tensor) -> Any:
+        counter.ahead += 1
+        return begin(self, values)
 
     monkeypatch.setattr(ahead, "threads", lambda: 2)
-    monkeypatch.setattr(torch.linalg, "svd", svd)
-    with threads(2):
-        yield seen
-    assert torch.linalg.svd is svd, "what stood there stands there again"
+    monkeypatch.setattr(ahead._Ahead, "_decompose", counted)
+    with threads(2), counter:
+        yield counter
+    assert torch.linalg.svd is own, "what stood there stands there again"
 
 
 def made(case: methods.Case, root: Path, dtype: str) -> Path:
@@ -83,22 +98,19 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_is_loaded_with_pefts_bits(
-    case: methods.Case, dtype: str, tmp_path: Path, callers: list[threading.Thread]
-) -> None:
+def test_an_adapter_is_loaded_with_pefts_bits(case: methods.Case, dtype: str, tmp_path: Path, seen: Seen) -> None:
     directory = made(case, tmp_path, dtype)
-    callers.clear()
+    seen.forget()
     theirs = methods.load_adapter(methods.load_base(case.base, directory), tmp_path / "adapter")
-    assert set(callers) == {threading.main_thread()}
-    needed = len(callers)
-    callers.clear()
+    needed = seen.here
+    assert needed > 1
+    seen.forget()
     ours = by_the_gate(loaded_base(directory, tmp_path / "adapter"), tmp_path / "adapter")
-    assert len(callers) == needed, "each is decomposed once"
-    assert callers.count(threading.main_thread()) == 1, "the first is not foreseen, all others are"
+    assert (seen.here, seen.ahead) == (1, needed - 1), "each is decomposed once, and all but the first are foreseen"
     assert_same(ours, theirs)
 
 
-def test_a_weight_that_was_rewritten_since_is_decomposed_again(tmp_path: Path, callers: list[threading.Thread]) -> None:
+def test_a_weight_that_was_rewritten_since_is_decomposed_again(tmp_path: Path, seen: Seen) -> None:
     """PiSSA takes its factors from the weight; of two modules that share one, the second meets what is left of it."""
     directory = made(CASES[0], tmp_path, "float32")
     base = loaded_base(directory, tmp_path / "adapter")
@@ -107,15 +119,13 @@ def test_a_weight_that_was_rewritten_since_is_decomposed_again(tmp_path: Path, c
         for layer in model.model.layers:
             layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
     base.tensors = dict(base.model.named_parameters())
-    callers.clear()
+    seen.forget()
     ours = by_the_gate(base, tmp_path / "adapter")
-    assert callers.count(threading.main_thread()) == 1 + len(plain.model.layers)
+    assert seen.here == 1 + len(plain.model.layers)
     assert_same(ours, methods.load_adapter(plain, tmp_path / "adapter"))
 
 
-def test_a_weight_that_cannot_be_decomposed_is_refused_in_pefts_words(
-    tmp_path: Path, callers: list[threading.Thread]
-) -> None:
+def test_a_weight_that_cannot_be_decomposed_is_refused_in_pefts_words(tmp_path: Path, seen: Seen) -> None:
     directory = made(CASES[3], tmp_path, "float32")
     base = loaded_base(directory, tmp_path / "adapter")
     plain = methods.load_base(CASES[3].base, directory)
@@ -126,13 +136,13 @@ def test_a_weight_that_cannot_be_decomposed_is_refused_in_pefts_words(
     with pytest.raises(Refused) as ours:
         by_the_gate(base, tmp_path / "adapter")
     assert str(theirs.value).splitlines()[0] in ours.value.refusal.message
-    assert callers
+    assert seen.here
 
 
-def test_what_asks_for_another_decomposition_begins_none(tmp_path: Path, callers: list[threading.Thread]) -> None:
+def test_what_asks_for_another_decomposition_begins_none(tmp_path: Path, seen: Seen) -> None:
     case = methods.make_case("olora", "llama", "LoraConfig", r=2, target_modules=ALL, init_lora_weights="olora")
     directory = made(case, tmp_path, "float32")
-    callers.clear()
+    seen.forget()
     ours = by_the_gate(loaded_base(directory, tmp_path / "adapter"), tmp_path / "adapter")
-    assert callers == []
+    assert (seen.here, seen.ahead) == (0, 0)
     assert_same(ours, methods.load_adapter(methods.load_base(case.base, directory), tmp_path / "adapter"))
