@@ -244,7 +244,7 @@ class Walk:
         """
         inside = {id(inner) for _, layer in layers for inner in layer.modules() if inner is not layer}
         apart = [(path, layer) for path, layer in layers if id(layer) not in inside and self._is_apart(layer)]
-        if self.base.device.type != "cpu" or threads() == 1 or len(apart) == 1:
+        if self.base.device.type != "cpu" or threads() == 1 or len(apart) < AT_A_TIME:
             return
 
         def merge(one: tuple[str, Any]) -> Made | None:
