@@ -117,6 +117,25 @@ def test_the_loss_of_requantising_is_reported(quantization: str, bench: Bench) -
     assert "rounding-loss" in judgement.warned, judgement
 
 
+@pytest.mark.parametrize("quantization", ON_LOADING)
+@pytest.mark.parametrize("name", ["hira", "oft", "boft", "miss", "road", "vera", "shira"])
+def test_the_delta_is_that_of_the_unquantised_merge(name: str, quantization: str, bench: Bench) -> None:
+    """Whatever a method does to a weight, W + delta is what PEFT packs again: also a rotation, or a product with W."""
+    case = next(case for case in CASES if case.name == name)
+    directory, asked = stored(bench, quantization)
+    plain = methods.load_base(BASE, bench.base_directory(BASE, "float32"))
+    weight = plain.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    held = methods.values(quantised(bench, quantization))["model.layers.0.self_attn.q_proj.weight"].float()
+    weight.data = held.clone()
+    exact = methods.merge(plain, bench.adapter(case))["model.layers.0.self_attn.q_proj.weight"]
+
+    judgement = bench.gate.judge(bench.adapter(case), directory, quantization=asked)
+    assert judgement.evidence is not None
+    (merge,) = [one for one in judgement.evidence.merges if one.stats.name.endswith("q_proj.weight")]
+    assert merge.delta_norm == pytest.approx(float((exact - held).norm()), rel=0.01), judgement
+    assert merge.lost_norm is not None
+
+
 @pytest.mark.parametrize("dtype", methods.DTYPES)
 @pytest.mark.parametrize("quantization", ON_LOADING)
 @pytest.mark.parametrize("method", ["lora", "dora"])

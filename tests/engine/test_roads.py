@@ -81,6 +81,32 @@ UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
     "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"]),
     "waveft": lambda: peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"], init_weights=True),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "dora-embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True),
+    "pissa": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "olora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"),
+    **{
+        name: methods.find(name).config
+        for name in (
+            "hira-linear",
+            "hira-embedding",
+            "adamss-linear",
+            "peanut-linear",
+            "lora-bdlora",
+            "lora-velora",
+            "lora-monteclora",
+            "lora-mica",
+            "gralora-hybrid",
+            "tinylora-linear",
+            "delora-linear",
+            "pvera-linear",
+            "supertuning-linear",
+            "glora-lora",
+            "ia3-linear",
+            "miss-linear",
+            "miss-bat",
+            "trainable-tokens",
+        )
+    },
 }
 
 
@@ -113,20 +139,61 @@ def test_an_untrained_dora_of_convolutions_has_no_effect(dtype: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "factor"),
-    [("lora-linear", 1e-6), ("lora-conv2d", 1e-6), ("loha-linear", 1e-5), ("vblora-linear", 3e-3)],
+    ("name", "part", "factor"),
+    [
+        ("lora-linear", "lora_B.weight", 1e-6),
+        ("lora-conv2d", "lora_B.weight", 1e-6),
+        ("lora-bdlora", "lora_B.weight", 1e-6),
+        ("lora-velora", "lora_B.weight", 1e-6),
+        ("lora-monteclora", "lora_B.weight", 1e-6),
+        ("loha-linear", "w1_a", 1e-5),
+        ("vblora-linear", "bank", 3e-3),
+        ("hira-linear", "hira_B", 1e-5),
+        ("hira-conv2d", "hira_B", 1e-5),
+        ("adamss-linear", "adamss_B", 1e-5),
+        ("unilora-linear", "theta_d", 1e-3),
+        ("peanut-linear", "peanut_B", 1e-5),
+        ("gralora-linear", "gralora_B", 1e-7),
+        ("trainable-tokens", "", None),
+    ],
 )
-def test_a_delta_of_a_millionth_is_an_effect(name: str, factor: float, tmp_path: Path, bench: Bench) -> None:
+def test_a_delta_of_a_millionth_is_an_effect(
+    name: str, part: str, factor: float | None, tmp_path: Path, bench: Bench
+) -> None:
     """What is added to a weight is zero while untrained, so that anything else was trained; on both roads."""
     case = methods.find(name)
     base, adapter = bench.base_directory(case.base, "float32"), bench.adapter(case)
     state = methods.load_file(adapter / methods.WEIGHTS)
-    small = {
-        name: tensor * factor for name, tensor in state.items() if name.endswith(("lora_B.weight", "w1_a", "bank"))
-    }
+    if factor is None:  # one value of one token, moved by one step of float32
+        rows = methods.load_file(base / "model.safetensors")["model.embed_tokens.weight"][[1, 5]].clone()
+        rows[0, 0] = torch.nextafter(rows[0, 0], torch.tensor(math.inf))
+        small = {next(iter(state)): rows}
+    else:
+        small = {name: tensor * factor for name, tensor in state.items() if part in name}
     judgement = bench.gate.judge(methods.write_variant(adapter, tmp_path, state | small), base)
     assert small
     assert judgement.verdict is Verdict.PASSED, judgement
+    assert judgement.evidence is not None
+    ratios = [one.delta_ratio for one in judgement.evidence.merges if one.changed]
+    assert any(ratio is not None and 0 < ratio < 2e-6 for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_the_loss_of_what_was_trained_from_a_part_of_the_base_is_measured(
+    scheme: str, tmp_path: Path, bench: Bench
+) -> None:
+    """PiSSA and OLoRA take their first factors off the base: the layer's tensor is not the base's any more."""
+    base = bench.base_directory("llama", "bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=scheme)
+    with methods.quiet():
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    edit(lambda tensors: {name: tensor * 1.0001 for name, tensor in tensors.items()})(tmp_path)
+    judgement = bench.gate.judge(tmp_path, base)
+    assert "rounding-loss" in judgement.warned, judgement
+    assert judgement.evidence is not None
+    assert judgement.evidence.lost_share is not None
+    assert judgement.evidence.lost_share > 0.5, judgement
 
 
 def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:

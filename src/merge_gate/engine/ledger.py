@@ -62,11 +62,17 @@ class Ledger:
             known = self.base.tensors.get(self.base.first_name(name))
             own = known is not None and outcome.shares_storage(known, tensor)
             if not own and not outcome.is_the_bases(self.base, name, tensor):
-                self.book(outcome.of_tensor(self.base, module, name, tensor))
+                self._book_anew(outcome.of_tensor(self.base, module, name, tensor))
             stats = self._measured(name)
             self.checked += stats.numel if stats is not None else 0
             if stats is None or not stats.finite:
                 self.left.add(self.base.first_name(name))
+
+    def _book_anew(self, merge: TensorMerge) -> None:
+        """Enter a tensor of the result, unless it is as its layer left it: that merge knows what rounding took."""
+        booked = self.merges.get(merge.stats.name)
+        if booked is None or booked.stats != merge.stats:
+            self.book(merge)
 
     def _measured(self, name: str) -> TensorStats | None:
         """What was measured under this name: in the merge, else with the base."""

@@ -18,11 +18,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
@@ -49,6 +50,7 @@ class Loaded:
     """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `arrivals`, by member, what came.
 
     `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
+    `starts` has the factors, by the id of a LoRA's layer, that PEFT takes off the base before it loads (PiSSA, OLoRA).
     """
 
     model: Any
@@ -60,6 +62,7 @@ class Loaded:
     sharers: dict[str, tuple[str, ...]]
     seed: int | None = None
     template: Template | None = None
+    starts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
@@ -85,6 +88,7 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
 
 def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -> Loaded:
     refuse_lost_wrappers(made.model, made.config, files)
+    starts = _starts(made.model) if initialisation_writes_to_base(made.config) else {}
     state, arrival = load_weights(
         made.model,
         base,
@@ -102,7 +106,24 @@ def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -
         slots=made.slots,
         sharers=made.sharers,
         template=made if made.holds(set(state)) else None,
+        starts=starts,
     )
+
+
+def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A and B of a LoRA's layer; None of another's."""
+    embeds = bool(getattr(layer, "lora_embedding_A", None))
+    names = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A", "lora_B")
+    side_a, side_b = (getattr(layer, name, {}) for name in names)
+    if ADAPTER_NAME not in side_a or ADAPTER_NAME not in side_b:
+        return None
+    a, b = (side[ADAPTER_NAME] if embeds else side[ADAPTER_NAME].weight for side in (side_a, side_b))
+    return a.data, b.data
+
+
+def _starts(model: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    found = ((id(layer), factors_of(layer)) for layer in model.modules() if isinstance(layer, LoraLayer))
+    return {key: (factors[0].clone(), factors[1].clone()) for key, factors in found if factors is not None}
 
 
 def _make_template(base: Base, files: AdapterFiles, *, with_magnitudes: bool = True) -> Template:

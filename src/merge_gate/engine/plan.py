@@ -25,7 +25,7 @@ from merge_gate.engine.bound import merged_bound
 from merge_gate.engine.copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.delta import LowRankUpdate
 from merge_gate.engine.figures import Figures, Measured, measure_merge
-from merge_gate.engine.load import ADAPTER_NAME
+from merge_gate.engine.load import ADAPTER_NAME, factors_of
 from merge_gate.engine.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
@@ -99,7 +99,7 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
         return None
     if dict(layer.lora_bias).get(ADAPTER_NAME):
         return None
-    factors = _factors(layer)
+    factors = factors_of(layer)
     if factors is None:
         return None
     return LowRankUpdate(
@@ -111,37 +111,71 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
     )
 
 
-def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    embeds = isinstance(layer, lora.layer.Embedding)
-    side_a, side_b = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
-    if ADAPTER_NAME not in side_a:
-        return None
-    a, b = (side[ADAPTER_NAME] if embeds else side[ADAPTER_NAME].weight for side in (side_a, side_b))
-    return a.data, b.data
+ADDED = (
+    "lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_",
+    "hira_", "adamss_", "unilora_", "peanut_", "gralora_", "tinylora_", "delora_", "pvera_lambda_", "supertuning_",
+    "glora_", "beft_", "ia3_", "miss_", "trainable_tokens_",
+)  # fmt: skip
+"""Prefixes of tensors that leave a weight as it is, to the last bit, while untrained: a factor is 0, or 1 for IA3.
+
+Not so where PEFT rotates or decomposes the weight: that rounds, whatever the tensors are."""
+
+ADDING = tuple(
+    getattr(lora.variants, name)
+    for name in (
+        "VeloraLinearVariant", "BdLoraLinearVariant", "MontecloraLinearVariant", "MiCALinearVariant",
+        "MiCAEmbeddingVariant",
+    )
+    if hasattr(lora.variants, name)
+)  # fmt: skip
+"""Variants of LoRA whose merge is W + delta, as LoRA's own."""
 
 
-ADDED = ("lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_")
-"""Prefixes of tensors whose product is added to the weight: untrained it is zero, to the last bit."""
+def rounding_share(layer: Any, start: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+    """How large a share of the weight a delta can be by rounding alone: more for DoRA whose product is zero, at first.
 
-
-def rounding_share(layer: Any) -> float:
-    """How large a share of the weight a delta can be by rounding alone: more for DoRA whose B is zero, as it began."""
+    `start`: factors that PEFT has taken off the weight, so that training began at no delta (`Loaded.starts`). With them
+    untrained, whatever the merge changes is the rounding of a weight without them.
+    """
     if ADAPTER_NAME not in (getattr(layer, "lora_magnitude_vector", None) or ()):
-        varied = getattr(layer, "lora_variant", None) or ()
-        is_added = ADAPTER_NAME not in varied and all(name.startswith(ADDED) for name in layer.adapter_layer_names)
-        return (math.inf if _cancels(layer) else 0.0) if is_added else ROUNDING_SHARE
+        variant = (getattr(layer, "lora_variant", None) or {}).get(ADAPTER_NAME)
+        if not all(name.startswith(ADDED) for name in layer.adapter_layer_names):
+            return ROUNDING_SHARE
+        if start is not None:
+            return math.inf if _is_still(layer, *start) else ROUNDING_SHARE
+        if variant is not None:
+            return 0.0 if type(variant) in ADDING else ROUNDING_SHARE
+        return math.inf if _cancels(layer) else 0.0
     embedded = getattr(layer, "lora_embedding_B", None) or {}
-    side = embedded[ADAPTER_NAME] if ADAPTER_NAME in embedded else layer.lora_B[ADAPTER_NAME].weight
-    return ROUNDING_SHARE if bool(side.any()) else UNTRAINED_MAGNITUDE
+    a, b = (
+        (layer.lora_embedding_A[ADAPTER_NAME], embedded[ADAPTER_NAME])
+        if ADAPTER_NAME in embedded
+        else (layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight)
+    )
+    return ROUNDING_SHARE if bool(a.any()) and bool(b.any()) else UNTRAINED_MAGNITUDE
 
 
 def _cancels(layer: Any) -> bool:
     """Whether the product of a LoRA's factors is zero but for rounding; a kernel's, of its flattened factors."""
-    factors = _factors(layer) if issubclass(type(layer), (*DENSE, *PACKED, lora.layer._ConvNd)) else None
+    factors = factors_of(layer) if issubclass(type(layer), (*DENSE, *PACKED, lora.layer._ConvNd)) else None
     if factors is None:
         return False
     a, b = (factor.flatten(1) for factor in factors)
     return LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm() == 0
+
+
+def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
+    """Whether the product of a LoRA's factors is what it was at first."""
+    factors = factors_of(layer)
+    if factors is None or first_a.dim() != 2:  # noqa: PLR2004
+        return False
+    apart = LowRankUpdate(
+        lora_a=torch.cat((factors[0], first_a.to(factors[0]))),
+        lora_b=torch.cat((factors[1], -first_b.to(factors[1])), dim=1),
+        scaling=1.0,
+    )
+    first = LowRankUpdate(lora_a=first_a, lora_b=first_b, scaling=1.0)
+    return apart.delta_norm() <= ROUNDING_SHARE * first.delta_norm()
 
 
 # --- the merges ----------------------------------------------------------------------------------------------------

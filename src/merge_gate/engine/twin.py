@@ -1,5 +1,7 @@
 """The twin of a merge, into float32 copies: with the merge's own delta where that does not depend on the copies.
 
+A packed weight has no such copies: there the twin is what PEFT packs again.
+
 In: a tuner layer that PEFT merges twice. Out: the second merge in less time, with the same bits. Knows no method.
 
 Most of a merge is its delta, and most methods make that (`get_delta_weight`) without a look at the weight it is for. Of
@@ -21,7 +23,7 @@ from torch import nn
 from merge_gate.engine.copies import Slot
 from merge_gate.engine.load import ADAPTER_NAME
 from merge_gate.engine.measure import same_bits
-from merge_gate.engine.quantized import dequantized, is_quantized
+from merge_gate.engine.quantized import dequantized, elements, is_quantized
 
 _METHOD = "get_delta_weight"
 
@@ -127,15 +129,38 @@ def _parts(delta: Any) -> tuple[torch.Tensor, ...]:
     return parts if plain else ()
 
 
-def exact_quantized(layer: Any, changed: list[tuple[Slot, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """W + delta before re-quantising, where the layer can say its delta."""
-    exact = {}
-    for slot, tensor in changed:
-        if slot.attribute != "weight" or not is_quantized(tensor) or getattr(layer, "lora_variant", None):
-            continue
-        try:
-            delta = layer.get_delta_weight(ADAPTER_NAME)
-            exact[slot.name] = dequantized(slot.module, slot.parameter).float() + delta.float()
-        except Exception:  # noqa: S112 - a figure for a warning: without it the loss is not reported
-            continue
-    return exact
+@contextlib.contextmanager
+def sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
+    """Yields what PEFT makes packed weights of inside of the block, in its order: W + delta before re-quantising.
+
+    Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), and all end by making a parameter of the
+    kind that was there. For one layer at a time: the kind is everybody's.
+    """
+    found: list[torch.Tensor] = []
+    kinds: list[Any] = list({type(slot.parameter) for slot in slots if is_quantized(slot.parameter)})
+    own = [vars(kind)["__new__"] for kind in kinds]
+
+    def made_by(make: Any) -> Any:
+        def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
+            if isinstance(data, torch.Tensor) and data.is_floating_point():
+                found.append(data)
+            return make(kind, data, *given, **named)
+
+        return staticmethod(make_and_keep)
+
+    for kind, one in zip(kinds, own, strict=True):
+        kind.__new__ = made_by(one.__func__)
+    try:
+        yield found
+    finally:
+        for kind, one in zip(kinds, own, strict=True):
+            kind.__new__ = one
+
+
+def exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W + delta before re-quantising, by the base's names: the last of these sums, where one weight is packed."""
+    packed = [(slot, tensor) for slot, tensor in changed if is_quantized(tensor)]
+    if len(packed) != 1 or not found or found[-1].numel() != elements(packed[0][1]):
+        return {}
+    slot, tensor = packed[0]
+    return {slot.name: found[-1].float().reshape(dequantized(slot.module, tensor).shape)}

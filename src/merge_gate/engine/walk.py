@@ -47,7 +47,7 @@ from merge_gate.engine.measure import dtype_max, measure
 from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
 from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.threads import spread, threads
-from merge_gate.engine.twin import Deltas, Twins, exact_quantized
+from merge_gate.engine.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records.measured import Leeway, Refusal, TensorMerge
 from merge_gate.records.terms import Origin
@@ -225,13 +225,15 @@ class Walk:
             self._turns.begin(slot)
         before = layer.get_base_layer()
         made = Made(safe=True)
-        with PrivateCopies(layer, slots, self.base, keep_marks=keep_marks) as copies, Deltas(layer) as deltas:
+        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)
+        with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
             safe = self._tried(by_peft, safe_merge=True)
             if not safe or _at_the_edge(slots):
                 copies.renew()
+                packed.clear()
                 self._tried(by_peft, safe_merge=False)
             if layer.get_base_layer() is before:
-                made = self._measured(layer, slots, by_peft, deltas)
+                made = self._measured(layer, slots, by_peft, deltas, packed)
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)
@@ -318,11 +320,21 @@ class Walk:
 
     # --- step 3 ---
 
-    def _measured(self, layer: Any, slots: list[Slot], by_peft: Callable[..., None], deltas: Deltas) -> Made:
+    def _measured(
+        self,
+        layer: Any,
+        slots: list[Slot],
+        by_peft: Callable[..., None],
+        deltas: Deltas,
+        packed: list[torch.Tensor],
+    ) -> Made:
         results = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
         changed = [(slot, tensor) for slot, tensor in results if not outcome.is_the_bases(self.base, slot.name, tensor)]
-        exact = self._exact(layer, slots, changed, by_peft, deltas)
-        share = rounding_share(layer)
+        if any(is_quantized(tensor) for _, tensor in changed):
+            exact = exact_quantized(changed, packed)
+        else:
+            exact = self._exact(layer, slots, changed, by_peft, deltas)
+        share = rounding_share(layer, self.loaded.starts.get(id(layer)))
         merges = tuple(
             (
                 outcome.of_tensor(
@@ -343,8 +355,6 @@ class Walk:
         deltas: Deltas,
     ) -> dict[str, torch.Tensor]:
         """The same merge into float32 copies: what the merged tensors would be without the rounding of their dtype."""
-        if any(is_quantized(tensor) for _, tensor in changed):
-            return exact_quantized(layer, changed)
         rounded = [slot for slot, tensor in changed if tensor.dtype in outcome.ROUNDED]
         if not rounded:
             return {}
