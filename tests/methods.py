@@ -140,6 +140,11 @@ def _videomae() -> nn.Module:
     return transformers.VideoMAEModel(config)
 
 
+def _xlm_roberta() -> nn.Module:
+    """Its head is tied to the embedding, and has a bias."""
+    return transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**TEXT))
+
+
 BASES: Mapping[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "llama-tall": _llama_tall,
@@ -156,6 +161,7 @@ BASES: Mapping[str, Callable[[], nn.Module]] = {
     "siglip": _siglip,
     "wav2vec2": _wav2vec2,
     "videomae": _videomae,
+    "xlm-roberta": _xlm_roberta,
 }
 
 

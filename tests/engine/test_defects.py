@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,15 @@ ROWS = (
         r=2,
     ),
     _row(
+        "tokens-of-a-head-with-a-bias",
+        "xlm-roberta",
+        computes_another_thing,
+        "LoraConfig",
+        target_modules=["query"],
+        trainable_token_indices=[1, 5],
+        r=2,
+    ),
+    _row(
         "lora-grouped-convolution",
         "wav2vec2",
         raises(NotImplementedError, "groups > 1"),
@@ -232,6 +242,22 @@ def test_the_reason_still_holds_and_the_gate_says_so(row: Row, bench: Bench) -> 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_docs_have_the_row(row: Row) -> None:
     assert f"| `{row.name.removesuffix('-bnb-8bit').removesuffix('-bnb-4bit')}" in DOCS.read_text(encoding="utf-8")
+
+
+def test_tokens_of_a_head_whose_bias_is_zero_pass(bench: Bench, tmp_path: Path) -> None:
+    """PEFT's forward leaves out a bias of zeros, and nothing is lost."""
+    shutil.copytree(bench.base_directory("xlm-roberta", "float32"), tmp_path / "base")
+    state = faults_methods.load_file(tmp_path / "base" / "model.safetensors")
+    biases = {name: torch.zeros_like(tensor) for name, tensor in state.items() if name.startswith("lm_head.bias")}
+    methods.save_file(state | biases, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    case = next(row.case for row in ROWS if row.name == "tokens-of-a-head-with-a-bias")
+    base, adapter = methods.load_base("xlm-roberta", tmp_path / "base"), bench.adapter(case)
+    model, inputs = methods.load_adapter(base, adapter).eval(), methods.make_input("xlm-roberta")
+    unmerged = methods.compute(model, inputs)
+    torch.testing.assert_close(methods.compute(model.merge_and_unload().eval(), inputs), unmerged)
+    assert biases
+    judgement = bench.gate.judge(adapter, tmp_path / "base")
+    assert judgement.verdict is Verdict.PASSED, judgement
 
 
 def test_x_lora_loses_its_router(bench: Bench, tmp_path: Path) -> None:

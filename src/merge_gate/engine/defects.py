@@ -149,6 +149,14 @@ def _merged_twice(model: Any, _config: Any) -> Iterator[str]:
         seen.add(id(weight))
 
 
+def _tokens_without_bias(model: Any, _config: Any) -> Iterator[str]:
+    """Trained tokens of a linear layer, which computes without its bias while they are trained: zeros are none."""
+    for name, layer, base_layer in _layers(model):
+        bias = base_layer._parameters.get("bias") if isinstance(base_layer, nn.Linear) else None
+        if isinstance(layer, TrainableTokensLayer) and bias is not None and bool(bias.any()):
+            yield name
+
+
 RULES = (
     Rule(
         name="no-weights",
@@ -182,6 +190,18 @@ RULES = (
         reason="two layers that share one weight carry an adapter each, and PEFT adds both deltas to that weight",
         hint="untie the base's embeddings before training and merging, or adapt other modules",
         where=_merged_twice,
+    ),
+    Rule(
+        name="tokens-without-bias",
+        reason=(
+            "while tokens are trained PEFT leaves out the bias of a linear layer that carries them, and the merged "
+            "model has it (peft/tuners/trainable_tokens/layer.py)"
+        ),
+        hint=(
+            "serve it unmerged, as it was trained; or train the tokens anew on a base whose head has no bias, or is "
+            "not tied to the embedding"
+        ),
+        where=_tokens_without_bias,
     ),
     Rule(
         name="oft-convolution",
