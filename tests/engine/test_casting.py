@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 DTYPES = ["float16", "bfloat16"]
 LOADED_AGAIN = {"mixtral", "qwen2-moe", "wav2vec2", "xlm-roberta"}
-"""Experts that are fused while they are loaded are not the file's bytes; a weight norm is computed on loading, and a bias
-that is tied is not the map's."""
+"""Experts that are fused while they are loaded are not the file's bytes; a weight norm is computed on loading, and a
+bias that is tied is not the map's."""
 
 
 @pytest.fixture(autouse=True)
