@@ -188,7 +188,6 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         try:
             base = _in_another_class(base, shape)
             if base is None:  # the one before it is let go of first
-                give_back()
                 identity = base_identity(group.directory)
                 base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
             verify_base(group.directory, group.label, identity)
@@ -203,11 +202,13 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         for task, instead_of in tasks:
             yield MergeStarted(task=task.index)
             yield _judge_task(base, task, instead_of, progress)
+        base.template = None  # no more of these come; what it held is there for the next one
 
 
 def _load(group: Group, shape: ModelClass, job: Job) -> Base:
     from merge_gate.engine import base as bases  # noqa: PLC0415 - imports torch
 
+    give_back()
     return bases.load_base(
         group.directory,
         shape=shape,

@@ -15,7 +15,6 @@ import peft
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -84,7 +83,7 @@ def written_whole(model: nn.Module, slots: Mapping[tuple[int, str], str], keys: 
     return {key: name for key, name in named.items() if name and key in keys}
 
 
-def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, with_magnitudes: bool = True) -> Any:
+def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, blank: bool = False) -> Any:
     """Let PEFT put the adapter's layers on the scratch.
 
     Args:
@@ -92,8 +91,8 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, wi
         config: PEFT's.
         base: whose scratch it is.
         adapter_name: PEFT's name for the adapter.
-        with_magnitudes: whether DoRA's magnitudes have the values that training starts from; else they are NaN, which
-            saves a product and a norm of every layer.
+        blank: the adapter's tensors have no values yet (template.py) in place of those that training starts from:
+            that saves most of an injection, and for DoRA a product and a norm of every layer.
 
     Raises:
         Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
@@ -101,10 +100,10 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, wi
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        filled = initialisation_reads_base(config, with_magnitudes=with_magnitudes)
+        filled = initialisation_reads_base(config) and not blank
         with (
             _targets_filled(base, config) if filled else contextlib.nullcontext(),
-            contextlib.nullcontext() if with_magnitudes else _magnitudes_unmeasured(),
+            torch.device("meta") if blank else contextlib.nullcontext(),
             decomposed_ahead(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base),
         ):
             return model_class(scratch, config, adapter_name)
@@ -143,25 +142,6 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
         yield
     finally:
         setattr(tuner, name, own)
-
-
-@contextlib.contextmanager
-def _magnitudes_unmeasured() -> Iterator[None]:
-    """PEFT makes DoRA's magnitudes (peft/tuners/lora/dora.py) of factors without values, so that nothing is computed.
-
-    Their shape and dtype are PEFT's; their values are NaN.
-    """
-    own: Any = DoraLinearLayer.update_layer
-
-    def update_layer(self: Any, *, lora_A: torch.Tensor, lora_B: torch.Tensor, **others: Any) -> None:  # noqa: N803
-        own(self, lora_A=lora_A.to("meta"), lora_B=lora_B.to("meta"), **others)
-        self.weight = nn.Parameter(torch.full_like(self.weight, torch.nan, device=lora_A.device))
-
-    DoraLinearLayer.update_layer = update_layer
-    try:
-        yield
-    finally:
-        DoraLinearLayer.update_layer = own
 
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:

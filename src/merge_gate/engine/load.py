@@ -32,8 +32,13 @@ from torch import nn
 from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.inject import base_slots, fit_vocabulary, inject
-from merge_gate.engine.peft_config import initialisation_writes_to_base, missing_package, read_config
-from merge_gate.engine.template import Template, kind_of, snapshot
+from merge_gate.engine.peft_config import (
+    can_start_blank,
+    initialisation_writes_to_base,
+    missing_package,
+    read_config,
+)
+from merge_gate.engine.template import Template, fill_blanks, kind_of, snapshot
 from merge_gate.errors import Refused
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.measured import Refusal
@@ -80,7 +85,7 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
     base.template = None  # it is given back by whoever finds that it can be used again
     if template is not None:
         template.renew()
-    loaded = _loaded(base, files, weights, template or _make_template(base, files, with_magnitudes=False))
+    loaded = _loaded(base, files, weights, template or _make_template(base, files, blank=True))
     if loaded.arrivals[0].missing:  # what is missing has the values of PEFT's initialisation
         return _loaded(base, files, weights, _make_template(base, files))
     return loaded
@@ -126,13 +131,21 @@ def _starts(model: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     return {key: (factors[0].clone(), factors[1].clone()) for key, factors in found if factors is not None}
 
 
-def _make_template(base: Base, files: AdapterFiles, *, with_magnitudes: bool = True) -> Template:
-    """Steps 1 to 3."""
+def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> Template:
+    """Steps 1 to 3. A `blank` one has NaN in place of PEFT's initial values, where that is sure to be all it lacks."""
     config = read_config(files)
+    blank = blank and can_start_blank(config)
     scratch = base.scratch(private=initialisation_writes_to_base(config))
     fit_vocabulary(scratch, files)
     slots, sharers = base_slots(scratch)
-    model = inject(scratch, config, base, ADAPTER_NAME, with_magnitudes=with_magnitudes)
+    try:
+        model = inject(scratch, config, base, ADAPTER_NAME, blank=blank)
+        if blank and not fill_blanks(model):
+            return _make_template(base, files)
+    except Exception:
+        if blank:  # what is wrong with the adapter, PEFT says again of one with values
+            return _make_template(base, files)
+        raise
     return Template(
         kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
     )

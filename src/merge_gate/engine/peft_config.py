@@ -136,13 +136,17 @@ def initialisation_writes_to_base(config: Any) -> bool:
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
 
 
-def initialisation_reads_base(config: Any, *, with_magnitudes: bool) -> bool:
-    """Whether PEFT may read a weight of the base while it makes a layer: not for LoRA, but for what some settings ask.
+def initialisation_reads_base(config: Any) -> bool:
+    """Whether PEFT may read a weight of the base as it makes a layer: not for LoRA, but for what some settings ask."""
+    return not _starts_by_itself(config) or config.use_dora
 
-    Args:
-        config: PEFT's.
-        with_magnitudes: whether DoRA's magnitudes are measured (inject.py).
-    """
+
+def can_start_blank(config: Any) -> bool:
+    """Whether a load that overwrites the adapter's initial values leaves nothing of PEFT's initialisation."""
+    return _starts_by_itself(config) and not config.target_parameters
+
+
+def _starts_by_itself(config: Any) -> bool:
     scheme = str(getattr(config, "init_lora_weights", None)).lower()
     is_plain = config.peft_type == peft.PeftType.LORA and scheme in UNREADING_SCHEMES
-    return not is_plain or bool(getattr(config, "kasa_config", None)) or (config.use_dora and with_magnitudes)
+    return is_plain and not getattr(config, "kasa_config", None)

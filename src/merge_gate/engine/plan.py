@@ -29,14 +29,13 @@ from merge_gate.engine.load import ADAPTER_NAME, factors_of
 from merge_gate.engine.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
+from merge_gate.engine.template import DORA
 from merge_gate.engine.threads import spread
 from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
 
 DENSE = (lora.layer.Linear, lora.layer.Embedding)
 PACKED = tuple(getattr(lora, name) for name in ("Linear8bitLt", "Linear4bit") if hasattr(lora, name))
 """PEFT's layers for bitsandbytes weights; there are none where bitsandbytes is not installed."""
-
-DORA = (lora.variants.DoraLinearVariant, lora.variants.DoraEmbeddingVariant)
 
 FAIR_FACTOR = 1.25
 """A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""

@@ -1,8 +1,8 @@
 """A scratch with an adapter's layers in place, used again for the next adapter of the same config and tensor names.
 
-In: a scratch into which PEFT has just injected. Out: the same, as it was then, but for its factors. PEFT's injection
-initialises every factor (and, for DoRA, measures every row of the base): of adapters that differ in their values only,
-that is most of what loading costs.
+In: a scratch into which PEFT has just injected. Out: the same, as it was then, but for its factors. Of adapters that
+differ in their values only, PEFT's injection is most of what loading costs; half of that are initial values (and, for
+DoRA, norms of the base's rows) that the load overwrites. So PEFT makes the factors without any, on the meta device.
 
 It serves only adapters that leave it as it was: every layer merged in blocks, nothing of the base overwritten. Its
 factors are NaN before each load, so that nothing of the adapter before can be taken for the next one's.
@@ -10,14 +10,26 @@ factors are NaN before each load, so that nothing of the adapter before can be t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from merge_gate.engine.hollow import CASTABLE
 from merge_gate.records.files import AdapterFiles
+
+DORA = (
+    variants.DoraLinearVariant,
+    variants.DoraEmbeddingVariant,
+    variants.DoraConv1dVariant,
+    variants.DoraConv2dVariant,
+    variants.DoraConv3dVariant,
+)
+"""PEFT's classes for the layers of a DoRA."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,12 +54,12 @@ class Template:
         self.model.base_model.model.peft_config = self.model.peft_config
         for layer in _layers(self.model):
             layer.merged_adapters.clear()
-            for parameter in _factors(layer):
-                parameter.data.fill_(torch.nan)
+            for _, _, factor in parameters_of(layer):
+                factor.data.fill_(torch.nan)
 
     def holds(self, keys: set[str]) -> bool:
         """Whether these keys of the model are factors of the adapter, and none is a tensor of the base."""
-        own = {id(parameter) for layer in _layers(self.model) for parameter in _factors(layer)}
+        own = {id(factor) for layer in _layers(self.model) for _, _, factor in parameters_of(layer)}
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return all(id(named.get(key)) in own for key in keys)
 
@@ -62,10 +74,33 @@ def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | N
     return tuple((module, dict(module._modules)) for module in model.modules())
 
 
+def fill_blanks(model: nn.Module) -> bool:
+    """Give NaN to the factors that PEFT has made without values, in the dtype and on the device of its own factors.
+
+    False where the injection cannot stand for one with values: something else was made without, or a variant of LoRA
+    may have put off what it does with them.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # a factor may be that of two layers
+    for layer in _layers(model):
+        held = next(layer.get_base_layer().parameters(), None)
+        is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
+        if held is None or (held.is_floating_point() and held.dtype not in CASTABLE) or not is_usual:
+            return False
+        for module, name, factor in parameters_of(layer):
+            if factor.is_meta and factor not in filled:
+                values = torch.full_like(factor, torch.nan, device=held.device)
+                filled[factor] = nn.Parameter(values, requires_grad=factor.requires_grad)
+            module._parameters[name] = filled.get(factor, factor)
+    return not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+
+
+def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter of the adapter in a tuner layer, with the module that holds it and its name there."""
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    modules = (module for one in held if isinstance(one, nn.Module) for module in one.modules())
+    for module in modules:
+        yield from ((module, name, one) for name, one in list(module._parameters.items()) if one is not None)
+
+
 def _layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _factors(layer: Any) -> list[nn.Parameter]:
-    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
-    return [parameter for one in held if isinstance(one, nn.Module) for parameter in one.parameters()]
