@@ -590,6 +590,12 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("lopsided-float16", "lopsided", dtype="float16"),
         healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",)),
         healthy("complex-factors", "plain", break_=edit(complex_factors), warnings=("keys-unexpected",)),
+        healthy(
+            "norm-that-no-config-names",
+            "plain",
+            break_=add("base_model.model.model.norm.weight", 1.5, (32,)),
+            warnings=("keys-unexpected",),
+        ),
         healthy("magnitudes-zero", "dora", break_=zero("lora_magnitude_vector"), warnings=("delta-norm",)),
         healthy("saved-head-zero", "modules-to-save", break_=zero("lm_head"), warnings=("delta-norm",)),
         healthy("near-the-limit", "lora-bias", break_=half_way, dtype="float16", warnings=("headroom", "delta-norm")),

@@ -143,6 +143,13 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     "keys-unexpected": (
         Fire(("1 tensor", "optimizer.step"), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
         Fire(
+            ("1 tensor of the base is in the file", "does not name it: model.norm.weight"),
+            Origin.ADAPTER,
+            evidence(unnamed=("model.norm.weight",)),
+            places={"module": "model.norm", "tensor": "model.norm.weight"},
+            severity=Severity.WARNING,
+        ),
+        Fire(
             ("1 tensor in the file is complex", LORA_A, "drops the imaginary one"),
             Origin.ADAPTER,
             files=files(tensors=(TensorHeader(name=LORA_A, dtype="C64", shape=(2, 2)),)),

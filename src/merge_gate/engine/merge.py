@@ -15,19 +15,21 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
+from merge_gate.engine.arrival import promised_tensors
 from merge_gate.engine.base import Base
 from merge_gate.engine.combine import combined
 from merge_gate.engine.defects import refuse_wrong_merges
 from merge_gate.engine.inject import written_whole
 from merge_gate.engine.load import Loaded, load_adapter
-from merge_gate.engine.measure import measure
+from merge_gate.engine.measure import measure, same_values
+from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.usage import with_use
 from merge_gate.engine.walk import Progress, Walk
 from merge_gate.engine.weights import read_weights
@@ -121,7 +123,9 @@ def _attempt(
             warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
             loaded = load(weights)
             refuse_wrong_merges(loaded.model, loaded.config)
-            brought = set(written_whole(loaded.model, loaded.slots, loaded.state).values())
+            whole = written_whole(loaded.model, loaded.slots, loaded.state)
+            brought = set(whole.values())
+            unnamed = _unnamed(base, loaded, whole) if whole else ()
             enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
             tokens = _tokens(loaded)
@@ -149,6 +153,7 @@ def _attempt(
         tied=walk.ledger.tied(loaded.sharers, tokens),
         mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
         refused_by_safe_merge=tuple(walk.refused),
+        unnamed=unnamed,
         initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
         witnessed=tuple(walk.witnessed),
         differing=differing,
@@ -159,6 +164,41 @@ def _attempt(
         parameters_bounded=sum(merge.bounded for merge in merges.values()),
         parameters_total=walk.ledger.total,
     )
+
+
+def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str, ...]:
+    """Of the base's tensors that the file brings whole (`written_whole`) those that it changes unasked.
+
+    PEFT saves what the config names (`bias`, `modules_to_save`), and embedding and head (`save_embedding_layers`).
+    """
+    promised = {
+        key
+        for adapter in loaded.model.peft_config
+        for name, (held, _) in promised_tensors(loaded.model, adapter).items()
+        for key in (name, held)
+    }
+    model = loaded.model.get_base_model()
+    ends = [module for path, module in model.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        ends += [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    of_ends = {
+        loaded.slots.get((id(inner), attribute))
+        for end in ends
+        for inner in end.modules()
+        for attribute in inner._parameters
+    }
+    asked = {name for key, name in whole.items() if key in promised} | of_ends
+    return tuple(
+        sorted({name for key, name in whole.items() if name not in asked and _replaces(base, name, loaded.state[key])})
+    )
+
+
+def _replaces(base: Base, name: str, tensor: torch.Tensor) -> bool:
+    known = base.tensors[name]
+    if is_quantized(known) or known.shape != tensor.shape:
+        return True
+    with base.filled([name]):
+        return not same_values(known.data, tensor.to(known.device, known.dtype))
 
 
 def _not_finite(base: Base) -> list[str]:

@@ -88,6 +88,19 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
             tensor=stray[0],
             measured=(("unexpected", float(len(stray))),),
         )
+    unnamed = case.evidence.unnamed if case.evidence else ()
+    if unnamed:
+        yield keys_unexpected.finding(
+            f"{tensors(unnamed)} of the base {are(unnamed)} in the file, although adapter_config.json does not name "
+            f"{'it' if len(unnamed) == 1 else 'them'}: {listing(unnamed)}; the merged model has the file's values",
+            "if they were trained, name their modules in modules_to_save (or set bias) and save the adapter again; if "
+            "not, take them out of the file: PEFT writes them over the base's without a word, other programs drop them",
+            Origin.ADAPTER,
+            severity=WARNING,
+            module=unnamed[0].rpartition(".")[0],
+            tensor=unnamed[0],
+            measured=(("unnamed", float(len(unnamed))),),
+        )
     halved = tuple(header.name for header in case.files.tensors if header.dtype == "C64" and header.name not in stray)
     if halved:
         yield keys_unexpected.finding(

@@ -163,7 +163,8 @@ class Evidence:
     the base's modules that the adapter was put on. `shared` pairs a module with the one by whose name its tensor goes,
     where two modules hold one tensor. `tied` pairs a merged tensor with the module that shares it
     unmerged. `refused_by_safe_merge` names modules that PEFT's `safe_merge=True` refuses although the merged tensor is
-    finite. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
+    finite. `unnamed` are tensors of the base in whose place the file has others, although the config names them
+    nowhere. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
     `mended` are tensors of the base that are not finite, and in whose place the merged model has finite ones.
     `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the base
     was loaded as.
@@ -184,6 +185,7 @@ class Evidence:
     shared: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
     initialised: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
     layers_in_blocks: int = 0
