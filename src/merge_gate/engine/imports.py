@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -33,6 +34,8 @@ _COMPILER = {  # transformers uses one module of it, where torchvision is instal
         marks=("allow_in_graph", "assume_constant_result", "disable"),
     )
 }
+_USED_UNASKED = "torch.distributed.tensor"
+"""The compiler imports it, and PEFT uses it without importing it; transformers does in some releases."""
 _STRUCTURES = "transformers.utils.import_utils"
 _PLACES = "torch._library.utils"
 _READING, _NAMES = "create_import_structure_from_path", "fetch__all__"
@@ -55,6 +58,8 @@ def quick_imports() -> Iterator[None]:
         changes["torch"] = lambda _: {"compile": mark}
     with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes), _looked_through_once():
         yield
+        if not compiles and "torch" in sys.modules and importlib.import_module("torch.distributed").is_available():
+            importlib.import_module(_USED_UNASKED)
 
 
 class _Changing:
