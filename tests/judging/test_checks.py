@@ -249,6 +249,12 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             ),
         ),
         Fire(
+            ("changes nothing", "lora_alpha is 0"),
+            Origin.ADAPTER,
+            evidence(merges=(merged(changed=False),)),
+            files(config={"lora_alpha": 0}),
+        ),
+        Fire(
             ("1 of 2", "layers.6"),
             Origin.ADAPTER,
             evidence(targeted=(MODULE, "layers.6"), merges=(merged(), merged(module="layers.6", changed=False))),
