@@ -107,15 +107,16 @@ def strict_json(path: Path) -> Any:
 
 
 def children_of(pid: int) -> list[int]:
-    """The living children of a process (zombies are dead)."""
+    """The living children of a process (zombies are dead), but those that torch 2.6 keeps for its compiler."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                compiles = b"torch/_inductor/compile_worker" in (entry / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if int(parent) == pid and state != "Z":
+            if int(parent) == pid and state != "Z" and not compiles:
                 found.append(int(entry.name))
     return found
 

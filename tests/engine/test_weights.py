@@ -41,10 +41,9 @@ def test_numbers_of_every_kind_that_torch_copies_are_read(dtype: str, tmp_path: 
 
 
 def test_what_is_no_numbers_is_refused(tmp_path: Path) -> None:
-    unreadable = {
-        "of float4_e2m1fn_x2": torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
-        "without values (meta device)": torch.ones(2, 3, device="meta"),
-    }
+    unreadable = {"without values (meta device)": torch.ones(2, 3, device="meta")}
+    if hasattr(torch, "float4_e2m1fn_x2"):  # torch 2.6 lacks it
+        unreadable["of float4_e2m1fn_x2"] = torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     for why, tensor in unreadable.items():
         torch.save(TENSORS | {"odd": tensor}, tmp_path / "a.bin")
         with pytest.raises(Refused) as raised:
