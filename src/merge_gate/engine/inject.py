@@ -16,6 +16,7 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.ahead import decomposed_ahead
@@ -71,6 +72,44 @@ def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str
                 slots[id(module), name] = canonical
                 sharers.setdefault(canonical, []).append(path)
     return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
+
+
+def leave_out_replaced(
+    model: nn.Module,
+    paths: Mapping[int, str],
+    slots: dict[tuple[int, str], str],
+    sharers: dict[str, tuple[str, ...]],
+) -> None:
+    """Of a shared tensor, take the modules that a trained copy stands in for out of those that a merge changes.
+
+    Their copy is a tensor of its own in the merged model. Where the first of the sharers is one of them, the others'
+    tensor goes by the name of the next one.
+
+    Args:
+        model: with the adapter's layers in place.
+        paths: the modules of the scratch before that, by id.
+        slots: as `base_slots` gives them; edited.
+        sharers: likewise.
+    """
+    replaced = {
+        id(inner)
+        for wrapper in model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for inner in wrapper.original_module.modules()
+    }
+    for name in list(sharers):
+        holders = [key for key, held in slots.items() if held == name]
+        left = [key for key in holders if key[0] not in replaced]
+        if not left or len(left) == len(holders):
+            continue
+        places = tuple(paths[module] for module, _ in left)
+        if name.rpartition(".")[0] in places:
+            sharers[name] = places
+            continue
+        other = f"{places[0]}.{left[0][1]}"
+        slots.update(dict.fromkeys(left, other))
+        if len(places) > 1:
+            sharers[other] = places
 
 
 def written_whole(model: nn.Module, slots: Mapping[tuple[int, str], str], keys: Container[str]) -> dict[str, str]:

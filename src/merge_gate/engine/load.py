@@ -31,7 +31,7 @@ from torch import nn
 
 from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
 from merge_gate.engine.base import Base, first_line
-from merge_gate.engine.inject import base_slots, fit_vocabulary, inject
+from merge_gate.engine.inject import base_slots, fit_vocabulary, inject, leave_out_replaced
 from merge_gate.engine.peft_config import (
     can_start_blank,
     initialisation_writes_to_base,
@@ -138,6 +138,7 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
     scratch = base.scratch(private=initialisation_writes_to_base(config))
     fit_vocabulary(scratch, files)
     slots, sharers = base_slots(scratch)
+    paths = {id(module): path for path, module in scratch.named_modules()} if sharers else {}
     try:
         model = inject(scratch, config, base, ADAPTER_NAME, blank=blank)
         if blank and not fill_blanks(model):
@@ -146,6 +147,7 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
         if blank:  # what is wrong with the adapter, PEFT says again of one with values
             return _make_template(base, files)
         raise
+    leave_out_replaced(model, paths, slots, sharers)
     return Template(
         kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
     )

@@ -194,10 +194,10 @@ def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str,
 
 
 def _replaces(base: Base, name: str, tensor: torch.Tensor) -> bool:
-    known = base.tensors[name]
+    known = base.tensors[base.first_name(name)]
     if is_quantized(known) or known.shape != tensor.shape:
         return True
-    with base.filled([name]):
+    with base.filled([base.first_name(name)]):
         return not same_values(known.data, tensor.to(known.device, known.dtype))
 
 
