@@ -540,6 +540,7 @@ def test_a_signal_ends_a_run_in_order(number: signal.Signals, stuck: tuple[subpr
     assert [file.name for file in (place / "merge-gate-report").iterdir() if file.suffix == ".tmp"] == []
     log = (place / "log").read_text()
     assert f"stopped by {number.name}" in log
+    assert log.endswith("  to go on from there: the same command with --resume\n")
     assert "Traceback" not in log
 
 

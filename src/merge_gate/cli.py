@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -94,25 +95,28 @@ def _obey(arguments: argparse.Namespace) -> int:
             say(f"  {error.hint}")
         return error.exit_code
     except Interrupted as stop:
-        return _stopped(stop, getattr(arguments, "output", None))
+        return _stopped(stop, arguments)
     except Exception as error:
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
         if os.environ.get("MERGE_GATE_DEBUG"):
-            raise
+            say(traceback.format_exc().rstrip())  # raised, it would end with 1: an adapter failed
         return ExitCode.ERROR
 
 
-def _stopped(stop: Interrupted, output: str | None) -> int:
+def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     """What a signal has left: no verdict, unless the whole report was on disk when it arrived."""
     from merge_gate.report.directory import written
 
+    output = getattr(arguments, "output", None)
     report = written(output) if output else None
     if report is not None and report.complete:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
         return _EXIT_CODE[report.result]
     held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
     say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
+    if held and arguments.command == "run" and not arguments.container:
+        say("  to go on from there: the same command with --resume")
     return ExitCode.ERROR
 
 

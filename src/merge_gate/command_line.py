@@ -156,9 +156,16 @@ def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
-    told = "show a stored report, or what changed from one to another (exit code 1 if something broke or got worse)"
-    report = commands.add_parser("report", help="show a report again, or what changed", description=told)
-    report.add_argument("reports", nargs="+", metavar="REPORT", help="the report.json of a run; two are compared")
+    report = commands.add_parser(
+        "report",
+        help="show a report again, or what changed",
+        description="Show a stored report, or what changed from one to another (exit code 1 if something broke or got "
+        "worse).",
+        epilog=f"see also: merge-gate {COMBINE} --help, merge-gate {BASELINE} --help",
+    )
+    report.add_argument(
+        "reports", nargs="+", metavar="REPORT", help="the report.json of a run, or its directory; two are compared"
+    )
     formats = ("terminal", *(one.word for one in OUTPUT_FILES if one.word))
     report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
 
@@ -192,7 +199,7 @@ def _add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
         description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
         "and an owner for each, and name the file in the config: `baseline: FILE`.",
     )
-    baseline.add_argument("report", metavar="REPORT", help="the report.json of a run")
+    baseline.add_argument("report", metavar="REPORT", help="the report.json of a run, or its directory")
 
 
 def _add_schema(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -53,8 +53,13 @@ def test_two_are_compared(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         show([str(tmp_path / "none.json")], "html")
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+    with pytest.raises(UsageError, match=r"/report\.json cannot be read: No such file"):
         show([str(tmp_path)], "html")
+
+
+def test_a_directory_stands_for_the_report_in_it(tmp_path: Path) -> None:
+    write_report(FAIL, tmp_path)
+    assert show([str(tmp_path)], "markdown") == show([str(tmp_path / "report.json")], "markdown")
 
 
 def test_the_command_prints_it_without_torch(tmp_path: Path) -> None:

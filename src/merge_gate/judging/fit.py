@@ -150,15 +150,16 @@ def base_mismatch(case: Case) -> Iterator[Finding]:
     label = case.spec.base.label or used
     if _last(named) not in {_last(used), _last(label)}:
         yield base_mismatch.finding(
-            f"adapter_config.json names base {named!r}, the gate merged into {label!r}",
-            "if both are the same weights, set base-mismatch: off for the adapter; else name the right base",
+            f"adapter_config.json names base {named!r}, but the base of this run is {label!r}",
+            "if both are the same weights, set `base-mismatch: off` under the adapter's `checks` in the config; else "
+            "name the right base",
             Origin.CONFIG,
         )
     revision = case.files.config.base_revision
     got = case.evidence.base.revision if case.evidence else case.spec.base.revision
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield base_mismatch.finding(
-            f"adapter_config.json names revision {revision!r} of the base, the gate merged into {got!r}",
+            f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
             f"set base.revision to {revision!r}, or release with the revision that the gate used",
             Origin.CONFIG,
         )

@@ -1,7 +1,7 @@
 """Reports on disk → a text for people or programs, and an exit code. No model is loaded, torch is not imported.
 
-In: the names of one or two report.json, and a format's word. Out: what `merge-gate report` prints. Raises `UsageError`
-for a file that cannot be read or is no report.
+In: the names of one or two report.json, or of their directories, and a format's word. Out: what `merge-gate report`
+prints. Raises `UsageError` for a file that cannot be read or is no report.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
 
 
 def stored(name: str) -> Report:
-    """The report in a file.
+    """The report in a file, or in a run's output directory.
 
     Raises:
         UsageError: it cannot be read, or is none.
     """
     try:
-        data = Path(name).read_bytes()
+        path = Path(name, "report.json") if Path(name).is_dir() else Path(name)
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{name} cannot be read: {error.strerror or error}", hint="name the report.json that a run wrote"
+            f"{error.filename or name} cannot be read: {error.strerror or error}",
+            hint="name the report.json that a run wrote, or its directory",
         ) from error
-    return json_report.read(data, name)
+    return json_report.read(data, str(path))
