@@ -131,7 +131,8 @@ class _Run:
         self._writer.write_first(self._tally.report())
         try:
             with self._importing(child) as importing:
-                self._view.start(self._config.path, sum(len(spec.base.dtypes) for spec in self._specs))
+                merges = sum(len(spec.base.dtypes) for spec in self._specs)
+                self._view.start(self._config.path, len(self._specs), merges)
                 self._prepare(quick=quick)
                 if importing is not None and not self._groups:
                     importing.end()

@@ -72,7 +72,7 @@ class Clock:
 def play(view: View, report: Report = FAIL, name: str | None = None) -> None:
     total = len(report.adapters)
     with contextlib.closing(view):
-        view.start(report.config_path, total)
+        view.start(report.config_path, len({judged.name for judged in report.adapters}), total)
         view.base_loading(name or "./models/base", "bfloat16")
         view.base_loaded(FACTS, 1.34)
         for index, judged in enumerate(report.adapters, 1):
@@ -105,10 +105,19 @@ def test_the_view_suits_streams_and_environment(tty: bool, env: dict[str, str], 
 def test_plain_does_without_rich() -> None:
     code = (
         "import sys; from merge_gate.report.terminal import make_view;"
-        "make_view(sys.stdout, sys.stderr, env={'CI': '1'}).start('c.yml', 1);"
+        "make_view(sys.stdout, sys.stderr, env={'CI': '1'}).start('c.yml', 1, 1);"
         "sys.exit(any(m.split('.')[0] in {'rich', 'torch'} for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [((1, 1), "1 adapter in c.yml"), ((1, 2), "1 adapter in c.yml, 2 merges")], ids=str
+)
+def test_adapters_are_told_from_merges(counts: tuple[int, int], said: str) -> None:
+    err = Stream(tty=False)
+    PlainView(Stream(tty=False), err).start("c.yml", *counts)
+    assert err.text == f"merge-gate: {said}\n"
 
 
 def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +152,7 @@ def test_plain_says_one_line_per_event() -> None:
 def test_a_long_merge_is_not_silent() -> None:
     clock, err = Clock(), Stream()
     view = PlainView(Stream(), err, clock=clock)
-    view.start("c.yml", 1)
+    view.start("c.yml", 1, 1)
     view.adapter_started("big", 1, 1, "float16")
     for done in range(1, 9):
         clock.now += 10
@@ -174,7 +183,7 @@ def test_a_base_that_is_not_finite_says_so() -> None:
 def test_an_adapter_that_never_started_is_counted() -> None:
     err = Stream()
     view = PlainView(Stream(), err)
-    view.start("c.yml", 2)
+    view.start("c.yml", 2, 2)
     view.adapter_done(adapter("lfs", Verdict.FAILED, cause="file-lfs-pointer", seconds=0.01))
     view.adapter_started("good", 2, 2, "bfloat16")
     view.adapter_done(PASSED)
@@ -315,7 +324,7 @@ def test_the_terminal_is_put_back() -> None:
     err = Stream(tty=True)
     view = RichView(Stream(tty=True), err)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(view):
-        view.start("c.yml", 1)
+        view.start("c.yml", 1, 1)
         view.adapter_started("a", 1, 1, "float16")
         raise KeyboardInterrupt
     view.close()

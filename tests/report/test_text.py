@@ -38,6 +38,24 @@ def test_what_is_so_in_several_dtypes_is_said_once() -> None:
     assert "(bfloat16) rounding-loss: " in text
 
 
+def test_what_is_so_of_many_that_passed_is_said_once() -> None:
+    many = [adapter(f"team-{number}", findings=(ROUNDING,)) for number in range(9)]
+    other = dataclasses.replace(ROUNDING, message="20.0% of the delta's norm is lost in bfloat16")
+    text = render(report(*many, adapter("legal", findings=(other,)), adapter("quiet")), "")
+    assert [line for line in text.splitlines() if " passed (" in line] == [
+        "✓ team-0, team-1, team-2, team-3, team-4 and 4 more passed (bfloat16)",
+        "✓ legal passed (bfloat16)",
+    ]
+    assert text.count("rounding-loss: ") == 2
+    assert all(one.name in text.split("✓ team-0, ")[0] for one in many), "the table has every name"
+
+
+def test_what_was_reached_elsewhere_is_not_said_of_others() -> None:
+    here = adapter("here", findings=(ROUNDING,))
+    there = dataclasses.replace(adapter("there", findings=(ROUNDING,)), cached=True)
+    assert "here, there passed" not in render(report(here, there), "")
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_golden(width: int) -> None:
     text = render(FAIL, "merge-gate-report", width=width)

@@ -40,7 +40,9 @@ class View:
     `close` puts the terminal back; it may come at any time and more than once (`contextlib.closing(view)`).
     """
 
-    def start(self, config_path: str, adapter_count: int) -> None: ...
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        """`merge_count` is larger where adapters are merged in several dtypes."""
+
     def base_loading(self, model: str, dtype: str) -> None: ...
     def base_loaded(self, facts: BaseFacts, seconds: float) -> None: ...
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
@@ -76,9 +78,9 @@ class PlainView(View):
         self._pace = _Pace(clock)
         self._said_at = clock()
 
-    def start(self, config_path: str, adapter_count: int) -> None:
-        self._state.total = adapter_count
-        self._say(_opening(config_path, adapter_count))
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        self._state.total = merge_count
+        self._say(_opening(config_path, adapter_count, merge_count))
 
     def base_loading(self, model: str, dtype: str) -> None:
         self._say(_loading(model, dtype))
@@ -136,9 +138,9 @@ class RichView(View):
         self._foot = Foot(self._console, clock)
         self._state = _State()
 
-    def start(self, config_path: str, adapter_count: int) -> None:
-        self._state.total = adapter_count
-        self._print(((_opening(config_path, adapter_count), Style.STRONG),))
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        self._state.total = merge_count
+        self._print(((_opening(config_path, adapter_count, merge_count), Style.STRONG),))
         self._foot.wait_for("reading files, starting torch")
         self._foot.start()
 
@@ -235,8 +237,9 @@ class _Pace:
         return f"about {words.duration(max(round(left), 1))} left"
 
 
-def _opening(config_path: str, adapter_count: int) -> str:
-    return f"merge-gate: {words.counted(adapter_count, 'adapter')} in {one_line(config_path)}"
+def _opening(config_path: str, adapter_count: int, merge_count: int) -> str:
+    merges = f", {words.counted(merge_count, 'merge')}" if merge_count != adapter_count else ""
+    return f"merge-gate: {words.counted(adapter_count, 'adapter')} in {one_line(config_path)}{merges}"
 
 
 def _loading(model: str, dtype: str) -> str:

@@ -14,6 +14,7 @@ from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.columns import cells, cut, fit, pad, wrap
 from merge_gate.report.untrusted import inert, one_line
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -64,9 +65,8 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     shown: list[Line] = []
     if report.adapters:
         shown += [_BLANK, *_table(report, width, marks)]
-    for same in words.alike(words.worst_first(report.adapters)):
-        if same[0].verdict is not Verdict.PASSED or any(adapter.findings for adapter in same):
-            shown += [_BLANK, *_paragraph(same, width, marks)]
+    for names, same in _told(report):
+        shown += [_BLANK, *_paragraph(names, same, width, marks)]
     shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
     # Here and not earlier: only now is it known what stands at the start of a line.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
@@ -136,11 +136,24 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 # --- paragraphs ----------------------------------------------------------------------------------------------------
 
 
-def _paragraph(same: list[AdapterReport], width: int, marks: dict[Verdict, str]) -> list[Line]:
-    """One adapter, in all the dtypes in which the same finding decides."""
+def _told(report: Report) -> list[tuple[list[str], list[AdapterReport]]]:
+    """The entries of each adapter that has something to say; of adapters that passed and say the same, the first."""
+    found: dict[object, tuple[list[str], list[AdapterReport]]] = {}
+    for place, same in enumerate(words.alike(words.worst_first(report.adapters))):
+        adapter, said = same[0], words.told_once(same, words.others)
+        if adapter.verdict is not Verdict.PASSED:
+            found[place] = ([adapter.name], same)
+        elif said:
+            key = (*said, words.precisions(same), *words.marks(adapter))
+            found.setdefault(key, ([], same))[0].append(adapter.name)
+    return list(found.values())
+
+
+def _paragraph(names: Iterable[str], same: list[AdapterReport], width: int, marks: dict[Verdict, str]) -> list[Line]:
+    """One adapter, in all the dtypes in which the same finding decides; or several, of which the same is so."""
     adapter = same[0]
     mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
-    title = f"{one_line(adapter.name, words.NAME_LIMIT)} {words.title(adapter)}"
+    title = f"{listing(one_line(name, words.NAME_LIMIT) for name in names)} {words.title(adapter)}"
     if adapter.verdict is Verdict.FAILED:
         title += f": {words.cause(adapter)}"
     title += f" ({words.precisions(same)})"
@@ -151,14 +164,14 @@ def _paragraph(same: list[AdapterReport], width: int, marks: dict[Verdict, str])
     ]
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
-        heading += _told(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
+        heading += _wrong(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
     heading += [line for mark in words.marks(adapter) for line in _labelled("mark", mark, width)]
     told = words.told_once(same, words.others)
     also = [line for other, more, where in told for line in _also(other, more, width, where)]
     return [*heading, *also]
 
 
-def _told(finding: Finding, width: int) -> list[Line]:
+def _wrong(finding: Finding, width: int) -> list[Line]:
     shown = _labelled("wrong", one_line(finding.message, words.MESSAGE_LIMIT), width)
     where = filter(None, (words.place(finding), words.values(finding), words.ORIGINS[finding.origin]))
     for index, place in enumerate(where):
