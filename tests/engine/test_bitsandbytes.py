@@ -174,6 +174,22 @@ def test_lora_bias_is_refused_because_peft_merges_it_wrongly(quantization: str, 
     assert "lora_bias" in judgement.findings[0].message
 
 
+@pytest.mark.parametrize("quantization", ON_LOADING)
+def test_a_method_that_changes_biases_alone_passes(quantization: str, tmp_path: Path) -> None:
+    """BEFT has no layer of its own for packed weights, and needs none."""
+    gate = Bench(tmp_path)
+    case = _case("beft", "BeftConfig")
+    base, adapter = quantised(gate, quantization), gate.adapter(case)
+    plain = methods.merge(gate.base(BASE, "float16"), adapter)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    before, after = methods.values(base), methods.merge(base, adapter, safe=True)
+    assert torch.equal(after[name], plain[name])
+    assert not torch.equal(after[name], before[name])
+    assert methods.same(after | {name: before[name]}, before)
+    judgement = gate.gate.judge(adapter, gate.base_directory(BASE, "float16"), quantization=Quantization(quantization))
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
 def test_a_base_with_a_broken_scale_is_the_bases_fault(bench: Bench, tmp_path: Path) -> None:
     """Packed integers are finite whatever happens: only the scales show it."""
     directory, _ = stored(bench, "fp4")

@@ -196,6 +196,37 @@ def test_the_loss_of_what_was_trained_from_a_part_of_the_base_is_measured(
     assert judgement.evidence.lost_share > 0.5, judgement
 
 
+def pruned_by_adalora(base: Path, directory: Path, kept: dict[str, list[bool]]) -> None:
+    """As PEFT saves it after its budget: the ranks that are left, and which they were."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=list(kept), task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    with methods.quiet():
+        wrapped: Any = peft.get_peft_model(model, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        config.rank_pattern = {f"model.layers.0.self_attn.{name}.lora_E": ranks for name, ranks in kept.items()}
+        wrapped.save_pretrained(directory)
+
+
+def test_a_layer_that_adalora_has_pruned_is_not_lost(tmp_path: Path, bench: Bench) -> None:
+    base = bench.base_directory("llama", "float32")
+    pruned_by_adalora(base, tmp_path, {"q_proj": [False, False], "v_proj": [True, False]})
+    shapes = {name: tuple(tensor.shape) for name, tensor in methods.load_file(tmp_path / WEIGHTS).items()}
+    assert shapes["base_model.model.model.layers.0.self_attn.q_proj.lora_A"] == (0, 16)
+    judgement = bench.gate.judge(tmp_path, base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert "no-effect" not in judgement.warned, judgement
+
+
+def test_an_adalora_of_which_nothing_is_left_has_no_effect(tmp_path: Path, bench: Bench) -> None:
+    base = bench.base_directory("llama", "float32")
+    pruned_by_adalora(base, tmp_path, {"q_proj": [False, False], "v_proj": [False, False]})
+    judgement = bench.gate.judge(tmp_path, base)
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+
+
 def test_a_trained_magnitude_alone_is_an_effect(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
     """DoRA with B = 0 and magnitudes that training has moved."""
 

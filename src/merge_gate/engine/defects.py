@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.beft import BeftLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -124,9 +125,12 @@ def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
 
 
 def _quantized_unknown(model: Any, _config: Any) -> Iterator[str]:
-    """A tuner layer for plain weights on packed ones: neither written for them nor given a backend for it."""
+    """A tuner layer for plain weights on packed ones: neither written for them nor given a backend for it.
+
+    BEFT's adds to the bias alone, which is never packed.
+    """
     for name, layer, base_layer in _layers(model):
-        knows = getattr(layer, "quantization_backend", None) is not None
+        knows = getattr(layer, "quantization_backend", None) is not None or isinstance(layer, BeftLayer)
         if _quantized(base_layer) and not knows and not has_layers_in(type(layer).__module__, base_layer.weight):
             yield name
 

@@ -290,6 +290,22 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
             hint="name the base with the enlarged vocabulary, or save the adapter with save_embedding_layers=True",
             origin=Origin.CONFIG,
         )
+    if "Unknown initialization" in text:
+        return Refusal(
+            check="config-invalid",
+            message=f"adapter_config.json sets an initialisation that PEFT does not know: {text}",
+            hint="it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to true, "
+            "or restore the adapter_config.json that was saved with the adapter",
+            origin=Origin.CONFIG,
+        )
+    if "preprocess_corda" in text:
+        return Refusal(
+            check="not-mergeable",
+            message=f"PEFT cannot load a CorDA adapter as it was trained: {text}",
+            hint="convert it to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained); "
+            "or, where the base less its first factors was saved, name that base and set init_lora_weights to true",
+            origin=Origin.CONFIG,
+        )
     if "not found in the base model" in text or "No modules were targeted" in text:
         return _no_targets(config, scratch)
     return Refusal(

@@ -13,6 +13,7 @@ from merge_gate.judging.releases import changes
 from merge_gate.judging.words import are, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
 from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.tensor_names import module_of
 from merge_gate.text import counted, listing
 
 ESTIMATED = (("estimated", 1.0),)
@@ -33,7 +34,8 @@ def no_effect(case: Case) -> Iterator[Finding]:
         one.module for one in evidence.merges if one.changed or not one.stats.finite
     }  # NaN of the base stays NaN
     changed = _with_sharers(evidence, altered)
-    idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed))
+    pruned = _pruned(evidence)
+    idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed) and name not in pruned)
     zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
         reason = "the delta is zero, or smaller than the dtype can add"
@@ -53,7 +55,7 @@ def no_effect(case: Case) -> Iterator[Finding]:
             if case.files.config.lora_alpha == 0
             else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
             Origin.ADAPTER,
-            module=idle[0] if idle else None,
+            module=evidence.targeted[0] if evidence.targeted else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),
         )
     elif idle:
@@ -66,6 +68,13 @@ def no_effect(case: Case) -> Iterator[Finding]:
             module=idle[0],
             measured=(("modules_unchanged", float(len(idle))),),
         )
+
+
+def _pruned(evidence: Evidence) -> set[str]:
+    """Modules whose rank AdaLoRA has pruned to 0, as it does with those that matter least: nothing is lost."""
+    if evidence.peft_type != "ADALORA":
+        return set()
+    return {module_of(one.stats.name) for one in evidence.file_tensors if 0 in one.stats.shape}
 
 
 def _with_sharers(evidence: Evidence, modules: set[str]) -> set[str]:
