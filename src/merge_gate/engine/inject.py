@@ -294,8 +294,8 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
         return Refusal(
             check="config-invalid",
             message=f"adapter_config.json sets an initialisation that PEFT does not know: {text}",
-            hint="it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to true, "
-            "or restore the adapter_config.json that was saved with the adapter",
+            hint="it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to "
+            "true, or restore the adapter_config.json that was saved with the adapter",
             origin=Origin.CONFIG,
         )
     if "preprocess_corda" in text:
