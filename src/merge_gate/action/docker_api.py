@@ -91,7 +91,7 @@ def _sdk() -> Any:
     if int(re.match(r"\d*", version)[0] or 0) < _OLDEST_SDK:  # type: ignore[index] # `*` always matches
         raise LauncherError(
             f"the Docker SDK for Python has version {version}, expected {_OLDEST_SDK} or newer",
-            hint="pip install 'merge-gate[launcher]'",
+            hint="pip install --upgrade 'merge-gate[launcher]'",
         )
     return docker
 
