@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -127,6 +128,22 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.endswith("ZeroDivisionError: by zero\n")
+
+
+def test_a_directory_that_one_may_not_read_is_no_defect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place.chmod(0o755)
+    assert main(["check", "./one"]) == 0, "and all that it takes is imported"
+    (place / "one").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        assert main(["check", "./one"]) == 2
+    finally:
+        os.seteuid(user)
+        (place / "one").chmod(0o755)
+    said = capsys.readouterr().err
+    assert re.search(r"one\S* cannot be read: Permission denied\n  check that the user", said)
 
 
 def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

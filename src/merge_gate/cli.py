@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.command_line import DEFAULT_OUTPUT, commanded, parser
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
-
-
-class _Elsewhere(TypedDict):
-    """Which part of a run is judged here, and where its merges are made."""
-
-    shard: tuple[int, int] | None
-    ray: str | None
 
 
 _EXIT_CODE = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
@@ -135,9 +128,16 @@ def _run(arguments: argparse.Namespace) -> int:
                     raise UsageError(
                         "--image and --gpus belong to --container", hint="add --container, or use --device"
                     )
-                only, quick, more = tuple(arguments.only), arguments.quick, _elsewhere(arguments)
                 report = _gate(
-                    config, arguments.device, arguments.output, only, quick=quick, keeping=keeping, child=child, **more
+                    config,
+                    arguments.device,
+                    arguments.output,
+                    tuple(arguments.only),
+                    quick=arguments.quick,
+                    shard=_shard(arguments),
+                    keeping=keeping,
+                    ray=_ray(arguments),
+                    child=child,
                 )
                 forget(arguments.output)
                 return exit_code(report)
@@ -174,7 +174,11 @@ def _config(arguments: argparse.Namespace) -> Config:
     if getattr(arguments, "container", False):
         raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
     dtypes = [word.strip() for word in (options["dtype"] or "").split(",") if word.strip()]
-    return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
+    try:
+        return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
+    except OSError as error:
+        hint = "check that the user who runs the gate may read it"
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}", hint=hint) from error
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
@@ -225,11 +229,10 @@ def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
 
 
-def _elsewhere(arguments: argparse.Namespace) -> _Elsewhere:
+def _ray(arguments: argparse.Namespace) -> str | None:
     from merge_gate.fleet.ray_cluster import checked_address
 
-    ray = checked_address(arguments.ray) if arguments.ray is not None else None
-    return {"shard": _shard(arguments), "ray": ray}
+    return checked_address(arguments.ray) if arguments.ray is not None else None
 
 
 def _gate(
