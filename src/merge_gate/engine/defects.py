@@ -16,6 +16,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from merge_gate.engine.base import first_line
 from merge_gate.engine.quantized import BNB_4BIT, has_layers_in, is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records.measured import Refusal
@@ -235,3 +236,34 @@ RULES = (
         where=_quantized_bias,
     ),
 )
+
+
+def refused_by_peft(config: Any, error: Exception) -> Refusal:
+    """What PEFT's own refusal to merge says of the adapter."""
+    if isinstance(error, ImportError):
+        return Refusal(
+            check=None,
+            message=f"merging needs a package that is not installed: {first_line(error)}",
+            hint="install the package that the message names in the environment that runs the gate",
+        )
+    text = first_line(error)
+    if getattr(config, "trainable_token_indices", None) and isinstance(error, IndexError):
+        return Refusal(
+            check="shape-mismatch",
+            message=f"trainable_token_indices name rows that the base's vocabulary does not have: {text}",
+            hint="restore the adapter_config.json that was saved with the adapter, or name the base of the training",
+            origin=Origin.CONFIG,
+        )
+    if "inconsistent with indices" in text or "sparse_dim" in text:
+        return Refusal(
+            check="shape-mismatch",
+            message=f"the file's indices name places that the base's weight does not have: {text}",
+            hint="this is not the base that the adapter was trained on, or the file is damaged",
+            origin=Origin.ADAPTER,
+        )
+    return Refusal(
+        check="not-mergeable",
+        message=f"PEFT cannot merge this {config.peft_type.value} adapter: {type(error).__name__}: {text}",
+        hint="PEFT's own message says what is not supported; serve the adapter unmerged, or retrain it without that",
+        origin=Origin.MERGE,
+    )

@@ -298,6 +298,13 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
             "true, or restore the adapter_config.json that was saved with the adapter",
             origin=Origin.CONFIG,
         )
+    if "dropout probability" in text:
+        return Refusal(
+            check="config-invalid",
+            message=f"adapter_config.json sets a dropout that PEFT refuses: {text}",
+            hint="dropout plays no part in a merge: restore the adapter_config.json that was saved with the adapter",
+            origin=Origin.CONFIG,
+        )
     if "preprocess_corda" in text:
         return Refusal(
             check="not-mergeable",

@@ -252,6 +252,15 @@ def _load_failed(error: Exception) -> Refusal:
             tensor=name.strip("'"),
             origin=Origin.ADAPTER,
         )
+    if "from state dictionary however" in str(error):  # the shared projections of VeRA, PVeRA, FRoD, TinyLoRA
+        return Refusal(
+            check="keys-missing",
+            message="the file lacks projections that save_projection in adapter_config.json promises: "
+            + first_line(error),
+            hint="save the adapter again with save_pretrained, and check that the upload was complete; set "
+            "save_projection to false only if it was saved so",
+            origin=Origin.ADAPTER,
+        )
     check = "file-corrupt" if type(error).__name__ in {"SafetensorError", "UnpicklingError", "EOFError"} else None
     if check is None and isinstance(error, (ValueError, RuntimeError, NotImplementedError)):
         check = "config-invalid"
@@ -286,6 +295,10 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
 
 
 _SAVED = ".modules_to_save."
+_TOKENS_HINT = (
+    "one row for each token: trainable_token_indices in adapter_config.json is not that of the training, or this is "
+    "not the adapter's base"
+)
 
 
 def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter_name: str) -> None:
@@ -304,7 +317,9 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
         Refusal(
             check="shape-mismatch",
             message=f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
-            hint=_shape_hint(got, expected, trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key),
+            hint=_TOKENS_HINT
+            if "trainable_tokens_delta" in key
+            else _shape_hint(got, expected, trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key),
             module=module_of(name),
             tensor=name,
             origin=Origin.ADAPTER,

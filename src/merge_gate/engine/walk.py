@@ -41,6 +41,7 @@ from torch import nn
 from merge_gate.engine import outcome
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.copies import PrivateCopies, Slot, Turns, slots_of
+from merge_gate.engine.defects import refused_by_peft
 from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
@@ -49,8 +50,7 @@ from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.threads import spread, threads
 from merge_gate.engine.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.errors import EngineError, Refused
-from merge_gate.records.measured import Leeway, Refusal, TensorMerge
-from merge_gate.records.terms import Origin
+from merge_gate.records.measured import Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
@@ -126,7 +126,7 @@ class Walk:
         except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
-            raise Refused(_not_mergeable(self.loaded.config, error)) from error
+            raise Refused(refused_by_peft(self.loaded.config, error)) from error
         finally:
             for _, layer in layers:
                 layer.__dict__.pop("merge", None)
@@ -308,7 +308,7 @@ class Walk:
         except Exception as error:  # PEFT refuses with six kinds of exception
             if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
                 return False
-            raise Refused(_not_mergeable(self.loaded.config, error)) from error
+            raise Refused(refused_by_peft(self.loaded.config, error)) from error
         return True
 
     def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:
@@ -372,18 +372,3 @@ def _at_the_edge(slots: list[Slot]) -> bool:
     """Whether a merged value is the largest of a 16-bit dtype: W + delta rounded once may then be Inf."""
     merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in outcome.ROUNDED]
     return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)
-
-
-def _not_mergeable(config: Any, error: Exception) -> Refusal:
-    if isinstance(error, ImportError):
-        return Refusal(
-            check=None,
-            message=f"merging needs a package that is not installed: {first_line(error)}",
-            hint="install the package that the message names in the environment that runs the gate",
-        )
-    return Refusal(
-        check="not-mergeable",
-        message=f"PEFT cannot merge this {config.peft_type.value} adapter: {type(error).__name__}: {first_line(error)}",
-        hint="PEFT's own message says what is not supported; serve the adapter unmerged, or retrain it without that",
-        origin=Origin.MERGE,
-    )

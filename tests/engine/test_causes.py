@@ -1,0 +1,107 @@
+"""The cause that is named where PEFT raises with words of its own: what is at fault, not where it was noticed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.records.terms import Verdict
+from tests import methods
+from tests.faults import configure, drop, edit
+from tests.gating import Bench, one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.models import Tensors
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("causes"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    case: str
+    break_: Callable[[Path], None]
+    cause: str
+    says: str
+    hint: str
+
+
+def elsewhere(tensors: Tensors) -> Tensors:
+    """Indices of a larger weight."""
+    return {name: tensor + 1000 if "indices" in name else tensor for name, tensor in tensors.items()}
+
+
+ROWS = (
+    Row(
+        name="projections-lost",
+        case="vera-linear",
+        break_=drop("vera_A", "vera_B"),
+        cause="keys-missing",
+        says="save_projection in adapter_config.json promises",
+        hint="save_projection to false only if it was saved so",
+    ),
+    Row(
+        name="projections-lost-of-pvera",
+        case="pvera-linear",
+        break_=drop("pvera_A", "pvera_B"),
+        cause="keys-missing",
+        says="save_projection in adapter_config.json promises",
+        hint="save the adapter again",
+    ),
+    Row(
+        name="places-of-another-base",
+        case="shira-linear",
+        break_=edit(elsewhere),
+        cause="shape-mismatch",
+        says="indices name places that the base's weight does not have",
+        hint="not the base that the adapter was trained on",
+    ),
+    Row(
+        name="tokens-before-the-first",
+        case="lora-tokens",
+        break_=configure(trainable_token_indices=[1, -1]),
+        cause="shape-mismatch",
+        says="trainable_token_indices name rows",
+        hint="restore the adapter_config.json",
+    ),
+    Row(
+        name="fewer-tokens",
+        case="lora-tokens",
+        break_=configure(trainable_token_indices=[5]),
+        cause="shape-mismatch",
+        says="trainable_tokens_delta has shape [2, 16]",
+        hint="one row for each token: trainable_token_indices",
+    ),
+    Row(
+        name="dropout-of-two",
+        case="lora-linear",
+        break_=configure(lora_dropout=2.0),
+        cause="config-invalid",
+        says="a dropout that PEFT refuses",
+        hint="dropout plays no part in a merge",
+    ),
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_cause_is_what_is_at_fault(row: Row, tmp_path: Path, bench: Bench) -> None:
+    case = methods.find(row.case)
+    adapter = bench.adapter(case)
+    broken = methods.write_variant(adapter, tmp_path, methods.load_file(adapter / methods.WEIGHTS))
+    row.break_(broken)
+    with pytest.raises(Exception, match=r"."):
+        methods.merge(bench.base(case.base, "float32"), broken, safe=True)
+    judgement = bench.gate.judge(broken, bench.base_directory(case.base, "float32"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, row.cause), judgement
+    finding = next(one for one in judgement.findings if one.check == row.cause)
+    assert row.says in finding.message
+    assert row.hint in (finding.hint or "")
