@@ -1,8 +1,9 @@
 """Makes the demo: a tiny base, adapters good and broken, and the config that gates them.
 
-In: a directory that is new, empty, or a former demo. Out: the path of the YAML file written there, and `EXPECTED`, what
-the gate must say of each adapter. Nothing of anybody else's is ever overwritten. torch is imported on use; the files
-are written in the formats of transformers and PEFT without either, whose import would take most of the demo's time.
+In: a directory that is new, empty, or a former demo. Out: the path of the YAML file written there; and, of a report,
+the entries that are not judged as they must be. Nothing of anybody else's is ever overwritten. torch is imported on
+use; the files are written in the formats of transformers and PEFT without either, whose import would take most of the
+demo's time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from merge_gate.records.report import Report
+
     Tensors = dict[str, torch.Tensor]
 
 MARKER = ".merge-gate-demo"
@@ -38,7 +41,7 @@ adapters:
   - path: ./adapters/overflow     # finite, and so is the base; their sum is too large for float16
     base: {model: ./base, dtype: [bfloat16, float16]}
   - ./adapters/lost-keys          # saved from a compiled model: no key lands, PEFT merges nothing and only warns
-  - ./adapters/lfs-pointer        # a checkout without `git lfs pull`: 130 bytes instead of weights
+  - ./adapters/lfs-pointer        # a checkout without `git lfs pull`: 131 bytes instead of weights
   - ./adapters/no-effect          # never trained: lora_B is still zero
 """
 
@@ -59,6 +62,12 @@ LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
     b"oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\nsize 151123\n"
 )
+
+
+def misjudged(report: Report) -> list[str]:
+    """The entries of the demo's report that are absent, too many, or not as `EXPECTED`."""
+    got = {(one.name, one.base.dtype): (one.verdict, one.cause) for one in report.adapters}
+    return sorted(f"{key[0]} ({key[1]})" for key in {*got, *EXPECTED} if got.get(key) != EXPECTED.get(key))
 
 
 def make_demo(directory: str) -> str:
