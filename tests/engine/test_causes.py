@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from merge_gate.records.terms import Verdict
 from tests import methods
@@ -105,3 +106,16 @@ def test_the_cause_is_what_is_at_fault(row: Row, tmp_path: Path, bench: Bench) -
     finding = next(one for one in judgement.findings if one.check == row.cause)
     assert row.says in finding.message
     assert row.hint in (finding.hint or "")
+
+
+@pytest.mark.parametrize("name", ["trainable-tokens", "osf-linear"])
+def test_a_file_of_zeros_that_changes_the_base_earns_a_warning(name: str, tmp_path: Path, bench: Bench) -> None:
+    case = methods.find(name)
+    adapter = bench.adapter(case)
+    state = {name: torch.zeros_like(tensor) for name, tensor in methods.load_file(adapter / methods.WEIGHTS).items()}
+    blank = methods.write_variant(adapter, tmp_path, state)
+    base = bench.base(case.base, "float32")
+    assert not methods.same(methods.merge(base, blank), methods.values(base))
+    judgement = bench.gate.judge(blank, bench.base_directory(case.base, "float32"))
+    assert "delta-norm" in judgement.warned, judgement
+    assert any("is zero, and the merge changes the base" in one.message for one in judgement.findings)

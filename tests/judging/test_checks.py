@@ -302,6 +302,12 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             Origin.MERGE,
             evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
         ),
+        Fire(
+            ("every value of the 1 tensor in the file is zero", "changes the base by them"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),)),
+            places={"tensor": LORA_A},
+        ),
     ),
     "untrained-tensors": (
         Fire(

@@ -211,6 +211,22 @@ def delta_norm(case: Case) -> Iterator[Finding]:
             tensor=wiped[0],
             measured=(("tensors", float(len(wiped))),),
         )
+    elif case.evidence is not None and _is_blank(case.evidence):
+        held = case.evidence.file_tensors
+        yield delta_norm.finding(
+            f"every value of the {tensors(held)} in the file is zero, and the merge changes the base by them",
+            "no training leaves nothing but zeros: the values were not gathered on saving, or were lost: save again",
+            Origin.ADAPTER,
+            tensor=held[0].stats.name,
+            measured=(("tensors", float(len(held))),),
+        )
+
+
+def _is_blank(evidence: Evidence) -> bool:
+    """Whether a file of nothing but zeros changes the base: rows of tokens, factors that stand in a weight's place."""
+    held = [one.stats for one in evidence.file_tensors if one.stats.numel]
+    zero = bool(held) and all(stats.finite and stats.minimum == stats.maximum == 0.0 for stats in held)
+    return zero and any(one.changed and one.stats.finite for one in evidence.merges)
 
 
 def _is_wiped(merge: TensorMerge) -> bool:
