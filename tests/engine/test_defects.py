@@ -260,6 +260,26 @@ def test_tokens_of_a_head_whose_bias_is_zero_pass(bench: Bench, tmp_path: Path) 
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
+def test_ln_tuning_leaves_a_trained_head_in_its_wrapper(bench: Bench, tmp_path: Path) -> None:
+    """What PEFT merges computes the right thing in memory; once it is saved, its head is lost."""
+    case = methods.make_case(
+        "ln-head", "bert-classifier", "LNTuningConfig", target_modules=["output.LayerNorm"], task_type="SEQ_CLS"
+    )
+    adapter, inputs = bench.adapter(case), methods.make_input("bert-classifier")
+    model: Any = methods.load_adapter(bench.base("bert-classifier", "float32"), adapter).eval()
+    unmerged = methods.compute(model, inputs)
+    merged = model.merge_and_unload(safe_merge=True).eval()
+    torch.testing.assert_close(methods.compute(merged, inputs), unmerged)
+    merged.save_pretrained(tmp_path)
+    again = methods.compute(methods.load_base("bert-classifier", tmp_path), inputs)
+    assert not torch.allclose(again, unmerged, atol=1e-3), "PEFT unwraps it now: this can go"
+    judgement = bench.gate.judge(adapter, bench.base_directory("bert-classifier", "float32"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert "lacks classifier.bias, classifier.weight" in judgement.findings[0].message
+    assert "wrapper" in judgement.findings[0].message
+    assert "before the merged model is saved" in str(judgement.findings[0].hint)
+
+
 def test_x_lora_loses_its_router(bench: Bench, tmp_path: Path) -> None:
     """PEFT merges one expert at full weight. Its file of tensors is empty, since the experts lie beside it."""
     base = copy.deepcopy(bench.base("llama", "float32"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine import outcome
@@ -56,7 +57,15 @@ class Ledger:
         named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
         gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
         if gone:
-            raise _refused(f"PEFT's result lacks {listing(gone, 3)} of the base")
+            wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
+            raise _refused(
+                f"PEFT's result lacks {listing(gone, 3)} of the base"
+                + (": it leaves what modules_to_save names in its wrapper, and saves it under other names" * wrapped),
+                "put each wrapper's trained module (modules_to_save.default) in its place before the merged model is "
+                "saved, or serve the adapter unmerged"
+                if wrapped
+                else "",
+            )
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)
             known = self.base.tensors.get(self.base.first_name(name))
@@ -99,5 +108,5 @@ def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
     return len({tokens[path] for path in modules if path in tokens}) == 1
 
 
-def _refused(message: str) -> Refused:
-    return Refused(Refusal(check="not-mergeable", message=message, origin=Origin.MERGE))
+def _refused(message: str, hint: str = "") -> Refused:
+    return Refused(Refusal(check="not-mergeable", message=message, hint=hint, origin=Origin.MERGE))
