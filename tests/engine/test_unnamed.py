@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 NORM = "model.norm.weight"
+MEAN = "encoder.stages.0.layers.0.layer.0.normalization.running_mean"
 BIAS = "encoder.layer.0.attention.output.dense.bias"
 
 
@@ -35,6 +36,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         ("lora-linear", "model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight"),
         ("lora-linear", "model.layers.0.self_attn.q_proj.base_layer.weight", "model.layers.0.self_attn.q_proj.weight"),
         ("lora-bert", BIAS, BIAS),
+        ("lora-conv2d", MEAN, MEAN),
         ("lora-norm-saved", BIAS, BIAS),
     ],
 )

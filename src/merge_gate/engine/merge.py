@@ -125,7 +125,8 @@ def _attempt(
             refuse_wrong_merges(loaded.model, loaded.config)
             whole = written_whole(loaded.model, loaded.slots, loaded.state)
             brought = set(whole.values())
-            unnamed = _unnamed(base, loaded, whole) if whole else ()
+            riding = whole | _buffers(base, loaded)
+            unnamed = _unnamed(base, loaded, riding) if riding else ()
             enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
             tokens = _tokens(loaded)
@@ -167,7 +168,7 @@ def _attempt(
 
 
 def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str, ...]:
-    """Of the base's tensors that the file brings whole (`written_whole`) those that it changes unasked.
+    """Of the base's tensors that the file brings whole (parameters and buffers) those that it changes unasked.
 
     PEFT saves what the config names (`bias`, `modules_to_save`), and embedding and head (`save_embedding_layers`).
     """
@@ -191,6 +192,12 @@ def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str,
     return tuple(
         sorted({name for key, name in whole.items() if name not in asked and _replaces(base, name, loaded.state[key])})
     )
+
+
+def _buffers(base: Base, loaded: Loaded) -> dict[str, str]:
+    """Of the keys that were loaded those of the base's own buffers, and what the base calls them."""
+    keys = {key for key, _ in loaded.model.named_buffers() if key in loaded.state}
+    return {key: name for key in keys if (name := key.removeprefix(ADAPTER_PREFIX)) in base.tensors}
 
 
 def _replaces(base: Base, name: str, tensor: torch.Tensor) -> bool:
