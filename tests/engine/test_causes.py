@@ -108,6 +108,24 @@ def test_the_cause_is_what_is_at_fault(row: Row, tmp_path: Path, bench: Bench) -
     assert row.hint in (finding.hint or "")
 
 
+@pytest.mark.parametrize("gathered", [True, False])
+def test_osf_has_nothing_to_train_of_a_head_smaller_than_its_rank(gathered: bool, tmp_path: Path, bench: Bench) -> None:
+    """Its tensors are empty, and not because nobody has gathered them."""
+    case = methods.make_case(
+        "osf-head", "bert-classifier", "OSFConfig", effective_rank=4, target_modules=["query", "classifier"]
+    )
+    adapter = bench.adapter(case)
+    state = methods.load_file(adapter / methods.WEIGHTS)
+    assert tuple(state["base_model.model.classifier.osf_svd_params.S_low"].shape) == (0,)
+    empty = {name: torch.empty(0) for name in state if "query" in name}
+    judgement = bench.gate.judge(
+        methods.write_variant(adapter, tmp_path, state if gathered else state | empty),
+        bench.base_directory(case.base, "float32"),
+    )
+    verdict = (Verdict.PASSED, None) if gathered else (Verdict.FAILED, "shape-mismatch")
+    assert (judgement.verdict, judgement.cause) == verdict, judgement
+
+
 @pytest.mark.parametrize("name", ["trainable-tokens", "osf-linear"])
 def test_a_file_of_zeros_that_changes_the_base_earns_a_warning(name: str, tmp_path: Path, bench: Bench) -> None:
     case = methods.find(name)

@@ -338,8 +338,12 @@ def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding
             hint=_SHARDS_HINT,
             origin=Origin.ADAPTER,
         )
-    yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
+    if peft_type not in _MAY_BE_EMPTY:
+        yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
 
+
+_MAY_BE_EMPTY = ("OSF", "FROD")
+"""Methods that leave nothing to train of a layer smaller than their rank; the load compares their shapes."""
 
 _SHARDS_HINT = (
     "typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
