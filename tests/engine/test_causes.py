@@ -137,3 +137,17 @@ def test_a_file_of_zeros_that_changes_the_base_earns_a_warning(name: str, tmp_pa
     judgement = bench.gate.judge(blank, bench.base_directory(case.base, "float32"))
     assert "delta-norm" in judgement.warned, judgement
     assert any("is zero, and the merge changes the base" in one.message for one in judgement.findings)
+
+
+def test_frod_in_another_dtype_earns_a_warning(tmp_path: Path, bench: Bench) -> None:
+    """PEFT decomposes the base anew, and the file's values do not belong to what it finds there."""
+    case = methods.find("frod-linear")
+    adapter, base = bench.adapter(case), bench.base("llama", "float32")
+    other = methods.load_base("llama", bench.base_directory("llama", "float32")).to(torch.bfloat16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours, theirs = (
+        methods.merge(one, adapter)[name].float() - methods.values(one)[name].float() for one in (base, other)
+    )
+    assert (ours - theirs).norm() / ours.norm() > 0.5, "PEFT saves all of it now: the warning can go"
+    judgement = bench.gate.judge(adapter, bench.base_directory("llama", "float32"), dtype="bfloat16")
+    assert "not-reproducible" in judgement.warned, judgement

@@ -324,6 +324,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "not-reproducible": (
         Fire(("clusters the rows anew",), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
+        Fire(("FRoD decomposes the base",), Origin.CONFIG, files=files(config={"peft_type": "FROD"})),
         Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
     ),
     "meaning-changed": (

@@ -275,6 +275,13 @@ def not_reproducible(case: Case) -> Iterator[Finding]:
             "merge where it was trained, from a base in the same dtype, and compare outputs before release",
             Origin.CONFIG,
         )
+    if case.files.config.peft_type == "FROD":
+        yield not_reproducible.finding(
+            "the file does not hold all that FRoD decomposes the base into: PEFT does that anew on every load, and "
+            "another dtype of the base gives another decomposition, to which the file's values do not belong",
+            "merge from a base in the dtype of the training, and compare outputs before release",
+            Origin.CONFIG,
+        )
 
 
 @check(
