@@ -231,7 +231,7 @@ def _check_base(directory: str, *, name: str, allow_pickle: bool) -> None:
         raise ResolveError(
             f"the base {shown(name)} has an {CONFIG_NAME} beside its weights: transformers would load that adapter "
             "into it before anything is merged",
-            hint=f"Remove {CONFIG_NAME} from the base (save_pretrained of a merged model leaves it behind).",
+            hint=f"remove {CONFIG_NAME} from the base (save_pretrained of a merged model leaves it behind)",
         )
     weights = _choose_weights(names, name=name, allow_pickle=allow_pickle)
     if "config.json" not in names:
