@@ -23,6 +23,7 @@ COMMAND = (sys.executable, "-P", "-m", "merge_gate")
 SCRUBBED = re.compile(
     r"CI$|GITHUB_|ACTIONS_|RUNNER_|HF_|HUGGING|TRANSFORMERS_|MERGE_GATE_|PYTHON(?!PATH)|NO_COLOR|TERM|COLUMNS|LC_|LANG"
 )
+COMPILES = b"torch/_inductor/compile_worker"
 PATIENCE_S = 360.0
 """How long anything may take before the test says that it hangs."""
 
@@ -113,11 +114,10 @@ def children_of(pid: int) -> list[int]:
         if entry.name.isdecimal():
             try:
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                compiles = b"torch/_inductor/compile_worker" in (entry / "cmdline").read_bytes()
+                if int(parent) == pid and state != "Z" and COMPILES not in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if int(parent) == pid and state != "Z" and not compiles:
-                found.append(int(entry.name))
     return found
 
 
