@@ -137,7 +137,8 @@ def sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
     kind that was there. For one layer at a time: the kind is everybody's.
     """
     found: list[torch.Tensor] = []
-    kinds: list[Any] = list({type(slot.parameter) for slot in slots if is_quantized(slot.parameter)})
+    packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
+    kinds = [kind for kind in packed if "__new__" in vars(kind)]
     own = [vars(kind)["__new__"] for kind in kinds]
 
     def made_by(make: Any) -> Any:
