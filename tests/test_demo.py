@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -74,15 +73,13 @@ def test_every_adapter_is_listed_and_expected(demo: Path) -> None:
     assert set(re.findall(r"\./adapters/([\w-]+)", text)) == on_disk
 
 
-def test_it_is_instant_and_the_same_each_time(tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_it_is_the_same_each_time(tmp_path: Path) -> None:
     contents = []
     for name in ("a", "b"):
         make_demo(str(tmp_path / name))
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
     assert contents[0] == contents[1]
-    assert time.monotonic() - started < 10
 
 
 def test_a_former_demo_is_made_anew(tmp_path: Path) -> None:
