@@ -92,7 +92,10 @@ def _evidence(
     leeway: Leeway,
     progress: Progress | None,
 ) -> Evidence:
-    """What came of it; from the start again where something read a tensor that had no values (hollow.py)."""
+    """What came of it; from the start again where something read a tensor that had no values (hollow.py).
+
+    That tensor has them for good from then on, so there is an end.
+    """
     started = time.perf_counter()
     while True:
         try:
