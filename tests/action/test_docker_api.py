@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import TYPE_CHECKING
+import tomllib
+from pathlib import Path
 
 import docker
 import pytest
@@ -13,8 +14,14 @@ import requests
 from merge_gate.action import docker_api
 from merge_gate.errors import LauncherError
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).parents[2]
+
+
+def needed() -> str:
+    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
+        "launcher"
+    ]
+    return str(requirement)
 
 
 def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -> None:
@@ -39,7 +46,7 @@ def test_no_sdk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docker", None)
     with pytest.raises(LauncherError, match="the Docker SDK for Python is not there") as raised:
         docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
-    assert "merge-gate[launcher]" in raised.value.hint
+    assert raised.value.hint == f"pip install '{needed()}'"
 
 
 def test_an_engine_behind_tls_whose_files_are_no_certificates_is_a_sentence(tmp_path: Path) -> None:
@@ -56,7 +63,7 @@ def test_an_sdk_of_no_version_is_refused_in_a_sentence(monkeypatch: pytest.Monke
     monkeypatch.setattr(docker, "__version__", "odd")
     with pytest.raises(LauncherError, match="has version odd, expected 7 or newer") as raised:
         docker_api.connect({"DOCKER_HOST": "unix:///nowhere"})
-    assert "--upgrade" in raised.value.hint
+    assert raised.value.hint == f"pip install --upgrade '{needed()}'"
 
 
 def test_a_socket_of_something_else_is_no_engine(tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_how_a_child_ended_is_said(
     assert to_do in ending.hint
 
 
+def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerProcess() as child:
+        wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
+        assert child.run(Job(groups=(), device="cpu"), lambda _event: None, is_overdue=lambda: False) is None
+        assert describe_exit(-signal.SIGABRT, child._output).text == "killed by SIGABRT"
+
+
 ODD = """
 import os, signal, socket, sys, time
 sys.path.insert(0, sys.argv[1])

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tomllib
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HEAD = "head:6379"
+ROOT = Path(__file__).parents[2]
 PART = Part(job=Job(groups=()), bases=(), versions_sha256="0" * 64)
 GIB = 1 << 30
 NODE = "ab" * 28
@@ -214,11 +216,12 @@ def test_a_cluster_that_cannot_be_is_said(
     assert not Path(ray.asked.get("_temp_dir", "/nowhere")).exists()
 
 
-def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_what_its_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(GateError, match="--ray: Ray is not there") as caught, cluster(LOCAL):
         pytest.fail("there is none")
-    assert caught.value.hint == "pip install 'merge-gate[ray]'"
+    (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
+    assert caught.value.hint == f"pip install '{needed}'"
 
 
 @pytest.mark.parametrize("address", ["fleet.yml", "ray://head:10001", "head", "head:port", "-", "local"])

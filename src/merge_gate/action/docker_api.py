@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _ASK_S = 30
 _OLDEST_SDK = 7
+_NEEDED = "docker>=7.1"
 _PROGRESS_S = 5.0
 _REASON_LIMIT = 400
 _LIST_ATTEMPTS = 4
@@ -86,12 +87,12 @@ def _sdk() -> Any:
         version = str(docker.__version__)
     except (ImportError, AttributeError) as error:
         raise LauncherError(
-            f"the Docker SDK for Python is not there ({error})", hint="pip install 'merge-gate[launcher]'"
+            f"the Docker SDK for Python is not there ({error})", hint=f"pip install '{_NEEDED}'"
         ) from error
     if int(re.match(r"\d*", version)[0] or 0) < _OLDEST_SDK:  # type: ignore[index] # `*` always matches
         raise LauncherError(
             f"the Docker SDK for Python has version {version}, expected {_OLDEST_SDK} or newer",
-            hint="pip install --upgrade 'merge-gate[launcher]'",
+            hint=f"pip install --upgrade '{_NEEDED}'",
         )
     return docker
 

@@ -75,6 +75,7 @@ def main(descriptor: int) -> None:
     except (EOFError, OSError):
         os._exit(0)  # there was nothing to merge
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
+    _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
     for event in judge_job(job, channel.send, sandbox):
         channel.send(event)
@@ -82,6 +83,13 @@ def main(descriptor: int) -> None:
     channel.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _forget_output() -> None:
+    """What libraries print while they are imported says nothing of how this process ends."""
+    with contextlib.suppress(OSError):  # it goes to no file
+        os.ftruncate(sys.stdout.fileno(), 0)
+        os.lseek(sys.stdout.fileno(), 0, os.SEEK_SET)
 
 
 def _leave_with_parent(channel: Channel) -> None:

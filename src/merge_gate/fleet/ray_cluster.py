@@ -163,7 +163,7 @@ def _imported() -> Any:
     try:
         import ray  # noqa: PLC0415 - only here
     except ImportError as error:
-        raise GateError(f"--ray: Ray is not there ({error})", hint="pip install 'merge-gate[ray]'") from error
+        raise GateError(f"--ray: Ray is not there ({error})", hint="pip install 'ray>=2.60'") from error
     return ray
 
 
