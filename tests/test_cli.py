@@ -170,6 +170,10 @@ def nothing(_: Path) -> None:
 USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no-command": (nothing, (), "COMMAND"),
     "unknown-command": (nothing, ("judge", "gate.yml"), "judge"),
+    "command-left-out": (nothing, ("adapters/good",), "did you mean `merge-gate run adapters/good`?"),
+    "command-left-out-of-a-file": (nothing, ("gone.yml", "--quick"), "did you mean `merge-gate run gone.yml`?"),
+    "command-left-out-in-its-directory": (nothing, ("adapters",), "did you mean `merge-gate run adapters`?"),
+    "command-left-out-of-a-hostile-name": (nothing, ("\x1b[31m\n::error::x/",), "did you mean `merge-gate run '"),
     "no-config": (nothing, ("run",), "CONFIG"),
     "unknown-option": (nothing, ("run", "gate.yml", "--frobnicate"), "frobnicate"),
     "bad-device": (nothing, ("run", "gate.yml", "--device", "tpu"), "'tpu' is none of auto, cpu, cuda, cuda:N"),

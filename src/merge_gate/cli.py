@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action.interrupts import Interrupted, interruptible
-from merge_gate.command_line import DEFAULT_OUTPUT, commanded, parser
+from merge_gate.command_line import DEFAULT_OUTPUT, parsed
 from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
 from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; where it is wrong, an earlier run's report must not stand for the run that was meant."""
     try:
-        return parser().parse_args(commanded(argv))
+        return parsed(argv)
     except SystemExit as leaving:
         if leaving.code == ExitCode.USAGE and argv[:1] == ["run"]:
             _forget_report(argv)
@@ -296,18 +296,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _init(arguments: argparse.Namespace) -> int:
     from merge_gate.config.direct import first_config
+    from merge_gate.report.directory import explained
     from merge_gate.sources.preflight import base_of
 
     text, path = first_config(arguments.directories, base_of), Path("merge-gate.yml")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
-    except OSError as error:
-        raise GateError(
-            f"cannot write {path}: {error.strerror}", hint="choose a directory that you may write to"
-        ) from None
+    with explained(f"cannot write {path}", chosen_by=""):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
     tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
     return ExitCode.PASS
 

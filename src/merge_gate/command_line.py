@@ -7,13 +7,15 @@ but its version, and words that stand for something: files of a report, quantisa
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
 from collections.abc import Sequence
 
 from merge_gate import __version__
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.terms import Quantization
-from merge_gate.text import one_of
+from merge_gate.text import one_of, quoted
 
 DEFAULT_OUTPUT = "merge-gate-report"
 
@@ -47,8 +49,29 @@ def commanded(argv: Sequence[str]) -> list[str]:
     return [first, *argv[2:]] if first in {COMBINE, BASELINE} else list(argv)
 
 
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The values of the command line; one that only lacks its command is told so."""
+    top, commands = _parsers()
+    words = commanded(argv)
+    if words and words[0] not in commands.choices and _is_place(words[0]):
+        meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
+        top.error(f"the command is missing; did you mean {meant}?")
+    return top.parse_args(words)
+
+
+def _is_place(word: str) -> bool:
+    """Whether it is a path, or looks like one, or like a Hub id."""
+    if word.startswith("-"):
+        return False
+    return "/" in word or word.endswith((".yml", ".yaml")) or os.path.exists(word)  # noqa: PTH110 (False where pathlib raises)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Commands[argparse.ArgumentParser]]:
     top = argparse.ArgumentParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
@@ -60,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_run, _add_check, _add_init, _add_demo, _add_report, _add_combine, _add_baseline, _add_schema):
         add(commands)
-    return top
+    return top, commands
 
 
 def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:

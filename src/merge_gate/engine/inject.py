@@ -27,7 +27,7 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import listing
+from merge_gate.text import listing, quoted
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
 """Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
@@ -185,13 +185,14 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
     targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
-    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+    named = [targets] if isinstance(targets, str) else sorted(targets or ())
+    shown = listing((quoted(name, 300, "'") for name in named), 12)
     saved = _saved_instead(targets)
     if saved and config.task_type in _SAVED_BY_TASK:
         return Refusal(
             check="targets-not-found",
             message=(
-                f"target_modules {shown[:300]!r} leaves nothing to adapt: for task_type {config.task_type} PEFT trains "
+                f"target_modules {shown} leaves nothing to adapt: for task_type {config.task_type} PEFT trains "
                 f"{listing(saved)} whole (modules_to_save) instead of adapting it"
             ),
             hint="name other layers in target_modules, or save the adapter without a task_type",
@@ -212,7 +213,7 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
     return Refusal(
         check="targets-not-found",
         message=(
-            f"target_modules {shown[:300]!r} match no module of the base{but}; the base's layers are called "
+            f"target_modules {shown} match no module of the base{but}; the base's layers are called "
             f"{listing(leaves, 12)}"
         ),
         hint=_misread(targets, leaves)

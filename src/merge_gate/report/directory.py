@@ -81,16 +81,16 @@ def written(directory: str | Path) -> Written | None:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, *, chosen_by: str = " with --output") -> Iterator[None]:
     """Turn the system's errors into sentences."""
     try:
         yield
     except OSError as error:
         message = f"{what}: {error.strerror or error}"
         if error.errno in _DISK:
-            hint = "free some space on that disk, or choose another directory with --output"
+            hint = f"free some space on that disk, or choose another directory{chosen_by}"
             raise GateError(message, hint=hint) from error
-        raise UsageError(message, hint="choose a directory that you may write to with --output") from error
+        raise UsageError(message, hint=f"choose a directory that you may write to{chosen_by}") from error
 
 
 def _lock(descriptor: int, folder: Path) -> None:
