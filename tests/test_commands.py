@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -26,7 +29,6 @@ from tests.report.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from merge_gate.action.container import ContainerRun
     from merge_gate.engine.protocol import Event, Job
@@ -130,20 +132,32 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     assert said.endswith("ZeroDivisionError: by zero\n")
 
 
-def test_a_directory_that_one_may_not_read_is_no_defect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place.chmod(0o755)
-    assert main(["check", "./one"]) == 0, "and all that it takes is imported"
-    (place / "one").chmod(0)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        assert main(["check", "./one"]) == 2
-    finally:
-        os.seteuid(user)
-        (place / "one").chmod(0o755)
-    said = capsys.readouterr().err
-    assert re.search(r"one\S* cannot be read: Permission denied\n  check that the user", said)
+def test_a_directory_that_one_may_not_read_is_no_defect(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named here or in a config, it is judged alike."""
+    with tempfile.TemporaryDirectory() as top:  # pytest's own directories are closed to others
+        shutil.copytree(place, top, dirs_exist_ok=True)
+        monkeypatch.chdir(top)
+        assert main(["check", "./one"]) == 0, "and all that it takes is imported"
+        Path("one").chmod(0)
+        Path(top).chmod(0o755)
+        capsys.readouterr()
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            codes, said = zip(
+                *((main(["check", name]), capsys.readouterr()) for name in ("./one", "gate.yml")), strict=True
+            )
+        finally:
+            os.seteuid(user)
+            Path("one").chmod(0o755)
+        monkeypatch.undo()
+    assert codes == (3, 3)
+    assert said[0] == said[1]
+    assert re.search(r"one\S* cannot be read: Permission denied\n +to do: check that the user", said[0].out)
+    assert not said[0].err
 
 
 def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,11 +173,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     if getattr(arguments, "container", False):
         raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
     dtypes = [word.strip() for word in (options["dtype"] or "").split(",") if word.strip()]
-    try:
-        return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
-    except OSError as error:
-        hint = "check that the user who runs the gate may read it"
-        raise UsageError(f"{error.filename} cannot be read: {error.strerror}", hint=hint) from error
+    return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:

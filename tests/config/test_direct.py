@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +19,9 @@ from merge_gate.errors import UsageError
 from merge_gate.records.config import Config
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import base_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -26,6 +34,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def closed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """`teams`, which may not be read, in a copy that anyone may read: pytest's own directories are closed to others."""
+    with tempfile.TemporaryDirectory() as top:
+        shutil.copytree(here, top, dirs_exist_ok=True)
+        monkeypatch.chdir(top)
+        place = Path(top, "teams")
+        place.parent.chmod(0o755)
+        place.chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield place
+        os.seteuid(user)
+        place.chmod(0o755)
+        monkeypatch.undo()
 
 
 def placeless(config: Config) -> tuple[object, ...]:
@@ -92,6 +118,26 @@ def test_directories_of_one_name_are_told_apart(here: Path) -> None:
     assert found == ["a-lora-final", "b-lora-final", "other-final", "single"]
 
 
+@pytest.mark.usefixtures("closed")
+def test_an_adapter_that_may_not_be_read_is_left_to_the_preflight() -> None:
+    (adapter,) = config_of(["teams"]).adapters
+    assert adapter.source == "teams"
+
+
+@pytest.mark.parametrize("name", ["./teams/*", "./teams/a"])
+def test_a_directory_that_may_not_be_read_is_not_said_to_be_absent(name: str, closed: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(f'("{closed}" may not be read)')):
+        config_of([name])
+
+
+def test_without_a_current_directory_names_mean_nothing(here: Path) -> None:
+    (here / "gone").mkdir()
+    os.chdir(here / "gone")
+    (here / "gone").rmdir()
+    with pytest.raises(UsageError, match="the current directory is gone"):
+        config_of(["support"])
+
+
 def test_a_config_is_told_from_adapters(here: Path) -> None:
     (here / "list").write_text("version: 1")
     assert names_a_file(["gate.yml"])
@@ -115,7 +161,23 @@ def test_adapters_of_one_name_get_two(here: Path) -> None:
     assert {adapter.name for adapter in load_config("merge-gate.yml").adapters} == {"a-billing", "b-billing"}
 
 
-@pytest.mark.parametrize("directory", ["base", "nowhere"])
+@pytest.mark.parametrize("directory", ["base", "nowhere", "support/adapter_config.json"])
 def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
     with pytest.raises(UsageError, match=r"adapter_config|no such directory"):
         first_config([directory], base_of)
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("directory", ["teams", "teams/a"])
+def test_a_directory_that_may_not_be_read_is_not_said_to_hold_nothing(directory: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        first_config(["base", directory], base_of)
+    looked = f'in "base", "{directory}", nor up to 3 levels below'
+    assert caught.value.message == f'no adapter_config.json found {looked}: "{directory}" cannot be read'
+
+
+@pytest.mark.usefixtures("closed")
+def test_a_first_config_says_what_it_did_not_look_into() -> None:
+    text = first_config([".", "support"], base_of)
+    assert '  # not looked into, cannot be read: "./teams"\n' in text
+    assert "./support" in text

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def config_of(
     text = json.dumps(file, indent=1)  # JSON is YAML
     try:
         return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
+    except FileNotFoundError:
+        raise UsageError("the current directory is gone", hint="change to one that is there") from None
     except ConfigError as error:
         problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
         raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
@@ -113,13 +116,19 @@ def config_of(
 
 def _refuse_shelf(name: str) -> None:
     """A directory that holds adapters is none itself."""
-    if os.path.isdir(name) and not Path(name, CONFIG_NAME).exists():  # noqa: PTH112 (as above)
-        inside = sorted(entry.name for entry in os.scandir(name) if Path(entry.path, CONFIG_NAME).exists())
+    if os.path.isdir(name) and not _has_config(name):  # noqa: PTH112 (as above)
+        inside: list[str] = []
+        with suppress(OSError):  # it may not be read: the preflight says so
+            inside += sorted(entry.name for entry in os.scandir(name) if _has_config(entry.path))
         if inside:
             raise UsageError(
                 f"the directory {quoted(name)} is no adapter, but holds {listing(map(quoted, inside))}",
                 hint=f"name one of them, or all: {quoted(f'{name.rstrip(os.sep)}/*')}",
             )
+
+
+def _has_config(directory: str) -> bool:
+    return os.path.exists(os.path.join(directory, CONFIG_NAME))  # noqa: PTH110, PTH118 (as above)
 
 
 # --- a first file --------------------------------------------------------------------------------------------------
@@ -133,23 +142,34 @@ def first_config(directories: Sequence[str], base_of: Callable[[str], str | None
         base_of: gives the base that the adapter in a directory names, or None.
 
     Raises:
-        UsageError: a directory does not exist, or there is no adapter.
+        UsageError: a directory does not exist, or no adapter was found.
     """
-    found = sorted({place for directory in directories for place in _adapters_in(directory)})
+    closed: dict[str, None] = {}
+    found = sorted({place for directory in directories for place in _adapters_in(directory, closed)})
     if not found:
+        looked = f"in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below"
+        if closed:
+            raise UsageError(
+                f"no {CONFIG_NAME} found {looked}: {listing(map(quoted, closed))} cannot be read",
+                hint="check that the user who runs the gate may read it",
+            )
         raise UsageError(
-            f"no {CONFIG_NAME} in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below",
-            hint="name the directories that save_pretrained wrote, or one above them",
+            f"no {CONFIG_NAME} {looked}", hint="name the directories that save_pretrained wrote, or one above them"
         )
     bases = Counter(named for place in found if (named := base_of(place)))
-    return "\n".join([*_head(bases), *_entries(found), *_foot()]) + "\n"
+    return "\n".join([*_head(bases), *_entries(found), *_not_seen(closed), *_foot()]) + "\n"
 
 
-def _adapters_in(directory: str) -> Iterator[str]:
+def _adapters_in(directory: str, closed: dict[str, None]) -> Iterator[str]:
+    """The adapters in and below; into `closed` go the directories that cannot be read."""
     top = Path(directory)
-    if not top.is_dir():
-        raise UsageError(f"no such directory: {quoted(directory)}", hint="name a directory with adapters")
-    for place, inner, files in os.walk(top):
+
+    def refused(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UsageError(f"no such directory: {quoted(error.filename)}", hint="name a directory with adapters")
+        closed[error.filename] = None
+
+    for place, inner, files in os.walk(top, onerror=refused):
         if len(Path(place).relative_to(top).parts) >= MAX_DEPTH:
             inner.clear()
         if CONFIG_NAME in files:
@@ -182,6 +202,10 @@ def _entries(found: list[str]) -> list[str]:
         name = longer.get(place)
         lines.append(f"  - {{name: {json.dumps(name)}, path: {written}}}" if name else f"  - {written}")
     return lines
+
+
+def _not_seen(closed: Collection[str]) -> list[str]:
+    return [f"  # not looked into, cannot be read: {listing(map(quoted, closed))}"] if closed else []
 
 
 def _foot() -> list[str]:

@@ -106,6 +106,8 @@ def _siblings(parent: Path, written: str = "", more: str = "") -> str:
     """Say what is there instead: the name that was perhaps meant, written as the other was, or all. Then `more`."""
     try:
         names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())[:200]
+    except PermissionError as error:
+        there = f"{quoted(str(error.filename))} may not be read"
     except (OSError, ValueError):
         there = f"there is no directory {quoted(str(parent))} either"
     else:
