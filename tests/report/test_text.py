@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.records.report import BaseRef, Report
+from merge_gate.records.report import AdapterReport, BaseRef, Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.columns import cells
 from merge_gate.report.text import Style, files_told, lines, render
@@ -20,6 +20,7 @@ from tests.report.reports import (
     NAN,
     PASS,
     ROUNDING,
+    WARNED,
     adapter,
     hostile_reports,
     in_two_dtypes,
@@ -54,6 +55,25 @@ def test_what_was_reached_elsewhere_is_not_said_of_others() -> None:
     here = adapter("here", findings=(ROUNDING,))
     there = dataclasses.replace(adapter("there", findings=(ROUNDING,)), cached=True)
     assert "here, there passed" not in render(report(here, there), "")
+
+
+def test_what_was_reached_at_several_times_is_said_once_with_the_oldest() -> None:
+    many = [cached_at(f"2026-03-01T12:00:0{second}Z", f"team-{place}") for place, second in enumerate((3, 2, 3))]
+    elsewhere = cached_at("2026-03-01T12:00:02Z", "elsewhere", place="laptop")
+    text = render(report(*many, elsewhere), "")
+    assert [line for line in text.splitlines() if " passed (" in line or line.startswith("  mark")] == [
+        "✓ team-0, team-1, team-2 passed (bfloat16)",
+        "  mark    cached, judged 2026-03-01T12:00:02Z (the oldest) at acme/adapters run 7",
+        "✓ elsewhere passed (bfloat16)",
+        "  mark    cached, judged 2026-03-01T12:00:02Z at laptop",
+    ]
+
+
+def cached_at(time: str, name: str, **more: str) -> AdapterReport:
+    assert WARNED.judged is not None
+    return dataclasses.replace(
+        WARNED, name=name, source=name, judged=dataclasses.replace(WARNED.judged, at=time, **more)
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80])

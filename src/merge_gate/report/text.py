@@ -7,6 +7,7 @@ formats. Styles are the names in `Style`, not colours.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -65,8 +66,8 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     shown: list[Line] = []
     if report.adapters:
         shown += [_BLANK, *_table(report, width, marks)]
-    for names, same in _told(report):
-        shown += [_BLANK, *_paragraph(names, same, width, marks)]
+    for groups in _told(report):
+        shown += [_BLANK, *_paragraph(groups, width, marks)]
     shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
     # Here and not earlier: only now is it known what stands at the start of a line.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
@@ -136,24 +137,38 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 # --- paragraphs ----------------------------------------------------------------------------------------------------
 
 
-def _told(report: Report) -> list[tuple[list[str], list[AdapterReport]]]:
-    """The entries of each adapter that has something to say; of adapters that passed and say the same, the first."""
-    found: dict[object, tuple[list[str], list[AdapterReport]]] = {}
+def _told(report: Report) -> list[list[list[AdapterReport]]]:
+    """The entries of each adapter that has something to say; of adapters that passed and say the same, together."""
+    found: dict[object, list[list[AdapterReport]]] = {}
     for place, same in enumerate(words.alike(words.worst_first(report.adapters))):
-        adapter, said = same[0], words.told_once(same, words.others)
-        if adapter.verdict is not Verdict.PASSED:
-            found[place] = ([adapter.name], same)
+        said = words.told_once(same, words.others)
+        if same[0].verdict is not Verdict.PASSED:
+            found[place] = [same]
         elif said:
-            key = (*said, words.precisions(same), *words.marks(adapter))
-            found.setdefault(key, ([], same))[0].append(adapter.name)
+            key = (*said, words.precisions(same), *words.marks(_at(same[0], "")))
+            found.setdefault(key, []).append(same)
     return list(found.values())
 
 
-def _paragraph(names: Iterable[str], same: list[AdapterReport], width: int, marks: dict[Verdict, str]) -> list[Line]:
+def _at(adapter: AdapterReport, time: str) -> AdapterReport:
+    return replace(adapter, judged=replace(adapter.judged, at=time)) if adapter.judged else adapter
+
+
+def _marks(adapters: Sequence[AdapterReport]) -> list[str]:
+    """What marks all of these; of verdicts that were reached at several times, the oldest."""
+    times = sorted({adapter.judged.at for adapter in adapters if adapter.judged})
+    return words.marks(
+        _at(adapters[0], f"{times[0]} (the oldest)" if times[1:] else times[0]) if times else adapters[0]
+    )
+
+
+def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Verdict, str]) -> list[Line]:
     """One adapter, in all the dtypes in which the same finding decides; or several, of which the same is so."""
+    same = groups[0]
     adapter = same[0]
     mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
-    title = f"{listing(one_line(name, words.NAME_LIMIT) for name in names)} {words.title(adapter)}"
+    names = (one_line(each.name, words.NAME_LIMIT) for each, *_ in groups)
+    title = f"{listing(names)} {words.title(adapter)}"
     if adapter.verdict is Verdict.FAILED:
         title += f": {words.cause(adapter)}"
     title += f" ({words.precisions(same)})"
@@ -165,7 +180,7 @@ def _paragraph(names: Iterable[str], same: list[AdapterReport], width: int, mark
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _wrong(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
-    heading += [line for mark in words.marks(adapter) for line in _labelled("mark", mark, width)]
+    heading += [line for mark in _marks([one for one, *_ in groups]) for line in _labelled("mark", mark, width)]
     told = words.told_once(same, words.others)
     also = [line for other, more, where in told for line in _also(other, more, width, where)]
     return [*heading, *also]
