@@ -58,7 +58,8 @@ OUTPUT_FILES = (
         "sarif",
         "sarif",
         "code scanning, editors",
-        "SARIF 2.1.0: a rule per check, a result per kind of finding, at the adapter's line of the configuration file",
+        "SARIF 2.1.0: a rule per check, a result per kind of finding, at the adapter's line of the configuration file, "
+        "without one at its adapter_config.json",
     ),
 )
 """The one that must not be lost first. 1,000 adapters make a report.json of about 2 MB."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.config.direct import COMMAND_LINE, config_of, first_config, names_a_file
+from merge_gate.config.direct import config_of, first_config, names_a_file
 from merge_gate.config.load import load_config
 from merge_gate.errors import UsageError
-from merge_gate.records.config import Config
+from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import base_of
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report.html_report import render
 from tests.report.reports import (
     ATTACKS,
     EMPTY,
     FAIL,
+    FAILED,
     NAN,
     PASS,
     adapter,
@@ -115,6 +117,11 @@ def test_the_page_says_what_is_wrong_where_and_what_to_do() -> None:
         "torch 2.13.0",
     ):
         assert said in text, said
+
+
+def test_what_was_named_on_the_command_line_has_no_line_there() -> None:
+    assert "<dd>on the command line</dd>" in render(report(FAILED, config_path=COMMAND_LINE))
+    assert "<dd>line 8 of <code>merge-gate.yml</code></dd>" in render(report(FAILED))
 
 
 def test_the_worst_comes_first() -> None:

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 
 from merge_gate.judging.table import CHECKS
-from merge_gate.records.terms import Verdict
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.report import BaseReport
+from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.sarif import MOST_RESULTS, render
 from tests.report.reports import (
     ATTACKS,
@@ -84,6 +86,25 @@ def test_a_result_points_at_the_adapter_s_line() -> None:
     }
     assert place["logicalLocations"][0]["fullyQualifiedName"] == NAN.tensor
     assert results[1]["message"]["text"].startswith("billing (bfloat16): lora_B of model.layers.5")
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "address"),
+    [
+        ("./adapters/billing", None, {"uri": "adapters/billing/adapter_config.json", "uriBaseId": "%SRCROOT%"}),
+        ("/srv/billing/", None, {"uri": "file:///srv/billing/adapter_config.json"}),
+        ("acme/billing", "5" * 40, {"uri": "acme/billing/adapter_config.json"}),
+    ],
+)
+def test_without_a_configuration_a_result_points_at_the_adapter_s_own_and_at_no_line(
+    source: str, revision: str | None, address: dict[str, str]
+) -> None:
+    named = adapter(findings=(ROUNDING,), source=source, revision=revision)
+    base = BaseReport(model="./base", dtype="bfloat16", quantization=Quantization.NONE, findings=(NAN,))
+    (run,) = json.loads(render(report(named, config_path=COMMAND_LINE, bases=(base,))))["runs"]
+    of_base, of_adapter = (result["locations"][0]["physicalLocation"] for result in run["results"])
+    assert of_adapter == {"artifactLocation": address}
+    assert of_base == {"artifactLocation": {"uri": "base/config.json", "uriBaseId": "%SRCROOT%"}}
 
 
 def test_hundreds_of_findings_of_one_kind_are_one_result() -> None:

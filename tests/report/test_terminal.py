@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
@@ -118,6 +119,12 @@ def test_adapters_are_told_from_merges(counts: tuple[int, int], said: str) -> No
     err = Stream(tty=False)
     PlainView(Stream(tty=False), err).start("c.yml", *counts)
     assert err.text == f"merge-gate: {said}\n"
+
+
+def test_adapters_are_named_on_the_command_line_not_in_it() -> None:
+    err = Stream(tty=False)
+    PlainView(Stream(tty=False), err).start(COMMAND_LINE, 1, 1)
+    assert err.text == "merge-gate: 1 adapter on the command line\n"
 
 
 def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:

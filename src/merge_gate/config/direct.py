@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
-from merge_gate.records.config import Config
+from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
-
-COMMAND_LINE = "the command line"
-"""What stands for the configuration's path in the report."""
 
 MAX_DEPTH = 3
 """How far below a directory `first_config` looks for adapters."""

@@ -6,6 +6,9 @@ import datetime as dt
 
 from merge_gate.records.terms import Quantization, Severity, record
 
+COMMAND_LINE = "the command line"
+"""What stands for the configuration's path where the adapters are named on the command line."""
+
 
 @record
 class Problem:

@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report import words
 from merge_gate.report.chain import chain
@@ -152,7 +153,8 @@ def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, st
         "map": _data(_map(adapter.tensors, layout)) if layout is not None else None,
     }
     _, template = _templates()
-    return template.render(adapter=adapter, row=row, config_path=config_path)
+    is_direct = config_path == COMMAND_LINE
+    return template.render(adapter=adapter, row=row, config_path=config_path, is_direct=is_direct)
 
 
 def _told(group: tuple[Finding, ...]) -> dict[str, Any]:

@@ -139,9 +139,8 @@ def _kind(finding: Finding) -> str:
 def _part(finding: Finding, more: int) -> str:
     said = [
         f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
-        f"where: {words.place(finding)}" if words.place(finding) else "",
+        f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
-        f"begins: {words.ORIGINS[finding.origin]}",
         f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
         f"and {words.number(more)} more like it" if more else "",
     ]

@@ -2,8 +2,8 @@
 
 In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
 adapter, in all the dtypes that have it, and points at the adapter's entry in the configuration file, since a weight
-file has no lines. Errors come first. Fingerprints hold no line, so that an alert stays the same when the file is edited
-above it. Knows neither files nor the other formats.
+file has no lines; without one, at the adapter's own config. Errors come first. Fingerprints hold no line, so that an
+alert stays the same when the file is edited above it. Knows neither files nor the other formats.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report import words
@@ -124,8 +126,8 @@ def _entries(report: Report) -> list[list[AdapterReport]]:
 
 
 def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int, dtypes: str) -> Json:
-    """One kind of finding. A base has no line of its own: it points at the top of the file."""
-    name, base, line, column = _identity(judged)
+    """One kind of finding."""
+    name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
     check = one_line(finding.check, words.NAME_LIMIT)
     result: Json = {
@@ -134,10 +136,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
         "message": {"text": _message(name, dtypes, finding, more)},
         "locations": [
             {
-                "physicalLocation": {
-                    "artifactLocation": _address(report.config_path),
-                    "region": {"startLine": max(line, 1), "startColumn": max(column, 1)},
-                },
+                "physicalLocation": _location(report.config_path, judged),
                 "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
             }
         ],
@@ -159,10 +158,25 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
     return result
 
 
-def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseReport, int, int]:
+def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseReport]:
     if isinstance(judged, AdapterReport):
-        return one_line(judged.name, words.NAME_LIMIT), judged.base, judged.line, judged.column
-    return f"base {words.model_name(judged)}", judged, 1, 1
+        return one_line(judged.name, words.NAME_LIMIT), judged.base
+    return f"base {words.model_name(judged)}", judged
+
+
+def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
+    """The entry of the adapter. A base has no line of its own: it points at the top of the file.
+
+    Without a configuration it is their own config, and no line: code scanning refuses a report in which a result has no
+    file. That of a Hub id is not in the checkout.
+    """
+    if config_path != COMMAND_LINE:
+        line, column = (judged.line, judged.column) if isinstance(judged, AdapterReport) else (1, 1)
+        region = {"startLine": max(line, 1), "startColumn": max(column, 1)}
+        return {"artifactLocation": _address(config_path), "region": region}
+    own = f"{judged.source}/{CONFIG_NAME}" if isinstance(judged, AdapterReport) else f"{judged.model}/config.json"
+    address = _address(own)
+    return {"artifactLocation": {"uri": address["uri"]} if judged.revision else address}
 
 
 def _message(name: str, dtypes: str, finding: Finding, more: int) -> str:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report import text, words
 from merge_gate.report.streams import is_ascii, write
@@ -239,7 +240,8 @@ class _Pace:
 
 def _opening(config_path: str, adapter_count: int, merge_count: int) -> str:
     merges = f", {words.counted(merge_count, 'merge')}" if merge_count != adapter_count else ""
-    return f"merge-gate: {words.counted(adapter_count, 'adapter')} in {one_line(config_path)}{merges}"
+    listed = f"on {COMMAND_LINE}" if config_path == COMMAND_LINE else f"in {one_line(config_path)}"
+    return f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}"
 
 
 def _loading(model: str, dtype: str) -> str:
