@@ -536,6 +536,13 @@ def test_errors_come_before_warnings() -> None:
     assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch"]
 
 
+def test_another_base_is_named_beside_refused_files() -> None:
+    cut = Finding(check="file-corrupt", severity=Severity.ERROR, message="cut", hint="", origin=Origin.FILE)
+    fire = FIRES["base-mismatch"][0]
+    findings = judge(fire.spec, dataclasses.replace(fire.files, findings=(cut,)), None)
+    assert [finding.check for finding in findings] == ["file-corrupt", "base-mismatch"]
+
+
 def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None:
     both = evidence(base=base(nonfinite=(broken(),)), merges=(merged(broken()), merged(broken("other.weight"))))
     findings = judge(spec(), files(), both)
