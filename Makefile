@@ -12,9 +12,11 @@ help:
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
-	@echo "make mutants small changes of the code that judges: does a test fail? (hours)"
-	@echo "make coverage branches that the tests take"
+	@echo "make mutants small changes of the code that judges: does a test fail? (an hour)"
+	@echo "make coverage branches that the tests take (an hour)"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
+	@echo "make schemas writes anew what is made from the code: the JSON Schemas, tables in the documents"
+	@echo "make clean   removes $(VENV) and all output"
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "merge-gate needs Python 3.11 or newer")'

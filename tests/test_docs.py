@@ -118,6 +118,16 @@ def test_every_target_is_told_to_contributors() -> None:
     assert set(re.findall(r"^\| `make (\w+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
 
 
+def test_make_help_has_every_target_and_the_hours_that_contributors_are_told() -> None:
+    command = ["make", "--file", str(ROOT / "Makefile"), "help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make (\w+) ", shown, re.MULTILINE)) == make_targets() - {"help"}
+    hours = dict(re.findall(r"^make (\w+) .*\(([^()]*hours?)\)$", shown, re.MULTILINE))
+    told = dict(re.findall(r"^\| `make (\w+)` \|.*\| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE))
+    assert "mutants" in hours
+    assert hours == {target: told[target] for target in hours}
+
+
 @pytest.mark.parametrize("target", sorted(make_targets() - {"help", "clean"}))
 def test_every_make_target_works_first_in_a_fresh_clone(target: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").touch()
