@@ -2,8 +2,8 @@
 
     python benchmarks/peft_side_by_side.py [CASE ...]
 
-In: the cases of tests/methods.py and tests/test_bitsandbytes.py (all, or those named). Out: Markdown. Each trial is
-merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth: the merged
+In: the cases of tests/methods.py and tests/engine/test_bitsandbytes.py (all, or those named). Out: Markdown. Each trial
+is merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth: the merged
 tensors themselves. A trial is PEFT's mistake when
 
 - silent: the merged model holds NaN or Inf, and nothing is raised;
@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from merge_gate.records.terms import Quantization
-from tests import faults_methods, methods, test_bitsandbytes
+from tests import faults_methods, methods
+from tests.engine import test_bitsandbytes
 from tests.gating import Bench, mistake, one_thread
 
 Rows = dict[str, Counter[str]]

@@ -6,12 +6,15 @@ Truth comes from `tests.faults_methods`: plain PEFT's merge, and a look at every
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import peft
 import pytest
 import torch
 import transformers
+from packaging import version
 
 from merge_gate.config.load import load_config
 from merge_gate.engine import merge
@@ -24,7 +27,6 @@ from tests.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from torch import nn
 
@@ -123,7 +125,7 @@ def test_no_trial_wrote_to_a_base(bench: Bench) -> None:
 
 
 def test_the_count(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Last: prints how many trials there were, and how many went wrong in which way."""
+    """Last: prints how many trials there were, and how many went wrong in which way; the README has the number."""
     counts = bench.tally.counts
     trials = sum(counts.values())
     wrong = {word: counts[word] for word in ("false pass", "false failure", "wrong cause", "no warning")}
@@ -137,3 +139,14 @@ def test_the_count(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("only a part of the cases was run")
     assert trials > 2000
     assert not any(wrong.values())
+    said, versions = in_the_readme()
+    if versions == tuple(version.parse(module.__version__).base_version for module in (peft, transformers, torch)):
+        assert said == (trials, len(bench.tally.cases))
+
+
+def in_the_readme() -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Its trials and cases, and the releases of PEFT, transformers and torch that they were counted with."""
+    text = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+    said = r"([\d,]+) trials over (\d+) cases\s+\(PEFT ([\d.]+), transformers ([\d.]+), torch ([\d.]+)\)"
+    ((trials, cases, *versions),) = re.findall(said, text)
+    return (int(trials.replace(",", "")), int(cases)), tuple(versions)
