@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import importlib.util
@@ -135,6 +136,22 @@ def test_every_make_target_works_first_in_a_fresh_clone(target: str, tmp_path: P
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert not shown.stderr, "make says so of a target that waits for itself"
     assert "-m venv .venv" in shown.stdout
+
+
+def imported_tests() -> list[tuple[str, str, str]]:
+    return [
+        (path.name, str(one.module), alias.name)
+        for path in sorted((ROOT / "benchmarks").glob("*.py"))
+        for one in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(one, ast.ImportFrom) and str(one.module).split(".")[0] == "tests"
+        for alias in one.names
+    ]
+
+
+@pytest.mark.parametrize(("benchmark", "module", "name"), imported_tests())
+def test_what_a_benchmark_takes_of_the_tests_is_there(benchmark: str, module: str, name: str) -> None:
+    found = importlib.import_module(module)
+    assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}"), benchmark
 
 
 def helped(*words: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from merge_gate.config.direct import config_of, first_config, names_a_file
 from merge_gate.config.load import load_config
-from merge_gate.errors import UsageError
+from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import base_of
@@ -37,14 +37,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def closed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def closed(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """`teams`, which may not be read, in a copy that anyone may read: pytest's own directories are closed to others."""
     with tempfile.TemporaryDirectory() as top:
         shutil.copytree(here, top, dirs_exist_ok=True)
         monkeypatch.chdir(top)
         place = Path(top, "teams")
         place.parent.chmod(0o755)
-        place.chmod(0)
+        place.chmod(getattr(request, "param", 0))
         user = os.geteuid()
         if user == 0:
             os.seteuid(65534)
@@ -136,6 +136,12 @@ def test_without_a_current_directory_names_mean_nothing(here: Path) -> None:
     (here / "gone").rmdir()
     with pytest.raises(UsageError, match="the current directory is gone"):
         config_of(["support"])
+
+
+@pytest.mark.parametrize("closed", [0o111], indirect=True)
+def test_a_config_that_is_not_in_a_directory_that_may_not_be_listed(closed: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f'no such file ("{closed}" may not be read)')):
+        load_config(str(closed / "gate.yml"))
 
 
 def test_a_config_is_told_from_adapters(here: Path) -> None:

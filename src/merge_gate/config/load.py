@@ -88,6 +88,8 @@ def _files_near(path: str) -> str:
     directory = asked if is_directory else asked.parent
     try:
         names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
+    except PermissionError:
+        return f"{quoted(str(directory))} may not be read"
     except OSError:
         return f"there is no directory {quoted(str(directory))}"
     there = listing(map(quoted, names)) or "no YAML file"
