@@ -58,13 +58,13 @@ class Ledger:
         gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
         if gone:
             wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
+            message = f"PEFT's result lacks {listing(gone, 3)} of the base"
+            if not wrapped:
+                raise _refused(message)
             raise _refused(
-                f"PEFT's result lacks {listing(gone, 3)} of the base"
-                + (": it leaves what modules_to_save names in its wrapper, and saves it under other names" * wrapped),
+                f"{message}: it leaves what modules_to_save names in its wrapper, and saves it under other names",
                 "put each wrapper's trained module (modules_to_save.default) in its place before the merged model is "
-                "saved, or serve the adapter unmerged"
-                if wrapped
-                else "",
+                "saved, or serve the adapter unmerged",
             )
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)

@@ -141,12 +141,13 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
     paths = {id(module): path for path, module in scratch.named_modules()} if sharers else {}
     try:
         model = inject(scratch, config, base, ADAPTER_NAME, blank=blank)
-        if blank and not fill_blanks(model):
-            return _make_template(base, files)
+        stands = not blank or fill_blanks(model)
     except Exception:
-        if blank:  # what is wrong with the adapter, PEFT says again of one with values
-            return _make_template(base, files)
-        raise
+        if not blank:
+            raise
+        stands = False  # what is wrong with the adapter, PEFT says again of one with values
+    if not stands:
+        return _make_template(base, files)
     leave_out_replaced(model, paths, slots, sharers)
     return Template(
         kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
