@@ -76,6 +76,51 @@ def cached_at(time: str, name: str, **more: str) -> AdapterReport:
     )
 
 
+def test_the_table_of_a_fleet_has_what_somebody_must_look_at() -> None:
+    broken = [failed(f"broken-{number}") for number in range(3)]
+    warned = [adapter(f"warned-{number}", findings=(ROUNDING,)) for number in range(2)]
+    text = render(report(*(adapter(f"team-{number}") for number in range(995)), *warned, *broken), "out")
+    table = text.split("\n\n")[0].splitlines()
+    assert [line.split()[1] for line in table[2:7]] == [*(one.name for one in broken), *(one.name for one in warned)]
+    assert table[7:] == [
+        "5 of 1,000 rows are shown: in all, 3 failed, 2 passed with warnings, 995 passed. report.html and",
+        "report.json have all.",
+    ]
+    assert "team-" not in text
+
+
+def test_a_fleet_that_passed_has_no_table() -> None:
+    text = render(report(*(adapter(f"team-{number}") for number in range(41))), "out")
+    assert text.startswith("\nPASS: all 41 adapters passed.\n")
+    assert "team-40" in render(report(*(adapter(f"team-{number}") for number in range(1, 41))), "out")
+
+
+def test_what_is_wrong_with_a_broken_fleet_stays_on_a_few_screens() -> None:
+    fleet = [failed(f"broken-{number}", f"no. {number}") for number in range(300)]
+    fleet += [adapter(f"warned-{n}", findings=(dataclasses.replace(ROUNDING, message=f"no. {n}"),)) for n in range(100)]
+    text = render(report(*fleet), "out")
+    assert len(text.splitlines()) < 300
+    assert text.count(" failed: adapter-nonfinite (") == 20
+    assert "\n40 of 400 rows are shown: in all, 300 failed, 100 passed with warnings. " in text
+    assert (
+        "\n\nNot shown: what is wrong with 280 more adapters and the warnings of 90 more adapters that passed.\n"
+        "report.html and report.json have all.\n\nFAIL: 300 of 400 adapters failed.\nCauses: adapter-nonfinite 300.\n"
+    ) in text
+
+
+def test_what_breaks_many_alike_is_said_once() -> None:
+    text = render(report(*(failed(f"team-{number}") for number in range(7)), failed("other", "another")), "")
+    assert [line for line in text.splitlines() if " failed: " in line] == [
+        "✗ team-0, team-1, team-2, team-3, team-4 and 2 more failed: adapter-nonfinite (bfloat16)",
+        "✗ other failed: adapter-nonfinite (bfloat16)",
+    ]
+
+
+def failed(name: str, message: str = "") -> AdapterReport:
+    finding = dataclasses.replace(NAN, message=message or NAN.message)
+    return adapter(name, Verdict.FAILED, cause=NAN.check, findings=(finding,))
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_golden(width: int) -> None:
     text = render(FAIL, "merge-gate-report", width=width)

@@ -7,6 +7,7 @@ formats. Styles are the names in `Style`, not colours.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -43,9 +44,16 @@ ASCII_MARKS = {Verdict.PASSED: "+", Verdict.FAILED: "x", Verdict.ERROR: "!"}
 STYLES = {Verdict.PASSED: Style.GOOD, Verdict.FAILED: Style.BAD, Verdict.ERROR: Style.DOUBT}
 _RESULT_STYLES = {Result.PASS: Style.GOOD, Result.FAIL: Style.BAD, Result.ERROR: Style.DOUBT}
 
+MOST_ROWS = 40
+"""Up to so many merges have a row each; of more, so many of those that failed, were not judged or have warnings."""
+MOST_TOLD = 20
+"""So many paragraphs of what failed or could not be judged, and half as many of warnings."""
+
+_ALL_IN = "report.html and report.json have all"
 _NARROW = 60
 _LABEL_WIDTH = 7
 _LEAST_WIDTH = 24
+_MOST_CAUSES = 6
 _BLANK: Line = ()
 
 
@@ -64,10 +72,14 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     width = max(width, _LEAST_WIDTH)
     marks = ASCII_MARKS if ascii_only else MARKS
     shown: list[Line] = []
-    if report.adapters:
-        shown += [_BLANK, *_table(report, width, marks)]
-    for groups in _told(report):
+    if table := _table(report, width, marks):
+        shown += [_BLANK, *table]
+    told = _told(report)
+    kept = _most_pressing(told)
+    for groups in kept:
         shown += [_BLANK, *_paragraph(groups, width, marks)]
+    if len(kept) < len(told):
+        shown += [_BLANK, *_plain(_left_out(told, kept), width)]
     shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
     # Here and not earlier: only now is it known what stands at the start of a line.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
@@ -77,15 +89,28 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
 
 
 def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
-    names_base = len({adapter.base.model for adapter in report.adapters}) > 1
-    rows = [_cells(adapter, names_base=names_base) for adapter in words.worst_first(report.adapters)]
+    judged = words.worst_first(report.adapters)
+    shown = judged if len(judged) <= MOST_ROWS else [adapter for adapter in judged if reason(adapter)][:MOST_ROWS]
+    if not shown:
+        return []  # all passed, if there are any: the result says it
+    rest = _plain(_counts(shown, judged), width) if len(shown) < len(judged) else []
+    names_base = len({adapter.base.model for adapter in shown}) > 1
+    rows = [_cells(adapter, names_base=names_base) for adapter in shown]
     if width < _NARROW:
-        return [line for row in rows for line in _stacked(row, width, marks)]
+        return [*(line for row in rows for line in _stacked(row, width, marks)), *rest]
     heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE")
     texts = [heads, *(row[1:] for row in rows)]
     widths = fit([max(cells(row[column]) for row in texts) for column in range(4)], width - 2 - 3 * 2)
     head: Line = (("  ", Style.PLAIN), (_row(heads, widths), Style.FAINT))
-    return [head, *(_table_line(row, widths, marks) for row in rows)]
+    return [head, *(_table_line(row, widths, marks) for row in rows), *rest]
+
+
+def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> str:
+    """What the rows that are not shown amount to."""
+    warned, said_first = "passed with warnings", sorted(judged, key=lambda one: not reason(one))
+    said = Counter(warned if reason(one).startswith("warning") else words.title(one) for one in said_first)
+    in_all = ", ".join(f"{words.number(count)} {what}" for what, count in said.items())
+    return f"{words.number(len(shown))} of {words.number(len(judged))} rows are shown: in all, {in_all}. {_ALL_IN}."
 
 
 Row = tuple[Verdict, str, str, str, str]
@@ -138,16 +163,32 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 
 
 def _told(report: Report) -> list[list[list[AdapterReport]]]:
-    """The entries of each adapter that has something to say; of adapters that passed and say the same, together."""
+    """The entries of each adapter that has something to say; of adapters that say the same, together."""
     found: dict[object, list[list[AdapterReport]]] = {}
-    for place, same in enumerate(words.alike(words.worst_first(report.adapters))):
+    for same in words.alike(words.worst_first(report.adapters)):
         said = words.told_once(same, words.others)
-        if same[0].verdict is not Verdict.PASSED:
-            found[place] = [same]
-        elif said:
-            key = (*said, words.precisions(same), *words.marks(_at(same[0], "")))
+        adapter = same[0]
+        if adapter.verdict is not Verdict.PASSED or said:
+            decided = (adapter.verdict, adapter.cause, words.deciding(adapter))
+            key = (*decided, *said, words.precisions(same), *words.marks(_at(adapter, "")))
             found.setdefault(key, []).append(same)
     return list(found.values())
+
+
+def _most_pressing(told: list[list[list[AdapterReport]]]) -> list[list[list[AdapterReport]]]:
+    """As many paragraphs as somebody reads on a terminal."""
+    blocked = [groups for groups in told if groups[0][0].verdict is not Verdict.PASSED]
+    return blocked[:MOST_TOLD] + told[len(blocked) :][: MOST_TOLD // 2]
+
+
+def _left_out(told: list[list[list[AdapterReport]]], kept: list[list[list[AdapterReport]]]) -> str:
+    def named(paragraphs: list[list[list[AdapterReport]]], *, passed: bool) -> int:
+        return sum(len(groups) for groups in paragraphs if (groups[0][0].verdict is Verdict.PASSED) is passed)
+
+    left = {passed: named(told, passed=passed) - named(kept, passed=passed) for passed in (False, True)}
+    parts = [f"what is wrong with {words.counted(left[False], 'more adapter')}"] if left[False] else []
+    parts += [f"the warnings of {words.counted(left[True], 'more adapter')} that passed"] if left[True] else []
+    return f"Not shown: {' and '.join(parts)}. {_ALL_IN}."
 
 
 def _at(adapter: AdapterReport, time: str) -> AdapterReport:
@@ -232,16 +273,31 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     style = _RESULT_STYLES[report.result]
     said = f"{report.result.value.upper()}: {words.headline(report)}."
     shown: list[Line] = [((part, style),) for part in wrap(said, width)]
-    shown += [((part, Style.PLAIN),) for part in wrap(words.advice(report), width)]
+    if causes := _causes(report):
+        shown += _plain(causes, width)
+    shown += _plain(words.advice(report), width)
     for problem in words.problems(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
     for said in words.baseline(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {said}", width)]
     if said := words.cached(report):
-        shown += [((part, Style.PLAIN),) for part in wrap(f"{said}.", width)]
+        shown += _plain(f"{said}.", width)
     if output_dir:
         shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
     return shown
+
+
+def _causes(report: Report) -> str:
+    """What made how many fail, where these are too many to count on the screen."""
+    failed = Counter(words.cause(adapter) for adapter in report.adapters if adapter.verdict is Verdict.FAILED)
+    if failed.total() <= MOST_TOLD:
+        return ""
+    said = [f"{check} {words.number(count)}" for check, count in failed.most_common()]
+    return f"Causes: {listing(said, _MOST_CAUSES)}."
+
+
+def _plain(said: str, width: int) -> list[Line]:
+    return [((part, Style.PLAIN),) for part in wrap(said, width)]
 
 
 def _reports(output_dir: str) -> str:

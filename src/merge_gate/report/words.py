@@ -267,28 +267,30 @@ def _said(report: Report) -> str:
     total = len(report.adapters)
     names = {adapter.name for adapter in report.adapters}
     noun = "adapter" if len(names) == total else "merge"
-    said = _counts(report, counted(total, noun), noun)
-    return f"{unfinished}; so far {said}" if unfinished else said
+    everything = counted(total, noun)
+    if unfinished:
+        return f"{unfinished}; so far {_counts(report, everything, everything)}"
+    whole = f"both {noun}s" if total == 2 else f"all {everything}" if total > 1 else f"the only {noun}"  # noqa: PLR2004
+    return _counts(report, everything, whole)
 
 
-def _counts(report: Report, everything: str, noun: str) -> str:
-    failed, undecided = report.count(Verdict.FAILED), report.count(Verdict.ERROR)
+def _counts(report: Report, everything: str, whole: str) -> str:
+    failed, undecided, total = report.count(Verdict.FAILED), report.count(Verdict.ERROR), len(report.adapters)
     known = f", {number(report.accepted)} of them accepted" if report.accepted else ""
+    if failed == total:
+        known = ", accepted" if known and total == 1 else known
+        return f"{whole} failed{known}"
+    if undecided == total:
+        return f"{whole} could not be judged"
     if failed and undecided:
         return f"{number(failed)} of {everything} failed{known}, {number(undecided)} could not be judged"
     if failed:
         return f"{number(failed)} of {everything} failed{known}"
     if undecided:
         return f"{number(undecided)} of {everything} could not be judged, none failed"
-    return _all_passed(report, everything, noun)
-
-
-def _all_passed(report: Report, everything: str, noun: str) -> str:
     warned = sum(bool(warnings(adapter)) for adapter in report.adapters)
-    if len(report.adapters) == 1:
-        return f"the only {noun} passed, with warnings" if warned else f"the only {noun} passed"
-    passed = f"both {noun}s passed" if len(report.adapters) == 2 else f"all {everything} passed"  # noqa: PLR2004
-    return f"{passed}, {number(warned)} with warnings" if warned else passed
+    of_them = "" if total == 1 else f"{number(warned)} "
+    return f"{whole} passed, {of_them}with warnings" if warned else f"{whole} passed"
 
 
 def advice(report: Report) -> str:
