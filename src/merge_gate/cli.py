@@ -291,7 +291,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from merge_gate.config.direct import first_config
+    from merge_gate.config.first import first_config
     from merge_gate.report.directory import explained
     from merge_gate.sources.preflight import base_of
 

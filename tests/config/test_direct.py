@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.config.direct import config_of, first_config, names_a_file
+from merge_gate.config.direct import config_of, names_a_file
+from merge_gate.config.first import first_config
 from merge_gate.config.load import load_config
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.config import COMMAND_LINE, Config
@@ -160,6 +161,14 @@ def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
     assert {adapter.base.label for adapter in config.adapters} == {"./base"}
 
 
+def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
+    (here / "support").rename(here / "ü 😀")
+    (config,) = config_of(["ü 😀"]).adapters
+    assert (config.name, config.source) == ("ü 😀", "ü 😀")
+    with pytest.raises(UsageError, match=r'"a\\u202eb" holds a control character'):
+        config_of(["a\u202eb"])
+
+
 def test_adapters_of_one_name_get_two(here: Path) -> None:
     (here / "teams/b/billing").mkdir(parents=True)
     (here / "teams/b/billing/adapter_config.json").write_text("not json")
@@ -169,7 +178,7 @@ def test_adapters_of_one_name_get_two(here: Path) -> None:
 
 @pytest.mark.parametrize("directory", ["base", "nowhere", "support/adapter_config.json"])
 def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
-    with pytest.raises(UsageError, match=r"adapter_config|no such directory"):
+    with pytest.raises(UsageError, match=r"adapter_config|no such directory|is a file"):
         first_config([directory], base_of)
 
 
@@ -178,7 +187,7 @@ def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
 def test_a_directory_that_may_not_be_read_is_not_said_to_hold_nothing(directory: str) -> None:
     with pytest.raises(UsageError) as caught:
         first_config(["base", directory], base_of)
-    looked = f'in "base", "{directory}", nor up to 3 levels below'
+    looked = f'in "base", "{directory}", nor up to 4 levels below'
     assert caught.value.message == f'no adapter_config.json found {looked}: "{directory}" cannot be read'
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.config.direct import config_of, first_config, names_a_file
+from merge_gate.config.direct import config_of, names_a_file
+from merge_gate.config.first import first_config
 from merge_gate.config.load import config_schema, load_config
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.sources.preflight import base_of
@@ -210,7 +211,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a/deep/er/two", "./b1"),
         ("c/three", "./b2"),
         ("none/four", None),
-        ("far/1/2/3/4", None),
+        ("far/1/2/3/4/5", None),
     ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
@@ -233,25 +234,75 @@ FOOT = """
 
 def test_a_first_file_word_for_word(here: Path) -> None:
     assert first_config(["a"], base_of) == (
-        f'{TOP}base:\n  model: "./b1"   # as the adapters name it; a directory or a Hub id\n{DTYPE}'
-        f'adapters:\n  - "./a/deep/er/two"\n  - "./a/one"\n{FOOT}'
+        f'{TOP}base:\n  model: ./b1   # the adapters name "./b1": it is not there from here, so write where it is\n'
+        f"{DTYPE}"
+        f"adapters:\n  - ./a/deep/er/two\n  - ./a/one\n{FOOT}"
+    )
+    (here / "b1").mkdir()
+    assert f"  model: ./b1   # as the adapters name it; a directory or a Hub id\n{DTYPE}" in first_config(
+        ["a"], base_of
     )
     assert first_config(["a/one", "c"], base_of) == (
-        f'{TOP}# base:   # each adapter names its own\n{NO_BASE}adapters:\n  - "./a/one"\n  - "./c/three"\n{FOOT}'
+        f"{TOP}# base:   # each adapter names its own\n{NO_BASE}adapters:\n  - ./a/one\n"
+        f'  - ./c/three   # its base "./b2" is not there from here\n{FOOT}'
     )
     assert f"# base:   # no adapter names one: name it here\n{NO_BASE}" in first_config(["none"], base_of)
     os.chdir("a")
-    assert '  - "../c/three"' in first_config(["../c"], base_of)
+    assert "  - ../c/three\n" in first_config(["../c"], base_of)
+    assert f"  - {here}/c/three\n" in first_config([str(here / "c")], base_of)
+
+
+def test_a_first_file_of_training_runs_word_for_word(here: Path, tmp_path: Path) -> None:
+    """A run with its adapter, one with checkpoints only, full models, a cache, and letters that JSON would escape."""
+    lora = json.dumps({"base_model_name_or_path": "/data/tiny-base"})
+    for name in (
+        "t/runs/support", "t/runs/support/checkpoint-500", "t/runs/support/checkpoint-1000", "t/.cache/old",
+        "t/runs/2026/sums/checkpoint-9", "t/runs/2026/sums/checkpoint-10", "t/ü 😀", "t/a/sums", "t/b/sums",
+    ):  # fmt: skip
+        (here / name).mkdir(parents=True)
+        (here / name / "adapter_config.json").write_text(lora)
+        (here / name / "optimizer.pt").touch()
+    for name in ("t/models/tiny-base", "t/runs/full/checkpoint-3"):
+        (here / name).mkdir(parents=True)
+        (here / name / "config.json").write_text("{}")
+        (here / name / "model-00001-of-00002.safetensors").touch()
+    text = first_config(["t"], base_of)
+    assert text == (
+        f"{TOP}base:\n  model: ./t/models/tiny-base"
+        f'   # the adapters name "/data/tiny-base", which is not there from here\n'
+        f'{DTYPE}adapters:\n  - {{name: "a-sums", path: ./t/a/sums}}\n  - {{name: "b-sums", path: ./t/b/sums}}\n'
+        '  - {name: "sums-checkpoint-10", path: ./t/runs/2026/sums/checkpoint-10}\n'
+        '  - ./t/runs/support\n  - "./t/ü 😀"\n'
+        '  # not listed: 1 earlier checkpoint of "./t/runs/2026/sums" (checkpoint-9)\n'
+        f'  # not listed: 2 earlier checkpoints of "./t/runs/support" (checkpoint-500, checkpoint-1000)\n{FOOT}'
+    )
+    (tmp_path / "merge-gate.yml").write_text(text, encoding="utf-8")
+    assert [one.source for one in load_config("merge-gate.yml").adapters][-2:] == ["./t/runs/support", "./t/ü 😀"]
+
+
+def test_a_base_that_lies_elsewhere_is_found_for_each(here: Path) -> None:
+    """Above the adapter, as a path from there; or a model of that name, unless there are two."""
+    for name in ("c/b2", "far/b1", "near/b1"):
+        (here / name).mkdir(parents=True, exist_ok=True)
+        (here / name / "config.json").write_text("{}")
+        (here / name / "model.safetensors").touch()
+    text = first_config(["a/one", "c"], base_of)
+    assert "  - ./a/one   # its base" in text
+    assert "  - {path: ./c/three, base: ./c/b2}\n" in text
+    assert "  - {path: ./a/one, base: ./far/b1}\n" in first_config(["a/one", "c", "far"], base_of)
+    assert "  - ./a/one   # its base" in first_config(["a/one", "c", "far", "near"], base_of)
 
 
 @pytest.mark.parametrize(
     ("directory", "message", "hint"),
     [
-        ("empty", 'no adapter_config.json in "empty", nor up to 3 levels below',
+        ("empty", 'no adapter_config.json in "empty", nor up to 4 levels below',
          "name the directories that save_pretrained wrote, or one above them"),
-        ("far", 'no adapter_config.json in "far", nor up to 3 levels below',
+        ("far", 'no adapter_config.json in "far", nor up to 4 levels below',
          "name the directories that save_pretrained wrote, or one above them"),
         ("gone", 'no such directory: "gone"', "name a directory with adapters"),
+        ("a/one/adapter_config.json", '"a/one/adapter_config.json" is a file, expected a directory',
+         "name a directory with adapters"),
     ],
 )  # fmt: skip
 def test_a_first_file_of_nothing_word_for_word(here: Path, directory: str, message: str, hint: str) -> None:

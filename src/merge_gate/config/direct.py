@@ -1,8 +1,8 @@
-"""Adapters named on the command line → `Config`, without a file; and a first file, written from what lies there.
+"""Adapters named on the command line → `Config`, without a file.
 
 In: names as a shell gives them: directories, globs, Hub ids, or files of adapters, as a hook of git names what was
-changed. Out: the `Config` that a file with these entries gives, or the text of such a file. Built by the same code as a
-file's, so that both are judged alike.
+changed. Out: the `Config` that a file with these entries gives. Built by the same code as a file's, so that both are
+judged alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,6 @@ from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
-
-MAX_DEPTH = 3
-"""How far below a directory `first_config` looks for adapters."""
 
 
 def names_a_file(names: Sequence[str]) -> bool:
@@ -62,7 +59,7 @@ def _places(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _longer_names(directories: Sequence[str]) -> dict[str, str]:
+def longer_names(directories: Sequence[str]) -> dict[str, str]:
     """For directories that share their last part with others: as many of the last parts as tell them apart."""
     parts = {directory: Path(directory).parts for directory in directories}
     deepest = max(map(len, parts.values()), default=0)
@@ -95,13 +92,13 @@ def config_of(
     places = _places(names)
     for place in places:
         _refuse_shelf(place)
-    longer = _longer_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
+    longer = longer_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
     entries = [{"path": place} | ({"name": longer[place]} if place in longer else {}) for place in places]
     wanted = {"model": base, "dtype": list(dtypes), "quantization": quantization}
     file: dict[str, Any] = {"version": 1, "adapters": entries}
     if any(wanted.values()):
         file["base"] = {key: value for key, value in wanted.items() if value}
-    text = json.dumps(file, indent=1)  # JSON is YAML
+    text = yaml_text(file, indent=1)
     try:
         return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
     except FileNotFoundError:
@@ -109,6 +106,15 @@ def config_of(
     except ConfigError as error:
         problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
         raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
+
+
+def yaml_text(data: object, indent: int | None = None) -> str:
+    """As YAML on one line, or indented: JSON, but that letters stay letters, and what is no letter has one escape.
+
+    JSON writes 😀 as a pair of surrogates, which YAML reads as two characters that are none.
+    """
+    written = json.dumps(data, indent=indent, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in written)
 
 
 def _refuse_shelf(name: str) -> None:
@@ -126,89 +132,3 @@ def _refuse_shelf(name: str) -> None:
 
 def _has_config(directory: str) -> bool:
     return os.path.exists(os.path.join(directory, CONFIG_NAME))  # noqa: PTH110, PTH118 (as above)
-
-
-# --- a first file --------------------------------------------------------------------------------------------------
-
-
-def first_config(directories: Sequence[str], base_of: Callable[[str], str | None]) -> str:
-    """Return a commented configuration of the adapters in and below these directories.
-
-    Args:
-        directories: where to look.
-        base_of: gives the base that the adapter in a directory names, or None.
-
-    Raises:
-        UsageError: a directory does not exist, or no adapter was found.
-    """
-    closed: dict[str, None] = {}
-    found = sorted({place for directory in directories for place in _adapters_in(directory, closed)})
-    if not found:
-        looked = f"in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below"
-        if closed:
-            raise UsageError(
-                f"no {CONFIG_NAME} found {looked}: {listing(map(quoted, closed))} cannot be read",
-                hint="check that the user who runs the gate may read it",
-            )
-        raise UsageError(
-            f"no {CONFIG_NAME} {looked}", hint="name the directories that save_pretrained wrote, or one above them"
-        )
-    bases = Counter(named for place in found if (named := base_of(place)))
-    return "\n".join([*_head(bases), *_entries(found), *_not_seen(closed), *_foot()]) + "\n"
-
-
-def _adapters_in(directory: str, closed: dict[str, None]) -> Iterator[str]:
-    """The adapters in and below; into `closed` go the directories that cannot be read."""
-    top = Path(directory)
-
-    def refused(error: OSError) -> None:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UsageError(f"no such directory: {quoted(error.filename)}", hint="name a directory with adapters")
-        closed[error.filename] = None
-
-    for place, inner, files in os.walk(top, onerror=refused):
-        if len(Path(place).relative_to(top).parts) >= MAX_DEPTH:
-            inner.clear()
-        if CONFIG_NAME in files:
-            yield os.path.relpath(place)
-
-
-def _head(bases: Counter[str]) -> list[str]:
-    lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
-    if len(bases) == 1:
-        (named,) = bases
-        return [
-            *lines,
-            "base:",
-            f"  model: {json.dumps(named)}   # as the adapters name it; a directory or a Hub id",
-            *_dtype(""),
-        ]
-    why = "each adapter names its own" if bases else "no adapter names one: name it here"
-    return [*lines, f"# base:   # {why}", "#   model: ./path/to/base", *_dtype("# ")]
-
-
-def _dtype(comment: str) -> list[str]:
-    return [f"{comment}  # dtype: [bfloat16, float16]   # what you serve in; each is checked (default: as stored)", ""]
-
-
-def _entries(found: list[str]) -> list[str]:
-    longer = _longer_names(found)
-    lines = ["adapters:"]
-    for place in found:
-        written = json.dumps(place if place.startswith(".") else f"./{place}")
-        name = longer.get(place)
-        lines.append(f"  - {{name: {json.dumps(name)}, path: {written}}}" if name else f"  - {written}")
-    return lines
-
-
-def _not_seen(closed: Collection[str]) -> list[str]:
-    return [f"  # not looked into, cannot be read: {listing(map(quoted, closed))}"] if closed else []
-
-
-def _foot() -> list[str]:
-    return [
-        "",
-        "# checks:                # severities and limits; docs/checks.md explains each",
-        "#   rounding-loss: error",
-        "# allow-pickle: true     # only if you trust whoever made the .bin files",
-    ]
