@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import shutil
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from merge_gate.config.load import load_config
 from merge_gate.engine.base import load_base
@@ -17,7 +20,8 @@ from merge_gate.gate import run_gate
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
-from tests.models import VARIANTS, read_config, read_tensors, save_adapter, write_config, write_tensors
+from tests import methods
+from tests.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,3 +121,94 @@ def test_two_names_of_one_class_share_a_load(shelf: Shelf, tmp_path: Path, varia
         set_task(directory, task_type)
         shapes.add(shape_for(str(base), preflight(str(directory), allow_pickle=False)))
     assert len(shapes) == 1
+
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+def save_llava(directory: Path) -> Path:
+    torch.manual_seed(0)
+    text, vision = transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**VISION)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=62)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(directory)
+    return directory
+
+
+def save_on(model: transformers.PreTrainedModel, directory: Path, **settings: Any) -> None:
+    peft_model = get_peft_model(model, LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings)))
+    _noise(peft_model, 1)
+    peft_model.save_pretrained(directory)
+
+
+def changed_by_peft(model: transformers.PreTrainedModel, adapter: Path) -> set[str]:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+OLD_NAMES = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+"""Of a Llava in transformers 4.52 and before; PEFT loads a LoRA with them."""
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("loses", ["nothing", "the vision tower"])
+def test_old_names_are_those_of_the_class_that_peft_loads_them_into(
+    loses: str, task_type: str | None, tmp_path: Path
+) -> None:
+    """Names that only look like those of the bare model: the user's class has a head, and PEFT may lose a part."""
+    base = save_llava(tmp_path / "base")
+    with methods.quiet():
+        load = transformers.LlavaForConditionalGeneration.from_pretrained
+        save_on(load(base), tmp_path / "a", task_type=task_type)
+        tensors = read_tensors(tmp_path / "a")
+        for new, old in OLD_NAMES.items():
+            old = old.replace("vision_model.", "") if loses == "the vision tower" else old  # noqa: PLW2901
+            tensors = {
+                key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensors[key] for key in tensors
+            }
+        write_tensors(tmp_path / "a", tensors)
+        changed = changed_by_peft(load(base), tmp_path / "a")
+    assert len(changed) == (8 if loses == "nothing" else 4)
+    report = gate(tmp_path, base, tmp_path / "a")
+    (adapter,) = report.adapters
+    assert report.bases[0].loaded_as == "LlavaForConditionalGeneration"
+    expected = (Verdict.PASSED, None) if loses == "nothing" else (Verdict.FAILED, "keys-missing")
+    assert (adapter.verdict, adapter.cause) == expected, told(adapter)
+
+
+def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -> None:
+    """An adapter of a text model names its class (auto_mapping); the base's files have the names of another one."""
+    vision = VISION | {"vision_use_head": False}
+    config = transformers.Gemma3Config(text_config=TEXT, vision_config=vision, mm_tokens_per_image=4)
+    text = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT))
+    with methods.quiet():
+        transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+        save_on(text, tmp_path / "a")
+        user, said = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
+    (adapter,) = gate(tmp_path, tmp_path / "base", tmp_path / "a").adapters
+    assert adapter.verdict is Verdict.ERROR, told(adapter)
+    assert "holds none of the tensors of Gemma3ForCausalLM" in told(adapter)
+
+
+def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path: Path) -> None:
+    """Transformers puts it on the base unasked, and what is merged then is no plain base."""
+    base = tmp_path / "base"
+    shutil.copytree(shelf.base("llama"), base)
+    for file in shelf.adapter("plain").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert any("lora_A" in name for name, _ in plain.named_parameters())
+    (adapter,) = gate(tmp_path, base, shelf.adapter("regex")).adapters
+    assert adapter.verdict is Verdict.ERROR, told(adapter)
+    assert "has an adapter_config.json beside its weights" in told(adapter)

@@ -212,6 +212,7 @@ def load_base(
     except Exception as error:  # every library below has its own exceptions; all mean the same here
         raise _not_loaded(error, label, shape) from error
     refuse_mismatches(loading, label, shape)
+    refuse_strangers(model, loading, label)
     _refuse_lost_shards(model, directory, loading, label)
     return measure_base(model, source, loading, known={})
 
@@ -299,6 +300,25 @@ def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
                 f"needs {list(expected)}",
                 hint="config.json and weights of the base are of different models: fetch the base again",
             )
+
+
+def refuse_strangers(model: nn.Module, loading: Loading, label: str) -> None:
+    """Transformers makes up whatever the files lack, and adds an adapter that lies beside them.
+
+    Raises:
+        EngineError: no tensor of the class is in the files, or an adapter lies in the base's directory.
+    """
+    if {name for name, _ in model.named_parameters()} <= loading.initialised:
+        raise EngineError(
+            f"base {label} holds none of the tensors of {type(model).__name__}: transformers would make up all of them",
+            hint="name the base that the adapter was trained on: this one has another class (text and images, where "
+            "the adapter is for text alone), or other names in its files",
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EngineError(
+            f"base {label} has an adapter_config.json beside its weights: transformers loads that adapter with it",
+            hint="take adapter_config.json out of the base's directory, or name the plain base",
+        )
 
 
 def _refuse_lost_shards(model: Any, directory: str, loading: Loading, label: str) -> None:

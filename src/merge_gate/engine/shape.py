@@ -5,15 +5,19 @@ on torch's meta device, where they have names and shapes only. Knows nothing of 
 
 1. The adapter's task type names the class. 2. Else its `auto_mapping` names one of transformers. 3. Else the base's own
 architecture. 4. A class that does not know the base's configuration gives way to the architecture. 5. Where none of the
-file's names lies in that class and all of them lie in another class of the base, it was trained on that one.
+file's names lies in that class and all of them lie in another class of the base, it was trained on that one; not where
+`auto_mapping` says which class that was, nor where transformers loads names of earlier releases into the class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate.engine.base import ModelClass, first_line, remote_code_refused
 from merge_gate.errors import EngineError
@@ -39,7 +43,8 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     asked = _class_for(config, files, trust_remote_code=trust_remote_code)
-    class_name = _class_that_fits(config, asked, files)
+    is_known = files.config.task_type not in TASK_CLASSES and asked == files.config.base_class
+    class_name = asked if is_known else _class_that_fits(config, asked, files)
     return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
@@ -100,12 +105,12 @@ def _is_model_class(name: str) -> bool:
 
 def _class_that_fits(config: Any, asked: str, files: AdapterFiles) -> str:
     """Rule 5. The first parts of names tell the classes of an architecture apart (`bert.encoder…` and `encoder…`)."""
-    parts = {
-        header.name.removeprefix(ADAPTER_PREFIX).partition(".")[0]
-        for header in files.tensors
-        if header.name.startswith(ADAPTER_PREFIX)
-    }
-    if not parts or not _is_model_class(asked) or _looks_usual(config, asked, parts) or parts & _parts(config, asked):
+    names = [one.name.removeprefix(ADAPTER_PREFIX) for one in files.tensors if one.name.startswith(ADAPTER_PREFIX)]
+    parts = _first_parts(names)
+    if not parts or not _is_model_class(asked) or _looks_usual(config, asked, parts):
+        return asked
+    skeleton = _skeleton(config, asked)
+    if (parts | _first_parts(_renamed(skeleton, names))) & _children(skeleton):
         return asked
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
     return next((name for name in others if name and _is_model_class(name) and parts <= _parts(config, name)), asked)
@@ -117,9 +122,24 @@ def _looks_usual(config: Any, class_name: str, parts: set[str]) -> bool:
     return (prefix in parts) != (class_name == _concrete(config, "AutoModel"))
 
 
+def _first_parts(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
 def _parts(config: Any, class_name: str) -> set[str]:
-    skeleton = _skeleton(config, class_name)
+    return _children(_skeleton(config, class_name))
+
+
+def _children(skeleton: Any) -> set[str]:
     return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
+
+
+def _renamed(skeleton: Any, names: Iterable[str]) -> list[str]:
+    """The names as transformers has them today, where it knows earlier ones: PEFT loads a LoRA's by the same list."""
+    if skeleton is None:
+        return []
+    renamings = [one for one in get_model_conversion_mapping(skeleton) if isinstance(one, WeightRenaming)]
+    return [rename_source_key(name, renamings, [])[0] for name in names]
 
 
 def _skeleton(config: Any, class_name: str) -> Any:
