@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, WrapValidator
 
 from merge_gate.config.build import as_record
-from merge_gate.config.model import DATE, Digest, Model, Text, Version, or_hole
+from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
 from merge_gate.config.nearest import nearest
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 class AcceptEntry(Model):
     """One known failure."""
 
-    adapter: Digest
-    cause: Text
+    adapter: Digest = NEEDED
+    cause: Text = NEEDED
     also: list[Text] | None = None
-    reason: Text
-    owner: Text
-    until: Annotated[str, Field(pattern=DATE)]
+    reason: Text = NEEDED
+    owner: Text = NEEDED
+    until: Annotated[str, Field(pattern=DATE)] = NEEDED
 
 
 Accept = Annotated[AcceptEntry, WrapValidator(or_hole)]
@@ -41,8 +41,8 @@ Accept = Annotated[AcceptEntry, WrapValidator(or_hole)]
 class BaselineFile(Model):
     """Known failures of a fleet."""
 
-    version: Version
-    accept: list[Accept]
+    version: Version = NEEDED
+    accept: list[Accept] = NEEDED
 
 
 def build_baseline(document: Document) -> tuple[KnownFailure, ...]:

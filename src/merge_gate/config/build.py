@@ -26,8 +26,8 @@ from merge_gate.config.model import (
     Model,
 )
 from merge_gate.config.nearest import nearest
-from merge_gate.config.paths import find, find_all, is_glob, last_name
-from merge_gate.config.positions import Document, Loc, Unusable
+from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
+from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
@@ -126,7 +126,7 @@ class _Build:
         try:
             found = find_all(written, self.directory, on_hub=draft.revision is not None)
         except Unusable as problem:
-            self.report((*loc, "path"), problem.message, problem.hint)
+            self.report((*loc, "path"), *problem.args)
             return
         for source, path, hub_id in found:
             if path:
@@ -231,7 +231,7 @@ class _Build:
         try:
             found, hub_id = find(model, self.directory, on_hub=bool(revision), owner_needed=False)
         except Unusable as problem:
-            self.report((*loc, "model"), problem.message, problem.hint)
+            self.report((*loc, "model"), *problem.args)
             return model
         return found or hub_id or model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,20 +23,16 @@ from pydantic import (
     WrapValidator,
     create_model,
     field_validator,
-    model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-from merge_gate.config.positions import Loc, Nothing
+from merge_gate.config.positions import Loc
+from merge_gate.judging.check import Check
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import DTYPES, Quantization
 from merge_gate.text import one_of
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-
-    from merge_gate.judging.check import Check
 
 MAX_NAME = 200
 MAX_TEXT = 4096
@@ -65,12 +61,8 @@ PRUNING = tuple(name for name in METHODS if name.startswith(("ties", "dare", "ma
 SIGN_ELECTING = tuple(name for name in METHODS if "ties" in name)
 """The methods that elect a sign: they take `majority_sign_method`."""
 
-if TYPE_CHECKING:
-    Dtype: TypeAlias = str
-    QuantizationWord: TypeAlias = str
-else:
-    Dtype = Literal[("auto", *DTYPES)]
-    QuantizationWord = Literal[tuple(map(str, Quantization))]
+Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy reads no words from a tuple
+QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # nor from an Enum
 
 
 # --- models with holes ---------------------------------------------------------------------------------------------
@@ -84,6 +76,10 @@ class Wrong:
 
     def __bool__(self) -> bool:
         return False
+
+
+NEEDED: Any = Wrong([{"type": "missing", "loc": ()}])
+"""The default of a key that must be there."""
 
 
 def or_hole(value: Any, handler: Any) -> Any:
@@ -104,21 +100,6 @@ class Model(BaseModel):
     if_empty: ClassVar[str] = ""
     """What to do where it is empty and may not be."""
 
-    keys: ClassVar[dict[str, str]]
-    """The key of each field."""
-    needed: ClassVar[dict[str, Nothing]]
-    """What stands in the place of needed keys that are not there."""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        cls.keys = {name: field.alias or name for name, field in cls.model_fields.items()}
-        cls.needed = {name: Nothing.MISSING for name, field in cls.model_fields.items() if field.is_required()}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, data: Any) -> Any:
-        return cls.needed | data if isinstance(data, dict) else data
-
     _keep = field_validator("*", mode="wrap")(or_hole)
 
 
@@ -130,11 +111,11 @@ def wrong(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
         for index, item in enumerate(value):
             yield from wrong(item, (*loc, index))
     elif isinstance(value, Model):
+        keys = {name: field.alias or name for name, field in type(value).model_fields.items()}
         for key in value.model_extra or ():
-            yield (*loc, key), {"type": "unknown", "known": list(value.keys.values()), "kind": value.kind}
-        for name, key in value.keys.items():
-            if name in value.model_fields_set:
-                yield from wrong(getattr(value, name), (*loc, key))
+            yield (*loc, key), {"type": "unknown", "known": keys.values(), "kind": value.kind}
+        for name, key in keys.items():
+            yield from wrong(getattr(value, name), (*loc, key))
         if value.if_empty and not value.model_fields_set:
             yield loc, {"type": "empty", "hint": value.if_empty}
 
@@ -160,12 +141,10 @@ class Short:
             return data
         raise PydanticCustomError("kind", "{wanted}", {"wanted": self.wanted})
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._long, handler(source))
 
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> JsonSchemaValue:
         return {"anyOf": [self.schema, self.long_schema or handler(schema)]}
 
 
@@ -230,12 +209,8 @@ def _check_field(row: Check) -> Any:
     words = ["error", "warning", "off", "on", False, True] if row.can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
     limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {row.limit}."}
-    long = {
-        "type": "object",
-        "additionalProperties": False,
-        "minProperties": 1,
-        "properties": {"severity": severity} | ({"limit": limit} if row.limit is not None else {}),
-    }
+    both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
+    long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": both}
     wanted = "error, warning or off, or a mapping with severity and limit"
     entry = Annotated[CheckEntry, Short("severity", wanted, {"enum": words}, long, (str, bool))]
     return (entry | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
@@ -272,30 +247,29 @@ class ExpectEntry(Model):
     """SHA-256 digests of files, by name relative to the adapter's directory."""
 
 
+def _only_with(methods: tuple[str, ...], key: str) -> JsonDict:
+    return {"if": {"properties": {"method": {"enum": list(methods)}}}, "else": {"properties": {key: False}}}
+
+
 class CombineEntry(Model):
     """A weighted combination of listed adapters."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
-                {
-                    "if": {"properties": {"method": {"enum": list(PRUNING)}}},
-                    "then": {"required": ["density"]},
-                    "else": {"properties": {"density": False}},
-                },
-                {
-                    "if": {"properties": {"method": {"enum": list(SIGN_ELECTING)}}},
-                    "else": {"properties": {"majority_sign_method": False}},
-                },
+                _only_with(PRUNING, "density") | {"then": {"required": ["density"]}},
+                _only_with(SIGN_ELECTING, "majority_sign_method"),
             ]
         }
     )
 
-    method: Method = Field(description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
-    adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE]
+    method: Annotated[
+        Method, Field(description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
+    ] = NEEDED
+    adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] = NEEDED
     """The names of the adapters to combine, at most 100: each is listed under adapters, on the same base, and is not a
     combination."""
-    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)]
+    weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = NEEDED
     """One weight per adapter, in their order."""
     density: Annotated[Positive, Field(le=1)] | None = None
     """The share of values that pruning keeps, above 0, at most 1. Needed by the methods ties, dare and
@@ -306,17 +280,17 @@ class CombineEntry(Model):
     """Seed of the random methods (dare_*), recorded in the report. Default: 0."""
 
 
+_FROM_PATH: JsonDict = {"required": ["path"], "properties": {"combine": False}}
+_FROM_COMBINE: JsonDict = {
+    "required": ["combine", "name"],
+    "properties": {"path": False, "revision": False, "expect": False},
+}
+
+
 class AdapterEntry(Model):
     """One adapter, several by a glob, or a combination."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {"required": ["path"], "properties": {"combine": False}},
-                {"required": ["combine", "name"], "properties": {"path": False, "revision": False, "expect": False}},
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_FROM_PATH, _FROM_COMBINE]})
 
     name: Name | None = None
     """Name in the report, at most 200 characters. Every name is unique. Needed with combine, not allowed with a
@@ -345,11 +319,11 @@ class FileEntry(Model):
 
     model_config = ConfigDict(title="merge-gate configuration")
 
-    version: Version
+    version: Version = NEEDED
     """Version of this format: 1."""
     base: Base | None = None
     """The base of all adapters that do not name their own."""
-    adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)]
+    adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)] = NEEDED
     """The adapters to judge, at most 10,000 entries; a glob is one."""
     checks: Checks | None = None
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
@@ -374,9 +348,12 @@ class _Schema(GenerateJsonSchema):
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        if schema.get("default", ...) is None:
+        if schema["default"] in (None, NEEDED):
             return self.generate_inner(schema["schema"])
         return super().default_schema(schema)
+
+    def field_is_required(self, field: Any, total: bool) -> bool:  # noqa: ARG002
+        return field["schema"].get("default") is NEEDED
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         needs_some = {"minProperties": 1} if schema["cls"].if_empty else {}

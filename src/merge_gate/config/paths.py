@@ -17,8 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from merge_gate.config.nearest import nearest
-from merge_gate.config.positions import Unusable
 from merge_gate.text import listing, quoted
+
+
+class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
+    """A name that stands for nothing. Carries the problem's message and hint."""
+
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")

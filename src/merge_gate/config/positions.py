@@ -41,7 +41,6 @@ class Nothing(Enum):
     """Stands in the data where there is no value. No type takes it, so that whoever reads the data tells it."""
 
     NULL = "null"
-    MISSING = "missing"
     REFUSED = "refused"  # its problem is told already
 
 
@@ -60,14 +59,6 @@ class Value:
 
 
 Pairs = dict[str | int, tuple[Value, Value]]
-
-
-class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
-    """Something that cannot be taken. Carries the problem's message and hint."""
-
-    def __init__(self, message: str, hint: Hint = "") -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
 
 
 class Document:
@@ -137,26 +128,93 @@ def read_yaml(text: str, path: str) -> Document:
         refuse(path, message, "", *end_of(text[: error.position]))
 
 
-# --- events → values -----------------------------------------------------------------------------------------------
+# --- scalars ---------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """Makes values of a parser's events, as PyYAML's composer makes nodes."""
+def _int(raw: str) -> int | float:
+    """An int too long to be one becomes a float, which is then infinite."""
+    if len(raw) > MAX_DIGITS:
+        return float("inf") if "x" in raw else float(raw)
+    return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
+
+
+def _float(raw: str) -> float:
+    return float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE))
+
+
+_TAG = "tag:yaml.org,2002:"
+_LIST, _MAPPING, _MERGE = f"{_TAG}seq", f"{_TAG}map", f"{_TAG}merge"
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    f"{_TAG}str": str,
+    f"{_TAG}bool": lambda raw: yaml.constructor.SafeConstructor.bool_values[raw.lower()],
+    f"{_TAG}int": _int,
+    f"{_TAG}float": _float,
+    f"{_TAG}null": lambda _: Nothing.NULL,
+    _MERGE: str,
+}
+"""What the text of a scalar is, by its tag."""
+_NUMBERS = {
+    f"{_TAG}int": re.compile(r"(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)\Z"),
+    f"{_TAG}float": re.compile(
+        r"(?:[-+]?(?:(?:\.[0-9]+|[0-9]+\.?[0-9]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+"""Numbers as YAML 1.2 writes them."""
+_TAGS = {yaml.MappingNode: {_MAPPING}, yaml.SequenceNode: {_LIST}, yaml.ScalarNode: _SCALARS.keys()}
+
+
+# --- nodes → values ------------------------------------------------------------------------------------------------
+
+
+class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
+    """PyYAML's composer, which makes values in place of nodes. It reads the events of either parser."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's; an int first, since a float may have no point)
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in reversed(rows) if tag in _SCALARS]
+        for first, rows in yaml.resolver.Resolver.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, parser: Any, path: str) -> None:
-        self.next, self.peek = parser.get_event, parser.peek_event
-        self.anchors: dict[str, Value] = {}
+        super().__init__()
+        self.check_event, self.peek_event, self.get_event = parser.check_event, parser.peek_event, parser.get_event
+        self.anchored: dict[yaml.Node, Value] = {}
         self.depth = self.values = 0
         self.document = Document(path)
-        self.next()  # the stream starts
-        if isinstance(self.peek(), yaml.StreamEndEvent):
+        self.get_event()  # the stream starts
+        if self.check_event(yaml.StreamEndEvent):
             refuse(path, "the file is empty", 'it needs at least "version: 1" and a list "adapters"')
-        self.next()  # the document starts
-        self.document.root = self.value()
-        self.next()  # the document ends
-        if not isinstance(self.peek(), yaml.StreamEndEvent):
+        root: Any = self.compose_document()
+        self.document.root = root
+        if not self.check_event(yaml.StreamEndEvent):
             hint = 'remove what follows the line "---"'
-            refuse(path, "the file holds more than one YAML document", hint, *_place(self.peek().start_mark))
+            refuse(path, "the file holds more than one YAML document", hint, *_place(self.peek_event().start_mark))
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next value. What PyYAML's node holds are values already."""
+        event = self.peek_event()
+        line, column = _place(event.start_mark)
+        self.depth += 1
+        self.values += 1
+        if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
+            what = f"deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
+            refuse(self.document.path, f"the file is {what}", _FAR_LESS, line, column)
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if event.anchor in self.anchors and not is_alias:
+            message = f"the anchor {quoted(event.anchor)} is given twice"
+            first = f"first in line {self.anchors[event.anchor].start_mark.line + 1}"
+            refuse(self.document.path, message, first, line, column)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if node in self.anchored:
+            return self.anchored[node]
+        value = Value("" if is_alias else node.tag, *_place(node.start_mark))
+        if is_alias:
+            self.refuse(value, "this value contains itself", "an alias (*name) may not stand inside its anchor")
+        else:
+            self.fill(value, node)
+        if event.anchor:
+            self.anchored[node] = value
+        return value
 
     def report(self, value: Value, message: str, hint: str) -> None:
         self.document.add((value.line, value.column), message, hint)
@@ -166,43 +224,20 @@ class _Reader:
         self.report(value, message, hint)
         value.data, value.holds, value.size, value.height = Nothing.REFUSED, {}, 1, 0
 
-    def value(self) -> Value:
-        event = self.next()
-        line, column = _place(event.start_mark)
-        self.depth += 1
-        self.values += 1
-        if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
-            what = f"deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
-            refuse(self.document.path, f"the file is {what}", _FAR_LESS, line, column)
-        value = self.aliased(event) if isinstance(event, yaml.AliasEvent) else self.composed(event, line, column)
-        self.depth -= 1
-        return value
-
-    def composed(self, event: Any, line: int, column: int) -> Value:
-        value = Value(_tag(event), line, column, getattr(event, "value", ""))
-        if event.anchor and (first := self.anchors.setdefault(event.anchor, value)) is not value:
-            message = f"the anchor {quoted(event.anchor)} is given twice"
-            refuse(self.document.path, message, f"first in line {first.line}", value.line, value.column)
-        kind = type(event)
-        if kind is yaml.SequenceStartEvent:
-            self.items(value)
-        elif kind is yaml.MappingStartEvent:
-            self.pairs(value)
-        if value.tag not in _TAGS[kind]:
+    def fill(self, value: Value, node: Any) -> None:
+        if isinstance(node, yaml.ScalarNode):
+            value.written = node.value
+        elif isinstance(node, yaml.SequenceNode):
+            value.holds = {index: (item, item) for index, item in enumerate(node.value)}
+            value.data = [item.data for item in node.value]
+            self.bound(value)
+        else:
+            self.pairs(value, node.value)
+            self.bound(value)
+        if value.tag not in _TAGS[type(node)]:
             self.refuse(value, f"the tag {quoted(value.tag.replace(_TAG, '!!'))} is not allowed", "remove the tag")
-        elif kind is yaml.ScalarEvent:
+        elif isinstance(node, yaml.ScalarNode):
             self.scalar(value)
-        return value
-
-    def aliased(self, event: yaml.AliasEvent) -> Value:
-        if event.anchor not in self.anchors:
-            at: Any = event.start_mark  # libyaml's marks are unknown to the stub
-            raise yaml.MarkedYAMLError(problem=f"found undefined alias {event.anchor!r}", problem_mark=at)
-        value = self.anchors[event.anchor]
-        if value.data is None:
-            value = Value("", value.line, value.column)
-            self.refuse(value, "this value contains itself", "an alias (*name) may not stand inside its anchor")
-        return value
 
     def scalar(self, value: Value) -> None:
         if has_hidden(value.written):
@@ -214,20 +249,11 @@ class _Reader:
         except (ValueError, KeyError):
             self.refuse(value, f"{quoted(value.written)} does not fit its tag", "remove the tag")
 
-    def items(self, value: Value) -> None:
-        while not isinstance(self.peek(), yaml.SequenceEndEvent):
-            item = self.value()
-            value.holds[len(value.holds)] = (item, item)
-        self.next()
-        value.data = [item.data for _, item in value.holds.values()]
-        self.bound(value)
-
-    def pairs(self, value: Value) -> None:
+    def pairs(self, value: Value, pairs: list[tuple[Value, Value]]) -> None:
         """Merged keys (`<<`) first, then the mapping's own, which win. Only text is a key, and each is there once."""
         own: Pairs = {}
         merged: Pairs = {}
-        while not isinstance(self.peek(), yaml.MappingEndEvent):
-            key, item = self.value(), self.value()
+        for key, item in pairs:
             if key.tag == _MERGE:
                 merged |= self.merged(item)
                 value.height = max(value.height, 1 + item.height)
@@ -238,10 +264,8 @@ class _Reader:
                 self.report(key, f"the key {quoted(key.written)} is given twice", hint)
             elif key.data is not Nothing.REFUSED:
                 own[key.written] = (key, item)
-        self.next()
         value.holds = merged | own
         value.data = {name: item.data for name, (_, item) in value.holds.items()}
-        self.bound(value)
 
     def merged(self, value: Value) -> Pairs:
         """What `<<` brings: of several sources, the first wins."""
@@ -266,48 +290,6 @@ class _Reader:
 
 def _place(mark: yaml.Mark | None) -> tuple[int, int]:
     return (mark.line + 1, mark.column + 1) if mark else (1, 1)
-
-
-def _tag(event: Any) -> str:
-    """The tag that is written, or the one that a scalar looks like."""
-    if event.tag not in (None, "!"):
-        return str(event.tag)
-    if not isinstance(event, yaml.ScalarEvent):
-        return _LIST if isinstance(event, yaml.SequenceStartEvent) else _MAPPING
-    plain = _PLAIN.fullmatch(event.value) if event.implicit[0] else None
-    return f"{_TAG}{plain.lastgroup if plain else 'str'}"
-
-
-def _int(raw: str) -> int | float:
-    """An int too long to be one becomes a float, which is then infinite."""
-    if len(raw) > MAX_DIGITS:
-        return float("inf") if "x" in raw else float(raw)
-    return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
-
-
-def _float(raw: str) -> float:
-    return float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE))
-
-
-_SWITCHES = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-_WORDS = [spelled for word in _SWITCHES for spelled in (word, word.capitalize(), word.upper())]
-_TAG = "tag:yaml.org,2002:"
-_LIST, _MAPPING, _MERGE = f"{_TAG}seq", f"{_TAG}map", f"{_TAG}merge"
-_KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "str": ("(?!)", str),
-    "bool": ("|".join(_WORDS), lambda raw: _SWITCHES[raw.lower()]),
-    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", _int),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        _float,
-    ),
-    "null": ("~|null|Null|NULL|", lambda _: Nothing.NULL),
-    "merge": ("<<", str),
-}
-"""The kinds of scalars: how each is written without a tag, and what it is."""
-_PLAIN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, (pattern, _) in _KINDS.items()))
-_SCALARS = {f"{_TAG}{kind}": make for kind, (_, make) in _KINDS.items()}
-_TAGS = {yaml.MappingStartEvent: {_MAPPING}, yaml.SequenceStartEvent: {_LIST}, yaml.ScalarEvent: _SCALARS.keys()}
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:

@@ -70,7 +70,7 @@ def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
             document.report(loc, f"{label(loc)} is empty", error["hint"])
         case _, Nothing.REFUSED:
             pass
-        case _, Nothing.MISSING:
+        case "missing", _:
             where = f" in {label(loc[:-1])}" if loc[:-1] else ""
             document.report(loc[:-1], f"{quoted(key)} is missing{where}", _MISSING.get(key, ""))
         case _, Nothing.NULL:
