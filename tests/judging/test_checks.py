@@ -179,7 +179,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(("expect.r", "8", "16"), Origin.CONFIG, spec=spec(expect=Expect(r=8))),
         Fire(("expect.lora_alpha", "64", "32"), Origin.CONFIG, spec=spec(expect=Expect(lora_alpha=64.0))),
         Fire(("expect.peft_type", "'LOHA'", "'LORA'"), Origin.CONFIG, spec=spec(expect=Expect(peft_type="LOHA"))),
-        Fire(("expect.base", "'acme/x'", "None"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
+        Fire(("expect.base", "'acme/x'", "does not say"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
         Fire(
             ("adapter_model.safetensors", "0" * 64, DIGEST),
             Origin.CONFIG,
@@ -272,7 +272,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "headroom": (
         Fire(
-            (WEIGHT, "60000", "65504", "92%", "limit 50%"),
+            (WEIGHT, "60,000", "65,504", "92%", "limit 50%"),
             Origin.MERGE,
             evidence(merges=(merged(tensor(maximum=60000.0)),)),
             places={"module": MODULE, "tensor": WEIGHT},
@@ -444,7 +444,7 @@ def test_a_long_list_of_names_is_cut() -> None:
     ("stats", "said"),
     [
         (broken(nan=1), "1 NaN among 64 values, the first at [0, 7]"),
-        (broken(nan=1, posinf=2, neginf=3), "1 NaN and 2 +Inf and 3 -Inf among 64 values, the first at [0, 7]"),
+        (broken(nan=1, posinf=2, neginf=3), "1 NaN, 2 +Inf and 3 -Inf among 64 values, the first at [0, 7]"),
         (broken(nan=60, posinf=4), "60 NaN and 4 +Inf among 64 values"),
         (tensor(nan=2048, numel=16384, first_index=(3,)), "2,048 NaN among 16,384 values, the first at [3]"),
     ],

@@ -114,6 +114,9 @@ def test_an_accident_in_reading_costs_that_adapter(place: Path, monkeypatch: pyt
 def test_an_adapter_that_names_no_base(place: Path) -> None:
     lay_adapter(place / "alone", base_model_name_or_path=None)
     assert "no base to merge into" in why(prepared(place, "./alone")["alone"])
+    assert why(prepared(place, "./alone")["alone"]).endswith("adapter_config.json names none")
+    (place / "alone/adapter_config.json").unlink()
+    assert why(prepared(place, "./alone")["alone"]).endswith("there is no adapter_config.json to name one")
 
 
 @pytest.mark.parametrize("named", ["a" * 5000, "a/" + "b" * 300])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
-from merge_gate.judging.words import are, tensors
+from merge_gate.judging.words import above, are, figure, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.tensor_names import module_of
@@ -19,6 +19,10 @@ from merge_gate.text import counted, listing
 ESTIMATED = (("estimated", 1.0),)
 """Stands among a finding's figures where they are of a sample."""
 
+
+_UNTRAINED = (
+    "it was saved before it was trained, or without gathering its tensors (ZeRO-3, FSDP): train it, or save it again"
+)
 
 WIPED_SHARE = 2.0**-20
 """A merged tensor is wiped out where its norm is no larger a share of the base's: what float32 leaves of W - W."""
@@ -53,7 +57,9 @@ def no_effect(case: Case) -> Iterator[Finding]:
             if case.spec.combine is not None
             else "restore lora_alpha in adapter_config.json: it scales the delta"
             if case.files.config.lora_alpha == 0
-            else "it was saved before it was trained, or without gathering its tensors: train it, or save it again",
+            else _UNTRAINED
+            if zero or evidence.base.dtype == "float32"
+            else f"{_UNTRAINED}; if its values are only small, merge into a float32 base",
             Origin.ADAPTER,
             module=evidence.targeted[0] if evidence.targeted else None,
             measured=(("modules_unchanged", float(len(evidence.targeted))),),
@@ -62,7 +68,8 @@ def no_effect(case: Case) -> Iterator[Finding]:
         yield no_effect.finding(
             f"{len(idle):,} of {counted(len(evidence.targeted), 'targeted module')} {are(idle)} not changed by the "
             f"merge: {listing(idle)}",
-            "if these modules were meant to be trained, their tensors were not saved or never updated",
+            "if these modules were meant to be trained, their tensors were not saved or never updated: train "
+            "them, or save again; if not, there is nothing to do",
             Origin.ADAPTER,
             severity=Severity.WARNING,
             module=idle[0],
@@ -112,7 +119,7 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     if share <= limit:
         return
     worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))
-    same = f"; {kept:.1%} of the targeted elements keep the base's bits" if size else ""
+    same = f"; {kept:.1%} of the targeted weights stay exactly as in the base" if size else ""
     estimated = any(one.estimated for one in merges)
     how = "; estimated from a sample" if estimated else ""
     yield rounding_loss.finding(
@@ -154,10 +161,10 @@ def headroom(case: Case) -> Iterator[Finding]:
     if near:
         worst = max(near, key=lambda one: one.stats.max_abs / one.dtype_max)
         yield headroom.finding(
-            f"{worst.stats.name} reaches {worst.stats.max_abs:g} of the {worst.dtype_max:g} that {worst.stats.dtype} "
-            f"holds ({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}); "
-            f"{tensors(near)} {are(near)} above it",
-            "activations of this size overflow easily: serve in bfloat16 or float32, or lower the adapter's scale",
+            f"{worst.stats.name} reaches {figure(worst.stats.max_abs)} of the {figure(worst.dtype_max)} that "
+            f"{worst.stats.dtype} holds ({worst.stats.max_abs / worst.dtype_max:.0%}, limit {limit:.0%}){above(near)}",
+            "weights of this size make activations overflow easily: serve in bfloat16 or float32, or lower the "
+            "adapter's scale",
             Origin.MERGE,
             module=worst.module,
             tensor=worst.stats.name,
@@ -187,13 +194,13 @@ def delta_norm(case: Case) -> Iterator[Finding]:
         for one in (case.evidence.merges if case.evidence else ())
         if one.delta_norm is not None and one.base_norm and math.isfinite(one.delta_norm)
     ]
-    above = [(ratio, one) for ratio, one in ratios if ratio > limit]
-    if above:
-        ratio, worst = max(above, key=lambda pair: pair[0])
-        estimated = any(one.estimated for _, one in above)
+    large = [(ratio, one) for ratio, one in ratios if ratio > limit]
+    if large:
+        ratio, worst = max(large, key=lambda pair: pair[0])
+        estimated = any(one.estimated for _, one in large)
         yield delta_norm.finding(
-            f"the delta of {worst.stats.name} is {ratio:.3g} times as large as the weight it is added to (limit "
-            f"{limit:g}); {tensors(above)} {are(above)} above it{'; estimated from a sample' if estimated else ''}",
+            f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as the weight it is "
+            f"added to (limit {figure(limit)}){above(large)}{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base rather than adapts it",
             Origin.MERGE,
             module=worst.module,

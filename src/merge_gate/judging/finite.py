@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
-from merge_gate.judging.words import describe_nonfinite, nothing_finite
+from merge_gate.judging.words import describe_nonfinite, figure, nothing_finite
 from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.tensor_names import module_of
@@ -78,10 +78,10 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
             else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
         )
     else:
-        hint = "the merge does not read this tensor, so the merged model is sound; training from it would not be"
+        hint = "nothing for this release; do not train on from this file"
     return adapter_nonfinite.finding(
         f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
-        + ("" if one.used else "; the merge does not use this tensor"),
+        + ("" if one.used else "; the merge does not use this tensor, so the merged model is sound"),
         hint,
         Origin.ADAPTER,
         severity=Severity.ERROR if one.used else Severity.WARNING,
@@ -117,16 +117,19 @@ def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
     if follows:
         hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
     elif stats.nan:
-        hint = "look at the adapter's tensors of this module: the merge of finite values gave no number"
+        hint = (
+            "the merge of finite values gave no number: look in the adapter's tensors of this module for norms and "
+            "scales of zero, and for values near the dtype's limit; release an earlier checkpoint"
+        )
     elif stats.dtype == "float16":
         hint = (
-            f"the merged values exceed {merge.dtype_max:g}, the largest that float16 holds: serve in bfloat16 or "
+            f"the merged values exceed {figure(merge.dtype_max)}, the largest that float16 holds: serve in bfloat16 or "
             "float32, or lower lora_alpha"
         )
     else:
         hint = (
-            f"the merged values exceed {merge.dtype_max:g}, the largest that {stats.dtype} holds: lower lora_alpha, or "
-            "look for values in the adapter that grew without bound"
+            f"the merged values exceed {figure(merge.dtype_max)}, the largest that {stats.dtype} holds: lower "
+            "lora_alpha, or look for values in the adapter that grew without bound"
         )
     return merged_nonfinite.finding(
         f"{stats.name} of the merged model ({stats.dtype}) holds {describe_nonfinite(stats)}",

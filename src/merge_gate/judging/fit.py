@@ -44,11 +44,11 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
     follows, hint = keys.missing_words(case.files.config, missing)
     if not follows:
         return None
+    said = f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file"
     return (
-        (
-            f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file: "
-            f"{listing(missing)}; {follows}"
-        ),
+        f"{said}, so {follows}: {listing(missing)}"
+        if follows == keys.FRESH
+        else f"{said}: {listing(missing)}; {follows}",
         keys.names_of_another_kind(case.files.tensors) or hint,
     )
 
@@ -201,7 +201,8 @@ def expectation_failed(case: Case) -> Iterator[Finding]:
     ]
     for key, wanted, got in stated:
         if wanted is not None and wanted != got:
-            yield _not_so(f"expect.{key} is {wanted!r}, but adapter_config.json has {got!r}")
+            found = "does not say" if got is None else f"has {_plain(got)}"
+            yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {found}")
     digests = {file.path: file.sha256 for file in case.files.files}
     for path, wanted in expect.sha256:
         got = digests.get(path)
@@ -209,6 +210,10 @@ def expectation_failed(case: Case) -> Iterator[Finding]:
             yield _not_so(f"expect.sha256 names {path}, but the adapter has no such file")
         elif got != wanted.lower():
             yield _not_so(f"expect.sha256 of {path} is {wanted}, but the file's is {got}")
+
+
+def _plain(value: str | float) -> str:
+    return repr(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _not_so(message: str) -> Finding:

@@ -14,6 +14,7 @@ from merge_gate.records.files import AdapterConfig, TensorHeader
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"
+FRESH = "PEFT would merge freshly initialised values instead"
 _BASE_STAYS = "the base's biases would stay in their place"
 _LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
 """Releases of PEFT by their minor number: how they treat biases (docs/methods.md, "Old releases")."""
@@ -22,8 +23,7 @@ _LAST_WITHOUT_BASE_LAYER, _FIRST_TRAINED, _FIRST_SAVED = 6, 10, 21
 def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, str]:
     """What follows from it, and what to do; both empty where nothing was lost (biases that were never trained)."""
     if not all(name.endswith(".base_layer.bias") for name in missing):
-        follows = "PEFT would merge freshly initialised values in their place"
-        return follows, f"{_SAVE_ALL}; if names carry a foreign prefix (_orig_mod., module.), unwrap the model first"
+        return FRESH, f"{_SAVE_ALL}; if names carry a foreign prefix (_orig_mod., module.), unwrap the model first"
     span = written_by(config)
     if span.newest <= _LAST_WITHOUT_BASE_LAYER:
         follows = f"{span} wrote these trained biases without base_layer in their names, which PEFT drops since 0.7"
@@ -54,12 +54,17 @@ _WRAPPERS = {
 
 
 def _wrapped(names: Sequence[str]) -> str:
-    """The hint for names that begin as a wrapper's do."""
+    """The hint for names that begin as a wrapper's do, before or behind PEFT's own prefix."""
     for prefix, (wrapper, inner) in _WRAPPERS.items():
         if names and all(name.startswith(f"{prefix}{ADAPTER_PREFIX}") for name in names):
             return (
                 f"every name in the file begins with {prefix}, which {wrapper} puts there: save the model inside "
                 f"({inner}) with save_pretrained, or take that prefix off the names"
+            )
+        if names and all(name.startswith(f"{ADAPTER_PREFIX}{prefix}") for name in names):
+            return (
+                f"every name in the file has {prefix} behind {ADAPTER_PREFIX}, so PEFT was put on a model that "
+                f"{wrapper} had wrapped: put it on the model inside ({inner}), or take {prefix} out of the names"
             )
     return ""
 

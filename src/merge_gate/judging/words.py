@@ -14,7 +14,8 @@ from merge_gate.text import counted
 def describe_nonfinite(stats: TensorStats) -> str:
     """`1 NaN and 2 -Inf among 16,384 values, the first at [0, 7]`."""
     kinds = ((stats.nan, "NaN"), (stats.posinf, "+Inf"), (stats.neginf, "-Inf"))
-    counts = " and ".join(f"{count:,} {kind}" for count, kind in kinds if count)
+    *others, last = (f"{count:,} {kind}" for count, kind in kinds if count)
+    counts = f"{', '.join(others)} and {last}" if others else last
     where = "" if nothing_finite(stats) or stats.first_index is None else f", the first at {list(stats.first_index)}"
     return f"{counts} among {counted(stats.numel, 'value')}{where}"
 
@@ -22,6 +23,16 @@ def describe_nonfinite(stats: TensorStats) -> str:
 def nothing_finite(stats: TensorStats) -> bool:
     """Whether every value is NaN or infinite."""
     return stats.nan + stats.posinf + stats.neginf == stats.numel
+
+
+def figure(value: float) -> str:
+    """`65,504`, `0.25`, `3.4e+38`."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"  # noqa: PLR2004 - where zeros are counted
+
+
+def above(found: Sized) -> str:
+    """`; 3 tensors are above it`; of one nothing, for it has been named."""
+    return f"; {tensors(found)} are above it" if len(found) > 1 else ""
 
 
 def tensors(found: Sized) -> str:

@@ -237,7 +237,9 @@ def values(finding: Finding) -> str:
     if not bad or (among and among in finding.message and index in finding.message):
         return ""
     first = f", the first at {index}" if index else ""
-    return f"{' and '.join(bad)} {among}".rstrip() + first
+    *others_, last = bad
+    counts = f"{', '.join(others_)} and {last}" if others_ else last
+    return f"{counts} {among}".rstrip() + first
 
 
 def headline(report: Report) -> str:

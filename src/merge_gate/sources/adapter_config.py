@@ -178,7 +178,7 @@ def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Findi
         check="config-invalid",
         severity=Severity.ERROR,
         message=message,
-        hint=hint or "save the adapter again with save_pretrained, which writes this file",
+        hint=hint or "undo any edit of this file, or save the adapter again with save_pretrained, which writes it",
         origin=Origin.CONFIG,
         tensor=tensor,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.judging import checks
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import AdapterFiles, Prepared, Snapshot
+from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Prepared, Snapshot
 from merge_gate.records.terms import Finding
 from merge_gate.sources import resolve
 from merge_gate.sources.preflight import preflight
@@ -65,7 +65,7 @@ class Inputs:
             said = prepared.files.config
             named, revision = said.base_name, wanted.revision or said.base_revision
             if not named:
-                return replace(prepared, problem=_no_base())
+                return replace(prepared, problem=_no_base(prepared.files))
             model = self._named_by_adapter(named)
         found = self._base(model, revision, wanted.label or model)
         if isinstance(found, GateError):
@@ -109,8 +109,10 @@ _NAMED_BY_ADAPTER = (
 )
 
 
-def _no_base() -> Finding:
+def _no_base(files: AdapterFiles) -> Finding:
+    is_there = any(file.path == CONFIG_NAME for file in files.files)
+    names_none = f"{CONFIG_NAME} names none" if is_there else f"there is no {CONFIG_NAME} to name one"
     return checks.undecided(
-        "no base to merge into: the config sets no base.model, and adapter_config.json names none",
+        f"no base to merge into: the config sets no base.model, and {names_none}",
         "set base: {model: …} in the gate's config, for the file or for this adapter, or give --base",
     )
