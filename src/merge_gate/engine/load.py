@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -55,7 +56,8 @@ class Loaded:
     """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `arrivals`, by member, what came.
 
     `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
-    `starts` has the factors, by the id of a LoRA's layer, that PEFT takes off the base before it loads (PiSSA, OLoRA).
+    `starts` has, by the id of a layer, what PEFT takes off the base before it loads: factors (PiSSA, OLoRA), or FRoD's
+    lengths.
     """
 
     model: Any
@@ -67,7 +69,7 @@ class Loaded:
     sharers: dict[str, tuple[str, ...]]
     seed: int | None = None
     template: Template | None = None
-    starts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    starts: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
@@ -93,7 +95,7 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
 
 def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -> Loaded:
     refuse_lost_wrappers(made.model, made.config, files)
-    starts = _starts(made.model) if initialisation_writes_to_base(made.config) else {}
+    starts = _starts(made.model, made.config)
     state, arrival = load_weights(
         made.model,
         base,
@@ -126,9 +128,15 @@ def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     return a.data, b.data
 
 
-def _starts(model: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    found = ((id(layer), factors_of(layer)) for layer in model.modules() if isinstance(layer, LoraLayer))
-    return {key: (factors[0].clone(), factors[1].clone()) for key, factors in found if factors is not None}
+def _starts(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, ...]]:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if config.peft_type == PeftType.FROD:
+        lengths = ((id(layer), layer.frod_lambda_l) for layer in layers if hasattr(layer, "frod_lambda_l"))
+        return {key: (held[ADAPTER_NAME].detach().clone(),) for key, held in lengths if ADAPTER_NAME in held}
+    if not initialisation_writes_to_base(config):
+        return {}
+    found = ((id(layer), factors_of(layer)) for layer in layers if isinstance(layer, LoraLayer))
+    return {key: tuple(one.clone() for one in factors) for key, factors in found if factors is not None}
 
 
 def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> Template:

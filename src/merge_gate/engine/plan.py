@@ -27,24 +27,18 @@ from merge_gate.engine.delta import LowRankUpdate
 from merge_gate.engine.figures import Figures, Measured, measure_merge
 from merge_gate.engine.load import ADAPTER_NAME, factors_of
 from merge_gate.engine.measure import dtype_max, dtype_name, measure, same_bits
-from merge_gate.engine.outcome import ROUNDED, ROUNDING_SHARE, shares_storage
+from merge_gate.engine.outcome import ROUNDED, shares_storage
 from merge_gate.engine.quantized import dequantized, is_quantized, row_scales, scales
 from merge_gate.engine.template import DORA
 from merge_gate.engine.threads import spread
+from merge_gate.engine.untrained import DENSE, PACKED, is_start, rounding_share
 from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
-
-DENSE = (lora.layer.Linear, lora.layer.Embedding)
-PACKED = tuple(getattr(lora, name) for name in ("Linear8bitLt", "Linear4bit") if hasattr(lora, name))
-"""PEFT's layers for bitsandbytes weights; there are none where bitsandbytes is not installed."""
 
 FAIR_FACTOR = 1.25
 """A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""
 
 APART = 16
 """After so many layers there is time for other work: PEFT's merge of one takes as long as blocks of so many."""
-
-UNTRAINED_MAGNITUDE = 2.0**-8
-"""How far DoRA's magnitude is from the norm that it started as, at most, by the rounding of a 16-bit base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,73 +102,6 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
         transposed=True if isinstance(layer, lora.layer.Embedding) else layer.fan_in_fan_out,
         magnitude=None if variant is None else layer.lora_magnitude_vector[ADAPTER_NAME].weight.data,
     )
-
-
-ADDED = (
-    "lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_",
-    "hira_", "adamss_", "unilora_", "peanut_", "gralora_", "tinylora_", "delora_", "pvera_lambda_", "supertuning_",
-    "glora_", "beft_", "ia3_", "miss_", "trainable_tokens_",
-)  # fmt: skip
-"""Prefixes of tensors that leave a weight as it is, to the last bit, while untrained: a factor is 0, or 1 for IA3.
-
-Not so where PEFT rotates or decomposes the weight: that rounds, whatever the tensors are."""
-
-ADDING = tuple(
-    getattr(lora.variants, name)
-    for name in (
-        "VeloraLinearVariant", "BdLoraLinearVariant", "MontecloraLinearVariant", "MiCALinearVariant",
-        "MiCAEmbeddingVariant",
-    )
-    if hasattr(lora.variants, name)
-)  # fmt: skip
-"""Variants of LoRA whose merge is W + delta, as LoRA's own."""
-
-
-def rounding_share(layer: Any, start: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
-    """How large a share of the weight a delta can be by rounding alone: more for DoRA whose product is zero, at first.
-
-    `start`: factors that PEFT has taken off the weight, so that training began at no delta (`Loaded.starts`). With them
-    untrained, whatever the merge changes is the rounding of a weight without them.
-    """
-    if ADAPTER_NAME not in (getattr(layer, "lora_magnitude_vector", None) or ()):
-        variant = (getattr(layer, "lora_variant", None) or {}).get(ADAPTER_NAME)
-        if not all(name.startswith(ADDED) for name in layer.adapter_layer_names):
-            return ROUNDING_SHARE
-        if start is not None:
-            return math.inf if _is_still(layer, *start) else ROUNDING_SHARE
-        if variant is not None:
-            return 0.0 if type(variant) in ADDING else ROUNDING_SHARE
-        return math.inf if _cancels(layer) else 0.0
-    embedded = getattr(layer, "lora_embedding_B", None) or {}
-    a, b = (
-        (layer.lora_embedding_A[ADAPTER_NAME], embedded[ADAPTER_NAME])
-        if ADAPTER_NAME in embedded
-        else (layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight)
-    )
-    return ROUNDING_SHARE if bool(a.any()) and bool(b.any()) else UNTRAINED_MAGNITUDE
-
-
-def _cancels(layer: Any) -> bool:
-    """Whether the product of a LoRA's factors is zero but for rounding; a kernel's, of its flattened factors."""
-    factors = factors_of(layer) if issubclass(type(layer), (*DENSE, *PACKED, lora.layer._ConvNd)) else None
-    if factors is None:
-        return False
-    a, b = (factor.flatten(1) for factor in factors)
-    return LowRankUpdate(lora_a=a, lora_b=b, scaling=1.0).delta_norm() == 0
-
-
-def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
-    """Whether the product of a LoRA's factors is what it was at first."""
-    factors = factors_of(layer)
-    if factors is None or first_a.dim() != 2:  # noqa: PLR2004
-        return False
-    apart = LowRankUpdate(
-        lora_a=torch.cat((factors[0], first_a.to(factors[0]))),
-        lora_b=torch.cat((factors[1], -first_b.to(factors[1])), dim=1),
-        scaling=1.0,
-    )
-    first = LowRankUpdate(lora_a=first_a, lora_b=first_b, scaling=1.0)
-    return apart.delta_norm() <= ROUNDING_SHARE * first.delta_norm()
 
 
 # --- the merges ----------------------------------------------------------------------------------------------------
@@ -321,5 +248,5 @@ def _as_record(
 def _adds(one: BlockLayer, figures: Figures, delta_norm: float) -> bool:
     """Whether a changed value is more than rounding: of a product that cancels, of DoRA, of quantising again."""
     if one.update.magnitude is None:
-        return delta_norm > 0
+        return delta_norm > 0 and not is_start(one.update.lora_a, one.update.lora_b)
     return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq

@@ -45,10 +45,11 @@ from merge_gate.engine.defects import refused_by_peft
 from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
-from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks, rounding_share
+from merge_gate.engine.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.threads import spread, threads
 from merge_gate.engine.twin import Deltas, Twins, exact_quantized, sums
+from merge_gate.engine.untrained import rounding_share
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records.measured import Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -227,13 +228,19 @@ class Walk:
         made = Made(safe=True)
         private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)
         with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
+            share = rounding_share(layer, self.loaded.starts.get(id(layer)))  # of the weight before the merge
             safe = self._tried(by_peft, safe_merge=True)
             if not safe or _at_the_edge(slots):
                 copies.renew()
                 packed.clear()
                 self._tried(by_peft, safe_merge=False)
             if layer.get_base_layer() is before:
-                made = self._measured(layer, slots, by_peft, deltas, packed)
+                changed = [(slot, tensor) for slot, tensor in _held(slots) if not self._is_the_bases(slot, tensor)]
+                if any(is_quantized(tensor) for _, tensor in changed):
+                    exact = exact_quantized(changed, packed)
+                else:
+                    exact = self._exact(layer, slots, changed, by_peft, deltas)
+                made = self._measured(layer, slots, changed, exact, share)
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)
@@ -324,17 +331,10 @@ class Walk:
         self,
         layer: Any,
         slots: list[Slot],
-        by_peft: Callable[..., None],
-        deltas: Deltas,
-        packed: list[torch.Tensor],
+        changed: list[tuple[Slot, torch.Tensor]],
+        exact: dict[str, torch.Tensor],
+        share: float,
     ) -> Made:
-        results = [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
-        changed = [(slot, tensor) for slot, tensor in results if not outcome.is_the_bases(self.base, slot.name, tensor)]
-        if any(is_quantized(tensor) for _, tensor in changed):
-            exact = exact_quantized(changed, packed)
-        else:
-            exact = self._exact(layer, slots, changed, by_peft, deltas)
-        share = rounding_share(layer, self.loaded.starts.get(id(layer)))
         merges = tuple(
             (
                 outcome.of_tensor(
@@ -342,9 +342,12 @@ class Walk:
                 ),
                 layer if any(slot is one for one, _ in changed) else None,
             )
-            for slot, tensor in results
+            for slot, tensor in _held(slots)
         )
-        return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in results))
+        return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in _held(slots)))
+
+    def _is_the_bases(self, slot: Slot, tensor: torch.Tensor) -> bool:
+        return outcome.is_the_bases(self.base, slot.name, tensor)
 
     def _exact(
         self,
@@ -366,6 +369,10 @@ class Walk:
             raise
         except Exception:
             return {}  # a figure for a warning: without it the loss is not reported
+
+
+def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
+    return [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
 
 
 def _at_the_edge(slots: list[Slot]) -> bool:
