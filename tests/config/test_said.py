@@ -97,6 +97,9 @@ MORE = {
     "a revision of a base by another": "version: 1\nbase: ./models/base\nadapters:\n"
     "  - {path: ./a/x, base: {revision: v1}}\n",
     "the first of two wrong entries": HEAD + "  - 5\n  - ./a/x\n  - {path: ./b/x, base: {model: 1}}\n",
+    "a value that contains itself, beside others": "version: 1\nadapters: &a [*a, 5, *a]\nbase: &b {model: 5, x: *b}\n",
+    "a name of two combinations without a method": HEAD
+    + "  - ./a/x\n  - &c {name: q, combine: {adapters: [x], weights: [1]}}\n  - {<<: *c}\n",
     "the same adapter beside a name": HEAD + "  - {path: ./a/x, name: y}\n  - {path: acme/z, name: y}\n",
 }
 READ = {

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, WrapValidator
 
-from merge_gate.config.build import as_record
 from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, or_hole
 from merge_gate.config.nearest import nearest
 from merge_gate.config.problems import read_models
@@ -66,7 +65,7 @@ def build_baseline(document: Document) -> tuple[KnownFailure, ...]:
             document.report((*loc, "until"), f"{quoted(entry.until)} is no day", "write a day such as 2026-12-31")
             continue
         line, _ = document.line(loc)
-        one = as_record(KnownFailure, entry, until=until, line=line)
+        one = entry.record(KnownFailure, until=until, line=line)
         if (first := known.setdefault((one.adapter, one.cause), one)) is not one:
             document.report(loc, "this adapter and cause are accepted already", f"first in line {first.line}")
     document.raise_problems()

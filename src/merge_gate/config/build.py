@@ -7,26 +7,15 @@ its problems are said too, and thrown away at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
-from merge_gate.config.model import (
-    MAX_NAME,
-    PRUNING,
-    SIGN_ELECTING,
-    AdapterEntry,
-    BaseEntry,
-    CheckEntry,
-    CombineEntry,
-    ExpectEntry,
-    FileEntry,
-    Model,
-)
+from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.nearest import nearest
-from merge_gate.config.paths import Unusable, find, find_all, is_glob, last_name
+from merge_gate.config.paths import Unusable, find, find_all, is_glob
 from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
@@ -34,17 +23,10 @@ from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combi
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
-_Record = TypeVar("_Record")
-
-NOTHING_SAID = AdapterSpec(
-    name="",
-    source="",
-    base=BaseSpec(),
-    checks=tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values()),
-    line=1,
-    column=1,
-)
+_DEFAULTS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
+NOTHING_SAID = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS, line=1, column=1)
 """An adapter of a file that says nothing: what the file says is laid over it, then what the entry says."""
+_NO_REVISION = ("revision has no meaning for a directory", "only Hub ids have one")
 
 
 def build_config(document: Document, sha256: str) -> Config:
@@ -88,12 +70,9 @@ class _Build:
         checks = below.checks
         if said.checks:
             checks = tuple(self._setting((*loc, "checks", one.check), said.checks, one) for one in checks)
-        return replace(
-            below,
-            base=self._base((*loc, "base"), said.base, below.base),
-            checks=checks,
-            limit_seconds=(said.limits and said.limits.seconds) or below.limit_seconds,
-        )
+        base = self._base((*loc, "base"), said.base, below.base)
+        seconds = (said.limits and said.limits.seconds) or below.limit_seconds
+        return replace(below, base=base, checks=checks, limit_seconds=seconds)
 
     # --- one entry -------------------------------------------------------------------------------------------------
 
@@ -101,14 +80,11 @@ class _Build:
         """Yield the entry's adapters: one, or one per directory of a glob. None where its source is wrong."""
         given = entry.model_fields_set
         line, column = self.document.line(loc)
-        draft = replace(
-            self._laid_over(loc, entry, self.default),
-            name=entry.name or "",
-            revision=entry.revision or None,
-            expect=self._expect((*loc, "expect"), entry.expect) if entry.expect else None,
-            line=line,
-            column=column,
-        )
+        draft = self._laid_over(loc, entry, self.default)
+        draft = replace(draft, name=entry.name or "", revision=entry.revision or None, line=line, column=column)
+        if entry.expect:
+            self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or ())
+            draft = replace(draft, expect=entry.expect.record(Expect))
         if given >= {"path", "combine"}:
             self.report(loc, '"path" and "combine" exclude each other', "remove one of them", key="combine")
         elif "combine" in given:
@@ -128,16 +104,16 @@ class _Build:
         except Unusable as problem:
             self.report((*loc, "path"), *problem.args)
             return
+        naming = (*loc, "name" if draft.name else "path")
         for source, path, hub_id in found:
-            if path:
-                self._refuse_revision(loc, draft.revision)
-            name = (not globbed and draft.name) or last_name(source, path)
+            if path and draft.revision:
+                self.report(loc, *_NO_REVISION, key="revision")
+            name = (not globbed and draft.name) or (path or source).rsplit("/", 1)[-1]
             if reason := _bad_name(name):
                 message = f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"'
                 if globbed:
                     message = f"the directory {quoted(source)} has a name that {reason}", "rename it"
                 self.report((*loc, "path"), *message)
-            naming = (*loc, "name" if draft.name else "path")
             yield self._claimed(naming, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
 
     def _from_combine(self, loc: Loc, entry: AdapterEntry, draft: AdapterSpec) -> Iterator[AdapterSpec]:
@@ -150,18 +126,18 @@ class _Build:
         if entry.combine:
             self._check_combine((*loc, "combine"), entry.combine)
         if entry.combine and entry.combine.adapters and draft.name:
-            combine = as_record(Combine, entry.combine)
-            source = f"{combine.method}({', '.join(combine.adapters)})"
-            yield self._claimed((*loc, "name"), replace(draft, source=source, combine=combine))
+            source = f"{entry.combine.method or '?'}({', '.join(entry.combine.adapters)})"
+            spec = replace(draft, source=source, combine=entry.combine.record(Combine))
+            yield self._claimed((*loc, "name"), spec)
 
     def _check_combine(self, loc: Loc, entry: CombineEntry) -> None:
         if entry.weights and entry.adapters and len(entry.weights) != len(entry.adapters):
             message = f"{counted(len(entry.weights), 'weight')} for {counted(len(entry.adapters), 'adapter')}"
             self.report((*loc, "weights"), message, "give one weight per adapter, in the same order")
-        if entry.method in PRUNING and "density" not in entry.model_fields_set:
+        if entry.method in METHODS_WITH["density"] and "density" not in entry.model_fields_set:
             hint = "the share of values that pruning keeps, such as 0.5"
             self.report((*loc, "method"), f'the method {entry.method} needs "density"', hint)
-        for key, methods in (("density", PRUNING), ("majority_sign_method", SIGN_ELECTING)):
+        for key, methods in METHODS_WITH.items():
             if key in entry.model_fields_set and entry.method and entry.method not in methods:
                 hint = f"methods with it: {', '.join(methods)}"
                 self.report(loc, f'"{key}" has no meaning for the method {entry.method}', hint, key=key)
@@ -177,9 +153,8 @@ class _Build:
         Names that are unknown are a problem only where all entries could be read: it may be one of the others.
         """
         names = spec.combine.adapters if spec.combine else ()
-        members = [named[name] for name in names if name in named]
-        default = members[0].base if members else self.default.base
-        base = self._base((*loc, "base"), entry.base, default)
+        bases = [*(named[name].base for name in names if name in named), self.default.base]
+        base = self._base((*loc, "base"), entry.base, bases[0])
         for index, name in enumerate(names):
             member, place = named.get(name), (*loc, "combine", "adapters", index)
             if member is None and complete:
@@ -190,10 +165,6 @@ class _Build:
                 message = f"{quoted(name)} is on another base: {_shown(member.base)}, not {_shown(base)}"
                 self.report(place, message, "only adapters of one base can be combined")
         return replace(spec, base=base)
-
-    def _refuse_revision(self, loc: Loc, revision: str | None) -> None:
-        if revision is not None:
-            self.report(loc, "revision has no meaning for a directory", "only Hub ids have one", key="revision")
 
     def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
         """The adapter itself. Every name is there once. `loc` is what names it."""
@@ -209,17 +180,17 @@ class _Build:
 
     # --- base, checks, expect --------------------------------------------------------------------------------------
 
-    def _base(self, loc: Loc, entry: BaseEntry | None, default: BaseSpec) -> BaseSpec:
-        """Lay the keys given at `loc` over `default`. A revision stays with its model."""
+    def _base(self, loc: Loc, entry: BaseEntry | None, spec: BaseSpec) -> BaseSpec:
+        """Lay the keys given at `loc` over `spec`. A revision stays with its model."""
         if not entry:
-            return default
-        spec = default
-        if entry.model and entry.model != default.label:
-            spec = replace(spec, model=self._found(loc, entry.model, entry.revision), label=entry.model, revision=None)
+            return spec
+        if entry.model and entry.model != spec.label:
+            found = self._found((*loc, "model"), entry.model, entry.revision)
+            spec = replace(spec, model=found, label=entry.model, revision=None)
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
-                self._refuse_revision(loc, entry.revision)
+                self.report(loc, *_NO_REVISION, key="revision")
             elif spec.model is None and "model" not in entry.model_fields_set:
                 self.report(loc, '"revision" needs "model"', "name the base that it is a revision of", key="revision")
         for index in _repeated(entry.dtype):
@@ -231,11 +202,11 @@ class _Build:
         try:
             found, hub_id = find(model, self.directory, on_hub=bool(revision), owner_needed=False)
         except Unusable as problem:
-            self.report((*loc, "model"), *problem.args)
+            self.report(loc, *problem.args)
             return model
         return found or hub_id or model
 
-    def _setting(self, loc: Loc, checks: Model, below: CheckSetting) -> CheckSetting:
+    def _setting(self, loc: Loc, checks: Any, below: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, below.check)
         if not entry:
             return below
@@ -250,22 +221,11 @@ class _Build:
             self.report(loc, f"{quoted(below.check)} has no limit", f"checks with one: {limited}", key="limit")
         return replace(below, severity=severity, limit=entry.limit or below.limit)
 
-    def _expect(self, loc: Loc, entry: ExpectEntry) -> Expect:
-        for name in entry.sha256 or {}:
+    def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
+        for name in names:
             if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
                 hint = "write it relative to the adapter's directory, with /"
-                self.report((*loc, "sha256"), f"{quoted(name)} is not a file inside the adapter", hint, key=name)
-        return as_record(Expect, entry)
-
-
-def as_record(cls: type[_Record], entry: Model, **more: Any) -> _Record:
-    """The record of a model's values, and `more`; what is not given has the record's default."""
-    values = {name: getattr(entry, name) for name in type(entry).model_fields}
-    return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+                self.report(loc, f"{quoted(name)} is not a file inside the adapter", hint, key=name)
 
 
 def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:

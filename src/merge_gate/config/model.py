@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,8 @@ from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import DTYPES, Quantization
 from merge_gate.text import one_of
 
+_Record = TypeVar("_Record")
+
 MAX_NAME = 200
 MAX_TEXT = 4096
 MAX_MEMBERS = 100
@@ -56,10 +58,11 @@ Method = Literal[
     "magnitude_prune", "magnitude_prune_svd",
 ]  # fmt: skip
 METHODS: tuple[str, ...] = get_args(Method)
-PRUNING = tuple(name for name in METHODS if name.startswith(("ties", "dare", "magnitude")))
-"""The methods that prune: they need `density`."""
-SIGN_ELECTING = tuple(name for name in METHODS if "ties" in name)
-"""The methods that elect a sign: they take `majority_sign_method`."""
+METHODS_WITH = {
+    "density": tuple(name for name in METHODS if name.startswith(("ties", "dare", "magnitude"))),
+    "majority_sign_method": tuple(name for name in METHODS if "ties" in name),
+}
+"""The methods that take a key: those that prune need `density`, those that elect a sign may have the other."""
 
 Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy reads no words from a tuple
 QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # nor from an Enum
@@ -102,6 +105,15 @@ class Model(BaseModel):
 
     _keep = field_validator("*", mode="wrap")(or_hole)
 
+    def record(self, cls: type[_Record], **more: Any) -> _Record:
+        """The record of what stands here, and `more`; what is not given has the record's default."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+
 
 def wrong(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
     """Everything that is wrong in `value`, which stands at `loc`: its place and pydantic's error."""
@@ -115,7 +127,8 @@ def wrong(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
         for key in value.model_extra or ():
             yield (*loc, key), {"type": "unknown", "known": keys.values(), "kind": value.kind}
         for name, key in keys.items():
-            yield from wrong(getattr(value, name), (*loc, key))
+            if (held := getattr(value, name)) is not None:
+                yield from wrong(held, (*loc, key))
         if value.if_empty and not value.model_fields_set:
             yield loc, {"type": "empty", "hint": value.if_empty}
 
@@ -247,8 +260,8 @@ class ExpectEntry(Model):
     """SHA-256 digests of files, by name relative to the adapter's directory."""
 
 
-def _only_with(methods: tuple[str, ...], key: str) -> JsonDict:
-    return {"if": {"properties": {"method": {"enum": list(methods)}}}, "else": {"properties": {key: False}}}
+def _only_with(key: str) -> JsonDict:
+    return {"if": {"properties": {"method": {"enum": [*METHODS_WITH[key]]}}}, "else": {"properties": {key: False}}}
 
 
 class CombineEntry(Model):
@@ -257,15 +270,13 @@ class CombineEntry(Model):
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
-                _only_with(PRUNING, "density") | {"then": {"required": ["density"]}},
-                _only_with(SIGN_ELECTING, "majority_sign_method"),
+                _only_with("density") | {"then": {"required": ["density"]}},
+                _only_with("majority_sign_method"),
             ]
         }
     )
 
-    method: Annotated[
-        Method, Field(description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
-    ] = NEEDED
+    method: Method = Field(NEEDED, description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
     adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] = NEEDED
     """The names of the adapters to combine, at most 100: each is listed under adapters, on the same base, and is not a
     combination."""

@@ -6,7 +6,7 @@ Hub id: a mistyped directory must not become a download from whoever owns that n
 """
 
 # os.path says False where pathlib raises (a name too long), and keeps ./ as written:
-# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH119, PTH207
+# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH207
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import glob
 import os
 import re
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from merge_gate.config.nearest import nearest
@@ -25,7 +26,7 @@ class Unusable(Exception):  # noqa: N818 (not an error of the program: it carrie
 
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_PART}/)?{_PART}")
 _PATH_LIKE = re.compile(r"\.{1,2}(?:$|[/\\])|[/~\\]|[A-Za-z]:[/\\]")
 _GLOB = re.compile(r"[*?\[]")
 
@@ -56,7 +57,7 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
     beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
-    if _is_hub_id(written, owner_needed=owner_needed) and not path_like and not beside:
+    if _HUB_ID.fullmatch(written) and ("/" in written or not owner_needed) and not path_like and not beside:
         return None, written
     if "://" in written:
         raise Unusable(f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name")
@@ -79,11 +80,10 @@ def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, 
         return [(written, *find(written, directory, on_hub=on_hub, owner_needed=True))]
     if "**" in written:
         raise Unusable(f'{quoted(written)}: "**" is not supported', "write one * for each level")
-    relative = not (Path(written).is_absolute() or written.startswith("~"))
-    start = os.path.join(glob.escape(str(directory)), "") if relative else ""
-    matches = sorted(glob.glob(start + os.path.expanduser(written)))
-    plain_start = os.path.join(directory, "") if relative else ""
-    found = [(match[len(plain_start) :], os.path.normpath(match), None) for match in matches if os.path.isdir(match)]
+    matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
+    found = [
+        (match, os.path.normpath(directory / match), None) for match in matches if os.path.isdir(directory / match)
+    ]
     if not found:
         files = " (only files)" if matches else ""
         hint = partial(_siblings, _literal_part(written, directory))
@@ -91,19 +91,9 @@ def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, 
     return [*found]
 
 
-def last_name(written: str, place: str | None) -> str:
-    """Return the last part of a directory or a Hub id: the default name of an adapter."""
-    return os.path.basename(place) if place else written.rsplit("/", 1)[-1]
-
-
 def _absolute(written: str, directory: Path) -> str:
     on_disk = os.fsdecode(written.encode("utf-8", "surrogateescape"))  # in a locale without UTF-8, another string
     return os.path.join(directory, os.path.expanduser(on_disk))
-
-
-def _is_hub_id(written: str, *, owner_needed: bool) -> bool:
-    odd = "--" in written or ".." in written or written.endswith(".git")
-    return bool(_HUB_ID.fullmatch(written)) and not odd and ("/" in written or not owner_needed)
 
 
 def _siblings(parent: Path, written: str = "", more: str = "") -> str:
@@ -124,9 +114,4 @@ def _siblings(parent: Path, written: str = "", more: str = "") -> str:
 def _literal_part(pattern: str, directory: Path) -> Path:
     """Return the deepest directory that a pattern names without a wildcard."""
     parts = Path(os.path.expanduser(pattern)).parts[:-1]
-    plain: list[str] = []
-    for part in parts:
-        if _GLOB.search(part):
-            break
-        plain.append(part)
-    return directory.joinpath(*plain)
+    return directory.joinpath(*takewhile(lambda part: not _GLOB.search(part), parts))

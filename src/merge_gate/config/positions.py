@@ -138,17 +138,13 @@ def _int(raw: str) -> int | float:
     return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
 
 
-def _float(raw: str) -> float:
-    return float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE))
-
-
 _TAG = "tag:yaml.org,2002:"
 _LIST, _MAPPING, _MERGE = f"{_TAG}seq", f"{_TAG}map", f"{_TAG}merge"
 _SCALARS: dict[str, Callable[[str], Any]] = {
     f"{_TAG}str": str,
     f"{_TAG}bool": lambda raw: yaml.constructor.SafeConstructor.bool_values[raw.lower()],
     f"{_TAG}int": _int,
-    f"{_TAG}float": _float,
+    f"{_TAG}float": lambda raw: float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE)),
     f"{_TAG}null": lambda _: Nothing.NULL,
     _MERGE: str,
 }
@@ -183,8 +179,7 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
         self.get_event()  # the stream starts
         if self.check_event(yaml.StreamEndEvent):
             refuse(path, "the file is empty", 'it needs at least "version: 1" and a list "adapters"')
-        root: Any = self.compose_document()
-        self.document.root = root
+        self.document.root = self.compose_document()  # type: ignore[assignment] # a value stands where a node would
         if not self.check_event(yaml.StreamEndEvent):
             hint = 'remove what follows the line "---"'
             refuse(path, "the file holds more than one YAML document", hint, *_place(self.peek_event().start_mark))
@@ -192,28 +187,29 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """The next value. What PyYAML's node holds are values already."""
         event = self.peek_event()
-        line, column = _place(event.start_mark)
+        place = _place(event.start_mark)
         self.depth += 1
         self.values += 1
         if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
             what = f"deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
-            refuse(self.document.path, f"the file is {what}", _FAR_LESS, line, column)
+            refuse(self.document.path, f"the file is {what}", _FAR_LESS, *place)
         is_alias = isinstance(event, yaml.AliasEvent)
         if event.anchor in self.anchors and not is_alias:
             message = f"the anchor {quoted(event.anchor)} is given twice"
             first = f"first in line {self.anchors[event.anchor].start_mark.line + 1}"
-            refuse(self.document.path, message, first, line, column)
+            refuse(self.document.path, message, first, *place)
         node: Any = super().compose_node(parent, index)
         self.depth -= 1
         if node in self.anchored:
             return self.anchored[node]
-        value = Value("" if is_alias else node.tag, *_place(node.start_mark))
         if is_alias:
+            value = Value("", *_place(node.start_mark))
             self.refuse(value, "this value contains itself", "an alias (*name) may not stand inside its anchor")
         else:
+            value = Value(node.tag, *place)
             self.fill(value, node)
-        if event.anchor:
-            self.anchored[node] = value
+            if event.anchor:
+                self.anchored[node] = value
         return value
 
     def report(self, value: Value, message: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from merge_gate.config.model import PATTERNS, Model, wrong
 from merge_gate.config.nearest import nearest
-from merge_gate.config.positions import Document, Hint, Loc, Nothing
+from merge_gate.config.positions import Document, Hint, Loc, Nothing, Value
 from merge_gate.text import quoted
 
 _File = TypeVar("_File", bound=Model)
@@ -46,8 +46,8 @@ def read_models(document: Document, model: type[_File]) -> _File:
     """
     if not isinstance(document.data, dict):
         if document.data is not Nothing.REFUSED:
-            got = described(document.data, document.root.written)
-            document.report((), f"the file must be a mapping, got {got}", 'start with "version: 1"')
+            message = f"the file must be a mapping, got {described(document.root)}"
+            document.report((), message, 'start with "version: 1"')
         document.raise_problems()
     file = model.model_validate(document.data)
     for loc, error in wrong(file):
@@ -58,27 +58,23 @@ def read_models(document: Document, model: type[_File]) -> _File:
 def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
     place, _, there = document.at(loc)
     key = str(loc[-1]) if loc else ""
-    kind, value = error["type"], error.get("input")
-    match kind, value:
+    match error["type"], there.data:
         case "unknown", _:
             known = error["known"]
-            message = f"unknown {error['kind']} {quoted(key)}"
-            document.report(
-                loc[:-1], message, lambda: nearest(key, known) or f"known here: {', '.join(known)}", key=key
-            )
+            said = f"unknown {error['kind']} {quoted(key)}"
+            document.report(loc[:-1], said, lambda: nearest(key, known) or f"known here: {', '.join(known)}", key=key)
         case "empty", _:
             document.report(loc, f"{label(loc)} is empty", error["hint"])
-        case _, Nothing.REFUSED:
-            pass
         case "missing", _:
             where = f" in {label(loc[:-1])}" if loc[:-1] else ""
             document.report(loc[:-1], f"{quoted(key)} is missing{where}", _MISSING.get(key, ""))
+        case _ if key == "[key]" and place != loc:
+            name = str(loc[-2])
+            document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
         case _, Nothing.NULL:
             document.report(place, f"{label(place)} has no value", "give it one, or remove it")
-        case _, str(name) if key == "[key]" and place != loc:
-            document.report(loc[:-2], f"{quoted(name)} cannot be a key here", "write a name", key=name)
-        case _:
-            document.report(place, *_wrong_value(kind, error.get("ctx", {}), value, place, there.written))
+        case kind, data if data is not Nothing.REFUSED:
+            document.report(place, *_wrong_value(kind, error.get("ctx", {}), place, there))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -91,12 +87,13 @@ def label(loc: Loc) -> str:
     return quoted(loc[-1])
 
 
-def described(value: Any, written: str) -> str:
-    """What stands in the file: `the number 12`, `the text "x"`, `a list`. `written` is a scalar's own text."""
+def described(there: Value) -> str:
+    """What stands in the file: `the number 12`, `the text "x"`, `a list`."""
+    value = there.data
     if isinstance(value, bool):
-        return f"{written} (which YAML reads as {str(value).lower()})"
+        return f"{there.written} (which YAML reads as {str(value).lower()})"
     if isinstance(value, int | float):
-        return f"the number {quoted(written, mark='')}"
+        return f"the number {quoted(there.written, mark='')}"
     if isinstance(value, str):
         return f"the text {quoted(value)}"
     if isinstance(value, list):
@@ -104,9 +101,9 @@ def described(value: Any, written: str) -> str:
     return "a mapping" if isinstance(value, dict) else "nothing"
 
 
-def _wrong_value(kind: str, facts: Mapping[str, Any], value: Any, place: Loc, written: str) -> tuple[str, Hint]:
+def _wrong_value(kind: str, facts: Mapping[str, Any], place: Loc, there: Value) -> tuple[str, Hint]:
     """Message and hint for what pydantic found wrong with the value at `place`."""
-    name, got = label(place), described(value, written)
+    name, got, value = label(place), described(there), there.data
     pattern = PATTERNS.get(facts.get("pattern", ""), "")
     if place == ("version",):
         return f"{name} must be the number 1, got {got}", "this is the only version of the format"
@@ -119,7 +116,7 @@ def _wrong_value(kind: str, facts: Mapping[str, Any], value: Any, place: Loc, wr
     if pattern and not value.strip():
         return f"{name} is empty", f"write {pattern}"
     wanted = pattern or _WANTED.get(kind, "something else").format(**facts)
-    return f"{name} must be {wanted}, got {got}", _rewritten(kind, value, written)
+    return f"{name} must be {wanted}, got {got}", _rewritten(kind, value, there.written)
 
 
 def _rewritten(kind: str, value: Any, written: str) -> str:
