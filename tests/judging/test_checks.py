@@ -16,7 +16,16 @@ from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.words import describe_nonfinite
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles, FileRecord, TensorHeader
-from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, Leeway, Refusal, TensorMerge, TensorStats
+from merge_gate.records.measured import (
+    BaseFacts,
+    Evidence,
+    FileTensor,
+    Leeway,
+    Refusal,
+    TensorMerge,
+    TensorStats,
+    UnreadLayer,
+)
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.sources.adapter_config import recorded
 
@@ -115,11 +124,16 @@ def refused(check: str, origin: Origin) -> Fire:
     return Fire(("what the merge says",), origin, evidence(refusal=refusal, merges=()), places=places)
 
 
+def unread(**changes: Any) -> UnreadLayer:
+    return UnreadLayer(**({"module": "head.out_proj", "share": 2.5, "never_called": True, "in_logits": True} | changes))
+
+
 def lossy(share: float, **changes: Any) -> TensorMerge:
     return merged(base_norm=10.0, delta_norm=1.0, lost_norm=share, unchanged_fraction=0.9, **changes)
 
 
 NAMED = BaseSpec(model="/models/llama", label="./models/llama")
+FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 FIRES: dict[str, tuple[Fire, ...]] = {
     "file-missing": (found_in_files("file-missing", Origin.FILE),),
@@ -159,7 +173,43 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER),),
     "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),
-    "not-mergeable": (refused("not-mergeable", Origin.CONFIG),),
+    "not-mergeable": (
+        refused("not-mergeable", Origin.CONFIG),
+        Fire(
+            ("the weight of a layer without calling it", "head.out_proj", "changes that weight by 2.5 times its norm"),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(),)),
+            files(config=FOURIERFT),
+            places={"module": "head.out_proj"},
+        ),
+        Fire(
+            ("the weight of a layer without calling it", "head.out_proj"),
+            Origin.CONFIG,
+            evidence(unread=(unread(),)),
+            files(config={"init_lora_weights": "pissa"}),
+        ),
+        Fire(
+            ("the weight of 2 layers without calling them", "by up to 2.5"),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(share=0.5, in_logits=False), unread(never_called=False))),
+            files(config=FOURIERFT),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("by 0.0039 times",),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(share=2.0**-8),)),
+            files(config=FOURIERFT),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("the weight of a layer without calling it",),
+            Origin.CONFIG,
+            evidence(unread=(unread(),)),
+            files(config={"init_lora_weights": False}),
+            severity=Severity.WARNING,
+        ),
+    ),
     "base-mismatch": (
         Fire(
             ("'acme/mistral'", "'./models/llama'"),

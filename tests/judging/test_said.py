@@ -16,6 +16,7 @@ from merge_gate.records.measured import Evidence, FileTensor, Refusal
 from merge_gate.records.terms import Finding, Origin
 from tests.judging.test_checks import (
     ALL,
+    FOURIERFT,
     HALF_MAX,
     LORA_A,
     LORA_B,
@@ -29,6 +30,7 @@ from tests.judging.test_checks import (
     merged,
     spec,
     tensor,
+    unread,
 )
 from tests.judging.test_keys import BIASES, LORA_0_9, LORA_0_12, OLD
 from tests.judging.test_releases import ALWAYS, DORA, EMBEDDING, LORA_0_14
@@ -233,6 +235,11 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "what the engine cannot do": (
         evidence(refusal=Refusal(check=None, message="out of memory", hint="more", origin=Origin.BASE), merges=()),
         files(),
+    ),
+    "a layer that is never called": (evidence(unread=(unread(),)), files(config={"init_lora_weights": False})),
+    "layers that are never called": (
+        evidence(peft_type="FOURIERFT", unread=(unread(), unread(module="body.out_proj", share=0.25))),
+        files(config=FOURIERFT),
     ),
     "what the engine refuses": (
         evidence(refusal=Refusal(check="not-mergeable", message="no", hint="h", origin=Origin.CONFIG, module="m",

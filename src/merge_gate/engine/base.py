@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -32,6 +32,9 @@ from merge_gate.errors import EngineError
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.terms import Quantization
 from merge_gate.text import counted, listing
+
+if TYPE_CHECKING:
+    from merge_gate.engine.reads import Reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,8 @@ class Base:
     """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only.
 
     `initialised` names tensors that its files do not have, or not in this size. `template` is the scratch that the last
-    adapter left as it was, for the next one (template.py).
+    adapter left as it was, for the next one (template.py). `reads` is what its forward reads past its layers, once
+    somebody has asked (unread.py).
     The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
     `aliases` are the other names of tied ones.
     Those of `hollow` have values only while they are `filled` (casting.py).
@@ -76,6 +80,7 @@ class Base:
     source: Source
     initialised: frozenset[str]
     template: Any = None
+    reads: Reads | None = None
     hollow: Hollow | None = None
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)

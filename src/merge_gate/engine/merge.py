@@ -6,8 +6,9 @@ In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusa
 2. Load it on a scratch, by PEFT, and see what arrived.                load.py, arrival.py
 3. Refuse what PEFT merges wrongly.                                    defects.py
 4. Say of each broken tensor of the file whether a merge reads it.     usage.py
-5. Merge, layer by layer: in blocks where PEFT bears witness.          walk.py, plan.py
-6. Account for every parameter and persistent buffer.                  ledger.py
+5. Say which layers do nothing until they are merged.                  unread.py, reads.py
+6. Merge, layer by layer: in blocks where PEFT bears witness.          walk.py, plan.py
+7. Account for every parameter and persistent buffer.                  ledger.py
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from merge_gate.engine.inject import written_whole
 from merge_gate.engine.load import Loaded, load_adapter
 from merge_gate.engine.measure import measure, same_values
 from merge_gate.engine.quantized import is_quantized
+from merge_gate.engine.unread import unread_layers
 from merge_gate.engine.usage import with_use
 from merge_gate.engine.walk import Progress, Walk
 from merge_gate.engine.weights import read_weights
@@ -133,6 +135,7 @@ def _attempt(
             enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
             tokens = _tokens(loaded)
+            known = replace(known, unread=unread_layers(base, loaded))
             walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
             walk.run()
             differing = tuple(walk.differing)

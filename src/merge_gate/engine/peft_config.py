@@ -24,6 +24,12 @@ ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora
 UNREADING_SCHEMES = frozenset({"gaussian", "orthogonal", "true", "false"})
 """Those that read none either."""
 
+STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+"""Keys that say where training begins."""
+
+NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
+"""Words of theirs for a product that is zero at first: LoRA's (tests/engine/test_unread.py)."""
+
 LISTED = 6
 """Names listed in one message before "and N more"."""
 
@@ -134,6 +140,15 @@ def initialisation_writes_to_base(config: Any) -> bool:
     """
     scheme = getattr(config, "init_lora_weights", None)
     return isinstance(scheme, str) and scheme.lower() not in ADAPTER_ONLY_SCHEMES
+
+
+def starts_at_no_delta(config: Any) -> bool:
+    """Whether training begins at the base, so that a layer which gets no gradient changes nothing.
+
+    True stands for that wherever PEFT has such a key; it is taken for another start where a method has none.
+    """
+    schemes = [getattr(config, key) for key in STARTS if hasattr(config, key)]
+    return any(scheme is True or str(scheme).lower() in NO_DELTA_SCHEMES for scheme in schemes)
 
 
 def initialisation_reads_base(config: Any) -> bool:

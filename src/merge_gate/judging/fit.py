@@ -11,7 +11,7 @@ from typing import Any
 from merge_gate.judging import keys
 from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
 from merge_gate.judging.words import are, tensors
-from merge_gate.records.measured import Evidence
+from merge_gate.records.measured import Evidence, UnreadLayer
 from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import listing
@@ -128,12 +128,48 @@ TARGETS_NOT_FOUND = Check(
     summary="The adapter targets modules that the base does not have.",
     symptom=Symptom.WRONG_PAIR,
 )
-NOT_MERGEABLE = Check(
-    id="not-mergeable",
-    severity=ERROR,
-    summary="The method cannot be merged into weights, or its merge is known to be wrong.",
-    symptom=Symptom.UNTRAINED_MERGE,
+
+
+UNREAD_SHARE = 2.0**-8
+"""A delta of this share of a weight is more than bfloat16 rounds away."""
+
+EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
+"""Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
+
+
+@check(
+    "not-mergeable",
+    ERROR,
+    "The method cannot be merged into weights, or its merge is known to be wrong.",
+    Symptom.UNTRAINED_MERGE,
 )
+def not_mergeable(case: Case) -> Iterator[Finding]:
+    """Besides, the engine's refusals are findings of it."""
+    unread = case.evidence.unread if case.evidence else ()
+    if not unread:
+        return
+    one = len(unread) == 1
+    worst = max(unread, key=lambda layer: layer.share)
+    layers, them = ("a layer", "it") if one else (f"{len(unread):,} layers", "them")
+    yield not_mergeable.finding(
+        f"the model reads the weight of {layers} without calling {them}: "
+        f"{listing(tuple(layer.module for layer in unread))}; the adapter does nothing there, in training too, until "
+        f"it is merged, and the merge changes {'that weight by' if one else 'those weights by up to'} "
+        f"{worst.share:.2g} times its norm",
+        f"serve the adapter unmerged, as it was trained; or take {them} out of target_modules (exclude_modules) and "
+        "train again",
+        Origin.CONFIG,
+        severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
+        module=worst.module,
+        measured=(("layers", float(len(unread))), ("share", worst.share)),
+    )
+
+
+def _is_proved(case: Case, layer: UnreadLayer) -> bool:
+    """Whether no release has called the layer, what the model is for depends on it, and no training made its delta."""
+    config = case.files.config
+    made_elsewhere = config.peft_type in EXTRACTED and config.init_lora_weights is None  # init_lora_weights: false
+    return layer.never_called and layer.in_logits and layer.share > UNREAD_SHARE and not made_elsewhere
 
 
 @check(

@@ -120,6 +120,21 @@ class FileTensor:
 
 
 @record
+class UnreadLayer:
+    """A layer whose weight the model reads without calling it, so that its adapter does nothing until it is merged.
+
+    `share` is ‖merged − read‖/‖read‖ of its tensors, `read` being what the model reads unmerged. `never_called`: no
+    release of torch calls it (the output of `nn.MultiheadAttention`). `in_logits`: a forward pass has shown that the
+    model's logits depend on it.
+    """
+
+    module: str
+    share: float
+    never_called: bool = False
+    in_logits: bool = False
+
+
+@record
 class Refusal:
     """Why an adapter could not be loaded or merged, in the check table's words.
 
@@ -167,7 +182,7 @@ class Evidence:
     nowhere. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
     `mended` are tensors of the base that are not finite, and in whose place the merged model has finite ones.
     `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the base
-    was loaded as.
+    was loaded as. `unread` are layers that do nothing until they are merged.
 
     `layers_in_blocks` were merged a block of rows at a time, `layers_by_peft` by PEFT itself; `witnessed` are those of
     the former that PEFT merged as well, with the same bits. Where PEFT's bits were others, `differing` names the
@@ -187,6 +202,7 @@ class Evidence:
     refused_by_safe_merge: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
     initialised: tuple[str, ...] = ()
+    unread: tuple[UnreadLayer, ...] = ()
     mended: tuple[str, ...] = ()
     layers_in_blocks: int = 0
     layers_by_peft: int = 0
