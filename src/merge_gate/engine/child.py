@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]
     """
     try:
         chosen = _choose_device(job.device)
-    except EngineError as error:
+    except (EngineError, ImportError, OSError) as error:  # torch itself may not be imported
         for group in job.groups:
             for task in group.tasks:
                 yield Undecided(task=task.index, refusal=_refusal(error))
@@ -268,6 +269,12 @@ def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) ->
     return merge.merge_adapter(base, task.files[0], leeway=task.leeway, progress=progress)
 
 
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether an error was raised while Python imported a module."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("<frozen importlib") for name in frames)
+
+
 def _refusal(error: Exception, group: Group | None = None) -> Refusal:
     """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
     if isinstance(error, EngineError):
@@ -279,6 +286,12 @@ def _refusal(error: Exception, group: Group | None = None) -> Refusal:
             check=None,
             message="out of memory while judging this adapter",
             hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
+        )
+    if isinstance(error, (OSError, ImportError)) and _is_of_an_import(error):
+        return Refusal(
+            check=None,
+            message=f"a library of the gate could not be imported: {text[:400]}",
+            hint="the environment that runs the gate is damaged, or changes during the run: install it anew",
         )
     if isinstance(error, OSError):
         return Refusal(

@@ -238,6 +238,10 @@ RULES = (
 )
 
 
+OUT_OF_BOUNDS = "is out of bounds for dimension"
+"""torch's words for an index that points nowhere."""
+
+
 def refused_by_peft(config: Any, error: Exception) -> Refusal:
     """What PEFT's own refusal to merge says of the adapter."""
     if isinstance(error, ImportError):
@@ -254,7 +258,7 @@ def refused_by_peft(config: Any, error: Exception) -> Refusal:
             hint="restore the adapter_config.json that was saved with the adapter, or name the base of the training",
             origin=Origin.CONFIG,
         )
-    if "inconsistent with indices" in text or "sparse_dim" in text:
+    if any(words in text for words in ("inconsistent with indices", "sparse_dim", OUT_OF_BOUNDS)):
         return Refusal(
             check="shape-mismatch",
             message=f"the file's indices name places that the base's weight does not have: {text}",

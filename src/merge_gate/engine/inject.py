@@ -184,7 +184,9 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
 
 
 def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
-    targets = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
+    targets, parameters = getattr(config, "target_modules", None), getattr(config, "target_parameters", None)
+    if parameters and not targets:
+        return _no_parameters(sorted(parameters), scratch)
     named = [targets] if isinstance(targets, str) else sorted(targets or ())
     shown = listing((quoted(name, 300, "'") for name in named), 12)
     saved = _saved_instead(targets)
@@ -223,6 +225,23 @@ def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
             else "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then "
             "gate the adapter with the version that it was trained with"
         ),
+        origin=Origin.CONFIG,
+    )
+
+
+def _no_parameters(targets: list[str], scratch: nn.Module) -> Refusal:
+    large = {name for name, one in scratch.named_parameters() if one.dim() > 1}
+    own = sorted({".".join(name.split(".")[-2:]) for name in large})
+    shown = listing((quoted(name, 300, "'") for name in targets), 12)
+    return Refusal(
+        check="targets-not-found",
+        message=(
+            f"target_parameters {shown} match no parameter of the base, and no target_modules are named; the base's "
+            f"parameters are called {listing(own, 12)}"
+        ),
+        hint="check that this is the adapter's base; target_parameters are the ends of names of parameters, such as "
+        "mlp.experts.gate_up_proj; transformers 5 renamed those of some architectures: then gate the adapter with the "
+        "version that it was trained with",
         origin=Origin.CONFIG,
     )
 

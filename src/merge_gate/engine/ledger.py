@@ -7,6 +7,7 @@ PEFT's result, the second by names: of the base's measurements, and of the merge
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,16 +92,30 @@ class Ledger:
     def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
         """Tensors that a layer changed for one module while another module shares them without that adapter.
 
-        `tokens` says whose trained tokens a module carries; one that is not there does not count (merge.py).
+        `tokens` says whose trained tokens a module carries; one that is not there does not count (merge.py). Nor does a
+        module that holds a tensor of one inside of it and does not read it (BERT's head and the bias of its decoder).
         """
         pairs = []
         for name, layers in self.layers.items():
-            modules = sharers.get(name, ())
+            shared = sharers.get(name, ())
+            modules = tuple(path for path in shared if not self._only_holds(path, shared, name))
             whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers) and _agree(tokens, modules)
             if len(modules) > 1 and not whole and self.merges[name].changed:
                 own = name.rpartition(".")[0]
                 pairs.append((name, next((path for path in modules if path != own), modules[-1])))
         return tuple(pairs)
+
+    def _only_holds(self, path: str, sharers: tuple[str, ...], name: str) -> bool:
+        module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
+        held = {attribute for attribute, one in module._parameters.items() if one is tensor}
+        is_outer = any(other.startswith(f"{path}.") for other in sharers)
+        return is_outer and bool(held) and held.isdisjoint(_names_in(type(module).forward))
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    """Attributes and globals that a function's own code names."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if code is not None else ()
 
 
 def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:

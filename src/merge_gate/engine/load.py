@@ -32,6 +32,7 @@ from torch import nn
 
 from merge_gate.engine.arrival import Arrival, Tensors, compare, file_name
 from merge_gate.engine.base import Base, first_line
+from merge_gate.engine.defects import OUT_OF_BOUNDS
 from merge_gate.engine.inject import base_slots, fit_vocabulary, inject, leave_out_replaced
 from merge_gate.engine.peft_config import (
     can_start_blank,
@@ -268,6 +269,13 @@ def _load_failed(error: Exception) -> Refusal:
             + first_line(error),
             hint="save the adapter again with save_pretrained, and check that the upload was complete; set "
             "save_projection to false only if it was saved so",
+            origin=Origin.ADAPTER,
+        )
+    if OUT_OF_BOUNDS in str(error):  # VB-LoRA's choice of vectors
+        return Refusal(
+            check="shape-mismatch",
+            message=f"the file's indices name places that config and base do not have: {first_line(error)}",
+            hint="adapter_config.json is not that of the training (num_vectors), or the file is damaged",
             origin=Origin.ADAPTER,
         )
     check = "file-corrupt" if type(error).__name__ in {"SafetensorError", "UnpicklingError", "EOFError"} else None

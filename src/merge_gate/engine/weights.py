@@ -37,11 +37,11 @@ def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as opened:
-            try:
+        try:
+            with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
-                raise Refused(_unreadable("a tensor", first_line(error))) from error
+        except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
+            raise Refused(_unreadable("a tensor", first_line(error))) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle

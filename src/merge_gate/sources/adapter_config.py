@@ -117,6 +117,11 @@ def _is_layers(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, list) and all(_is_integer(item) for item in value))
 
 
+def _is_tokens(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(one, list) and all(_is_integer(item) for item in one) for one in lists)
+
+
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -145,6 +150,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": _MAPPING,
     "alpha_pattern": _MAPPING,
     "auto_mapping": _MAPPING,
+    "trainable_token_indices": (_is_tokens, "a list of integers, or an object with such lists"),
     "fan_in_fan_out": _FLAG,
     "inference_mode": _FLAG,
     "lora_bias": _FLAG,
