@@ -24,7 +24,7 @@ from torch import nn
 from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
-from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, scales
+from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, quantizing, scales
 from merge_gate.engine.shards import shards_left_out
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
@@ -203,7 +203,8 @@ def load_base(
         options=options,
     )
     try:
-        model, loading = _from_pretrained(getattr(transformers, shape.class_name), source, shape)
+        with quantizing(quantization):
+            model, loading = _from_pretrained(getattr(transformers, shape.class_name), source, shape)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"base {label}: out of memory while loading it",

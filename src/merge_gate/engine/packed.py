@@ -22,20 +22,16 @@ from typing import Any, Protocol
 
 import torch
 
+from merge_gate.engine.four_bit import LEAST_SCALE, STORED, bnb, codes, quantized
+
 NESTED_BLOCK = 256
 """Scales that share a scale, with double quantisation (bitsandbytes/functional.py, `quantize_4bit`)."""
-
-LEAST_SCALE = 1e-38
-"""What bitsandbytes divides by at least, in 4 bits (bitsandbytes/backends/default/ops.py)."""
 
 LEAST_BLOCK = 32
 """Values that share a scale at least, in 4 bits."""
 
 ENDS_AT_ONCE = 1 << 13
 """Scales whose extremes are dequantised together, in 1 MiB."""
-
-STORED = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that a 4-bit weight may stand for."""
 
 Scales = dict[str, torch.Tensor]
 """By the suffixes that engine/quantized.py gives them: `SCB`, `absmax`, …"""
@@ -65,13 +61,6 @@ class Extremes(Protocol):
         ...
 
 
-@functools.cache
-def _bnb() -> Any:
-    from bitsandbytes import functional  # noqa: PLC0415 - slow to import, needed by few bases
-
-    return functional
-
-
 # --- 8 bits ---------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +83,7 @@ class Int8Values:
         return cls(weight.data, scales.detach())
 
     def rows(self, rows: slice) -> torch.Tensor:
-        values: torch.Tensor = _bnb().int8_vectorwise_dequant(self._integers[rows], self._scales[rows])
+        values: torch.Tensor = bnb().int8_vectorwise_dequant(self._integers[rows], self._scales[rows])
         return values
 
     def sampled(self, step: int) -> Int8Values:
@@ -111,7 +100,7 @@ class Int8Values:
 
 class _Int8Again(Int8Values):
     def put(self, rows: slice, values: torch.Tensor) -> None:
-        self._integers[rows], self._scales[rows], _ = _bnb().int8_vectorwise_quant(values.to(torch.float16))
+        self._integers[rows], self._scales[rows], _ = bnb().int8_vectorwise_quant(values.to(torch.float16))
 
     def settle(self) -> Scales:
         return {"SCB": self._scales}
@@ -129,8 +118,8 @@ class _Int8Extremes:
         self._ends[:, rows] = self.of(values)
 
     def settle(self) -> tuple[torch.Tensor, Scales]:
-        integers, scales, _ = _bnb().int8_vectorwise_quant(self._ends[:, :, 0].T.contiguous())
-        return _bnb().int8_vectorwise_dequant(integers, scales).T[:, :, None], {"SCB": scales}
+        integers, scales, _ = bnb().int8_vectorwise_quant(self._ends[:, :, 0].T.contiguous())
+        return bnb().int8_vectorwise_dequant(integers, scales).T[:, :, None], {"SCB": scales}
 
 
 # --- 4 bits ---------------------------------------------------------------------------------------------------------
@@ -146,13 +135,13 @@ class Settings:
 
     def settled(self, scales: torch.Tensor) -> tuple[torch.Tensor, Scales]:
         """The scales that values are dequantised with, and what is kept of them."""
-        code = _bnb().get_4bit_type(self.quant_type, device=scales.device)
+        code = bnb().get_4bit_type(self.quant_type, device=scales.device)
         if not self.nested:
             return scales, {"absmax": scales, "quant_map": code}
         offset = scales.mean()
-        integers, state = _bnb().quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        integers, state = bnb().quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
         kept = {"nested_absmax": state.absmax, "nested_quant_map": state.code, "nested_offset": offset}
-        return _bnb().dequantize_blockwise(integers, state) + offset, {"quant_map": code, **kept}
+        return bnb().dequantize_blockwise(integers, state) + offset, {"quant_map": code, **kept}
 
 
 class Int4Values:
@@ -174,21 +163,21 @@ class Int4Values:
             return None
         scales = state.absmax
         if state.nested:
-            scales = _bnb().dequantize_blockwise(state.absmax, state.state2) + state.offset
+            scales = bnb().dequantize_blockwise(state.absmax, state.state2) + state.offset
         settings = Settings(blocksize=state.blocksize, quant_type=weight.quant_type, nested=weight.compress_statistics)
         rows = state.shape[0]
         return cls(weight.data.view(torch.uint8).view(rows, -1), scales.float().view(rows, -1), settings, state.dtype)
 
     def rows(self, rows: slice) -> torch.Tensor:
         packed = self._packed[rows]
-        state = _bnb().QuantState(
+        state = bnb().QuantState(
             absmax=self._scales[rows],
             shape=torch.Size((packed.shape[0], self.shape[1])),
             blocksize=self._settings.blocksize,
             quant_type=self._settings.quant_type,
             dtype=self.dtype,
         )
-        values: torch.Tensor = _bnb().dequantize_4bit(packed.reshape(-1, 1), state)
+        values: torch.Tensor = bnb().dequantize_4bit(packed.reshape(-1, 1), state)
         return values
 
     def sampled(self, step: int) -> Int4Values:
@@ -207,10 +196,12 @@ class Int4Values:
 
 class _Int4Again(Int4Values):
     def put(self, rows: slice, values: torch.Tensor) -> None:
-        packed, state = _bnb().quantize_4bit(
-            values.contiguous(), blocksize=self._settings.blocksize, quant_type=self._settings.quant_type
-        )
-        self._packed[rows], self._scales[rows] = packed.view(len(values), -1), state.absmax.view(len(values), -1)
+        blocksize, quant_type = self._settings.blocksize, self._settings.quant_type
+        found = quantized(values, blocksize, quant_type)
+        if found is None:
+            packed, state = bnb().quantize_4bit(values.contiguous(), blocksize=blocksize, quant_type=quant_type)
+            found = packed, state.absmax
+        self._packed[rows], self._scales[rows] = (one.view(len(values), -1) for one in found)
 
     def settle(self) -> Scales:
         scales, kept = self._settings.settled(self._scales.flatten())
@@ -242,10 +233,8 @@ def _quantized_ends(
     ends: torch.Tensor, scales: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """(2, n) values that `n` scales were made of, as bitsandbytes quantises them, and dequantises them with `used`."""
-    code, order = _bnb().get_4bit_type(quant_type, device=ends.device).sort()
-    scaled = torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1)
-    codes = order[torch.bucketize(scaled, (code[:-1] + code[1:]) / 2)].to(torch.uint8)
-    pairs = codes[0] << 4 | codes[1]
+    found = codes(torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1), quant_type)
+    pairs = found[0] << 4 | found[1]
     some = [slice(start, start + ENDS_AT_ONCE) for start in range(0, len(used), ENDS_AT_ONCE)]
     return torch.cat([_pair_values(pairs[one], used[one], quant_type, dtype) for one in some], 1)
 
@@ -253,9 +242,9 @@ def _quantized_ends(
 def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
     """Two values for each scale. The least block that bitsandbytes takes has 32: each pair fills one."""
     shape = torch.Size((len(pairs), LEAST_BLOCK))
-    state = _bnb().QuantState(absmax=used, shape=shape, blocksize=LEAST_BLOCK, quant_type=quant_type, dtype=dtype)
+    state = bnb().QuantState(absmax=used, shape=shape, blocksize=LEAST_BLOCK, quant_type=quant_type, dtype=dtype)
     packed = pairs[:, None].expand(-1, LEAST_BLOCK // 2).reshape(-1, 1)
-    values: torch.Tensor = _bnb().dequantize_4bit(packed, state)
+    values: torch.Tensor = bnb().dequantize_4bit(packed, state)
     return values[:, :2].T
 
 
@@ -266,8 +255,8 @@ def _ends_proved(quant_type: str, blocksize: int, dtype: torch.dtype) -> bool:
     values *= torch.logspace(-44, 30, len(values), dtype=torch.float64)[:, None]
     largest = torch.finfo(dtype).max
     values = values.clamp(-largest, largest).to(dtype)
-    packed, state = _bnb().quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
-    made = _bnb().dequantize_4bit(packed, state).view(values.shape)
+    packed, state = bnb().quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
+    made = bnb().dequantize_4bit(packed, state).view(values.shape)
     ends = torch.stack((values.amin(1), values.amax(1))).float()
     scales = ends.abs().amax(0)
     found = _quantized_ends(ends, scales, scales, quant_type, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+from merge_gate.engine.four_bit import loading_in_blocks
 from merge_gate.records.terms import Quantization
 
 BNB_4BIT = "Params4bit"
@@ -22,6 +24,16 @@ BNB_8BIT = "Int8Params"
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
+
+
+class Loader(NamedTuple):
+    """How a base is quantised on loading: the configuration of transformers, by the dtype to compute in.
+
+    `meanwhile` is entered while it loads.
+    """
+
+    config: Callable[[torch.dtype], Any]
+    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def _bnb_8bit(_compute: torch.dtype) -> Any:
@@ -32,10 +44,9 @@ def _bnb_4bit(compute: torch.dtype) -> Any:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-LOADED_BY: Mapping[Quantization, Callable[[torch.dtype], Any]] = MappingProxyType(
-    {Quantization.BNB_8BIT: _bnb_8bit, Quantization.BNB_4BIT: _bnb_4bit}
+LOADED_BY: Mapping[Quantization, Loader] = MappingProxyType(
+    {Quantization.BNB_8BIT: Loader(_bnb_8bit), Quantization.BNB_4BIT: Loader(_bnb_4bit, loading_in_blocks)}
 )
-"""The configuration of transformers that quantises a base on loading, by the dtype to compute in."""
 
 
 def loading_options(quantization: Quantization, dtype: str, device: str) -> dict[str, Any]:
@@ -43,7 +54,12 @@ def loading_options(quantization: Quantization, dtype: str, device: str) -> dict
     if quantization is Quantization.NONE:
         return {}
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return {"quantization_config": LOADED_BY[quantization](compute), "device_map": {"": device}}
+    return {"quantization_config": LOADED_BY[quantization].config(compute), "device_map": {"": device}}
+
+
+def quantizing(quantization: Quantization) -> AbstractContextManager[None]:
+    """What `from_pretrained` of such a base is called inside of."""
+    return nullcontext() if quantization is Quantization.NONE else LOADED_BY[quantization].meanwhile()
 
 
 # --- packed weights ------------------------------------------------------------------------------------------------
