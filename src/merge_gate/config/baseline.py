@@ -64,8 +64,7 @@ def build_baseline(document: Document) -> tuple[KnownFailure, ...]:
         except ValueError:
             document.report((*loc, "until"), f"{quoted(entry.until)} is no day", "write a day such as 2026-12-31")
             continue
-        line, _ = document.line(loc)
-        one = entry.record(KnownFailure, until=until, line=line)
+        one = entry.record(KnownFailure, until=until, line=document.there(loc).line)
         if (first := known.setdefault((one.adapter, one.cause), one)) is not one:
             document.report(loc, "this adapter and cause are accepted already", f"first in line {first.line}")
     document.raise_problems()

@@ -79,9 +79,9 @@ class _Build:
     def _entry(self, loc: Loc, entry: AdapterEntry) -> Iterator[AdapterSpec]:
         """Yield the entry's adapters: one, or one per directory of a glob. None where its source is wrong."""
         given = entry.model_fields_set
-        line, column = self.document.line(loc)
-        draft = self._laid_over(loc, entry, self.default)
-        draft = replace(draft, name=entry.name or "", revision=entry.revision or None, line=line, column=column)
+        there = self.document.there(loc)
+        draft = replace(self._laid_over(loc, entry, self.default), line=there.line, column=there.column)
+        draft = replace(draft, name=entry.name or "", revision=entry.revision or None)
         if entry.expect:
             self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or ())
             draft = replace(draft, expect=entry.expect.record(Expect))
@@ -168,7 +168,7 @@ class _Build:
 
     def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
         """The adapter itself. Every name is there once. `loc` is what names it."""
-        line, _ = self.document.line(loc)
+        line = self.document.there(loc).line
         if spec.name not in self.claimed:
             self.claimed[spec.name] = (line, spec.source)
             return spec

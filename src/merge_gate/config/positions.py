@@ -82,19 +82,18 @@ class Document:
             key, value = value.holds[part]
         return loc, key, value
 
-    def line(self, loc: Loc, key: str | None = None) -> tuple[int, int]:
-        """Line and column of the value at `loc`, or of the key `key` of the mapping there."""
+    def there(self, loc: Loc, key: str | None = None) -> Value:
+        """The value at `loc`, or the key `key` of the mapping there."""
         found, of_key, value = self.at(loc if key is None else (*loc, key))
-        there = of_key if len(found) > len(loc) else value
-        return there.line, there.column
+        return of_key if len(found) > len(loc) else value
 
     def report(self, loc: Loc, message: str, hint: Hint = "", *, key: str | None = None) -> None:
         """Add a problem at the value at `loc`, or at the key `key` of the mapping there."""
-        self.add(self.line(loc, key), message, hint)
+        self.add(self.there(loc, key), message, hint)
 
-    def add(self, place: tuple[int, int], message: str, hint: Hint) -> None:
-        """Add a problem at a line and column, once."""
-        self.problems.setdefault((*place, message), hint)
+    def add(self, value: Value, message: str, hint: Hint) -> None:
+        """Add a problem at a value, once for each place."""
+        self.problems.setdefault((value.line, value.column, message), hint)
 
     def raise_problems(self) -> None:
         """Raise a `ConfigError` if there are problems, with the first in the order of the file."""
@@ -212,12 +211,9 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
                 self.anchored[node] = value
         return value
 
-    def report(self, value: Value, message: str, hint: str) -> None:
-        self.document.add((value.line, value.column), message, hint)
-
     def refuse(self, value: Value, message: str, hint: str) -> None:
         """Report the value, and take nothing of it."""
-        self.report(value, message, hint)
+        self.document.add(value, message, hint)
         value.data, value.holds, value.size, value.height = Nothing.REFUSED, {}, 1, 0
 
     def fill(self, value: Value, node: Any) -> None:
@@ -254,10 +250,10 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
                 merged |= self.merged(item)
                 value.height = max(value.height, 1 + item.height)
             elif key.tag in {_LIST, _MAPPING}:
-                self.report(key, "a key must be text, got a list or a mapping", 'write "key: value"')
+                self.document.add(key, "a key must be text, got a list or a mapping", 'write "key: value"')
             elif key.written in own:
                 hint = f"first in line {own[key.written][0].line}"
-                self.report(key, f"the key {quoted(key.written)} is given twice", hint)
+                self.document.add(key, f"the key {quoted(key.written)} is given twice", hint)
             elif key.data is not Nothing.REFUSED:
                 own[key.written] = (key, item)
         value.holds = merged | own
@@ -269,7 +265,7 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
         sources = [source for source in sources if source.data is not Nothing.REFUSED]
         if any(source.tag != _MAPPING for source in sources):
             hint = "use an alias, such as <<: *defaults"
-            self.report(value, '"<<" takes a mapping or a list of mappings', hint)
+            self.document.add(value, '"<<" takes a mapping or a list of mappings', hint)
             return {}
         return {name: pair for source in reversed(sources) for name, pair in source.holds.items()}
 
