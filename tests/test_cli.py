@@ -168,18 +168,29 @@ def nothing(_: Path) -> None:
 
 
 USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
-    "no-command": (nothing, (), "COMMAND"),
+    "no-command": (nothing, (), "gate adapters, named here or in a config"),
     "unknown-command": (nothing, ("judge", "gate.yml"), "judge"),
     "command-left-out": (nothing, ("adapters/good",), "did you mean `merge-gate run adapters/good`?"),
     "command-left-out-of-a-file": (nothing, ("gone.yml", "--quick"), "did you mean `merge-gate run gone.yml`?"),
     "command-left-out-in-its-directory": (nothing, ("adapters",), "did you mean `merge-gate run adapters`?"),
     "command-left-out-of-a-hostile-name": (nothing, ("\x1b[31m\n::error::x/",), "did you mean `merge-gate run '"),
+    "near-a-command": (nothing, ("chek", "gate.yml"), 'there is no command "chek"; did you mean "check"?'),
+    "near-no-command": (nothing, ("zzz",), 'there is no command "zzz", expected run, check, init, demo, report, '),
+    "near-an-option": (nothing, ("--verison",), 'there is no option "--verison"; did you mean "--version"?'),
+    "near-no-option": (nothing, ("-q",), 'there is no option "-q"'),
+    "near-an-option-of-run": (nothing, ("run", "gate.yml", "--ouptut=x"),
+                              'there is no option "--ouptut"; did you mean "--output"?'),
+    "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"),
+                          '"float32" stands alone: names come before the options'),
     "no-config": (nothing, ("run",), "CONFIG"),
     "unknown-option": (nothing, ("run", "gate.yml", "--frobnicate"), "frobnicate"),
     "bad-device": (nothing, ("run", "gate.yml", "--device", "tpu"), "'tpu' is none of auto, cpu, cuda, cuda:N"),
     "bad-device-index": (nothing, ("run", "gate.yml", "--device", "cuda:x"), "cuda:x"),
     "unknown-schema": (nothing, ("schema", "verdict"), "verdict"),
     "unknown-only": (nothing, ("run", "gate.yml", "--only", "goood"), "--only goood"),
+    "unknown-only-near-one": (nothing, ("run", "gate.yml", "--only", "goood"), 'did you mean "good"?'),
+    "unknown-only-near-none": (nothing, ("run", "gate.yml", "--only", "zzz"), "it lists good"),
+    "several-only": (nothing, ("run", "gate.yml", "--only", "good,good"), "--only good --only good"),
     "unknown-only-of-check": (nothing, ("check", "gate.yml", "--only", "goood"), "--only goood"),
     "empty-list": (configure, ("run", "gate.yml"), "gate.yml:1:"),
     "empty-list-of-check": (configure, ("check", "gate.yml"), "gate.yml:1:"),
@@ -195,7 +206,17 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "config-deep": (lambda place: (place / "gate.yml").write_text("[" * 9000), ("run", "gate.yml"), "gate.yml"),
     "config-a-device": (nothing, ("run", "/dev/zero"), "larger than"),
     "config-with-hostile-name": (nothing, ("run", "\x1b[31m\n::error::x\udcff.yml"), "no such file"),
-    "output-a-file": (lambda place: (place / "out").write_text("mine"), ("run", "gate.yml", "--output", "out"), "out"),
+    "output-a-file": (lambda place: (place / "out").write_text("mine"), ("run", "gate.yml", "--output", "out"),
+                      "out is a file, expected a directory"),
+    "output-empty": (nothing, ("run", "gate.yml", "--output", ""), "is empty, expected a directory"),
+    "output-an-adapter": (nothing, ("run", "gate.yml", "--output", "./adapters/good"),
+                          'is that of the adapter "good": the report would lie among its files'),
+    "output-a-base": (nothing, ("run", "adapters/good", "--base", "base", "--output", "base/"),
+                      'is that of the base "base": the report would lie among its files'),
+    "config-a-broken-link": (lambda place: (place / "dangling.yml").symlink_to("gone.yml"), ("run", "dangling.yml"),
+                             'this is a link to "gone.yml", which is not there'),
+    "adapter-a-broken-link": (lambda place: (place / "dangling").symlink_to("gone"), ("run", "dangling/"),
+                              '"dangling/" is a link to "gone", which is not there'),
     "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
     "output-a-link": (lambda place: (place / "out").symlink_to(place), ("run", "gate.yml", "--output", "out"), "link"),
     "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
@@ -674,8 +695,9 @@ def test_a_path_is_found_in_a_locale_without_its_letters(place: Path) -> None:
     config = place / "gate.yml"
     config.write_text("version: 1\nadapters: [./adaptér]\n", encoding="utf-8")
     for changes in ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
-        answer = merge_gate("check", config, cwd=place, **changes)
-        assert answer.code == 0, answer.said
+        for name in (config, "adaptér"):
+            answer = merge_gate("check", name, cwd=place, **changes)
+            assert answer.code == 0, answer.said
 
 
 def test_check_can_be_interrupted(place: Path) -> None:

@@ -5,6 +5,7 @@ tests/test_cli.py runs the real command.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -130,6 +131,21 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.endswith("ZeroDivisionError: by zero\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EMFILE, "too many open files: raise the limit (ulimit -n)"), (errno.ENOMEM, "out of memo")],
+)
+def test_what_the_system_lacks_is_no_defect(
+    number: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(*_: object) -> NoReturn:
+        raise OSError(number, "no")
+
+    monkeypatch.setitem(cli._COMMANDS, "schema", lacking)
+    assert main(["schema", "config"]) == 3
+    assert capsys.readouterr().err.startswith(f"merge-gate: {said}")
 
 
 def test_a_directory_that_one_may_not_read_is_no_defect(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.command_line import DEFAULT_OUTPUT, parsed
-from merge_gate.errors import ConfigError, ExitCode, GateError, UsageError
+from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError, UsageError
 from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ def _obey(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         return _stopped(stop, arguments)
     except Exception as error:
+        if isinstance(error, OSError) and (lacking := LACKING.get(error.errno or 0)):
+            say(f"merge-gate: {lacking}")
+            return ExitCode.ERROR
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
         if os.environ.get("MERGE_GATE_DEBUG"):

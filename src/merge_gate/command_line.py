@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 
 from merge_gate import __version__
@@ -18,6 +19,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.text import one_of, quoted
 
 DEFAULT_OUTPUT = "merge-gate-report"
+_LONGEST = 40
 
 EXIT_CODES = """\
 exit codes:
@@ -53,10 +55,38 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The values of the command line; one that only lacks its command is told so."""
     top, commands = _parsers()
     words = commanded(argv)
-    if words and words[0] not in commands.choices and _is_place(words[0]):
-        meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
-        top.error(f"the command is missing; did you mean {meant}?")
-    return top.parse_args(words)
+    if not words:
+        top.print_help(sys.stderr)
+        top.exit(2)
+    if words[0] not in commands.choices:
+        if _is_place(words[0]):
+            meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
+            top.error(f"the command is missing; did you mean {meant}?")
+        options = ["-h", *_options(top), "--help"]
+        if not any(option.startswith(words[0]) for option in options):
+            kind, known = ("option", options) if words[0].startswith("-") else ("command", [*commands.choices])
+            top.error(f"there is no {kind} {quoted(words[0])}{_meant(words[0], known)}")
+    values, rest = top.parse_known_args(words)
+    if rest:
+        command = commands.choices[values.command]
+        option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+        if option:
+            command.error(f"there is no option {quoted(option)}{_meant(option, _options(command))}")
+        command.error(f"{quoted(rest[0])} stands alone: names come before the options, and a list has no blanks in it")
+    return values
+
+
+def _options(command: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--[a-z][a-z-]*", command.format_usage())
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, or all of them where these are few."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only a mistake needs it
+
+    if near := get_close_matches(word[:_LONGEST], known, 1):
+        return f"; did you mean {quoted(near[0])}?"
+    return "" if word.startswith("-") else f", expected {one_of(known)}"
 
 
 def _is_place(word: str) -> bool:
@@ -101,9 +131,7 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
     named.add_argument("--dtype", metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16")
     named.add_argument("--quantization", metavar="Q", help=one_of(Quantization))
     run.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
-    run.add_argument(
-        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
-    )
+    _add_output(run)
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
         "--quick",
@@ -209,9 +237,7 @@ def _add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="a shard's output directory, or one that holds several, as artifacts are downloaded",
     )
-    combine.add_argument(
-        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"where the report goes (default: {DEFAULT_OUTPUT})"
-    )
+    _add_output(combine)
 
 
 def _add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -230,6 +256,22 @@ def _add_schema(commands: Commands[argparse.ArgumentParser]) -> None:
         "schema", help="print a JSON Schema", description="Print the JSON Schema of the config or of report.json."
     )
     schema.add_argument("document", choices=("config", "report"), help="which one")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--output",
+        default=DEFAULT_OUTPUT,
+        type=_directory,
+        metavar="DIR",
+        help=f"where the report goes (default: {DEFAULT_OUTPUT})",
+    )
+
+
+def _directory(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a directory (a variable that is not set?)")
+    return text
 
 
 def _shard(text: str) -> str:

@@ -14,6 +14,7 @@ A broken adapter is a `Finding`, never a `GateError`; `Refused` carries one from
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,16 @@ class ExitCode(IntEnum):
     FAIL = 1
     USAGE = 2
     ERROR = 3
+
+
+LACKING = {
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n), then run again",
+    errno.ENFILE: "the machine has too many open files: end what holds them, then run again",
+    errno.ENOMEM: "out of memory: use a larger runner",
+    errno.ENOSPC: "no space left on a disk: free some, then run again",
+    errno.EDQUOT: "the disk quota is used up: free some space, then run again",
+}
+"""What the system had too little of, by the number of its error; nothing that the gate could have known better."""
 
 
 class GateError(Exception):

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, assert_never
 
+from merge_gate.config.nearest import nearest
 from merge_gate.engine import protocol
 from merge_gate.engine.grouping import group_by_base
 from merge_gate.engine.memory import MemoryGroup, too_large
@@ -38,10 +39,12 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport, Report, Shard
 from merge_gate.records.terms import Quantization
 from merge_gate.report import words
+from merge_gate.report.directory import refuse_input
 from merge_gate.report.provisional import ReportWriter
 from merge_gate.report.terminal import SilentView
 from merge_gate.sources.inputs import Inputs
 from merge_gate.tally import Tally
+from merge_gate.text import listing, quoted
 
 if TYPE_CHECKING:
     from merge_gate.report.terminal import View
@@ -72,6 +75,8 @@ def run_gate(
         GateError: there is no such cluster, or the report cannot be written.
     """
     specs, part = select(config, only), None
+    if output is not None:
+        refuse_input(output, _inputs(config))
     if shard is not None:
         specs, part = part_of(config, specs, *shard, quick=quick)
     view = view or SilentView()
@@ -80,6 +85,14 @@ def run_gate(
     ) as keeper:
         run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
         return run.run(quick=quick, child=child)
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, str]]:
+    for spec in config.adapters:
+        if spec.path:
+            yield spec.path, f"the adapter {quoted(spec.name, 200)}"
+        if spec.base.model:
+            yield spec.base.model, f"the base {quoted(spec.base.label or spec.base.model, 200)}"
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
@@ -98,8 +111,10 @@ def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
     known = {spec.name for spec in config.adapters}
     unknown = [name for name in only if name not in known]
     if unknown:
-        listed = ", ".join(sorted(known)[:20])
-        raise UsageError(f"--only {unknown[0]}: {config.path} lists no such adapter", hint=f"it lists {listed}")
+        hint = nearest(unknown[0], known) or f"it lists {listing(sorted(known), 20)}"
+        if known.issuperset(several := unknown[0].replace(",", " ").split()):
+            hint = f"one at a time: {' '.join(f'--only {name}' for name in several)}"
+        raise UsageError(f"--only {unknown[0]}: {config.path} lists no such adapter", hint=hint)
     return tuple(spec for spec in config.adapters if not only or spec.name in only)
 
 

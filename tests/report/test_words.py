@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 
 import pytest
 
-from merge_gate.records.report import Report
+from merge_gate.records.report import Judged, Report
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
-from merge_gate.report import words
+from merge_gate.report import html_report, junit, summary, words
 from tests.report.reports import (
     BASE,
     CRASHED,
@@ -51,6 +52,24 @@ from tests.report.reports import (
 )
 def test_headline(run: Report, said: str) -> None:
     assert words.headline(run) == said
+
+
+def at(time: str, place: str = "acme/adapters run 7") -> Judged:
+    return Judged(key="0" * 64, at=time, place=place, seconds=0.84, seal="")
+
+
+def test_a_report_says_when_and_where_its_verdicts_were_reached() -> None:
+    """For whoever reads it in two years; what earlier runs reached is said beside it."""
+    late, early = adapter("a", judged=at("2026-03-01T12:00:09Z")), adapter("b", judged=at("2026-03-01T12:00:00Z"))
+    elsewhere = adapter("c", judged=at("2026-03-01T12:00:00Z", "vm"))
+    assert words.judged(report(PASSED, WARNED)) == ""
+    assert words.judged(report(early, WARNED)) == "2026-03-01T12:00:00Z, at acme/adapters run 7"
+    said = "2026-03-01T12:00:00Z to 2026-03-01T12:00:09Z, at acme/adapters run 7, vm"
+    run = report(late, early, elsewhere, PASSED)
+    assert words.judged(run) == said
+    assert f"| judged | {said} |" in html.unescape(summary.render(run))
+    assert f"<dt>judged</dt><dd>{said}</dd>" in html_report.render(run)
+    assert f'<property name="judged" value="{said}" />' in junit.render(run)
 
 
 def test_only_a_pass_is_called_finite() -> None:

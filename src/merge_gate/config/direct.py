@@ -93,7 +93,9 @@ def config_of(
     for place in places:
         _refuse_shelf(place)
     longer = longer_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
-    entries = [{"path": place} | ({"name": longer[place]} if place in longer else {}) for place in places]
+    entries = [
+        {"path": _letters(place)} | ({"name": _letters(longer[place])} if place in longer else {}) for place in places
+    ]
     wanted = {"model": base, "dtype": list(dtypes), "quantization": quantization}
     file: dict[str, Any] = {"version": 1, "adapters": entries}
     if any(wanted.values()):
@@ -106,6 +108,11 @@ def config_of(
     except ConfigError as error:
         problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
         raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
+
+
+def _letters(name: str) -> str:
+    """A name as a file in UTF-8 has it, whatever the locale made of its bytes."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def yaml_text(data: object, indent: int | None = None) -> str:

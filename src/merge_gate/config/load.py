@@ -70,6 +70,9 @@ def _read_bytes(path: str) -> bytes:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
+        if os.path.islink(path):  # noqa: PTH114 (as below)
+            to = quoted(os.readlink(path), 200)  # noqa: PTH115 (as below)
+            refuse(path, f"this is a link to {to}, which is not there", "mend the link, or name the file")
         refuse(path, "no such file", _files_near(path))
     except IsADirectoryError:
         refuse(path, "this is a directory, expected a YAML file", _files_near(path))

@@ -6,7 +6,7 @@ Hub id: a mistyped directory must not become a download from whoever owns that n
 """
 
 # os.path says False where pathlib raises (a name too long), and keeps ./ as written:
-# ruff: noqa: PTH110, PTH111, PTH112, PTH118, PTH207
+# ruff: noqa: PTH110, PTH111, PTH112, PTH114, PTH115, PTH118, PTH207
 
 from __future__ import annotations
 
@@ -57,13 +57,20 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
     beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
-    if _HUB_ID.fullmatch(written) and ("/" in written or not owner_needed) and not path_like and not beside:
+    could_be_hub = bool(_HUB_ID.fullmatch(written)) and ("/" in written or not owner_needed) and not path_like
+    if os.path.islink(place.rstrip("/")) and not (could_be_hub and on_hub):
+        to = quoted(os.readlink(place.rstrip("/")), 200)
+        raise Unusable(
+            f"{quoted(written)} is a link to {to}, which is not there", "mend the link, or name the directory"
+        )
+    if could_be_hub and not beside:
         return None, written
     if "://" in written:
         raise Unusable(f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name")
-    more = "a Hub id looks like owner/name" if not path_like else ""
-    if beside:
-        more = f"{quoted(first)} is a directory here, so this reads as a path; to mean the Hub, add a revision"
+    more = "a Hub id looks like owner/name" if not path_like and not beside else ""
+    if beside and could_be_hub:
+        more = f"{quoted(first)} is a directory here, so this reads as a path; to mean the Hub, give a revision"
+        more += " (in a config)"
     hint = partial(_siblings, Path(place).parent, written, more)
     raise Unusable(f"no such directory: {quoted(written)}", hint)
 

@@ -61,7 +61,29 @@ def make_directory(folder: Path) -> None:
                 f"the output directory {folder} is a symbolic link and could lead anywhere, expected a directory",
                 hint=f"remove the link, or give --output the directory it points to ({folder.readlink()})",
             )
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(
+                f"the output directory {folder} is a file, expected a directory",
+                hint="choose a directory that you may write to with --output",
+            )
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
+    """Refuse an output directory that is one of `inputs`, each a directory and what it is of.
+
+    Raises:
+        UsageError: the report would be released with the adapter.
+    """
+    with contextlib.suppress(OSError):
+        own = Path(folder).stat()
+        for directory, what in inputs:
+            with contextlib.suppress(OSError, ValueError):
+                if os.path.samestat(own, os.stat(directory)):  # noqa: PTH116 - a name that no system takes is none
+                    raise UsageError(
+                        f"the output directory {folder} is that of {what}: the report would lie among its files",
+                        hint="choose another directory with --output",
+                    )
 
 
 class Written(NamedTuple):

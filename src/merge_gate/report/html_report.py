@@ -164,7 +164,9 @@ def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
         "place": words.place(first),
         "values": words.values(first),
         "origin": words.ORIGINS[first.origin],
-        "measured": [f"{one_line(name, words.NAME_LIMIT)} {value:g}" for name, value in first.measured],
+        "measured": [
+            f"{one_line(name, words.NAME_LIMIT).replace('_', ' ')} {value:g}" for name, value in first.measured
+        ],
         "more": [words.place(one) or one.message for one in more[:_PLACES]],
         "unsaid": max(len(more) - _PLACES, 0),
         "count": len(more),

@@ -91,6 +91,7 @@ def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
         if (base.model, base.revision) == (first.base.model, first.base.revision) and base.sha256:
             known.append(("base-sha256", base.sha256))
             break
+    known += [("judged", said)] if (said := words.judged(report)) else []
     known += [("baseline", said) for said in words.baseline(report)]
     return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool_version)))]
 

@@ -184,6 +184,8 @@ def _footer(report: Report) -> str:
     rows += bases
     if left:
         rows.append(f"| | … and {words.counted(left, 'more base')} |")
+    if said := words.judged(report):
+        rows.append(f"| judged | {plain(said)} |")
     if said := words.cached(report):
         rows.append(f"| cached | {plain(said)} |")
     rows += [

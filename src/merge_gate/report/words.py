@@ -12,6 +12,7 @@ from merge_gate.judging.table import NOT_JUDGED
 from merge_gate.records.terms import Acceptance, Origin, Quantization, Result, Severity, Verdict
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats take their words from here
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -221,6 +222,16 @@ def cached(report: Report) -> str:
         return ""
     when = f", the oldest {times[0]}" if times else ""
     return f"{number(len(taken))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
+
+
+def judged(report: Report) -> str:
+    """When and where this run reached its verdicts; empty where it merged nothing itself."""
+    own = [adapter.judged for adapter in report.adapters if adapter.judged is not None and not adapter.cached]
+    if not own:
+        return ""
+    times, places = sorted(one.at for one in own), list(dict.fromkeys(one.place for one in own))
+    span = [one_line(time, NAME_LIMIT) for time in dict.fromkeys((times[0], times[-1]))]
+    return f"{' to '.join(span)}, at {listing(one_line(place, NAME_LIMIT) for place in places)}"
 
 
 def title(adapter: AdapterReport) -> str:
