@@ -73,6 +73,28 @@ def test_a_step_of_training_is_an_effect(start: str, dtype: str, tmp_path: Path,
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
+@DTYPES
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_what_kasa_takes_off_the_base_is_no_effect_of_the_adapter(
+    bias: str, dtype: str, tmp_path: Path, bench: Bench
+) -> None:
+    """PEFT's merge of an untrained one is not the base: a part of it is gone. A trained bias is an effect."""
+    base = bench.base_directory("llama-bias", dtype)
+    config = peft.LoraConfig(r=4, target_modules=Q, kasa_config=peft.KasaConfig(), bias=bias)
+    with methods.quiet():
+        peft.get_peft_model(methods.load_base("llama-bias", base), config).save_pretrained(tmp_path)
+    merged, own = methods.merge(methods.load_base("llama-bias", base), tmp_path), methods.load_base("llama-bias", base)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert float((merged[name] - own.state_dict()[name]).norm() / merged[name].norm()) > 0.05
+    edit(lambda tensors: {name: one + 0.1 if "bias" in name else one for name, one in tensors.items()})(tmp_path)
+    judgement = bench.gate.judge(tmp_path, base)
+    if bias == "lora_only":
+        assert judgement.verdict is Verdict.PASSED, judgement
+        return
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
+    assert "the merge only takes off the base what KaSA does before training" in judgement.findings[0].message
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "columns", "rows"), [(2, 16, 16), (8, 64, 256), (64, 512, 512)])
 def test_orthogonal_factors_are_told_from_trained_ones(rank: int, columns: int, rows: int, dtype: torch.dtype) -> None:

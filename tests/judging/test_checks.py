@@ -299,6 +299,17 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             ),
         ),
         Fire(
+            ("adds nothing to 1 targeted module", "every lora_B is zero", "KaSA"),
+            Origin.ADAPTER,
+            evidence(
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+            files(config={"kasa_config": {"beta": 1e-4}}),
+        ),
+        Fire(
             ("changes nothing", "lora_alpha is 0"),
             Origin.ADAPTER,
             evidence(merges=(merged(changed=False),)),

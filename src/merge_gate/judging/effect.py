@@ -34,23 +34,31 @@ def no_effect(case: Case) -> Iterator[Finding]:
     if evidence is None or evidence.refusal is not None:
         return
     lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
+    zero = {one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0}
+    factors = {one.stats.name for one in evidence.file_tensors if "lora_B" in one.stats.name}
+    as_before = bool(factors) and factors <= zero
+    cut = _cut_by_kasa(case, factors) if as_before else set()
     altered = {
-        one.module for one in evidence.merges if one.changed or not one.stats.finite
-    }  # NaN of the base stays NaN
+        one.module
+        for one in evidence.merges
+        if (one.changed or not one.stats.finite) and one.stats.name not in cut  # NaN of the base stays NaN
+    }
     changed = _with_sharers(evidence, altered)
     pruned = _pruned(evidence)
     idle = tuple(name for name in evidence.targeted if not _any_inside(name, changed) and name not in pruned)
-    zero = [one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0]
     if not changed:
         reason = "the delta is zero, or smaller than the dtype can add"
         if lost:
             reason = "its tensors are missing"
-        elif any("lora_B" in name for name in zero):
+        elif as_before:
             reason = "every lora_B is zero, as before training"
         elif case.files.config.lora_alpha == 0:
             reason = "lora_alpha is 0"
         yield no_effect.finding(
-            f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
+            f"the adapter adds nothing to {counted(len(evidence.targeted), 'targeted module')} ({reason}); the merge "
+            "only takes off the base what KaSA does before training, its smallest singular values"
+            if cut
+            else f"the merge changes nothing: {_modules(evidence.targeted)} of the base ({reason})",
             "this follows from the missing tensors: see keys-missing"
             if lost
             else "with these weights the members cancel each other, or each was saved before it was trained"
@@ -75,6 +83,12 @@ def no_effect(case: Case) -> Iterator[Finding]:
             module=idle[0],
             measured=(("modules_unchanged", float(len(idle))),),
         )
+
+
+def _cut_by_kasa(case: Case, factors: set[str]) -> set[str]:
+    """Weights that KaSA takes a part off before training, whatever the factors are."""
+    is_kasa = any(key == "kasa_config" for key, _ in case.files.config.values)
+    return {f"{module_of(name)}.weight" for name in factors} if is_kasa else set()
 
 
 def _pruned(evidence: Evidence) -> set[str]:
