@@ -22,7 +22,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,7 +78,9 @@ def judged(model: Any, apart: frozenset[str]) -> dict[str, float | str]:
     """How far PEFT's merge of a random LoRA on a layer alone moves the outputs, by layer."""
     named = dict(model.named_modules())
     leaves = {path.rpartition(".")[2]: path for path in sorted(apart, reverse=True)}
-    controls = [path for path, module in named.items() if path not in apart and type(module) is nn.Linear][:CONTROLS]
+    held = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+    alone = [path for path, module in named.items() if type(module) is nn.Linear and held[id(module.weight)] == 1]
+    controls = [path for path in alone if path not in apart][:CONTROLS]
     found: dict[str, float | str] = {}
     for path in (*leaves.values(), *controls):
         if isinstance(named[path], ADAPTABLE):

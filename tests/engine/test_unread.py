@@ -234,6 +234,18 @@ def test_what_merges_as_it_was_trained_is_not_told(name: str, dtype: torch.dtype
     assert (judgement.verdict, said(judgement)) == (Verdict.PASSED, None), judgement
 
 
+@pytest.mark.parametrize("name", ["siglip-fourierft", "mamba-fourierft"])
+def test_of_a_model_that_cannot_run_torchs_attention_alone_is_told(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "MOST_CALLS", 0)
+    base, config, *_ = UNREAD[name]
+    one = trained(tmp_path, base, config())
+    judgement = Gate().judge(one.adapter, one.base)
+    finding = said(judgement)
+    assert (judgement.verdict, finding is not None) == (Verdict.PASSED, base == "siglip"), judgement
+
+
 def test_an_embedding_that_a_head_shares_is_of_another_check(tmp_path: Path) -> None:
     one = trained(tmp_path, "llama-tied", lora("embed_tokens", init_lora_weights=False)())
     judgement = Gate().judge(one.adapter, one.base)
@@ -335,6 +347,34 @@ def test_a_model_that_cannot_run_says_what_its_parts_have_shown() -> None:
     found = reads.trace(model)
     assert (found.complete, found.in_logits) == (False, frozenset())
     assert found.apart == {"vision_model.head.attention.out_proj"}
+
+
+def _reads_metadata(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    return hidden.to(weight.dtype) + weight.new_ones(1) + weight.detach().sum()
+
+
+def _reads_the_embedding(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, model.model.embed_tokens.weight)
+
+
+def _reads_the_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden @ model.lm_head.weight.T
+
+
+@pytest.mark.parametrize(
+    ("how", "apart"),
+    [(_reads_metadata, set()), (_reads_the_embedding, set()), (_reads_the_head, {"lm_head"})],
+    ids=["dtype and what has no gradient", "called as well", "never called"],
+)
+def test_what_counts_is_what_an_output_depends_on(how: Callable[..., torch.Tensor], apart: set[str]) -> None:
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": how(self, self.model(input_ids).last_hidden_state)}
+
+    Own.__module__ = "transformers.models.llama.modeling_llama"
+    found = reads.trace(Own(transformers.LlamaConfig(**TEXT, **IDS)))
+    assert (found.complete, found.apart, found.in_logits) == (True, apart, apart)
 
 
 def test_code_of_a_bases_own_is_not_run() -> None:
