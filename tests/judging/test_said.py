@@ -74,6 +74,10 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
         evidence(unexpected=("a.lora_A", "b.lora_B")),
         files(tensors=headers("base_model.model.base_model.model.q_proj.lora_A.weight")),
     ),
+    "missing and unexpected, of a compiled model": (
+        evidence(missing=(LORA_A,), unexpected=("base_model.model._orig_mod.q_proj.lora_A.weight",)),
+        files(tensors=headers("base_model.model._orig_mod.q_proj.lora_A.weight")),
+    ),
     "unexpected, and saved twice": (evidence(unexpected=("score.modules_to_save.weight",)), files()),
     "a class that the base is not": (
         evidence(base=base(loaded_as="BertModel"), instead_of="BertForMaskedLM"),

@@ -89,6 +89,14 @@ def test_the_table_of_a_fleet_has_what_somebody_must_look_at() -> None:
     assert "team-" not in text
 
 
+def test_the_table_says_which_layer_as_far_as_there_is_room() -> None:
+    where = "model.layers.5.self_attn.q_proj"
+    rows = {width: render(FAIL, "out", width=width).splitlines()[2] for width in (100, 80, 64)}
+    assert rows[100].endswith(f"failed          adapter-nonfinite in {where}")
+    assert rows[80].endswith("failed          adapter-nonfinite ….5.self_attn.q_proj")
+    assert rows[64].endswith("failed          adapter-nonfinite")
+
+
 def test_a_fleet_that_passed_has_no_table() -> None:
     text = render(report(*(adapter(f"team-{number}") for number in range(41))), "out")
     assert text.startswith("\nPASS: all 41 adapters passed.\n")

@@ -16,6 +16,9 @@ from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import listing
 
+_NAMES = 3
+"""Names of an adapter's tensors are long, and the first ones say what kind it is."""
+
 
 @check(
     "keys-missing",
@@ -46,9 +49,9 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
         return None
     said = f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file"
     return (
-        f"{said}, so {follows}: {listing(missing)}"
+        f"{said}, so {follows}: {listing(missing, _NAMES)}"
         if follows == keys.FRESH
-        else f"{said}: {listing(missing)}; {follows}",
+        else f"{said}: {listing(missing, _NAMES)}; {follows}",
         keys.names_of_another_kind(case.files.tensors) or hint,
     )
 
@@ -58,8 +61,9 @@ def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
     found = "it is" if len(missing) == 1 else f"{len(dropped):,} of them {are(dropped)}"
     return (
         (
-            f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: {listing(missing)}; "
-            f"{found} in the file, and PEFT loses {'it' if len(missing) == 1 else 'them'} on loading"
+            f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: "
+            f"{listing(missing, _NAMES)}; {found} in the file, and PEFT loses "
+            f"{'it' if len(missing) == 1 else 'them'} on loading"
         ),
         (
             "this release of PEFT renames the tensors of this architecture so that they match nothing: gate and serve "
@@ -76,10 +80,13 @@ def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
 )
 def keys_unexpected(case: Case) -> Iterator[Finding]:
     stray = case.evidence.unexpected if case.evidence else ()
+    named = keys.names_of_another_kind(case.files.tensors)
+    if named and case.evidence is not None and case.evidence.missing and not case.evidence.dropped:
+        named = "this follows from the same names: see keys-missing"
     if stray:
         yield keys_unexpected.finding(
-            f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray)}",
-            keys.names_of_another_kind(case.files.tensors)
+            f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray, _NAMES)}",
+            named
             or keys.saved_twice(stray)
             or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
             "this is the adapter's base, and that the model was unwrapped before saving",

@@ -34,6 +34,11 @@ def cut(text: str, width: int) -> str:
     return _head(text, width - 1 - tail) + ELLIPSIS + _tail(text, tail)
 
 
+def cut_front(text: str, width: int) -> str:
+    """Cut the beginning off `text` so that it takes at most `width` columns."""
+    return text if cells(text) <= width else ELLIPSIS + _tail(text, width - 1)
+
+
 def pad(text: str, width: int) -> str:
     """Return `text`, cut or filled with blanks to exactly `width` columns."""
     shown = cut(text, width)

@@ -264,9 +264,7 @@ def _done(adapter: AdapterReport) -> tuple[str, str]:
     if adapter.verdict is Verdict.PASSED:
         merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
         return adapter.verdict.value, merged + took + (f", {why}" if why else "")
-    finding = words.deciding(adapter)
-    place = (finding.module or finding.tensor) if finding else None
-    return adapter.verdict.value, f", {why}" + (f" in {_name(place)}" if place else "") + took
+    return adapter.verdict.value, f", {why}{words.in_module(adapter)}{took}"
 
 
 def _name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import words
-from merge_gate.report.columns import cells, cut, fit, pad, wrap
+from merge_gate.report.columns import cells, cut, cut_front, fit, pad, wrap
 from merge_gate.report.untrusted import inert, one_line
 from merge_gate.text import listing
 
@@ -53,6 +53,7 @@ _ALL_IN = "report.html and report.json have all"
 _NARROW = 60
 _LABEL_WIDTH = 7
 _LEAST_WIDTH = 24
+_LEAST_PLACE = 12
 _MOST_CAUSES = 6
 _BLANK: Line = ()
 
@@ -95,10 +96,11 @@ def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
         return []  # all passed, if there are any: the result says it
     rest = _plain(_counts(shown, judged), width) if len(shown) < len(judged) else []
     names_base = len({adapter.base.model for adapter in shown}) > 1
-    rows = [_cells(adapter, names_base=names_base) for adapter in shown]
-    if width < _NARROW:
+    narrow = width < _NARROW
+    rows = [_cells(adapter, names_base=names_base, says_where=not narrow) for adapter in shown]
+    if narrow:
         return [*(line for row in rows for line in _stacked(row, width, marks)), *rest]
-    heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE")
+    heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE AND PLACE")
     texts = [heads, *(row[1:] for row in rows)]
     widths = fit([max(cells(row[column]) for row in texts) for column in range(4)], width - 2 - 3 * 2)
     head: Line = (("  ", Style.PLAIN), (_row(heads, widths), Style.FAINT))
@@ -116,13 +118,14 @@ def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> 
 Row = tuple[Verdict, str, str, str, str]
 
 
-def _cells(adapter: AdapterReport, *, names_base: bool) -> Row:
+def _cells(adapter: AdapterReport, *, names_base: bool, says_where: bool) -> Row:
     base = words.precision(adapter.base)
     if names_base:
         base = f"{words.model_name(adapter.base)} ({base})"
     marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
     said = ", ".join([adapter.verdict.value, *marks])
-    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, reason(adapter)
+    why = reason(adapter) + (words.in_module(adapter) if says_where else "")
+    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, why
 
 
 def reason(adapter: AdapterReport) -> str:
@@ -141,8 +144,17 @@ def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
         (pad(name, widths[0]) + "  ", Style.STRONG),
         (pad(base, widths[1]) + "  ", Style.FAINT),
         (pad(said, widths[2]) + "  ", style),
-        (cut(why, widths[3]), Style.PLAIN),
+        (_cut_place(why, widths[3]), Style.PLAIN),
     )
+
+
+def _cut_place(why: str, width: int) -> str:
+    """Of a cause and its place, the cause and the end of the place: `adapter-nonfinite …5.self_attn.q_proj`."""
+    cause, _, place = why.partition(" in ")
+    room = width - cells(cause) - 1
+    if cells(why) <= width or not place:
+        return cut(why, width)
+    return f"{cause} {cut_front(place, room)}" if room >= _LEAST_PLACE else cut(cause, width)
 
 
 def _row(texts: Sequence[str], widths: Sequence[int]) -> str:

@@ -162,6 +162,13 @@ def cause(adapter: AdapterReport) -> str:
     return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
 
 
+def in_module(adapter: AdapterReport) -> str:
+    """` in model.layers.5.mlp`: where what decided is, for a line of its own; empty where it is in no place."""
+    finding = deciding(adapter)
+    named = (finding.module or finding.tensor) if finding else None
+    return f" in {one_line(named, NAME_LIMIT)}" if named else ""
+
+
 def place(finding: Finding) -> str:
     """Where: the tensor, and the module where the tensor's name does not hold it. May be empty."""
     tensor, module = one_line(finding.tensor or "", NAME_LIMIT), one_line(finding.module or "", NAME_LIMIT)
