@@ -63,6 +63,7 @@ def test_an_adapter_and_the_base_that_it_names(place: Path) -> None:
     assert one.files.directory == str(place / "one")
     assert one.base is not None
     assert one.base.directory == str(place / "base")
+    assert one.base.name == "./base", "as the adapter names it: a report has no path of this machine that nobody wrote"
 
 
 def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

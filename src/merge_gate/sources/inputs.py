@@ -60,14 +60,14 @@ class Inputs:
     def _with_base(self, prepared: Prepared) -> Prepared:
         """Add the base: the config's, else the one that adapter_config.json names."""
         wanted = prepared.spec.base
-        model, revision = wanted.model, wanted.revision
+        model, revision, label = wanted.model, wanted.revision, wanted.label
         if model is None:
             said = prepared.files.config
             named, revision = said.base_name, wanted.revision or said.base_revision
             if not named:
                 return replace(prepared, problem=_no_base(prepared.files))
-            model = self._named_by_adapter(named)
-        found = self._base(model, revision, wanted.label or model)
+            model, label = self._named_by_adapter(named), named
+        found = self._base(model, revision, label or model)
         if isinstance(found, GateError):
             hint = found.hint if wanted.model is not None else f"{_NAMED_BY_ADAPTER}; {found.hint}"
             return replace(prepared, problem=checks.undecided(found.message, hint))
