@@ -135,6 +135,13 @@ def test_many_annotations_are_nine_and_a_count_failed_ones_first() -> None:
     assert "file" not in decode(lines[0])[1]
 
 
+def test_what_is_so_in_several_dtypes_is_annotated_once() -> None:
+    one, other = adapter("x"), adapter("x", check="merged-nonfinite")
+    lines = workflow.annotate({"adapters": [one, other, dict(one)]}, "config.yml")
+    titles = [decode(line)[1]["title"] for line in lines]
+    assert titles == ["x failed: adapter-nonfinite", "x failed: merged-nonfinite"]
+
+
 def test_a_failure_that_is_accepted_is_a_warning_after_the_errors() -> None:
     known = adapter("known") | {"accepted": {"reason": "r", "owner": "o", "until": "2026-12-31"}}
     lines = workflow.annotate({"adapters": [known, adapter("new")]}, "")

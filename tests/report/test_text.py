@@ -97,6 +97,15 @@ def test_the_table_says_which_layer_as_far_as_there_is_room() -> None:
     assert rows[64].endswith("failed          adapter-nonfinite")
 
 
+def test_a_tensor_that_the_message_names_is_not_named_again() -> None:
+    told = dataclasses.replace(NAN, message=f"{NAN.tensor} in the adapter's file holds 1 NaN")
+    text = render(report(adapter("x", Verdict.FAILED, cause=NAN.check, findings=(told,))), "")
+    assert text.count(str(NAN.tensor)) == 1
+    assert (
+        "\n  where   1 NaN among 16,384 values, the first at [0, 7]\n          in the adapter's own tensors\n" in text
+    )
+
+
 def test_a_fleet_that_passed_has_no_table() -> None:
     text = render(report(*(adapter(f"team-{number}") for number in range(41))), "out")
     assert text.startswith("\nPASS: all 41 adapters passed.\n")

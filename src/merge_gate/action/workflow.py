@@ -118,14 +118,16 @@ def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[s
 def annotate(report: Mapping[str, Any], file: str) -> list[str]:
     """Return an error for each adapter that failed or could not be judged, failed ones first.
 
-    A failure that the baseline accepts is a warning, after the others.
+    What is so of an adapter in several dtypes is one error. A failure that the baseline accepts is a warning, after the
+    others.
 
     `file` is the configuration relative to the workspace, as the job's page shows it; empty where it lies outside.
     """
     blocked = [adapter for adapter in report["adapters"] if adapter["verdict"] != "passed"]
     blocked.sort(key=lambda adapter: (bool(adapter.get("accepted")), adapter["verdict"] != "failed"))
-    shown = [_annotation(adapter, file) for adapter in blocked[:ANNOTATIONS]]
-    left = len(blocked) - len(shown)
+    told = list(dict.fromkeys(_annotation(adapter, file) for adapter in blocked))
+    shown = told[:ANNOTATIONS]
+    left = len(told) - len(shown)
     if left:
         shown.append(command("error", f"and {left} more; see the job summary or report.json", title="merge-gate"))
     return shown

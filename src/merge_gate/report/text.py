@@ -240,8 +240,11 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
 
 
 def _wrong(finding: Finding, width: int) -> list[Line]:
-    shown = _labelled("wrong", one_line(finding.message, words.MESSAGE_LIMIT), width)
-    where = filter(None, (words.place(finding), words.values(finding), words.ORIGINS[finding.origin]))
+    message = one_line(finding.message, words.MESSAGE_LIMIT)
+    shown = _labelled("wrong", message, width)
+    is_said = one_line(finding.tensor or finding.module or "", words.NAME_LIMIT) in message
+    place = "" if is_said else words.place(finding)
+    where = filter(None, (place, words.values(finding), words.ORIGINS[finding.origin]))
     for index, place in enumerate(where):
         shown += _labelled("where" if index == 0 else "", place, width)
     return shown + _to_do(finding, width)
