@@ -196,6 +196,20 @@ def test_the_loss_of_what_was_trained_from_a_part_of_the_base_is_measured(
     assert judgement.evidence.lost_share > 0.5, judgement
 
 
+def test_a_large_delta_of_a_few_tokens_hides_no_loss_of_the_others(shelf: Shelf, tmp_path: Path, bench: Bench) -> None:
+    """What rounding leaves of the LoRA is next to nothing; the rows of the tokens come through, and are large."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(shelf.adapter("token-rows"), adapter)
+    edit(lambda tensors: {name: one * (1e-4 if "lora_B" in name else 1) for name, one in tensors.items()})(adapter)
+    judgement = bench.gate.judge(adapter, shelf.base("llama-bfloat16"))
+    assert judgement.evidence is not None
+    assert judgement.evidence.lost_share is not None
+    assert judgement.evidence.lost_share < 0.5
+    lost = {one.module.rpartition(".")[2]: one.lost_share for one in judgement.evidence.rounded}
+    assert min(lost["q_proj"] or 0, lost["v_proj"] or 0) > 0.9, lost
+    assert "rounding-loss" in judgement.warned, judgement
+
+
 def pruned_by_adalora(base: Path, directory: Path, kept: dict[str, list[bool]]) -> None:
     """As PEFT saves it after its budget: the ranks that are left, and which they were."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)

@@ -129,8 +129,12 @@ def unread(**changes: Any) -> UnreadLayer:
 
 
 def lossy(share: float, **changes: Any) -> TensorMerge:
-    return merged(base_norm=10.0, delta_norm=1.0, lost_norm=share, unchanged_fraction=0.9, **changes)
+    usual: dict[str, Any] = {"base_norm": 10.0, "delta_norm": 1.0, "lost_norm": share, "unchanged_fraction": 0.9}
+    return merged(**(usual | changes))
 
+
+LARGE = lossy(0.0, delta_norm=100.0)
+"""A large delta, of which nothing is lost."""
 
 NAMED = BaseSpec(model="/models/llama", label="./models/llama")
 FOURIERFT = {"peft_type": "FOURIERFT"}
@@ -330,6 +334,11 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             evidence(merges=(lossy(0.81),)),
             places={"tensor": WEIGHT},
         ),
+        Fire(
+            ("2 of 3 merged tensors lose more than 50%", "(90.0%)", "over all of them it is 1.1%"),
+            Origin.MERGE,
+            evidence(merges=(lossy(0.9), lossy(0.6), LARGE)),
+        ),
     ),
     "headroom": (
         Fire(
@@ -477,6 +486,7 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
         ("no-effect", evidence(refusal=Refusal(check="not-mergeable", message="m"), merges=()), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
+        ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),
         ("rounding-loss", evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),)), files(), spec()),
         ("rounding-loss", evidence(merges=(merged(lost_norm=math.inf, delta_norm=1.0),)), files(), spec()),
         ("headroom", evidence(merges=(merged(tensor(maximum=HALF_MAX / 2)),)), files(), spec()),

@@ -118,7 +118,7 @@ def _any_inside(module: str, changed: set[str]) -> bool:
 @check(
     "rounding-loss",
     WARNING,
-    "More than this share of the delta's norm is lost in the base's dtype.",
+    "More than this share of the delta's norm is lost in the base's dtype, over all tensors or in most of them.",
     Symptom.NO_EFFECT,
     limit=0.5,
 )
@@ -130,14 +130,22 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     known = [one for one in merges if one.unchanged_fraction is not None]
     size = sum(one.stats.numel for one in known)
     kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in known) / size if size else math.nan
-    if share <= limit:
+    above = [one for one in merges if (one.lost_share or 0.0) > limit]
+    if share <= limit and len(above) <= len(merges) / 2:
         return
-    worst = max(merges, key=lambda one: (one.lost_norm or 0.0) / (one.delta_norm or 1.0))
+    worst = max(merges, key=lambda one: one.lost_share or 0.0)
+    of_most = (
+        f"{len(above):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
+        f"in {worst.stats.dtype}, the most {worst.stats.name} ({worst.lost_share or 0.0:.1%}); over all of them it is "
+        f"{share:.1%}"
+    )
     same = f"; {kept:.1%} of the targeted weights stay exactly as in the base" if size else ""
     estimated = any(one.estimated for one in merges)
     how = "; estimated from a sample" if estimated else ""
     yield rounding_loss.finding(
-        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}{how}",
+        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}{how}"
+        if share > limit
+        else f"{of_most}{how}",
         "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is "
         "close to the base",
         Origin.MERGE,
