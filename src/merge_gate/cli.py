@@ -281,7 +281,7 @@ def _check(arguments: argparse.Namespace) -> int:
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
             counts[adapter.verdict] += 1
-            for line in files_told(adapter):
+            for line in files_told(adapter, of=len(config.adapters)):
                 tell(line)
     tell(
         f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]} are sound, "

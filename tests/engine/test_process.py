@@ -90,6 +90,8 @@ def test_while_the_child_imports_its_parent_has_time_for_other_things() -> None:
         (-signal.SIGBUS, b"", None, "killed by SIGBUS", "let nothing write to base and adapters"),
         (-200, b"", None, "killed by signal 200", "report it"),
         (1, b"Traceback\n  ...\nImportError: no x\n\n", None, "exit code 1; its last words: ImportError: no x", "bug"),
+        (1, b"ImportError: x.so: failed to map segment from shared object", None, "exit code 1", "with more memory"),
+        (1, b"MemoryError\n", None, "exit code 1; its last words: MemoryError", "with more memory"),
         (3, b"\xff\xfe" * 5000, None, "exit code 3; its last words: ", "bug"),
     ],
 )

@@ -12,6 +12,7 @@ from merge_gate.errors import ExitCode
 from merge_gate.records.terms import Verdict
 from merge_gate.report.compare import Change, Changes, Kind, compare, render_markdown, render_text
 from tests.report.reports import (
+    BASE,
     CRASHED,
     ENVIRONMENT,
     FAIL,
@@ -69,6 +70,13 @@ def test_time_place_and_wording_are_no_change() -> None:
 def test_another_dtype_is_another_entry() -> None:
     both = report(PASSED, dataclasses.replace(BROKEN, base=HALF))
     assert kinds(compare(both, report(PASSED))) == [("vanished", "support")]
+
+
+def test_a_base_is_the_same_however_its_path_is_written() -> None:
+    one, other = (dataclasses.replace(PASSED, base=dataclasses.replace(BASE, model=model)) for model in ("./b", "b/"))
+    assert compare(report(one), report(other)).changes == ()
+    elsewhere = dataclasses.replace(PASSED, base=dataclasses.replace(BASE, model="c"))
+    assert [change.kind for change in compare(report(one), report(elsewhere)).changes] == [Kind.NEW, Kind.VANISHED]
 
 
 def test_a_newer_run_that_did_not_finish_proves_nothing() -> None:

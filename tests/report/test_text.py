@@ -200,5 +200,9 @@ def test_what_files_alone_say() -> None:
         f"        to do: {NAN.hint}",
         f"        warning: rounding-loss: {ROUNDING.message}",
     ]
+    assert [*files_told(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
+    assert [*files_told(worse, of=41)] == [*files_told(worse, of=40)]
+    warned, *_ = files_told(adapter("support", findings=(ROUNDING,)), of=41)
+    assert warned.startswith("sound   support")
     (line,) = files_told(adapter("a\n::error::b"))
     assert line == "sound   a ::error::b  (./adapters/a ::error::b)"

@@ -220,7 +220,7 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
     lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
     said = f"; its last words: {lines[-1][:300]}" if lines else ""
     if code >= 0:
-        return Ending(f"exit code {code}{said}", _BUG)
+        return Ending(f"exit code {code}{said}", _MEMORY if any(word in said for word in _NO_MEMORY) else _BUG)
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code != signal.SIGKILL:
         return Ending(f"killed by {name}{said}", _HINTS.get(name, _BUG))
@@ -232,6 +232,8 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
+"""Last words of a process that a limit on memory (ulimit -v) has ended."""
 _KILLED = "find out what sent the signal (a limit of the runner, a cancelled job), and run the gate again"
 _GARBLED = "the base's own code, or a library, wrote to the gate's line: use a base without code of its own"
 _BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"

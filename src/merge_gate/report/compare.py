@@ -11,6 +11,7 @@ other format. Adapters are the same where name, base, dtype and quantisation are
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -90,7 +91,8 @@ def compare(old: Report, new: Report) -> Changes:
 
 
 def _key(adapter: AdapterReport) -> Key:
-    return adapter.name, adapter.base.model, adapter.base.dtype, adapter.base.quantization
+    model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base is base/
+    return adapter.name, model, adapter.base.dtype, adapter.base.quantization
 
 
 def _change(old: AdapterReport | None, new: AdapterReport | None) -> Change | None:

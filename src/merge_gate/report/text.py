@@ -322,8 +322,10 @@ def _reports(output_dir: str) -> str:
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
-def files_told(adapter: AdapterReport) -> Iterator[str]:
-    """What the files of one adapter say, worst first; `sound` is less than `passed`."""
+def files_told(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
+    """What the files of one adapter, of so many, say, worst first; `sound` is less than `passed`."""
+    if of > MOST_ROWS and adapter.verdict is Verdict.PASSED and not adapter.findings:
+        return  # that they are sound is counted
     said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
     yield f"{said:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
     for finding in adapter.findings:
