@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
 from merge_gate.config.nearest import nearest
-from merge_gate.config.paths import Unusable, find, find_all, is_glob
+from merge_gate.config.paths import Found, Unusable, find_all, is_glob
 from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
@@ -99,13 +99,8 @@ class _Build:
         if globbed and draft.name:
             hint = "its adapters are named after their directories: remove it"
             self.report(loc, f'"name" has no meaning for the glob {quoted(written)}', hint, key="name")
-        try:
-            found = find_all(written, self.directory, on_hub=draft.revision is not None)
-        except Unusable as problem:
-            self.report((*loc, "path"), *problem.args)
-            return
         naming = (*loc, "name" if draft.name else "path")
-        for source, path, hub_id in found:
+        for source, path, hub_id in self._found((*loc, "path"), written, on_hub=bool(draft.revision)):
             if path and draft.revision:
                 self.report(loc, *_NO_REVISION, key="revision")
             name = (not globbed and draft.name) or (path or source).rsplit("/", 1)[-1]
@@ -166,6 +161,14 @@ class _Build:
                 self.report(place, message, "only adapters of one base can be combined")
         return replace(spec, base=base)
 
+    def _found(self, loc: Loc, written: str, *, on_hub: bool, is_base: bool = False) -> list[Found]:
+        """What a name at `loc` stands for. Nothing, where it is a problem."""
+        try:
+            return find_all(written, self.directory, on_hub=on_hub, is_base=is_base)
+        except Unusable as problem:
+            self.report(loc, *problem.args)
+            return []
+
     def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
         """The adapter itself. Every name is there once. `loc` is what names it."""
         line = self.document.there(loc).line
@@ -185,8 +188,9 @@ class _Build:
         if not entry:
             return spec
         if entry.model and entry.model != spec.label:
-            found = self._found((*loc, "model"), entry.model, entry.revision)
-            spec = replace(spec, model=found, label=entry.model, revision=None)
+            found = self._found((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
+            model = next((path or hub_id for _, path, hub_id in found), entry.model)
+            spec = replace(spec, model=model, label=entry.model, revision=None)
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
@@ -197,14 +201,6 @@ class _Build:
             self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is given twice", "remove one")
         quantization = Quantization(entry.quantization or spec.quantization)
         return replace(spec, dtypes=tuple(entry.dtype or spec.dtypes), quantization=quantization)
-
-    def _found(self, loc: Loc, model: str, revision: str | None) -> str:
-        try:
-            found, hub_id = find(model, self.directory, on_hub=bool(revision), owner_needed=False)
-        except Unusable as problem:
-            self.report(loc, *problem.args)
-            return model
-        return found or hub_id or model
 
     def _setting(self, loc: Loc, checks: Any, below: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, below.check)

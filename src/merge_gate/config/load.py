@@ -86,9 +86,8 @@ def _read_bytes(path: str) -> bytes:
 
 def _files_near(path: str) -> str:
     """Name the YAML file that was perhaps meant."""
-    asked = Path(path)
     is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
-    directory = asked if is_directory else asked.parent
+    directory, asked = (Path(path), "") if is_directory else (Path(path).parent, Path(path).name)
     try:
         names = sorted(file.name for file in directory.iterdir() if file.suffix in {".yml", ".yaml"})
     except PermissionError:
@@ -96,7 +95,7 @@ def _files_near(path: str) -> str:
     except OSError:
         return f"there is no directory {quoted(str(directory))}"
     there = listing(map(quoted, names)) or "no YAML file"
-    return (nearest(asked.name, names) if not is_directory else "") or f"{quoted(str(directory))} holds {there}"
+    return nearest(asked, names) or f"{quoted(str(directory))} holds {there}"
 
 
 def _text(raw: bytes, path: str) -> str:

@@ -36,35 +36,53 @@ def is_glob(written: str, directory: Path) -> bool:
     return bool(_GLOB.search(written)) and not os.path.isdir(_absolute(written, directory))
 
 
-def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> tuple[str | None, str | None]:
-    """Return the absolute directory or the Hub id that `written` stands for, the other one None.
+Found = tuple[str, str | None, str | None]
+"""The text that names an adapter or a base, and its absolute directory or its Hub id."""
+
+
+def find_all(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> list[Found]:
+    """Return what `written` stands for: one for each directory that a glob matches, sorted, or the one that it names.
 
     Args:
-        written: the text in the file.
+        written: the text in the file; of a base it is no glob.
         directory: where relative paths start.
         on_hub: a revision is given, so that a name beside an existing directory (`acme/` is here, `acme/billing` is
             not) still reads as a Hub id.
-        owner_needed: the Hub id must be `owner/name`; otherwise a bare name (`gpt2`) will do.
+        is_base: a Hub id may be a bare name (`gpt2`); otherwise it must be `owner/name`.
 
     Raises:
-        Unusable: neither.
+        Unusable: nothing.
     """
+    if is_base or not is_glob(written, directory):
+        return [_find(written, directory, on_hub=on_hub, is_base=is_base)]
+    if "**" in written:
+        raise Unusable(f'{quoted(written)}: "**" is not supported', "write one * for each level")
+    matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
+    found = [match for match in matches if os.path.isdir(directory / match)]
+    if not found:
+        files = " (only files)" if matches else ""
+        hint = partial(_siblings, _literal_part(written, directory))
+        raise Unusable(f"no directory matches {quoted(written)}{files}", hint)
+    return [(name, os.path.normpath(directory / name), None) for name in found]
+
+
+def _find(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> Found:
     place = _absolute(written, directory)
     if os.path.isdir(place):
-        return os.path.normpath(place), None
+        return written, os.path.normpath(place), None
     if os.path.exists(place):
         raise Unusable(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
     beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
-    could_be_hub = bool(_HUB_ID.fullmatch(written)) and ("/" in written or not owner_needed) and not path_like
+    could_be_hub = bool(_HUB_ID.fullmatch(written)) and ("/" in written or is_base) and not path_like
     if os.path.islink(place.rstrip("/")) and not (could_be_hub and on_hub):
         to = quoted(os.readlink(place.rstrip("/")), 200)
         raise Unusable(
             f"{quoted(written)} is a link to {to}, which is not there", "mend the link, or name the directory"
         )
     if could_be_hub and not beside:
-        return None, written
+        return written, None, written
     if "://" in written:
         raise Unusable(f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name")
     more = "a Hub id looks like owner/name" if not path_like and not beside else ""
@@ -73,29 +91,6 @@ def find(written: str, directory: Path, *, on_hub: bool, owner_needed: bool) -> 
         more += " (in a config)"
     hint = partial(_siblings, Path(place).parent, written, more)
     raise Unusable(f"no such directory: {quoted(written)}", hint)
-
-
-def find_all(written: str, directory: Path, *, on_hub: bool) -> list[tuple[str, str | None, str | None]]:
-    """Return what `written` stands for: one for each directory that a glob matches, sorted, or the one that it names.
-
-    Each is the text that names this one, and the absolute directory or the Hub id, as from `find`.
-
-    Raises:
-        Unusable: nothing.
-    """
-    if not is_glob(written, directory):
-        return [(written, *find(written, directory, on_hub=on_hub, owner_needed=True))]
-    if "**" in written:
-        raise Unusable(f'{quoted(written)}: "**" is not supported', "write one * for each level")
-    matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
-    found = [
-        (match, os.path.normpath(directory / match), None) for match in matches if os.path.isdir(directory / match)
-    ]
-    if not found:
-        files = " (only files)" if matches else ""
-        hint = partial(_siblings, _literal_part(written, directory))
-        raise Unusable(f"no directory matches {quoted(written)}{files}", hint)
-    return [*found]
 
 
 def _absolute(written: str, directory: Path) -> str:
