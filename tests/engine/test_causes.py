@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import peft
 import pytest
 import torch
+import transformers
 
 from merge_gate.records.terms import Verdict
 from tests import methods
 from tests.faults import configure, drop, edit
-from tests.gating import Bench, one_thread
+from tests.gating import Bench, Gate, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -200,3 +202,19 @@ def test_frod_in_another_dtype_earns_a_warning(tmp_path: Path, bench: Bench) -> 
     assert (ours - theirs).norm() / ours.norm() > 0.5, "PEFT saves all of it now: the warning can go"
     judgement = bench.gate.judge(adapter, bench.base_directory("llama", "float32"), dtype="bfloat16")
     assert "not-reproducible" in judgement.warned, judgement
+
+
+def test_a_layer_inside_of_another_one_is_left_by_peft(tmp_path: Path) -> None:
+    """A parameter of Mamba's mixer, and a linear layer of the mixer: PEFT's merge forgets the inner one."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
+    with one_thread(), methods.quiet():
+        transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).save_pretrained(tmp_path / "base")
+        load = transformers.MambaForCausalLM.from_pretrained
+        config = peft.LoraConfig(r=2, target_modules=["x_proj"], target_parameters=["mixer.A_log"])
+        peft.get_peft_model(load(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+        merged = peft.PeftModel.from_pretrained(load(tmp_path / "base"), str(tmp_path / "adapter")).merge_and_unload()
+        assert any("x_proj.lora_A" in name for name, _ in merged.named_parameters())
+        judgement = Gate().judge(tmp_path / "adapter", tmp_path / "base")
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert "x_proj unmerged" in judgement.findings[0].message
+    assert "train it anew with one of the two" in judgement.findings[0].hint

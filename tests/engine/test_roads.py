@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.models import Tensors
+
 
 WEIGHTS = "adapter_model.safetensors"
 SAMPLED = Leeway(estimates=True)
@@ -208,6 +210,36 @@ def test_a_large_delta_of_a_few_tokens_hides_no_loss_of_the_others(shelf: Shelf,
     lost = {one.module.rpartition(".")[2]: one.lost_share for one in judgement.evidence.rounded}
     assert min(lost["q_proj"] or 0, lost["v_proj"] or 0) > 0.9, lost
     assert "rounding-loss" in judgement.warned, judgement
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=["a head", "biases"])
+def test_what_is_trained_whole_is_rounded_before_the_merge(
+    settings: dict[str, Any], tmp_path: Path, bench: Bench
+) -> None:
+    """In float32, by less than bfloat16 holds: unmerged it computes the same, so the merge has lost nothing."""
+    base = bench.base_directory("llama-bias", "bfloat16")
+    model, own = (methods.load_base("llama-bias", base) for _ in range(2))
+    with methods.quiet():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **settings))
+        wrapped.save_pretrained(tmp_path)
+
+    def train(tensors: Tensors) -> Tensors:
+        generator = torch.Generator().manual_seed(3)
+        whole = {name: one.float() for name, one in tensors.items() if "lora_" not in name}
+        return {
+            **tensors,
+            **{name: one + 1e-4 * torch.randn(one.shape, generator=generator) for name, one in whole.items()},
+        }
+
+    edit(train)(tmp_path)
+    inputs = methods.make_input("llama-bias")
+    loaded = methods.load_adapter(own, tmp_path).eval()
+    unmerged = methods.compute(loaded, inputs)
+    with methods.quiet():
+        assert torch.equal(unmerged, methods.compute(loaded.merge_and_unload(safe_merge=True).eval(), inputs))
+    judgement = bench.gate.judge(tmp_path, base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert "rounding-loss" not in judgement.warned, judgement
 
 
 def pruned_by_adalora(base: Path, directory: Path, kept: dict[str, list[bool]]) -> None:

@@ -54,6 +54,11 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
         (["base_model.model._orig_mod.q.lora_A.weight"], "take _orig_mod. out of the names"),
         (["base_model.model.module.q.lora_A.weight"], "put it on the model inside (model.module)"),
         (["base_model.model._orig_mod.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
+        (["base_model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight"], "_checkpoint_wrapped_module, which"),
+        (
+            ["base_model.model.q.lora_A.weight", "base_model.model.h.1._orig_mod.q.lora_A.weight"],
+            "around single layers",
+        ),
         (["model.embed_tokens.weight", "model.norm.weight"], "full model's tensors"),
         (["model.norm.weight"], None),
         (["model.embed_tokens.weight", "base_model.model.q.lora_A.weight"], None),

@@ -25,6 +25,11 @@ from merge_gate.records.measured import Refusal, TensorMerge, TensorStats
 from merge_gate.records.terms import Origin
 from merge_gate.text import listing
 
+_INNER = (
+    "PEFT merges the outer one of two layers of which one is inside of the other (target_parameters on a module, "
+    "target_modules on a part of it): serve the adapter unmerged, or train it anew with one of the two"
+)
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -54,7 +59,7 @@ class Ledger:
         """
         left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if left is not None:
-            raise _refused(f"PEFT left {left} unmerged in its result")
+            raise _refused(f"PEFT left {left} unmerged in its result", _INNER)
         named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
         gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
         if gone:

@@ -52,6 +52,9 @@ _WRAPPERS = {
 }
 """Prefixes that training puts before every name: who does, and what the model inside is called."""
 
+_WRAPPED_LAYER = re.compile(r"\w\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Of layers that are wrapped one by one: by torch.compile, FSDP, or its activation checkpointing."""
+
 
 def _wrapped(names: Sequence[str]) -> str:
     """The hint for names that begin as a wrapper's do, before or behind PEFT's own prefix."""
@@ -66,7 +69,13 @@ def _wrapped(names: Sequence[str]) -> str:
                 f"every name in the file has {prefix} behind {ADAPTER_PREFIX}, so PEFT was put on a model that "
                 f"{wrapper} had wrapped: put it on the model inside ({inner}), or take {prefix} out of the names"
             )
-    return ""
+    within = next(filter(None, (_WRAPPED_LAYER.search(name.removeprefix(ADAPTER_PREFIX)) for name in names)), None)
+    if within is None:
+        return ""
+    return (
+        f"names in the file hold {within[1]}, which training puts around single layers (torch.compile, FSDP, its "
+        "activation checkpointing): take that part out of the names, or save from the model without it"
+    )
 
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$")
