@@ -13,7 +13,7 @@ from typing import Any
 from merge_gate.judging.checks import accident, judge
 from merge_gate.records.files import AdapterFiles, TensorHeader
 from merge_gate.records.measured import Evidence, FileTensor, Refusal
-from merge_gate.records.terms import Finding, Origin
+from merge_gate.records.terms import Finding, Origin, Quantization
 from tests.judging.test_checks import (
     ALL,
     FOURIERFT,
@@ -170,6 +170,16 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
                 merged(tensor("all.weight"), module="all", delta_norm=0.5, lost_norm=0.0, unchanged_fraction=0.0),
                 merged(tensor("rest.weight"), module="rest", delta_norm=1.0, lost_norm=0.6),
             )
+        ),
+        files(),
+    ),
+    "rounding, of a weight that is quantised again": (
+        evidence(base=base(quantization=Quantization.BNB_4BIT), merges=(lossy(0.6),)),
+        files(),
+    ),
+    "rounding, of most of them, quantised again": (
+        evidence(
+            base=base(quantization=Quantization.BNB_8BIT), merges=(lossy(0.9), lossy(0.9), lossy(0.0, delta_norm=100.0))
         ),
         files(),
     ),

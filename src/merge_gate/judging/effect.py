@@ -12,7 +12,7 @@ from merge_gate.judging.check import ERROR, WARNING, Case, Symptom, check
 from merge_gate.judging.releases import changes
 from merge_gate.judging.words import above, are, figure, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.tensor_names import module_of
 from merge_gate.text import counted, listing
 
@@ -115,6 +115,16 @@ def _any_inside(module: str, changed: set[str]) -> bool:
     return module in changed or any(one.startswith(f"{module}.") for one in changed) or not module
 
 
+_IN_FLOAT32 = (
+    "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is close "
+    "to the base"
+)
+_UNQUANTISED = (
+    "merge into the base as it is without quantisation (quantization: none) and serve that, quantised afterwards if "
+    "need be, or serve the adapter unmerged"
+)
+
+
 @check(
     "rounding-loss",
     WARNING,
@@ -134,20 +144,23 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     if share <= limit and len(above) <= len(merges) / 2:
         return
     worst = max(merges, key=lambda one: one.lost_share or 0.0)
+    quantization = case.evidence.base.quantization
+    where, instead = f"in {worst.stats.dtype}", _IN_FLOAT32
+    if quantization is not Quantization.NONE:
+        where, instead = f"by quantising the merged weights to {quantization} again", _UNQUANTISED
     of_most = (
         f"{len(above):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
-        f"in {worst.stats.dtype}, the most {worst.stats.name} ({worst.lost_share or 0.0:.1%}); over all of them it is "
+        f"{where}, the most {worst.stats.name} ({worst.lost_share or 0.0:.1%}); over all of them it is "
         f"{share:.1%}"
     )
     same = f"; {kept:.1%} of the targeted weights stay exactly as in the base" if size else ""
     estimated = any(one.estimated for one in merges)
     how = "; estimated from a sample" if estimated else ""
     yield rounding_loss.finding(
-        f"{share:.1%} of the delta's norm is lost in {worst.stats.dtype} (limit {limit:.0%}){same}{how}"
+        f"{share:.1%} of the delta's norm is lost {where} (limit {limit:.0%}){same}{how}"
         if share > limit
         else f"{of_most}{how}",
-        "merge into a float32 base and serve that, or serve the adapter unmerged: in this dtype the merged model is "
-        "close to the base",
+        instead,
         Origin.MERGE,
         module=worst.module,
         tensor=worst.stats.name,
