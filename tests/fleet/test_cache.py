@@ -344,6 +344,7 @@ def test_nothing_to_resume_and_what_contradicts(fleet: Path, tmp_path: Path) -> 
         "run", str(fleet / "fleet.yml"), "--only", "plain-0", "--resume", "--output", "new", cwd=tmp_path
     )
     assert answer.code == 0, answer.said
+    assert "nothing to resume: the output directory holds no verdict" in answer.err
     (tmp_path / "new" / "report.json").write_text("{}")
     answer = merge_gate(
         "run", str(fleet / "fleet.yml"), "--only", "plain-0", "--resume", "--output", "new", cwd=tmp_path
