@@ -57,7 +57,11 @@ def trace(model: nn.Module) -> Reads:
     state = torch.get_rng_state()
     logging.disable()  # torch and transformers say what cannot run
     try:
-        with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),  # nothing is compiled for this
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             return _traced(_faked(model))
     except Exception:
         return Reads()  # a model that cannot be copied so
