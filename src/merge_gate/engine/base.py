@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +24,12 @@ from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
 from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, quantizing, scales
-from merge_gate.engine.shards import shards_left_out
+from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.terms import Quantization
-from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
     from merge_gate.engine.reads import Reads
@@ -218,8 +216,8 @@ def load_base(
     except Exception as error:  # every library below has its own exceptions; all mean the same here
         raise _not_loaded(error, label, shape) from error
     refuse_mismatches(loading, label, shape)
-    refuse_strangers(model, loading, label)
-    _refuse_lost_shards(model, directory, loading, label)
+    refuse_strangers(model, loading.initialised, label)
+    refuse_lost_shards(model, directory, loading.missing, label)
     return measure_base(model, source, loading, known={})
 
 
@@ -306,42 +304,6 @@ def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
                 f"needs {list(expected)}",
                 hint="config.json and weights of the base are of different models: fetch the base again",
             )
-
-
-def refuse_strangers(model: nn.Module, loading: Loading, label: str) -> None:
-    """Transformers makes up whatever the files lack, and adds an adapter that lies beside them.
-
-    Raises:
-        EngineError: no tensor of the class is in the files, or an adapter lies in the base's directory.
-    """
-    if {name for name, _ in model.named_parameters()} <= loading.initialised:
-        raise EngineError(
-            f"base {label} holds none of the tensors of {type(model).__name__}: transformers would make up all of them",
-            hint="name the base that the adapter was trained on: this one has another class (text and images, where "
-            "the adapter is for text alone), or other names in its files",
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise EngineError(
-            f"base {label} has an adapter_config.json beside its weights: transformers loads that adapter with it",
-            hint="take adapter_config.json out of the base's directory, or name the plain base",
-        )
-
-
-def _refuse_lost_shards(model: Any, directory: str, loading: Loading, label: str) -> None:
-    """Transformers makes up what the index does not list, and fails only where a file that it lists is not there.
-
-    Raises:
-        EngineError: the index lists nothing of a numbered shard, and the model's body has tensors that are made up.
-    """
-    prefix = f"{model.base_model_prefix}." if hasattr(model, getattr(model, "base_model_prefix", None) or "") else ""
-    made_up = sorted(name for name in loading.missing if name.startswith(prefix))
-    lost = shards_left_out(Path(directory)) if made_up else []
-    if lost:
-        raise EngineError(
-            f"base {label} is incomplete: its index lists nothing of {listing(lost, 3)}, and transformers would make "
-            f"up {counted(len(made_up), 'tensor')}: {listing(made_up, 3)}",
-            hint="fetch the base again, with its index and all of its shards",
-        )
 
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]

@@ -1,13 +1,19 @@
-"""Shards of a base that its index leaves out.
+"""What a base's files lack, and transformers makes up, or have beside it: when such a base is not merged into.
 
-In: a base's directory. Out: names of files. Reads the index alone; knows nothing of torch.
+In: a loaded model, the names that its files lack, and a base's directory, of which the index alone is read. Out:
+nothing, or an error. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
+
+from merge_gate.errors import EngineError
+from merge_gate.text import counted, listing
 
 _NUMBERED = re.compile(r"(.*-)(\d{1,5})(-of-)(\d{1,5})(\.\w+)")
 """As transformers numbers them, with five digits; a stranger's file name may count to any number."""
@@ -30,3 +36,39 @@ def shards_left_out(directory: Path) -> list[str]:
         for number in range(first, first + int(match[4]))
     }
     return sorted(implied - named)
+
+
+def refuse_strangers(model: Any, made_up: AbstractSet[str], label: str) -> None:
+    """Transformers makes up whatever the files lack, and adds an adapter that lies beside them.
+
+    Raises:
+        EngineError: no tensor of the class is in the files, or an adapter lies in the base's directory.
+    """
+    if made_up and {name for name, _ in model.named_parameters()} <= made_up:
+        raise EngineError(
+            f"base {label} holds none of the tensors of {type(model).__name__}: transformers would make up all of them",
+            hint="name the base that the adapter was trained on: this one has another class (text and images, where "
+            "the adapter is for text alone), or other names in its files",
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EngineError(
+            f"base {label} has an adapter_config.json beside its weights: transformers loads that adapter with it",
+            hint="take adapter_config.json out of the base's directory, or name the plain base",
+        )
+
+
+def refuse_lost_shards(model: Any, directory: str, missing: AbstractSet[str], label: str) -> None:
+    """Transformers makes up what the index does not list, and fails only where a file that it lists is not there.
+
+    Raises:
+        EngineError: the index lists nothing of a numbered shard, and the model's body has tensors that are made up.
+    """
+    prefix = f"{model.base_model_prefix}." if hasattr(model, getattr(model, "base_model_prefix", None) or "") else ""
+    made_up = sorted(name for name in missing if name.startswith(prefix))
+    lost = shards_left_out(Path(directory)) if made_up else []
+    if lost:
+        raise EngineError(
+            f"base {label} is incomplete: its index lists nothing of {listing(lost, 3)}, and transformers would make "
+            f"up {counted(len(made_up), 'tensor')}: {listing(made_up, 3)}",
+            hint="fetch the base again, with its index and all of its shards",
+        )

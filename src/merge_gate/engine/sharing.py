@@ -35,8 +35,8 @@ from merge_gate.engine.base import (
     named_tensors,
     place_of,
     refuse_mismatches,
-    refuse_strangers,
 )
+from merge_gate.engine.shards import refuse_strangers
 from merge_gate.records.terms import Quantization
 
 
@@ -66,7 +66,7 @@ def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loadi
     directory, on_meta = known.source.directory, {"device_map": "meta"}
     outline, expected = load_informed(model_class, directory, **known.source.options, **head(shape), **on_meta)
     refuse_mismatches(expected, known.source.label, shape)
-    refuse_strangers(outline, expected, known.source.label)
+    refuse_strangers(outline, expected.initialised, known.source.label)
     # 2.
     config = outline.config
     held = {name: tensor.detach() for name, tensor in known.tensors.items() if name not in known.initialised}
