@@ -292,6 +292,14 @@ def test_a_sandbox_that_is_not_whole_is_told_once(
     assert report_of(place)["environment"]["sandbox"]["missing"] == ["files: no Landlock here"]
 
 
+@pytest.mark.usefixtures("place")
+def test_a_base_that_takes_long_to_load_is_named(worker: list[Event], capsys: pytest.CaptureFixture[str]) -> None:
+    worker.append(protocol.Waiting(task=None, base="./base", seconds=61.0, limit_s=900.0))
+    assert main(["run", "gate.yml"]) == 3
+    said = capsys.readouterr()
+    assert "base ./base: still loading after 1 min 01 s; its time limit is 15 min 00 s" in said.out + said.err
+
+
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("sound", [True, False])
 def test_a_cluster_is_asked_where_there_is_something_to_merge(

@@ -243,15 +243,20 @@ class _Run:
             case protocol.Undecided():
                 self._settle(event.task, outcome.undecided(self._tally.entries[event.task], event.refusal))
             case protocol.Waiting():
-                name = self._tally.entries[event.task].prepared.spec.name
-                spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
-                self._view.note(f"{name}: nothing heard of it for {spent}; its time limit is {limit}")
+                self._view.note(self._still_at(event))
             case protocol.Idle():
                 self._catch_up(at_once=True)
             case protocol.Finished():
                 pass  # the last report follows
             case _:
                 assert_never(event)
+
+    def _still_at(self, event: protocol.Waiting) -> str:
+        spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
+        if event.task is None:
+            return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
+        name = self._tally.entries[event.task].prepared.spec.name
+        return f"{name}: nothing heard of it for {spent}; its time limit is {limit}"
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self._tally.sandbox.missing:

@@ -184,14 +184,19 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(
 
 
 def test_a_base_that_never_loads_costs_the_adapters_on_it(
-    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
+    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And it is named while it loads."""
+    monkeypatch.setattr("merge_gate.engine.supervisor.FIRST_WORD_S", 0.5)
     slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
     killer = Killer(BaseLoading(group=0), number=signal.SIGSTOP)
     job = Job(groups=(group(slow, adapters[:2]), group(shelf.base("llama"), adapters[2:], first=2)))
     supervise(limited(job, 4.0), killer)
     assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
     assert "while it loaded base slow: the time limit of 4 s was over" in killer.refusal(0).message
+    waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.base == "slow"]
+    assert waiting, "and on a busy machine others too"
+    assert {(event.task, event.limit_s) for event in waiting} == {(None, 4.0)}
 
 
 def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

@@ -126,9 +126,10 @@ class Finished:
 
 @record
 class Waiting:
-    """The task has said nothing for so long; the parent tells it itself."""
+    """The task has said nothing for so long, or `base` has been loading for so long; the parent tells it itself."""
 
-    task: int
+    task: int | None
+    base: str
     seconds: float
     limit_s: float
 

@@ -38,7 +38,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.text import counted
 
 FIRST_WORD_S = 60.0
-"""After so long without progress of an adapter it is named, and again after twice as long."""
+"""After so long without a word of an adapter, or of a base that loads, it is named, and again after twice as long."""
 
 _MERGING = "while it merged this adapter"
 
@@ -111,9 +111,10 @@ class Attempt:
 
     def _name_what_is_silent(self) -> None:
         silent_s = time.monotonic() - self._heard_s
-        if self._task is not None and silent_s >= self._next_word_s:
+        base = self._job.groups[self._group].label if self._group is not None else ""
+        if (self._task is not None or base) and silent_s >= self._next_word_s:
             self._next_word_s *= 2
-            self._listen(Waiting(task=self._task, seconds=silent_s, limit_s=self._limit_s))
+            self._listen(Waiting(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s))
 
     def is_overdue(self) -> bool:
         """Whether what the child is at has taken longer than it may."""
