@@ -308,6 +308,7 @@ APART = {
     "t5": set[str](),
     "whisper": set[str](),
     "wav2vec2": set[str](),
+    "wavlm": {"q_proj", "k_proj", "v_proj", "attention.out_proj"},
 }
 
 
@@ -375,6 +376,17 @@ def test_what_counts_is_what_an_output_depends_on(how: Callable[..., torch.Tenso
     Own.__module__ = "transformers.models.llama.modeling_llama"
     found = reads.trace(Own(transformers.LlamaConfig(**TEXT, **IDS)))
     assert (found.complete, found.apart, found.in_logits) == (True, apart, apart)
+
+
+def test_a_part_that_a_whole_run_did_not_come_to_is_not_taken_for_run() -> None:
+    class Own(transformers.SiglipModel):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.text_model(input_ids)
+
+    Own.__module__ = "transformers.models.siglip.modeling_siglip"
+    found = reads.trace(Own(_siglip().config))
+    assert (found.complete, found.apart, "text_model.head" in found.ran) == (True, frozenset(), True)
+    assert not any("vision_model" in path for path in found.ran)
 
 
 def test_code_of_a_bases_own_is_not_run() -> None:

@@ -42,10 +42,12 @@ TOKENS, SAMPLES, FRAMES, EDGE, CHANNELS = 8, 4_000, 100, 32, 3
 class Reads:
     """`apart` are modules whose parameters a forward reads without calling them; `in_logits` those of them in a logit.
 
-    `complete`: the whole model ran. Otherwise `apart` is what its parts have shown, as far as they came.
+    `complete`: the whole model ran, and `ran` are the modules with parameters of their own that it came to. Otherwise
+    `apart` is what its parts have shown, as far as they came.
     """
 
     complete: bool = False
+    ran: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
     in_logits: frozenset[str] = frozenset()
 
@@ -97,7 +99,12 @@ def _traced(model: Any) -> Reads:
     whole = _ran(model)
     if whole.complete:
         logits = (value for name, value in whole.named if name.startswith("logits"))
-        return Reads(complete=True, apart=layers.apart(whole.outputs), in_logits=layers.apart(logits))
+        return Reads(
+            complete=True,
+            ran=frozenset(layers.ran),
+            apart=layers.apart(whole.outputs),
+            in_logits=layers.apart(logits),
+        )
     outputs = whole.outputs
     done: list[str] = []
     for path, part in model.named_modules():
@@ -114,6 +121,7 @@ class _Layers:
 
     def __init__(self, model: nn.Module) -> None:
         self._owned: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self.ran: set[str] = set()
         holders: dict[int, int] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -126,7 +134,8 @@ class _Layers:
             }
             if leaves:
                 self._owned += [(path, *pair) for pair in leaves.values()]
-                module.forward = _exchanging(module, {name: leaf for name, (_, leaf) in leaves.items()})
+                exchanged = {name: leaf for name, (_, leaf) in leaves.items()}
+                module.forward = _exchanging(module, exchanged, functools.partial(self.ran.add, path))
 
     def apart(self, outputs: Iterable[torch.Tensor]) -> frozenset[str]:
         """Step 4."""
@@ -135,11 +144,12 @@ class _Layers:
         return frozenset(path for path, parameter, _ in self._owned if id(parameter) in found and path not in called)
 
 
-def _exchanging(module: nn.Module, leaves: dict[str, torch.Tensor]) -> Callable[..., Any]:
+def _exchanging(module: nn.Module, leaves: dict[str, torch.Tensor], begun: Callable[[], None]) -> Callable[..., Any]:
     forward = module.forward
 
     @functools.wraps(forward)
     def run(*positional: Any, **named: Any) -> Any:
+        begun()
         held = dict(module._parameters)
         module._parameters.update(leaves)  # type: ignore[arg-type]
         try:

@@ -45,7 +45,7 @@ def unread_layers(base: Base, loaded: Loaded) -> tuple[UnreadLayer, ...]:
     found = []
     for path, layer in _layers(loaded.model):
         never_called = _is_attention_output(base.model, path)
-        if path in reads.apart or (never_called and not reads.complete):
+        if path in reads.apart or (never_called and path.rpartition(".")[0] not in reads.ran):
             share = _share(base, loaded, layer)
             if share > max(rounding_share(layer), ROUNDING_SHARE):
                 found.append(
