@@ -106,10 +106,12 @@ def test_the_directory_must_not_be_a_link(tmp_path: Path) -> None:
     assert not list((tmp_path / "real").iterdir())
 
 
-@pytest.mark.parametrize("below", [".", "sub"])
-def test_a_file_is_no_directory(tmp_path: Path, below: str) -> None:
+@pytest.mark.parametrize(
+    ("below", "said"), [(".", "out is a file, expected a directory"), ("sub", "cannot make the output directory")]
+)
+def test_a_file_is_no_directory(tmp_path: Path, below: str, said: str) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(UsageError, match="cannot make the output directory") as caught:
+    with pytest.raises(UsageError, match=said) as caught:
         write_report(PASS, tmp_path / "out" / below)
     assert "--output" in caught.value.hint
 
