@@ -39,11 +39,37 @@ class HeadThatReadsIt(BertLMPredictionHead):
         return self.decoder(self.transform(hidden_states)) + self.bias
 
 
+class HeadThatReadsItElsewhere(BertLMPredictionHead):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.finished(self.decoder(self.transform(hidden_states)))
+
+    def finished(self, logits: torch.Tensor) -> torch.Tensor:
+        def shifted(by: float) -> torch.Tensor:
+            return logits + by * self.bias
+
+        return shifted(1.0)
+
+
+class HeadThatInheritsIt(HeadThatReadsIt):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
 class BertThatReadsIt(transformers.BertForMaskedLM):
+    head = HeadThatReadsIt
+
     def __init__(self, config: transformers.BertConfig) -> None:
         super().__init__(config)
-        self.cls.predictions = HeadThatReadsIt(config)
+        self.cls.predictions = self.head(config)
         self.post_init()
+
+
+class BertThatReadsItElsewhere(BertThatReadsIt):
+    head = HeadThatReadsItElsewhere
+
+
+class BertThatInheritsIt(BertThatReadsIt):
+    head = HeadThatInheritsIt
 
 
 def make(model_class: Any, config: Any, adapter: Any, directory: Path) -> tuple[Path, Path, float]:
@@ -83,10 +109,12 @@ def test_the_weight_of_such_a_decoder_is_tied_all_the_same(tmp_path: Path) -> No
     assert [one.tensor for one in judgement.findings] == ["bert.embeddings.word_embeddings.weight"]
 
 
-def test_a_head_that_reads_the_bias_as_well_is_another_side(tmp_path: Path) -> None:
-    with one_thread(), among_transformers(BertThatReadsIt):
+@pytest.mark.parametrize("model_class", [BertThatReadsIt, BertThatReadsItElsewhere, BertThatInheritsIt])
+def test_a_head_that_reads_the_bias_as_well_is_another_side(model_class: Any, tmp_path: Path) -> None:
+    """In its forward, or in a function that this calls."""
+    with one_thread(), among_transformers(model_class):
         config = peft.BeftConfig(target_modules=["decoder"])
-        base, adapter, error = make(BertThatReadsIt, transformers.BertConfig(**SIZES), config, tmp_path)
+        base, adapter, error = make(model_class, transformers.BertConfig(**SIZES), config, tmp_path)
         configure(auto_mapping=None)(adapter)  # it names this module
         judgement = Gate().judge(adapter, base)
     assert error > 1e-2

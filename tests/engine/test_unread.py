@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine import reads
-from merge_gate.engine.peft_config import starts_at_no_delta
+from merge_gate.engine.peft_config import STARTS, starts_at_no_delta
 from merge_gate.records.terms import Finding, Severity, Verdict
 from tests import architectures, methods
 from tests.gating import Gate, Judgement, one_thread
@@ -178,6 +178,13 @@ UNREAD: dict[str, tuple[str, Callable[[], peft.PeftConfig], str, Severity, float
         0.05,
     ),
     "siglip-vision-fourierft": ("siglip-vision", fourier("q_proj", OUT_PROJ), OUT_PROJ, WARNING, 0.1),
+    "siglip-c3a-gaussian": (
+        "siglip",
+        lambda: peft.C3AConfig(block_size=4, init_weights="gaussian", target_modules=["q_proj", OUT_PROJ]),
+        OUT_PROJ,
+        ERROR,
+        0.1,
+    ),
     "mamba-fourierft": ("mamba", fourier("in_proj", DT_PROJ), DT_PROJ, WARNING, 1e-2),
     "mamba-lora-random": ("mamba", lora("in_proj", DT_PROJ, init_lora_weights=False), DT_PROJ, WARNING, 1e-4),
     "deberta-lora-random": ("deberta", lora("query_proj", RELATIVE, init_lora_weights=False), RELATIVE, WARNING, 1e-4),
@@ -280,8 +287,9 @@ def test_these_starts_change_nothing(name: str) -> None:
         lora("q_proj", init_lora_weights="olora")(),
         peft.VBLoRAConfig(target_modules=["q_proj"], vector_length=4, num_vectors=8),
         peft.C3AConfig(target_modules=["q_proj"], block_size=4),
+        peft.C3AConfig(target_modules=["q_proj"], block_size=4, init_weights="gaussian"),
     ],
-    ids=lambda config: f"{config.peft_type.value}-{getattr(config, 'init_lora_weights', '')}",
+    ids=lambda config: "-".join(str(config.to_dict().get(key)) for key in ("peft_type", *STARTS[:2])),
 )
 def test_these_starts_are_looked_into(config: peft.PeftConfig) -> None:
     assert not starts_at_no_delta(config)

@@ -114,13 +114,23 @@ class Ledger:
         module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
         held = {attribute for attribute, one in module._parameters.items() if one is tensor}
         is_outer = any(other.startswith(f"{path}.") for other in sharers)
-        return is_outer and bool(held) and held.isdisjoint(_names_in(type(module).forward))
+        named = _names_in_forward(type(module)) or held  # of a forward without code nothing is known
+        return is_outer and bool(held) and held.isdisjoint(named)
 
 
-def _names_in(function: Any) -> tuple[str, ...]:
-    """Attributes and globals that a function's own code names."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return code.co_names if code is not None else ()
+def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
+    """Attributes and globals that its forward names, or a method of its that is named there; inherited ones as well."""
+    names: set[str] = set()
+    waiting: list[Any] = [module_class.forward]
+    while waiting:
+        found = waiting.pop()
+        code = found if inspect.iscode(found) else getattr(inspect.unwrap(found), "__code__", None)
+        if code is not None:
+            fresh = set(code.co_names) - names
+            names |= fresh
+            waiting += filter(inspect.iscode, code.co_consts)  # functions inside of it
+            waiting += (vars(one)[name] for one in module_class.__mro__ for name in fresh & vars(one).keys())
+    return names
 
 
 def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:

@@ -28,7 +28,7 @@ STARTS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 """Keys that say where training begins."""
 
 NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
-"""Words of theirs for a product that is zero at first: LoRA's (tests/engine/test_unread.py)."""
+"""Words of LoRA's for a product that is zero at first (tests/engine/test_unread.py). C3A's `gaussian` is no zero."""
 
 LISTED = 6
 """Names listed in one message before "and N more"."""
@@ -145,10 +145,11 @@ def initialisation_writes_to_base(config: Any) -> bool:
 def starts_at_no_delta(config: Any) -> bool:
     """Whether training begins at the base, so that a layer which gets no gradient changes nothing.
 
-    True stands for that wherever PEFT has such a key; it is taken for another start where a method has none.
+    True stands for that wherever PEFT has such a key, and words for it are LoRA's alone. A method that has no such key
+    is taken to begin elsewhere.
     """
-    schemes = [getattr(config, key) for key in STARTS if hasattr(config, key)]
-    return any(scheme is True or str(scheme).lower() in NO_DELTA_SCHEMES for scheme in schemes)
+    is_at_zero = any(getattr(config, key, None) is True for key in STARTS)
+    return is_at_zero or str(getattr(config, "init_lora_weights", None)).lower() in NO_DELTA_SCHEMES
 
 
 def initialisation_reads_base(config: Any) -> bool:
