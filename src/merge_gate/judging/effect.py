@@ -140,8 +140,8 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     known = [one for one in merges if one.unchanged_fraction is not None]
     size = sum(one.stats.numel for one in known)
     kept = sum((one.unchanged_fraction or 0.0) * one.stats.numel for one in known) / size if size else math.nan
-    above = [one for one in merges if (one.lost_share or 0.0) > limit]
-    if share <= limit and len(above) <= len(merges) / 2:
+    losing = [one for one in merges if (one.lost_share or 0.0) > limit]
+    if share <= limit and len(losing) <= len(merges) / 2:
         return
     worst = max(merges, key=lambda one: one.lost_share or 0.0)
     quantization = case.evidence.base.quantization
@@ -149,7 +149,7 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     if quantization is not Quantization.NONE:
         where, instead = f"by quantising the merged weights to {quantization} again", _UNQUANTISED
     of_most = (
-        f"{len(above):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
+        f"{len(losing):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
         f"{where}, the most {worst.stats.name} ({worst.lost_share or 0.0:.1%}); over all of them it is "
         f"{share:.1%}"
     )
