@@ -524,6 +524,15 @@ def test_what_is_not_finite_is_counted_and_placed(stats: TensorStats, said: str)
     assert describe_nonfinite(stats) == said
 
 
+def test_a_layer_that_is_never_called_is_told_alike_in_several_dtypes() -> None:
+    """What it says is the same, so that it is said once, although the figures differ."""
+    told = [
+        judge(spec(), files(config=FOURIERFT), evidence(peft_type="FOURIERFT", unread=(unread(share=share),)))
+        for share in (6.8123, 6.8119)
+    ]
+    assert told[0] == told[1] != ()
+
+
 def test_the_base_is_told_of_by_itself_too() -> None:
     (finding,) = findings_of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")

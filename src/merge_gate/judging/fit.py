@@ -157,18 +157,21 @@ def not_mergeable(case: Case) -> Iterator[Finding]:
         return
     one = len(unread) == 1
     worst = max(unread, key=lambda layer: layer.share)
-    layers, them = ("a layer", "it") if one else (f"{len(unread):,} layers", "them")
+    share = f"{worst.share:.2g}"
+    layers, them, those = (
+        ("a layer", "it", "that layer") if one else (f"{len(unread):,} layers", "them", "those layers")
+    )
     yield not_mergeable.finding(
         f"the model reads the weight of {layers} without calling {them}: "
         f"{listing(tuple(layer.module for layer in unread))}; the adapter does nothing there, in training too, until "
         f"it is merged, and the merge changes {'that weight by' if one else 'those weights by up to'} "
-        f"{worst.share:.2g} times its norm",
-        f"serve the adapter unmerged, as it was trained; or take {them} out of target_modules (exclude_modules) and "
-        "train again",
+        f"{share} times its norm",
+        f"serve the adapter unmerged, as it was trained; or take {those} out of target_modules (exclude_modules) "
+        "and train again",
         Origin.CONFIG,
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
-        measured=(("layers", float(len(unread))), ("share", worst.share)),
+        measured=(("layers", float(len(unread))), ("share", float(share))),  # as said: it is so of all dtypes
     )
 
 
