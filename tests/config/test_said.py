@@ -296,6 +296,16 @@ def test_a_base_that_lies_elsewhere_is_found_for_each(here: Path) -> None:
     assert "  - ./a/one   # its base" in first_config(["a/one", "c", "far", "near"], base_of)
 
 
+def test_a_base_whose_name_is_none_of_the_hubs_is_looked_for(here: Path) -> None:
+    """A path of the training, without the ./ before it."""
+    for named in ("runs/full/b2", r"C:\models\b2"):
+        assert "it is not there from here" in first_config(["a/one"], lambda _, named=named: named)
+    (here / "c/b2").mkdir(parents=True)
+    (here / "c/b2/config.json").write_text("{}")
+    (here / "c/b2/model.safetensors").touch()
+    assert "  model: ./c/b2   # the adapters name" in first_config(["a/one", "c/b2"], lambda _: "runs/full/b2")
+
+
 @pytest.mark.parametrize(
     ("directory", "message", "hint"),
     [

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_gate.config.direct import longer_names, yaml_text
+from merge_gate.config.paths import could_be_hub_id
 from merge_gate.errors import UsageError
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing, quoted
@@ -23,7 +24,6 @@ MAX_DEPTH = 4
 
 _STEP = re.compile(r"(?:checkpoint|step|epoch|iter|global_step)[-_]?(\d{1,18})", re.ASCII)
 _MODEL = re.compile(r".*\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
-_LOCAL = re.compile(r"\.{1,2}(?:/|$)|[/~]")
 _PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z0-9_-]|/[A-Za-z0-9_./@+=-]+", re.ASCII)
 """Paths and Hub ids that are text in YAML without quotes."""
 
@@ -131,7 +131,7 @@ class _Base:
 
 def _base(named: str, adapter: str, models: set[str]) -> _Base:
     """The base as the file has to name it. One on the Hub is there; a path may have been another machine's."""
-    if not _LOCAL.match(named) or os.path.isdir(os.path.expanduser(named)):  # noqa: PTH111, PTH112 (as above)
+    if could_be_hub_id(named, is_base=True) or os.path.isdir(os.path.expanduser(named)):  # noqa: PTH111, PTH112 (as above)
         return _Base(named, named)
     if not Path(named).is_absolute():
         for above in Path(adapter).parents:

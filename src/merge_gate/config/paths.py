@@ -75,7 +75,7 @@ def _find(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> Foun
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
     beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
-    could_be_hub = bool(_HUB_ID.fullmatch(written)) and ("/" in written or is_base) and not path_like
+    could_be_hub = could_be_hub_id(written, is_base=is_base)
     if os.path.islink(place.rstrip("/")) and not (could_be_hub and on_hub):
         to = quoted(os.readlink(place.rstrip("/")), 200)
         raise Unusable(
@@ -91,6 +91,12 @@ def _find(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> Foun
         more += " (in a config)"
     hint = partial(_siblings, Path(place).parent, written, more)
     raise Unusable(f"no such directory: {quoted(written)}", hint)
+
+
+def could_be_hub_id(written: str, *, is_base: bool) -> bool:
+    """Say whether a name may be one of the Hub's, by its letters alone. That of a base may be bare (`gpt2`)."""
+    has_owner = "/" in written
+    return bool(_HUB_ID.fullmatch(written)) and (has_owner or is_base) and not _PATH_LIKE.match(written)
 
 
 def _absolute(written: str, directory: Path) -> str:
