@@ -95,6 +95,24 @@ def test_what_kasa_takes_off_the_base_is_no_effect_of_the_adapter(
     assert "the merge only takes off the base what KaSA does before training" in judgement.findings[0].message
 
 
+@DTYPES
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_trained_bias_of_a_lora_is_an_effect(trained: bool, dtype: str, tmp_path: Path, bench: Bench) -> None:
+    """With `lora_bias`, beside factors that are as training starts from them."""
+    base = bench.base_directory("llama-bias", dtype)
+    with methods.quiet():
+        config = peft.LoraConfig(r=4, target_modules=Q, lora_bias=True)
+        peft.get_peft_model(methods.load_base("llama-bias", base), config).save_pretrained(tmp_path)
+    by = 0.1 if trained else 0.0
+    edit(lambda tensors: {name: one + by if "bias" in name else one for name, one in tensors.items()})(tmp_path)
+    merged, own = methods.merge(methods.load_base("llama-bias", base), tmp_path), methods.load_base("llama-bias", base)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert torch.equal(merged[name], own.state_dict()[name]) is not trained
+    judgement = bench.gate.judge(tmp_path, base)
+    expected = (Verdict.PASSED, None) if trained else (Verdict.FAILED, "no-effect")
+    assert (judgement.verdict, judgement.cause) == expected, judgement
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "columns", "rows"), [(2, 16, 16), (8, 64, 256), (64, 512, 512)])
 def test_orthogonal_factors_are_told_from_trained_ones(rank: int, columns: int, rows: int, dtype: torch.dtype) -> None:

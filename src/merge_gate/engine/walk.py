@@ -335,10 +335,16 @@ class Walk:
         exact: dict[str, torch.Tensor],
         share: float,
     ) -> Made:
+        of_bias = min(share, outcome.ROUNDING_SHARE)  # it is trained apart from the factors (lora_bias)
         merges = tuple(
             (
                 outcome.of_tensor(
-                    self.base, slot.module, slot.name, tensor, exact.get(slot.name), rounding_share=share
+                    self.base,
+                    slot.module,
+                    slot.name,
+                    tensor,
+                    exact.get(slot.name),
+                    rounding_share=of_bias if slot.attribute == "bias" else share,
                 ),
                 layer if any(slot is one for one, _ in changed) else None,
             )
