@@ -20,6 +20,7 @@ from merge_gate.engine import reads
 from merge_gate.engine.peft_config import STARTS, starts_at_no_delta
 from merge_gate.records.terms import Finding, Severity, Verdict
 from tests import architectures, methods
+from tests.faults import edit
 from tests.gating import Gate, Judgement, one_thread
 
 VISION = {
@@ -261,7 +262,9 @@ def test_an_embedding_that_a_head_shares_is_of_another_check(tmp_path: Path) -> 
 
 # --- the start -----------------------------------------------------------------------------------------------------
 
-AT_NO_DELTA = ("lora-linear", "lora-dora", "lora-orthogonal", "lora-mica", "lora-eva", "adalora-linear")
+AT_NO_DELTA = (
+    "lora-linear", "lora-dora", "lora-orthogonal", "lora-mica", "lora-eva", "adalora-linear", "ln-norm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", AT_NO_DELTA)
@@ -301,6 +304,17 @@ def test_an_ordinary_lora_is_not_traced(tmp_path: Path) -> None:
     gate.judge(one.adapter, one.base)
     (base,) = gate.loaded.values()
     assert base.reads is None
+
+
+def test_what_ln_tuning_puts_in_a_layers_place_is_merged(tmp_path: Path) -> None:
+    """PEFT's merge of it exchanges two layers, and a second one changes them back: it is tried nowhere else."""
+    config = peft.LNTuningConfig(target_modules=["q_proj", OUT_PROJ])
+    one = trained(tmp_path, "siglip", config)
+    edit(lambda tensors: {name: value + 0.5 for name, value in tensors.items()})(one.adapter)
+    judgement = Gate().judge(one.adapter, one.base)
+    assert judgement.evidence is not None
+    changed = {merge.stats.name for merge in judgement.evidence.merges if merge.changed}
+    assert f"vision_model.{OUT_PROJ}.weight" in changed, judgement
 
 
 # --- what a forward reads ------------------------------------------------------------------------------------------

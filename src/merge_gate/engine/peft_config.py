@@ -145,10 +145,11 @@ def initialisation_writes_to_base(config: Any) -> bool:
 def starts_at_no_delta(config: Any) -> bool:
     """Whether training begins at the base, so that a layer which gets no gradient changes nothing.
 
-    True stands for that wherever PEFT has such a key, and words for it are LoRA's alone. A method that has no such key
-    is taken to begin elsewhere.
+    True stands for that wherever PEFT has such a key, and words for it are LoRA's alone. Of the methods that have no
+    such key LN tuning begins as a copy of the base's norms; the others are taken to begin elsewhere.
     """
-    is_at_zero = any(getattr(config, key, None) is True for key in STARTS)
+    is_copy = config.peft_type == peft.PeftType.LN_TUNING
+    is_at_zero = is_copy or any(getattr(config, key, None) is True for key in STARTS)
     return is_at_zero or str(getattr(config, "init_lora_weights", None)).lower() in NO_DELTA_SCHEMES
 
 

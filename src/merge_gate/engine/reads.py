@@ -56,7 +56,7 @@ def trace(model: nn.Module) -> Reads:
     """What a forward pass reads past its layers; nothing where the model cannot run so, or is not transformers' own."""
     if not isinstance(model, transformers.PreTrainedModel) or _has_foreign_code(model):
         return Reads()
-    state = torch.get_rng_state()
+    state, disabled = torch.get_rng_state(), logging.root.manager.disable
     logging.disable()  # torch and transformers say what cannot run
     try:
         with (
@@ -68,7 +68,7 @@ def trace(model: nn.Module) -> Reads:
     except Exception:
         return Reads()  # a model that cannot be copied so
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         torch.set_rng_state(state)
 
 
