@@ -137,6 +137,8 @@ def test_without_a_current_directory_names_mean_nothing(here: Path) -> None:
     (here / "gone").rmdir()
     with pytest.raises(UsageError, match="the current directory is gone"):
         config_of(["support"])
+    with pytest.raises(UsageError, match="the current directory is gone"):
+        first_config([str(here / "support")], lambda _: None)
 
 
 @pytest.mark.parametrize("closed", [0o111], indirect=True)

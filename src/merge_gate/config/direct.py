@@ -104,10 +104,15 @@ def config_of(
     try:
         return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
     except FileNotFoundError:
-        raise UsageError("the current directory is gone", hint="change to one that is there") from None
+        raise nowhere() from None
     except ConfigError as error:
         problems = dict.fromkeys(f"{one.message} ({one.hint})" if one.hint else one.message for one in error.problems)
         raise UsageError("; ".join([*problems, *([f"and {error.more:,} more"] if error.more else [])])) from None
+
+
+def nowhere() -> UsageError:
+    """What is said where relative names start in a directory that somebody has removed."""
+    return UsageError("the current directory is gone", hint="change to one that is there")
 
 
 def _letters(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_gate.config.direct import longer_names, yaml_text
+from merge_gate.config.direct import longer_names, nowhere, yaml_text
 from merge_gate.config.paths import could_be_hub_id
 from merge_gate.errors import UsageError
 from merge_gate.records.files import CONFIG_NAME
@@ -96,7 +96,10 @@ _NAME_ONE = "name a directory with adapters"
 
 def _written(place: str) -> str:
     """A directory as it stands in the file: from here, or whole where it was named so and is elsewhere."""
-    from_here = os.path.relpath(place)
+    try:
+        from_here = os.path.relpath(place)
+    except FileNotFoundError:
+        raise nowhere() from None
     if from_here.startswith("..") and Path(place).is_absolute():
         return os.path.normpath(place)
     return from_here if from_here in {".", ".."} or from_here.startswith("../") else f"./{from_here}"
