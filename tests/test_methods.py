@@ -108,7 +108,7 @@ def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench
     }
     (tmp_path / "gate.yml").write_text(json.dumps(config))
     (report,) = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
-    assert report.verdict is not Verdict.PASSED
+    assert (report.verdict, report.cause) == (Verdict.FAILED, "shape-mismatch"), report.findings
     assert not any("died" in finding.message for finding in report.findings), report.findings
 
 
