@@ -524,6 +524,12 @@ def test_what_is_not_finite_is_counted_and_placed(stats: TensorStats, said: str)
     assert describe_nonfinite(stats) == said
 
 
+def test_what_is_stated_is_told_from_what_is_there_to_the_last_digit() -> None:
+    config = files(config={"lora_alpha": 1_000_000})
+    (finding,) = judge(spec(expect=Expect(lora_alpha=1_000_001.0)), config, evidence())
+    assert finding.message == "expect.lora_alpha is 1000001.0, but adapter_config.json has 1e+06"
+
+
 def test_a_layer_that_is_never_called_is_told_alike_in_several_dtypes() -> None:
     """What it says is the same, so that it is said once, although the figures differ."""
     told = [

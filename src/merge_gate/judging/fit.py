@@ -259,7 +259,8 @@ def expectation_failed(case: Case) -> Iterator[Finding]:
 
 
 def _plain(value: str | float) -> str:
-    return repr(value) if isinstance(value, str) else f"{value:g}"
+    short = f"{value:g}" if isinstance(value, int | float) else ""
+    return short if short and float(short) == value else repr(value)
 
 
 def _not_so(message: str) -> Finding:
