@@ -326,6 +326,20 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             severity=Severity.WARNING,
             places={"module": "layers.6"},
         ),
+        Fire(
+            ("1 of 2", "not changed by the adapter, but for what KaSA takes off before training", "layers.5"),
+            Origin.ADAPTER,
+            evidence(
+                targeted=(MODULE, "head"),
+                merges=(merged(), merged(tensor("head.weight"), module="head")),
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+            files(config={"kasa_config": {"beta": 1e-4}}),
+            severity=Severity.WARNING,
+        ),
     ),
     "rounding-loss": (
         Fire(

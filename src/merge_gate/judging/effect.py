@@ -75,7 +75,7 @@ def no_effect(case: Case) -> Iterator[Finding]:
     elif idle:
         yield no_effect.finding(
             f"{len(idle):,} of {counted(len(evidence.targeted), 'targeted module')} {are(idle)} not changed by the "
-            f"merge: {listing(idle)}",
+            f"{'adapter, but for what KaSA takes off before training' if cut else 'merge'}: {listing(idle)}",
             "if these modules were meant to be trained, their tensors were not saved or never updated: train "
             "them, or save again; if not, there is nothing to do",
             Origin.ADAPTER,
