@@ -237,6 +237,14 @@ def test_only_selects_in_the_order_of_the_config(place: Path) -> None:
     assert "good" in caught.value.hint
 
 
+def test_the_options_that_are_meant_can_go_to_a_shell_as_they_are(place: Path) -> None:
+    names = ("good", "$(id)")
+    config = load_config(str(write(place, *({"name": name, "path": "./adapters/good"} for name in names))))
+    with pytest.raises(UsageError) as caught:
+        select(config, ("good,$(id)",))
+    assert caught.value.hint == "one at a time: --only good --only '$(id)'"
+
+
 def test_only_a_combination_still_finds_its_members(place: Path) -> None:
     config = write(
         place,

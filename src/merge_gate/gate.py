@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, assert_never
 
@@ -113,7 +114,7 @@ def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
     if unknown:
         hint = nearest(unknown[0], known) or f"it lists {listing(sorted(known), 20)}"
         if known.issuperset(several := unknown[0].replace(",", " ").split()):
-            hint = f"one at a time: {' '.join(f'--only {name}' for name in several)}"
+            hint = f"one at a time: {' '.join(f'--only {shlex.quote(name)}' for name in several)}"
         raise UsageError(f"--only {unknown[0]}: {config.path} lists no such adapter", hint=hint)
     return tuple(spec for spec in config.adapters if not only or spec.name in only)
 

@@ -199,6 +199,19 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(
     assert {(event.task, event.limit_s) for event in waiting} == {(None, 4.0)}
 
 
+def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
+    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_gate.engine.supervisor.FIRST_WORD_S", 0.0)
+    killer = Killer()
+    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    attempt.receive(BaseLoading(group=0))
+    attempt.receive(Idle())
+    attempt.receive(Undecided(task=0, refusal=Refusal(check=None, message="m")))
+    attempt.receive(Idle())
+    assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
+
+
 def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     """Within its time limit: the trial ends, and says which expression it is."""
     adapters[0] = hang(adapters[0])

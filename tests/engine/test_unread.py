@@ -23,22 +23,8 @@ from tests import architectures, methods
 from tests.faults import edit
 from tests.gating import Gate, Judgement, one_thread
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-TEXT = {
-    "vocab_size": 24,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
+TEXT = methods.TEXT
+VISION = methods.VISION | {"image_size": 8, "patch_size": 4}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 

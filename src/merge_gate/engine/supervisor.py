@@ -99,7 +99,7 @@ class Attempt:
                 self._heard_s, self._next_word_s = time.monotonic(), FIRST_WORD_S
             case Merged() | Undecided():
                 self._settled.add(event.task)
-                self._task = None
+                self._group = self._task = None  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
                 self._name_what_is_silent()
