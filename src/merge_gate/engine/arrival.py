@@ -44,7 +44,8 @@ class Arrival:
     """`missing` are names that the config promises and that did not arrive; of these, `dropped` are in the file.
 
     `unexpected` are names in the file that nothing uses. `model_key` maps the file's names to the model's keys, where a
-    tensor arrived whole; `duplicates` repeat another tensor of the file.
+    tensor arrived whole; `duplicates` repeat another tensor of the file. `promised` are all names that PEFT would save,
+    with the model's key; an empty one where PEFT makes the tensor on saving.
     """
 
     missing: tuple[str, ...]
@@ -52,10 +53,17 @@ class Arrival:
     unexpected: tuple[str, ...]
     duplicates: tuple[str, ...]
     model_key: Mapping[str, str]
+    promised: Mapping[str, str]
 
 
 def compare(
-    model: Any, file: Tensors, copied: Tensors, adapter_name: str, load_marked: Callable[[Tensors], Tensors]
+    model: Any,
+    file: Tensors,
+    copied: Tensors,
+    adapter_name: str,
+    load_marked: Callable[[Tensors], Tensors],
+    *,
+    known: Mapping[str, str] | None = None,
 ) -> Arrival:
     """Hold the model against the file.
 
@@ -65,9 +73,13 @@ def compare(
         copied: what PEFT handed to `load_state_dict`, by the model's keys.
         adapter_name: PEFT's name of the adapter.
         load_marked: loads other values under the file's names into a fresh model, and returns its tensors by key.
+        known: what was `promised` of this model's adapter before, under the same config; each with a key.
     """
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    promised = promised_tensors(model, adapter_name)
+    if known is None:
+        promised = promised_tensors(model, adapter_name)
+    else:
+        promised = {name: (key, own[key]) for name, key in known.items()}
     loaded = {key for key in copied if key in own}
     search = _Search(file=file, own=own, loaded=loaded, twins=_tied_tokens(model))
     search.by_name(promised)
@@ -82,6 +94,7 @@ def compare(
         unexpected=tuple(sorted(set(strays) - set(duplicates))),
         duplicates=duplicates,
         model_key=search.model_key,
+        promised={name: key for name, (key, _) in promised.items()},
     )
 
 
@@ -172,8 +185,9 @@ class _Search:
 
 
 def _tied_tokens(model: Any) -> dict[str, str]:
-    paths = {id(module): path for path, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
-    tied = ((path, module.tied_adapter) for path, module in model.named_modules() if id(module) in paths)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
+    paths = {id(layer): path for path, layer in layers.items()}
+    tied = ((path, layer.tied_adapter) for path, layer in layers.items())
     return {f"{path}.{_TOKENS}": f"{paths[id(other)]}.{_TOKENS}" for path, other in tied if other is not None}
 
 

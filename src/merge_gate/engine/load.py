@@ -40,7 +40,7 @@ from merge_gate.engine.peft_config import (
     missing_package,
     read_config,
 )
-from merge_gate.engine.template import Template, fill_blanks, kind_of, snapshot
+from merge_gate.engine.template import Layout, Template, fill_blanks, kind_of, snapshot
 from merge_gate.errors import Refused
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.measured import Refusal
@@ -57,6 +57,7 @@ class Loaded:
     """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `arrivals`, by member, what came.
 
     `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
+    `is_first` is false where one of the same config and names was merged on this scratch before.
     `starts` has, by the id of a layer, what PEFT takes off the base before it loads: factors (PiSSA, OLoRA), or FRoD's
     lengths.
     """
@@ -69,6 +70,7 @@ class Loaded:
     slots: dict[tuple[int, str], str]
     sharers: dict[str, tuple[str, ...]]
     seed: int | None = None
+    is_first: bool = True
     template: Template | None = None
     starts: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
@@ -95,7 +97,9 @@ def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
 
 
 def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -> Loaded:
-    refuse_lost_wrappers(made.model, made.config, files)
+    layout = made.layout
+    if layout is None:
+        refuse_lost_wrappers(made.model, made.config, files)
     starts = _starts(made.model, made.config)
     state, arrival = load_weights(
         made.model,
@@ -104,16 +108,20 @@ def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -
         weights,
         adapter_name=ADAPTER_NAME,
         injected_anew=lambda: _make_template(base, files).model,
+        known=None if layout is None else layout.keys,
     )
+    can_serve = layout is not None or (made.holds(set(state)) and all(arrival.promised.values()))
+    made.layout = layout or Layout(keys=arrival.promised, targeted=targeted_modules(made.model))
     return Loaded(
         model=made.model,
         config=made.config,
         state=state,
         arrivals=(arrival,),
-        targeted=targeted_modules(made.model),
+        targeted=made.layout.targeted,
         slots=made.slots,
         sharers=made.sharers,
-        template=made if made.holds(set(state)) else None,
+        is_first=layout is None,
+        template=made if can_serve else None,
         starts=starts,
     )
 
@@ -130,7 +138,7 @@ def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def _starts(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, ...]]:
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     if config.peft_type == PeftType.FROD:
         lengths = ((id(layer), layer.frod_lambda_l) for layer in layers if hasattr(layer, "frod_lambda_l"))
         return {key: (held[ADAPTER_NAME].detach().clone(),) for key, held in lengths if ADAPTER_NAME in held}
@@ -208,6 +216,7 @@ def load_weights(
     *,
     adapter_name: str,
     injected_anew: Callable[[], Any],
+    known: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Arrival]:
     """Load the file by PEFT and see what arrived.
 
@@ -218,6 +227,7 @@ def load_weights(
         weights: the file's tensors.
         adapter_name: PEFT's name for it.
         injected_anew: makes another such model, to see where marked tensors go (arrival.py).
+        known: what PEFT would save of it (arrival.py), if that has been asked before.
     """
     with _before_load(model, base, adapter_name) as state:
         try:
@@ -238,7 +248,7 @@ def load_weights(
             _load(other, directory, adapter_name)
         return dict(other.named_parameters(remove_duplicate=False)) | dict(other.named_buffers(remove_duplicate=False))
 
-    return state, compare(model, weights, state, adapter_name, load_marked)
+    return state, compare(model, weights, state, adapter_name, load_marked, known=known)
 
 
 def _load(model: Any, directory: str, adapter_name: str) -> None:

@@ -127,14 +127,15 @@ def _attempt(
             # torch trusts the indices of a sparse tensor, and some methods take them from the file
             warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
             loaded = load(weights)
-            refuse_wrong_merges(loaded.model, loaded.config)
+            if loaded.is_first:  # no rule asks for values of an adapter
+                refuse_wrong_merges(loaded.model, loaded.config)
             whole = written_whole(loaded.model, loaded.slots, loaded.state)
             brought = set(whole.values())
             riding = whole | _buffers(base, loaded)
             unnamed = _unnamed(base, loaded, riding) if riding else ()
             enlarged = _enlarged(base, loaded) - brought
             known = replace(known, file_tensors=with_use(base, loaded, measured))
-            tokens = _tokens(loaded)
+            tokens = _tokens(loaded) if loaded.sharers else {}
             known = replace(known, unread=unread_layers(base, loaded))
             walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
             walk.run()
@@ -241,15 +242,16 @@ def _made_up(base: Base, whole: set[str]) -> set[str]:
 
 def _enlarged(base: Base, loaded: Loaded) -> set[str]:
     """Tensors that got rows for a larger vocabulary, but for those that the adapter has trained whole."""
+    modules = list(loaded.model.modules())
     trained = {
         id(module)
-        for wrapper in loaded.model.modules()
+        for wrapper in modules
         if isinstance(wrapper, ModulesToSaveWrapper)
         for module in wrapper.original_module.modules()
     }
     return {
         name
-        for module in loaded.model.modules()
+        for module in modules
         for attribute, tensor in module._parameters.items()
         if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
         and id(module) not in trained

@@ -5,12 +5,13 @@ differ in their values only, PEFT's injection is most of what loading costs; hal
 DoRA, norms of the base's rows) that the load overwrites. So PEFT makes the factors without any, on the meta device.
 
 It serves only adapters that leave it as it was: every layer merged in blocks, nothing of the base overwritten. Its
-factors are NaN before each load, so that nothing of the adapter before can be taken for the next one's.
+factors are NaN before each load, so that nothing of the adapter before can be taken for the next one's. What follows
+from names and places alone is asked of the first adapter of a kind, and holds for all (`Layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,23 @@ DORA = (
 """PEFT's classes for the layers of a DoRA."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What adapters of one kind have in common once they are loaded.
+
+    `keys` has the model's key of each tensor that PEFT would save, by the name that it would have in the file.
+    `targeted` is that of `Loaded`.
+    """
+
+    keys: Mapping[str, str]
+    targeted: tuple[str, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class Template:
     """`kind` says for which adapters it is. `children` are the modules of each module, which PEFT's unloading replaces.
 
-    `slots` and `sharers` are those of `Loaded`.
+    `slots` and `sharers` are those of `Loaded`. It has a `layout` once an adapter has been loaded into it.
     """
 
     kind: object
@@ -45,6 +58,7 @@ class Template:
     slots: dict[tuple[int, str], str]
     sharers: dict[str, tuple[str, ...]]
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    layout: Layout | None = None
 
     def renew(self) -> None:
         """As after the injection, with NaN for its factors."""
@@ -52,16 +66,19 @@ class Template:
             module._modules.clear()
             module._modules.update(children)
         self.model.base_model.model.peft_config = self.model.peft_config
-        for layer in _layers(self.model):
+        for layer in self._layers():
             layer.merged_adapters.clear()
             for _, _, factor in parameters_of(layer):
                 factor.data.fill_(torch.nan)
 
     def holds(self, keys: set[str]) -> bool:
         """Whether these keys of the model are factors of the adapter, and none is a tensor of the base."""
-        own = {id(factor) for layer in _layers(self.model) for _, _, factor in parameters_of(layer)}
+        own = {id(factor) for layer in self._layers() for _, _, factor in parameters_of(layer)}
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return all(id(named.get(key)) in own for key in keys)
+
+    def _layers(self) -> list[Any]:
+        return [module for module, _ in self.children if isinstance(module, BaseTunerLayer)]
 
 
 def kind_of(files: AdapterFiles) -> object:
@@ -81,7 +98,7 @@ def fill_blanks(model: nn.Module) -> bool:
     may have put off what it does with them.
     """
     filled: dict[nn.Parameter, nn.Parameter] = {}  # a factor may be that of two layers
-    for layer in _layers(model):
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         held = next(layer.get_base_layer().parameters(), None)
         is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
         if held is None or (held.is_floating_point() and held.dtype not in CASTABLE) or not is_usual:
@@ -100,7 +117,3 @@ def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     modules = (module for one in held if isinstance(one, nn.Module) for module in one.modules())
     for module in modules:
         yield from ((module, name, one) for name, one in list(module._parameters.items()) if one is not None)
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
