@@ -21,6 +21,7 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
 from tests import methods
+from tests.gating import Gate
 from tests.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
 
 if TYPE_CHECKING:
@@ -52,6 +53,51 @@ def test_a_head_of_another_size_gives_way_to_the_adapters(shelf: Shelf, tmp_path
     (adapter,) = report.adapters
     assert adapter.verdict is Verdict.PASSED, told(adapter)
     assert report.bases[0].replaced == ("classifier.bias", "classifier.weight")
+
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SEGFORMER = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
+    "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16,
+}  # fmt: skip
+WITH_LABELS = {
+    "segmentation": (
+        transformers.SegformerForImageClassification,
+        transformers.SegformerConfig(**SEGFORMER, num_labels=10),
+        transformers.SegformerForSemanticSegmentation,
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["decode_head"]},
+    ),
+    "detection": (
+        transformers.YolosForObjectDetection,
+        transformers.YolosConfig(**VISION, image_size=[32, 32], patch_size=8, num_labels=7),
+        transformers.YolosForObjectDetection,
+        {"target_modules": ["query", "value"], "modules_to_save": ["class_labels_classifier"]},
+    ),
+    "questions": (
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(**VISION, vocab_size=64, num_labels=3),
+        transformers.BertForQuestionAnswering,
+        {"target_modules": ["query", "value"], "task_type": "QUESTION_ANS"},
+    ),
+}
+"""By task: a base and its config with its own labels, the class that it is trained as, and settings of a LoRA."""
+
+
+@pytest.mark.parametrize("task", WITH_LABELS)
+def test_a_head_of_any_task_has_the_labels_that_it_was_trained_with(tmp_path: Path, task: str) -> None:
+    base_class, config, model_class, settings = WITH_LABELS[task]
+    base_class(config).save_pretrained(tmp_path / "base")
+
+    def user() -> Any:
+        return model_class.from_pretrained(tmp_path / "base", num_labels=2, ignore_mismatched_sizes=True)
+
+    with methods.quiet():
+        model = get_peft_model(user(), LoraConfig(r=4, **settings))
+        _noise(model, seed=1)
+        model.save_pretrained(tmp_path / "a")
+        PeftModel.from_pretrained(user(), tmp_path / "a").merge_and_unload(safe_merge=True)
+    judgement = Gate().judge(tmp_path / "a", tmp_path / "base")
+    assert judgement.verdict is Verdict.PASSED, judgement
 
 
 def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path) -> None:

@@ -292,13 +292,14 @@ def remote_code_refused(what: str) -> EngineError:
 
 
 def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
-    """A head may give way to another number of labels.
+    """A head may give way to another number of labels; a detector's has one row more, for what is none of them.
 
     Raises:
         EngineError: another tensor has another size, so the base is broken.
     """
     for name, stored, expected in loading.mismatched:
-        if expected[0] != shape.num_labels or tuple(stored[1:]) != tuple(expected[1:]):
+        extra = None if shape.num_labels is None else expected[0] - shape.num_labels
+        if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
             raise EngineError(
                 f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
                 f"needs {list(expected)}",

@@ -11,6 +11,7 @@ file's names lies in that class and all of them lie in another class of the base
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -155,15 +156,31 @@ def _skeleton(config: Any, class_name: str) -> Any:
 
 
 def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
-    """Rows of a classification head as the adapter's file has it, where they differ from the base's own count."""
-    if "Classification" not in class_name:
-        return None
+    """How many labels the head has that the adapter's file brings, where that is not the base's own count.
+
+    A detector's head has more rows than labels: what counts is that a model of so many labels has the file's shape.
+    """
     saved = {
-        header.name.removeprefix(ADAPTER_PREFIX): header.shape for header in files.tensors if len(header.shape) >= 1
+        header.name.removeprefix(ADAPTER_PREFIX): header.shape
+        for header in files.tensors
+        if header.shape and header.name.endswith((".weight", ".bias")) and ".lora_" not in header.name
     }
-    skeleton = _skeleton(config, class_name)
+    skeleton = _skeleton(config, class_name) if saved else None
+    tried = set()
     for name, parameter in skeleton.named_parameters() if skeleton is not None else ():
-        rows = saved.get(name, ())[:1]
-        if rows and parameter.shape[0] == config.num_labels != rows[0] and parameter.shape[1:] == saved[name][1:]:
-            return int(rows[0])
+        shape, own = saved.get(name, ()), tuple(map(int, parameter.shape))
+        if not shape or shape == own or shape[1:] != own[1:]:
+            continue
+        count: int = config.num_labels + shape[0] - own[0]
+        if count > 0 and count not in tried and _rows(config, class_name, count, name) == shape[0]:
+            return count
+        tried.add(count)
     return None
+
+
+def _rows(config: Any, class_name: str, num_labels: int, name: str) -> int | None:
+    """Rows of a parameter of the class that is made for so many labels."""
+    with_labels = copy.deepcopy(config)
+    with_labels.num_labels = num_labels
+    skeleton = _skeleton(with_labels, class_name)
+    return None if skeleton is None else int(skeleton.get_parameter(name).shape[0])
