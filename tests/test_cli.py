@@ -167,6 +167,11 @@ def nothing(_: Path) -> None:
     """The command line alone does it."""
 
 
+def earlier_report(place: Path) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "report.json").write_text("{}")
+
+
 USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no-command": (nothing, (), "gate adapters, named here or in a config"),
     "unknown-command": (nothing, ("judge", "gate.yml"), "judge"),
@@ -217,6 +222,10 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
                              'this is a link to "gone.yml", which is not there'),
     "adapter-a-broken-link": (lambda place: (place / "dangling").symlink_to("gone"), ("run", "dangling/"),
                               '"dangling/" is a link to "gone", which is not there'),
+    "a-report": (earlier_report, ("run", "out/report.json", "--output", "out"),
+                 '"out/report.json" is where this run would write its report'),
+    "a-report-by-its-directory": (earlier_report, ("run", "out/", "--output", "./out"),
+                                  '"out/" is where this run would write its report'),
     "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
     "output-a-link": (lambda place: (place / "out").symlink_to(place), ("run", "gate.yml", "--output", "out"), "link"),
     "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),

@@ -122,7 +122,10 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     with _started_early(arguments) as child:
         from merge_gate.fleet.resume import forget
+        from merge_gate.report.directory import refuse_report
+        from merge_gate.report.files import FORMATS
 
+        refuse_report(arguments.output, FORMATS, arguments.names)
         keeping = _keeping(arguments)  # before the directory is claimed, which removes what may be gone on from
         with _claimed(arguments.output, is_resumed=arguments.resume):  # an earlier verdict must not stand for this run
             config = _config(arguments)

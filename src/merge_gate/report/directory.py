@@ -11,11 +11,13 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
+from merge_gate.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,6 +86,23 @@ def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
                         f"the output directory {folder} is that of {what}: the report would lie among its files",
                         hint="choose another directory with --output",
                     )
+
+
+def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
+    """Refuse to gate the output directory, or one of the files called `names` in it: claiming it would remove them.
+
+    Raises:
+        UsageError: a report was taken for a config or an adapter.
+    """
+    reports = {Path(folder), *(Path(folder, name) for name in names)}
+    for given in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if any(os.path.lexists(one) and one.samefile(given) for one in reports):
+                raise UsageError(
+                    f"{quoted(given)} is where this run would write its report, in place of what is there",
+                    hint="a run takes a configuration or adapters; to see a report: merge-gate report "
+                    f"{shlex.quote(str(folder))}",
+                )
 
 
 class Written(NamedTuple):
