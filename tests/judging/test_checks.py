@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate.judging import files as of_files
+from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.checks import accident, judge, leeway, undecided
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
@@ -105,15 +107,11 @@ class Fire:
     places: Mapping[str, Any] = field(default_factory=dict)
 
 
-def found_in_files(check: str, origin: Origin) -> Fire:
-    finding = Finding(
-        check=check,
-        severity=CHECKS[check].severity,
-        message="what the preflight says",
-        hint="do",
-        origin=origin,
-    )
-    return Fire(("what the preflight says",), origin, None, files(findings=(finding,)))
+def found_in_files(row: Check) -> Fire:
+    origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
+    said = "what the preflight says"
+    finding = Finding(check=row.id, severity=row.severity, message=said, hint="do", origin=origin)
+    return Fire((said,), origin, None, files(findings=(finding,)))
 
 
 def refused(check: str, origin: Origin) -> Fire:
@@ -140,15 +138,8 @@ NAMED = BaseSpec(model="/models/llama", label="./models/llama")
 FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 FIRES: dict[str, tuple[Fire, ...]] = {
-    "file-missing": (found_in_files("file-missing", Origin.FILE),),
-    "file-lfs-pointer": (found_in_files("file-lfs-pointer", Origin.FILE),),
-    "file-corrupt": (found_in_files("file-corrupt", Origin.FILE),),
-    "pickle-refused": (found_in_files("pickle-refused", Origin.FILE),),
-    "config-invalid": (
-        found_in_files("config-invalid", Origin.CONFIG),
-        refused("config-invalid", Origin.CONFIG),
-    ),
-    "config-unsafe": (found_in_files("config-unsafe", Origin.CONFIG),),
+    **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
+    "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
     "keys-missing": (
         Fire(
             ("1 tensor", LORA_B),
@@ -441,6 +432,12 @@ def test_every_check_has_a_case_that_fires_it() -> None:
     assert list(FIRES) == list(CHECKS)
 
 
+def test_the_rows_that_let_an_adapter_through_are_these() -> None:
+    allowing = [row.id for row in CHECKS.values() if row.allows_loading]
+    assert allowing == ["config-invalid", "keys-missing", "shape-mismatch"]
+    assert [row.id for row in CHECKS.values() if row.allows_merging] == ["expectation-failed"]
+
+
 def test_a_sound_adapter_has_no_findings() -> None:
     assert judge(spec(), files(), evidence()) == ()
     assert judge(spec(), files(), None) == ()
@@ -716,7 +713,7 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
         "merge_gate.judging.checks.CHECKS",
         {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], judge=crash)},
     )
-    findings = judged(found_in_files("file-corrupt", Origin.FILE), setting("file-corrupt", severity))
+    findings = judged(found_in_files(CHECKS["file-corrupt"]), setting("file-corrupt", severity))
     (said,) = of(NOT_JUDGED, findings)
     assert "delta-norm" in said.message
     assert "ZeroDivisionError: no weights, no norm" in said.message

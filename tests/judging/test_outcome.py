@@ -71,12 +71,6 @@ def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
     assert (outcome.blocked(cursed) is None) == (severity is not Severity.ERROR)
 
 
-def test_the_rows_that_let_an_adapter_through_are_these() -> None:
-    allowing = [row.id for row in CHECKS.values() if row.allows_loading]
-    assert allowing == ["config-invalid", "keys-missing", "shape-mismatch"]
-    assert [row.id for row in CHECKS.values() if row.allows_merging] == ["expectation-failed"]
-
-
 # --- the line of the report ------------------------------------------------------------------------------------------
 
 HEADER = TensorHeader(name="x", dtype="F32", shape=(1,))
