@@ -185,6 +185,8 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "near-no-option": (nothing, ("-q",), 'there is no option "-q"'),
     "near-an-option-of-run": (nothing, ("run", "gate.yml", "--ouptut=x"),
                               'there is no option "--ouptut"; did you mean "--output"?'),
+    "option-of-run": (nothing, ("check", "adapters/good", "--base", "./base"),
+                      '"--base" is an option of `merge-gate run`, not of `merge-gate check`'),
     "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"),
                           '"float32" stands alone: names come before the options'),
     "no-config": (nothing, ("run",), "CONFIG"),

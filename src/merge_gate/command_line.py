@@ -71,6 +71,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[values.command]
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
         if option:
+            if option in _options(commands.choices["run"]):
+                command.error(
+                    f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
+                )
             command.error(f"there is no option {quoted(option)}{_meant(option, _options(command))}")
         command.error(f"{quoted(rest[0])} stands alone: names come before the options, and a list has no blanks in it")
     return values

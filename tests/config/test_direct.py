@@ -84,7 +84,7 @@ def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
     ("names", "options", "said"),
     [
         (["./nowhere"], {}, "no such directory"),
-        (["support", "support"], {}, "given twice"),
+        (["support", "support"], {}, 'the name "support" is given twice: to "support" and "support" (name each once'),
         (["support"], {"dtypes": ["fp16"]}, "float16"),
         (["support"], {"quantization": "int3"}, "bnb-8bit"),
         (["support"], {"base": "./nothing"}, "no such directory"),
@@ -93,7 +93,7 @@ def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
 def test_problems_are_usage_errors_in_words(
     names: list[str], options: dict[str, object], said: str, here: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=re.escape(said)):
         config_of(names, **options)  # type: ignore[arg-type]
 
 
@@ -154,6 +154,9 @@ def test_a_config_is_told_from_adapters(here: Path) -> None:
     assert not names_a_file(["support", "acme/lora"])
     with pytest.raises(UsageError, match="among other arguments"):
         names_a_file(["support", "gate.yml"])
+    (here / "support.zip").touch()
+    with pytest.raises(UsageError, match="neither a configuration file nor a directory"):
+        names_a_file(["support.zip"])
 
 
 def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:

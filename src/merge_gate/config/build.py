@@ -19,7 +19,7 @@ from merge_gate.config.paths import Found, Unusable, find_all, is_glob
 from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import read_models
 from merge_gate.judging.table import CHECKS
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
+from merge_gate.records.config import COMMAND_LINE, AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
@@ -176,9 +176,12 @@ class _Build:
             self.claimed[spec.name] = (line, spec.source)
             return spec
         first, source = self.claimed[spec.name]
-        where = f"in line {line}" if line == first else f"in line {first} and in line {line}"
-        message = f"the name {quoted(spec.name)} is given twice, {where}: to {quoted(source)} and {quoted(spec.source)}"
-        self.report(loc, message, 'names must be unique: give one of them another "name"')
+        where = f", in line {line}" if line == first else f", in line {first} and in line {line}"
+        hint = 'names must be unique: give one of them another "name"'
+        if self.document.path == COMMAND_LINE:
+            where, hint = "", "name each once; adapters of one name are told apart in a config"
+        message = f"the name {quoted(spec.name)} is given twice{where}: to {quoted(source)} and {quoted(spec.source)}"
+        self.report(loc, message, hint)
         return spec
 
     # --- base, checks, expect --------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from merge_gate.text import listing, quoted
 
+_NO_CONFIGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".zip", ".tar", ".gz", ".tgz", ".zst")
+"""Ends of the names of weights and archives."""
+
 
 def names_a_file(names: Sequence[str]) -> bool:
     """Whether the one name is a configuration file, there or not; otherwise the names are adapters.
@@ -34,6 +37,11 @@ def names_a_file(names: Sequence[str]) -> bool:
         raise UsageError(
             f"{quoted(files[0])} is a file among other arguments",
             hint="give one configuration file, or adapters (directories, globs, Hub ids), not both",
+        )
+    if files and files[0].endswith(_NO_CONFIGS):
+        raise UsageError(
+            f"{quoted(files[0])} is neither a configuration file nor a directory",
+            hint="name the adapter's directory, with adapter_config.json in it (unpacked, where this is an archive)",
         )
     return bool(files)
 

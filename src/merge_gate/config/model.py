@@ -8,7 +8,7 @@ and words. A field's docstring is what editors and docs/configuration.md say of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
@@ -338,6 +338,14 @@ class FileEntry(Model):
     baseline: Text | None = None
     """A YAML file (relative to this file) of known failures that do not fail the run until their last day;
     `merge-gate report baseline` writes a first one. Default: none."""
+
+
+_INSIDE = {"base": BaseEntry, "checks": Checks, "limits": LimitsEntry, "expect": ExpectEntry, "combine": CombineEntry}
+
+
+def place_of_key(key: str, known: Container[str]) -> str:
+    """Which of the known keys has a mapping in which `key` may stand; empty where none has."""
+    return next((outer for outer, inside in _INSIDE.items() if outer in known and key in inside.model_fields), "")
 
 
 # --- the JSON Schema -----------------------------------------------------------------------------------------------

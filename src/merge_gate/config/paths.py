@@ -89,8 +89,20 @@ def _find(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> Foun
     if beside and could_be_hub:
         more = f"{quoted(first)} is a directory here, so this reads as a path; to mean the Hub, give a revision"
         more += " (in a config)"
-    hint = partial(_siblings, Path(place).parent, written, more)
+    hint = (not beside and _other_spelling(written)) or partial(_siblings, Path(place).parent, written, more)
     raise Unusable(f"no such directory: {quoted(written)}", hint)
+
+
+def _other_spelling(written: str) -> str:
+    """What a name means that is written as a shell, another tool or another system would have it."""
+    if "$" in written:
+        return "variables are not replaced in a name: write it out"
+    if "\\" in written and not re.match(r"[A-Za-z]:", written):
+        return "paths are written with /"
+    hub_id, at, revision = written.partition("@")
+    if at and could_be_hub_id(hub_id, is_base=False):
+        return f"a revision stands under a key of its own, in a config: revision: {quoted(revision)}"
+    return ""
 
 
 def could_be_hub_id(written: str, *, is_base: bool) -> bool:

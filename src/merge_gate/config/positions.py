@@ -30,6 +30,8 @@ MAX_REREAD = 65_536
 
 MAX_TOLD = 100
 """As many problems are told; the others are counted."""
+_CONFLICT = re.compile(r"^<{7} ", re.MULTILINE)
+"""What git leaves where two versions of a file could not be made one."""
 _FAR_LESS = "a configuration needs far less"
 
 Loc = tuple[str | int, ...]
@@ -121,6 +123,13 @@ def read_yaml(text: str, path: str) -> Document:
                 raise
         return _Reader(yaml.SafeLoader(text), path).document
     except yaml.MarkedYAMLError as error:
+        if conflict := _CONFLICT.search(text):
+            refuse(
+                path,
+                "git left two versions of the file here (<<<<<<<)",
+                "decide between them",
+                *end_of(text[: conflict.start()]),
+            )
         refuse(path, *_syntax(error), *_place(error.problem_mark))
     except yaml.reader.ReaderError as error:
         message = f"not valid YAML: the character U+{error.character:04X} is not allowed"

@@ -6,11 +6,11 @@ pydantic's errors, and neither files nor what the configuration means; text from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from merge_gate.config.model import PATTERNS, Model, wrong
+from merge_gate.config.model import PATTERNS, Model, place_of_key, wrong
 from merge_gate.config.nearest import nearest
 from merge_gate.config.positions import Document, Hint, Loc, Nothing, Value
 from merge_gate.text import quoted
@@ -62,7 +62,7 @@ def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
         case "unknown", _:
             known = error["known"]
             said = f"unknown {error['kind']} {quoted(key)}"
-            document.report(loc[:-1], said, lambda: nearest(key, known) or f"known here: {', '.join(known)}", key=key)
+            document.report(loc[:-1], said, partial(_meant, key, known), key=key)
         case "empty", _:
             document.report(loc, f"{label(loc)} is empty", error["hint"])
         case "missing", _:
@@ -78,6 +78,13 @@ def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
+
+
+def _meant(key: str, known: Collection[str]) -> str:
+    """Where the key belongs, else the one that was perhaps meant, else all of them."""
+    if place := place_of_key(key, known):
+        return f"it belongs under {quoted(place)}"
+    return nearest(key, known) or f"known here: {', '.join(known)}"
 
 
 def label(loc: Loc) -> str:
