@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,6 +54,17 @@ def test_a_head_of_another_size_gives_way_to_the_adapters(shelf: Shelf, tmp_path
     (adapter,) = report.adapters
     assert adapter.verdict is Verdict.PASSED, told(adapter)
     assert report.bases[0].replaced == ("classifier.bias", "classifier.weight")
+
+
+@pytest.mark.parametrize(("rows", "num_labels"), [(5, 5), (3, None), (1 << 20, 1 << 20), (1 << 40, None)])
+def test_a_head_has_no_more_labels_than_a_config_can_name(
+    rows: int, num_labels: int | None, shelf: Shelf, tmp_path: Path
+) -> None:
+    save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV), num_labels=5)
+    files = preflight(str(tmp_path / "a"), allow_pickle=False)
+    bias = replace(next(one for one in files.tensors if one.name.endswith("classifier.bias")), shape=(rows,))
+    shape = shape_for(str(shelf.base("bert-classifier")), replace(files, tensors=(bias,)))
+    assert shape.num_labels == num_labels
 
 
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -35,6 +35,9 @@ TASK_CLASSES = {
 }
 """PEFT's task types and the Auto class that its `AutoPeftModel…` classes pair with them (peft/auto.py)."""
 
+MOST_LABELS = 1 << 20
+"""A config names each of its labels: a file with a hostile shape could have as many as it has bytes."""
+
 
 def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
     """Choose by the rules above.
@@ -158,29 +161,35 @@ def _skeleton(config: Any, class_name: str) -> Any:
 def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
     """How many labels the head has that the adapter's file brings, where that is not the base's own count.
 
-    A detector's head has more rows than labels: what counts is that a model of so many labels has the file's shape.
+    Rows of a head are those that a model with one more label has more of: a detector's head has more rows than labels.
     """
     saved = {
         header.name.removeprefix(ADAPTER_PREFIX): header.shape
         for header in files.tensors
         if header.shape and header.name.endswith((".weight", ".bias")) and ".lora_" not in header.name
     }
-    skeleton = _skeleton(config, class_name) if saved else None
-    tried = set()
-    for name, parameter in skeleton.named_parameters() if skeleton is not None else ():
-        shape, own = saved.get(name, ()), tuple(map(int, parameter.shape))
-        if not shape or shape == own or shape[1:] != own[1:]:
-            continue
-        count: int = config.num_labels + shape[0] - own[0]
-        if count > 0 and count not in tried and _rows(config, class_name, count, name) == shape[0]:
-            return count
-        tried.add(count)
+    own = _shapes(config, class_name) if saved else {}
+    resized = {
+        name: saved[name][0] for name, shape in own.items() if name in saved and _has_other_rows(saved[name], shape)
+    }
+    if not resized:
+        return None
+    with_more = copy.deepcopy(config)
+    with_more.num_labels = config.num_labels + 1
+    more = _shapes(with_more, class_name)
+    for name, rows in resized.items():
+        each = more.get(name, own[name])[0] - own[name][0]
+        count, rest = divmod(rows - own[name][0], each) if each > 0 else (0, 1)
+        if not rest and 0 < config.num_labels + count <= MOST_LABELS:
+            return int(config.num_labels + count)
     return None
 
 
-def _rows(config: Any, class_name: str, num_labels: int, name: str) -> int | None:
-    """Rows of a parameter of the class that is made for so many labels."""
-    with_labels = copy.deepcopy(config)
-    with_labels.num_labels = num_labels
-    skeleton = _skeleton(with_labels, class_name)
-    return None if skeleton is None else int(skeleton.get_parameter(name).shape[0])
+def _shapes(config: Any, class_name: str) -> dict[str, tuple[int, ...]]:
+    skeleton = _skeleton(config, class_name)
+    named = skeleton.named_parameters() if skeleton is not None else ()
+    return {name: tuple(map(int, parameter.shape)) for name, parameter in named}
+
+
+def _has_other_rows(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    return shape[1:] == own[1:] and shape[:1] != own[:1]
