@@ -35,6 +35,7 @@ from tests.report.reports import (
     ROUNDING,
     TEXTS,
     UNDECIDED,
+    WARNED,
     adapter,
     hostile_reports,
     in_two_dtypes,
@@ -142,6 +143,16 @@ def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
     folded = text.index("<details><summary>1 warning for 1 adapter that passed</summary>")
     assert folded < text.index("- `legal` (bfloat16) `rounding-loss`")
     assert "2,200,096,768 of 5,500,241,920 parameters" in text
+
+
+def test_of_a_fleet_the_quiet_are_folded_below_what_there_is_to_do() -> None:
+    good = [adapter(f"good-{index}") for index in range(200)]
+    text = render(report(*good, adapter("broken", Verdict.FAILED, cause="no-effect"), WARNED))
+    seen = Seen(text, github)
+    assert [row[0] for row in seen.cells[1:3]] == ["broken", WARNED.name]
+    assert text.index("### ❌ `broken` failed") < text.index("<summary>200 merges that passed without a warning")
+    assert text.index("<summary>200 merges that") < text.index("| `good-0` |") < text.index("| `good-199` |")
+    assert "<details>" not in render(report(*good[:40]))
 
 
 def test_names_are_code_and_backticks_make_code() -> None:

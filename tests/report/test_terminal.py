@@ -243,7 +243,7 @@ def test_the_live_view_says_what_and_how_long() -> None:
     view.adapter_done(PASSED)
     view.adapter_started("billing", 2, 5, "bfloat16")
     assert [line[2:] for line in frame(view, 80)] == [
-        "support  passed, 48 modules, 0.84 s",
+        "support (bfloat16)  passed, 48 modules, 0.84 s",
         "billing  [2/5] bfloat16",
         "━" * 12 + "╸" + "━" * 51 + " 1/5 adapters",
     ]
@@ -265,6 +265,13 @@ def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
     view.adapter_started("support", 2, 2, "bfloat16")
     view.adapter_done(PASSED)
     assert len(frame(view, 80)) == 2
+
+
+def test_a_long_name_leaves_the_verdict_to_be_read() -> None:
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
+    view.adapter_done(adapter("customer-support-" * 6 + "v12", Verdict.FAILED, cause="no-effect"))
+    (line,) = frame(view, 60)
+    assert re.fullmatch(r"✗ cust\S*…\S*v12 \(bfloat16\)  failed, no-effect.*", line), line
 
 
 def test_what_took_no_merge_is_not_in_the_estimate() -> None:

@@ -16,7 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from merge_gate.report import words
-from merge_gate.report.columns import cut
+from merge_gate.report.columns import cells, cut
 from merge_gate.report.streams import encodable, is_ascii
 from merge_gate.report.text import Style
 
@@ -39,6 +39,7 @@ _ROWS = 7
 """Lines of the terminal that are not for what is done: what is under way, its bars, and what stands above the foot."""
 _WIDEST_BAR = 90
 """Columns of a bar with its figures: one across a wide terminal is hard to read."""
+_LEAST_NAME, _LEAST_WHY = 12, 24
 _FIRST_ESTIMATE_S = 1.0
 
 
@@ -98,7 +99,7 @@ class Foot(Progress):
         """What is shown now; asked for at each refresh, and so after each change of the terminal's size."""
         width, room = self._shown_on.width - 1, max(self._shown_on.height - _ROWS, 1)
         for line in self._done[-room:]:
-            yield self._fitted(line, width)
+            yield self._fitted(_name_cut(line, width), width)
         if not self._label:
             return
         aside = self._aside
@@ -130,6 +131,13 @@ class _Figures(ProgressColumn):
         left_s = task.time_remaining if (task.elapsed or 0) >= _FIRST_ESTIMATE_S else None
         left = f", about {words.duration(left_s)} left" if left_s else ""
         return Text(f"{int(task.completed):,}/{words.counted(int(task.total or 0), task.description)}{left}")
+
+
+def _name_cut(line: Line, width: int) -> Line:
+    """A line of what is done with as much cut out of the name, its second part, as lets the parts after it be read."""
+    mark, (name, style), *rest, (why, faint) = line
+    others = sum(cells(part) for part, _ in (mark, *rest)) + min(cells(why), _LEAST_WHY)
+    return (mark, (cut(name, max(width - others, _LEAST_NAME)), style), *rest, (why, faint))
 
 
 def styled(line: Line, stream: IO[str]) -> Text:

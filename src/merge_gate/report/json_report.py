@@ -34,11 +34,11 @@ _ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 @record
 class Counts:
-    """Adapters by verdict."""
+    """The entries of `adapters` by verdict: one for each adapter, base and dtype."""
 
-    passed: int = told("Adapters that passed.")
-    failed: int = told("Adapters that failed.")
-    error: int = told("Adapters that could not be judged.")
+    passed: int = told("Entries that passed.")
+    failed: int = told("Entries that failed.")
+    error: int = told("Entries that could not be judged.")
 
 
 @record
@@ -53,8 +53,8 @@ class Tool:
 class ConfigFile:
     """The configuration file."""
 
-    path: str = told("As named on the command line.")
-    sha256: str = told("Digest of its bytes, hex.")
+    path: str = told("As named on the command line; `the command line` where that names the adapters themselves.")
+    sha256: str = told("Digest of its bytes, hex; without a file, of the adapters, base and dtypes that were named.")
 
 
 @record
@@ -64,7 +64,7 @@ class Document:
     schema_version: str = told("Version of this format. Readers accept any 1.x.")
     complete: bool = told("False while the run goes on, and for ever if it was killed.")
     result: Result = told("The run's result. An unfinished run, or one that judged nothing, never passes.")
-    counts: Counts = told("Adapters by verdict.")
+    counts: Counts = told("Entries of `adapters` by verdict; an adapter has one for each dtype.")
     tool: Tool = told("What wrote this.")
     environment: Environment = told("What the run ran on.")
     config: ConfigFile = told("The configuration file.")

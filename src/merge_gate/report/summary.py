@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
 
+_MOST_ROWS = 40
+"""Of more merges, those that passed without a warning are folded away, below what there is to do."""
 _TABLE_BYTES = 16 * 1024
 _SECTIONS_BYTES = 36 * 1024
 _OTHERS_BYTES = 4 * 1024
@@ -33,14 +35,17 @@ _VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "�
 
 def render(report: Report) -> str:
     """Return the Markdown of summary.md."""
+    shown, folded = _told_apart(report)
+    table = _table(shown)
     blocks = [
         f"## {_RESULT_MARK[report.result]} merge-gate: {words.headline(report)}",
         words.advice(report),
         *_problems(report),
-        *_table(report),
+        *table,
         *_sections(report),
         *_warnings(report),
         *_base_findings(report),
+        *_folded(folded, _TABLE_BYTES - sum(len(block.encode()) for block in table)),
         _footer(report),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -54,13 +59,32 @@ def _problems(report: Report) -> list[str]:
     return ["\n".join(f"- {prose(problem)}" for problem in said)] if said else []
 
 
-def _table(report: Report) -> list[str]:
-    if not report.adapters:
+def _told_apart(report: Report) -> tuple[list[AdapterReport], list[AdapterReport]]:
+    """The entries of the table, worst first, and those that are folded away because there is nothing to say of them."""
+    judged = words.worst_first(report.adapters)
+    if len(judged) <= _MOST_ROWS:
+        return judged, []
+    shown: list[AdapterReport] = []
+    quiet: list[AdapterReport] = []
+    for one in judged:
+        (quiet if one.verdict is Verdict.PASSED and not words.warnings(one) else shown).append(one)
+    return shown, quiet
+
+
+def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES) -> list[str]:
+    if not adapters:
         return []
     head = "| adapter | base | verdict | cause and place |\n|---|---|---|---|"
-    rows, left = _fit(map(_row, words.worst_first(report.adapters)), len(report.adapters), _TABLE_BYTES)
+    rows, left = _fit(map(_row, adapters), len(adapters), limit_bytes)
     table = "\n".join([head, *rows])
     return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
+
+
+def _folded(quiet: Sequence[AdapterReport], limit_bytes: int) -> list[str]:
+    if not quiet:
+        return []
+    title = f"{words.counted(len(quiet), 'merge')} that passed without a warning"
+    return [f"<details><summary>{title}</summary>", *_table(quiet, limit_bytes), "</details>"]
 
 
 def _row(adapter: AdapterReport) -> str:

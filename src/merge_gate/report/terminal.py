@@ -162,8 +162,13 @@ class RichView(View):
         self._state.end()
         style, (said, why) = text.STYLES[adapter.verdict], _done(adapter)
         mark = (text.ASCII_MARKS if is_ascii(self._stderr) else text.MARKS)[adapter.verdict]
-        name = _name(adapter.name)
-        line = ((f"{mark} ", style), (f"{name}  ", Style.PLAIN), (said, style), (why, Style.FAINT))
+        line = (
+            (f"{mark} ", style),
+            (_name(adapter.name), Style.PLAIN),
+            (f" ({words.precision(adapter.base)})  ", Style.FAINT),
+            (said, style),
+            (why, Style.FAINT),
+        )
         self._foot.end(line, self._state.total)
 
     def note(self, message: str) -> None:
