@@ -196,7 +196,8 @@ def _add_init(commands: Commands[argparse.ArgumentParser]) -> None:
     init = commands.add_parser(
         "init",
         help="write a first config",
-        description="Write merge-gate.yml, with comments, for the adapters in and below DIR. An existing one stays.",
+        description="Write merge-gate.yml, with comments, into the current directory, for the adapters in DIR and up "
+        "to four levels below it. An existing one stays.",
     )
     init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")
 
@@ -215,7 +216,7 @@ def _add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         "report",
         help="show a report again, or what changed",
         description="Show a stored report, or what changed from one to another (exit code 1 if something broke or got "
-        "worse).",
+        "worse, 3 if nothing did but the newer run is not complete).",
         epilog=f"see also: merge-gate {COMBINE} --help, merge-gate {BASELINE} --help",
     )
     report.add_argument(
