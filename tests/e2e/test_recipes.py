@@ -157,7 +157,7 @@ def test_an_artifact_that_is_missing_leaves_no_verdict(fleet) -> None:
     run = fleet("green.yml", ("fail-on: never", "upload-report: ${{ matrix.shard != 3 }}\n          fail-on: never"))
     assert run.code == 1, run.text
     report = run.report("merge-gate-report")
-    assert (report["result"], report["problems"]) == ("error", ["of 4 shards, 3 is missing"])
+    assert (report["result"], report["problems"]) == ("error", ["shard 3 of 4 is missing"])
 
 
 # --- a push to the Hub -----------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def unlike(one: Report, **fields: Any) -> Report:
 
 
 WRONG: dict[str, tuple[Callable[[], list[Report]], str]] = {
-    "missing": (lambda: [SHARDS[0], SHARDS[2]], "of 3 shards, 2 is missing"),
-    "an empty one missing": (lambda: [SHARDS[0], SHARDS[1]], "of 3 shards, 3 is missing"),
+    "missing": (lambda: [SHARDS[0], SHARDS[2]], "shard 2 of 3 is missing"),
+    "an empty one missing": (lambda: [SHARDS[0], SHARDS[1]], "shard 3 of 3 is missing"),
     "doubled": (lambda: [*SHARDS, SHARDS[0]], "shard 1 of 3 (shards/4) is there twice, also in shards/1"),
     "unfinished": (
         lambda: [unlike(SHARDS[0], complete=False, adapters=SHARDS[0].adapters[:1]), *SHARDS[1:]],
@@ -134,7 +134,7 @@ def test_a_broken_adapter_outranks_a_missing_shard() -> None:
 def test_the_problem_stands_in_every_format() -> None:
     whole = combined(found(SHARDS[0], SHARDS[2]))
     for form in (summary.render, render_html, junit.render, sarif.render, lambda one: text.render(one, "")):
-        assert "of 3 shards, 2 is missing" in form(whole).replace("\n", " ")
+        assert "shard 2 of 3 is missing" in form(whole).replace("\n", " ")
     assert 'errors="1"' in junit.render(whole)
     assert whole.result is Result.ERROR
 

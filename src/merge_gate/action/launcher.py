@@ -121,7 +121,7 @@ def _released(gpus: str) -> str:
     if not image:
         raise UsageError(
             "image: this commit of merge-gate is no release and pins none",
-            hint="use a released version, or name an image that you built (`image: merge-gate:cpu`)",
+            hint="use a released version, or name one that you built (`image: merge-gate:cpu`, or --image)",
         )
     return image
 

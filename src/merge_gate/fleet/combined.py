@@ -125,7 +125,8 @@ def _missing(parts: list[_Part]) -> Iterator[str]:
     count, there = parts[0].shard.count, {part.shard.index for part in parts}
     missing = [str(index) for index in range(1, count + 1) if index not in there]
     if missing:
-        yield f"of {count} shards, {listing(missing, 10)} {'is' if len(missing) == 1 else 'are'} missing"
+        one, is_ = ("shard", "is") if len(missing) == 1 else ("shards", "are")
+        yield f"{one} {listing(missing, 10)} of {count} {is_} missing"
 
 
 def _unfinished(parts: list[_Part]) -> Iterator[str]:

@@ -322,14 +322,12 @@ def advice(report: Report) -> str:
     if not report.complete and report.result is not Result.FAIL:
         return "Nothing here clears an adapter for release: the run ended before its time. Run it again."
     if report.result is Result.FAIL:
-        return "A failed adapter merges into a model that is broken or not the one intended. Do not release it."
+        return "A failed adapter gives a model that is broken or not the one intended, or none. Do not release it."
     if report.result is Result.ERROR:
         return "What could not be judged is not cleared for release; the gate stays closed until it is."
     bound = proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
     proof = f" ({bound}, not merged one by one)" if bound else ""
-    whose = " of this shard" if report.shard else ""
-    if report.accepted:
-        whose = f" that passed{whose}"
+    whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
     known = "What failed is broken, and the baseline accepts it until its last day. " if report.accepted else ""
     return f"{known}Every parameter of every merged model{whose} is finite{proof}."
 
