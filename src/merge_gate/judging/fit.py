@@ -197,8 +197,8 @@ def base_mismatch(case: Case) -> Iterator[Finding]:
     if _last(named) not in {_last(used), _last(label)}:
         yield base_mismatch.finding(
             f"adapter_config.json names base {named!r}, but the base of this run is {label!r}",
-            "if both are the same weights, set `base-mismatch: off` under the adapter's `checks` in the config; else "
-            "name the right base",
+            "if both are the same weights, set `base-mismatch: off` under the adapter's `checks` in the gate's config; "
+            "else name the right base",
             Origin.CONFIG,
         )
     revision = case.files.config.base_revision

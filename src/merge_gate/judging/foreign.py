@@ -100,8 +100,8 @@ FORMATS = (
     Format(
         files=r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)",
         hint=(
-            "this looks like a full model, not an adapter (a merged one, perhaps): list the directory that "
-            "save_pretrained of the PEFT model wrote"
+            "this looks like a full model (a merged one, perhaps), or like the adapter's weights under another name: "
+            "list the directory that save_pretrained of the PEFT model wrote"
         ),
     ),
 )

@@ -282,7 +282,8 @@ def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
         pass
     refused = _pickle_refused(
         f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
-        "save the adapter again as safetensors (PEFT's default), or set allow-pickle: true if you trust its author",
+        "save the adapter again as safetensors (PEFT's default), or, if you trust its author, set allow-pickle: true "
+        "in the gate's config",
     )
     return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
 

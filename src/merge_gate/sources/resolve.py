@@ -173,7 +173,8 @@ def _choose_weights(names: Iterable[str], *, name: str, allow_pickle: bool) -> t
     if pickles:
         raise ResolveError(
             f"the base {shown(name)} has pickled weights only ({pickles[-1]}), which can run code when they are loaded",
-            hint="use a revision or a copy with safetensors weights, or set allow-pickle: true if you trust it",
+            hint="use a revision or a copy with safetensors weights, or, if you trust it, set allow-pickle: true in "
+            "the gate's config",
         )
     raise ResolveError(_describe_no_weights(plain, name), hint=_advise_no_weights(plain))
 
