@@ -661,6 +661,12 @@ def test_an_adapter_config_that_is_none_is_no_crash() -> None:
     judge(spec(expect=Expect(r=8)), dataclasses.replace(files(), config=AdapterConfig()), evidence())
 
 
+@pytest.mark.parametrize("key", [one.name for one in dataclasses.fields(Expect) if one.name != "sha256"])
+def test_whatever_can_be_expected_is_compared(key: str) -> None:
+    (finding,) = judge(spec(expect=Expect(**{key: "another"})), files(), evidence())
+    assert (finding.check, f"expect.{key}" in finding.message) == ("expectation-failed", True)
+
+
 @pytest.mark.parametrize("value", [None, [], {}, "16", 16.5, 1 << 80])
 def test_odd_values_in_an_adapter_config_are_no_crash(value: Any) -> None:
     config = {"r": value, "lora_alpha": value, "peft_type": value, "init_lora_weights": value}

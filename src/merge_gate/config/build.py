@@ -38,13 +38,9 @@ def build_config(document: Document, sha256: str) -> Config:
     file = read_models(document, FileEntry)
     adapters = _Build(document, file).adapters(file.adapters or [])
     document.raise_problems()
-    return Config(
-        path=document.path,
-        sha256=sha256,
-        adapters=adapters,
-        allow_pickle=file.allow_pickle,
-        trust_remote_code=file.trust_remote_code,
-        baseline_path=str(Path(document.path).parent / file.baseline) if file.baseline else None,
+    baseline = str(Path(document.path).parent / file.baseline) if file.baseline else None
+    return file.record(
+        Config, path=document.path, sha256=sha256, adapters=adapters, baseline_path=baseline, baseline=()
     )
 
 

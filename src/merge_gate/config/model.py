@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.config import JsonDict
@@ -25,7 +25,12 @@ from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import DTYPES, Quantization
 from merge_gate.text import one_of
 
-_Record = TypeVar("_Record")
+
+class _IsRecord(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+_Record = TypeVar("_Record", bound=_IsRecord)
 
 MAX_NAME = 200
 MAX_TEXT = 4096
@@ -97,9 +102,9 @@ class Model(BaseModel):
     _keep = field_validator("*", mode="wrap")(or_hole)
 
     def record(self, cls: type[_Record], **more: Any) -> _Record:
-        """The record of what stands here, and `more`; what is not given has the record's default."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
+        """The record of what stands here under its fields' names, and `more`; the rest has the record's default."""
+        said = {name: getattr(self, name, None) for name in cls.__dataclass_fields__}
+        return cls(**{name: _hashable(value) for name, value in said.items() if value is not None} | more)
 
 
 def _hashable(value: Any) -> Any:

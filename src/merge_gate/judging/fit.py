@@ -6,11 +6,12 @@ In: names, shapes and what is expected. Out: findings. Plain Python: no torch, n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import fields
 
 from merge_gate.judging import keys
 from merge_gate.judging.check import ERROR, WARNING, Case, Check, Symptom, check
 from merge_gate.judging.words import are, tensors
+from merge_gate.records.config import Expect
 from merge_gate.records.measured import Evidence, UnreadLayer
 from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
@@ -227,6 +228,10 @@ def _last(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
 
+_IN_CONFIG = {"base": "base_name"}
+"""What is expected under another name than its field of `AdapterConfig`."""
+
+
 @check(
     "expectation-failed",
     ERROR,
@@ -238,14 +243,8 @@ def expectation_failed(case: Case) -> Iterator[Finding]:
     expect = case.spec.expect
     if expect is None:
         return
-    config = case.files.config
-    stated: list[tuple[str, Any, Any]] = [
-        ("peft_type", expect.peft_type, config.peft_type),
-        ("r", expect.r, config.r),
-        ("lora_alpha", expect.lora_alpha, config.lora_alpha),
-        ("base", expect.base, config.base_name),
-    ]
-    for key, wanted, got in stated:
+    for key in (field.name for field in fields(Expect) if field.name != "sha256"):
+        wanted, got = getattr(expect, key), getattr(case.files.config, _IN_CONFIG.get(key, key))
         if wanted is not None and wanted != got:
             found = "does not say" if got is None else f"has {_plain(got)}"
             yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {found}")
