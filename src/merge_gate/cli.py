@@ -287,8 +287,8 @@ def _check(arguments: argparse.Namespace) -> int:
             for line in files_told(adapter, of=len(config.adapters)):
                 tell(line)
     tell(
-        f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]} are sound, "
-        f"{counts[Verdict.FAILED]} failed, {counts[Verdict.ERROR]} could not be read. Nothing was merged: "
+        f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]:,} are sound, "
+        f"{counts[Verdict.FAILED]:,} failed, {counts[Verdict.ERROR]:,} could not be read. Nothing was merged: "
         "`merge-gate run` does that."
     )
     if counts[Verdict.FAILED]:

@@ -131,9 +131,13 @@ def _add_run(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _add_names(run)
     named = run.add_argument_group("for adapters that are named here; a config says it itself")
-    named.add_argument("--base", metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)")
-    named.add_argument("--dtype", metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16")
-    named.add_argument("--quantization", metavar="Q", help=one_of(Quantization))
+    named.add_argument(
+        "--base", type=_given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
+    )
+    named.add_argument(
+        "--dtype", type=_given, metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16"
+    )
+    named.add_argument("--quantization", type=_given, metavar="Q", help=one_of(Quantization))
     run.add_argument("--device", default="auto", type=_device, help="auto (default), cpu, cuda or cuda:N")
     _add_output(run)
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
@@ -187,6 +191,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "names",
         nargs="+",
+        type=_given,
         metavar="CONFIG|ADAPTER",
         help="the YAML file that lists the adapters, or adapters: directories, globs, Hub ids",
     )
@@ -276,6 +281,13 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 def _directory(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected a directory (a variable that is not set?)")
+    return text
+
+
+def _given(text: str) -> str:
+    """An empty word is a mistake: without it another base, in another dtype, would be judged."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty (a variable that is not set?)")
     return text
 
 
