@@ -6,10 +6,12 @@ In: a model type and a directory to work in. Out: `Outcome`. Loads, merges and c
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,7 +32,8 @@ class Merged:
     """What a user of PEFT ends with: tensors by name, before and after, or why there are none; and what is not right.
 
     `dropped` are tensors of the file that did not arrive with their values, `broken` merged ones that are not finite,
-    `tied` targets whose weight another module holds as well, `lost` targets of which no tensor was changed.
+    `tied` targets whose weight another module holds as well, `other` targets that compute another thing once they are
+    merged, `lost` targets of which no tensor was changed.
     """
 
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -38,6 +41,7 @@ class Merged:
     dropped: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     raised: str | None = None
 
@@ -51,6 +55,7 @@ class Merged:
             "tensors not finite": self.broken,
             "targets tied": self.tied,
             "targets not changed": self.lost,
+            "targets merged into another layer": self.other,
         }
         return next((f"{len(names)} {word}" for word, names in words.items() if names), None)
 
@@ -117,6 +122,7 @@ def user_merge(architecture: Architecture, base: Path, adapter: Path, trained: d
         with methods.quiet():
             peft_model = PeftModel.from_pretrained(model, adapter)
         dropped, tied, targets = _dropped(peft_model, trained), _tied(peft_model), _targets(peft_model)
+        other = _merged_otherwise(peft_model)
         with methods.quiet():
             merged = peft_model.merge_and_unload(safe_merge=True)
     except Exception as error:  # noqa: BLE001 - whatever PEFT raises is what its user sees
@@ -125,8 +131,31 @@ def user_merge(architecture: Architecture, base: Path, adapter: Path, trained: d
     changed = {name for name in before if name in tensors and not methods.same_tensor(before[name], tensors[name])}
     lost = tuple(one for one in targets if not any(name.startswith(f"{one}.") for name in changed))
     return Merged(
-        before=before, tensors=tensors, dropped=dropped, broken=_broken(merged, tensors), tied=tied, lost=lost
+        before=before,
+        tensors=tensors,
+        dropped=dropped,
+        broken=_broken(merged, tensors),
+        tied=tied,
+        other=other,
+        lost=lost,
     )
+
+
+def _merged_otherwise(model: nn.Module) -> tuple[str, ...]:
+    """Convolutions in two dimensions that are a class of their own, where this is so."""
+    found = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and isinstance(base := layer.get_base_layer(), nn.Conv2d):
+            if type(base).forward is nn.Conv2d.forward:
+                continue
+            one: Any = copy.deepcopy(layer).float().eval()
+            with torch.no_grad():
+                unmerged = one(torch.linspace(-1, 1, base.in_channels * 400).reshape(1, -1, 20, 20))
+                one.merge()
+                merged = one(torch.linspace(-1, 1, base.in_channels * 400).reshape(1, -1, 20, 20))
+            if float((merged - unmerged).norm() / unmerged.norm()) > 1e-3:
+                found.append(path)
+    return tuple(found)
 
 
 def _dropped(model: nn.Module, trained: dict[str, Tensor]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusa
 
 1. Read every tensor of the adapter's file, and measure it.            weights.py, measure.py
 2. Load it on a scratch, by PEFT, and see what arrived.                load.py, arrival.py
-3. Refuse what PEFT merges wrongly.                                    defects.py
+3. Refuse what PEFT merges wrongly.                                    defects.py, own_forward.py
 4. Say of each broken tensor of the file whether a merge reads it.     usage.py
 5. Say which layers do nothing until they are merged.                  unread.py, reads.py
 6. Merge, layer by layer: in blocks where PEFT bears witness.          walk.py, plan.py
@@ -30,6 +30,7 @@ from merge_gate.engine.defects import refuse_wrong_merges
 from merge_gate.engine.inject import written_whole
 from merge_gate.engine.load import Loaded, load_adapter
 from merge_gate.engine.measure import measure, same_values
+from merge_gate.engine.own_forward import refuse_other_merges
 from merge_gate.engine.quantized import is_quantized
 from merge_gate.engine.unread import unread_layers
 from merge_gate.engine.usage import with_use
@@ -129,6 +130,7 @@ def _attempt(
             loaded = load(weights)
             if loaded.is_first:  # no rule asks for values of an adapter
                 refuse_wrong_merges(loaded.model, loaded.config)
+            refuse_other_merges(base, loaded)
             whole = written_whole(loaded.model, loaded.slots, loaded.state)
             brought = set(whole.values())
             riding = whole | _buffers(base, loaded)
