@@ -43,6 +43,14 @@ def test_the_defaults_are_good(environ: dict[str, str]) -> None:
     assert re.fullmatch(r"merge-gate-report-release-gate-[0-9a-f]{6}", inputs.artifact_name)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"), [("none.yml", "is not there (does actions/checkout come"), (".", "is a directory")]
+)
+def test_a_config_that_is_no_file_is_told_what_it_is(config: str, said: str, environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=f"expected a file, and .* {re.escape(said)}"):
+        action.read_inputs(words(config=config), environ)
+
+
 def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
     first, second = (action.read_inputs(words(), {**environ, "MERGE_GATE_JOB_INDEX": "3"}) for _ in range(2))
     assert first.artifact_name != second.artifact_name

@@ -87,7 +87,8 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     config = places.place(given["config"])
     named = not places.complaint and not any(problem.startswith("config: ") for problem in problems)
     if named and not config.is_file():
-        problems.append(f"config: got {given['config']!r}, and {config} is not a file")
+        missing = "is a directory" if config.is_dir() else "is not there (does actions/checkout come before this step?)"
+        problems.append(f"config: got {given['config']!r}, expected a file, and {config} {missing}")
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, and {output} is a file, expected a directory")
