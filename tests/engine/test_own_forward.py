@@ -23,6 +23,10 @@ from tests.models import _noise
 
 TOKENS = {"input_ids": torch.arange(3, 11)[None]}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
+SPEECH = {
+    "input_features": torch.linspace(-1, 1, 8 * 32).reshape(1, 8, 32),
+    "decoder_input_ids": torch.tensor([[9, 4, 7, 2]]),
+}
 WAVES = {"input_values": torch.linspace(-1, 1, 1600)[None]}
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -43,6 +47,15 @@ def _shifted() -> Any:
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32,
     )  # fmt: skip
     return transformers.MvpModel(config)
+
+
+def _counting() -> Any:
+    config = transformers.WhisperConfig(
+        vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16,
+        max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperModel(config)
 
 
 def _weight_normed() -> Any:
@@ -72,6 +85,8 @@ OTHERWISE: dict[str, Row] = {
     "scaled-tinylora": (_scaled, TOKENS, peft.TinyLoraConfig(target_modules=EMBED)),
     "shifted-lora": (_shifted, TOKENS, lora("embed_positions")),
     "shifted-tokens": (_shifted, TOKENS, peft.TrainableTokensConfig(target_modules=POSITIONS, token_indices=[1, 2, 3])),
+    "counting-lora": (_counting, SPEECH, lora("decoder.embed_positions")),
+    "counting-tokens": (_counting, SPEECH, lora("q_proj", trainable_token_indices={"decoder.embed_positions": [1, 2]})),
     "weight-normed-loha": (_weight_normed, WAVES, peft.LoHaConfig(r=2, target_modules=[CONV, "q_proj"])),
 }
 ALIKE: dict[str, Row] = {

@@ -106,8 +106,8 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 def _input(layer: Any) -> Tensor:
     base_layer = layer.get_base_layer()
-    if isinstance(base_layer, nn.Embedding):  # the first half: some classes shift the index
-        rows = range(min(ROWS, max(1, base_layer.num_embeddings // 2)))
+    if isinstance(base_layer, nn.Embedding):  # the first half: some classes shift the index, or count for themselves
+        rows = reversed(range(min(ROWS, max(1, base_layer.num_embeddings // 2))))
         return torch.tensor([[*rows, *_tokens(layer)]])
     generator = torch.Generator().manual_seed(0)
     if isinstance(base_layer, nn.Linear):
