@@ -166,6 +166,14 @@ def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
     assert {adapter.base.label for adapter in config.adapters} == {"./base"}
 
 
+def test_the_only_checkpoint_of_a_run_is_listed_and_nothing_is_left_out(here: Path) -> None:
+    (here / "runs/sums/checkpoint-9").mkdir(parents=True)
+    (here / "runs/sums/checkpoint-9/adapter_config.json").write_text("{}")
+    text = first_config(["runs"], base_of)
+    assert "./runs/sums/checkpoint-9" in text
+    assert "not listed" not in text
+
+
 def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
     (here / "support").rename(here / "ü 😀")
     (config,) = config_of(["ü 😀"]).adapters

@@ -702,6 +702,14 @@ def test_an_overflow_is_not_sent_to_the_dtype_that_it_happened_in() -> None:
     assert "lora_alpha" in hint
 
 
+def test_a_module_whose_rank_adalora_has_pruned_away_is_not_idle() -> None:
+    gone = "model.layers.6.self_attn.q_proj"
+    pruned = FileTensor(stats=tensor(f"base_model.model.{gone}.lora_A", shape=(0, 8), numel=0))
+    adapter = evidence(peft_type="ADALORA", targeted=(MODULE, gone), file_tensors=(pruned,))
+    assert not of("no-effect", judge(spec(), files(), adapter))
+    assert of("no-effect", judge(spec(), files(), dataclasses.replace(adapter, peft_type="LORA")))
+
+
 def test_a_merge_without_effect_for_want_of_tensors_points_to_them() -> None:
     lost = evidence(missing=(LORA_A, LORA_B), merges=(merged(changed=False),))
     assert "see keys-missing" in hint_of("no-effect", lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_an_unfinished_run_never_passes() -> None:
 def test_figures_that_json_cannot_say_are_strings() -> None:
     measured = parse(render(FAIL))["adapters"][3]["findings"][0]["measured"]
     assert measured == {"largest": 65504.0, "headroom": "Infinity"}
-    assert parse(render(report(adapter(seconds=float("nan")))))["adapters"][0]["seconds"] is None
+    text = render(report(adapter(seconds=float("nan"))))
+    assert parse(text)["adapters"][0]["seconds"] is None
+    assert math.isnan(read(text.encode(), "report.json").adapters[0].seconds)
 
 
 def test_a_name_that_is_not_utf8_is_still_told_apart() -> None:
