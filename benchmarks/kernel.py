@@ -58,8 +58,7 @@ def tuner_layer(road: str, weight: torch.Tensor) -> Any:
 
 
 def layers_of(road: str, weights: list[torch.Tensor]) -> Layers:
-    """Without those that the gate leaves to PEFT: 4-bit rows that share scales (`tiny` has some)."""
-    return [tuner_layer(road, weight) for weight in weights if "4bit" not in road or weight.shape[1] % 64 == 0]
+    return [tuner_layer(road, weight) for weight in weights]
 
 
 def update_of(made: Any) -> LowRankUpdate:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 SIZES = {
     "pico": {"hidden": 64, "inter": 128, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 256},
-    "tiny": {"hidden": 256, "inter": 688, "layers": 4, "heads": 8, "kv_heads": 2, "vocab": 1024},
+    "tiny": {"hidden": 256, "inter": 704, "layers": 4, "heads": 8, "kv_heads": 2, "vocab": 1024},
     "0.1b": {"hidden": 768, "inter": 2048, "layers": 12, "heads": 12, "kv_heads": 12, "vocab": 16000},
     "1.1b": {"hidden": 2048, "inter": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "7b": {"hidden": 4096, "inter": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},

@@ -33,7 +33,7 @@ from tests.judging.test_checks import (
     unread,
 )
 from tests.judging.test_keys import BIASES, LORA_0_9, LORA_0_12, OLD
-from tests.judging.test_releases import ALWAYS, DORA, EMBEDDING, LORA_0_14
+from tests.judging.test_releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LORA_0_14
 
 SAID = Path(__file__).with_name("said.txt")
 SECOND = "model.layers.6.mlp"
@@ -52,6 +52,17 @@ def nonfinite(module: str, *, dtype: str = "bfloat16", **counts: int) -> Evidenc
     stats = tensor(f"{module}.weight", dtype=dtype, first_index=(1,), **(counts or {"posinf": 2}))
     return evidence(
         file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(stats, module=module, dtype_max=3.4e38),)
+    )
+
+
+def pruned(peft_type: str) -> Evidence:
+    """One module is changed, one has no rank, and one is left as it was."""
+    name = f"base_model.model.{SECOND}.lora_A.weight"
+    return evidence(
+        peft_type=peft_type,
+        targeted=(MODULE, SECOND, "lm_head"),
+        file_tensors=(FileTensor(stats=tensor(LORA_A)), FileTensor(stats=tensor(name, shape=(0, 8), numel=0))),
+        merges=(merged(), merged(module=SECOND, changed=False)),
     )
 
 
@@ -77,6 +88,14 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "missing and unexpected, of a compiled model": (
         evidence(missing=(LORA_A,), unexpected=("base_model.model._orig_mod.q_proj.lora_A.weight",)),
         files(tensors=headers("base_model.model._orig_mod.q_proj.lora_A.weight")),
+    ),
+    "unexpected, of layers that were compiled one by one": (
+        evidence(unexpected=("base_model.model.layers.0._orig_mod.q_proj.lora_A.weight",)),
+        files(tensors=headers("base_model.model.layers.0._orig_mod.q_proj.lora_A.weight")),
+    ),
+    "unexpected, of a model that was merged before": (
+        evidence(unexpected=("model.embed_tokens.weight",)),
+        files(tensors=headers("model.embed_tokens.weight", "model.norm.weight")),
     ),
     "unexpected, and saved twice": (evidence(unexpected=("score.modules_to_save.weight",)), files()),
     "a class that the base is not": (
@@ -154,6 +173,13 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
             file_tensors=(FileTensor(stats=tensor(LORA_B, minimum=1.0, maximum=1.0)),),
         ),
         files(),
+    ),
+    "a module that AdaLoRA has pruned, and one that only is not changed": (pruned("ADALORA"), files()),
+    "a module without rank that is not AdaLoRA's": (pruned("LORA"), files()),
+    "no effect in float32": (evidence(base=base(dtype="float32"), merges=(merged(changed=False),)), files()),
+    "a trained KaSA of which a module is not changed": (
+        evidence(targeted=(MODULE, SECOND), merges=(merged(), merged(module=SECOND, changed=False))),
+        files(config={"kasa_config": {}}),
     ),
     "rounding, estimated, in two tensors of different size": (
         evidence(
@@ -243,6 +269,9 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "OFT's series": (
         evidence(),
         files(config=ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}),
+    ),
+    "a convolution of an old release": (
+        evidence(), files(config=ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, tensors=CONVOLUTION)
     ),
     "an old initialisation": (evidence(), files(config=ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"})),
     "two ties": (evidence(tied=(("lm_head.weight", "embed"), ("a.b.weight", "c"))), files()),
