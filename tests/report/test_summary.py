@@ -226,10 +226,11 @@ def test_any_report(run: Report) -> None:
 @pytest.mark.parametrize("text", ["x", "#" * 700, "@" * 700, "名" * 700])
 def test_a_thousand_broken_adapters_fit(text: str) -> None:
     finding = dataclasses.replace(NAN, message=text, hint=text, tensor=text, module=text)
+    each = [dataclasses.replace(finding, message=f"{n} {text}") for n in range(1000)]
     others = tuple(dataclasses.replace(ROUNDING, check=f"{text}{n}"[-50:], message=text, hint=text) for n in range(50))
     broken = [
-        adapter(f"{text}{n}", Verdict.FAILED, cause=NAN.check, findings=(finding, *others), source=text, revision=text)
-        for n in range(1000)
+        adapter(f"{text}{n}", Verdict.FAILED, cause=NAN.check, findings=(own, *others), source=text, revision=text)
+        for n, own in enumerate(each)
     ]
     bases = tuple(
         dataclasses.replace(FAIL.bases[0], model=text, findings=(finding, *others), revision=text) for _ in range(50)
@@ -252,6 +253,24 @@ def test_what_the_files_show_is_said_once_and_not_once_per_dtype() -> None:
     assert render(report(both[0], other)).count("**What is wrong:**") == 2
     warned = [adapter("b", findings=(ROUNDING,), base=base) for base in (BASE, HALF)]
     assert "<summary>1 warning for 2 adapters that passed</summary>" in render(report(*warned))
+
+
+def test_what_breaks_many_alike_is_said_once() -> None:
+    broken = [
+        adapter(
+            f"team-{n}", Verdict.FAILED, cause=NAN.check, findings=(NAN,), source=f"./{n}", base=HALF if n else BASE
+        )
+        for n in range(7)
+    ]
+    other = adapter("z", Verdict.FAILED, cause=NAN.check, findings=(dataclasses.replace(NAN, message="another"),))
+    text = render(report(*broken, other))
+    assert re.findall("### .*", text) == [
+        "### ❌ `team-0` failed: `adapter-nonfinite`",
+        "### ❌ `team-1`, `team-2`, `team-3`, `team-4`, `team-5` and 1 more failed: `adapter-nonfinite`",
+        "### ❌ `z` failed: `adapter-nonfinite`",
+    ]
+    assert "- **Adapters:** `./1`, `./2`, `./3`, `./4`, `./5` and 1 more on `./models/base` (float16)" in text
+    assert all(f"| `team-{n}` |" in text for n in range(7))
 
 
 def test_what_one_dtype_has_besides_is_said_of_that_one() -> None:

@@ -25,6 +25,7 @@ from markupsafe import Markup
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report import words
+from merge_gate.report.alike import told_before
 from merge_gate.report.chain import chain
 from merge_gate.report.grid import State, blocks, count_states, states
 from merge_gate.report.remembered import Remembered
@@ -118,7 +119,7 @@ def _policy() -> str:
 
 def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> list[dict[str, Any]]:
     """What an earlier row of the same adapter says, in another dtype, is folded in the later ones."""
-    before = words.told_before(judged)
+    before = told_before(judged)
     texts = _TEXTS.texts(
         _row,
         judged,

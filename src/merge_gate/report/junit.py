@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report import words
+from merge_gate.report.alike import told_before
 from merge_gate.report.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def render(report: Report) -> str:
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
             ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
-        before = words.told_before(adapters)
+        before = told_before(adapters)
         for place, adapter in enumerate(adapters):
             _case(suite, name, adapter, before.get(place, {}))
     if unjudged or not report.adapters:

@@ -21,6 +21,7 @@ from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report import words
+from merge_gate.report.alike import told_once
 from merge_gate.report.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _marks(report: Report) -> Json:
 
 def _results(report: Report) -> Iterator[Json]:
     for same in _entries(report):
-        for finding, more, where in words.told_once(same, lambda adapter: list(adapter.findings)):
+        for finding, more, where in told_once(same, lambda adapter: list(adapter.findings)):
             yield _result(report, same[0], finding, more, where or words.precisions(same))
     for base in report.bases:
         for finding, more in words.grouped(base.findings):

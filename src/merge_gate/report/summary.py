@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report import words
+from merge_gate.report.alike import by_adapter, marks_of, paragraphs, told_once
 from merge_gate.report.markdown import code, plain, prose
 from merge_gate.report.textmap import LEGEND, text_map
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
+    from merge_gate.report.alike import Told
 
 _MOST_ROWS = 40
 """Of more merges, those that passed without a warning are folded away, below what there is to do."""
@@ -106,26 +109,28 @@ def _checks(findings: Iterable[Finding]) -> str:
 
 
 def _sections(report: Report) -> list[str]:
-    blocked = [adapter for adapter in words.worst_first(report.adapters) if adapter.verdict is not Verdict.PASSED]
-    alike = words.alike(blocked)
-    shown = (_section(adapters, with_map=index == 0) for index, adapters in enumerate(alike))
-    kept, left = _fit(shown, len(alike), _SECTIONS_BYTES)
+    blocked = [groups for groups in paragraphs(report) if groups[0][0].verdict is not Verdict.PASSED]
+    shown = (_section(groups, with_map=index == 0) for index, groups in enumerate(blocked))
+    kept, _ = _fit(shown, len(blocked), _SECTIONS_BYTES)
+    left = sum(map(len, blocked[len(kept) :]))
     if left:
         kept.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
     return kept
 
 
-def _section(alike: list[AdapterReport], *, with_map: bool) -> str:
-    """One adapter, in all the dtypes of which the same is so."""
+def _section(groups: Told, *, with_map: bool) -> str:
+    """One adapter, in all the dtypes of which the same is so; or several, of which the same is so."""
+    alike = groups[0]
     adapter = alike[0]
     finding = words.deciding(adapter)
     cause = code(words.cause(adapter), 80)
-    title = f"{code(adapter.name)} {words.title(adapter)}" + (f": {cause}" if adapter.verdict is Verdict.FAILED else "")
-    blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(alike, finding))]
+    names = listing(code(each.name) for each, *_ in groups)
+    title = f"{names} {words.title(adapter)}" + (f": {cause}" if adapter.verdict is Verdict.FAILED else "")
+    blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(groups, finding))]
     drawn = text_map(adapter) if with_map else []
     if drawn:
         blocks.append("\n".join([f"{LEGEND}:", "", "````text", *drawn, "````"]))
-    rest = words.told_once(alike, words.others)
+    rest = told_once(alike, words.others)
     if rest:
         items = [f"- {other.severity} {_one_finding(other, more, where)}" for other, more, where in rest]
         total = len(rest) + sum(more for _, more, _ in rest)
@@ -133,8 +138,8 @@ def _section(alike: list[AdapterReport], *, with_map: bool) -> str:
     return "\n\n".join(blocks)
 
 
-def _facts(alike: list[AdapterReport], finding: Finding | None) -> list[str]:
-    adapter = alike[0]
+def _facts(groups: Told, finding: Finding | None) -> list[str]:
+    each = [one for one, *_ in groups]
     if finding is None:
         message, hint = "No finding was recorded.", "Read the job's log, then run the gate again."
     else:
@@ -144,10 +149,11 @@ def _facts(alike: list[AdapterReport], finding: Finding | None) -> list[str]:
         facts.append(f"- **Where:** {_place(finding)}")
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
-    source = code(adapter.source) + (f" at {code(adapter.revision, 80)}" if adapter.revision else "")
-    base = f"{code(words.model_name(adapter.base))} ({plain(words.precisions(alike))})"
-    facts.append(f"- **Adapter:** {source} on {base}")
-    facts += [f"- **Mark:** {plain(mark)}" for mark in words.marks(adapter)]
+    sources = (code(one.source) + (f" at {code(one.revision, 80)}" if one.revision else "") for one in each)
+    bases = dict.fromkeys(code(words.model_name(one.base)) for one in each)
+    label = "Adapter" if len(groups) == 1 else "Adapters"
+    facts.append(f"- **{label}:** {listing(sources)} on {listing(bases)} ({plain(words.precisions(groups[0]))})")
+    facts += [f"- **Mark:** {plain(mark)}" for mark in marks_of(each)]
     return facts
 
 
@@ -171,7 +177,7 @@ def _warnings(report: Report) -> list[str]:
     passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED and words.warnings(adapter)]
     if not passed:
         return []
-    told = [(same, words.told_once(same, words.warnings)) for same in words.alike(passed)]
+    told = [(same, told_once(same, words.warnings)) for same in by_adapter(passed)]
     items = [
         f"- {code(same[0].name, 80)} {_one_finding(finding, more, where or words.precisions(same))}"
         for same, warned in told

@@ -8,12 +8,12 @@ formats. Styles are the names in `Style`, not colours.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import words
+from merge_gate.report.alike import marks_of, paragraphs, told_once
 from merge_gate.report.columns import cells, cut, cut_front, fit, pad, wrap
 from merge_gate.report.untrusted import inert, one_line
 from merge_gate.text import listing
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
+    from merge_gate.report.alike import Told
 
 
 class Style(StrEnum):
@@ -75,7 +76,7 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
     shown: list[Line] = []
     if table := _table(report, width, marks):
         shown += [_BLANK, *table]
-    told = _told(report)
+    told = paragraphs(report)
     kept = _most_pressing(told)
     for groups in kept:
         shown += [_BLANK, *_paragraph(groups, width, marks)]
@@ -174,45 +175,20 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 # --- paragraphs ----------------------------------------------------------------------------------------------------
 
 
-def _told(report: Report) -> list[list[list[AdapterReport]]]:
-    """The entries of each adapter that has something to say; of adapters that say the same, together."""
-    found: dict[object, list[list[AdapterReport]]] = {}
-    for same in words.alike(words.worst_first(report.adapters)):
-        said = words.told_once(same, words.others)
-        adapter = same[0]
-        if adapter.verdict is not Verdict.PASSED or said:
-            decided = (adapter.verdict, adapter.cause, words.deciding(adapter))
-            key = (*decided, *said, words.precisions(same), *words.marks(_at(adapter, "")))
-            found.setdefault(key, []).append(same)
-    return list(found.values())
-
-
-def _most_pressing(told: list[list[list[AdapterReport]]]) -> list[list[list[AdapterReport]]]:
+def _most_pressing(told: list[Told]) -> list[Told]:
     """As many paragraphs as somebody reads on a terminal."""
     blocked = [groups for groups in told if groups[0][0].verdict is not Verdict.PASSED]
     return blocked[:MOST_TOLD] + told[len(blocked) :][: MOST_TOLD // 2]
 
 
-def _left_out(told: list[list[list[AdapterReport]]], kept: list[list[list[AdapterReport]]]) -> str:
-    def named(paragraphs: list[list[list[AdapterReport]]], *, passed: bool) -> int:
-        return sum(len(groups) for groups in paragraphs if (groups[0][0].verdict is Verdict.PASSED) is passed)
+def _left_out(told: list[Told], kept: list[Told]) -> str:
+    def named(some: list[Told], *, passed: bool) -> int:
+        return sum(len(groups) for groups in some if (groups[0][0].verdict is Verdict.PASSED) is passed)
 
     left = {passed: named(told, passed=passed) - named(kept, passed=passed) for passed in (False, True)}
     parts = [f"what is wrong with {words.counted(left[False], 'more adapter')}"] if left[False] else []
     parts += [f"the warnings of {words.counted(left[True], 'more adapter')} that passed"] if left[True] else []
     return f"Not shown: {' and '.join(parts)}. {_ALL_IN}."
-
-
-def _at(adapter: AdapterReport, time: str) -> AdapterReport:
-    return replace(adapter, judged=replace(adapter.judged, at=time)) if adapter.judged else adapter
-
-
-def _marks(adapters: Sequence[AdapterReport]) -> list[str]:
-    """What marks all of these; of verdicts that were reached at several times, the oldest."""
-    times = sorted({adapter.judged.at for adapter in adapters if adapter.judged})
-    return words.marks(
-        _at(adapters[0], f"{times[0]} (the oldest)" if times[1:] else times[0]) if times else adapters[0]
-    )
 
 
 def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Verdict, str]) -> list[Line]:
@@ -233,8 +209,8 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _wrong(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
-    heading += [line for mark in _marks([one for one, *_ in groups]) for line in _labelled("mark", mark, width)]
-    told = words.told_once(same, words.others)
+    heading += [line for mark in marks_of([one for one, *_ in groups]) for line in _labelled("mark", mark, width)]
+    told = told_once(same, words.others)
     also = [line for other, more, where in told for line in _also(other, more, width, where)]
     return [*heading, *also]
 

@@ -15,7 +15,7 @@ from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats ta
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Environment, Report
     from merge_gate.records.terms import Finding
@@ -110,49 +110,10 @@ def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     return [(kind[0], len(kind) - 1) for kind in kinds(findings)]
 
 
-def alike(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
-    """Entries of one adapter that the same finding decides in several dtypes, as what its files show."""
-    groups: dict[object, list[AdapterReport]] = {}
-    for adapter in adapters:
-        key = (adapter.name, adapter.source, adapter.base.model, adapter.verdict, adapter.cause, deciding(adapter))
-        groups.setdefault(key, []).append(adapter)
-    return list(groups.values())
-
-
-def told_once(
-    same: list[AdapterReport], findings: Callable[[AdapterReport], list[Finding]]
-) -> list[tuple[Finding, int, str]]:
-    """The first of each kind of finding in any of them, how many more, and in which of their dtypes; empty for all."""
-    entries: dict[tuple[Finding, ...], list[AdapterReport]] = {}
-    for adapter in same:
-        for kind in kinds(findings(adapter)):
-            entries.setdefault(kind, []).append(adapter)
-    return [
-        (kind[0], len(kind) - 1, "" if len(those) == len(same) else precisions(those))
-        for kind, those in entries.items()
-    ]
-
-
 def precisions(adapters: Iterable[AdapterReport]) -> str:
     """float32; bfloat16."""
     named = [precision(adapter.base) for adapter in adapters]
     return "; ".join(named[:_PRECISIONS]) + ("; …" if len(named) > _PRECISIONS else "")
-
-
-def told_before(adapters: Iterable[AdapterReport]) -> dict[int, dict[Finding, AdapterReport]]:
-    """Which earlier entry of the same adapter, in another dtype, has all that this one has of a kind of finding.
-
-    By the entry's place in `adapters`, if there is any, and the first finding of that kind.
-    """
-    first: dict[object, AdapterReport] = {}
-    found: dict[int, dict[Finding, AdapterReport]] = {}
-    for place, adapter in enumerate(adapters):
-        for kind in kinds(adapter.findings):
-            key = (adapter.name, adapter.source, adapter.base.model, kind)
-            earlier = first.setdefault(key, adapter)
-            if earlier is not adapter:
-                found.setdefault(place, {})[kind[0]] = earlier
-    return found
 
 
 def cause(adapter: AdapterReport) -> str:
