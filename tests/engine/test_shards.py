@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import peft
 import pytest
 import transformers
 
 from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers, shards_left_out
 from merge_gate.errors import EngineError
+from tests import methods
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,9 +57,11 @@ def test_a_model_of_which_the_files_hold_nothing_is_refused() -> None:
     refuse_strangers(model, names - {"lm_head.weight"}, "b")
 
 
-def test_a_model_that_brought_an_adapter_is_refused() -> None:
-    model = tiny()
-    model._hf_peft_config_loaded = True  # as from_pretrained leaves it
+def test_a_model_that_brought_an_adapter_is_refused(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    with methods.quiet():
+        peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(EngineError, match="beside its weights"):
         refuse_strangers(model, set(), "b")
 
