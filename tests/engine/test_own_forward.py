@@ -144,6 +144,25 @@ def test_what_is_merged_into_the_same_layer_passes(name: str, tmp_path: Path) ->
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
+def test_another_padding_is_a_matter_of_the_border_and_passes(tmp_path: Path) -> None:
+    def reflecting() -> Any:
+        config = transformers.UnivNetConfig(
+            model_in_channels=8, model_hidden_channels=8, num_mel_bins=8, resblock_kernel_sizes=[3],
+            resblock_stride_sizes=[8], resblock_dilation_sizes=[[1, 3]], kernel_predictor_num_blocks=1,
+            kernel_predictor_hidden_channels=8, kernel_predictor_conv_size=3,
+        )  # fmt: skip
+        return transformers.UnivNetModel(config)
+
+    def off(frames: int) -> float:
+        wave = torch.linspace(-8, 8, frames * 8).sin().reshape(1, frames, 8)
+        return trained((reflecting, {"input_features": wave, "noise_sequence": wave}, lora("conv_pre")), tmp_path)
+
+    short, long = off(16), off(256)
+    assert 1e-3 < long < short / 2
+    judgement = judged(tmp_path)
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
 def test_an_untrained_adapter_of_such_a_layer_has_no_effect(tmp_path: Path) -> None:
     trained(OTHERWISE["standardised-lora"], tmp_path)
     edit(lambda tensors: {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()})(tmp_path / "adapter")

@@ -4,8 +4,11 @@ In: a `Base`, and an adapter loaded on its scratch, not merged yet. Out: nothing
 
 PEFT adds its part to what a layer returns, and its merge adds to the weight. Both are the same where the layer
 multiplies by its weight, or looks rows of it up. Classes derived from torch's may standardise the weight first, norm or
-scale what they return, or shift an index; a convolution may pad with something else than zeros. So PEFT is asked: such
-a layer alone is run on an input of its own, as it is and merged, in float32. One that does not run so is left alone.
+scale what they return, or shift an index. So PEFT is asked: such a layer alone is run on an input of its own, as it is
+and merged, in float32. One that does not run so is left alone.
+
+Not meant are convolutions that pad with something else than zeros. PEFT pads its own part with zeros, so both differ
+within a kernel of the border, and by the less the larger the input is.
 """
 
 from __future__ import annotations
@@ -76,8 +79,7 @@ def _is_of_its_own(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")  # a parametrised one would be computed
     if kind is None or (weight is not None and is_quantized(weight)):
         return False
-    pads = getattr(layer, "padding_mode", "zeros") != "zeros"
-    return type(layer).forward is not kind.forward or hasattr(layer, "parametrizations") or pads
+    return type(layer).forward is not kind.forward or hasattr(layer, "parametrizations")
 
 
 def _off(base: Base, loaded: Loaded, layer: Any) -> float:
