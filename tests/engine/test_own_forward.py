@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
 from tests import methods
 from tests.faults import edit
@@ -160,6 +161,14 @@ def test_another_padding_is_a_matter_of_the_border_and_passes(tmp_path: Path) ->
     short, long = off(16), off(256)
     assert 1e-3 < long < short / 2
     judgement = judged(tmp_path)
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+def test_the_dropout_of_a_combination_draws_nothing(tmp_path: Path) -> None:
+    trained((_falcon, TOKENS, lora("query_key_value", "dense", lora_dropout=0.5)), tmp_path)
+    members = (tmp_path / "adapter",) * 2
+    combine = Combine(adapters=("a", "b"), weights=(0.5, 0.5), method="linear")
+    judgement = Gate().combine(members, tmp_path / "base", combine)
     assert judgement.verdict is Verdict.PASSED, judgement
 
 

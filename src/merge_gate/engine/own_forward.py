@@ -87,6 +87,7 @@ def _off(base: Base, loaded: Loaded, layer: Any) -> float:
     drawn = torch.get_rng_state()
     try:
         with PrivateCopies(layer, slots_of(layer, loaded.slots), base, dtype=torch.float32):
+            layer.eval()  # what PEFT has combined is as in training: its dropout draws
             given = _input(layer).to(base.device)
             plain, unmerged = layer.get_base_layer()(given), layer(given)
             layer.merge(safe_merge=False)
