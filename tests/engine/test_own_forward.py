@@ -95,6 +95,7 @@ ALIKE: dict[str, Row] = {
     "scaled-dora": (_scaled, TOKENS, lora(*EMBED, use_dora=True)),
     "scaled-oft": (_scaled, TOKENS, peft.OFTConfig(r=0, oft_block_size=4, target_modules=EMBED)),
     "scaled-tokens": (_scaled, TOKENS, lora("q_proj", trainable_token_indices=[3, 40])),
+    "falcon-oft": (_falcon, TOKENS, peft.OFTConfig(oft_block_size=4, target_modules=["dense"], module_dropout=0.5)),
     "falcon-lora": (_falcon, TOKENS, lora("query_key_value", "dense")),
 }
 
@@ -160,6 +161,13 @@ def test_another_padding_is_a_matter_of_the_border_and_passes(tmp_path: Path) ->
 
     short, long = off(16), off(256)
     assert 1e-3 < long < short / 2
+    judgement = judged(tmp_path)
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+def test_a_layer_that_draws_whenever_it_is_called_is_not_compared(tmp_path: Path) -> None:
+    drawn = peft.PveraConfig(r=4, target_modules=["dense"], sample_at_inference=True)
+    assert trained((_falcon, TOKENS, drawn), tmp_path) > 0.01, "it draws nothing"
     judgement = judged(tmp_path)
     assert judgement.verdict is Verdict.PASSED, judgement
 

@@ -89,7 +89,9 @@ def _off(base: Base, loaded: Loaded, layer: Any) -> float:
         with PrivateCopies(layer, slots_of(layer, loaded.slots), base, dtype=torch.float32):
             layer.eval()  # what PEFT has combined is as in training: its dropout draws
             given = _input(layer).to(base.device)
-            plain, unmerged = layer.get_base_layer()(given), layer(given)
+            plain, unmerged, again = layer.get_base_layer()(given), layer(given), layer(given)
+            if not torch.allclose(unmerged, again, equal_nan=True):
+                return 0.0  # it draws whenever it is called, as PVeRA can
             layer.merge(safe_merge=False)
             merged = layer(given)
             changed = max(_distance(unmerged, plain), _distance(merged, plain))
