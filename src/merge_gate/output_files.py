@@ -34,8 +34,8 @@ OUTPUT_FILES = (
         "people",
         "the job summary: the result in a sentence, a table with the worst first (of more than 40 merges, those that "
         "passed without a warning are folded away at the end), and for each adapter that is not cleared what is wrong, "
-        "where, and what to do; the worst one with its map in characters; what is the same in several dtypes is said "
-        "once; at most 64 KiB",
+        "where, and what to do; the worst one with its map in characters; what is the same in several dtypes, or of "
+        "several adapters, is said once; at most 64 KiB",
         64 * _MB,
     ),
     OutputFile(

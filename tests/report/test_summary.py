@@ -273,6 +273,13 @@ def test_what_breaks_many_alike_is_said_once() -> None:
     assert all(f"| `team-{n}` |" in text for n in range(7))
 
 
+def test_the_map_of_several_says_whose_it_is() -> None:
+    worst = next(one for one in FAIL.adapters if one.tensors and one.verdict is Verdict.FAILED)
+    both = [dataclasses.replace(worst, name=name) for name in ("first", "second")]
+    assert "The map of `first`: N NaN" in render(report(*both))
+    assert "The map of" not in render(report(both[0]))
+
+
 def test_what_one_dtype_has_besides_is_said_of_that_one() -> None:
     text = render(in_two_dtypes())
     assert text.count("a tensor is not there") == 1

@@ -129,7 +129,8 @@ def _section(groups: Told, *, with_map: bool) -> str:
     blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(groups, finding))]
     drawn = text_map(adapter) if with_map else []
     if drawn:
-        blocks.append("\n".join([f"{LEGEND}:", "", "````text", *drawn, "````"]))
+        whose = f"The map of {code(adapter.name)}: " if len(groups) > 1 else ""
+        blocks.append("\n".join([f"{whose}{LEGEND}:", "", "````text", *drawn, "````"]))
     rest = told_once(alike, words.others)
     if rest:
         items = [f"- {other.severity} {_one_finding(other, more, where)}" for other, more, where in rest]
