@@ -37,6 +37,7 @@ def _group(base: Snapshot, entry: Entry) -> Group:
         revision=base.revision,
         dtype=entry.dtype,
         quantization=entry.prepared.spec.base.quantization,
+        files=entry.prepared.base_files,
         tasks=(),
     )
 

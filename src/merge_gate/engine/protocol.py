@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, FileIdentity
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
 from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway, Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Quantization, record
@@ -33,13 +33,14 @@ class Task:
 
 @record
 class Group:
-    """Adapters on one base in one dtype and quantisation."""
+    """Adapters on one base in one dtype and quantization. `files` is what the base's files say, if they were read."""
 
     label: str
     directory: str
     revision: str | None = None
     dtype: str
     quantization: Quantization = Quantization.NONE
+    files: BaseFiles | None = None
     tasks: tuple[Task, ...]
 
 

@@ -63,6 +63,69 @@ class TensorHeader:
 
 
 @record
+class StoredTensor:
+    """A tensor in a base's weight files. `dtype` is safetensors' name for it; `file` is relative to the directory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@record
+class DeclaredQuantization:
+    """What a base's files say about its quantization. `method` is the declared `quant_method`, in lower case, or "".
+
+    Attributes:
+        method: what the file calls the method.
+        file: config.json, or a file next to it that other programs read (quantize_config.json, hf_quant_config.json).
+        key: the key in that file, "" if the whole file is the declaration.
+        is_read: whether transformers reads this declaration.
+        format: the format inside the method (`fmt`, `format`, `quant_algo`), if the file names one.
+        bits: bits of a weight, if the file says.
+        block_size: rows and columns that share a scale, if the file says.
+        ignored: names of modules, or patterns of names, that are not quantized.
+    """
+
+    method: str
+    file: str
+    key: str = ""
+    is_read: bool = True
+    format: str | None = None
+    bits: int | None = None
+    block_size: tuple[int, ...] | None = None
+    ignored: tuple[str, ...] = ()
+
+
+@record
+class BaseFiles:
+    """What a base's files say, read without torch (sources/base_files.py).
+
+    Attributes:
+        directory: the base's directory.
+        weights: the weight files that transformers loads, in its order, relative to the directory.
+        tensors: every tensor in those files, in that order. The last of several with one name is the one that counts.
+        ghosts: names that the index lists and the files do not hold, with the file that the index names.
+        aside: tensors in weight files that transformers does not load.
+        quantization: what the files declare; None for a plain base.
+        original: the unquantized base that the files name, if they name one.
+        findings: what keeps adapters from being judged on this base: `base-inconsistent`, `base-incomplete`,
+            `base-format`. The first one is the cause.
+        notes: what is worth reporting if every parameter of the loaded model has a source.
+    """
+
+    directory: str
+    weights: tuple[str, ...] = ()
+    tensors: tuple[StoredTensor, ...] = ()
+    ghosts: tuple[tuple[str, str], ...] = ()
+    aside: tuple[StoredTensor, ...] = ()
+    quantization: DeclaredQuantization | None = None
+    original: str | None = None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = ()
+
+
+@record
 class Pattern:
     """A regular expression of an adapter's config: `text` as it stands at `place`, `expression` as PEFT forms it."""
 
@@ -118,12 +181,16 @@ class AdapterFiles:
 
 @record
 class Prepared:
-    """One adapter (or combination) whose names have become files; `problem` says why one has not."""
+    """One adapter (or combination) whose names have become files; `problem` says why one has not.
+
+    `base_files` is None if nothing has read the base's files.
+    """
 
     spec: AdapterSpec
     members: tuple[AdapterFiles, ...] = ()
     revision: str | None = None
     base: Snapshot | None = None
+    base_files: BaseFiles | None = None
     problem: Finding | None = None
 
     @property
