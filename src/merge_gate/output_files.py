@@ -6,15 +6,25 @@ Python reads it too, to know what it may take out of a container.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 _MB = 1024 * 1024
+
+GENERATOR_COMMENT = "<!-- generator: merge-gate -->"
+"""The generator tag of the formats that have comments."""
+
+TAG_WITHIN_BYTES = 2048
+"""How much of a file is read to look for its tag."""
+
+_COMMENT = re.escape(GENERATOR_COMMENT.encode())
 
 
 class OutputFile(NamedTuple):
     """One format. `word` asks for it (`merge-gate report --format`), `made_by` is the module with its `render`.
 
-    A file larger than `limit_bytes` is not taken out of a container.
+    `tag` matches the first bytes of a file that merge-gate wrote. Words further down in a file are no tag. A file
+    larger than `limit_bytes` is not taken out of a container.
     """
 
     name: str
@@ -22,11 +32,22 @@ class OutputFile(NamedTuple):
     made_by: str
     readers: str
     content: str
+    tag: re.Pattern[bytes]
     limit_bytes: int = 256 * _MB
 
 
 OUTPUT_FILES = (
-    OutputFile("report.json", "", "json_report", "programs", "everything that was found, strict JSON, described below"),
+    OutputFile(
+        "report.json",
+        "",
+        "json_report",
+        "programs",
+        "everything that was found, strict JSON, described below",
+        re.compile(
+            rb'\{\s*"schema_version":\s*"[0-9.]{1,16}",\s*"complete":\s*(?:true|false),\s*"result":\s*"[a-z]{1,16}",'
+            rb'\s*"counts":\s*\{[^{}]{0,256}\},\s*"tool":\s*\{\s*"name":\s*"merge-gate"\s*[,}]'
+        ),
+    ),
     OutputFile(
         "summary.md",
         "markdown",
@@ -36,6 +57,7 @@ OUTPUT_FILES = (
         "passed without a warning are folded away at the end), and for each adapter that is not cleared what is wrong, "
         "where, and what to do; the worst one with its map in characters; what is the same in several dtypes, or of "
         "several adapters, is said once; at most 64 KiB",
+        re.compile(_COMMENT + rb"\r?\n"),
         64 * _MB,
     ),
     OutputFile(
@@ -45,6 +67,10 @@ OUTPUT_FILES = (
         "people",
         "one page that loads nothing: verdict and counts, all adapters to sort and filter, and for each its chain of "
         "causes, its findings, a map of every merged tensor, coverage and provenance",
+        re.compile(
+            rb'<!DOCTYPE html>\s*<html lang="en">\s*<head>\s*<meta charset="utf-8">\s*'
+            rb'<meta name="generator" content="merge-gate">'
+        ),
     ),
     OutputFile(
         "junit.xml",
@@ -53,6 +79,7 @@ OUTPUT_FILES = (
         "viewers of tests",
         "a suite per base, a case per adapter and dtype; a failed adapter is a `failure`, one that could not be judged "
         "an `error`, and so is a run that did not finish",
+        re.compile(rb'<\?xml version="1\.0" encoding="UTF-8"\?>\s*' + _COMMENT),
     ),
     OutputFile(
         "report.sarif",
@@ -61,6 +88,10 @@ OUTPUT_FILES = (
         "code scanning, editors",
         "SARIF 2.1.0: a rule per check, a result per kind of finding, at the adapter's line of the configuration file, "
         "without one at its adapter_config.json",
+        re.compile(
+            rb'\{\s*"\$schema":\s*"[^"\\]{1,256}",\s*"version":\s*"2\.1\.0",\s*"runs":\s*\[\s*\{\s*"tool":\s*\{'
+            rb'\s*"driver":\s*\{\s*"name":\s*"merge-gate"\s*[,}]'
+        ),
     ),
 )
 """The one that must not be lost first. 1,000 adapters make a report.json of about 2 MB."""

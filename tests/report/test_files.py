@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.errors import ExitCode, GateError, UsageError
+from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
 from merge_gate.report import files
 from merge_gate.report.files import FORMATS, write_report
-from tests.report.reports import EMPTY, FAIL, PASS
+from tests.report.reports import EMPTY, FAIL, PASS, UNDECIDED
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from merge_gate.output_files import OutputFile
+    from merge_gate.records.report import Report
 
 
 def test_writes_every_format_and_nothing_else(tmp_path: Path) -> None:
@@ -25,7 +29,17 @@ def test_writes_every_format_and_nothing_else(tmp_path: Path) -> None:
     assert write_report(FAIL, folder) == tuple(folder / name for name in FORMATS)
     assert {path.name for path in folder.iterdir()} == set(FORMATS)
     assert json.loads((folder / "report.json").read_text("utf-8"))["result"] == "fail"
-    assert (folder / "summary.md").read_text("utf-8").startswith("## ❌")
+    assert (folder / "summary.md").read_text("utf-8").startswith("<!-- generator: merge-gate -->\n\n## ❌")
+
+
+@pytest.mark.parametrize("run", [PASS, FAIL, UNDECIDED, EMPTY], ids=["pass", "fail", "undecided", "empty"])
+@pytest.mark.parametrize("row", OUTPUT_FILES, ids=lambda row: row.name)
+def test_every_file_names_its_generator_at_its_beginning(row: OutputFile, run: Report) -> None:
+    text = FORMATS[row.name](run).encode()
+    assert row.tag.match(text[:TAG_WITHIN_BYTES])
+    assert row.tag.match(text.replace(b"\n", b"\r\n")[:TAG_WITHIN_BYTES]), "as git may check it out"
+    assert not row.tag.match(b"notes\n" + text), "words further down are no tag"
+    assert not row.tag.match(text.replace(b"merge-gate", b"merge-gates"))
 
 
 def test_a_later_run_replaces_an_earlier_one(tmp_path: Path) -> None:

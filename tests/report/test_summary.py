@@ -15,6 +15,7 @@ from cmarkgfm.cmark import Options
 from hypothesis import given
 from markdown_it import MarkdownIt
 
+from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
@@ -133,7 +134,7 @@ def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
 
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
 def test_the_headline_has_the_result(run: Report, mark: str) -> None:
-    assert render(run).startswith(f"## {mark} merge-gate: ")
+    assert render(run).startswith(f"{GENERATOR_COMMENT}\n\n## {mark} merge-gate: ")
 
 
 def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:

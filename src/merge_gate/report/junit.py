@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
+from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report import words
 from merge_gate.report.alike import told_before
@@ -46,7 +47,7 @@ def render(report: Report) -> str:
     ET.indent(root)
     # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
     text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{GENERATOR_COMMENT}\n{text}\n'
 
 
 def _run(case: ET.Element, report: Report, *, unjudged: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report import words
 from merge_gate.report.alike import by_adapter, marks_of, paragraphs, told_once
@@ -41,6 +42,7 @@ def render(report: Report) -> str:
     shown, folded = _told_apart(report)
     table = _table(shown)
     blocks = [
+        GENERATOR_COMMENT,
         f"## {_RESULT_MARK[report.result]} merge-gate: {words.headline(report)}",
         words.advice(report),
         *_problems(report),
