@@ -61,7 +61,7 @@ bench: $(STAMPS)/test
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(STAMPS)/test
-	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 $(STAMPS)/mutants: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,mutants]'
@@ -70,7 +70,7 @@ $(STAMPS)/mutants: $(STAMPS)/test
 # Of one part: make mutants PARTS=judging
 PARTS ?= judging preflight config
 mutants: $(STAMPS)/mutants
-	for part in $(PARTS); do $(BIN)/python tests/mutants.py $$part --show || exit; done
+	for part in $(PARTS); do $(BIN)/python tests/tools/mutants.py $$part --show || exit; done
 
 $(STAMPS)/coverage: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,coverage]'

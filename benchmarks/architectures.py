@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
-from tests import architectures
-from tests.architecture_trials import Outcome, trial
+from tests.support.engine import architectures
+from tests.support.engine.architecture_trials import Outcome, trial
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 LIMIT_S = 90

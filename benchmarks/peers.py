@@ -3,8 +3,8 @@
     python benchmarks/peers.py --work DIR [CASE ...]     # all: half an hour on two cores; goes on where it was
     python benchmarks/peers.py --work DIR --write        # benchmarks/peers.json and docs/peers.md from what is there
 
-In: the cases of tests/faults.py. Out: a line of JSON for each case in DIR, with what each tool said. Each peer has a
-venv of its own in DIR. What each is given is what its documentation asks for:
+In: the cases of tests/support/faults.py. Out: a line of JSON for each case in DIR, with what each tool said. Each peer
+has a venv of its own in DIR. What each is given is what its documentation asks for:
 
 - merge-gate: one configuration with all cases, `merge-gate run`.
 - safe_merge: `from_pretrained` of base and adapter, `merge_and_unload(safe_merge=True)`, in the case's dtype.
@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft import PeftModel
 from transformers.utils import logging
 
-from tests import faults
 from tests.conftest import lay_out, top_settings, write_config_file
-from tests.faults import FAULTS, HEALTHY, Case
-from tests.models import VARIANTS, Shelf, load_for_training, read_config
+from tests.support import faults
+from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "peers.md"
@@ -78,7 +78,7 @@ GROUPS = {
     "a merge in vain, tied weights": faults.vain_merges(),
     "not what was reviewed (`expect`)": faults.broken_promises(),
 }
-"""The groups of tests/faults.py."""
+"""The groups of tests/support/faults.py."""
 CANNOT_TELL = {"deltalint": (2, 3)}
 NOT_TOLD = {"expectation-failed", "base-mismatch"}
 """Causes that only the gate's configuration can have."""

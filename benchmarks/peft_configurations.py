@@ -2,10 +2,10 @@
 
     python benchmarks/peft_configurations.py [--tests DIR] [--only TEXT] [--results FILE] [--write]
 
-Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where
-it lies already), and holds every configuration of its tests (tests/peft_configurations.py) in every dtype. One line for
-each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was; `--write` puts them
-into docs/methods.md. A quarter of an hour on one core.
+Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where it
+lies already), and holds every configuration of its tests (tests/support/engine/peft_configurations.py) in every dtype.
+One line for each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was;
+`--write` puts them into docs/methods.md. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
-from tests.gating import Gate, one_thread
-from tests.peft_configurations import Configuration, Outcome, hold, read
+from tests.support.engine.peft_configurations import Configuration, Outcome, hold, read
+from tests.support.gating import Gate, one_thread
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 START, END = "<!-- peft_configurations -->\n", "<!-- /peft_configurations -->"

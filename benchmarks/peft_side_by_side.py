@@ -2,9 +2,9 @@
 
     python benchmarks/peft_side_by_side.py [CASE ...]
 
-In: the cases of tests/methods.py and tests/engine/test_bitsandbytes.py (all, or those named). Out: Markdown. Each trial
-is merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth: the merged
-tensors themselves. A trial is PEFT's mistake when
+In: the cases of tests/support/methods.py and tests/engine/test_bitsandbytes.py (all, or those named). Out: Markdown.
+Each trial is merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth:
+the merged tensors themselves. A trial is PEFT's mistake when
 
 - silent: the merged model holds NaN or Inf, and nothing is raised;
 - alarm: neither the merged model nor what the merge reads of the file does, and PEFT raises.
@@ -29,9 +29,9 @@ import torch
 import transformers
 
 from merge_gate.records.terms import Quantization
-from tests import faults_methods, methods
 from tests.engine import test_bitsandbytes
-from tests.gating import Bench, mistake, one_thread
+from tests.support import faults_methods, methods
+from tests.support.gating import Bench, mistake, one_thread
 
 Rows = dict[str, Counter[str]]
 

@@ -96,7 +96,7 @@ def save_method(method: str, base: Path, directory: Path) -> Path:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds, once per adapter ever made
 
-        from tests import methods  # noqa: PLC0415
+        from tests.support import methods  # noqa: PLC0415
 
         kind, settings = METHODS[method]
         case = methods.make_case(method, "", kind, **{"target_modules": LAYERS, **settings})

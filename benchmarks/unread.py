@@ -5,7 +5,7 @@
 
 In: model types. Out: a line of JSON for each in the work directory. Each type has a process of its own, in which
 
-1. a small random model is built (tests/architectures.py);
+1. a small random model is built (tests/support/engine/architectures.py);
 2. one forward pass of tensors without data shows what is read apart (engine/reads.py);
 3. PEFT is the judge of each kind of layer that was found, and of two that were not: a LoRA with a random B is put on
    that layer alone, and the model's outputs are compared before and after PEFT's merge.
@@ -36,7 +36,8 @@ import transformers
 from torch import nn
 
 from merge_gate.engine import reads
-from tests import architectures, methods
+from tests.support import methods
+from tests.support.engine import architectures
 
 LIMIT_S = 45
 LIMIT_BYTES = 6 << 30

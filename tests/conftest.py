@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.report import AdapterReport, BaseReport
-    from tests.faults import Case
-    from tests.models import Shelf
+    from tests.support.faults import Case
+    from tests.support.models import Shelf
 
 
 # No test is timed: a machine that is busy with something else, or that counts branches, is no fault of the code's.
@@ -36,7 +36,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     import torch  # noqa: PLC0415 - takes seconds, for which tests without a model need not wait
     from transformers.utils import logging  # noqa: PLC0415
 
-    from tests.models import Shelf  # noqa: PLC0415
+    from tests.support.models import Shelf  # noqa: PLC0415
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -56,10 +56,10 @@ class Judged:
 
 @pytest.fixture(scope="session")
 def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    """Every case of `tests.faults`, gated in two runs: without pickled weights, and with them."""
+    """Every case of `tests.support.faults`, gated in two runs: without pickled weights, and with them."""
     from merge_gate.config.load import load_config  # noqa: PLC0415
     from merge_gate.gate import run_gate  # noqa: PLC0415
-    from tests.faults import FAULTS, HEALTHY  # noqa: PLC0415
+    from tests.support.faults import FAULTS, HEALTHY  # noqa: PLC0415
 
     root = tmp_path_factory.mktemp("cases")
     cases = (*FAULTS, *HEALTHY)
@@ -93,7 +93,7 @@ def lay_out(case: Case, shelf: Shelf, directory: Path) -> None:
 
 def entry_for(case: Case, shelf: Shelf) -> dict[str, Any]:
     """The adapter's entry of the config; `...` takes a key away."""
-    from tests.models import VARIANTS  # noqa: PLC0415
+    from tests.support.models import VARIANTS  # noqa: PLC0415
 
     entry: dict[str, Any] = {"name": case.name, "path": f"./{case.name}"}
     base = {"model": str(shelf.base(case.base or VARIANTS[case.variant].base)), "dtype": case.dtype}

@@ -22,7 +22,7 @@ import pytest
 from merge_gate.command_line import EXIT_CODES, EXIT_CODES_OF_CHECK, parser
 from merge_gate.errors import ExitCode
 from merge_gate.report.files import FORMATS
-from tests.command import (
+from tests.support.command import (
     COMMAND,
     Answer,
     alive,

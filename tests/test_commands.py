@@ -26,7 +26,7 @@ from merge_gate.engine import process, protocol
 from merge_gate.records.measured import Refusal
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.files import write_report
-from tests.report.reports import FAIL, PASS, adapter, report
+from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

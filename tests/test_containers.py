@@ -1,4 +1,4 @@
-"""The same tensors in safetensors and in a pickle: the same verdict, for every case of `tests.faults`."""
+"""The same tensors in safetensors and in a pickle: the same verdict, for every case of `tests.support.faults`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from tests.conftest import lay_out, write_config_file
-from tests.faults import ALLOW_PICKLE, FAULTS, HEALTHY, Case
-from tests.models import ADAPTER_WEIGHTS, read_tensors
+from tests.support.faults import ALLOW_PICKLE, FAULTS, HEALTHY, Case
+from tests.support.models import ADAPTER_WEIGHTS, read_tensors
 from tests.test_faults import told
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport
     from tests.conftest import Judged
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 CASES = tuple(case for case in (*FAULTS, *HEALTHY) if case.variant != "pickled")
 

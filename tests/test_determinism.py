@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.report.json_report import read
-from tests.command import merge_gate
-from tests.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.command import merge_gate
+from tests.support.fleet.tiny import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.report import Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 GATE = """\
 version: 1

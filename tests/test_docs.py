@@ -31,15 +31,15 @@ from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
 from tests.conftest import lay_out
 from tests.engine.test_bits import peft_merge
-from tests.faults import FAULTS, HEALTHY
-from tests.generated import held
-from tests.models import VARIANTS
+from tests.support.faults import FAULTS, HEALTHY
+from tests.support.generated import held
+from tests.support.models import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.conftest import Judged
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))

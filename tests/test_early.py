@@ -15,13 +15,13 @@ from merge_gate.config import load
 from merge_gate.engine.process import EAGER
 from merge_gate.errors import GateError
 from merge_gate.report.json_report import read
-from tests.command import children_of
+from tests.support.command import children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from merge_gate.records.config import Config
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 
 @pytest.fixture

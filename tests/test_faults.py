@@ -1,4 +1,4 @@
-"""Each case of `tests.faults` through the gate: verdict, cause, origin and the tensor it names."""
+"""Each case of `tests.support.faults` through the gate: verdict, cause, origin and the tensor it names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.records.terms import Severity, Verdict
-from tests.faults import FAULTS, HEALTHY, Case, Payload
+from tests.support.faults import FAULTS, HEALTHY, Case, Payload
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport

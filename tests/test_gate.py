@@ -25,15 +25,15 @@ from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import provisional
 from merge_gate.sources import inputs, resolve
-from tests.command import merge_gate, strict_json, wait_until
-from tests.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
-from tests.hub import LoopbackHub
-from tests.models import to_pickle
+from tests.support.command import merge_gate, strict_json, wait_until
+from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
+from tests.support.hub import LoopbackHub
+from tests.support.models import to_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 WEIGHTS = "adapter_model.safetensors"
 OFF = "off"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.command import environment, merge_gate
-from tests.faults import LFS_POINTER
-from tests.models import ADAPTER_WEIGHTS, to_pickle
+from tests.support.command import environment, merge_gate
+from tests.support.faults import LFS_POINTER
+from tests.support.models import ADAPTER_WEIGHTS, to_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / ".pre-commit-hooks.yaml"

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Origin, Severity, Verdict
-from tests.faults import configure, edit, halve, overwrite, remove, rename, save_twice
-from tests.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
+from tests.support.faults import configure, edit, halve, overwrite, remove, rename, save_twice
+from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
     from merge_gate.records.terms import Finding
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 CORPUS = Path(__file__).parent / "corpus"
 PREFIX = "base_model.model."
@@ -33,10 +33,10 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """`source` is a variant of tests.models, a directory of the corpus, or empty; `break_` edits its copy.
+    """`source` is a variant of tests.support.models, a directory of the corpus, or empty; `break_` edits its copy.
 
-    `base` names one of tests.models or, with a slash, of the corpus; None leaves it to the adapter. `says` stands in
-    the message and `hint` in what to do, in that order.
+    `base` names one of tests.support.models or, with a slash, of the corpus; None leaves it to the adapter. `says`
+    stands in the message and `hint` in what to do, in that order.
     """
 
     name: str

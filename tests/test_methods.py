@@ -1,6 +1,6 @@
 """Every method, every tensor of it, broken in every way: no false pass, no false failure, no wrong cause.
 
-Truth comes from `tests.faults_methods`: plain PEFT's merge, and a look at every merged tensor.
+Truth comes from `tests.support.faults_methods`: plain PEFT's merge, and a look at every merged tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from merge_gate.engine import merge
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
-from tests import faults_methods, methods
-from tests.gating import Bench, mistake, one_thread, told
-from tests.merged import kept
+from tests.support import faults_methods, methods
+from tests.support.gating import Bench, mistake, one_thread, told
+from tests.support.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from tests import methods
-from tests.gating import Gate, Judgement, one_thread
-from tests.peft_configurations import Outcome, hold, one_nan, read
+from tests.support import methods
+from tests.support.engine.peft_configurations import Outcome, hold, one_nan, read
+from tests.support.gating import Gate, Judgement, one_thread
 
 TABLES = {
     "test_custom_models": """

@@ -20,7 +20,7 @@ from transformers import AutoModel
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Severity, Verdict
-from tests.models import read_tensors
+from tests.support.models import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,12 +23,12 @@ import pytest
 import yaml
 
 from merge_gate.report.files import FORMATS
-from tests.command import environment, shell, wait_until
+from tests.support.command import environment, shell, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

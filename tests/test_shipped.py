@@ -11,17 +11,17 @@ import torch
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Severity, Verdict
-from tests import methods
-from tests.gating import Gate, one_thread
-from tests.merged import kept
-from tests.shipped import SHIPPED, Shipped, loftq, merge_plainly
+from tests.support import methods
+from tests.support.engine.shipped import SHIPPED, Shipped, loftq, merge_plainly
+from tests.support.gating import Gate, one_thread
+from tests.support.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from merge_gate.records.report import AdapterReport
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ROWS = (*SHIPPED, Shipped(name="loftq", make=loftq, cause="not-judged", says=("'loftq'", "on a GPU only")))
 if torch.cuda.is_available():

@@ -10,7 +10,7 @@ import pytest
 from merge_gate.report.json_report import render
 from merge_gate.report.untrusted import one_line
 from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted
-from tests.report.reports import adapter, report
+from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
 

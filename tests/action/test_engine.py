@@ -21,7 +21,7 @@ from merge_gate.action import docker_api, leftovers, released_image
 from merge_gate.action.container import ContainerRun, Limits
 from merge_gate.action.launcher import Told, run_in_container
 from merge_gate.errors import LauncherError
-from tests.action.stand_in import BREAK_OFF, Container, Engine, engine_at
+from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
 
 # The SDK leaves the connection of a stream that broke off to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")

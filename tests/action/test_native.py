@@ -15,7 +15,7 @@ from merge_gate.action import native
 from merge_gate.action.container import ContainerRun
 from merge_gate.demo import make_demo
 from merge_gate.errors import LauncherError, UsageError
-from tests.command import alive
+from tests.support.command import alive
 
 
 @pytest.fixture(scope="module")

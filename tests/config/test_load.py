@@ -35,7 +35,7 @@ from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import AdapterSpec, Config, Problem
 from merge_gate.records.terms import DTYPES, Quantization, Severity
-from tests.generated import held
+from tests.support.generated import held
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_FILE = ROOT / "src/merge_gate/schemas/config.schema.json"

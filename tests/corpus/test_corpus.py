@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from merge_gate.records.terms import Severity, Verdict
-from tests.corpus.held import hold
-from tests.gating import Gate, one_thread
+from tests.support.corpus import hold
+from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

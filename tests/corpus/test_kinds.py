@@ -18,10 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.gating import Gate, one_thread
-from tests.merged import kept
-from tests.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.support import methods
+from tests.support.gating import Gate, one_thread
+from tests.support.merged import kept
+from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ from merge_gate.action import address as addresses
 from merge_gate.action import docker_api
 from merge_gate.action.leftovers import OURS
 from merge_gate.demo import make_demo
-from tests.e2e.act import HERE, ROOT, TAG, copy_action, free_port
+from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,7 +243,7 @@ def image(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An image whose code is hostile, and small: it has no torch."""
     context = tmp_path_factory.mktemp("rogue")
-    (context / "rogue.py").write_bytes((HERE / "rogue.py").read_bytes())
+    (context / "rogue.py").write_bytes((ROOT / "tests/support/e2e/rogue.py").read_bytes())
     (context / "Containerfile").write_text(
         f'FROM {BASE_IMAGE}\nCOPY rogue.py /\nENTRYPOINT ["python3", "-I", "/rogue.py"]\n', encoding="utf-8"
     )

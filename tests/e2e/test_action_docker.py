@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from merge_gate.report.schema import report_schema
-from tests.e2e.act import TAG, make_repository, run_act
+from tests.support.e2e.act import TAG, make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path

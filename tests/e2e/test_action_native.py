@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from merge_gate.report.schema import report_schema
-from tests.e2e.act import ActRun, make_repository, run_act
+from tests.support.e2e.act import ActRun, make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,9 +23,9 @@ from merge_gate.action import handover
 from merge_gate.action.container import ContainerRun, handed_over
 from merge_gate.action.launcher import run_in_container
 from merge_gate.errors import LauncherError
-from tests.e2e.act import ROOT, free_port
 from tests.e2e.conftest import as_user, serving
-from tests.e2e.proxy import proxy
+from tests.support.e2e.act import ROOT, free_port
+from tests.support.e2e.proxy import proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

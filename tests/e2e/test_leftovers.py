@@ -18,7 +18,7 @@ import pytest
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
 from tests.e2e.conftest import PATIENCE_S, described
-from tests.e2e.proxy import proxy
+from tests.support.e2e.proxy import proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.act import ROOT
+from tests.support.e2e.act import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path

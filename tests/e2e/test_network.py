@@ -14,10 +14,10 @@ import pytest
 
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import run_in_container
-from tests.e2e.act import free_port
 from tests.e2e.conftest import HUB_NAME
-from tests.e2e.proxy import CompanyProxy, proxy
-from tests.hub import LoopbackHub
+from tests.support.e2e.act import free_port
+from tests.support.e2e.proxy import CompanyProxy, proxy
+from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.demo import EXPECTED
-from tests.e2e.act import ROOT, ActRun, make_repository, run_act
-from tests.e2e.github import BOT, GitHub, archive, serving
-from tests.hub import LoopbackHub
+from tests.support.e2e.act import ROOT, ActRun, make_repository, run_act
+from tests.support.e2e.github import BOT, GitHub, archive, serving
+from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,9 +23,9 @@ from playwright.sync_api import sync_playwright
 
 from merge_gate.records.terms import Verdict
 from merge_gate.report import html_report, junit, sarif
-from tests.report import reports
-from tests.report.fleet import fleet
-from tests.report.reports import ATTACKS, NAN, adapter, report
+from tests.support import reports
+from tests.support.large_report import fleet
+from tests.support.reports import ATTACKS, NAN, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ import pytest
 
 from merge_gate.action.container import ContainerRun
 from merge_gate.action.launcher import Told, run_in_container
-from tests.e2e.act import make_repository, run_act
+from tests.support.e2e.act import make_repository, run_act
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from merge_gate.engine.shape import shape_for
 from merge_gate.engine.weights import read_weights
 from merge_gate.errors import Refused
 from merge_gate.sources.preflight import preflight
-from tests import methods
-from tests.engine.blocks_layers import threads
+from tests.support import methods
+from tests.support.engine.blocks_layers import threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from merge_gate.records.terms import Verdict
-from tests import architectures, methods
-from tests.architecture_trials import trial, with_nan
-from tests.gating import Gate, one_thread
+from tests.support import methods
+from tests.support.engine import architectures
+from tests.support.engine.architecture_trials import trial, with_nan
+from tests.support.gating import Gate, one_thread
 
 SLICE = {
     "blip": "its head is tied to an embedding, and all-linear reaches it",

@@ -14,9 +14,9 @@ from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
 from merge_gate.sources.preflight import preflight
 from tests.conftest import lay_out
-from tests.faults import FAULTS, HEALTHY, Case
-from tests.merged import kept
-from tests.models import VARIANTS, Shelf, load_for_training, read_config
+from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.merged import kept
+from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable

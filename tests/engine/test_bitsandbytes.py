@@ -14,8 +14,8 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
 from merge_gate.records.terms import Quantization, Verdict
-from tests import faults_methods, methods
-from tests.gating import Bench, mistake, one_thread, told
+from tests.support import faults_methods, methods
+from tests.support.gating import Bench, mistake, one_thread, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

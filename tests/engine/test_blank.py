@@ -21,7 +21,7 @@ from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
-from tests import methods
+from tests.support import methods
 
 if TYPE_CHECKING:
     from pathlib import Path

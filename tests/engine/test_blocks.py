@@ -15,7 +15,7 @@ from merge_gate.engine.blocks import merged_blocks, supports
 from merge_gate.engine.delta import Buffers, LowRankUpdate
 from merge_gate.engine.figures import Measured, measure_merge
 from merge_gate.engine.stream import stream_to
-from tests.engine.blocks_layers import (
+from tests.support.engine.blocks_layers import (
     DENSE,
     PACKED,
     QUANTIZED,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from merge_gate.engine.bound import merged_bound
 from merge_gate.engine.delta import LowRankUpdate
-from tests.engine.blocks_layers import by_peft, factors, tuner_layer, update_of
+from tests.support.engine.blocks_layers import by_peft, factors, tuner_layer, update_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.one_of(st.integers(1, 24), st.sampled_from([32, 33, 64, 65, 128, 256]))

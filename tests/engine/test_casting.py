@@ -25,16 +25,16 @@ from merge_gate.engine.weights import read_weights
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.preflight import preflight
-from tests import methods
-from tests.merged import kept
-from tests.models import VARIANTS, among_transformers
+from tests.support import methods
+from tests.support.merged import kept
+from tests.support.models import VARIANTS, among_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from merge_gate.records.files import AdapterFiles
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 DTYPES = ["float16", "bfloat16"]
 LOADED_AGAIN = {"mixtral", "qwen2-moe", "wav2vec2", "xlm-roberta"}

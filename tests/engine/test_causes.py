@@ -11,15 +11,15 @@ import torch
 import transformers
 
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.faults import configure, drop, edit
-from tests.gating import Bench, Gate, one_thread
+from tests.support import methods
+from tests.support.faults import configure, drop, edit
+from tests.support.gating import Bench, Gate, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.models import Tensors
+    from tests.support.models import Tensors
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from merge_gate.engine import merge
 from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
-from tests import faults_methods, methods, models
-from tests.gating import Bench, Judgement, one_thread
-from tests.merged import kept
+from tests.support import faults_methods, methods, models
+from tests.support.gating import Bench, Judgement, one_thread
+from tests.support.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora.config import ArrowConfig
 
 from merge_gate.records.terms import Quantization, Severity, Verdict
-from tests import faults_methods, methods
-from tests.gating import Bench, one_thread
+from tests.support import faults_methods, methods
+from tests.support.gating import Bench, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from merge_gate.engine import delta
 from merge_gate.engine.delta import Buffers, LowRankUpdate, Proof
-from tests.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
+from tests.support.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
 
 CPU = torch.device("cpu")
 

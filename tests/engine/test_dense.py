@@ -7,7 +7,7 @@ import torch
 
 from merge_gate.engine import dense
 from merge_gate.engine.delta import Buffers
-from tests.engine.blocks_layers import by_peft, in_blocks, same_bits, tuner_layer, whole
+from tests.support.engine.blocks_layers import by_peft, in_blocks, same_bits, tuner_layer, whole
 
 
 def facts(rows: int, columns: int, *, transposed: bool) -> dict:

@@ -24,9 +24,9 @@ from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
-from tests import methods
-from tests.command import merge_gate, strict_json
-from tests.gating import SPEC, Gate
+from tests.support import methods
+from tests.support.command import merge_gate, strict_json
+from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,12 +22,12 @@ from merge_gate.engine.process import EAGER, OFFLINE, WorkerProcess
 from merge_gate.engine.protocol import Event, Group, Job, Merged, Task
 from merge_gate.records.report import Sandbox
 from merge_gate.sources.preflight import preflight
-from tests.command import environment
+from tests.support.command import environment
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
 QUICK = "from merge_gate.engine.imports import quick_imports\nquick = quick_imports()\n"

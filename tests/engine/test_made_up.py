@@ -11,8 +11,8 @@ from peft import LNTuningConfig, LoraConfig
 
 from merge_gate.errors import EngineError
 from merge_gate.records.terms import Verdict
-from tests import models
-from tests.gating import Gate, one_thread
+from tests.support import models
+from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,10 +17,10 @@ import transformers
 
 from merge_gate.records.config import Combine
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.faults import edit
-from tests.gating import Gate, Judgement, one_thread
-from tests.models import _noise
+from tests.support import methods
+from tests.support.faults import edit
+from tests.support.gating import Gate, Judgement, one_thread
+from tests.support.models import _noise
 
 TOKENS = {"input_ids": torch.arange(3, 11)[None]}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}

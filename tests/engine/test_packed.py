@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from merge_gate.engine import packed
 from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.quantized import dequantized, scales
-from tests.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
+from tests.support.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

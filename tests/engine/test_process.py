@@ -19,7 +19,7 @@ from merge_gate.engine.memory import MemoryGroup
 from merge_gate.engine.private import PREFIX, private_directory
 from merge_gate.engine.process import SECRETS, WAITING, Ending, WorkerProcess, child_environment, describe_exit
 from merge_gate.engine.protocol import Event, Finished, Idle, Job
-from tests.command import alive, environment, merge_gate, strict_json, wait_until
+from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
 

@@ -23,17 +23,17 @@ from merge_gate.engine.shape import shape_for
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
-from tests import methods
-from tests.command import merge_gate, strict_json
-from tests.faults import configure, edit
-from tests.gating import Bench
-from tests.models import ALL_LINEAR, VARIANTS, Shelf
+from tests.support import methods
+from tests.support.command import merge_gate, strict_json
+from tests.support.faults import configure, edit
+from tests.support.gating import Bench
+from tests.support.models import ALL_LINEAR, VARIANTS, Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.models import Tensors
+    from tests.support.models import Tensors
 
 
 WEIGHTS = "adapter_model.safetensors"

@@ -20,10 +20,10 @@ from merge_gate.engine import landlock, sandbox
 from merge_gate.engine.protocol import Job
 from merge_gate.engine.sandbox import SWITCH, confine, limit
 from merge_gate.records.report import Sandbox
-from tests.command import environment, merge_gate, strict_json
+from tests.support.command import environment, merge_gate, strict_json
 
 if TYPE_CHECKING:
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ROGUE = """
 import json, os, signal, socket, subprocess, threading

@@ -14,7 +14,7 @@ from merge_gate.engine.blocks import merged_blocks
 from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
 from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.screen import Bound, Candidates
-from tests.engine.blocks_layers import whole
+from tests.support.engine.blocks_layers import whole
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 STORED = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])

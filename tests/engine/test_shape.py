@@ -21,14 +21,14 @@ from merge_gate.gate import run_gate
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
-from tests import methods
-from tests.gating import Gate
-from tests.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
+from tests.support import methods
+from tests.support.gating import Gate
+from tests.support.models import VARIANTS, _noise, read_config, read_tensors, save_adapter, write_config, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 QV = {"r": 4, "target_modules": ["query", "value"]}
 

@@ -11,7 +11,7 @@ import transformers
 
 from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers, shards_left_out
 from merge_gate.errors import EngineError
-from tests import methods
+from tests.support import methods
 
 if TYPE_CHECKING:
     from pathlib import Path

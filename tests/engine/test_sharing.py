@@ -17,13 +17,13 @@ from merge_gate.engine.protocol import BaseLoaded, BaseLoading, Group, Job, Merg
 from merge_gate.engine.sharing import in_another_class
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
-from tests.merged import kept
-from tests.models import among_transformers, save_adapter
+from tests.support.merged import kept
+from tests.support.models import among_transformers, save_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 CLASSIFIER = "ForSequenceClassification"
 PAIRS = {

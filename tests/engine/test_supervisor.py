@@ -34,11 +34,11 @@ from merge_gate.engine.protocol import (
 from merge_gate.engine.supervisor import Attempt, supervise
 from merge_gate.records.measured import Refusal
 from merge_gate.sources.preflight import preflight
-from tests.command import alive, children_of, wait_until
+from tests.support.command import alive, children_of, wait_until
 
 if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ENDLESS = "(([a-z0-9_.])+)+!"
 

@@ -14,10 +14,10 @@ import transformers
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.faults import configure
-from tests.gating import Gate, one_thread
-from tests.models import _noise, among_transformers
+from tests.support import methods
+from tests.support.faults import configure
+from tests.support.gating import Gate, one_thread
+from tests.support.models import _noise, among_transformers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig
 from transformers import AutoModelForCausalLM
 
 from merge_gate.records.terms import Verdict
-from tests import methods, models
-from tests.gating import Gate, one_thread
+from tests.support import methods, models
+from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
     from pathlib import Path

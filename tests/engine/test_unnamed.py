@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.gating import Bench, one_thread
+from tests.support import methods
+from tests.support.gating import Bench, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

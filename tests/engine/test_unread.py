@@ -19,9 +19,10 @@ from torch import nn
 from merge_gate.engine import reads
 from merge_gate.engine.peft_config import STARTS, starts_at_no_delta
 from merge_gate.records.terms import Finding, Severity, Verdict
-from tests import architectures, methods
-from tests.faults import edit
-from tests.gating import Gate, Judgement, one_thread
+from tests.support import methods
+from tests.support.engine import architectures
+from tests.support.faults import edit
+from tests.support.gating import Gate, Judgement, one_thread
 
 TEXT = methods.TEXT
 VISION = methods.VISION | {"image_size": 8, "patch_size": 4}

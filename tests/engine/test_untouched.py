@@ -13,8 +13,8 @@ from merge_gate.engine.shape import shape_for
 from merge_gate.records.terms import Severity
 from merge_gate.sources.preflight import preflight
 from tests.conftest import lay_out
-from tests.faults import FAULTS, HEALTHY, Case
-from tests.models import BASES, VARIANTS, Shelf
+from tests.support.faults import FAULTS, HEALTHY, Case
+from tests.support.models import BASES, VARIANTS, Shelf
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,15 +10,15 @@ import torch
 
 from merge_gate.engine.untrained import is_start
 from merge_gate.records.terms import Verdict
-from tests import methods
-from tests.faults import edit
-from tests.gating import Bench, one_thread
+from tests.support import methods
+from tests.support.faults import edit
+from tests.support.gating import Bench, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.models import Tensors
+    from tests.support.models import Tensors
 
 Q = ["q_proj"]
 DEFT = {"r": 4, "target_modules": Q}

@@ -20,7 +20,7 @@ from merge_gate.engine.twin import Deltas, Twins
 from merge_gate.engine.weights import read_weights
 from merge_gate.records.measured import NO_LEEWAY, Evidence
 from merge_gate.sources.preflight import preflight
-from tests import methods
+from tests.support import methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

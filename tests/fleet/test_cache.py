@@ -23,13 +23,13 @@ from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.files import FORMATS
 from merge_gate.report.json_report import read, render
 from merge_gate.report.terminal import View
-from tests.command import merge_gate, start, wait_until
-from tests.faults import poison
-from tests.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.command import merge_gate, start, wait_until
+from tests.support.faults import poison
+from tests.support.fleet.tiny import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 FILES_ALONE = {"float16-base-0"}
 """Judged by their files alone, which is done in every run."""

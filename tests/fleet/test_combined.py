@@ -16,7 +16,7 @@ from merge_gate.records.terms import Acceptance, Quantization, Result, Verdict
 from merge_gate.report import junit, sarif, summary, text
 from merge_gate.report.html_report import render as render_html
 from merge_gate.report.json_report import read, render
-from tests.report.reports import ENVIRONMENT, SHA256, adapter, report
+from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,8 @@ from merge_gate.fleet.resume import Left
 from merge_gate.records.config import Config
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import Verdict
-from tests.fleet.lines import based_entry, entry, line
-from tests.report.reports import report
+from tests.support.fleet.lines import based_entry, entry, line
+from tests.support.reports import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable

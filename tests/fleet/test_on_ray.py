@@ -39,12 +39,12 @@ from merge_gate.records.measured import BaseFacts, Refusal
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
 from merge_gate.sources.resolve import base_weight_files, digest_directory
-from tests.faults import poison
+from tests.support.faults import poison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 GIB = 1 << 30
 DONE = Refusal(check=None, message="done")

@@ -19,7 +19,7 @@ from merge_gate.errors import UsageError
 from merge_gate.fleet.costs import Cost, Costs
 from merge_gate.fleet.partition import assign, part_of, shard_of
 from merge_gate.records.config import Combine, KnownFailure
-from tests.command import merge_gate
+from tests.support.command import merge_gate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.report.json_report import read
-from tests.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
-from tests.faults import configure
-from tests.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
+from tests.support.faults import configure
+from tests.support.fleet.tiny import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from merge_gate.records.report import Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ENDLESS = "(([a-z0-9_.])+)+!"
 NO_AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}

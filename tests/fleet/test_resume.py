@@ -14,7 +14,7 @@ from merge_gate.fleet.resume import LEFT, Left, forget, left_in
 from merge_gate.records.report import BaseReport, Judged, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.json_report import render
-from tests.report.reports import SHA256, adapter, report
+from tests.support.reports import SHA256, adapter, report
 
 BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)
 OTHER = replace(BASE, model="./models/other")

@@ -13,14 +13,14 @@ from merge_gate.fleet.shard_files import found_in
 from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
 from merge_gate.report.json_report import read
-from tests.command import merge_gate
-from tests.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.command import merge_gate
+from tests.support.fleet.tiny import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.report import Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 
 @pytest.fixture(scope="module")

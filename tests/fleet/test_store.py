@@ -192,7 +192,7 @@ def kill_while_writing(place: Path, after_s: float) -> object:
 
 
 def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    """Ten of the kills of tests/kills_cache.py, which has 200."""
+    """Ten of the kills of tests/tools/kills_cache.py, which has 200."""
     for turn in range(10):
         found = kill_while_writing(tmp_path, 0.02 + 0.0013 * turn)
         assert isinstance(found, dict)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.command import COMMAND, environment
-from tests.fleet.tiny import BROKEN, VARIANTS, lay_fleet, same
-from tests.fleet.ways import FIRST, kill_in_the_middle, stored, ways
+from tests.support.command import COMMAND, environment
+from tests.support.fleet.tiny import BROKEN, VARIANTS, lay_fleet, same
+from tests.support.fleet.ways import FIRST, kill_in_the_middle, stored, ways
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.report import Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 ADAPTERS = 1000
 

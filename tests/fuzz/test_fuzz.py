@@ -11,25 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import run, targets
-from tests.fuzz.targets import TARGETS, OutOfBoundsError, bounded
+from tests.support.fuzz import targets
+from tests.support.fuzz.targets import TARGETS, OutOfBoundsError, bounded
+from tests.tools import fuzz
+from tests.tools.fuzz import CORPUS, ROOT
 
-CORPUS = run.HERE / "corpus"
 SECONDS = 8
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_what_is_kept_is_stood(path: Path) -> None:
+def test_corpus_inputs_never_crash(path: Path) -> None:
     bounded(TARGETS[path.parent.name])(path.read_bytes())
 
 
 def test_every_target_has_a_corpus() -> None:
-    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS) == set(run.NAMES)
+    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS) == set(fuzz.NAMES)
 
 
-@pytest.mark.parametrize("name", run.NAMES)
-def test_other_bytes_are_stood(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, run.__file__, name, "--seed=1", f"--seconds={SECONDS}", f"--keep={tmp_path}"]
+@pytest.mark.parametrize("name", fuzz.NAMES)
+def test_mutated_inputs_never_crash(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, fuzz.__file__, name, "--seed=1", f"--seconds={SECONDS}", f"--keep={tmp_path}"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counted = re.search(rf"^{name}: ([\d,]+) inputs", ended.stdout)
@@ -47,7 +48,7 @@ def test_an_input_that_brings_a_parser_down_is_kept(
 
     monkeypatch.setitem(targets.TARGETS, "headers", parser)
     asked = argparse.Namespace(alone="headers", seed=1, runs=10_000, seconds=60, keep=tmp_path)
-    assert run.plainly(asked) == 1
+    assert fuzz.plainly(asked) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
     (kept,) = tmp_path.iterdir()
     assert b"lora" not in kept.read_bytes()
@@ -66,7 +67,7 @@ def test_time_of_an_input_is_bounded() -> None:
 def test_memory_of_an_input_is_bounded() -> None:
     """In a process of its own: the peak of this one may be above all that is taken here."""
     code = """if True:
-        from tests.fuzz.targets import OutOfBoundsError, bounded
+        from tests.support.fuzz.targets import OutOfBoundsError, bounded
         hold = bounded(lambda data: bytearray(b"x") * len(data) * 2**20)
         hold(bytes(1))
         try:
@@ -74,7 +75,5 @@ def test_memory_of_an_input_is_bounded() -> None:
         except OutOfBoundsError as error:
             print(error)
     """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=run.HERE.parents[1]
-    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert re.search(r"300 bytes of input took .* s and 3\d\d MiB", ended.stdout)

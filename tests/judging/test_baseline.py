@@ -14,7 +14,7 @@ from merge_gate.records.config import KnownFailure
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import Accepted, BaselineEntry
 from merge_gate.records.terms import Acceptance, Result, Verdict
-from tests.report.reports import CRASHED, FAILED, PASSED, SHA256, report
+from tests.support.reports import CRASHED, FAILED, PASSED, SHA256, report
 
 DAY = dt.date(2026, 3, 1)
 KNOWN = KnownFailure(

@@ -18,7 +18,7 @@ from merge_gate.report.baseline import render
 from merge_gate.report.files import FORMATS
 from merge_gate.report.json_report import read
 from merge_gate.report.text import render as terminal
-from tests.report.reports import ATTACKS, FAIL, FAILED, PASS, PASSED, report
+from tests.support.reports import ATTACKS, FAIL, FAILED, PASS, PASSED, report
 
 DAY = dt.date(2026, 3, 1)
 

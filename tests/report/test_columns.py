@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from merge_gate.report.columns import cells, cut, fit, pad, wrap
 from merge_gate.report.untrusted import one_line
-from tests.report.reports import TEXTS
+from tests.support.reports import TEXTS
 
 
 def test_wide_characters_take_two_columns() -> None:

@@ -18,7 +18,7 @@ from merge_gate.records.terms import Finding
 from merge_gate.report.files import FORMATS, write_report
 from merge_gate.report.json_report import Document
 from merge_gate.report.schema import column_table, field_table
-from tests.report.reports import FAIL, PASS
+from tests.support.reports import FAIL, PASS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
 SECTIONS = dict(zip(*[iter(re.split(r"^#+ (.*)$", DOCS, flags=re.MULTILINE)[1:])] * 2, strict=True))

@@ -15,7 +15,7 @@ from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
 from merge_gate.report import files
 from merge_gate.report.files import FORMATS, write_report
-from tests.report.reports import EMPTY, FAIL, PASS, UNDECIDED
+from tests.support.reports import EMPTY, FAIL, PASS, UNDECIDED
 
 if TYPE_CHECKING:
     from pathlib import Path

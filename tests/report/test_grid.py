@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.records.measured import TensorMerge
 from merge_gate.report.grid import State, blocks, count_states, states
-from tests.report.reports import tensors
+from tests.support.reports import tensors
 
 ONE = tensors(1)[0]
 

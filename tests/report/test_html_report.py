@@ -18,7 +18,7 @@ from hypothesis import given
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report.html_report import render
-from tests.report.reports import (
+from tests.support.reports import (
     ATTACKS,
     EMPTY,
     FAIL,

@@ -19,7 +19,7 @@ from merge_gate.errors import UsageError
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.report.json_report import read, render
 from merge_gate.report.schema import report_schema
-from tests.report.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
+from tests.support.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
 
 if TYPE_CHECKING:
     from merge_gate.records.report import Report

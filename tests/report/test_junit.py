@@ -16,7 +16,7 @@ from merge_gate.records.report import Shard
 from merge_gate.records.terms import Verdict
 from merge_gate.report import junit
 from merge_gate.report.junit import render
-from tests.report.reports import (
+from tests.support.reports import (
     ATTACKS,
     EMPTY,
     FAIL,

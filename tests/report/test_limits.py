@@ -13,8 +13,8 @@ import pytest
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.terms import Verdict
 from merge_gate.report.files import FORMATS
-from tests.report.fleet import fleet, merged
-from tests.report.reports import NAN, adapter, report
+from tests.support.large_report import fleet, merged
+from tests.support.reports import NAN, adapter, report
 
 if TYPE_CHECKING:
     from merge_gate.records.report import Report

@@ -11,7 +11,7 @@ from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report import provisional
 from merge_gate.report.provisional import PAUSE_RATIO, PROVISIONAL_FORMATS, ReportWriter
-from tests.report.reports import EMPTY, FAIL, PASS
+from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:
     from pathlib import Path

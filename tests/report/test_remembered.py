@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.report import html_report, json_report
 from merge_gate.report.remembered import Remembered
-from tests.report.reports import FAIL, PASS, adapter, in_two_dtypes, report, tensors
+from tests.support.reports import FAIL, PASS, adapter, in_two_dtypes, report, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

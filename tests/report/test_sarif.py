@@ -19,7 +19,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.sarif import MOST_RESULTS, render
-from tests.report.reports import (
+from tests.support.reports import (
     ATTACKS,
     EMPTY,
     FAIL,

@@ -12,7 +12,7 @@ from merge_gate.errors import ExitCode, UsageError
 from merge_gate.report import json_report, text
 from merge_gate.report.files import FORMATS, WORDS, write_report
 from merge_gate.report.stored import show
-from tests.report.reports import FAIL, PASS
+from tests.support.reports import FAIL, PASS
 
 if TYPE_CHECKING:
     from pathlib import Path

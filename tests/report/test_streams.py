@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.report import streams
-from tests.command import shell
+from tests.support.command import shell
 
 CONTROL = "a\x1b[31mb\n::error::c"
 

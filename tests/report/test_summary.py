@@ -24,7 +24,7 @@ from merge_gate.report.markdown import code, prose
 from merge_gate.report.summary import render
 from merge_gate.report.textmap import text_map
 from merge_gate.report.untrusted import one_line
-from tests.report.reports import (
+from tests.support.reports import (
     ATTACKS,
     BASE,
     EMPTY,

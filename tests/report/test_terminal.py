@@ -22,7 +22,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.columns import cells
 from merge_gate.report.terminal import PlainView, RichView, SilentView, make_view
-from tests.report.reports import (
+from tests.support.reports import (
     CRASHED,
     FAIL,
     FAILED,

@@ -14,7 +14,7 @@ from merge_gate.records.report import AdapterReport, BaseRef, Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.columns import cells
 from merge_gate.report.text import Style, files_told, lines, render
-from tests.report.reports import (
+from tests.support.reports import (
     EMPTY,
     FAIL,
     NAN,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from merge_gate.report.untrusted import inert, one_line, safe_text, shorten
-from tests.report.reports import TEXTS, runner_obeys
+from tests.support.reports import TEXTS, runner_obeys
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from merge_gate.records.report import Judged, Report
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report import html_report, junit, summary, words
-from tests.report.reports import (
+from tests.support.reports import (
     BASE,
     CRASHED,
     EMPTY,

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.headers import CorruptFileError
 from merge_gate.sources.pickled import UnsafePickleError, read_pickled
-from tests.sources.headers_of import header_of
+from tests.support.sources.headers_of import header_of
 
 if TYPE_CHECKING:
     from pathlib import Path

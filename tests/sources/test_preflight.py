@@ -26,16 +26,16 @@ from merge_gate.identity import identity_of
 from merge_gate.records.terms import Origin, Severity
 from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, parse_file
 from merge_gate.sources.preflight import base_of, preflight
-from tests import methods
-from tests.models import VARIANTS
-from tests.sources.headers_of import header_of
+from tests.support import methods
+from tests.support.models import VARIANTS
+from tests.support.sources.headers_of import header_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.files import AdapterFiles
     from merge_gate.records.terms import Finding
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = {

@@ -31,8 +31,8 @@ from merge_gate.sources.resolve import (
     resolve_adapter,
     resolve_base,
 )
-from tests.command import wait_until
-from tests.hub import LoopbackHub
+from tests.support.command import wait_until
+from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

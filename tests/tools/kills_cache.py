@@ -1,6 +1,6 @@
 """kill -9 while a cache is written to: is anything but a whole entry, or none, ever read?
 
-    python tests/kills_cache.py --kills 200 [--seed 1]
+    python tests/tools/kills_cache.py --kills 200 [--seed 1]
 
 A process writes entries of 200 kB over and over, under one name and in the place of each other, and is killed after a
 random time between a millisecond and 60. After each kill, what is there must be whole: one that was put, or none before
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.fleet.test_store import NAME, kill_while_writing
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from tests.fuzz.targets import FRAMED
+from tests.support.fuzz.targets import FRAMED
 
 NUMBERS = (0, 1, -1, 8, 255, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e-9, 1e308, -0.0)
 TEXTS = (

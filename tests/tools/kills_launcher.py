@@ -1,10 +1,11 @@
-"""Kills and signals of the launcher at random moments, and what they leave: a script, since it takes long.
+r"""Kills and signals of the launcher at random moments, and what they leave: a script, since it takes long.
 
-    python -m tests.e2e.kills --engine unix:///run/podman/podman.sock --image localhost/merge-gate-rogue:e2e --count 500
+    python -m tests.tools.kills_launcher --count 500 \
+        --engine unix:///run/podman/podman.sock --image localhost/merge-gate-rogue:e2e
 
-The image is that of tests/e2e/rogue.py. Each round starts a launcher with a token, sends it SIGKILL, SIGTERM or SIGINT
-at a random moment of its life, looks whether the token shows in what the engine tells of the containers, lets a next
-launcher run to its end, and counts the containers of this script that are left.
+The image is that of tests/support/e2e/rogue.py. Each round starts a launcher with a token, sends it SIGKILL, SIGTERM or
+SIGINT at a random moment of its life, looks whether the token shows in what the engine tells of the containers, lets a
+next launcher run to its end, and counts the containers of this script that are left.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> int:
         for number in range(1, asked.count + 1):
             counts.update(one_round(asked, Path(directory)))
             if number % 25 == 0:
-                print(f"{number}: {json.dumps(counts, sort_keys=True)}", flush=True)  # noqa: T201
+                print(f"{number}: {json.dumps(counts, sort_keys=True)}", flush=True)
     return 1 if counts["left after the next run"] or counts["token shown"] else 0
 
 

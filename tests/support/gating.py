@@ -26,7 +26,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
 from merge_gate.sources.preflight import preflight
-from tests import faults_methods, methods
+from tests.support import faults_methods, methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from merge_gate.engine.base import Base, ModelClass
-    from tests.faults_methods import Trial, Truth
+    from tests.support.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
     CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECKS.items()

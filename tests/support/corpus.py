@@ -1,7 +1,8 @@
 """An adapter that an old release of PEFT made, held against what that release merged.
 
-In: its directory, with the `merged.json` of train.py, and the bases. Out: `Held`: what the gate says, and whether the
-tensors that it merged are those of the release. Run as a program, it does that for a whole corpus and counts.
+In: its directory, with the `merged.json` of tests/tools/train_corpus.py, and the bases. Out: `Held`: what the gate
+says, and whether the tensors that it merged are those of the release. Run as a program, it does that for a whole corpus
+and counts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merge_gate.records.terms import Verdict
-from tests.gating import Gate, Judgement, one_thread
-from tests.merged import kept
+from tests.support.gating import Gate, Judgement, one_thread
+from tests.support.merged import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,7 @@ def _same(tensor: torch.Tensor, values: list[list[float]]) -> bool:
 
 
 def main() -> None:
-    """`python -m tests.corpus.held BASES CORPUS`: one line for each disagreement, and the count."""
+    """`python -m tests.support.corpus BASES CORPUS`: one line for each disagreement, and the count."""
     bases, corpus = (Path(argument) for argument in sys.argv[1:3])
     gate, counts = Gate(), Counter[str]()
     with one_thread():

@@ -1,4 +1,6 @@
-"""Makes adapters with whatever PEFT is installed, and writes down what that PEFT merges them into. Run by make.py.
+"""Makes adapters with whatever PEFT is installed, and writes down what that PEFT merges them into.
+
+Run by make_corpus.py.
 
 In: a directory of bases, a directory to write to, as arguments. Out: for each kind that this release of PEFT has, the
 adapter as its `save_pretrained` writes it, and `merged.json` beside it. Runs under releases of PEFT from 0.2.0 on and

@@ -1,6 +1,6 @@
 """Configurations just below the bounds of size, dense with values or with problems: what do they cost?
 
-    python tests/config/dense.py
+    python tests/tools/dense_configs.py
 
 Prints the processor's time and the memory that each one takes, in a process of its own.
 """

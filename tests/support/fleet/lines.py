@@ -13,7 +13,7 @@ from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Prepared, Snapshot
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
-from tests.report.reports import tensors
+from tests.support.reports import tensors
 
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
 RUN = Circumstances(device="cpu")

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from tests.methods import quiet
+from tests.support.methods import quiet
 
 LARGEST_PARAMETERS = 48_000_000
 AUTO_CLASSES = {

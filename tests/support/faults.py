@@ -2,8 +2,8 @@
 
 `FAULTS` holds ways to break a LoRA adapter, its files, its config or its base, each with the verdict, cause, origin and
 tensor that the report must name. `HEALTHY` holds adapters that must pass without an error finding, with the warnings
-that they earn. A case is a healthy adapter of `tests.models`, copied and then broken by `break_`. Knows nothing of
-merge_gate: the words are those of the contract.
+that they earn. A case is a healthy adapter of `tests.support.models`, copied and then broken by `break_`. Knows nothing
+of merge_gate: the words are those of the contract.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.models import (
+from tests.support.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     LAYERS,
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Case:
     """One adapter and what the gate must say of it.
 
-    `variant` and `base` name recipes of `tests.models`; `base` None is the variant's own. `tensor` is part of the name
-    of the tensor that the deciding finding gives. `cause` None with a verdict other than `passed` means that the
-    verdict is what counts. `warnings` are checks that must be reported as warnings. `entry` and `top` are laid over
+    `variant` and `base` name recipes of `tests.support.models`; `base` None is the variant's own. `tensor` is part of
+    the name of the tensor that the deciding finding gives. `cause` None with a verdict other than `passed` means that
+    the verdict is what counts. `warnings` are checks that must be reported as warnings. `entry` and `top` are laid over
     the adapter's entry and the whole config file.
     """
 

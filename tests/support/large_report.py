@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
-from tests.report import reports
-from tests.report.reports import CRASH, HALF, NAN, OVERFLOW, PARAMETERS, ROUNDING, adapter, report
+from tests.support import reports
+from tests.support.reports import CRASH, HALF, NAN, OVERFLOW, PARAMETERS, ROUNDING, adapter, report
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report

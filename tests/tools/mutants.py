@@ -1,6 +1,6 @@
 """A mutation run: is there a test that fails for each small change of the code that judges?
 
-    python tests/mutants.py judging|preflight|config [--only NAME …] [--show] [--work DIR]
+    python tests/tools/mutants.py judging|preflight|config [--only NAME …] [--show] [--work DIR]
 
 Lays a copy of the tree into a directory, and lets mutmut change it there, one place at a time, and run the tests of
 that part: first those that hold every word, which notice most in a fraction of a second, then all the others for what
@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 from _pytest.config import _prepareconfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers")
 PARTS = {

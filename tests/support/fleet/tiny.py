@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merge_gate.records.report import Sandbox
-from tests.faults import poison
+from tests.support.faults import poison
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from merge_gate.records.report import Report
-    from tests.models import Shelf
+    from tests.support.models import Shelf
 
 VARIANTS = {"plain": "llama", "rslora": "llama", "float16-base": "llama-float16", "classifier": "bert-classifier"}
 """Variants of adapters, and the base of each."""

@@ -18,9 +18,9 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from tests import methods
-from tests.faults import configure
-from tests.models import (
+from tests.support import methods
+from tests.support.faults import configure
+from tests.support.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Shelf,

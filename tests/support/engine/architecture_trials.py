@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from merge_gate.engine import merge
 from merge_gate.records.terms import Verdict
 from merge_gate.sources.preflight import preflight
-from tests import architectures, methods
-from tests.architectures import Architecture
-from tests.gating import Gate, Judgement
-from tests.merged import kept
+from tests.support import methods
+from tests.support.engine import architectures
+from tests.support.engine.architectures import Architecture
+from tests.support.gating import Gate, Judgement
+from tests.support.merged import kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The ways in which each method's adapter is broken, and what is true of each.
 
-In: a case of `tests.methods` with its saved adapter and base. Out: `trials` (what to break) and `find_truth` (what a
-gate must say of it), found by merging with plain PEFT and looking at every merged tensor. May not know merge_gate.
+In: a case of `tests.support.methods` with its saved adapter and base. Out: `trials` (what to break) and `find_truth`
+(what a gate must say of it), found by merging with plain PEFT and looking at every merged tensor. May not know
+merge_gate.
 
 What is true of a trial
 1. Something non-finite in the merged model, or a merge that PEFT cannot finish: failed. The cause is
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from tests import methods
+from tests.support import methods
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

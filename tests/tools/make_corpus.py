@@ -1,7 +1,8 @@
 """Makes the corpus: adapters of old releases of PEFT, each made by that release, with what it merges them into.
 
-`python -m tests.corpus.make DIRECTORY [RELEASE...]` writes `DIRECTORY/bases`, and `DIRECTORY/adapters/RELEASE/KIND` for
-each kind of train.py that the release has. Each release is installed from the package index into a directory of its own
+`python -m tests.tools.make_corpus DIRECTORY [RELEASE...]` writes `DIRECTORY/bases`, and
+`DIRECTORY/adapters/RELEASE/KIND` for each kind of train_corpus.py that the release has. Each release is installed from
+the package index into a directory of its own
 that is searched before this environment, with the transformers of its time; torch is this environment's. Takes about a
 minute per release. What tests/corpus/adapters holds is a part of it, copied by hand.
 """
@@ -79,7 +80,7 @@ def make(directory: Path, release: str) -> None:
     paths = [install(directory / "packages" / f"peft-{release}", f"peft=={release}")]
     if libraries := RELEASES[release]:
         paths.append(install(directory / "packages" / f"transformers-{libraries}", *LIBRARIES[libraries]))
-    script = Path(__file__).with_name("train.py")
+    script = Path(__file__).with_name("train_corpus.py")
     subprocess.run(
         [sys.executable, "-P", str(script), str(directory / "bases"), str(directory / "adapters" / release)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"},

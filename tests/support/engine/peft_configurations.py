@@ -23,10 +23,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from merge_gate.records.terms import Severity, Verdict
-from tests import methods
-from tests.architecture_trials import Merged, different_bits
-from tests.gating import Gate, Judgement
-from tests.merged import kept
+from tests.support import methods
+from tests.support.engine.architecture_trials import Merged, different_bits
+from tests.support.gating import Gate, Judgement
+from tests.support.merged import kept
 
 MODULES = {
     "test_custom_models": None,

@@ -1,11 +1,11 @@
 """Fuzzes the parsers of what strangers write, guided by coverage where atheris is installed.
 
-    python tests/fuzz/run.py [TARGET...] [--runs N] [--seconds S] [--keep DIR] [--plain]
+    python tests/tools/fuzz.py [TARGET...] [--runs N] [--seconds S] [--keep DIR] [--plain]
 
-Starts from the corpus beside this file, one process a target. An input that brings a parser down, or takes more than
-its second or its 200 MiB, is written into the directory `--keep` (here, by default), and the exit code is 1: with
-its mending it moves into `corpus/TARGET/`, which `make test` reads. `--plain` draws the changes without looking at
-coverage; so it is done where there is no atheris (it has wheels for Linux on x86-64, Python 3.11 to 3.14).
+Starts from the corpus in tests/fuzz, one process a target. An input that brings a parser down, or takes more than its
+second or its 200 MiB, is written into the directory `--keep` (by default the current one), and the exit code is 1. With
+its fix it moves into `tests/fuzz/corpus/TARGET/`, which `make test` reads. `--plain` draws the changes without looking
+at coverage; so it is done where there is no atheris (it has wheels for Linux on x86-64, Python 3.11 to 3.14).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import time
 import traceback
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+sys.path.insert(0, str(ROOT))
 
 NAMES = ("headers", "pickled", "adapter-config", "config", "report")
 INSTRUMENTED = ["merge_gate", "yaml", "pickletools", "zipfile"]
@@ -78,8 +79,8 @@ def guided(asked: argparse.Namespace) -> int:
     import atheris  # noqa: PLC0415
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        from tests.fuzz.mutations import changed  # noqa: PLC0415
-        from tests.fuzz.targets import TARGETS, bounded  # noqa: PLC0415
+        from tests.support.fuzz.mutations import changed  # noqa: PLC0415
+        from tests.support.fuzz.targets import TARGETS, bounded  # noqa: PLC0415
 
     def other(data: bytes, most_bytes: int, seed: int) -> bytes:
         return changed(data, random.Random(seed), most_bytes, lambda one: atheris.Mutate(one, most_bytes))
@@ -91,7 +92,7 @@ def guided(asked: argparse.Namespace) -> int:
             f"-artifact_prefix={asked.keep}/{asked.alone}-",
         ]  # fmt: skip
         atheris.Setup(
-            [sys.argv[0], *words, os.environ.get("FUZZ_CORPUS", grown), str(HERE / "corpus" / asked.alone)],
+            [sys.argv[0], *words, os.environ.get("FUZZ_CORPUS", grown), str(CORPUS / asked.alone)],
             bounded(TARGETS[asked.alone]),
             custom_mutator=other,
         )
@@ -101,11 +102,11 @@ def guided(asked: argparse.Namespace) -> int:
 
 def plainly(asked: argparse.Namespace) -> int:
     """By the changes of mutations.py alone."""
-    from tests.fuzz.mutations import changed  # noqa: PLC0415
-    from tests.fuzz.targets import TARGETS, bounded  # noqa: PLC0415
+    from tests.support.fuzz.mutations import changed  # noqa: PLC0415
+    from tests.support.fuzz.targets import TARGETS, bounded  # noqa: PLC0415
 
     target, dice = bounded(TARGETS[asked.alone]), random.Random(asked.seed)
-    seeds = [path.read_bytes() for path in sorted((HERE / "corpus" / asked.alone).iterdir())]
+    seeds = [path.read_bytes() for path in sorted((CORPUS / asked.alone).iterdir())]
     end_s, runs, slowest_s = time.monotonic() + asked.seconds, 0, 0.0
     while runs < asked.runs and time.monotonic() < end_s:
         data = seeds[runs] if runs < len(seeds) else changed(dice.choice(seeds), dice, MOST_BYTES)

@@ -1,6 +1,6 @@
 """kill -9 at random moments over real runs: does anything untrue, or anything at all, remain?
 
-    python tests/kills.py --kills 500 [--seed 1] [--patience 120]
+    python tests/tools/kills.py --kills 500 [--seed 1] [--patience 120]
 
 Runs the real command over 12 adapters, good and broken, and kills the parent, the worker or both after a random time
 between a millisecond and the length of a whole run. After each kill it holds:
@@ -28,9 +28,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.command import alive, children_of, environment, merge_gate, strict_json
+from tests.support.command import alive, children_of, environment, merge_gate, strict_json
 
 ADAPTERS = 12
 COMMAND = (sys.executable, "-P", "-m", "merge_gate", "run", "gate.yml", "--device", "cpu")
