@@ -79,7 +79,16 @@ class ResolveError(GateError):
 
 
 class EngineError(GateError):
-    """This adapter or this base could not be judged (out of memory, missing package, unknown type)."""
+    """This adapter or this base could not be judged (out of memory, missing package, unknown type).
+
+    `check` is the id of a check of bases (`base-incomplete`, …) that says so, and `tensor` the first tensor it is
+    about; both are None for everything else.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", check: str | None = None, tensor: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.check = check
+        self.tensor = tensor
 
 
 class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a finding about the adapter

@@ -242,7 +242,7 @@ class _Run:
             case protocol.Merged():
                 self._judge(event.task, event.evidence)
             case protocol.Undecided():
-                self._settle(event.task, outcome.undecided(self._tally.entries[event.task], event.refusal))
+                self._settle_undecided(event)
             case protocol.Waiting():
                 self._view.note(self._still_at(event))
             case protocol.Idle():
@@ -251,6 +251,15 @@ class _Run:
                 pass  # the last report follows
             case _:
                 assert_never(event)
+
+    def _settle_undecided(self, event: protocol.Undecided) -> None:
+        report = outcome.undecided(self._tally.entries[event.task], event.refusal)
+        if event.refusal.check is not None:  # a check of the base, which has a line in the report of its own
+            directory = next(
+                group.directory for group in self._groups if any(task.index == event.task for task in group.tasks)
+            )
+            self._tally.use(directory, outcome.of_refused_base(report.base, event.refusal), event.task)
+        self._settle(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate.judging import base as of_base
 from merge_gate.judging import files as of_files
 from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.checks import accident, judge, leeway, undecided
@@ -138,6 +139,7 @@ NAMED = BaseSpec(model="/models/llama", label="./models/llama")
 FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 FIRES: dict[str, tuple[Fire, ...]] = {
+    **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
     **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
     "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
     "keys-missing": (
@@ -573,7 +575,7 @@ def setting(check: str, severity: Severity, limit: float | None = None) -> Check
 
 
 @pytest.mark.parametrize(("check", "fire"), ALL)
-@pytest.mark.parametrize("severity", list(Severity))
+@pytest.mark.parametrize("severity", [Severity.ERROR, Severity.WARNING, Severity.OFF])
 def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Severity) -> None:
     findings = judged(fire, setting(check, severity))
     default = CHECKS[check]
@@ -588,8 +590,26 @@ def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Seve
         assert [finding.severity for finding in findings] == [severity]
 
 
-def test_only_what_is_not_finite_in_base_and_merge_cannot_be_switched_off() -> None:
+@pytest.mark.parametrize("severity", [Severity.ERROR, Severity.WARNING, Severity.OFF])
+def test_a_note_stays_a_note(severity: Severity) -> None:
+    note = Finding(check="base-mismatch", severity=Severity.NOTE, message="a path", origin=Origin.CONFIG)
+    chosen = with_settings(spec(), setting("base-mismatch", severity))
+    assert judge(chosen, files(findings=(note,)), None) == (note,)
+
+
+def test_notes_come_last() -> None:
+    note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="more", origin=Origin.BASE)
+    fire = FIRES["base-mismatch"][0]
+    noted = dataclasses.replace(fire.files, findings=(note,))
+    findings = judge(fire.spec, noted, evidence(merges=(merged(broken()),)))
+    assert [finding.check for finding in findings] == ["merged-nonfinite", "base-mismatch", "base-inconsistent"]
+
+
+def test_only_the_base_and_what_is_not_finite_cannot_be_switched_off() -> None:
     assert {check for check, default in CHECKS.items() if not default.can_be_off} == {
+        "base-incomplete",
+        "base-inconsistent",
+        "base-format",
         "base-nonfinite",
         "merged-nonfinite",
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +52,29 @@ def test_what_could_not_be_judged_is_an_error() -> None:
 def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None:
     found = (undecided("out of memory"), finding("no-effect"))
     assert decide(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
+
+
+def test_notes_change_nothing() -> None:
+    noted = (finding("base-mismatch", Severity.NOTE), finding("base-inconsistent", Severity.NOTE))
+    assert decide(noted, WHOLE) == (Verdict.PASSED, None, noted)
+
+
+@pytest.mark.parametrize("check", ["base-incomplete", "base-inconsistent", "base-format"])
+def test_an_error_of_the_base_is_not_the_adapters_failure(check: str) -> None:
+    found = (finding(check),)
+    assert decide(found, WHOLE) == (Verdict.ERROR, check, found)
+    assert decide((undecided("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
+
+
+def test_a_broken_file_fails_the_adapter_on_a_broken_base_too() -> None:
+    found = (finding("base-incomplete"), finding("file-corrupt"))
+    assert decide(found, WHOLE)[:2] == (Verdict.FAILED, "file-corrupt")
+
+
+@pytest.mark.parametrize("origin", [Origin.MERGE, Origin.BASE])
+def test_what_a_merge_into_a_broken_base_shows_is_not_held_against_the_adapter(origin: Origin) -> None:
+    merged = dataclasses.replace(finding("merged-nonfinite"), origin=origin)
+    assert decide((finding("base-incomplete"), merged), WHOLE)[:2] == (Verdict.ERROR, "base-incomplete")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +152,7 @@ check_settings = st.lists(
     st.builds(
         CheckSetting,
         check=st.sampled_from(list(CHECKS)),
-        severity=st.sampled_from(Severity),
+        severity=st.sampled_from([Severity.ERROR, Severity.WARNING, Severity.OFF]),
         limit=st.none() | st.floats(0.01, 1e6),
     ),
     unique_by=lambda one: one.check,

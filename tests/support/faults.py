@@ -433,6 +433,19 @@ def broken_bases() -> tuple[Case, ...]:
     )
 
 
+def unjudgeable_bases() -> tuple[Case, ...]:
+    """The adapter is healthy, and no merge into the base can be judged."""
+    rows = (
+        ("base-without-a-shard", "llama-incomplete", "base-incomplete", "layers.1."),
+        ("base-of-another-config", "llama-inconsistent", "base-inconsistent", "layers.0.mlp"),
+        ("base-in-exl2", "llama-exl2", "base-format", None),
+    )
+    return tuple(
+        Case(name, base=base, verdict="error", cause=cause, origin="base", tensor=tensor)
+        for name, base, cause, tensor in rows
+    )
+
+
 def broken_promises() -> tuple[Case, ...]:
     """Nothing is broken but what the release says of the adapter."""
     expectations = (
@@ -481,6 +494,7 @@ FAULTS: tuple[Case, ...] = (
     *wrong_configs(),
     *broken_files(),
     *broken_bases(),
+    *unjudgeable_bases(),
     *broken_promises(),
     *vain_merges(),
 )

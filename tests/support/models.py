@@ -180,6 +180,30 @@ class BaseRecipe:
     build: Callable[[], PreTrainedModel]
     dtype: torch.dtype = torch.float32
     max_shard_size: str = "1GB"
+    after: Callable[[Path], None] | None = None
+
+
+def _reconfigure(**changes: Any) -> Callable[[Path], None]:
+    """Edits the base's config.json."""
+
+    def apply(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+def _lose_from_index(part: str) -> Callable[[Path], None]:
+    """Takes the shards that hold a tensor out of the index; the files stay."""
+
+    def apply(directory: Path) -> None:
+        path = directory / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        lost = {shard for name, shard in index["weight_map"].items() if part in name}
+        index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard not in lost}
+        path.write_text(json.dumps(index))
+
+    return apply
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -194,6 +218,9 @@ BASES: dict[str, BaseRecipe] = {
     "llama-nan-in-target": BaseRecipe(lambda: _with(llama, f"{Q_PROJ}.weight", (3, 5), torch.nan)),
     "llama-nan-far": BaseRecipe(lambda: _with(llama, "model.norm.weight", (31,), torch.nan)),
     "llama-neginf-far": BaseRecipe(lambda: _with(llama, "lm_head.weight", (63, 31), -torch.inf)),
+    "llama-incomplete": BaseRecipe(llama, max_shard_size="20KB", after=_lose_from_index("layers.1.mlp.up_proj")),
+    "llama-inconsistent": BaseRecipe(llama, after=_reconfigure(intermediate_size=56)),
+    "llama-exl2": BaseRecipe(llama, after=_reconfigure(quantization_config={"quant_method": "exl2", "bits": 4.0})),
     "gpt2": BaseRecipe(gpt2),
     "bert": BaseRecipe(bert),
     "bert-classifier": BaseRecipe(bert_classifier),
@@ -207,6 +234,8 @@ def make_base(key: str, directory: Path) -> None:
     torch.manual_seed(0)
     model = recipe.build().to(recipe.dtype)
     model.save_pretrained(directory, max_shard_size=recipe.max_shard_size)
+    if recipe.after is not None:
+        recipe.after(directory)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -209,7 +209,11 @@ class _Build:
         severity = row.severity if entry.severity == "on" else Severity(entry.severity or below.severity)
         if not row.can_be_off and severity is not row.severity:
             what = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
-            hint = "a model that is not finite never passes"
+            hint = (
+                "it makes the verdict error, not failed: no merge into such a base can be judged"
+                if row.is_of_base
+                else "a model that is not finite never passes"
+            )
             self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {what}", hint)
         if entry.limit and row.limit is None:
             limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)

@@ -24,7 +24,7 @@ from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
 from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, quantizing, scales
-from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers
+from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers, refuse_unknown_format
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
@@ -200,6 +200,7 @@ def load_base(
         device=torch.device(device),
         options=options,
     )
+    refuse_unknown_format(directory, label)
     try:
         with quantizing(quantization):
             model, loading = _from_pretrained(getattr(transformers, shape.class_name), source, shape)
@@ -304,6 +305,8 @@ def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
                 f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
                 f"needs {list(expected)}",
                 hint="config.json and weights of the base are of different models: fetch the base again",
+                check="base-inconsistent",
+                tensor=name,
             )
 
 

@@ -47,7 +47,7 @@ from merge_gate.identity import base_identity
 from merge_gate.records.files import FileIdentity
 from merge_gate.records.measured import Evidence, Refusal
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import Origin, Quantization
 
 if TYPE_CHECKING:
     from merge_gate.engine.base import Base, ModelClass
@@ -279,7 +279,17 @@ def _refusal(error: Exception, group: Group | None = None) -> Refusal:
     """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
     if isinstance(error, EngineError):
         message = error.message.replace(group.directory, group.label) if group is not None else error.message
-        return Refusal(check=None, message=message, hint=error.hint)
+        if error.check is None:
+            return Refusal(check=None, message=message, hint=error.hint)
+        place = error.tensor.rpartition(".")[0] if error.tensor else None
+        return Refusal(
+            check=error.check,
+            message=message,
+            hint=error.hint,
+            module=place,
+            tensor=error.tensor,
+            origin=Origin.BASE,
+        )
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
         return Refusal(

@@ -1,7 +1,7 @@
 """What a base's files lack, and transformers makes up, or have beside it: when such a base is not merged into.
 
 In: a loaded model, the names that its files lack, and a base's directory, of which the index alone is read. Out:
-nothing, or an error. Imports no torch.
+nothing, or an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import re
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
+
+import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate.errors import EngineError
 from merge_gate.text import counted, listing
@@ -71,4 +74,22 @@ def refuse_lost_shards(model: Any, directory: str, missing: AbstractSet[str], la
             f"base {label} is incomplete: its index lists nothing of {listing(lost, 3)}, and transformers would make "
             f"up {counted(len(made_up), 'tensor')}: {listing(made_up, 3)}",
             hint="fetch the base again, with its index and all of its shards",
+            check="base-incomplete",
+            tensor=made_up[0],
+        )
+
+
+def refuse_unknown_format(directory: str, label: str) -> None:
+    """Raise an EngineError if config.json declares a quantization that this release of transformers cannot load."""
+    try:
+        declared = json.loads((Path(directory) / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # the load says what is wrong with it
+    method = declared.get("quant_method") if isinstance(declared, dict) else None
+    if isinstance(method, str) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise EngineError(
+            f"base {label}: its config.json declares quantization by {method[:40]!r}, which transformers "
+            f"{transformers.__version__} cannot load",
+            hint="gate and merge on the base without quantization, on which the adapter was trained",
+            check="base-format",
         )

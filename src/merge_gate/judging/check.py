@@ -1,8 +1,8 @@
 """What a check is: a row of the table, and the function that judges.
 
 In: nothing. Out: `Check`, `Case`, and the decorator `check`, which makes a row of a function. Plain Python over
-numbers and names: no torch, no files. The rows stand in files.py, fit.py, finite.py and effect.py; table.py puts
-them together.
+numbers and names: no torch, no files. The rows stand in base.py, files.py, fit.py, finite.py and effect.py; table.py
+puts them together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Symptom(StrEnum):
     NONFINITE = "NaN or Inf in the adapter, in its base, or only in the sum of the two"
     NO_EFFECT = "the merge changes nothing, or rounding takes it back"
     TENSORS_LOST = "tensors lost on saving or dropped on loading"
+    BAD_BASE = "a base that is incomplete, contradicts itself, or has a format that cannot be judged"
     BAD_FILE = "a file that is missing, cut off, a Git LFS pointer, or a pickle"
     BAD_CONFIG = "a config that contradicts the weights, or would import code"
     WRONG_PAIR = "the wrong base, or the wrong adapter"
@@ -44,6 +45,7 @@ class Check:
         summary: one sentence, what it fires at.
         symptom: what a person sees of it.
         can_be_off: whether a configuration may switch it off or lower it to a warning.
+        is_of_base: an error of it is not the adapter's fault: the verdict is `error`, not `failed`.
         allows_merging: an error of it, found before the merge, still lets the adapter be merged and judged further.
         allows_loading: the adapter may be loaded although its files have this finding, where the configuration makes
             it less than an error. False unless somebody has thought about it: PEFT must not see what is unsafe.
@@ -56,6 +58,7 @@ class Check:
     symptom: Symptom
     limit: float | None = None
     can_be_off: bool = True
+    is_of_base: bool = False
     allows_merging: bool = False
     allows_loading: bool = False
     judge: Callable[[Case], Iterator[Finding]] = lambda _: iter(())

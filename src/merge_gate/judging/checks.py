@@ -19,6 +19,8 @@ from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, Leeway, Refusal
 from merge_gate.records.terms import Finding, Origin, Severity
 
+_WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+
 MEASURE_ABOVE = 0.5
 """Values that may be above this share of their dtype's largest are merged one by one, whatever `headroom` says."""
 
@@ -50,17 +52,16 @@ def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> 
         except Exception as error:  # noqa: BLE001 - it costs this check's answer; the others stand
             found.append(accident(f"the check {check.id} failed", error))
     if evidence is not None and evidence.refusal is not None:
-        found.append(_refused(evidence.refusal))
+        found.append(refused(evidence.refusal))
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
     settled = [one for one in (_settle(finding, settings) for finding in found) if one is not None]
-    weighed = sorted(bounded(settled), key=lambda one: (one.severity is not Severity.ERROR, order.get(one.check, 0)))
-    return tuple(weighed)
+    return tuple(sorted(bounded(settled), key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
 
 
 def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:
-    """Apply the configured severity. A check's own warning stays one: it marks the lesser case of that check."""
+    """Apply the configured severity. A check's own warning stays one: it marks the lesser case. A note stays a note."""
     check, setting = CHECKS.get(finding.check), settings.get(finding.check)
-    if check is None or setting is None or not check.can_be_off:
+    if check is None or setting is None or not check.can_be_off or finding.severity is Severity.NOTE:
         return finding
     if setting.severity is Severity.OFF:
         return None
@@ -69,7 +70,7 @@ def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding |
     return replace(finding, severity=setting.severity)
 
 
-def _refused(refusal: Refusal) -> Finding:
+def refused(refusal: Refusal) -> Finding:
     """What kept the engine from loading or merging, as the finding of its check."""
     if refusal.check is None:
         return undecided(refusal.message, refusal.hint, origin=refusal.origin)

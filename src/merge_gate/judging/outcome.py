@@ -55,8 +55,7 @@ def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
 
 def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
-    why = checks.undecided(refusal.message, refusal.hint, origin=refusal.origin)
-    return _judged(entry, (*_file_findings(entry.prepared), why))
+    return _judged(entry, (*_file_findings(entry.prepared), checks.refused(refusal)))
 
 
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
@@ -75,6 +74,17 @@ def of_base(facts: BaseFacts) -> BaseReport:
         loaded_as=facts.loaded_as,
         replaced=facts.replaced,
         findings=bounded(findings_of_base(facts)),
+    )
+
+
+def of_refused_base(base: BaseRef, refusal: Refusal) -> BaseReport:
+    """What is said of a base that was not merged into; `dtype` and `quantization` are what was asked for."""
+    return BaseReport(
+        model=base.model or "",
+        revision=base.revision,
+        dtype=base.dtype,
+        quantization=base.quantization,
+        findings=bounded([checks.refused(refusal)]),
     )
 
 

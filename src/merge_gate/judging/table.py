@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from merge_gate.judging import effect, files, finite, fit
+from merge_gate.judging import base, effect, files, finite, fit
 from merge_gate.judging.check import Check
 
 NOT_JUDGED = "not-judged"
 """Id of the finding that says why an adapter has no verdict; not a check, so it has no setting."""
 
 CHECKS: Mapping[str, Check] = MappingProxyType(
-    {row.id: row for module in (files, fit, finite, effect) for row in vars(module).values() if isinstance(row, Check)}
+    {
+        row.id: row
+        for module in (base, files, fit, finite, effect)
+        for row in vars(module).values()
+        if isinstance(row, Check)
+    }
 )
 """Every check by its id."""

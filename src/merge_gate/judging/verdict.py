@@ -1,18 +1,19 @@
 """Findings → verdict and cause.
 
-In: an adapter's findings and coverage. Out: two values, and why. Knows no check by name but one.
+In: an adapter's findings and coverage. Out: two values, and why. Knows no check by name except one.
 
-1. An error finding of a check: `failed`, and its first in the order of blame is the cause.
-2. Else anything that kept the adapter from being judged whole: `error`.
-3. Else `passed`. Nothing vacuous passes: every parameter must have been checked, and at least one.
+1. An error finding that proves the adapter broken: `failed`. The first in the order of blame is the cause.
+2. Else an error of the base: `error`, with that check as the cause. Nothing that was merged into such a base counts.
+3. Else anything that kept the adapter from being judged whole: `error`.
+4. Else `passed`. Nothing vacuous passes: every parameter must have been checked, and at least one.
 """
 
 from __future__ import annotations
 
 from merge_gate.judging.checks import undecided
-from merge_gate.judging.table import NOT_JUDGED
+from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records.report import Coverage
-from merge_gate.records.terms import Finding, Severity, Verdict
+from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from merge_gate.text import counted
 
 
@@ -26,12 +27,23 @@ def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, 
 
 
 def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, str | None]:
-    """The verdict on an adapter's files alone, and its cause: rules 1 and 2. `passed` says nothing of values."""
-    errors = [finding.check for finding in findings if finding.severity is Severity.ERROR]
-    proven = [check for check in errors if check != NOT_JUDGED]
+    """The verdict on an adapter's files alone, and its cause: rules 1 to 3. `passed` says nothing of values."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    of_base = [finding.check for finding in errors if _is_of_base(finding)]
+    proven = [
+        finding.check
+        for finding in errors
+        if finding.check != NOT_JUDGED
+        and not _is_of_base(finding)
+        and not (of_base and finding.origin in {Origin.BASE, Origin.MERGE})
+    ]
     if proven:
         return Verdict.FAILED, proven[0]
-    return (Verdict.ERROR, NOT_JUDGED) if errors else (Verdict.PASSED, None)
+    return (Verdict.ERROR, [*of_base, NOT_JUDGED][0]) if errors else (Verdict.PASSED, None)
+
+
+def _is_of_base(finding: Finding) -> bool:
+    return finding.check in CHECKS and CHECKS[finding.check].is_of_base
 
 
 def _gap(coverage: Coverage) -> str:

@@ -31,10 +31,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Severity(StrEnum):
-    """How much a finding weighs: an error fails the adapter."""
+    """How much a finding weighs: an error fails the adapter. A note changes nothing, and cannot be configured."""
 
     ERROR = "error"
     WARNING = "warning"
+    NOTE = "note"
     OFF = "off"
 
 
@@ -94,7 +95,9 @@ class Finding:
     """
 
     check: str = told("Id of the check.")
-    severity: Severity = told("`error` fails the adapter, `warning` does not.")
+    severity: Severity = told(
+        "`error` fails the adapter, `warning` does not; a `note` changes neither verdict nor exit code."
+    )
     message: str = told("What is wrong, where, what was found and what was expected.")
     hint: str = told("What to do about it; may be empty.", default="")
     module: str | None = told("Module of the base.", default=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report import words
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def paragraphs(report: Report) -> list[Told]:
     for same in by_adapter(words.worst_first(report.adapters)):
         said = told_once(same, words.others)
         adapter = same[0]
-        if adapter.verdict is not Verdict.PASSED or said:
+        has_more_than_notes = any(finding.severity is not Severity.NOTE for finding, _, _ in said)
+        if adapter.verdict is not Verdict.PASSED or has_more_than_notes:
             decided = (adapter.verdict, adapter.cause, words.deciding(adapter))
             key = (*decided, *said, words.precisions(same), *words.marks(_at(adapter, "")))
             found.setdefault(key, []).append(same)

@@ -61,7 +61,11 @@ def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
 
 
 def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:
-    found = [finding for finding in adapter.findings if finding.origin in _STAGES[name]]
+    found = [
+        finding
+        for finding in adapter.findings
+        if finding.origin in _STAGES[name] and finding.severity is not Severity.NOTE
+    ]
     errors = [finding for finding in found if finding.severity is Severity.ERROR]
     if errors:
         return Stage(name=name, outcome=Outcome.BROKEN, said=_checks(errors))

@@ -115,8 +115,10 @@ def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
 
 
 def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
-    """What is wrong with it; an undecided adapter that turns out to be broken has a new reason."""
-    return frozenset((finding.check, finding.severity) for finding in adapter.findings)
+    """What is wrong with it; an undecided adapter that turns out to be broken has a new reason. Notes are none."""
+    return frozenset(
+        (finding.check, finding.severity) for finding in adapter.findings if finding.severity is not Severity.NOTE
+    )
 
 
 def _versions(old: Report, new: Report) -> Iterator[str]:
@@ -192,5 +194,5 @@ def _why(change: Change) -> list[str]:
     return [
         f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
         for finding, _ in words.grouped(change.new.findings)
-        if (finding.check, finding.severity) not in known
+        if finding.severity is not Severity.NOTE and (finding.check, finding.severity) not in known
     ]

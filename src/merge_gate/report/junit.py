@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from merge_gate.output_files import GENERATOR_COMMENT
-from merge_gate.records.terms import Severity, Verdict
+from merge_gate.records.terms import Verdict
 from merge_gate.report import words
 from merge_gate.report.alike import told_before
 from merge_gate.report.untrusted import one_line, safe_text
@@ -135,8 +135,7 @@ def _again(finding: Finding, earlier: AdapterReport) -> str:
 
 
 def _kind(finding: Finding) -> str:
-    kind = "warning" if finding.severity is Severity.WARNING else "error"
-    return f"{kind} {one_line(finding.check, words.NAME_LIMIT)}"
+    return f"{finding.severity} {one_line(finding.check, words.NAME_LIMIT)}"
 
 
 def _part(finding: Finding, more: int) -> str:

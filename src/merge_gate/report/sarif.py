@@ -36,6 +36,7 @@ MOST_RESULTS = 5_000
 _SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
     NOT_JUDGED: "The adapter could not be judged; it is not cleared."
 }
+_LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
 
 Json = dict[str, Any]
@@ -43,7 +44,7 @@ Json = dict[str, Any]
 
 def render(report: Report) -> str:
     """Return the JSON of report.sarif."""
-    results = sorted(_results(report), key=lambda result: result["level"] != str(Severity.ERROR))
+    results = sorted(_results(report), key=lambda result: _LEVELS.index(result["level"]))
     run = {
         "tool": {"driver": _driver(report)},
         "invocations": [_invocation(report, left_out=max(len(results) - MOST_RESULTS, 0))],

@@ -227,7 +227,7 @@ def _wrong(finding: Finding, width: int) -> list[Line]:
 
 
 def _also(finding: Finding, more: int, width: int, where: str = "") -> list[Line]:
-    label = "warning" if finding.severity is Severity.WARNING else "also"
+    label = "also" if finding.severity is Severity.ERROR else str(finding.severity)
     text = f"({where}) " if where else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if unsaid := words.unsaid_place(finding):
@@ -305,7 +305,7 @@ def files_told(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
     said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
     yield f"{said:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
     for finding in adapter.findings:
-        kind = "warning: " if finding.severity is Severity.WARNING else ""
+        kind = "" if finding.severity is Severity.ERROR else f"{finding.severity}: "
         yield f"        {kind}{finding.check}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
         if finding.hint:
             yield f"        to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
