@@ -11,7 +11,7 @@ import pytest
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from merge_gate.report import chain, compare, html_report, json_report, junit, sarif, summary, text, words
-from tests.report.reports import FAILED, PASSED, report
+from tests.support.reports import FAILED, PASSED, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
