@@ -84,7 +84,7 @@ MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/))) $(
 	$(TORCHLESS:%=tests/engine/test_%.py)
 coverage: $(STAMPS)/coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -m "not matrix and not cuda" --ignore=tests/fleet/test_ray.py $(MEASURED)
+	$(BIN)/coverage run -m pytest -q -m "not matrix and not cuda" --ignore=tests/on_ray/test_ray.py $(MEASURED)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -39,7 +39,7 @@ def main() -> int:
         return action.main(words(environ), environ)
 
     from merge_gate import cli
-    from merge_gate.action import canary, handover
+    from merge_gate.action.docker import canary, handover
     from merge_gate.errors import GateError
 
     try:

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 # a script, not a package
-"""Write the images of a release into src/merge_gate/action/released_image.py.
+"""Write the images of a release into src/merge_gate/action/docker/released_image.py.
 
     python3 .ci/pin_images.py ghcr.io/acme/merge-gate@sha256:… ghcr.io/acme/merge-gate@sha256:…
 
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-MODULE = Path(__file__).resolve().parents[1] / "src" / "merge_gate" / "action" / "released_image.py"
+MODULE = Path(__file__).resolve().parents[1] / "src" / "merge_gate" / "action" / "docker" / "released_image.py"
 PINNED = re.compile(r"[a-z0-9.:-]+(/[a-z0-9._-]+)+@sha256:[0-9a-f]{64}")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from merge_gate import __main__, cli, demo, gate
-from merge_gate.action import launcher
+from merge_gate.action.docker import launcher
 from merge_gate.cli import main
 from merge_gate.config.positions import MAX_TOLD
 from merge_gate.engine import process, protocol
@@ -31,7 +31,7 @@ from tests.support.reports import FAIL, PASS, adapter, report
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from merge_gate.action.container import ContainerRun
+    from merge_gate.action.docker.container import ContainerRun
     from merge_gate.engine.protocol import Event, Job
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}

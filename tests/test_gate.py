@@ -18,12 +18,12 @@ from merge_gate import whole_file
 from merge_gate.config.load import load_config
 from merge_gate.engine import supervisor
 from merge_gate.errors import GateError, UsageError
-from merge_gate.fleet import progress
 from merge_gate.gate import check_files, run_gate, select
 from merge_gate.judging import checks
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import provisional
+from merge_gate.run import hourly_log
 from merge_gate.sources import inputs, resolve
 from tests.support.command import merge_gate, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
@@ -443,7 +443,7 @@ def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
 ) -> None:
     """The first word comes at once here, and an hour is over as soon as it begins."""
     monkeypatch.setattr(supervisor, "FIRST_WORD_S", 0.0)
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(hourly_log, "EVERY_S", 0.0)
     lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
     lay(tmp_path, shelf, "silent", configure(target_modules="(([a-z0-9_.])+)+!"))
     entries = [{"path": "./adapters/broken"}, {"path": "./adapters/silent", "limits": {"seconds": 8}}]

@@ -16,16 +16,16 @@ from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.action.interrupts import Interrupted, interruptible
 from merge_gate.command_line import DEFAULT_OUTPUT, parsed
 from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError, UsageError
+from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from merge_gate.cache.keeper import Keeping
     from merge_gate.engine.process import WorkerProcess
-    from merge_gate.fleet.keeper import Keeping
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
 
@@ -64,7 +64,7 @@ def _forget_report(argv: Sequence[str]) -> None:
 
 
 def _claimed(output: str, *, is_resumed: bool = False) -> AbstractContextManager[None]:
-    from merge_gate.fleet.resume import LEFT
+    from merge_gate.cache.resume import LEFT
     from merge_gate.report.directory import claimed
     from merge_gate.report.files import FORMATS
 
@@ -121,7 +121,7 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     with _started_early(arguments) as child:
-        from merge_gate.fleet.resume import forget
+        from merge_gate.cache.resume import forget
         from merge_gate.report.directory import refuse_report
         from merge_gate.report.files import FORMATS
 
@@ -183,7 +183,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
-    from merge_gate.action.launcher import for_a_person, run_in_container
+    from merge_gate.action.docker.launcher import for_a_person, run_in_container
 
     if arguments.resume:
         raise UsageError(
@@ -215,8 +215,8 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
 
 def _keeping(arguments: argparse.Namespace) -> Keeping:
     """Which verdicts of earlier runs count, and where those of this one are kept."""
-    from merge_gate.fleet.keeper import Keeping
-    from merge_gate.fleet.resume import left_in
+    from merge_gate.cache.keeper import Keeping
+    from merge_gate.cache.resume import left_in
 
     if arguments.resume and arguments.no_cache:
         raise UsageError("--no-cache judges anew, and --resume does not", hint="give one of them")
@@ -225,13 +225,13 @@ def _keeping(arguments: argparse.Namespace) -> Keeping:
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    from merge_gate.fleet.partition import shard_of
+    from merge_gate.shards.partition import shard_of
 
     return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
 
 
 def _ray(arguments: argparse.Namespace) -> str | None:
-    from merge_gate.fleet.ray_cluster import checked_address
+    from merge_gate.on_ray.ray_cluster import checked_address
 
     return checked_address(arguments.ray) if arguments.ray is not None else None
 
@@ -248,7 +248,7 @@ def _gate(
     ray: str | None = None,
     child: WorkerProcess | None = None,
 ) -> Report:
-    from merge_gate.fleet.keeper import NOTHING
+    from merge_gate.cache.keeper import NOTHING
     from merge_gate.gate import run_gate
     from merge_gate.report.terminal import make_view
 
@@ -355,10 +355,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _report_combine(arguments: argparse.Namespace) -> int:
     """The shards are read before the output directory is claimed, which removes the reports of earlier runs."""
-    from merge_gate.fleet.combined import combined
-    from merge_gate.fleet.shard_files import found_in, refuse_overwriting
     from merge_gate.report.files import write_report
     from merge_gate.report.terminal import make_view
+    from merge_gate.shards.combined import combined
+    from merge_gate.shards.shard_files import found_in, refuse_overwriting
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)

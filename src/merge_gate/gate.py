@@ -5,10 +5,10 @@ as adapters are judged, so that a run that is killed leaves a true one. Imports 
 measures.
 
 1. Names become directories, and the adapters' files are judged on their own.   sources/inputs.py, judging/outcome.py
-2. What an earlier run has judged is taken over.                                fleet/standing.py
+2. What an earlier run has judged is taken over.                                cache/standing.py
 3. What is left is grouped by base, dtype and quantisation.                     engine/grouping.py
 4. A worker merges; each evidence becomes findings, a verdict and a report.     engine/supervisor.py, judging/outcome.py
-5. Verdicts on a base that has changed are withdrawn; the rest is the report.   fleet/standing.py, tally.py
+5. Verdicts on a base that has changed are withdrawn; the rest is the report.   cache/standing.py, tally.py
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, assert_never
 
+from merge_gate.cache.keeper import NOTHING, Keeper, Keeping, base_directory
+from merge_gate.cache.standing import Standing
+from merge_gate.cache.verdicts import Line
 from merge_gate.config.nearest import nearest
 from merge_gate.engine import protocol
 from merge_gate.engine.grouping import group_by_base
@@ -27,13 +30,8 @@ from merge_gate.engine.process import WorkerProcess
 from merge_gate.engine.protocol import Event, Group, Job
 from merge_gate.engine.supervisor import supervise
 from merge_gate.errors import GateError, UsageError
-from merge_gate.fleet.keeper import NOTHING, Keeper, Keeping, base_directory
-from merge_gate.fleet.on_ray import judge_on_ray
-from merge_gate.fleet.partition import part_of
-from merge_gate.fleet.progress import Hourly
-from merge_gate.fleet.standing import Standing
-from merge_gate.fleet.verdicts import Line
 from merge_gate.judging import outcome
+from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
@@ -43,6 +41,8 @@ from merge_gate.report import words
 from merge_gate.report.directory import refuse_input
 from merge_gate.report.provisional import ReportWriter
 from merge_gate.report.terminal import SilentView
+from merge_gate.run.hourly_log import Hourly
+from merge_gate.shards.partition import part_of
 from merge_gate.sources.inputs import Inputs
 from merge_gate.tally import Tally
 from merge_gate.text import listing, quoted
@@ -68,7 +68,7 @@ def run_gate(
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
     weight where it proves every value finite and small (engine/bound.py). `keeping` says which verdicts of earlier runs
-    are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that merges (fleet/
+    are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that merges (on_ray/
     ray_cluster.py), None for a worker process here. `child` is one that was started before the config was known.
 
     Raises:

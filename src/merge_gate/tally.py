@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merge_gate import __version__
-from merge_gate.fleet.bases import Used, in_order
-from merge_gate.fleet.key import libraries
+from merge_gate.cache.key import libraries
 from merge_gate.judging.baseline import accept
 from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Sandbox, Shard
 from merge_gate.records.terms import Verdict
+from merge_gate.shards.base_order import Used, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable

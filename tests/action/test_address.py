@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action import address
-from merge_gate.action.address import Address, Tls
+from merge_gate.action.docker import address
+from merge_gate.action.docker.address import Address, Tls
 from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action import canary
+from merge_gate.action.docker import canary
 from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.action import collect
+from merge_gate.action.docker import collect
 from merge_gate.errors import UsageError
 from merge_gate.report.files import FORMATS
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action import canary, container, handover
-from merge_gate.action.container import ContainerRun, Limits, Prepared
-from merge_gate.action.docker_api import Engine
+from merge_gate.action.docker import canary, container, handover
+from merge_gate.action.docker.container import ContainerRun, Limits, PreparedContainer
+from merge_gate.action.docker.docker_api import Engine
 from merge_gate.errors import LauncherError
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def run(tmp_path: Path) -> ContainerRun:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Prepared:
+def prepared(tmp_path: Path) -> PreparedContainer:
     for name in ("cache", "written"):
         (tmp_path / name).mkdir()
     planted = canary.plant(tmp_path / "written")
     inside = tmp_path / "out" / planted.name
-    return Prepared(None, PLAIN, "merge-gate-1", tmp_path / "cache", tmp_path / "written", {inside: planted})
+    return PreparedContainer(None, PLAIN, "merge-gate-1", tmp_path / "cache", tmp_path / "written", {inside: planted})
 
 
 def test_the_words_hold_no_secret_and_are_relative_to_the_workspace(run: ContainerRun) -> None:
@@ -63,7 +63,7 @@ def test_where_gpus_are_asked_for_a_cpu_is_no_answer(run: ContainerRun, gpus: st
     assert words[words.index("--device") + 1] == told
 
 
-def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepared: Prepared) -> None:
+def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepared: PreparedContainer) -> None:
     environ = container.environment(run, prepared)
     assert TOKEN not in str(environ)
     assert environ["HF_HOME"] == str(prepared.cache)
@@ -77,7 +77,9 @@ def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepar
 
 
 @pytest.mark.parametrize("variable", ["MERGE_GATE_DEBUG", "RUNNER_DEBUG"])
-def test_a_runner_that_debugs_debugs_the_gate_inside(run: ContainerRun, prepared: Prepared, variable: str) -> None:
+def test_a_runner_that_debugs_debugs_the_gate_inside(
+    run: ContainerRun, prepared: PreparedContainer, variable: str
+) -> None:
     assert container.environment(replace(run, environ={variable: "1"}), prepared)["MERGE_GATE_DEBUG"] == "1"
     assert "MERGE_GATE_DEBUG" not in container.environment(replace(run, environ={variable: ""}), prepared)
 
@@ -97,7 +99,9 @@ def test_the_image_asks_for_no_gpu_beside_those_that_were_asked_for(run, prepare
     assert environ.get("MERGE_GATE_GPUS", "") == gpus
 
 
-def test_a_companys_own_authority_is_there_inside(run: ContainerRun, prepared: Prepared, tmp_path: Path) -> None:
+def test_a_companys_own_authority_is_there_inside(
+    run: ContainerRun, prepared: PreparedContainer, tmp_path: Path
+) -> None:
     (tmp_path / "company.pem").touch()
     (tmp_path / "link.pem").symlink_to(tmp_path / "company.pem")
     run = replace(

@@ -11,7 +11,7 @@ import docker
 import pytest
 import requests
 
-from merge_gate.action import docker_api
+from merge_gate.action.docker import docker_api
 from merge_gate.errors import LauncherError
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.action import docker_api, leftovers, released_image
-from merge_gate.action.container import ContainerRun, Limits
-from merge_gate.action.launcher import Told, run_in_container
+from merge_gate.action.docker import docker_api, leftovers, released_image
+from merge_gate.action.docker.container import ContainerRun, Limits
+from merge_gate.action.docker.launcher import Told, run_in_container
 from merge_gate.errors import LauncherError
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.gpus import device_requests, wanted_gpus
+from merge_gate.action.docker.gpus import device_requests, wanted_gpus
 from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:

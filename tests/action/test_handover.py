@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from merge_gate.action import handover
+from merge_gate.action.docker import handover
 from merge_gate.errors import LauncherError
 
 

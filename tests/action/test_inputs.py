@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import inputs as action
-from merge_gate.action.interrupts import TIME_LIMIT_S
 from merge_gate.errors import UsageError
+from merge_gate.interrupts import TIME_LIMIT_S
 
 
 @pytest.fixture

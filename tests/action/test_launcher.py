@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from merge_gate import cli
-from merge_gate.action import launcher, released_image
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker import launcher, released_image
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import LauncherError, UsageError
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from merge_gate.action import leftovers
+from merge_gate.action.docker import leftovers
 
 LAUNCHER, UNTIL = leftovers._LAUNCHER, leftovers._UNTIL
 
@@ -21,7 +21,7 @@ def test_a_container_of_a_launcher_that_lives_stays() -> None:
 
 
 def test_a_container_of_a_launcher_that_died_goes() -> None:
-    code = "import json; from merge_gate.action import leftovers; print(json.dumps(leftovers.labels(60)))"
+    code = "import json; from merge_gate.action.docker import leftovers; print(json.dumps(leftovers.labels(60)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert leftovers.is_orphan(eval(done.stdout), time.time())
 

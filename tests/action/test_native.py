@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from merge_gate.action import native
-from merge_gate.action.container import ContainerRun
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.demo import make_demo
 from merge_gate.errors import LauncherError, UsageError
 from tests.support.command import alive

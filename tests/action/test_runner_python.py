@@ -12,7 +12,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "3.9"
-MODULES = sorted(path.stem for path in (ROOT / "src" / "merge_gate" / "action").glob("*.py"))
+SOURCE = ROOT / "src"
+MODULES = sorted(
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in (SOURCE / "merge_gate" / "action").rglob("*.py")
+    if path.name != "__init__.py"
+)
 GATE = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"][0]["run"]
 
 
@@ -26,9 +31,9 @@ def oldest_python() -> Path | None:
 
 @pytest.mark.skipif(not oldest_python(), reason=f"no Python {OLDEST} here; CI has one")
 def test_every_module_is_imported_by_the_oldest_python_without_packages() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    code += "".join(f"import merge_gate.action.{name}\n" for name in MODULES if name != "__init__")
-    code += "from merge_gate.action import sdk\nwith sdk.available({}): import docker, requests\n"
+    code = f"import sys; sys.path.insert(0, {str(SOURCE)!r})\n"
+    code += "".join(f"import {name}\n" for name in MODULES)
+    code += "from merge_gate.action.docker import sdk\nwith sdk.available({}): import docker, requests\n"
     subprocess.run([str(oldest_python()), "-I", "-S", "-W", "error", "-c", code], check=True)
 
 

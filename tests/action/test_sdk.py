@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.action import sdk
+from merge_gate.action.docker import sdk
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements" / "launcher.txt"
@@ -42,7 +42,7 @@ def test_whatever_sdk_the_runner_has_the_actions_own_is_used(tmp_path: Path, own
     code = """
         import sys
         sys.path[:0] = sys.argv[1:3]
-        from merge_gate.action import sdk
+        from merge_gate.action.docker import sdk
         before = list(sys.path)
         with sdk.available({"RUNNER_TEMP": sys.argv[3]}):
             import docker

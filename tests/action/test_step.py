@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import entrypoint
-from merge_gate.action import collect, leftovers
 from merge_gate.action import step as action
+from merge_gate.action.docker import collect, leftovers
 from merge_gate.action.inputs import read_inputs
-from merge_gate.action.outcome import Outcome
+from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
 from tests.action.test_outcome import report
@@ -252,7 +252,7 @@ def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path:
     (tmp_path / "secret").write_text("of the host", encoding="utf-8")
     (output / "summary.md").symlink_to(tmp_path / "secret")
     inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
-    assert action._summary(inputs, Outcome("pass", report("pass"))) == ""
+    assert action._summary(inputs, StepOutcome("pass", report("pass"))) == ""
 
 
 def test_a_server_without_artifacts_keeps_the_report(
@@ -261,7 +261,7 @@ def test_a_server_without_artifacts_keeps_the_report(
     inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
     inputs.output.mkdir()
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
-    assert action._tell(inputs, Outcome("pass", report("pass")), action._Heard(), on_premises) == 0
+    assert action._tell(inputs, StepOutcome("pass", report("pass")), action._Heard(), on_premises) == 0
     assert outputs(environ)["upload"] == "false"
     assert outputs(environ)["report-path"] == str(inputs.output)
     assert "::warning title=merge-gate::github.acme.example is GitHub Enterprise Server" in capsys.readouterr().out

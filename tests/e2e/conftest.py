@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import docker
 import pytest
 
-from merge_gate.action import address as addresses
-from merge_gate.action import docker_api
-from merge_gate.action.leftovers import OURS
+from merge_gate.action.docker import address as addresses
+from merge_gate.action.docker import docker_api
+from merge_gate.action.docker.leftovers import OURS
 from merge_gate.demo import make_demo
 from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
 

@@ -23,9 +23,9 @@ import docker
 import jsonschema
 import pytest
 
-from merge_gate.action import docker_api
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker import docker_api
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import LauncherError
 from merge_gate.report.files import FORMATS
 from merge_gate.report.schema import report_schema
@@ -196,8 +196,8 @@ LAUNCH = """
 import os, sys
 from pathlib import Path
 from merge_gate.errors import GateError
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 run = ContainerRun(
     config=Path(sys.argv[1], "slow.yml"),
     workspace=Path(sys.argv[1]),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from tests.e2e.conftest import PATIENCE_S, described
 from tests.support.e2e.proxy import proxy
 
@@ -29,8 +29,8 @@ TOKEN = "hf_aTokenThatNobodyFindsInWhatIsLeft"
 LAUNCH = """
 import os, sys
 from pathlib import Path
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import GateError
 config, output, image = sys.argv[1:]
 run = ContainerRun(

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import run_in_container
 from tests.e2e.conftest import HUB_NAME
 from tests.support.e2e.act import free_port
 from tests.support.e2e.proxy import CompanyProxy, proxy

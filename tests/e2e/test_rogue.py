@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.container import ContainerRun
-from merge_gate.action.launcher import Told, run_in_container
+from merge_gate.action.docker.container import ContainerRun
+from merge_gate.action.docker.launcher import Told, run_in_container
 from tests.support.e2e.act import make_repository, run_act
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.action.container import Limits
-from merge_gate.action.interrupts import TIME_LIMIT_S
+from merge_gate.action.docker.container import Limits
 from merge_gate.errors import UsageError
+from merge_gate.interrupts import TIME_LIMIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ActionInputs:
     """The inputs, checked. Paths are absolute."""
 
     config: Path
@@ -77,7 +77,7 @@ class Inputs:
     arguments: tuple[str, ...]
 
 
-def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
+def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
     """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
     given = {**dict.fromkeys((name for name, _, _ in RULES), ""), "args": ""}
     given.update(word[2:].partition("=")[::2] for word in words)
@@ -97,7 +97,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> Inputs:
     listed = [problem for problem in (*problems, complaint, places.complaint) if problem]
     if listed:
         raise UsageError("\n".join(listed), hint="the inputs are described in docs/action.md")
-    return Inputs(
+    return ActionInputs(
         config=config,
         runtime=given["runtime"],
         gpus=given["gpus"],

@@ -10,14 +10,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from merge_gate.action.container import config_word
-from merge_gate.action.interrupts import STOP_GRACE_S, Interrupted, interruptible
+from merge_gate.action.docker.container import config_word
 from merge_gate.errors import ExitCode, LauncherError, UsageError
+from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from merge_gate.action.container import ContainerRun
+    from merge_gate.action.docker.container import ContainerRun
 
 _PROBE = (
     "import importlib.util as u, sys; sys.exit(0 if u.find_spec('merge_gate') and u.find_spec('merge_gate.cli') else 3)"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.action import collect
+from merge_gate.action.docker import collect
 from merge_gate.errors import ExitCode, GateError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _VERDICTS = ("passed", "failed", "error")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What the step says. `problem` is why there is no verdict, empty where there is one."""
 
     result: str
@@ -38,7 +38,7 @@ class Outcome:
     problem: str = ""
 
 
-def settle(code: int, path: Path, said: Sequence[str] = (), refused: Sequence[str] = ()) -> Outcome:
+def settle(code: int, path: Path, said: Sequence[str] = (), refused: Sequence[str] = ()) -> StepOutcome:
     """Set the exit code against the report. `pass` and `fail` need both to say so, and the report to be finished.
 
     `said` are the gate's last words: where there is no report, they are all that tells why. `refused` are files of the
@@ -46,15 +46,15 @@ def settle(code: int, path: Path, said: Sequence[str] = (), refused: Sequence[st
     """
     report, trouble = read_report(path)
     if refused:
-        return Outcome("error", report, "\n".join(["there is no verdict: the report was tampered with", *refused]))
+        return StepOutcome("error", report, "\n".join(["there is no verdict: the report was tampered with", *refused]))
     if report is None:
-        return Outcome("error", problem="\n".join([f"the gate ended with exit code {code} and {trouble}", *said]))
+        return StepOutcome("error", problem="\n".join([f"the gate ended with exit code {code} and {trouble}", *said]))
     if report["complete"] and (code, report["result"]) in {(ExitCode.PASS, "pass"), (ExitCode.FAIL, "fail")}:
-        return Outcome(report["result"], report)
+        return StepOutcome(report["result"], report)
     if report["complete"] and (code, report["result"]) == (ExitCode.ERROR, "error"):
-        return Outcome("error", report)
+        return StepOutcome("error", report)
     finished = "finished" if report["complete"] else "unfinished"
-    return Outcome(
+    return StepOutcome(
         "error",
         report,
         f"there is no verdict: the gate ended with exit code {code}, and its report is {finished} and says "
@@ -62,9 +62,9 @@ def settle(code: int, path: Path, said: Sequence[str] = (), refused: Sequence[st
     )
 
 
-def broken_off(error: GateError, path: Path) -> Outcome:
+def broken_off(error: GateError, path: Path) -> StepOutcome:
     """The outcome of a run that ended by an error: what was judged before it is true."""
-    return Outcome("error", read_report(path)[0], in_words(error))
+    return StepOutcome("error", read_report(path)[0], in_words(error))
 
 
 def in_words(error: GateError) -> str:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.action import collect, native, outcome, sdk, workflow
-from merge_gate.action.container import ContainerRun, config_word
-from merge_gate.action.docker_api import answers
-from merge_gate.action.inputs import Inputs, read_inputs, workspace_of
-from merge_gate.action.launcher import Told, run_in_container
-from merge_gate.action.outcome import Outcome
+from merge_gate.action import native, outcome, workflow
+from merge_gate.action.docker import collect, sdk
+from merge_gate.action.docker.container import ContainerRun, config_word
+from merge_gate.action.docker.docker_api import answers
+from merge_gate.action.docker.launcher import Told, run_in_container
+from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
+from merge_gate.action.outcome import StepOutcome
 from merge_gate.errors import ExitCode, GateError, UsageError
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
         inputs = read_inputs(words, environ)
         told = _judge(inputs, ours, heard)
     except GateError as error:
-        told = Outcome("error", problem=outcome.in_words(error))
+        told = StepOutcome("error", problem=outcome.in_words(error))
     except OSError as error:
-        told = Outcome(
+        told = StepOutcome(
             "error", problem=f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
         )
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
-        told = Outcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
+        told = StepOutcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
     return _tell(inputs, told, heard, environ)
 
 
@@ -92,7 +93,7 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**ours, **marker, **debug, **workspace, **place, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
-def _judge(inputs: Inputs, environ: Mapping[str, str], heard: _Heard) -> Outcome:
+def _judge(inputs: ActionInputs, environ: Mapping[str, str], heard: _Heard) -> StepOutcome:
     run, path = _run_of(inputs, environ), inputs.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
     with collect.claimed(inputs.output):  # an earlier run's verdict must not pass for this one's
@@ -111,7 +112,7 @@ def _judge(inputs: Inputs, environ: Mapping[str, str], heard: _Heard) -> Outcome
     return outcome.settle(code, path, log.tail, heard.refused)
 
 
-def _run_of(inputs: Inputs, environ: Mapping[str, str]) -> ContainerRun:
+def _run_of(inputs: ActionInputs, environ: Mapping[str, str]) -> ContainerRun:
     return ContainerRun(
         config=inputs.config,
         output=inputs.output,
@@ -158,7 +159,7 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
 # --- what the step says --------------------------------------------------------------------------------------------
 
 
-def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[str, str]) -> int:
+def _tell(inputs: ActionInputs | None, told: StepOutcome, heard: _Heard, environ: Mapping[str, str]) -> int:
     report = told.report
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
@@ -182,7 +183,7 @@ def _tell(inputs: Inputs | None, told: Outcome, heard: _Heard, environ: Mapping[
     return 0
 
 
-def _outputs(inputs: Inputs | None, told: Outcome, image: str, *, uploads: bool) -> dict[str, str]:
+def _outputs(inputs: ActionInputs | None, told: StepOutcome, image: str, *, uploads: bool) -> dict[str, str]:
     report = told.report
     failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
     return {
@@ -198,7 +199,7 @@ def _outputs(inputs: Inputs | None, told: Outcome, image: str, *, uploads: bool)
     }
 
 
-def _summary(inputs: Inputs | None, told: Outcome) -> str:
+def _summary(inputs: ActionInputs | None, told: StepOutcome) -> str:
     """The gate's own summary; before it, what kept the gate from a verdict."""
     text = ""
     if inputs and told.report:

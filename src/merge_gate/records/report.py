@@ -187,7 +187,7 @@ class Environment:
 
 @record
 class Shard:
-    """Which part of a larger run a report is of, for `merge-gate report combine` (fleet/combined.py)."""
+    """Which part of a larger run a report is of, for `merge-gate report combine` (shards/combined.py)."""
 
     index: int = told("Its number, counted from 1.")
     count: int = told("How many shards the run has.")

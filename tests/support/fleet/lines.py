@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.fleet.key import Circumstances, Json, material
-from merge_gate.fleet.verdicts import Line
+from merge_gate.cache.key import Circumstances, Json, material
+from merge_gate.cache.verdicts import Line
 from merge_gate.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Prepared, Snapshot

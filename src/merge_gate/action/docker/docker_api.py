@@ -1,0 +1,325 @@
+"""The container engine, Docker or podman, its images and its errors; the Docker SDK is imported here only.
+
+In: an address, a name of an image, of a container. Out: a client that has answered, what the engine says of itself,
+an image that is there. Whatever the SDK raises, or an engine answers in a form that nobody expects, becomes a
+`LauncherError` with a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.action.docker import address as addresses
+from merge_gate.errors import GateError, LauncherError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+_ASK_S = 30
+_OLDEST_SDK = 7
+_NEEDED = "docker>=7.1"
+_PROGRESS_S = 5.0
+_REASON_LIMIT = 400
+_LIST_ATTEMPTS = 4
+_LIST_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine says of itself, as far as it matters here."""
+
+    podman: bool
+    rootless: bool
+    remapped: bool
+    selinux: bool
+    nvidia_runtime: bool
+    cdi_gpus: bool
+
+
+# --- the engine ----------------------------------------------------------------------------------------------------
+
+
+def answers(environ: Mapping[str, str]) -> bool:
+    """Tell whether an engine answers, without the SDK. A client alone proves nothing: images ship it without a daemon.
+
+    An address other than a socket file was set on purpose, and is taken at its word.
+    """
+    address = addresses.find(environ)
+    return address is not None and not addresses.silence(address)
+
+
+def connect(environ: Mapping[str, str]) -> Any:
+    """Return a client of the engine that has answered. Raises `LauncherError`."""
+    docker = _sdk()
+    address = addresses.find(environ)
+    if not address:
+        raise LauncherError(
+            "no container engine was found: DOCKER_HOST is not set and no socket of Docker or podman is there",
+            hint="start Docker (or `podman system service`), or run without a container (`runtime: native`)",
+        )
+    if address.url.startswith("ssh://"):
+        raise LauncherError(
+            f"{address.origin} names the engine at {address.url}, expected unix:// or tcp://: an engine on another "
+            "machine does not see the workspace",
+            hint="run the job on the machine where the engine is",
+        )
+    trouble = addresses.silence(address)
+    try:
+        if not trouble:
+            return _client(docker, address)
+    except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, ssl and the OS through
+        trouble = reason(error)
+    raise LauncherError(
+        f"the container engine at {address.url} ({address.origin}) does not answer: {trouble}",
+        hint="start it, check that this user may use its socket, or set DOCKER_HOST to another one",
+    )
+
+
+def _sdk() -> Any:
+    try:
+        import docker  # noqa: PLC0415 # an optional dependency
+
+        version = str(docker.__version__)
+    except (ImportError, AttributeError) as error:
+        raise LauncherError(
+            f"the Docker SDK for Python is not there ({error})", hint=f"pip install '{_NEEDED}'"
+        ) from error
+    if int(re.match(r"\d*", version)[0] or 0) < _OLDEST_SDK:  # type: ignore[index] # `*` always matches
+        raise LauncherError(
+            f"the Docker SDK for Python has version {version}, expected {_OLDEST_SDK} or newer",
+            hint=f"pip install --upgrade '{_NEEDED}'",
+        )
+    return docker
+
+
+def _client(docker: Any, address: addresses.Address) -> Any:
+    """A client that has asked the engine for its version.
+
+    requests puts a company's authorities and proxies, which the environment names, before those of the session.
+    """
+    with _without(os.environ, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        client = docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
+    client.api.trust_env = False
+    return client
+
+
+@contextlib.contextmanager
+def _without(environ: MutableMapping[str, str], *names: str) -> Iterator[None]:
+    kept = {name: environ.pop(name) for name in names if name in environ}
+    try:
+        yield
+    finally:
+        environ.update(kept)
+
+
+def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
+    if not tls:
+        return False
+    pair = (tls.certificate, tls.key) if tls.certificate and tls.key else None
+    return docker.tls.TLSConfig(client_cert=pair, ca_cert=tls.authority or None, verify=tls.verify)
+
+
+def describe(client: Any) -> Engine:
+    """Ask the engine what it is."""
+    with translated("the container engine cannot describe itself"):
+        version, info = client.version(), client.info()
+        components = " ".join(str(part.get("Name")) for part in version.get("Components") or ())
+        security = " ".join(str(option) for option in info.get("SecurityOptions") or ())
+        devices = " ".join(str(device.get("ID")) for device in info.get("DiscoveredDevices") or ())
+        return Engine(
+            podman="podman" in components.lower(),
+            rootless="rootless" in security,
+            remapped="name=userns" in security,
+            selinux="selinux" in security,
+            nvidia_runtime="nvidia" in (info.get("Runtimes") or {}),
+            cdi_gpus="nvidia.com/gpu=" in devices,
+        )
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def ensure_image(client: Any, image: str, log: Callable[[bytes], None], pull: str = "missing") -> str:
+    """Have `image` there, and return what identifies it: its digest in a registry, else the engine's own id.
+
+    `pull` is `missing`, `always` or `never`. Raises `LauncherError`.
+    """
+    found = None if pull == "always" else _identity(client, image)
+    if found:
+        return found
+    hint = (
+        "check the name and the digest, log in to its registry (docker/login-action), or build it from the "
+        "Dockerfile; the images of old releases are never deleted"
+    )
+    if pull == "never":
+        raise LauncherError(f"the image {image} is not there, and `pull` is never", hint=hint)
+    log(f"pulling {image}\n".encode())
+    with translated(f"the image {image} is not there and cannot be pulled", hint=hint):
+        name, tag = name_and_tag(image)
+        for line in progress(client.api.pull(name, tag=tag, stream=True, decode=True)):
+            log(line.encode())
+        pulled = _identity(client, image)
+        if not pulled:
+            raise LauncherError("the engine says that it pulled it, and does not have it")
+        return pulled
+
+
+def _identity(client: Any, image: str) -> str:
+    import docker  # noqa: PLC0415
+
+    with translated(f"the engine cannot look up the image {image}"):
+        try:
+            described = client.api.inspect_image(image)
+        except docker.errors.ImageNotFound:
+            return ""
+        name, digest = name_and_tag(image)
+        known = [str(one) for one in described.get("RepoDigests") or ()]
+        asked = [one for one in known if one == f"{name}@{digest}"]
+        of_this_name = [one for one in known if one.startswith(f"{name}@")]
+        return (asked or of_this_name or [str(described["Id"])])[0]
+
+
+def name_and_tag(image: str) -> tuple[str, str]:
+    """`host:5000/name@sha256:…` → name and digest; `host:5000/name:tag` → name and tag."""
+    name, at, digest = image.partition("@")
+    if at:
+        return name, digest
+    head, colon, tag = image.rpartition(":")
+    return (head, tag) if colon and "/" not in tag else (image, "latest")
+
+
+def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """Turn the engine's events into a line every few seconds. Raises `LauncherError` for an error among them."""
+    layers: dict[str, tuple[int, int]] = {}
+    due = time.monotonic() + _PROGRESS_S
+    for event in events:
+        if event.get("error"):
+            raise LauncherError(str(event["error"]))
+        detail = event.get("progressDetail") or {}
+        if event.get("status") == "Downloading" and detail.get("total"):
+            layers[str(event.get("id"))] = (int(detail.get("current") or 0), int(detail["total"]))
+        if layers and time.monotonic() >= due:
+            due = time.monotonic() + _PROGRESS_S
+            done, total = (sum(part[index] for part in layers.values()) / 1e6 for index in (0, 1))
+            yield f"pulling: {done:.0f} of {total:.0f} MB\n"
+
+
+# --- containers ----------------------------------------------------------------------------------------------------
+
+
+def labelled(client: Any, labels: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """Return id and labels of every container, alive or dead, that carries `labels`."""
+    wanted = [f"{name}={value}" for name, value in labels.items()]
+    with translated("the engine cannot list its containers"):
+        listed = _listed(client, wanted)
+        return [(str(one["Id"]), dict(one.get("Labels") or {})) for one in listed]
+
+
+def _listed(client: Any, labels: list[str]) -> Any:
+    """Podman fails to list where one of its containers goes away meanwhile; then it is asked again."""
+    import docker  # noqa: PLC0415
+
+    for _ in range(_LIST_ATTEMPTS - 1):
+        with contextlib.suppress(docker.errors.APIError):
+            return client.api.containers(all=True, filters={"label": labels})
+        time.sleep(_LIST_PAUSE_S)
+    return client.api.containers(all=True, filters={"label": labels})
+
+
+def removed(client: Any, name: str) -> bool:
+    """Remove a container and its volumes; return whether there was one. Raises `LauncherError`."""
+    import docker  # noqa: PLC0415
+
+    with translated("the container cannot be removed"):
+        try:
+            client.api.remove_container(name, force=True, v=True)
+        except docker.errors.NotFound:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
+    """Attach to a container that has not started; when the block has started it, write `line` and close."""
+    if not line:
+        yield
+        return
+    with translated("the token cannot be handed to the container"):
+        attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
+    # Over TLS it is the socket; over a socket file it is a file over it that may only be read. The SDK has the response
+    # hold on to either.
+    connection, response = getattr(attached, "_sock", attached), getattr(attached, "_response", attached)
+    with contextlib.closing(connection), contextlib.closing(attached), contextlib.closing(response):
+        yield
+        with translated("the token cannot be handed to the container"):
+            connection.sendall(line)
+
+
+def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
+    """Give `log` the output of a container from its first word until it ends.
+
+    Where the engine goes away this ends too; whoever waits for the container tells of it.
+    """
+    import docker  # noqa: PLC0415
+
+    with contextlib.suppress(docker.errors.DockerException, OSError):
+        for chunk in container.logs(stream=True, follow=True):
+            log(chunk)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+_ODD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
+
+
+@contextlib.contextmanager
+def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
+    """Turn whatever the SDK raises into a `LauncherError` that begins with `what`.
+
+    That includes what Python raises where an engine answers with other JSON than it should. `gpus` are those asked
+    for: an engine that refuses them says so in many ways, none of which names the remedy.
+    """
+    import docker  # noqa: PLC0415
+    import requests  # noqa: PLC0415
+
+    try:
+        yield
+    except _ODD_ANSWERS as error:
+        raise LauncherError(f"{what}: its answer makes no sense ({type(error).__name__}: {reason(error)})") from error
+    except (docker.errors.DockerException, requests.RequestException, OSError, LauncherError) as error:
+        words = reason(error)
+        if gpus and re.search(r"device driver|cdi|nvidia|gpu", words, re.IGNORECASE):
+            what, hint = f"the engine cannot give the container the GPUs asked for ({gpus})", GPU_HINT
+        elif re.search(r"exec format error|no matching manifest|does not match the .*platform", words, re.IGNORECASE):
+            hint = PLATFORM_HINT
+        elif re.search(r"no such file or directory|source path does not exist", words, re.IGNORECASE):
+            hint = hint or MOUNT_HINT
+        raise LauncherError(f"{what}: {words}", hint=hint) from error
+
+
+GPU_HINT = (
+    "install the NVIDIA Container Toolkit on the runner (and its CDI specification for podman), or set `gpus: none` "
+    "to run on the CPU"
+)
+PLATFORM_HINT = (
+    "the released images are for amd64: use such a runner, or build the image from the Dockerfile on this one and name "
+    "it in `image`"
+)
+MOUNT_HINT = (
+    "the engine mounts directories of its own host, so this happens where the runner or the job is itself a "
+    "container: run the job in merge-gate's image (`container:`) with `runtime: native`"
+)
+
+
+def reason(error: Exception) -> str:
+    """The engine's own words on one line, without the SDK's wrapping."""
+    if isinstance(error, GateError):
+        return error.message
+    text = str(getattr(error, "explanation", None) or error)
+    return " ".join(text.split())[:_REASON_LIMIT]

@@ -1,0 +1,1 @@
+"""One run from configuration to report: its flow, its progress on the terminal, its report on disk."""

@@ -1,0 +1,199 @@
+"""The cache directory attacked: what is not whole and not ours is not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from merge_gate.cache.seal import Seal
+from merge_gate.cache.store import ABANDONED_S, LONGEST_BYTES, Store
+from merge_gate.errors import UsageError
+
+NAME, OTHER = "a" * 64, "b" * 64
+DOCUMENT = {"verdict": "failed", "figures": [1, 2.5, None]}
+SECRET = "s" * 32
+
+
+def store(place: Path, secret: str = "") -> Store:
+    return Store(str(place / "cache"), Seal(secret), notify=lambda _: pytest.fail("it could not write"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file of a document that was kept."""
+    store(tmp_path).put("verdicts", NAME, DOCUMENT)
+    return tmp_path / "cache" / "verdicts" / NAME
+
+
+def test_what_was_put_is_there(tmp_path: Path, file: Path) -> None:
+    assert store(tmp_path).get("verdicts", NAME) == DOCUMENT
+    assert [path.name for path in file.parent.iterdir()] == [NAME], "something unfinished was left"
+    assert not store(tmp_path).is_empty("verdicts")
+    assert store(tmp_path).is_empty("bases")
+
+
+def test_every_truncation_is_a_miss(tmp_path: Path, file: Path) -> None:
+    data = file.read_bytes()
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        assert store(tmp_path).get("verdicts", NAME) is None, length
+
+
+def test_every_changed_byte_is_a_miss(tmp_path: Path, file: Path) -> None:
+    data = file.read_bytes()
+    for position in range(len(data)):
+        file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert store(tmp_path).get("verdicts", NAME) is None, position
+
+
+def test_an_edited_verdict_is_a_miss(tmp_path: Path, file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"failed", b"passed"))
+    assert store(tmp_path).get("verdicts", NAME) is None
+
+
+def test_a_renamed_document_is_a_miss(tmp_path: Path, file: Path) -> None:
+    file.rename(file.with_name(OTHER))
+    assert store(tmp_path).get("verdicts", OTHER) is None
+    file.with_name(OTHER).rename(tmp_path / "cache" / "bases" / NAME)
+    assert store(tmp_path).get("bases", NAME) is None
+
+
+def test_a_link_is_a_miss_wherever_it_leads(tmp_path: Path, file: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    assert store(tmp_path).get("verdicts", NAME) is None
+    store(tmp_path).put("verdicts", NAME, {"verdict": "passed"})
+    assert b"failed" in elsewhere.read_bytes(), "it was written through a link"
+    assert not file.is_symlink()
+
+
+def test_a_kind_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "verdicts").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="cannot use the cache directory"):
+        store(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a directory", "a file that is too large"])
+def test_what_is_no_plain_small_file_is_a_miss(tmp_path: Path, file: Path, kind: str) -> None:
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a directory":
+        file.mkdir()
+    else:
+        with file.open("wb") as hole:
+            hole.truncate(LONGEST_BYTES + 1)
+    began = time.monotonic()
+    assert store(tmp_path).get("verdicts", NAME) is None
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a": 1, "a": 2}', b"NaN", b"\xff", b"", b'{"a": 1'])
+def test_what_is_sealed_and_no_json_is_a_miss(tmp_path: Path, file: Path, body: bytes) -> None:
+    file.write_bytes(Seal().of("verdicts", NAME, body).encode() + b"\n" + body)
+    assert store(tmp_path).get("verdicts", NAME) is None
+
+
+def test_a_name_cannot_lead_out(tmp_path: Path, file: Path) -> None:
+    (tmp_path / NAME).write_bytes(file.read_bytes())
+    for name in (f"../../{NAME}", str(tmp_path / NAME), "", ".", NAME.upper()):
+        assert store(tmp_path).get("verdicts", name) is None
+
+
+def test_another_secret_or_none_is_a_miss(tmp_path: Path, file: Path) -> None:
+    assert store(tmp_path, SECRET).get("verdicts", NAME) is None, "a forged document passed for one with a secret"
+    store(tmp_path, SECRET).put("verdicts", NAME, DOCUMENT)
+    assert store(tmp_path, SECRET).get("verdicts", NAME) == DOCUMENT
+    assert store(tmp_path, "t" * 32).get("verdicts", NAME) is None
+    assert store(tmp_path).get("verdicts", NAME) is None
+    assert SECRET.encode() not in file.read_bytes()
+
+
+def test_a_short_secret_is_refused() -> None:
+    with pytest.raises(UsageError, match="has 6 bytes, expected at least 16"):
+        Seal("secret")
+
+
+def test_a_directory_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UsageError, match="cannot use the cache directory"):
+        store(tmp_path)
+
+
+def test_a_full_disk_is_told_once_and_costs_no_verdict(tmp_path: Path) -> None:
+    told: list[str] = []
+    there = Store(str(tmp_path / "cache"), Seal(), told.append)
+    there.close()
+    (tmp_path / "cache" / "verdicts").rmdir()
+    for name in (NAME, OTHER):
+        there.put("verdicts", name, DOCUMENT)
+    assert len(told) == 1
+    assert "verdicts of this run are not kept there" in told[0]
+
+
+def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "bases").touch()
+    with pytest.raises(UsageError, match="cannot use the cache directory"):
+        store(tmp_path)
+
+
+def test_where_nothing_may_be_written_nothing_is_there_and_it_is_told_once() -> None:
+    told: list[str] = []
+    cache = Store("/proc/self", Seal(""), notify=told.append)  # where no directory can be made, whoever asks
+    assert cache.is_empty("verdicts")
+    assert cache.get("verdicts", NAME) is None
+    for _ in range(2):
+        cache.put("verdicts", NAME, DOCUMENT)
+    cache.tidy()
+    cache.close()
+    assert told == [
+        "cannot write to the cache directory /proc/self: Permission denied; verdicts of this run are not kept there"
+    ]
+
+
+def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file: Path) -> None:
+    old, young = file.with_name(f".{NAME}.1"), file.with_name(f".{NAME}.2")
+    for path in (old, young):
+        path.write_text("half")
+    os.utime(old, (0, time.time() - ABANDONED_S - 60))
+    store(tmp_path).tidy()
+    assert not old.exists()
+    assert young.exists(), "another run may be writing it"
+    assert file.exists()
+
+
+WRITER = """
+import sys
+from merge_gate.cache.seal import Seal
+from merge_gate.cache.store import Store
+store = Store(sys.argv[1], Seal(), print)
+print("ready", flush=True)
+for turn in range(10**9):
+    store.put("verdicts", "a" * 64, {"turn": turn, "same": turn, "much": "x" * 200_000})
+"""
+
+
+def kill_while_writing(place: Path, after_s: float) -> object:
+    """What is there after a writer was killed."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(place / "cache")], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(after_s)
+        writer.kill()
+    return store(place).get("verdicts", NAME)
+
+
+def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    """Ten of the kills of tests/tools/kills_cache.py, which has 200."""
+    for turn in range(10):
+        found = kill_while_writing(tmp_path, 0.02 + 0.0013 * turn)
+        assert isinstance(found, dict)
+        assert found["turn"] == found["same"]

@@ -1,0 +1,195 @@
+"""Reports of shards → one: what belongs together, what does not, and that nothing incomplete ever passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.errors import GateError
+from merge_gate.records.report import BaselineEntry, BaseReport, Report, Sandbox, Shard
+from merge_gate.records.terms import Acceptance, Quantization, Result, Verdict
+from merge_gate.report import junit, sarif, summary, text
+from merge_gate.report.html_report import render as render_html
+from merge_gate.report.json_report import read, render
+from merge_gate.shards.combined import combined
+from merge_gate.shards.shard_files import Found
+from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)
+OTHER = replace(BASE, model="./models/other")
+
+
+def shard(index: int, *positions: int, entries: int = 5, count: int = 3, **fields: Any) -> Report:
+    defaults = {"plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "bases_from": positions[:1]}
+    mark = Shard(index=index, count=count, entries=entries, positions=positions, **defaults)
+    return report(*(adapter(f"a{position}") for position in positions), **{
+        "shard": mark, "bases": (BASE,) if positions else ()} | fields)  # fmt: skip
+
+
+SHARDS = (shard(1, 0, 3), shard(2, 1, 2, 4), shard(3))
+
+
+def found(*reports: Report) -> list[Found]:
+    return [Found(place=f"shards/{number}", report=one) for number, one in enumerate(reports, 1)]
+
+
+def mark(one: Report, **changes: Any) -> Report:
+    assert one.shard is not None
+    return replace(one, shard=replace(one.shard, **changes))
+
+
+def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:
+    for order in permutations(SHARDS):
+        whole = combined(found(*order))
+        assert [one.name for one in whole.adapters] == ["a0", "a1", "a2", "a3", "a4"]
+        assert (whole.result, whole.complete, whole.problems, whole.shard) == (Result.PASS, True, (), None)
+        assert whole.bases == (BASE,)
+        assert read(render(whole).encode(), "it") == whole
+
+
+def test_a_shard_with_nothing_to_do_is_green_and_no_verdict() -> None:
+    empty = SHARDS[2]
+    assert (empty.adapters, empty.result) == ((), Result.PASS)
+    assert "shard 3 of 3: has nothing to judge" in text.render(empty, "")
+    assert "<error" not in junit.render(empty)
+    with_none = [mark(one, entries=5, positions=(), index=index) for index, one in enumerate([empty] * 3, 1)]
+    whole = combined(found(*with_none))
+    assert whole.result is Result.ERROR
+    assert "all shards together have 0 of 5 entries" in whole.problems
+    assert replace(empty, complete=False).result is Result.ERROR
+    assert mark(empty, entries=0).result is Result.ERROR
+    assert replace(empty, shard=None).result is Result.ERROR
+
+
+def unlike(one: Report, **fields: Any) -> Report:
+    return replace(one, **fields)
+
+
+WRONG: dict[str, tuple[Callable[[], list[Report]], str]] = {
+    "missing": (lambda: [SHARDS[0], SHARDS[2]], "shard 2 of 3 is missing"),
+    "an empty one missing": (lambda: [SHARDS[0], SHARDS[1]], "shard 3 of 3 is missing"),
+    "doubled": (lambda: [*SHARDS, SHARDS[0]], "shard 1 of 3 (shards/4) is there twice, also in shards/1"),
+    "unfinished": (
+        lambda: [unlike(SHARDS[0], complete=False, adapters=SHARDS[0].adapters[:1]), *SHARDS[1:]],
+        "did not finish: it judged 1 of 2 entries",
+    ),
+    "another config": (
+        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), config_sha256="c"), *SHARDS[1:]],
+        "its configuration is another one",
+    ),
+    "another version of the gate": (
+        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), tool_version="9.9"), *SHARDS[1:]],
+        "merge-gate 9.9 wrote it, and 0.1.0 the others",
+    ),
+    "another torch": (
+        lambda: [
+            unlike(mark(SHARDS[0], versions_sha256="w"), environment=replace(ENVIRONMENT, torch="9.9")),
+            *SHARDS[1:],
+        ],
+        "ran on torch 2.13.0, expected 9.9, unlike shard 1 of 3",
+    ),
+    "another library": (lambda: [SHARDS[0], mark(SHARDS[1], versions_sha256="w"), SHARDS[2]], "other versions of the"),
+    "another set": (lambda: [mark(SHARDS[0], plan_sha256="q"), *SHARDS[1:]], "saw other adapters"),
+    "another number": (lambda: [mark(SHARDS[0], plan_sha256="q", count=4), *SHARDS[1:]], "the others are of 3 shards"),
+    "the same entry": (lambda: [mark(SHARDS[0], positions=(0, 4)), *SHARDS[1:]], "judged the same entry"),
+    "another base": (
+        lambda: [SHARDS[0], unlike(SHARDS[1], bases=(replace(BASE, sha256="0" * 64),)), SHARDS[2]],
+        "read other bytes of base ./models/base",
+    ),
+    "a whole run": (lambda: [report(adapter("a0")), *SHARDS], "holds the report of a whole run"),
+    "a combination": (lambda: [unlike(SHARDS[0], problems=("x",)), *SHARDS[1:]], "contradicts itself"),
+    "a number too high": (lambda: [mark(SHARDS[0], index=4), *SHARDS[1:]], "contradicts itself"),
+    "a place too far": (lambda: [mark(SHARDS[0], positions=(0, 5)), *SHARDS[1:]], "contradicts itself"),
+    "places in disorder": (lambda: [mark(SHARDS[0], positions=(3, 0)), *SHARDS[1:]], "contradicts itself"),
+    "less than it announced": (lambda: [unlike(SHARDS[0], adapters=()), *SHARDS[1:]], "contradicts itself"),
+    "more than it announced": (lambda: [mark(SHARDS[0], positions=(0,)), *SHARDS[1:]], "contradicts itself"),
+    "bases from nowhere": (lambda: [mark(SHARDS[0], bases_from=()), *SHARDS[1:]], "contradicts itself"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_one_whole_run_is_said_and_never_passes(name: str) -> None:
+    make, said = WRONG[name]
+    whole = combined(found(*make()))
+    assert whole.result is Result.ERROR
+    assert any(said in problem for problem in whole.problems), whole.problems
+    assert read(render(whole).encode(), "it") == whole
+
+
+def test_a_broken_adapter_outranks_a_missing_shard() -> None:
+    broken = unlike(SHARDS[0], adapters=(adapter("a0", Verdict.FAILED, cause="no-effect"), adapter("a3")))
+    whole = combined(found(broken, SHARDS[2]))
+    assert whole.result is Result.FAIL
+    assert not whole.complete
+    twice = combined(found(*SHARDS, broken))
+    assert twice.result is Result.FAIL, "what one of two proved is not lost"
+
+
+def test_the_problem_stands_in_every_format() -> None:
+    whole = combined(found(SHARDS[0], SHARDS[2]))
+    for form in (summary.render, render_html, junit.render, sarif.render, lambda one: text.render(one, "")):
+        assert "shard 2 of 3 is missing" in form(whole).replace("\n", " ")
+    assert 'errors="1"' in junit.render(whole)
+    assert whole.result is Result.ERROR
+
+
+def test_many_problems_are_cut_for_people() -> None:
+    whole = replace(combined(found(*SHARDS)), problems=tuple(f"problem {number}" for number in range(30)))
+    assert "and 10 more problems, in report.json" in summary.render(whole)
+    assert "problem 29" in render(whole)
+
+
+def test_bases_stand_once_in_the_order_of_their_entries() -> None:
+    classifier = replace(BASE, loaded_as="Classifier")
+    first = mark(unlike(SHARDS[1], bases=(BASE, OTHER)), bases_from=(2, 1))
+    second = mark(unlike(SHARDS[0], bases=(classifier, BASE)), bases_from=(3, 0))
+    assert combined(found(first, second, SHARDS[2])).bases == (BASE, classifier, OTHER)
+
+
+def test_devices_may_differ_and_are_all_named() -> None:
+    other = replace(ENVIRONMENT, device_name="another CPU", sandbox=Sandbox(held=("network",), missing=("files: why",)))
+    idle = replace(ENVIRONMENT, device="auto", device_name="", sandbox=Sandbox())
+    whole = combined(
+        found(SHARDS[0], unlike(SHARDS[1], environment=other), unlike(SHARDS[2], environment=idle))
+    ).environment
+    assert (whole.device, whole.device_name) == ("cpu", "a CPU, another CPU")
+    assert whole.sandbox == Sandbox(held=("network",), missing=("processes: the kernel has no filter", "files: why"))
+
+
+def test_an_entry_of_the_baseline_is_what_the_shard_with_a_use_for_it_says() -> None:
+    def entry(outcome: Acceptance, adapter: str = SHA256) -> BaselineEntry:
+        return BaselineEntry(
+            adapter=adapter,
+            cause="no-effect",
+            reason="known",
+            owner="team-a",
+            until="2027-01-01",
+            outcome=outcome,
+            line=3,
+        )
+
+    gone = entry(Acceptance.UNMATCHED, "0" * 64)
+    parts = [
+        replace(one, baseline=(entry(outcome), gone))
+        for one, outcome in zip(SHARDS, (Acceptance.UNMATCHED, Acceptance.USED, Acceptance.UNMATCHED), strict=True)
+    ]
+    for order in permutations(parts):
+        assert combined(found(*order)).baseline == (entry(Acceptance.USED), gone)
+
+
+def test_no_report_of_a_shard_at_all_is_an_error() -> None:
+    with pytest.raises(GateError, match="no report of a shard: shards/1 holds the report of a whole run") as raised:
+        combined(found(report(adapter("a0"))))
+    assert raised.value.exit_code == 3
+
+
+def test_an_unreadable_place_is_a_problem() -> None:
+    whole = combined([*found(*SHARDS), Found(place="shards/x\x1b[31m", problem="holds no report.json")])
+    assert whole.result is Result.ERROR
+    assert whole.problems == ("shards/x\ufffd[31m holds no report.json",)

@@ -1,0 +1,181 @@
+"""The cut of a plan: complete, disjoint, the same whatever the order; bases stay together; the even share holds."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_gate.config.load import load_config
+from merge_gate.errors import UsageError
+from merge_gate.records.config import Combine, KnownFailure
+from merge_gate.shards.costs import Cost, Costs
+from merge_gate.shards.partition import assign, part_of, shard_of
+from tests.support.command import merge_gate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.config import Config
+
+MB = 1 << 20
+
+
+def cost(base: str, merge_bytes: int = MB, read_bytes: int = 0) -> Cost:
+    return Cost(base=(base, ""), read_bytes=read_bytes, merge_bytes=merge_bytes)
+
+
+COSTS = st.dictionaries(
+    st.text(min_size=1, max_size=4),
+    st.builds(cost, st.sampled_from("abcd"), st.integers(1, 9 * MB), st.integers(0, 9 * MB)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(COSTS, st.integers(1, 40), st.randoms(use_true_random=False))
+def test_every_entry_has_one_shard_whatever_the_order(costs: dict[str, Cost], count: int, draw: random.Random) -> None:
+    assigned = assign(costs, count)
+    assert set(assigned) == set(costs)
+    assert all(0 <= shard < count for shard in assigned.values())
+    shuffled = list(costs.items())
+    draw.shuffle(shuffled)
+    assert assign(dict(shuffled), count) == assigned
+
+
+@given(COSTS, st.integers(1, 40))
+def test_no_machine_is_idle_while_there_is_something_to_share(costs: dict[str, Cost], count: int) -> None:
+    assert len(set(assign(costs, count).values())) == min(count, len(costs))
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=9), st.integers(1, 9))
+def test_a_base_is_cut_only_where_it_is_more_than_an_even_share(sizes: list[int], count: int) -> None:
+    costs = {f"{base}-{number}": cost(str(base)) for base, size in enumerate(sizes) for number in range(size)}
+    assigned = assign(costs, count)
+    even = sum(sizes) / count
+    for base, size in enumerate(sizes):
+        machines = {assigned[f"{base}-{number}"] for number in range(size)}
+        assert len(machines) == 1 or size > even or count > len(sizes)
+
+
+def test_a_fleet_is_shared_evenly() -> None:
+    """1,000 adapters on three bases of one size: four machines have 250 each, and read five bases in all."""
+    costs = {f"{n:04}": cost("abc"[n % 3], 65 * MB, 300 * MB) for n in range(1000)}
+    for count, reads in ((1, 3), (2, 3), (3, 3), (4, 4), (16, 16), (256, 256)):
+        assigned = assign(costs, count)
+        assert len({(costs[name].base, shard) for name, shard in assigned.items()}) == reads
+        assert max(Counter(assigned.values()).values()) <= 2 * 1000 / count
+
+
+# --- of a configuration ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Six adapters on two bases, one of which only the adapters name; sizes decide, and nothing is a model."""
+    for base in ("big", "small"):
+        (tmp_path / base).mkdir()
+        (tmp_path / base / "model.safetensors").write_bytes(bytes(5000 if base == "big" else 100))
+    entries = []
+    for number in range(6):
+        directory = tmp_path / "adapters" / f"a{number}"
+        directory.mkdir(parents=True)
+        named = {} if number < 4 else {"base_model_name_or_path": "small"}
+        (directory / "adapter_config.json").write_text(json.dumps(named))
+        (directory / "adapter_model.safetensors").write_bytes(bytes(10 * number))
+        entries.append({"path": f"./adapters/a{number}"} | ({"base": {"model": "./big"}} if number < 4 else {}))
+    path = tmp_path / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "adapters": entries}))
+    return load_config(str(path))
+
+
+def names(config: Config, index: int, count: int) -> list[str]:
+    return [spec.name for spec in part_of(config, config.adapters, index, count, quick=False)[0]]
+
+
+def test_bases_are_told_apart_also_where_only_the_adapter_names_one(config: Config) -> None:
+    assert names(config, 1, 2) == ["a0", "a1", "a2", "a3"]
+    assert names(config, 2, 2) == ["a4", "a5"]
+
+
+def test_a_machine_with_the_checkout_elsewhere_makes_the_same_cut(config: Config, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path, tmp_path.parent / "elsewhere" / "deeper")
+    moved = load_config(str(tmp_path.parent / "elsewhere" / "deeper" / "gate.yml"))
+    for count in (1, 2, 3, 6, 9):
+        for index in range(1, count + 1):
+            ours = part_of(config, config.adapters, index, count, quick=False)
+            theirs = part_of(moved, moved.adapters, index, count, quick=False)
+            assert ours[1] == theirs[1]
+            assert [spec.name for spec in ours[0]] == [spec.name for spec in theirs[0]]
+
+
+def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path: Path) -> None:
+    def digest(config: Config, count: int = 2, *, quick: bool = False, most: int = 6) -> str:
+        return part_of(config, config.adapters[:most], 1, count, quick=quick)[1].plan_sha256
+
+    others = [digest(config, 3), digest(config, quick=True), digest(config, most=5)]
+    others.append(digest(replace(config, sha256="0" * 64)))
+    known = KnownFailure(adapter="a" * 64, cause="no-effect", reason="r", owner="o", until=date(2030, 1, 1), line=1)
+    others.append(digest(replace(config, baseline=(known,))))
+    (tmp_path / "adapters" / "a5" / "adapter_config.json").write_text("{}")  # a base that nobody knows
+    others.append(digest(config, 3))
+    assert len({digest(config), *others}) == 7
+
+
+def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
+    first = config.adapters[0]
+    twice = replace(first, base=replace(first.base, dtypes=("float32", "bfloat16")))
+    specs = (twice, *config.adapters[1:])
+    shards = [part_of(config, specs, index, 2, quick=False)[1] for index in (1, 2)]
+    assert {shard.entries for shard in shards} == {7}
+    assert sorted(position for shard in shards for position in shard.positions) == list(range(7))
+
+
+def test_sizes_of_a_combination_are_its_members(config: Config) -> None:
+    blend = replace(
+        config.adapters[0], name="b", path=None, combine=Combine(method="ties", adapters=("a1", "a3"), weights=(1, 1))
+    )
+    costs = Costs(config)
+    alone = costs.of(config.adapters[0]).merge_bytes
+    assert costs.of(blend).merge_bytes == alone + 10 + 30
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def test_a_pod_of_an_indexed_job_knows_its_number() -> None:
+    assert shard_of("2/4", {}) == (2, 4)
+    assert shard_of("4", {"JOB_COMPLETION_INDEX": "0"}) == (1, 4)
+    assert shard_of("4", {"JOB_COMPLETION_INDEX": "3"}) == (4, 4)
+    assert shard_of("1/4", {"JOB_COMPLETION_INDEX": "3"}) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "said"),
+    [
+        ("5/4", "", "there is no shard 5 of 4"),
+        ("4", "4", "there is no shard 5 of 4"),
+        ("4", "", "JOB_COMPLETION_INDEX is ''"),
+        ("4", "-1", "JOB_COMPLETION_INDEX is '-1'"),
+        ("4", "²", "JOB_COMPLETION_INDEX is '²'"),
+    ],
+)
+def test_a_shard_that_does_not_exist_is_a_usage_error(text: str, index: str, said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        shard_of(text, {"JOB_COMPLETION_INDEX": index} if index else {})
+    assert said in raised.value.message
+
+
+@pytest.mark.parametrize("text", ["0/4", "4/0", "1/", "/4", "one/4", "1/4/4", "-1/4", "1.0/4", ""])
+def test_what_is_no_shard_is_refused(text: str, tmp_path: Path) -> None:
+    answer = merge_gate("run", "x.yml", f"--shard={text}", cwd=tmp_path)
+    assert answer.code == 2, answer.said
+    assert "expected I/N such as 2/4" in answer.err

@@ -1,0 +1,76 @@
+"""What lies where artifacts were downloaded: found in whatever way it lies, and nothing but regular files is read."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.errors import UsageError
+from merge_gate.report.json_report import render
+from merge_gate.shards import shard_files
+from merge_gate.shards.shard_files import found_in, refuse_overwriting
+from tests.shards.test_combined import SHARDS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def downloads(tmp_path: Path) -> Path:
+    for number, one in enumerate(SHARDS, 1):
+        (tmp_path / f"shard-{number}").mkdir()
+        (tmp_path / f"shard-{number}" / "report.json").write_text(render(one), encoding="utf-8")
+        (tmp_path / f"shard-{number}" / "summary.md").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+def problems(*directories: Path) -> list[str]:
+    return [one.problem for one in found_in([str(directory) for directory in directories]) if one.problem]
+
+
+def test_a_directory_of_artifacts_and_each_by_name_are_the_same(downloads: Path) -> None:
+    below = found_in([str(downloads)])
+    assert [one.report for one in below] == list(SHARDS)
+    assert found_in([str(downloads / f"shard-{number}") for number in (1, 2, 3)]) == below
+    assert found_in([str(downloads), str(downloads / "shard-2")]) == below, "named twice is not there twice"
+
+
+def test_what_is_not_there_is_named(downloads: Path) -> None:
+    (downloads / "empty").mkdir()
+    assert problems(downloads) == ["holds no report.json"]
+    assert problems(downloads / "empty") == ["holds no report.json, and no directory that could"]
+    assert problems(downloads / "none") == ["cannot be read: No such file or directory"]
+
+
+def test_hostile_content_is_neither_followed_nor_waited_for(downloads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = [downloads / name for name in ("big", "dir", "json", "link", "pipe")]
+    for one in evil:
+        one.mkdir()
+    (downloads / "zlink").symlink_to(downloads / "shard-1")
+    (downloads / "dir" / "report.json").mkdir()
+    (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
+    (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
+    os.mkfifo(downloads / "pipe" / "report.json")
+    monkeypatch.setattr(shard_files, "LONGEST_BYTES", 100_000)
+    (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
+    said = dict(
+        zip([one.name for one in [downloads / "zlink", *evil]], problems(downloads), strict=True),
+    )
+    assert "symbolic link" in said["zlink"]
+    assert "has more than 100,000 bytes" in said["big"]
+    assert "no regular file" in said["dir"]
+    assert "names a key twice" in said["json"]
+    assert "symbolic link" in said["link"]
+    assert "no regular file" in said["pipe"]
+    assert "symbolic link" in problems(downloads / "zlink")[0]
+    monkeypatch.setattr(shard_files, "MOST_DIRECTORIES", 2)
+    assert any("of which 2 were read" in problem for problem in problems(downloads))
+
+
+def test_a_shard_is_not_written_over(downloads: Path) -> None:
+    found = found_in([str(downloads)])
+    refuse_overwriting(found, str(downloads / "combined"))
+    with pytest.raises(UsageError, match="is the directory of a shard"):
+        refuse_overwriting(found, str(downloads / "shard-1"))

@@ -1,0 +1,98 @@
+"""A fleet in shards, by the real command: the combination is one machine's report but for times."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.records.terms import Result
+from merge_gate.report.files import FORMATS
+from merge_gate.report.json_report import read
+from merge_gate.shards.combined import combined
+from merge_gate.shards.shard_files import found_in
+from tests.support.command import merge_gate
+from tests.support.fleet.tiny import BROKEN, lay_fleet, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.report import Report
+    from tests.support.models import Shelf
+
+
+@pytest.fixture(scope="module")
+def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fleet, judged whole and in four shards."""
+    place = tmp_path_factory.mktemp("fleet")
+    lay_fleet(shelf, place)
+    whole = merge_gate("run", "fleet.yml", "--output", "whole", cwd=place)
+    assert whole.code == 1, whole.said
+    for index in range(4):
+        name = f"shards/{index + 1}"
+        answer = merge_gate(
+            "run", "fleet.yml", "--shard", "4", "--output", name, cwd=place, JOB_COMPLETION_INDEX=str(index)
+        )
+        assert answer.code in {0, 1}, answer.said
+    return place
+
+
+def stored(directory: Path) -> Report:
+    return read((directory / "report.json").read_bytes(), str(directory))
+
+
+def test_four_machines_make_the_report_of_one(fleet: Path) -> None:
+    answer = merge_gate("report", "combine", "shards", "--output", "combined", cwd=fleet)
+    assert answer.code == 1, answer.said
+    assert "of 16 merges failed" in answer.out
+    assert {path.name for path in (fleet / "combined").iterdir()} == set(FORMATS)
+    whole = stored(fleet / "whole")
+    assert same(stored(fleet / "combined")) == same(whole)
+    assert {one.name: one.cause for one in whole.adapters if one.cause} == BROKEN
+    counts = [len(stored(fleet / "shards" / str(index)).adapters) for index in (1, 2, 3, 4)]
+    assert sum(counts) == 16
+    assert min(counts) > 0
+
+
+def test_a_shard_that_is_missing_leaves_no_verdict(fleet: Path, tmp_path: Path) -> None:
+    healthy = [index for index in (1, 2, 3, 4) if stored(fleet / "shards" / str(index)).result is Result.PASS]
+    assert healthy
+    for index in healthy:
+        shutil.copytree(fleet / "shards" / str(index), tmp_path / "some" / str(index))
+    answer = merge_gate("report", "combine", "some", cwd=tmp_path)
+    assert answer.code == 3, answer.said
+    assert re.search(r"- shards? .* of 4 (is|are) missing", answer.out.replace("\n", " "))
+    report = stored(tmp_path / "merge-gate-report")
+    assert (report.result, report.complete) == (Result.ERROR, False)
+    assert report.adapters
+
+
+def test_more_shards_than_adapters(shelf: Shelf, tmp_path: Path) -> None:
+    """Each job is green, and the combination counts: one of three has nothing to do."""
+    for name in ("a", "b"):
+        shutil.copytree(shelf.adapter("plain"), tmp_path / name)
+    words = ["run", "a", "b", "--base", str(shelf.base("llama"))]
+    for index in range(1, 4):
+        answer = merge_gate(*words, "--shard", f"{index}/3", "--output", f"s/{index}", cwd=tmp_path)
+        assert answer.code == 0, answer.said
+    empty = [index for index in range(1, 4) if not stored(tmp_path / "s" / str(index)).adapters]
+    assert len(empty) == 1
+    assert combined(found_in([str(tmp_path / "s")])).result is Result.PASS
+    for index in set(range(1, 4)) - set(empty):
+        shutil.rmtree(tmp_path / "s" / str(index))
+    assert combined(found_in([str(tmp_path / "s")])).result is Result.ERROR
+
+
+def test_an_output_that_is_an_input_is_refused(fleet: Path) -> None:
+    before = (fleet / "shards" / "1" / "report.json").read_bytes()
+    answer = merge_gate("report", "combine", "shards", "--output", "shards/1", cwd=fleet)
+    assert answer.code == 2, answer.said
+    assert (fleet / "shards" / "1" / "report.json").read_bytes() == before
+
+
+def test_nothing_to_combine_is_an_error_and_not_green(tmp_path: Path) -> None:
+    answer = merge_gate("report", "combine", "nowhere", cwd=tmp_path)
+    assert answer.code == 3, answer.said
+    assert "there is no report of a shard: nowhere cannot be read" in answer.err
