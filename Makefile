@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint e2e bench fuzz mutants coverage schemas clean help
+.PHONY: demo test test-all lint e2e bench fuzz mutants coverage schemas clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
-	@echo "make test    all tests but the containers"
+	@echo "make test    the tests, with a sample of each sweep (6 minutes on 2 cores)"
+	@echo "make test-all the sweeps in full: all methods and bases, Ray, a thousand adapters (10 minutes on 2 cores)"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"
 	@echo "make bench   the benchmarks of benchmarks/README.md"
@@ -43,8 +44,19 @@ $(STAMPS)/e2e: $(STAMPS)/test
 demo: $(STAMPS)/run
 	$(BIN)/merge-gate demo merge-gate-demo
 
+# One process of tests per core, at most 8: each of them imports torch. WORKERS=0 runs all tests in one process.
+# ORDER=random shuffles the files, and the tests in each; pytest prints the seed, and ORDER=SEED repeats that order.
+WORKERS ?= logical
+ORDER ?=
+PYTEST = $(BIN)/python -m pytest --ignore=tests/e2e --numprocesses $(WORKERS) --maxprocesses 8 --durations 10 \
+	$(if $(ORDER),-p randomly $(if $(filter random,$(ORDER)),,--randomly-seed $(ORDER)))
+
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest --ignore=tests/e2e
+	$(PYTEST) -m "not slow" --hypothesis-profile fast
+
+# What `make test` leaves out, and its properties with more examples.
+test-all: $(STAMPS)/test
+	$(PYTEST) -m "slow or hypothesis"
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -84,7 +96,7 @@ MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/))) $(
 	$(TORCHLESS:%=tests/engine/test_%.py)
 coverage: $(STAMPS)/coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -m "not matrix and not cuda" --ignore=tests/on_ray/test_ray.py $(MEASURED)
+	$(BIN)/coverage run -m pytest -q -m "not slow and not cuda" --ignore=tests/on_ray/test_ray.py $(MEASURED)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from tests.support.properties import FAST_EXAMPLES
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -22,12 +24,24 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 
-# No test is timed: a machine that is busy with something else, or that counts branches, is no fault of the code's.
+# torch starts a thread per core in each process. With a process per core that is one thread too many on each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No property is timed: a busy machine is not a fault of the code. In CI the examples are always the same ones, so that
+# a red run is due to the change; elsewhere each run looks for new ones. `make test` loads "fast".
 UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("people", **UNTIMED)
-hypothesis.settings.register_profile("ci", derandomize=True, **UNTIMED)
-# A red CI must be the change's, not the draw's; people's runs keep looking for more.
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "people")
+IN_CI = {"derandomize": bool(os.environ.get("CI"))}
+hypothesis.settings.register_profile("full", **UNTIMED, **IN_CI)
+hypothesis.settings.register_profile("fast", max_examples=FAST_EXAMPLES, **UNTIMED, **IN_CI)
+hypothesis.settings.load_profile("full")
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist calls it, with `-n`
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.support.schedule import Schedule  # noqa: PLC0415 - imports pytest-xdist
+
+    return Schedule(config, log)
 
 
 @pytest.fixture(scope="session")

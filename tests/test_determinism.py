@@ -43,12 +43,15 @@ def first(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return place, report
 
 
-@pytest.mark.parametrize("threads", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    "threads", [pytest.param("1", marks=pytest.mark.slow), "2", pytest.param("3", marks=pytest.mark.slow)]
+)
 def test_the_number_of_threads_changes_nothing(first: tuple[Path, Report], threads: str) -> None:
     place, report = first
     assert same(judged(place, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)) == same(report)
 
 
+@pytest.mark.slow
 def test_neither_does_the_order_of_the_disk(first: tuple[Path, Report], tmp_path: Path) -> None:
     """Files that were made in the opposite order are listed in another by most file systems."""
     place, report = first

@@ -99,13 +99,13 @@ def test_a_link_leads_to_a_file_and_a_heading(page: Path, target: str) -> None:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_make_target_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    commands = re.findall(r"(?:^|`|[A-Z]+=\S+ )make ([a-z0-9]+)", text, re.MULTILINE)
+    commands = re.findall(r"(?:^|`|[A-Z]+=\S+ )make ([a-z0-9-]+)", text, re.MULTILINE)
     assert set(commands) <= make_targets()
 
 
@@ -116,15 +116,15 @@ def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
 
 
 def test_every_target_is_told_to_contributors() -> None:
-    assert set(re.findall(r"^\| `make (\w+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
+    assert set(re.findall(r"^\| `make ([\w-]+)` \|", CONTRIBUTING, re.MULTILINE)) == make_targets() - {"help"}
 
 
 def test_make_help_has_every_target_and_the_hours_that_contributors_are_told() -> None:
     command = ["make", "--file", str(ROOT / "Makefile"), "help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"^make (\w+) ", shown, re.MULTILINE)) == make_targets() - {"help"}
-    hours = dict(re.findall(r"^make (\w+) .*\(([^()]*hours?)\)$", shown, re.MULTILINE))
-    told = dict(re.findall(r"^\| `make (\w+)` \|.*\| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE))
+    assert set(re.findall(r"^make ([\w-]+) ", shown, re.MULTILINE)) == make_targets() - {"help"}
+    hours = dict(re.findall(r"^make ([\w-]+) .*\(([^()]*hours?)\)$", shown, re.MULTILINE))
+    told = dict(re.findall(r"^\| `make ([\w-]+)` \|.*\| ([^|]+) \|$", CONTRIBUTING, re.MULTILINE))
     assert "mutants" in hours
     assert hours == {target: told[target] for target in hours}
 

@@ -96,6 +96,7 @@ def test_the_manifest_is_one() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_changed_adapters_are_checked_and_no_others(shelf: Shelf, repository: Repository) -> None:
     put(shelf, repository.root / "adapters" / "old", unfetched)
     assert repository.commit("adapters").returncode == 0  # before there was a hook
@@ -116,6 +117,7 @@ def test_the_changed_adapters_are_checked_and_no_others(shelf: Shelf, repository
     assert "(no files to check)" in repository.commit("notes.md").stderr
 
 
+@pytest.mark.slow
 def test_the_configs_own_settings_hold_for_what_it_lists(shelf: Shelf, repository: Repository) -> None:
     put(shelf, repository.root / "adapters" / "pickled", to_pickle)
     config = repository.root / "merge-gate.yml"
@@ -130,6 +132,7 @@ def test_the_configs_own_settings_hold_for_what_it_lists(shelf: Shelf, repositor
     assert "adaptres" in repository.commit(".").stderr
 
 
+@pytest.mark.slow
 def test_pre_commit_installs_it_by_itself(shelf: Shelf, repository: Repository) -> None:
     """As by default, in an environment of pre-commit's own; torch and the other dependencies are lent by this one."""
     packages = str(Path(yaml.__file__).parents[1])

@@ -1,6 +1,7 @@
 """Every method, every tensor of it, broken in every way: no false pass, no false failure, no wrong cause.
 
-Truth comes from `tests.support.faults_methods`: plain PEFT's merge, and a look at every merged tensor.
+Truth comes from `tests.support.faults_methods`: plain PEFT's merge, and a look at every merged tensor. `make test` runs
+the cases of `FAST`, `make test-all` the others.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-pytestmark = pytest.mark.matrix
-
-CASES = pytest.mark.parametrize("case", methods.CASES, ids=lambda case: case.name)
+FAST = {"lora-linear", "oft-linear"}
+"""LoRA, and a method that multiplies the whole weight."""
+CASES = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow) for case in methods.CASES],
+)
 UNCHECKED_INDICES = ("frod", "shira")
 """Methods whose indices PEFT gives to torch unchecked: judged in the worker's process, see the test of it."""
 
@@ -40,24 +44,40 @@ UNCHECKED_INDICES = ("frod", "shira")
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with one_thread():
-        yield Bench(tmp_path_factory.mktemp("methods"))
+        made = Bench(tmp_path_factory.mktemp("methods"))
+        yield made
+        check_bases(made)
+
+
+def check_bases(bench: Bench) -> None:
+    """No trial wrote to a base: what the gate has loaded still holds what is on disk."""
+    for (directory, dtype, _, _), base in bench.gate.loaded.items():
+        assert dtype == "auto"
+        name, stored = directory.rsplit("/", 2)[1:]
+        fresh = methods.values(methods.load_base(name, bench.base_directory(name, stored)))
+        loaded = methods.values(base.model)
+        shared = fresh.keys() & loaded.keys()
+        assert shared
+        assert methods.same({key: fresh[key] for key in shared}, {key: loaded[key] for key in shared})
 
 
 @CASES
 def test_every_trial_is_judged_right(case: methods.Case, bench: Bench) -> None:
     faults = bench.faults(case)
     mistakes = []
-    for trial in faults.trials():
-        if trial.value == "index" and case.name.startswith(UNCHECKED_INDICES):
-            continue
+    for trial in trials(case, faults.state):
         truth = faults.prepare(trial)
         judgement = bench.gate.judge(faults.directory, bench.base_directory(case.base, trial.dtype))
-        wrong = mistake(truth, judgement)
-        bench.tally.counts[wrong or "right"] += 1
-        if wrong:
+        if wrong := mistake(truth, judgement):
             mistakes.append(told(trial, truth, wrong, judgement))
-    bench.tally.cases.add(case.name)
     assert not mistakes, f"{len(mistakes)} mistakes; the first:\n" + "\n".join(mistakes[:3])
+
+
+def trials(case: methods.Case, state: dict[str, torch.Tensor]) -> list[faults_methods.Trial]:
+    """All trials of a case that are judged in this process."""
+    all_of_it = faults_methods.trials(case, state, bases=methods.DTYPES, home="float32", small="float16")
+    elsewhere = case.name.startswith(UNCHECKED_INDICES)
+    return [trial for trial in all_of_it if not (elsewhere and trial.value == "index")]
 
 
 @CASES
@@ -112,36 +132,16 @@ def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench
     assert not any("died" in finding.message for finding in report.findings), report.findings
 
 
-def test_no_trial_wrote_to_a_base(bench: Bench) -> None:
-    """Last but one: whatever ran before, the gate's bases still hold what is on disk."""
-    for (directory, dtype, _, _), base in bench.gate.loaded.items():
-        assert dtype == "auto"
-        name, stored = directory.rsplit("/", 2)[1:]
-        fresh = methods.load_base(name, bench.base_directory(name, stored))
-        kept = methods.values(base.model)
-        expected = {key: value for key, value in methods.values(fresh).items() if key in kept}
-        assert expected
-        assert methods.same(expected, {key: kept[key] for key in expected})
-
-
-def test_the_count(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Last: prints how many trials there were, and how many went wrong in which way; the README has the number."""
-    counts = bench.tally.counts
-    trials = sum(counts.values())
-    wrong = {word: counts[word] for word in ("false pass", "false failure", "wrong cause", "no warning")}
-    with capsys.disabled():
-        print(  # noqa: T201 - this is the figure that the README shows
-            f"\n{trials} trials over {len(bench.tally.cases)} method cases "
-            f"(PEFT {peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}): "
-            + ", ".join(f"{count} {word}" for word, count in wrong.items())
-        )
-    if len(bench.tally.cases) < len(methods.CASES):
-        pytest.skip("only a part of the cases was run")
-    assert trials > 2000
-    assert not any(wrong.values())
-    said, versions = in_the_readme()
+@pytest.mark.slow
+def test_the_readme_has_the_number_of_trials(bench: Bench) -> None:
+    """No trial went wrong if `test_every_trial_is_judged_right` passed for each case."""
+    count = sum(
+        len(trials(case, faults_methods.load_file(bench.adapter(case) / methods.WEIGHTS))) for case in methods.CASES
+    )
+    assert count > 2000
+    stated, versions = in_the_readme()
     if versions == tuple(version.parse(module.__version__).base_version for module in (peft, transformers, torch)):
-        assert said == (trials, len(bench.tally.cases))
+        assert stated == (count, len(methods.CASES))
 
 
 def in_the_readme() -> tuple[tuple[int, int], tuple[str, ...]]:

@@ -108,11 +108,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return held
 
 
+@pytest.mark.slow
 def test_every_row_on_every_model_is_tried(outcomes: dict[str, Outcome]) -> None:
     assert len(outcomes) == 6 + 3 * 2 + 1 + 1 + 1 + 1 + 2 + 1
     assert not [one for one in outcomes.values() if one.reason]
 
 
+@pytest.mark.slow
 def test_the_gate_merges_to_pefts_bits_and_refuses_what_peft_refuses(outcomes: dict[str, Outcome]) -> None:
     for name, one in outcomes.items():
         raised = next((words for part, words in REFUSED.items() if part in name), None)

@@ -16,6 +16,7 @@ from merge_gate.config.model import MAX_ADAPTERS
 from merge_gate.config.positions import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
 from merge_gate.errors import ConfigError, UsageError
 from tests.config.test_load import HEAD, WRONG
+from tests.support.properties import examples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +116,7 @@ def test_without_libyaml_all_is_the_same(monkeypatch: pytest.MonkeyPatch, case: 
     assert outcome(WRONG[case][0]) == fast
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet=st.sampled_from("[]{}:,-?&*|>'\"%@`#~<ab01. \n\tü😀\u2028"), max_size=40))
 @example("a: !<tag:yaml.org,2002:int> 1")
 @example("! 12: ! [a]")

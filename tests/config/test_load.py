@@ -36,6 +36,7 @@ from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import AdapterSpec, Config, Problem
 from merge_gate.records.terms import DTYPES, Quantization, Severity
 from tests.support.generated import held
+from tests.support.properties import examples
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_FILE = ROOT / "src/merge_gate/schemas/config.schema.json"
@@ -623,7 +624,7 @@ WHOLE = st.fixed_dictionaries(
     {"version": st.just(1) | SCALARS, "adapters": st.lists(DATA, max_size=3) | DATA},
     optional={"base": DATA, "checks": DATA, "allow-pickle": SCALARS, "zzz": DATA},
 )
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def outcome(place: Path, text: bytes) -> tuple[Problem, ...]:

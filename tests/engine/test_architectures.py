@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,12 @@ SLICE = {
 }
 
 
-@pytest.mark.parametrize("model_type", SLICE)
+def fast(model_types: Iterable[str], *names: str) -> list[Any]:
+    """Parameters of which only `names` run in `make test`."""
+    return [pytest.param(one, marks=() if one in names else pytest.mark.slow) for one in model_types]
+
+
+@pytest.mark.parametrize("model_type", fast(SLICE, "gpt2", "t5"))
 def test_verdict_and_bits_are_those_of_a_user_of_peft(model_type: str, tmp_path: Path) -> None:
     with one_thread():
         outcome = trial(model_type, tmp_path)
@@ -46,7 +53,7 @@ DROPPED = {
 """Types whose adapters PEFT does not load whole, though it saved them, and the renaming that loses the tensors."""
 
 
-@pytest.mark.parametrize("model_type", DROPPED)
+@pytest.mark.parametrize("model_type", fast(DROPPED, "laguna"))
 def test_tensors_that_peft_saves_and_does_not_load_fail_the_adapter(model_type: str, tmp_path: Path) -> None:
     with one_thread():
         outcome = trial(model_type, tmp_path)

@@ -31,6 +31,7 @@ from tests.support.engine.blocks_layers import (
     update_of,
     whole,
 )
+from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = st.one_of(st.integers(1, 80), st.sampled_from([127, 128, 129, 255, 256, 257, 384, 511, 512, 513, 640]))
@@ -59,7 +60,7 @@ def holds(layer, *, block_elements: int) -> None:
     assert (figured.minimum, figured.maximum, figured.changed) == (found.minimum, found.maximum, found.changed)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(
     kind=st.sampled_from(DENSE),
     rows=ROWS,
@@ -83,7 +84,7 @@ def test_lora_has_pefts_bits(
         holds(layer, block_elements=block_elements)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     kind=st.sampled_from(DENSE),
     rows=ROWS,
@@ -101,7 +102,7 @@ def test_dora_has_pefts_bits(kind, rows, columns, rank, scaling, dtype, block_el
         holds(layer, block_elements=block_elements)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     kind=st.sampled_from(PACKED),
     dora=st.booleans(),
@@ -131,7 +132,7 @@ def test_the_bits_are_pefts_at_the_block_size_in_use(rows, columns, rank, dtype,
         holds(layer, block_elements=Buffers().block_elements)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     kind=st.sampled_from(DENSE),
     dora=st.booleans(),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merge_gate.engine.bound import merged_bound
 from merge_gate.engine.delta import LowRankUpdate
 from tests.support.engine.blocks_layers import by_peft, factors, tuner_layer, update_of
+from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.one_of(st.integers(1, 24), st.sampled_from([32, 33, 64, 65, 128, 256]))
@@ -23,7 +24,7 @@ def bound_of(layer) -> float:
     return merged_bound(float(weight.abs().max()), update_of(layer), weight.dtype)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 80),

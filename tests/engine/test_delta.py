@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merge_gate.engine import delta
 from merge_gate.engine.delta import Buffers, LowRankUpdate, Proof
 from tests.support.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
+from tests.support.properties import examples
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,7 @@ def test_blocks_cover_every_row_once_and_none_is_short(rows) -> None:
     assert len(blocks) == 1 or min(block.stop - block.start for block in blocks) >= 64
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(rows=st.integers(1, 200), columns=st.integers(1, 200), rank=st.integers(1, 32), seed=st.integers(0, 99))
 def test_the_norm_needs_no_pass_over_the_delta(rows, columns, rank, seed) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.screen import summed
 from tests.engine.test_screen import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
 from tests.support.engine.blocks_layers import whole
+from tests.support.properties import examples
 
 
 def dora_of(
@@ -32,7 +33,7 @@ def dora_of(
     return replace(update, magnitude=lengths * noise * signs * size)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(
     rows=st.integers(1, 200),
     columns=st.integers(1, 90),
@@ -63,7 +64,7 @@ def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype
     assert bool((unrounded(every).double().abs().amax(1) <= largest).all())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     rows=st.integers(512, 900),
     columns=st.integers(1, 40),

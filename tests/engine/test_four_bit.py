@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine import four_bit
+from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = ("nf4", "fp4")
@@ -37,7 +38,7 @@ def same(ours: bnb.nn.Params4bit, theirs: bnb.nn.Params4bit) -> bool:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     quant_type=st.sampled_from(TYPES),
     dtype=st.sampled_from(DTYPES),

@@ -22,6 +22,7 @@ from merge_gate.engine.measure import (
     unchanged_fraction,
 )
 from merge_gate.errors import EngineError
+from tests.support.properties import examples
 
 if TYPE_CHECKING:
     from merge_gate.records.measured import TensorStats
@@ -97,13 +98,13 @@ def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     return tensor
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(tensors(REAL))
 def test_every_figure_is_what_a_naive_count_gives(tensor: torch.Tensor) -> None:
     agrees(tensor)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(tensors((torch.float32, torch.float64)), tensors((torch.float32, torch.float64)))
 def test_a_complex_tensor_is_as_finite_as_its_parts(real: torch.Tensor, imaginary: torch.Tensor) -> None:
     parts = torch.stack([real.reshape(-1).to(torch.float64), real.reshape(-1).to(torch.float64)], dim=-1)
@@ -216,7 +217,7 @@ def test_values_are_the_same_where_a_zero_has_another_sign() -> None:
     assert not same_values(left, -right)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(tensors((torch.float32, torch.bfloat16)), st.data())
 def test_the_share_of_unchanged_elements_is_counted(left: torch.Tensor, data: st.DataObject) -> None:
     right = left.clone(memory_format=torch.contiguous_format)
@@ -229,7 +230,7 @@ def test_the_share_of_unchanged_elements_is_counted(left: torch.Tensor, data: st
     assert same_bits(left, right) == (not places)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.data())
 def test_the_distance_is_the_norm_of_the_difference(values: list[float], data: st.DataObject) -> None:
     others = data.draw(st.lists(st.floats(-1e4, 1e4, width=32), min_size=len(values), max_size=len(values)))

@@ -11,11 +11,12 @@ from merge_gate.engine import packed
 from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.quantized import dequantized, scales
 from tests.support.engine.blocks_layers import QUANTIZED, by_peft, in_blocks, quantized_layer, threads, tuner_layer
+from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     kind=st.sampled_from(QUANTIZED),
     quant_type=st.sampled_from(["nf4", "fp4"]),

@@ -15,6 +15,7 @@ from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
 from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.screen import Bound, Candidates
 from tests.support.engine.blocks_layers import whole
+from tests.support.properties import examples
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 STORED = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
@@ -37,7 +38,7 @@ def weight_of(update, size, dtype, seed):
     return torch.randn(update.shape, generator=generator).mul(size).to(dtype)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     rows=st.integers(2, 300),
     columns=st.integers(1, 90),
@@ -77,7 +78,7 @@ def test_what_peft_rounds_is_within_reach_of_the_sum(
     assert bool(((low <= peft) & (peft <= high)).all())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     rows=st.integers(512, 900),
     columns=st.integers(1, 40),

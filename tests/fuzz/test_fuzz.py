@@ -16,7 +16,8 @@ from tests.support.fuzz.targets import TARGETS, OutOfBoundsError, bounded
 from tests.tools import fuzz
 from tests.tools.fuzz import CORPUS, ROOT
 
-SECONDS = 8
+HOW_LONG = [("--plain", "--runs=500"), pytest.param(("--seconds=8",), marks=pytest.mark.slow)]
+"""Options of `tests.tools.fuzz`: a fixed number of inputs, or a guided search for some seconds."""
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -29,8 +30,9 @@ def test_every_target_has_a_corpus() -> None:
 
 
 @pytest.mark.parametrize("name", fuzz.NAMES)
-def test_mutated_inputs_never_crash(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, fuzz.__file__, name, "--seed=1", f"--seconds={SECONDS}", f"--keep={tmp_path}"]
+@pytest.mark.parametrize("how_long", HOW_LONG, ids=["few", "seconds"])
+def test_mutated_inputs_never_crash(name: str, how_long: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, fuzz.__file__, name, "--seed=1", *how_long, f"--keep={tmp_path}"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counted = re.search(rf"^{name}: ([\d,]+) inputs", ended.stdout)

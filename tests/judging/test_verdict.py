@@ -16,6 +16,7 @@ from merge_gate.records.measured import Evidence, FileTensor, Refusal, TensorMer
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.judging.test_checks import base, files, spec
+from tests.support.properties import examples
 
 WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)
 
@@ -188,7 +189,7 @@ def coverage_of(evidence: Evidence) -> Coverage:
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(evidences, check_settings)
 def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[CheckSetting, ...]) -> None:
     found = judge(spec(checks=chosen), files(), evidence)
@@ -208,7 +209,7 @@ def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[Check
     assert all(one.message for one in found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(evidences)
 def test_what_is_not_finite_is_an_error_by_default(evidence: Evidence) -> None:
     used = [one.stats for one in evidence.file_tensors if one.used]

@@ -85,6 +85,7 @@ def tasks_of(marker: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> None:
     """Both are killed: the one with the adapter that takes its time is in the middle of it."""
     marker = str(fleet)
@@ -99,6 +100,7 @@ def test_a_worker_that_is_killed_costs_a_retry_and_no_verdict(fleet: Path) -> No
     assert tasks_of(marker) == []
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
     marker = f"{fleet}/stopped"
     with running(fleet, "--output", "stopped", "--ray", MARKER=marker) as process:
@@ -125,6 +127,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", CLUSTER], env=environment(**NO_AUTH), text=True,
@@ -145,6 +148,7 @@ def test_a_node_that_is_removed_costs_a_retry_and_no_verdict(fleet: Path) -> Non
     assert same(stored(fleet / "removed")) == same(stored(fleet / "whole"))
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_said_within_a_minute(fleet: Path) -> None:
     with contextlib.closing(socket.socket()) as listening:
         listening.bind(("127.0.0.1", 0))
@@ -159,6 +163,7 @@ def test_a_cluster_that_is_not_there_is_said_within_a_minute(fleet: Path) -> Non
     assert not stored(fleet / "none").complete
 
 
+@pytest.mark.slow
 def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
     script = (
         "from merge_gate.on_ray.ray_cluster import LOCAL, cluster\n"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ADAPTERS = 1000
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 def test_a_thousand_adapters_have_one_report(shelf: Shelf, tmp_path: Path) -> None:
     """Cold, warm, in four shards, on a local Ray cluster of two workers, and resumed after a kill -9."""
     lay_fleet(shelf, tmp_path, each=ADAPTERS // len(VARIANTS))

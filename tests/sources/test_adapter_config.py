@@ -17,6 +17,7 @@ from peft import PeftConfig
 from merge_gate.records.files import AdapterConfig, AdapterFiles, Pattern
 from merge_gate.sources.preflight import base_of, preflight
 from tests.sources.test_preflight import CONFIG, CONFIG_NAME, SHAPES, WEIGHTS_NAME, look, make, weights
+from tests.support.properties import examples
 
 EVERYTHING = {
     "peft_type": "LORA", "peft_version": "0.21.2", "task_type": "SEQ_CLS", "base_model_name_or_path": "acme/base",
@@ -111,7 +112,10 @@ _VALUES = st.recursive(
 )
 _OBJECTS = st.dictionaries(_TEXTS, _VALUES, max_size=8)
 _SETTINGS = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
 )
 
 

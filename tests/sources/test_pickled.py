@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.headers import CorruptFileError
 from merge_gate.sources.pickled import UnsafePickleError, read_pickled
+from tests.support.properties import examples
 from tests.support.sources.headers_of import header_of
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def test_an_archive_that_torch_did_not_write(tmp_path: Path) -> None:
     assert "has no data.pkl" in refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes())
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(place=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
 def test_no_damage_gets_past_as_another_file(
     tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: bool

@@ -28,6 +28,7 @@ from merge_gate.sources.headers import DTYPE_BITS, CorruptFileError, parse_file
 from merge_gate.sources.preflight import base_of, preflight
 from tests.support import methods
 from tests.support.models import VARIANTS
+from tests.support.properties import examples
 from tests.support.sources.headers_of import header_of
 
 if TYPE_CHECKING:
@@ -637,7 +638,10 @@ def reads(path: Path) -> bool:
 
 
 _SETTINGS = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=examples(400),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
 )
 _SMALL = st.integers(0, 3)
 _NUMBER = st.one_of(_SMALL, st.sampled_from([-1, 4, 8, 2**32, 2**63, 2**64 - 1, 2**64, 1.0, True, None, "1", [1]]))

@@ -6,7 +6,6 @@ them is left out, so that a base is loaded once per session and a judgement take
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -120,20 +119,11 @@ class Gate:
 
 
 @dataclass
-class Tally:
-    """What has come out so far, over all cases."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    cases: set[str] = field(default_factory=set)
-
-
-@dataclass
 class Bench:
     """Bases and adapters on disk and in memory, each made on first use."""
 
     root: Path
     gate: Gate = field(default_factory=Gate)
-    tally: Tally = field(default_factory=Tally)
     loaded: dict[tuple[str, str], nn.Module] = field(default_factory=dict)
 
     def base_directory(self, name: str, dtype: str) -> Path:
