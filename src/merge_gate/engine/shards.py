@@ -85,7 +85,9 @@ def refuse_unknown_format(directory: str, label: str) -> None:
         declared = json.loads((Path(directory) / "config.json").read_bytes()).get("quantization_config")
     except (OSError, ValueError, AttributeError, RecursionError):
         return  # the load says what is wrong with it
-    method = declared.get("quant_method") if isinstance(declared, dict) else None
+    if not isinstance(declared, dict) or declared.get("load_in_8bit") or declared.get("load_in_4bit"):
+        return  # transformers takes it for bitsandbytes, whatever quant_method is
+    method = declared.get("quant_method")
     if isinstance(method, str) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise EngineError(
             f"base {label}: its config.json declares quantization by {method[:40]!r}, which transformers "
