@@ -32,8 +32,8 @@ from measure import Measured, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.support.fleet.tiny import same
-from tests.support.fleet.ways import FIRST, Way, kill_in_the_middle, stored, ways
+from tests.support.fleet_commands import FIRST, Way, kill_in_the_middle, stored, ways
+from tests.support.small_fleet import same
 
 SIZE = "pico"
 BASES = 3

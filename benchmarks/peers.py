@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft import PeftModel
 from transformers.utils import logging
 
-from tests.conftest import lay_out, top_settings, write_config_file
 from tests.support import faults
+from tests.support.cases import lay_out, top_settings, write_config_file
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 

@@ -2,9 +2,9 @@
 
     python benchmarks/peft_side_by_side.py [CASE ...]
 
-In: the cases of tests/support/methods.py and tests/engine/test_bitsandbytes.py (all, or those named). Out: Markdown.
-Each trial is merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the truth:
-the merged tensors themselves. A trial is PEFT's mistake when
+In: the cases of tests/support/methods.py and tests/support/engine/quantized_cases.py (all, or those named). Out:
+Markdown. Each trial is merged by `merge_and_unload(safe_merge=True)`, judged by the gate, and both are held against the
+truth: the merged tensors themselves. A trial is PEFT's mistake when
 
 - silent: the merged model holds NaN or Inf, and nothing is raised;
 - alarm: neither the merged model nor what the merge reads of the file does, and PEFT raises.
@@ -29,8 +29,8 @@ import torch
 import transformers
 
 from merge_gate.records.terms import Quantization
-from tests.engine import test_bitsandbytes
 from tests.support import faults_methods, methods
+from tests.support.engine import quantized_cases
 from tests.support.gating import Bench, mistake, one_thread
 
 Rows = dict[str, Counter[str]]
@@ -46,11 +46,11 @@ def main() -> None:
             if not wanted or case.name in wanted:
                 directories = {dtype: bench.base_directory(case.base, dtype) for dtype in methods.DTYPES}
                 rows[case.name] = compare(bench, bench.faults(case), directories, Quantization.NONE)
-        for case, quantization in test_bitsandbytes.GRID:
+        for case, quantization in quantized_cases.GRID:
             name = f"{case.name} on {quantization}"
             if not wanted or name in wanted:
-                directory, asked = test_bitsandbytes.stored(bench, quantization)
-                bases = {quantization: test_bitsandbytes.quantised(bench, quantization)}
+                directory, asked = quantized_cases.stored(bench, quantization)
+                bases = {quantization: quantized_cases.quantised(bench, quantization)}
                 faults = faults_methods.Bench(
                     case, bases, bench.adapter(case), bench.root / "trial", home=quantization, small=quantization
                 )

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
-import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
+from tests.support.cases import Judged, digests, lay_out, top_settings, write_config_file
 from tests.support.properties import FAST_EXAMPLES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport, BaseReport
-    from tests.support.faults import Case
     from tests.support.models import Shelf
 
 
@@ -57,17 +49,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What the gate said of every case, by name, and the digests of all its input files before and after."""
-
-    reports: Mapping[str, AdapterReport]
-    bases: tuple[BaseReport, ...]
-    before: Mapping[str, str]
-    after: Mapping[str, str]
-    adapters_directory: Path
-
-
 @pytest.fixture(scope="session")
 def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """Every case of `tests.support.faults`, gated in two runs: without pickled weights, and with them."""
@@ -92,42 +73,3 @@ def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
         after=digests(root, shelf.root),
         adapters_directory=root,
     )
-
-
-def top_settings(case: Case) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(case.top.items()))
-
-
-def lay_out(case: Case, shelf: Shelf, directory: Path) -> None:
-    """A private copy of the healthy adapter, broken as the case says."""
-    shutil.copytree(shelf.adapter(case.variant), directory)
-    if case.break_ is not None:
-        case.break_(directory)
-
-
-def entry_for(case: Case, shelf: Shelf) -> dict[str, Any]:
-    """The adapter's entry of the config; `...` takes a key away."""
-    from tests.support.models import VARIANTS  # noqa: PLC0415
-
-    entry: dict[str, Any] = {"name": case.name, "path": f"./{case.name}"}
-    base = {"model": str(shelf.base(case.base or VARIANTS[case.variant].base)), "dtype": case.dtype}
-    entry["base"] = base | dict(case.entry.get("base", {}))
-    entry["base"] = {key: value for key, value in entry["base"].items() if value is not ...}
-    return entry | {key: value for key, value in case.entry.items() if key != "base"}
-
-
-def write_config_file(shelf: Shelf, root: Path, number: int, top: dict[str, Any], cases: list[Case]) -> Path:
-    """JSON is YAML, and needs no quoting rules of our own."""
-    path = root / f"gate-{number}.yml"
-    config = {"version": 1, "adapters": [entry_for(case, shelf) for case in cases]} | top
-    path.write_text(json.dumps(config, indent=2))
-    return path
-
-
-def digests(*roots: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for root in roots
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }

@@ -10,17 +10,17 @@ from safetensors import SafetensorError
 
 from merge_gate.config.load import load_config
 from merge_gate.gate import run_gate
-from tests.conftest import lay_out, write_config_file
+from tests.support.cases import lay_out, write_config_file
+from tests.support.decisions import told
 from tests.support.faults import ALLOW_PICKLE, FAULTS, HEALTHY, Case
 from tests.support.models import ADAPTER_WEIGHTS, read_tensors
-from tests.test_faults import told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from merge_gate.records.report import AdapterReport
-    from tests.conftest import Judged
+    from tests.support.cases import Judged
     from tests.support.models import Shelf
 
 CASES = tuple(case for case in (*FAULTS, *HEALTHY) if case.variant != "pickled")

@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.report.json_report import read
 from tests.support.command import merge_gate
-from tests.support.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from pathlib import Path

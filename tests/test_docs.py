@@ -29,8 +29,8 @@ from merge_gate.judging.check import Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
-from tests.conftest import lay_out
-from tests.engine.test_bits import peft_merge
+from tests.support.cases import lay_out
+from tests.support.engine.plain_merge import peft_merge
 from tests.support.faults import FAULTS, HEALTHY
 from tests.support.generated import held
 from tests.support.models import VARIANTS
@@ -38,7 +38,7 @@ from tests.support.models import VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.conftest import Judged
+    from tests.support.cases import Judged
     from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent

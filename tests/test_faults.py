@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.records.terms import Severity, Verdict
+from tests.support.decisions import told
 from tests.support.faults import FAULTS, HEALTHY, Case, Payload
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
     from merge_gate.records.terms import Finding
-    from tests.conftest import Judged
-
-
-def told(report: AdapterReport) -> str:
-    """What the report says, for the message of a failing assertion."""
-    findings = "\n".join(f"  {f.severity} {f.check} ({f.origin}, {f.tensor}): {f.message}" for f in report.findings)
-    return f"{report.name}: {report.verdict}, cause {report.cause}\n{findings}"
+    from tests.support.cases import Judged
 
 
 def deciding(report: AdapterReport) -> list[Finding]:

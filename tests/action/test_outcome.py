@@ -8,20 +8,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import outcome
-
-
-def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **changed: object) -> dict:
-    verdict = {"pass": "passed", "fail": "failed", "error": "error"}[result]
-    entry = {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1}
-    counts = {"passed": 0, "failed": 0, "error": 0, verdict: adapters}
-    return {
-        "schema_version": "1.0",
-        "complete": complete,
-        "result": result,
-        "counts": counts,
-        "adapters": [entry] * adapters,
-        **changed,
-    }
+from tests.support.action.report_json import changed, report
 
 
 def accepted(**changed: object) -> dict:
@@ -87,17 +74,6 @@ def test_a_shard_without_adapters_passes_and_a_run_without_them_does_not(tmp_pat
 def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
     said = outcome.settle(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
     assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
-
-
-def changed(change) -> dict:
-    """A finished report of one failed adapter, changed."""
-    made = json.loads(json.dumps(report("fail")))
-    made["adapters"][0]["cause"] = "adapter-nonfinite"
-    made["adapters"][0]["findings"] = [
-        {"check": "adapter-nonfinite", "severity": "error", "message": "1 NaN", "hint": "", "tensor": None}
-    ]
-    change(made)
-    return made
 
 
 @pytest.mark.parametrize(

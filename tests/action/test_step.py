@@ -21,7 +21,7 @@ from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
-from tests.action.test_outcome import report
+from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
 
 ROOT = Path(__file__).resolve().parents[2]

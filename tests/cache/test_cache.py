@@ -25,7 +25,7 @@ from merge_gate.report.json_report import read, render
 from merge_gate.report.terminal import View
 from tests.support.command import merge_gate, start, wait_until
 from tests.support.faults import poison
-from tests.support.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report

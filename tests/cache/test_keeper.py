@@ -6,18 +6,18 @@ import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
 from merge_gate.cache import keeper as module
-from merge_gate.cache.keeper import Keeper, Keeping, base_directory
+from merge_gate.cache.keeper import Keeper, base_directory
 from merge_gate.cache.resume import Left
 from merge_gate.engine.protocol import DeviceChosen, Event, Idle, Job
-from merge_gate.records.config import Config
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import Verdict
-from tests.support.fleet.lines import based_entry, entry, line
+from tests.support.cache.keepers import CPU, keep, keeper
+from tests.support.cache.lines import based_entry, entry, line
 from tests.support.reports import report
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from merge_gate.cache.verdicts import Line
 
-CPU = DeviceChosen(device="cpu", device_name="a CPU")
 CARD = DeviceChosen(device="cuda", device_name="a card")
 WEIGHTS = "adapter_model.safetensors"
 
@@ -33,27 +32,6 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def one(tmp_path: Path) -> Entry:
     return based_entry(tmp_path)
-
-
-def keeper(one: Entry, *, cache: bool = True, device: str = "cpu", secret: str = "", **keeping: Any) -> Keeper:
-    place = Path(base_directory(one)).parent / "cache"
-    return Keeper(
-        Config(path="gate.yml", sha256="0" * 64, adapters=()),
-        Keeping(cache=str(place) if cache else None, **keeping),
-        device=device,
-        quick=False,
-        environ={"MERGE_GATE_CACHE_KEY": secret},
-        notify=pytest.fail,
-    )
-
-
-def keep(run: Keeper, one: Entry, device: DeviceChosen = CPU, **changes: Any) -> Line | None:
-    """What a run keeps that has merged on this device."""
-    run.device_chosen(device)
-    run.digests.start(base_directory(one))
-    run.digests.wait()
-    judged = line(one)
-    return run.keep(one, replace(judged, adapter=replace(judged.adapter, **changes)))
 
 
 def taken_over(run: Keeper, one: Entry) -> bool:

@@ -15,8 +15,8 @@ from merge_gate.engine.protocol import BaseLoaded, Group, Task
 from merge_gate.identity import base_identity
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.terms import Origin, Quantization
-from tests.cache.test_keeper import CPU, keep, keeper
-from tests.support.fleet.lines import based_entry, line
+from tests.support.cache.keepers import CPU, keep, keeper
+from tests.support.cache.lines import based_entry, line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,14 +11,10 @@ import pytest
 from merge_gate.cache.seal import Seal
 from merge_gate.cache.store import ABANDONED_S, LONGEST_BYTES, Store
 from merge_gate.errors import UsageError
+from tests.support.cache.store_writes import NAME, OTHER, kill_while_writing, store
 
-NAME, OTHER = "a" * 64, "b" * 64
 DOCUMENT = {"verdict": "failed", "figures": [1, 2.5, None]}
 SECRET = "s" * 32
-
-
-def store(place: Path, secret: str = "") -> Store:
-    return Store(str(place / "cache"), Seal(secret), notify=lambda _: pytest.fail("it could not write"))
 
 
 @pytest.fixture
@@ -168,27 +162,6 @@ def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file:
     assert not old.exists()
     assert young.exists(), "another run may be writing it"
     assert file.exists()
-
-
-WRITER = """
-import sys
-from merge_gate.cache.seal import Seal
-from merge_gate.cache.store import Store
-store = Store(sys.argv[1], Seal(), print)
-print("ready", flush=True)
-for turn in range(10**9):
-    store.put("verdicts", "a" * 64, {"turn": turn, "same": turn, "much": "x" * 200_000})
-"""
-
-
-def kill_while_writing(place: Path, after_s: float) -> object:
-    """What is there after a writer was killed."""
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(place / "cache")], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(after_s)
-        writer.kill()
-    return store(place).get("verdicts", NAME)
 
 
 def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
 from merge_gate.report.fields import dump
-from tests.support.fleet.lines import entry, line, material_of, other
+from tests.support.cache.lines import entry, line, material_of, other
 
 REACHED = Reached(at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84)
 SEAL = Seal("s" * 32)

@@ -9,13 +9,10 @@ import pytest
 
 from merge_gate.config.load import load_config
 from merge_gate.errors import ConfigError
+from tests.support.config.baselines import DIGEST, ENTRY, GOOD
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-DIGEST = "a1" * 32
-ENTRY = f'  - adapter: "{DIGEST}"\n    cause: no-effect\n    reason: a stub\n    owner: team-a\n    until: 2026-12-31\n'
-GOOD = f"version: 1\naccept:\n{ENTRY}"
 
 
 def load(place: Path, text: str | None):

@@ -15,7 +15,7 @@ from merge_gate.config.load import load_config
 from merge_gate.config.model import MAX_ADAPTERS
 from merge_gate.config.positions import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
 from merge_gate.errors import ConfigError, UsageError
-from tests.config.test_load import HEAD, WRONG
+from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from merge_gate.config.first import first_config
 from merge_gate.config.load import config_schema, load_config
 from merge_gate.errors import ConfigError, UsageError
 from merge_gate.sources.preflight import base_of
-from tests.config.test_baseline import DIGEST, ENTRY, GOOD
-from tests.config.test_load import COMBINE, DIRECTORIES, HEAD, LIST, SCHEMA_FILE, WRONG
-from tests.config.test_load import ENTRY as ONE
+from tests.support.config.baselines import DIGEST, ENTRY, GOOD
+from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, SCHEMA_FILE, WRONG
+from tests.support.config.invalid import ENTRY as ONE
 
 SAID = Path(__file__).with_name("said.txt")
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import venv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import docker
 import pytest
 
-from merge_gate.action.docker import address as addresses
-from merge_gate.action.docker import docker_api
-from merge_gate.action.docker.leftovers import OURS
 from merge_gate.demo import make_demo
 from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
+from tests.support.e2e.engines import HUB_NAME, pip_settings, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,9 +23,6 @@ if TYPE_CHECKING:
 BASE_IMAGE = "localhost/merge-gate-base:trixie"
 IMAGE = f"localhost/merge-gate:{TAG}"
 ROGUE = f"localhost/merge-gate-rogue:{TAG}"
-PATIENCE_S = 120
-"""How long something that has to happen may take on a busy machine; what never happens is found out after it."""
-HUB_NAME = "hub.company.invalid"
 GREEN = "version: 1\nbase: {model: ./base, dtype: float16}\nadapters:\n  - ./adapters/good\n"
 
 
@@ -152,40 +143,6 @@ def podman(podman_environment: dict[str, str]):
     return run
 
 
-@contextlib.contextmanager
-def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> Iterator[subprocess.Popen]:
-    """podman's Docker-compatible API at `socket`; `before` is a command that starts it."""
-    words = [*before, "podman", "system", "service", "--time=0", f"unix://{socket}"]
-    service = subprocess.Popen(words, env=podman_environment)
-    try:
-        end = time.monotonic() + PATIENCE_S
-        while addresses.silence(addresses.Address(f"unix://{socket}", "the tests")):
-            assert service.poll() is None, "podman's service ended"
-            assert time.monotonic() < end, "podman's service does not answer"
-            time.sleep(0.1)
-        yield service
-    finally:
-        service.terminate()
-        service.wait(PATIENCE_S)
-
-
-def as_user(uid: int, function) -> int:
-    """Call `function` in a child that has become `uid`, and return the exit code that it returned."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
-            code = function()
-        except Exception:  # noqa: BLE001 # whatever it is, the child ends here
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.fixture(scope="session")
 def engine(podman_environment: dict[str, str]) -> Iterator[str]:
     """An engine that other users may talk to as well; the value is DOCKER_HOST."""
@@ -195,27 +152,6 @@ def engine(podman_environment: dict[str, str]) -> Iterator[str]:
         with serving(podman_environment, socket):
             socket.chmod(0o666)
             yield f"unix://{socket}"
-
-
-def described(engine: str, place: Path) -> list[dict]:
-    """What the engine tells of each container of merge-gate that mounts something at or below `place`.
-
-    Others are none of the tests' business, and may go away while one looks.
-    """
-    with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
-        known = []
-        for container, _labels in docker_api.labelled(client, OURS):
-            try:
-                known.append(client.api.inspect_container(container))
-            except docker.errors.APIError as error:
-                if "no such container" not in str(error):
-                    raise
-        return [one for one in known if any(_lies_at(mount, place) for mount in one["Mounts"])]
-
-
-def _lies_at(mount: dict, place: Path) -> bool:
-    ends = (Path(mount["Source"]), Path(mount["Destination"]))
-    return any(place == end or place in end.parents for end in ends)
 
 
 @pytest.fixture(scope="session")
@@ -254,14 +190,3 @@ def rogue(podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _hard(flag: str) -> str:
     return subprocess.run(["bash", "-c", f"ulimit -H{flag}"], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def pip_settings() -> dict[str, str]:
-    """What pip on this machine is told, and a build has to be told as well."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
-    ).stdout
-    kept = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout", "proxy")
-    pairs = (line.partition("=") for line in listed.splitlines() if "=" in line)
-    named = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
-    return {key: value for key, value in named.items() if key in kept}

@@ -29,7 +29,7 @@ from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.errors import LauncherError
 from merge_gate.report.files import FORMATS
 from merge_gate.report.schema import report_schema
-from tests.e2e.conftest import PATIENCE_S, as_user, described, serving
+from tests.support.e2e.engines import PATIENCE_S, as_user, described, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from merge_gate.report.files import FORMATS
-from tests.e2e.conftest import pip_settings
 from tests.support.e2e.act import ROOT, make_repository, run_act
+from tests.support.e2e.engines import pip_settings
 
 if TYPE_CHECKING:
     from pathlib import Path

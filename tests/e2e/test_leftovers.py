@@ -17,31 +17,14 @@ import pytest
 
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from tests.e2e.conftest import PATIENCE_S, described
+from tests.support.e2e.engines import PATIENCE_S, described
+from tests.support.e2e.launch import LAUNCH, TOKEN
 from tests.support.e2e.proxy import proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.e2e
-
-TOKEN = "hf_aTokenThatNobodyFindsInWhatIsLeft"
-LAUNCH = """
-import os, sys
-from pathlib import Path
-from merge_gate.action.docker.container import ContainerRun
-from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.errors import GateError
-config, output, image = sys.argv[1:]
-run = ContainerRun(
-    config=Path(config), workspace=Path(config).parent, output=Path(output), image=image, environ=dict(os.environ)
-)
-try:
-    sys.exit(run_in_container(run, lambda data: (sys.stdout.buffer.write(data), sys.stdout.flush())))
-except GateError as error:
-    print(error.message)
-    sys.exit(int(error.exit_code))
-"""
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-from tests.e2e.conftest import HUB_NAME
 from tests.support.e2e.act import free_port
+from tests.support.e2e.engines import HUB_NAME
 from tests.support.e2e.proxy import CompanyProxy, proxy
 from tests.support.hub import LoopbackHub
 

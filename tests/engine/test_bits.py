@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from merge_gate.engine.base import Base, load_base
 from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
 from merge_gate.sources.preflight import preflight
-from tests.conftest import lay_out
+from tests.support.cases import lay_out
+from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.merged import kept
-from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
+from tests.support.models import VARIANTS, Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +28,6 @@ RANDOM = {"pissa-niter"}  # PEFT decomposes the base by a randomised method on e
 UNMERGEABLE = {"prompt-tuning", "tied-head", "tied-embedding"}
 MERGEABLE = sorted(VARIANTS.keys() - RANDOM - UNMERGEABLE)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-Tensors = dict[str, torch.Tensor]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,22 +59,6 @@ def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
         evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True))
     assert evidence.refusal is None, evidence.refusal
     return seen, evidence
-
-
-def peft_merge(base: Path, adapter: Path, dtype: str, *, safe_merge: bool = True) -> tuple[Tensors, Tensors]:
-    """The base's and the merged model's tensors, from a fresh load of both."""
-    name = adapter.name
-    settings: dict[str, Any] = {"num_labels": 6} if name == "six-labels" else {}
-    if dtype != "auto":
-        settings["dtype"] = getattr(torch, dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = load_for_training(base, read_config(adapter).get("task_type"), **settings)
-        if name.startswith("resized"):
-            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe_merge)
-    return before, merged.state_dict()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

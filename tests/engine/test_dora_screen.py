@@ -16,8 +16,8 @@ from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
 from merge_gate.engine.dora_screen import Bound, DoraScreen, norms_are_summed_in_float32
 from merge_gate.engine.figures import measure_merge
 from merge_gate.engine.screen import summed
-from tests.engine.test_screen import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
 from tests.support.engine.blocks_layers import whole
+from tests.support.engine.extremes import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
 from tests.support.properties import examples
 
 

@@ -12,14 +12,14 @@ from merge_gate.engine.merge import merge_adapter
 from merge_gate.engine.shape import shape_for
 from merge_gate.records.terms import Severity
 from merge_gate.sources.preflight import preflight
-from tests.conftest import lay_out
+from tests.support.cases import lay_out
 from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.models import BASES, VARIANTS, Shelf
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.conftest import Judged
+    from tests.support.cases import Judged
 
 DTYPES = ("auto", "bfloat16", "float16")
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from merge_gate.engine.weights import read_weights
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterConfig, AdapterFiles
-from tests.sources.test_pickled import Call
+from tests.support.sources.pickles import Call
 
 TENSORS = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
 

@@ -9,12 +9,7 @@ import pytest
 from merge_gate.judging.keys import missing_words, names_of_another_kind, saved_twice, wrapped_twice
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.adapter_config import recorded
-
-BIASES = ("base_model.model.q_proj.base_layer.bias",)
-ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
-OLD = ALWAYS | {"peft_type": "LORA", "init_lora_weights": True, "layers_to_transform": None, "alpha_pattern": {}}
-LORA_0_9 = OLD | {"megatron_core": "", "use_rslora": False, "use_dora": False, "bias": "lora_only"}
-LORA_0_12 = LORA_0_9 | {"layer_replication": None}
+from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 
 
 @pytest.mark.parametrize(

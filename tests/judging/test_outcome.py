@@ -14,7 +14,7 @@ from merge_gate.records.files import Entry, FileRecord, Prepared, TensorHeader
 from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
-from tests.judging.test_checks import evidence, files, spec
+from tests.support.judging.cases import evidence, files, spec
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
 

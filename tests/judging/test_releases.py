@@ -9,15 +9,16 @@ import pytest
 from merge_gate.judging.releases import NEWEST, Span, changes, written_by
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.adapter_config import recorded
-
-ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
-EARLY = ALWAYS | {
-    "init_lora_weights": True,
-    "layers_to_transform": None,
-    "alpha_pattern": {},
-    "megatron_core": "megatron.core",
-}
-LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
+from tests.support.judging.releases import (
+    ALWAYS,
+    CONVOLUTION,
+    DORA,
+    EMBEDDING,
+    LINEAR,
+    LOKR,
+    LORA_0_9,
+    LORA_0_14,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +38,6 @@ LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
 )
 def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None:
     assert written_by(recorded(config)) == expected
-
-
-LOKR = ALWAYS | {"peft_type": "LOKR", "r": 2, "alpha": 4}
-DORA = LORA_0_9 | {"layer_replication": None, "use_dora": True}
-CONVOLUTION = (TensorHeader(name="base_model.model.conv.lora_A.weight", dtype="F32", shape=(2, 4, 3, 3)),)
-LINEAR = (TensorHeader(name="base_model.model.fc.lora_A.weight", dtype="F32", shape=(2, 4)),)
-EMBEDDING = (TensorHeader(name="base_model.model.embed_tokens.lora_embedding_A", dtype="F32", shape=(2, 4)),)
-LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lora_bias": True, "r": 2, "lora_alpha": 4}
 
 
 @pytest.mark.parametrize(

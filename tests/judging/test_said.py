@@ -14,7 +14,7 @@ from merge_gate.judging.checks import accident, judge
 from merge_gate.records.files import AdapterFiles, TensorHeader
 from merge_gate.records.measured import Evidence, FileTensor, Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization
-from tests.judging.test_checks import (
+from tests.support.judging.cases import (
     ALL,
     FOURIERFT,
     HALF_MAX,
@@ -32,8 +32,8 @@ from tests.judging.test_checks import (
     tensor,
     unread,
 )
-from tests.judging.test_keys import BIASES, LORA_0_9, LORA_0_12, OLD
-from tests.judging.test_releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LORA_0_14
+from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
+from tests.support.judging.releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LORA_0_14
 
 SAID = Path(__file__).with_name("said.txt")
 SECOND = "model.layers.6.mlp"

@@ -15,7 +15,7 @@ from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, Refusal, TensorMerge, TensorStats
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from tests.judging.test_checks import base, files, spec
+from tests.support.judging.cases import base, files, spec
 from tests.support.properties import examples
 
 WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)

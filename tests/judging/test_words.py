@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge_gate.judging.words import are, nothing_finite, tensors
-from tests.judging.test_checks import tensor
+from tests.support.judging.cases import tensor
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import pytest
 from merge_gate.report.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
 from tests.support.faults import configure
-from tests.support.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.command import COMMAND, environment
-from tests.support.fleet.tiny import BROKEN, VARIANTS, lay_fleet, same
-from tests.support.fleet.ways import FIRST, kill_in_the_middle, stored, ways
+from tests.support.fleet_commands import FIRST, kill_in_the_middle, stored, ways
+from tests.support.small_fleet import BROKEN, VARIANTS, lay_fleet, same
 
 if TYPE_CHECKING:
     from pathlib import Path

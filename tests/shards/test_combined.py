@@ -9,39 +9,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.errors import GateError
-from merge_gate.records.report import BaselineEntry, BaseReport, Report, Sandbox, Shard
-from merge_gate.records.terms import Acceptance, Quantization, Result, Verdict
+from merge_gate.records.report import BaselineEntry, Report, Sandbox
+from merge_gate.records.terms import Acceptance, Result, Verdict
 from merge_gate.report import junit, sarif, summary, text
 from merge_gate.report.html_report import render as render_html
 from merge_gate.report.json_report import read, render
 from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import Found
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
+from tests.support.shards.shard_reports import BASE, SHARDS, mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)
 OTHER = replace(BASE, model="./models/other")
-
-
-def shard(index: int, *positions: int, entries: int = 5, count: int = 3, **fields: Any) -> Report:
-    defaults = {"plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "bases_from": positions[:1]}
-    mark = Shard(index=index, count=count, entries=entries, positions=positions, **defaults)
-    return report(*(adapter(f"a{position}") for position in positions), **{
-        "shard": mark, "bases": (BASE,) if positions else ()} | fields)  # fmt: skip
-
-
-SHARDS = (shard(1, 0, 3), shard(2, 1, 2, 4), shard(3))
 
 
 def found(*reports: Report) -> list[Found]:
     return [Found(place=f"shards/{number}", report=one) for number, one in enumerate(reports, 1)]
-
-
-def mark(one: Report, **changes: Any) -> Report:
-    assert one.shard is not None
-    return replace(one, shard=replace(one.shard, **changes))
 
 
 def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:

@@ -11,7 +11,7 @@ from merge_gate.errors import UsageError
 from merge_gate.report.json_report import render
 from merge_gate.shards import shard_files
 from merge_gate.shards.shard_files import found_in, refuse_overwriting
-from tests.shards.test_combined import SHARDS
+from tests.support.shards.shard_reports import SHARDS
 
 if TYPE_CHECKING:
     from pathlib import Path

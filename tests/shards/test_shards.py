@@ -14,7 +14,7 @@ from merge_gate.report.json_report import read
 from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import found_in
 from tests.support.command import merge_gate
-from tests.support.fleet.tiny import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, lay_fleet, same
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from peft import PeftConfig
 
 from merge_gate.records.files import AdapterConfig, AdapterFiles, Pattern
 from merge_gate.sources.preflight import base_of, preflight
-from tests.sources.test_preflight import CONFIG, CONFIG_NAME, SHAPES, WEIGHTS_NAME, look, make, weights
 from tests.support.properties import examples
+from tests.support.sources.adapter_files import CONFIG, CONFIG_NAME, SHAPES, WEIGHTS_NAME, look, make, weights
 
 EVERYTHING = {
     "peft_type": "LORA", "peft_version": "0.21.2", "task_type": "SEQ_CLS", "base_model_name_or_path": "acme/base",

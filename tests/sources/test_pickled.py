@@ -25,6 +25,7 @@ from merge_gate.sources.headers import CorruptFileError
 from merge_gate.sources.pickled import UnsafePickleError, read_pickled
 from tests.support.properties import examples
 from tests.support.sources.headers_of import header_of
+from tests.support.sources.pickles import Call, packed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,18 +49,6 @@ def tensors() -> dict[str, torch.Tensor]:
 def look(path: Path) -> tuple[TensorHeader, ...] | None:
     with path.open("rb") as file:
         return read_pickled(file, path.stat().st_size)
-
-
-def packed(pickled: bytes) -> bytes:
-    """A file of torch.save whose data.pkl is another."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
-        for name in range(2):
-            archive.writestr(f"archive/data/{name}", bytes(4 * 12))
-    return buffer.getvalue()
 
 
 def refuse(path: Path, content: bytes) -> str:
@@ -191,14 +180,6 @@ def test_a_disk_that_fails_is_not_the_files_fault(tmp_path: Path) -> None:
 
 
 # --- what is hostile -----------------------------------------------------------------------------------------------
-
-
-class Call:
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.reduced = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.reduced
 
 
 class Empty:

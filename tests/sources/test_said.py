@@ -18,8 +18,7 @@ import pytest
 from merge_gate.errors import EngineError
 from merge_gate.records.terms import Finding
 from merge_gate.sources.preflight import base_of, preflight
-from tests.sources.test_pickled import packed
-from tests.sources.test_preflight import (
+from tests.support.sources.adapter_files import (
     CONFIG,
     CONFIG_NAME,
     LFS,
@@ -31,6 +30,7 @@ from tests.sources.test_preflight import (
     pack,
     weights,
 )
+from tests.support.sources.pickles import packed
 
 SAID = Path(__file__).with_name("said.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.cache.test_store import NAME, kill_while_writing
+from tests.support.cache.store_writes import NAME, kill_while_writing
 
 
 def main() -> int:

@@ -23,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.e2e.conftest import described
-from tests.e2e.test_leftovers import LAUNCH, TOKEN
+from tests.support.e2e.engines import described
+from tests.support.e2e.launch import LAUNCH, TOKEN
 
 
 def main() -> int:

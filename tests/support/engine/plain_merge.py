@@ -1,0 +1,33 @@
+"""The merge that plain PEFT makes of one case."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from tests.support.models import VARIANTS, load_for_training, read_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def peft_merge(base: Path, adapter: Path, dtype: str, *, safe_merge: bool = True) -> tuple[Tensors, Tensors]:
+    """The base's and the merged model's tensors, from a fresh load of both."""
+    name = adapter.name
+    settings: dict[str, Any] = {"num_labels": 6} if name == "six-labels" else {}
+    if dtype != "auto":
+        settings["dtype"] = getattr(torch, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_for_training(base, read_config(adapter).get("task_type"), **settings)
+        if name.startswith("resized"):
+            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe_merge)
+    return before, merged.state_dict()

@@ -1,0 +1,406 @@
+"""What an adapter's check is given, and the cases in which each check fires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.judging import base as of_base
+from merge_gate.judging import files as of_files
+from merge_gate.judging.check import Check, Symptom
+from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
+from merge_gate.records.files import AdapterFiles, FileRecord, TensorHeader
+from merge_gate.records.measured import (
+    BaseFacts,
+    Evidence,
+    FileTensor,
+    Refusal,
+    TensorMerge,
+    TensorStats,
+    UnreadLayer,
+)
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity
+from merge_gate.sources.adapter_config import recorded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODULE = "model.layers.5.self_attn.q_proj"
+WEIGHT = f"{MODULE}.weight"
+LORA_A = f"base_model.model.{MODULE}.lora_A.weight"
+LORA_B = f"base_model.model.{MODULE}.lora_B.weight"
+HALF_MAX = 65504.0
+DIGEST = "9f2c5d1e" * 8
+
+
+def tensor(name: str = WEIGHT, **changes: Any) -> TensorStats:
+    usual = {"dtype": "float16", "shape": (8, 8), "numel": 64, "minimum": -1.0, "maximum": 1.0}
+    return TensorStats(name=name, **(usual | changes))
+
+
+def broken(name: str = WEIGHT, **counts: int) -> TensorStats:
+    return tensor(name, first_index=(0, 7), **(counts or {"nan": 1}))
+
+
+def merged(stats: TensorStats | None = None, **changes: Any) -> TensorMerge:
+    usual = {"module": MODULE, "stats": stats or tensor(), "dtype_max": HALF_MAX, "changed": True}
+    return TensorMerge(**(usual | changes))
+
+
+def base(**changes: Any) -> BaseFacts:
+    usual = {"model": "./base", "revision": None, "dtype": "float16", "quantization": Quantization.NONE}
+    return BaseFacts(**(usual | {"parameters": 64} | changes))
+
+
+def evidence(**changes: Any) -> Evidence:
+    """A sound adapter of one module."""
+    usual: dict[str, Any] = {
+        "base": base(),
+        "peft_type": "LORA",
+        "file_tensors": (FileTensor(stats=tensor(LORA_A)), FileTensor(stats=tensor(LORA_B))),
+        "targeted": (MODULE,),
+        "merges": (merged(),),
+        "parameters_checked": 64,
+        "parameters_total": 64,
+    }
+    return Evidence(**(usual | changes))
+
+
+def files(*, config: Mapping[str, Any] | None = None, **changes: Any) -> AdapterFiles:
+    usual: dict[str, Any] = {
+        "directory": "adapter",
+        "config": recorded({"peft_type": "LORA", "r": 16, "lora_alpha": 32} | dict(config or {})),
+        "files": (FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256=DIGEST),),
+    }
+    return AdapterFiles(**(usual | changes))
+
+
+def spec(**changes: Any) -> AdapterSpec:
+    return AdapterSpec(
+        **({"name": "a", "source": "./a", "base": BaseSpec(), "checks": (), "line": 1, "column": 1} | changes)
+    )
+
+
+@dataclass(frozen=True)
+class Fire:
+    """One reason for which a check fires. `says` are parts of the message; `sound` is the same without the reason."""
+
+    says: tuple[str, ...]
+    origin: Origin
+    evidence: Evidence | None = field(default_factory=evidence)
+    files: AdapterFiles = field(default_factory=files)
+    spec: AdapterSpec = field(default_factory=spec)
+    severity: Severity | None = None
+    places: Mapping[str, Any] = field(default_factory=dict)
+
+
+def found_in_files(row: Check) -> Fire:
+    origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
+    said = "what the preflight says"
+    finding = Finding(check=row.id, severity=row.severity, message=said, hint="do", origin=origin)
+    return Fire((said,), origin, None, files(findings=(finding,)))
+
+
+def refused(check: str, origin: Origin) -> Fire:
+    refusal = Refusal(
+        check=check, message="what the merge says", hint="do", module=MODULE, tensor=LORA_B, origin=origin
+    )
+    places = {"module": MODULE, "tensor": LORA_B}
+    return Fire(("what the merge says",), origin, evidence(refusal=refusal, merges=()), places=places)
+
+
+def unread(**changes: Any) -> UnreadLayer:
+    return UnreadLayer(**({"module": "head.out_proj", "share": 2.5, "never_called": True, "in_logits": True} | changes))
+
+
+def lossy(share: float, **changes: Any) -> TensorMerge:
+    usual: dict[str, Any] = {"base_norm": 10.0, "delta_norm": 1.0, "lost_norm": share, "unchanged_fraction": 0.9}
+    return merged(**(usual | changes))
+
+
+LARGE = lossy(0.0, delta_norm=100.0)
+"""A large delta, of which nothing is lost."""
+NAMED = BaseSpec(model="/models/llama", label="./models/llama")
+FOURIERFT = {"peft_type": "FOURIERFT"}
+LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
+FIRES: dict[str, tuple[Fire, ...]] = {
+    **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
+    **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
+    "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
+    "keys-missing": (
+        Fire(
+            ("1 tensor", LORA_B),
+            Origin.ADAPTER,
+            evidence(missing=(LORA_B,)),
+            places={"module": MODULE, "tensor": LORA_B},
+        ),
+        Fire(("7 tensors", "lora.0", "4 more"), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
+    ),
+    "keys-unexpected": (
+        Fire(("1 tensor", "optimizer.step"), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
+        Fire(
+            ("1 tensor of the base is in the file", "does not name it: model.norm.weight"),
+            Origin.ADAPTER,
+            evidence(unnamed=("model.norm.weight",)),
+            places={"module": "model.norm", "tensor": "model.norm.weight"},
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("1 tensor in the file is complex", LORA_A, "drops the imaginary one"),
+            Origin.ADAPTER,
+            files=files(tensors=(TensorHeader(name=LORA_A, dtype="C64", shape=(2, 2)),)),
+            places={"module": MODULE, "tensor": LORA_A},
+            severity=Severity.WARNING,
+        ),
+    ),
+    "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER),),
+    "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),
+    "not-mergeable": (
+        refused("not-mergeable", Origin.CONFIG),
+        Fire(
+            ("the weight of a layer without calling it", "head.out_proj", "changes that weight by 2.5 times its norm"),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(),)),
+            files(config=FOURIERFT),
+            places={"module": "head.out_proj"},
+        ),
+        Fire(
+            ("the weight of a layer without calling it", "head.out_proj"),
+            Origin.CONFIG,
+            evidence(unread=(unread(),)),
+            files(config={"init_lora_weights": "pissa"}),
+        ),
+        Fire(
+            ("the weight of 2 layers without calling them", "by up to 2.5"),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(share=0.5, in_logits=False), unread(never_called=False))),
+            files(config=FOURIERFT),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("by 0.0039 times",),
+            Origin.CONFIG,
+            evidence(peft_type="FOURIERFT", unread=(unread(share=2.0**-8),)),
+            files(config=FOURIERFT),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("the weight of a layer without calling it",),
+            Origin.CONFIG,
+            evidence(unread=(unread(),)),
+            files(config={"init_lora_weights": False}),
+            severity=Severity.WARNING,
+        ),
+    ),
+    "base-mismatch": (
+        Fire(
+            ("'acme/mistral'", "'./models/llama'"),
+            Origin.CONFIG,
+            files=files(config={"base_model_name_or_path": "acme/mistral"}),
+            spec=spec(base=NAMED),
+        ),
+        Fire(
+            ("'v1'", "'c0ffee'"),
+            Origin.CONFIG,
+            evidence(base=base(revision="c0ffee")),
+            files(config={"base_model_name_or_path": "acme/llama", "revision": "v1"}),
+            spec(base=NAMED),
+        ),
+    ),
+    "expectation-failed": (
+        Fire(("expect.r", "8", "16"), Origin.CONFIG, spec=spec(expect=Expect(r=8))),
+        Fire(("expect.lora_alpha", "64", "32"), Origin.CONFIG, spec=spec(expect=Expect(lora_alpha=64.0))),
+        Fire(("expect.peft_type", "'LOHA'", "'LORA'"), Origin.CONFIG, spec=spec(expect=Expect(peft_type="LOHA"))),
+        Fire(("expect.base", "'acme/x'", "does not say"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
+        Fire(
+            ("adapter_model.safetensors", "0" * 64, DIGEST),
+            Origin.CONFIG,
+            spec=spec(expect=Expect(sha256=(("adapter_model.safetensors", "0" * 64),))),
+        ),
+        Fire(("gone.bin", "no such file"), Origin.CONFIG, spec=spec(expect=Expect(sha256=(("gone.bin", DIGEST),)))),
+    ),
+    "base-nonfinite": (
+        Fire(
+            ("./base", "model.norm.weight", "1 NaN", "64 values", "[0, 7]", "before any merge"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
+            places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
+        ),
+        Fire(
+            ("./base", "lm_head.weight", "1 NaN", "the adapter brings finite values in its place"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("lm_head.weight"),)), mended=("lm_head.weight",)),
+            severity=Severity.WARNING,
+        ),
+        Fire(
+            ("./base", "lm_head.weight.absmax", "the adapter brings finite values in its place"),
+            Origin.BASE,
+            evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), mended=("lm_head.weight",)),
+            severity=Severity.WARNING,
+        ),
+    ),
+    "adapter-nonfinite": (
+        Fire(
+            (LORA_B, "2 -Inf", "64 values", "[0, 7]"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, neginf=2)),)),
+            places={"module": MODULE, "tensor": LORA_B, "neginf": 2, "numel": 64},
+        ),
+        Fire(
+            (LORA_B, "64 NaN", "64 values"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),)),
+        ),
+        Fire(
+            (LORA_B, "does not use"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),)),
+            severity=Severity.WARNING,
+        ),
+    ),
+    "merged-nonfinite": (
+        Fire(
+            (WEIGHT, "merged", "float16", "3 +Inf"),
+            Origin.MERGE,
+            evidence(merges=(merged(broken(posinf=3)),)),
+            places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
+        ),
+        Fire((WEIGHT, "1 NaN"), Origin.MERGE, evidence(merges=(merged(broken()),))),
+    ),
+    "no-effect": (
+        Fire(("changes nothing", "1 targeted"), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
+        Fire(
+            ("every lora_B is zero",),
+            Origin.ADAPTER,
+            evidence(
+                merges=(merged(changed=False),),
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+        ),
+        Fire(
+            ("adds nothing to 1 targeted module", "every lora_B is zero", "KaSA"),
+            Origin.ADAPTER,
+            evidence(
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+            files(config={"kasa_config": {"beta": 1e-4}}),
+        ),
+        Fire(
+            ("changes nothing", "lora_alpha is 0"),
+            Origin.ADAPTER,
+            evidence(merges=(merged(changed=False),)),
+            files(config={"lora_alpha": 0}),
+        ),
+        Fire(
+            ("1 of 2", "layers.6"),
+            Origin.ADAPTER,
+            evidence(targeted=(MODULE, "layers.6"), merges=(merged(), merged(module="layers.6", changed=False))),
+            severity=Severity.WARNING,
+            places={"module": "layers.6"},
+        ),
+        Fire(
+            ("1 of 2", "not changed by the adapter, but for what KaSA takes off before training", "layers.5"),
+            Origin.ADAPTER,
+            evidence(
+                targeted=(MODULE, "head"),
+                merges=(merged(), merged(tensor("head.weight"), module="head")),
+                file_tensors=(
+                    FileTensor(stats=tensor(LORA_A)),
+                    FileTensor(stats=tensor(LORA_B, minimum=0.0, maximum=0.0)),
+                ),
+            ),
+            files(config={"kasa_config": {"beta": 1e-4}}),
+            severity=Severity.WARNING,
+        ),
+    ),
+    "rounding-loss": (
+        Fire(
+            ("81.0%", "float16", "limit 50%", "90.0%"),
+            Origin.MERGE,
+            evidence(merges=(lossy(0.81),)),
+            places={"tensor": WEIGHT},
+        ),
+        Fire(
+            ("2 of 3 merged tensors lose more than 50%", "(90.0%)", "over all of them it is 1.1%"),
+            Origin.MERGE,
+            evidence(merges=(lossy(0.9), lossy(0.6), LARGE)),
+        ),
+    ),
+    "headroom": (
+        Fire(
+            (WEIGHT, "60,000", "65,504", "92%", "limit 50%"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(maximum=60000.0)),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+        Fire(
+            (MODULE, "safe_merge=True"),
+            Origin.MERGE,
+            evidence(refused_by_safe_merge=(MODULE,)),
+            places={"module": MODULE},
+        ),
+    ),
+    "delta-norm": (
+        Fire(
+            (WEIGHT, "20 times", "limit 10"),
+            Origin.MERGE,
+            evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+        Fire(
+            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),)),
+            places={"module": MODULE, "tensor": WEIGHT},
+        ),
+        Fire(
+            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            Origin.MERGE,
+            evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
+        ),
+        Fire(
+            ("every value of the 1 tensor in the file is zero", "changes the base by them"),
+            Origin.ADAPTER,
+            evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),)),
+            places={"tensor": LORA_A},
+        ),
+    ),
+    "untrained-tensors": (
+        Fire(
+            ("1 tensor of BertModel is in neither", "pooler.dense.bias; every load makes it"),
+            Origin.ADAPTER,
+            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias",)),
+            places={"module": "pooler.dense", "tensor": "pooler.dense.bias"},
+        ),
+        Fire(
+            ("2 tensors of BertModel are in neither", "every load makes them"),
+            Origin.ADAPTER,
+            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias", "pooler.dense.weight")),
+        ),
+    ),
+    "not-reproducible": (
+        Fire(("clusters the rows anew",), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
+        Fire(("FRoD decomposes the base",), Origin.CONFIG, files=files(config={"peft_type": "FROD"})),
+        Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
+    ),
+    "meaning-changed": (
+        Fire(("up to 0.13", "2 times"), Origin.CONFIG, files=files(config=LOKR | {"r": 2, "alpha": 4})),
+    ),
+    "tied-weights": (
+        Fire(
+            ("lm_head.weight", "embed_tokens"),
+            Origin.CONFIG,
+            evidence(tied=(("lm_head.weight", "model.embed_tokens"),)),
+            places={"module": "lm_head", "tensor": "lm_head.weight"},
+        ),
+    ),
+}  # fmt: skip
+ALL = [pytest.param(check, fire, id=f"{check}-{i}") for check, fires in FIRES.items() for i, fire in enumerate(fires)]
