@@ -21,7 +21,7 @@ import pytest
 
 from merge_gate.command_line import EXIT_CODES, EXIT_CODES_OF_CHECK, parser
 from merge_gate.errors import ExitCode
-from merge_gate.report.files import FORMATS
+from merge_gate.report.files import FORMATS, write_report
 from tests.support.command import (
     COMMAND,
     Answer,
@@ -34,6 +34,7 @@ from tests.support.command import (
     strict_json,
     wait_until,
 )
+from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -625,7 +626,6 @@ def test_3_when_killed_workers_are_all_that_went_wrong(place: Path) -> None:
     assert {one["verdict"] for one in report_of(place)["adapters"]} == {"error"}
 
 
-OLD_PASS = '{"complete": true, "result": "pass"}'
 NO_VERDICT: dict[str, Callable[[Path], tuple[str, ...]]] = {
     "a mistyped option": lambda _: ("run", "gate.yml", "--devise", "cpu"),
     "a mistyped option after the output": lambda _: ("run", "gate.yml", "--output=merge-gate-report", "--devise"),
@@ -638,12 +638,15 @@ NO_VERDICT: dict[str, Callable[[Path], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", NO_VERDICT)
 def test_an_earlier_pass_does_not_survive_a_run_without_a_verdict(name: str, place: Path) -> None:
-    (place / "merge-gate-report").mkdir()
-    for file in ("report.json", "summary.md"):
-        (place / "merge-gate-report" / file).write_text(OLD_PASS)
+    output = place / "merge-gate-report"
+    write_report(PASS, output)
     answer = merge_gate(*NO_VERDICT[name](place), cwd=place)
     assert answer.code == 2, answer.said
-    assert list((place / "merge-gate-report").iterdir()) == []
+    assert [path.name for path in output.iterdir()] == ["previous"]
+    assert {path.name: path.read_text() for path in (output / "previous").iterdir()} == {
+        name: render(PASS) for name, render in FORMATS.items()
+    }
+    assert answer.err.count("the report of an earlier run is now in merge-gate-report/previous\n") == 1
 
 
 def test_a_second_run_into_the_same_directory_is_refused(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:

@@ -372,7 +372,7 @@ def test_a_demo_that_is_judged_otherwise_is_no_demo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
-    monkeypatch.setattr(cli, "_gate", lambda *_: PASS)
+    monkeypatch.setattr(cli, "_gate", lambda *_, **__: PASS)
     assert main(["demo", "new"]) == 3
     said = capsys.readouterr().err
     assert "did not judge the demo as it should: good (float16), " in said

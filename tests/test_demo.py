@@ -91,6 +91,12 @@ def test_a_former_demo_is_made_anew(tmp_path: Path) -> None:
     make_demo(str(tmp_path))
     assert weights.read_bytes() == whole
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert weights.with_name(f"{weights.name}.old").read_bytes() == b""
+    for number in ("", "-2", "-3"):
+        (tmp_path / CONFIG_NAME).write_text(f"my adapters{number}")
+        make_demo(str(tmp_path))
+        assert (tmp_path / f"{CONFIG_NAME}.old{number}").read_text() == f"my adapters{number}"
+    assert len([*tmp_path.rglob("*.old*")]) == 4, "a file that is as the demo made it is not kept twice"
 
 
 def test_somebody_elses_directory_is_left_alone(tmp_path: Path) -> None:

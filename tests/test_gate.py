@@ -23,12 +23,14 @@ from merge_gate.judging import checks
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report import provisional
+from merge_gate.report.files import write_report
 from merge_gate.run import hourly_log
 from merge_gate.sources import inputs, resolve
 from tests.support.command import merge_gate, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
 from tests.support.hub import LoopbackHub
 from tests.support.models import to_pickle
+from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -321,13 +323,13 @@ def small(place: Path, *names: str) -> Any:
 def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.json").write_text('{"result": "pass", "complete": true}')
-    (out / "summary.md").write_text("All passed.")
+    write_report(PASS, out)
+    old = (out / "summary.md").read_text()
     seen: list[dict[str, Any]] = []
 
     def start(*_: object) -> None:
         seen.append(strict_json(out / "report.json"))
-        assert "All passed." not in (out / "summary.md").read_text()
+        assert (out / "summary.md").read_text() != old
 
     view = Watcher(start=start)
     run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=view)

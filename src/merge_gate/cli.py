@@ -12,19 +12,20 @@ import os
 import sys
 import tempfile
 import traceback
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.command_line import DEFAULT_OUTPUT, parsed
+from merge_gate.command_line import DEFAULT_OUTPUT, output_of, parsed
 from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError, UsageError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.report.streams import flush_streams, mend_streams, say, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from merge_gate.cache.keeper import Keeping
+    from merge_gate.earlier_reports import EarlierReports
     from merge_gate.engine.process import WorkerProcess
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
@@ -47,28 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; where it is wrong, an earlier run's report must not stand for the run that was meant."""
+    """The command line. If it is wrong, an earlier report must not pass for the report of the run that was meant."""
     try:
         return parsed(argv)
     except SystemExit as leaving:
-        if leaving.code == ExitCode.USAGE and argv[:1] == ["run"]:
-            _forget_report(argv)
+        output = output_of(argv) if leaving.code == ExitCode.USAGE else None
+        if output is not None and Path(output).is_dir():
+            with suppress(GateError), _claimed(output):
+                pass
         raise
 
 
-def _forget_report(argv: Sequence[str]) -> None:
-    options = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    options.add_argument("--output", nargs="?", default=DEFAULT_OUTPUT)
-    with suppress(GateError), _claimed(options.parse_known_args(argv)[0].output or DEFAULT_OUTPUT):
-        pass
-
-
-def _claimed(output: str, *, is_resumed: bool = False) -> AbstractContextManager[None]:
-    from merge_gate.cache.resume import LEFT
+@contextmanager
+def _claimed(output: str) -> Iterator[EarlierReports]:
+    """Hold the output directory; at the end, say where the reports of earlier runs are."""
     from merge_gate.report.directory import claimed
-    from merge_gate.report.files import FORMATS
 
-    return claimed(output, FORMATS if is_resumed else (*FORMATS, LEFT))
+    with claimed(output) as earlier:
+        try:
+            yield earlier
+        finally:
+            _say_place(earlier)
+
+
+def _say_place(earlier: EarlierReports) -> None:
+    if earlier.line:
+        say(f"merge-gate: {earlier.line}")
 
 
 def _obey(arguments: argparse.Namespace) -> int:
@@ -126,27 +131,34 @@ def _run(arguments: argparse.Namespace) -> int:
         from merge_gate.report.files import FORMATS
 
         refuse_report(arguments.output, FORMATS, arguments.names)
-        keeping = _keeping(arguments)  # before the directory is claimed, which removes what may be gone on from
-        with _claimed(arguments.output, is_resumed=arguments.resume):  # an earlier verdict must not stand for this run
+        if arguments.container:
+            return _run_in_container(arguments)
+        with _claimed(arguments.output) as earlier:
             config = _config(arguments)
-            if not arguments.container:
-                if arguments.image or arguments.gpus != "auto":
-                    hint = "add --container, or use --device"
-                    raise UsageError("--image and --gpus belong to --container", hint=hint)
-                report = _gate(
-                    config,
-                    arguments.device,
-                    arguments.output,
-                    tuple(arguments.only),
-                    quick=arguments.quick,
-                    shard=_shard(arguments),
-                    keeping=keeping,
-                    ray=_ray(arguments),
-                    child=child,
-                )
-                forget(arguments.output)
-                return exit_code(report)
-    return _run_in_container(arguments)  # the run in there claims the directory itself
+            if arguments.image or arguments.gpus != "auto":
+                hint = "add --container, or use --device"
+                raise UsageError("--image and --gpus belong to --container", hint=hint)
+            keeping = _keeping(arguments)
+
+            def begins() -> None:
+                if keeping.left is not None:
+                    keeping.left.keep(arguments.output)
+                earlier.replace_previous()
+
+            report = _gate(
+                config,
+                arguments.device,
+                arguments.output,
+                tuple(arguments.only),
+                quick=arguments.quick,
+                shard=_shard(arguments),
+                keeping=keeping,
+                ray=_ray(arguments),
+                child=child,
+                begins=begins,
+            )
+            forget(arguments.output)
+            return exit_code(report)
 
 
 def _started_early(arguments: argparse.Namespace) -> AbstractContextManager[WorkerProcess | None]:
@@ -183,8 +195,23 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
+    """Run in a container. The launcher holds the output directory itself, so it is held only shortly here."""
+    from merge_gate.report.directory import claimed
+
+    with claimed(arguments.output) as earlier:
+        pass
+    try:
+        return _in_container(arguments)
+    finally:
+        if os.path.lexists(Path(arguments.output, "report.json")):
+            earlier.replace_previous()
+        _say_place(earlier)
+
+
+def _in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.docker.launcher import for_a_person, run_in_container
 
+    _config(arguments)
     if arguments.resume:
         raise UsageError(
             "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
@@ -247,6 +274,7 @@ def _gate(
     keeping: Keeping | None = None,
     ray: str | None = None,
     child: WorkerProcess | None = None,
+    begins: Callable[[], object] = lambda: None,
 ) -> Report:
     from merge_gate.cache.keeper import NOTHING
     from merge_gate.gate import run_gate
@@ -264,6 +292,7 @@ def _gate(
             keeping=keeping or NOTHING,
             ray=ray,
             child=child,
+            begins=begins,
         )
 
 
@@ -314,7 +343,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.directory is not None:
-        _run_demo(arguments.directory, str(Path(arguments.directory, DEFAULT_OUTPUT)))
+        _run_demo(arguments.directory, Path(arguments.directory, DEFAULT_OUTPUT))
         tell(f"Its files are yours to play with: merge-gate run {Path(arguments.directory, 'merge-gate.yml')}")
     else:
         with tempfile.TemporaryDirectory(prefix="merge-gate-demo-") as directory:
@@ -323,11 +352,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     return ExitCode.PASS
 
 
-def _run_demo(directory: str, output: str | None) -> None:
+def _run_demo(directory: str, output: Path | None) -> None:
     from merge_gate.config.load import load_config
     from merge_gate.demo import make_demo, misjudged
 
-    report = _gate(load_config(make_demo(directory)), "cpu", output)
+    config = load_config(make_demo(directory))
+    if output is None:
+        report = _gate(config, "cpu", None)
+    else:
+        with _claimed(str(output)) as earlier:
+            report = _gate(config, "cpu", str(output), begins=earlier.replace_previous)
     if wrong := misjudged(report):
         raise GateError(
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",
@@ -354,7 +388,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _report_combine(arguments: argparse.Namespace) -> int:
-    """The shards are read before the output directory is claimed, which removes the reports of earlier runs."""
+    """The shards are read before earlier reports in the output directory are moved aside."""
     from merge_gate.report.files import write_report
     from merge_gate.report.terminal import make_view
     from merge_gate.shards.combined import combined
@@ -362,10 +396,12 @@ def _report_combine(arguments: argparse.Namespace) -> int:
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)
-    report = combined(found)
-    with _claimed(arguments.output), closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        write_report(report, arguments.output)
-        view.finish(report, arguments.output)
+    with _claimed(arguments.output) as earlier:
+        report = combined(found)
+        earlier.replace_previous()
+        with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+            write_report(report, arguments.output)
+            view.finish(report, arguments.output)
     return exit_code(report)
 
 

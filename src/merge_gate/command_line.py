@@ -80,17 +80,53 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return values
 
 
+def output_of(argv: Sequence[str]) -> str | None:
+    """The output directory that a command line with a mistake names.
+
+    None if the command has no output directory, or if the mistake may be in `--output` itself.
+    """
+    _, commands = _parsers()
+    words = commanded(argv) or [""]
+    command = words[0] if words[0] in commands.choices else _nearest(words[0], [*commands.choices])
+    if _is_place(words[0]):
+        command = "run"  # the command was left out
+    if command not in {"run", COMBINE} or any(_may_mean_output(word, commands.choices[command]) for word in words):
+        return None
+    output = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    _add_output(output)
+    try:
+        return str(output.parse_known_args(words[1:])[0].output)
+    except argparse.ArgumentError:
+        return None
+
+
+def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
+    """Whether this is `--output` mistyped, or an abbreviation of it that is not clear."""
+    name, known = word.partition("=")[0], _options(command)
+    if not name.startswith("--"):
+        return name.startswith("-o")
+    meant = [option for option in known if option.startswith(name)]
+    if name in known or len(meant) == 1:
+        return False
+    return "--output" in meant or _nearest(name, known) == "--output"
+
+
 def _options(command: argparse.ArgumentParser) -> list[str]:
     return re.findall(r"--[a-z][a-z-]*", command.format_usage())
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
     """The nearest of the known words, or all of them where these are few."""
+    if near := _nearest(word, known):
+        return f"; did you mean {quoted(near)}?"
+    return "" if word.startswith("-") else f", expected {one_of(known)}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like this one; empty if none is."""
     from difflib import get_close_matches  # noqa: PLC0415 - only a mistake needs it
 
-    if near := get_close_matches(word[:_LONGEST], known, 1):
-        return f"; did you mean {quoted(near[0])}?"
-    return "" if word.startswith("-") else f", expected {one_of(known)}"
+    return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")
 
 
 def _is_place(word: str) -> bool:

@@ -9,6 +9,7 @@ demo's time.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Tensors = dict[str, torch.Tensor]
 
 MARKER = ".merge-gate-demo"
-MARKER_TEXT = b"Made by `merge-gate demo`. The files it made here are written anew when it runs again.\n"
+MARKER_TEXT = b"Made by `merge-gate demo`. If it runs again, it writes its files again. Changed ones become NAME.old.\n"
 CONFIG_NAME = "merge-gate.yml"
 CONFIG_TEXT = b"""\
 # What a release gate looks like: one base, the adapters to be released, and nothing else.
@@ -94,7 +95,8 @@ def _claim(root: Path) -> None:
     if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
         raise UsageError(f"the demo needs a directory of its own; {root} holds other files", hint=hint)
     root.mkdir(parents=True, exist_ok=True)
-    _write(root, MARKER, MARKER_TEXT)
+    if not (root / MARKER).exists():
+        _write(root, MARKER, MARKER_TEXT)
 
 
 def _write(root: Path, name: str, content: bytes) -> None:
@@ -104,8 +106,20 @@ def _write(root: Path, name: str, content: bytes) -> None:
     if links:
         raise UsageError(f"{links[0]} is a link, which no demo has made", hint="remove it, or name a new directory")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(target) and not _holds(target, content):
+        target.rename(_unused(target))
     with whole_file(target) as file:
         file.write(content)
+
+
+def _holds(target: Path, content: bytes) -> bool:
+    return target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content
+
+
+def _unused(target: Path) -> Path:
+    """A name for a file that was changed since the demo made it."""
+    names = (target.with_name(f"{target.name}.old{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _demo_files() -> dict[str, bytes]:

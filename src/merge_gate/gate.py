@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.keeper import NOTHING, Keeper, Keeping, base_directory
@@ -63,6 +63,7 @@ def run_gate(
     keeping: Keeping = NOTHING,
     ray: str | None = None,
     child: WorkerProcess | None = None,
+    begins: Callable[[], object] = lambda: None,
 ) -> Report:
     """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
@@ -70,6 +71,7 @@ def run_gate(
     weight where it proves every value finite and small (engine/bound.py). `keeping` says which verdicts of earlier runs
     are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that merges (on_ray/
     ray_cluster.py), None for a worker process here. `child` is one that was started before the config was known.
+    `begins` is called once no usage error can follow, before the first report is written.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
@@ -85,6 +87,7 @@ def run_gate(
         Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
     ) as keeper:
         run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
+        begins()
         return run.run(quick=quick, child=child)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from merge_gate.action.docker import collect
 from merge_gate.errors import UsageError
-from merge_gate.report.files import FORMATS
+from merge_gate.report.files import FORMATS, write_report
+from tests.support.reports import PASS
 
 
 @pytest.fixture
@@ -117,12 +118,21 @@ def test_a_file_that_grows_while_it_is_read_is_refused() -> None:
         collect.read(Path("/proc/self/status"), 10)
 
 
-def test_an_earlier_report_goes(target: Path) -> None:
-    for name in (*collect.LIMITS_BYTES, "mine.txt"):
-        (target / name).touch()
+def test_an_earlier_report_is_moved_aside(target: Path) -> None:
+    write_report(PASS, target)
+    (target / "mine.txt").touch()
     with collect.claimed(target), pytest.raises(UsageError, match="another run"), collect.claimed(target):
         pytest.fail("two runs at once")
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert {path.name for path in target.iterdir()} == {"mine.txt", "previous"}
+    assert collect.files(target) == [], "an earlier report is never uploaded"
+    assert collect.files(target / "previous") == [target / "previous" / name for name in FORMATS]
+
+
+def test_a_file_of_another_tool_is_not_replaced(target: Path) -> None:
+    (target / "junit.xml").write_text("<testsuites/>", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"junit\.xml") as caught, collect.claimed(target):
+        pytest.fail("it is not the gate's")
+    assert "`output`" in caught.value.hint
 
 
 def test_a_directory_made_to_stay_goes(tmp_path: Path) -> None:

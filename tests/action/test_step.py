@@ -21,8 +21,10 @@ from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
+from merge_gate.report.files import FORMATS, write_report
 from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
+from tests.support.reports import EMPTY, PASS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,13 +215,44 @@ def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[
 
 
 def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -> None:
-    old = Path(environ["GITHUB_WORKSPACE"], "out", "report.json")
-    old.parent.mkdir()
-    old.write_text(json.dumps(report("pass")), encoding="utf-8")
+    out = Path(environ["GITHUB_WORKSPACE"], "out")
+    write_report(PASS, out)
     process = step(environ, runtime="native", output="out")
-    process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=60)
     assert outputs(environ)["result"] == "error"
-    assert not old.exists()
+    assert outputs(environ)["upload-path"] == ""
+    assert [path.name for path in out.iterdir()] == ["previous"]
+    assert {path.name for path in (out / "previous").iterdir()} == set(FORMATS)
+    assert log.count(f"the report of an earlier run is now in {out / 'previous'}") == 1
+
+
+@pytest.mark.parametrize("runtime", ["native", "docker"])
+def test_files_of_other_tools_stay_as_they_are(environ: dict[str, str], runtime: str) -> None:
+    """`output: .` is the checkout, in which a test runner may have left its own junit.xml."""
+    workspace = Path(environ["GITHUB_WORKSPACE"])
+    (workspace / "junit.xml").write_text("<testsuites/>", encoding="utf-8")
+    write_report(PASS, workspace, formats=["report.json"])
+    process = step(environ, runtime=runtime, output=".")
+    log, _ = process.communicate(timeout=60)
+    assert "::error title=merge-gate::" in log
+    assert "junit.xml is a file without the generator tag of merge-gate" in log
+    assert outputs(environ)["result"] == "error"
+    assert (outputs(environ)["upload"], outputs(environ)["report-path"]) == ("false", "")
+    assert (workspace / "junit.xml").read_text() == "<testsuites/>"
+    assert (workspace / "report.json").read_text() == FORMATS["report.json"](PASS)
+
+
+def test_a_run_in_a_container_replaces_the_previous_report(environ: dict[str, str], tmp_path: Path) -> None:
+    out = Path(environ["GITHUB_WORKSPACE"], "out")
+    write_report(EMPTY, out / "previous")
+    write_report(PASS, out)
+    with engine_at(tmp_path / "engine.sock", fail_one) as engine:
+        given = {**environ, "DOCKER_HOST": engine.address}
+        process = step(given, image="merge-gate:test", gpus="none", output="out")
+        log, _ = process.communicate(timeout=60)
+    assert {path.name for path in out.iterdir()} == {"report.json", "summary.md", "previous"}, log
+    assert (out / "previous" / "report.json").read_text() == FORMATS["report.json"](PASS)
+    assert sorted(outputs(environ)["upload-path"].splitlines()) == [str(out / "report.json"), str(out / "summary.md")]
 
 
 def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, str]) -> None:

@@ -16,8 +16,8 @@ import pytest
 from merge_gate import gate
 from merge_gate.cache import keeper
 from merge_gate.cache.keeper import Keeping
-from merge_gate.cache.resume import LEFT
 from merge_gate.config.load import load_config
+from merge_gate.earlier_reports import PREVIOUS, RESUMED
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.files import FORMATS
@@ -315,13 +315,13 @@ def test_killed_twice_and_resumed_is_the_whole_run_but_for_marks(fleet: Path) ->
     left = provisional(fleet / "killed")
     assert left["complete"] is False
     kill_after(fleet, 6, "--resume")
-    assert (fleet / "killed" / LEFT).exists()
+    assert (fleet / "killed" / RESUMED).exists()
     answer = merge_gate("run", "fleet.yml", "--output", "killed", "--resume", cwd=fleet)
     assert answer.code == 1, answer.said
     report = stored(fleet / "killed")
     assert same(report) == same(stored(fleet / "cold"))
     assert len([one for one in report.adapters if one.cached]) >= 6
-    assert {path.name for path in (fleet / "killed").iterdir()} == set(FORMATS)
+    assert {path.name for path in (fleet / "killed").iterdir()} == {*FORMATS, PREVIOUS}
 
 
 def test_a_report_that_was_edited_is_judged_again(copy: Path) -> None:
@@ -350,7 +350,8 @@ def test_nothing_to_resume_and_what_contradicts(fleet: Path, tmp_path: Path) -> 
         "run", str(fleet / "fleet.yml"), "--only", "plain-0", "--resume", "--output", "new", cwd=tmp_path
     )
     assert answer.code == 2
-    assert "is not a report of merge-gate" in answer.err
+    assert "without the generator tag of merge-gate" in answer.err
+    assert (tmp_path / "new" / "report.json").read_text() == "{}"
     answer = merge_gate("run", str(fleet / "fleet.yml"), "--resume", "--no-cache", cwd=tmp_path)
     assert answer.code == 2
     assert "--no-cache judges anew" in answer.err

@@ -154,13 +154,16 @@ def test_where_nothing_may_be_written_nothing_is_there_and_it_is_told_once() -> 
 
 
 def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file: Path) -> None:
-    old, young = file.with_name(f".{NAME}.1"), file.with_name(f".{NAME}.2")
-    for path in (old, young):
+    old, young = file.with_name(f".{NAME}.{'1' * 16}.tmp"), file.with_name(f".{NAME}.{'2' * 16}.tmp")
+    users = file.with_name(".gitkeep")
+    for path in (old, young, users):
         path.write_text("half")
-    os.utime(old, (0, time.time() - ABANDONED_S - 60))
+    for path in (old, users):
+        os.utime(path, (0, time.time() - ABANDONED_S - 60))
     store(tmp_path).tidy()
     assert not old.exists()
     assert young.exists(), "another run may be writing it"
+    assert users.exists(), "the directory may be one of the user's, of the same name"
     assert file.exists()
 
 

@@ -220,17 +220,18 @@ def test_the_directory_of_a_dead_run_is_removed_and_that_of_a_living_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead, foreign = tmp_path / f"{PREFIX}dead", tmp_path / "merge-gate-other"
-    for directory in (dead, foreign):
-        directory.mkdir()
+    dead = tmp_path / f"{PREFIX}dead1234"
+    users = [tmp_path / "merge-gate-other", tmp_path / f"{PREFIX}notes", tmp_path / f"{PREFIX}my_notes"]
+    for directory in (dead, *users):
+        directory.mkdir(mode=0o755 if directory == users[-1] else 0o700)
         (directory / "file").write_text("left behind")
         os.utime(directory, (0, 0))
-    young = tmp_path / f"{PREFIX}young"
-    young.mkdir()  # it may be one that is being made
+    young = tmp_path / f"{PREFIX}young123"
+    young.mkdir(mode=0o700)  # it may be one that is being made
     with private_directory() as living:
         os.utime(living, (0, 0))
         assert not dead.exists()
         with private_directory() as other:
             assert Path(living).is_dir()
             assert Path(other).is_dir()
-    assert {one.name for one in tmp_path.iterdir()} == {foreign.name, young.name}
+    assert {one.name for one in tmp_path.iterdir()} == {*(one.name for one in users), young.name}

@@ -1,4 +1,4 @@
-"""The output directory belongs to one run at a time, and holds nothing of an earlier one."""
+"""The output directory belongs to one run at a time, and has no earlier report at its top level."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
 from merge_gate.report import directory
 from merge_gate.report.directory import claimed, explained, written
+from merge_gate.report.files import FORMATS, write_report
+from tests.support.reports import PASS
 
-NAMES = ("report.json", "summary.md")
 
-
-def test_what_an_earlier_run_left_is_gone_and_other_files_stay(tmp_path: Path) -> None:
-    for name in (*NAMES, ".report.json.0123456789abcdef.tmp", "notes.txt"):
+def test_an_earlier_report_is_moved_aside_and_other_files_stay(tmp_path: Path) -> None:
+    write_report(PASS, tmp_path)
+    for name in (".report.json.0123456789abcdef.tmp", "notes.txt"):
         (tmp_path / name).write_text("old")
-    with claimed(tmp_path, NAMES):
-        assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    with claimed(tmp_path) as earlier:
+        assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "previous"}
+        assert earlier.place == tmp_path / "previous"
+        assert {file.name for file in earlier.place.iterdir()} == set(FORMATS)
 
 
 def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path: Path) -> None:
-    with claimed(tmp_path, NAMES):
-        (tmp_path / "report.json").write_text("the first run's")
-        with pytest.raises(UsageError, match="another run of merge-gate") as caught, claimed(tmp_path, NAMES):
+    with claimed(tmp_path):
+        write_report(PASS, tmp_path)
+        with pytest.raises(UsageError, match="another run of merge-gate") as caught, claimed(tmp_path):
             pass
-        assert (tmp_path / "report.json").read_text() == "the first run's"
+        assert (tmp_path / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert caught.value.hint
-    with claimed(tmp_path, NAMES):
+    with claimed(tmp_path):
         assert not (tmp_path / "report.json").exists()
 
 
 def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -> None:
-    with claimed(tmp_path / "a" / "b", NAMES):
+    with claimed(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert list(tmp_path.iterdir()) == []
-    with claimed(tmp_path / "a" / "b", NAMES):
+    with claimed(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "report.json").write_text("{}")
     assert (tmp_path / "a" / "b" / "report.json").exists()
 
@@ -47,22 +50,16 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(directory.fcntl, "flock", refuse)
-    (tmp_path / "report.json").write_text("old")
-    with claimed(tmp_path, NAMES):
+    write_report(PASS, tmp_path)
+    with claimed(tmp_path):
         assert not (tmp_path / "report.json").exists()
-
-
-def test_a_directory_under_a_reports_name_is_somebodys_and_stays(tmp_path: Path) -> None:
-    (tmp_path / "report.json").mkdir()
-    with claimed(tmp_path, NAMES):
-        assert (tmp_path / "report.json").is_dir()
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "report.json").write_text("old")
     (tmp_path / "out").symlink_to("elsewhere")
-    with pytest.raises(UsageError, match="symbolic link"), claimed(tmp_path / "out", NAMES):
+    with pytest.raises(UsageError, match="symbolic link"), claimed(tmp_path / "out"):
         pass
     assert (tmp_path / "elsewhere" / "report.json").exists()
 

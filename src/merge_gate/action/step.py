@@ -28,6 +28,8 @@ from merge_gate.errors import ExitCode, GateError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from merge_gate.earlier_reports import EarlierReports
+
 
 @dataclass
 class _Heard:
@@ -36,6 +38,7 @@ class _Heard:
     image: str = ""
     warnings: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    earlier: EarlierReports | None = None
 
     def told(self) -> Told:
         return Told(
@@ -96,7 +99,8 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def _judge(inputs: ActionInputs, environ: Mapping[str, str], heard: _Heard) -> StepOutcome:
     run, path = _run_of(inputs, environ), inputs.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
-    with collect.claimed(inputs.output):  # an earlier run's verdict must not pass for this one's
+    with collect.claimed(inputs.output) as earlier:  # its verdict must not pass for the verdict of this run
+        heard.earlier = earlier
         runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
     log.open()
@@ -161,6 +165,10 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
 
 def _tell(inputs: ActionInputs | None, told: StepOutcome, heard: _Heard, environ: Mapping[str, str]) -> int:
     report = told.report
+    if heard.earlier is not None and heard.earlier.line:
+        if report is not None:
+            heard.earlier.replace_previous()
+        _say(f"merge-gate: {heard.earlier.line}")
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
     for sentence in [*heard.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]:

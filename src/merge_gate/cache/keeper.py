@@ -67,8 +67,8 @@ class Keeper:
     ) -> None:
         self._config, self._keeping, self._wanted, self._quick = config, keeping, device, quick
         self._environ = environ
-        if keeping.left is not None and not keeping.left:
-            notify("nothing to resume: the output directory holds no verdict of an earlier run, so all is judged")
+        for line in keeping.left.notes if keeping.left is not None else ():
+            notify(line)
         self._seal = from_environment(environ)
         self._store = Store(keeping.cache, self._seal, notify) if keeping.cache is not None else None
         self._place = this_place(environ)

@@ -1,46 +1,80 @@
-"""A run that was killed, and how another one goes on from what it left.
+"""The verdicts of runs that were killed, and how another run goes on from them.
 
-In: an output directory. Out: the lines of the report that a killed run wrote, by their keys. What several killed runs
-have left is put together in one file beside the report, so that a second kill loses nothing of the first; a run that
-comes to its end removes it.
+In: an output directory. Out: the verdicts of the reports in it, in `previous/`, and in its neighbors, by their keys. A
+run that goes on from them keeps them together in one file next to its report, so that a second kill loses nothing.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.cache.verdicts import Line
+from merge_gate.earlier_reports import RESUMED, is_own, places
 from merge_gate.errors import UsageError
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report import json_report
 from merge_gate.report.files import write_text
+from merge_gate.text import listing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from merge_gate.records.report import AdapterReport, BaseReport, Report
 
-LEFT = "resumed.json"
-"""What is left of runs that were killed, while another one goes on from it."""
+
+LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
+_NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so all is judged"
 
 
 class Left:
-    """The lines of earlier reports, by key: what each may rest on is every base of the same name."""
+    """The verdicts of earlier reports, by key. Each may rest on every base of the same name.
 
-    def __init__(self, *reports: Report) -> None:
+    `places` are the directories of these reports, `unusable` the files that could not be read.
+    """
+
+    def __init__(self, *reports: Report, places: tuple[Path, ...] = (), unusable: tuple[Path, ...] = ()) -> None:
+        self.places, self.unusable = places, unusable
+        self._reports = reports
         self._lines: dict[str, list[Line]] = {}
         for report in reports:
             for adapter in report.adapters:
                 if adapter.judged is not None:
                     lines = [Line(adapter=adapter, base=base) for base in report.bases if _is_on(adapter, base)]
-                    self._lines[adapter.judged.key] = lines
+                    self._lines.setdefault(adapter.judged.key, []).extend(lines)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def of(self, key: str) -> list[Line]:
-        """The lines that were judged under this key; the bases of them differ."""
+        """The verdicts with this key; their bases differ."""
         return self._lines.get(key, [])
+
+    @property
+    def notes(self) -> list[str]:
+        """Which reports the verdicts come from, and which could not be read."""
+        damaged = [f"{path} is damaged, so none of its verdicts are reused" for path in self.unusable]
+        if not self:
+            return [*damaged, _NOTHING]
+        return [*damaged, f"--resume reuses the verdicts in {listing(map(str, self.places))}"]
+
+    def keep(self, directory: str) -> None:
+        """Write all of them to one file in `directory`, because the reports they come from will be replaced.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        if not self:
+            return
+        first = self._reports[0]
+        adapters = dict.fromkeys(one for report in self._reports for one in report.adapters if one.judged is not None)
+        bases = dict.fromkeys(base for report in self._reports for base in report.bases)
+        union = replace(first, complete=False, adapters=tuple(adapters), bases=tuple(bases))
+        write_text(Path(directory, RESUMED), json_report.render(union))
 
 
 def _is_on(adapter: AdapterReport, base: BaseReport) -> bool:
@@ -50,37 +84,40 @@ def _is_on(adapter: AdapterReport, base: BaseReport) -> bool:
 
 
 def left_in(directory: str) -> Left:
-    """What may be gone on from; to be called before the directory is cleared.
-
-    Raises:
-        UsageError: there is a report, and it cannot be read.
-    """
-    reports = [report for name in ("report.json", LEFT) if (report := _read(Path(directory, name))) is not None]
-    if not reports:
-        return Left()
-    known = {one.judged.key for one in reports[0].adapters if one.judged is not None}
-    more = [
-        one for report in reports[1:] for one in report.adapters if one.judged is None or one.judged.key not in known
-    ]
-    bases = dict.fromkeys(base for report in reports for base in report.bases)
-    union = replace(reports[0], complete=False, adapters=(*reports[0].adapters, *more), bases=tuple(bases))
-    write_text(Path(directory, LEFT), json_report.render(union))
-    return Left(union)
+    """The verdicts in the reports at the top level of `directory` and in its directories of earlier reports."""
+    reports, used, unusable = [], [], []
+    for path in _reports_in(Path(directory)):
+        report = _read(path)
+        if report is None:
+            unusable.append(path)
+        elif any(one.judged is not None for one in report.adapters):
+            reports.append(report)
+            used.append(path.parent)
+    return Left(*reports, places=tuple(dict.fromkeys(used)), unusable=tuple(unusable))
 
 
 def forget(directory: str) -> None:
-    """The run came to its end: nothing is left to go on from."""
+    """Remove the file that `Left.keep` wrote: the run came to its end."""
+    path = Path(directory, RESUMED)
     with suppress(OSError):
-        Path(directory, LEFT).unlink(missing_ok=True)
+        if is_own(path):
+            path.unlink()
+
+
+def _reports_in(directory: Path) -> Iterator[Path]:
+    for place in places(directory):
+        if place == directory or not place.is_symlink():
+            yield from (path for name in ("report.json", RESUMED) if is_own(path := place / name))
 
 
 def _read(path: Path) -> Report | None:
-    if path.is_symlink() or not path.is_file():
-        return None
+    """The report in a file; None if it is damaged, too large, or not a regular file."""
     try:
-        return json_report.read(path.read_bytes(), path.name)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read, so there is nothing to resume: {error.strerror or error}",
-            hint="run without --resume",
-        ) from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_BYTES:
+                return None
+            return json_report.read(file.read(LONGEST_BYTES), path.name)
+    except (OSError, UsageError):
+        return None

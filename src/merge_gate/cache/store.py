@@ -37,6 +37,9 @@ ABANDONED_S = 86_400.0
 """Unfinished files that are older are of runs that were killed."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
+"""The names that `whole_file` writes to. Users may keep other hidden files in a directory of the same name."""
+
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -116,7 +119,7 @@ class Store:
         for folder in self._folders.values():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
-                    if not entry.name.startswith("."):
+                    if not _UNFINISHED.fullmatch(entry.name):
                         continue
                     with contextlib.suppress(OSError):
                         if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_S:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,6 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "merge-gate-worker-"
+_NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
+_MODE = 0o700
+"""Name and permissions that `tempfile` gives a directory; one that a user made has others."""
 
 _YOUNG_S = 60.0
 """A directory this young may be one that is being made: its lock is not there yet."""
@@ -39,7 +43,8 @@ def private_directory() -> Iterator[str]:
 def _remove_dead(parent: Path) -> None:
     with contextlib.suppress(OSError):
         for directory in parent.glob(f"{PREFIX}*"):
-            _remove_if_dead(directory)
+            if _NAME.fullmatch(directory.name):
+                _remove_if_dead(directory)
 
 
 def _remove_if_dead(directory: Path) -> None:
@@ -47,7 +52,7 @@ def _remove_if_dead(directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             found = os.fstat(descriptor)
-            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == _MODE
             if mine and time.time() - found.st_mtime > _YOUNG_S:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(directory, ignore_errors=True)

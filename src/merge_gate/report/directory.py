@@ -1,7 +1,6 @@
-"""The output directory: made, claimed by one run at a time, and cleared of what earlier runs have left.
+"""The output directory: made, held by one run at a time, and without an earlier report at its top level.
 
-In: its path. Out: a directory that holds this run's own state or nothing, and the errors of the system in sentences.
-Knows the names of the reports, and nothing of what is in them but whether one is complete.
+In: its path. Out: a directory that is ready for the reports of one run, and the errors of the system in sentences.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from merge_gate.earlier_reports import EarlierReports, move_aside
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
 from merge_gate.text import quoted
@@ -29,13 +29,14 @@ _HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 
 
 @contextlib.contextmanager
-def claimed(directory: str | Path, names: Iterable[str]) -> Iterator[None]:
-    """Hold `directory` for one run, without the files called `names` that an earlier run has left.
+def claimed(directory: str | Path) -> Iterator[EarlierReports]:
+    """Hold `directory` for one run; the reports of earlier runs are moved aside.
 
-    It is made if absent, and taken away again if nothing came of it.
+    The directory is made if it is absent, and removed again if the run wrote nothing.
 
     Raises:
-        UsageError: it cannot be used, or another run that has not ended writes to it.
+        UsageError: it cannot be used, it holds a file of another tool under the name of a report, or another run that
+            has not ended writes to it.
     """
     folder = Path(directory)
     made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
@@ -45,14 +46,15 @@ def claimed(directory: str | Path, names: Iterable[str]) -> Iterator[None]:
             lock = os.open(folder, os.O_RDONLY)
         try:
             _lock(lock, folder)
-            _clear(folder, names)
-            yield
+            with explained(f"cannot move the report of an earlier run aside in {folder}"):
+                earlier = move_aside(folder)
+            yield earlier
         finally:
             os.close(lock)
     finally:
         with contextlib.suppress(OSError):
             for one in made:
-                one.rmdir()  # it fails where something is in it
+                one.rmdir()  # fails unless it is empty
 
 
 def make_directory(folder: Path) -> None:
@@ -89,7 +91,7 @@ def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
-    """Refuse to gate the output directory, or one of the files called `names` in it: claiming it would remove them.
+    """Refuse to gate the output directory, or one of the files called `names` in it: the run would move them.
 
     Raises:
         UsageError: a report was taken for a config or an adapter.
@@ -145,12 +147,3 @@ def _lock(descriptor: int, folder: Path) -> None:
                 hint="wait for it, or choose another directory with --output",
             ) from error
         # a file system without locks: two runs at once are then the caller's to prevent
-
-
-def _clear(folder: Path, names: Iterable[str]) -> None:
-    """Remove the reports of earlier runs, and what a kill left half-written."""
-    with explained(f"cannot remove an earlier run's report from {folder}"):
-        for name in names:
-            for file in (folder / name, *folder.glob(f".{name}.*.tmp")):
-                if file.is_symlink() or not file.is_dir():
-                    file.unlink(missing_ok=True)

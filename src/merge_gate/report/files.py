@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import UsageError
+from merge_gate.earlier_reports import refuse_foreign
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.report.directory import explained, make_directory
 from merge_gate.whole_file import whole_file
@@ -33,9 +33,8 @@ WORDS: Mapping[str, str] = MappingProxyType({one.word: one.name for one in OUTPU
 def write_report(report: Report, directory: str | Path, *, formats: Iterable[str] = tuple(FORMATS)) -> tuple[Path, ...]:
     """Write `formats` into `directory`, which is made if absent, and return the files' paths.
 
-    A reader sees the old file or the new one, never a part. A renderer that raises leaves its old file and everything
-    written before it as it is. Written at the start of a run with all formats, it also replaces what an earlier run
-    left there.
+    A reader sees the old file or the new one, never a part. If a renderer raises, its old file and everything written
+    before it stay as they are.
     """
     folder = Path(directory)
     make_directory(folder)
@@ -43,18 +42,13 @@ def write_report(report: Report, directory: str | Path, *, formats: Iterable[str
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write one file of the output directory, whole or not at all."""
-    with explained(f"cannot write {path}"):
-        _check_target(path)
-        with whole_file(path, lasts=True) as file:
-            file.write(text.encode("utf-8"))
+    """Write one file of the output directory, whole or not at all.
+
+    Raises:
+        UsageError: a file that merge-gate did not write has its name, or the directory cannot be used.
+        GateError: the disk fails.
+    """
+    refuse_foreign(path.parent, (path.name,))
+    with explained(f"cannot write {path}"), whole_file(path, lasts=True) as file:
+        file.write(text.encode("utf-8"))
     return path
-
-
-def _check_target(path: Path) -> None:
-    kind = "a symbolic link" if path.is_symlink() else "a directory" if path.is_dir() else None
-    if kind:
-        raise UsageError(
-            f"{path} is {kind}, expected a file or nothing; the report is not written through it",
-            hint="remove it, or choose another directory with --output",
-        )

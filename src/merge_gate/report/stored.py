@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.earlier_reports import PREVIOUS, is_own
 from merge_gate.errors import ExitCode, UsageError
 from merge_gate.report import compare, json_report, text
 from merge_gate.report.files import FORMATS, WORDS
@@ -46,8 +47,10 @@ def stored(name: str) -> Report:
         path = Path(name, "report.json") if Path(name).is_dir() else Path(name)
         data = path.read_bytes()
     except OSError as error:
+        earlier = Path(name, PREVIOUS)
+        hint = f"the report of an earlier run is in {earlier}" if is_own(earlier / "report.json") else ""
         raise UsageError(
             f"{error.filename or name} cannot be read: {error.strerror or error}",
-            hint="name the report.json that a run wrote, or its directory",
+            hint=hint or "name the report.json that a run wrote, or its directory",
         ) from error
     return json_report.read(data, str(path))

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from merge_gate.earlier_reports import is_previous
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.report import Report
 from merge_gate.records.terms import record
@@ -76,7 +77,9 @@ def _in(directory: Path) -> Iterator[Found]:
         return
     places = [directory] if any(entry.name == REPORT for entry in inside) else []
     links = [entry.path for entry in inside if entry.is_symlink() and entry.name != REPORT]
-    below = [Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False)]
+    below = [
+        Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and not is_previous(entry.name)
+    ]
     if not places and not below and not links:
         yield Found(place=str(directory), problem=f"holds no {REPORT}, and no directory that could")
     yield from (Found(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])

@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.earlier_reports import EarlierReports, move_aside
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.whole_file import whole_file
@@ -35,19 +36,19 @@ class _Refused(Exception):  # noqa: N818 # it is caught here and becomes a sente
 
 
 @contextlib.contextmanager
-def claimed(target: Path) -> Iterator[None]:
-    """Hold the directory of the report, made if absent, for one run, without what an earlier run has left there.
+def claimed(target: Path) -> Iterator[EarlierReports]:
+    """Hold the directory of the report, made if absent, for one run. The reports of earlier runs are moved aside.
 
-    Two runs would mix their reports. Raises `UsageError` where another run writes there, and `OSError`.
+    Raises:
+        UsageError: another run writes there, or a file that merge-gate did not write has the name of a report.
+        OSError: the directory cannot be used.
     """
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             _lock(folder, target)
-        for name in LIMITS_BYTES:
-            (target / name).unlink(missing_ok=True)
-        yield
+        yield move_aside(target, chosen_by="`output`")
     finally:
         os.close(folder)
 

@@ -1,0 +1,194 @@
+"""The gate knows its own files by their tag alone, moves them aside, and never touches another file."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.earlier_reports import RESUMED, is_own, move_aside, places
+from merge_gate.errors import UsageError
+from merge_gate.output_files import TAG_WITHIN_BYTES
+from merge_gate.report.files import FORMATS, write_report, write_text
+from tests.support.reports import EMPTY, FAIL, PASS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from merge_gate.records.report import Report
+
+OWN = FORMATS["report.json"](PASS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def texts(report: Report) -> set[bytes]:
+    return {render(report).encode() for render in FORMATS.values()}
+
+
+# --- recognized ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FORMATS, RESUMED])
+@pytest.mark.parametrize("report", [PASS, FAIL, EMPTY], ids=["pass", "fail", "provisional"])
+def test_a_file_of_the_gate_is_recognized_also_in_part(name: str, report: Report, tmp_path: Path) -> None:
+    path = tmp_path / name
+    text = FORMATS.get(name, FORMATS["report.json"])(report)
+    path.write_text(text)
+    assert is_own(path)
+    path.write_bytes(text.encode()[:TAG_WITHIN_BYTES])
+    assert is_own(path)
+
+
+def test_a_file_under_another_name_is_not_the_gates(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(OWN)
+    (tmp_path / "summary.md").write_text(OWN)
+    assert not is_own(tmp_path / "mine.json")
+    assert not is_own(tmp_path / "summary.md")
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def unreadable(path: Path) -> None:
+    path.symlink_to(path.name)  # root may read everything else
+
+
+def later(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.touch(),
+    "the words in the middle": later(f"My notes.\n{OWN}"),
+    "the words behind a blank": later(f" {OWN}"),
+    "another tool": later(OWN.replace('"name": "merge-gate"', '"name": "merge-gate-fork"')),
+    "a list of the gate's reports": later(f"[{OWN}]"),
+    "binary": lambda path: path.write_bytes(bytes(range(256)) * 64),
+    "a terabyte": sparse,
+    "a pipe": os.mkfifo,
+    "a directory": lambda path: path.mkdir(),
+    "a link to a report": lambda path: path.symlink_to("own/report.json"),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link that cannot be followed": unreadable,
+    "braces without end": later(OWN.partition('"passed"')[0] + "{" * 9999),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["report.json", "junit.xml"])
+def test_any_other_file_is_refused_and_nothing_moves(kind: str, name: str, tmp_path: Path) -> None:
+    write_report(PASS, tmp_path)
+    write_report(PASS, tmp_path / "own")
+    (tmp_path / name).unlink()
+    FOREIGN[kind](tmp_path / name)
+    before = sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=name) as caught:
+        move_aside(tmp_path)
+    assert "--output" in caught.value.hint
+    assert before == sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=name):
+        write_text(tmp_path / name, OWN)
+
+
+def test_a_file_with_the_name_of_the_resumed_verdicts_is_only_replaced_if_it_is_the_gates(tmp_path: Path) -> None:
+    (tmp_path / RESUMED).write_text("mine")
+    assert move_aside(tmp_path).place is None
+    with pytest.raises(UsageError, match=RESUMED):
+        write_text(tmp_path / RESUMED, OWN)
+    assert (tmp_path / RESUMED).read_text() == "mine"
+
+
+# --- moved ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_move_makes_no_directory(tmp_path: Path) -> None:
+    earlier = move_aside(tmp_path)
+    earlier.replace_previous()
+    assert (earlier.place, earlier.line) == (None, "")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_occupied_place_is_never_replaced_before_a_run_judges(tmp_path: Path) -> None:
+    for number, report in enumerate((PASS, FAIL, EMPTY), 1):
+        write_report(report, tmp_path)
+        earlier = move_aside(tmp_path)
+        assert earlier.place == tmp_path / ("previous" if number == 1 else f"previous-{number}")
+        assert str(earlier.place) in earlier.line
+    assert set(contents(tmp_path).values()) == texts(PASS) | texts(FAIL) | texts(EMPTY)
+    assert [place.name for place in places(tmp_path)][1:] == ["previous", "previous-2", "previous-3"]
+
+
+def test_a_run_that_judges_replaces_the_previous_report(tmp_path: Path) -> None:
+    for report in (PASS, FAIL):
+        write_report(report, tmp_path)
+        earlier = move_aside(tmp_path)
+        earlier.replace_previous()
+        assert earlier.place == tmp_path / "previous"
+    assert set(contents(tmp_path)) == {f"previous/{name}" for name in FORMATS}
+    assert set(contents(tmp_path).values()) == texts(FAIL)
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "junit.xml", "a directory", "a file", "a link"])
+def test_a_place_with_a_file_of_the_user_is_left_alone(mine: str, tmp_path: Path) -> None:
+    previous = tmp_path / "previous"
+    if mine == "a file":
+        previous.write_text("mine")
+    elif mine == "a link":
+        write_report(PASS, tmp_path / "elsewhere")
+        previous.symlink_to("elsewhere")
+    else:
+        write_report(PASS, previous, formats=["report.json"])
+        (previous / mine).mkdir() if mine == "a directory" else (previous / mine).write_text("mine")
+    before = contents(tmp_path)
+    for report in (PASS, FAIL, EMPTY):
+        write_report(report, tmp_path)
+        earlier = move_aside(tmp_path)
+        earlier.replace_previous()
+        assert earlier.place == tmp_path / "previous-2"
+    after = contents(tmp_path)
+    assert before.items() <= after.items()
+    assert {after[name] for name in after if name not in before} == texts(EMPTY)
+
+
+def test_only_the_gates_own_unfinished_files_are_removed(tmp_path: Path) -> None:
+    own = [".report.json.0123456789abcdef.tmp", f".{RESUMED}.0123456789abcdef.tmp"]
+    users = [".report.json.backup.tmp", ".notes.md.0123456789abcdef.tmp", "report.json.tmp", ".report.json.0123.tmp"]
+    for name in own + users:
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".junit.xml.0123456789abcdef.tmp").mkdir()
+    move_aside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*users, ".junit.xml.0123456789abcdef.tmp"}
+
+
+def test_a_directory_that_cannot_be_made_leaves_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(PASS, tmp_path)
+    before = contents(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"):
+        move_aside(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_report_that_cannot_be_moved_once_more_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(PASS, tmp_path / "previous")
+    write_report(FAIL, tmp_path)
+    earlier = move_aside(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", fail)
+    earlier.replace_previous()
+    assert earlier.place == tmp_path / "previous-2"
+    assert set(contents(tmp_path).values()) == texts(PASS) | texts(FAIL)
