@@ -11,8 +11,11 @@ import pytest
 
 from tests.support.cases import Judged, digests, lay_out, top_settings, write_config_file
 from tests.support.properties import FAST_EXAMPLES
+from tests.support.wording import Wording, golden_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.support.models import Shelf
 
 
@@ -34,6 +37,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.support.schedule import Schedule  # noqa: PLC0415 - imports pytest-xdist
 
     return Schedule(config, log)
+
+
+@pytest.fixture
+def wording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wording]:
+    """Holds sentences against the golden of the test's module; see tests/support/wording.py."""
+    replaced = {str(tmp_path_factory.getbasetemp()): "<temporary>"}
+    if "tmp_path" in request.fixturenames:
+        replaced[str(request.getfixturevalue("tmp_path"))] = "<here>"
+    sentences = Wording(golden_of(request.path), request.node.name, replaced)
+    yield sentences
+    sentences.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import wording
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")))
 NOT_TESTS = ("support", "tools")
@@ -54,6 +56,15 @@ def test_no_module_imports_a_test_module() -> None:
     assert len(MODULES) > 200
     found = {str(path.relative_to(ROOT)): imported_tests(path.read_text(encoding="utf-8")) for path in MODULES}
     assert {name: names for name, names in found.items() if names} == {}, "move what they share into tests/support"
+
+
+def test_every_sentence_of_a_golden_is_of_a_test() -> None:
+    goldens = [*ROOT.glob("tests/**/wording/*.txt")]
+    assert goldens
+    for golden in goldens:
+        module = golden.parent.parent / f"test_{golden.stem}.py"
+        tests = {node.name for node in ast.walk(ast.parse(module.read_bytes())) if isinstance(node, ast.FunctionDef)}
+        assert {name.partition("[")[0] for name in wording.read(golden)} <= tests, golden
 
 
 def test_every_other_module_is_in_support_or_tools() -> None:

@@ -10,6 +10,7 @@ import pytest
 from merge_gate.config.load import load_config
 from merge_gate.errors import ConfigError
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,22 +35,23 @@ def test_one_that_is_empty_accepts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("text", "named"),
     [
-        (None, "known.yml:1:1: no such file"),
-        ("version: 1\n", '"accept" is missing'),
-        (GOOD.replace("a stub", '""'), '5:13: "reason" is empty'),
-        (GOOD.replace("    owner: team-a\n", ""), '"owner" is missing'),
-        (GOOD.replace("2026-12-31", "soon"), '"until" must be a day such as 2026-12-31'),
-        (GOOD.replace("2026-12-31", "2026-02-30"), '"2026-02-30" is no day'),
-        (GOOD.replace("no-effect", "no-efect"), 'there is no check "no-efect"'),
-        (GOOD.replace(DIGEST, "team-*"), '"adapter" must be 64 hexadecimal digits'),
-        (GOOD.replace("cause: no-effect", 'cause: "*"'), 'there is no check "*"'),
-        (GOOD + ENTRY, "8:5: this adapter and cause are accepted already (first in line 3)"),
-        (GOOD + "    dtype: float16\n", 'unknown key "dtype"'),
+        (None, "known.yml:1:1"),
+        ("version: 1\n", '"accept"'),
+        (GOOD.replace("a stub", '""'), "5:13"),
+        (GOOD.replace("    owner: team-a\n", ""), '"owner"'),
+        (GOOD.replace("2026-12-31", "soon"), '"until"'),
+        (GOOD.replace("2026-12-31", "2026-02-30"), '"2026-02-30"'),
+        (GOOD.replace("no-effect", "no-efect"), '"no-efect"'),
+        (GOOD.replace(DIGEST, "team-*"), '"adapter"'),
+        (GOOD.replace("cause: no-effect", 'cause: "*"'), '"*"'),
+        (GOOD + ENTRY, "8:5"),
+        (GOOD + "    dtype: float16\n", '"dtype"'),
     ],
 )
-def test_what_is_wrong_is_said_at_its_place(tmp_path: Path, text: str | None, problem: str) -> None:
+def test_a_problem_names_its_place(tmp_path: Path, text: str | None, named: str, wording: Wording) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
-    assert problem in "\n".join(map(str, caught.value.problems))
+    assert named in str(caught.value)
+    wording(caught.value)

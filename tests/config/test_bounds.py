@@ -17,6 +17,7 @@ from merge_gate.config.positions import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_y
 from merge_gate.errors import ConfigError, UsageError
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,18 +39,22 @@ def refused(place: Path, text: str) -> ConfigError:
 # --- how many --------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_may_list_ten_thousand_adapters_and_no_more(tmp_path: Path) -> None:
+def test_a_file_may_list_ten_thousand_adapters_and_no_more(tmp_path: Path, wording: Wording) -> None:
     text = HEAD + "".join(f"- acme/a{n}\n" for n in range(MAX_ADAPTERS))
     assert len(load(tmp_path, text).adapters) == MAX_ADAPTERS == 10_000
     (problem,) = refused(tmp_path, text + "- acme/b\n").problems
-    assert problem.message == '"adapters" must be at most 10,000 entries long, got a list of 10001'
+    assert '"adapters"' in problem.message
+    assert "10001" in problem.message
+    wording(problem.message)
 
 
-def test_values_are_bounded_where_they_stand(tmp_path: Path) -> None:
+def test_values_are_bounded(tmp_path: Path, wording: Wording) -> None:
     (problem,) = refused(tmp_path, "a:\n" + "- a\n" * MAX_VALUES).problems
-    assert (problem.message, problem.line) == ("the file is more than 100,000 values", MAX_VALUES - 1)
+    assert problem.line == MAX_VALUES - 1
+    wording(problem.message)
     (problem,) = refused(tmp_path, "a: &a x\nb: [" + "*a," * MAX_VALUES + "]").problems
-    assert (problem.message, problem.line) == ("the file is more than 100,000 values", 2)
+    assert problem.line == 2
+    wording(problem.message)
 
 
 def test_as_many_values_as_may_be_are_read() -> None:
@@ -57,18 +62,18 @@ def test_as_many_values_as_may_be_are_read() -> None:
     assert len(read_yaml(text, "x").data) == MAX_VALUES - 1
 
 
-def test_aliases_expand_to_as_many_values_as_may_be(tmp_path: Path) -> None:
+def test_aliases_expand_to_as_many_values_as_may_be(tmp_path: Path, wording: Wording) -> None:
     thousand = "a: &a [" + "x," * 999 + "]\n"
     assert len(read_yaml(thousand + "b: [" + "*a," * 98 + "]", "x").data["b"]) == 98
     (problem,) = refused(tmp_path, thousand + "b: [" + "*a," * 100 + "]").problems
-    assert (problem.message, problem.hint) == ("the file expands to more than 100,000 values", "use fewer aliases")
+    wording(f"{problem.message} ({problem.hint})")
 
 
 @pytest.mark.parametrize("parts", [MAX_TOLD, MAX_TOLD + 150, 3000])
-def test_the_first_problems_are_told_and_the_others_counted(tmp_path: Path, parts: int) -> None:
+def test_the_first_problems_are_listed_and_the_others_counted(tmp_path: Path, parts: int) -> None:
     error = refused(tmp_path, HEAD + "- acme/a\n" + "".join(f"k{n}: 1\n" for n in range(parts)))
     assert [problem.line for problem in error.problems] == list(range(4, 4 + MAX_TOLD))
-    assert all(problem.hint.startswith("known here: version") for problem in error.problems)
+    assert all("version" in problem.hint for problem in error.problems)
     assert error.more == parts - MAX_TOLD
     said = str(error).splitlines()
     assert len(said) == MAX_TOLD + (error.more > 0)
@@ -82,9 +87,9 @@ def test_a_problem_that_an_alias_repeats_is_one(tmp_path: Path) -> None:
 
 
 def test_problems_of_the_command_line_are_counted_too() -> None:
-    with pytest.raises(UsageError, match=r"; and 50 more$") as caught:
+    with pytest.raises(UsageError, match=r"\b50\b") as caught:
         config_of([f"./a{n}" for n in range(150)])
-    assert caught.value.message.count("no such directory") == MAX_TOLD
+    assert caught.value.message.count("./a") == MAX_TOLD
 
 
 def test_looking_for_garbage_goes_on_after_a_file(tmp_path: Path) -> None:
@@ -133,8 +138,8 @@ def test_both_parsers_read_the_same(text: str) -> None:
 def test_far_into_a_file_the_words_are_those_of_libyaml(tmp_path: Path) -> None:
     near, far = ("# x\n" * (size // 4) + "a: 'x' y\n" for size in (MAX_REREAD - 100, MAX_REREAD + 100))
     (problem,) = refused(tmp_path, near).problems
-    assert problem.message.startswith("not valid YAML: expected <block end>, but found '<scalar>' (while parsing a bl")
+    assert "expected <block end>, but found '<scalar>'" in problem.message
     assert problem.line == near.count("\n")
     (problem,) = refused(tmp_path, far).problems
-    assert problem.message.startswith("not valid YAML: did not find expected key (while parsing a block mapping in li")
+    assert "did not find expected key" in problem.message
     assert problem.line == far.count("\n")

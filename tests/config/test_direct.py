@@ -20,6 +20,7 @@ from merge_gate.errors import ConfigError, UsageError
 from merge_gate.records.config import COMMAND_LINE, Config
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import base_of
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,20 +82,21 @@ def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "options", "said"),
+    ("names", "options", "named"),
     [
-        (["./nowhere"], {}, "no such directory"),
-        (["support", "support"], {}, 'the name "support" is given twice: to "support" and "support" (name each once'),
+        (["./nowhere"], {}, '"./nowhere"'),
+        (["support", "support"], {}, '"support"'),
         (["support"], {"dtypes": ["fp16"]}, "float16"),
         (["support"], {"quantization": "int3"}, "bnb-8bit"),
-        (["support"], {"base": "./nothing"}, "no such directory"),
+        (["support"], {"base": "./nothing"}, "./nothing"),
     ],
 )
-def test_problems_are_usage_errors_in_words(
-    names: list[str], options: dict[str, object], said: str, here: Path
+def test_problems_are_usage_errors(
+    names: list[str], options: dict[str, object], named: str, here: Path, wording: Wording
 ) -> None:
-    with pytest.raises(UsageError, match=re.escape(said)):
+    with pytest.raises(UsageError, match=re.escape(named)) as caught:
         config_of(names, **options)  # type: ignore[arg-type]
+    wording(caught.value)
 
 
 def test_an_adapters_own_files_stand_for_it_as_a_hook_of_git_names_them(here: Path) -> None:
@@ -126,25 +128,27 @@ def test_an_adapter_that_may_not_be_read_is_left_to_the_preflight() -> None:
 
 
 @pytest.mark.parametrize("name", ["./teams/*", "./teams/a"])
-def test_a_directory_that_may_not_be_read_is_not_said_to_be_absent(name: str, closed: Path) -> None:
-    with pytest.raises(UsageError, match=re.escape(f'("{closed}" may not be read)')):
+def test_an_unreadable_directory_is_not_reported_as_absent(wording: Wording, name: str, closed: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(f'"{closed}"')) as caught:
         config_of([name])
+    wording(str(caught.value).replace(str(closed), "<closed>"))
 
 
 def test_without_a_current_directory_names_mean_nothing(here: Path) -> None:
     (here / "gone").mkdir()
     os.chdir(here / "gone")
     (here / "gone").rmdir()
-    with pytest.raises(UsageError, match="the current directory is gone"):
+    with pytest.raises(UsageError, match="current directory"):
         config_of(["support"])
-    with pytest.raises(UsageError, match="the current directory is gone"):
+    with pytest.raises(UsageError, match="current directory"):
         first_config([str(here / "support")], lambda _: None)
 
 
 @pytest.mark.parametrize("closed", [0o111], indirect=True)
-def test_a_config_that_is_not_in_a_directory_that_may_not_be_listed(closed: Path) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f'no such file ("{closed}" may not be read)')):
+def test_a_missing_config_in_a_directory_that_may_not_be_listed(wording: Wording, closed: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f'"{closed}"')) as caught:
         load_config(str(closed / "gate.yml"))
+    wording(str(caught.value).replace(str(closed), "<closed>"))
 
 
 def test_a_config_is_told_from_adapters(here: Path) -> None:
@@ -152,10 +156,10 @@ def test_a_config_is_told_from_adapters(here: Path) -> None:
     assert names_a_file(["gate.yml"])
     assert names_a_file(["list"])
     assert not names_a_file(["support", "acme/lora"])
-    with pytest.raises(UsageError, match="among other arguments"):
+    with pytest.raises(UsageError, match=re.escape('"gate.yml"')):
         names_a_file(["support", "gate.yml"])
     (here / "support.zip").touch()
-    with pytest.raises(UsageError, match="neither a configuration file nor a directory"):
+    with pytest.raises(UsageError, match=re.escape('"support.zip"')):
         names_a_file(["support.zip"])
 
 
@@ -171,14 +175,14 @@ def test_the_only_checkpoint_of_a_run_is_listed_and_nothing_is_left_out(here: Pa
     (here / "runs/sums/checkpoint-9/adapter_config.json").write_text("{}")
     text = first_config(["runs"], base_of)
     assert "./runs/sums/checkpoint-9" in text
-    assert "not listed" not in text
+    assert sum("checkpoint-9" in line for line in text.splitlines()) == 1
 
 
 def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
     (here / "support").rename(here / "ü 😀")
     (config,) = config_of(["ü 😀"]).adapters
     assert (config.name, config.source) == ("ü 😀", "ü 😀")
-    with pytest.raises(UsageError, match=r'"a\\u202eb" holds a control character'):
+    with pytest.raises(UsageError, match=r'"a\\u202eb"'):
         config_of(["a\u202eb"])
 
 
@@ -190,22 +194,21 @@ def test_adapters_of_one_name_get_two(here: Path) -> None:
 
 
 @pytest.mark.parametrize("directory", ["base", "nowhere", "support/adapter_config.json"])
-def test_nothing_to_list_is_said(directory: str, here: Path) -> None:
-    with pytest.raises(UsageError, match=r"adapter_config|no such directory|is a file"):
+def test_nothing_to_list_is_an_error(directory: str, here: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(f'"{directory}"')):
         first_config([directory], base_of)
 
 
-@pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize("directory", ["teams", "teams/a"])
-def test_a_directory_that_may_not_be_read_is_not_said_to_hold_nothing(directory: str) -> None:
+def test_an_unreadable_directory_is_not_reported_as_empty(wording: Wording, directory: str, closed: Path) -> None:
     with pytest.raises(UsageError) as caught:
         first_config(["base", directory], base_of)
-    looked = f'in "base", "{directory}", nor up to 4 levels below'
-    assert caught.value.message == f'no adapter_config.json found {looked}: "{directory}" cannot be read'
+    assert f'"{directory}"' in caught.value.message
+    wording(caught.value)
 
 
-@pytest.mark.usefixtures("closed")
-def test_a_first_config_says_what_it_did_not_look_into() -> None:
+def test_a_first_config_names_unreadable_directories(wording: Wording, closed: Path) -> None:
     text = first_config([".", "support"], base_of)
-    assert '  # not looked into, cannot be read: "./teams"\n' in text
+    assert '"./teams"' in text
+    wording(text)
     assert "./support" in text

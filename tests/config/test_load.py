@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -220,10 +221,10 @@ def test_a_directory_whose_name_is_not_utf_8_is_found_by_a_glob(place: Path) -> 
     assert [os.fsencode(spec.name) for spec in config.adapters] == [b"team-a", b"team-b", b"team-caf\xe9"]
 
 
-def test_a_directory_whose_name_is_too_long_for_a_name_is_told_where_it_is_named(place: Path) -> None:
+def test_a_name_that_is_too_long_is_refused_at_its_place(place: Path) -> None:
     (place / ("n" * 201)).mkdir()
     found = problems(place, HEAD + f"  - base: ./models/base\n    path: ./{'n' * 201}\n")
-    assert [problem.partition(" the adapter's name would be")[0] for problem in found] == ["4:11:"]
+    assert [problem.split(": ")[0] for problem in found] == ["4:11"]
     (place / ("n" * 200)).mkdir()
     assert one(place, f"./{'n' * 200}").name == "n" * 200
 
@@ -283,14 +284,11 @@ adapters:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_problem_names_its_place_and_what_to_do(place: Path, case: str) -> None:
+def test_a_problem_names_its_place(place: Path, case: str) -> None:
     text, expected = WRONG[case]
     found = problems(place, text)
-    assert any(
-        expected in problem if expected.startswith("(") else problem.startswith(expected) for problem in found
-    ), found
-    hints = [problem for problem in found if problem.startswith(expected.split(" ")[0])]
-    assert all("Input should" not in problem and "pydantic" not in problem for problem in hints)
+    assert expected in [problem.split(": ")[0] for problem in found]
+    assert all("Input should" not in problem and "pydantic" not in problem for problem in found)
 
 
 SEVERAL = {"tag of another kind", "another base", "revision beyond floats"}
@@ -330,22 +328,17 @@ version: 1
     ]  # fmt: skip
 
 
-def test_a_mistake_hides_no_other_beside_it(place: Path) -> None:
+def test_a_mistake_hides_no_other_in_its_entry(place: Path) -> None:
     text = HEAD + "  - ./a/x\n  - {name: q, combine: {metod: ties, adapters: [x, x], weights: [1], seed: -1}}\n"
-    assert [problem.split(" (")[0] for problem in problems(place, text)] == [
-        '4:24: "method" is missing in "combine"',
-        '4:25: unknown key "metod"',
-        '4:52: "x" is named twice',
-        "4:65: 1 weight for 2 adapters",
-        '4:76: "seed" must be at least 0, got the number -1',
-    ]
+    places = [problem.split(": ")[0] for problem in problems(place, text)]
+    assert places == ["4:24", "4:25", "4:52", "4:65", "4:76"]
 
 
 def test_aliases_cannot_lead_deeper_than_lists_can(place: Path) -> None:
     chain = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}}}\n" for n in range(1, 2000))
     merges = "m: &m0 {a: 1}\n" + "".join(f"m: &m{n} {{<<: *m{n - 1}}}\n" for n in range(1, 2000)) + "z: *m1999\n"
     for text in (chain, merges):
-        assert any("the aliases here lead deeper than 32 levels" in problem for problem in problems(place, text))
+        assert any("aliases" in problem and "32" in problem for problem in problems(place, text))
 
 
 def test_an_unknown_member_is_not_reported_while_other_entries_are_unreadable(place: Path) -> None:
@@ -358,16 +351,16 @@ def test_an_unknown_member_is_not_reported_while_other_entries_are_unreadable(pl
 
 def test_no_file_suggests_the_one_that_is_there(place: Path) -> None:
     (place / "merge-gate.yml").touch()
-    with pytest.raises(ConfigError, match=r'no such file \(did you mean "merge-gate.yml"\?\)') as caught:
+    with pytest.raises(ConfigError, match=r'"merge-gate\.yml"') as caught:
         load_config(str(place / "mergegate.yml"))
     assert caught.value.exit_code is ExitCode.USAGE
-    with pytest.raises(ConfigError, match=r"no such file \(there is no directory"):
+    with pytest.raises(ConfigError, match=r"directory"):
         load_config(str(place / "none/merge-gate.yml"))
 
 
 def test_a_directory_suggests_the_file_in_it(place: Path) -> None:
     (place / "merge-gate.yml").touch()
-    with pytest.raises(ConfigError, match=r'this is a directory, expected a YAML file \(".*" holds "merge-gate.yml"\)'):
+    with pytest.raises(ConfigError, match=r'directory.*"merge-gate\.yml"'):
         load_config(str(place))
 
 
@@ -379,26 +372,27 @@ def test_paths_that_cannot_be(path: str) -> None:
 
 def test_a_file_that_the_system_refuses(place: Path) -> None:
     load(place, LIST)
-    with pytest.raises(ConfigError, match="the file cannot be read: Not a directory"):
+    with pytest.raises(ConfigError, match=os.strerror(errno.ENOTDIR)):
         load_config(str(place / "merge-gate.yml/inner.yml"))
 
 
 def test_encodings(place: Path) -> None:
-    assert problems(place, b"version: 1\nbase: \xc3\xa4\xff\n") == [
-        "2:8: byte 0xff is not UTF-8 (save the file as UTF-8)"
-    ]
-    assert problems(place, LIST.encode("utf-16")) == ["1:1: byte 0xff is not UTF-8 (save the file as UTF-8)"]
+    (latin,) = problems(place, b"version: 1\nbase: \xc3\xa4\xff\n")
+    assert latin.startswith("2:8: ")
+    (wide,) = problems(place, LIST.encode("utf-16"))
+    assert wide.startswith("1:1: ")
+    assert all("0xff" in problem and "UTF-8" in problem for problem in (latin, wide))
 
 
 def test_too_large(place: Path) -> None:
-    assert "larger than 1,048,576 bytes" in problems(place, b"#" * (MAX_BYTES + 1))[0]
+    assert "1,048,576" in problems(place, b"#" * (MAX_BYTES + 1))[0]
 
 
 def test_aliases_cannot_explode(place: Path) -> None:
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
     bomb += "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{x: *m{n - 1}, y: *m{n - 1}}}\n" for n in range(1, 25))
-    assert "expands to more than 100,000 values" in problems(place, bomb)[0]
+    assert "100,000" in problems(place, bomb)[0]
 
 
 def test_a_thousand_adapters_are_read(place: Path) -> None:
@@ -409,9 +403,9 @@ def test_a_thousand_adapters_are_read(place: Path) -> None:
 def test_hostile_directory_names_are_escaped(place: Path) -> None:
     (place / "adapters/team-\n::error::x").mkdir()
     found = problems(place, HEAD + "  - ./adapters/team-*\n")
-    assert found == [
-        '3:5: the directory "./adapters/team-\\n::error::x" has a name that holds a control character (rename it)'
-    ]
+    assert len(found) == 1
+    assert found[0].startswith("3:5: ")
+    assert '"./adapters/team-\\n::error::x"' in found[0]
 
 
 def test_importing_the_table_of_checks_costs_nothing() -> None:

@@ -52,6 +52,8 @@ from tests.support.judging.cases import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.support.wording import Wording
+
 
 def with_settings(one: AdapterSpec, *settings: CheckSetting) -> AdapterSpec:
     return dataclasses.replace(one, checks=settings)
@@ -84,15 +86,15 @@ def test_a_sound_adapter_has_no_findings() -> None:
 
 
 @pytest.mark.parametrize(("check", "fire"), ALL)
-def test_a_check_fires_alone_and_says_why(check: str, fire: Fire) -> None:
+def test_a_check_fires_alone_and_names_its_place(check: str, fire: Fire) -> None:
     findings = judged(fire)
     assert {finding.check for finding in findings} == {check}
     (finding,) = findings
     assert finding.severity == (fire.severity or CHECKS[check].severity)
     assert finding.origin is fire.origin
     assert finding.hint
-    for part in fire.says:
-        assert part in finding.message, finding.message
+    for name in fire.names:
+        assert name in finding.message, finding.message
     for name, value in fire.places.items():
         assert getattr(finding, name) == value, name
 
@@ -157,31 +159,31 @@ def test_a_check_keeps_quiet(check: str, evidence_: Evidence, files_: AdapterFil
 
 def test_a_long_list_of_names_is_cut() -> None:
     (finding,) = judge(spec(), files(), evidence(unexpected=tuple(f"stray.{i}" for i in range(1000))))
-    assert "1,000 tensors" in finding.message
-    assert "997 more" in finding.message
+    assert {"1,000", "997"} <= set(finding.message.split())
     assert len(finding.message) < 400
 
 
 @pytest.mark.parametrize(
-    ("stats", "said"),
+    ("stats", "figures"),
     [
-        (broken(nan=1), "1 NaN among 64 values, the first at [0, 7]"),
-        (broken(nan=1, posinf=2, neginf=3), "1 NaN, 2 +Inf and 3 -Inf among 64 values, the first at [0, 7]"),
-        (broken(nan=60, posinf=4), "60 NaN and 4 +Inf among 64 values"),
-        (tensor(nan=2048, numel=16384, first_index=(3,)), "2,048 NaN among 16,384 values, the first at [3]"),
+        (broken(nan=1), ["1", "64", "0", "7"]),
+        (broken(nan=1, posinf=2, neginf=3), ["1", "2", "3", "64", "0", "7"]),
+        (broken(nan=60, posinf=4), ["60", "4", "64"]),
+        (tensor(nan=2048, numel=16384, first_index=(3,)), ["2,048", "16,384", "3"]),
     ],
 )
-def test_what_is_not_finite_is_counted_and_placed(stats: TensorStats, said: str) -> None:
-    assert describe_nonfinite(stats) == said
+def test_nonfinite_values_are_counted_and_placed(stats: TensorStats, figures: list[str], wording: Wording) -> None:
+    wording(describe_nonfinite(stats))
+    assert re.findall(r"\d[\d,]*\d|\d", describe_nonfinite(stats)) == figures
 
 
-def test_what_is_stated_is_told_from_what_is_there_to_the_last_digit() -> None:
+def test_expected_and_found_values_differ_to_the_last_digit() -> None:
     config = files(config={"lora_alpha": 1_000_000})
     (finding,) = judge(spec(expect=Expect(lora_alpha=1_000_001.0)), config, evidence())
-    assert finding.message == "expect.lora_alpha is 1000001.0, but adapter_config.json has 1e+06"
+    assert {"expect.lora_alpha", "1000001.0,", "1e+06"} <= set(finding.message.split())
 
 
-def test_a_layer_that_is_never_called_is_told_alike_in_several_dtypes() -> None:
+def test_an_unread_layer_has_the_same_message_in_several_dtypes() -> None:
     """What it says is the same, so that it is said once, although the figures differ."""
     told = [
         judge(spec(), files(config=FOURIERFT), evidence(peft_type="FOURIERFT", unread=(unread(share=share),)))
@@ -190,19 +192,18 @@ def test_a_layer_that_is_never_called_is_told_alike_in_several_dtypes() -> None:
     assert told[0] == told[1] != ()
 
 
-def test_the_base_is_told_of_by_itself_too() -> None:
+def test_the_base_has_findings_of_its_own() -> None:
     (finding,) = findings_of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
 
 
-def test_a_combination_without_effect_is_told_of_its_weights() -> None:
+def test_a_combination_without_effect_is_due_to_its_weights(wording: Wording) -> None:
     combine = Combine(method="cat", adapters=("a", "b"), weights=(1.0, -1.0))
     one = evidence(merges=(merged(changed=False),))
     (finding,) = judge(spec(combine=combine), files(), one)
-    assert (finding.check, finding.hint) == (
-        "no-effect",
-        "with these weights the members cancel each other, or each was saved before it was trained",
-    )
+    assert finding.check == "no-effect"
+    assert "weights" in finding.hint
+    wording(finding.hint)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -348,15 +349,15 @@ def hint_of(check: str, one: Evidence) -> str:
 
 def test_a_merge_that_only_carries_on_the_adapters_nan_points_to_it() -> None:
     sick = evidence(file_tensors=(FileTensor(stats=broken(LORA_B)),), merges=(merged(broken()),))
-    assert "see adapter-nonfinite" in hint_of("merged-nonfinite", sick)
+    assert "adapter-nonfinite" in hint_of("merged-nonfinite", sick)
     unused = evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),), merges=(merged(broken()),))
-    assert "see adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
+    assert "adapter-nonfinite" not in hint_of("merged-nonfinite", unused)
 
 
 def test_an_overflow_is_not_sent_to_the_dtype_that_it_happened_in() -> None:
     wide = tensor(dtype="bfloat16", posinf=1, first_index=(0, 0))
     hint = hint_of("merged-nonfinite", evidence(merges=(merged(wide, dtype_max=3.4e38),)))
-    assert "serve in bfloat16" not in hint
+    assert "serve" not in hint
     assert "lora_alpha" in hint
 
 
@@ -370,8 +371,8 @@ def test_a_module_whose_rank_adalora_has_pruned_away_is_not_idle() -> None:
 
 def test_a_merge_without_effect_for_want_of_tensors_points_to_them() -> None:
     lost = evidence(missing=(LORA_A, LORA_B), merges=(merged(changed=False),))
-    assert "see keys-missing" in hint_of("no-effect", lost)
-    assert "see keys-missing" not in hint_of("no-effect", evidence(merges=(merged(changed=False),)))
+    assert "keys-missing" in hint_of("no-effect", lost)
+    assert "keys-missing" not in hint_of("no-effect", evidence(merges=(merged(changed=False),)))
 
 
 @pytest.mark.parametrize("severity", [Severity.ERROR, Severity.OFF])
@@ -386,14 +387,14 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
         {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], judge=crash)},
     )
     findings = judged(found_in_files(CHECKS["file-corrupt"]), setting("file-corrupt", severity))
-    (said,) = of(NOT_JUDGED, findings)
-    assert "delta-norm" in said.message
-    assert "ZeroDivisionError: no weights, no norm" in said.message
+    (finding,) = of(NOT_JUDGED, findings)
+    assert "delta-norm" in finding.message
+    assert "ZeroDivisionError: no weights, no norm" in finding.message
     assert bool(of("file-corrupt", findings)) == (severity is Severity.ERROR)
 
 
 def test_running_out_of_memory_is_no_bug() -> None:
-    assert "out of memory" in accident("its files could not be read", MemoryError()).message
+    assert "memory" in accident("its files could not be read", MemoryError()).message
     assert "bug" not in accident("its files could not be read", MemoryError()).hint
 
 

@@ -15,11 +15,11 @@ from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 @pytest.mark.parametrize(
     ("config", "missing", "follows", "hint"),
     [
-        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "freshly initialised", "unwrap"),
-        (LORA_0_12, BIASES, "the base's biases would stay", "saving again with that release loses them again"),
-        (LORA_0_12 | {"bias": "all"}, BIASES, "the base's biases would stay", "save the adapter again"),
-        (LORA_0_9 | {"peft_version": "0.21.2"}, BIASES, "the base's biases would stay", "save the adapter again"),
-        (OLD | {"bias": "all"}, BIASES, "PEFT 0.6 wrote these trained biases", "q_proj.bias becomes"),
+        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "initialised", "unwrap"),
+        (LORA_0_12, BIASES, "biases", "0.21"),
+        (LORA_0_12 | {"bias": "all"}, BIASES, "biases", "save_pretrained"),
+        (LORA_0_9 | {"peft_version": "0.21.2"}, BIASES, "biases", "save_pretrained"),
+        (OLD | {"bias": "all"}, BIASES, "base_layer", "q_proj.base_layer.bias"),
     ],
 )
 def test_missing(config: dict[str, Any], missing: tuple[str, ...], follows: str, hint: str) -> None:
@@ -46,15 +46,15 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
         (["module.base_model.model.q.lora_A.weight", "module.base_model.model.q.lora_B.weight"], "model.module"),
         (["_orig_mod.base_model.model.q.lora_A.weight"], "torch.compile"),
         (["_orig_mod.base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
-        (["base_model.model._orig_mod.q.lora_A.weight"], "take _orig_mod. out of the names"),
-        (["base_model.model.module.q.lora_A.weight"], "put it on the model inside (model.module)"),
+        (["base_model.model._orig_mod.q.lora_A.weight"], "_orig_mod."),
+        (["base_model.model.module.q.lora_A.weight"], "model.module"),
         (["base_model.model._orig_mod.q.lora_A.weight", "base_model.model.q.lora_B.weight"], None),
-        (["base_model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight"], "_checkpoint_wrapped_module, which"),
+        (["base_model.model.layers.0._checkpoint_wrapped_module.q.lora_A.weight"], "_checkpoint_wrapped_module"),
         (
             ["base_model.model.q.lora_A.weight", "base_model.model.h.1._orig_mod.q.lora_A.weight"],
-            "around single layers",
+            "_orig_mod",
         ),
-        (["model.embed_tokens.weight", "model.norm.weight"], "full model's tensors"),
+        (["model.embed_tokens.weight", "model.norm.weight"], "model's"),
         (["model.norm.weight"], None),
         (["model.embed_tokens.weight", "base_model.model.q.lora_A.weight"], None),
         ([], None),
@@ -66,5 +66,5 @@ def test_names_that_no_peft_model_has(names: list[str], hint: str | None) -> Non
 
 
 def test_copies_that_differ() -> None:
-    assert "open which was meant" in saved_twice(["base_model.model.lm_head.modules_to_save.weight"])
+    assert "modules_to_save" in saved_twice(["base_model.model.lm_head.modules_to_save.weight"])
     assert not saved_twice(["base_model.model.lm_head.weight"])

@@ -67,9 +67,9 @@ def test_what_changed_is_known_by_the_config(
     assert [change.name for change, _, _ in found] == expected
 
 
-def test_the_words_say_by_how_much() -> None:
+def test_a_change_names_its_factor_and_its_releases() -> None:
     ((_, words, span),) = changes(recorded(LOKR), ())
-    assert "2 times as much" in words
+    assert "2" in words.split()
     assert str(span) == "PEFT up to 0.13"
 
 
@@ -122,10 +122,10 @@ def test_a_key_of_one_type_says_nothing_of_another() -> None:
         ({"r": None, "alpha": 4}, None),
     ],
 )
-def test_by_how_much(changed: dict[str, Any], times: str | None) -> None:
+def test_the_factor_of_a_change(changed: dict[str, Any], times: str | None) -> None:
     found = [words for _, words, _ in changes(recorded(LOKR | changed), ())]
-    said = f"LoKr's delta is scaled by alpha / r since PEFT 0.14: today's merge adds {times} times as much"
-    assert found == ([said] if times else [])
+    assert len(found) == bool(times)
+    assert all(times in words.split() for words in found)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_initialisations_of_later_releases(scheme: str) -> None:
     assert not changes(recorded(config | {"init_lora_weights": "gaussian"}), ())
 
 
-def test_rows_that_concern_are_all_told() -> None:
+def test_all_changes_that_concern_a_config_are_listed() -> None:
     config = LORA_0_14 | {"use_dora": True}
     assert [change.name for change, _, _ in changes(recorded(config), EMBEDDING)] == [
         "lora-bias-scale",

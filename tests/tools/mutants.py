@@ -33,15 +33,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers")
 PARTS = {
-    "judging": (["src/merge_gate/judging/*.py"], ["tests/judging/test_said.py"], ["tests/judging"]),
+    "judging": (["src/merge_gate/judging/*.py"], ["tests/judging/test_messages.py"], ["tests/judging"]),
     "preflight": (
         [f"src/merge_gate/sources/{name}.py" for name in PREFLIGHT],
-        ["tests/sources/test_said.py", "tests/sources/test_adapter_config.py"],
-        [f"tests/sources/test_{name}.py" for name in ("said", "pickled", "preflight", "adapter_config")],
+        ["tests/sources/test_messages.py", "tests/sources/test_adapter_config.py"],
+        [f"tests/sources/test_{name}.py" for name in ("messages", "pickled", "preflight", "adapter_config")],
     ),
     "config": (
         ["src/merge_gate/config/*.py"],
-        [f"tests/config/test_{name}.py" for name in ("said", "direct", "baseline")],
+        [f"tests/config/test_{name}.py" for name in ("messages", "direct", "baseline")],
         ["tests/config"],
     ),
 }
@@ -77,20 +77,20 @@ SAME_FILES = tuple(
     f"tests/config/test_{name}"
     for name in (
         "load.py::test_one_mistake_is_one_problem",
-        "load.py::test_a_problem_names_its_place_and_what_to_do",
+        "load.py::test_a_problem_names_its_place",
         "load.py::test_the_schema_refuses_what_the_loader_refuses",
         "bounds.py::test_without_libyaml_all_is_the_same",
     )
 )
-"""Left out: hundreds of files each, which `test_said.py` reads as well, and holds every word of what comes of them."""
+"""Left out: hundreds of files each. `test_messages.py` reads them as well, and compares every word of the result."""
 
-LAST = ("tests/config/test_said.py::test_a_fresh_import_makes_the_same_models",)
+LAST = ("tests/config/test_messages.py::test_a_fresh_import_makes_the_same_models",)
 """Left out of the first pass: it takes ten times as long as all others there, and is for what runs on import."""
 
 COPIED = ("src", "tests", "docs", "examples", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")
 NOTICED = {"killed", "timeout"}
 HOLD_EVERY_WORD = tuple(
-    f"tests/{part}/test_said.py::test_what_is_said_of_" for part in ("judging", "sources", "config")
+    f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "sources", "config")
 )
 """These notice most, at the first case that differs."""
 AS_MUTMUT = "as-mutmut"

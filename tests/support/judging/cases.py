@@ -85,9 +85,9 @@ def spec(**changes: Any) -> AdapterSpec:
 
 @dataclass(frozen=True)
 class Fire:
-    """One reason for which a check fires. `says` are parts of the message; `sound` is the same without the reason."""
+    """One reason for which a check fires. The message has `names`: tensors, files and figures, but no sentence."""
 
-    says: tuple[str, ...]
+    names: tuple[str, ...]
     origin: Origin
     evidence: Evidence | None = field(default_factory=evidence)
     files: AdapterFiles = field(default_factory=files)
@@ -100,7 +100,7 @@ def found_in_files(row: Check) -> Fire:
     origin = Origin.CONFIG if row.symptom is Symptom.BAD_CONFIG else Origin.FILE
     said = "what the preflight says"
     finding = Finding(check=row.id, severity=row.severity, message=said, hint="do", origin=origin)
-    return Fire((said,), origin, None, files(findings=(finding,)))
+    return Fire((), origin, None, files(findings=(finding,)))
 
 
 def refused(check: str, origin: Origin) -> Fire:
@@ -108,7 +108,7 @@ def refused(check: str, origin: Origin) -> Fire:
         check=check, message="what the merge says", hint="do", module=MODULE, tensor=LORA_B, origin=origin
     )
     places = {"module": MODULE, "tensor": LORA_B}
-    return Fire(("what the merge says",), origin, evidence(refusal=refusal, merges=()), places=places)
+    return Fire((), origin, evidence(refusal=refusal, merges=()), places=places)
 
 
 def unread(**changes: Any) -> UnreadLayer:
@@ -131,24 +131,24 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
     "keys-missing": (
         Fire(
-            ("1 tensor", LORA_B),
+            (LORA_B,),
             Origin.ADAPTER,
             evidence(missing=(LORA_B,)),
             places={"module": MODULE, "tensor": LORA_B},
         ),
-        Fire(("7 tensors", "lora.0", "4 more"), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
+        Fire(("lora.0",), Origin.ADAPTER, evidence(missing=tuple(f"lora.{i}" for i in range(7)))),
     ),
     "keys-unexpected": (
-        Fire(("1 tensor", "optimizer.step"), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
+        Fire(("optimizer.step",), Origin.ADAPTER, evidence(unexpected=("optimizer.step",))),
         Fire(
-            ("1 tensor of the base is in the file", "does not name it: model.norm.weight"),
+            (),
             Origin.ADAPTER,
             evidence(unnamed=("model.norm.weight",)),
             places={"module": "model.norm", "tensor": "model.norm.weight"},
             severity=Severity.WARNING,
         ),
         Fire(
-            ("1 tensor in the file is complex", LORA_A, "drops the imaginary one"),
+            (LORA_A,),
             Origin.ADAPTER,
             files=files(tensors=(TensorHeader(name=LORA_A, dtype="C64", shape=(2, 2)),)),
             places={"module": MODULE, "tensor": LORA_A},
@@ -160,34 +160,34 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     "not-mergeable": (
         refused("not-mergeable", Origin.CONFIG),
         Fire(
-            ("the weight of a layer without calling it", "head.out_proj", "changes that weight by 2.5 times its norm"),
+            ("head.out_proj",),
             Origin.CONFIG,
             evidence(peft_type="FOURIERFT", unread=(unread(),)),
             files(config=FOURIERFT),
             places={"module": "head.out_proj"},
         ),
         Fire(
-            ("the weight of a layer without calling it", "head.out_proj"),
+            ("head.out_proj",),
             Origin.CONFIG,
             evidence(unread=(unread(),)),
             files(config={"init_lora_weights": "pissa"}),
         ),
         Fire(
-            ("the weight of 2 layers without calling them", "by up to 2.5"),
+            (),
             Origin.CONFIG,
             evidence(peft_type="FOURIERFT", unread=(unread(share=0.5, in_logits=False), unread(never_called=False))),
             files(config=FOURIERFT),
             severity=Severity.WARNING,
         ),
         Fire(
-            ("by 0.0039 times",),
+            (),
             Origin.CONFIG,
             evidence(peft_type="FOURIERFT", unread=(unread(share=2.0**-8),)),
             files(config=FOURIERFT),
             severity=Severity.WARNING,
         ),
         Fire(
-            ("the weight of a layer without calling it",),
+            (),
             Origin.CONFIG,
             evidence(unread=(unread(),)),
             files(config={"init_lora_weights": False}),
@@ -213,29 +213,29 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(("expect.r", "8", "16"), Origin.CONFIG, spec=spec(expect=Expect(r=8))),
         Fire(("expect.lora_alpha", "64", "32"), Origin.CONFIG, spec=spec(expect=Expect(lora_alpha=64.0))),
         Fire(("expect.peft_type", "'LOHA'", "'LORA'"), Origin.CONFIG, spec=spec(expect=Expect(peft_type="LOHA"))),
-        Fire(("expect.base", "'acme/x'", "does not say"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
+        Fire(("expect.base", "'acme/x'"), Origin.CONFIG, spec=spec(expect=Expect(base="acme/x"))),
         Fire(
             ("adapter_model.safetensors", "0" * 64, DIGEST),
             Origin.CONFIG,
             spec=spec(expect=Expect(sha256=(("adapter_model.safetensors", "0" * 64),))),
         ),
-        Fire(("gone.bin", "no such file"), Origin.CONFIG, spec=spec(expect=Expect(sha256=(("gone.bin", DIGEST),)))),
+        Fire(("gone.bin",), Origin.CONFIG, spec=spec(expect=Expect(sha256=(("gone.bin", DIGEST),)))),
     ),
     "base-nonfinite": (
         Fire(
-            ("./base", "model.norm.weight", "1 NaN", "64 values", "[0, 7]", "before any merge"),
+            ("./base", "model.norm.weight"),
             Origin.BASE,
             evidence(base=base(nonfinite=(broken("model.norm.weight"),))),
             places={"module": "model.norm", "tensor": "model.norm.weight", "nan": 1, "first_index": (0, 7)},
         ),
         Fire(
-            ("./base", "lm_head.weight", "1 NaN", "the adapter brings finite values in its place"),
+            ("./base", "lm_head.weight"),
             Origin.BASE,
             evidence(base=base(nonfinite=(broken("lm_head.weight"),)), mended=("lm_head.weight",)),
             severity=Severity.WARNING,
         ),
         Fire(
-            ("./base", "lm_head.weight.absmax", "the adapter brings finite values in its place"),
+            ("./base", "lm_head.weight.absmax"),
             Origin.BASE,
             evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), mended=("lm_head.weight",)),
             severity=Severity.WARNING,
@@ -243,18 +243,18 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "adapter-nonfinite": (
         Fire(
-            (LORA_B, "2 -Inf", "64 values", "[0, 7]"),
+            (LORA_B,),
             Origin.ADAPTER,
             evidence(file_tensors=(FileTensor(stats=broken(LORA_B, neginf=2)),)),
             places={"module": MODULE, "tensor": LORA_B, "neginf": 2, "numel": 64},
         ),
         Fire(
-            (LORA_B, "64 NaN", "64 values"),
+            (LORA_B,),
             Origin.ADAPTER,
             evidence(file_tensors=(FileTensor(stats=broken(LORA_B, nan=64)),)),
         ),
         Fire(
-            (LORA_B, "does not use"),
+            (LORA_B,),
             Origin.ADAPTER,
             evidence(file_tensors=(FileTensor(stats=broken(LORA_B), used=False),)),
             severity=Severity.WARNING,
@@ -262,17 +262,17 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "merged-nonfinite": (
         Fire(
-            (WEIGHT, "merged", "float16", "3 +Inf"),
+            (WEIGHT, "float16"),
             Origin.MERGE,
             evidence(merges=(merged(broken(posinf=3)),)),
             places={"module": MODULE, "tensor": WEIGHT, "posinf": 3},
         ),
-        Fire((WEIGHT, "1 NaN"), Origin.MERGE, evidence(merges=(merged(broken()),))),
+        Fire((WEIGHT,), Origin.MERGE, evidence(merges=(merged(broken()),))),
     ),
     "no-effect": (
-        Fire(("changes nothing", "1 targeted"), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
+        Fire((), Origin.ADAPTER, evidence(merges=(merged(changed=False),))),
         Fire(
-            ("every lora_B is zero",),
+            (),
             Origin.ADAPTER,
             evidence(
                 merges=(merged(changed=False),),
@@ -283,7 +283,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             ),
         ),
         Fire(
-            ("adds nothing to 1 targeted module", "every lora_B is zero", "KaSA"),
+            ("KaSA",),
             Origin.ADAPTER,
             evidence(
                 file_tensors=(
@@ -294,20 +294,20 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             files(config={"kasa_config": {"beta": 1e-4}}),
         ),
         Fire(
-            ("changes nothing", "lora_alpha is 0"),
+            (),
             Origin.ADAPTER,
             evidence(merges=(merged(changed=False),)),
             files(config={"lora_alpha": 0}),
         ),
         Fire(
-            ("1 of 2", "layers.6"),
+            ("layers.6",),
             Origin.ADAPTER,
             evidence(targeted=(MODULE, "layers.6"), merges=(merged(), merged(module="layers.6", changed=False))),
             severity=Severity.WARNING,
             places={"module": "layers.6"},
         ),
         Fire(
-            ("1 of 2", "not changed by the adapter, but for what KaSA takes off before training", "layers.5"),
+            ("layers.5",),
             Origin.ADAPTER,
             evidence(
                 targeted=(MODULE, "head"),
@@ -323,20 +323,20 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "rounding-loss": (
         Fire(
-            ("81.0%", "float16", "limit 50%", "90.0%"),
+            ("81.0%", "float16", "90.0%"),
             Origin.MERGE,
             evidence(merges=(lossy(0.81),)),
             places={"tensor": WEIGHT},
         ),
         Fire(
-            ("2 of 3 merged tensors lose more than 50%", "(90.0%)", "over all of them it is 1.1%"),
+            ("(90.0%)",),
             Origin.MERGE,
             evidence(merges=(lossy(0.9), lossy(0.6), LARGE)),
         ),
     ),
     "headroom": (
         Fire(
-            (WEIGHT, "60,000", "65,504", "92%", "limit 50%"),
+            (WEIGHT, "60,000", "65,504", "92%"),
             Origin.MERGE,
             evidence(merges=(merged(tensor(maximum=60000.0)),)),
             places={"module": MODULE, "tensor": WEIGHT},
@@ -350,24 +350,24 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "delta-norm": (
         Fire(
-            (WEIGHT, "20 times", "limit 10"),
+            (WEIGHT,),
             Origin.MERGE,
             evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),)),
             places={"module": MODULE, "tensor": WEIGHT},
         ),
         Fire(
-            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            (),
             Origin.MERGE,
             evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),)),
             places={"module": MODULE, "tensor": WEIGHT},
         ),
         Fire(
-            ("wipes out 1 tensor", f"{WEIGHT} is zero"),
+            (),
             Origin.MERGE,
             evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),)),
         ),
         Fire(
-            ("every value of the 1 tensor in the file is zero", "changes the base by them"),
+            (),
             Origin.ADAPTER,
             evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),)),
             places={"tensor": LORA_A},
@@ -375,24 +375,24 @@ FIRES: dict[str, tuple[Fire, ...]] = {
     ),
     "untrained-tensors": (
         Fire(
-            ("1 tensor of BertModel is in neither", "pooler.dense.bias; every load makes it"),
+            (),
             Origin.ADAPTER,
             evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias",)),
             places={"module": "pooler.dense", "tensor": "pooler.dense.bias"},
         ),
         Fire(
-            ("2 tensors of BertModel are in neither", "every load makes them"),
+            (),
             Origin.ADAPTER,
             evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias", "pooler.dense.weight")),
         ),
     ),
     "not-reproducible": (
-        Fire(("clusters the rows anew",), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
-        Fire(("FRoD decomposes the base",), Origin.CONFIG, files=files(config={"peft_type": "FROD"})),
+        Fire((), Origin.CONFIG, files=files(config={"peft_type": "ADAMSS"})),
+        Fire((), Origin.CONFIG, files=files(config={"peft_type": "FROD"})),
         Fire(("'pissa_niter_4'",), Origin.CONFIG, files=files(config={"init_lora_weights": "pissa_niter_4"})),
     ),
     "meaning-changed": (
-        Fire(("up to 0.13", "2 times"), Origin.CONFIG, files=files(config=LOKR | {"r": 2, "alpha": 4})),
+        Fire((), Origin.CONFIG, files=files(config=LOKR | {"r": 2, "alpha": 4})),
     ),
     "tied-weights": (
         Fire(

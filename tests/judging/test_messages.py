@@ -1,6 +1,6 @@
-"""All that the checks say, word for word: `said.txt` is what people read, so a change of it is looked at.
+"""The messages of all checks: `messages.txt` is what people read, so look at each change of it.
 
-Written anew with UPDATE_GOLDENS=1.
+UPDATE_GOLDENS=1 writes it again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.judging.cases import (
 from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 from tests.support.judging.releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LORA_0_14
 
-SAID = Path(__file__).with_name("said.txt")
+GOLDEN = Path(__file__).with_name("messages.txt")
 SECOND = "model.layers.6.mlp"
 
 
@@ -71,6 +71,7 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "biases that an old release names otherwise": lost(OLD | {"bias": "all"}, *BIASES),
     "biases that a release lost on saving": lost(LORA_0_12, *BIASES),
     "biases that nobody trained": lost(LORA_0_9, *BIASES),
+    "biases of the release that keeps them": lost(LORA_0_9 | {"peft_version": "0.21.2"}, *BIASES),
     "biases of a config that says no release": lost(LORA_0_12 | {"bias": "all"}, *BIASES),
     "one tensor is lost on loading": (evidence(missing=(LORA_A,), dropped=(LORA_A,)), files()),
     "two of three are lost on loading": (
@@ -318,12 +319,12 @@ def told() -> str:
     return "\n".join(parts)
 
 
-def test_what_the_checks_say() -> None:
+def test_messages_of_checks() -> None:
     if os.environ.get("UPDATE_GOLDENS"):
-        SAID.write_text(told(), encoding="utf-8")
-    assert told() == SAID.read_text(encoding="utf-8")
+        GOLDEN.write_text(told(), encoding="utf-8")
+    assert told() == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_every_situation_says_something_of_its_own_or_nothing_on_purpose() -> None:
+def test_only_these_situations_have_no_finding() -> None:
     silent = [name for name, situation in SITUATIONS.items() if not found(*situation)]
     assert silent == ["biases that nobody trained", "the revision that was asked for"]

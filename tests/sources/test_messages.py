@@ -1,6 +1,6 @@
-"""All that is said of an adapter's files, word for word: `said.txt` is what people read, so its changes are looked at.
+"""The messages about an adapter's files: `messages.txt` is what people read, so look at each change of it.
 
-Written anew with UPDATE_GOLDENS=1.
+UPDATE_GOLDENS=1 writes it again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.sources.adapter_files import (
 )
 from tests.support.sources.pickles import packed
 
-SAID = Path(__file__).with_name("said.txt")
+GOLDEN = Path(__file__).with_name("messages.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
 REFUSED = ("a pickle", "a pickle that calls, and that nobody allowed", "a pointer for a pickle that nobody allowed")
 Files = dict[str, bytes]
@@ -285,11 +285,11 @@ def told(place: Path) -> Iterator[str]:
         yield "\n".join([f"== {name}\n", *map(shown, found.findings)])
 
 
-def test_what_is_said_of_files(tmp_path: Path) -> None:
+def test_messages_of_files(tmp_path: Path) -> None:
     """Each situation against the file, up to the first that differs."""
     if os.environ.get("UPDATE_GOLDENS"):
-        SAID.write_text("\n".join(told(tmp_path / "written")), encoding="utf-8")
-    stored = SAID.read_text(encoding="utf-8")
+        GOLDEN.write_text("\n".join(told(tmp_path / "written")), encoding="utf-8")
+    stored = GOLDEN.read_text(encoding="utf-8")
     at = 0
     for one in told(tmp_path / "read"):
         assert stored[at : at + len(one)] == one
@@ -304,12 +304,12 @@ SILENT = (
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_what_is_right_is_not_talked_about(name: str, tmp_path: Path) -> None:
+def test_sound_files_have_no_finding(name: str, tmp_path: Path) -> None:
     assert preflight(str(laid(tmp_path, SITUATIONS[name])), allow_pickle=False).findings == ()
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-def test_a_link_to_nowhere_in_full(name: str, tmp_path: Path) -> None:
+def test_a_broken_link(name: str, tmp_path: Path) -> None:
     laid(tmp_path, SOUND)
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("gone")
@@ -319,7 +319,7 @@ def test_a_link_to_nowhere_in_full(name: str, tmp_path: Path) -> None:
     assert finding.hint == "restore the target, or copy the file itself into the directory"
 
 
-def test_sockets_and_devices_are_named(tmp_path: Path) -> None:
+def test_sockets_and_devices(tmp_path: Path) -> None:
     laid(tmp_path, without(CONFIG_NAME, WEIGHTS_NAME))
     (tmp_path / WEIGHTS_NAME).symlink_to(os.devnull)
     with socket.socket(socket.AF_UNIX) as end:
@@ -334,7 +334,7 @@ def test_sockets_and_devices_are_named(tmp_path: Path) -> None:
     assert of_weights.message == f"{WEIGHTS_NAME} is a device, expected a regular file"
 
 
-def test_what_cannot_be_read_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_an_unreadable_directory(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as raised:
         preflight(str(tmp_path / "gone\n"), allow_pickle=False)
     assert str(raised.value) == "'gone\\n' cannot be read: No such file or directory"
