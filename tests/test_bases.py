@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from merge_gate.config.load import load_config
-from merge_gate.engine.quantized import dequantized, is_quantized
+from merge_gate.engine.quantized import DEQUANTIZED, dequantized, is_quantized
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
+    from merge_gate.engine.base import Base
     from merge_gate.records.report import AdapterReport, BaseReport
     from merge_gate.records.terms import Finding
     from tests.support.base_cases import Case
@@ -169,13 +170,18 @@ def wrong(model: torch.nn.Module, truth: Mapping[str, torch.Tensor]) -> list[str
     return found if matched else ["all"]
 
 
-@pytest.mark.parametrize("case", params(GOOD.table, LOADED))
-def test_a_good_base_is_loaded_as_its_true_weights(case: Case, run: Run) -> None:
+def loaded(case: Case, run: Run) -> Base:
+    """The base as the gate loads it, in this process."""
     files = preflight(str(run.root / "adapters" / case.adapter), allow_pickle=False)
     asked = Quantization(case.asked.get("quantization", "none"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a base that is asked for as it is stored
-        base = Gate().base(run.base(case), files, dtype=case.asked.get("dtype", "auto"), quantization=asked)
+        return Gate().base(run.base(case), files, dtype=case.asked.get("dtype", "auto"), quantization=asked)
+
+
+@pytest.mark.parametrize("case", params(GOOD.table, LOADED))
+def test_a_good_base_is_loaded_as_its_true_weights(case: Case, run: Run) -> None:
+    base = loaded(case, run)
     assert wrong(base.model, run.truths[case.name]) == []
 
 
@@ -187,3 +193,17 @@ def test_a_broken_base_is_not_what_transformers_loads(case: Case, run: Run) -> N
     except Exception:  # noqa: BLE001 - of many kinds: it is not loaded, and that is all
         return
     assert bool(wrong(model, run.truths[case.name])) == (case.name not in LOADS_AS_THE_TRUTH)
+
+
+# --- dequantized on every machine ------------------------------------------------------------------------------------
+
+DEQUANTIZED_CASES = {name: case for name, case in GOOD.table.items() if case.quantization in DEQUANTIZED}
+
+
+@pytest.mark.parametrize("case", params(DEQUANTIZED_CASES))
+def test_a_format_that_a_gpu_could_leave_packed_is_dequantized_into_plain_modules(case: Case, run: Run) -> None:
+    base = loaded(case, run)
+    assert base.source.options["quantization_config"].dequantize
+    classes = {type(module).__module__ for module in base.model.modules()}
+    assert not {name for name in classes if "integrations" in name or "quant" in name}
+    assert {tensor.dtype for tensor in base.tensors.values()} == {torch.bfloat16}

@@ -139,6 +139,9 @@ NOTES: set[str] = {
     "tied-in-the-config-and-different-in-the-file",
 }
 STATED: set[str] = {
+    "fp8-with-one-scale-for-each-row",
+    "fp8-with-one-scale-for-each-weight",
+    "mxfp8",
     "bnb-4bit",
     "bnb-4bit-nested",
     "bnb-8bit",

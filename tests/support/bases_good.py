@@ -8,7 +8,7 @@ import torch
 
 from tests.support import bases
 from tests.support.base_cases import Cases
-from tests.support.bases import O_PROJ, TERNARY, WEIGHTS, Draft, llama
+from tests.support.bases import INNER, O_PROJ, TERNARY, VOCABULARY, WEIGHTS, Draft, llama
 from tests.support.bases_broken import bnb_4bit, bnb_8bit, fp8
 
 GOOD = Cases()
@@ -366,6 +366,30 @@ def fp8_with_layers_left_alone() -> Draft:
 def fp8_blocks_of_rows_and_scales_of_the_kv_cache() -> Draft:
     draft = llama().packed(bases.fp8_blocks(8, 32)).plus({"model.layers.0.self_attn.k_scale": torch.tensor([0.5])})
     return draft.configured(quantization_config=bases.FP8_CONFIG | {"weight_block_size": [8, 32]})
+
+
+@good(quantization="fp8")
+def fp8_with_one_scale_for_each_weight() -> Draft:
+    draft = llama().packed(bases.fp8_blocks(VOCABULARY + INNER, INNER))
+    draft.plus({name: one.reshape(()) for name, one in draft.stored.items() if name.endswith("scale_inv")})
+    return draft.configured(quantization_config=bases.FP8_CONFIG | {"weight_block_size": None})
+
+
+@good(quantization="fp8")
+def fp8_with_one_scale_for_each_row() -> Draft:
+    draft = llama().packed(bases.fp8_blocks(1, INNER))
+    return draft.configured(quantization_config=bases.FP8_CONFIG | {"weight_block_size": None})
+
+
+@good(quantization="mxfp8")
+def mxfp8() -> Draft:
+    """Blocks of 32 values, whose scales are exponents in bytes."""
+    draft = llama().packed(bases.fp8_blocks(1, 32))
+    scales = {name: one for name, one in draft.stored.items() if name.endswith("scale_inv")}
+    draft.plus({name: (one.log2() + 127).to(torch.uint8) for name, one in scales.items()})
+    return draft.configured(
+        quantization_config=bases.FP8_CONFIG | {"quant_method": "mxfp8", "weight_block_size": [1, 32]}
+    )
 
 
 good(name="bnb-8bit", quantization="bnb-8bit")(bnb_8bit)

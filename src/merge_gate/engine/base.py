@@ -23,7 +23,15 @@ from torch import nn
 from merge_gate.engine.delta import Buffers
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
-from merge_gate.engine.quantized import dequantized, elements, is_quantized, loading_options, quantizing, scales
+from merge_gate.engine.quantized import (
+    dequantized,
+    dequantizing_options,
+    elements,
+    is_quantized,
+    loading_options,
+    quantizing,
+    scales,
+)
 from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers, refuse_unknown_format
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
@@ -201,9 +209,12 @@ def load_base(
         options=options,
     )
     refuse_unknown_format(directory, label)
+    model_class = getattr(transformers, shape.class_name)
     try:
+        if quantization is Quantization.NONE:
+            source = replace(source, options=options | dequantizing_options(_config(model_class, source)))
         with quantizing(quantization):
-            model, loading = _from_pretrained(getattr(transformers, shape.class_name), source, shape)
+            model, loading = _from_pretrained(model_class, source, shape)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"base {label}: out of memory while loading it",
@@ -239,6 +250,13 @@ class Loading:
     @property
     def initialised(self) -> frozenset[str]:
         return self.missing.union(self.replaced)
+
+
+def _config(model_class: Any, source: Source) -> Any:
+    """The base's configuration as `from_pretrained` of a class reads it."""
+    config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
+    options = {name: source.options[name] for name in ("local_files_only", "trust_remote_code")}
+    return config_class.from_pretrained(source.directory, **options)
 
 
 def _from_pretrained(model_class: Any, source: Source, shape: ModelClass) -> tuple[Any, Loading]:

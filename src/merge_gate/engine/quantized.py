@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import nn
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from merge_gate.engine.four_bit import loading_in_blocks
 from merge_gate.records.terms import Quantization
@@ -55,6 +56,30 @@ def loading_options(quantization: Quantization, dtype: str, device: str) -> dict
         return {}
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     return {"quantization_config": LOADED_BY[quantization].config(compute), "device_map": {"": device}}
+
+
+DEQUANTIZED = frozenset({"fp8", "mxfp8", "mxfp4", "compressed-tensors"})
+"""Methods whose weights transformers dequantizes while it loads them, if it is asked to."""
+
+
+def dequantizing_options(config: Any) -> dict[str, Any]:
+    """What `from_pretrained` needs to dequantize a base that is stored quantized, on any machine; {} for other bases.
+
+    Left alone, transformers decides by the machine: FP8 stays packed on some GPUs, and MXFP4 if `kernels` is installed.
+
+    Args:
+        config: the base's configuration as transformers reads it.
+
+    Raises:
+        ImportError: the package of this method is not installed.
+    """
+    text = config.get_text_config(decoder=True)  # as transformers/quantizers/auto.py
+    declared = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if not isinstance(declared, dict) or declared.get("quant_method") not in DEQUANTIZED:
+        return {}
+    asked = AutoQuantizationConfig.from_dict(dict(declared))
+    asked.dequantize = True
+    return {"quantization_config": asked}
 
 
 def quantizing(quantization: Quantization) -> AbstractContextManager[None]:
