@@ -6,6 +6,7 @@ tests/test_cli.py runs the real command.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -256,7 +257,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     return says
 
 
-REFUSAL = Refusal(check="not-judged", message="nobody merges here", hint="hire somebody")
+REFUSAL = Refusal(check=None, message="nobody merges here", hint="hire somebody")
 
 
 def report_of(place: Path) -> dict[str, Any]:
@@ -356,6 +357,17 @@ def test_a_first_config_is_written_once(place: Path, capsys: pytest.CaptureFixtu
     assert main(["init", "."]) == 2
     assert "merge-gate.yml is there already" in capsys.readouterr().err
     assert (place / "merge-gate.yml").read_text() == written
+
+
+def test_half_a_first_config_does_not_stay(place: Path) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> NoReturn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (place / "merge-gate.yml").write_text("vers")
+    with pytest.raises(OSError, match="No space left"):
+        cli._write_or_remove(Full(), "version: 1", place / "merge-gate.yml")
+    assert not (place / "merge-gate.yml").exists()
 
 
 def test_a_first_config_where_nobody_can_write(

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from merge_gate.command_line import DEFAULT_OUTPUT, output_of, parsed
 from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError, UsageError
@@ -334,11 +334,21 @@ def _init(arguments: argparse.Namespace) -> int:
     with explained(f"cannot write {path}", chosen_by=""):
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(text)
+                _write_or_remove(file, text, path)
         except FileExistsError:
             raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
     tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
     return ExitCode.PASS
+
+
+def _write_or_remove(file: IO[str], text: str, path: Path) -> None:
+    """Half a config would keep the next `init` from writing a whole one."""
+    try:
+        file.write(text)
+        file.flush()
+    except OSError:
+        path.unlink()
+        raise
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -108,7 +108,7 @@ def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
     meant = [option for option in known if option.startswith(name)]
     if name in known or len(meant) == 1:
         return False
-    return "--output" in meant or _nearest(name, known) == "--output"
+    return "--output" in meant or name.startswith("--out") or _nearest(name, known) == "--output"
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:

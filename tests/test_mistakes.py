@@ -1,0 +1,489 @@
+"""The mistakes of users, one by one: whatever goes wrong, no file of theirs and no verdict is lost.
+
+Each runs the command in this process, on one adapter whose file is damaged, so that a run reaches a verdict without
+torch. The table in docs/reliability.md has a row for each.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from merge_gate import demo, gate, whole_file
+from merge_gate.cache.store import ABANDONED_S
+from merge_gate.cli import main
+from merge_gate.earlier_reports import is_own
+from merge_gate.engine import process
+from merge_gate.records.report import Judged, Shard
+from merge_gate.report.directory import claimed
+from merge_gate.report.files import FORMATS, write_report
+from merge_gate.report.json_report import render
+from tests.support.reports import FAIL, PASS, SHA256, adapter, report
+
+if TYPE_CHECKING:
+    from merge_gate.engine.protocol import Job
+    from merge_gate.records.report import Report
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+OUTPUT = "merge-gate-report"
+PREVIOUS = f"{OUTPUT}/previous"
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
+
+Arrange = Callable[[Path], object]
+
+
+# --- what is there before ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a damaged adapter, a base, and a config; the commands run in it."""
+
+    def refuse() -> NoReturn:
+        raise OSError("no process to be had")
+
+    def supervise(job: Job, *_: object) -> None:
+        assert not job.groups, "the damaged adapter is judged by its file"
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
+    monkeypatch.setattr(process, "WorkerProcess", refuse)
+    monkeypatch.setattr(gate, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(gate, "supervise", supervise)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def earlier(place: Path) -> None:
+    """The report of a run that came to its end, next to a file of the user."""
+    write_report(FAIL, place / OUTPUT)
+    (place / OUTPUT / "notes.txt").write_text("mine")
+
+
+def nothing(_: Path) -> None:
+    """No run has been there."""
+
+
+def verdicts(name: str) -> Report:
+    judged = Judged(key=name * 64, at="2026-03-01T12:00:00Z", place="a machine", seconds=0.5, seal=SHA256)
+    return report(adapter(name, judged=judged), complete=False)
+
+
+def killed(place: Path) -> None:
+    """The report of a run that was killed."""
+    write_report(verdicts("a"), place / OUTPUT)
+
+
+def both(*arrangements: Arrange) -> Arrange:
+    return lambda place: [one(place) for one in arrangements]
+
+
+def text(name: str, content: str = "mine") -> Arrange:
+    def arrange(place: Path) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(content)
+
+    return arrange
+
+
+def link(name: str, target: str) -> Arrange:
+    def arrange(place: Path) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(target)
+
+    return arrange
+
+
+def folder(name: str) -> Arrange:
+    return lambda place: (place / name).mkdir(parents=True)
+
+
+def written(where: str, what: Report = PASS, *names: str) -> Arrange:
+    return lambda place: write_report(what, place / where, formats=names or tuple(FORMATS))
+
+
+def shards(place: Path) -> None:
+    marks = {"count": 2, "plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "entries": 2, "bases_from": (0,)}
+    for index in (1, 2):
+        mark = Shard(index=index, positions=(index - 1,), **marks)
+        write_report(report(adapter(f"shard-{index}"), shard=mark), place / "shards" / str(index))
+
+
+def cache_of_a_checkout(place: Path) -> None:
+    """Directories with the names that a cache uses, and files that are older than a day."""
+    for name in ("bases/.gitkeep", "bases/notes.txt", "verdicts/.report.json.tmp"):
+        text(name)(place)
+        os.utime(place / name, (0, time.time() - 2 * ABANDONED_S))
+
+
+def clock(year: int) -> Arrange:
+    def arrange(place: Path) -> None:
+        earlier(place)
+        at = (year - 1970) * 365 * 86_400
+        for path in (place / OUTPUT).iterdir():
+            os.utime(path, (at, at))
+
+    return arrange
+
+
+# --- the accidents that come from outside ----------------------------------------------------------------------------
+
+Accident = Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[object]]
+
+
+def none(*_: object) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def disk_full(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_file.os, "fsync", fail)
+    return nullcontext()
+
+
+def no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
+    real = os.mkdir
+
+    def fail(path: str, *more: object, **named: object) -> None:
+        if Path(path).name == "previous":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *more, **named)
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    return nullcontext()
+
+
+def another_run(_: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
+    held = claimed(place / OUTPUT)
+    held.__enter__()
+    write_report(FAIL, place / OUTPUT)
+
+    class Held(AbstractContextManager[object]):
+        def __exit__(self, *_: object) -> None:
+            held.__exit__(None, None, None)
+
+    return Held()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
+    monkeypatch.setattr(gate, "_inputs", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
+    return nullcontext()
+
+
+def small_demo(monkeypatch: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[object]:
+    monkeypatch.setattr(demo, "_demo_files", lambda: {"merge-gate.yml": b"version: 1\nadapters: []\n"})
+    return nullcontext()
+
+
+# --- the mistakes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake: the command lines, the exit code of the last one, and where the earlier report is afterwards."""
+
+    mistake: str
+    left: str
+    steps: tuple[tuple[str, ...], ...]
+    arrange: Arrange = earlier
+    code: int = 2
+    now_in: str = PREVIOUS
+    says: str = ""
+    accident: Accident = none
+
+    @property
+    def row(self) -> str:
+        return f"| {self.mistake} | {self.code} | {self.left} |"
+
+
+MOVED = "the earlier report, in `previous/`"
+UNTOUCHED = "everything as it was"
+
+
+def typo(mistake: str, *words: str, left: str = MOVED, **more: object) -> Mistake:
+    return Mistake(mistake, left, (words,), **more)  # type: ignore[arg-type]
+
+
+def output(mistake: str, arrange: Arrange, *words: str, now_in: str = "", **more: object) -> Mistake:
+    return Mistake(mistake, UNTOUCHED, (words,), arrange, now_in=now_in, **more)  # type: ignore[arg-type]
+
+
+def resumed(mistake: str, *steps: tuple[str, ...], arrange: Arrange = killed, where: str = PREVIOUS) -> Mistake:
+    said = f"--resume reuses the verdicts in {where}"
+    left = "the verdicts of the killed run; `--resume` finds them"
+    return Mistake(mistake, left, (*steps, RESUME), arrange, code=1, now_in="", says=said)
+
+
+RESUME = ("run", "gate.yml", "--resume")
+RUN = ("run", "gate.yml")
+MISTAKES = (
+    # the command line is wrong; an earlier report must not pass for the report of this run
+    typo("a mistyped option: `--devise cpu`", *RUN, "--devise", "cpu", says="--devise"),
+    typo("a mistyped option after the right output", *RUN, "--output", OUTPUT, "--devise"),
+    typo("an option without its value: `--device`", *RUN, "--device"),
+    typo("a value that the option does not have: `--device tpu`", *RUN, "--device", "tpu"),
+    typo('a variable that is not set: `--base "$BASE"`', "run", "./one", "--base", ""),
+    typo("no adapter named: `merge-gate run`", "run"),
+    typo("the command left out: `merge-gate ./one`", "./one"),
+    typo("the command mistyped: `rnu` in place of `run`", "rnu", "gate.yml"),
+    typo("a wrong path of the config", "run", "absent.yml"),
+    typo("a wrong path of an adapter", "run", "./my-adaptr", "--base", "./base"),
+    typo("a wrong path of a base", "run", "./one", "--base", "./bse", says="./bse"),
+    typo("a config that is not YAML", *RUN, arrange=both(earlier, text("gate.yml", "adapters: ["))),
+    typo("a config with an unknown key", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadaptors: []\n"))),
+    typo("a config that lists nothing", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadapters: []\n"))),
+    typo("`--only` with a name that the config does not list", *RUN, "--only", "tow", says="--only tow"),
+    typo("options that contradict each other: `--resume --no-cache`", *RUN, "--resume", "--no-cache"),
+    typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
+    typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
+    typo("`--cache` names a file", *RUN, "--cache", "one/adapter_config.json", says="cache directory"),
+    typo("`--container` with adapters in place of a config", "run", "./one", "--container", says="needs a config"),
+    Mistake("the same mistake twice", MOVED, (("run", "absent.yml"), ("run", "absent.yml"))),
+    Mistake(
+        "the mistake, a good run, the mistake again",
+        "the first report in `previous/`, the second in `previous-2/`",
+        (("run", "absent.yml"), RUN, ("run", "absent.yml")),
+        says=f"now in {OUTPUT}/previous-2",
+    ),
+    # --output is wrong
+    output("`--output` mistyped: `--ouptut notes`", earlier, *RUN, "--ouptut", "notes", now_in=OUTPUT),
+    output("`--output` as another tool calls it: `--outdir notes`", earlier, *RUN, "--outdir", "notes", now_in=OUTPUT),
+    output("`--output` without a directory", earlier, *RUN, "--output", now_in=OUTPUT),
+    output('`--output "$DIR"` with a variable that is not set', earlier, *RUN, "--output", "", now_in=OUTPUT),
+    output("`--output` names a file", text("out"), *RUN, "--output", "out"),
+    output("`--output` is a link", both(folder("real"), link("out", "real")), *RUN, "--output", "out"),
+    output("`--output` is an adapter's directory", nothing, *RUN, "--output", "one", says="among its files"),
+    output("`--output` is a base's directory", nothing, "run", "./one", "--base", "base", "--output", "base"),
+    output("`--output` does not exist, and the config does not either", nothing, "run", "absent.yml", "--output", "o"),
+    output(
+        "`--output` holds `summary.md` and `report.html` of the user, and the adapter is mistyped",
+        both(text("notes/summary.md"), text("notes/report.html")),
+        *("run", "./my-adaptr", "--base", "./base", "--output", "notes"),
+        says="notes/summary.md",
+    ),
+    output(
+        "`--output` holds the `junit.xml` of a test runner",
+        text("reports/junit.xml", "<testsuites/>"),
+        *(*RUN, "--output", "reports"),
+        says="reports/junit.xml is a file without the generator tag",
+    ),
+    output(
+        "one of the five files is another tool's, four are the gate's",
+        both(earlier, text(f"{OUTPUT}/junit.xml", "<testsuites/>")),
+        *RUN,
+        now_in=OUTPUT,
+    ),
+    output(
+        "`--output` holds a `report.json` of another tool", text("reports/report.json", '{"tool": {"name": "x"}}'),
+        *(*RUN, "--output", "reports"),
+    ),
+    output(
+        "a link has the name of a report",
+        both(written("own", PASS), link(f"{OUTPUT}/report.json", "../own/report.json")),
+        *RUN,
+        now_in="own",
+    ),
+    output("a directory has the name of a report", text(f"{OUTPUT}/report.html/mine.html"), *RUN, says="a directory"),
+    output("a report is named as the config", earlier, "run", f"{OUTPUT}/report.json", now_in=OUTPUT),
+    output("the output directory is named as an adapter", earlier, "run", OUTPUT, now_in=OUTPUT),
+    Mistake(
+        "a directory that other tools use too",
+        "their files; the new report next to them",
+        ((*RUN, "--output", "reports"),),
+        both(text("reports/coverage.xml"), text("reports/.report.json.backup.tmp")),
+        code=1,
+        now_in="",
+    ),
+    Mistake("`--output .`", "all files; the report next to them", ((*RUN, "--output", "."),), nothing, 1, now_in=""),
+    Mistake(
+        "`--output` is the directory of another project's reports",
+        "its reports, in `previous/`",
+        ((*RUN, "--output", "theirs"),),
+        written("theirs", FAIL),
+        code=1,
+        now_in="theirs/previous",
+    ),
+    Mistake(
+        "`previous/` is a directory of the user",
+        "their files; the earlier report, in `previous-2/`",
+        (RUN,),
+        both(earlier, text(f"{PREVIOUS}/thesis.tex")),
+        code=1,
+        now_in=f"{OUTPUT}/previous-2",
+    ),
+    Mistake(
+        "`previous` is a file of the user",
+        "the file; the earlier report, in `previous-2/`",
+        (RUN,),
+        both(earlier, text(PREVIOUS)),
+        code=1,
+        now_in=f"{OUTPUT}/previous-2",
+    ),
+    Mistake(
+        "a second run with the same output",
+        "the earlier report, in `previous/`; the new one",
+        (RUN,),
+        code=1,
+    ),
+    Mistake(
+        "two shards, one after the other, into the same directory",
+        "the first shard's report, in `previous/`",
+        ((*RUN, "--shard", "1/2"),),
+        written(OUTPUT, FAIL),
+        code=1,
+    ),
+    # a run was killed, and the next command is wrong
+    resumed("after a kill: `--resumee`", (*RUN, "--resumee")),
+    resumed("after a kill: a wrong path", ("run", "gat.yml", "--resume")),
+    resumed("after a kill: no path", ("run", "--resume")),
+    resumed("after a kill: all three, one after the other", (*RUN, "--resumee"), ("run", "gat.yml"), ("run",)),
+    resumed("after a kill: a run without `--resume`, to its end", RUN),
+    resumed("after a kill: a wrong path, then a run without `--resume`", ("run", "gat.yml"), RUN),
+    resumed(
+        "after two kills with a wrong path in between",
+        arrange=both(written(PREVIOUS, verdicts("b")), killed),
+        where=f"{PREVIOUS}, {OUTPUT}/previous-2",
+    ),
+    resumed(
+        "after a kill, the report was damaged; an older one is whole",
+        arrange=both(
+            written(PREVIOUS, verdicts("b")), text(f"{OUTPUT}/report.json", render(verdicts("a")).rpartition("}")[0])
+        ),
+    ),
+    Mistake(
+        "`--resume` with another `--output`",
+        "the killed run's report, as it was",
+        ((*RUN, "--resume", "--output", "new"),),
+        killed,
+        code=1,
+        now_in=OUTPUT,
+        says="nothing to resume",
+    ),
+    # other commands
+    output("`init` with a config that is there", text("merge-gate.yml"), "init", "one", says="is there already"),
+    output("`demo` in a directory with other files", text("mine/thesis.tex"), "demo", "mine", says="holds other files"),
+    Mistake(
+        "`demo` again, after its config was edited",
+        "the edited config, as `merge-gate.yml.old`",
+        (("demo", "d"),),
+        both(text("d/.merge-gate-demo"), text("d/kept.txt")),
+        now_in="",
+        accident=small_demo,
+    ),
+    output(
+        "`report combine --output` is a shard's directory",
+        shards,
+        *("report", "combine", "shards/1", "shards/2", "--output", "shards/1"),
+        says="directory of a shard",
+    ),
+    output(
+        "`report combine --output` holds a `junit.xml` of another tool",
+        both(shards, text("all/junit.xml")),
+        *("report", "combine", "shards", "--output", "all"),
+        says="all/junit.xml",
+    ),
+    typo("`report combine` with a mistyped option", "report", "combine", "shards", "--quick"),
+    typo("`report combine` with a wrong directory", "report", "combine", "shrads", code=3),
+    Mistake(
+        "`report combine` of directories with earlier reports in them",
+        "all of them; only the newest reports count",
+        (("report", "combine", "shards/1", "shards/2"),),
+        both(shards, written("shards/1/previous", FAIL)),
+        code=0,
+        now_in="shards/1/previous",
+    ),
+    Mistake(
+        "`--cache` is a directory with files of the user, hidden and old ones too",
+        "all of them",
+        ((*RUN, "--cache", "."),),
+        cache_of_a_checkout,
+        code=1,
+        now_in="",
+    ),
+    # not the user's mistake
+    output("two runs at once", nothing, *RUN, now_in=OUTPUT, says="another run of merge-gate", accident=another_run),
+    typo("the disk is full when the report is written", *RUN, code=3, says="No space left", accident=disk_full),
+    output("the disk has no room for `previous/`", earlier, *RUN, code=3, says="No space left", accident=no_room),
+    typo("Ctrl-C before anything is judged", *RUN, code=3, says="stopped by SIGINT", accident=interrupt),
+    Mistake("a clock that went back: the earlier report is of 2100", MOVED, (RUN,), clock(2100), code=1),
+    Mistake("a clock that went back: the earlier report is of 1980", MOVED, (("run", "absent.yml"),), clock(1980)),
+)  # fmt: skip
+
+
+# --- and what is left ------------------------------------------------------------------------------------------------
+
+
+def state(place: Path) -> dict[str, bytes]:
+    """The content of every file, and the target of every link."""
+    return {
+        str(path.relative_to(place)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in place.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def run(words: tuple[str, ...]) -> int:
+    try:
+        return main(list(words))
+    except SystemExit as left:
+        return int(str(left.code))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: one.mistake)
+def test_a_mistake_loses_nothing(
+    mistake: Mistake, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mistake.arrange(place)
+    with mistake.accident(monkeypatch, place):
+        before = state(place)
+        own = {name for name in before if is_own(place / name)}
+        after, codes = before, []
+        for words in mistake.steps:
+            codes.append(run(words))
+            if words != RESUME:  # a run that resumes has the verdicts in its own report
+                after = state(place)
+    said = capfd.readouterr().err
+    assert codes[-1] == mistake.code, said
+    assert "Traceback" not in said
+    assert "this is a bug" not in said
+    assert mistake.says in said
+    for name, content in before.items():
+        if name in own:
+            assert content in after.values(), f"{name} is lost"
+        else:
+            assert after.get(name, b"") == content, f"{name} is not as it was"
+    if mistake.left == UNTOUCHED:
+        assert after == before
+    if mistake.now_in:
+        assert after[f"{mistake.now_in}/report.json"] in {before[name] for name in own if name.endswith(".json")}
+    if mistake.now_in == PREVIOUS and mistake.code == 2:
+        assert not (place / OUTPUT / "report.json").exists(), "an earlier report passes for the report of this run"
+        assert re.search(rf"the report of an earlier run is now in {OUTPUT}/previous", said)
+
+
+def test_the_table_has_a_row_for_each_mistake() -> None:
+    assert len({one.mistake for one in MISTAKES}) == len(MISTAKES) >= 40
+    before, _, rest = DOCS.read_text(encoding="utf-8").partition("<!-- mistakes -->\n")
+    _, _, after = rest.partition("<!-- end -->\n")
+    rows = ["| mistake | exit code | what is left |", "|---|---|---|", *(one.row for one in MISTAKES)]
+    table = "\n".join(["<!-- mistakes -->", "", *rows, "", "<!-- end -->", ""])
+    if os.environ.get("UPDATE_GOLDENS"):
+        DOCS.write_text(before + table + after, encoding="utf-8")
+    assert DOCS.read_text(encoding="utf-8") == before + table + after
