@@ -153,6 +153,7 @@ def test_a_directory_that_one_may_not_read_is_no_defect(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Named here or in a config, it is judged alike."""
+    lay_base(place)
     with tempfile.TemporaryDirectory() as top:  # pytest's own directories are closed to others
         shutil.copytree(place, top, dirs_exist_ok=True)
         monkeypatch.chdir(top)
@@ -322,6 +323,12 @@ def test_a_cluster_is_asked_where_there_is_something_to_merge(
 # --- check, init, demo ---------------------------------------------------------------------------------------------
 
 
+def lay_base(place: Path) -> None:
+    (place / "base").mkdir()
+    (place / "base" / "config.json").write_text("{}")
+    (place / "base" / "model.safetensors").write_bytes(weights())
+
+
 def unreadable(place: Path) -> None:
     weights = place / "one" / "adapter_model.safetensors"
     weights.unlink()
@@ -335,15 +342,16 @@ def cut(place: Path) -> None:
 @pytest.mark.parametrize(
     ("break_", "code", "said"),
     [
-        (lambda _: None, 0, "1 adapter: the files of 1 are sound, 0 failed, 0 could not be read."),
-        (cut, 1, "1 adapter: the files of 0 are sound, 1 failed, 0 could not be read."),
-        (unreadable, 3, "1 adapter: the files of 0 are sound, 0 failed, 1 could not be read."),
+        (lambda _: None, 0, "1 adapter: the files of 1 are sound, 0 failed, 0 could not be judged."),
+        (cut, 1, "1 adapter: the files of 0 are sound, 1 failed, 0 could not be judged."),
+        (unreadable, 3, "1 adapter: the files of 0 are sound, 0 failed, 1 could not be judged."),
     ],
     ids=["sound", "broken", "unreadable"],
 )
 def test_a_check_says_what_it_found_and_that_nothing_was_merged(
     break_: Callable[[Path], object], code: int, said: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lay_base(place)
     break_(place)
     assert main(["check", "one"]) == code
     assert f"{said} Nothing was merged" in capsys.readouterr().out

@@ -317,7 +317,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 tell(line)
     tell(
         f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]:,} are sound, "
-        f"{counts[Verdict.FAILED]:,} failed, {counts[Verdict.ERROR]:,} could not be read. Nothing was merged: "
+        f"{counts[Verdict.FAILED]:,} failed, {counts[Verdict.ERROR]:,} could not be judged. Nothing was merged: "
         "`merge-gate run` does that."
     )
     if counts[Verdict.FAILED]:

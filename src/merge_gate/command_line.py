@@ -35,7 +35,7 @@ exit codes:
   0  the files of every adapter are sound; nothing was merged
   1  the files of at least one adapter failed
   2  usage or configuration error: nothing was checked
-  3  no adapter failed, but the files of at least one could not be read
+  3  no adapter failed, but at least one could not be judged: its files or those of its base
 """
 
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it

@@ -75,7 +75,14 @@ class ConfigError(GateError):
 
 
 class ResolveError(GateError):
-    """A directory or a Hub id cannot be turned into files on disk."""
+    """A directory or a Hub id cannot be turned into files on disk.
+
+    `check` is the id of the check of bases that says so (`base-incomplete`, …), None for everything else.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", check: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.check = check
 
 
 class EngineError(GateError):

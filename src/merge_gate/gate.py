@@ -100,10 +100,10 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
-    """Judge config and files alone: no base is resolved, no model is loaded, torch is not imported."""
+    """Judge config and files alone, with those of bases that are directories here. Torch is not imported."""
     inputs = Inputs(config, (view or SilentView()).note)
     for spec in select(config, only):
-        yield outcome.checked(inputs.adapter(spec))
+        yield outcome.checked(inputs.checked(spec))
 
 
 def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
@@ -190,7 +190,8 @@ class _Run:
         self._standing.merging(self._groups)
         free_bytes = MemoryGroup().free_bytes()
         for group in self._groups:
-            if said := too_large(group.label, group.directory, free_bytes):
+            weights = group.files.weights if group.files is not None else ()
+            if said := too_large(group.label, group.directory, free_bytes, weights):
                 self._view.note(said)
         self._hourly.merging_begins(self._tally.judged)
 
@@ -204,8 +205,12 @@ class _Run:
             report = outcome.blocked(entry)
             if report is None:
                 yield index, entry
-            else:
-                self._settle(index, report)
+                continue
+            of_base = outcome.base_findings(entry.prepared, entry.dtype)
+            if of_base and entry.prepared.base is not None:
+                unloaded = outcome.of_unloaded_base(report.base, of_base)
+                self._tally.use(entry.prepared.base.directory, unloaded, index)
+            self._settle(index, report)
 
     def _take_over(self, index: int, entry: Entry, line: Line) -> None:
         """An earlier run has judged this entry."""

@@ -6,8 +6,11 @@ the inode or its time of change (ctime), which no program can set back. Knows ne
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from merge_gate.records.files import FileIdentity
@@ -15,8 +18,10 @@ from merge_gate.records.files import FileIdentity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BASE_FILES = re.compile(r"config\.json|(model|pytorch_model)[-.].*|.*\.py")
-"""The files of a base that decide what it holds; what else lies beside them may change."""
+_BASE_FILES = re.compile(r"config\.json|(model|pytorch_model)[-.].*|.*\.(index\.json|py)")
+"""Files of a base that decide what it holds, as do the files that an index or config.json names. Others may change."""
+
+_MAX_JSON_BYTES = 200_000_000
 
 
 def identity_of(name: str, found: os.stat_result) -> FileIdentity:
@@ -41,7 +46,37 @@ def base_identity(directory: str) -> tuple[FileIdentity, ...]:
 
 
 def _base_files(directory: str) -> Iterator[FileIdentity]:
+    named: set[str] = set()
     with os.scandir(directory) as entries:
         for entry in entries:
             if _BASE_FILES.fullmatch(entry.name):
-                yield identity_of(entry.name, entry.stat())
+                identity = identity_of(entry.name, entry.stat())
+                if entry.name.endswith((".index.json", "config.json")):
+                    named |= _named_by(entry.path, identity)
+                yield identity
+    for name in named:
+        if "/" in name or not _BASE_FILES.fullmatch(name):
+            yield identity_of(name, Path(directory, name).stat())
+
+
+@functools.lru_cache(maxsize=64)
+def _named_by(path: str, identity: FileIdentity) -> frozenset[str]:  # noqa: ARG001 - the cache's key: the same file
+    """Weight files that an index or config.json names, inside of its directory and there; empty if it is unreadable."""
+    try:
+        with Path(path).open("rb") as file:
+            content = json.loads(file.read(_MAX_JSON_BYTES))
+        named = {content.get("transformers_weights"), *(content.get("weight_map") or {}).values()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return frozenset()
+    return frozenset(name for name in named if isinstance(name, str) and _is_inside(name, Path(path).parent))
+
+
+def _is_inside(name: str, directory: Path) -> bool:
+    parts = PurePosixPath(name).parts
+    return (
+        bool(parts)
+        and ".." not in parts
+        and not name.startswith("/")
+        and "\0" not in name
+        and (directory / name).is_file()
+    )

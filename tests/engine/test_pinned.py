@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -179,3 +180,32 @@ def test_each_file_that_makes_a_base_is_watched(name: str, tmp_path: Path) -> No
     (tmp_path / name).write_text("after!")
     with pytest.raises(EngineError, match="base base changed while it was used"):
         verify_base(str(tmp_path), "base", identity)
+
+
+@pytest.mark.parametrize(
+    "shard", ["model.safetensors-00001-of-00001.safetensors", "part.safetensors", "a/b.safetensors"]
+)
+@pytest.mark.parametrize("named_by", ["an index", "config.json"])
+def test_each_shard_is_watched_whatever_its_name_and_folder(shard: str, named_by: str, tmp_path: Path) -> None:
+    index, config = (
+        {"metadata": {}, "weight_map": {"x": shard, "y": "../y", "z": "/z"}},
+        {"transformers_weights": shard},
+    )
+    name = "model.safetensors.index.json" if named_by == "an index" else "config.json"
+    (tmp_path / name).write_text(json.dumps(index if named_by == "an index" else config))
+    (tmp_path / shard).parent.mkdir(exist_ok=True)
+    (tmp_path / shard).write_text("before")
+    (tmp_path / "other.safetensors").write_text("is no part of it")
+    identity = base_identity(str(tmp_path))
+    assert [one.name for one in identity] == sorted([name, shard])
+    (tmp_path / shard).write_text("after!")
+    with pytest.raises(EngineError, match="base base changed while it was used"):
+        verify_base(str(tmp_path), "base", identity)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, '{"weight_map": 1}', '{"weight_map": {"x": [1]}}', "\xff"]
+)
+def test_an_index_that_cannot_be_read_names_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    assert [one.name for one in base_identity(str(tmp_path))] == ["model.safetensors.index.json"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.judging.keys import missing_words, names_of_another_kind, saved_twice, wrapped_twice
+from merge_gate.judging.keys import missing_words, names_of_another_kind, of_another_model, saved_twice, wrapped_twice
 from merge_gate.records.files import TensorHeader
 from merge_gate.sources.adapter_config import recorded
 from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
@@ -68,3 +68,20 @@ def test_names_that_no_peft_model_has(names: list[str], hint: str | None) -> Non
 def test_copies_that_differ() -> None:
     assert "modules_to_save" in saved_twice(["base_model.model.lm_head.modules_to_save.weight"])
     assert not saved_twice(["base_model.model.lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "noun"),
+    [
+        ("model.layers.0.q", "model.language_model.layers.0.q", "text and images"),
+        ("model.layers.0.q", "language_model.model.layers.0.q", "text and images"),
+        ("model.language_model.layers.0.q", "model.layers.0.q", "text alone"),
+        ("model.layers.0.q", "model.layers.1.q", ""),
+        ("model.layers.0.q", "model.language_model.layers.1.q", ""),
+        ("model.language_model.layers.0.q", "language_model.model.layers.0.q", ""),
+    ],
+)
+def test_names_of_a_model_for_text_and_images(wanted: str, stored: str, noun: str) -> None:
+    missing, stray = ([f"base_model.model.{name}.lora_A.weight"] for name in (wanted, stored))
+    hint = of_another_model(missing, stray)
+    assert hint.partition("trained on a model for ")[2].startswith(noun) if noun else not hint

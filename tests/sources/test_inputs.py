@@ -50,9 +50,9 @@ def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Prepa
     return {spec.name: files.prepare(spec) for spec in asked.adapters}
 
 
-def why(one: Prepared) -> str:
+def why(one: Prepared, check: str = "not-judged") -> str:
     assert one.problem is not None
-    assert one.problem.check == "not-judged"
+    assert one.problem.check == check
     assert one.problem.hint
     return one.problem.message
 
@@ -132,7 +132,7 @@ def test_a_name_that_no_file_system_takes_is_no_directory(named: str, place: Pat
 def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
     (place / "base" / "model.safetensors").unlink()
     one = prepared(place, {"path": "./one", "base": "./base"})["one"]
-    assert "no model.safetensors" in why(one)
+    assert "no model.safetensors" in why(one, "base-incomplete")
     assert one.problem is not None
     assert "names this base" not in one.problem.hint
 

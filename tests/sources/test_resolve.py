@@ -31,6 +31,7 @@ from merge_gate.sources.resolve import (
     resolve_adapter,
     resolve_base,
 )
+from tests.sources.test_pickled import packed
 from tests.support.command import wait_until
 from tests.support.hub import LoopbackHub
 
@@ -62,7 +63,8 @@ for call in json.load(sys.stdin):
         got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
         directory = got.snapshot.directory
         import os
-        names = sorted(os.listdir(directory))
+        names = sorted(os.path.relpath(os.path.join(place, file), directory)
+                       for place, _, files in os.walk(directory) for file in files)
         answers.append({"directory": directory, "commit": got.snapshot.revision, "withheld": got.withheld,
                         "names": names, "digest": digest_directory(directory, names), "notes": notes})
     except ResolveError as error:
@@ -156,24 +158,27 @@ def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
 
 SHARDS = {
     "config.json": b"{}",
-    "model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+    "model.safetensors.index.json": b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}',
     "model-00001-of-00002.safetensors": TENSORS,
 }
+INDEX_OF_X = b'{"metadata": {}, "weight_map": {"a": "x.safetensors"}}'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
+PICKLED_BASE = {"config.json": b"{}", "pytorch_model.bin": packed(b"\x80\x02}.")}
 BROKEN_BASES = {
     "no weights": ({"config.json": b"{}"}, "no model.safetensors"),
     "no config": ({"model.safetensors": TENSORS}, "no config.json"),
     "pickle only": ({"config.json": b"{}", "pytorch_model.bin": b"PK"}, "pickled weights only"),
     "an adapter": (ADAPTER, "no model.safetensors"),
-    "a merged model with its adapter": (BASE | ADAPTER, "adapter_config.json beside its weights"),
+    "a merged model with its adapter": (BASE | ADAPTER, "adapter_config.json next to its weights"),
     "lfs weights": (BASE | {"model.safetensors": LFS}, "4,400,000,000 bytes"),
     "lfs config": (BASE | {"config.json": LFS}, "Git LFS pointer where config.json"),
     "truncated": (BASE | {"model.safetensors": TENSORS[:-1]}, "truncated"),
-    "a shard is absent": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'}, "incomplete"),
+    "a shard is absent": (SHARDS | {"model.safetensors.index.json": INDEX_OF_X}, "incomplete"),
     "a shard is elsewhere": (
-        SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "../../x.safetensors"}}'},
-        "incomplete",
+        SHARDS | {"model.safetensors.index.json": INDEX_OF_X.replace(b"x.s", b"../../x.s")},
+        "inside of the base's directory",
     ),
+    "index without metadata": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'}, "metadata"),
     "index is no json": (SHARDS | {"model.safetensors.index.json": b"{"}, "not valid JSON"),
     "index is empty": (SHARDS | {"model.safetensors.index.json": b"{}"}, "no weight_map"),
     "index of numbers": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'}, "no weight_map"),
@@ -200,16 +205,16 @@ def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path) -> None:
 def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     sharded = make_directory(tmp_path / "sharded", SHARDS)
     assert base_weight_files(str(resolve_base(str(sharded)).snapshot.directory)) == tuple(sorted(SHARDS)[1:])[::-1]
-    pickled = make_directory(tmp_path / "pickled", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
+    pickled = make_directory(tmp_path / "pickled", PICKLED_BASE)
     assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
 
 
 def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
     (directory / "model.safetensors").symlink_to("../gone")
-    with pytest.raises(ResolveError, match=r"model\.safetensors: No such file or directory") as raised:
+    with pytest.raises(ResolveError, match=r"a link to '\.\./gone'") as raised:
         resolve_base(str(directory), label="./base")
-    assert "'./base' cannot be read" in raised.value.message
+    assert raised.value.check == "base-incomplete"
 
 
 def test_a_base_that_is_gone_by_now(tmp_path: Path) -> None:
@@ -263,6 +268,10 @@ def test_a_blob_of_the_cache_is_taken_by_its_name(tmp_path: Path) -> None:
     snapshot = make_directory(repository / "snapshots" / "c0ffee", {})
     (snapshot / "w").symlink_to(f"../../blobs/{'a' * 64}")
     assert digest_directory(str(snapshot), ["w"]) == hashlib.sha256(f"{'a' * 64}  w\n".encode()).hexdigest()
+    (snapshot / "shards").mkdir()
+    (snapshot / "shards" / "w").symlink_to(f"../../../blobs/{'a' * 64}")
+    line = f"{'a' * 64}  shards/w\n"
+    assert digest_directory(str(snapshot), ["shards/w"]) == hashlib.sha256(line.encode()).hexdigest()
 
 
 # --- the Hub -------------------------------------------------------------------------------------------------------
@@ -383,11 +392,42 @@ def test_the_digest_of_a_base_is_the_same_from_the_cache_and_from_a_copy(
 
 
 def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client) -> None:
-    hub.add_repo("acme/base", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
+    hub.add_repo("acme/base", PICKLED_BASE)
     assert "pickled weights only" in client.ask({"kind": "base", "id": "acme/base"})[0]["error"]
     assert not hub.paths("HEAD")
     allowed = client.ask({"kind": "base", "id": "acme/base", "allow_pickle": True})[0]
     assert "pytorch_model.bin" in allowed["names"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"),
+        ("weights/a.safetensors", "weights/b.safetensors"),
+    ],
+)
+def test_the_index_says_which_shards_are_fetched(hub: LoopbackHub, client: Client, names: tuple[str, str]) -> None:
+    listed = {"metadata": {}, "weight_map": dict(zip("ab", names, strict=True))}
+    files = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(listed).encode()}
+    shards = dict.fromkeys(names, TENSORS)
+    hub.add_repo(
+        "acme/base", files | shards | {"model-00001-of-00001.safetensors": TENSORS, "x/y.safetensors": TENSORS}
+    )
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert set(online["names"]) == {*files, *names}
+    Path(online["directory"], names[1]).unlink()
+    offline = client.ask({"kind": "base", "id": "acme/base"}, HF_HUB_OFFLINE="1")[0]
+    assert names[1] in offline["error"]
+    assert "network" in offline["hint"]
+
+
+@pytest.mark.parametrize("shard", ["../../x.safetensors", "/etc/x.safetensors", "gone.safetensors"])
+def test_an_index_that_names_no_file_of_the_repository(hub: LoopbackHub, client: Client, shard: str) -> None:
+    listed = {"metadata": {}, "weight_map": {"a": shard}}
+    hub.add_repo("acme/base", {"config.json": b"{}", "model.safetensors.index.json": json.dumps(listed).encode()})
+    answer = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert shard in answer["error"]
+    assert not [path for path in hub.paths("GET") if path.endswith(shard)]
 
 
 # --- what the Hub refuses ------------------------------------------------------------------------------------------
@@ -445,7 +485,9 @@ def test_no_network(client: Client) -> None:
 
 def test_offline_and_not_in_the_cache(client: Client) -> None:
     answer = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
-    assert "is not in the cache" in answer["error"]
+    assert "not in the cache" in answer["error"]
+    assert "directory" in answer["error"], "a mistyped path reads as a Hub id"
+    assert "directory" in answer["hint"]
 
 
 def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client) -> None:

@@ -10,6 +10,7 @@ milliseconds and no memory. Whoever is about to write to one of its tensors give
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,9 @@ from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
     from merge_gate.engine.reads import Reads
+
+_REPORT_ABOVE = re.compile(r"\s*For details look at [^.!]*above report!?")
+"""What transformers' errors say of a table in its log, which the reader of a message does not see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +389,7 @@ def first_line(error: BaseException) -> str:
 
     With the next one, where it ends with a colon.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = _REPORT_ABOVE.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = 2 if lines and lines[0].endswith(":") else 1
     return (" ".join(lines[:said]) or type(error).__name__)[:400]

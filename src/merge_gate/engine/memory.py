@@ -83,9 +83,12 @@ def _available_bytes(meminfo: Path) -> int | None:
     return int(found) * 1024 if found is not None else None
 
 
-def too_large(label: str, directory: str, free_bytes: int | None) -> str | None:
-    """What is to be said of a base whose files are larger than the memory that is free; None where they are not."""
-    size_bytes = base_bytes(directory)
+def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple[str, ...] = ()) -> str | None:
+    """A note on a base whose files are larger than the free memory; None if they are not.
+
+    `weights` are the files that are loaded, if they are known: a directory may hold others.
+    """
+    size_bytes = _loaded_bytes(directory, weights) if weights else base_bytes(directory)
     if size_bytes is None or free_bytes is None or size_bytes <= free_bytes:
         return None
     return (
@@ -98,6 +101,13 @@ def base_bytes(directory: str) -> int | None:
     """What a base's files hold; None where they cannot be looked at, of which the worker says why."""
     try:
         return sum(file.size_bytes for file in base_identity(directory))
+    except OSError:
+        return None
+
+
+def _loaded_bytes(directory: str, weights: tuple[str, ...]) -> int | None:
+    try:
+        return sum(Path(directory, name).stat().st_size for name in weights)
     except OSError:
         return None
 

@@ -14,6 +14,7 @@ writes to a base, so nothing is copied. Knows nothing of PEFT.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,15 @@ def stored_names(directory: Path) -> set[str]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Found as transformers' own load finds them: one file, else the shards of its index."""
+    """Found as transformers' own load finds them: by config.json, else one file, else the shards of an index."""
+    named = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
     whole = directory / SAFE_WEIGHTS_NAME
-    if whole.exists():
-        return [whole]
-    shards, _ = get_checkpoint_shard_files(str(directory), str(directory / SAFE_WEIGHTS_INDEX_NAME))
+    if named is None and whole.exists():
+        named = SAFE_WEIGHTS_NAME
+    index = named or SAFE_WEIGHTS_INDEX_NAME
+    if not index.endswith(".json"):
+        return [directory / index]
+    shards, _ = get_checkpoint_shard_files(str(directory), str(directory / index))
     return [Path(shard) for shard in shards]
 
 

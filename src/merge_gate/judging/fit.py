@@ -53,7 +53,9 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
         f"{said}, so {follows}: {listing(missing, _NAMES)}"
         if follows == keys.FRESH
         else f"{said}: {listing(missing, _NAMES)}; {follows}",
-        keys.names_of_another_kind(case.files.tensors) or hint,
+        keys.names_of_another_kind(case.files.tensors)
+        or keys.of_another_model(missing, case.evidence.unexpected if case.evidence else ())
+        or hint,
     )
 
 
@@ -81,7 +83,8 @@ def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
 )
 def keys_unexpected(case: Case) -> Iterator[Finding]:
     stray = case.evidence.unexpected if case.evidence else ()
-    named = keys.names_of_another_kind(case.files.tensors)
+    missing = case.evidence.missing if case.evidence else ()
+    named = keys.names_of_another_kind(case.files.tensors) or keys.of_another_model(missing, stray)
     if named and case.evidence is not None and case.evidence.missing and not case.evidence.dropped:
         named = "this follows from the same names: see keys-missing"
     if stray:

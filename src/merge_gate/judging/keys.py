@@ -45,6 +45,26 @@ def names_of_another_kind(tensors: tuple[TensorHeader, ...]) -> str:
     return by_tensors(names) or wrapped_twice(tensors) or _wrapped(names) or _of_a_full_model(names)
 
 
+_TOWER = re.compile(r"(?<![^.])(?:language_model|text_model|model)\.")
+"""Parts of names that tell a model for text and images from the text model inside of it."""
+
+
+def of_another_model(missing: Sequence[str], stray: Sequence[str]) -> str:
+    """The hint for names that differ by `language_model.` only; empty for others."""
+    names = [name.removeprefix(ADAPTER_PREFIX) for name in stray]
+    wanted = [name.removeprefix(ADAPTER_PREFIX) for name in missing]
+    has_tower = any("language_model." in name for name in names)
+    if has_tower == any("language_model." in name for name in wanted):
+        return ""
+    if {_TOWER.sub("", name) for name in names} != {_TOWER.sub("", name) for name in wanted}:
+        return ""
+    own, other = ("text and images", "text alone") if has_tower else ("text alone", "text and images")
+    return (
+        f"names in the file differ from the base's by language_model. only: the adapter was trained on a model for "
+        f"{own}, and this base is loaded as one for {other}: name the base that it was trained on"
+    )
+
+
 _WRAPPERS = {
     "_orig_mod.": ("torch.compile", "model._orig_mod"),
     "module.": ("DataParallel, DDP or DeepSpeed", "model.module"),

@@ -13,6 +13,7 @@ worker nor files.
 from __future__ import annotations
 
 from merge_gate.judging import checks, verdict
+from merge_gate.judging.base import of_request
 from merge_gate.judging.bounds import bounded, cut
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS
@@ -25,7 +26,7 @@ from merge_gate.records.terms import Finding, Severity, Verdict
 
 def blocked(entry: Entry) -> AdapterReport | None:
     """The report of an entry that its files alone keep from being merged; None where it may go on."""
-    found = _file_findings(entry.prepared)
+    found = _file_findings(entry.prepared, entry.dtype)
     if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
         return _judged(entry, found)
     unsafe = [finding for finding in entry.prepared.files.findings if not _allows_loading(finding)]
@@ -55,7 +56,7 @@ def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
 
 def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
-    return _judged(entry, (*_file_findings(entry.prepared), checks.refused(refusal)))
+    return _judged(entry, (*_file_findings(entry.prepared, entry.dtype), checks.refused(refusal)))
 
 
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
@@ -88,19 +89,41 @@ def of_refused_base(base: BaseRef, refusal: Refusal) -> BaseReport:
     )
 
 
+def of_unloaded_base(base: BaseRef, findings: tuple[Finding, ...]) -> BaseReport:
+    """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
+    return BaseReport(
+        model=base.model or "",
+        revision=base.revision,
+        dtype=base.dtype,
+        quantization=base.quantization,
+        findings=findings,
+    )
+
+
 def checked(prepared: Prepared) -> AdapterReport:
     """The report on an adapter's files alone; its verdict says nothing of values."""
-    findings = _file_findings(prepared)
     entry = Entry(prepared=prepared, dtype=prepared.spec.base.dtypes[0])
+    findings = _file_findings(prepared, entry.dtype)
     return _report(entry, findings, *verdict.decide_files(findings))
 
 
-def _file_findings(prepared: Prepared) -> tuple[Finding, ...]:
-    """What can be said without a merge."""
+def _file_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+    """What the files of the adapter and of its base say, without a merge."""
     if prepared.problem is not None and not prepared.members:
         return (prepared.problem,)
     judged = checks.judge(prepared.spec, prepared.files, None)
-    return (*judged, prepared.problem) if prepared.problem is not None else judged
+    problems = () if prepared.problem is None else (prepared.problem,)
+    return (*judged, *problems, *base_findings(prepared, dtype))
+
+
+def base_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+    """What keeps any adapter from being judged on the base in this dtype, by the base's files alone."""
+    files = prepared.base_files
+    if files is None:
+        return ()
+    asked = of_request(prepared.spec.base, files)
+    of_dtype = files.auto_dtype if dtype == "auto" else None
+    return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
 
 
 def _judged(entry: Entry, findings: tuple[Finding, ...], evidence: Evidence | None = None) -> AdapterReport:

@@ -74,7 +74,9 @@ class StoredTensor:
 
 @record
 class DeclaredQuantization:
-    """What a base's files say about its quantization. `method` is the declared `quant_method`, in lower case, or "".
+    """What a base's files say about its quantization. `method` is the declared `quant_method`, or "".
+
+    Of bitsandbytes it is `bitsandbytes_4bit` or `bitsandbytes_8bit`, as transformers' own tables have it.
 
     Attributes:
         method: what the file calls the method.
@@ -109,6 +111,7 @@ class BaseFiles:
         aside: tensors in weight files that transformers does not load.
         quantization: what the files declare; None for a plain base.
         original: the unquantized base that the files name, if they name one.
+        auto_dtype: what keeps the base from being loaded with dtype `auto`; None if nothing does.
         findings: what keeps adapters from being judged on this base: `base-inconsistent`, `base-incomplete`,
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
@@ -121,6 +124,7 @@ class BaseFiles:
     aside: tuple[StoredTensor, ...] = ()
     quantization: DeclaredQuantization | None = None
     original: str | None = None
+    auto_dtype: Finding | None = None
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
 

@@ -136,6 +136,11 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
 
     Raises `CorruptFileError`, or `OSError` when the file cannot be read.
     """
+    return tuple(tensor for tensor, _, _ in parse_places(file))
+
+
+def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], ...]:
+    """As `parse_file`, each tensor with the first byte of its values in the file and the first byte after them."""
     # 1. Eight bytes: the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
     if not size_bytes:
@@ -164,7 +169,7 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
                 "was committed, and commit the undamaged file again",
             ) from error
         raise
-    return tuple(tensor for tensor, _, _ in tensors.values())
+    return tuple((tensor, data_start + begin, data_start + end) for tensor, begin, end in tensors.values())
 
 
 def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:

@@ -5,7 +5,7 @@ In: a Hub id, a revision, and a function that chooses from the repository's file
 huggingface_hub.
 
 1. One request turns the revision into a commit and lists the repository's files.
-2. The caller chooses from the list.
+2. The caller chooses from the list. A file that it must read for that, such as an index, is fetched first.
 3. These files are fetched at that commit: whatever moves in the repository meanwhile changes nothing.
 4. What has arrived is compared with the digests that the Hub lists; other bytes leave the cache.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub.hf_api import RepoSibling
 
-    Choose = Callable[[frozenset[str]], tuple[str, ...]]
+    Choose = Callable[[frozenset[str], Callable[[str], Path]], tuple[str, ...]]
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class _Repository:
         files = {file.rfilename: file for file in info.siblings or ()}
         # 2. What is needed of it.
         names = frozenset(files)
-        wanted = choose(names)
+        wanted = choose(names, lambda name: self._fetch_first(files[name], commit))
         new = [name for name in wanted if not self._is_cached(name, commit)]
         # 3. Fetch at that commit. The first call leaves the revision's ref in the cache, for offline runs; where the
         #    revision has moved on since step 1, the second goes back to the commit.
@@ -125,11 +125,28 @@ class _Repository:
             self._compare(Path(directory, name), files[name])
         return fetched
 
+    def _fetch_first(self, file: RepoSibling, commit: str) -> Path:
+        """One file that the choice depends on."""
+        is_new = not self._is_cached(file.rfilename, commit)
+        path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), is_patient=True), file.rfilename)
+        if not path.exists():
+            raise incomplete(self.what, (file.rfilename,))
+        if is_new:
+            self._compare(path, file)
+        return path
+
     def from_cache(self, choose: Choose) -> Fetched:
         directory = self._ask(lambda: self._download(self.revision, (), local_files_only=True))
         listing = self._cached_listing(commit=Path(directory).name)
-        names = frozenset(path.name for path in Path(directory).iterdir()) | (listing or frozenset())
-        wanted = choose(names)
+        names = _files_below(directory) | (listing or frozenset())
+
+        def cached(name: str) -> Path:
+            path = Path(directory, name)
+            if not path.exists():
+                raise incomplete(self.what, (name,))
+            return path
+
+        wanted = choose(names, cached)
         return self._check(directory, wanted, withheld=names - set(wanted), is_listed=listing is not None)
 
     def _check(
@@ -209,6 +226,12 @@ class _Repository:
         return (
             shown(self.repo_id) if self.revision is None else f"{shown(self.repo_id)} (revision {shown(self.revision)})"
         )
+
+
+def _files_below(directory: str) -> frozenset[str]:
+    """Files of a snapshot and of its folders; a link to nothing counts, since the repository has that file."""
+    found = (Path(place, file) for place, _, files in os.walk(directory) for file in files)
+    return frozenset(path.relative_to(directory).as_posix() for path in found)
 
 
 def incomplete(what: str, absent: Sequence[str]) -> ResolveError:

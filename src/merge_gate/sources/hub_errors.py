@@ -20,6 +20,7 @@ from merge_gate.errors import ResolveError
 
 CHECK_ENDPOINT = "check HF_ENDPOINT, and any proxy in between"
 _SET_TOKEN = "set HF_TOKEN to a token that may read it (in a workflow: the hf-token input)"  # noqa: S105
+_PATHS = "relative paths start at the config file's directory"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _SERVER_ERROR = 500
@@ -158,8 +159,9 @@ _ROWS = (
     ),
     _Row(
         _is(errors.RepositoryNotFoundError),
-        "{what} was not found on {host}: it does not exist, or it is private and this token may not see it",
-        f"check the spelling; if it is private: {_SET_TOKEN}",
+        "{what} is not a directory here, and was not found on {host}: it does not exist, or it is private and this "
+        "token may not see it",
+        f"check the spelling: {_PATHS}, and a Hub id is owner/name; if it is private: {_SET_TOKEN}",
     ),
     _Row(_is(errors.DisabledRepoError), "{what} was disabled by {host}", "use another copy of it"),
     _Row(
@@ -200,8 +202,9 @@ _ROWS = (
     ),
     _Row(
         _is_offline,
-        "{what} is not in the cache, and HF_HUB_OFFLINE forbids to ask {host}",
-        "fill the cache by one run with network access, or unset HF_HUB_OFFLINE",
+        "{what} is not a directory here and not in the cache, and HF_HUB_OFFLINE forbids to ask {host}",
+        f"for a directory, check the spelling: {_PATHS}; for a Hub id, fill the cache by one run with network access, "
+        "or unset HF_HUB_OFFLINE",
     ),
     _Row(
         _is(json.JSONDecodeError, TypeError, KeyError),

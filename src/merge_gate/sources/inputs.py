@@ -14,10 +14,12 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.judging import checks
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Prepared, Snapshot
-from merge_gate.records.terms import Finding
+from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Prepared
+from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.sources import resolve
 from merge_gate.sources.preflight import preflight
+from merge_gate.sources.resolve import Resolved
+from merge_gate.text import quoted
 
 
 class Inputs:
@@ -28,7 +30,8 @@ class Inputs:
         self._notify = notify
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
-        self._bases: dict[tuple[str, str | None], Snapshot | GateError] = {}
+        self._left_out: set[str] = set()
+        self._bases: dict[tuple[str, str | None], Resolved | GateError] = {}
 
     def prepare(self, spec: AdapterSpec) -> Prepared:
         """The adapter's files and its base."""
@@ -57,34 +60,57 @@ class Inputs:
             self._read[spec.name] = files, found.snapshot.revision
         return self._read[spec.name]
 
+    def checked(self, spec: AdapterSpec) -> Prepared:
+        """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
+        prepared = self.adapter(spec)
+        wanted = None if prepared.problem is not None else self._wanted(prepared)
+        if wanted is None:
+            return prepared
+        model, _, label = wanted
+        if not resolve.reads_as_path(model):
+            self._leave_out(label)
+            return prepared
+        return self._with_base(prepared)
+
+    def _leave_out(self, label: str) -> None:
+        if label not in self._left_out:
+            self._left_out.add(label)
+            name = quoted(label, 200)
+            self._notify(f"base {name} was not checked: no directory here has that name, and `check` fetches no bases")
+
+    def _wanted(self, prepared: Prepared) -> tuple[str, str | None, str] | None:
+        """The base's place, revision and name: the config's, else what adapter_config.json names; None for neither."""
+        wanted, config = prepared.spec.base, prepared.files.config
+        if wanted.model is not None:
+            return wanted.model, wanted.revision, wanted.label or wanted.model
+        if not config.base_name:
+            return None
+        return self._named_by_adapter(config.base_name), wanted.revision or config.base_revision, config.base_name
+
     def _with_base(self, prepared: Prepared) -> Prepared:
-        """Add the base: the config's, else the one that adapter_config.json names."""
-        wanted = prepared.spec.base
-        model, revision, label = wanted.model, wanted.revision, wanted.label
-        if model is None:
-            said = prepared.files.config
-            named, revision = said.base_name, wanted.revision or said.base_revision
-            if not named:
-                return replace(prepared, problem=_no_base(prepared.files))
-            model, label = self._named_by_adapter(named), named
-        found = self._base(model, revision, label or model)
+        """Add the base, and what its files say."""
+        wanted = self._wanted(prepared)
+        if wanted is None:
+            return replace(prepared, problem=_no_base(prepared.files))
+        found = self._base(*wanted)
         if isinstance(found, GateError):
-            hint = found.hint if wanted.model is not None else f"{_NAMED_BY_ADAPTER}; {found.hint}"
-            return replace(prepared, problem=checks.undecided(found.message, hint))
-        return replace(prepared, base=found)
+            is_of_config = prepared.spec.base.model is not None
+            hint = found.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {found.hint}"
+            return replace(prepared, problem=_refused(found, hint))
+        return replace(prepared, base=found.snapshot, base_files=found.base)
 
     def _named_by_adapter(self, named: str) -> str:
         """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
         path = str(Path(self._config.path).resolve().parent / named)
         return path if os.path.isdir(path) else named  # noqa: PTH112 (pathlib raises for a name that no system takes)
 
-    def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
+    def _base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:
         key = (model, revision)
         if key not in self._bases:
             self._bases[key] = self._resolved_base(model, revision, label)
         return self._bases[key]
 
-    def _resolved_base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
+    def _resolved_base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:
         try:
             return resolve.resolve_base(
                 model,
@@ -93,7 +119,7 @@ class Inputs:
                 allow_pickle=self._config.allow_pickle,
                 label=label,
                 notify=self._notify,
-            ).snapshot
+            )
         except GateError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
@@ -107,6 +133,14 @@ _NAMED_BY_ADAPTER = (
     "adapter_config.json names this base, as the machine that trained the adapter called it; base.model in the gate's "
     "config (or --base) overrides it"
 )
+
+
+def _refused(error: GateError, hint: str) -> Finding:
+    """Why a base cannot be used, as the finding of the check of bases that says so, if one does."""
+    check = error.check if isinstance(error, ResolveError) else None
+    if check is None:
+        return checks.undecided(error.message, hint)
+    return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
 
 
 def _no_base(files: AdapterFiles) -> Finding:

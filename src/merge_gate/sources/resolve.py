@@ -3,8 +3,8 @@
 In: an `AdapterSpec`, or a base's name and revision. Out: `Resolved` (a `Snapshot`, and the names that were left out),
 or `ResolveError` with what to do. huggingface_hub is imported (by `hub`) only when a Hub id is met; torch never.
 
-Of a Hub repository only what is needed is fetched (`hub` does that): nothing from subdirectories, no second copy of the
-weights, no pickle and no code unless allowed.
+Of a Hub repository only what is needed is fetched (`hub` does that): the shards that the index names, no second copy of
+the weights, no pickle and no code unless allowed.
 """
 
 from __future__ import annotations
@@ -12,36 +12,37 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
-from merge_gate.sources import strict_json
-from merge_gate.sources.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Snapshot
+from merge_gate.sources import base_files, base_weights
+from merge_gate.sources.headers import shown
 from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
-_MAX_INDEX_BYTES = 100_000_000
 _LISTED = 6
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
 
-_MODEL, _MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_SHARDS = {_MODEL_INDEX: re.compile(r"model-.*\.safetensors"), _BIN_INDEX: re.compile(r"pytorch_model-.*\.bin")}
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A name that became files. `withheld` are the repository's files that were not fetched (with their folders)."""
+    """A name that became files. `withheld` are the repository's files that were not fetched (with their folders).
+
+    `base` is what a base's files say.
+    """
 
     snapshot: Snapshot
     withheld: tuple[str, ...] = ()
+    base: BaseFiles | None = None
 
 
 def _ignore(_: str) -> None:
@@ -64,7 +65,7 @@ def resolve_adapter(
     if spec.hub_id is None:
         raise ValueError(f"adapter {spec.name!r} is a combination and has no files of its own")
 
-    def choose(names: frozenset[str]) -> tuple[str, ...]:
+    def choose(names: frozenset[str], _: Callable[[str], Path]) -> tuple[str, ...]:
         pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
         return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles) if name in names)
 
@@ -99,12 +100,14 @@ def resolve_base(
     else:
         _refuse_local_name(model)
 
-        def choose(names: frozenset[str]) -> tuple[str, ...]:
-            return _choose_base(names, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
+            return _choose_base(
+                names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            )
 
         resolved = _fetch(model, revision, choose, name=name, token=token, notify=notify)
-    _check_base(resolved.snapshot.directory, name=name, allow_pickle=allow_pickle)
-    return resolved
+    files = base_files.read_base(resolved.snapshot.directory, name=name, allow_pickle=allow_pickle)
+    return replace(resolved, base=files)
 
 
 def _local(path: str, what: str, *, name: str) -> Resolved:
@@ -125,7 +128,7 @@ def _local(path: str, what: str, *, name: str) -> Resolved:
 def _fetch(
     repo_id: str,
     revision: str | None,
-    choose: Callable[[frozenset[str]], tuple[str, ...]],
+    choose: Callable[[frozenset[str], Callable[[str], Path]], tuple[str, ...]],
     *,
     name: str,
     token: str | None,
@@ -143,153 +146,65 @@ def _fetch(
     return Resolved(snapshot=snapshot, withheld=fetched.withheld)
 
 
+def reads_as_path(model: str) -> bool:
+    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
+    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
+
+
 def _refuse_local_name(model: str) -> None:
-    """A path of the machine that trained the adapter (./out, a drive letter) is no Hub id; asking would mislead."""
-    if model.startswith((".", "~")) or "\\" in model or model.endswith("/") or model.count("/") > 1:
+    """A path of the machine that trained the adapter is no Hub id: to ask the Hub would mislead."""
+    if reads_as_path(model):
         raise ResolveError(
             f"the base {shown(model)} is neither a directory here nor a Hub id (owner/name)",
             hint="name the base in the gate's config: base: {model: ./path/to/base} or a Hub id",
         )
 
 
-# --- which files a base needs --------------------------------------------------------------------------------------
+# --- a base's files ------------------------------------------------------------------------------------------------
 
 
-def _choose_base(names: frozenset[str], *, name: str, trust_remote_code: bool, allow_pickle: bool) -> tuple[str, ...]:
-    weights = _choose_weights(names, name=name, allow_pickle=allow_pickle)
+def _choose_base(
+    names: frozenset[str],
+    path_of: Callable[[str], Path],
+    *,
+    name: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> tuple[str, ...]:
+    """What a base needs of a repository's files: an index is fetched first, since only it knows the shards' names."""
+    explicit = _explicit(names, path_of, name)
+    chosen = base_weights.choose(names, path_of, name=name, allow_pickle=allow_pickle, explicit=explicit)
+    if chosen.index and (absent := sorted(set(chosen.files) - names)):
+        raise ResolveError(
+            f"the base {shown(name)} is incomplete: {chosen.index} names {counted(len(absent), 'shard')} that the "
+            f"repository does not have ({listing(map(shown, absent), _LISTED)})",
+            hint="use a revision that has all of its shards, or tell the owner of the repository",
+            check=base_weights.INCOMPLETE,
+        )
     configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
     code = {n for n in names if n.endswith(".py") and "/" not in n} if trust_remote_code else set()
-    return tuple(sorted({*weights, *(configs - _TOKENIZER), *code}))
+    return tuple(sorted({*chosen.all_files, *(configs - _TOKENIZER), *code}))
 
 
-def _choose_weights(names: Iterable[str], *, name: str, allow_pickle: bool) -> tuple[str, ...]:
-    """The weights that transformers loads, by its own order: one file before shards, safetensors before pickle."""
-    plain = {n for n in names if "/" not in n}
-    if chosen := _choose_format(plain, _MODEL, _MODEL_INDEX):
-        return chosen
-    pickles = _choose_format(plain, _BIN, _BIN_INDEX)
-    if pickles and allow_pickle:
-        return pickles
-    if pickles:
-        raise ResolveError(
-            f"the base {shown(name)} has pickled weights only ({pickles[-1]}), which can run code when they are loaded",
-            hint="use a revision or a copy with safetensors weights, or, if you trust it, set allow-pickle: true in "
-            "the gate's config",
-        )
-    raise ResolveError(_describe_no_weights(plain, name), hint=_advise_no_weights(plain))
-
-
-def _choose_format(plain: set[str], single: str, index: str) -> tuple[str, ...]:
-    if single in plain:
-        return (single,)
-    if index not in plain:
-        return ()
-    return (index, *sorted(n for n in plain if _SHARDS[index].fullmatch(n)))
-
-
-def _describe_no_weights(plain: set[str], name: str) -> str:
-    some = listing(map(shown, sorted(plain)), _LISTED) or "nothing"
-    return f"the base {shown(name)} has no {_MODEL} and no {_MODEL_INDEX}; it holds {some}"
-
-
-def _advise_no_weights(plain: set[str]) -> str:
-    if CONFIG_NAME in plain:
-        return "this is an adapter, not a full model: name the base that it was trained on"
-    if any(n.endswith(".gguf") for n in plain):
-        return "GGUF weights cannot be merged into: name the original model in safetensors format"
-    return "name a directory or repository in the format that transformers' save_pretrained writes"
-
-
-# --- whether a base's files are whole ------------------------------------------------------------------------------
+def _explicit(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> str | None:
+    """The weights that config.json names. It is fetched for that only if there are files that it could name."""
+    safetensors = {n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))}
+    if "config.json" not in names or all(map(_USUAL.fullmatch, safetensors)):
+        return None
+    return base_weights.explicit_file(base_weights.read_config(str(path_of("config.json").parent), name))
 
 
 def base_weight_files(directory: str) -> tuple[str, ...]:
     """The weight files in a base's directory that transformers will load, with the index first if there is one."""
-    return _choose_weights(_list(directory, name=directory), name=directory, allow_pickle=True)
+    return base_files.loaded_files(directory).all_files
 
 
 def base_setting_files(directory: str) -> tuple[str, ...]:
     """What transformers may read of a base beside its weights: configurations, and code in and below the directory."""
-    names = _list(directory, name=directory)
+    names = os.listdir(directory)  # noqa: PTH208 (names are all that is wanted)
     configs = {n for n in names if n.endswith(".json") and not n.endswith(".index.json")} - _TOKENIZER
     code = {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*.py")}
     return tuple(sorted(n for n in {*configs, *code} if Path(directory, n).is_file()))
-
-
-def _list(directory: str, *, name: str) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(directory))  # noqa: PTH208 (names are all that is wanted)
-    except OSError as error:
-        raise ResolveError(
-            f"the base {shown(name)} cannot be read: {error.strerror or error}",
-            hint="check that the user who runs the gate may read it",
-        ) from error
-
-
-def _check_base(directory: str, *, name: str, allow_pickle: bool) -> None:
-    names = _list(directory, name=name)
-    if CONFIG_NAME in names and {_MODEL, _MODEL_INDEX, _BIN, _BIN_INDEX} & names:
-        raise ResolveError(
-            f"the base {shown(name)} has an {CONFIG_NAME} beside its weights: transformers would load that adapter "
-            "into it before anything is merged",
-            hint=f"remove {CONFIG_NAME} from the base (save_pretrained of a merged model leaves it behind)",
-        )
-    weights = _choose_weights(names, name=name, allow_pickle=allow_pickle)
-    if "config.json" not in names:
-        raise ResolveError(
-            f"the base {shown(name)} has weights but no config.json, so nothing says which architecture it is",
-            hint="name a directory or repository in the format that transformers' save_pretrained writes",
-        )
-    if weights[0] in _SHARDS:
-        _check_index(directory, weights, name=name)
-    for file_name in ("config.json", *weights):
-        _check_base_file(directory, file_name, name=name)
-
-
-def _check_index(directory: str, weights: Sequence[str], *, name: str) -> None:
-    path = Path(directory, weights[0])
-    try:
-        with open_regular(str(path)) as file:
-            mapping = strict_json.parse(file.read(_MAX_INDEX_BYTES)).get("weight_map")
-    except (CorruptFileError, strict_json.InvalidJsonError) as error:
-        raise ResolveError(f"the base {shown(name)} is broken: {weights[0]} {error}", hint=_FETCH_AGAIN) from error
-    files = set(mapping.values()) if isinstance(mapping, dict) and all(map(_is_text, mapping.values())) else None
-    if not files:
-        raise ResolveError(f"the base {shown(name)} is broken: {weights[0]} has no weight_map", hint=_FETCH_AGAIN)
-    if absent := sorted(files - set(weights)):
-        raise ResolveError(
-            f"the base {shown(name)} is incomplete: {weights[0]} names {counted(len(absent), 'shard')} that "
-            f"{'is' if len(absent) == 1 else 'are'} not beside it "
-            f"({', '.join(shown(shard) for shard in absent[:_LISTED])})",
-            hint=_FETCH_AGAIN,
-        )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_FETCH_AGAIN = "fetch or copy the base again and compare the sizes of its files"
-
-
-def _check_base_file(directory: str, file_name: str, *, name: str) -> None:
-    try:
-        with open_regular(str(Path(directory, file_name))) as file:
-            if pointer := lfs_pointer(file):
-                size = f", expected {counted(pointer.size_bytes, 'byte')}" if pointer.size_bytes is not None else ""
-                raise ResolveError(
-                    f"the base {shown(name)} has a Git LFS pointer where {file_name} should be{size}",
-                    hint="fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
-                )
-            if file_name.endswith(".safetensors"):
-                parse_file(file)
-    except CorruptFileError as error:
-        raise ResolveError(f"the base {shown(name)} is broken: {file_name} {error}", hint=_FETCH_AGAIN) from error
-    except OSError as error:
-        raise ResolveError(
-            f"the base {shown(name)} cannot be read: {file_name}: {error.strerror or error}",
-            hint="check that the user who runs the gate may read it",
-        ) from error
 
 
 # --- digests -------------------------------------------------------------------------------------------------------
@@ -307,8 +222,8 @@ def digest_directory(directory: str, names: Iterable[str]) -> str:
 
 
 def _digest_file(path: Path) -> str:
-    repository = path.parent.parent.parent
-    if path.is_symlink() and path.parent.parent.name == "snapshots" and repository.name.startswith("models--"):
+    repository = next((place.parent for place in path.parents if place.name == "snapshots"), None)
+    if repository is not None and repository.name.startswith("models--") and path.is_symlink():
         target = path.resolve()
         if target.parent == (repository / "blobs").resolve() and _SHA256.fullmatch(target.name):
             return target.name
