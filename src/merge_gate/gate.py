@@ -236,7 +236,8 @@ class _Run:
                 group = self._groups[event.group]
                 self._view.base_loading(group.label, group.dtype)
             case protocol.BaseLoaded():
-                self._tally.use(self._groups[event.group].directory, outcome.of_base(event.facts), event.task)
+                group = self._groups[event.group]
+                self._tally.use(group.directory, outcome.of_base(event.facts, group.files), event.task)
                 self._standing.loaded(event)
                 self._view.base_loaded(event.facts, event.seconds)
             case protocol.MergeStarted():
@@ -285,7 +286,8 @@ class _Run:
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
         report = outcome.merged(entry, evidence)
-        self._standing.reached(index, entry, Line(adapter=report, base=outcome.of_base(evidence.base)))
+        base = outcome.of_base(evidence.base, entry.prepared.base_files)
+        self._standing.reached(index, entry, Line(adapter=report, base=base))
         self._settle(index, report)
 
     def _settle(self, index: int, report: AdapterReport) -> None:

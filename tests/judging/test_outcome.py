@@ -10,7 +10,7 @@ from merge_gate.judging import outcome
 from merge_gate.judging.check import Check, Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import Entry, FileRecord, Prepared, TensorHeader
+from merge_gate.records.files import BaseFiles, Entry, FileRecord, Prepared, TensorHeader
 from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
@@ -222,3 +222,6 @@ def test_a_base_in_full() -> None:
         loaded_as="LlamaForCausalLM",
         replaced=("score.weight",),
     )
+    note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="twice", origin=Origin.BASE)
+    noted = outcome.of_base(facts, BaseFiles(directory="/base", notes=(note,)))
+    assert noted == dataclasses.replace(line, findings=(*line.findings, note))

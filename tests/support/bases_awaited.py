@@ -28,21 +28,13 @@ CAUSES: set[str] = {
     "one-layer-too-many-in-the-config",
 }
 NOTES: set[str] = {
-    "a-ghost-in-the-index",
-    "a-ghost-of-a-buffer-in-the-index",
     "a-head-of-another-task",
     "a-layer-of-multi-token-prediction",
-    "a-second-complete-set",
-    "a-stale-index-next-to-model-safetensors",
-    "a-tensor-that-the-index-does-not-list",
     "a-tower-that-the-text-model-lacks",
     "heads-of-multi-token-prediction",
-    "model-safetensors-next-to-a-whole-set-of-shards",
-    "one-name-in-two-shards-with-the-same-bytes",
     "qwen3-5-with-its-head-of-multi-token-prediction",
     "scales-of-the-kv-cache",
     "scales-of-the-kv-cache-in-the-projections",
-    "tied-in-the-config-and-different-in-the-file",
 }
 STATED: set[str] = {
     "fp8-with-one-scale-for-each-row",

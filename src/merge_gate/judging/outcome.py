@@ -18,7 +18,7 @@ from merge_gate.judging.bounds import bounded, cut
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS
 from merge_gate.records.config import BaseSpec
-from merge_gate.records.files import AdapterFiles, Entry, Prepared
+from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Prepared
 from merge_gate.records.measured import BaseFacts, Evidence, Refusal
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Severity, Verdict
@@ -64,8 +64,9 @@ def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
     return _judged(entry, (checks.undecided(refusal.message, refusal.hint, origin=refusal.origin),))
 
 
-def of_base(facts: BaseFacts) -> BaseReport:
-    """What is said of a base."""
+def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
+    """The line of a base that was loaded, with the notes on its files."""
+    notes = files.notes if files is not None else ()
     return BaseReport(
         model=facts.model,
         revision=facts.revision,
@@ -74,7 +75,7 @@ def of_base(facts: BaseFacts) -> BaseReport:
         parameters=facts.parameters,
         loaded_as=facts.loaded_as,
         replaced=facts.replaced,
-        findings=bounded(findings_of_base(facts)),
+        findings=bounded([*findings_of_base(facts), *notes]),
     )
 
 
