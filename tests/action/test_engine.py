@@ -21,7 +21,9 @@ from merge_gate.action.docker import docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, Limits
 from merge_gate.action.docker.launcher import Told, run_in_container
 from merge_gate.errors import LauncherError
+from merge_gate.report import json_report
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
+from tests.support.reports import EMPTY
 
 # The SDK leaves the connection of a stream that broke off to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
@@ -29,11 +31,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:py
 TOKEN = "hf_secret"
 
 
+REPORT = json_report.render(EMPTY)
+
+
 def judge(inside: Container) -> int:
     """What the gate does: a log, and a report in the output directory."""
     output = Path(inside.asked["Cmd"][inside.asked["Cmd"].index("--output") + 1])
     inside.say("judged 1 adapter\n")
-    (inside.outside(output) / "report.json").write_text("{}")
+    (inside.outside(output) / "report.json").write_text(REPORT)
     return 1
 
 
@@ -100,7 +105,7 @@ def nothing_is_left(run: ContainerRun, engine: Engine) -> None:
 def test_a_run_gives_exit_code_log_and_report_and_leaves_nothing(run, engine: Engine, heard: Heard) -> None:
     assert heard.run(run) == 1
     assert heard.log == b"judged 1 adapter\n"
-    assert (run.output / "report.json").read_text() == "{}"
+    assert (run.output / "report.json").read_text() == REPORT
     assert sorted(one.name for one in run.output.iterdir()) == ["report.json"], "no canary"
     assert (heard.images, heard.warnings, heard.refused) == (["sha256:1"], [], [])
     asked = engine.container.asked
