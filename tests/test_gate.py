@@ -466,29 +466,33 @@ def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., s
     return fail
 
 
-@pytest.mark.parametrize("where", ["reading", "judging", "judging the merge"])
 def test_an_accident_with_one_adapter_costs_that_adapter(
-    where: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if where == "reading":
-        broken = _failing_for("other", inputs.preflight, lambda directory: Path(directory).name)
-        monkeypatch.setattr(inputs, "preflight", broken)
-    else:
-        merged_only = where == "judging the merge"
-        delta_norm = checks.CHECKS["delta-norm"]
-        broken = _failing_for(
-            "other", delta_norm.judge, lambda case: "" if merged_only and not case.evidence else case.spec.name
-        )
-        changed = {**checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, judge=broken)}
-        monkeypatch.setattr(checks, "CHECKS", changed)
-    found = {one.name: one for one in run_gate(small(place, "good", "other", "nan"), device="cpu").adapters}
+    """While its files are read, before it is merged, and after that."""
+    accidents = ("reading", "judging", "judging-the-merge")
+    for name in ("good", *accidents):
+        lay(tmp_path, shelf, name)
+    lay(tmp_path, shelf, "nan", NAN)
+    monkeypatch.setattr(
+        inputs, "preflight", _failing_for("reading", inputs.preflight, lambda directory: Path(directory).name)
+    )
+    delta_norm = checks.CHECKS["delta-norm"]
+    judge = _failing_for("judging", delta_norm.judge, lambda case: case.spec.name)
+    judge = _failing_for("judging-the-merge", judge, lambda case: case.spec.name if case.evidence else "")
+    changed = {**checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, judge=judge)}
+    monkeypatch.setattr(checks, "CHECKS", changed)
+    names = ("good", *accidents, "nan")
+    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in names), base=str(shelf.base("llama")))
+    found = {one.name: one for one in run_gate(load_config(str(config)), device="cpu").adapters}
     assert {name: one.verdict for name, one in found.items()} == {
         "good": Verdict.PASSED,
-        "other": Verdict.ERROR,
+        **dict.fromkeys(accidents, Verdict.ERROR),
         "nan": Verdict.FAILED,
     }
-    (finding,) = found["other"].findings
-    assert "RecursionError: too deep for anybody" in finding.message
+    for name in accidents:
+        (finding,) = found[name].findings
+        assert "RecursionError: too deep for anybody" in finding.message
 
 
 def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,17 +501,17 @@ def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("named", ["a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc"])
-def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(named: str, shelf: Shelf, tmp_path: Path) -> None:
-    for name in ("hostile", "good"):
-        shutil.copytree(shelf.adapter("plain"), tmp_path / name)
-    config = json.loads((tmp_path / "hostile" / "adapter_config.json").read_text())
-    (tmp_path / "hostile" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
-    (tmp_path / "gate.yml").write_text(
-        json.dumps({"version": 1, "adapters": ["./hostile", {"path": "./good", "base": str(shelf.base("llama"))}]})
+def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(shelf: Shelf, tmp_path: Path) -> None:
+    named = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
+    for number, base in enumerate(named):
+        lay(tmp_path, shelf, f"hostile-{number}", configure(base_model_name_or_path=base))
+    lay(tmp_path, shelf, "good")
+    config = write(
+        tmp_path, {"path": "./adapters/hostile-*"}, {"path": "./adapters/good", "base": str(shelf.base("llama"))}
     )
-    hostile, good = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
-    assert (hostile.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+    *hostile, good = run_gate(load_config(str(config)), device="cpu").adapters
+    assert [one.verdict for one in hostile] == [Verdict.ERROR] * len(named)
+    assert good.verdict is Verdict.PASSED
 
 
 # --- what is judged, hashed and reported are the same bytes -----------------------------------------------------------
@@ -530,21 +534,34 @@ def test_a_pass_certifies_the_bytes_that_it_names(shelf: Shelf, tmp_path: Path) 
     assert f"{WEIGHTS} changed while it was judged" in swapped.findings[0].message
 
 
-@pytest.mark.parametrize("moment", ["base_loading", "base_loaded", "adapter_done"])
-def test_no_verdict_stands_on_a_base_that_changes(moment: str, shelf: Shelf, tmp_path: Path) -> None:
-    shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    for name in ("good", "other"):
-        lay(tmp_path, shelf, name)
-    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in ("good", "other")), base="./base")
-    weights = tmp_path / "base" / "model.safetensors"
+def test_no_verdict_stands_on_a_base_that_changes(shelf: Shelf, tmp_path: Path) -> None:
+    """While it is loaded, after that, and when the first of its adapters is done; a base of its own for each."""
+    moments = ("base_loading", "base_loaded", "adapter_done")
+    entries = []
+    for moment in moments:
+        shutil.copytree(shelf.base("llama"), tmp_path / moment)
+        for name in ("first", "second"):
+            lay(tmp_path, shelf, f"{moment}-{name}")
+            entries.append({"path": f"./adapters/{moment}-{name}", "base": f"./{moment}"})
 
-    def exchange(*_: object) -> None:
-        shutil.copy(weights, tmp_path / "new")
-        (tmp_path / "new").replace(weights)
+    def exchange(moment: str) -> Callable[[object], None]:
+        def replace_weights(*about: Any) -> None:
+            base = about[0] if isinstance(about[0], str) else getattr(about[0], "model", None) or about[0].base.model
+            if Path(base).name == moment:
+                weights = tmp_path / moment / "model.safetensors"
+                shutil.copy(weights, tmp_path / "new")
+                (tmp_path / "new").replace(weights)
 
-    report = run_gate(load_config(str(config)), device="cpu", view=Watcher(**{moment: exchange}))
-    assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
-    assert any("changed while it was used" in one.message for one in report.adapters[0].findings)
+        return replace_weights
+
+    view = Watcher(**{moment: exchange(moment) for moment in moments})
+    report = run_gate(load_config(str(write(tmp_path, *entries))), device="cpu", view=view)
+    assert {one.name: one.verdict for one in report.adapters} == {
+        f"{moment}-{name}": Verdict.ERROR for moment in moments for name in ("first", "second")
+    }
+    for moment in moments:
+        (first,) = (one for one in report.adapters if one.name == f"{moment}-first")
+        assert any("changed while it was used" in one.message for one in first.findings), told(first)
 
 
 def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(shelf: Shelf, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from merge_gate.report.files import FORMATS, write_report
 from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
 from tests.support.reports import EMPTY, PASS
+from tests.support.command import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,7 +129,7 @@ def step(environ: dict[str, str], **inputs: str) -> subprocess.Popen[str]:
 )
 def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inputs: dict[str, str]) -> None:
     process = step(environ, **inputs)
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
     assert "::error title=merge-gate::" in log
     assert "Traceback" not in log
@@ -140,7 +141,7 @@ def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inpu
 
 def test_outputs_that_cannot_be_written_fail_the_step(environ: dict[str, str]) -> None:
     process = step({**environ, "GITHUB_OUTPUT": "/nowhere/output"}, config="nowhere.yml")
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "cannot write /nowhere/output" in log
 
@@ -179,7 +180,7 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
         engine.containers[orphan.id] = orphan
         engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=60)
+        log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
     assert "merge-gate: runtime docker, report in " in log
     assert "::warning title=merge-gate::the container ffffffffffff is still there" in log
@@ -194,7 +195,7 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
         engine.before["POST /containers/.*/wait"] = lambda: engine.container.ended.wait(30)
         engine.wrong["POST /containers/.*/wait"] = [BREAK_OFF]
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
-        log, _ = process.communicate(timeout=60)
+        log, _ = process.communicate(timeout=PATIENCE_S)
     assert "::error title=merge-gate::the container was lost: " in log
     said = outputs(environ)
     assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["a"]', True)
@@ -205,7 +206,7 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
 
 def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[str, str]) -> None:
     process = step(environ, runtime="native")
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     at_the_line, whole = [line for line in log.splitlines() if line.startswith("::error")]
     assert at_the_line.startswith("::error file=gate.yml,line=1,col=1,title=merge-gate%3A configuration::")
@@ -219,6 +220,7 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     write_report(PASS, out)
     process = step(environ, runtime="native", output="out")
     log, _ = process.communicate(timeout=60)
+from tests.support.command import PATIENCE_S
     assert outputs(environ)["result"] == "error"
     assert outputs(environ)["upload-path"] == ""
     assert [path.name for path in out.iterdir()] == ["previous"]
@@ -261,7 +263,7 @@ def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, 
     with collect.claimed(output):
         (output / "report.json").write_text("of the other run", encoding="utf-8")
         process = step(environ, runtime="native", output="out")
-        log, _ = process.communicate(timeout=60)
+        log, _ = process.communicate(timeout=PATIENCE_S)
     assert "another run writes its report to" in log
     assert (output / "report.json").read_text() == "of the other run"
     assert outputs(environ)["report-path"] == ""
@@ -273,7 +275,7 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(environ: dict[str, str], 
     place.touch()
     changed = {"RUNNER_TEMP": str(place)} if blocked == "temp" else {}
     process = step({**environ, **changed}, runtime="native", **({"output": "file/out"} if blocked == "output" else {}))
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert "Not a directory" in log
     assert "bug of merge-gate" not in log
@@ -300,7 +302,7 @@ def test_a_server_without_artifacts_keeps_the_report(
     assert "::warning title=merge-gate::github.acme.example is GitHub Enterprise Server" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_cancelled_job_gets_its_outputs_and_a_true_report(environ: dict[str, str], number: signal.Signals) -> None:
     workspace = Path(environ["GITHUB_WORKSPACE"])
     make_demo(workspace / "demo")
@@ -315,7 +317,7 @@ def test_a_cancelled_job_gets_its_outputs_and_a_true_report(environ: dict[str, s
     before = time.monotonic()
     process.send_signal(number)
     rest = process.stdout.read()
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE_S) == 0
     assert time.monotonic() - before < 7.5
     process.stdout.close()
     assert f"received {number.name}" in rest

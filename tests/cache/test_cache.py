@@ -23,7 +23,7 @@ from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.files import FORMATS
 from merge_gate.report.json_report import read, render
 from merge_gate.report.terminal import View
-from tests.support.command import merge_gate, start, wait_until
+from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
 from tests.support.faults import poison
 from tests.support.small_fleet import BROKEN, lay_fleet, same
 
@@ -283,7 +283,7 @@ def test_two_runs_share_a_directory(copy: Path) -> None:
     names = ("--only", "plain-0", "--only", "plain-1", "--only", "rslora-0")
     first = start("run", "fleet.yml", *names, "--cache", "cache", "--output", "a", cwd=copy)
     answer = merge_gate("run", "fleet.yml", *names, "--cache", "cache", "--output", "b", cwd=copy)
-    assert first.wait(120) == answer.code == 1
+    assert first.wait(PATIENCE_S) == answer.code == 1
     assert same(stored(copy / "a")) == same(stored(copy / "b"))
     assert cached(run(copy, *names[1::2])) == set(names[1::2])
 

@@ -438,8 +438,15 @@ def merge_that(then: str) -> str:
     return OVERLAY.format(module="lora.layer", owner="Linear", method="merge", then=then)
 
 
-@pytest.mark.parametrize("options", [(), ("--quick",)])
-@pytest.mark.parametrize(("value", "verdict"), [("float('nan')", "failed"), ("123.0", "passed")])
+@pytest.mark.parametrize(
+    ("value", "verdict", "options"),
+    [
+        ("float('nan')", "failed", ()),
+        ("123.0", "passed", ("--quick",)),
+        pytest.param("float('nan')", "failed", ("--quick",), marks=pytest.mark.slow),
+        pytest.param("123.0", "passed", (), marks=pytest.mark.slow),
+    ],
+)
 def test_a_peft_that_merges_otherwise_decides(
     value: str, verdict: str, options: tuple[str, ...], shelf: Shelf, tmp_path: Path
 ) -> None:
@@ -456,7 +463,7 @@ def test_a_peft_that_merges_otherwise_decides(
         assert adapter["cause"] == "merged-nonfinite"
 
 
-@pytest.mark.parametrize("variant", ["every-projection", "modules-to-save"])
+@pytest.mark.parametrize("variant", ["every-projection", pytest.param("modules-to-save", marks=pytest.mark.slow)])
 def test_what_was_measured_and_what_there_is_are_counted_apart(variant: str, shelf: Shelf, tmp_path: Path) -> None:
     """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has."""
     overlay = merge_that("self.get_base_layer().weight.data = self.get_base_layer().weight.data[1:]")

@@ -13,12 +13,9 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from merge_gate.config.load import load_config
 from merge_gate.engine.base import load_base
 from merge_gate.engine.shape import shape_for
 from merge_gate.errors import EngineError
-from merge_gate.gate import run_gate
-from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.sources.preflight import preflight
 from tests.support import methods
@@ -33,16 +30,6 @@ if TYPE_CHECKING:
 QV = {"r": 4, "target_modules": ["query", "value"]}
 
 
-def gate(directory: Path, base: Path, *adapters: Path) -> Report:
-    config = {"version": 1, "base": {"model": str(base)}, "adapters": [{"path": str(one)} for one in adapters]}
-    (directory / "gate.yml").write_text(json.dumps(config))
-    return run_gate(load_config(str(directory / "gate.yml")), device="cpu")
-
-
-def told(report: AdapterReport) -> str:
-    return "\n".join(f"{f.severity} {f.check}: {f.message} [{f.hint}]" for f in report.findings)
-
-
 def set_task(adapter: Path, task_type: str | None) -> None:
     write_config(adapter, read_config(adapter) | {"task_type": task_type})
 
@@ -50,10 +37,10 @@ def set_task(adapter: Path, task_type: str | None) -> None:
 def test_a_head_of_another_size_gives_way_to_the_adapters(shelf: Shelf, tmp_path: Path) -> None:
     base = shelf.base("bert-classifier")
     save_adapter(shelf.base("bert"), tmp_path / "five", LoraConfig(task_type="SEQ_CLS", **QV), num_labels=5)
-    report = gate(tmp_path, base, tmp_path / "five")
-    (adapter,) = report.adapters
-    assert adapter.verdict is Verdict.PASSED, told(adapter)
-    assert report.bases[0].replaced == ("classifier.bias", "classifier.weight")
+    judgement = Gate().judge(tmp_path / "five", base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert judgement.evidence is not None
+    assert judgement.evidence.base.replaced == ("classifier.bias", "classifier.weight")
 
 
 @pytest.mark.parametrize(("rows", "num_labels"), [(5, 5), (3, None), (1 << 20, 1 << 20), (1 << 40, None)])
@@ -131,9 +118,9 @@ def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path
 def test_names_of_the_bare_model_outweigh_the_task_type(shelf: Shelf, tmp_path: Path, base: str) -> None:
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="FEATURE_EXTRACTION", **QV))
     set_task(tmp_path / "a", "SEQ_CLS")
-    (adapter,) = gate(tmp_path, shelf.base(base), tmp_path / "a").adapters
-    assert adapter.verdict is Verdict.PASSED, told(adapter)
-    (finding,) = (f for f in adapter.findings if "BertForSequenceClassification" in f.message)
+    judgement = Gate().judge(tmp_path / "a", shelf.base(base))
+    assert judgement.verdict is Verdict.PASSED, judgement
+    (finding,) = (f for f in judgement.findings if "BertForSequenceClassification" in f.message)
     assert (finding.check, finding.severity) == ("base-mismatch", Severity.WARNING)
     assert "BertModel" in finding.message
 
@@ -144,9 +131,9 @@ def test_names_of_a_model_with_a_head_outweigh_the_task_type(shelf: Shelf, tmp_p
     write_tensors(tmp_path / "a", {k: v for k, v in read_tensors(tmp_path / "a").items() if "classifier" not in k})
     write_config(tmp_path / "a", read_config(tmp_path / "a") | {"modules_to_save": None})
     set_task(tmp_path / "a", "FEATURE_EXTRACTION")
-    (adapter,) = gate(tmp_path, base, tmp_path / "a").adapters
-    assert adapter.verdict is Verdict.PASSED, told(adapter)
-    assert any("BertForSequenceClassification" in finding.message for finding in adapter.findings)
+    judgement = Gate().judge(tmp_path / "a", base)
+    assert judgement.verdict is Verdict.PASSED, judgement
+    assert any("BertForSequenceClassification" in finding.message for finding in judgement.findings)
 
 
 def test_an_untrained_adapter_of_the_bare_model_has_no_effect(shelf: Shelf, tmp_path: Path) -> None:
@@ -154,8 +141,8 @@ def test_an_untrained_adapter_of_the_bare_model_has_no_effect(shelf: Shelf, tmp_
     set_task(tmp_path / "a", "SEQ_CLS")
     zeroed = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in read_tensors(tmp_path / "a").items()}
     write_tensors(tmp_path / "a", zeroed)
-    (adapter,) = gate(tmp_path, shelf.base("bert"), tmp_path / "a").adapters
-    assert (adapter.verdict, adapter.cause) == (Verdict.FAILED, "no-effect"), told(adapter)
+    judgement = Gate().judge(tmp_path / "a", shelf.base("bert"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "no-effect"), judgement
 
 
 def test_names_that_fit_no_class_leave_the_task_types(shelf: Shelf, tmp_path: Path) -> None:
@@ -237,11 +224,11 @@ def test_old_names_are_those_of_the_class_that_peft_loads_them_into(
         write_tensors(tmp_path / "a", tensors)
         changed = changed_by_peft(load(base), tmp_path / "a")
     assert len(changed) == (8 if loses == "nothing" else 4)
-    report = gate(tmp_path, base, tmp_path / "a")
-    (adapter,) = report.adapters
-    assert report.bases[0].loaded_as == "LlavaForConditionalGeneration"
+    judgement = Gate().judge(tmp_path / "a", base)
+    assert judgement.evidence is not None
+    assert judgement.evidence.base.loaded_as == "LlavaForConditionalGeneration"
     expected = (Verdict.PASSED, None) if loses == "nothing" else (Verdict.FAILED, "keys-missing")
-    assert (adapter.verdict, adapter.cause) == expected, told(adapter)
+    assert (judgement.verdict, judgement.cause) == expected, judgement
 
 
 def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -> None:
@@ -254,9 +241,8 @@ def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -
         save_on(text, tmp_path / "a")
         user, said = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
-    (adapter,) = gate(tmp_path, tmp_path / "base", tmp_path / "a").adapters
-    assert adapter.verdict is Verdict.ERROR, told(adapter)
-    assert "holds none of the tensors of Gemma3ForCausalLM" in told(adapter)
+    with pytest.raises(EngineError, match="holds none of the tensors of Gemma3ForCausalLM"):
+        Gate().judge(tmp_path / "a", tmp_path / "base")
 
 
 def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path: Path) -> None:
@@ -267,6 +253,5 @@ def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path
         (base / file.name).write_bytes(file.read_bytes())
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
-    (adapter,) = gate(tmp_path, base, shelf.adapter("regex")).adapters
-    assert adapter.verdict is Verdict.ERROR, told(adapter)
-    assert "has an adapter_config.json beside its weights" in told(adapter)
+    with pytest.raises(EngineError, match=r"has an adapter_config\.json beside its weights"):
+        Gate().judge(shelf.adapter("regex"), base)

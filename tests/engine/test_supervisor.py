@@ -159,11 +159,12 @@ def test_children_that_die_at_once_are_not_started_forever(
 # --- time limits -----------------------------------------------------------------------------------------------------
 
 
-def limited(job: Job, seconds: float) -> Job:
-    groups = tuple(
-        replace(group, tasks=tuple(replace(task, limit_s=seconds) for task in group.tasks)) for group in job.groups
+def limited(group: Group, *tasks: int, seconds: float = 2.0) -> Group:
+    """With a time limit for these tasks alone: on a busy machine the others may take longer."""
+    return replace(
+        group,
+        tasks=tuple(replace(task, limit_s=seconds) if task.index in tasks else task for task in group.tasks),
     )
-    return replace(job, groups=groups)
 
 
 def test_an_adapter_over_its_time_limit_is_alone_in_that(
@@ -173,14 +174,14 @@ def test_an_adapter_over_its_time_limit_is_alone_in_that(
     monkeypatch.setattr("merge_gate.engine.supervisor.FIRST_WORD_S", 0.5)
     adapters[1] = hang(adapters[1])
     killer = Killer()
-    supervise(limited(Job(groups=(group(shelf.base("llama"), adapters),)), 4.0), killer)
+    supervise(Job(groups=(limited(group(shelf.base("llama"), adapters), 1),)), killer)
     assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
-    assert "time limit of 4 s was over" in killer.refusal(1).message
+    assert "time limit of 2 s was over" in killer.refusal(1).message
     assert "limits: {seconds: …}" in killer.refusal(1).hint
     waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.task == 1]
     assert waiting, "and on a busy machine others too"
-    assert [event.limit_s for event in waiting] == [4.0] * len(waiting)
-    assert len(waiting) <= 4, "each time after twice as long"
+    assert [event.limit_s for event in waiting] == [2.0] * len(waiting)
+    assert len(waiting) <= 3, "each time after twice as long"
 
 
 def test_a_base_that_never_loads_costs_the_adapters_on_it(
@@ -190,13 +191,13 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(
     monkeypatch.setattr("merge_gate.engine.supervisor.FIRST_WORD_S", 0.5)
     slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
     killer = Killer(BaseLoading(group=0), number=signal.SIGSTOP)
-    job = Job(groups=(group(slow, adapters[:2]), group(shelf.base("llama"), adapters[2:], first=2)))
-    supervise(limited(job, 4.0), killer)
+    stopped = limited(group(slow, adapters[:2]), 0, 1)
+    supervise(Job(groups=(stopped, group(shelf.base("llama"), adapters[2:], first=2))), killer)
     assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
-    assert "while it loaded base slow: the time limit of 4 s was over" in killer.refusal(0).message
+    assert "while it loaded base slow: the time limit of 2 s was over" in killer.refusal(0).message
     waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.base == "slow"]
     assert waiting, "and on a busy machine others too"
-    assert {(event.task, event.limit_s) for event in waiting} == {(None, 4.0)}
+    assert {(event.task, event.limit_s) for event in waiting} == {(None, 2.0)}
 
 
 def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
@@ -212,6 +213,7 @@ def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
 
 
+@pytest.mark.slow
 def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     """Within its time limit: the trial ends, and says which expression it is."""
     adapters[0] = hang(adapters[0])

@@ -45,7 +45,9 @@ def cases_on(key: str, dtype: str) -> list[Case]:
     return [case for case in cases if dtype == "auto" or case.dtype in ("auto", dtype)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=() if dtype == "auto" else pytest.mark.slow) for dtype in DTYPES]
+)
 @pytest.mark.parametrize("key", sorted(BASES))
 def test_no_tensor_of_the_base_changes_under_any_case(key: str, dtype: str, shelf: Shelf, tmp_path: Path) -> None:
     """Every case that reaches the engine is merged into one base, which must come out as it went in."""
