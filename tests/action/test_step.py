@@ -24,8 +24,8 @@ from merge_gate.errors import UsageError
 from merge_gate.report.files import FORMATS, write_report
 from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
-from tests.support.reports import EMPTY, PASS
 from tests.support.command import PATIENCE_S
+from tests.support.reports import EMPTY, PASS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,8 +219,7 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     out = Path(environ["GITHUB_WORKSPACE"], "out")
     write_report(PASS, out)
     process = step(environ, runtime="native", output="out")
-    log, _ = process.communicate(timeout=60)
-from tests.support.command import PATIENCE_S
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert outputs(environ)["result"] == "error"
     assert outputs(environ)["upload-path"] == ""
     assert [path.name for path in out.iterdir()] == ["previous"]
@@ -235,7 +234,7 @@ def test_files_of_other_tools_stay_as_they_are(environ: dict[str, str], runtime:
     (workspace / "junit.xml").write_text("<testsuites/>", encoding="utf-8")
     write_report(PASS, workspace, formats=["report.json"])
     process = step(environ, runtime=runtime, output=".")
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=PATIENCE_S)
     assert "::error title=merge-gate::" in log
     assert "junit.xml is a file without the generator tag of merge-gate" in log
     assert outputs(environ)["result"] == "error"
@@ -251,7 +250,7 @@ def test_a_run_in_a_container_replaces_the_previous_report(environ: dict[str, st
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
         given = {**environ, "DOCKER_HOST": engine.address}
         process = step(given, image="merge-gate:test", gpus="none", output="out")
-        log, _ = process.communicate(timeout=60)
+        log, _ = process.communicate(timeout=PATIENCE_S)
     assert {path.name for path in out.iterdir()} == {"report.json", "summary.md", "previous"}, log
     assert (out / "previous" / "report.json").read_text() == FORMATS["report.json"](PASS)
     assert sorted(outputs(environ)["upload-path"].splitlines()) == [str(out / "report.json"), str(out / "summary.md")]
