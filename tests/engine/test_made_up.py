@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from peft import LNTuningConfig, LoraConfig
 
-from merge_gate.errors import EngineError
-from merge_gate.records.terms import Verdict
+from merge_gate.engine import accounting
+from merge_gate.engine.shape import shape_for
+from merge_gate.records.terms import Severity, Verdict
+from merge_gate.sources.preflight import preflight
 from tests.support import models
 from tests.support.gating import Gate, one_thread
 
@@ -33,27 +35,40 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize(
-    ("lacking", "adapter", "warned"),
+    ("lacking", "adapter", "brought"),
     [
-        pytest.param(f"{Q}.weight", config(), True, id="a delta on a weight"),
-        pytest.param(f"{Q}.weight", config(use_dora=True), True, id="DoRA on a weight"),
-        pytest.param(f"{Q}.bias", config(), True, id="a bias beside the weight that is merged"),
-        pytest.param(f"{Q}.bias", config(lora_bias=True), True, id="a delta on a bias"),
-        pytest.param(f"{Q}.bias", config(bias="all"), False, id="a trained bias"),
-        pytest.param("lm_head.weight", config(modules_to_save=["lm_head"]), False, id="a trained head"),
-        pytest.param("lm_head.weight", config(), True, id="a head that nobody trained"),
-        pytest.param("model.norm.weight", NORMS, False, id="a trained norm"),
-        pytest.param("model.embed_tokens.weight", config(trainable_token_indices=[1, 2]), True, id="some rows"),
+        pytest.param(f"{Q}.weight", config(), False, id="a delta on a weight"),
+        pytest.param(f"{Q}.weight", config(use_dora=True), False, id="DoRA on a weight"),
+        pytest.param(f"{Q}.bias", config(), False, id="a bias next to the weight that is merged"),
+        pytest.param(f"{Q}.bias", config(lora_bias=True), False, id="a delta on a bias"),
+        pytest.param(f"{Q}.bias", config(bias="all"), True, id="a trained bias"),
+        pytest.param("lm_head.weight", config(modules_to_save=["lm_head"]), True, id="a trained head"),
+        pytest.param("lm_head.weight", config(), False, id="a head that the adapter lacks"),
+        pytest.param("model.norm.weight", NORMS, True, id="a trained norm"),
+        pytest.param("model.embed_tokens.weight", config(trainable_token_indices=[1, 2]), False, id="some rows"),
     ],
 )
-def test_what_no_file_has_is_warned_of(lacking: str, adapter: Config, warned: bool, tmp_path: Path) -> None:
-    whole, base, out = tmp_path / "whole", tmp_path / "base", tmp_path / "adapter"
+def test_a_parameter_that_no_file_has_makes_the_base_incomplete(
+    lacking: str, adapter: Config, brought: bool, tmp_path: Path
+) -> None:
+    base, out = lacking_one(lacking, adapter, tmp_path)
+    with one_thread():
+        judgement = Gate().judge(out, base)
+    expected = (Verdict.PASSED, None) if brought else (Verdict.ERROR, "base-incomplete")
+    assert (judgement.verdict, judgement.cause) == expected, str(judgement)
+    found = [(one.severity, one.tensor) for one in judgement.findings if one.check == "base-incomplete"]
+    assert found == [(Severity.NOTE if brought else Severity.ERROR, lacking)]
+    assert not any(one.check == "untrained-tensors" for one in judgement.findings)
+
+
+def lacking_one(lacking: str, adapter: Config, root: Path) -> tuple[Path, Path]:
+    whole, base, out = root / "whole", root / "base", root / "adapter"
     models.make_base("llama", whole)
     models.save_adapter(whole, out, adapter)
     shutil.copytree(whole, base)
     tensors = models.read_tensors(whole, "model.safetensors")
     models.write_tensors(base, {name: one for name, one in tensors.items() if name != lacking}, "model.safetensors")
-    assert warned_of(out, base) == ([lacking] if warned else [])
+    return base, out
 
 
 @pytest.mark.parametrize(
@@ -112,8 +127,15 @@ def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: boo
     models.make_base("llama-sharded", base)
     models.save_adapter(base, out, config())
     lost = without_a_shard(base, needed=True, keep_file=keep_file)
-    with one_thread(), pytest.raises(EngineError, match=f"base base is incomplete: its index lists nothing of {lost}"):
-        Gate().judge(out, base)
+    with one_thread():
+        shape = shape_for(str(base), preflight(str(out), allow_pickle=False))
+        account = accounting.account_for(str(base), shape, "base")
+        judgement = Gate().judge(out, base)
+    assert (judgement.verdict, judgement.cause) == (Verdict.ERROR, "base-incomplete")
+    assert account.map is not None
+    error = accounting.incomplete("base", account.incomplete, account.map, str(base))
+    assert (lost in error.message) is keep_file
+    assert error.tensor == account.incomplete[0]
 
 
 def test_a_shard_that_nothing_needs_may_be_left_out(tmp_path: Path) -> None:

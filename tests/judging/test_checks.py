@@ -219,8 +219,7 @@ def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Seve
     findings = judged(fire, setting(check, severity))
     default = CHECKS[check]
     if not default.can_be_off:
-        lesser = fire.severity is Severity.WARNING
-        assert [finding.severity for finding in findings] == [Severity.WARNING if lesser else Severity.ERROR]
+        assert [finding.severity for finding in findings] == [fire.severity or Severity.ERROR]
     elif severity is Severity.OFF:
         assert findings == ()
     elif fire.severity is Severity.WARNING:  # the lesser case of a check stays one

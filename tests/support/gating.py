@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
+from merge_gate.engine import accounting, merge
 from merge_gate.engine import base as bases
-from merge_gate.engine import merge
 from merge_gate.engine.shape import shape_for
 from merge_gate.judging.checks import judge, leeway
 from merge_gate.judging.table import CHECKS
@@ -95,9 +95,12 @@ class Gate:
         shape = shape_for(str(directory), files)
         key = (str(directory), dtype, quantization, shape)
         if key not in self.loaded:
-            self.loaded[key] = bases.load_base(
+            account = accounting.account_for(str(directory), shape, directory.name)
+            loaded = bases.load_base(
                 str(directory), shape=shape, label=directory.name, dtype=dtype, quantization=quantization
             )
+            accounting.settle(loaded, account, str(directory))
+            self.loaded[key] = loaded
         return self.loaded[key]
 
     @staticmethod

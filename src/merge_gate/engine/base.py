@@ -22,6 +22,13 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.delta import Buffers
+from merge_gate.engine.formats import (
+    loaded_dtypes,
+    loaded_quantization,
+    main_dtype,
+    refuse_other_packing,
+    refuse_unknown_format,
+)
 from merge_gate.engine.hollow import Hollow
 from merge_gate.engine.measure import dtype_name, measure
 from merge_gate.engine.quantized import (
@@ -33,7 +40,7 @@ from merge_gate.engine.quantized import (
     quantizing,
     scales,
 )
-from merge_gate.engine.shards import refuse_lost_shards, refuse_strangers, refuse_unknown_format
+from merge_gate.engine.shards import refuse_strangers
 from merge_gate.engine.stream import Weights
 from merge_gate.engine.threads import spread
 from merge_gate.errors import EngineError
@@ -89,6 +96,7 @@ class Base:
     stats: dict[str, TensorStats]
     source: Source
     initialised: frozenset[str]
+    unexpected: frozenset[str] = frozenset()
     template: Any = None
     reads: Reads | None = None
     hollow: Hollow | None = None
@@ -233,18 +241,19 @@ def load_base(
         raise _not_loaded(error, label, shape) from error
     refuse_mismatches(loading, label, shape)
     refuse_strangers(model, loading.initialised, label)
-    refuse_lost_shards(model, directory, loading.missing, label)
+    refuse_other_packing(model, source, dtype)
     return measure_base(model, source, loading, known={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """What transformers says of a load: names that the files lack, and those that have another size there.
+    """What transformers says of a load: names that the files lack, that the model lacks, and that have another size.
 
     `mismatched` are names, their shapes in the files, and the shapes that the model needs.
     """
 
     missing: frozenset[str] = frozenset()
+    unexpected: frozenset[str] = frozenset()
     mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...] = ()
 
     @property
@@ -289,7 +298,8 @@ def load_informed(model_class: Any, directory: str | None, **options: Any) -> tu
         directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     mismatched = tuple(sorted(said["mismatched_keys"]))  # a set
-    return model, Loading(missing=frozenset(said["missing_keys"]), mismatched=mismatched)
+    missing, unexpected = frozenset(said["missing_keys"]), frozenset(said["unexpected_keys"])
+    return model, Loading(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
 def head(shape: ModelClass) -> dict[str, Any]:
@@ -361,8 +371,9 @@ def measure_base(
     facts = BaseFacts(
         model=source.label,
         revision=source.revision,
-        dtype=dtype_name(getattr(model, "dtype", torch.float32)),
-        quantization=source.quantization,
+        dtype=dtype_name(main_dtype(model)),
+        quantization=loaded_quantization(model, source.directory),
+        dtypes=loaded_dtypes(tensor for _, _, tensor in found),
         parameters=sum(elements(tensor) for _, _, tensor in found),
         nonfinite=tuple(
             replace(one, is_buffer=name.rpartition(".")[2] in module._buffers)
@@ -380,6 +391,7 @@ def measure_base(
         stats={name: parts[0] for (name, _, _), parts in zip(found, stats, strict=True)},
         source=source,
         initialised=loading.initialised,
+        unexpected=loading.unexpected,
         hollow=hollow,
     )
 

@@ -55,7 +55,7 @@ def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str)
         dtype: the dtype that is asked for, as the configuration spells it.
     """
     source = known.source
-    if source.quantization is not Quantization.NONE or source.device.type != "cpu" or known.hollow is not None:
+    if known.facts.quantization != Quantization.NONE or source.device.type != "cpu" or known.hollow is not None:
         return None
     if not loads_as_usual(getattr(transformers, shape.class_name)) or not is_mapped(known):
         return None

@@ -50,6 +50,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Origin, Quantization
 
 if TYPE_CHECKING:
+    from merge_gate.engine.accounting import Account
     from merge_gate.engine.base import Base, ModelClass
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
@@ -127,6 +128,15 @@ class Kept:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._bases: dict[ModelClass, tuple[Base, tuple[FileIdentity, ...]]] = {}
+        self._accounts: dict[ModelClass, Account] = {}
+
+    def account(self, shape: ModelClass, group: Group) -> Account:
+        """What is known of the base as this class, before it is loaded; the same for every dtype."""
+        from merge_gate.engine.accounting import account_for  # noqa: PLC0415 - imports torch
+
+        if shape not in self._accounts:
+            self._accounts[shape] = account_for(group.directory, shape, group.label, group.files)
+        return self._accounts[shape]
 
     def serves(self, group: Group) -> bool:
         return replace(group, dtype=self._group.dtype, tasks=self._group.tasks) == self._group
@@ -195,11 +205,18 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
+            account = kept.account(shape, group)
+            refused = _refused_as_incomplete(tasks, account, group)
+            yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
+            tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
+            if not tasks:
+                continue
             base = _in_another_class(base, shape)
             if base is None:  # the one before it is let go of first
                 identity = base_identity(group.directory)
                 base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
             verify_base(group.directory, group.label, identity)
+            _settle(base, account, group.directory)
             kept.add(shape, base, identity)
         except Exception as error:
             base = None
@@ -212,6 +229,25 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
             yield MergeStarted(task=task.index)
             yield _judge_task(base, task, instead_of, progress)
         base.template = None  # no more of these come; what it held is there for the next one
+
+
+def _refused_as_incomplete(
+    tasks: list[tuple[Task, str | None]], account: Account, group: Group
+) -> list[tuple[Task, Refusal]]:
+    """The tasks whose adapters do not bring what the base's files lack."""
+    from merge_gate.engine import accounting  # noqa: PLC0415 - imports torch
+
+    if not account.incomplete or account.map is None:
+        return []
+    lacking = [task for task, _ in tasks if not accounting.brings_all(task.files, account.incomplete)]
+    error = accounting.incomplete(group.label, account.incomplete, account.map, group.directory)
+    return [(task, _refusal(error, group)) for task in lacking]
+
+
+def _settle(base: Base, account: Account, directory: str) -> None:
+    from merge_gate.engine import accounting  # noqa: PLC0415 - imports torch
+
+    accounting.settle(base, account, directory)
 
 
 def _load(group: Group, shape: ModelClass, job: Job) -> Base:

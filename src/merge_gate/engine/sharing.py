@@ -49,7 +49,7 @@ def in_another_class(known: Base, shape: ModelClass) -> Base | None:
         shape: the other class, or number of labels.
     """
     model_class = getattr(transformers, shape.class_name)
-    if known.source.quantization is not Quantization.NONE or not loads_as_usual(model_class):
+    if known.facts.quantization != Quantization.NONE or not loads_as_usual(model_class):
         return None
     try:
         model, loading = _built(known, model_class, shape)

@@ -35,7 +35,7 @@ from merge_gate.tensor_names import ADAPTER_PREFIX
 
 def unread_layers(base: Base, loaded: Loaded) -> tuple[UnreadLayer, ...]:
     """The layers whose delta the model has only after the merge."""
-    if starts_at_no_delta(loaded.config) or base.facts.quantization is not Quantization.NONE:
+    if starts_at_no_delta(loaded.config) or base.facts.quantization != Quantization.NONE:
         return ()
     if base.reads is None:
         from merge_gate.engine.reads import trace  # noqa: PLC0415 - an ordinary LoRA does not wait for it

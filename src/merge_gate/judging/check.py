@@ -118,6 +118,7 @@ def check(
     *,
     limit: float | None = None,
     can_be_off: bool = True,
+    is_of_base: bool = False,
     allows_merging: bool = False,
     allows_loading: bool = False,
 ) -> Callable[[Callable[[Case], Iterator[Finding]]], Check]:
@@ -129,6 +130,7 @@ def check(
         symptom=symptom,
         limit=limit,
         can_be_off=can_be_off,
+        is_of_base=is_of_base,
         allows_merging=allows_merging,
         allows_loading=allows_loading,
         judge=judge,

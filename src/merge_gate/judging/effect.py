@@ -146,7 +146,7 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     worst = max(merges, key=lambda one: one.lost_share or 0.0)
     quantization = case.evidence.base.quantization
     where, instead = f"in {worst.stats.dtype}", _IN_FLOAT32
-    if quantization is not Quantization.NONE:
+    if quantization != Quantization.NONE:
         where, instead = f"by quantising the merged weights to {quantization} again", _UNQUANTISED
     of_most = (
         f"{len(losing):,} of {counted(len(merges), 'merged tensor')} lose more than {limit:.0%} of their delta's norm "
@@ -285,9 +285,11 @@ def _is_wiped(merge: TensorMerge) -> bool:
 )
 def untrained_tensors(case: Case) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is None or not evidence.initialised:
+    if evidence is None:
         return
-    names = evidence.initialised
+    names = tuple(name for name in evidence.initialised if name not in evidence.base.incomplete)
+    if not names:
+        return
     yield untrained_tensors.finding(
         f"{tensors(names)} of {evidence.base.loaded_as} {are(names)} in neither the base's files nor the adapter's: "
         f"{listing(names)}; every load makes {'it' if len(names) == 1 else 'them'} up anew",

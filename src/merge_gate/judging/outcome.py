@@ -12,8 +12,7 @@ worker nor files.
 
 from __future__ import annotations
 
-from merge_gate.judging import checks, verdict
-from merge_gate.judging.base import of_request
+from merge_gate.judging import base, checks, verdict
 from merge_gate.judging.bounds import bounded, cut
 from merge_gate.judging.finite import findings_of_base
 from merge_gate.judging.table import CHECKS
@@ -75,28 +74,29 @@ def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
         parameters=facts.parameters,
         loaded_as=facts.loaded_as,
         replaced=facts.replaced,
-        findings=bounded([*findings_of_base(facts), *notes]),
+        dtypes=facts.dtypes,
+        findings=bounded([*base.findings_of(facts), *findings_of_base(facts), *notes]),
     )
 
 
-def of_refused_base(base: BaseRef, refusal: Refusal) -> BaseReport:
+def of_refused_base(asked: BaseRef, refusal: Refusal) -> BaseReport:
     """What is said of a base that was not merged into; `dtype` and `quantization` are what was asked for."""
     return BaseReport(
-        model=base.model or "",
-        revision=base.revision,
-        dtype=base.dtype,
-        quantization=base.quantization,
+        model=asked.model or "",
+        revision=asked.revision,
+        dtype=asked.dtype,
+        quantization=asked.quantization,
         findings=bounded([checks.refused(refusal)]),
     )
 
 
-def of_unloaded_base(base: BaseRef, findings: tuple[Finding, ...]) -> BaseReport:
+def of_unloaded_base(asked: BaseRef, findings: tuple[Finding, ...]) -> BaseReport:
     """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
     return BaseReport(
-        model=base.model or "",
-        revision=base.revision,
-        dtype=base.dtype,
-        quantization=base.quantization,
+        model=asked.model or "",
+        revision=asked.revision,
+        dtype=asked.dtype,
+        quantization=asked.quantization,
         findings=findings,
     )
 
@@ -122,7 +122,7 @@ def base_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
     files = prepared.base_files
     if files is None:
         return ()
-    asked = of_request(prepared.spec.base, files)
+    asked = base.of_request(prepared.spec.base, files)
     of_dtype = files.auto_dtype if dtype == "auto" else None
     return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
 

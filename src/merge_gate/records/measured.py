@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.records.terms import Origin, Quantization, record, told
+from merge_gate.records.terms import Origin, record, told
 
 
 @record
@@ -155,18 +155,23 @@ class BaseFacts:
     """The base as it was measured, once. `parameters` counts elements of parameters and persistent buffers.
 
     `loaded_as` is the class of the model. `replaced` names the tensors of its own head that gave way to the head of
-    another size that the adapters bring.
+    another size that the adapters bring. `quantization` and `dtype` are what was loaded; `dtypes` counts the parameters
+    of each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack,
+    `unloaded` stored tensors that are not part of the model.
     """
 
     model: str
     revision: str | None
     dtype: str
-    quantization: Quantization
+    quantization: str
+    dtypes: tuple[tuple[str, float], ...] = ()
     sha256: str | None = None
     parameters: int = 0
     nonfinite: tuple[TensorStats, ...] = ()
     loaded_as: str = ""
     replaced: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
 
 
 @record

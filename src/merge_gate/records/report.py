@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.terms import Acceptance, Finding, Quantization, Result, Verdict, record, told
+from merge_gate.records.terms import Acceptance, Finding, Result, Verdict, record, told
 
 
 @record
@@ -45,7 +45,10 @@ class BaseRef:
     model: str | None = told("Directory or Hub id as written; null where none could be found out.")
     revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
     dtype: str = told("The dtype that was checked, in torch's words.")
-    quantization: Quantization = told("How the base was quantised when it was loaded.")
+    quantization: str = told(
+        "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
+        "as `fp8`; for a base that was not loaded, what the config asks for."
+    )
 
 
 @record
@@ -148,10 +151,17 @@ class BaseReport:
     model: str = told("Directory or Hub id as written.")
     revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
     dtype: str = told("The dtype that was checked, in torch's words.")
-    quantization: Quantization = told("How the base was quantised when it was loaded.")
+    quantization: str = told(
+        "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
+        "as `fp8`; for a base that was not loaded, what the config asks for."
+    )
     sha256: str | None = told("Digest of its weights, hex; null where it was not taken.", default=None)
     parameters: int = told("Elements of all its parameters and persistent buffers.", default=0)
     findings: tuple[Finding, ...] = told("What is wrong with the base itself, before any merge.", default=())
+    dtypes: tuple[tuple[str, float], ...] = told(
+        "How many parameters have which dtype, if they are mixed; a packed weight has the name of its packing.",
+        default=(),
+    )
     loaded_as: str = told("Class of transformers that it was loaded as.", default="")
     replaced: tuple[str, ...] = told(
         "Tensors of its own head that gave way, since the adapters bring a head with another number of labels.",

@@ -59,9 +59,9 @@ def duration(seconds: float) -> str:
 
 def precision(base: BaseRef | BaseReport) -> str:
     """bfloat16, or bfloat16, bnb-4bit."""
-    if base.quantization is Quantization.NONE:
+    if base.quantization == Quantization.NONE:
         return one_line(base.dtype, NAME_LIMIT)
-    return f"{one_line(base.dtype, NAME_LIMIT)}, {base.quantization}"
+    return f"{one_line(base.dtype, NAME_LIMIT)}, {one_line(base.quantization, NAME_LIMIT)}"
 
 
 def model_name(base: BaseRef | BaseReport) -> str:

@@ -127,6 +127,25 @@ FOURIERFT = {"peft_type": "FOURIERFT"}
 LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": True, "task_type": None}
 FIRES: dict[str, tuple[Fire, ...]] = {
     **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
+    "base-incomplete": (
+        refused("base-incomplete", Origin.BASE),
+        Fire(
+            ("./base is incomplete", "1 parameter of LlamaForCausalLM: model.norm.weight", "random values"),
+            Origin.BASE,
+            evidence(
+                base=base(loaded_as="LlamaForCausalLM", incomplete=("model.norm.weight", "lm_head.weight")),
+                initialised=("model.norm.weight",),
+            ),
+            places={"module": "model.norm", "tensor": "model.norm.weight"},
+        ),
+        Fire(
+            ("holds no tensor for 1 parameter of LlamaForCausalLM: lm_head.weight", "the adapter brings it"),
+            Origin.BASE,
+            evidence(base=base(loaded_as="LlamaForCausalLM", incomplete=("lm_head.weight",))),
+            severity=Severity.NOTE,
+            places={"module": "lm_head", "tensor": "lm_head.weight"},
+        ),
+    ),
     **{row.id: (found_in_files(row),) for row in vars(of_files).values() if isinstance(row, Check)},
     "config-invalid": (found_in_files(of_files.CONFIG_INVALID), refused("config-invalid", Origin.CONFIG)),
     "keys-missing": (

@@ -1,0 +1,120 @@
+"""A base on its headers: what contradicts itself is refused, what is not part of the merge is listed."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from merge_gate.engine import accounting
+from merge_gate.engine.base import ModelClass
+from merge_gate.engine.tensor_map import stored_tensors, tensor_map
+from merge_gate.errors import EngineError
+from tests.support import models
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.models import Shelf, Tensors
+
+O_PROJ = "model.layers.1.self_attn.o_proj"
+LLAMA = ModelClass(class_name="LlamaForCausalLM")
+WEIGHTS = "model.safetensors"
+
+
+def changed(shelf: Shelf, root: Path, tensors: Tensors, *, without: tuple[str, ...] = (), base: str = "llama") -> Path:
+    """A copy of a base with other tensors in its file."""
+    directory = root / "base"
+    shutil.copytree(shelf.base(base), directory)
+    held = {name: one for name, one in models.read_tensors(directory, WEIGHTS).items() if name not in without}
+    models.write_tensors(directory, held | tensors, WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
+def test_integers_for_a_float_parameter_are_refused(dtype: torch.dtype, shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path, {f"{O_PROJ}.weight": torch.ones(32, 32).to(dtype)})
+    with pytest.raises(EngineError, match="codes would be read as weights") as refused:
+        accounting.account_for(str(base), LLAMA, "b")
+    assert (refused.value.check, refused.value.tensor) == ("base-inconsistent", f"{O_PROJ}.weight")
+
+
+@pytest.mark.parametrize(
+    "part", ["weight_scale", "weight_scale_inv", "scales", "SCB", "qweight", "weight.absmax", "base_layer.weight"]
+)
+def test_a_part_of_a_loaded_weight_that_is_not_loaded_is_refused(part: str, shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path, {f"{O_PROJ}.{part}": torch.ones(2)})
+    with pytest.raises(EngineError, match="would not be the model in the files") as refused:
+        accounting.account_for(str(base), LLAMA, "b")
+    assert (refused.value.check, refused.value.tensor) == ("base-inconsistent", f"{O_PROJ}.{part}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mtp.layers.0.fc.weight",
+        "model.layers.2.self_attn.o_proj.weight_scale",
+        "model.layers.1.self_attn.k_scale",
+        "model.layers.1.self_attn.k_proj.k_scale",
+        "visual.patch_embed.proj.weight",
+        "value_head.weight",
+    ],
+)
+def test_a_tensor_that_is_not_part_of_the_model_is_listed(name: str, shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path, {name: torch.ones(2, 2)})
+    account = accounting.account_for(str(base), LLAMA, "b")
+    assert (account.unloaded, account.incomplete) == ((name,), ())
+
+
+def test_a_buffer_that_earlier_releases_stored_is_not_listed(shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert accounting.account_for(str(base), LLAMA, "b").unloaded == ()
+
+
+def test_a_missing_parameter_of_the_own_class_is_named(shelf: Shelf, tmp_path: Path) -> None:
+    base = changed(shelf, tmp_path, {}, without=("lm_head.weight", "model.norm.weight"))
+    account = accounting.account_for(str(base), LLAMA, "b")
+    assert account.incomplete == ("lm_head.weight", "model.norm.weight")
+    assert account.map is not None
+    error = accounting.incomplete("b", account.incomplete, account.map, str(base))
+    assert (error.check, error.tensor) == ("base-incomplete", "lm_head.weight")
+    assert WEIGHTS in error.message
+
+
+def test_a_head_of_another_task_and_a_pooler_need_not_be_stored(shelf: Shelf, tmp_path: Path) -> None:
+    head = ModelClass(class_name="LlamaForSequenceClassification", num_labels=2)
+    assert accounting.account_for(str(shelf.base("llama")), head, "b").incomplete == ()
+    poolers = ("pooler.dense.weight", "pooler.dense.bias")
+    base = changed(shelf, tmp_path, {}, without=poolers, base="bert")
+    account = accounting.account_for(str(base), ModelClass(class_name="BertModel"), "b")
+    assert account.incomplete == ()
+    assert account.map is not None
+    assert account.map.missing == set(poolers)
+
+
+def test_a_tied_head_is_stored_once(shelf: Shelf) -> None:
+    account = accounting.account_for(str(shelf.base("llama-tied")), LLAMA, "b")
+    assert (account.incomplete, account.unloaded) == ((), ())
+
+
+def test_one_expert_that_is_not_there_makes_the_base_incomplete(shelf: Shelf, tmp_path: Path) -> None:
+    held = models.read_tensors(shelf.base("mixtral"), WEIGHTS)
+    lost = max(name for name in held if "experts" in name)
+    base = changed(shelf, tmp_path, {}, without=(lost,), base="mixtral")
+    account = accounting.account_for(str(base), ModelClass(class_name="MixtralForCausalLM"), "b")
+    assert [name.rpartition(".experts.")[0] for name in account.incomplete] == ["model.layers.1.mlp"]
+
+
+def test_the_map_has_both_directions(shelf: Shelf) -> None:
+    import transformers  # noqa: PLC0415 - a test of its class alone
+
+    directory = str(shelf.base("mixtral"))
+    found = tensor_map(transformers.MixtralForCausalLM, directory, stored_tensors(directory))
+    parameters = {name for name, _ in found.model.named_parameters()}
+    assert parameters == set(found.sources)
+    assert set(found.targets()) == set(found.stored)
+    fused = found.sources["model.layers.0.mlp.experts.gate_up_proj"]
+    assert len(fused) == 2 * 4
+    assert all(found.targets()[name] == ("model.layers.0.mlp.experts.gate_up_proj",) for name in fused)
