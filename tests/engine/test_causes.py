@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from merge_gate.engine.base import first_line
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.faults import configure, drop, edit
@@ -218,3 +219,15 @@ def test_a_layer_inside_of_another_one_is_left_by_peft(tmp_path: Path) -> None:
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
     assert "x_proj unmerged" in judgement.findings[0].message
     assert "train it anew with one of the two" in judgement.findings[0].hint
+
+
+def test_a_message_does_not_point_to_a_report_that_its_reader_does_not_see() -> None:
+    """The texts are those of transformers 5.24 (modeling_utils.py, core_model_loading.py)."""
+    sizes = "You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!"
+    conversion = (
+        "We encountered some issues during automatic conversion of the weights. For details look at the `CONVERSION` "
+        "entries of the above report!"
+    )
+    for text in (sizes, conversion):
+        assert "report" not in first_line(RuntimeError(text))
+        assert first_line(RuntimeError(text)) == text.partition(" For details")[0]
