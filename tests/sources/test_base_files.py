@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -14,50 +13,29 @@ import pytest
 from merge_gate.errors import ResolveError
 from merge_gate.sources.base_files import read_base
 from merge_gate.sources.base_formats import JUDGED, KNOWN_NAMES
-from merge_gate.sources.headers import DTYPE_BITS
 from merge_gate.sources.resolve import base_weight_files, resolve_base
+from tests.support.sources.base_directories import (
+    GPTQ,
+    INDEX,
+    LAYER,
+    MODEL,
+    PLAIN,
+    Shape,
+    index,
+    lay,
+    plus,
+    safetensors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from merge_gate.records.files import BaseFiles
 
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 INCOMPLETE, INCONSISTENT, FORMAT = "base-incomplete", "base-inconsistent", "base-format"
-LAYER = "model.layers.0.mlp.up_proj"
-Shape = tuple[str, tuple[int, ...]]
-PLAIN: dict[str, Shape] = {
-    "model.embed_tokens.weight": ("BF16", (8, 4)),
-    f"{LAYER}.weight": ("BF16", (8, 4)),
-    "model.norm.weight": ("F32", (4,)),
-    "lm_head.weight": ("BF16", (8, 4)),
-}
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4]}
 BNB_4BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 BNB_8BIT = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-
-
-def safetensors(tensors: Mapping[str, Shape], fill: bytes = b"\0") -> bytes:
-    """A file of these tensors, all bytes of it `fill`."""
-    header, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + fill * end
-
-
-def index(**files: list[str]) -> bytes:
-    """An index; a file's name has `__` for each dot."""
-    listed = {name: file.replace("__", ".") for file, names in files.items() for name in names}
-    return json.dumps({"metadata": {}, "weight_map": listed}).encode()
-
-
-def lay(directory: Path, files: Mapping[str, bytes], **config: Any) -> Path:
-    for name, content in {"config.json": json.dumps({"model_type": "llama"} | config).encode(), **files}.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
-    return directory
 
 
 def read(directory: Path, files: Mapping[str, bytes], **config: Any) -> BaseFiles:
@@ -66,12 +44,6 @@ def read(directory: Path, files: Mapping[str, bytes], **config: Any) -> BaseFile
 
 def of_tensors(directory: Path, tensors: Mapping[str, Shape], **config: Any) -> BaseFiles:
     return read(directory, {MODEL: safetensors(tensors)}, **config)
-
-
-def plus(**parts: Shape | None) -> dict[str, Shape]:
-    """The plain base with other tensors in one layer: `weight__absmax` is its `weight.absmax`; None takes one away."""
-    changed: dict[str, Shape | None] = {f"{LAYER}.{name.replace('__', '.')}": part for name, part in parts.items()}
-    return {name: part for name, part in (PLAIN | changed).items() if part is not None}
 
 
 # --- which files are loaded ------------------------------------------------------------------------------------------
@@ -219,7 +191,6 @@ STATE = {"weight": ("U8", (16, 1)), "weight__absmax": ("F32", (1,)), "weight__qu
          "weight__quant_state__bitsandbytes__nf4": ("U8", (99,))}  # fmt: skip
 NESTED = STATE | {"weight__absmax": ("U8", (1,)), "weight__nested_absmax": ("F32", (1,)),
                   "weight__nested_quant_map": ("F32", (256,))}  # fmt: skip
-GPTQ = {"weight": None, "qweight": ("I32", (1, 8)), "scales": ("F16", (1, 8)), "g_idx": ("I32", (4,))}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "GPTQ": (GPTQ, {}, FORMAT, "GPTQ"),
     "AWQ": ({name: part for name, part in GPTQ.items() if name != "g_idx"}, {}, FORMAT, "AWQ"),

@@ -13,7 +13,7 @@ from merge_gate.config.load import load_config
 from merge_gate.gate import check_files, run_gate
 from merge_gate.records.terms import Verdict
 from merge_gate.report.terminal import SilentView
-from tests.sources.test_base_files import GPTQ, MODEL, PLAIN, lay, plus, safetensors
+from tests.support.sources.base_directories import GPTQ, MODEL, PLAIN, lay, plus, safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -31,9 +31,9 @@ from merge_gate.sources.resolve import (
     resolve_adapter,
     resolve_base,
 )
-from tests.sources.test_pickled import packed
 from tests.support.command import PATIENCE_S, wait_until
 from tests.support.hub import LoopbackHub
+from tests.support.sources.pickles import packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
