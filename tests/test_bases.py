@@ -6,9 +6,10 @@ bit for bit but for the last bit of bitsandbytes' 8-bit scales.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,10 +21,11 @@ from merge_gate.engine.quantized import DEQUANTIZED, dequantized, is_quantized
 from merge_gate.gate import run_gate
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
+from tests.support.base_cases import FORMAT
 from tests.support.bases import ADAPTERS, STEP
 from tests.support.bases_awaited import ADAPTER_CAUSES, CAUSES, LOADED, NOTES, STATED, VERDICTS
 from tests.support.bases_broken import BROKEN
-from tests.support.bases_good import GOOD, UNFIT
+from tests.support.bases_good import GOOD, PACKAGED, UNFIT
 from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
     from merge_gate.records.terms import Finding
     from tests.support.base_cases import Case
 
+if importlib.util.find_spec("compressed_tensors"):
+    GOOD.table.update(PACKAGED.table)
+else:  # without the package, they are refused by name
+    refused = {"cause": FORMAT, "names": ("compressed-tensors", "pip install", "unquantized")}
+    BROKEN.table.update({name: replace(case, **refused) for name, case in PACKAGED.table.items()})
 ALL = BROKEN.table | GOOD.table | UNFIT.table
 HEADS = {"classifier", "pooler", "score"}
 """What a model of another task has, and the files need not."""
@@ -192,7 +199,9 @@ def test_a_broken_base_is_not_what_transformers_loads(case: Case, run: Run) -> N
         model = transformers.AutoModelForCausalLM.from_pretrained(run.base(case), local_files_only=True)
     except Exception:  # noqa: BLE001 - of many kinds: it is not loaded, and that is all
         return
-    assert bool(wrong(model, run.truths[case.name])) == (case.name not in LOADS_AS_THE_TRUTH)
+    truth = run.truths[case.name]
+    lacking = truth.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    assert bool(lacking or wrong(model, truth)) == (case.name not in LOADS_AS_THE_TRUTH)
 
 
 # --- dequantized on every machine ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from merge_gate.judging.check import Symptom
 from merge_gate.judging.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Result
 from merge_gate.report.files import FORMATS
+from merge_gate.sources.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from tests.support.cases import lay_out
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.faults import FAULTS, HEALTHY
@@ -418,3 +420,26 @@ def test_each_fault_and_each_threat_names_tests_that_are_there() -> None:
         assert named, row
         for file, test in named:
             assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+# --- formats of bases ------------------------------------------------------------------------------------------------
+
+BASES_PAGE = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+
+
+def test_each_format_is_judged_or_refused_as_the_table_says() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| `([\w-]+)` \| ([^|]+) \|", section(BASES_PAGE, "Formats"), re.MULTILINE)
+    stated = {method: gate for _, method, gate in rows if method != "quant_method"}
+    judged = {method.removesuffix("_4bit").removesuffix("_8bit") for method in JUDGED}
+    assert {method for method, gate in stated.items() if gate == "judges it"} == judged
+    assert {method for method, gate in stated.items() if gate.startswith("judges it if")} == set(JUDGED_WITH)
+    refused = {method for method, gate in stated.items() if gate == "refuses it"}
+    assert refused == stated.keys() - judged - JUDGED_WITH.keys()
+    assert refused <= KNOWN_NAMES.keys()
+
+
+def test_the_packages_of_formats_are_the_ones_that_were_tried() -> None:
+    tried = re.search(r"torch ([\d.]+\d), transformers ([\d.]+\d) and PEFT ([\d.]+\d)", BASES_PAGE)
+    assert tried
+    installed = [version(name).partition("+")[0] for name in ("torch", "transformers", "peft")]
+    assert list(tried.groups()) == installed, "try the formats of docs/bases.md with these versions"

@@ -366,6 +366,11 @@ def fp8_channel(name: str, values: torch.Tensor) -> Tensors:
     return {f"{name}.weight": float8(values), f"{name}.weight_scale": _of(1, FLOAT8_SCALE, len(values), torch.bfloat16)}
 
 
+def int8_channel(name: str, values: torch.Tensor) -> Tensors:
+    scale = _of(1, STEP / 2, len(values), torch.bfloat16)
+    return {f"{name}.weight": (values / STEP * 2).to(torch.int8), f"{name}.weight_scale": scale}
+
+
 def _nibbles(values: torch.Tensor) -> torch.Tensor:
     table = torch.tensor(FP4, dtype=torch.float64)
     index = (values.unsqueeze(-1) == table).to(torch.uint8).argmax(-1).to(torch.uint8)
@@ -439,6 +444,18 @@ def bnb_4bit(*, nested: bool = False, kind: str = "nf4") -> Callable[[str, torch
         return {f"{name}.weight": packed} | parts
 
     return pack
+
+
+def compressed(name: str, **weights: Any) -> dict[str, Any]:
+    """The declaration of one format of compressed-tensors, for all linear layers but the head."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "symmetric": True} | weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
 
 
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}

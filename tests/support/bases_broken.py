@@ -105,22 +105,13 @@ def compressed_tensors_fp8_without_its_key() -> Draft:
     return llama().packed(bases.fp8_channel)
 
 
-COMPRESSED = {
-    "quant_method": "compressed-tensors",
-    "format": "float-quantized",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
-        }
-    },
-}
-
-
 @broken(FORMAT, names=("compressed-tensors", "compression_config"))
 def compressed_tensors_fp8_under_its_old_key() -> Draft:
-    return llama().packed(bases.fp8_channel).configured(compression_config=COMPRESSED)
+    return (
+        llama()
+        .packed(bases.fp8_channel)
+        .configured(compression_config=bases.compressed("float-quantized", strategy="channel"))
+    )
 
 
 @broken((FORMAT, INCONSISTENT), names=("SCB",))
@@ -446,12 +437,22 @@ def gguf_alone() -> Draft:
     return draft
 
 
-@broken(FORMAT, names=("compressed-tensors", "unquantized"))
-def w4a16_declared() -> Draft:
-    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-    declared = COMPRESSED | {"format": "pack-quantized"}
-    declared["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return llama().packed(bases.w4a16).configured(quantization_config=declared)
+@broken((FORMAT, INCONSISTENT), names=("compressed-tensors",))
+def compressed_tensors_fp8_without_one_scale() -> Draft:
+    declared = bases.compressed("float-quantized", strategy="channel")
+    return llama().packed(bases.fp8_channel).without(f"{O_PROJ}.weight_scale").configured(quantization_config=declared)
+
+
+@broken(INCONSISTENT, names=("quantization_config", "compressed-tensors"))
+def compressed_tensors_declared_over_plain_weights() -> Draft:
+    return llama().configured(quantization_config=bases.compressed("float-quantized", strategy="channel"))
+
+
+@broken((FORMAT, INCONSISTENT), names=("compressed-tensors",))
+def w4a16_without_one_scale() -> Draft:
+    declared = bases.compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    draft = llama(values=TERNARY).packed(bases.w4a16).without(f"{O_PROJ}.weight_scale")
+    return draft.configured(quantization_config=declared)
 
 
 @broken(FORMAT, names=("no_such_method",))

@@ -421,6 +421,44 @@ def mxfp4_experts() -> Draft:
     return draft.configured(quantization_config=bases.MXFP4_CONFIG)
 
 
+# --- quantized by a package that the project does not depend on -------------------------------------------------------
+
+PACKAGED = Cases()
+packaged = PACKAGED.add
+
+
+@packaged(quantization="compressed-tensors", dtype="bfloat16")
+def compressed_tensors_fp8_by_rows() -> Draft:
+    declared = bases.compressed("float-quantized", strategy="channel")
+    return llama().packed(bases.fp8_channel).configured(quantization_config=declared)
+
+
+@packaged(quantization="compressed-tensors", dtype="bfloat16")
+def compressed_tensors_fp8_by_tensors() -> Draft:
+    def pack(name: str, values: torch.Tensor) -> bases.Tensors:
+        scale = torch.tensor([bases.FLOAT8_SCALE], dtype=torch.bfloat16)
+        return {f"{name}.weight": bases.float8(values), f"{name}.weight_scale": scale}
+
+    return llama().packed(pack).configured(quantization_config=bases.compressed("float-quantized", strategy="tensor"))
+
+
+@packaged(quantization="compressed-tensors", dtype="bfloat16")
+def compressed_tensors_int8() -> Draft:
+    declared = bases.compressed("int-quantized", type="int", strategy="channel")
+    return llama().packed(bases.int8_channel).configured(quantization_config=declared)
+
+
+@packaged(quantization="compressed-tensors", dtype="bfloat16")
+def compressed_tensors_int4() -> Draft:
+    declared = bases.compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+    return llama(values=TERNARY).packed(bases.w4a16).configured(quantization_config=declared)
+
+
+@packaged(quantization="compressed-tensors", dtype="bfloat16")
+def compressed_tensors_int4_in_shards() -> Draft:
+    return compressed_tensors_int4().sharded(3)
+
+
 # --- other model types ------------------------------------------------------------------------------------------------
 
 

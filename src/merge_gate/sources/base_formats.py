@@ -9,6 +9,7 @@ reads codes as weights. A method that it does not know is skipped with a warning
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,9 @@ from merge_gate.text import counted
 JUDGED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "mxfp4"}
 """Methods whose weights the gate dequantizes and merges into."""
 
+JUDGED_WITH = {"compressed-tensors": "compressed_tensors"}
+"""Methods that the gate judges as well if a package is installed, with the name that Python imports."""
+
 KNOWN_NAMES = {
     "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "compressed-tensors":
     "compressed-tensors", "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3", "fbgemm_fp8": "fbgemm FP8", "fouroversix":
@@ -35,8 +39,8 @@ KNOWN_NAMES = {
 }  # fmt: skip
 """Methods as people write them."""
 
-_ALWAYS_CODES = {"aqlm", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fbgemm_fp8", "fp8", "gptq",
-                 "higgs", "hqq", "mxfp4", "mxfp8", "quanto", "spqr", "vptq"}  # fmt: skip
+_ALWAYS_CODES = {"aqlm", "awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "fbgemm_fp8", "fp8",
+                 "gptq", "higgs", "hqq", "mxfp4", "mxfp8", "quanto", "spqr", "vptq"}  # fmt: skip
 """Methods that transformers knows and that never store plain weights. Others, such as bitnet and torchao, may."""
 
 _SIDE_FILES = (
@@ -73,6 +77,11 @@ _OTHER_HEADS = re.compile(r"(?:^|\.)(?:mtp|nextn|medusa|eagle)\w*\.")
 _UNQUANTIZED_PARTS = re.compile(r"(?:^|\.)(?:lm_head|embed_tokens|embeddings?|wte|word_embeddings)\.")
 
 Tensors = Mapping[str, StoredTensor]
+
+
+def is_judged(method: str) -> bool:
+    """Whether bases of this method are judged here; packages are looked for and not imported."""
+    return method in JUDGED or (method in JUDGED_WITH and importlib.util.find_spec(JUDGED_WITH[method]) is not None)
 
 
 # --- what the files declare ------------------------------------------------------------------------------------------
@@ -272,12 +281,15 @@ class _Judge:
                 f"{_examples(tensors)}"
             )
             yield self._finding(INCONSISTENT, message, "remove quantization_config from config.json", None)
-        elif method not in JUDGED:
+        elif not is_judged(method):
             title = KNOWN_NAMES.get(method, shown(method))
             if declared.format and method == "modelopt":
                 title = f"{title} ({declared.format})"
-            message = f"its format is {title}, by quantization_config in config.json"
-            yield self._finding(FORMAT, message, self._unquantized, None)
+            message, hint = f"its format is {title}, by quantization_config in config.json", self._unquantized
+            if method in JUDGED_WITH:
+                message += f"; it can be judged with the package {method}, which is not installed"
+                hint = f"`pip install {method}` in the environment that runs the gate, or {hint}"
+            yield self._finding(FORMAT, message, hint, None)
         else:
             yield from _PARTS[method](self, tensors)
 
@@ -305,6 +317,15 @@ class _Judge:
             block = declared.block_size if declared else None
             if wrong := _wrong_blocks(weight, scale, block):
                 yield self._finding(INCONSISTENT, wrong, self._unquantized, weight)
+                return
+
+    def compressed_tensors(self, tensors: Tensors) -> Iterator[Finding]:
+        """Each weight in codes needs its scale, whatever the layout of the codes."""
+        packed = (one for name, one in tensors.items() if name.endswith(".weight_packed"))
+        for weight in (*_codes(tensors), *packed):
+            scale = f"{weight.name.removesuffix('_packed')}_scale"
+            if scale not in tensors and not self._is_ignored(weight.name):
+                yield from self._lacks(weight, [scale])
                 return
 
     def bnb_4bit(self, tensors: Tensors) -> Iterator[Finding]:
@@ -366,6 +387,7 @@ class _Judge:
 
 
 _PARTS = {
+    "compressed-tensors": _Judge.compressed_tensors,
     "fp8": _Judge.fp8,
     "mxfp8": _Judge.fp8,
     "bitsandbytes_4bit": _Judge.bnb_4bit,
