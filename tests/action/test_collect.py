@@ -13,6 +13,7 @@ from merge_gate.action.docker import collect
 from merge_gate.errors import UsageError
 from merge_gate.report.files import FORMATS, write_report
 from tests.support.reports import PASS
+from tests.support.wording import Wording
 
 
 @pytest.fixture
@@ -118,11 +119,12 @@ def test_a_file_that_grows_while_it_is_read_is_refused() -> None:
         collect.read(Path("/proc/self/status"), 10)
 
 
-def test_an_earlier_report_is_moved_aside(target: Path) -> None:
+def test_an_earlier_report_is_moved_aside(target: Path, wording: Wording) -> None:
     write_report(PASS, target)
     (target / "mine.txt").touch()
-    with collect.claimed(target), pytest.raises(UsageError, match="another run"), collect.claimed(target):
+    with collect.claimed(target), pytest.raises(UsageError) as caught, collect.claimed(target):
         pytest.fail("two runs at once")
+    wording(caught.value)
     assert {path.name for path in target.iterdir()} == {"mine.txt", "previous"}
     assert collect.files(target) == [], "an earlier report is never uploaded"
     assert collect.files(target / "previous") == [target / "previous" / name for name in FORMATS]

@@ -8,6 +8,7 @@ import pytest
 
 from merge_gate.action.docker.gpus import device_requests, wanted_gpus
 from merge_gate.errors import UsageError
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,9 +99,12 @@ def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted,
 
 
 @pytest.mark.parametrize(("gpus", "device", "cuda"), [("all", "auto", ""), ("auto", "cuda", "-1"), ("0", "auto", "1")])
-def test_more_than_cudas_own_variable_allots_is_refused(gpus: str, device: str, cuda: str, with_gpu: Path) -> None:
-    with pytest.raises(UsageError, match=r"more than this runner allots .*CUDA_VISIBLE_DEVICES="):
+def test_more_than_cudas_own_variable_allots_is_refused(
+    gpus: str, device: str, cuda: str, with_gpu: Path, wording: Wording
+) -> None:
+    with pytest.raises(UsageError) as caught:
         wanted_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
+    wording(caught.value)
 
 
 CDI = [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]}]

@@ -8,6 +8,7 @@ import pytest
 
 from merge_gate.action.docker import handover
 from merge_gate.errors import LauncherError
+from tests.support.wording import Wording
 
 
 def test_what_is_written_is_read() -> None:
@@ -26,12 +27,14 @@ def test_nothing_promised_nothing_read() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b'{"HF_TO', b"[]\n", b"\xff\n"])
-def test_a_line_that_does_not_come_is_an_error(data: bytes) -> None:
-    with pytest.raises(LauncherError, match="was not handed over") as raised:
+def test_a_line_that_does_not_come_is_an_error(data: bytes, wording: Wording) -> None:
+    with pytest.raises(LauncherError) as raised:
         handover.read({handover.MARKER: "1"}, io.BytesIO(data))
+    wording(raised.value)
     assert raised.value.hint
 
 
-def test_a_line_that_would_not_fit_is_not_sent() -> None:
-    with pytest.raises(LauncherError, match="at most"):
+def test_a_line_that_would_not_fit_is_not_sent(wording: Wording) -> None:
+    with pytest.raises(LauncherError) as caught:
         handover.written({"HF_TOKEN": "x" * 100_000})
+    wording(caught.value)

@@ -11,6 +11,7 @@ import pytest
 from merge_gate.action import inputs as action
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
+from tests.support.wording import Wording
 
 
 @pytest.fixture
@@ -46,9 +47,12 @@ def test_the_defaults_are_good(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("config", "said"), [("none.yml", "is not there (does actions/checkout come"), (".", "is a directory")]
 )
-def test_a_config_that_is_no_file_is_told_what_it_is(config: str, said: str, environ: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=f"expected a file, and .* {re.escape(said)}"):
+def test_a_config_that_is_no_file_is_told_what_it_is(
+    config: str, said: str, environ: dict[str, str], wording: Wording
+) -> None:
+    with pytest.raises(UsageError) as caught:
         action.read_inputs(words(config=config), environ)
+    wording(caught.value)
 
 
 def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
@@ -120,9 +124,12 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("shard", "2/4 --quick"),
     ],
 )
-def test_a_wrong_input_is_named_with_what_was_expected(environ: dict[str, str], name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=rf"^{name}: got ") as raised:
+def test_a_wrong_input_is_named_with_what_was_expected(
+    environ: dict[str, str], name: str, value: str, wording: Wording
+) -> None:
+    with pytest.raises(UsageError) as raised:
         action.read_inputs(words(**{name.replace("-", "_"): value}), environ)
+    wording(raised.value)
     assert "\n" not in raised.value.message
     assert "docs/action.md" in raised.value.hint
 

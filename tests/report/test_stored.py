@@ -13,6 +13,7 @@ from merge_gate.report import json_report, text
 from merge_gate.report.files import FORMATS, WORDS, write_report
 from merge_gate.report.stored import show
 from tests.support.reports import FAIL, PASS
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +35,7 @@ def test_every_file_but_the_report_itself_has_a_word() -> None:
     assert set(WORDS.values()) == set(FORMATS) - {"report.json"}
 
 
-def test_two_are_compared(tmp_path: Path) -> None:
+def test_two_are_compared(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "a.json").write_text(json_report.render(PASS), encoding="utf-8")
     (tmp_path / "b.json").write_text(json_report.render(FAIL), encoding="utf-8")
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
@@ -44,17 +45,20 @@ def test_two_are_compared(tmp_path: Path) -> None:
         "## 3 vanished, 2 as before\n\n" + show([b, a], "markdown")[0].split("\n\n", 1)[1],
         ExitCode.PASS,
     )
-    with pytest.raises(UsageError, match="shows one report, got two"):
+    with pytest.raises(UsageError) as caught:
         show([a, b], "html")
+    wording(caught.value)
     with pytest.raises(UsageError, match="got 3 reports"):
         show([a, b, a], "terminal")
 
 
-def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read: No such file"):
+def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(UsageError) as caught:
         show([str(tmp_path / "none.json")], "html")
-    with pytest.raises(UsageError, match=r"/report\.json cannot be read: No such file"):
+    wording(caught.value)
+    with pytest.raises(UsageError) as caught:
         show([str(tmp_path)], "html")
+    wording(caught.value)
 
 
 def test_a_directory_stands_for_the_report_in_it(tmp_path: Path) -> None:

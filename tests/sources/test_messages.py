@@ -31,6 +31,7 @@ from tests.support.sources.adapter_files import (
     weights,
 )
 from tests.support.sources.pickles import packed
+from tests.support.wording import Wording
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 SOUND = {CONFIG_NAME: json.dumps(CONFIG).encode(), WEIGHTS_NAME: weights(SHAPES)}
@@ -309,17 +310,17 @@ def test_sound_files_have_no_finding(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-def test_a_broken_link(name: str, tmp_path: Path) -> None:
+def test_a_broken_link(name: str, tmp_path: Path, wording: Wording) -> None:
     laid(tmp_path, SOUND)
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("gone")
     (finding,) = preflight(str(tmp_path), allow_pickle=False).findings
     assert (finding.check, finding.severity) == ("file-missing", "error")
-    assert finding.message == f"{name} is a symbolic link whose target does not exist"
-    assert finding.hint == "restore the target, or copy the file itself into the directory"
+    assert name in finding.message
+    wording(f"{finding.message}\n> {finding.hint}")
 
 
-def test_sockets_and_devices(tmp_path: Path) -> None:
+def test_sockets_and_devices(tmp_path: Path, wording: Wording) -> None:
     laid(tmp_path, without(CONFIG_NAME, WEIGHTS_NAME))
     (tmp_path / WEIGHTS_NAME).symlink_to(os.devnull)
     with socket.socket(socket.AF_UNIX) as end:
@@ -330,15 +331,16 @@ def test_sockets_and_devices(tmp_path: Path) -> None:
         finally:
             os.chdir(before)
         of_config, of_weights = preflight(str(tmp_path), allow_pickle=False).findings
-    assert of_config.message == f"{CONFIG_NAME} is a socket, expected a regular file"
-    assert of_weights.message == f"{WEIGHTS_NAME} is a device, expected a regular file"
+    assert CONFIG_NAME in of_config.message
+    assert WEIGHTS_NAME in of_weights.message
+    wording(of_config.message, of_weights.message)
 
 
-def test_an_unreadable_directory(tmp_path: Path) -> None:
+def test_an_unreadable_directory(tmp_path: Path, wording: Wording) -> None:
     with pytest.raises(EngineError) as raised:
         preflight(str(tmp_path / "gone\n"), allow_pickle=False)
-    assert str(raised.value) == "'gone\\n' cannot be read: No such file or directory"
-    assert raised.value.hint == "check that the user who runs the gate may read it, and that the disk is healthy"
+    assert "'gone\\n'" in str(raised.value)
+    wording(raised.value)
 
 
 def test_the_base_that_a_config_names(tmp_path: Path) -> None:
@@ -352,4 +354,5 @@ def test_the_base_that_a_config_names(tmp_path: Path) -> None:
 def test_of_a_folder_with_many_adapters_two_hundred_are_counted(tmp_path: Path) -> None:
     laid(tmp_path, {f"team/adapter-{number}x/{CONFIG_NAME}": b"{}" for number in range(201)})
     (finding,) = preflight(str(tmp_path), allow_pickle=False).findings
-    assert finding.hint.startswith("200 adapters are in subdirectories ('team/adapter-")
+    assert finding.hint.startswith("200 ")
+    assert "'team/adapter-" in finding.hint

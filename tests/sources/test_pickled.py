@@ -209,9 +209,9 @@ def test_a_call_is_named_and_not_made(
         (tmp_path / "a.bin").write_bytes(pickle.dumps(whole, protocol))
     else:
         torch.save(whole, tmp_path / "a.bin", pickle_protocol=protocol, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(UnsafePickleError, match=f"would call .*{function} when it is loaded") as raised:
+    with pytest.raises(UnsafePickleError, match=function) as raised:
         look(tmp_path / "a.bin")
-    assert "do not load this file" in raised.value.hint
+    assert "allow-pickle" not in raised.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
@@ -293,9 +293,9 @@ def test_a_file_that_is_not_whole(tmp_path: Path, content: bytes) -> None:
 
 def test_safetensors_under_the_name_of_a_pickle(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4, 3)}, tmp_path / "a.bin")
-    with (tmp_path / "a.bin").open("rb") as file, pytest.raises(CorruptFileError, match="but safetensors") as caught:
+    with (tmp_path / "a.bin").open("rb") as file, pytest.raises(CorruptFileError, match="safetensors") as caught:
         read_pickled(file, (tmp_path / "a.bin").stat().st_size)
-    assert caught.value.hint == "give it the name adapter_model.safetensors"
+    assert "adapter_model.safetensors" in caught.value.hint
 
 
 def test_an_archive_that_torch_did_not_write(tmp_path: Path) -> None:

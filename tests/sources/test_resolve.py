@@ -34,6 +34,7 @@ from merge_gate.sources.resolve import (
 from tests.support.command import PATIENCE_S, wait_until
 from tests.support.hub import LoopbackHub
 from tests.support.sources.pickles import packed
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -137,16 +138,18 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolved.withheld == ()
 
 
-def test_a_missing_directory_and_a_file_say_so(tmp_path: Path) -> None:
-    with pytest.raises(ResolveError, match="nothing at that path"):
+def test_a_missing_directory_and_a_file_say_so(tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
         resolve_adapter(spec(tmp_path / "absent"))
+    wording(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(ResolveError, match="it is a file"):
+    with pytest.raises(ResolveError) as caught:
         resolve_adapter(spec(tmp_path / "file"))
+    wording(caught.value)
 
 
 def test_a_combination_is_no_directory() -> None:
-    with pytest.raises(ValueError, match="has no files of its own"):
+    with pytest.raises(ValueError, match="files"):
         resolve_adapter(spec(None))
 
 
@@ -165,41 +168,39 @@ INDEX_OF_X = b'{"metadata": {}, "weight_map": {"a": "x.safetensors"}}'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
 PICKLED_BASE = {"config.json": b"{}", "pytorch_model.bin": packed(b"\x80\x02}.")}
 BROKEN_BASES = {
-    "no weights": ({"config.json": b"{}"}, "no model.safetensors"),
-    "no config": ({"model.safetensors": TENSORS}, "no config.json"),
-    "pickle only": ({"config.json": b"{}", "pytorch_model.bin": b"PK"}, "pickled weights only"),
-    "an adapter": (ADAPTER, "no model.safetensors"),
-    "a merged model with its adapter": (BASE | ADAPTER, "adapter_config.json next to its weights"),
-    "lfs weights": (BASE | {"model.safetensors": LFS}, "4,400,000,000 bytes"),
-    "lfs config": (BASE | {"config.json": LFS}, "Git LFS pointer where config.json"),
-    "truncated": (BASE | {"model.safetensors": TENSORS[:-1]}, "truncated"),
-    "a shard is absent": (SHARDS | {"model.safetensors.index.json": INDEX_OF_X}, "incomplete"),
-    "a shard is elsewhere": (
-        SHARDS | {"model.safetensors.index.json": INDEX_OF_X.replace(b"x.s", b"../../x.s")},
-        "inside of the base's directory",
-    ),
-    "index without metadata": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'}, "metadata"),
-    "index is no json": (SHARDS | {"model.safetensors.index.json": b"{"}, "not valid JSON"),
-    "index is empty": (SHARDS | {"model.safetensors.index.json": b"{}"}, "no weight_map"),
-    "index of numbers": (SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'}, "no weight_map"),
-    "gguf": ({"config.json": b"{}", "model.gguf": b"GGUF"}, "no model.safetensors"),
+    "no weights": {"config.json": b"{}"},
+    "no config": {"model.safetensors": TENSORS},
+    "pickle only": {"config.json": b"{}", "pytorch_model.bin": b"PK"},
+    "an adapter": ADAPTER,
+    "a merged model with its adapter": BASE | ADAPTER,
+    "lfs weights": BASE | {"model.safetensors": LFS},
+    "lfs config": BASE | {"config.json": LFS},
+    "truncated": BASE | {"model.safetensors": TENSORS[:-1]},
+    "a shard is absent": SHARDS | {"model.safetensors.index.json": INDEX_OF_X},
+    "a shard is elsewhere": SHARDS | {"model.safetensors.index.json": INDEX_OF_X.replace(b"x.s", b"../../x.s")},
+    "index without metadata": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'},
+    "index is no json": SHARDS | {"model.safetensors.index.json": b"{"},
+    "index is empty": SHARDS | {"model.safetensors.index.json": b"{}"},
+    "index of numbers": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'},
+    "gguf": {"config.json": b"{}", "model.gguf": b"GGUF"},
 }
 
 
 @pytest.mark.parametrize("case", BROKEN_BASES)
-def test_a_broken_local_base_says_what_is_wrong(case: str, tmp_path: Path) -> None:
-    files, message = BROKEN_BASES[case]
-    with pytest.raises(ResolveError, match=message) as raised:
-        resolve_base(str(make_directory(tmp_path / "base", files)), label="./base")
+def test_a_broken_local_base_is_refused(case: str, tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as raised:
+        resolve_base(str(make_directory(tmp_path / "base", BROKEN_BASES[case])), label="./base")
+    wording(raised.value)
     assert "./base" in raised.value.message
     assert raised.value.hint
 
 
-def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path) -> None:
+def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> None:
     directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
     os.mkfifo(directory / "model.safetensors")
-    with pytest.raises(ResolveError, match="named pipe"):
+    with pytest.raises(ResolveError) as caught:
         resolve_base(str(directory))
+    wording(caught.value)
 
 
 def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
@@ -209,17 +210,19 @@ def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
 
 
-def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path) -> None:
+def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path, wording: Wording) -> None:
     directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
     (directory / "model.safetensors").symlink_to("../gone")
-    with pytest.raises(ResolveError, match=r"a link to '\.\./gone'") as raised:
+    with pytest.raises(ResolveError) as raised:
         resolve_base(str(directory), label="./base")
+    wording(raised.value)
     assert raised.value.check == "base-incomplete"
 
 
-def test_a_base_that_is_gone_by_now(tmp_path: Path) -> None:
-    with pytest.raises(ResolveError, match="cannot be read: No such file or directory"):
+def test_a_base_that_is_gone_by_now(tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
         base_weight_files(str(tmp_path / "base"))
+    wording(caught.value)
 
 
 def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path) -> None:
@@ -233,15 +236,17 @@ def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/"])
-def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str) -> None:
-    with pytest.raises(ResolveError, match="neither a directory here nor a Hub id") as raised:
+def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as raised:
         resolve_base(name)
+    wording(raised.value)
     assert "base:" in raised.value.hint
 
 
-def test_an_absolute_path_of_another_machine() -> None:
-    with pytest.raises(ResolveError, match="nothing at that path"):
+def test_an_absolute_path_of_another_machine(wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
         resolve_base("/nowhere/llama")
+    wording(caught.value)
 
 
 # --- digests -------------------------------------------------------------------------------------------------------
@@ -320,13 +325,13 @@ def test_a_branch_with_a_slash(hub: LoopbackHub, client: Client) -> None:
 
 
 @pytest.mark.parametrize("revision", ["../../../x", "a b", "v1\n", "", "/etc"])
-def test_a_revision_cannot_leave_the_cache(hub: LoopbackHub, client: Client, revision: str) -> None:
+def test_a_revision_cannot_leave_the_cache(hub: LoopbackHub, client: Client, revision: str, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     for env in ({}, {"HF_HUB_OFFLINE": "1"}):
-        assert "not the name of a revision" in client.adapter("acme/lora", revision, **env)["error"]
+        wording(client.adapter("acme/lora", revision, **env)["error"])
 
 
-def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Client) -> None:
+def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
     call = {"kind": "adapter", "id": "acme/pickled"}
     refused = client.ask(call)[0]
@@ -334,16 +339,18 @@ def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Cl
     assert refused["names"] == ["adapter_config.json"]
     again = client.ask(call, HF_HUB_OFFLINE="1")[0]
     if not KEEPS_LISTING:
-        assert "in part: adapter_model.safetensors" in again["error"]
+        wording(again["error"])
         return
     assert again["withheld"] == ["adapter_model.bin"]
     asked = client.ask(call | {"allow_pickle": True}, HF_HUB_OFFLINE="1")[0]
-    assert "in part: adapter_model.bin" in asked["error"]
+    wording(asked["error"])
     assert client.ask(call | {"allow_pickle": True})[0]["names"] == ["adapter_config.json", "adapter_model.bin"]
 
 
 @pytest.mark.parametrize("why", ["huggingface_hub 1", "its list is gone"])
-def test_a_cache_that_does_not_know_what_the_repository_holds(hub: LoopbackHub, client: Client, why: str) -> None:
+def test_a_cache_that_does_not_know_what_the_repository_holds(
+    hub: LoopbackHub, client: Client, why: str, wording: Wording
+) -> None:
     """What is not there may be missing in the repository or in the cache; what is there is enough."""
     hub.add_repo("acme/lora", ADAPTER)
     hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
@@ -355,7 +362,7 @@ def test_a_cache_that_does_not_know_what_the_repository_holds(hub: LoopbackHub, 
     asked = [call | {"keeps_no_listing": why == "huggingface_hub 1"} for call in (whole, pickled)]
     found, half = client.ask(*asked, HF_HUB_OFFLINE="1")
     assert (found["names"], found["withheld"]) == (sorted(CHOSEN), [])
-    assert "in part: adapter_model.safetensors is not there" in half["error"]
+    wording(half["error"])
 
 
 HUB_BASE = BASE | {
@@ -391,9 +398,9 @@ def test_the_digest_of_a_base_is_the_same_from_the_cache_and_from_a_copy(
     assert online["digest"] == digest_directory(str(copy), sorted(SHARDS))
 
 
-def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client) -> None:
+def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/base", PICKLED_BASE)
-    assert "pickled weights only" in client.ask({"kind": "base", "id": "acme/base"})[0]["error"]
+    wording(client.ask({"kind": "base", "id": "acme/base"})[0]["error"])
     assert not hub.paths("HEAD")
     allowed = client.ask({"kind": "base", "id": "acme/base", "allow_pickle": True})[0]
     assert "pytorch_model.bin" in allowed["names"]
@@ -433,16 +440,16 @@ def test_an_index_that_names_no_file_of_the_repository(hub: LoopbackHub, client:
 # --- what the Hub refuses ------------------------------------------------------------------------------------------
 
 
-def test_not_found_private_and_gated(hub: LoopbackHub, client: Client) -> None:
+def test_not_found_private_and_gated(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/private", ADAPTER, private=True, token=SECRET)
     hub.add_repo("acme/gated", ADAPTER, gated=True, token=SECRET)
     absent, private, gated = client.ask(
         *({"kind": "adapter", "id": name} for name in ("acme/absent", "acme/private", "acme/gated"))
     )
-    assert "not found" in absent["error"]
+    wording(absent["error"])
     assert "private" in private["error"]
     assert "HF_TOKEN" in private["hint"]
-    assert "is gated" in gated["error"]
+    wording(gated["error"])
     assert "terms" in gated["hint"]
 
 
@@ -459,68 +466,66 @@ def test_the_token_comes_from_the_usual_places(hub: LoopbackHub, client: Client)
     assert {request.token for request in hub.requests if "cdn" in request.path} == {None}
 
 
-def test_a_wrong_token_is_not_shown(hub: LoopbackHub, client: Client) -> None:
+def test_a_wrong_token_is_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/private", ADAPTER, private=True, token="hf_other")
     answer = client.adapter("acme/private", HF_TOKEN=SECRET)
-    assert "rejected the token" in answer["error"]
+    wording(answer["error"])
 
 
-def test_an_unknown_revision(hub: LoopbackHub, client: Client) -> None:
+def test_an_unknown_revision(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
-    assert "not that revision" in client.adapter("acme/lora", "v9")["error"]
+    wording(client.adapter("acme/lora", "v9")["error"])
 
 
 @pytest.mark.parametrize("name", ["not an id", "a/b/c", "-x/y", "a--b/c..d"])
-def test_an_invalid_id(client: Client, name: str) -> None:
-    assert "nor a valid Hub id" in client.adapter(name)["error"]
+def test_an_invalid_id(client: Client, name: str, wording: Wording) -> None:
+    wording(client.adapter(name)["error"])
 
 
-def test_no_network(client: Client) -> None:
+def test_no_network(client: Client, wording: Wording) -> None:
     answer = client.adapter("acme/lora", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "cannot be reached" in answer["error"]
+    wording(answer["error"])
     assert "HF_HUB_OFFLINE=1" in answer["hint"]
     assert len(answer["notes"]) == 2
-    assert "trying again" in answer["notes"][0]
+    wording(answer["notes"][0])
 
 
-def test_offline_and_not_in_the_cache(client: Client) -> None:
+def test_offline_and_not_in_the_cache(client: Client, wording: Wording) -> None:
     answer = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
-    assert "not in the cache" in answer["error"]
+    wording(answer["error"])
     assert "directory" in answer["error"], "a mistyped path reads as a Hub id"
     assert "directory" in answer["hint"]
 
 
-def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client) -> None:
+def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     online = client.adapter("acme/lora")
     (client.home / online["directory"] / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(429, "limits the rate"), (500, "failed (500)"), (503, "failed (503)")]
-)
-def test_passing_failures_are_tried_again(hub: LoopbackHub, client: Client, status: int, message: str) -> None:
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_passing_failures_are_tried_again(hub: LoopbackHub, client: Client, status: int, wording: Wording) -> None:
     commit = hub.add_repo("acme/lora", ADAPTER)
     hub.fail("/api/models", status, times=2)
     answer = client.adapter("acme/lora")
     assert answer["commit"] == commit
-    assert message in answer["notes"][0]
+    wording(answer["notes"][0])
     hub.fail("/api/models", status)
-    assert message in client.adapter("acme/lora")["error"]
+    wording(client.adapter("acme/lora")["error"])
 
 
-def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client) -> None:
+def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.fail("/api/models", 403)
-    assert "does not allow" in client.adapter("acme/lora")["error"]
+    wording(client.adapter("acme/lora")["error"])
     assert [path for path in hub.paths() if "acme" in path] == ["/api/models/acme/lora"]
 
 
-def test_a_failure_during_the_download(hub: LoopbackHub, client: Client) -> None:
+def test_a_failure_during_the_download(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.fail("/cdn/", 404)
-    assert "refused the request" in client.adapter("acme/lora")["error"]
+    wording(client.adapter("acme/lora")["error"])
 
 
 def content_of(answer: dict[str, Any]) -> dict[str, bytes]:
@@ -549,24 +554,25 @@ def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Clien
     [("cut", "broke off again and again"), ("stall", "did not answer in time"), ("short", "arrived incomplete")],
 )
 def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
-    hub: LoopbackHub, client: Client, kind: str, said: str
+    hub: LoopbackHub, client: Client, kind: str, said: str, wording: Wording
 ) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.damage("/cdn/", kind)
     assert said in client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"]
-    assert "is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adapter_model.safetensors", "SHA-256"), ("adapter_config.json", "git")])
 def test_other_bytes_than_those_that_are_listed_leave_the_cache(
-    hub: LoopbackHub, client: Client, name: str, kind: str
+    hub: LoopbackHub, client: Client, name: str, kind: str, wording: Wording
 ) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.damage(f"(cdn|resolve).*{name}", "other", times=1)
     error = client.adapter("acme/lora")["error"]
-    assert f"{name}' of 'acme/lora' arrived with other bytes" in error
+    assert f"{name}' of 'acme/lora'" in error
+    wording(error)
     assert kind in error
-    assert f"{name} is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
     assert content_of(client.adapter("acme/lora")) == CHOSEN
 
 
@@ -577,18 +583,18 @@ def test_a_mirror_that_lists_no_digests_is_taken_at_its_word(hub: LoopbackHub, c
     assert (answer["commit"], content_of(answer)) == (commit, CHOSEN)
 
 
-def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client) -> None:
+def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.unsaid = {"sha"}
     answer = client.adapter("acme/lora")
-    assert answer["error"] == "127.0.0.1 answered without a commit for 'acme/lora'"
+    wording(answer["error"])
     assert "HF_ENDPOINT" in answer["hint"]
 
 
-def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client) -> None:
+def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.damage("/api/models", "silence")
     (answer,) = client.ask({"kind": "adapter", "id": "acme/lora", "revision": None, "timeout_s": 1.0})
-    assert "did not answer in time" in answer["error"]
+    wording(answer["error"])
     assert len(answer["notes"]) == len(PAUSES_S)
 
 
@@ -598,7 +604,7 @@ def test_a_network_that_is_dead_is_told_within_a_minute() -> None:
     assert 6 * (_DOWNLOAD_TIMEOUT_S + 1) < 60
 
 
-def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: Client) -> None:
+def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.add_repo("acme/lora", LARGE)
     hub.damage("/cdn/", "stall", times=1)
     call = json.dumps([{"kind": "adapter", "id": "acme/lora", "revision": None}])
@@ -609,56 +615,56 @@ def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: C
         run.stdin.close()
         wait_until(lambda: any(path.stat().st_size for path in client.home.rglob("*.incomplete")), run)
         run.kill()
-    assert "is not there" in client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
     assert content_of(client.adapter("acme/lora")) == LARGE
 
 
-def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path, wording: Wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     (tmp_path / "file").touch()
     answer = client.adapter("acme/lora", HF_HOME=str(tmp_path / "file"))
-    assert "cannot be fetched" in answer["error"]
+    wording(answer["error"])
 
 
-def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client) -> None:
+def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.fail("/api/models", 200)
     answer = client.adapter("acme/lora")
-    assert "did not answer" in answer["error"]
+    wording(answer["error"])
     assert "HF_ENDPOINT" in answer["hint"]
 
 
-def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client) -> None:
+def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     url = hub.url.replace("http://", f"http://user:{SECRET}@")
-    assert "not found" in client.adapter("acme/absent", HF_ENDPOINT=url)["error"]
+    wording(client.adapter("acme/absent", HF_ENDPOINT=url)["error"])
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    "error",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
-        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
-        (ssl.SSLEOFError(1, "EOF occurred in violation of protocol"), "cannot be reached"),
-        (TimeoutError(), "did not answer in time"),
-        (ConnectionResetError(), "cannot be reached"),
-        (OSError("Consistency check failed: file should be of size 2 but has size 1"), "arrived incomplete"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+        ssl.SSLEOFError(1, "EOF occurred in violation of protocol"),
+        TimeoutError(),
+        ConnectionResetError(),
+        OSError("Consistency check failed: file should be of size 2 but has size 1"),
     ],
 )
-def test_errors_that_no_loopback_server_can_cause(error: OSError, message: str) -> None:
+def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wording) -> None:
     wrapped = RuntimeError("somewhere deep in a thread pool")
     wrapped.__cause__ = error
     translated = translate(wrapped, "'acme/lora'")
     assert translated is not None
-    assert message in translated.message
     assert "acme/lora" in translated.message
+    wording(translated)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk() -> None:
+def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk(wording: Wording) -> None:
     """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate in certificate chain"
     translated = translate(error, "'acme/lora'")
     assert translated is not None
-    assert "is not trusted: self-signed certificate in certificate chain" in translated.message
+    wording(translated.message)
     assert "SSL_CERT_FILE" in translated.hint
 
 
