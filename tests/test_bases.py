@@ -23,13 +23,12 @@ from merge_gate.records.terms import Quantization
 from merge_gate.sources.preflight import preflight
 from tests.support.base_cases import FORMAT
 from tests.support.bases import ADAPTERS, STEP
-from tests.support.bases_awaited import ADAPTER_CAUSES, CAUSES, LOADED, NOTES, STATED, VERDICTS
 from tests.support.bases_broken import BROKEN
 from tests.support.bases_good import GOOD, PACKAGED, UNFIT
 from tests.support.gating import Gate, one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from merge_gate.engine.base import Base
@@ -59,9 +58,8 @@ LOADS_AS_THE_TRUTH = {
 """Broken by what they declare, or what is asked of them: on a CPU, transformers loads their files rightly."""
 
 
-def params(table: Mapping[str, Case], awaited: Collection[str] = ()) -> list[Any]:
-    mark = pytest.mark.xfail(strict=True, reason="the gate does not account for this base yet")
-    return [pytest.param(case, id=name, marks=[mark] if name in awaited else []) for name, case in table.items()]
+def params(table: Mapping[str, Case]) -> list[Any]:
+    return [pytest.param(case, id=name) for name, case in table.items()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,14 +115,14 @@ def texts(findings: Iterator[Finding], root: Path) -> str:
 # --- what the gate says -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", params(ALL, VERDICTS))
+@pytest.mark.parametrize("case", params(ALL))
 def test_the_verdict_is_right(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     expected = "failed" if case.name in UNFIT.table else "error" if case.cause else "passed"
     assert adapter.verdict == expected, texts(run.findings(case), run.root)
 
 
-@pytest.mark.parametrize("case", params(BROKEN.table, CAUSES))
+@pytest.mark.parametrize("case", params(BROKEN.table))
 def test_the_cause_is_a_check_of_bases_and_its_message_names_what_is_wrong(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     causes = (case.cause,) if isinstance(case.cause, str) else case.cause
@@ -135,7 +133,7 @@ def test_the_cause_is_a_check_of_bases_and_its_message_names_what_is_wrong(case:
     assert [name for name in case.names if name not in message] == [], message
 
 
-@pytest.mark.parametrize("case", params(UNFIT.table, ADAPTER_CAUSES))
+@pytest.mark.parametrize("case", params(UNFIT.table))
 def test_an_adapter_that_does_not_fit_a_good_base_is_to_blame(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
     assert adapter.cause == case.cause, texts(run.findings(case), run.root)
@@ -143,13 +141,13 @@ def test_an_adapter_that_does_not_fit_a_good_base_is_to_blame(case: Case, run: R
     assert [name for name in case.names if name not in message] == [], message
 
 
-@pytest.mark.parametrize("case", params({name: case for name, case in GOOD.table.items() if case.notes}, NOTES))
+@pytest.mark.parametrize("case", params({name: case for name, case in GOOD.table.items() if case.notes}))
 def test_what_is_not_part_of_the_merge_is_noted(case: Case, run: Run) -> None:
     notes = texts((one for one in run.findings(case) if str(one.severity) == "note"), run.root).replace(case.name, "")
     assert [name for name in case.notes if name not in notes] == [], notes
 
 
-@pytest.mark.parametrize("case", params({n: c for n, c in GOOD.table.items() if c.dtype or c.quantization}, STATED))
+@pytest.mark.parametrize("case", params({n: c for n, c in GOOD.table.items() if c.dtype or c.quantization}))
 def test_the_report_states_what_was_loaded(case: Case, run: Run) -> None:
     stated = run.adapters[case.name].base
     assert case.dtype in (None, stated.dtype)
@@ -186,7 +184,7 @@ def loaded(case: Case, run: Run) -> Base:
         return Gate().base(run.base(case), files, dtype=case.asked.get("dtype", "auto"), quantization=asked)
 
 
-@pytest.mark.parametrize("case", params(GOOD.table, LOADED))
+@pytest.mark.parametrize("case", params(GOOD.table))
 def test_a_good_base_is_loaded_as_its_true_weights(case: Case, run: Run) -> None:
     base = loaded(case, run)
     assert wrong(base.model, run.truths[case.name]) == []

@@ -3,16 +3,20 @@
 In: a base's directory and what the preflight read of an adapter. Out: `ModelClass`. Loads no weights: models are built
 on torch's meta device, where they have names and shapes only. Knows nothing of PEFT.
 
-1. The adapter's task type names the class. 2. Else its `auto_mapping` names one of transformers. 3. Else the base's own
-architecture. 4. A class that does not know the base's configuration gives way to the architecture. 5. Where none of the
-file's names lies in that class and all of them lie in another class of the base, it was trained on that one; not where
-`auto_mapping` says which class that was, nor where transformers loads names of earlier releases into the class.
+1. The adapter's task type names the class.
+2. Else its `auto_mapping` names one of transformers.
+3. Else it is the base's own architecture.
+4. A class that does not know the base's configuration gives way to the architecture.
+5. If none of the names in the adapter's file lies in that class, it is another class of the base: one in which all of
+   them lie, and of which the base's files hold tensors. This rule is for files without an `auto_mapping`, and for
+   classes into which transformers loads no names of earlier releases.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from merge_gate.engine.base import ModelClass, first_line, remote_code_refused
+from merge_gate.engine.sharing import stored_names
 from merge_gate.errors import EngineError
 from merge_gate.records.files import AdapterFiles
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -48,7 +53,7 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     asked = _class_for(config, files, trust_remote_code=trust_remote_code)
     is_known = files.config.task_type not in TASK_CLASSES and asked == files.config.base_class
-    class_name = asked if is_known else _class_that_fits(config, asked, files)
+    class_name = asked if is_known else _class_that_fits(config, asked, files, directory)
     return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
@@ -107,7 +112,7 @@ def _is_model_class(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
 
 
-def _class_that_fits(config: Any, asked: str, files: AdapterFiles) -> str:
+def _class_that_fits(config: Any, asked: str, files: AdapterFiles, directory: str) -> str:
     """Rule 5. The first parts of names tell the classes of an architecture apart (`bert.encoder…` and `encoder…`)."""
     names = [one.name.removeprefix(ADAPTER_PREFIX) for one in files.tensors if one.name.startswith(ADAPTER_PREFIX)]
     parts = _first_parts(names)
@@ -117,7 +122,22 @@ def _class_that_fits(config: Any, asked: str, files: AdapterFiles) -> str:
     if (parts | _first_parts(_renamed(skeleton, names))) & _children(skeleton):
         return asked
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
-    return next((name for name in others if name and _is_model_class(name) and parts <= _parts(config, name)), asked)
+    fitting = (name for name in others if name and _is_model_class(name) and parts <= _parts(config, name))
+    return next((name for name in fitting if _is_stored(config, name, directory)), asked)
+
+
+def _is_stored(config: Any, class_name: str, directory: str) -> bool:
+    """Whether the base's files hold tensors of a class; True if they cannot be read here, as pickled ones."""
+    try:
+        stored = stored_names(Path(directory))
+    except Exception:  # the load says what is wrong with the files
+        return True
+    skeleton = _skeleton(config, class_name)
+    if skeleton is None:
+        return True
+    names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
+    held = {*stored, *_renamed(skeleton, stored)}
+    return any({name, prefix + name, name.removeprefix(prefix)} & names for name in held)
 
 
 def _looks_usual(config: Any, class_name: str, parts: set[str]) -> bool:
