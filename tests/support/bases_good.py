@@ -9,7 +9,7 @@ import torch
 from tests.support import bases
 from tests.support.base_cases import Cases
 from tests.support.bases import INNER, O_PROJ, TERNARY, VOCABULARY, WEIGHTS, Draft, llama
-from tests.support.bases_broken import bnb_4bit, bnb_8bit, fp8
+from tests.support.bases_broken import bnb_4bit, bnb_8bit, fp8, fp8_experts
 
 GOOD = Cases()
 good = GOOD.add
@@ -381,6 +381,30 @@ def fp8_with_one_scale_for_each_row() -> Draft:
     return draft.configured(quantization_config=bases.FP8_CONFIG | {"weight_block_size": None})
 
 
+@good(quantization="fp8")
+def fp8_with_static_scales_of_activations() -> Draft:
+    draft = fp8()
+    names = [name for name in draft.stored if name.endswith("scale_inv")]
+    draft.plus({name.replace("weight_scale_inv", "activation_scale"): torch.tensor(0.5) for name in names})
+    return draft.configured(quantization_config=bases.FP8_CONFIG | {"activation_scheme": "static"})
+
+
+@good(quantization="fp8", notes=("model.layers.2.",))
+def fp8_with_a_layer_of_multi_token_prediction() -> Draft:
+    draft = fp8()
+    copied = {name.replace("layers.0.", "layers.2."): one.clone() for name, one in draft.stored.items()}
+    return draft.plus({name: one for name, one in copied.items() if "layers.2." in name})
+
+
+good(name="fp8-experts", quantization="fp8", adapter="one-layer")(fp8_experts)
+
+
+@good(quantization="fp8", adapter="second-layer")
+def fp8_of_qwen3_5() -> Draft:
+    draft = bases.qwen3_5().packed(bases.fp8_blocks(8, 8))
+    return draft.configured(quantization_config=bases.FP8_CONFIG | {"weight_block_size": [8, 8]})
+
+
 @good(quantization="mxfp8")
 def mxfp8() -> Draft:
     """Blocks of 32 values, whose scales are exponents in bytes."""
@@ -419,6 +443,11 @@ def mxfp4_experts() -> Draft:
     draft = bases.gpt_oss().packed(bases.mxfp4, only="experts.gate_up_proj")
     draft.packed(bases.mxfp4, only="experts.down_proj")
     return draft.configured(quantization_config=bases.MXFP4_CONFIG)
+
+
+@good(adapter="one-layer", quantization="mxfp4")
+def mxfp4_experts_in_shards() -> Draft:
+    return mxfp4_experts().sharded(2)
 
 
 # --- quantized by a package that the project does not depend on -------------------------------------------------------
