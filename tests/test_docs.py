@@ -451,8 +451,9 @@ def test_each_format_is_judged_or_refused_as_the_table_says() -> None:
     assert refused <= KNOWN_NAMES.keys()
 
 
-def test_the_packages_of_formats_are_the_ones_that_were_tried() -> None:
+def test_the_formats_were_not_tried_with_later_versions_than_these() -> None:
+    """Later releases are tried when someone does; the page must not claim it before."""
     tried = re.search(r"torch ([\d.]+\d), transformers ([\d.]+\d) and PEFT ([\d.]+\d)", BASES_PAGE)
     assert tried
-    installed = [version(name).partition("+")[0] for name in ("torch", "transformers", "peft")]
-    assert list(tried.groups()) == installed, "try the formats of docs/bases.md with these versions"
+    installed = [Version(version(name)) for name in ("torch", "transformers", "peft")]
+    assert all(Version(one) <= here for one, here in zip(tried.groups(), installed, strict=True))
