@@ -65,18 +65,23 @@ def test_without_a_directory_a_verdict_has_its_mark_all_the_same(one: Entry) -> 
 def left_by(kept: Line | None) -> Left:
     """What a killed run has left that had judged one adapter."""
     assert kept is not None
-    return Left(report(kept.adapter, complete=False, bases=(kept.base,)))
+    return Left(report(kept.adapter, complete=False, bases=(kept.base,)), places=(Path("killed"),))
 
 
 def test_what_a_killed_run_has_left_is_taken_over_without_a_cache(one: Entry, tmp_path: Path) -> None:
     with closing(keeper(one, cache=False)) as killed:
         left = left_by(keep(killed, one))
-    with closing(keeper(one, cache=False, left=left)) as next_run:
+    notes: list[str] = []
+    with closing(keeper(one, cache=False, left=left, notify=notes.append)) as next_run:
         assert taken_over(next_run, one)
         other = entry(tmp_path / "other", data=b"other")
         assert not taken_over(next_run, replace(other, prepared=replace(other.prepared, base=one.prepared.base)))
-    with closing(keeper(one, cache=False, left=left, secret="a secret of this test")) as distrustful:
+    with closing(
+        keeper(one, cache=False, left=left, secret="a secret of this test", notify=notes.append)
+    ) as distrustful:
         assert not taken_over(distrustful, one)
+    assert len(notes) == 2
+    assert all("killed" in note for note in notes)
 
 
 def test_what_is_left_of_another_commit_of_the_base_is_judged_again(one: Entry) -> None:
@@ -97,7 +102,7 @@ def test_what_is_left_of_another_commit_of_the_base_is_judged_again(one: Entry) 
                 ),
             )
         )
-    with closing(keeper(one, left=left, fresh=True)) as next_run:
+    with closing(keeper(one, left=left, fresh=True, notify=[].append)) as next_run:
         assert next_run.looks_back
         assert not taken_over(next_run, one)
 

@@ -15,12 +15,22 @@ from merge_gate.records.files import Entry
 from tests.support.cache.lines import line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from merge_gate.cache.verdicts import Line
 
 CPU = DeviceChosen(device="cpu", device_name="a CPU")
 
 
-def keeper(one: Entry, *, cache: bool = True, device: str = "cpu", secret: str = "", **keeping: Any) -> Keeper:
+def keeper(
+    one: Entry,
+    *,
+    cache: bool = True,
+    device: str = "cpu",
+    secret: str = "",
+    notify: Callable[[str], object] = pytest.fail,
+    **keeping: Any,
+) -> Keeper:
     place = Path(base_directory(one)).parent / "cache"
     return Keeper(
         Config(path="gate.yml", sha256="0" * 64, adapters=()),
@@ -28,7 +38,7 @@ def keeper(one: Entry, *, cache: bool = True, device: str = "cpu", secret: str =
         device=device,
         quick=False,
         environ={"MERGE_GATE_CACHE_KEY": secret},
-        notify=pytest.fail,
+        notify=notify,
     )
 
 
