@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.support.cases import Judged
     from tests.support.models import Shelf
 
+pytestmark = pytest.mark.slow
 CASES = tuple(case for case in (*FAULTS, *HEALTHY) if case.variant != "pickled")
 
 

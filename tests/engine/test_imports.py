@@ -118,6 +118,7 @@ def test_libraries_are_what_they_are_without() -> None:
     assert not uses_scipy or Version(transformers.__version__) < Version("5.24"), "less is saved than was"
 
 
+@pytest.mark.slow
 def test_what_peft_uses_of_torch_is_there_as_it_is_without() -> None:
     """It uses modules of torch that it does not import: torch's compiler brings some of these along."""
     (plain, _), (quick, is_compiler_there) = said(PLAIN + IMPORTS + USED), said(QUICK + IMPORTS + USED)

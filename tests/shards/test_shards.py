@@ -69,6 +69,7 @@ def test_a_shard_that_is_missing_leaves_no_verdict(fleet: Path, tmp_path: Path) 
     assert report.adapters
 
 
+@pytest.mark.slow
 def test_more_shards_than_adapters(shelf: Shelf, tmp_path: Path) -> None:
     """Each job is green, and the combination counts: one of three has nothing to do."""
     for name in ("a", "b"):
