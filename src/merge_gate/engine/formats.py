@@ -97,7 +97,7 @@ def loaded_dtypes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[str, float], .
             name = str(PACKINGS[type(one).__name__]) if is_quantized(one) else dtype_name(one.dtype)
             sizes[name] += elements(one)
     counts = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))
-    return tuple((name, float(count)) for name, count in counts) if len(counts) > 1 else ()
+    return tuple(counts) if len(counts) > 1 else ()
 
 
 def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
