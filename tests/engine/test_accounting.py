@@ -10,6 +10,7 @@ import torch
 
 from merge_gate.engine import accounting
 from merge_gate.engine.base import ModelClass
+from merge_gate.engine.formats import loaded_dtypes
 from merge_gate.engine.tensor_map import stored_tensors, tensor_map
 from merge_gate.errors import EngineError
 from tests.support import models
@@ -118,3 +119,11 @@ def test_the_map_has_both_directions(shelf: Shelf) -> None:
     fused = found.sources["model.layers.0.mlp.experts.gate_up_proj"]
     assert len(fused) == 2 * 4
     assert all(found.targets()[name] == ("model.layers.0.mlp.experts.gate_up_proj",) for name in fused)
+
+
+def test_parameters_are_counted_by_dtype_only_if_dtypes_differ() -> None:
+    weight, norm = (
+        torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in ((6, torch.bfloat16), (2, torch.float32))
+    )
+    assert loaded_dtypes([norm, weight]) == (("bfloat16", 6), ("float32", 2))
+    assert loaded_dtypes([weight]) == ()
