@@ -8,8 +8,8 @@ that a release that mends one makes the test say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.beft import BeftLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -20,9 +20,13 @@ from merge_gate.engine.base import first_line
 from merge_gate.engine.quantized import BNB_4BIT, has_layers_in, is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.terms import Origin, Quantization
 from merge_gate.tensor_names import ADAPTER_PREFIX
 from merge_gate.text import listing
+
+if TYPE_CHECKING:
+    from merge_gate.engine.base import Base
+    from merge_gate.records.measured import BaseFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +244,33 @@ RULES = (
 
 OUT_OF_BOUNDS = "is out of bounds for dimension"
 """torch's words for an index that points nowhere."""
+
+
+DOCUMENTED_ON_PACKED = frozenset({"ADALORA", "IA3", "LOHA", "FOURIERFT", "DELORA", "OSF", "RANDLORA", "PVERA"})
+"""Methods that docs/methods.md says PEFT cannot merge into a base in bitsandbytes' formats."""
+
+
+def blamed_on(refusal: Refusal, base: Base, peft_type: str) -> Refusal:
+    """An exception of PEFT on a quantized or incomplete base, as what the gate cannot judge.
+
+    It proves nothing about the adapter, unless docs/methods.md says that PEFT cannot merge this method there.
+    """
+    facts = base.facts
+    is_plain = facts.quantization == Quantization.NONE and not facts.incomplete
+    is_documented = facts.quantization in set(Quantization) and peft_type in DOCUMENTED_ON_PACKED
+    if refusal.check != "not-mergeable" or is_plain or (is_documented and not facts.incomplete):
+        return refusal
+    return replace(
+        refusal,
+        check=None,
+        message=f"{refusal.message} (the base is {_kind_of(facts)})",
+        hint="gate and merge on the complete, unquantized base",
+        origin=Origin.BASE,
+    )
+
+
+def _kind_of(facts: BaseFacts) -> str:
+    return "incomplete" if facts.incomplete else f"quantized: {facts.quantization}"
 
 
 def refused_by_peft(config: Any, error: Exception) -> Refusal:

@@ -21,6 +21,7 @@ from torch import nn
 
 from merge_gate.engine.ahead import decomposed_ahead
 from merge_gate.engine.base import Base, first_line, named_tensors
+from merge_gate.engine.defects import blamed_on
 from merge_gate.engine.peft_config import initialisation_reads_base, missing_package
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
@@ -335,9 +336,10 @@ def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: B
         )
     if "not found in the base model" in text or "No modules were targeted" in text:
         return _no_targets(config, scratch)
-    return Refusal(
+    refusal = Refusal(
         check="not-mergeable",
         message=f"PEFT cannot put this {config.peft_type.value} adapter on base {base.facts.model}: {text}",
         hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
         origin=Origin.CONFIG,
     )
+    return blamed_on(refusal, base, config.peft_type.value)

@@ -41,7 +41,7 @@ from torch import nn
 from merge_gate.engine import outcome
 from merge_gate.engine.base import Base, first_line
 from merge_gate.engine.copies import PrivateCopies, Slot, Turns, slots_of
-from merge_gate.engine.defects import refused_by_peft
+from merge_gate.engine.defects import blamed_on, refused_by_peft
 from merge_gate.engine.ledger import Ledger
 from merge_gate.engine.load import ADAPTER_NAME, Loaded
 from merge_gate.engine.measure import dtype_max, measure
@@ -127,7 +127,7 @@ class Walk:
         except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
-            raise Refused(refused_by_peft(self.loaded.config, error)) from error
+            raise self._refused(error) from error
         finally:
             for _, layer in layers:
                 layer.__dict__.pop("merge", None)
@@ -306,6 +306,10 @@ class Walk:
         else:
             slot.put(tensor, data)
 
+    def _refused(self, error: Exception) -> Refused:
+        config = self.loaded.config
+        return Refused(blamed_on(refused_by_peft(config, error), self.base, config.peft_type.value))
+
     def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
         """Step 2. False where PEFT's finite check refuses; the adapter is `Refused` for any other exception."""
         try:
@@ -315,7 +319,7 @@ class Walk:
         except Exception as error:  # PEFT refuses with six kinds of exception
             if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
                 return False
-            raise Refused(refused_by_peft(self.loaded.config, error)) from error
+            raise self._refused(error) from error
         return True
 
     def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:

@@ -1,0 +1,133 @@
+"""A model type, saved tiny, and its tensor map against a real load: which names agree, and which values.
+
+In: a model type. Out: `Checked`. The map is right if filling it with the stored values gives every parameter of
+`from_pretrained`, bit for bit: a renamed tensor as it is, a converted one by transformers' own operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import core_model_loading
+
+from merge_gate.engine.accounting import account_for
+from merge_gate.engine.base import ModelClass, loads_as_usual
+from merge_gate.engine.tensor_map import RENAMED, TensorMap, recorded
+from tests.support import methods
+from tests.support.engine import architectures
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+COMPUTED = {
+    "chinese_clip": "transformers sets the padding row of an embedding to zero after the load",
+    "chinese_clip_text_model": "the same",
+    "marian": "positions are computed, not stored",
+}
+"""Types whose parameters transformers changes after it has loaded them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """`skipped` says why there is no map to check; `wrong` names what the map says otherwise than the load."""
+
+    model_type: str
+    parameters: int = 0
+    converted: int = 0
+    conversions: frozenset[str] = frozenset()
+    unloaded: tuple[str, ...] = ()
+    skipped: str = ""
+    wrong: tuple[str, ...] = ()
+
+
+def check(model_type: str, directory: Path) -> Checked:
+    """Compare the map of a tiny model of this type with what transformers loads."""
+    try:
+        architecture = architectures.build(model_type, directory)
+    except architectures.CannotBuildError as error:
+        return Checked(model_type=model_type, skipped=f"no tiny model: {error}"[:200])
+    model_class = architecture.model_class
+    if not loads_as_usual(model_class):
+        return Checked(model_type=model_type, skipped="the class has a from_pretrained of its own")
+    account = account_for(str(directory), ModelClass(class_name=model_class.__name__), "base")
+    if account.map is None:
+        return Checked(model_type=model_type, skipped="no map")
+    with methods.quiet():
+        model, info = model_class.from_pretrained(directory, output_loading_info=True, dtype=torch.bfloat16)
+    wrong = list(_names(account.map, model, info)) + list(_values(account.map, model, directory, model_class))
+    converted = [group for group in account.map.groups if group.conversion != RENAMED]
+    return Checked(
+        model_type=model_type,
+        parameters=len(dict(model.named_parameters())),
+        converted=sum(len(group.targets) for group in converted),
+        conversions=frozenset(group.conversion for group in converted),
+        unloaded=account.unloaded,
+        wrong=tuple(wrong if model_type not in COMPUTED else [one for one in wrong if not one.startswith("values")])
+        + tuple(f"incomplete: {name}" for name in account.incomplete if name not in info["missing_keys"]),
+    )
+
+
+def _names(found: TensorMap, model: Any, info: Mapping[str, Any]) -> list[str]:
+    """Both directions are complete, and agree with transformers' own report of the load."""
+    loaded = {name for group in found.groups for name in group.sources}
+    wrong = [f"lost: {name}" for name in found.stored if name not in loaded and name not in found.unloaded]
+    if found.missing != set(info["missing_keys"]):
+        wrong.append(f"missing: {sorted(found.missing ^ set(info['missing_keys']))[:3]}")
+    first = {id(one): name for name, one in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    made = {id(dict(model.named_parameters(remove_duplicate=False)).get(name)) for name in found.sources}
+    wrong += [f"no source: {name}" for key, name in first.items() if key not in made and name not in found.missing]
+    return wrong
+
+
+def _values(found: TensorMap, model: Any, directory: Path, model_class: Any) -> list[str]:
+    """What the map's sources make has the bits of the loaded parameter."""
+    made = _made(found, directory, model_class)
+    loaded = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    wrong = []
+    for name in found.sources:
+        ours, theirs = made.get(name), loaded.get(name)
+        if theirs is None or ours is None:
+            wrong.append(f"names: {name}")
+        elif ours.shape != theirs.shape or not torch.equal(ours.to(theirs.dtype), theirs.detach()):
+            wrong.append(f"values: {name}")
+    return wrong
+
+
+def _made(found: TensorMap, directory: Path, model_class: Any) -> dict[str, torch.Tensor]:
+    stored: dict[str, torch.Tensor] = {}
+    for file in {one.file for one in found.stored.values()}:
+        with safe_open(directory / file, framework="pt") as opened:
+            stored |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    renamed = {
+        group.targets[0]: stored[group.sources[0]]
+        for group in found.groups
+        if group.conversion == RENAMED and len(group.sources) == 1
+    }
+    converted = {name for group in found.groups if group.conversion != RENAMED for name in group.sources}
+    if not converted:
+        return renamed
+    return renamed | _converted({name: stored[name] for name in converted}, directory, model_class)
+
+
+def _converted(stored: dict[str, torch.Tensor], directory: Path, model_class: Any) -> dict[str, torch.Tensor]:
+    """The converted tensors, made of nothing but the sources that the map names for them."""
+    realized: dict[str, torch.Tensor] = {}
+    own = core_model_loading.WeightConverter.convert
+
+    def convert(self: Any, layer_name: str, **options: Any) -> Any:
+        result = own(self, layer_name, **options)
+        realized.update({name: one[0] if isinstance(one, list) else one for name, one in result.items()})
+        return result
+
+    core_model_loading.WeightConverter.convert = convert
+    try:
+        config = model_class.config_class.from_pretrained(directory)
+        with methods.quiet(), recorded():
+            model_class.from_pretrained(None, config=config, state_dict=stored, dtype=torch.bfloat16)
+    finally:
+        core_model_loading.WeightConverter.convert = own
+    return realized
