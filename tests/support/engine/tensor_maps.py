@@ -6,6 +6,7 @@ In: a model type. Out: `Checked`. The map is right if filling it with the stored
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,9 @@ def _names(found: TensorMap, model: Any, info: Mapping[str, Any]) -> list[str]:
         wrong.append(f"missing: {sorted(found.missing ^ set(info['missing_keys']))[:3]}")
     first = {id(one): name for name, one in reversed(list(model.named_parameters(remove_duplicate=False)))}
     made = {id(dict(model.named_parameters(remove_duplicate=False)).get(name)) for name in found.sources}
-    wrong += [f"no source: {name}" for key, name in first.items() if key not in made and name not in found.missing]
-    return wrong
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ("(?!)",)))  # computed, never stored
+    unmade = [name for key, name in first.items() if key not in made and name not in found.missing]
+    return wrong + [f"no source: {name}" for name in unmade if not ignored.search(name)]
 
 
 def _values(found: TensorMap, model: Any, directory: Path, model_class: Any) -> list[str]:
