@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SLICE = (
     "albert", "bamba", "bart", "bert", "blip", "bloom", "clip", "cohere", "deberta-v2", "deepseek_v3", "distilbert",
     "electra", "falcon", "gemma", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "granite", "jamba", "llama", "llava",
-    "mamba", "marian", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen2_vl",
-    "qwen3", "qwen3_moe", "qwen3_next", "resnet", "roberta", "siglip", "t5", "vit", "wav2vec2", "whisper",
+    "mamba", "marian", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe",
+    "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_next", "resnet", "roberta", "siglip", "t5", "vit", "wav2vec2", "whisper",
     "xlm-roberta",
 )  # fmt: skip
 
