@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -19,7 +21,9 @@ import pytest
 import torch
 from peft.tuners.lora.config import ArrowConfig
 
-from merge_gate.records.terms import Quantization, Severity, Verdict
+from merge_gate.engine.defects import DOCUMENTED_ON_PACKED, blamed_on
+from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.terms import Origin, Quantization, Severity, Verdict
 from tests.support import faults_methods, methods
 from tests.support.gating import Bench, one_thread
 
@@ -328,3 +332,36 @@ def test_attention_gets_twice_the_delta_on_its_output(bench: Bench) -> None:
     name = prefix.removeprefix("base_model.model.").replace(".base_layer", "") + ".weight"
     got = methods.merge(base, adapter)[name] - methods.values(base)[name]
     torch.testing.assert_close(got, 2 * delta, rtol=1e-4, atol=1e-5)
+
+
+# --- an exception of PEFT --------------------------------------------------------------------------------------------
+
+PLAIN = BaseFacts(model="./b", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
+RAISED = Refusal(check="not-mergeable", message="PEFT cannot merge it", origin=Origin.MERGE)
+
+
+@pytest.mark.parametrize(
+    ("facts", "peft_type", "is_of_adapter"),
+    [
+        pytest.param(PLAIN, "LORA", True, id="plain"),
+        pytest.param(replace(PLAIN, quantization=FOUR), "IA3", True, id="documented"),
+        pytest.param(replace(PLAIN, quantization=FOUR), "VERA", False, id="bnb-4bit"),
+        pytest.param(replace(PLAIN, quantization="fp8"), "LORA", False, id="fp8"),
+        pytest.param(replace(PLAIN, quantization="fp8"), "IA3", False, id="documented-for-another-format"),
+        pytest.param(replace(PLAIN, incomplete=("lm_head.weight",)), "LORA", False, id="incomplete"),
+        pytest.param(
+            replace(PLAIN, quantization=FOUR, incomplete=("x",)), "IA3", False, id="documented-and-incomplete"
+        ),
+    ],
+)
+def test_an_exception_of_peft_is_the_adapters_on_a_plain_base_only(
+    facts: BaseFacts, peft_type: str, is_of_adapter: bool
+) -> None:
+    blamed = blamed_on(RAISED, SimpleNamespace(facts=facts), peft_type)
+    assert (blamed == RAISED) is is_of_adapter
+    assert (blamed.check, blamed.origin) == (("not-mergeable", Origin.MERGE) if is_of_adapter else (None, Origin.BASE))
+
+
+def test_methods_whose_exceptions_fail_the_adapter_are_in_the_documentation() -> None:
+    rows = re.findall(r"^\| `([a-z0-9]+)` on bitsandbytes", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name.upper() for name in rows} >= DOCUMENTED_ON_PACKED
