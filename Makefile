@@ -92,9 +92,7 @@ $(STAMPS)/coverage: $(STAMPS)/test
 # Branches of all that imports no torch; what the tests start is measured too, but for Ray's own processes, whose tests
 # have no branch to themselves.
 WITH_TORCH := tests/e2e tests/engine tests/test_methods.py tests/__pycache__
-TORCHLESS := channel deferred device grouping heap imports memory pinned process sandbox shards supervisor system_calls trial
-MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py)) \
-	$(TORCHLESS:%=tests/engine/test_%.py)
+MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 coverage: $(STAMPS)/coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -m "not cuda" --ignore=tests/on_ray/test_ray.py --ignore=tests/run/test_thousand.py $(MEASURED)

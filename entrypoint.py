@@ -38,8 +38,8 @@ def main() -> int:
 
         return action.main(words(environ), environ)
 
-    from merge_gate import cli
     from merge_gate.action.docker import canary, handover
+    from merge_gate.cli import dispatch
     from merge_gate.errors import GateError
 
     try:
@@ -49,7 +49,7 @@ def main() -> int:
     except GateError as error:
         print(f"merge-gate: {error.message}\n  {error.hint}", file=sys.stderr)
         return int(error.exit_code)
-    return cli.main(sys.argv[1:])
+    return dispatch.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from inputs import GATE, HERE, PYTHON, Inputs, Job
 from measure import alternate, measure
 from rows import METHODS, ROWS, save_method
 
-from merge_gate.engine.threads import threads
+from merge_gate.engine.tensors.threads import threads
 
 GIB = 1 << 30
 SEVEN_B_LIMIT_BYTES = 8 * GIB

@@ -6,7 +6,7 @@
 In: model types. Out: a line of JSON for each in the work directory. Each type has a process of its own, in which
 
 1. a small random model is built (tests/support/engine/architectures.py);
-2. one forward pass of tensors without data shows what is read apart (engine/reads.py);
+2. one forward pass of tensors without data shows what is read apart (engine/base/direct_reads.py);
 3. PEFT is the judge of each kind of layer that was found, and of two that were not: a LoRA with a random B is put on
    that layer alone, and the model's outputs are compared before and after PEFT's merge.
 """
@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine import reads
+from merge_gate.engine.base import direct_reads
 from tests.support import methods
 from tests.support.engine import architectures
 
@@ -63,7 +63,7 @@ def child(model_type: str, sender: Connection) -> None:
 def traced(model: Any, sender: Connection) -> None:
     """In a process of its own as well: some models keep what they have computed, and this has no data."""
     started = time.perf_counter()
-    found = reads.trace(model)
+    found = direct_reads.trace(model)
     sender.send(
         {
             "complete": found.complete,
@@ -104,7 +104,7 @@ def off(model: Any, path: str) -> float:
 
 def outputs(model: Any) -> torch.Tensor:
     torch.manual_seed(1)
-    tensors = (tensor for _, tensor in reads.tensors_of(model(**reads.inputs_of(model))))
+    tensors = (tensor for _, tensor in direct_reads.tensors_of(model(**direct_reads.inputs_of(model))))
     return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])
 
 

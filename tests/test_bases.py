@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 
-from merge_gate.config.load import load_config
-from merge_gate.engine.quantized import DEQUANTIZED, dequantized, is_quantized
-from merge_gate.gate import run_gate
+from merge_gate.config.load_config import load_config
+from merge_gate.engine.tensors.quantized import DEQUANTIZED, dequantized, is_quantized
+from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.preflight import preflight
+from merge_gate.run.flow import run_gate
 from tests.support.base_cases import FORMAT
 from tests.support.bases import ADAPTERS, STEP
 from tests.support.bases_broken import BROKEN
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from merge_gate.engine.base import Base
+    from merge_gate.engine.base.loaded_base import Base
     from merge_gate.records.report import AdapterReport, BaseReport
     from merge_gate.records.terms import Finding
     from tests.support.base_cases import Case

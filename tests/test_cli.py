@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from merge_gate.command_line import EXIT_CODES, EXIT_CODES_OF_CHECK, parser
+from merge_gate.cli.arguments import EXIT_CODES
+from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
+from merge_gate.cli.parser import parser
 from merge_gate.errors import ExitCode
-from merge_gate.report.files import FORMATS, write_report
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.command import (
     COMMAND,
     PATIENCE_S,
@@ -708,7 +710,8 @@ def test_a_signal_after_the_last_word_leaves_the_verdict_standing(
     """The report is complete on disk before the terminal is told: a signal in between must not say otherwise."""
     configure(place, "good")
     script = (
-        "import os, signal, sys; from merge_gate.report import terminal; from merge_gate.cli import main\n"
+        "import os, signal, sys; from merge_gate.run import view as terminal\n"
+        "from merge_gate.cli.dispatch import main\n"
         "terminal.PlainView.finish = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(main(['run', 'gate.yml']))"
     )

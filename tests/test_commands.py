@@ -19,21 +19,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from merge_gate import __main__, cli, demo, gate
+from merge_gate import __main__, demo
 from merge_gate.action.docker import launcher
-from merge_gate.cli import main
-from merge_gate.config.positions import MAX_TOLD
-from merge_gate.engine import process, protocol
+from merge_gate.cli import demo_command, dispatch, init_command
+from merge_gate.cli.dispatch import main
+from merge_gate.config.yaml_document import MAX_TOLD
 from merge_gate.records.measured import Refusal
 from merge_gate.records.report import Sandbox, Shard
-from merge_gate.report.files import write_report
+from merge_gate.report.stored.report_files import write_report
+from merge_gate.run import flow
+from merge_gate.worker import process, protocol
 from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from merge_gate.action.docker.container import ContainerRun
-    from merge_gate.engine.protocol import Event, Job
+    from merge_gate.worker.protocol import Event, Job
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 SHAPES = {"base_model.model.q.lora_A.weight": [4, 8], "base_model.model.q.lora_B.weight": [8, 4]}
@@ -97,7 +99,7 @@ def test_an_interrupt_during_the_imports_leaves_no_traceback(
         return 7
 
     interrupt(before)
-    monkeypatch.setattr(cli, "main", run)
+    monkeypatch.setattr(dispatch, "main", run)
     assert __main__.main() == 7
     assert seen == [then]
 
@@ -105,7 +107,7 @@ def test_an_interrupt_during_the_imports_leaves_no_traceback(
 def test_a_signal_before_the_command_leaves_no_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_parsed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(dispatch, "_parsed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
     assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
 
@@ -113,7 +115,7 @@ def test_a_signal_before_the_command_leaves_no_verdict(
 def test_a_signal_during_a_command_without_an_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli._COMMANDS, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setitem(dispatch._COMMANDS, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
     assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
 
@@ -122,7 +124,7 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MERGE_GATE_DEBUG", raising=False)
-    monkeypatch.setitem(cli._COMMANDS, "schema", broken)
+    monkeypatch.setitem(dispatch._COMMANDS, "schema", broken)
     assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err
     assert said.startswith("merge-gate: unexpected ZeroDivisionError: by zero\n")
@@ -144,7 +146,7 @@ def test_what_the_system_lacks_is_no_defect(
     def lacking(*_: object) -> NoReturn:
         raise OSError(number, "no")
 
-    monkeypatch.setitem(cli._COMMANDS, "schema", lacking)
+    monkeypatch.setitem(dispatch._COMMANDS, "schema", lacking)
     assert main(["schema", "config"]) == 3
     assert capsys.readouterr().err.startswith(f"merge-gate: {said}")
 
@@ -253,8 +255,8 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
             for task in group.tasks:
                 on_event(protocol.Undecided(task=task.index, refusal=REFUSAL))
 
-    monkeypatch.setattr(gate, "WorkerProcess", lambda **_: nullcontext())
-    monkeypatch.setattr(gate, "supervise", supervise)
+    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(flow, "supervise", supervise)
     return says
 
 
@@ -276,7 +278,7 @@ def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
 def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gate.MemoryGroup, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(flow.MemoryGroup, "free_bytes", lambda _: 100)
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     assert "of memory are free here: it is mapped from disk" in said.out + said.err
@@ -311,9 +313,9 @@ def test_a_cluster_is_asked_where_there_is_something_to_merge(
 
     def judge(address: str, job: Job, on_event: Callable[[Event], None], _: object) -> None:
         asked.append(address)
-        gate.supervise(job, on_event, None)
+        flow.supervise(job, on_event, None)
 
-    monkeypatch.setattr(gate, "judge_on_ray", judge)
+    monkeypatch.setattr(flow, "judge_on_ray", judge)
     if not sound:
         cut(place)
     assert main(["run", "gate.yml", "--ray", "auto"]) == (3 if sound else 1)
@@ -374,7 +376,7 @@ def test_half_a_first_config_does_not_stay(place: Path) -> None:
 
     (place / "merge-gate.yml").write_text("vers")
     with pytest.raises(OSError, match="No space left"):
-        cli._write_or_remove(Full(), "version: 1", place / "merge-gate.yml")
+        init_command._write_or_remove(Full(), "version: 1", place / "merge-gate.yml")
     assert not (place / "merge-gate.yml").exists()
 
 
@@ -392,7 +394,7 @@ def test_a_demo_that_is_judged_otherwise_is_no_demo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
-    monkeypatch.setattr(cli, "_gate", lambda *_, **__: PASS)
+    monkeypatch.setattr(demo_command, "gate_adapters", lambda *_, **__: PASS)
     assert main(["demo", "new"]) == 3
     said = capsys.readouterr().err
     assert "did not judge the demo as it should: good (float16), " in said

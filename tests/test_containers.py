@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from merge_gate.config.load import load_config
-from merge_gate.gate import run_gate
+from merge_gate.config.load_config import load_config
+from merge_gate.run.flow import run_gate
 from tests.support.cases import lay_out, write_config_file
 from tests.support.decisions import told
 from tests.support.faults import ALLOW_PICKLE, FAULTS, HEALTHY, Case

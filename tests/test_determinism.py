@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.report.json_report import read
+from merge_gate.report.formats.json_report import read
 from tests.support.command import merge_gate
 from tests.support.small_fleet import BROKEN, lay_fleet, same
 

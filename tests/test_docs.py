@@ -23,15 +23,15 @@ import yaml
 from jsonschema import Draft202012Validator
 from packaging.version import Version
 
-from merge_gate import cli
-from merge_gate.command_line import commanded
-from merge_gate.config.load import config_schema
+from merge_gate.cli import dispatch
+from merge_gate.cli.parser import commanded
+from merge_gate.config.load_config import config_schema
 from merge_gate.errors import ExitCode
-from merge_gate.judging.check import Symptom
-from merge_gate.judging.table import CHECKS, NOT_JUDGED
+from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
+from merge_gate.judging.checks.check import Symptom
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Result
-from merge_gate.report.files import FORMATS
-from merge_gate.sources.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
+from merge_gate.report.stored.report_files import FORMATS
 from tests.support.cases import lay_out
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.faults import FAULTS, HEALTHY
@@ -49,6 +49,7 @@ PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKS_PAGE = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -160,7 +161,7 @@ def test_what_a_benchmark_takes_of_the_tests_is_there(benchmark: str, module: st
 def helped(*words: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
-        cli.main([*words, "--help"])
+        dispatch.main([*words, "--help"])
     assert left.value.code == 0
     return printed.getvalue()
 
@@ -386,10 +387,28 @@ LEAST_PEER_CASES = 150
 # --- docs/architecture.md --------------------------------------------------------------------------------------------
 
 
-def test_every_module_is_in_the_architecture() -> None:
-    package = ROOT / "src" / "merge_gate"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", ARCHITECTURE, re.MULTILINE)) == modules
+PACKAGE = ROOT / "src" / "merge_gate"
+
+
+def test_every_folder_is_in_the_architecture_with_modules_that_it_has() -> None:
+    folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*.py")} - {"./"}
+    rows = dict(re.findall(r"^\| `([\w/]+/)` \| [^|]+ \| ([^|]+) \|$", section(ARCHITECTURE, "The flow"), re.MULTILINE))
+    assert set(rows) | {"engine/", "report/"} == folders
+    for folder, modules in rows.items():
+        for name in re.findall(r"`(\w+)`", modules):
+            assert (PACKAGE / folder / f"{name}.py").is_file(), f"{folder}{name}.py"
+    picture = section(ARCHITECTURE, "The folders")
+    assert all(f"{Path(folder).name}/" in picture for folder in folders)
+
+
+def test_every_module_that_the_architecture_names_is_there() -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", ARCHITECTURE))
+    assert len(named) > 10
+    assert not [name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()]
+
+
+def test_the_architecture_is_read_in_one_sitting() -> None:
+    assert ARCHITECTURE.count("\n") <= 300
 
 
 def test_every_format_of_the_report_is_in_the_architecture() -> None:
@@ -403,7 +422,7 @@ def dependencies() -> dict[str, str]:
 
 
 def test_every_dependency_has_a_reason_and_was_tried() -> None:
-    rows = re.findall(r"^\| `([\w]+)` \| ([\d.]+) \| .+ \|$", section(ARCHITECTURE, "Dependencies"), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w]+)` \| ([\d.]+) \| .+ \|$", DEPENDENCIES, re.MULTILINE)
     bounds = [(name, Version(bound)) for name, bound in dependencies().items()]
     assert [(name, Version(tried)) for name, tried in rows] == bounds
 

@@ -10,7 +10,7 @@ import pytest
 from merge_gate.earlier_reports import RESUMED, is_own, move_aside, places
 from merge_gate.errors import UsageError
 from merge_gate.output_files import TAG_WITHIN_BYTES
-from merge_gate.report.files import FORMATS, write_report, write_text
+from merge_gate.report.stored.report_files import FORMATS, write_report, write_text
 from tests.support.reports import EMPTY, FAIL, PASS
 
 if TYPE_CHECKING:

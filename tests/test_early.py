@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate import gate
-from merge_gate.cli import main
-from merge_gate.config import load
-from merge_gate.engine.process import EAGER
+from merge_gate.cli.dispatch import main
+from merge_gate.config import load_config
 from merge_gate.errors import GateError
-from merge_gate.report.json_report import read
+from merge_gate.report.formats.json_report import read
+from merge_gate.run import flow
+from merge_gate.worker.process import EAGER
 from tests.support.command import children_of
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def write(place: Path, base: Path, more: str = "") -> None:
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The children of this process, whenever a config is read."""
     seen: list[list[int]] = []
-    real: Callable[[str], Config] = load.load_config
+    real: Callable[[str], Config] = load_config.load_config
 
     def watched(path: str) -> Config:
         seen.append(children_of(os.getpid()))
         return real(path)
 
-    monkeypatch.setattr(load, "load_config", watched)
+    monkeypatch.setattr(load_config, "load_config", watched)
     return seen
 
 
@@ -86,13 +86,13 @@ def test_where_all_is_known_it_is_ended_before_the_report(
     assert main(["run", "gate.yml", "--cache", "cache"]) == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     left: list[list[int]] = []
-    real = gate.supervise
+    real = flow.supervise
 
     def watched(*given: Any) -> None:
         left.append(children_of(os.getpid()))
         real(*given)
 
-    monkeypatch.setattr(gate, "supervise", watched)
+    monkeypatch.setattr(flow, "supervise", watched)
     assert main(["run", "gate.yml", "--cache", "cache"]) == 0
     report = read((place / "merge-gate-report" / "report.json").read_bytes(), "report.json")
     assert [one.cached for one in report.adapters] == [True]
@@ -111,7 +111,7 @@ def test_a_base_that_is_quantised_gets_a_worker_of_its_own(
         environments.extend(Path(f"/proc/{child}/environ").read_bytes() for child in children_of(os.getpid()))
         raise GateError("seen")
 
-    monkeypatch.setattr(gate, "supervise", watched)
+    monkeypatch.setattr(flow, "supervise", watched)
     assert main(["run", "gate.yml"]) == 3
     assert [len(children) for children in meanwhile] == [1]
     assert [f"\0{eager}=".encode() in one for one in environments] == [False]

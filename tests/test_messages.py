@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_gate.config.load import load_config
-from merge_gate.gate import run_gate
+from merge_gate.config.load_config import load_config
 from merge_gate.records.terms import Origin, Severity, Verdict
+from merge_gate.run.flow import run_gate
 from tests.support.faults import configure, edit, halve, overwrite, remove, rename, save_twice
 from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 

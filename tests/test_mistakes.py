@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from merge_gate import demo, gate, whole_file
+from merge_gate import demo, whole_file
 from merge_gate.cache.store import ABANDONED_S
-from merge_gate.cli import main
+from merge_gate.cli.dispatch import main
 from merge_gate.earlier_reports import is_own
-from merge_gate.engine import process
 from merge_gate.records.report import Judged, Shard
-from merge_gate.report.directory import claimed
-from merge_gate.report.files import FORMATS, write_report
-from merge_gate.report.json_report import render
+from merge_gate.report.formats.json_report import render
+from merge_gate.report.stored.output_directory import claimed
+from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.run import flow
+from merge_gate.worker import process
 from tests.support.reports import FAIL, PASS, SHA256, adapter, report
 
 if TYPE_CHECKING:
-    from merge_gate.engine.protocol import Job
     from merge_gate.records.report import Report
+    from merge_gate.worker.protocol import Job
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 OUTPUT = "merge-gate-report"
@@ -63,8 +64,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
     monkeypatch.setattr(process, "WorkerProcess", refuse)
-    monkeypatch.setattr(gate, "WorkerProcess", lambda **_: nullcontext())
-    monkeypatch.setattr(gate, "supervise", supervise)
+    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(flow, "supervise", supervise)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -183,7 +184,7 @@ def another_run(_: pytest.MonkeyPatch, place: Path) -> AbstractContextManager[ob
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, _: Path) -> AbstractContextManager[object]:
-    monkeypatch.setattr(gate, "_inputs", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
+    monkeypatch.setattr(flow, "_inputs", lambda _: os.kill(os.getpid(), signal.SIGINT) or iter(()))
     return nullcontext()
 
 

@@ -17,9 +17,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from merge_gate.config.load import load_config
-from merge_gate.gate import run_gate
+from merge_gate.config.load_config import load_config
 from merge_gate.records.terms import Severity, Verdict
+from merge_gate.run.flow import run_gate
 from tests.support.models import read_tensors
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 
-from merge_gate.report.files import FORMATS
+from merge_gate.report.stored.report_files import FORMATS
 from tests.support.command import environment, shell, wait_until
 
 if TYPE_CHECKING:

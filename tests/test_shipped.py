@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.config.load import load_config
-from merge_gate.gate import run_gate
+from merge_gate.config.load_config import load_config
 from merge_gate.records.terms import Severity, Verdict
+from merge_gate.run.flow import run_gate
 from tests.support import methods
 from tests.support.engine.shipped import SHIPPED, Shipped, loftq, merge_plainly
 from tests.support.gating import Gate, one_thread

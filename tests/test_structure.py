@@ -1,8 +1,10 @@
-"""Where things are in tests/: tests in test modules, what they share in tests/support, programs in tests/tools."""
+"""Where things are: small folders and one name for one thing in the package; tests, support and tools apart."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +81,57 @@ def test_every_other_module_is_in_support_or_tools() -> None:
     assert strays == set(), "tests/support holds what tests share, tests/tools what people run"
     misplaced = {str(path) for path in modules if path.parts[0] in NOT_TESTS and path.stem.startswith("test_")}
     assert misplaced == set(), "a test there is easily overlooked"
+
+
+# --- src/merge_gate ---------------------------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "src" / "merge_gate"
+MOST_MODULES = 15
+"""In one folder, without `__init__.py`."""
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    modules = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert len(modules) > 20
+    assert not {str(folder): count for folder, count in modules.items() if count > MOST_MODULES}
+
+
+def test_no_folder_is_empty_and_each_says_what_it_is_for() -> None:
+    for folder in {path.parent for path in FILES}:
+        inside = [path for path in folder.iterdir() if path.name not in {"__init__.py", "__pycache__"}]
+        assert inside, folder
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_bytes())), folder
+
+
+def test_no_two_modules_have_one_name() -> None:
+    """The modules of `records/` may be called after the folder whose values they hold."""
+    names = Counter(path.stem for path in FILES if path.stem not in {"__init__", "__main__"})
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    classes = Counter(
+        node.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert len(classes) > 100
+    assert not [name for name, count in classes.items() if count > 1]
+
+
+def test_a_file_that_the_code_names_exists() -> None:
+    """A comment or docstring that points to a moved file misleads its reader."""
+    named = {
+        (str(path.relative_to(PACKAGE)), name)
+        for path in FILES
+        for name in re.findall(r"(?<![\w/.-])((?:\w+/)+\w+\.py)\b", path.read_text(encoding="utf-8"))
+    }
+    folders = {path.name for path in PACKAGE.iterdir()}
+    ours = [(path, name) for path, name in named if name.partition("/")[0] in folders]
+    tests = [(path, name) for path, name in named if name.startswith("tests/")]
+    assert len(ours) > 10
+    assert len(tests) > 2
+    assert not [(path, name) for path, name in ours if not (PACKAGE / name).is_file()]
+    assert not [(path, name) for path, name in tests if not (PACKAGE.parents[1] / name).is_file()]

@@ -7,8 +7,8 @@ import unicodedata
 
 import pytest
 
-from merge_gate.report.json_report import render
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.formats.json_report import render
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted, has_hidden, is_hidden, listing, quoted
 from tests.support.reports import adapter, report
 

@@ -11,7 +11,7 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.set_threshold(10_000, 10, 100)  # a fleet's records are many, and no garbage: seldom look through all of them
-    from merge_gate.cli import main as run  # noqa: PLC0415 - see above
+    from merge_gate.cli.dispatch import main as run  # noqa: PLC0415 - see above
 
     code = run()
     gc.freeze()  # else the interpreter looks through all that is left at its end: of a fleet, for a tenth of a second

@@ -15,7 +15,7 @@ import entrypoint
 from merge_gate import __version__
 from merge_gate.action import inputs as action
 from merge_gate.action import native
-from merge_gate.command_line import parser
+from merge_gate.cli.parser import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))

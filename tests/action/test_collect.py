@@ -11,7 +11,7 @@ import pytest
 
 from merge_gate.action.docker import collect
 from merge_gate.errors import UsageError
-from merge_gate.report.files import FORMATS, write_report
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
 from tests.support.wording import Wording
 

@@ -21,7 +21,7 @@ from merge_gate.action.docker import docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, Limits
 from merge_gate.action.docker.launcher import Told, run_in_container
 from merge_gate.errors import LauncherError
-from merge_gate.report import json_report
+from merge_gate.report.formats import json_report
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
 from tests.support.reports import EMPTY
 from tests.support.wording import Wording

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate import cli
 from merge_gate.action.docker import launcher, released_image
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
+from merge_gate.cli import dispatch
 from merge_gate.errors import LauncherError, UsageError
 from tests.support.wording import Wording
 
@@ -113,7 +113,7 @@ def test_the_command_hands_on_what_the_gate_inside_has_to_know(
     monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    cli.main(["run", str(config), "--container", "--only", "a", "--quick", "--image", "x:y"])
+    dispatch.main(["run", str(config), "--container", "--only", "a", "--quick", "--image", "x:y"])
     assert asked[0].arguments == ("--only", "a", "--quick")
 
 

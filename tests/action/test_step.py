@@ -21,7 +21,7 @@ from merge_gate.action.inputs import read_inputs
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.demo import make_demo
 from merge_gate.errors import UsageError
-from merge_gate.report.files import FORMATS, write_report
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.action.report_json import report
 from tests.support.action.stand_in import BREAK_OFF, Container, engine_at
 from tests.support.command import PATIENCE_S

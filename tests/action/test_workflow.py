@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate.action import workflow
-from merge_gate.report.untrusted import inert
+from merge_gate.report.wording.untrusted import inert
 
 HOSTILE = [
     "::error::x",

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate import gate
 from merge_gate.cache import keeper
 from merge_gate.cache.keeper import Keeping
-from merge_gate.config.load import load_config
+from merge_gate.config.load_config import load_config
 from merge_gate.earlier_reports import PREVIOUS, RESUMED
-from merge_gate.gate import run_gate
 from merge_gate.records.terms import Result, Verdict
-from merge_gate.report.files import FORMATS
-from merge_gate.report.json_report import read, render
-from merge_gate.report.terminal import View
+from merge_gate.report.formats.json_report import read, render
+from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.run import flow
+from merge_gate.run.flow import run_gate
+from merge_gate.run.view import View
 from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
 from tests.support.faults import poison
 from tests.support.small_fleet import BROKEN, lay_fleet, same
@@ -80,8 +80,8 @@ def run(place: Path, *only: str, view: View | None = None, fresh: bool = False) 
 @pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that starts a worker, and so imports torch, fails."""
-    monkeypatch.setattr(gate, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
-    monkeypatch.setattr("merge_gate.engine.supervisor.WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("merge_gate.worker.supervisor.WorkerProcess", lambda **_: pytest.fail("a worker was started"))
 
 
 def test_a_warm_run_is_the_cold_one_but_for_marks(fleet: Path) -> None:

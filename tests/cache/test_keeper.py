@@ -13,9 +13,9 @@ import pytest
 from merge_gate.cache import keeper as module
 from merge_gate.cache.keeper import Keeper, base_directory
 from merge_gate.cache.resume import Left
-from merge_gate.engine.protocol import DeviceChosen, Event, Idle, Job
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import Verdict
+from merge_gate.worker.protocol import DeviceChosen, Event, Idle, Job
 from tests.support.cache.keepers import CPU, keep, keeper
 from tests.support.cache.lines import based_entry, entry, line
 from tests.support.reports import report

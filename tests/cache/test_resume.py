@@ -12,7 +12,7 @@ from merge_gate.cache.resume import Left, forget, left_in
 from merge_gate.earlier_reports import RESUMED, move_aside
 from merge_gate.records.report import BaseReport, Judged, Report
 from merge_gate.records.terms import Quantization
-from merge_gate.report.json_report import render
+from merge_gate.report.formats.json_report import render
 from tests.support.reports import SHA256, adapter, report
 
 BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)

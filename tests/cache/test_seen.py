@@ -12,7 +12,7 @@ from merge_gate.cache import seen
 from merge_gate.cache.seal import Seal
 from merge_gate.cache.seen import SeenBases
 from merge_gate.cache.store import Store
-from merge_gate.identity import base_identity
+from merge_gate.files.identity import base_identity
 
 DIGEST = "d" * 64
 

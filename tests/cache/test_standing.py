@@ -11,10 +11,10 @@ import pytest
 
 from merge_gate.cache.keeper import base_directory
 from merge_gate.cache.standing import Standing
-from merge_gate.engine.protocol import BaseLoaded, Group, Task
-from merge_gate.identity import base_identity
+from merge_gate.files.identity import base_identity
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.terms import Origin, Quantization
+from merge_gate.worker.protocol import BaseLoaded, Group, Task
 from tests.support.cache.keepers import CPU, keep, keeper
 from tests.support.cache.lines import based_entry, line
 

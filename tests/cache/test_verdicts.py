@@ -15,7 +15,7 @@ from merge_gate.cache.verdicts import Line, Reached, can_be_kept, is_sealed, res
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
-from merge_gate.report.fields import dump
+from merge_gate.report.formats.fields import dump
 from tests.support.cache.lines import entry, line, material_of, other
 
 REACHED = Reached(at="2026-03-01T12:00:00Z", place="acme/adapters run 7", seconds=0.84)

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from merge_gate.config.direct import config_of
-from merge_gate.config.load import load_config
+from merge_gate.config.from_arguments import config_of
+from merge_gate.config.load_config import load_config
 from merge_gate.config.model import MAX_ADAPTERS
-from merge_gate.config.positions import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
+from merge_gate.config.yaml_document import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
 from merge_gate.errors import ConfigError, UsageError
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples

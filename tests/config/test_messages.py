@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from merge_gate.config.direct import config_of, names_a_file
-from merge_gate.config.first import first_config
-from merge_gate.config.load import config_schema, load_config
+from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.config.init_file import first_config
+from merge_gate.config.load_config import config_schema, load_config
 from merge_gate.errors import ConfigError, UsageError
-from merge_gate.sources.preflight import base_of
+from merge_gate.files.preflight import base_of
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
 from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, SCHEMA_FILE, WRONG
 from tests.support.config.invalid import ENTRY as ONE
@@ -355,7 +355,7 @@ def test_a_fresh_import_makes_the_same_models(monkeypatch: pytest.MonkeyPatch, l
     """What is made when the modules are imported does not depend on what was imported, or asked, before."""
     for name in [name for name in sys.modules if name.startswith("merge_gate.config")]:
         monkeypatch.delitem(sys.modules, name)
-    fresh = importlib.import_module("merge_gate.config.load")
+    fresh = importlib.import_module("merge_gate.config.load_config")
     assert fresh.config_schema is not config_schema
     assert fresh.config_schema() == json.loads(SCHEMA_FILE.read_text())
     monkeypatch.setattr("tests.config.test_messages.load_config", fresh.load_config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
-from merge_gate.report.schema import report_schema
+from merge_gate.report.formats.schema import report_schema
 from tests.support.e2e.act import TAG, make_repository, run_act
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from merge_gate.report.schema import report_schema
+from merge_gate.report.formats.schema import report_schema
 from tests.support.e2e.act import ActRun, make_repository, run_act
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from merge_gate.report.files import FORMATS
+from merge_gate.report.stored.report_files import FORMATS
 from tests.support.e2e.act import ROOT, make_repository, run_act
 from tests.support.e2e.engines import pip_settings
 

@@ -22,7 +22,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from merge_gate.records.terms import Verdict
-from merge_gate.report import html_report, junit, sarif
+from merge_gate.report.formats import html_report, junit, sarif
 from tests.support import reports
 from tests.support.large_report import fleet
 from tests.support.reports import ATTACKS, NAN, adapter, report

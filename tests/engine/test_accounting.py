@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.engine import accounting
-from merge_gate.engine.base import ModelClass
-from merge_gate.engine.formats import loaded_dtypes
-from merge_gate.engine.tensor_map import stored_tensors, tensor_map
+from merge_gate.engine.base import accounting
+from merge_gate.engine.base.loaded_base import ModelClass
+from merge_gate.engine.base.stored_formats import loaded_dtypes
+from merge_gate.engine.base.tensor_map import stored_tensors, tensor_map
 from merge_gate.errors import EngineError
 from tests.support import models
 

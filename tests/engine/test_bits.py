@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.merge import merge_adapter
-from merge_gate.engine.shape import shape_for
-from merge_gate.sources.preflight import preflight
+from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
 from tests.support.engine.plain_merge import Tensors, peft_merge
 from tests.support.faults import FAULTS, HEALTHY, Case

@@ -10,17 +10,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.inject import inject
-from merge_gate.engine.load import ADAPTER_NAME, load_adapter
-from merge_gate.engine.peft_config import can_start_blank, read_config
-from merge_gate.engine.shape import shape_for
-from merge_gate.engine.template import fill_blanks, parameters_of
-from merge_gate.engine.weights import read_weights
+from merge_gate.engine.adapter.inject import inject
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, load_adapter
+from merge_gate.engine.adapter.peft_config import can_start_blank, read_config
+from merge_gate.engine.adapter.template import fill_blanks, parameters_of
+from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
 from merge_gate.errors import Refused
+from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.preflight import preflight
 from tests.support import methods
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine.bound import merged_bound
-from merge_gate.engine.delta import LowRankUpdate
+from merge_gate.engine.blocks.bound import merged_bound
+from merge_gate.engine.blocks.delta import LowRankUpdate
 from tests.support.engine.blocks_layers import by_peft, factors, tuner_layer, update_of
 from tests.support.properties import examples
 

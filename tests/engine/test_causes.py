@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from merge_gate.engine.base import first_line
+from merge_gate.engine.base.loaded_base import first_line
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.faults import configure, drop, edit

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine import delta
-from merge_gate.engine.delta import Buffers, LowRankUpdate, Proof
+from merge_gate.engine.blocks import delta
+from merge_gate.engine.blocks.delta import LowRankUpdate, Proof
+from merge_gate.engine.tensors.buffers import Buffers
 from tests.support.engine.blocks_layers import by_peft, factors, in_blocks, same_bits, tuner_layer, whole
 from tests.support.properties import examples
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merge_gate.engine import dense
-from merge_gate.engine.delta import Buffers
+from merge_gate.engine.blocks import dense
+from merge_gate.engine.tensors.buffers import Buffers
 from tests.support.engine.blocks_layers import by_peft, in_blocks, same_bits, tuner_layer, whole
 
 

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine import dora_screen, screen
-from merge_gate.engine.blocks import merged_blocks
-from merge_gate.engine.delta import Buffers, Factors, LowRankUpdate
-from merge_gate.engine.dora_screen import Bound, DoraScreen, norms_are_summed_in_float32
-from merge_gate.engine.figures import measure_merge
-from merge_gate.engine.screen import summed
+from merge_gate.engine.blocks import dora_screen, screen
+from merge_gate.engine.blocks.block_merge import merged_blocks
+from merge_gate.engine.blocks.delta import Factors, LowRankUpdate
+from merge_gate.engine.blocks.dora_screen import DoraBound, DoraScreen, norms_are_summed_in_float32
+from merge_gate.engine.blocks.figures import measure_merge
+from merge_gate.engine.blocks.screen import summed
+from merge_gate.engine.tensors.buffers import Buffers
 from tests.support.engine.blocks_layers import whole
 from tests.support.engine.extremes import EXPONENTS, HALVES, STORED, update_of, visit, weight_of
 from tests.support.properties import examples
@@ -51,7 +52,7 @@ def test_no_value_exceeds_the_bound_of_its_row(rows, columns, rank, sizes, dtype
     weight = weight_of(plain, w, stored, seed)
     made = dora_of(plain, weight, size=m, seed=seed, share=0.1)
     in_bfloat16 = in_bfloat16 and stored is torch.bfloat16
-    found = Bound.of(made, dtype, stored=stored, in_bfloat16=in_bfloat16)
+    found = DoraBound.of(made, dtype, stored=stored, in_bfloat16=in_bfloat16)
     if found is None:
         return
     factors, every = Factors.of(made.lora_a, made.lora_b, transposed=False), slice(0, rows)

@@ -17,13 +17,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.merge import merge_adapter
-from merge_gate.judging.checks import judge, leeway
+from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.files.preflight import preflight
+from merge_gate.judging.all_checks import judge, leeway
 from merge_gate.judging.verdict import decide_files
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
-from merge_gate.sources.preflight import preflight
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
 from tests.support.gating import SPEC, Gate

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine import four_bit
+from merge_gate.engine.tensors import four_bit
 from tests.support.properties import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from merge_gate.engine.hollow import CASTABLE, Hollow
+from merge_gate.engine.tensors.hollow import CASTABLE, Hollow
 
 SHAPES = {"matrix": (40, 33), "vector": (700,), "scalar": (), "pages": (64, 1024)}
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from peft import LNTuningConfig, LoraConfig
 
-from merge_gate.engine import accounting
-from merge_gate.engine.shape import shape_for
+from merge_gate.engine.base import accounting
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity, Verdict
-from merge_gate.sources.preflight import preflight
 from tests.support import models
 from tests.support.gating import Gate, one_thread
 

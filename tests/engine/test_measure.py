@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.engine import measure as module
-from merge_gate.engine.measure import (
+from merge_gate.engine.tensors import measure as module
+from merge_gate.engine.tensors.measure import (
     distance,
     dtype_max,
     dtype_name,

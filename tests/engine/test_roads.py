@@ -15,14 +15,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine import plan
-from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.figures import measure_merge
-from merge_gate.engine.merge import merge_adapter
-from merge_gate.engine.shape import shape_for
+from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.blocks.figures import measure_merge
+from merge_gate.engine.merge import plan
+from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.terms import Verdict
-from merge_gate.sources.preflight import preflight
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
 from tests.support.faults import configure, edit

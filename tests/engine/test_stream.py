@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from merge_gate.engine import stream
-from merge_gate.engine.stream import SPARE_BYTES, Weights, stream_to
+from merge_gate.engine.tensors import stream
+from merge_gate.engine.tensors.stream import SPARE_BYTES, Weights, stream_to
 
 CPU = torch.device("cpu")
 NAMES = [f"layers.{index}.weight" for index in range(6)]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.merge import merge_adapter
-from merge_gate.engine.shape import shape_for
+from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.preflight import preflight
 from tests.support import methods
 
 if TYPE_CHECKING:

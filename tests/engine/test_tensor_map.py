@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from merge_gate.engine import accounting, tensor_map
-from merge_gate.engine.base import ModelClass
-from merge_gate.engine.tensor_map import NoMapError
+from merge_gate.engine.base import accounting, tensor_map
+from merge_gate.engine.base.loaded_base import ModelClass
+from merge_gate.engine.base.tensor_map import NoMapError
 from tests.support.engine import tensor_maps
 from tests.support.gating import one_thread
 

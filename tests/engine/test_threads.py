@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from merge_gate.engine import threads as parallel
-from merge_gate.engine.threads import AHEAD, MOST_THREADS, spread, threads
+from merge_gate.engine.tensors import threads as parallel
+from merge_gate.engine.tensors.threads import AHEAD, MOST_THREADS, spread, threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_gate.engine import walk
-from merge_gate.engine.base import Base, load_base
-from merge_gate.engine.load import load_adapter
-from merge_gate.engine.merge import merge_adapter
-from merge_gate.engine.shape import shape_for
-from merge_gate.engine.twin import Deltas, Twins
-from merge_gate.engine.weights import read_weights
+from merge_gate.engine.adapter.load_adapter import load_adapter
+from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.merge import walk
+from merge_gate.engine.merge.twin import Deltas, Twins
+from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import NO_LEEWAY, Evidence
-from merge_gate.sources.preflight import preflight
 from tests.support import methods
 
 if TYPE_CHECKING:

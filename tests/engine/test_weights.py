@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_gate.engine.weights import read_weights
+from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterConfig, AdapterFiles
-from tests.support.sources.pickles import Call
+from tests.support.files.pickles import Call
 
 TENSORS = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.checks import accident, judge, leeway, undecided
-from merge_gate.judging.finite import findings_of_base
-from merge_gate.judging.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.words import describe_nonfinite
+from merge_gate.judging.all_checks import accident, judge, leeway, undecided
+from merge_gate.judging.checks.finite import findings_of_base
+from merge_gate.judging.checks.phrases import describe_nonfinite
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import AdapterSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (
@@ -382,7 +382,7 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
         raise ZeroDivisionError("no weights, no norm")
 
     monkeypatch.setattr(
-        "merge_gate.judging.checks.CHECKS",
+        "merge_gate.judging.all_checks.CHECKS",
         {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], judge=crash)},
     )
     findings = judged(found_in_files(CHECKS["file-corrupt"]), setting("file-corrupt", severity))

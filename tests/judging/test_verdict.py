@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.judging.checks import judge, undecided
-from merge_gate.judging.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.all_checks import judge, undecided
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, Refusal, TensorMerge, TensorStats

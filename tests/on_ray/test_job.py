@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.engine.protocol import (
+from merge_gate.errors import GateError
+from merge_gate.files.identity import base_identity
+from merge_gate.files.preflight import preflight
+from merge_gate.files.resolve import base_weight_files, digest_directory
+from merge_gate.on_ray import ray_cluster, ray_task
+from merge_gate.on_ray.job import judge_on_ray, run_on
+from merge_gate.on_ray.ray_cluster import LostError, Needs, Node
+from merge_gate.on_ray.ray_task import MOST_EVENTS, Expected, RayPart, run_part, versions
+from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.terms import Quantization
+from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
     Event,
@@ -29,16 +39,6 @@ from merge_gate.engine.protocol import (
     Task,
     Undecided,
 )
-from merge_gate.errors import GateError
-from merge_gate.identity import base_identity
-from merge_gate.on_ray import ray_cluster, ray_task
-from merge_gate.on_ray.job import judge_on_ray, run_on
-from merge_gate.on_ray.ray_cluster import LostError, Needs, Node
-from merge_gate.on_ray.ray_task import MOST_EVENTS, Expected, RayPart, run_part, versions
-from merge_gate.records.measured import BaseFacts, Refusal
-from merge_gate.records.terms import Quantization
-from merge_gate.sources.preflight import preflight
-from merge_gate.sources.resolve import base_weight_files, digest_directory
 from tests.support.faults import poison
 
 if TYPE_CHECKING:

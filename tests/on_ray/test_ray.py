@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.report.json_report import read
+from merge_gate.report.formats.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
 from tests.support.faults import configure
 from tests.support.small_fleet import BROKEN, lay_fleet, same
@@ -179,6 +179,8 @@ def test_an_object_store_that_is_too_small_is_said(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ray_is_imported_without_the_option() -> None:
-    script = "import sys, merge_gate.cli, merge_gate.gate, merge_gate.on_ray.job; print('ray' in sys.modules)"
+    script = (
+        "import sys, merge_gate.cli.dispatch, merge_gate.run.flow, merge_gate.on_ray.job; print('ray' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"

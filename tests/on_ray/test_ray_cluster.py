@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from ray import exceptions
 
-from merge_gate.engine.protocol import Idle, Job
 from merge_gate.errors import GateError
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import LOCAL, Cluster, LostError, Needs, Node, checked_address, cluster
 from merge_gate.on_ray.ray_task import RayPart, run_part
+from merge_gate.worker.protocol import Idle, Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

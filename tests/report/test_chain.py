@@ -6,7 +6,7 @@ import dataclasses
 
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Origin, Verdict
-from merge_gate.report.chain import chain
+from merge_gate.report.wording.chain import chain
 from tests.support.reports import CRASHED, FAILED, HALF_FAILED, NAN, PASSED, adapter
 
 

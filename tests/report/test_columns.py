@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.report.columns import cells, cut, fit, pad, wrap
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.wording.columns import cells, cut, fit, pad, wrap
+from merge_gate.report.wording.untrusted import one_line
 from tests.support.reports import TEXTS
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from merge_gate.errors import ExitCode
 from merge_gate.records.terms import Verdict
-from merge_gate.report.compare import Change, Changes, Kind, compare, render_markdown, render_text
+from merge_gate.report.stored.compare import Change, Changes, Kind, compare, render_markdown, render_text
 from tests.support.reports import (
     BASE,
     CRASHED,

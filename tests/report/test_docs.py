@@ -15,9 +15,9 @@ from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import AdapterReport, BaseReport
 from merge_gate.records.terms import Finding
-from merge_gate.report.files import FORMATS, write_report
-from merge_gate.report.json_report import Document
-from merge_gate.report.schema import column_table, field_table
+from merge_gate.report.formats.json_report import Document
+from merge_gate.report.formats.schema import column_table, field_table
+from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import FAIL, PASS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from merge_gate.records.measured import TensorMerge
-from merge_gate.report.grid import State, blocks, count_states, states
+from merge_gate.report.wording.grid import State, blocks, count_states, states
 from tests.support.reports import tensors
 
 ONE = tensors(1)[0]

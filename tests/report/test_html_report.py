@@ -17,7 +17,7 @@ from hypothesis import given
 
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
-from merge_gate.report.html_report import render
+from merge_gate.report.formats.html_report import render
 from tests.support.reports import (
     ATTACKS,
     EMPTY,

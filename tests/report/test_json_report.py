@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from merge_gate.errors import UsageError
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.report.json_report import read, render
-from merge_gate.report.schema import report_schema
+from merge_gate.report.formats.json_report import read, render
+from merge_gate.report.formats.schema import report_schema
 from tests.support.reports import EMPTY, FAIL, FAILED, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from hypothesis import given
 
 from merge_gate.records.report import Shard
 from merge_gate.records.terms import Verdict
-from merge_gate.report import junit
-from merge_gate.report.junit import render
+from merge_gate.report.formats import junit
+from merge_gate.report.formats.junit import render
 from tests.support.reports import (
     ATTACKS,
     EMPTY,

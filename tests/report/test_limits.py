@@ -10,9 +10,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from merge_gate.judging.table import CHECKS
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import Verdict
-from merge_gate.report.files import FORMATS
+from merge_gate.report.stored.report_files import FORMATS
 from tests.support.large_report import fleet, merged
 from tests.support.reports import NAN, adapter, report
 

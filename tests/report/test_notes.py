@@ -10,7 +10,9 @@ import pytest
 
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
-from merge_gate.report import chain, compare, html_report, json_report, junit, sarif, summary, text, words
+from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text
+from merge_gate.report.stored import compare
+from merge_gate.report.wording import chain, words
 from tests.support.reports import FAILED, PASSED, report
 
 if TYPE_CHECKING:
@@ -38,13 +40,13 @@ def test_a_note_changes_neither_headline_nor_exit() -> None:
 
 
 def test_an_adapter_with_a_note_alone_has_no_paragraph_and_its_base_has_a_line() -> None:
-    shown = text.render(report(NOTED), "")
+    shown = terminal_text.render(report(NOTED), "")
     assert NOTE.message not in shown
-    of_base = text.render(report(NOTED, bases=(BASE,)), "")
+    of_base = terminal_text.render(report(NOTED, bases=(BASE,)), "")
     assert "note" in of_base
     assert NOTE.message[:20] in of_base
     failed = dataclasses.replace(FAILED, findings=(*FAILED.findings, NOTE))
-    assert f"note    {NOTE.check}" in text.render(report(failed), "")
+    assert f"note    {NOTE.check}" in terminal_text.render(report(failed), "")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.report import html_report, json_report
-from merge_gate.report.remembered import Remembered
+from merge_gate.report.formats import html_report, json_report
+from merge_gate.report.formats.remembered import Remembered
 from tests.support.reports import FAIL, PASS, adapter, in_two_dtypes, report, tensors
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from merge_gate.judging.table import CHECKS
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Quantization, Verdict
-from merge_gate.report.sarif import MOST_RESULTS, render
+from merge_gate.report.formats.sarif import MOST_RESULTS, render
 from tests.support.reports import (
     ATTACKS,
     EMPTY,

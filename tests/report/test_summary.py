@@ -19,11 +19,11 @@ from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
-from merge_gate.report.compare import compare, render_markdown
-from merge_gate.report.markdown import code, prose
-from merge_gate.report.summary import render
-from merge_gate.report.textmap import text_map
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.formats.summary import render
+from merge_gate.report.stored.compare import compare, render_markdown
+from merge_gate.report.wording.markdown import code, prose
+from merge_gate.report.wording.textmap import text_map
+from merge_gate.report.wording.untrusted import one_line
 from tests.support.reports import (
     ATTACKS,
     BASE,

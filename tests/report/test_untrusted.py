@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 
-from merge_gate.report.untrusted import inert, one_line, safe_text, shorten
+from merge_gate.report.wording.untrusted import inert, one_line, safe_text, shorten
 from tests.support.reports import TEXTS, runner_obeys
 
 

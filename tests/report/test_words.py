@@ -9,7 +9,8 @@ import pytest
 
 from merge_gate.records.report import Judged, Report
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
-from merge_gate.report import html_report, junit, summary, words
+from merge_gate.report.formats import html_report, junit, summary
+from merge_gate.report.wording import words
 from tests.support.reports import (
     BASE,
     CRASHED,

@@ -11,9 +11,9 @@ import pytest
 from merge_gate.errors import GateError
 from merge_gate.records.report import BaselineEntry, Report, Sandbox
 from merge_gate.records.terms import Acceptance, Result, Verdict
-from merge_gate.report import junit, sarif, summary, text
-from merge_gate.report.html_report import render as render_html
-from merge_gate.report.json_report import read, render
+from merge_gate.report.formats import junit, sarif, summary, terminal_text
+from merge_gate.report.formats.html_report import render as render_html
+from merge_gate.report.formats.json_report import read, render
 from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import Found
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
@@ -41,7 +41,7 @@ def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> No
 def test_a_shard_with_nothing_to_do_is_green_and_no_verdict() -> None:
     empty = SHARDS[2]
     assert (empty.adapters, empty.result) == ((), Result.PASS)
-    assert "shard 3 of 3: has nothing to judge" in text.render(empty, "")
+    assert "shard 3 of 3: has nothing to judge" in terminal_text.render(empty, "")
     assert "<error" not in junit.render(empty)
     with_none = [mark(one, entries=5, positions=(), index=index) for index, one in enumerate([empty] * 3, 1)]
     whole = combined(found(*with_none))
@@ -118,7 +118,7 @@ def test_a_broken_adapter_outranks_a_missing_shard() -> None:
 
 def test_the_problem_stands_in_every_format() -> None:
     whole = combined(found(SHARDS[0], SHARDS[2]))
-    for form in (summary.render, render_html, junit.render, sarif.render, lambda one: text.render(one, "")):
+    for form in (summary.render, render_html, junit.render, sarif.render, lambda one: terminal_text.render(one, "")):
         assert "shard 2 of 3 is missing" in form(whole).replace("\n", " ")
     assert 'errors="1"' in junit.render(whole)
     assert whole.result is Result.ERROR

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.config.load import load_config
+from merge_gate.config.load_config import load_config
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost, Costs
 
 

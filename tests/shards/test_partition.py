@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.config.load import load_config
+from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
 from merge_gate.records.config import Combine, KnownFailure
 from merge_gate.shards.costs import Cost, Costs

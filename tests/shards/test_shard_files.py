@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.errors import UsageError
-from merge_gate.report.json_report import render
+from merge_gate.report.formats.json_report import render
 from merge_gate.shards import shard_files
 from merge_gate.shards.shard_files import found_in, refuse_overwriting
 from tests.support.shards.shard_reports import SHARDS

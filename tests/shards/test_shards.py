@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.records.terms import Result
-from merge_gate.report.files import FORMATS
-from merge_gate.report.json_report import read
+from merge_gate.report.formats.json_report import read
+from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import found_in
 from tests.support.command import merge_gate

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from merge_gate.report.json_report import read
+from merge_gate.report.formats.json_report import read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

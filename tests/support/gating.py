@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from merge_gate.engine import accounting, merge
-from merge_gate.engine import base as bases
-from merge_gate.engine.shape import shape_for
-from merge_gate.judging.checks import judge, leeway
-from merge_gate.judging.table import CHECKS
+from merge_gate.engine import adapter_evidence
+from merge_gate.engine.base import accounting
+from merge_gate.engine.base import loaded_base as bases
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.files.preflight import preflight
+from merge_gate.judging.all_checks import judge, leeway
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Quantization, Severity, Verdict
-from merge_gate.sources.preflight import preflight
 from tests.support import faults_methods, methods
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from merge_gate.engine.base import Base, ModelClass
+    from merge_gate.engine.base.loaded_base import Base, ModelClass
     from tests.support.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
@@ -81,13 +82,13 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = merge.merge_adapter(loaded, files, leeway=leeway(SPEC))
+        evidence = adapter_evidence.merge_adapter(loaded, files, leeway=leeway(SPEC))
         return self._decide((files,), replace(evidence, instead_of=shape_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
-        return self._decide(members, merge.merge_combination(loaded, members, combine, leeway=leeway(SPEC)))
+        return self._decide(members, adapter_evidence.merge_combination(loaded, members, combine, leeway=leeway(SPEC)))
 
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE

@@ -20,14 +20,14 @@ TOGETHER = {
 }
 ONE_BY_ONE = {
     "tests/engine/test_bitsandbytes.py",
-    "tests/engine/test_imports.py",
-    "tests/engine/test_process.py",
-    "tests/engine/test_supervisor.py",
+    "tests/worker/test_quick_imports.py",
+    "tests/worker/test_process.py",
+    "tests/worker/test_supervisor.py",
     "tests/cache/test_cache.py",
     "tests/fuzz/test_fuzz.py",
-    "tests/sources/test_resolve.py",
+    "tests/files/test_resolve.py",
     "tests/test_cli.py",
-    "tests/test_gate.py",
+    "tests/run/test_flow.py",
     "tests/test_methods.py",
 }
 """Files of many long tests: each test goes to whichever process is free."""

@@ -33,15 +33,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers")
 PARTS = {
-    "judging": (["src/merge_gate/judging/*.py"], ["tests/judging/test_messages.py"], ["tests/judging"]),
+    "judging": (
+        ["src/merge_gate/judging/*.py", "src/merge_gate/judging/checks/*.py"],
+        ["tests/judging/test_messages.py"],
+        ["tests/judging"],
+    ),
     "preflight": (
-        [f"src/merge_gate/sources/{name}.py" for name in PREFLIGHT],
-        ["tests/sources/test_messages.py", "tests/sources/test_adapter_config.py"],
-        [f"tests/sources/test_{name}.py" for name in ("messages", "pickled", "preflight", "adapter_config")],
+        [f"src/merge_gate/files/{name}.py" for name in PREFLIGHT],
+        ["tests/files/test_messages.py", "tests/files/test_adapter_config.py"],
+        [f"tests/files/test_{name}.py" for name in ("messages", "pickle_scan", "preflight", "adapter_config")],
     ),
     "config": (
         ["src/merge_gate/config/*.py"],
-        [f"tests/config/test_{name}.py" for name in ("messages", "direct", "baseline")],
+        [f"tests/config/test_{name}.py" for name in ("messages", "from_arguments", "baseline_file")],
         ["tests/config"],
     ),
 }
@@ -50,24 +54,24 @@ PARTS = {
 SLOW = (
     "tests/judging/test_verdict.py::test_what_is_not_finite_never_passes",
     "tests/judging/test_verdict.py::test_what_is_not_finite_is_an_error_by_default",
-    "tests/sources/test_pickled.py::test_no_damage_gets_past_as_another_file",
-    "tests/sources/test_adapter_config.py::test_any_object_is_a_record_or_a_finding",
-    "tests/sources/test_adapter_config.py::test_any_bytes_are_a_record_or_a_finding",
-    "tests/sources/test_adapter_config.py::test_what_is_recorded_is_what_peft_reads",
-    "tests/sources/test_preflight.py::test_what_torch_pickles_is_read_as_safetensors_are",
-    "tests/sources/test_preflight.py::test_what_peft_saves_has_no_finding",
-    "tests/sources/test_preflight.py::test_what_every_method_saves_has_no_finding",
-    "tests/sources/test_preflight.py::test_what_the_library_refuses_is_refused",
-    "tests/sources/test_preflight.py::test_a_damaged_file_is_never_accepted_where_the_library_refuses",
-    "tests/sources/test_preflight.py::test_sound_files_are_accepted_as_the_library_does",
-    "tests/sources/test_preflight.py::test_a_thousand_small_adapters_take_seconds",
-    "tests/config/test_load.py::test_a_thousand_adapters_are_read_in_seconds",
-    "tests/config/test_load.py::test_any_text_is_read_or_refused",
-    "tests/config/test_load.py::test_any_bytes_are_read_or_refused",
-    "tests/config/test_load.py::test_any_yaml_punctuation_is_read_or_refused",
-    "tests/config/test_load.py::test_any_values_are_read_or_refused",
-    "tests/config/test_load.py::test_importing_the_table_of_checks_costs_nothing",
-    "tests/config/test_load.py::test_loading_does_not_import_torch",
+    "tests/files/test_pickle_scan.py::test_no_damage_gets_past_as_another_file",
+    "tests/files/test_adapter_config.py::test_any_object_is_a_record_or_a_finding",
+    "tests/files/test_adapter_config.py::test_any_bytes_are_a_record_or_a_finding",
+    "tests/files/test_adapter_config.py::test_what_is_recorded_is_what_peft_reads",
+    "tests/files/test_preflight.py::test_what_torch_pickles_is_read_as_safetensors_are",
+    "tests/files/test_preflight.py::test_what_peft_saves_has_no_finding",
+    "tests/files/test_preflight.py::test_what_every_method_saves_has_no_finding",
+    "tests/files/test_preflight.py::test_what_the_library_refuses_is_refused",
+    "tests/files/test_preflight.py::test_a_damaged_file_is_never_accepted_where_the_library_refuses",
+    "tests/files/test_preflight.py::test_sound_files_are_accepted_as_the_library_does",
+    "tests/files/test_preflight.py::test_a_thousand_small_adapters_take_seconds",
+    "tests/config/test_load_config.py::test_a_thousand_adapters_are_read_in_seconds",
+    "tests/config/test_load_config.py::test_any_text_is_read_or_refused",
+    "tests/config/test_load_config.py::test_any_bytes_are_read_or_refused",
+    "tests/config/test_load_config.py::test_any_yaml_punctuation_is_read_or_refused",
+    "tests/config/test_load_config.py::test_any_values_are_read_or_refused",
+    "tests/config/test_load_config.py::test_importing_the_table_of_checks_costs_nothing",
+    "tests/config/test_load_config.py::test_loading_does_not_import_torch",
     "tests/config/test_bounds.py::test_both_parsers_read_the_same",
     "tests/config/test_bounds.py::test_a_file_may_list_ten_thousand_adapters_and_no_more",
 )
@@ -89,9 +93,7 @@ LAST = ("tests/config/test_messages.py::test_a_fresh_import_makes_the_same_model
 
 COPIED = ("src", "tests", "docs", "examples", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")
 NOTICED = {"killed", "timeout"}
-HOLD_EVERY_WORD = tuple(
-    f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "sources", "config")
-)
+HOLD_EVERY_WORD = tuple(f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "files", "config"))
 """These notice most, at the first case that differs."""
 AS_MUTMUT = "as-mutmut"
 MAX_MEMORY = 8 << 30

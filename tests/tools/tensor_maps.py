@@ -64,7 +64,7 @@ def document(found: list[tensor_maps.Checked]) -> str:
     result = (
         f"Of {len(found)} model types, {len(mapped)} have a tensor map of a tiny model. {len(mapped) - len(wrong)} of "
         "these maps are right: filled with the stored values, they give every parameter of `from_pretrained`, bit for "
-        f"bit. {sum(bool(one.conversions) for one in mapped)} types have conversions."
+        f"bit. Conversions occur in {sum(bool(one.conversions) for one in mapped)} types."
     )
     computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
     lines = [

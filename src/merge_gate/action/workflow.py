@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
-from merge_gate.report.untrusted import inert, one_line, safe_text
+from merge_gate.report.wording.untrusted import inert, one_line, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

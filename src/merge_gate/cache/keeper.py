@@ -23,18 +23,18 @@ from merge_gate.cache.seal import from_environment
 from merge_gate.cache.seen import SeenBases, this_start
 from merge_gate.cache.store import Store
 from merge_gate.cache.verdicts import Line, Reached
-from merge_gate.engine.device import cpu_name, has_card
-from merge_gate.engine.process import WorkerProcess
-from merge_gate.engine.protocol import DeviceChosen, Event, Job
-from merge_gate.identity import identity_of
+from merge_gate.files.base_digests import BaseDigests
+from merge_gate.files.identity import identity_of
 from merge_gate.records.terms import record
-from merge_gate.sources.base_digests import BaseDigests
+from merge_gate.worker.device import cpu_name, has_card
+from merge_gate.worker.process import WorkerProcess
+from merge_gate.worker.protocol import DeviceChosen, Event, Job
 
 if TYPE_CHECKING:
     from merge_gate.cache.resume import Left
     from merge_gate.records.config import Config
     from merge_gate.records.files import Entry
-    from merge_gate.report.fields import Json
+    from merge_gate.report.formats.fields import Json
 
 _DEVICES = "devices"
 _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")

@@ -17,8 +17,8 @@ from merge_gate.cache.verdicts import Line
 from merge_gate.earlier_reports import RESUMED, is_own, places
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
-from merge_gate.report import json_report
-from merge_gate.report.files import write_text
+from merge_gate.report.formats import json_report
+from merge_gate.report.stored.report_files import write_text
 from merge_gate.text import listing
 
 if TYPE_CHECKING:

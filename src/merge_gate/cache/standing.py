@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 from merge_gate.cache.keeper import base_directory
 from merge_gate.cache.verdicts import Line
-from merge_gate.engine.pinned import base_changed
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin, record
+from merge_gate.worker.pinned import base_changed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from merge_gate.cache.keeper import Keeper
-    from merge_gate.engine.protocol import BaseLoaded, Group
     from merge_gate.records.files import Entry, FileIdentity
     from merge_gate.records.report import AdapterReport
+    from merge_gate.worker.protocol import BaseLoaded, Group
 
 
 @record

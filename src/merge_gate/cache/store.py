@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.key import canonical
 from merge_gate.errors import UsageError
-from merge_gate.report.fields import UnreadableError
-from merge_gate.report.json_report import parsed
+from merge_gate.report.formats.fields import UnreadableError
+from merge_gate.report.formats.json_report import parsed
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from merge_gate.cache.key import canonical, key_of
 from merge_gate.judging import verdict
 from merge_gate.records.report import AdapterReport, BaseReport, Judged
 from merge_gate.records.terms import Verdict, record
-from merge_gate.report.fields import UnreadableError, dump, load
+from merge_gate.report.formats.fields import UnreadableError, dump, load
 
 if TYPE_CHECKING:
     from merge_gate.cache.seal import Seal

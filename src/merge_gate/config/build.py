@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
-from merge_gate.config.nearest import nearest
 from merge_gate.config.paths import Found, Unusable, find_all, is_glob
-from merge_gate.config.positions import Document, Loc
 from merge_gate.config.problems import read_models
-from merge_gate.judging.table import CHECKS
+from merge_gate.config.suggestions import nearest
+from merge_gate.config.yaml_document import Loc, YamlDocument
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE, AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
@@ -29,7 +29,7 @@ NOTHING_SAID = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS
 _NO_REVISION = ("revision has no meaning for a directory", "only Hub ids have one")
 
 
-def build_config(document: Document, sha256: str) -> Config:
+def build_config(document: YamlDocument, sha256: str) -> Config:
     """Validate the values of a file and build its configuration. `sha256` is the digest of the file's bytes.
 
     Raises:
@@ -45,7 +45,7 @@ def build_config(document: Document, sha256: str) -> Config:
 
 
 class _Build:
-    def __init__(self, document: Document, file: FileEntry) -> None:
+    def __init__(self, document: YamlDocument, file: FileEntry) -> None:
         self.document, self.report = document, document.report
         self.directory = Path(document.path).absolute().parent
         self.claimed: dict[str, tuple[int, str]] = {}

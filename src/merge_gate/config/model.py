@@ -19,9 +19,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, WithJsonSc
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
-from merge_gate.config.positions import Loc
-from merge_gate.judging.check import Check
-from merge_gate.judging.table import CHECKS
+from merge_gate.config.yaml_document import Loc
+from merge_gate.judging.checks.check import Check
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.terms import DTYPES, Quantization
 from merge_gate.text import one_of
 

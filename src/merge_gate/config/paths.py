@@ -17,7 +17,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from merge_gate.config.nearest import nearest
+from merge_gate.config.suggestions import nearest
 from merge_gate.text import listing, quoted
 
 

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from merge_gate.config.model import PATTERNS, Model, place_of_key, wrong
-from merge_gate.config.nearest import nearest
-from merge_gate.config.positions import Document, Hint, Loc, Nothing, Value
+from merge_gate.config.suggestions import nearest
+from merge_gate.config.yaml_document import Hint, Loc, Nothing, Value, YamlDocument
 from merge_gate.text import quoted
 
 _File = TypeVar("_File", bound=Model)
@@ -38,7 +38,7 @@ _MISSING = {"version": "write version: 1", "adapters": "list the adapters to jud
 _EMPTY = {"adapters": "a gate that checks nothing proves nothing: list at least one adapter"}
 
 
-def read_models(document: Document, model: type[_File]) -> _File:
+def read_models(document: YamlDocument, model: type[_File]) -> _File:
     """Validate the document, and report all that types can say is wrong with it.
 
     Raises:
@@ -55,7 +55,7 @@ def read_models(document: Document, model: type[_File]) -> _File:
     return file
 
 
-def _report(document: Document, loc: Loc, error: Mapping[str, Any]) -> None:
+def _report(document: YamlDocument, loc: Loc, error: Mapping[str, Any]) -> None:
     place, _, there = document.at(loc)
     key = str(loc[-1]) if loc else ""
     match error["type"], there.data:

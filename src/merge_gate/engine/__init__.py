@@ -1,1 +1,1 @@
-"""Bases, adapters and merges, in a process of its own: everything that imports torch or PEFT."""
+"""Bases, adapters and merges with torch and PEFT. Runs inside the worker process only."""

@@ -1,6 +1,6 @@
 """A job on a Ray cluster: cut by node and base, spread, listened to, and taken up again where a worker or a node dies.
 
-In: a `Job`, and an address. Out: events, as from `engine/supervisor.py`: every task gets exactly one `Merged` or
+In: a `Job`, and an address. Out: events, as from `worker/supervisor.py`: every task gets exactly one `Merged` or
 `Undecided`. Knows neither Ray nor reports.
 
 1. Each node gets adapters of as few bases as possible; on a node, so does each of its workers.
@@ -15,7 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from merge_gate.engine.protocol import (
+from merge_gate.errors import GateError
+from merge_gate.files.identity import base_identity
+from merge_gate.on_ray import ray_cluster
+from merge_gate.on_ray.ray_cluster import Cluster, LostError, Needs, Node
+from merge_gate.on_ray.ray_task import Expected, RayPart, versions
+from merge_gate.records.measured import Refusal
+from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
+from merge_gate.shards.partition import assign
+from merge_gate.worker.protocol import (
     Event,
     Finished,
     Group,
@@ -27,14 +35,6 @@ from merge_gate.engine.protocol import (
     Task,
     Undecided,
 )
-from merge_gate.errors import GateError
-from merge_gate.identity import base_identity
-from merge_gate.on_ray import ray_cluster
-from merge_gate.on_ray.ray_cluster import Cluster, LostError, Needs, Node
-from merge_gate.on_ray.ray_task import Expected, RayPart, versions
-from merge_gate.records.measured import Refusal
-from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
-from merge_gate.shards.partition import assign
 
 WORKERS_PER_NODE = 2
 """On a node without GPUs: while one of them loads a base, the other one merges."""

@@ -20,10 +20,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from merge_gate.engine.protocol import Event
 from merge_gate.errors import GateError
 from merge_gate.on_ray.ray_task import RayPart, run_part
 from merge_gate.records.terms import record
+from merge_gate.worker.protocol import Event
 
 LOCAL = ""
 """The address that stands for a cluster on this machine, for this run."""

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_gate.cache import key
-from merge_gate.engine.protocol import BaseLoaded, Event, Finished, Group, Idle, Job, MergeProgressed, Task, Undecided
-from merge_gate.engine.supervisor import supervise
-from merge_gate.identity import base_identity, identity_of
+from merge_gate.files.identity import base_identity, identity_of
+from merge_gate.files.resolve import base_weight_files, digest_directory
 from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
 from merge_gate.records.measured import Refusal
 from merge_gate.records.terms import Origin, record
-from merge_gate.sources.resolve import base_weight_files, digest_directory
+from merge_gate.worker.protocol import BaseLoaded, Event, Finished, Group, Idle, Job, MergeProgressed, Task, Undecided
+from merge_gate.worker.supervisor import supervise
 
 MOST_EVENTS = 20
 """How many events travel at once: one of a merge may hold hundreds of kilobytes."""

@@ -101,7 +101,7 @@ class DeclaredQuantization:
 
 @record
 class BaseFiles:
-    """What a base's files say, read without torch (sources/base_files.py).
+    """What a base's files say, read without torch (files/base_files.py).
 
     Attributes:
         directory: the base's directory.
@@ -140,7 +140,7 @@ class Pattern:
 
 @record
 class AdapterConfig:
-    """adapter_config.json, read once (sources/adapter_config.py): all stages look here, and only PEFT reads it again.
+    """adapter_config.json, read once (files/adapter_config.py): all stages look here, and only PEFT reads it again.
 
     A value that is absent, empty or of a wrong type (which is a finding) is None or False. `digest` is that of all that
     the file says, empty where there is none. `values` are the keys that are set, and how each reads, cut.

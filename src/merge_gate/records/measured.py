@@ -49,7 +49,7 @@ class TensorMerge:
 
     `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
     are bounds that no element exceeds. `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and, of DoRA,
-    `delta_norm` are estimates by a sample of the rows (engine/plan.py).
+    `delta_norm` are estimates by a sample of the rows (engine/merge/plan.py).
     """
 
     module: str = told("Module of the base.")

@@ -12,7 +12,7 @@ class Coverage:
     """How much of the adapter and of the model was checked.
 
     `parameters_bounded`, of the `parameters_checked`, were not merged one by one: a bound stands for them
-    (engine/bound.py).
+    (engine/blocks/bound.py).
     """
 
     adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
@@ -171,7 +171,7 @@ class BaseReport:
 
 @record
 class Sandbox:
-    """What the kernel keeps the worker process from (engine/sandbox.py)."""
+    """What the kernel keeps the worker process from (worker/confine/sandbox.py)."""
 
     held: tuple[str, ...] = told(
         "What held: `files` (nothing written but its own), `network` (none), `processes` (no other one), `file size`, "

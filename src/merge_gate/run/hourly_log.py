@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from merge_gate.report.words import counted, duration, number
+from merge_gate.report.wording.words import counted, duration, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable

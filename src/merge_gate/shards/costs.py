@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from merge_gate.identity import base_identity
+from merge_gate.files.identity import base_identity
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.terms import record
 
@@ -65,7 +65,7 @@ class Costs:
 
 
 def _named_base(spec: AdapterSpec, home: Path) -> str:
-    """The base that adapter_config.json names, as `sources/inputs.py` takes it; empty where it cannot be told."""
+    """The base that adapter_config.json names, as `files/prepare.py` takes it; empty where it cannot be told."""
     named = _read_base_name(spec.path) if spec.path else ""
     try:
         return str(home / named) if named and (home / named).is_dir() else named

@@ -16,8 +16,8 @@ from merge_gate.earlier_reports import is_previous
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.report import Report
 from merge_gate.records.terms import record
-from merge_gate.report import json_report
-from merge_gate.report.untrusted import one_line
+from merge_gate.report.formats import json_report
+from merge_gate.report.wording.untrusted import one_line
 
 REPORT = "report.json"
 LONGEST_BYTES = 256 << 20

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.cache.keeper import Keeper, Keeping, base_directory
-from merge_gate.engine.protocol import DeviceChosen
 from merge_gate.records.config import Config
 from merge_gate.records.files import Entry
+from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.lines import line
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_gate.cache.key import Circumstances, Json, material
 from merge_gate.cache.verdicts import Line
-from merge_gate.identity import identity_of
+from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Prepared, Snapshot
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage

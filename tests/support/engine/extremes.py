@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from merge_gate.engine.delta import LowRankUpdate
+from merge_gate.engine.blocks.delta import LowRankUpdate
 
 HALVES = st.sampled_from([torch.bfloat16, torch.float16])
 STORED = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from transformers import core_model_loading
 
-from merge_gate.engine.accounting import account_for
-from merge_gate.engine.base import ModelClass, loads_as_usual
-from merge_gate.engine.tensor_map import RENAMED, TensorMap, recorded
+from merge_gate.engine.base.accounting import account_for
+from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual
+from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded
 from tests.support import methods
 from tests.support.engine import architectures
 

@@ -23,14 +23,15 @@ from pathlib import Path
 
 from safetensors import deserialize
 
-from merge_gate.config.load import load_config
+from merge_gate.config.load_config import load_config
 from merge_gate.errors import ConfigError, UsageError
+from merge_gate.files import adapter_config, strict_json
+from merge_gate.files.headers import CorruptFileError, parse_file
+from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.records.files import TensorHeader
-from merge_gate.report import compare, json_report, text
-from merge_gate.report.files import FORMATS
-from merge_gate.sources import adapter_config, strict_json
-from merge_gate.sources.headers import CorruptFileError, parse_file
-from merge_gate.sources.pickled import read_pickled
+from merge_gate.report.formats import json_report, terminal_text
+from merge_gate.report.stored import compare
+from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.text import has_hidden
 
 LONGEST_CPU_S = 1.0
@@ -175,7 +176,7 @@ def report(data: bytes) -> None:
     assert json_report.render(json_report.read(written.encode(), "report.json")) == written
     for render in FORMATS.values():
         render(stored).encode()
-    text.render(stored, "").encode()
+    terminal_text.render(stored, "").encode()
     changes = compare.compare(stored, stored)
     (compare.render_text(changes) + compare.render_markdown(changes)).encode()
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging import base as of_base
-from merge_gate.judging import files as of_files
-from merge_gate.judging.check import Check, Symptom
+from merge_gate.files.adapter_config import recorded
+from merge_gate.judging.checks import base_checks as of_base
+from merge_gate.judging.checks import file_checks as of_files
+from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
 from merge_gate.records.files import AdapterFiles, FileRecord, TensorHeader
 from merge_gate.records.measured import (
@@ -22,7 +23,6 @@ from merge_gate.records.measured import (
     UnreadLayer,
 )
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
-from merge_gate.sources.adapter_config import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

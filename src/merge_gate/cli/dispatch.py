@@ -1,0 +1,108 @@
+"""argv to exit code: parses, runs one command, and turns every error into a sentence.
+
+In: the command line and the environment. Out: text on standard output and error, the exit codes of errors.py. Each
+command imports what is slow inside its function, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
+from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
+from merge_gate.cli.parser import output_of, parsed
+from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError
+from merge_gate.interrupts import Interrupted, interruptible
+from merge_gate.run.streams import flush_streams, mend_streams, say
+
+if TYPE_CHECKING:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
+    mend_streams()
+    try:
+        with interruptible(time_limit_s=None):
+            return _obey(_parsed(sys.argv[1:] if argv is None else argv))
+    except Interrupted as stop:  # before or after the command itself
+        say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict")
+        return ExitCode.ERROR
+    finally:
+        flush_streams()
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. If it is wrong, an earlier report must not pass for the report of the run that was meant."""
+    try:
+        return parsed(argv)
+    except SystemExit as leaving:
+        output = output_of(argv) if leaving.code == ExitCode.USAGE else None
+        if output is not None and Path(output).is_dir():
+            with suppress(GateError), claimed_output(output):
+                pass
+        raise
+
+
+def _obey(arguments: argparse.Namespace) -> int:
+    try:
+        return int(_COMMANDS[arguments.command](arguments))
+    except ConfigError as error:
+        for problem in error.problems:
+            say(str(problem))
+        if error.more:
+            say(f"and {error.more:,} more")
+        count = len(error.problems) + error.more
+        say(f"merge-gate: {count:,} problem{'s' if count > 1 else ''} in the configuration; nothing was judged")
+        return error.exit_code
+    except GateError as error:
+        say(f"merge-gate: {error.message}")
+        if error.hint:
+            say(f"  {error.hint}")
+        return error.exit_code
+    except Interrupted as stop:
+        return _stopped(stop, arguments)
+    except Exception as error:
+        if isinstance(error, OSError) and (lacking := LACKING.get(error.errno or 0)):
+            say(f"merge-gate: {lacking}")
+            return ExitCode.ERROR
+        say(f"merge-gate: unexpected {type(error).__name__}: {error}")
+        say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
+        if os.environ.get("MERGE_GATE_DEBUG"):
+            say(traceback.format_exc().rstrip())  # raised, it would end with 1: an adapter failed
+        return ExitCode.ERROR
+
+
+def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
+    """What a signal has left: no verdict, unless the whole report was on disk when it arrived."""
+    from merge_gate.report.stored.output_directory import written
+
+    output = getattr(arguments, "output", None)
+    report = written(output) if output else None
+    if report is not None and report.complete:
+        say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
+        return EXIT_CODE_OF[report.result]
+    held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
+    say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
+    if held and arguments.command == "run" and not arguments.container:
+        say("  to go on from there: the same command with --resume")
+    return ExitCode.ERROR
+
+
+_COMMANDS = {
+    "run": run_command.run,
+    "check": check_command.run,
+    "init": init_command.run,
+    "demo": demo_command.run,
+    "report": report_command.run,
+    report_command.COMBINE: report_command.combine,
+    report_command.BASELINE: report_command.baseline,
+    "schema": schema_command.run,
+}

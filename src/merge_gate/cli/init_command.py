@@ -1,0 +1,50 @@
+"""`merge-gate init`: write a first configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from merge_gate.cli.arguments import Commands
+from merge_gate.errors import ExitCode, UsageError
+from merge_gate.run.streams import tell
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a first config",
+        description="Write merge-gate.yml, with comments, into the current directory, for the adapters in DIR and up "
+        "to four levels below it. An existing one stays.",
+    )
+    init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from merge_gate.config.init_file import first_config
+    from merge_gate.files.preflight import base_of
+    from merge_gate.report.stored.output_directory import explained
+
+    text, path = first_config(arguments.directories, base_of), Path("merge-gate.yml")
+    with explained(f"cannot write {path}", chosen_by=""):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                _write_or_remove(file, text, path)
+        except FileExistsError:
+            raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
+    tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
+    return ExitCode.PASS
+
+
+def _write_or_remove(file: IO[str], text: str, path: Path) -> None:
+    """Half a config would keep the next `init` from writing a whole one."""
+    try:
+        file.write(text)
+        file.flush()
+    except OSError:
+        path.unlink()
+        raise

@@ -1,0 +1,145 @@
+"""argv to a namespace. Runs nothing, and imports nothing that takes time.
+
+In: the words of the command line. Out: their values; `command` names the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from merge_gate import __version__
+from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
+from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
+from merge_gate.cli.report_command import BASELINE, COMBINE
+from merge_gate.text import one_of, quoted
+
+if TYPE_CHECKING:
+    pass
+
+_LONGEST = 40
+
+
+def commanded(argv: Sequence[str]) -> list[str]:
+    """The words of the command line, those of a command in one."""
+    first = " ".join(argv[:2])
+    return [first, *argv[2:]] if first in {COMBINE, BASELINE} else list(argv)
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The values of the command line; one that only lacks its command is told so."""
+    top, commands = _parsers()
+    words = commanded(argv)
+    if not words:
+        top.print_help(sys.stderr)
+        top.exit(2)
+    if words[0] not in commands.choices:
+        if _is_place(words[0]):
+            meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
+            top.error(f"the command is missing; did you mean {meant}?")
+        options = ["-h", *_options(top), "--help"]
+        if not any(option.startswith(words[0]) for option in options):
+            kind, known = ("option", options) if words[0].startswith("-") else ("command", [*commands.choices])
+            top.error(f"there is no {kind} {quoted(words[0])}{_meant(words[0], known)}")
+    values, rest = top.parse_known_args(words)
+    if rest:
+        command = commands.choices[values.command]
+        option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
+        if option:
+            if option in _options(commands.choices["run"]):
+                command.error(
+                    f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
+                )
+            command.error(f"there is no option {quoted(option)}{_meant(option, _options(command))}")
+        command.error(f"{quoted(rest[0])} stands alone: names come before the options, and a list has no blanks in it")
+    return values
+
+
+def output_of(argv: Sequence[str]) -> str | None:
+    """The output directory that a command line with a mistake names.
+
+    None if the command has no output directory, or if the mistake may be in `--output` itself.
+    """
+    _, commands = _parsers()
+    words = commanded(argv) or [""]
+    command = words[0] if words[0] in commands.choices else _nearest(words[0], [*commands.choices])
+    if _is_place(words[0]):
+        command = "run"  # the command was left out
+    if command not in {"run", COMBINE} or any(_may_mean_output(word, commands.choices[command]) for word in words):
+        return None
+    output = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_output(output)
+    try:
+        return str(output.parse_known_args(words[1:])[0].output)
+    except argparse.ArgumentError:
+        return None
+
+
+def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
+    """Whether this is `--output` mistyped, or an abbreviation of it that is not clear."""
+    name, known = word.partition("=")[0], _options(command)
+    if not name.startswith("--"):
+        return name.startswith("-o")
+    meant = [option for option in known if option.startswith(name)]
+    if name in known or len(meant) == 1:
+        return False
+    return "--output" in meant or name.startswith("--out") or _nearest(name, known) == "--output"
+
+
+def _options(command: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--[a-z][a-z-]*", command.format_usage())
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, or all of them where these are few."""
+    if near := _nearest(word, known):
+        return f"; did you mean {quoted(near)}?"
+    return "" if word.startswith("-") else f", expected {one_of(known)}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like this one; empty if none is."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")
+
+
+def _is_place(word: str) -> bool:
+    """Whether it is a path, or looks like one, or like a Hub id."""
+    if word.startswith("-"):
+        return False
+    return "/" in word or word.endswith((".yml", ".yaml")) or os.path.exists(word)  # noqa: PTH110 (False where pathlib raises)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Commands[argparse.ArgumentParser]]:
+    top = argparse.ArgumentParser(
+        prog="merge-gate",
+        description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
+        "is finite, and name what is broken.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (
+        run_command.add,
+        check_command.add,
+        init_command.add,
+        demo_command.add,
+        report_command.add,
+        report_command.add_combine,
+        report_command.add_baseline,
+        schema_command.add,
+    ):
+        add(commands)
+    return top, commands

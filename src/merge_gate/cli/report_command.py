@@ -1,0 +1,97 @@
+"""`merge-gate report`: show, compare and combine stored reports, or write a first baseline."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
+from merge_gate.cli.output import claimed_output, exit_code, print_document
+from merge_gate.output_files import OUTPUT_FILES
+
+if TYPE_CHECKING:
+    pass
+
+COMBINE, BASELINE = "report combine", "report baseline"
+"""Commands of two words, which argparse hears as one; a report of such a name is given as ./combine."""
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="show a report again, or what changed",
+        description="Show a stored report, or what changed from one to another (exit code 1 if something broke or got "
+        "worse, 3 if nothing did but the newer run is not complete).",
+        epilog=f"see also: merge-gate {COMBINE} --help, merge-gate {BASELINE} --help",
+    )
+    report.add_argument(
+        "reports", nargs="+", metavar="REPORT", help="the report.json of a run, or its directory; two are compared"
+    )
+    formats = ("terminal", *(one.word for one in OUTPUT_FILES if one.word))
+    report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
+
+
+def add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
+    combine = commands.add_parser(
+        COMBINE,
+        prog=f"merge-gate {COMBINE}",
+        help="make one report of all shards",
+        description="Make one report of the reports of all shards of a run (`merge-gate run --shard I/N`). A shard "
+        "that is missing, doubled, incomplete, or of another config, version or set leaves no verdict: exit code 3.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    combine.add_argument(
+        "directories",
+        nargs="+",
+        metavar="DIR",
+        help="a shard's output directory, or one that holds several, as artifacts are downloaded",
+    )
+    add_output(combine)
+
+
+def add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
+    baseline = commands.add_parser(
+        BASELINE,
+        prog=f"merge-gate {BASELINE}",
+        help="write a first baseline",
+        description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
+        "and an owner for each, and name the file in the config: `baseline: FILE`.",
+    )
+    baseline.add_argument("report", metavar="REPORT", help="the report.json of a run, or its directory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from merge_gate.report.stored.stored_report import show
+
+    return print_document(*show(arguments.reports, arguments.format))
+
+
+def combine(arguments: argparse.Namespace) -> int:
+    """The shards are read before earlier reports in the output directory are moved aside."""
+    from merge_gate.report.stored.report_files import write_report
+    from merge_gate.run.view import make_view
+    from merge_gate.shards.combined import combined
+    from merge_gate.shards.shard_files import found_in, refuse_overwriting
+
+    found = found_in(arguments.directories)
+    refuse_overwriting(found, arguments.output)
+    with claimed_output(arguments.output) as earlier:
+        report = combined(found)
+        earlier.replace_previous()
+        with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+            write_report(report, arguments.output)
+            view.finish(report, arguments.output)
+    return exit_code(report)
+
+
+def baseline(arguments: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from merge_gate.report.stored.first_baseline import render
+    from merge_gate.report.stored.stored_report import stored
+
+    return print_document(render(stored(arguments.report), datetime.now(UTC).date()))

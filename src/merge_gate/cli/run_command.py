@@ -1,0 +1,209 @@
+"""`merge-gate run`: gate adapters here, in a container, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.cli.arguments import EXIT_CODES, Commands, add_names, add_output, given
+from merge_gate.cli.gating import gate_adapters, requested_config
+from merge_gate.cli.output import claimed_output, exit_code, say_place
+from merge_gate.errors import GateError, UsageError
+from merge_gate.records.terms import Quantization
+from merge_gate.text import one_of
+
+if TYPE_CHECKING:
+    from merge_gate.cache.keeper import Keeping
+    from merge_gate.worker.process import WorkerProcess
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="gate adapters, named here or in a config",
+        description="Gate every adapter that CONFIG lists, or the adapters that are named: directories, globs or Hub "
+        "ids. Writes report.json, and the same for people and other tools, to the output directory.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_names(run)
+    named = run.add_argument_group("for adapters that are named here; a config says it itself")
+    named.add_argument(
+        "--base", type=given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
+    )
+    named.add_argument(
+        "--dtype", type=given, metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16"
+    )
+    named.add_argument("--quantization", type=given, metavar="Q", help=one_of(Quantization))
+    run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
+    add_output(run)
+    run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
+    run.add_argument(
+        "--quick",
+        action="store_true",
+        help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard_argument,
+        metavar="I/N",
+        help="gate the I-th of N parts, on this machine of N; N alone takes I from JOB_COMPLETION_INDEX, which counts "
+        "from 0; `merge-gate report combine` makes one report of all",
+    )
+    kept = run.add_argument_group("verdicts of earlier runs", "taken over where everything that decides is the same")
+    kept.add_argument("--cache", metavar="DIR", help="keep verdicts in DIR, and take over those that are there")
+    kept.add_argument("--no-cache", action="store_true", help="take over nothing; --cache keeps the new verdicts")
+    kept.add_argument("--resume", action="store_true", help="go on from the report of a killed run in --output")
+    cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="merge on the cluster at HOST:PORT, or the one that `auto` finds; without ADDRESS, as the last word, on "
+        "one that is started on this machine for this run",
+    )
+    container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
+    container.add_argument("--container", action="store_true", help="run inside the released image, not here")
+    container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
+    container.add_argument("--gpus", default="auto", metavar="WHICH", help="auto (default), none, all, or indices: 0,1")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with _started_early(arguments) as child:
+        from merge_gate.cache.resume import forget
+        from merge_gate.report.stored.output_directory import refuse_report
+        from merge_gate.report.stored.report_files import FORMATS
+
+        refuse_report(arguments.output, FORMATS, arguments.names)
+        if arguments.container:
+            return _run_in_container(arguments)
+        with claimed_output(arguments.output) as earlier:
+            config = requested_config(arguments)
+            if arguments.image or arguments.gpus != "auto":
+                hint = "add --container, or use --device"
+                raise UsageError("--image and --gpus belong to --container", hint=hint)
+            keeping = _keeping(arguments)
+
+            def begins() -> None:
+                if keeping.left is not None:
+                    keeping.left.keep(arguments.output)
+                earlier.replace_previous()
+
+            report = gate_adapters(
+                config,
+                arguments.device,
+                arguments.output,
+                tuple(arguments.only),
+                quick=arguments.quick,
+                shard=_shard(arguments),
+                keeping=keeping,
+                ray=_ray(arguments),
+                child=child,
+                begins=begins,
+            )
+            forget(arguments.output)
+            return exit_code(report)
+
+
+def _started_early(arguments: argparse.Namespace) -> AbstractContextManager[WorkerProcess | None]:
+    """The worker, so that it imports while the config is read; leaving ends it, whatever became of the run.
+
+    With verdicts to take over there may be nothing to merge: on one core it would only be in the way of finding out.
+    """
+    from merge_gate.worker.process import WorkerProcess
+
+    looks_back = arguments.resume or (arguments.cache and not arguments.no_cache)
+    if arguments.container or arguments.ray is not None or (looks_back and len(os.sched_getaffinity(0)) == 1):
+        return nullcontext()
+    try:
+        return WorkerProcess()
+    except (GateError, OSError):
+        return nullcontext()  # once there is something to merge, it is tried again, and said
+
+
+def _run_in_container(arguments: argparse.Namespace) -> int:
+    """Run in a container. The launcher holds the output directory itself, so it is held only shortly here."""
+    from merge_gate.report.stored.output_directory import claimed
+
+    with claimed(arguments.output) as earlier:
+        pass
+    try:
+        return _in_container(arguments)
+    finally:
+        if os.path.lexists(Path(arguments.output, "report.json")):
+            earlier.replace_previous()
+        say_place(earlier)
+
+
+def _in_container(arguments: argparse.Namespace) -> int:
+    from merge_gate.action.docker.launcher import for_a_person, run_in_container
+
+    requested_config(arguments)
+    if arguments.resume:
+        raise UsageError(
+            "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
+        )
+    if arguments.ray is not None:
+        raise UsageError("--ray is for a run that is not in a container", hint="leave --container away")
+    more = [word for name in arguments.only for word in ("--only", name)]
+    more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
+    if shard := _shard(arguments):
+        more += ["--shard", "{}/{}".format(*shard)]
+    run = for_a_person(
+        arguments.names[0],
+        output=arguments.output,
+        device=arguments.device,
+        arguments=more,
+        image=arguments.image,
+        gpus=arguments.gpus,
+        cache=arguments.cache,
+        environ=os.environ,
+    )
+
+    def write(log: bytes) -> None:
+        sys.stdout.buffer.write(log)
+        sys.stdout.buffer.flush()
+
+    return run_in_container(run, write)
+
+
+def _keeping(arguments: argparse.Namespace) -> Keeping:
+    """Which verdicts of earlier runs count, and where those of this one are kept."""
+    from merge_gate.cache.keeper import Keeping
+    from merge_gate.cache.resume import left_in
+
+    if arguments.resume and arguments.no_cache:
+        raise UsageError("--no-cache judges anew, and --resume does not", hint="give one of them")
+    left = left_in(arguments.output) if arguments.resume else None
+    return Keeping(cache=arguments.cache, fresh=arguments.no_cache, left=left)
+
+
+def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    from merge_gate.shards.partition import shard_of
+
+    return shard_of(arguments.shard, os.environ) if arguments.shard is not None else None
+
+
+def _ray(arguments: argparse.Namespace) -> str | None:
+    from merge_gate.on_ray.ray_cluster import checked_address
+
+    return checked_address(arguments.ray) if arguments.ray is not None else None
+
+
+def _shard_argument(text: str) -> str:
+    if re.fullmatch(r"([1-9]\d{0,4}/)?[1-9]\d{0,4}", text, re.ASCII):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no shard, expected I/N such as 2/4, counted from 1")
+
+
+def _device_argument(text: str) -> str:
+    name, _, index = text.partition(":")
+    if text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")

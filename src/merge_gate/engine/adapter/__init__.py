@@ -1,0 +1,1 @@
+"""An adapter on its base: PEFT loads it, and every tensor is accounted for."""

@@ -1,0 +1,232 @@
+"""Several adapters → one, by PEFT's `add_weighted_adapter`, or why PEFT cannot combine them.
+
+In: a base, and what the preflight read of each member. Out: `Loaded`, as of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+
+from merge_gate.engine.adapter.arrival import Arrival, Tensors
+from merge_gate.engine.adapter.inject import base_slots, fit_vocabulary, inject, written_whole
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, load_weights, targeted_modules
+from merge_gate.engine.adapter.peft_config import initialisation_writes_to_base, read_config
+from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.tensors.measure import same_values
+from merge_gate.errors import Refused
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import Origin
+from merge_gate.tensor_names import ADAPTER_PREFIX
+from merge_gate.text import listing
+
+
+def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tensors, ...], combine: Combine) -> Loaded:
+    """Load the members onto one scratch and combine them by PEFT's `add_weighted_adapter` (step 3 to 5 for each).
+
+    Raises:
+        Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
+    """
+    scratch = _fitted(base, members)
+    slots, sharers = base_slots(scratch)
+    names = tuple(f"member_{position}" for position in range(len(members)))
+    configs = [read_config(files) for files in members]
+    for name, config in zip(combine.adapters, configs, strict=True):
+        _refuse_lost_settings(name, config)
+    model: Any = None
+    brought: list[dict[str, torch.Tensor]] = []
+    arrivals: list[Arrival] = []
+    for name, files, config, tensors in zip(names, members, configs, weights, strict=True):
+        if model is None:
+            model = inject(scratch, config, base, name)
+        else:
+            _add(model, name, config)
+        injected_anew = partial(_injected, base, members, config, name)
+        loaded, arrival = load_weights(
+            model,
+            base,
+            files,
+            tensors,
+            adapter_name=name,
+            injected_anew=injected_anew,
+        )
+        brought.append(loaded)
+        arrivals.append(arrival)
+    _refuse_unweighted(model, base, slots, brought, combine)
+    torch.manual_seed(combine.seed)
+    options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
+    try:
+        model.base_model.add_weighted_adapter(
+            list(names),
+            list(combine.weights),
+            ADAPTER_NAME,
+            combination_type=combine.method,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+        model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
+    except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
+        raise Refused(_not_combinable(error, combine)) from error
+    _refuse_left_out(model, names, combine)
+    return Loaded(
+        model=model,
+        config=model.peft_config[ADAPTER_NAME],
+        state={key: tensor for one in brought for key, tensor in one.items()},
+        arrivals=tuple(arrivals),
+        targeted=targeted_modules(model),
+        slots=slots,
+        sharers=sharers,
+        seed=combine.seed if "dare" in combine.method else None,
+    )
+
+
+def _fitted(base: Base, members: tuple[AdapterFiles, ...]) -> Any:
+    """A scratch with the vocabulary of the first member that brings another one; PEFT refuses members of two sizes."""
+    scratch = base.scratch()
+    any(fit_vocabulary(scratch, files) for files in members)
+    return scratch
+
+
+def _injected(base: Base, members: tuple[AdapterFiles, ...], config: Any, name: str) -> Any:
+    return inject(_fitted(base, members), config, base, name)
+
+
+def _refuse_lost_settings(name: str, config: Any) -> None:
+    """Settings that PEFT's add_weighted_adapter accepts and loses: the result is not the weighted sum of the deltas.
+
+    Shown with plain PEFT in tests/engine/test_combine.py.
+    """
+    settings = {
+        "use_rslora": getattr(config, "use_rslora", False),
+        "lora_bias": getattr(config, "lora_bias", False),
+        "use_dora": getattr(config, "use_dora", False),
+        "use_bdlora": getattr(config, "use_bdlora", None),
+        "kasa_config": getattr(config, "kasa_config", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
+    }
+    lost = next((setting for setting, value in settings.items() if value), None)
+    if lost is not None:
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
+                hint="merge this adapter by itself, or retrain it without that setting before combining it",
+                origin=Origin.CONFIG,
+            )
+        )
+
+
+def _refuse_unweighted(
+    model: Any, base: Base, slots: Mapping[tuple[int, str], str], brought: Sequence[Tensors], combine: Combine
+) -> None:
+    """Tensors of the base that a member brings whole (biases, embeddings): PEFT's load writes them, without a weight.
+
+    The last one that brings a tensor wins. That is the weighted sum where nobody else changes it, and its weight is 1.
+    Rows for an enlarged vocabulary, which the base lacks, have no weight: all who bring them have to agree.
+    """
+    for key, name in written_whole(model, slots, {key for tensors in brought for key in tensors}).items():
+        holders = [number for number, tensors in enumerate(brought) if key in tensors]
+        ours = base.tensors[name]
+        held = [_split(brought[one][key], ours) for one in holders]
+        with base.filled([name]):
+            changed = [one for one, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
+        added = [new for _, new in held]
+        if not all(_is_equal(added[0], one) for one in added[1:]):
+            raise Refused(_two_vocabularies(name, [combine.adapters[one] for one in holders]))
+        if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"{combine.adapters[changed[0]]} brings {name} whole, and PEFT combines it without its "
+                    "weight: it weighs factors of LoRA only",
+                    hint="merge this adapter by itself, or combine members without trained biases or embeddings",
+                    module=name.rpartition(".")[0],
+                    tensor=name,
+                    origin=Origin.CONFIG,
+                )
+            )
+
+
+def _split(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that the base has as well, and those that it lacks."""
+    rows = len(ours) if ours.dim() else 0
+    return (theirs[:rows], theirs[rows:]) if 0 < rows < len(theirs) else (theirs, theirs.flatten()[:0])
+
+
+def _two_vocabularies(name: str, holders: Sequence[str]) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=f"{listing(holders)} bring other values for the rows of {name} that the base lacks, and PEFT "
+        "takes those of the last one",
+        hint="merge each by itself, or train them from one base whose vocabulary has been enlarged and saved",
+        module=name.rpartition(".")[0],
+        tensor=name,
+        origin=Origin.CONFIG,
+    )
+
+
+def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a member's tensor is the base's, perhaps in another dtype."""
+    theirs = theirs.to(ours.device)
+    return same_values(ours, theirs.to(ours.dtype)) or same_values(ours.to(theirs.dtype), theirs)
+
+
+def _refuse_left_out(model: Any, names: Sequence[str], combine: Combine) -> None:
+    """What a member has trained and the combination does not have."""
+    for number, name in enumerate(names):
+        lost = [path for path, module in model.named_modules() if _has_lost(module, name)]
+        if lost:
+            paths = [path.removeprefix(ADAPTER_PREFIX) for path in lost]
+            raise Refused(
+                Refusal(
+                    check="not-mergeable",
+                    message=f"PEFT leaves {listing(paths)} of {combine.adapters[number]} out of the combination: it "
+                    "takes layers_to_transform and exclude_modules of the first member, and no module that is trained "
+                    "whole (modules_to_save)",
+                    hint="name the member that adapts the most layers first; merge one with a trained head by itself",
+                    module=paths[0],
+                    origin=Origin.CONFIG,
+                )
+            )
+
+
+def _has_lost(module: Any, name: str) -> bool:
+    if isinstance(module, ModulesToSaveWrapper):
+        return name in module.modules_to_save
+    if not isinstance(module, LoraLayer):
+        return False
+    held = {*module.lora_A, *module.lora_embedding_A}
+    return name in held and ADAPTER_NAME not in held
+
+
+def _add(model: Any, name: str, config: Any) -> None:
+    try:
+        model.add_adapter(name, config)
+    except Exception as error:  # as above
+        raise Refused(
+            Refusal(
+                check="not-mergeable",
+                message=f"PEFT cannot put a second adapter beside the first: {first_line(error)}",
+                hint="combine adapters of one method only, without fully trained modules in common",
+                origin=Origin.CONFIG,
+            )
+        ) from error
+
+
+def _not_combinable(error: Exception, combine: Combine) -> Refusal:
+    return Refusal(
+        check="not-mergeable",
+        message=(
+            f"PEFT cannot combine {listing(combine.adapters, 6)} by {combine.method}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ),
+        hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
+        origin=Origin.CONFIG,
+    )

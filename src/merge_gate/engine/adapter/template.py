@@ -1,0 +1,119 @@
+"""A scratch with an adapter's layers in place, used again for the next adapter of the same config and tensor names.
+
+In: a scratch into which PEFT has just injected. Out: the same, as it was then, but for its factors. Of adapters that
+differ in their values only, PEFT's injection is most of what loading costs; half of that are initial values (and, for
+DoRA, norms of the base's rows) that the load overwrites. So PEFT makes the factors without any, on the meta device.
+
+It serves only adapters that leave it as it was: every layer merged in blocks, nothing of the base overwritten. Its
+factors are NaN before each load, so that nothing of the adapter before can be taken for the next one's. What follows
+from names and places alone is asked of the first adapter of a kind, and holds for all (`Layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.engine.tensors.hollow import CASTABLE
+from merge_gate.records.files import AdapterFiles
+
+DORA = (
+    variants.DoraLinearVariant,
+    variants.DoraEmbeddingVariant,
+    variants.DoraConv1dVariant,
+    variants.DoraConv2dVariant,
+    variants.DoraConv3dVariant,
+)
+"""PEFT's classes for the layers of a DoRA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What adapters of one kind have in common once they are loaded.
+
+    `keys` has the model's key of each tensor that PEFT would save, by the name that it would have in the file.
+    `targeted` is that of `Loaded`.
+    """
+
+    keys: Mapping[str, str]
+    targeted: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class Template:
+    """`kind` says for which adapters it is. `children` are the modules of each module, which PEFT's unloading replaces.
+
+    `slots` and `sharers` are those of `Loaded`. It has a `layout` once an adapter has been loaded into it.
+    """
+
+    kind: object
+    model: Any
+    config: Any
+    slots: dict[tuple[int, str], str]
+    sharers: dict[str, tuple[str, ...]]
+    children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    layout: Layout | None = None
+
+    def renew(self) -> None:
+        """As after the injection, with NaN for its factors."""
+        for module, children in self.children:
+            module._modules.clear()
+            module._modules.update(children)
+        self.model.base_model.model.peft_config = self.model.peft_config
+        for layer in self._layers():
+            layer.merged_adapters.clear()
+            for _, _, factor in parameters_of(layer):
+                factor.data.fill_(torch.nan)
+
+    def holds(self, keys: set[str]) -> bool:
+        """Whether these keys of the model are factors of the adapter, and none is a tensor of the base."""
+        own = {id(factor) for layer in self._layers() for _, _, factor in parameters_of(layer)}
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return all(id(named.get(key)) in own for key in keys)
+
+    def _layers(self) -> list[Any]:
+        return [module for module, _ in self.children if isinstance(module, BaseTunerLayer)]
+
+
+def kind_of(files: AdapterFiles) -> object:
+    """Adapters of one kind have the same config, and tensors of the same names, dtypes and shapes."""
+    return files.config.digest, files.tensors
+
+
+def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]:
+    """Every module of a model, and its children now."""
+    return tuple((module, dict(module._modules)) for module in model.modules())
+
+
+def fill_blanks(model: nn.Module) -> bool:
+    """Give NaN to the factors that PEFT has made without values, in the dtype and on the device of its own factors.
+
+    False where the injection cannot stand for one with values: something else was made without, or a variant of LoRA
+    may have put off what it does with them.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # a factor may be that of two layers
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        held = next(layer.get_base_layer().parameters(), None)
+        is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())
+        if held is None or (held.is_floating_point() and held.dtype not in CASTABLE) or not is_usual:
+            return False
+        for module, name, factor in parameters_of(layer):
+            if factor.is_meta and factor not in filled:
+                values = torch.full_like(factor, torch.nan, device=held.device)
+                filled[factor] = nn.Parameter(values, requires_grad=factor.requires_grad)
+            module._parameters[name] = filled.get(factor, factor)
+    return not any(one.is_meta for one in (*model.parameters(), *model.buffers()))
+
+
+def parameters_of(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter of the adapter in a tuner layer, with the module that holds it and its name there."""
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    modules = (module for one in held if isinstance(one, nn.Module) for module in one.modules())
+    for module in modules:
+        yield from ((module, name, one) for name, one in list(module._parameters.items()) if one is not None)

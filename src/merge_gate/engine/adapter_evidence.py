@@ -1,0 +1,276 @@
+"""Adapter + base → `Evidence`: what was measured of one adapter, assembled. Judges nothing.
+
+In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusal` that says why there are none.
+
+1. Read every tensor of the adapter's file, and measure it.            weights.py, measure.py
+2. Load it on a scratch, by PEFT, and see what arrived.                load_adapter.py, arrival.py
+3. Refuse what PEFT merges wrongly.                                    known_defects.py, custom_forward.py
+4. Say of each broken tensor of the file whether a merge reads it.     unused_tensors.py
+5. Say which layers do nothing until they are merged.                  unread_layers.py, direct_reads.py
+6. Merge, layer by layer: in blocks where PEFT bears witness.          walk.py, plan.py
+7. Account for every parameter and persistent buffer.                  ledger.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
+
+from merge_gate.engine.adapter.arrival import promised_tensors
+from merge_gate.engine.adapter.combine import combined
+from merge_gate.engine.adapter.inject import written_whole
+from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
+from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
+from merge_gate.engine.adapter.weights import read_weights
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.merge.walk import Progress, Walk
+from merge_gate.engine.probes.custom_forward import refuse_other_merges
+from merge_gate.engine.probes.unread_layers import unread_layers
+from merge_gate.engine.probes.unused_tensors import with_use
+from merge_gate.engine.tensors.measure import measure, same_values
+from merge_gate.engine.tensors.quantized import is_quantized
+from merge_gate.errors import Refused
+from merge_gate.records.config import Combine
+from merge_gate.records.files import AdapterFiles
+from merge_gate.records.measured import NO_LEEWAY, Evidence, FileTensor, Leeway, TensorMerge
+from merge_gate.tensor_names import ADAPTER_PREFIX
+
+
+def merge_adapter(
+    base: Base,
+    files: AdapterFiles,
+    *,
+    leeway: Leeway = NO_LEEWAY,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Merge one adapter into a scratch of the base and measure everything.
+
+    Args:
+        base: the loaded base; unchanged afterwards.
+        files: what the preflight read of the adapter.
+        leeway: which figures may be estimated instead of measured.
+        progress: called with layers merged, layers in all, and the layer's name.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: the machine is too small.
+    """
+    return _evidence(
+        base, (files,), lambda weights: load_adapter(base, files, weights[0]), leeway=leeway, progress=progress
+    )
+
+
+def merge_combination(
+    base: Base,
+    members: tuple[AdapterFiles, ...],
+    combine: Combine,
+    *,
+    leeway: Leeway = NO_LEEWAY,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Combine adapters by PEFT's `add_weighted_adapter`, then as `merge_adapter`."""
+    return _evidence(
+        base,
+        members,
+        lambda weights: combined(base, members, weights, combine),
+        leeway=leeway,
+        progress=progress,
+    )
+
+
+Weights = tuple[dict[str, torch.Tensor], ...]
+
+
+def _evidence(
+    base: Base,
+    members: tuple[AdapterFiles, ...],
+    load: Callable[[Weights], Loaded],
+    *,
+    leeway: Leeway,
+    progress: Progress | None,
+) -> Evidence:
+    """What came of it; from the start again where something read a tensor that had no values (hollow.py).
+
+    That tensor has them for good from then on, so there is an end.
+    """
+    started = time.perf_counter()
+    while True:
+        try:
+            evidence = _attempt(base, members, load, leeway=leeway, progress=progress)
+        except Exception:
+            if base.was_misread():
+                continue
+            raise
+        if not base.was_misread():
+            return replace(evidence, seconds=time.perf_counter() - started)
+
+
+def _attempt(
+    base: Base,
+    members: tuple[AdapterFiles, ...],
+    load: Callable[[Weights], Loaded],
+    *,
+    leeway: Leeway,
+    progress: Progress | None,
+) -> Evidence:
+    known = Evidence(base=base.facts, peft_type=members[0].config.peft_type, parameters_total=base.facts.parameters)
+    try:
+        weights = tuple(read_weights(files) for files in members)
+        measured = tuple(measure(tensor, name) for file in weights for name, tensor in file.items())
+        known = replace(known, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
+        with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            # torch trusts the indices of a sparse tensor, and some methods take them from the file
+            warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
+            loaded = load(weights)
+            if loaded.is_first:  # no rule asks for values of an adapter
+                refuse_wrong_merges(loaded.model, loaded.config)
+            refuse_other_merges(base, loaded)
+            whole = written_whole(loaded.model, loaded.slots, loaded.state)
+            brought = set(whole.values())
+            riding = whole | _buffers(base, loaded)
+            unnamed = _unnamed(base, loaded, riding) if riding else ()
+            enlarged = _enlarged(base, loaded) - brought
+            known = replace(known, file_tensors=with_use(base, loaded, measured))
+            tokens = _tokens(loaded) if loaded.sharers else {}
+            known = replace(known, unread=unread_layers(base, loaded))
+            walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
+            walk.run()
+            differing = tuple(walk.differing)
+            if differing:  # PEFT's own merge alone decides
+                loaded = load(weights)
+                walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress, in_blocks=False)
+                walk.run()
+            if not walk.layers_by_peft:
+                base.template = loaded.template
+    except Refused as refused:
+        return replace(known, refusal=refused.refusal)
+    merges = walk.ledger.merges
+    return replace(
+        known,
+        file_tensors=tuple(_with_place(one, merges) for one in known.file_tensors),
+        missing=tuple(name for arrival in loaded.arrivals for name in arrival.missing),
+        dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
+        unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
+        targeted=loaded.targeted,
+        merges=tuple(merges.values()),
+        shared=_shared(loaded),
+        tied=walk.ledger.tied(loaded.sharers, tokens),
+        mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
+        refused_by_safe_merge=tuple(walk.refused),
+        unnamed=unnamed,
+        initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
+        witnessed=tuple(walk.witnessed),
+        differing=differing,
+        layers_in_blocks=len(walk.blocks),
+        layers_by_peft=walk.layers_by_peft,
+        seed=loaded.seed,
+        parameters_checked=walk.ledger.checked,
+        parameters_bounded=sum(merge.bounded for merge in merges.values()),
+        parameters_total=walk.ledger.total,
+    )
+
+
+def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str, ...]:
+    """Of the base's tensors that the file brings whole (parameters and buffers) those that it changes unasked.
+
+    PEFT saves what the config names (`bias`, `modules_to_save`), and embedding and head (`save_embedding_layers`).
+    """
+    promised = {
+        key
+        for adapter in loaded.model.peft_config
+        for name, (held, _) in promised_tensors(loaded.model, adapter).items()
+        for key in (name, held)
+    }
+    model = loaded.model.get_base_model()
+    ends = [module for path, module in model.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        ends += [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    of_ends = {
+        loaded.slots.get((id(inner), attribute))
+        for end in ends
+        for inner in end.modules()
+        for attribute in inner._parameters
+    }
+    asked = {name for key, name in whole.items() if key in promised} | of_ends
+    return tuple(
+        sorted({name for key, name in whole.items() if name not in asked and _replaces(base, name, loaded.state[key])})
+    )
+
+
+def _buffers(base: Base, loaded: Loaded) -> dict[str, str]:
+    """Of the keys that were loaded those of the base's own buffers, and what the base calls them."""
+    keys = {key for key, _ in loaded.model.named_buffers() if key in loaded.state}
+    return {key: name for key in keys if (name := key.removeprefix(ADAPTER_PREFIX)) in base.tensors}
+
+
+def _replaces(base: Base, name: str, tensor: torch.Tensor) -> bool:
+    known = base.tensors[base.first_name(name)]
+    if is_quantized(known) or known.shape != tensor.shape:
+        return True
+    with base.filled([base.first_name(name)]):
+        return not same_values(known.data, tensor.to(known.device, known.dtype))
+
+
+def _not_finite(base: Base) -> list[str]:
+    return [name for name, stats in base.stats.items() if not stats.finite]
+
+
+def _tokens(loaded: Loaded) -> dict[str, int]:
+    """Whose trained tokens a module of the base carries: PEFT links a head to its embedding's.
+
+    The model's embedding and head are there in any case, with tokens of their own where they carry none.
+    """
+    model, found = loaded.model.get_base_model(), {}
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
+        found = {path: id(module) for path, module in model.named_modules() if id(module) in ends}
+    return found | {
+        path.removesuffix(".token_adapter"): id(layer.tied_adapter or layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, TrainableTokensLayer)
+    }
+
+
+def _made_up(base: Base, whole: set[str]) -> set[str]:
+    """Tensors that the base's files lack and that the adapter does not bring whole: a delta is added to noise."""
+    return set(base.initialised & base.tensors.keys()) - whole
+
+
+def _enlarged(base: Base, loaded: Loaded) -> set[str]:
+    """Tensors that got rows for a larger vocabulary, but for those that the adapter has trained whole."""
+    modules = list(loaded.model.modules())
+    trained = {
+        id(module)
+        for wrapper in modules
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for module in wrapper.original_module.modules()
+    }
+    return {
+        name
+        for module in modules
+        for attribute, tensor in module._parameters.items()
+        if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
+        and id(module) not in trained
+        and tensor.dim() == base.tensors[name].dim()
+        and tensor.shape[:1] > base.tensors[name].shape[:1]  # some have no dimension at all
+    }
+
+
+def _with_place(one: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:
+    """A broken tensor that stands in the merged model as it is in the file is used, whatever a merge reads."""
+    merge = merges.get(one.stats.name.removeprefix(ADAPTER_PREFIX))
+    return replace(one, used=True) if merge is not None and not merge.stats.finite and not one.stats.finite else one
+
+
+def _shared(loaded: Loaded) -> tuple[tuple[str, str], ...]:
+    """Modules of the base that hold a tensor of an earlier one."""
+    firsts = {name: name.rpartition(".")[0] for name in loaded.sharers}
+    return tuple(
+        (path, firsts[name]) for name, paths in loaded.sharers.items() for path in paths if path != firsts[name]
+    )

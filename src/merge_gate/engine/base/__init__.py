@@ -1,0 +1,1 @@
+"""A base model: loaded, measured, in another class or dtype. Imports no PEFT."""

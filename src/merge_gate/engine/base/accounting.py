@@ -1,0 +1,317 @@
+"""Whether every stored tensor of a base, and every parameter of its class, is accounted for.
+
+In: a base's directory and a `ModelClass`. Out: an `Account`, or an error with the check of bases that it is. Runs on
+headers alone, before a weight is read. Knows no PEFT.
+
+1. A stored tensor that belongs to a loaded weight is loaded with it: a scale, packed codes, a wrapped layer.
+2. All tensors that a quantizer takes together are there, if they are there for other layers.
+3. Numbers are stored for a parameter of numbers, not codes.
+4. Each parameter of the base's own class has a source. A head of another task need not have one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from merge_gate.engine.base.loaded_base import Base, ModelClass, head, loads_as_usual
+from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
+from merge_gate.errors import EngineError
+from merge_gate.judging.checks.base_checks import FETCH_AGAIN, describe_incomplete
+from merge_gate.records.files import AdapterFiles, BaseFiles
+from merge_gate.tensor_names import ADAPTER_PREFIX
+from merge_gate.text import counted, listing
+
+_PART = re.compile(
+    r"(?P<stem>.+?)(?:\.weight)?[._](?P<part>"
+    r"weight_scale(?:_inv|_2)?|scale_inv|qscale_weight|weight_packed|weight_shape|weight_zero_point|zero_point|scales?"
+    r"|qweight|qzeros|g_idx|q_weight|q_scale|q_scale_max|q_groups|q_group_map|q_perm|q_invperm"
+    r"|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.\w+|SCB|weight_format|weight_qdata|blocks|W_q"
+    r"|_data|_scale|_shift|base_layer\.weight|original_module\.weight)"
+)
+"""What belongs to a weight, behind the name of its module: scales and codes of quantizers, PEFT's wrapped layers."""
+
+_WRAPPED = ("base_layer.weight", "original_module.weight")
+
+_STALE = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|num_batches_tracked|attn\.bias|attention\.bias)$")
+"""Buffers that earlier releases stored and that the model computes: transformers expects to find them."""
+
+NEED_NOT_BE_STORED = frozenset({"pooler", "masked_spec_embed", "mask_token"})
+"""Parts of names: a pooler that nothing was trained with, and what stands in for masked inputs in training alone."""
+
+_CODES = ("F8", "I", "U", "BOOL")
+"""How safetensors' names of dtypes begin in which codes are stored."""
+
+MOST_FILES = 200
+"""No more files than this are searched for tensors that a base lacks."""
+
+_REMEDY = (
+    "fetch the base again, all files of one commit; if it is quantized, restore the config.json with its "
+    "quantization_config, or name the base without quantization"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What is known of a base before it is loaded.
+
+    Attributes:
+        incomplete: parameters of the base's own class that its files lack.
+        unloaded: stored tensors that are not part of the model and not of a loaded weight.
+        map: None if the headers allow none: then the load itself says what its files lack.
+    """
+
+    incomplete: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    map: TensorMap | None = None
+
+
+def account_for(directory: str, shape: ModelClass, label: str, files: BaseFiles | None = None) -> Account:
+    """Account for a base on its headers, which `files` has if they were read before.
+
+    Raises:
+        EngineError: its files contradict each other or config.json.
+    """
+    model_class = getattr(transformers, shape.class_name, None)
+    if model_class is None or not loads_as_usual(model_class):
+        return Account()
+    try:
+        stored = files.tensors if files is not None and files.tensors else stored_tensors(directory)
+        found = tensor_map(model_class, directory, stored, **head(shape))
+    except NoMapError:
+        return Account()
+    refuse_left_out(found, label)
+    refuse_torn_groups(found, label)
+    refuse_codes(found, label)
+    if type(found.model).__name__ not in _architectures(found.model, directory):
+        refuse_strangers(found.model, found.missing, label)
+    return Account(
+        incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
+        unloaded=tuple(name for name in sorted(found.unloaded) if _is_notable(name, found)),
+        map=found,
+    )
+
+
+def settle(base: Base, account: Account, directory: str) -> None:
+    """Write into a loaded base's facts what is known of its files.
+
+    Raises:
+        EngineError: the load has shown what the headers could not: its files contradict each other.
+    """
+    incomplete, unloaded = account.incomplete, account.unloaded
+    if account.map is None:
+        names = set(base.model.state_dict())
+        left = [name for name in sorted(base.unexpected) if belongs_to(name, names)]
+        if left:
+            _refuse_left_out(base.source.label, "its weight files", left, type(base.model).__name__)
+        unloaded = tuple(name for name in sorted(base.unexpected) if not _STALE.search(name))
+    missing = base.initialised - set(base.facts.replaced)
+    incomplete = tuple(sorted({*incomplete, *own_missing(missing, base.model, directory)}))
+    base.facts = replace(base.facts, incomplete=incomplete, unloaded=unloaded)
+
+
+def _partly_stacked(found: TensorMap) -> frozenset[str]:
+    """Tensors that lack some of the stored ones they are stacked of: of experts, those of one are not there."""
+    stacked = {target for group in found.groups if "MergeModulelist" in group.conversion for target in group.targets}
+    failed = {target for group in found.groups if group.failed for target in group.targets}
+    return (found.mismatched | failed) & stacked
+
+
+def _is_notable(name: str, found: TensorMap) -> bool:
+    return name in found.unexpected or not _STALE.search(name)
+
+
+# --- 1. ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_left_out(found: TensorMap, label: str) -> None:
+    """Raise an EngineError if a stored tensor is not loaded although it belongs to a weight of the model."""
+    names = set(found.model.state_dict())
+    left = [name for name, renamed in sorted(found.unloaded.items()) if belongs_to(renamed, names)]
+    if not left:
+        return
+    _refuse_left_out(label, found.stored[left[0]].file, left, type(found.model).__name__)
+
+
+def _refuse_left_out(label: str, file: str, left: list[str], class_name: str) -> NoReturn:
+    wrapped = [name for name in left if name.endswith(_WRAPPED)]
+    what = (
+        f"{counted(len(wrapped), 'weight')} of a model that PEFT had wrapped ({listing(wrapped, 3)})"
+        if wrapped
+        else f"{counted(len(left), 'tensor')} of its weights that {class_name} does not load ({listing(left, 3)})"
+    )
+    raise EngineError(
+        f"base {label}: {file} holds {what}; the model in memory would not be the model in the files",
+        hint="save the base again after unloading the adapter (get_base_model)" if wrapped else _REMEDY,
+        check="base-inconsistent",
+        tensor=left[0],
+    )
+
+
+def belongs_to(name: str, names: Collection[str]) -> bool:
+    """Whether a stored tensor is a part of a weight that the model has; `names` are those of its tensors."""
+    match = _PART.fullmatch(name)
+    return match is not None and (match["stem"] in names or f"{match['stem']}.weight" in names)
+
+
+# --- 2. ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_torn_groups(found: TensorMap, label: str) -> None:
+    """Raise an EngineError if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
+    kinds: dict[tuple[str, str], list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
+    for group in found.groups:
+        if _is_quantizer(group.conversion):
+            sources = {_part(source, group.targets[0]): source for source in group.sources}
+            first = sources[min(sources)]
+            kinds[group.conversion, found.stored[first].dtype].append((first, group.targets[0], frozenset(sources)))
+    for (_, dtype), groups in kinds.items():
+        whole: frozenset[str] = frozenset().union(*(parts for *_, parts in groups))
+        for first, target, parts in groups:
+            if parts < whole and dtype.startswith(_CODES):
+                _refuse_torn(found, first, [_named_part(target, part) for part in sorted(whole - parts)], label)
+        if dtype.startswith("F8") and whole == {""}:
+            first, target, _ = groups[0]
+            _refuse_torn(found, first, [_named_part(target, "_scale_inv")], label)
+
+
+def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -> None:
+    one = found.stored[first]
+    raise EngineError(
+        f"base {label}: {one.file} holds {first} in {DTYPES[one.dtype]}, and lacks {listing(lacking, 3)}: without "
+        f"{'it' if len(lacking) == 1 else 'them'}, codes would be read as weights",
+        hint="fetch the base again, all files of one commit, or name the base without quantization",
+        check="base-inconsistent",
+        tensor=first,
+    )
+
+
+def _part(source: str, target: str) -> str:
+    """What a stored name adds to its parameter's: `.absmax` to `weight`, `_scale_inv`, `_blocks`; `/SCB` next to it."""
+    last = target.rpartition(".")[2]
+    at = source.rfind(last)
+    return source[at + len(last) :] if at >= 0 else f"/{source.rpartition('.')[2]}"
+
+
+def _named_part(target: str, part: str) -> str:
+    return f"{target.rpartition('.')[0]}.{part[1:]}" if part.startswith("/") else f"{target}{part}"
+
+
+# --- 3. ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_codes(found: TensorMap, label: str) -> None:
+    """Raise an EngineError if integers are stored for a parameter of floating point that no quantizer makes."""
+    tensors = dict(_named(found.model))
+    for group in found.groups:
+        expected = tensors.get(group.targets[0])
+        if group.failed or expected is None or not expected.is_floating_point() or _is_quantizer(group.conversion):
+            continue
+        for source in group.sources:
+            one = found.stored[source]
+            if not _torch_dtype(one.dtype).is_floating_point and not _torch_dtype(one.dtype).is_complex:
+                raise EngineError(
+                    f"base {label}: {one.file} holds {source} in {DTYPES[one.dtype]}, and "
+                    f"{type(found.model).__name__} needs numbers there: codes would be read as weights",
+                    hint=_REMEDY,
+                    check="base-inconsistent",
+                    tensor=source,
+                )
+
+
+def _is_quantizer(conversion: str) -> bool:
+    return conversion != RENAMED and ("equantize" in conversion or "eserialize" in conversion)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
+
+
+def _named(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+# --- 4. ------------------------------------------------------------------------------------------------------------
+
+
+def own_missing(missing: Iterable[str], model: Any, directory: str) -> tuple[str, ...]:
+    """Of the parameters without a source, those of the class that the base itself names; in order.
+
+    A base that names no class has a body: what lies outside of it may be a head of another task.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    lacking = [name for name in sorted(set(missing) & parameters) if NEED_NOT_BE_STORED.isdisjoint(name.split("."))]
+    if not lacking:
+        return ()
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    own = _own_names(model, directory)
+    if own is None:
+        is_body = not prefix or not hasattr(model, model.base_model_prefix)
+        return tuple(name for name in lacking if is_body or name.startswith(prefix))
+    return tuple(name for name in lacking if not own.isdisjoint((name, f"{prefix}{name}", name.removeprefix(prefix))))
+
+
+def _own_names(model: Any, directory: str) -> set[str] | None:
+    """Names of the parameters of the class that config.json names; None if it names none that transformers has."""
+    named = next((name for name in _architectures(model, directory) if hasattr(transformers, name)), None)
+    if named is None:
+        return None
+    if named == type(model).__name__:
+        return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    try:
+        own_class = getattr(transformers, named)
+        config = own_class.config_class.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            return {name for name, _ in own_class(config).named_parameters(remove_duplicate=False)}
+    except Exception:  # a class that cannot be built here names nothing
+        return None
+
+
+def _architectures(model: Any, directory: str) -> tuple[str, ...]:
+    try:
+        config = type(model).config_class.from_pretrained(directory, local_files_only=True)
+    except Exception:
+        return ()
+    return tuple(name for name in config.architectures or () if isinstance(name, str))
+
+
+def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:
+    """Whether adapters' files have a tensor of each of these names, which then replaces the base's."""
+    held = {one.name.removeprefix(ADAPTER_PREFIX) for each in files for one in each.tensors}
+    return all(name in held or name.replace(".weight", ".modules_to_save.weight") in held for name in names)
+
+
+def incomplete(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> EngineError:
+    """The error of a base whose files lack parameters of its own class; it names other files that hold them."""
+    files = sorted({one.file for one in found.stored.values()})
+    where = f" (looked at: {listing(files, 3)})"
+    elsewhere = sorted(_holders(directory, set(files), set(names)))
+    if elsewhere:
+        where += f"; transformers does not read {listing(elsewhere, 3)}, which would have some of them"
+    return EngineError(
+        describe_incomplete(label, names, type(found.model).__name__, where),
+        hint=FETCH_AGAIN,
+        check="base-incomplete",
+        tensor=names[0],
+    )
+
+
+def _holders(directory: str, read: set[str], names: set[str]) -> Iterator[str]:
+    """Other files of the base that hold one of these tensors."""
+    for path in sorted(Path(directory).glob("*.safetensors"))[:MOST_FILES]:
+        if path.name not in read:
+            with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:
+                if not names.isdisjoint(file.keys()):
+                    yield path.name

@@ -1,0 +1,124 @@
+"""A base in another class, over the tensors that are in memory: of a fleet of heads the body is read once.
+
+In: a loaded `Base`, and the `ModelClass` of another class or another number of labels. Out: a `Base` of that class over
+the same storage, or None where transformers would make something else of it: then it is loaded from its files. Nothing
+writes to a base, so nothing is copied. Knows nothing of PEFT.
+
+1. An outline of the class is loaded from the files on torch's meta device, where tensors have names, shapes and dtypes
+   and no data.
+2. transformers loads the class once more, from the tensors in memory, and from the files what the first class has no
+   place for (another head).
+3. Both loads lack the same names, have the same shapes and dtypes, and what came from memory is still there: a tensor
+   that was copied was cast, and may have been rounded twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from merge_gate.engine.base.loaded_base import (
+    Base,
+    Loading,
+    ModelClass,
+    head,
+    load_informed,
+    loads_as_usual,
+    measure_base,
+    named_tensors,
+    place_of,
+    refuse_mismatches,
+)
+from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.records.terms import Quantization
+
+
+def in_another_class(known: Base, shape: ModelClass) -> Base | None:
+    """The base as another class has it.
+
+    Args:
+        known: the base as it is loaded; unchanged afterwards. It may be let go of: the tensors stay.
+        shape: the other class, or number of labels.
+    """
+    model_class = getattr(transformers, shape.class_name)
+    if known.facts.quantization != Quantization.NONE or not loads_as_usual(model_class):
+        return None
+    try:
+        model, loading = _built(known, model_class, shape)
+    except Exception:  # what cannot be loaded this way is loaded from its files, and says there what is wrong with it
+        return None
+    if model is None:
+        return None
+    stats = {place_of(tensor): known.stats[name] for name, tensor in known.tensors.items() if tensor.numel()}
+    shared = measure_base(model, known.source, loading, stats, known.hollow)
+    return None if shared.was_misread() else shared
+
+
+def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loading]:
+    # 1.
+    directory, on_meta = known.source.directory, {"device_map": "meta"}
+    outline, expected = load_informed(model_class, directory, **known.source.options, **head(shape), **on_meta)
+    refuse_mismatches(expected, known.source.label, shape)
+    refuse_strangers(outline, expected.initialised, known.source.label)
+    # 2.
+    config = outline.config
+    held = {name: tensor.detach() for name, tensor in known.tensors.items() if name not in known.initialised}
+    again: dict[str, Any] = {"config": config, "dtype": config.dtype, "state_dict": held}
+    lacking = load_informed(model_class, None, **again, **on_meta)[1].initialised - expected.initialised
+    held |= dict(_stored(Path(directory), lacking, outline.base_model_prefix))
+    model, loading = load_informed(model_class, None, **again)
+    # 3.
+    places = {place_of(tensor) for tensor in known.tensors.values()}
+    found = {name: tensor for name, _, tensor in named_tensors(model)}
+    anew = {name for name, tensor in found.items() if place_of(tensor) not in places}
+    is_same = (
+        loading.initialised == expected.initialised
+        and anew <= expected.initialised | lacking
+        and _outlines(found) == _outlines({name: tensor for name, _, tensor in named_tensors(outline)})
+    )
+    return (model if is_same else None), expected
+
+
+def _stored(directory: Path, lacking: frozenset[str], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the files by these names, with or without the prefix of the body; mapped, not read."""
+    if not lacking:
+        return
+    names = {other for name in lacking for other in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))}
+    for path in _files(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(names.intersection(file.keys())):
+                yield name, file.get_tensor(name)
+
+
+def stored_names(directory: Path) -> set[str]:
+    """Names of the tensors in the base's files."""
+    names: set[str] = set()
+    for path in _files(directory):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def _files(directory: Path) -> list[Path]:
+    """Found as transformers' own load finds them: by config.json, else one file, else the shards of an index."""
+    named = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
+    whole = directory / SAFE_WEIGHTS_NAME
+    if named is None and whole.exists():
+        named = SAFE_WEIGHTS_NAME
+    index = named or SAFE_WEIGHTS_INDEX_NAME
+    if not index.endswith(".json"):
+        return [directory / index]
+    shards, _ = get_checkpoint_shard_files(str(directory), str(directory / index))
+    return [Path(shard) for shard in shards]
+
+
+def _outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

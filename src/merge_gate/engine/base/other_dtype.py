@@ -1,0 +1,170 @@
+"""A base in another dtype, cast from the one that is in memory: of several dtypes the files are read once.
+
+In: a loaded `Base`, and the dtype that is wanted. Out: a `Base` whose weights are cast when they are read and let go of
+after (hollow.py), or None where it would not be what `from_pretrained` gives in that dtype: then it is loaded.
+
+1. Every tensor of the known base is the file's own bytes, mapped: whatever was cast before is rounded already, and
+   what was computed (fused experts) may round elsewhere.
+2. An outline of the base in the other dtype is loaded from the files on torch's meta device: names, shapes, and the
+   dtypes that transformers gives to each (some stay in float32).
+3. transformers loads it once more, from tensors of those dtypes: hollow, cast, or the known base's own. They are all in
+   their places afterwards, and nobody has looked at their values.
+4. A cast is monotone, so it takes the extremes of a tensor to the extremes of the cast; where one is not finite, and
+   where the tensor is not, the cast is measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from merge_gate.engine.base.loaded_base import (
+    Base,
+    ModelClass,
+    Place,
+    Source,
+    head,
+    load_informed,
+    loads_as_usual,
+    measure_base,
+    named_tensors,
+    place_of,
+    refuse_mismatches,
+)
+from merge_gate.engine.base.other_class import stored_names
+from merge_gate.engine.tensors.hollow import CASTABLE, LEAST_ELEMENTS, Hollow
+from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.records.measured import TensorStats
+from merge_gate.records.terms import Quantization
+
+Tensors = dict[str, torch.Tensor]
+
+
+def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str) -> Base | None:
+    """The base as `from_pretrained` gives it in another dtype.
+
+    Args:
+        known: the base as it is loaded; unchanged afterwards.
+        shape: its class and head.
+        directory: its files, which are the same as when it was loaded.
+        dtype: the dtype that is asked for, as the configuration spells it.
+    """
+    source = known.source
+    if known.facts.quantization != Quantization.NONE or source.device.type != "cpu" or known.hollow is not None:
+        return None
+    if not loads_as_usual(getattr(transformers, shape.class_name)) or not is_mapped(known):
+        return None
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return _cast(known, shape, replace(source, directory=directory, options={**source.options, "dtype": wanted}))
+    except Exception:  # what cannot be made this way is loaded from its files, and says there what is wrong with it
+        return None
+
+
+def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
+    """Whether the files hold the base in another dtype, and would be mapped in that: it can be cast from it then."""
+    model_class, options = getattr(transformers, shape.class_name), {"local_files_only": True, "use_safetensors": True}
+    try:
+        config = json.loads(Path(directory, "config.json").read_bytes())
+        stored = str(config.get("dtype") or config.get("torch_dtype"))
+        if stored == dtype or not {stored, dtype} <= {dtype_name(one) for one in CASTABLE}:
+            return False
+        if "quantization_config" in config or not loads_as_usual(model_class):
+            return False
+        outline, expected = load_informed(
+            model_class, directory, dtype="auto", **options, **head(shape), device_map="meta"
+        )
+        names = stored_names(Path(directory))
+    except Exception:  # the load says what is wrong
+        return False
+    prefix = f"{outline.base_model_prefix}."
+    wanted = {name for name, _, _ in named_tensors(outline)} - expected.initialised
+    return all(not names.isdisjoint((name, prefix + name, name.removeprefix(prefix))) for name in wanted)
+
+
+def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
+    model_class = getattr(transformers, shape.class_name)
+    # 2.
+    outline, expected = load_informed(model_class, source.directory, **source.options, **head(shape), device_map="meta")
+    refuse_mismatches(expected, source.label, shape)
+    wanted = {name: tensor for name, _, tensor in named_tensors(outline)}
+    dtypes = {name: tensor.dtype for name, tensor in wanted.items() if name not in expected.initialised}
+    if expected.initialised != known.initialised or _shapes(wanted) != _shapes(known.tensors):
+        return None
+    # 3.
+    sources = {name: known.tensors[name].detach() for name in dtypes}
+    cast = [name for name in dtypes if sources[name].dtype != dtypes[name]]
+    if any(one.dtype not in CASTABLE for name in cast for one in (sources[name], wanted[name])):
+        return None
+    large = {name: sources[name] for name in cast if sources[name].numel() >= LEAST_ELEMENTS}
+    hollow = Hollow(large, dtypes)
+    small = {name: sources[name].to(dtypes[name]) for name in cast if name not in large}
+    given = {**sources, **small, **hollow.tensors}
+    config = outline.config
+    model, loading = load_informed(model_class, None, config=config, dtype=config.dtype, state_dict=dict(given))
+    found = {name: tensor for name, _, tensor in named_tensors(model)}
+    is_same = (
+        loading.initialised == expected.initialised
+        and {name: (one.shape, one.dtype) for name, one in found.items()}
+        == {name: (one.shape, one.dtype) for name, one in wanted.items()}
+        and all(place_of(found[name]) == place_of(tensor) for name, tensor in given.items())
+    )
+    if not is_same:
+        return None
+    # 4.
+    base = measure_base(model, source, expected, dict(_stats(known, given, hollow)), hollow)
+    return None if base.was_misread() else base
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _stats(known: Base, given: Tensors, hollow: Hollow) -> Iterator[tuple[Place, TensorStats]]:
+    """What is known of the tensors that are not there to be measured, or have been."""
+    for name, tensor in given.items():
+        if not tensor.numel():
+            continue
+        if name in hollow.tensors:
+            yield place_of(tensor), _cast_stats(known.stats[name], known.tensors[name], tensor.dtype)
+        elif place_of(tensor) == place_of(known.tensors[name]):
+            yield place_of(tensor), known.stats[name]
+
+
+def _cast_stats(stats: TensorStats, source: torch.Tensor, dtype: torch.dtype) -> TensorStats:
+    extremes = torch.tensor([stats.minimum or 0.0, stats.maximum or 0.0], dtype=source.dtype).to(dtype)
+    if not stats.finite or not extremes.isfinite().all():
+        return measure(source.to(dtype), stats.name)
+    least, most = extremes.tolist()
+    return replace(stats, dtype=dtype_name(dtype), minimum=least, maximum=most)
+
+
+# --- 1. ------------------------------------------------------------------------------------------------------------
+
+
+def is_mapped(known: Base) -> bool:
+    """Whether each of its tensors, but those that its files lack, lies in a file that is mapped into memory."""
+    spans = _mapped_spans()
+    return all(
+        any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end for start, end in spans)
+        for name, tensor in known.tensors.items()
+        if name not in known.initialised and tensor.numel()
+    )
+
+
+def _mapped_spans() -> list[tuple[int, int]]:
+    """Addresses of files that are mapped privately: nobody else can write to them through this mapping."""
+    spans: list[tuple[int, int]] = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        start, end = (int(part, 16) for part in addresses.split("-"))
+        if inode != "0" and spans and spans[-1][1] == start:
+            spans[-1] = spans[-1][0], end
+        elif inode != "0":
+            spans.append((start, end))
+    return spans

@@ -1,0 +1,287 @@
+"""Which stored tensors make which tensors of a model: transformers' own loader, run on headers and recorded.
+
+In: a base's directory, its model class, and the headers of its weight files. Out: `TensorMap`. Reads no weights, and
+knows no PEFT.
+
+transformers loads named tensors of its meta device, which have a shape and a dtype and no data. The names of its
+loader that are recorded (transformers/core_model_loading.py) are checked first: a release without them gives no map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import core_model_loading
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from merge_gate.engine.tensors.quantized import dequantizing_options
+from merge_gate.records.files import StoredTensor
+
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+"""safetensors' names of dtypes, and torch's."""
+
+RENAMED = ""
+"""The conversion of a tensor that keeps its values: it has another name at most."""
+
+
+class NoMapError(Exception):
+    """The headers or this release of transformers do not allow a map; the load itself has to account for the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """Stored tensors that make one or several tensors of the model together.
+
+    `conversion` names transformers' operations on them (RENAMED: none). `failed`: on headers alone, these operations
+    gave no result, because they need values or some of the tensors are missing.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    conversion: str = RENAMED
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorMap:
+    """What becomes of each stored tensor, and where each tensor of the model comes from."""
+
+    stored: Mapping[str, StoredTensor]
+    """The stored tensors by name."""
+    groups: tuple[TensorGroup, ...]
+    """Stored tensors that are loaded, with what they make."""
+    unloaded: Mapping[str, str]
+    """Each stored tensor that is not loaded, and the name that the model would have for it."""
+    unexpected: frozenset[str]
+    """Unloaded tensors that transformers does not expect to find."""
+    missing: frozenset[str]
+    """Tensors of the model without a source. Tied tensors have that of their partner."""
+    mismatched: frozenset[str]
+    """Tensors of the model whose stored shape is another."""
+    model: Any
+    """The model on the meta device."""
+    sources: Mapping[str, tuple[str, ...]] = field(init=False)
+    """Each tensor of the model that is loaded, and the stored tensors that make it."""
+
+    def __post_init__(self) -> None:
+        made = {target: group.sources for group in self.groups for target in group.targets}
+        object.__setattr__(self, "sources", made)
+
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """Each stored tensor that is loaded, and the tensors of the model that it is part of."""
+        return {source: group.targets for group in self.groups for source in group.sources}
+
+
+def stored_tensors(directory: str) -> tuple[StoredTensor, ...]:
+    """The headers of the weight files that transformers loads: one file, or the shards of its index.
+
+    Raises:
+        NoMapError: there are no safetensors files, or they cannot be read.
+    """
+    folder = Path(directory)
+    try:
+        whole = folder / SAFE_WEIGHTS_NAME
+        files = [str(whole)]
+        if not whole.exists():
+            files, _ = get_checkpoint_shard_files(directory, str(folder / SAFE_WEIGHTS_INDEX_NAME))
+        return tuple(tensor for file in files for tensor in _headers(folder, file))
+    except Exception as error:  # the load says what is wrong with the files
+        raise NoMapError(str(error)) from error
+
+
+def _headers(folder: Path, file: str) -> Iterator[StoredTensor]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a mapping
+            part = opened.get_slice(name)
+            shape = tuple(part.get_shape())
+            yield StoredTensor(name=name, dtype=part.get_dtype(), shape=shape, file=str(Path(file).relative_to(folder)))
+
+
+def tensor_map(
+    model_class: Any, directory: str, stored: tuple[StoredTensor, ...], *, dtype: Any = "auto", **config_options: Any
+) -> TensorMap:
+    """Record what transformers' loader makes of these headers.
+
+    Of the directory, only config.json is read. If two headers have one name, the last counts, as in transformers. The
+    options are those that `from_pretrained` passes to the config, such as `num_labels`.
+
+    Raises:
+        NoMapError: transformers cannot load these headers, or has other internals.
+    """
+    by_name = {one.name: one for one in stored}
+    try:
+        config = model_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)
+        given = {name: _on_meta(one) for name, one in by_name.items()}
+        with _quiet(), recorded() as recorder:
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=given,
+                dtype=config.dtype if dtype == "auto" else dtype,
+                **dequantizing_options(config),
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # libraries have their own exceptions; the load will say what is wrong
+        raise NoMapError(f"{type(error).__name__}: {error}"[:400]) from error
+    groups = tuple(recorder.groups())
+    loaded = {source for group in groups for source in group.sources}
+    unloaded = {name: recorder.renamed.get(name, name) for name in by_name if name not in loaded}
+    made = {target for group in groups for target in group.targets}
+    return TensorMap(
+        stored=by_name,
+        groups=groups,
+        unloaded=unloaded,
+        unexpected=frozenset(name for name, renamed in unloaded.items() if _is_expected(renamed, info) is False),
+        missing=frozenset(info["missing_keys"]) - made,
+        mismatched=frozenset(name for name, *_ in info["mismatched_keys"]),
+        model=model,
+    )
+
+
+def _is_expected(renamed: str, info: Mapping[str, Any]) -> bool:
+    return renamed not in info["unexpected_keys"]
+
+
+def _on_meta(one: StoredTensor) -> torch.Tensor:
+    dtype = getattr(torch, DTYPES.get(one.dtype, ""), None)
+    if dtype is None:
+        raise NoMapError(f"{one.name}: torch has no dtype {one.dtype}")
+    return torch.empty(one.shape, dtype=dtype, device="meta")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The loader's report of a base that is only looked at is of no use to anyone."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+# --- the recording ---------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """What the loader did: `renamed` is each stored name and the model's, groups are those of its conversions."""
+
+    def __init__(self) -> None:
+        self.renamed: dict[str, str] = {}
+        self._sources: dict[int, list[str]] = defaultdict(list)
+        self._first: dict[int, str] = {}
+        self._mappings: dict[int, Any] = {}  # keeps each alive, so that no id is used twice
+        self._targets: dict[int, tuple[str, ...]] = {}
+        self._failed: set[int] = set()
+
+    def collect(self, mapping: Any, target: str, source: str) -> None:
+        self._mappings[id(mapping)] = mapping
+        self._sources[id(mapping)].append(source)
+        self._first.setdefault(id(mapping), target)
+
+    def convert(self, mapping: Any, realized: Mapping[str, Any]) -> None:
+        self._targets[id(mapping)] = tuple(realized)
+
+    def fail(self, mapping: Any) -> str:
+        """Note that the conversion gave nothing; the name that its first tensor would have."""
+        self._failed.add(id(mapping))
+        return self._first[id(mapping)]
+
+    def groups(self) -> Iterator[TensorGroup]:
+        for key, sources in self._sources.items():
+            operations = getattr(self._mappings[key], "operations", ())
+            yield TensorGroup(
+                sources=tuple(sources),
+                targets=self._targets.get(key) or (self._first[key],),
+                conversion=", ".join(type(operation).__name__ for operation in operations),
+                failed=key in self._failed,
+            )
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Recorder]:
+    """Record transformers' loader for as long as the `with` block lasts.
+
+    Raises:
+        NoMapError: this release of transformers has other internals.
+    """
+    loader, recorder = core_model_loading, Recorder()
+    transform = getattr(loader, "WeightTransform", None)
+    kinds = [getattr(loader, name, None) for name in ("WeightRenaming", "WeightConverter")]
+    names = (transform is not None and hasattr(transform, "add_tensor"), hasattr(loader, "rename_source_key"))
+    if not all(names) or any(kind is None or "convert" not in vars(kind) for kind in kinds):
+        raise NoMapError(f"transformers {transformers.__version__} has another loader")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(loader, "rename_source_key", lambda own: _renaming(own, recorder)))
+        stack.enter_context(_replaced(transform, "add_tensor", lambda own: _adding(own, recorder)))
+        for kind in kinds:
+            stack.enter_context(_replaced(kind, "convert", lambda own: _converting(own, recorder)))
+        yield recorder
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, wrap: Any) -> Iterator[None]:
+    own = getattr(owner, name)
+    setattr(owner, name, wrap(own))
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def _renaming(own: Any, recorder: Recorder) -> Any:
+    def rename(source_key: str, *args: Any, **options: Any) -> Any:
+        renamed = own(source_key, *args, **options)
+        recorder.renamed[source_key] = renamed[0]
+        return renamed
+
+    return rename
+
+
+def _adding(own: Any, recorder: Recorder) -> Any:
+    def add(self: Any, target_key: str, source_key: str, source_pattern: str, future: Any) -> Any:
+        recorder.collect(self, target_key, source_key)
+        return own(self, target_key, source_key, source_pattern, future)
+
+    return add
+
+
+def _converting(own: Any, recorder: Recorder) -> Any:
+    def convert(self: Any, layer_name: str, **options: Any) -> Any:
+        info = options.get("loading_info")
+        try:
+            realized = own(self, layer_name, **options)
+        except core_model_loading.SkipParameters:
+            if info is None:
+                raise
+            # Tensors are missing, or a quantizer needs values (a state in JSON, an `.item()`), which headers lack.
+            name = recorder.fail(self)
+            info.conversion_errors.pop(layer_name, None)
+            realized = {name: _as_it_is(options["model"], name)}
+        recorder.convert(self, realized)
+        return realized
+
+    return convert
+
+
+def _as_it_is(model: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(owner), last)
+    return found

@@ -1,0 +1,244 @@
+"""A low-rank update, and its delta in blocks of rows that stay in cache, with the bits of PEFT's whole product.
+
+In: the two factors of an update as PEFT holds them after loading. Out: blocks of `scaling · B @ A`. Knows torch and
+nothing else: no PEFT, no models, no files, no weight that the delta is added to.
+
+PEFT multiplies whole tensors (peft/tuners/lora/layer.py, `get_delta_weight`): a float32 product as large as the weight
+and twice as wide, then another one of the same size, scaled. Here both are made a block of rows at a time. Scaling
+works element by element: a block has the bits of the whole. A matrix product does not: it may pick another kernel, and
+with it another order of additions, for another number of rows (MKL does so for a last block of 1, 2, 3, 5, 6, 7 or 9
+rows). Therefore a last block is never short, and each shape is proved before it is used: blocks of a pseudo-random
+product are compared with the whole of it, once per shape and process. Where they differ, and where one block holds the
+whole, the product is PEFT's own expression. The scaling is the product's own `alpha`, where the proof shows that the
+kernel multiplies with it last, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+import threading
+from dataclasses import dataclass, replace
+
+import torch
+
+from merge_gate.engine.tensors.buffers import Buffers
+
+PROOF_ELEMENTS = 1 << 17
+"""A proof compares at least so many elements: at rank 2 another order of additions changes only some of them."""
+
+PROOF_SCALING = 0.3
+"""No power of two: a kernel that scales a factor, and not the product, shows in the bits."""
+
+ALIGNMENT_BYTES = 64
+"""Where torch's allocator puts a tensor. MKL's bits depend on it for some narrow shapes."""
+
+ONE_PROOF_AT_A_TIME = threading.Lock()
+"""A proof holds a whole product: one of them at a time, and no shape proved twice."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LowRankUpdate:
+    """What a LoRA or DoRA adapter does to one weight.
+
+    LoRA adds `scaling · lora_b @ lora_a` to it, (out, r) by (r, in); DoRA gives each of the `out` rows of the sum the
+    length that `magnitude` says. `transposed`: the weight is stored as (in, out), as in transformers' Conv1D and in
+    embeddings, whose rows are PEFT's `in`. The tensors are PEFT's, as it holds them after loading.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    transposed: bool = False
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight as it is stored."""
+        rows, columns = self.lora_b.shape[0], self.lora_a.shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the factors are plain dense floats of one dtype and device, and fit each other."""
+        a, b, m = self.lora_a, self.lora_b, self.magnitude
+        if not (is_plain(a) and is_plain(b)) or a.dim() != 2 or b.dim() != 2:  # noqa: PLR2004
+            return False
+        alike = a.dtype == b.dtype and a.device == b.device and a.shape[0] == b.shape[1]
+        return alike and (m is None or (is_plain(m) and m.shape == b.shape[:1] and m.device == b.device))
+
+    def to(self, device: torch.device) -> LowRankUpdate:
+        """The same on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return replace(self, lora_a=self.lora_a.to(device), lora_b=self.lora_b.to(device), magnitude=magnitude)
+
+    def sampled(self, step: int) -> LowRankUpdate:
+        """The update of every `step`-th row of the stored weight."""
+        a, b = (self.lora_a[:, ::step], self.lora_b) if self.transposed else (self.lora_a, self.lora_b[::step])
+        m = self.magnitude if self.transposed or self.magnitude is None else self.magnitude[::step]
+        return LowRankUpdate(lora_a=a, lora_b=b, scaling=self.scaling, transposed=self.transposed, magnitude=m)
+
+    @torch.no_grad()
+    def delta_norm(self) -> float:
+        """‖scaling · B @ A‖, Frobenius, in float64, from r-by-r matrices only: √tr((BᵀB)(AAᵀ)) · |scaling|.
+
+        Infinite where it is too large for a float; without DoRA's magnitude. Zero where B @ A cancels, and what a merge
+        finds there is rounding: an adapter that is combined with itself, with weights 1 and -1. The rounding is a share
+        of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
+        """
+        a, b = self.lora_a.detach().double(), self.lora_b.detach().double()
+        left, right = b.T @ b, a @ a.T
+        square, parts = float((left * right).sum()), float((left.diagonal() * right.diagonal()).sqrt().sum()) ** 2
+        rounding = min(torch.finfo(dtype).eps for dtype in (torch.float32, self.lora_a.dtype)) / 2
+        if math.isfinite(parts) and square <= rounding**2 * parts:
+            return 0.0
+        return math.sqrt(max(square, 0.0)) * abs(self.scaling)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether this is a dense tensor of floats with values in it."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.dtype in FLOATS
+        and tensor.numel() > 0
+        and not tensor.is_meta
+    )
+
+
+class Proof(enum.Enum):
+    """What was shown of a product in blocks of rows: other bits, the same bits, the same also with a scaling."""
+
+    FAILED = enum.auto()
+    BLOCKS = enum.auto()
+    SCALED = enum.auto()
+
+
+class Delta:
+    """The delta of an update, a block of rows of the stored weight at a time."""
+
+    def __init__(self, update: LowRankUpdate, blocks: tuple[slice, ...], buffers: Buffers) -> None:
+        self._factors = Factors.of(update.lora_a, update.lora_b, transposed=update.transposed)
+        self._scaling, self._buffers = update.scaling, buffers
+        proof = self._factors.proof(blocks, update.scaling)
+        self._alpha = update.scaling if proof is Proof.SCALED else 1.0
+        self._whole = self._factors.whole().mul_(update.scaling) if proof is Proof.FAILED else None
+
+    @property
+    def is_made_anew(self) -> bool:
+        """Whether a block may be written to: it is no part of a whole product that is kept."""
+        return self._whole is None
+
+    def block(self, rows: slice) -> torch.Tensor:
+        """These rows of PEFT's `get_delta_weight`, which the next call overwrites."""
+        delta = self._made(rows) if self._whole is None else self._whole[rows]
+        if self._factors.rounded_to is None:
+            return delta
+        return self._buffers.take("rounded", delta, self._factors.rounded_to).copy_(delta)
+
+    def _made(self, rows: slice) -> torch.Tensor:
+        left, right = self._factors.left[rows], self._factors.right
+        out = self._buffers.of_shape("delta", (left.shape[0], right.shape[1]), left.dtype, left.device)
+        multiplied(left, right, self._alpha, out)
+        return out if self._alpha == self._scaling else out.mul_(self._scaling)
+
+
+def multiplied(left: torch.Tensor, right: torch.Tensor, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """Write alpha · left @ right to `out`, whatever that holds."""
+    return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors in the order in which the weight stores its rows: weight.shape == (left @ right).shape.
+
+    `transposed` for weights stored as (in, out): PEFT takes the transpose of B @ A, the blocks come from Aᵀ @ Bᵀ.
+    `rounded_to` is the dtype of half-precision factors, to which PEFT rounds the scaled product on a CPU.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    transposed: bool
+    rounded_to: torch.dtype | None
+
+    @classmethod
+    def of(cls, lora_a: torch.Tensor, lora_b: torch.Tensor, *, transposed: bool) -> Factors:
+        a, b, rounded_to = _aligned(lora_a.detach()), _aligned(lora_b.detach()), None
+        if b.device.type == "cpu" and b.dtype in HALVES:
+            a, b, rounded_to = a.float(), b.float(), b.dtype
+        return cls(a.T, b.T, transposed, rounded_to) if transposed else cls(b, a, transposed, rounded_to)
+
+    def whole(self) -> torch.Tensor:
+        """PEFT's own expression."""
+        return (self.right.T @ self.left.T).T if self.transposed else self.left @ self.right
+
+    def proof(self, blocks: tuple[slice, ...], scaling: float) -> Proof:
+        """How the product may be made in these blocks of rows."""
+        if len(blocks) == 1:
+            return Proof.FAILED
+        with ONE_PROOF_AT_A_TIME:
+            return _proved(
+                rows=self.left.shape[0],
+                columns=self.right.shape[1],
+                rank=self.left.shape[1],
+                dtype=self.left.dtype,
+                transposed=self.transposed,
+                starts=tuple(block.start for block in blocks),
+                scaling=scaling if _is_normal(scaling, self.left.dtype) else None,
+                threads=torch.get_num_threads(),
+            )
+
+
+@functools.cache
+def _proved(
+    *,
+    rows: int,
+    columns: int,
+    rank: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    starts: tuple[int, ...],
+    scaling: float | None,
+    threads: int,
+) -> Proof:
+    """What blocks of rows of a product of these shapes share with the whole product: a fact of this machine."""
+    del threads  # part of the fact, as the bits could depend on it
+    blocks = [slice(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
+    alphas = [1.0] if scaling is None else [1.0, PROOF_SCALING, scaling]
+    left_out, right_in = (columns, rows) if transposed else (rows, columns)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PROOF_ELEMENTS // (rows * columns) + 1):
+        lora_a = torch.randn(rank, right_in, generator=generator, dtype=dtype)
+        lora_b = torch.randn(left_out, rank, generator=generator, dtype=dtype)
+        factors = Factors.of(lora_a, lora_b, transposed=transposed)
+        whole = factors.whole()
+        alphas = [alpha for alpha in alphas if _same(factors, blocks, whole, alpha)]
+        if 1.0 not in alphas:
+            return Proof.FAILED
+    return Proof.SCALED if scaling is not None and {PROOF_SCALING, scaling} <= set(alphas) else Proof.BLOCKS
+
+
+def _same(factors: Factors, blocks: list[slice], whole: torch.Tensor, alpha: float) -> bool:
+    """Whether the blocks, scaled by the kernel, have the bits of the whole, scaled afterwards."""
+    for rows in blocks:
+        expected = whole[rows] * alpha
+        made = multiplied(factors.left[rows], factors.right, alpha, torch.empty(expected.shape, dtype=expected.dtype))
+        if not torch.equal(made, expected):
+            return False
+    return True
+
+
+def _is_normal(scaling: float, dtype: torch.dtype) -> bool:
+    """Whether a kernel can be given this scaling: BLAS leaves out a product times 0, and NaN with it."""
+    limits = torch.finfo(dtype)
+    return limits.tiny <= abs(scaling) <= limits.max
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, row-major and where torch's allocator would have put it."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % ALIGNMENT_BYTES == 0 else dense.clone()

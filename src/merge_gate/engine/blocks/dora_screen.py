@@ -1,0 +1,187 @@
+"""Which blocks of a DoRA merge can hold its least and its greatest value: as screen.py, with a factor for each row.
+
+In: a dense 16-bit weight and an update with a magnitude, in blocks of rows. Out: the blocks that have to be merged as
+PEFT merges them to know the extremes of the whole merge. Knows torch: no PEFT, no models, no files; judges nothing.
+
+PEFT computes S = W + delta in float32, N = ‖S‖ of each row, and rounds magnitude / N · S once, to the weight's dtype.
+Let t be the sums of screen.py's step 1. For each row, in float64:
+
+1. Its largest |t|, and ‖t‖. NaN and infinities are in both.
+2. |S - t| <= D for its elements, by the bound of screen.py without the rounding of the delta, which DoRA's has not:
+       both in float32                     2 · (4 r + 32) · 2⁻²⁴ · (|W| + P),  P = |scaling| · ‖b‖ · longest column of A
+       the stored weight, if it is cast    u(W) · |W|
+       in bfloat16 besides                 3 u · P for factors and product, u · |t| for the sum
+       what is below the least normal number
+3. ‖S - t‖ <= E, by the same with norms in place of values: the error of an element is at most a share of Σ|b||a|, and
+   the norm of these over a row at most |scaling| · ‖b‖ · ‖A‖, with A's Frobenius norm.
+4. A norm of n values, summed in float32 in any order, is off by a share of n · 2⁻²⁴ at most; one that is rounded to
+   bfloat16 by u more. So N >= ‖t‖ - E, less these shares.
+5. No value of the row, without its sign, exceeds |magnitude| / N · (|t| + D), before it is rounded: one number for
+   both ends of a block.
+
+Where a value comes near the limits of a dtype, and where a norm may vanish, nothing is proved.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge_gate.engine.blocks.delta import HALVES, Factors, LowRankUpdate
+from merge_gate.engine.blocks.screen import (
+    LEAST,
+    LEAST_BLOCKS,
+    MOST,
+    MOST_RANK,
+    ROOM,
+    SLACK,
+    UNIT,
+    VANISHED,
+    WORTH,
+    Candidates,
+    lengths,
+    multiplies_bfloat16,
+    rounding_to,
+    summed,
+    unit,
+)
+from merge_gate.engine.tensors.buffers import Buffers
+
+MOST_COLUMNS = 1 << 16
+"""Up to this many the shares of step 4 are below a hundredth."""
+
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+"""Values without a sign are in the order of their bits, NaN above infinity: integers are compared in half the time."""
+
+
+@functools.cache
+def norms_are_summed_in_float32() -> bool:
+    """Whether torch sums the squares of bfloat16 in float32: a sum in bfloat16 stays where it cannot add 1."""
+    return float(torch.linalg.vector_norm(torch.ones(1, MOST_COLUMNS, dtype=torch.bfloat16), dim=1)) == 256.0  # noqa: PLR2004
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraBound:
+    """`products` is P of each row, `row_products` the same with A's Frobenius norm; float64.
+
+    `share`, `cast` and `narrow` are relative errors: of a merge in float32, of the stored weight, of bfloat16.
+    """
+
+    products: torch.Tensor
+    row_products: torch.Tensor
+    magnitude: torch.Tensor
+    columns: int
+    share: float
+    cast: float
+    narrow: float
+    lost: float
+    ceiling: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, update: LowRankUpdate, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
+    ) -> DoraBound | None:
+        """None where float32 may leave its range on the way, so that nothing is proved."""
+        assert update.magnitude is not None  # noqa: S101 - only DoRA comes here
+        (rank, columns), scaling = update.lora_a.shape, abs(update.scaling)
+        if rank > MOST_RANK or columns > MOST_COLUMNS or not 1 / MOST <= scaling <= MOST:
+            return None
+        rows = lengths(update.lora_b, 1)
+        a, b = float(lengths(update.lora_a, 0).max()), float(rows.max())
+        if not all(size <= MOST for size in (a, b, a * b, a * scaling, b * scaling, a * b * scaling)):  # NaN is not
+            return None
+        is_cast = stored != dtype
+        return cls(
+            products=scaling * a * rows,
+            row_products=scaling * float(lengths(update.lora_a, 1).norm()) * rows,
+            magnitude=update.magnitude.double().abs(),
+            columns=columns,
+            share=(4 * rank + 32) * UNIT,
+            cast=unit(dtype) if is_cast else 0.0,
+            narrow=unit(torch.bfloat16) if in_bfloat16 else 0.0,
+            lost=2 * rank * LEAST * (1 + a + b + scaling) + (torch.finfo(dtype).tiny if is_cast else 0.0),
+            ceiling=ROOM * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
+        )
+
+    def largest(self, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> torch.Tensor | None:
+        """From the largest |t| and ‖t‖ of rows: what none of their values exceeds. None where nothing is proved."""
+        peaks, norms = peaks.double(), norms.double()
+        product, row_product, root = self.products[rows], self.row_products[rows], math.sqrt(self.columns)
+        reach = self._reach(peaks, product) + SLACK * self.lost  # 2.
+        share = (self.columns + 8) * UNIT
+        most = norms * (1 + 2 * (share + self.narrow)) + root * VANISHED
+        row_reach = self._reach(most, row_product) + SLACK * root * self.lost  # 3.
+        least = (norms * (1 - share - self.narrow) - row_reach) * (1 - share) - root * VANISHED  # 4.
+        factor = self.magnitude[rows] / least
+        largest = SLACK_OF_A_ROW * factor * (peaks + reach) + LEAST * (1 + peaks)  # 5.
+        proved = (2 * least > norms) & (peaks + product <= self.ceiling) & (factor <= MOST) & (largest <= self.ceiling)
+        return largest if bool(proved.all()) else None
+
+    def _reach(self, sums: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        """Of elements, or of rows and their norms: how far PEFT's sums are from these."""
+        weight = 2 * (sums + product)  # not less than any |W|, or ‖W‖
+        in_bfloat16 = SLACK * 3 * self.narrow * product + self.narrow * sums
+        return SLACK * (2 * self.share * (weight + product) + self.cast * weight + in_bfloat16)
+
+
+SLACK_OF_A_ROW = 1 + 2.0**-20
+"""For the roundings of a quotient and of a product in float32."""
+
+
+class DoraScreen:
+    """The merge of a weight in one product: `stored` as it lies in memory, `dtype` as it is wanted."""
+
+    def __init__(
+        self,
+        stored: torch.Tensor,
+        update: LowRankUpdate,
+        dtype: torch.dtype,
+        slices: Sequence[slice],
+        buffers: Buffers,
+    ) -> None:
+        self._slices, self._dtype, self._buffers = slices, dtype, buffers
+        self._stored, self._update = stored, update
+        self._in_bfloat16 = stored.dtype == torch.bfloat16 and multiplies_bfloat16() and norms_are_summed_in_float32()
+        self._bound = DoraBound.of(update, dtype, stored=stored.dtype, in_bfloat16=self._in_bfloat16)
+
+    @staticmethod
+    def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
+        """Whether there are blocks to leave out, of a DoRA whose norms are those of rows."""
+        narrow = dtype in HALVES and stored.dtype != torch.float64
+        return narrow and not update.transposed and len(slices) >= LEAST_BLOCKS
+
+    @torch.no_grad()
+    def candidates(self) -> Candidates | None:
+        """None where nothing can be left out: every block has to be merged as PEFT merges it."""
+        bound = self._bound
+        if bound is None:
+            return None
+        peaks, norms = self._rows(), self._rows()
+        factors = Factors.of(self._update.lora_a, self._update.lora_b, transposed=False)
+        for blocks, sums in summed(
+            self._stored, factors, self._update.scaling, self._slices, self._buffers, in_bfloat16=self._in_bfloat16
+        ):
+            rows = slice(blocks[0].start, blocks[-1].stop)
+            integers = _INTEGERS[sums.dtype]
+            torch.linalg.vector_norm(sums, dim=1, out=norms[rows])  # 1.
+            torch.amax(sums.abs_().view(integers), dim=1, out=peaks[rows].view(integers))
+            if rows.start == 0 and self._is_wide(bound, rows, peaks[rows], norms[rows]):
+                return None
+        found = bound.largest(slice(None), peaks, norms)
+        if found is None:
+            return None
+        reaches = [float(found[rows].max()) for rows in self._slices]
+        return Candidates([(0.0, 0.0)] * len(reaches), reaches, rounding_to(self._dtype))
+
+    def _rows(self) -> torch.Tensor:
+        return torch.empty(len(self._stored), dtype=torch.bfloat16 if self._in_bfloat16 else torch.float32)
+
+    def _is_wide(self, bound: DoraBound, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> bool:
+        """Whether the bound leaves most blocks as candidates, or proves nothing."""
+        largest = bound.largest(rows, peaks, norms)
+        return largest is None or bool(largest.sum() > (1 + WORTH) * (bound.magnitude[rows] * peaks / norms).sum())

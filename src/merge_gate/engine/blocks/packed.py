@@ -1,0 +1,263 @@
+"""A bitsandbytes weight in blocks of rows: what it stands for, and what it becomes when it is quantised again.
+
+In: the packed weight and its scales, and rows of merged values. Out: the values of those rows once quantised and
+dequantised, or only the least and the greatest of them, and the new scales. bitsandbytes' own functions do it, as in
+PEFT's merge of whole tensors (peft/tuners/lora/bnb.py). Knows no PEFT, no models, no files; judges nothing.
+
+- 8 bits: each row has a scale of its own, so that a block of rows is quantised as the whole is.
+- 4 bits: every 64 values of a row have a scale of their own. Rows whose length is a multiple of that are independent,
+  others are left to PEFT. With double quantisation the scales are quantised in turn, all of a weight together: so all
+  rows are quantised before the first is dequantised.
+
+Quantising is monotone: of the values that share a scale, the least stays the least and the greatest the greatest. The
+scale is the larger of the two, without its sign. So extremes and scales of the result follow from two values in 64, and
+looking up the code of each value, which takes longer than all else, is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from merge_gate.engine.tensors.four_bit import LEAST_SCALE, STORED, bnb, codes, quantized
+
+NESTED_BLOCK = 256
+"""Scales that share a scale, with double quantisation (bitsandbytes/functional.py, `quantize_4bit`)."""
+
+LEAST_BLOCK = 32
+"""Values that share a scale at least, in 4 bits."""
+
+ENDS_AT_ONCE = 1 << 13
+"""Scales whose extremes are dequantised together, in 1 MiB."""
+
+Scales = dict[str, torch.Tensor]
+"""By the suffixes that engine/tensors/quantized.py gives them: `SCB`, `absmax`, …"""
+
+
+class Requantized(Protocol):
+    """A weight in the making: rows are put in, each once, then the scales are settled, then rows can be taken out."""
+
+    def put(self, rows: slice, values: torch.Tensor) -> None: ...
+
+    def settle(self) -> Scales: ...
+
+    def rows(self, rows: slice) -> torch.Tensor: ...
+
+
+class Extremes(Protocol):
+    """The same, and all that is left is the least and the greatest of the values that share a scale."""
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """(2, rows, scales per row): the least and the greatest of these rows' values that share a scale."""
+        ...
+
+    def put(self, rows: slice, values: torch.Tensor) -> None: ...
+
+    def settle(self) -> tuple[torch.Tensor, Scales]:
+        """(2, all rows, scales per row) of the values once quantised and dequantised."""
+        ...
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+class Int8Values:
+    """An 8-bit weight, (out, in) integers with one float32 scale per row; its values are float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, integers: torch.Tensor, scales: torch.Tensor) -> None:
+        self._integers, self._scales = integers, scales
+        self.shape, self.device = (integers.shape[0], integers.shape[1]), integers.device
+
+    @classmethod
+    def of(cls, weight: Any, scales: torch.Tensor | None) -> Int8Values | None:
+        """None where this is not a plain 8-bit weight with its row scales."""
+        if scales is None or weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.numel():  # noqa: PLR2004
+            return None
+        if scales.shape != weight.shape[:1] or scales.device != weight.device or scales.dtype is not torch.float32:
+            return None
+        return cls(weight.data, scales.detach())
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        values: torch.Tensor = bnb().int8_vectorwise_dequant(self._integers[rows], self._scales[rows])
+        return values
+
+    def sampled(self, step: int) -> Int8Values:
+        return Int8Values(self._integers[::step].contiguous(), self._scales[::step].contiguous())
+
+    def requantized(self, dtype: torch.dtype) -> Requantized:
+        del dtype  # whatever it is, bitsandbytes quantises from float16
+        return _Int8Again(torch.empty_like(self._integers), torch.empty_like(self._scales))
+
+    def extremes(self, dtype: torch.dtype) -> Extremes:
+        del dtype
+        return _Int8Extremes(self.shape[0], self.device)
+
+
+class _Int8Again(Int8Values):
+    def put(self, rows: slice, values: torch.Tensor) -> None:
+        self._integers[rows], self._scales[rows], _ = bnb().int8_vectorwise_quant(values.to(torch.float16))
+
+    def settle(self) -> Scales:
+        return {"SCB": self._scales}
+
+
+class _Int8Extremes:
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._ends = torch.empty(2, rows, 1, dtype=torch.float16, device=device)
+
+    @staticmethod
+    def of(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack((values.amin(1, keepdim=True), values.amax(1, keepdim=True)))
+
+    def put(self, rows: slice, values: torch.Tensor) -> None:
+        self._ends[:, rows] = self.of(values)
+
+    def settle(self) -> tuple[torch.Tensor, Scales]:
+        integers, scales, _ = bnb().int8_vectorwise_quant(self._ends[:, :, 0].T.contiguous())
+        return bnb().int8_vectorwise_dequant(integers, scales).T[:, :, None], {"SCB": scales}
+
+
+# --- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a 4-bit weight is quantised, and is quantised again by PEFT."""
+
+    blocksize: int
+    quant_type: str
+    nested: bool
+
+    def settled(self, scales: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+        """The scales that values are dequantised with, and what is kept of them."""
+        code = bnb().get_4bit_type(self.quant_type, device=scales.device)
+        if not self.nested:
+            return scales, {"absmax": scales, "quant_map": code}
+        offset = scales.mean()
+        integers, state = bnb().quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        kept = {"nested_absmax": state.absmax, "nested_quant_map": state.code, "nested_offset": offset}
+        return bnb().dequantize_blockwise(integers, state) + offset, {"quant_map": code, **kept}
+
+
+class Int4Values:
+    """A 4-bit weight: two values in a byte, one float32 scale for every `blocksize` values of a row."""
+
+    def __init__(self, packed: torch.Tensor, scales: torch.Tensor, settings: Settings, dtype: torch.dtype) -> None:
+        self._packed, self._scales, self._settings = packed, scales, settings
+        self.dtype, self.device = dtype, packed.device
+        self.shape = (packed.shape[0], 2 * packed.shape[1])
+
+    @classmethod
+    def of(cls, weight: Any) -> Int4Values | None:
+        """None where this is not a 4-bit weight whose rows have scales of their own."""
+        state = weight.quant_state
+        repacked = getattr(state, "packing_format_for_cpu", False)  # by a forward pass
+        if len(state.shape) != 2 or state.shape[1] % state.blocksize or state.dtype not in STORED or repacked:  # noqa: PLR2004
+            return None
+        if weight.blocksize != state.blocksize or not weight.numel():
+            return None
+        scales = state.absmax
+        if state.nested:
+            scales = bnb().dequantize_blockwise(state.absmax, state.state2) + state.offset
+        settings = Settings(blocksize=state.blocksize, quant_type=weight.quant_type, nested=weight.compress_statistics)
+        rows = state.shape[0]
+        return cls(weight.data.view(torch.uint8).view(rows, -1), scales.float().view(rows, -1), settings, state.dtype)
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        packed = self._packed[rows]
+        state = bnb().QuantState(
+            absmax=self._scales[rows],
+            shape=torch.Size((packed.shape[0], self.shape[1])),
+            blocksize=self._settings.blocksize,
+            quant_type=self._settings.quant_type,
+            dtype=self.dtype,
+        )
+        values: torch.Tensor = bnb().dequantize_4bit(packed.reshape(-1, 1), state)
+        return values
+
+    def sampled(self, step: int) -> Int4Values:
+        """Every `step`-th row; quantised again, these rows keep their scales as they are."""
+        settings = replace(self._settings, nested=False)
+        return Int4Values(self._packed[::step].contiguous(), self._scales[::step].contiguous(), settings, self.dtype)
+
+    def requantized(self, dtype: torch.dtype) -> Requantized:
+        return _Int4Again(torch.empty_like(self._packed), torch.empty_like(self._scales), self._settings, dtype)
+
+    def extremes(self, dtype: torch.dtype) -> Extremes | None:
+        """None where this bitsandbytes does not quantise as `_quantized_ends` does."""
+        proved = _ends_proved(self._settings.quant_type, self._settings.blocksize, dtype)
+        return _Int4Extremes(self._scales.shape, self._settings, dtype, self.device) if proved else None
+
+
+class _Int4Again(Int4Values):
+    def put(self, rows: slice, values: torch.Tensor) -> None:
+        blocksize, quant_type = self._settings.blocksize, self._settings.quant_type
+        found = quantized(values, blocksize, quant_type)
+        if found is None:
+            packed, state = bnb().quantize_4bit(values.contiguous(), blocksize=blocksize, quant_type=quant_type)
+            found = packed, state.absmax
+        self._packed[rows], self._scales[rows] = (one.view(len(values), -1) for one in found)
+
+    def settle(self) -> Scales:
+        scales, kept = self._settings.settled(self._scales.flatten())
+        self._scales = scales.view(self._scales.shape)
+        return kept
+
+
+class _Int4Extremes:
+    def __init__(self, shape: torch.Size, settings: Settings, dtype: torch.dtype, device: torch.device) -> None:
+        self._settings, self._dtype = settings, dtype
+        self._ends = torch.empty(2, *shape, dtype=torch.float32, device=device)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        sharing = values.view(len(values), -1, self._settings.blocksize)
+        return torch.stack((sharing.amin(2), sharing.amax(2)))
+
+    def put(self, rows: slice, values: torch.Tensor) -> None:
+        self._ends[:, rows] = self.of(values)
+
+    def settle(self) -> tuple[torch.Tensor, Scales]:
+        ends = self._ends.flatten(1)
+        scales = ends.abs().amax(0)
+        used, kept = self._settings.settled(scales)
+        values = _quantized_ends(ends, scales, used, self._settings.quant_type, self._dtype)
+        return values.view(self._ends.shape), kept
+
+
+def _quantized_ends(
+    ends: torch.Tensor, scales: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """(2, n) values that `n` scales were made of, as bitsandbytes quantises them, and dequantises them with `used`."""
+    found = codes(torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1), quant_type)
+    pairs = found[0] << 4 | found[1]
+    some = [slice(start, start + ENDS_AT_ONCE) for start in range(0, len(used), ENDS_AT_ONCE)]
+    return torch.cat([_pair_values(pairs[one], used[one], quant_type, dtype) for one in some], 1)
+
+
+def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """Two values for each scale. The least block that bitsandbytes takes has 32: each pair fills one."""
+    shape = torch.Size((len(pairs), LEAST_BLOCK))
+    state = bnb().QuantState(absmax=used, shape=shape, blocksize=LEAST_BLOCK, quant_type=quant_type, dtype=dtype)
+    packed = pairs[:, None].expand(-1, LEAST_BLOCK // 2).reshape(-1, 1)
+    values: torch.Tensor = bnb().dequantize_4bit(packed, state)
+    return values[:, :2].T
+
+
+@functools.cache
+def _ends_proved(quant_type: str, blocksize: int, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes, on pseudo-random values of all sizes, finds the same extremes and the same scales."""
+    values = torch.randn(1 << 10, blocksize, generator=torch.Generator().manual_seed(0))
+    values *= torch.logspace(-44, 30, len(values), dtype=torch.float64)[:, None]
+    largest = torch.finfo(dtype).max
+    values = values.clamp(-largest, largest).to(dtype)
+    packed, state = bnb().quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
+    made = bnb().dequantize_4bit(packed, state).view(values.shape)
+    ends = torch.stack((values.amin(1), values.amax(1))).float()
+    scales = ends.abs().amax(0)
+    found = _quantized_ends(ends, scales, scales, quant_type, dtype)
+    return torch.equal(scales, state.absmax) and torch.equal(found, torch.stack((made.amin(1), made.amax(1))))

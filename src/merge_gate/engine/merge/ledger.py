@@ -1,0 +1,143 @@
+"""The account of one adapter: every parameter and persistent buffer of the merged model, and how it was checked.
+
+In: merged tensors as they come, and PEFT's result. Out: a `TensorMerge` for each tensor that is not the base's any
+more, and two sums that must be equal: what the merged model holds, and what was measured. The first is counted in
+PEFT's result, the second by names: of the base's measurements, and of the merges'. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from merge_gate.engine.base.loaded_base import Base, named_tensors
+from merge_gate.engine.merge import tensor_result
+from merge_gate.engine.tensors.quantized import elements
+from merge_gate.errors import Refused
+from merge_gate.records.measured import Refusal, TensorMerge, TensorStats
+from merge_gate.records.terms import Origin
+from merge_gate.text import listing
+
+_INNER = (
+    "PEFT merges the outer one of two layers of which one is inside of the other (target_parameters on a module, "
+    "target_modules on a part of it): serve the adapter unmerged, or train it anew with one of the two"
+)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """`merges` by the base's names; `layers` that changed each; `total` and `checked` count elements.
+
+    `left` names the base's tensors that are not finite in the merged model either.
+    """
+
+    base: Base
+    merges: dict[str, TensorMerge] = field(default_factory=dict)
+    layers: dict[str, list[Any]] = field(default_factory=dict)
+    checked: int = 0
+    total: int = 0
+    left: set[str] = field(default_factory=set)
+
+    def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
+        """Enter what a merge made of one tensor; `layer`, where it differs from the base, made it."""
+        self.merges[merge.stats.name] = merge
+        if layer is not None:
+            self.layers.setdefault(merge.stats.name, []).append(layer)
+
+    def close(self, merged: nn.Module) -> None:
+        """Account for PEFT's result; measure what nobody has measured yet (replaced modules, overwritten tensors).
+
+        Raises:
+            Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
+        """
+        left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if left is not None:
+            raise _refused(f"PEFT left {left} unmerged in its result", _INNER)
+        named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
+        gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
+        if gone:
+            wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
+            message = f"PEFT's result lacks {listing(gone, 3)} of the base"
+            if not wrapped:
+                raise _refused(message)
+            raise _refused(
+                f"{message}: it leaves what modules_to_save names in its wrapper, and saves it under other names",
+                "put each wrapper's trained module (modules_to_save.default) in its place before the merged model is "
+                "saved, or serve the adapter unmerged",
+            )
+        for name, module, tensor in named_tensors(merged):
+            self.total += elements(tensor)
+            known = self.base.tensors.get(self.base.first_name(name))
+            own = known is not None and tensor_result.shares_storage(known, tensor)
+            if not own and not tensor_result.is_the_bases(self.base, name, tensor):
+                self._book_anew(tensor_result.of_tensor(self.base, module, name, tensor))
+            stats = self._measured(name)
+            self.checked += stats.numel if stats is not None else 0
+            if stats is None or not stats.finite:
+                self.left.add(self.base.first_name(name))
+
+    def _book_anew(self, merge: TensorMerge) -> None:
+        """Enter a tensor of the result, unless it is as its layer left it: that merge knows what rounding took."""
+        booked = self.merges.get(merge.stats.name)
+        if booked is None or booked.stats != merge.stats:
+            self.book(merge)
+
+    def _measured(self, name: str) -> TensorStats | None:
+        """What was measured under this name: in the merge, else with the base."""
+        merge = self.merges.get(name)
+        return merge.stats if merge is not None else self.base.stats.get(self.base.first_name(name))
+
+    def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+        """Tensors that a layer changed for one module while another module shares them without that adapter.
+
+        `tokens` says whose trained tokens a module carries; one that is not there does not count
+        (adapter_evidence.py). Nor does a module that holds a tensor of one inside of it and does not read it (BERT's
+        head and the bias of its decoder).
+        """
+        pairs = []
+        for name, layers in self.layers.items():
+            shared = sharers.get(name, ())
+            modules = tuple(path for path in shared if not self._only_holds(path, shared, name))
+            whole = all(isinstance(layer, TrainableTokensLayer) for layer in layers) and _agree(tokens, modules)
+            if len(modules) > 1 and not whole and self.merges[name].changed:
+                own = name.rpartition(".")[0]
+                pairs.append((name, next((path for path in modules if path != own), modules[-1])))
+        return tuple(pairs)
+
+    def _only_holds(self, path: str, sharers: tuple[str, ...], name: str) -> bool:
+        module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
+        held = {attribute for attribute, one in module._parameters.items() if one is tensor}
+        is_outer = any(other.startswith(f"{path}.") for other in sharers)
+        named = _names_in_forward(type(module)) or held  # of a forward without code nothing is known
+        return is_outer and bool(held) and held.isdisjoint(named)
+
+
+def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
+    """Attributes and globals that its forward names, or a method of its that is named there; inherited ones as well."""
+    names: set[str] = set()
+    waiting: list[Any] = [module_class.forward]
+    while waiting:
+        found = waiting.pop()
+        code = found if inspect.iscode(found) else getattr(inspect.unwrap(found), "__code__", None)
+        if code is not None:
+            fresh = set(code.co_names) - names
+            names |= fresh
+            waiting += filter(inspect.iscode, code.co_consts)  # functions inside of it
+            waiting += (vars(one)[name] for one in module_class.__mro__ for name in fresh & vars(one).keys())
+    return names
+
+
+def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
+    """Whether all of the modules that count carry the same tokens."""
+    return len({tokens[path] for path in modules if path in tokens}) == 1
+
+
+def _refused(message: str, hint: str = "") -> Refused:
+    return Refused(Refusal(check="not-mergeable", message=message, hint=hint, origin=Origin.MERGE))

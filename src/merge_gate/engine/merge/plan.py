@@ -1,0 +1,252 @@
+"""Which road each layer takes: in blocks of rows, or through PEFT's own merge. One place decides.
+
+In: an adapter on its scratch. Out: `BlockLayer`s, the layers of LoRA or DoRA whose merge block_merge.py has PEFT's
+bits of, on a weight that is the base's own and that no other layer merges into; then their measured merges. All others
+are PEFT's: other methods, other layers, whatever is not finite or at the edge of its dtype.
+
+A layer goes in blocks only as long as PEFT is its witness: at least one layer of each `kind` is merged by PEFT too, in
+every run, and has to give the same bits (walk.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners import lora
+
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
+from merge_gate.engine.adapter.template import DORA
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.blocks.block_merge import BlockMerge, merged_blocks, supports
+from merge_gate.engine.blocks.bound import merged_bound
+from merge_gate.engine.blocks.delta import LowRankUpdate
+from merge_gate.engine.blocks.figures import Figures, Measured, measure_merge
+from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
+from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
+from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
+from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
+from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
+from merge_gate.engine.tensors.threads import spread
+from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
+
+FAIR_FACTOR = 1.25
+"""A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""
+
+APART = 16
+"""After so many layers there is time for other work: PEFT's merge of one takes as long as blocks of so many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayer:
+    """One layer that is merged in blocks. `kind`: layers of one kind are merged by the same code in the same shapes."""
+
+    path: str
+    layer: Any
+    slot: Slot
+    update: LowRankUpdate
+    row_scales: torch.Tensor | None
+    kind: tuple[object, ...]
+
+
+def plan_blocks(base: Base, layers: Iterable[tuple[str, Any]], names: Names, turns: Turns) -> list[BlockLayer]:
+    """The layers that go in blocks, in the model's order."""
+    planned = (_planned(base, path, layer, names, turns) for path, layer in layers)
+    return [one for one in planned if one is not None]
+
+
+def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> BlockLayer | None:
+    update = _update_of(layer)
+    slot = next((slot for slot in slots_of(layer, names) if slot.attribute == "weight"), None)
+    if update is None or slot is None or not turns.is_alone(slot):
+        return None
+    known = base.tensors.get(slot.name)
+    if known is None or not shares_storage(known, slot.data) or not base.stats[slot.name].finite:
+        return None
+    weight = slot.parameter if is_quantized(slot.parameter) else slot.data
+    found = row_scales(slot.module, weight)
+    if not supports(weight, update, row_scales=found):
+        return None
+    variant = type(layer.lora_variant.get(ADAPTER_NAME))
+    shapes = (slot.data.shape, slot.data.dtype, update.lora_a.shape, update.lora_a.dtype, update.transposed)
+    return BlockLayer(
+        path=path,
+        layer=layer,
+        slot=slot,
+        update=update,
+        row_scales=found,
+        kind=(type(layer), type(layer.get_base_layer()), variant, *shapes),
+    )
+
+
+def _update_of(layer: Any) -> LowRankUpdate | None:
+    """What PEFT merges into this layer, where that is LoRA's or DoRA's update and nothing else."""
+    if type(layer) not in (*DENSE, *PACKED) or layer.merged_adapters or layer.disable_adapters:
+        return None
+    variant = layer.lora_variant.get(ADAPTER_NAME)
+    if layer.active_adapters != [ADAPTER_NAME] or (variant is not None and type(variant) not in DORA):
+        return None
+    if dict(layer.lora_bias).get(ADAPTER_NAME):
+        return None
+    factors = factors_of(layer)
+    if factors is None:
+        return None
+    return LowRankUpdate(
+        lora_a=factors[0],
+        lora_b=factors[1],
+        scaling=float(layer.scaling[ADAPTER_NAME]),
+        transposed=True if isinstance(layer, lora.layer.Embedding) else layer.fan_in_fan_out,
+        magnitude=None if variant is None else layer.lora_magnitude_vector[ADAPTER_NAME].weight.data,
+    )
+
+
+# --- the merges ----------------------------------------------------------------------------------------------------
+
+
+def merge_in_blocks(
+    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
+) -> Iterator[tuple[BlockLayer, TensorMerge | None]]:
+    """Merge and measure each layer; None where PEFT has to say what is broken, or is at the edge of its dtype.
+
+    On a CPU `beside` is asked now and then for other work, which one of the threads does meanwhile.
+    """
+    if base.device.type == "cpu":
+        merges = spread(lambda work: work(), _work(base, planned, leeway, beside))
+        yield from (merge for merge in merges if merge is not None)
+        return
+    weights = base.weights.stream(one.slot.name for one in planned)  # one card: the next weight travels meanwhile
+    for one, weight in zip(planned, weights, strict=True):
+        yield one, _measured(base, one, weight, leeway)
+
+
+def _work(
+    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
+) -> Iterator[Callable[[], tuple[BlockLayer, TensorMerge | None] | None]]:
+    def merged(one: BlockLayer) -> tuple[BlockLayer, TensorMerge | None]:
+        return one, _measured(base, one, base.stored(one.slot.data), leeway)
+
+    for number, one in enumerate(planned):
+        other = beside() if number % APART == 0 else None
+        if other is not None:
+            yield other
+        yield functools.partial(merged, one)
+
+
+def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
+    """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks.
+
+    And whether its extremes are those that were measured, where they are of all of the weight.
+    """
+    theirs = one.slot.tensor
+    if theirs is None:
+        return False
+    merge = _merge(base, one, base.stored(one.slot.data).to(base.device))
+    quantized = is_quantized(theirs)
+    values = dequantized(one.slot.module, theirs) if quantized else theirs.data
+    if not all(same_bits(block.merged.to(values.dtype), values[block.rows]) for block in merge.blocks()):
+        return False
+    if not quantized and not measured.bounded:
+        stats = measure(values, one.slot.name)
+        if (stats.minimum, stats.maximum) != (measured.stats.minimum, measured.stats.maximum):
+            return False
+    given = dict(scales(one.slot.module, theirs)) if quantized else {}
+    ours = {name: scale for name, scale in merge.scales.items() if name in given}
+    return all(same_bits(given[name].flatten(), scale.flatten()) for name, scale in ours.items())
+
+
+def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
+    """`weight` may be in another dtype than the base: it is cast a block at a time."""
+    if is_quantized(one.slot.parameter):
+        held, dtype = one.slot.parameter, None
+    else:
+        held, dtype = weight, one.slot.data.dtype
+    return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales, dtype=dtype)
+
+
+def _measured(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
+    merge = _merge(base, one, weight)
+    norm = one.update.delta_norm() if one.update.magnitude is None else None  # a pass over the factors: once
+    sample = _sample(merge, norm) if leeway.estimates else None
+    ceiling = dtype_max(merge.dtype)
+    if leeway.headroom and sample is not None:
+        bounded = _bounded(base, one, merge, sample, leeway.headroom * ceiling, norm=norm)
+        if bounded is not None:
+            return bounded
+    found = measure_merge(merge, figures=sample is None)
+    if not found.finite or found.max_abs >= ceiling:
+        return None
+    extremes = found.minimum, found.maximum
+    return _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
+
+
+def _bounded(
+    base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, limit: float, *, norm: float | None
+) -> TensorMerge | None:
+    """Settle a weight by a bound on its values; None where that proves nothing, or where nothing seems to change.
+
+    That something changes is seen, not concluded: rows are merged until one of them does.
+    """
+    bound = merged_bound(base.stats[one.slot.name].max_abs, one.update, merge.dtype)
+    if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of all leaves nothing to a bound
+        return None
+    if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):
+        return None
+    record = _as_record(one, (-bound, bound), sample, norm=norm, changed=True, merge=merge)
+    return replace(record, bounded=merge.of - sample.numel)
+
+
+def _sample(merge: BlockMerge, delta_norm: float | None) -> Measured | None:
+    """Figures of some rows; None where they do not speak for the others (a delta in few rows)."""
+    rows = merge.sampled()
+    if rows is None:
+        return None
+    found = measure_merge(rows, figures=True)
+    if found.figures is None or delta_norm is None:
+        return found
+    held, expected = math.sqrt(found.figures.delta_sq), delta_norm * math.sqrt(found.numel / found.of)
+    return found if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None
+
+
+def _as_record(
+    one: BlockLayer,
+    extremes: tuple[float, float],
+    sample: Measured,
+    *,
+    norm: float | None,
+    changed: bool,
+    merge: BlockMerge,
+) -> TensorMerge:
+    """`norm` is ‖delta‖ where it is known exactly; else it follows from the sample."""
+    figures = sample.figures or Figures(unchanged=0, delta_sq=0.0, lost_sq=0.0, base_sq=0.0)
+    part = sample.numel / sample.of
+    delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
+    lossy = (merge.dtype in ROUNDED or merge.quantized) and figures.delta_sq > 0
+    return TensorMerge(
+        module=one.slot.name.rpartition(".")[0],
+        stats=TensorStats(
+            name=one.slot.name,
+            dtype=dtype_name(merge.dtype),
+            shape=one.update.shape,
+            numel=merge.of,
+            minimum=extremes[0],
+            maximum=extremes[1],
+        ),
+        dtype_max=dtype_max(merge.dtype),
+        changed=changed and _adds(one, figures, delta_norm),
+        base_norm=math.sqrt(figures.base_sq / part),
+        delta_norm=delta_norm,
+        lost_norm=math.sqrt(figures.lost_sq / figures.delta_sq) * delta_norm if lossy else None,
+        unchanged_fraction=figures.unchanged / sample.numel,
+        estimated=sample.estimated,
+    )
+
+
+def _adds(one: BlockLayer, figures: Figures, delta_norm: float) -> bool:
+    """Whether a changed value is more than rounding: of a product that cancels, of DoRA, of quantising again."""
+    if one.update.magnitude is None:
+        return delta_norm > 0 and not is_start(one.update.lora_a, one.update.lora_b)
+    return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq

@@ -1,0 +1,145 @@
+"""Private copies of the base's tensors, while PEFT merges into them.
+
+In: a tuner layer on a scratch, and the names of the scratch's tensors. Out: the same layer over copies, for the time of
+a `with` block. What another layer still has to merge into stays as the last one left it. Knows nothing of measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
+from merge_gate.engine.base.loaded_base import Base, wrap
+from merge_gate.engine.tensors.quantized import is_quantized
+
+Names = Mapping[tuple[int, str], str]
+"""(id of a scratch's module, parameter's name there) → the base's name."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One tensor of the base under a tuner layer: where it hangs, its name, and what it held before the layer."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+    parameter: torch.Tensor
+    data: torch.Tensor
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """What hangs there now: the parameter, another one, or a plain tensor (PEFT's MultiheadAttention)."""
+        found: torch.Tensor | None = getattr(self.module, self.attribute, None)
+        return found
+
+    def put(self, tensor: torch.Tensor | None, data: torch.Tensor | None = None) -> None:
+        """Hang a tensor there, a parameter as one, anything else as it was found; with `data`, over these values."""
+        self.module.__dict__.pop(self.attribute, None)
+        if tensor is None or isinstance(tensor, nn.Parameter):
+            self.module._parameters[self.attribute] = tensor
+        else:
+            self.module._parameters.pop(self.attribute, None)
+            self.module.__dict__[self.attribute] = tensor
+        if data is not None:
+            self.parameter.data = data
+
+
+def slots_of(layer: Any, names: Names) -> list[Slot]:
+    """The tensors of the base that hang below a tuner layer, each once."""
+    found: dict[int, Slot] = {}
+    for module in layer.get_base_layer().modules():
+        for attribute, parameter in module._parameters.items():
+            name = names.get((id(module), attribute))
+            if parameter is not None and name is not None:
+                found.setdefault(id(parameter), Slot(module, attribute, name, parameter, parameter.data))
+    return list(found.values())
+
+
+class Turns:
+    """Whose turn it is: how many layers still have to merge into each tensor, and what it held before the first."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._waiting: dict[int, int] = {}
+        self._first: dict[int, torch.Tensor] = {}
+        for slot in slots:
+            self._waiting[id(slot.parameter)] = self._waiting.get(id(slot.parameter), 0) + 1
+
+    def is_alone(self, slot: Slot) -> bool:
+        """Whether one layer only merges into the tensor, and has not yet."""
+        return self._waiting.get(id(slot.parameter)) == 1
+
+    def begin(self, slot: Slot) -> None:
+        self._first.setdefault(id(slot.parameter), slot.data)
+
+    def end(self, slot: Slot) -> torch.Tensor | None:
+        """What to put back: what it held before the first layer; None while another one waits."""
+        left = self._waiting.get(id(slot.parameter), 1) - 1
+        self._waiting[id(slot.parameter)] = left
+        return None if left > 0 else self._first.pop(id(slot.parameter), slot.data)
+
+
+class PrivateCopies:
+    """A tuner layer over copies of the base's tensors, on the device that computes (`with` block).
+
+    The base's own tensors have values inside of the block, whatever they are outside (hollow.py).
+
+    Of a quantised weight a wrapper is enough: PEFT puts a new parameter in its place, but marks the old one.
+
+    Args:
+        layer: PEFT's layer.
+        slots: its tensors.
+        base: whose they are; on its device the copies live.
+        dtype: of the copies; as stored where it is None.
+        keep_marks: leave PEFT's marks of what it has merged, for a merge that counts.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        slots: list[Slot],
+        base: Base,
+        *,
+        dtype: torch.dtype | None = None,
+        keep_marks: bool = False,
+    ) -> None:
+        self._layer, self._slots, self._device, self._dtype = layer, slots, base.device, dtype
+        self._keep_marks = keep_marks
+        self._found = [(slot.tensor, slot.parameter.data) for slot in slots]
+        self._filled = base.filled(slot.name for slot in slots)
+        self._merged = {id(inner): list(inner.merged_adapters) for inner in self._tuners()}
+
+    def __enter__(self) -> Self:
+        self._filled.__enter__()
+        self.renew()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Put back what hung there before."""
+        for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
+            slot.put(tensor, data)
+        self._filled.__exit__(None, None, None)
+        if not self._keep_marks:
+            for inner in self._tuners():
+                inner.merged_adapters[:] = self._merged.get(id(inner), [])
+
+    def renew(self) -> None:
+        """Fresh copies, and nothing marked as merged: as if PEFT had not begun."""
+        for slot in self._slots:
+            if is_quantized(slot.parameter):
+                slot.put(wrap(slot.parameter))
+            else:
+                slot.put(slot.parameter, slot.data.to(self._device, self._dtype, copy=True))
+        for inner in self._tuners():
+            inner.merged_adapters.clear()
+        if self._device.type != "cpu":
+            self._layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
+
+    def _tuners(self) -> list[Any]:
+        return [inner for inner in self._layer.modules() if isinstance(inner, BaseTunerLayer)]

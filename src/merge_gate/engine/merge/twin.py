@@ -1,0 +1,167 @@
+"""The twin of a merge, into float32 copies: with the merge's own delta where that does not depend on the copies.
+
+A packed weight has no such copies: there the twin is what PEFT packs again.
+
+In: a tuner layer that PEFT merges twice. Out: the second merge in less time, with the same bits. Knows no method.
+
+Most of a merge is its delta, and most methods make that (`get_delta_weight`) without a look at the weight it is for. Of
+each kind of layer the first shows whether it is so: there both deltas are made, and have to have the same bits. The
+others of the kind then get the first one twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
+from merge_gate.engine.merge.private_copies import Slot
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
+
+_METHOD = "get_delta_weight"
+
+
+class Deltas:
+    """What a layer's `get_delta_weight` gives inside of the `with` block, by the adapter that it is asked for."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._own = layer, getattr(layer, _METHOD, None)
+        self._kept: dict[str, tuple[Any, tuple[int, ...]]] = {}
+
+    def __enter__(self) -> Self:
+        self._call(self._keep)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._layer.__dict__.pop(_METHOD, None)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Each is what it was, as long as nobody has written to it."""
+        self._call(self._repeat)
+        try:
+            yield
+        finally:
+            self._call(self._keep)
+
+    @contextlib.contextmanager
+    def compared(self) -> Iterator[list[bool]]:
+        """Each is made anew. Yields whether it has the bits that it had; one that is zero all over shows nothing."""
+        found: list[bool] = []
+
+        def compare(*given: Any, **named: Any) -> Any:
+            delta = self._made(*given, **named)
+            found.append(self._is_kept(given, delta))
+            return delta
+
+        self._call(compare)
+        try:
+            yield found
+        finally:
+            self._call(self._keep)
+
+    def _call(self, function: Callable[..., Any]) -> None:
+        if self._own is not None:
+            self._layer.__dict__[_METHOD] = function
+
+    def _made(self, *given: Any, **named: Any) -> Any:
+        assert self._own is not None  # noqa: S101 - `_call`
+        return self._own(*given, **named)
+
+    def _keep(self, *given: Any, **named: Any) -> Any:
+        delta = self._made(*given, **named)
+        parts = _parts(delta)
+        if parts and not named and len(given) == 1 and isinstance(given[0], str):
+            self._kept[given[0]] = delta, tuple(part._version for part in parts)
+        return delta
+
+    def _repeat(self, *given: Any, **named: Any) -> Any:
+        delta, versions = self._kept.get(given[0], (None, ())) if len(given) == 1 and not named else (None, ())
+        is_whole = delta is not None and tuple(part._version for part in _parts(delta)) == versions
+        return delta if is_whole else self._made(*given, **named)
+
+    def _is_kept(self, given: tuple[Any, ...], delta: Any) -> bool:
+        kept, _ = self._kept.get(given[0], (None, ())) if len(given) == 1 else (None, ())
+        pairs = list(zip(_parts(kept), _parts(delta), strict=False))
+        is_same = len(pairs) == len(_parts(delta)) > 0 and all(same_bits(old, new) for old, new in pairs)
+        return is_same and all(bool(new.any()) for _, new in pairs)
+
+
+@dataclass(slots=True, kw_only=True)
+class Twins:
+    """Kinds of layers whose deltas are known to depend on the copies that they are merged into, or not to."""
+
+    free: dict[object, bool] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def of(self, layer: Any, deltas: Deltas) -> Iterator[None]:
+        """A `with` block for the second merge of a layer."""
+        kind = _kind(layer)
+        if self.free.get(kind):
+            with deltas.again():
+                yield
+            return
+        with deltas.compared() as found:
+            yield
+        self.free[kind] = bool(found) and all(found) and self.free.get(kind, True)
+
+
+def _kind(layer: Any) -> object:
+    """Layers of one kind are merged by the same code in the same shapes."""
+    variant = (getattr(layer, "lora_variant", None) or {}).get(ADAPTER_NAME)
+    own = (*layer.named_parameters(), *layer.named_buffers())
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in own if "base_layer." not in name)
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return type(layer), type(layer.get_base_layer()), type(variant), getattr(weight, "shape", None), shapes
+
+
+def _parts(delta: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of a delta; none if it is something else as well."""
+    parts = delta if isinstance(delta, tuple) else (delta,)
+    plain = all(type(part) in {torch.Tensor, nn.Parameter} and part.layout is torch.strided for part in parts)
+    return parts if plain else ()
+
+
+@contextlib.contextmanager
+def sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
+    """Yields what PEFT makes packed weights of inside of the block, in its order: W + delta before re-quantising.
+
+    Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), and all end by making a parameter of the
+    kind that was there. For one layer at a time: the kind is everybody's.
+    """
+    found: list[torch.Tensor] = []
+    packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
+    kinds = [kind for kind in packed if "__new__" in vars(kind)]
+    own = [vars(kind)["__new__"] for kind in kinds]
+
+    def made_by(make: Any) -> Any:
+        def make_and_keep(kind: Any, data: Any = None, *given: Any, **named: Any) -> Any:
+            if isinstance(data, torch.Tensor) and data.is_floating_point():
+                found.append(data)
+            return make(kind, data, *given, **named)
+
+        return staticmethod(make_and_keep)
+
+    for kind, one in zip(kinds, own, strict=True):
+        kind.__new__ = made_by(one.__func__)
+    try:
+        yield found
+    finally:
+        for kind, one in zip(kinds, own, strict=True):
+            kind.__new__ = one
+
+
+def exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W + delta before re-quantising, by the base's names: the last of these sums, where one weight is packed."""
+    packed = [(slot, tensor) for slot, tensor in changed if is_quantized(tensor)]
+    if len(packed) != 1 or not found or found[-1].numel() != elements(packed[0][1]):
+        return {}
+    slot, tensor = packed[0]
+    return {slot.name: found[-1].float().reshape(dequantized(slot.module, tensor).shape)}

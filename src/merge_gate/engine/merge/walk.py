@@ -1,0 +1,391 @@
+"""The merge of one adapter, layer by layer, inside PEFT's own walk: each result is measured and dropped.
+
+In: a `Base` and an adapter loaded on its scratch. Out: a closed `Ledger`, and what PEFT's safe_merge refused. Judges
+nothing.
+
+PEFT's `merge_and_unload(safe_merge=True)` runs as a user would run it, with one difference: the `merge` of every tuner
+layer of the scratch is wrapped. The wrapper
+
+1. gives the layer's base tensors private copies, on the device that computes;
+2. lets PEFT merge, with `safe_merge=True`; where PEFT's own finite check refuses, again from fresh copies without it,
+   so that what is broken can be counted and the layers after it are still judged; likewise where a value is the
+   largest of its dtype, since without it PEFT rounds once instead of twice and can end at Inf;
+3. measures what the layer's tensors have become, in their final dtype;
+4. puts the base's tensors back, so that no more than one layer's copies exist at a time.
+
+Layers that plan.py gives to blocks of rows have been measured before the walk begins, all cores at work. Of each kind
+PEFT has merged the first one as well, and must have given the same bits: it is the witness. If one of them differs,
+nothing that was done in blocks counts, and the whole adapter takes PEFT's road.
+
+On that road, layers that share nothing with others are merged by PEFT before the walk reaches them as well, two at a
+time (steps 1 to 4): a merge of whole tensors often keeps one core only.
+
+After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from merge_gate.engine.adapter.known_defects import blamed_on, refused_by_peft
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
+from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.merge import tensor_result
+from merge_gate.engine.merge.ledger import Ledger
+from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
+from merge_gate.engine.merge.private_copies import PrivateCopies, Slot, Turns, slots_of
+from merge_gate.engine.merge.rounding_floor import rounding_share
+from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
+from merge_gate.engine.tensors.measure import dtype_max, measure
+from merge_gate.engine.tensors.quantized import is_quantized
+from merge_gate.engine.tensors.threads import spread, threads
+from merge_gate.errors import EngineError, Refused
+from merge_gate.records.measured import Leeway, TensorMerge
+from merge_gate.tensor_names import ADAPTER_PREFIX
+
+Progress = Callable[[int, int, str], None]
+"""Called with layers merged, layers in all, and the layer's name."""
+
+AT_A_TIME = 2
+"""So many layers are merged by PEFT at a time: each takes several times a weight's memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What PEFT's merge of one layer came to: figures, and the layer beside those that the merge has changed.
+
+    `safe` says whether safe_merge let it pass. `adapted` are the base's names of its tensors.
+    """
+
+    safe: bool
+    merges: tuple[tuple[TensorMerge, Any], ...] = ()
+    adapted: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True, kw_only=True)
+class Walk:
+    """One adapter's merge. `refused` are layers that only safe_merge refuses; `witnessed` those that PEFT confirmed.
+
+    `adapted` are the base's names of tensors under layers that merge in their place.
+    `differing` are layers whose merge in blocks is not PEFT's: the walk then has to be done again, without blocks.
+    """
+
+    base: Base
+    loaded: Loaded
+    leeway: Leeway
+    progress: Progress | None = None
+    in_blocks: bool = True
+    ledger: Ledger = field(init=False)
+    refused: list[str] = field(default_factory=list)
+    witnessed: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    adapted: set[str] = field(default_factory=set)
+    layers_by_peft: int = 0
+    blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
+    _beside: dict[int, Made] = field(default_factory=dict)
+    _twins: Twins = field(default_factory=Twins)
+    _turns: Turns = field(init=False)
+    _total: int = 0
+    _done: int = 0
+    _depth: int = 0
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.base)
+
+    def run(self) -> None:
+        """PEFT's merge_and_unload with every layer's merge wrapped.
+
+        Raises:
+            Refused: PEFT cannot merge this adapter; the message is PEFT's.
+            EngineError: the measuring failed, which says nothing about the adapter.
+        """
+        model = self.loaded.model
+        named = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+        layers = [(path.removeprefix(ADAPTER_PREFIX), layer) for path, layer in named]
+        self._total = len(layers)
+        self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
+        if self.in_blocks:
+            self._merge_in_blocks(layers)
+            if self.differing:
+                return
+        self._merge_beside([(path, layer) for path, layer in layers if id(layer) not in self.blocks])
+        for path, layer in layers:
+            layer.merge = self._wrapped(path, layer, layer.merge)
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # PEFT refuses with six kinds of exception
+            raise self._refused(error) from error
+        finally:
+            for _, layer in layers:
+                layer.__dict__.pop("merge", None)
+        self.ledger.close(merged)
+
+    def _merge_in_blocks(self, layers: list[tuple[str, Any]]) -> None:
+        """All layers that go in blocks, before PEFT's walk; what is not finite there is left to PEFT's own merge.
+
+        PEFT's merges as a witness are made meanwhile, few at a time: each takes several times a weight's memory.
+        """
+        witnesses: dict[tuple[object, ...], BlockLayer] = {}
+        waiting: deque[BlockLayer] = deque()
+        same: dict[str, bool] = {}
+        room = threading.Semaphore(max(1, threads() // 2))
+
+        def bear_witness(block: BlockLayer) -> None:
+            with room:
+                same[block.path] = self._witnesses(block)
+
+        def next_witness() -> Callable[[], None] | None:
+            return functools.partial(bear_witness, waiting.popleft()) if waiting else None
+
+        planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
+        for block, merge in merge_in_blocks(self.base, planned, self.leeway, next_witness):
+            if merge is not None:
+                self.blocks[id(block.layer)] = block, merge
+                if witnesses.setdefault(block.kind, block) is block:
+                    waiting.append(block)
+                self._progressed(block.path)
+        for _ in spread(bear_witness, waiting):
+            pass
+        for block in witnesses.values():
+            (self.witnessed if same[block.path] else self.differing).append(block.path)
+
+    def _witnesses(self, block: BlockLayer) -> bool:
+        """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
+        slots = slots_of(block.layer, self.loaded.slots)
+        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
+            try:
+                block.layer.merge(safe_merge=True)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                return False  # PEFT says why, when it merges the whole adapter
+            return agrees(self.base, block, self.blocks[id(block.layer)][1])
+
+    def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
+        def merge(*positional: Any, **named: Any) -> None:
+            if self._depth:  # PEFT merges an inner layer on the outer's behalf
+                original(*positional, **named)
+                return
+            names = inspect.signature(original).bind(*positional, **named).arguments.get("adapter_names")
+            by_peft = functools.partial(original, adapter_names=names)
+            self._depth += 1
+            try:
+                self._merge_layer(path, layer, by_peft)
+            except (Refused, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise EngineError(
+                    f"{path} could not be measured: {type(error).__name__}: {first_line(error)}"
+                ) from error
+            finally:
+                self._depth -= 1
+
+        return merge
+
+    def _progressed(self, path: str) -> None:
+        self._done += 1
+        if self.progress is not None:
+            self.progress(self._done, self._total, path)
+
+    # --- one layer ---
+
+    def _merge_layer(self, path: str, layer: Any, by_peft: Callable[..., None]) -> None:
+        if id(layer) in self.blocks:
+            self._book_block(*self.blocks[id(layer)])
+            return
+        made = self._beside.pop(id(layer), None)
+        if made is None:
+            made = self._made(layer, by_peft)
+            self._progressed(path)
+        else:
+            layer.merged_adapters.append(ADAPTER_NAME)
+        if not made.safe:
+            self.refused.append(path)
+        for merge, changed in made.merges:
+            self.ledger.book(merge, changed)
+        self.adapted.update(made.adapted)
+        self.layers_by_peft += 1
+
+    def _made(self, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> Made:
+        """Steps 1 to 4."""
+        slots = slots_of(layer, self.loaded.slots)
+        for slot in slots:
+            self._turns.begin(slot)
+        before = layer.get_base_layer()
+        made = Made(safe=True)
+        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)
+        with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
+            share = rounding_share(layer, self.loaded.starts.get(id(layer)))  # of the weight before the merge
+            safe = self._tried(by_peft, safe_merge=True)
+            if not safe or _at_the_edge(slots):
+                copies.renew()
+                packed.clear()
+                self._tried(by_peft, safe_merge=False)
+            if layer.get_base_layer() is before:
+                changed = [(slot, tensor) for slot, tensor in _held(slots) if not self._is_the_bases(slot, tensor)]
+                if any(is_quantized(tensor) for _, tensor in changed):
+                    exact = exact_quantized(changed, packed)
+                else:
+                    exact = self._exact(layer, slots, changed, by_peft, deltas)
+                made = self._measured(layer, slots, changed, exact, share)
+            merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
+        for slot, tensor, data in merged:
+            self._put_back(slot, tensor, data)
+        return replace(made, safe=safe)
+
+    def _merge_beside(self, layers: list[tuple[str, Any]]) -> None:
+        """Merge layers that share nothing with others, a few at a time; what fails is left to the walk, and said there.
+
+        Each has as many threads of torch's as it has in the walk: bits depend on that.
+        """
+        inside = {id(inner) for _, layer in layers for inner in layer.modules() if inner is not layer}
+        apart = [(path, layer) for path, layer in layers if id(layer) not in inside and self._is_apart(layer)]
+        if self.base.device.type != "cpu" or threads() == 1 or len(apart) < AT_A_TIME:
+            return
+
+        def merge(one: tuple[str, Any]) -> Made | None:
+            _, layer = one
+            try:
+                with torch.no_grad():
+                    return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                return None
+
+        drawn, done = torch.get_rng_state(), self._done
+        pool = ThreadPoolExecutor(AT_A_TIME, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+        try:
+            for (path, layer), made in zip(apart, pool.map(merge, apart), strict=True):
+                if made is not None:
+                    self._beside[id(layer)] = made
+                    self._progressed(path)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if not torch.equal(drawn, torch.get_rng_state()):  # a merge that draws numbers: their order is the walk's
+            torch.set_rng_state(drawn)
+            self._beside.clear()
+            self._done = done
+
+    def _is_apart(self, layer: Any) -> bool:
+        """Whether a layer merges into tensors of the base's own that no other has a part in, and into nothing else."""
+        slots = slots_of(layer, self.loaded.slots)
+        alone = all(
+            type(slot.parameter) is nn.Parameter
+            and self._turns.is_alone(slot)
+            and slot.name in self.base.tensors
+            and tensor_result.shares_storage(self.base.tensors[slot.name], slot.data)
+            for slot in slots
+        )
+        tuners = [inner for inner in layer.modules() if isinstance(inner, BaseTunerLayer)]
+        return bool(slots) and alone and tuners == [layer] and not list(layer.get_base_layer().children())
+
+    def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
+        """Step 4.
+
+        What another layer still has to merge into stays as this one left it; so does what was not the base's own any
+        more (rewritten by an initialisation, overwritten by the file, resized).
+        """
+        original = self._turns.end(slot)
+        known = self.base.tensors.get(slot.name)
+        if original is not None and known is not None and tensor_result.shares_storage(known, original):
+            slot.put(slot.parameter, original)
+        else:
+            slot.put(tensor, data)
+
+    def _refused(self, error: Exception) -> Refused:
+        config = self.loaded.config
+        return Refused(blamed_on(refused_by_peft(config, error), self.base, config.peft_type.value))
+
+    def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
+        """Step 2. False where PEFT's finite check refuses; the adapter is `Refused` for any other exception."""
+        try:
+            by_peft(safe_merge=safe_merge)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # PEFT refuses with six kinds of exception
+            if safe_merge and isinstance(error, ValueError) and "NaNs detected" in str(error):
+                return False
+            raise self._refused(error) from error
+        return True
+
+    def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:
+        """Enter a layer that was merged in blocks, and let PEFT take it for merged."""
+        block.layer.merged_adapters.append(ADAPTER_NAME)
+        self._turns.end(block.slot)
+        self.ledger.book(merge, block.layer)
+        self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
+
+    # --- step 3 ---
+
+    def _measured(
+        self,
+        layer: Any,
+        slots: list[Slot],
+        changed: list[tuple[Slot, torch.Tensor]],
+        exact: dict[str, torch.Tensor],
+        share: float,
+    ) -> Made:
+        of_bias = min(share, tensor_result.ROUNDING_SHARE)  # it is trained apart from the factors (lora_bias)
+        merges = tuple(
+            (
+                tensor_result.of_tensor(
+                    self.base,
+                    slot.module,
+                    slot.name,
+                    tensor,
+                    exact.get(slot.name),
+                    rounding_share=of_bias if slot.attribute == "bias" else share,
+                ),
+                layer if any(slot is one for one, _ in changed) else None,
+            )
+            for slot, tensor in _held(slots)
+        )
+        return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in _held(slots)))
+
+    def _is_the_bases(self, slot: Slot, tensor: torch.Tensor) -> bool:
+        return tensor_result.is_the_bases(self.base, slot.name, tensor)
+
+    def _exact(
+        self,
+        layer: Any,
+        slots: list[Slot],
+        changed: list[tuple[Slot, torch.Tensor]],
+        by_peft: Callable[..., None],
+        deltas: Deltas,
+    ) -> dict[str, torch.Tensor]:
+        """The same merge into float32 copies: what the merged tensors would be without the rounding of their dtype."""
+        rounded = [slot for slot, tensor in changed if tensor.dtype in tensor_result.ROUNDED]
+        if not rounded:
+            return {}
+        try:
+            with PrivateCopies(layer, slots, self.base, dtype=torch.float32), self._twins.of(layer, deltas):
+                by_peft(safe_merge=False)
+                return {slot.name: slot.tensor.data for slot in rounded if slot.tensor is not None}
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            return {}  # a figure for a warning: without it the loss is not reported
+
+
+def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
+    return [(slot, tensor) for slot in slots if (tensor := slot.tensor) is not None]
+
+
+def _at_the_edge(slots: list[Slot]) -> bool:
+    """Whether a merged value is the largest of a 16-bit dtype: W + delta rounded once may then be Inf."""
+    merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in tensor_result.ROUNDED]
+    return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)

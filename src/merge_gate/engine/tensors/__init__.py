@@ -1,0 +1,1 @@
+"""Tensors by themselves: measured, dequantized, cast, moved. Imports no PEFT and no model."""

@@ -1,0 +1,324 @@
+"""adapter_config.json: read once into a record for all later stages, and judged before PEFT sees it.
+
+In: the object in the file, and the tensors that the weights file holds. Out: `AdapterConfig`, and `Finding`s
+(`config-invalid`, `config-unsafe`). Imports neither torch nor PEFT, so it has no list of PEFT's types: whatever a type
+or a newer version may mean by a value is left to the merge; what is refused here fails for every type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.files.headers import shown
+from merge_gate.files.regex_fields import patterns_of
+from merge_gate.files.regex_fields import problem as pattern_problem
+from merge_gate.files.regex_fields import shown as pattern_shown
+from merge_gate.files.strict_json import kind
+from merge_gate.judging.foreign_formats import by_keys
+from merge_gate.judging.limits import bounded
+from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader
+from merge_gate.records.terms import Finding, Origin, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAX_BYTES = 10_000_000
+
+KNOWN_LIBRARIES = (
+    "accelerate", "diffusers", "lerobot", "megatron-core", "peft", "sentence_transformers", "timm", "torch",
+    "torchvision", "transformers", "trl",
+)  # fmt: skip
+"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps."""
+
+_CODE_OF_BASES = "transformers_modules."
+"""Where transformers keeps code that came with a base. PEFT writes such a name itself, and PeftModel.from_pretrained
+does not read it; whether that code runs is decided by `trust-remote-code`."""
+
+_LORA = "LORA"
+_LORA_BIASES = ("none", "all", "lora_only")
+_LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
+_NAMES_SHOWN = 3
+_VALUE_SHOWN = 60
+_NOT_SET: tuple[Any, ...] = (None, False, "", [], {})
+_PATTERNS_COMPILED = 2_000  # of more, the worker looks at the rest, within a time limit
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def recorded(config: dict[str, Any]) -> AdapterConfig:
+    """What the later stages read of the object."""
+    mapping = config.get("auto_mapping")
+    return AdapterConfig(
+        digest=hashlib.sha256(json.dumps(config).encode()).hexdigest(),
+        keys=frozenset(config),
+        values=tuple((key, json.dumps(value)[:_VALUE_SHOWN]) for key, value in config.items() if value not in _NOT_SET),
+        patterns=tuple(patterns_of(config)),
+        peft_type=_text(config, "peft_type"),
+        peft_version=_text(config, "peft_version"),
+        task_type=_text(config, "task_type"),
+        base_name=_text(config, "base_model_name_or_path"),
+        base_revision=_text(config, "revision"),
+        base_class=_text(mapping, "base_model_class") if isinstance(mapping, dict) else None,
+        r=config["r"] if _is_integer(config.get("r")) else None,
+        alpha=_number(config, "alpha"),
+        lora_alpha=_number(config, "lora_alpha"),
+        bias=_text(config, "bias"),
+        init_lora_weights=_text(config, "init_lora_weights"),
+        lora_bias=bool(config.get("lora_bias")),
+        use_cayley_neumann=bool(config.get("use_cayley_neumann")),
+        use_dora=bool(config.get("use_dora")),
+        use_rslora=bool(config.get("use_rslora")),
+    )
+
+
+def _text(config: dict[str, Any], key: str) -> str | None:
+    """The string under `key`; None when it is absent, empty or not a string (which `judge` reports)."""
+    value = config.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _number(config: dict[str, Any], key: str) -> float | None:
+    return config[key] if _is_number(config.get(key)) else None
+
+
+# --- types of values -----------------------------------------------------------------------------------------------
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_text_or_names(value: Any) -> bool:
+    return _is_text(value) or _is_names(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, list) and all(_is_integer(item) for item in value))
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(one, list) and all(_is_integer(item) for item in one) for one in lists)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_TEXT = (_is_text, "a string")
+_FLAG = (_is_flag, "true or false")
+_NUMBER = (_is_number, "a number")
+_NAMES = (_is_text_or_names, "a string or a list of strings")
+_MAPPING = (_is_mapping, "an object")
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task_type": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "bias": _TEXT,
+    "megatron_core": _TEXT,
+    "r": (_is_integer, "an integer"),
+    "lora_alpha": _NUMBER,
+    "lora_dropout": _NUMBER,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers_pattern": _NAMES,
+    "target_parameters": (_is_names, "a list of strings"),
+    "layers_to_transform": (_is_layers, "an integer or a list of integers"),
+    "rank_pattern": _MAPPING,
+    "alpha_pattern": _MAPPING,
+    "auto_mapping": _MAPPING,
+    "trainable_token_indices": (_is_tokens, "a list of integers, or an object with such lists"),
+    "fan_in_fan_out": _FLAG,
+    "inference_mode": _FLAG,
+    "lora_bias": _FLAG,
+    "use_dora": _FLAG,
+    "use_rslora": _FLAG,
+}
+"""What these keys hold in every PEFT type that has them; null is always allowed."""
+
+
+# --- judgement -----------------------------------------------------------------------------------------------------
+
+
+def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
+    """An integer of more than 64 bits fits nothing that PEFT or torch make of it."""
+    for place, value in _walk(config):
+        if _is_integer(value) and not -(2**63) <= value < 2**63:
+            digits = value.bit_length() * 30_103 // 100_000 + 1
+            what = f"{shown(place)} in {CONFIG_NAME} is an integer of {digits:,} digits"
+            yield invalid(f"{what}, expected one of 64 bits")
+
+
+def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[Finding, ...]:
+    """Every finding on the config by itself, then on the config against the tensors."""
+    findings = bounded(chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)))
+    return findings or tuple(_judge_rank(config, tensors))
+
+
+def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Finding:
+    """A `config-invalid` finding on adapter_config.json."""
+    return Finding(
+        check="config-invalid",
+        severity=Severity.ERROR,
+        message=message,
+        hint=hint or "undo any edit of this file, or save the adapter again with save_pretrained, which writes it",
+        origin=Origin.CONFIG,
+        tensor=tensor,
+    )
+
+
+def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
+    if "peft_type" not in config:
+        yield invalid(
+            f"{CONFIG_NAME} has no peft_type, so nothing says which method the tensors belong to",
+            by_keys(config)
+            or "check that this is PEFT's config and not the model's (config.json) or another trainer's",
+        )
+    elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
+        yield invalid(
+            f"peft_type in {CONFIG_NAME} is {_shown_value(config['peft_type'])}, expected a string such as LORA"
+        )
+    for key, (is_valid, expected) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not is_valid(value):
+            yield invalid(f"{key} in {CONFIG_NAME} is {_shown_value(value)}, expected {expected}")
+    for pattern in islice(patterns_of(config), _PATTERNS_COMPILED):
+        if problem := pattern_problem(pattern):
+            yield invalid(
+                f"{pattern_shown(pattern)}, which is not a valid regular expression: {problem}",
+                "PEFT reads it as a regular expression; use plain names, for target_modules in a list",
+            )
+
+
+def _shown_value(value: Any) -> str:
+    return f"{kind(value)} ({shown(json.dumps(value))})"
+
+
+def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
+    """What is wrong for LoRA only, where the names mean one thing (peft/tuners/lora/config.py)."""
+    if config.get("peft_type") != _LORA:
+        return
+    rank, bias = config.get("r"), config.get("bias")
+    if "lora_alpha" in config and config["lora_alpha"] is None:
+        yield invalid(f"lora_alpha in {CONFIG_NAME} is null, expected a number: the delta is scaled by it")
+    if isinstance(rank, int) and rank <= 0 and not config.get("rank_pattern"):
+        yield invalid(f"r in {CONFIG_NAME} is {rank}, expected a positive rank")
+    if isinstance(bias, str) and bias not in _LORA_BIASES:
+        yield invalid(f"bias in {CONFIG_NAME} is {shown(bias)}, expected one of {', '.join(_LORA_BIASES)}")
+    yield from _judge_patterns(config.get("rank_pattern"), config.get("alpha_pattern"))
+
+
+def _judge_patterns(ranks: Any, alphas: Any) -> Iterator[Finding]:
+    if isinstance(ranks, dict):
+        for name, value in ranks.items():
+            if not _is_integer(value) or value <= 0:
+                yield invalid(f"rank_pattern[{shown(name)}] is {_shown_value(value)}, expected a positive integer")
+    if isinstance(alphas, dict):
+        for name, value in alphas.items():
+            if not _is_number(value):
+                yield invalid(f"alpha_pattern[{shown(name)}] is {_shown_value(value)}, expected a number")
+
+
+# --- code that the config would import -----------------------------------------------------------------------------
+
+
+def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
+    if config.get("megatron_config"):
+        core = config.get("megatron_core", "megatron.core")
+        yield _unsafe(
+            f"megatron_config is set in {CONFIG_NAME}: PEFT would import the module {shown(str(core))} from wherever "
+            "Python finds it first",
+            "set megatron_config to null; it is needed for training with Megatron only",
+        )
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if library is not None and not _is_known_library(library):
+        yield _unsafe(
+            f"auto_mapping in {CONFIG_NAME} names the module {shown(str(library))} to import the base's class from, "
+            f"expected one of {', '.join(KNOWN_LIBRARIES)}",
+            "set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config",
+        )
+    if place := _find_remote_code(config):
+        yield _unsafe(
+            f"{shown(place)} in {CONFIG_NAME} asks for code from the Hub to be run",
+            "remove it: whether remote code may run is decided by trust-remote-code in the gate's config",
+        )
+
+
+def _is_known_library(name: Any) -> bool:
+    if not isinstance(name, str):
+        return False
+    known = any(name == library or name.startswith(f"{library}.") for library in KNOWN_LIBRARIES)
+    return known or name.startswith(_CODE_OF_BASES)
+
+
+def _find_remote_code(config: dict[str, Any]) -> str | None:
+    """The dotted place of a `trust_remote_code` that is set (PEFT hands tokenizer_kwargs on as they are)."""
+    asking = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
+    return next(asking, None)
+
+
+def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value, and its dotted place."""
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        place, value = waiting.pop()
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in items:
+            yield f"{place}{key}", child
+            if isinstance(child, dict | list):
+                waiting.append((f"{place}{key}.", child))
+
+
+def _unsafe(message: str, hint: str) -> Finding:
+    return Finding(check="config-unsafe", severity=Severity.ERROR, message=message, hint=hint, origin=Origin.CONFIG)
+
+
+# --- config against tensors ----------------------------------------------------------------------------------------
+
+
+def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
+    """`r` against the first dimension of every lora_A, where only one reading is possible.
+
+    Fused experts (`target_parameters`) stack ranks, patterns give modules their own: then the merge decides.
+    """
+    rank = config.get("r")
+    patterned = config.get("rank_pattern") or config.get("target_parameters") or config.get("use_bdlora")
+    if config.get("peft_type") != _LORA or not _is_integer(rank) or patterned:
+        return
+    factors = [tensor for tensor in tensors if _LORA_A.search(tensor.name)]
+    if not factors or any(len(tensor.shape) < 2 or tensor.shape[0] in {0, rank} for tensor in factors):  # noqa: PLR2004
+        return
+    found = sorted({tensor.shape[0] for tensor in factors})
+    ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")
+    first = factors[0]
+    all_of_them = f"each of the {len(factors):,} lora_A tensors" if len(factors) > 1 else "the lora_A tensor"
+    yield invalid(
+        f"r in {CONFIG_NAME} is {rank}, but {all_of_them} has another rank ({ranks}): "
+        f"{shown(first.name)} has shape {list(first.shape)}",
+        "config and weights come from different runs, or the config was edited: restore the config of this run",
+        tensor=first.name,
+    )

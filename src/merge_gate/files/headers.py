@@ -1,0 +1,300 @@
+"""Weight files, read without loading them: safetensors headers, Git LFS pointers, other formats by their first bytes.
+
+In: the path of one file, which is hostile. Out: `TensorHeader`s, or `CorruptFileError` with a sentence that says what
+stands in the file instead. Knows neither adapters nor findings, and reads no tensor data.
+
+The reader is stricter than the safetensors library: whatever the library refuses is refused here, and so are repeated
+names and unknown fields, which the library lets pass. Whatever the library writes is accepted.
+Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from merge_gate.judging.foreign_formats import by_files
+from merge_gate.records.files import TensorHeader
+from merge_gate.text import counted, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import BufferedReader
+
+MAX_HEADER_BYTES = 100_000_000
+"""The library's own limit."""
+
+_PREFIX_BYTES = 8
+_MAX_U64 = 2**64 - 1
+_MAX_U64_DIGITS = 20
+_MAX_POINTER_BYTES = 1024
+_TENSOR_FIELDS = {"dtype", "shape", "data_offsets"}
+_SHOWN_CHARACTERS = 120
+_LINE_ENDS_SAMPLE_BYTES, _LINE_ENDS_ENOUGH = 1_000_000, 4
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits per element of every dtype that safetensors knows."""
+
+_ZIP, _PICKLE, _GGUF = (
+    "a zip archive (torch's pickle format, or an archive of the adapter)",
+    "a Python pickle",
+    "a GGUF model",
+)
+_PAGE = "an HTML or XML page, so probably a failed download"
+_FORMATS = (
+    (re.compile(rb"PK\x03\x04"), _ZIP),
+    (re.compile(rb"\x80[\x02-\x05]"), _PICKLE),
+    (re.compile(rb"GGUF"), _GGUF),
+    (re.compile(rb"\x1f\x8b"), "a gzip archive"),
+    (re.compile(rb"\x89HDF\r\n"), "an HDF5 file"),
+    (re.compile(rb"\x93NUMPY"), "a NumPy array"),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), _PAGE),
+    (re.compile(rb"\s*[{\[]"), "a JSON text"),
+    (re.compile(rb"\x00{16}"), "zeros, so probably a download that was cut off"),
+)
+
+_SAVED_AS_PICKLE = (
+    "a file that torch.save wrote belongs under the name adapter_model.bin, with allow-pickle: true; better save the "
+    "adapter again with save_pretrained; an archive of the adapter must be unpacked"
+)
+_HINTS = {
+    _ZIP: _SAVED_AS_PICKLE,
+    _PICKLE: _SAVED_AS_PICKLE,
+    _GGUF: by_files(("adapter.gguf",)) or "",
+    _PAGE: "the server answered with a page, of a sign-in mostly: download the file again, with a token",
+}
+"""What to do about some of them; the others are to be fetched again."""
+
+
+class CorruptFileError(Exception):
+    """The file is not what its name claims. The text continues a sentence that starts with the file's name.
+
+    `hint` says what to do, where that is not to fetch the file again.
+    """
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LfsPointer:
+    """A Git LFS pointer file. `size_bytes` is the size of the file that it stands for, None if it does not say."""
+
+    size_bytes: int | None
+
+
+def shown(text: str) -> str:
+    """Hostile text for a message: quoted, control characters escaped, cut to a readable length."""
+    return quoted(text, _SHOWN_CHARACTERS, "'")
+
+
+def open_regular(path: str) -> BufferedReader:
+    """Open a regular file; a named pipe or a device, which would hang the reader, raises `CorruptFileError`."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 (a plain call, made thousands of times)
+    if not stat.S_ISREG(mode):
+        raise CorruptFileError(f"is {_kind(mode)}, expected a regular file")
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
+def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
+    """The pointer that stands in the file, or None (https://github.com/git-lfs/git-lfs, docs/spec.md)."""
+    file.seek(0)
+    text = file.read(_MAX_POINTER_BYTES)
+    if not text.startswith(b"version https://git-lfs"):
+        return None
+    size = re.search(rb"^size (\d{1,20})\r?$", text, re.MULTILINE)
+    return LfsPointer(size_bytes=int(size[1]) if size else None)
+
+
+def other_format(file: BufferedReader) -> str | None:
+    """What the file is, going by its first bytes, when it is something well known."""
+    file.seek(0)
+    head = file.read(64)
+    return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
+
+
+def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
+    """The tensors that a safetensors file holds, in the header's order.
+
+    Raises `CorruptFileError`, or `OSError` when the file cannot be read.
+    """
+    return tuple(tensor for tensor, _, _ in parse_places(file))
+
+
+def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], ...]:
+    """As `parse_file`, each tensor with the first byte of its values in the file and the first byte after them."""
+    # 1. Eight bytes: the header's length, little-endian.
+    size_bytes = os.fstat(file.fileno()).st_size
+    if not size_bytes:
+        raise CorruptFileError("is empty (0 bytes)")
+    file.seek(0)
+    prefix = file.read(_PREFIX_BYTES)
+    header_bytes = int.from_bytes(prefix, "little")
+    data_start = _PREFIX_BYTES + header_bytes
+    if len(prefix) < _PREFIX_BYTES or header_bytes > MAX_HEADER_BYTES or data_start > size_bytes:
+        _refuse_start(file, header_bytes, size_bytes)
+    # 2. The header: a JSON object of names.
+    raw = file.read(header_bytes)
+    if len(raw) < header_bytes:
+        raise CorruptFileError(f"was cut off while it was read: {len(raw):,} of {counted(header_bytes, 'header byte')}")
+    entries = _parse_json(raw)
+    _check_metadata(entries.pop("__metadata__", None))
+    tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
+    # 3. The data: every byte belongs to exactly one tensor.
+    try:
+        _check_offsets(tensors, data_bytes=size_bytes - data_start)
+    except CorruptFileError as error:
+        if _has_windows_line_ends(file, data_start):
+            raise CorruptFileError(
+                "is damaged by a conversion of line ends: every LF byte in it has become CR LF",
+                "git or an FTP client took the file for text: write `*.safetensors -text` into .gitattributes where it "
+                "was committed, and commit the undamaged file again",
+            ) from error
+        raise
+    return tuple((tensor, data_start + begin, data_start + end) for tensor, begin, end in tensors.values())
+
+
+def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
+    """Whether no LF stands without a CR before it, in data where one byte in 256 is an LF by chance."""
+    file.seek(start)
+    data = file.read(_LINE_ENDS_SAMPLE_BYTES)
+    ends = data.count(b"\n")
+    return ends >= _LINE_ENDS_ENOUGH and ends == data.count(b"\r\n")
+
+
+def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:
+    if name := other_format(file):
+        raise CorruptFileError(f"is not a safetensors file but {name}", _HINTS.get(name, ""))
+    if size_bytes < _PREFIX_BYTES:
+        raise CorruptFileError(f"has {counted(size_bytes, 'byte')}, too few for a safetensors file")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CorruptFileError(
+            f"is not a safetensors file: its first 8 bytes claim a header of {header_bytes:,} bytes, "
+            f"the format allows {MAX_HEADER_BYTES:,}"
+        )
+    raise CorruptFileError(
+        f"is truncated, or not a safetensors file: the header alone should have {counted(header_bytes, 'byte')}, "
+        f"the whole file has {size_bytes:,}"
+    )
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"has a header that is not UTF-8 (byte {error.start})") from None
+    try:
+        entries = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_parse_unsigned,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "nested too deeply"
+        raise CorruptFileError(f"has a header that is not valid JSON: {reason}") from None
+    if not isinstance(entries, dict):
+        raise CorruptFileError("has a header that is not a JSON object of tensors")
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise CorruptFileError(f"has a header that names {shown(twice)} twice")
+    return entries
+
+
+def _parse_unsigned(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > _MAX_U64_DIGITS or int(digits) > _MAX_U64:
+        _refuse_number(digits)
+    return int(digits)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise CorruptFileError(f"has a header with the number {text[:40]}, expected unsigned 64-bit integers only")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError("has a header whose __metadata__ is not a mapping of strings to strings")
+    for text in (*metadata, *metadata.values()):
+        _check_unicode(text)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CorruptFileError(f"has a header with a lone surrogate in {shown(text)}") from None
+
+
+def _parse_tensor(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
+    _check_unicode(name)
+    if not isinstance(entry, dict) or set(entry) != _TENSOR_FIELDS:
+        raise CorruptFileError(f"has a header whose entry {shown(name)} is not {{dtype, shape, data_offsets}}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CorruptFileError(f"has a tensor {shown(name)} of unknown dtype {shown(str(dtype))}")
+    if not _is_integers(shape) or not _is_integers(offsets) or len(offsets) != 2:  # noqa: PLR2004
+        raise CorruptFileError(f"has a tensor {shown(name)} whose shape or data_offsets are not lists of integers")
+    begin, end = offsets
+    bits = _count_bits(shape, DTYPE_BITS[dtype])
+    if bits is None or end < begin or (end - begin) * 8 != bits:
+        raise CorruptFileError(
+            f"has a tensor {shown(name)} of dtype {dtype} and shape {shown(str(shape))} "
+            f"whose data_offsets [{begin}, {end}] do not fit that size"
+        )
+    return TensorHeader(name=name, dtype=dtype, shape=tuple(shape)), begin, end
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _count_bits(shape: list[int], bits: int) -> int | None:
+    """Bits of a tensor, None on 64-bit overflow at any step (the library multiplies in the same order)."""
+    count = 1
+    for factor in (*shape, bits):
+        count *= factor
+        if count > _MAX_U64:
+            return None
+    return count
+
+
+def _check_offsets(tensors: dict[str, tuple[TensorHeader, int, int]], *, data_bytes: int) -> None:
+    expected = 0
+    for tensor, begin, end in sorted(tensors.values(), key=lambda item: item[1:]):
+        if begin != expected:
+            what = "overlaps the one before it" if begin < expected else "leaves a hole before it"
+            raise CorruptFileError(f"has a tensor {shown(tensor.name)} that {what} (byte {begin}, expected {expected})")
+        expected = end
+    described = f"its header describes {counted(expected, 'byte')} of tensor data, the file holds {data_bytes:,}"
+    if expected > data_bytes:
+        raise CorruptFileError(f"is truncated: {described}")
+    if over := data_bytes - expected:
+        belong = "belongs" if over == 1 else "belong"
+        raise CorruptFileError(f"has {counted(over, 'byte')} that {belong} to no tensor: {described}")

@@ -1,0 +1,371 @@
+"""What can be said of an adapter from its files alone.
+
+In: a directory, which is hostile. Out: `AdapterFiles` with a `Finding` for each `file-*`, `pickle-refused` and
+`config-*` check that fires, and for tensors that are visibly not whole. Imports no torch and no PEFT, loads no tensor:
+a thousand small adapters take a second or two.
+
+The order of reading is fixed, and the first cause is the first finding:
+1. The listing: adapter_config.json and a weights file must be there.
+2. adapter_config.json: not an LFS pointer, strict JSON, sound values, nothing that imports code.
+3. The weights: the file PEFT would load (safetensors before .bin), not an LFS pointer, whole.
+4. The tensors in it: there are some, none is an empty shard, ranks are those of the config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.errors import EngineError
+from merge_gate.files import adapter_config, strict_json
+from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
+from merge_gate.files.identity import identity_of
+from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
+from merge_gate.judging import foreign_formats
+from merge_gate.records.files import (
+    CONFIG_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    AdapterFiles,
+    FileRecord,
+    TensorHeader,
+)
+from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.text import counted
+from merge_gate.text import listing as in_a_sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from io import BufferedReader
+
+_LISTED = 8
+_MAX_ENTRIES = 10_000
+_MAX_FOLDERS = 200  # looked into, of a directory that holds no adapter itself
+_LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
+
+
+def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[str, ...] = ()) -> AdapterFiles:
+    """Read and judge the files of one adapter.
+
+    `withheld` names files that the adapter's repository has and that were not downloaded. Raises `EngineError` when a
+    file cannot be read at all (permissions, a failing disk), which says nothing about the adapter.
+    """
+    listing = _list(snapshot_directory, withheld)
+    config = _read_config(snapshot_directory, listing)
+    weights = _read_weights(snapshot_directory, listing, allow_pickle=allow_pickle)
+    judged = adapter_config.judge(config.parsed, weights.tensors) if config.parsed is not None else ()
+    recorded = adapter_config.recorded(config.parsed) if config.parsed is not None else AdapterConfig()
+    return AdapterFiles(
+        directory=snapshot_directory,
+        config=recorded,
+        weights=weights.name,
+        tensors=weights.tensors,
+        files=(*config.files, *weights.files),
+        findings=(*config.findings, *judged, *weights.findings, *_judge_tensors(recorded.peft_type, weights)),
+    )
+
+
+def base_of(directory: str) -> str | None:
+    """The base that an adapter's config names; None where it does not say, or cannot be read."""
+    present = frozenset({CONFIG_NAME})
+    try:
+        config = _read_config(directory, _Listing(present=present, withheld=frozenset(), nested=()))
+    except EngineError:
+        return None
+    return adapter_config.recorded(config.parsed or {}).base_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listing:
+    """Names in the directory, and of the repository's files that are not on disk (with their folders)."""
+
+    present: frozenset[str]
+    withheld: frozenset[str]
+    nested: tuple[str, ...]
+
+    @property
+    def everything(self) -> frozenset[str]:
+        return self.present | {name for name in self.withheld if "/" not in name}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Config:
+    parsed: dict[str, Any] | None = None
+    files: tuple[FileRecord, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """`is_listed`: the file has told which tensors it holds."""
+
+    name: str | None = None
+    tensors: tuple[TensorHeader, ...] = ()
+    is_listed: bool = False
+    files: tuple[FileRecord, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def _file_finding(check: str, message: str, hint: str) -> Finding:
+    return Finding(check=check, severity=Severity.ERROR, message=message, hint=hint, origin=Origin.FILE)
+
+
+# --- 1. the listing ------------------------------------------------------------------------------------------------
+
+
+def _list(directory: str, withheld: tuple[str, ...]) -> _Listing:
+    present: set[str] = set()
+    nested = {name.rpartition("/")[0] for name in withheld if name.endswith(f"/{CONFIG_NAME}")}
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                present.add(entry.name)
+                if len(present) >= _MAX_ENTRIES:
+                    break
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    # PEFT looks for its two files by name, so a large directory does not hide them.
+    present |= {name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) if _is_there(directory, name)}
+    if CONFIG_NAME not in present:
+        nested |= set(_below(directory, present))
+    return _Listing(present=frozenset(present), withheld=frozenset(withheld), nested=tuple(sorted(nested)))
+
+
+def _below(directory: str, names: set[str]) -> Iterator[str]:
+    """Folders with a config: a checkpoint's, or a run's with its checkpoints."""
+    for name in sorted(names)[:_MAX_FOLDERS]:
+        if _is_there(directory, f"{name}/{CONFIG_NAME}"):
+            yield name
+        elif os.path.isdir(Path(directory, name)):  # noqa: PTH112 (a plain call)
+            yield from (f"{name}/{inner}" for inner in _folders(directory, name))
+
+
+def _folders(directory: str, name: str) -> Iterator[str]:
+    with suppress(OSError), os.scandir(Path(directory, name)) as entries:
+        for entry in islice(entries, _MAX_FOLDERS):
+            if _is_there(directory, f"{name}/{entry.name}/{CONFIG_NAME}"):
+                yield entry.name
+
+
+def _is_there(directory: str, name: str) -> bool:
+    return os.path.lexists(Path(directory, name))
+
+
+def _missing(listing: _Listing, what: str) -> Finding:
+    names = listing.everything
+    some = in_a_sentence(map(shown, sorted(names)), _LISTED)
+    holds = f"the directory holds {some}" if names else "the directory is empty"
+    return _file_finding("file-missing", f"there {what}: {holds}", _advise_missing(listing))
+
+
+def _advise_missing(listing: _Listing) -> str:
+    if listing.nested:
+        *_, latest = ordered = sorted(listing.nested, key=_checkpoint_order)
+        if _checkpoint_order(latest)[0] < 0 and len(ordered) > 1:
+            some = in_a_sentence(map(shown, ordered), _LISTED)
+            return f"{len(ordered)} adapters are in subdirectories ({some}): list each that you release by its path"
+        return f"the adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path"
+    strangers = listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}
+    known = foreign_formats.by_files(strangers, has_config=CONFIG_NAME in listing.present)
+    return known or f"list the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+
+
+def _checkpoint_order(name: str) -> tuple[int, str]:
+    number = re.search(r"(\d{1,18})$", name)
+    return (int(number[1]) if number else -1, name)
+
+
+# --- 2. adapter_config.json ----------------------------------------------------------------------------------------
+
+
+def _read_config(directory: str, listing: _Listing) -> _Config:
+    if CONFIG_NAME not in listing.present:
+        has_weights = {WEIGHTS_NAME, PICKLE_NAME} & (listing.present | listing.withheld)
+        what = f"is no {CONFIG_NAME}" if has_weights else f"is neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
+        return _Config(findings=(_missing(listing, what),))
+    path = str(Path(directory, CONFIG_NAME))
+    try:
+        with open_regular(path) as file:
+            record = _record(CONFIG_NAME, file)
+            return _judge_config_file(file, record)
+    except CorruptFileError as error:
+        return _Config(findings=(_corrupt(CONFIG_NAME, error),))
+    except FileNotFoundError:
+        return _Config(findings=(_dangling(CONFIG_NAME),))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
+    if pointer := lfs_pointer(file):
+        finding = _lfs(CONFIG_NAME, record.size_bytes, pointer.size_bytes)
+        return _Config(files=(record,), findings=(finding,))
+    if not record.size_bytes:
+        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} is empty (0 bytes)"),))
+    if record.size_bytes > adapter_config.MAX_BYTES:
+        message = f"{CONFIG_NAME} has {record.size_bytes:,} bytes, expected at most {adapter_config.MAX_BYTES:,}"
+        return _Config(files=(record,), findings=(adapter_config.invalid(message),))
+    file.seek(0)
+    try:
+        return _Config(files=(record,), parsed=strict_json.parse(file.read(adapter_config.MAX_BYTES + 1)))
+    except strict_json.InvalidJsonError as error:
+        return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}", error.hint),))
+
+
+# --- 3. the weights ------------------------------------------------------------------------------------------------
+
+
+def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _Weights:
+    name = next((name for name in (WEIGHTS_NAME, PICKLE_NAME) if name in listing.present), None)
+    is_pickle_only = name == PICKLE_NAME or (name is None and PICKLE_NAME in listing.withheld)
+    if is_pickle_only and not allow_pickle:
+        return _Weights(findings=_refuse_pickle(directory, name))
+    if name is None:
+        if CONFIG_NAME not in listing.present:  # the finding of that has said so
+            return _Weights()
+        return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})"),))
+    path = str(Path(directory, name))
+    try:
+        with open_regular(path) as file:
+            return _judge_weights_file(file, name)
+    except CorruptFileError as error:
+        return _Weights(name=name, findings=(_corrupt(name, error),))
+    except FileNotFoundError:
+        return _Weights(name=name, findings=(_dangling(name),))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
+    record = _record(name, file)
+    if pointer := lfs_pointer(file):
+        return _Weights(name=name, files=(record,), findings=(_lfs(name, record.size_bytes, pointer.size_bytes),))
+    try:
+        tensors = parse_file(file) if name == WEIGHTS_NAME else read_pickled(file, record.size_bytes)
+    except CorruptFileError as error:
+        return _Weights(name=name, files=(record,), findings=(_corrupt(name, error),))
+    return _Weights(name=name, tensors=tensors or (), is_listed=tensors is not None, files=(record,))
+
+
+def _record(name: str, file: BufferedReader) -> FileRecord:
+    identity = identity_of(name, os.fstat(file.fileno()))  # before the hash: a write during it must not go unseen
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
+
+
+def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
+    """A pickle that is refused anyway may not even be there (`name` is None), or be worse than others."""
+    pointer = None
+    try:
+        if name is not None:
+            with open_regular(str(Path(directory, name))) as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                pointer = lfs_pointer(file)
+                read_pickled(file, size_bytes)
+    except UnsafePickleError as error:
+        return (_pickle_refused(f"which {error}", error.hint),)
+    except (CorruptFileError, OSError):
+        pass
+    refused = _pickle_refused(
+        f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
+        "save the adapter again as safetensors (PEFT's default), or, if you trust its author, set allow-pickle: true "
+        "in the gate's config",
+    )
+    return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
+
+
+def _pickle_refused(does: str, hint: str) -> Finding:
+    return _file_finding("pickle-refused", f"the only weights are {PICKLE_NAME}, a Python pickle, {does}", hint)
+
+
+def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
+    expected = f"of {counted(target_bytes, 'byte')}" if target_bytes is not None else "itself"
+    return _file_finding(
+        "file-lfs-pointer",
+        f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the file {expected} that it stands for",
+        "fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
+    )
+
+
+def _corrupt(name: str, error: CorruptFileError) -> Finding:
+    return _file_finding(
+        "file-corrupt",
+        f"{name} {error}",
+        error.hint
+        or "copy or download the file again and compare its size; if it is the same there, save the adapter again",
+    )
+
+
+def _dangling(name: str) -> Finding:
+    return _file_finding(
+        "file-missing",
+        f"{name} is a symbolic link whose target does not exist",
+        "restore the target, or copy the file itself into the directory",
+    )
+
+
+def _unreadable(path: str, error: OSError) -> EngineError:
+    return EngineError(
+        f"{shown(Path(path).name)} cannot be read: {error.strerror or error}",
+        hint="check that the user who runs the gate may read it, and that the disk is healthy",
+    )
+
+
+# --- 4. the tensors ------------------------------------------------------------------------------------------------
+
+
+def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding]:
+    if not weights.is_listed:
+        return
+    if not weights.tensors and peft_type != "XLORA":  # its experts lie beside it; the merge refuses it
+        yield Finding(
+            check="keys-missing",
+            severity=Severity.ERROR,
+            message=f"{weights.name} holds no tensors at all, expected the adapter's weights",
+            hint=_SHARDS_HINT,
+            origin=Origin.ADAPTER,
+        )
+    if peft_type not in _MAY_BE_EMPTY:
+        yield from _judge_shards(weights.tensors, is_lora=peft_type == "LORA")
+
+
+_MAY_BE_EMPTY = ("OSF", "FROD")
+"""Methods that leave nothing to train of a layer smaller than their rank; the load compares their shapes."""
+
+_SHARDS_HINT = (
+    "typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
+    "Trainer/Accelerate (stage3_gather_16bit_weights_on_model_save, or a full state dict), or gather before "
+    "save_pretrained"
+)
+
+
+def _judge_shards(tensors: Iterable[TensorHeader], *, is_lora: bool) -> Iterator[Finding]:
+    """ZeRO-3 leaves tensors of shape [0], FSDP flat one-dimensional shards."""
+    broken = [tensor for tensor in tensors if _is_shard(tensor, is_lora=is_lora)]
+    if not broken:
+        return
+    first = broken[0]
+    others = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
+    expected = "two or more dimensions" if len(first.shape) == 1 and first.shape[0] else "no dimension of size 0"
+    yield Finding(
+        check="shape-mismatch",
+        severity=Severity.ERROR,
+        message=f"{shown(first.name)} has shape {list(first.shape)}, expected {expected}{others}",
+        hint=_SHARDS_HINT,
+        origin=Origin.ADAPTER,
+        tensor=first.name,
+    )
+
+
+def _is_shard(tensor: TensorHeader, *, is_lora: bool) -> bool:
+    if tensor.shape == (0,):
+        return True
+    return is_lora and bool(_LORA_FACTOR.search(tensor.name)) and (len(tensor.shape) == 1 or 0 in tensor.shape)

@@ -1,0 +1,231 @@
+"""Names into directories: a path is looked at, a Hub id is pinned to a commit and its needed files are fetched.
+
+In: an `AdapterSpec`, or a base's name and revision. Out: `Resolved` (a `Snapshot`, and the names that were left out),
+or `ResolveError` with what to do. huggingface_hub is imported (by `hub`) only when a Hub id is met; torch never.
+
+Of a Hub repository only what is needed is fetched (`hub` does that): the shards that the index names, no second copy of
+the weights, no pickle and no code unless allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.errors import ResolveError
+from merge_gate.files import base_files, base_weights
+from merge_gate.files.headers import shown
+from merge_gate.records.config import AdapterSpec
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Snapshot
+from merge_gate.text import counted, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_LISTED = 6
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
+
+_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A name that became files. `withheld` are the repository's files that were not fetched (with their folders).
+
+    `base` is what a base's files say.
+    """
+
+    snapshot: Snapshot
+    withheld: tuple[str, ...] = ()
+    base: BaseFiles | None = None
+
+
+def _ignore(_: str) -> None:
+    """Whoever passes no `notify` does not want to be told."""
+
+
+# --- the two names -------------------------------------------------------------------------------------------------
+
+
+def resolve_adapter(
+    spec: AdapterSpec,
+    *,
+    allow_pickle: bool = False,
+    token: str | None = None,
+    notify: Callable[[str], None] = _ignore,
+) -> Resolved:
+    """The directory of one adapter. A pickle that is not allowed is not fetched; `withheld` then names it."""
+    if spec.path is not None:
+        return _local(spec.path, "adapter", name=spec.source)
+    if spec.hub_id is None:
+        raise ValueError(f"adapter {spec.name!r} is a combination and has no files of its own")
+
+    def choose(names: frozenset[str], _: Callable[[str], Path]) -> tuple[str, ...]:
+        pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
+        return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles) if name in names)
+
+    return _fetch(
+        spec.hub_id,
+        spec.revision,
+        choose,
+        name=spec.source,
+        token=token,
+        notify=notify,
+        needs=(CONFIG_NAME, WEIGHTS_NAME),
+    )
+
+
+def resolve_base(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    label: str | None = None,
+    token: str | None = None,
+    notify: Callable[[str], None] = _ignore,
+) -> Resolved:
+    """The directory of one base: an absolute `model` is a directory, anything else a Hub id.
+
+    The files that transformers will load must be there and whole; `label` is the name for messages and the report.
+    """
+    name = label or model
+    if Path(model).is_absolute():
+        resolved = _local(model, "base", name=name)
+    else:
+        _refuse_local_name(model)
+
+        def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
+            return _choose_base(
+                names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            )
+
+        resolved = _fetch(model, revision, choose, name=name, token=token, notify=notify)
+    files = base_files.read_base(resolved.snapshot.directory, name=name, allow_pickle=allow_pickle)
+    return replace(resolved, base=files)
+
+
+def _local(path: str, what: str, *, name: str) -> Resolved:
+    if Path(path).is_dir():
+        return Resolved(snapshot=Snapshot(name=name, directory=path))
+    found = "it is a file" if Path(path).exists() else "there is nothing at that path"
+    place, start = (
+        ("", "")
+        if Path(name).is_absolute()
+        else (f" ({path})", "relative paths start at the config file's directory; ")
+    )
+    raise ResolveError(
+        f"the {what} {shown(name)} is not a directory here: {found}{place}",
+        hint=f"{start}check that an earlier step has made or fetched it",
+    )
+
+
+def _fetch(
+    repo_id: str,
+    revision: str | None,
+    choose: Callable[[frozenset[str], Callable[[str], Path]], tuple[str, ...]],
+    *,
+    name: str,
+    token: str | None,
+    notify: Callable[[str], None],
+    needs: tuple[str, ...] = (),
+) -> Resolved:
+    """`needs`: files whose absence is the cache's fault, not the repository's, where nothing says what that holds."""
+    from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
+
+    fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify)
+    absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
+    if absent and not fetched.is_listed:
+        raise hub.incomplete(shown(repo_id), absent)
+    snapshot = Snapshot(name=name, directory=fetched.directory, revision=fetched.commit)
+    return Resolved(snapshot=snapshot, withheld=fetched.withheld)
+
+
+def reads_as_path(model: str) -> bool:
+    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
+    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
+
+
+def _refuse_local_name(model: str) -> None:
+    """A path of the machine that trained the adapter is no Hub id: to ask the Hub would mislead."""
+    if reads_as_path(model):
+        raise ResolveError(
+            f"the base {shown(model)} is neither a directory here nor a Hub id (owner/name)",
+            hint="name the base in the gate's config: base: {model: ./path/to/base} or a Hub id",
+        )
+
+
+# --- a base's files ------------------------------------------------------------------------------------------------
+
+
+def _choose_base(
+    names: frozenset[str],
+    path_of: Callable[[str], Path],
+    *,
+    name: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> tuple[str, ...]:
+    """What a base needs of a repository's files: an index is fetched first, since only it knows the shards' names."""
+    explicit = _explicit(names, path_of, name)
+    chosen = base_weights.choose(names, path_of, name=name, allow_pickle=allow_pickle, explicit=explicit)
+    if chosen.index and (absent := sorted(set(chosen.files) - names)):
+        raise ResolveError(
+            f"the base {shown(name)} is incomplete: {chosen.index} names {counted(len(absent), 'shard')} that the "
+            f"repository does not have ({listing(map(shown, absent), _LISTED)})",
+            hint="use a revision that has all of its shards, or tell the owner of the repository",
+            check=base_weights.INCOMPLETE,
+        )
+    configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
+    code = {n for n in names if n.endswith(".py") and "/" not in n} if trust_remote_code else set()
+    return tuple(sorted({*chosen.all_files, *(configs - _TOKENIZER), *code}))
+
+
+def _explicit(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> str | None:
+    """The weights that config.json names. It is fetched for that only if there are files that it could name."""
+    safetensors = {n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))}
+    if "config.json" not in names or all(map(_USUAL.fullmatch, safetensors)):
+        return None
+    return base_weights.explicit_file(base_weights.read_config(str(path_of("config.json").parent), name))
+
+
+def base_weight_files(directory: str) -> tuple[str, ...]:
+    """The weight files in a base's directory that transformers will load, with the index first if there is one."""
+    return base_files.loaded_files(directory).all_files
+
+
+def base_setting_files(directory: str) -> tuple[str, ...]:
+    """What transformers may read of a base beside its weights: configurations, and code in and below the directory."""
+    names = os.listdir(directory)  # noqa: PTH208 (names are all that is wanted)
+    configs = {n for n in names if n.endswith(".json") and not n.endswith(".index.json")} - _TOKENIZER
+    code = {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*.py")}
+    return tuple(sorted(n for n in {*configs, *code} if Path(directory, n).is_file()))
+
+
+# --- digests -------------------------------------------------------------------------------------------------------
+
+
+def digest_directory(directory: str, names: Iterable[str]) -> str:
+    """SHA-256 over one line per file, sorted by name: "<sha256 of the file>  <name>", as sha256sum writes them.
+
+    A file in the Hub's cache is a link to a blob that is named by its SHA-256 (Git LFS files only; others are named by
+    a Git hash). That name is taken without reading the file, as the download verified it; so the digest of a base of
+    many gigabytes costs nothing. This holds only for links inside one `models--*` folder of a cache.
+    """
+    lines = sorted((name, _digest_file(Path(directory, name))) for name in names)
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    repository = next((place.parent for place in path.parents if place.name == "snapshots"), None)
+    if repository is not None and repository.name.startswith("models--") and path.is_symlink():
+        target = path.resolve()
+        if target.parent == (repository / "blobs").resolve() and _SHA256.fullmatch(target.name):
+            return target.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,188 @@
+"""What is known of one entry → its line of the report, with findings, verdict and coverage.
+
+In: an `Entry`, and what the worker measured of it, if anything. Out: `AdapterReport`. Plain Python; knows neither
+worker nor files.
+
+1. Files alone may settle an entry: it is never loaded.            `blocked`
+2. Evidence settles it.                                            `merged`
+3. What kept the gate from judging settles it too.                 `undecided`
+4. Where only the files are asked about, they have a verdict.      `checked`
+5. A base has its line too.                                        `of_base`
+"""
+
+from __future__ import annotations
+
+from merge_gate.judging import all_checks, verdict
+from merge_gate.judging.checks import base_checks
+from merge_gate.judging.checks.finite import findings_of_base
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.limits import bounded, cut
+from merge_gate.records.config import BaseSpec
+from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Prepared
+from merge_gate.records.measured import BaseFacts, Evidence, Refusal
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
+from merge_gate.records.terms import Finding, Severity, Verdict
+
+
+def blocked(entry: Entry) -> AdapterReport | None:
+    """The report of an entry that its files alone keep from being merged; None where it may go on."""
+    found = _file_findings(entry.prepared, entry.dtype)
+    if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
+        return _judged(entry, found)
+    unsafe = [finding for finding in entry.prepared.files.findings if not _allows_loading(finding)]
+    if not unsafe:
+        return None
+    why = all_checks.undecided(
+        f"not merged, since {unsafe[0].check} was found (its severity in the config does not make it loadable)",
+        unsafe[0].hint,
+    )
+    return _judged(entry, (*found, why))
+
+
+def _allows_merging(finding: Finding) -> bool:
+    return finding.check in CHECKS and CHECKS[finding.check].allows_merging
+
+
+def _allows_loading(finding: Finding) -> bool:
+    """Whatever severity the config gives it; what the table does not know, PEFT does not see."""
+    return finding.check in CHECKS and CHECKS[finding.check].allows_loading
+
+
+def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
+    """The report of an entry that was merged, or whose merge was refused."""
+    findings = all_checks.judge(entry.prepared.spec, entry.prepared.files, evidence)
+    return _judged(entry, findings, evidence)
+
+
+def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
+    """The report of an entry that the gate could not judge."""
+    return _judged(entry, (*_file_findings(entry.prepared, entry.dtype), all_checks.refused(refusal)))
+
+
+def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
+    """The report of an entry whose measurements turned out to count for nothing, good or bad."""
+    return _judged(entry, (all_checks.undecided(refusal.message, refusal.hint, origin=refusal.origin),))
+
+
+def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
+    """The line of a base that was loaded, with the notes on its files."""
+    notes = files.notes if files is not None else ()
+    return BaseReport(
+        model=facts.model,
+        revision=facts.revision,
+        dtype=facts.dtype,
+        quantization=facts.quantization,
+        parameters=facts.parameters,
+        loaded_as=facts.loaded_as,
+        replaced=facts.replaced,
+        dtypes=facts.dtypes,
+        findings=bounded([*base_checks.findings_of(facts), *findings_of_base(facts), *notes]),
+    )
+
+
+def of_refused_base(asked: BaseRef, refusal: Refusal) -> BaseReport:
+    """What is said of a base that was not merged into; `dtype` and `quantization` are what was asked for."""
+    return BaseReport(
+        model=asked.model or "",
+        revision=asked.revision,
+        dtype=asked.dtype,
+        quantization=asked.quantization,
+        findings=bounded([all_checks.refused(refusal)]),
+    )
+
+
+def of_unloaded_base(asked: BaseRef, findings: tuple[Finding, ...]) -> BaseReport:
+    """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
+    return BaseReport(
+        model=asked.model or "",
+        revision=asked.revision,
+        dtype=asked.dtype,
+        quantization=asked.quantization,
+        findings=findings,
+    )
+
+
+def checked(prepared: Prepared) -> AdapterReport:
+    """The report on an adapter's files alone; its verdict says nothing of values."""
+    entry = Entry(prepared=prepared, dtype=prepared.spec.base.dtypes[0])
+    findings = _file_findings(prepared, entry.dtype)
+    return _report(entry, findings, *verdict.decide_files(findings))
+
+
+def _file_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+    """What the files of the adapter and of its base say, without a merge."""
+    if prepared.problem is not None and not prepared.members:
+        return (prepared.problem,)
+    judged = all_checks.judge(prepared.spec, prepared.files, None)
+    problems = () if prepared.problem is None else (prepared.problem,)
+    return (*judged, *problems, *base_findings(prepared, dtype))
+
+
+def base_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+    """What keeps any adapter from being judged on the base in this dtype, by the base's files alone."""
+    files = prepared.base_files
+    if files is None:
+        return ()
+    asked = base_checks.of_request(prepared.spec.base, files)
+    of_dtype = files.auto_dtype if dtype == "auto" else None
+    return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
+
+
+def _judged(entry: Entry, findings: tuple[Finding, ...], evidence: Evidence | None = None) -> AdapterReport:
+    what, cause, findings = verdict.decide(findings, _coverage(entry.prepared.files, evidence))
+    return _report(entry, findings, what, cause, evidence)
+
+
+def _report(
+    entry: Entry, findings: tuple[Finding, ...], what: Verdict, cause: str | None, evidence: Evidence | None = None
+) -> AdapterReport:
+    spec, files = entry.prepared.spec, entry.prepared.files
+    return AdapterReport(
+        name=spec.name,
+        source=spec.source,
+        revision=entry.prepared.revision,
+        base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
+        peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
+        saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
+        verdict=what,
+        cause=cause,
+        findings=findings,
+        coverage=_coverage(files, evidence),
+        files=files.files,
+        seconds=evidence.seconds if evidence else 0.0,
+        seed=evidence.seed if evidence else None,
+        line=spec.line,
+        column=spec.column,
+        tensors=evidence.merges if evidence else (),
+    )
+
+
+def _base_ref(spec: BaseSpec, dtype: str, files: AdapterFiles, facts: BaseFacts | None) -> BaseRef:
+    if facts is not None:
+        return BaseRef(model=facts.model, revision=facts.revision, dtype=facts.dtype, quantization=facts.quantization)
+    name = spec.label or spec.model or files.config.base_name
+    return BaseRef(
+        model=cut(name) if name else None,
+        revision=spec.revision,
+        dtype=dtype,
+        quantization=spec.quantization,
+    )
+
+
+def _coverage(files: AdapterFiles, evidence: Evidence | None) -> Coverage:
+    if evidence is None:
+        return Coverage(adapter_tensors=len(files.tensors))
+    tensors = len(evidence.file_tensors)
+    refused = evidence.refusal is not None
+    return Coverage(
+        adapter_tensors=tensors,
+        applied=0 if refused else tensors - len(evidence.unexpected),
+        modules_merged=len(evidence.targeted),
+        parameters_checked=evidence.parameters_checked,
+        layers_in_blocks=0 if evidence.differing else evidence.layers_in_blocks,
+        layers_by_peft=evidence.layers_by_peft,
+        layers_witnessed=len(evidence.witnessed),
+        layers_differing=evidence.differing[:10],
+        parameters_bounded=evidence.parameters_bounded,
+        parameters_total=evidence.parameters_total,
+    )

@@ -1,0 +1,140 @@
+"""Checks for NaN and infinity: in the base, in the adapter's file, in the merged model.
+
+In: what was measured. Out: findings, the root first. Plain Python: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_gate.judging.checks.check import ERROR, WARNING, Case, Symptom, check
+from merge_gate.judging.checks.phrases import describe_nonfinite, figure, nothing_finite
+from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge, TensorStats
+from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.tensor_names import module_of
+
+
+@check(
+    "base-nonfinite",
+    ERROR,
+    "The base itself holds NaN or Inf, before any merge.",
+    Symptom.NONFINITE,
+    can_be_off=False,
+)
+def base_nonfinite(case: Case) -> Iterator[Finding]:
+    if case.evidence is not None:
+        yield from findings_of_base(case.evidence.base, case.evidence.mended)
+
+
+def findings_of_base(base: BaseFacts, mended: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Findings about the base before any merge; the report's list of bases has them too.
+
+    In place of those that are `mended` an adapter brings finite values.
+    """
+    for stats in base.nonfinite:
+        if stats.name in mended or stats.name.rpartition(".")[0] in mended:  # or a scale of one
+            yield _mended(base, stats)
+            continue
+        no_limit = stats.is_buffer and not stats.nan  # some models mean by an infinite buffer that there is no limit
+        yield base_nonfinite.finding(
+            f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge"
+            + ("; it is a buffer, where infinity can mean that there is no limit" if no_limit else ""),
+            "the adapter is not the cause: repair or download the base again, or choose a dtype that holds its values"
+            if not no_limit
+            else "nothing, if the model's code means it so; else repair or download the base again",
+            Origin.BASE,
+            severity=WARNING if no_limit else ERROR,
+            module=stats.name.rpartition(".")[0],
+            stats=stats,
+        )
+
+
+def _mended(base: BaseFacts, stats: TensorStats) -> Finding:
+    return base_nonfinite.finding(
+        f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge; the "
+        "adapter brings finite values in its place",
+        "nothing for this adapter; one that does not bring this tensor fails on this base",
+        Origin.BASE,
+        severity=WARNING,
+        module=stats.name.rpartition(".")[0],
+        stats=stats,
+    )
+
+
+@check("adapter-nonfinite", ERROR, "The adapter's own file holds NaN or Inf.", Symptom.NONFINITE)
+def adapter_nonfinite(case: Case) -> Iterator[Finding]:
+    for one in case.evidence.file_tensors if case.evidence else ():
+        if not one.stats.finite:
+            yield _broken_file_tensor(one)
+
+
+def _broken_file_tensor(one: FileTensor) -> Finding:
+    stats = one.stats
+    if one.used:
+        hint = (
+            "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
+            "earlier checkpoint"
+            if nothing_finite(stats)
+            else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
+        )
+    else:
+        hint = "nothing for this release; do not train on from this file"
+    return adapter_nonfinite.finding(
+        f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
+        + ("" if one.used else "; the merge does not use this tensor, so the merged model is sound"),
+        hint,
+        Origin.ADAPTER,
+        severity=Severity.ERROR if one.used else Severity.WARNING,
+        module=module_of(stats.name),
+        stats=stats,
+    )
+
+
+@check(
+    "merged-nonfinite",
+    ERROR,
+    "A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
+    Symptom.NONFINITE,
+    can_be_off=False,
+)
+def merged_nonfinite(case: Case) -> Iterator[Finding]:
+    if case.evidence is None:
+        return
+    of_base = {stats.name for stats in case.evidence.base.nonfinite}
+    sick = [module_of(one.stats.name) for one in case.evidence.file_tensors if not one.stats.finite and one.used]
+    for merge in case.evidence.merges:
+        if not merge.stats.finite and merge.stats.name not in of_base:
+            follows = any(_same_place(module, merge) for module in sick)
+            yield _broken_merge(merge, follows=follows)
+
+
+def _same_place(module: str, merge: TensorMerge) -> bool:
+    return merge.module == module or merge.stats.name.startswith(f"{module}.") or module.startswith(f"{merge.module}.")
+
+
+def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
+    stats = merge.stats
+    if follows:
+        hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
+    elif stats.nan:
+        hint = (
+            "the merge of finite values gave no number: look in the adapter's tensors of this module for norms and "
+            "scales of zero, and for values near the dtype's limit; release an earlier checkpoint"
+        )
+    elif stats.dtype == "float16":
+        hint = (
+            f"the merged values exceed {figure(merge.dtype_max)}, the largest that float16 holds: serve in bfloat16 or "
+            "float32, or lower lora_alpha"
+        )
+    else:
+        hint = (
+            f"the merged values exceed {figure(merge.dtype_max)}, the largest that {stats.dtype} holds: lower "
+            "lora_alpha, or look for values in the adapter that grew without bound"
+        )
+    return merged_nonfinite.finding(
+        f"{stats.name} of the merged model ({stats.dtype}) holds {describe_nonfinite(stats)}",
+        hint,
+        Origin.MERGE,
+        module=merge.module,
+        stats=stats,
+    )

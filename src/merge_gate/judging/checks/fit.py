@@ -1,0 +1,273 @@
+"""Checks that adapter, base and expectations belong together.
+
+In: names, shapes and what is expected. Out: findings. Plain Python: no torch, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from merge_gate.judging import key_hints
+from merge_gate.judging.checks.check import ERROR, WARNING, Case, Check, Symptom, check
+from merge_gate.judging.checks.phrases import are, tensors
+from merge_gate.records.config import Expect
+from merge_gate.records.measured import Evidence, UnreadLayer
+from merge_gate.records.terms import Finding, Origin
+from merge_gate.tensor_names import module_of
+from merge_gate.text import listing
+
+_NAMES = 3
+"""Names of an adapter's tensors are long, and the first ones say what kind it is."""
+
+
+@check(
+    "keys-missing",
+    ERROR,
+    "Tensors that the adapter's configuration promises are not in its file.",
+    Symptom.TENSORS_LOST,
+    allows_loading=True,  # what is not in the file can do nothing; the load compares names again
+)
+def keys_missing(case: Case) -> Iterator[Finding]:
+    missing = case.evidence.missing if case.evidence else ()
+    said = (
+        _lost_on_loading(case.evidence) if case.evidence and case.evidence.dropped else _not_in_the_file(case, missing)
+    )
+    if missing and said is not None:
+        yield keys_missing.finding(
+            *said,
+            Origin.ADAPTER,
+            module=module_of(missing[0]),
+            tensor=missing[0],
+            measured=(("missing", float(len(missing))),),
+        )
+
+
+def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | None:
+    """None where nothing was lost."""
+    follows, hint = key_hints.missing_words(case.files.config, missing)
+    if not follows:
+        return None
+    said = f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file"
+    return (
+        f"{said}, so {follows}: {listing(missing, _NAMES)}"
+        if follows == key_hints.FRESH
+        else f"{said}: {listing(missing, _NAMES)}; {follows}",
+        key_hints.names_of_another_kind(case.files.tensors)
+        or key_hints.of_another_model(missing, case.evidence.unexpected if case.evidence else ())
+        or hint,
+    )
+
+
+def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
+    missing, dropped = evidence.missing, evidence.dropped
+    found = "it is" if len(missing) == 1 else f"{len(dropped):,} of them {are(dropped)}"
+    return (
+        (
+            f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: "
+            f"{listing(missing, _NAMES)}; {found} in the file, and PEFT loses "
+            f"{'it' if len(missing) == 1 else 'them'} on loading"
+        ),
+        (
+            "this release of PEFT renames the tensors of this architecture so that they match nothing: gate and serve "
+            "the adapter with releases of PEFT and transformers that load it"
+        ),
+    )
+
+
+@check(
+    "keys-unexpected",
+    ERROR,
+    "The adapter's file holds tensors that nothing in the merge uses.",
+    Symptom.TENSORS_LOST,
+)
+def keys_unexpected(case: Case) -> Iterator[Finding]:
+    stray = case.evidence.unexpected if case.evidence else ()
+    missing = case.evidence.missing if case.evidence else ()
+    named = key_hints.names_of_another_kind(case.files.tensors) or key_hints.of_another_model(missing, stray)
+    if named and case.evidence is not None and case.evidence.missing and not case.evidence.dropped:
+        named = "this follows from the same names: see keys-missing"
+    if stray:
+        yield keys_unexpected.finding(
+            f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray, _NAMES)}",
+            named
+            or key_hints.saved_twice(stray)
+            or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
+            "this is the adapter's base, and that the model was unwrapped before saving",
+            Origin.ADAPTER,
+            module=module_of(stray[0]),
+            tensor=stray[0],
+            measured=(("unexpected", float(len(stray))),),
+        )
+    unnamed = case.evidence.unnamed if case.evidence else ()
+    if unnamed:
+        yield keys_unexpected.finding(
+            f"{tensors(unnamed)} of the base {are(unnamed)} in the file, although adapter_config.json does not name "
+            f"{'it' if len(unnamed) == 1 else 'them'}: {listing(unnamed)}; the merged model has the file's values",
+            "if they were trained, name their modules in modules_to_save (or set bias) and save the adapter again; if "
+            "not, take them out of the file: PEFT writes them over the base's without a word, other programs drop them",
+            Origin.ADAPTER,
+            severity=WARNING,
+            module=unnamed[0].rpartition(".")[0],
+            tensor=unnamed[0],
+            measured=(("unnamed", float(len(unnamed))),),
+        )
+    halved = tuple(header.name for header in case.files.tensors if header.dtype == "C64" and header.name not in stray)
+    if halved:
+        yield keys_unexpected.finding(
+            f"{tensors(halved)} in the file {are(halved)} complex: {listing(halved)}; PEFT loads the real part and "
+            "drops the imaginary one",
+            "find out what has written complex numbers: no method of PEFT trains any",
+            Origin.ADAPTER,
+            severity=WARNING,
+            module=module_of(halved[0]),
+            tensor=halved[0],
+            measured=(("complex", float(len(halved))),),
+        )
+
+
+SHAPE_MISMATCH = Check(
+    id="shape-mismatch",
+    severity=ERROR,
+    summary="A tensor does not fit the base.",
+    symptom=Symptom.WRONG_PAIR,
+    allows_loading=True,  # the load compares shapes again, before it writes anything
+)
+TARGETS_NOT_FOUND = Check(
+    id="targets-not-found",
+    severity=ERROR,
+    summary="The adapter targets modules that the base does not have.",
+    symptom=Symptom.WRONG_PAIR,
+)
+
+
+UNREAD_SHARE = 2.0**-8
+"""A delta of this share of a weight is more than bfloat16 rounds away."""
+
+EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
+"""Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
+
+
+@check(
+    "not-mergeable",
+    ERROR,
+    "The method cannot be merged into weights, or its merge is known to be wrong.",
+    Symptom.UNTRAINED_MERGE,
+)
+def not_mergeable(case: Case) -> Iterator[Finding]:
+    """Besides, the engine's refusals are findings of it."""
+    unread = case.evidence.unread if case.evidence else ()
+    if not unread:
+        return
+    one = len(unread) == 1
+    worst = max(unread, key=lambda layer: layer.share)
+    share = f"{worst.share:.2g}"
+    layers, them, those = (
+        ("a layer", "it", "that layer") if one else (f"{len(unread):,} layers", "them", "those layers")
+    )
+    yield not_mergeable.finding(
+        f"the model reads the weight of {layers} without calling {them}: "
+        f"{listing(tuple(layer.module for layer in unread))}; the adapter does nothing there, in training too, until "
+        f"it is merged, and the merge changes {'that weight by' if one else 'those weights by up to'} "
+        f"{share} times its norm",
+        f"serve the adapter unmerged, as it was trained; or take {those} out of target_modules (exclude_modules) "
+        "and train again",
+        Origin.CONFIG,
+        severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
+        module=worst.module,
+        measured=(("layers", float(len(unread))), ("share", float(share))),  # as said: it is so of all dtypes
+    )
+
+
+def _is_proved(case: Case, layer: UnreadLayer) -> bool:
+    """Whether no release has called the layer, what the model is for depends on it, and no training made its delta."""
+    config = case.files.config
+    made_elsewhere = config.peft_type in EXTRACTED and config.init_lora_weights is None  # init_lora_weights: false
+    return layer.never_called and layer.in_logits and layer.share > UNREAD_SHARE and not made_elsewhere
+
+
+@check(
+    "base-mismatch",
+    WARNING,
+    "adapter_config.json names another base or revision than the one used.",
+    Symptom.WRONG_PAIR,
+)
+def base_mismatch(case: Case) -> Iterator[Finding]:
+    yield from _class_mismatch(case)
+    named, used = case.files.config.base_name, case.spec.base.model
+    if not named or used is None:
+        return
+    label = case.spec.base.label or used
+    if _last(named) not in {_last(used), _last(label)}:
+        yield base_mismatch.finding(
+            f"adapter_config.json names base {named!r}, but the base of this run is {label!r}",
+            "if both are the same weights, set `base-mismatch: off` under the adapter's `checks` in the gate's config; "
+            "else name the right base",
+            Origin.CONFIG,
+        )
+    revision = case.files.config.base_revision
+    got = case.evidence.base.revision if case.evidence else case.spec.base.revision
+    if revision and got and revision not in {got, case.spec.base.revision}:
+        yield base_mismatch.finding(
+            f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
+            f"set base.revision to {revision!r}, or release with the revision that the gate used",
+            Origin.CONFIG,
+        )
+
+
+def _class_mismatch(case: Case) -> Iterator[Finding]:
+    evidence = case.evidence
+    if evidence is not None and evidence.instead_of is not None:
+        yield base_mismatch.finding(
+            f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
+            f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
+            f"load the base as {evidence.base.loaded_as} to serve it: as {evidence.instead_of} nothing of the adapter "
+            "arrives; save it with the task_type of the model that it was trained on",
+            Origin.CONFIG,
+        )
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+
+
+_IN_CONFIG = {"base": "base_name"}
+"""What is expected under another name than its field of `AdapterConfig`."""
+
+
+@check(
+    "expectation-failed",
+    ERROR,
+    "Something stated under expect is not so.",
+    Symptom.WRONG_PAIR,
+    allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
+)
+def expectation_failed(case: Case) -> Iterator[Finding]:
+    expect = case.spec.expect
+    if expect is None:
+        return
+    for key in (field.name for field in fields(Expect) if field.name != "sha256"):
+        wanted, got = getattr(expect, key), getattr(case.files.config, _IN_CONFIG.get(key, key))
+        if wanted is not None and wanted != got:
+            found = "does not say" if got is None else f"has {_plain(got)}"
+            yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {found}")
+    digests = {file.path: file.sha256 for file in case.files.files}
+    for path, wanted in expect.sha256:
+        got = digests.get(path)
+        if got is None:
+            yield _not_so(f"expect.sha256 names {path}, but the adapter has no such file")
+        elif got != wanted.lower():
+            yield _not_so(f"expect.sha256 of {path} is {wanted}, but the file's is {got}")
+
+
+def _plain(value: str | float) -> str:
+    short = f"{value:g}" if isinstance(value, int | float) else ""
+    return short if short and float(short) == value else repr(value)
+
+
+def _not_so(message: str) -> Finding:
+    return expectation_failed.finding(
+        message,
+        "this may be the wrong adapter, or an edited one: find out which before you change what is expected",
+        Origin.CONFIG,
+    )

@@ -1,0 +1,27 @@
+"""The one table of checks, in the order of blame.
+
+In: the rows of the modules below, which are in that order, and so are the checks in each. Out: `CHECKS`. The first
+check that fires is the cause (a NaN of the base before one of the adapter before one that the merge made), so a new
+check is written at its place among the others, and nowhere else. Knows neither configurations nor measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from merge_gate.judging.checks import base_checks, effect, file_checks, finite, fit
+from merge_gate.judging.checks.check import Check
+
+NOT_JUDGED = "not-judged"
+"""Id of the finding that says why an adapter has no verdict; not a check, so it has no setting."""
+
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        row.id: row
+        for module in (base_checks, file_checks, fit, finite, effect)
+        for row in vars(module).values()
+        if isinstance(row, Check)
+    }
+)
+"""Every check by its id."""

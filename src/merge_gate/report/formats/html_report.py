@@ -1,0 +1,247 @@
+"""report.html: one self-contained page for whoever's release is blocked, and for whoever keeps the report.
+
+In: a `records.Report`. Out: HTML that loads nothing: style and script stand in it, and its content security policy
+allows them alone, by hash. Knows neither files nor the other formats. Foreign text: whatever the template prints is
+made visible by `one_line` and then escaped by Jinja; the data of the maps are JSON that no tag can end.
+
+1. Everything to read is in the page itself, so that it can be searched, printed and read without a script.
+2. The maps are drawn by page/report.js when somebody opens an adapter, from figures of three digits.
+3. An adapter's row that stood in the report before this one is not laid out again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.terms import Verdict
+from merge_gate.report.formats.remembered import Remembered
+from merge_gate.report.wording import words
+from merge_gate.report.wording.alike import told_before
+from merge_gate.report.wording.chain import chain
+from merge_gate.report.wording.grid import State, blocks, count_states, states
+from merge_gate.report.wording.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jinja2 import Template
+
+    from merge_gate.records.measured import TensorMerge
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
+
+_LONGEST = 2000
+_DIGITS = 3
+_LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
+_PLACES = 20
+
+
+def render(report: Report) -> str:
+    """Return the HTML of report.html."""
+    layouts = _Layouts()
+    judged = words.worst_first(report.adapters)
+    page, _ = _templates()
+    return page.render(
+        report=report,
+        style=_part("report.css"),
+        script=_part("report.js"),
+        policy=_policy(),
+        rows=_rows(report, judged, layouts),
+        layouts=_data(layouts.known),
+        failed=report.count(Verdict.FAILED),
+        undecided=report.count(Verdict.ERROR),
+        passed=report.count(Verdict.PASSED),
+        warned=sum(bool(words.warnings(adapter)) for adapter in report.adapters),
+    )
+
+
+@cache
+def _templates() -> tuple[Template, Template]:
+    """The page, and a row of it."""
+    environment = Environment(
+        loader=PackageLoader("merge_gate.report.formats", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.globals["words"] = words
+    environment.filters["number"] = words.number
+    environment.filters["spaced"] = _spaced
+    return environment.get_template("report.html"), environment.get_template("row.html")
+
+
+def _visible(value: Any) -> Any:
+    """Every text that the template prints comes through here, before Jinja escapes it."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return one_line(value, _LONGEST)
+
+
+def _spaced(text: str) -> Markup:
+    """A part of a sentence, with the blanks at its ends that `one_line` takes."""
+    return Markup("{}{}{}").format(
+        " " if text[:1].isspace() else "", one_line(text, _LONGEST), " " if text[1:] and text[-1:].isspace() else ""
+    )
+
+
+@cache
+def _part(name: str) -> Markup:
+    """Style or script, as it stands in the page."""
+    text = resources.files("merge_gate.report.formats").joinpath("page", name).read_text(encoding="utf-8")
+    return Markup(text)  # noqa: S704 - a file of this package
+
+
+def _policy() -> str:
+    digests = {
+        name: base64.b64encode(hashlib.sha256(_part(name).encode()).digest()).decode()
+        for name in ("report.css", "report.js")
+    }
+    return (
+        f"default-src 'none'; style-src 'sha256-{digests['report.css']}'; script-src 'sha256-{digests['report.js']}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+# --- what stands in one adapter's row ------------------------------------------------------------------------------
+
+
+def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> list[dict[str, Any]]:
+    """What an earlier row of the same adapter says, in another dtype, is folded in the later ones."""
+    before = told_before(judged)
+    texts = _TEXTS.texts(
+        _row,
+        judged,
+        [layouts.number_of(adapter) for adapter in judged],
+        [_named(before.get(place, {})) for place in range(len(judged))],
+        [report.config_path] * len(judged),
+    )
+    return [
+        {"verdict": adapter.verdict, "is_warned": bool(words.warnings(adapter)), "text": Markup(text)}  # noqa: S704 - made below
+        for adapter, text in zip(judged, texts, strict=True)
+    ]
+
+
+_TEXTS = Remembered()
+
+
+def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
+    return {finding: words.precision(earlier.base) for finding, earlier in before.items()}
+
+
+def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str], config_path: str) -> str:
+    """`before`: the dtype in whose row a finding is told already."""
+    decided = words.deciding(adapter)
+    found = ([decided] if decided else []) + words.others(adapter)
+    row = {
+        "cause": words.cause(adapter),
+        "place": words.place(decided) if decided else "",
+        "warnings": sorted({one.check for one in words.warnings(adapter)}),
+        "chain": chain(adapter),
+        "findings": [_told(group) | {"before": before.get(group[0], "")} for group in words.kinds(found)],
+        "states": count_states(adapter.tensors),
+        "map": _data(_map(adapter.tensors, layout)) if layout is not None else None,
+    }
+    _, template = _templates()
+    is_direct = config_path == COMMAND_LINE
+    return template.render(adapter=adapter, row=row, config_path=config_path, is_direct=is_direct)
+
+
+def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
+    first, *more = group
+    return {
+        "finding": first,
+        "place": words.place(first),
+        "values": words.values(first),
+        "origin": words.ORIGINS[first.origin],
+        "measured": [
+            f"{one_line(name, words.NAME_LIMIT).replace('_', ' ')} {value:g}" for name, value in first.measured
+        ],
+        "more": [words.place(one) or one.message for one in more[:_PLACES]],
+        "unsaid": max(len(more) - _PLACES, 0),
+        "count": len(more),
+    }
+
+
+# --- the maps ------------------------------------------------------------------------------------------------------
+
+
+class _Layouts:
+    """Where tensors stand. Adapters of one base that touch the same tensors share a layout: it is in the page once."""
+
+    def __init__(self) -> None:
+        self.known: list[dict[str, Any]] = []
+        self._numbers: dict[object, int] = {}
+
+    def number_of(self, adapter: AdapterReport) -> int | None:
+        """Which layout is the adapter's; None where no tensor was merged."""
+        merges = adapter.tensors
+        if not merges:
+            return None
+        key = tuple((merge.module, merge.stats.name, merge.stats.dtype, merge.stats.shape) for merge in merges)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.known)
+            self.known.append(_layout(merges))
+        return self._numbers[key]
+
+
+def _map(merges: tuple[TensorMerge, ...], layout: int) -> dict[str, Any]:
+    """What the script needs to draw an adapter's map; columns in the order of its tensors."""
+    return {
+        "layout": layout,
+        "state": "".join(_LETTERS[state] for state in states(merges)),
+        "low": [_short(merge.stats.minimum) for merge in merges],
+        "high": [_short(merge.stats.maximum) for merge in merges],
+        "ratio": [_short(merge.delta_ratio) for merge in merges],
+        "loss": [_short(merge.lost_share) for merge in merges],
+        "bounded": [index for index, merge in enumerate(merges) if merge.bounded],
+        "estimated": [index for index, merge in enumerate(merges) if merge.estimated],
+        "broken": {
+            index: [merge.stats.nan, merge.stats.posinf, merge.stats.neginf, list(merge.stats.first_index or ())]
+            for index, merge in enumerate(merges)
+            if not merge.stats.finite
+        },
+    }
+
+
+def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
+    kinds = list(dict.fromkeys((merge.stats.dtype, merge.dtype_max) for merge in merges))
+    return {
+        "blocks": [
+            {
+                "stack": _name(block.stack),
+                "layers": block.layers,
+                "modules": [_name(module) for module in block.modules],
+                "places": [place for one in block.places for place in one],
+            }
+            for block in blocks(merges)
+        ],
+        "names": [_name(merge.stats.name) for merge in merges],
+        "shapes": [" x ".join(map(str, merge.stats.shape)) for merge in merges],
+        "dtypes": [[_name(dtype), _short(largest)] for dtype, largest in kinds],
+        "dtype": [kinds.index((merge.stats.dtype, merge.dtype_max)) for merge in merges],
+    }
+
+
+def _data(value: Any) -> Markup:
+    """JSON that no text in it can end early, whatever tag it holds."""
+    return htmlsafe_json_dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _name(text: str) -> str:
+    return one_line(text, words.NAME_LIMIT)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")

@@ -1,0 +1,149 @@
+"""junit.xml: the report for everything that shows test results (GitLab, Jenkins, Azure, actions on GitHub).
+
+In: a `records.Report`. Out: XML as Jenkins' junit-10 schema has it: a suite per base, a case per adapter and dtype.
+Knows neither files nor the other formats. A failed adapter is a `failure`, one that could not be judged an `error`;
+so is a run that did not finish or judged nothing, since a reader takes a file without either for green. A shard that
+has no adapters is one case that passed: some readers refuse a file without any.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from merge_gate.output_files import GENERATOR_COMMENT
+from merge_gate.records.terms import Verdict
+from merge_gate.report.wording import words
+from merge_gate.report.wording.alike import told_before
+from merge_gate.report.wording.untrusted import one_line, safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
+
+_TAGS = {Verdict.FAILED: "failure", Verdict.ERROR: "error"}
+_GROUPS = 30
+
+
+def render(report: Report) -> str:
+    """Return the XML of junit.xml."""
+    unjudged = _unjudged(report)
+    own = (unjudged or not report.adapters, unjudged)
+    root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
+    for name, adapters in _suites(report).items():
+        suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
+        properties = ET.SubElement(suite, "properties")
+        for key, value in _properties(report, adapters[0]):
+            ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
+        before = told_before(adapters)
+        for place, adapter in enumerate(adapters):
+            _case(suite, name, adapter, before.get(place, {}))
+    if unjudged or not report.adapters:
+        suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
+        _run(ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0"), report, unjudged=unjudged)
+    ET.indent(root)
+    # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
+    text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{GENERATOR_COMMENT}\n{text}\n'
+
+
+def _run(case: ET.Element, report: Report, *, unjudged: bool) -> None:
+    """The run itself as a case, for what is of no adapter."""
+    why = safe_text("\n".join([words.advice(report), *words.problems(report)]))
+    if unjudged:
+        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = why
+    else:
+        ET.SubElement(case, "system-out").text = f"{words.headline(report)}\n{why}"
+
+
+def _unjudged(report: Report) -> bool:
+    if report.complete and report.is_empty_shard:
+        return False
+    return not report.complete or not report.adapters or bool(report.problems)
+
+
+def _suites(report: Report) -> dict[str, list[AdapterReport]]:
+    suites: dict[str, list[AdapterReport]] = {}
+    for adapter in report.adapters:
+        revision = f" at {one_line(adapter.base.revision, words.NAME_LIMIT)}" if adapter.base.revision else ""
+        suites.setdefault(f"base {words.model_name(adapter.base)}{revision}", []).append(adapter)
+    return suites
+
+
+def _counts(adapters: Sequence[AdapterReport], more_tests: int = 0, more_errors: int = 0) -> dict[str, str]:
+    verdicts = [adapter.verdict for adapter in adapters]
+    return {
+        "tests": str(len(verdicts) + more_tests),
+        "failures": str(verdicts.count(Verdict.FAILED)),
+        "errors": str(verdicts.count(Verdict.ERROR) + more_errors),
+        "time": _time(sum(adapter.seconds for adapter in adapters if math.isfinite(adapter.seconds))),
+    }
+
+
+def _time(seconds: float) -> str:
+    return f"{abs(seconds):.3f}" if 0 <= seconds < math.inf else "0"
+
+
+def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
+    known = [("config", report.config_path), ("config-sha256", report.config_sha256)]
+    for base in report.bases:
+        if (base.model, base.revision) == (first.base.model, first.base.revision) and base.sha256:
+            known.append(("base-sha256", base.sha256))
+            break
+    known += [("judged", said)] if (said := words.judged(report)) else []
+    known += [("baseline", said) for said in words.baseline(report)]
+    return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool_version)))]
+
+
+def _name(adapter: AdapterReport) -> str:
+    return f"{one_line(adapter.name, words.NAME_LIMIT)} ({words.precision(adapter.base)})"
+
+
+def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Mapping[Finding, AdapterReport]) -> None:
+    """`before`: what an earlier case, of the same adapter in another dtype, has told already."""
+    name = _name(adapter)
+    case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=_time(adapter.seconds))
+    finding = words.deciding(adapter)
+    if adapter.verdict is not Verdict.PASSED:
+        message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
+        told = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
+        told.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
+    said = [_text(list(adapter.findings), before)] if adapter.findings and adapter.verdict is Verdict.PASSED else []
+    said += words.marks(adapter)
+    if said:
+        ET.SubElement(case, "system-out").text = "\n\n".join(said)
+
+
+def _text(findings: list[Finding], before: Mapping[Finding, AdapterReport]) -> str:
+    """Every kind of finding, the deciding one first: what, where, and what to do."""
+    groups = words.grouped(findings)
+    parts = [
+        _again(finding, before[finding]) if finding in before else _part(finding, more)
+        for finding, more in groups[:_GROUPS]
+    ]
+    if len(groups) > _GROUPS:
+        left = words.counted(len(groups) - _GROUPS, "more kind", "more kinds")
+        parts.append(f"and {left} of finding, in report.json")
+    return safe_text("\n\n".join(parts))
+
+
+def _again(finding: Finding, earlier: AdapterReport) -> str:
+    return f"{_kind(finding)}: the same as for {_name(earlier)}"
+
+
+def _kind(finding: Finding) -> str:
+    return f"{finding.severity} {one_line(finding.check, words.NAME_LIMIT)}"
+
+
+def _part(finding: Finding, more: int) -> str:
+    said = [
+        f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
+        f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
+        f"found: {words.values(finding)}" if words.values(finding) else "",
+        f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
+        f"and {words.number(more)} more like it" if more else "",
+    ]
+    return "\n".join(filter(None, said))

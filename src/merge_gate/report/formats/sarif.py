@@ -1,0 +1,209 @@
+"""report.sarif: the report for code scanning and for editors, SARIF 2.1.0.
+
+In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
+adapter, in all the dtypes that have it, and points at the adapter's entry in the configuration file, since a weight
+file has no lines; without one, at the adapter's own config. Errors come first. Fingerprints hold no line, so that an
+alert stays the same when the file is edited above it. Knows neither files nor the other formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.files import CONFIG_NAME
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Result, Severity
+from merge_gate.report.wording import words
+from merge_gate.report.wording.alike import told_once
+from merge_gate.report.wording.untrusted import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merge_gate.records.report import BaseRef, BaseReport, Report
+    from merge_gate.records.terms import Finding
+
+MOST_RESULTS = 5_000
+"""GitHub keeps no more of a run."""
+
+_SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
+    NOT_JUDGED: "The adapter could not be judged; it is not cleared."
+}
+_LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
+_EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
+
+Json = dict[str, Any]
+
+
+def render(report: Report) -> str:
+    """Return the JSON of report.sarif."""
+    results = sorted(_results(report), key=lambda result: _LEVELS.index(result["level"]))
+    run = {
+        "tool": {"driver": _driver(report)},
+        "invocations": [_invocation(report, left_out=max(len(results) - MOST_RESULTS, 0))],
+        "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The root of the checkout."}}},
+        "columnKind": "unicodeCodePoints",
+        "results": results[:MOST_RESULTS],
+        **_marks(report),
+    }
+    document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _driver(report: Report) -> Json:
+    return {
+        "name": "merge-gate",
+        "semanticVersion": one_line(report.tool_version, words.NAME_LIMIT),
+        "rules": [_rule(check, summary) for check, summary in _SUMMARIES.items()],
+    }
+
+
+def _rule(check: str, summary: str) -> Json:
+    row = CHECKS.get(check)
+    return {
+        "id": check,
+        "shortDescription": {"text": summary},
+        "fullDescription": {"text": summary},
+        "help": {
+            "text": f"{summary} What it means and what to do: docs/checks.md#{check}",
+            "markdown": f"{summary} What it means and what to do: `docs/checks.md#{check}`",
+        },
+        "defaultConfiguration": {"level": str(row.severity if row else Severity.ERROR)},
+    }
+
+
+def _invocation(report: Report, *, left_out: int) -> Json:
+    told = []
+    if not report.complete:
+        told.append({"level": "error", "message": {"text": words.advice(report)}})
+    told += [{"level": "error", "message": {"text": _plain(problem)}} for problem in words.problems(report)]
+    if left_out:
+        more = f"{words.counted(left_out, 'more result')} left out; report.json has all findings."
+        told.append({"level": "warning", "message": {"text": more}})
+    return {
+        "executionSuccessful": report.complete and report.result is not Result.ERROR,
+        "exitCode": _EXIT_CODES[report.result],
+        "exitCodeDescription": words.headline(report),
+        **({"toolExecutionNotifications": told} if told else {}),
+    }
+
+
+def _marks(report: Report) -> Json:
+    """What stands beside verdicts, also of adapters that passed and have no result."""
+    marks = [
+        {"adapter": one_line(adapter.name, words.NAME_LIMIT), "dtype": words.precision(adapter.base), "mark": mark}
+        for adapter in report.adapters
+        for mark in words.marks(adapter)
+    ]
+    known = words.baseline(report)
+    said = {**({"marks": marks[:MOST_RESULTS]} if marks else {}), **({"baseline": known} if known else {})}
+    return {"properties": said} if said else {}
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def _results(report: Report) -> Iterator[Json]:
+    for same in _entries(report):
+        for finding, more, where in told_once(same, lambda adapter: list(adapter.findings)):
+            yield _result(report, same[0], finding, more, where or words.precisions(same))
+    for base in report.bases:
+        for finding, more in words.grouped(base.findings):
+            yield _result(report, base, finding, more, words.precision(base))
+
+
+def _entries(report: Report) -> list[list[AdapterReport]]:
+    """The entries of each adapter on one base, in all its dtypes."""
+    found: dict[object, list[AdapterReport]] = {}
+    for adapter in words.worst_first(report.adapters):
+        found.setdefault((adapter.name, adapter.source, adapter.line, adapter.base.model), []).append(adapter)
+    return list(found.values())
+
+
+def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int, dtypes: str) -> Json:
+    """One kind of finding."""
+    name, base = _identity(judged)
+    marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
+    check = one_line(finding.check, words.NAME_LIMIT)
+    result: Json = {
+        "ruleId": check,
+        "level": str(finding.severity),
+        "message": {"text": _message(name, dtypes, finding, more)},
+        "locations": [
+            {
+                "physicalLocation": _location(report.config_path, judged),
+                "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
+            }
+        ],
+        "partialFingerprints": {"mergeGate/v1": _fingerprint(name, base, dtypes, finding)},
+        "properties": {
+            "adapter": name,
+            "base": words.model_name(base),
+            "dtype": dtypes,
+            "origin": str(finding.origin),
+            **({"marks": marks} if marks else {}),
+            "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
+        },
+    }
+    if isinstance(judged, AdapterReport) and judged.accepted is not None and finding.severity is Severity.ERROR:
+        said = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
+        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": said}]
+    if check in _SUMMARIES:
+        result["ruleIndex"] = list(_SUMMARIES).index(check)
+    return result
+
+
+def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseReport]:
+    if isinstance(judged, AdapterReport):
+        return one_line(judged.name, words.NAME_LIMIT), judged.base
+    return f"base {words.model_name(judged)}", judged
+
+
+def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
+    """The entry of the adapter. A base has no line of its own: it points at the top of the file.
+
+    Without a configuration it is their own config, and no line: code scanning refuses a report in which a result has no
+    file. That of a Hub id is not in the checkout.
+    """
+    if config_path != COMMAND_LINE:
+        line, column = (judged.line, judged.column) if isinstance(judged, AdapterReport) else (1, 1)
+        region = {"startLine": max(line, 1), "startColumn": max(column, 1)}
+        return {"artifactLocation": _address(config_path), "region": region}
+    own = f"{judged.source}/{CONFIG_NAME}" if isinstance(judged, AdapterReport) else f"{judged.model}/config.json"
+    address = _address(own)
+    return {"artifactLocation": {"uri": address["uri"]} if judged.revision else address}
+
+
+def _message(name: str, dtypes: str, finding: Finding, more: int) -> str:
+    said = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    if more:
+        said += f"; and {words.number(more)} more like it"
+    if finding.hint:
+        said += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+    return _plain(said)
+
+
+def _plain(text: str) -> str:
+    """In a SARIF message, brackets make links; a backslash makes them text (section 3.11.6)."""
+    return text.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]")
+
+
+def _address(path: str) -> Json:
+    """Relative to the checkout, as code scanning asks for; a path from elsewhere has its own address."""
+    normal = posixpath.normpath(quote(path.encode("utf-8", "backslashreplace"), safe="/"))
+    if normal.startswith("/"):
+        return {"uri": f"file://{normal}"}
+    return {"uri": normal, "uriBaseId": "%SRCROOT%"}
+
+
+def _fingerprint(name: str, base: BaseRef | BaseReport, dtypes: str, finding: Finding) -> str:
+    parts = [name, base.model or "", dtypes, finding.check]
+    parts += [finding.module or "", finding.tensor or ""]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

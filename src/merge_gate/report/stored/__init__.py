@@ -1,0 +1,1 @@
+"""Reports on disk: the output directory, writing, reading back, comparing."""

@@ -1,0 +1,1 @@
+"""Sentences, maps and tables that several formats share, and the escaping of foreign text."""

@@ -1,0 +1,90 @@
+"""The way of an adapter from base to final dtype, and where it broke: the chain of causes.
+
+In: an `AdapterReport`. Out: its four `Stage`s in order. Knows no format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from merge_gate.records.terms import Origin, Severity, record
+from merge_gate.report.wording import words
+from merge_gate.report.wording.grid import State, count_states
+from merge_gate.report.wording.untrusted import one_line
+
+if TYPE_CHECKING:
+    from merge_gate.records.report import AdapterReport
+    from merge_gate.records.terms import Finding
+
+
+class Outcome(StrEnum):
+    """How a stage went; what breaks after something else broke, follows from it."""
+
+    SOUND = "sound"
+    WARNED = "warned"
+    BROKEN = "broken"
+    FOLLOWS = "follows"
+    UNKNOWN = "unknown"
+
+
+@record
+class Stage:
+    """One link of the chain. `said` is what is known of it."""
+
+    name: str
+    outcome: Outcome
+    said: str
+
+
+_STAGES = {
+    "base": frozenset({Origin.BASE}),
+    "adapter": frozenset({Origin.FILE, Origin.CONFIG, Origin.ADAPTER}),
+    "merge": frozenset({Origin.MERGE}),
+}
+
+
+def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
+    """Return the four stages: base → adapter → merge → dtype."""
+    merged = bool(adapter.coverage.modules_merged)
+    sound = {
+        "base": "finite" if merged else "",
+        "adapter": words.counted(adapter.coverage.adapter_tensors, "tensor")
+        if adapter.coverage.adapter_tensors
+        else "",
+        "merge": words.counted(adapter.coverage.modules_merged, "module") if merged else "",
+    }
+    stages = [*(_stage(name, adapter, sound[name]) for name in _STAGES), _dtype(adapter)]
+    broken = [stage for stage in stages if stage.outcome is Outcome.BROKEN]
+    return tuple(replace(stage, outcome=Outcome.FOLLOWS) if stage in broken[1:] else stage for stage in stages)
+
+
+def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:
+    found = [
+        finding
+        for finding in adapter.findings
+        if finding.origin in _STAGES[name] and finding.severity is not Severity.NOTE
+    ]
+    errors = [finding for finding in found if finding.severity is Severity.ERROR]
+    if errors:
+        return Stage(name=name, outcome=Outcome.BROKEN, said=_checks(errors))
+    if found:
+        return Stage(name=name, outcome=Outcome.WARNED, said=_checks(found))
+    return Stage(name=name, outcome=Outcome.SOUND if sound else Outcome.UNKNOWN, said=sound or "not judged")
+
+
+def _dtype(adapter: AdapterReport) -> Stage:
+    name = words.precision(adapter.base)
+    counts = count_states(adapter.tensors)
+    if not counts:
+        return Stage(name=name, outcome=Outcome.UNKNOWN, said="nothing was merged")
+    broken = [f"{state} in {number}" for state, number in counts if state in {State.NAN, State.INF}]
+    total = words.counted(len(adapter.tensors), "tensor")
+    if broken:
+        return Stage(name=name, outcome=Outcome.BROKEN, said=f"{', '.join(broken)} of {total}")
+    return Stage(name=name, outcome=Outcome.SOUND, said=f"{total}, all finite")
+
+
+def _checks(findings: list[Finding]) -> str:
+    return ", ".join(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in findings))

@@ -1,0 +1,331 @@
+"""Config → Report, the whole flow on one page.
+
+In: a valid `Config`, a device, an output directory, a view. Out: a `Report`, on disk from the start (provisional) and
+as adapters are judged, so that a run that is killed leaves a true one. Imports no torch: the worker process runs what
+measures.
+
+1. Names become directories, and the adapters' files are judged on their own.  files/prepare.py,
+judging/adapter_report.py
+2. What an earlier run has judged is taken over.                                cache/standing.py
+3. What is left is grouped by base, dtype and quantisation.                     worker/grouping.py
+4. A worker merges; each evidence becomes findings, a verdict and a report.  worker/supervisor.py,
+judging/adapter_report.py
+5. Verdicts on a base that has changed are withdrawn; the rest is the report.   cache/standing.py, tally.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, assert_never
+
+from merge_gate.cache.keeper import NOTHING, Keeper, Keeping, base_directory
+from merge_gate.cache.standing import Standing
+from merge_gate.cache.verdicts import Line
+from merge_gate.config.suggestions import nearest
+from merge_gate.errors import GateError, UsageError
+from merge_gate.files.prepare import Inputs
+from merge_gate.judging import adapter_report
+from merge_gate.on_ray.job import judge_on_ray
+from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import Entry
+from merge_gate.records.measured import Evidence
+from merge_gate.records.report import AdapterReport, Report, Shard
+from merge_gate.records.terms import Quantization
+from merge_gate.report.stored.output_directory import refuse_input
+from merge_gate.report.wording import words
+from merge_gate.run.hourly_log import Hourly
+from merge_gate.run.report_writer import ReportWriter
+from merge_gate.run.tally import Tally
+from merge_gate.run.view import SilentView
+from merge_gate.shards.partition import part_of
+from merge_gate.text import listing, quoted
+from merge_gate.worker import protocol
+from merge_gate.worker.grouping import group_by_base
+from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.process import WorkerProcess
+from merge_gate.worker.protocol import Event, Group, Job
+from merge_gate.worker.supervisor import supervise
+
+if TYPE_CHECKING:
+    from merge_gate.run.view import View
+
+
+def run_gate(
+    config: Config,
+    *,
+    device: str = "auto",
+    output: str | None = None,
+    view: View | None = None,
+    only: tuple[str, ...] = (),
+    quick: bool = False,
+    shard: tuple[int, int] | None = None,
+    keeping: Keeping = NOTHING,
+    ray: str | None = None,
+    child: WorkerProcess | None = None,
+    begins: Callable[[], object] = lambda: None,
+) -> Report:
+    """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
+
+    Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
+    weight where it proves every value finite and small (engine/blocks/bound.py). `keeping` says which verdicts of
+    earlier runs are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that
+    merges (on_ray/ ray_cluster.py), None for a worker process here. `child` is one that was started before the config
+    was known. `begins` is called once no usage error can follow, before the first report is written.
+
+    Raises:
+        UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
+        GateError: there is no such cluster, or the report cannot be written.
+    """
+    specs, part = select(config, only), None
+    if output is not None:
+        refuse_input(output, _inputs(config))
+    if shard is not None:
+        specs, part = part_of(config, specs, *shard, quick=quick)
+    view = view or SilentView()
+    with contextlib.closing(
+        Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
+    ) as keeper:
+        run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
+        begins()
+        return run.run(quick=quick, child=child)
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, str]]:
+    for spec in config.adapters:
+        if spec.path:
+            yield spec.path, f"the adapter {quoted(spec.name, 200)}"
+        if spec.base.model:
+            yield spec.base.model, f"the base {quoted(spec.base.label or spec.base.model, 200)}"
+
+
+def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
+    """Judge config and files alone, with those of bases that are directories here. Torch is not imported."""
+    inputs = Inputs(config, (view or SilentView()).note)
+    for spec in select(config, only):
+        yield adapter_report.checked(inputs.checked(spec))
+
+
+def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
+    """The adapters to gate.
+
+    Raises:
+        UsageError: a name that the config does not list.
+    """
+    known = {spec.name for spec in config.adapters}
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        hint = nearest(unknown[0], known) or f"it lists {listing(sorted(known), 20)}"
+        if known.issuperset(several := unknown[0].replace(",", " ").split()):
+            hint = f"one at a time: {' '.join(f'--only {shlex.quote(name)}' for name in several)}"
+        raise UsageError(f"--only {unknown[0]}: {config.path} lists no such adapter", hint=hint)
+    return tuple(spec for spec in config.adapters if not only or spec.name in only)
+
+
+class _Run:
+    """One run: its stages, and how each event adds to what is known."""
+
+    def __init__(
+        self,
+        config: Config,
+        specs: tuple[AdapterSpec, ...],
+        shard: Shard | None,
+        keeper: Keeper,
+        *,
+        device: str,
+        output: str | None,
+        view: View,
+        ray: str | None,
+    ) -> None:
+        self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
+        self._ray, self._keeper, self._digests = ray, keeper, keeper.digests
+        self._tally = Tally(config, shard, device=device, digest_of=self._digests.of)
+        self._standing = Standing(keeper)
+        self._writer = ReportWriter(output, view.note)
+        self._hourly = Hourly()
+        self._groups: tuple[Group, ...] = ()
+        self._finished = False
+
+    def run(self, *, quick: bool, child: WorkerProcess | None) -> Report:
+        self._writer.write_first(self._tally.report())
+        try:
+            with self._importing(child) as importing:
+                merges = sum(len(spec.base.dtypes) for spec in self._specs)
+                self._view.start(self._config.path, len(self._specs), merges)
+                self._prepare(quick=quick)
+                if importing is not None and not self._groups:
+                    importing.end()
+                if self._ray is None:
+                    supervise(self._job(), self._on_event, importing)
+                elif self._groups:
+                    judge_on_ray(self._ray, self._job(), self._on_event, self._digests)
+                return self._finish()
+        except BaseException:
+            if not self._finished:
+                with contextlib.suppress(GateError):
+                    self._writer.write_last(self._tally.report())
+            raise
+
+    def _importing(self, child: WorkerProcess | None) -> contextlib.AbstractContextManager[WorkerProcess | None]:
+        """The worker that imports while the names become files.
+
+        One that was started without a word of quantisation is of no use where there is some. Where all may have been
+        judged and none was started yet, it starts once one has not been.
+        """
+        quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
+        if child is not None and not quantizes:
+            return contextlib.nullcontext(child)
+        if child is not None:
+            child.end()
+        if self._specs and not self._keeper.looks_back and self._ray is None:
+            return WorkerProcess(quantizes=quantizes)
+        return contextlib.nullcontext()
+
+    def _prepare(self, *, quick: bool) -> None:
+        """Stages 1 to 3: what is left to merge is in `_groups`."""
+        to_merge = dict(self._loadable())
+        for index, line in self._standing.take_over(to_merge):
+            self._take_over(index, to_merge.pop(index), line)
+        self._groups = group_by_base(to_merge.items(), quick=quick)
+        self._standing.merging(self._groups)
+        free_bytes = MemoryGroup().free_bytes()
+        for group in self._groups:
+            weights = group.files.weights if group.files is not None else ()
+            if said := too_large(group.label, group.directory, free_bytes, weights):
+                self._view.note(said)
+        self._hourly.merging_begins(self._tally.judged)
+
+    def _loadable(self) -> Iterator[tuple[int, Entry]]:
+        """The entries that their files let be merged; the others are settled."""
+        inputs = Inputs(self._config, self._view.note)
+        for spec in self._specs:
+            prepared = inputs.prepare(spec)
+            self._tally.entries.extend(Entry(prepared=prepared, dtype=dtype) for dtype in spec.base.dtypes)
+        for index, entry in enumerate(self._tally.entries):
+            report = adapter_report.blocked(entry)
+            if report is None:
+                yield index, entry
+                continue
+            of_base = adapter_report.base_findings(entry.prepared, entry.dtype)
+            if of_base and entry.prepared.base is not None:
+                unloaded = adapter_report.of_unloaded_base(report.base, of_base)
+                self._tally.use(entry.prepared.base.directory, unloaded, index)
+            self._settle(index, report)
+
+    def _take_over(self, index: int, entry: Entry, line: Line) -> None:
+        """An earlier run has judged this entry."""
+        self._tally.merged_on(self._keeper.device, self._keeper.device_name)
+        self._tally.use(base_directory(entry), line.base, index)
+        self._tally.settle(index, line.adapter)
+        self._writer.changed()
+        self._view.adapter_done(line.adapter)
+
+    def _job(self) -> Job:
+        return Job(
+            groups=self._groups,
+            device=self._device,
+            allow_pickle=self._config.allow_pickle,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+
+    def _on_event(self, event: Event) -> None:  # noqa: C901 - a case for each event
+        match event:
+            case protocol.DeviceChosen():
+                self._know_worker(event)
+            case protocol.BaseLoading():
+                group = self._groups[event.group]
+                self._view.base_loading(group.label, group.dtype)
+            case protocol.BaseLoaded():
+                group = self._groups[event.group]
+                self._tally.use(group.directory, adapter_report.of_base(event.facts, group.files), event.task)
+                self._standing.loaded(event)
+                self._view.base_loaded(event.facts, event.seconds)
+            case protocol.MergeStarted():
+                self._catch_up()
+                entry = self._tally.entries[event.task]
+                position, total = self._tally.judged + 1, self._tally.total
+                self._view.adapter_started(entry.prepared.spec.name, position, total, entry.dtype)
+            case protocol.MergeProgressed():
+                self._catch_up()
+                self._view.adapter_progress(event.done, event.total, event.module)
+            case protocol.Merged():
+                self._judge(event.task, event.evidence)
+            case protocol.Undecided():
+                self._settle_undecided(event)
+            case protocol.Waiting():
+                self._view.note(self._still_at(event))
+            case protocol.Idle():
+                self._catch_up(at_once=True)
+            case protocol.Finished():
+                pass  # the last report follows
+            case _:
+                assert_never(event)
+
+    def _settle_undecided(self, event: protocol.Undecided) -> None:
+        report = adapter_report.undecided(self._tally.entries[event.task], event.refusal)
+        if event.refusal.check is not None:  # a check of the base, which has a line in the report of its own
+            directory = next(
+                group.directory for group in self._groups if any(task.index == event.task for task in group.tasks)
+            )
+            self._tally.use(directory, adapter_report.of_refused_base(report.base, event.refusal), event.task)
+        self._settle(event.task, report)
+
+    def _still_at(self, event: protocol.Waiting) -> str:
+        spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
+        if event.task is None:
+            return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
+        name = self._tally.entries[event.task].prepared.spec.name
+        return f"{name}: nothing heard of it for {spent}; its time limit is {limit}"
+
+    def _know_worker(self, event: protocol.DeviceChosen) -> None:
+        if event.sandbox.missing and not self._tally.sandbox.missing:
+            self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
+        self._keeper.device_chosen(event)
+        self._tally.merged_on(event.device, event.device_name, event.sandbox)
+
+    def _judge(self, index: int, evidence: Evidence) -> None:
+        entry = self._tally.entries[index]
+        report = adapter_report.merged(entry, evidence)
+        base = adapter_report.of_base(evidence.base, entry.prepared.base_files)
+        self._standing.reached(index, entry, Line(adapter=report, base=base))
+        self._settle(index, report)
+
+    def _settle(self, index: int, report: AdapterReport) -> None:
+        """One entry has been judged: its line of the report, on disk and before the reader's eyes."""
+        self._tally.settle(index, report)
+        self._writer.changed()
+        self._catch_up()
+        self._view.adapter_done(report)
+
+    def _catch_up(self, *, at_once: bool = False) -> None:
+        """What is due by now: verdicts to keep, a line in the log, a provisional report."""
+        self._keep()
+        if self._hourly.is_due:
+            self._view.note(self._hourly.said(self._tally.judged, self._tally.total, self._tally.failed))
+        self._writer.catch_up(self._tally.report, at_once=at_once)
+
+    def _keep(self) -> None:
+        for index, report in self._standing.kept():
+            self._tally.settle(index, report)
+
+    def _finish(self) -> Report:
+        """Stage 5."""
+        if not self._digests.are_taken:
+            self._catch_up(at_once=True)  # a large base may take minutes
+            self._digests.wait()
+        self._keep()
+        for fallen in self._standing.fallen():
+            for index in fallen.indices:
+                self._tally.settle(index, adapter_report.withdrawn(self._tally.entries[index], fallen.refusal))
+            self._view.note(f"{fallen.refusal.message}; the verdicts on it are withdrawn")
+        report = self._tally.report(complete=True)
+        try:
+            self._writer.write_last(report)
+        except GateError:
+            self._view.finish(report, "")  # the terminal is all that is left
+            raise
+        self._finished = True
+        self._view.finish(report, self._output or "")
+        return report

@@ -1,0 +1,279 @@
+"""What a person sees of a run: progress while it works, the result at its end.
+
+In: the events of a run, in order, and two text streams. Out: progress on standard error, the result on standard
+output. Knows the records and the texts of `report`, nothing of how a run is done. `RichView` is for a terminal, with
+rich's progress (foot.py), `PlainView` for everything else: no escape codes, one line per event, and no import of rich.
+All names in the events are hostile: hidden characters are replaced and no line can become a workflow command.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.terms import Verdict
+from merge_gate.report.formats import terminal_text
+from merge_gate.report.formats.terminal_text import Style
+from merge_gate.report.wording import words
+from merge_gate.report.wording.untrusted import inert, one_line, safe_text
+from merge_gate.run.streams import is_ascii, write
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from merge_gate.records.measured import BaseFacts
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.report.formats.terminal_text import Line
+
+    Clock = Callable[[], float]
+
+PLAIN_WIDTH = 100
+WIDEST = 110
+"""Lines longer than this are hard to read, however wide the terminal is."""
+QUIET_S = 30.0
+"""How long `PlainView` says nothing while a merge goes on."""
+
+
+class View:
+    """The events of a run, in the order in which they come; this one shows nothing of them.
+
+    `close` puts the terminal back; it may come at any time and more than once (`contextlib.closing(view)`).
+    """
+
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        """`merge_count` is larger where adapters are merged in several dtypes."""
+
+    def base_loading(self, model: str, dtype: str) -> None: ...
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None: ...
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        """`index` counts from 1."""
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None: ...
+    def adapter_done(self, adapter: AdapterReport) -> None: ...
+    def note(self, message: str) -> None: ...
+    def finish(self, report: Report, output_dir: str) -> None: ...
+    def close(self) -> None: ...
+
+
+SilentView = View
+"""Shows nothing: for a run that nobody watches."""
+
+
+def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
+    """Return the view that suits the streams and the environment (NO_COLOR, TERM, CI, GITHUB_ACTIONS)."""
+    in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
+    if in_ci or env.get("TERM") in {"dumb", "unknown"} or not stderr.isatty():
+        return PlainView(stdout, stderr)
+    return RichView(stdout, stderr, colour=not env.get("NO_COLOR"))
+
+
+class PlainView(View):
+    """Lines without escape codes: for logs, pipes and terminals that can do nothing else."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, clock: Clock = time.monotonic) -> None:
+        self._stdout = stdout
+        self._stderr = stderr
+        self._clock = clock
+        self._state = _State()
+        self._pace = _Pace(clock)
+        self._said_at = clock()
+
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        self._state.total = merge_count
+        self._say(_opening(config_path, adapter_count, merge_count))
+
+    def base_loading(self, model: str, dtype: str) -> None:
+        self._say(_loading(model, dtype))
+
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
+        self._say(_loaded(facts, seconds))
+
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        self._state.begin(name, index, total, dtype)
+        self._pace.begin()
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None:
+        if self._clock() - self._said_at < QUIET_S:
+            return
+        estimate = self._pace.estimate(done, total)
+        left = f", {estimate}" if estimate else ""
+        self._say(
+            f"{self._state.label} {self._state.name}: {done:,} of {words.counted(total, 'module')}{left}, "
+            f"at {_name(module)}"
+        )
+
+    def adapter_done(self, adapter: AdapterReport) -> None:
+        self._state.end()
+        said, why = _done(adapter)
+        self._say(f"{self._state.label} {_name(adapter.name)} ({words.precision(adapter.base)}): {said}{why}")
+
+    def note(self, message: str) -> None:
+        for line in safe_text(message).split("\n"):
+            self._say(line)
+
+    def finish(self, report: Report, output_dir: str) -> None:
+        write(
+            self._stdout, terminal_text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=is_ascii(self._stdout))
+        )
+
+    def close(self) -> None:
+        """There is nothing to put back."""
+
+    def _say(self, line: str) -> None:
+        self._said_at = self._clock()
+        write(self._stderr, inert(line) + "\n")
+
+
+class RichView(View):
+    """A live view at the foot of the terminal, which the result replaces at the end."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, colour: bool = True, clock: Clock = time.monotonic) -> None:
+        from rich.console import Console  # noqa: PLC0415 - only this view pays for importing rich
+
+        from merge_gate.run.foot import Foot, styled  # noqa: PLC0415
+
+        def console(stream: TextIO) -> Console:
+            return Console(file=stream, no_color=True if not colour else None, highlight=False, markup=False)
+
+        self._stdout, self._stderr, self._colour, self._styled = stdout, stderr, colour, styled
+        self._out, self._console = console(stdout), console(stderr)
+        self._foot = Foot(self._console, clock)
+        self._state = _State()
+
+    def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
+        self._state.total = merge_count
+        self._print(((_opening(config_path, adapter_count, merge_count), Style.STRONG),))
+        self._foot.wait_for("reading files, starting torch")
+        self._foot.start()
+
+    def base_loading(self, model: str, dtype: str) -> None:
+        self._foot.wait_for(_loading(model, dtype))
+
+    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
+        self._print(((_loaded(facts, seconds), Style.FAINT),))
+
+    def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
+        self._state.begin(name, index, total, dtype)
+        self._foot.begin(self._state.name, f"{self._state.label} {self._state.dtype}", self._state.total)
+
+    def adapter_progress(self, done: int, total: int, module: str) -> None:
+        self._foot.step(done, total, _name(module))
+
+    def adapter_done(self, adapter: AdapterReport) -> None:
+        self._state.end()
+        style, (said, why) = terminal_text.STYLES[adapter.verdict], _done(adapter)
+        mark = (terminal_text.ASCII_MARKS if is_ascii(self._stderr) else terminal_text.MARKS)[adapter.verdict]
+        line = (
+            (f"{mark} ", style),
+            (_name(adapter.name), Style.PLAIN),
+            (f" ({words.precision(adapter.base)})  ", Style.FAINT),
+            (said, style),
+            (why, Style.FAINT),
+        )
+        self._foot.end(line, self._state.total)
+
+    def note(self, message: str) -> None:
+        for line in safe_text(message).split("\n"):
+            self._print(((line, Style.FAINT),))
+
+    def finish(self, report: Report, output_dir: str) -> None:
+        self.close()
+        on_terminal = self._stdout.isatty()
+        width = min(self._out.width, WIDEST) if on_terminal else PLAIN_WIDTH
+        lines = terminal_text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
+        if on_terminal and self._colour:
+            for line in lines:
+                self._out.print(self._styled(line, self._stdout), soft_wrap=True)
+            return
+        write(self._stdout, terminal_text.joined(lines))
+        if not on_terminal:
+            self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
+
+    def close(self) -> None:
+        self._foot.stop()
+
+    def _print(self, line: Line) -> None:
+        self._console.print(self._styled(line, self._stderr), overflow="fold")
+
+
+@dataclass(slots=True)
+class _State:
+    """Which adapter of how many is being judged."""
+
+    total: int = 0
+    done: int = 0
+    index: int = 0
+    name: str = ""
+    dtype: str = ""
+
+    def begin(self, name: str, index: int, total: int, dtype: str) -> None:
+        self.name, self.index, self.total, self.dtype = _name(name), index, max(total, index), _name(dtype)
+
+    def end(self) -> None:
+        """An adapter that never began (its files were refused) ends too."""
+        self.done += 1
+        self.index = self.done
+        self.total = max(self.total, self.done)
+        self.name = ""
+
+    @property
+    def label(self) -> str:
+        return f"[{self.index}/{self.total}]"
+
+
+class _Pace:
+    """How long something takes, judged by what is done of it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began = clock()
+
+    def begin(self) -> None:
+        self._began = self._clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._began
+
+    def estimate(self, done: float, total: float) -> str:
+        """`about 12 s left`; empty while it is too early to say."""
+        elapsed = self.elapsed_s
+        if done <= 0 or total <= done or elapsed < 1:
+            return ""
+        left = elapsed * (total - done) / done
+        return f"about {words.duration(max(round(left), 1))} left"
+
+
+def _opening(config_path: str, adapter_count: int, merge_count: int) -> str:
+    merges = f", {words.counted(merge_count, 'merge')}" if merge_count != adapter_count else ""
+    listed = f"on {COMMAND_LINE}" if config_path == COMMAND_LINE else f"in {one_line(config_path)}"
+    return f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}"
+
+
+def _loading(model: str, dtype: str) -> str:
+    return f"loading base {_name(model)} ({_name(dtype)})"
+
+
+def _loaded(facts: BaseFacts, seconds: float) -> str:
+    state = f"{words.counted(len(facts.nonfinite), 'tensor')} not finite" if facts.nonfinite else "all finite"
+    measured = f"{words.counted(facts.parameters, 'parameter')}, {state}"
+    return f"base {_name(facts.model)} ({_name(facts.dtype)}): {measured}, {words.duration(seconds)}"
+
+
+def _done(adapter: AdapterReport) -> tuple[str, str]:
+    """Return the verdict and what there is to say of it, to be read one after the other."""
+    now = not adapter.cached and adapter.accepted is None
+    took = "".join(
+        f", {said}" for said in (*words.marks(adapter), words.duration(adapter.seconds) if now else "") if said
+    )
+    why = terminal_text.reason(adapter)
+    if adapter.verdict is Verdict.PASSED:
+        merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
+        return adapter.verdict.value, merged + took + (f", {why}" if why else "")
+    return adapter.verdict.value, f", {why}{words.in_module(adapter)}{took}"
+
+
+def _name(name: str) -> str:
+    return one_line(name, words.NAME_LIMIT)

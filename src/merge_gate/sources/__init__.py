@@ -1,1 +1,0 @@
-"""Names → commits → directories → what the files say. No torch."""

@@ -1,0 +1,352 @@
+"""The worker process from inside: it loads bases and merges, and sends what it measured.
+
+In: a `Job` from the channel. Out: events. It is started by process.py as an interpreter of its own; torch, transformers
+and PEFT are imported here and below only. Knows neither configs nor verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.errors import EngineError, Refused
+from merge_gate.files.identity import base_identity
+from merge_gate.records.files import FileIdentity
+from merge_gate.records.measured import Evidence, Refusal
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import Origin, Quantization
+from merge_gate.worker.channel import Channel
+from merge_gate.worker.confine.sandbox import confine, limit
+from merge_gate.worker.device import cpu_name
+from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
+from merge_gate.worker.protocol import (
+    BaseLoaded,
+    BaseLoading,
+    DeviceChosen,
+    Event,
+    Finished,
+    Group,
+    Job,
+    Listener,
+    Merged,
+    MergeProgressed,
+    MergeStarted,
+    Task,
+    Undecided,
+)
+from merge_gate.worker.regex_trial import try_patterns
+from merge_gate.worker.startup.heap import give_back
+from merge_gate.worker.startup.quick_imports import quick_imports
+
+if TYPE_CHECKING:
+    from merge_gate.engine.base.accounting import Account
+    from merge_gate.engine.base.loaded_base import Base, ModelClass
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
+
+PROGRESS_S = 0.1
+"""No more than one event of progress in so long: whoever shows it uses a core that merges."""
+
+
+def main(descriptor: int) -> None:
+    """Entry point of the child: give up what is not needed, read a job, send events, exit 0."""
+    channel = Channel(socket.socket(fileno=descriptor))
+    sandbox = confine(Path.cwd())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    gc.disable()  # collections while importing find nothing and take a fifth of the time
+    for imports in (quick_imports(), contextlib.nullcontext()):  # what does not go in less time goes as usual
+        with contextlib.suppress(Exception), imports:  # what cannot be imported is said by the task that needs it
+            import merge_gate.engine.adapter_evidence  # noqa: F401, PLC0415
+
+            break
+    gc.freeze()
+    gc.enable()
+    try:
+        job = channel.receive(None)
+    except (EOFError, OSError):
+        os._exit(0)  # there was nothing to merge
+    assert isinstance(job, Job)  # noqa: S101 - the parent is ours
+    _forget_output()
+    threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
+    for event in judge_job(job, channel.send, sandbox):
+        channel.send(event)
+    channel.send(Finished())
+    channel.close()
+    sys.stdout.flush()
+    os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _forget_output() -> None:
+    """What libraries print while they are imported says nothing of how this process ends."""
+    with contextlib.suppress(OSError):  # it goes to no file
+        os.ftruncate(sys.stdout.fileno(), 0)
+        os.lseek(sys.stdout.fileno(), 0, os.SEEK_SET)
+
+
+def _leave_with_parent(channel: Channel) -> None:
+    """The parent sends nothing more: whatever arrives now is its end."""
+    with contextlib.suppress(OSError):
+        channel.wait_for_end()
+    os._exit(1)
+
+
+def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]:
+    """Load each base once, whatever its classes, and merge each task.
+
+    Every exception becomes that task's, and the rest go on.
+    """
+    try:
+        chosen = _choose_device(job.device)
+    except (EngineError, ImportError, OSError) as error:  # torch itself may not be imported
+        for group in job.groups:
+            for task in group.tasks:
+                yield Undecided(task=task.index, refusal=_refusal(error))
+        return
+    yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
+    job = replace(job, device=chosen.device)
+    kept: Kept | None = None
+    for position, group in enumerate(job.groups):
+        if group.tasks:
+            kept = kept if kept is not None and kept.serves(group) else Kept(group)
+            yield from _judge_group(position, group, job, progress, kept)
+
+
+class Kept:
+    """Bases that are mapped from the files of a group: what this group, or the next one, wants in another dtype."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._bases: dict[ModelClass, tuple[Base, tuple[FileIdentity, ...]]] = {}
+        self._accounts: dict[ModelClass, Account] = {}
+
+    def account(self, shape: ModelClass, group: Group) -> Account:
+        """What is known of the base as this class, before it is loaded; the same for every dtype."""
+        from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
+
+        if shape not in self._accounts:
+            self._accounts[shape] = account_for(group.directory, shape, group.label, group.files)
+        return self._accounts[shape]
+
+    def serves(self, group: Group) -> bool:
+        return replace(group, dtype=self._group.dtype, tasks=self._group.tasks) == self._group
+
+    def add(self, shape: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
+        from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
+
+        if base.hollow is None and is_mapped(base):  # another one takes memory
+            self._bases[shape] = base, identity
+
+    def cast(self, shape: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
+        """One of them in this group's dtype; None where that has to be loaded."""
+        from merge_gate.engine.base.other_dtype import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
+
+        is_plain = group.quantization is Quantization.NONE and job.device == "cpu"
+        if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.dtype):
+            self.add(shape, _load(replace(group, dtype="auto"), shape, job), identity)
+        base, found = self._bases.get(shape, (None, ()))
+        if base is None or found != identity:
+            return None
+        return in_another_dtype(base, shape, group.directory, group.dtype)
+
+
+def _choose_device(wanted: str) -> DeviceChosen:
+    import torch  # noqa: PLC0415 - the child's side only
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"device {wanted} was asked for, but torch {torch.__version__} sees no CUDA device here",
+                hint="use --device cpu, or run where the GPU is visible (driver, container runtime, torch for CUDA)",
+            )
+        count = torch.cuda.device_count()
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise EngineError(
+                f"device {wanted} was asked for, but there are only {count} CUDA devices (cuda:0 is first)"
+            )
+        return DeviceChosen(device=wanted, device_name=torch.cuda.get_device_name(index))
+    return DeviceChosen(device="cpu", device_name=cpu_name())
+
+
+def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
+    try:
+        with pinned_directory(group.directory) as directory:
+            yield from _judge_pinned(position, replace(group, directory=directory), job, progress, kept)
+    except OSError as error:
+        yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
+
+
+def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
+    from merge_gate.engine.base.model_class import shape_for  # noqa: PLC0415 - as above
+
+    by_shape: dict[ModelClass, list[tuple[Task, str | None]]] = {}
+    for task in group.tasks:
+        try:
+            shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+        except Exception as error:
+            yield Undecided(task=task.index, refusal=_refusal(error, group))
+        else:
+            by_shape.setdefault(shape, []).append((task, shape.instead_of))
+    base: Base | None = None
+    for shape, tasks in by_shape.items():
+        yield BaseLoading(group=position)
+        started = time.perf_counter()
+        try:
+            account = kept.account(shape, group)
+            refused = _refused_as_incomplete(tasks, account, group)
+            yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
+            tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
+            if not tasks:
+                continue
+            base = _in_another_class(base, shape)
+            if base is None:  # the one before it is let go of first
+                identity = base_identity(group.directory)
+                base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
+            verify_base(group.directory, group.label, identity)
+            _settle(base, account, group.directory)
+            kept.add(shape, base, identity)
+        except Exception as error:
+            base = None
+            yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
+            continue
+        seconds = time.perf_counter() - started
+        first = tasks[0][0].index
+        yield BaseLoaded(group=position, task=first, facts=base.facts, identity=identity, seconds=seconds)
+        for task, instead_of in tasks:
+            yield MergeStarted(task=task.index)
+            yield _judge_task(base, task, instead_of, progress)
+        base.template = None  # no more of these come; what it held is there for the next one
+
+
+def _refused_as_incomplete(
+    tasks: list[tuple[Task, str | None]], account: Account, group: Group
+) -> list[tuple[Task, Refusal]]:
+    """The tasks whose adapters do not bring what the base's files lack."""
+    from merge_gate.engine.base import accounting  # noqa: PLC0415 - imports torch
+
+    if not account.incomplete or account.map is None:
+        return []
+    lacking = [task for task, _ in tasks if not accounting.brings_all(task.files, account.incomplete)]
+    error = accounting.incomplete(group.label, account.incomplete, account.map, group.directory)
+    return [(task, _refusal(error, group)) for task in lacking]
+
+
+def _settle(base: Base, account: Account, directory: str) -> None:
+    from merge_gate.engine.base import accounting  # noqa: PLC0415 - imports torch
+
+    accounting.settle(base, account, directory)
+
+
+def _load(group: Group, shape: ModelClass, job: Job) -> Base:
+    from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
+
+    give_back()
+    return bases.load_base(
+        group.directory,
+        shape=shape,
+        label=group.label,
+        revision=group.revision,
+        dtype=group.dtype,
+        quantization=group.quantization,
+        device=job.device,
+        trust_remote_code=job.trust_remote_code,
+        allow_pickle=job.allow_pickle,
+    )
+
+
+def _in_another_class(base: Base | None, shape: ModelClass) -> Base | None:
+    from merge_gate.engine.base import other_class  # noqa: PLC0415 - imports torch
+
+    return other_class.in_another_class(base, shape) if base is not None else None
+
+
+def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
+    next_s = 0.0
+
+    def report(done: int, total: int, module: str) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            progress(MergeProgressed(task=task.index, done=done, total=total, module=module))
+            next_s = time.monotonic() + PROGRESS_S
+
+    try:
+        with contextlib.ExitStack() as stack:
+            files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
+            evidence = _merge(base, replace(task, files=files), report)
+    except Refused as refused:  # by the trial, before PEFT saw it
+        kind, total = task.files[0].config.peft_type, base.facts.parameters
+        evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
+    except Exception as error:
+        return Undecided(task=task.index, refusal=_refusal(error))
+    return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
+
+
+def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) -> Evidence:
+    from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
+
+    names = [name for name, _ in base.model.named_modules()]
+    for files in task.files:
+        try_patterns(files.config.patterns, names)
+    if task.combine is not None:
+        return adapter_evidence.merge_combination(base, task.files, task.combine, leeway=task.leeway, progress=progress)
+    return adapter_evidence.merge_adapter(base, task.files[0], leeway=task.leeway, progress=progress)
+
+
+def _is_of_an_import(error: Exception) -> bool:
+    """Whether an error was raised while Python imported a module."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("<frozen importlib") for name in frames)
+
+
+def _refusal(error: Exception, group: Group | None = None) -> Refusal:
+    """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
+    if isinstance(error, EngineError):
+        message = error.message.replace(group.directory, group.label) if group is not None else error.message
+        if error.check is None:
+            return Refusal(check=None, message=message, hint=error.hint)
+        place = error.tensor.rpartition(".")[0] if error.tensor else None
+        return Refusal(
+            check=error.check,
+            message=message,
+            hint=error.hint,
+            module=place,
+            tensor=error.tensor,
+            origin=Origin.BASE,
+        )
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
+        return Refusal(
+            check=None,
+            message="out of memory while judging this adapter",
+            hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
+        )
+    if isinstance(error, (OSError, ImportError)) and _is_of_an_import(error):
+        return Refusal(
+            check=None,
+            message=f"a library of the gate could not be imported: {text[:400]}",
+            hint="the environment that runs the gate is damaged, or changes during the run: install it anew",
+        )
+    if isinstance(error, OSError):
+        return Refusal(
+            check=None,
+            message=f"a file of the adapter or its base could not be read when it was to be merged: {text[:400]}",
+            hint="check that nothing changes these files during a run, and that the disk is sound",
+        )
+    return Refusal(
+        check=None,
+        message=f"the gate could not judge this adapter: {type(error).__name__}: {text[:400]}",
+        hint="if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
+    )

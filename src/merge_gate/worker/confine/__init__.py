@@ -1,0 +1,1 @@
+"""What the worker process gives up before it imports anything."""

@@ -1,0 +1,62 @@
+"""What is to be merged → one group per base, so that each base is loaded once.
+
+In: the entries of the report to be. Out: `Group`s for the worker, in the order of the config. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from merge_gate.files.identity import base_identity
+from merge_gate.judging import all_checks
+from merge_gate.records.files import Entry, Snapshot
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
+
+LIMIT_PER_GIB_S = 180.0
+
+
+def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple[Group, ...]:
+    """Group entries, each with the index of its task, by base, revision, dtype and quantisation."""
+    groups: dict[tuple[object, ...], Group] = {}
+    for index, entry in entries:
+        base, quantization = entry.prepared.base, entry.prepared.spec.base.quantization
+        if base is None:
+            raise AssertionError("an entry without a base is settled before it is grouped")
+        key = (base.directory, base.revision, entry.dtype, quantization)
+        group = groups.get(key) or _group(base, entry)
+        task = _task(index, entry, limit_s=_default_limit_s(base.directory), quick=quick)
+        groups[key] = replace(group, tasks=(*group.tasks, task))
+    return tuple(groups.values())
+
+
+def _group(base: Snapshot, entry: Entry) -> Group:
+    return Group(
+        label=base.name,
+        directory=base.directory,
+        revision=base.revision,
+        dtype=entry.dtype,
+        quantization=entry.prepared.spec.base.quantization,
+        files=entry.prepared.base_files,
+        tasks=(),
+    )
+
+
+def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
+    spec = entry.prepared.spec
+    return Task(
+        index=index,
+        files=entry.prepared.members,
+        combine=spec.combine,
+        leeway=all_checks.leeway(spec, quick=quick),
+        limit_s=spec.limit_seconds or limit_s,
+    )
+
+
+def _default_limit_s(directory: str) -> float:
+    """A time limit that grows with the base: what its merge takes on two slow cores, several times over."""
+    try:
+        size_bytes = sum(file.size_bytes for file in base_identity(directory))
+    except OSError:  # the worker says what is wrong with it
+        size_bytes = 0
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * size_bytes / 2**30

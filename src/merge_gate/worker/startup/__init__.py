@@ -1,0 +1,1 @@
+"""A faster start of the worker process."""

@@ -1,0 +1,214 @@
+"""Adapters named on the command line, and a first file: the same configuration as a file that says it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.config.init_file import first_config
+from merge_gate.config.load_config import load_config
+from merge_gate.errors import ConfigError, UsageError
+from merge_gate.files.preflight import base_of
+from merge_gate.records.config import COMMAND_LINE, Config
+from merge_gate.records.terms import Quantization
+from tests.support.wording import Wording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two adapters, one of them two levels down, and a base."""
+    for name, base in (("support", "./base"), ("teams/a/billing", "./base")):
+        (tmp_path / name).mkdir(parents=True)
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def closed(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """`teams`, which may not be read, in a copy that anyone may read: pytest's own directories are closed to others."""
+    with tempfile.TemporaryDirectory() as top:
+        shutil.copytree(here, top, dirs_exist_ok=True)
+        monkeypatch.chdir(top)
+        place = Path(top, "teams")
+        place.parent.chmod(0o755)
+        place.chmod(getattr(request, "param", 0))
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield place
+        os.seteuid(user)
+        place.chmod(0o755)
+        monkeypatch.undo()
+
+
+def placeless(config: Config) -> tuple[object, ...]:
+    return tuple(replace(adapter, line=1, column=1) for adapter in config.adapters)
+
+
+def test_names_give_the_config_that_a_file_gives(here: Path) -> None:
+    (here / "gate.yml").write_text(
+        "version: 1\nbase: {model: base, dtype: [bfloat16, float16], quantization: bnb-4bit}\n"
+        "adapters: [{path: ./support}, {path: 'teams/*/billing'}, {path: acme/lora}]\n"
+    )
+    direct = config_of(
+        ["./support", "teams/*/billing", "acme/lora"],
+        base="base",
+        dtypes=["bfloat16", "float16"],
+        quantization="bnb-4bit",
+    )
+    assert placeless(direct) == placeless(load_config("gate.yml"))
+    assert direct.adapters[0].base.quantization is Quantization.BNB_4BIT
+    assert direct.path == COMMAND_LINE
+
+
+def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
+    (adapter,) = config_of(["support"]).adapters
+    assert adapter.base.model is None
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "named"),
+    [
+        (["./nowhere"], {}, '"./nowhere"'),
+        (["support", "support"], {}, '"support"'),
+        (["support"], {"dtypes": ["fp16"]}, "float16"),
+        (["support"], {"quantization": "int3"}, "bnb-8bit"),
+        (["support"], {"base": "./nothing"}, "./nothing"),
+    ],
+)
+def test_problems_are_usage_errors(
+    names: list[str], options: dict[str, object], named: str, here: Path, wording: Wording
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)) as caught:
+        config_of(names, **options)  # type: ignore[arg-type]
+    wording(caught.value)
+
+
+def test_an_adapters_own_files_stand_for_it_as_a_hook_of_git_names_them(here: Path) -> None:
+    (here / "support" / "adapter_model.safetensors").write_bytes(b"")
+    names = ["support/adapter_config.json", "support/adapter_model.safetensors", "teams/a/billing/adapter_config.json"]
+    assert not names_a_file(names)
+    assert not names_a_file(names[:1])
+    assert [adapter.source for adapter in config_of(names).adapters] == ["support", "teams/a/billing"]
+
+
+def test_the_files_of_an_adapter_in_the_current_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here / "support")
+    (adapter,) = config_of(["adapter_config.json"]).adapters
+    assert (adapter.name, adapter.path) == ("support", str(here / "support"))
+
+
+def test_directories_of_one_name_are_told_apart(here: Path) -> None:
+    for place in ("a/lora/final", "b/lora/final", "c/other/final", "single"):
+        (here / place).mkdir(parents=True)
+    names = ["a/lora/final", "b/lora/final", "c/other/final", "single"]
+    found = [adapter.name for adapter in config_of(names, base="base").adapters]
+    assert found == ["a-lora-final", "b-lora-final", "other-final", "single"]
+
+
+@pytest.mark.usefixtures("closed")
+def test_an_adapter_that_may_not_be_read_is_left_to_the_preflight() -> None:
+    (adapter,) = config_of(["teams"]).adapters
+    assert adapter.source == "teams"
+
+
+@pytest.mark.parametrize("name", ["./teams/*", "./teams/a"])
+def test_an_unreadable_directory_is_not_reported_as_absent(wording: Wording, name: str, closed: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(f'"{closed}"')) as caught:
+        config_of([name])
+    wording(str(caught.value).replace(str(closed), "<closed>"))
+
+
+def test_without_a_current_directory_names_mean_nothing(here: Path) -> None:
+    (here / "gone").mkdir()
+    os.chdir(here / "gone")
+    (here / "gone").rmdir()
+    with pytest.raises(UsageError, match="current directory"):
+        config_of(["support"])
+    with pytest.raises(UsageError, match="current directory"):
+        first_config([str(here / "support")], lambda _: None)
+
+
+@pytest.mark.parametrize("closed", [0o111], indirect=True)
+def test_a_missing_config_in_a_directory_that_may_not_be_listed(wording: Wording, closed: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f'"{closed}"')) as caught:
+        load_config(str(closed / "gate.yml"))
+    wording(str(caught.value).replace(str(closed), "<closed>"))
+
+
+def test_a_config_is_told_from_adapters(here: Path) -> None:
+    (here / "list").write_text("version: 1")
+    assert names_a_file(["gate.yml"])
+    assert names_a_file(["list"])
+    assert not names_a_file(["support", "acme/lora"])
+    with pytest.raises(UsageError, match=re.escape('"gate.yml"')):
+        names_a_file(["support", "gate.yml"])
+    (here / "support.zip").touch()
+    with pytest.raises(UsageError, match=re.escape('"support.zip"')):
+        names_a_file(["support.zip"])
+
+
+def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
+    (here / "merge-gate.yml").write_text(first_config(["."], base_of))
+    config = load_config("merge-gate.yml")
+    assert {adapter.name for adapter in config.adapters} == {"support", "billing"}
+    assert {adapter.base.label for adapter in config.adapters} == {"./base"}
+
+
+def test_the_only_checkpoint_of_a_run_is_listed_and_nothing_is_left_out(here: Path) -> None:
+    (here / "runs/sums/checkpoint-9").mkdir(parents=True)
+    (here / "runs/sums/checkpoint-9/adapter_config.json").write_text("{}")
+    text = first_config(["runs"], base_of)
+    assert "./runs/sums/checkpoint-9" in text
+    assert sum("checkpoint-9" in line for line in text.splitlines()) == 1
+
+
+def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
+    (here / "support").rename(here / "ü 😀")
+    (config,) = config_of(["ü 😀"]).adapters
+    assert (config.name, config.source) == ("ü 😀", "ü 😀")
+    with pytest.raises(UsageError, match=r'"a\\u202eb"'):
+        config_of(["a\u202eb"])
+
+
+def test_adapters_of_one_name_get_two(here: Path) -> None:
+    (here / "teams/b/billing").mkdir(parents=True)
+    (here / "teams/b/billing/adapter_config.json").write_text("not json")
+    (here / "merge-gate.yml").write_text(first_config(["teams"], base_of))
+    assert {adapter.name for adapter in load_config("merge-gate.yml").adapters} == {"a-billing", "b-billing"}
+
+
+@pytest.mark.parametrize("directory", ["base", "nowhere", "support/adapter_config.json"])
+def test_nothing_to_list_is_an_error(directory: str, here: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(f'"{directory}"')):
+        first_config([directory], base_of)
+
+
+@pytest.mark.parametrize("directory", ["teams", "teams/a"])
+def test_an_unreadable_directory_is_not_reported_as_empty(wording: Wording, directory: str, closed: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        first_config(["base", directory], base_of)
+    assert f'"{directory}"' in caught.value.message
+    wording(caught.value)
+
+
+def test_a_first_config_names_unreadable_directories(wording: Wording, closed: Path) -> None:
+    text = first_config([".", "support"], base_of)
+    assert '"./teams"' in text
+    wording(text)
+    assert "./support" in text

@@ -1,0 +1,367 @@
+"""What cannot be merged into weights: why, shown with plain PEFT, and that the gate says so.
+
+Each row shows its reason first. A PEFT that mends one makes the row's own assertion fail, so that the rule can go. The
+rows' names are those of the table in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.config import ArrowConfig
+
+from merge_gate.engine.adapter.known_defects import DOCUMENTED_ON_PACKED, blamed_on
+from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.terms import Origin, Quantization, Severity, Verdict
+from tests.support import faults_methods, methods
+from tests.support.gating import Bench, one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+CAUSAL = {"task_type": "CAUSAL_LM"}
+VIRTUAL = CAUSAL | {"num_virtual_tokens": 2}
+Q = {"target_modules": ["q_proj"]}
+EIGHT, FOUR = Quantization.BNB_8BIT, Quantization.BNB_4BIT
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with one_thread():
+        yield Bench(tmp_path_factory.mktemp("not-mergeable"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An adapter that is whole and finite, and cannot be merged. `shows` proves it of a base and the adapter there."""
+
+    name: str
+    case: methods.Case
+    shows: Callable[[nn.Module, Path, Row], None]
+    quantization: Quantization = Quantization.NONE
+
+
+def raises(kind: type[Exception], match: str | None = None) -> Callable[[nn.Module, Path, Row], None]:
+    """PEFT says so itself, with `safe_merge` and without."""
+
+    def shows(base: nn.Module, adapter: Path, _: Row) -> None:
+        for safe in (False, True):
+            with pytest.raises(kind, match=match):
+                methods.merge(base, adapter, safe=safe)
+
+    return shows
+
+
+def cannot_load(base: nn.Module, adapter: Path, _: Row) -> None:
+    """What a trainer makes cannot be read back."""
+    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)):
+        methods.load_adapter(base, adapter)
+
+
+def computes_another_thing(base: nn.Module, adapter: Path, row: Row) -> None:
+    """PEFT merges without a word, into a model that computes something else than base and adapter do."""
+    inputs = methods.make_input(row.case.base)
+    model = methods.load_adapter(base, adapter).eval()
+    unmerged = methods.compute(model, inputs)
+    with methods.quiet():
+        merged = methods.compute(model.merge_and_unload(safe_merge=True).eval(), inputs)
+    assert (merged - unmerged).norm() / unmerged.norm() > 1e-2, "PEFT merges this rightly now: the rule can go"
+
+
+def merges_integers(base: nn.Module, adapter: Path, _: Row) -> None:
+    """PEFT merges without a word, but takes the packed integers (or another product of the factors) for the weight.
+
+    Held against the same merge into the values that the quantised weight stands for.
+    """
+    before = methods.values(base)[WEIGHT].float()
+    plain = methods.BASES["llama"]()
+    with torch.no_grad():
+        plain.get_submodule("model.layers.0.self_attn.q_proj").weight.copy_(before)
+    delta = methods.merge(plain, adapter)[WEIGHT] - before
+    got = methods.merge(base, adapter)[WEIGHT].float() - before
+    error = (got - delta).norm() / delta.norm()
+    assert not error < 0.9, f"PEFT merges this rightly now ({error:.2f} off): the rule can go"
+
+
+def leaves_no_quantised_weight(base: nn.Module, adapter: Path, _: Row) -> None:
+    """PEFT merges without a word and leaves plain numbers where packed ones are expected: nothing can read them."""
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        methods.merge(base, adapter)
+
+
+def _row(
+    name: str, base: str, shows: Any, kind: str, quantization: Quantization = Quantization.NONE, **kwargs: Any
+) -> Row:
+    case = methods.make_case(name, base, kind, **kwargs)
+    return Row(name=name, case=case, shows=shows, quantization=quantization)
+
+
+def _quantised(name: str, shows: Any, kind: str, quantization: Quantization, **kwargs: Any) -> Row:
+    return _row(f"{name}-{quantization}", "llama", shows, kind, quantization, **Q, **kwargs)
+
+
+NO_MERGE = raises(AttributeError, "merge_and_unload")
+IA3_CLOSED = raises(ValueError, "Cannot merge ia3")
+ROWS = (
+    _row("prompt-tuning", "llama", NO_MERGE, "PromptTuningConfig", **VIRTUAL),
+    _row("p-tuning", "llama", NO_MERGE, "PromptEncoderConfig", **VIRTUAL, encoder_hidden_size=8),
+    _row("prefix-tuning", "llama", NO_MERGE, "PrefixTuningConfig", **VIRTUAL),
+    _row("multitask-prompt-tuning", "llama", NO_MERGE, "MultitaskPromptTuningConfig", **VIRTUAL, num_tasks=2),
+    _row("cpt", "llama", NO_MERGE, "CPTConfig", **CAUSAL, cpt_token_ids=[1], cpt_mask=[1], cpt_tokens_type_mask=[1]),
+    _row("cartridge", "llama", NO_MERGE, "CartridgeConfig", **VIRTUAL),
+    _row("adaption-prompt", "llama", NO_MERGE, "AdaptionPromptConfig", **CAUSAL, adapter_len=2, adapter_layers=1),
+    _row("poly", "llama", raises(NotImplementedError), "PolyConfig", **Q, r=2, n_tasks=2, n_skills=2),
+    _row("lily", "llama", raises(NotImplementedError, "Lily"), "LilyConfig", **Q, r=2),
+    _row("shadow", "llama", raises(NotImplementedError, "ShadowPEFT"), "ShadowConfig", **CAUSAL, r=2),
+    _row(
+        "alora",
+        "llama",
+        raises(NotImplementedError, "aLoRA"),
+        "LoraConfig",
+        **CAUSAL,
+        **Q,
+        r=2,
+        alora_invocation_tokens=[1, 2],
+    ),
+    _row(
+        "layer-replication",
+        "llama",
+        computes_another_thing,
+        "LoraConfig",
+        **CAUSAL,
+        **Q,
+        r=2,
+        layer_replication=[[0, 1], [0, 1]],
+    ),
+    _row(
+        "oft-convolution",
+        "resnet",
+        computes_another_thing,
+        "OFTConfig",
+        target_modules=["layer.0.convolution"],
+        oft_block_size=4,
+    ),
+    _row(
+        "oft-convolution-patches",
+        "convnext",
+        computes_another_thing,
+        "OFTConfig",
+        target_modules=["patch_embeddings"],
+        oft_block_size=4,
+    ),
+    _row(
+        "tied-lora-twice",
+        "llama-tied",
+        computes_another_thing,
+        "LoraConfig",
+        target_modules=["embed_tokens"],
+        ensure_weight_tying=True,
+        r=2,
+    ),
+    _row(
+        "tokens-of-a-head-with-a-bias",
+        "xlm-roberta",
+        computes_another_thing,
+        "LoraConfig",
+        target_modules=["query"],
+        trainable_token_indices=[1, 5],
+        r=2,
+    ),
+    _row(
+        "lora-grouped-convolution",
+        "wav2vec2",
+        raises(NotImplementedError, "groups > 1"),
+        "LoraConfig",
+        target_modules=["pos_conv_embed.conv"],
+        r=2,
+    ),
+    _row(
+        "adalora-grouped-convolution",
+        "convnext",
+        raises(RuntimeError, "shape"),
+        "AdaLoraConfig",
+        target_modules=["dwconv"],
+        init_r=2,
+        target_r=2,
+        total_step=3,
+    ),
+    _row(
+        "lora-bias-without-bias", "llama", raises(RuntimeError, "has no bias"), "LoraConfig", **Q, r=2, lora_bias=True
+    ),
+    _row("beft-without-bias", "llama", raises(ValueError, "has no bias"), "BeftConfig", **Q),
+    _quantised("adalora", raises(NotImplementedError), "AdaLoraConfig", EIGHT, init_r=2, target_r=2, total_step=3),
+    _quantised("adalora", raises(NotImplementedError), "AdaLoraConfig", FOUR, init_r=2, target_r=2, total_step=3),
+    _quantised("ia3", IA3_CLOSED, "IA3Config", EIGHT, feedforward_modules=[]),
+    _quantised("ia3", IA3_CLOSED, "IA3Config", FOUR, feedforward_modules=[]),
+    _quantised("randlora", merges_integers, "RandLoraConfig", EIGHT, r=4),
+    _quantised("randlora", leaves_no_quantised_weight, "RandLoraConfig", FOUR, r=4),
+    _quantised("pvera", leaves_no_quantised_weight, "PveraConfig", FOUR, r=4),
+    _quantised("hra", merges_integers, "HRAConfig", EIGHT, r=2),
+    _quantised("c3a", merges_integers, "C3AConfig", EIGHT, block_size=4),
+    _quantised("peanut", merges_integers, "PeanutConfig", EIGHT, r=2),
+    _quantised("deft", merges_integers, "DeftConfig", EIGHT, r=2),
+    _quantised("supertuning", merges_integers, "SupertuningConfig", EIGHT, sparsity=0.9),
+    _quantised("ln-tuning", merges_integers, "LNTuningConfig", EIGHT),
+    _quantised("loha", raises(RuntimeError, "can't be cast"), "LoHaConfig", EIGHT, r=2),
+    _quantised("fourierft", raises(RuntimeError, "size of tensor"), "FourierFTConfig", FOUR, n_frequency=8),
+    _quantised("delora", cannot_load, "DeloraConfig", EIGHT, r=2),
+    _quantised("osf", cannot_load, "OSFConfig", FOUR, effective_rank=4),
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_reason_still_holds_and_the_gate_says_so(row: Row, bench: Bench) -> None:
+    plain = bench.base_directory(row.case.base, "float32")
+    if row.quantization is Quantization.NONE:
+        base, directory = bench.base(row.case.base, "float32"), plain
+    else:
+        directory = bench.base_directory(row.case.base, "float16")
+        base = methods.load_base(row.case.base, directory, str(row.quantization))
+    adapter = bench.adapter(row.case)
+    row.shows(base, adapter, row)
+    judgement = bench.gate.judge(adapter, directory, quantization=row.quantization)
+    assert judgement.verdict is Verdict.FAILED, judgement
+    assert judgement.cause == "not-mergeable", judgement
+    reason = next(finding for finding in judgement.findings if finding.check == judgement.cause)
+    assert reason.severity is Severity.ERROR
+    assert reason.message
+    assert reason.hint
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_docs_have_the_row(row: Row) -> None:
+    assert f"| `{row.name.removesuffix('-bnb-8bit').removesuffix('-bnb-4bit')}" in DOCS.read_text(encoding="utf-8")
+
+
+def test_tokens_of_a_head_whose_bias_is_zero_pass(bench: Bench, tmp_path: Path) -> None:
+    """PEFT's forward leaves out a bias of zeros, and nothing is lost."""
+    shutil.copytree(bench.base_directory("xlm-roberta", "float32"), tmp_path / "base")
+    state = faults_methods.load_file(tmp_path / "base" / "model.safetensors")
+    biases = {name: torch.zeros_like(tensor) for name, tensor in state.items() if name.startswith("lm_head.bias")}
+    methods.save_file(state | biases, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    case = next(row.case for row in ROWS if row.name == "tokens-of-a-head-with-a-bias")
+    base, adapter = methods.load_base("xlm-roberta", tmp_path / "base"), bench.adapter(case)
+    model, inputs = methods.load_adapter(base, adapter).eval(), methods.make_input("xlm-roberta")
+    unmerged = methods.compute(model, inputs)
+    torch.testing.assert_close(methods.compute(model.merge_and_unload().eval(), inputs), unmerged)
+    assert biases
+    judgement = bench.gate.judge(adapter, tmp_path / "base")
+    assert judgement.verdict is Verdict.PASSED, judgement
+
+
+def test_ln_tuning_leaves_a_trained_head_in_its_wrapper(bench: Bench, tmp_path: Path) -> None:
+    """What PEFT merges computes the right thing in memory; once it is saved, its head is lost."""
+    case = methods.make_case(
+        "ln-head", "bert-classifier", "LNTuningConfig", target_modules=["output.LayerNorm"], task_type="SEQ_CLS"
+    )
+    adapter, inputs = bench.adapter(case), methods.make_input("bert-classifier")
+    model: Any = methods.load_adapter(bench.base("bert-classifier", "float32"), adapter).eval()
+    unmerged = methods.compute(model, inputs)
+    merged = model.merge_and_unload(safe_merge=True).eval()
+    torch.testing.assert_close(methods.compute(merged, inputs), unmerged)
+    merged.save_pretrained(tmp_path)
+    again = methods.compute(methods.load_base("bert-classifier", tmp_path), inputs)
+    assert not torch.allclose(again, unmerged, atol=1e-3), "PEFT unwraps it now: this can go"
+    judgement = bench.gate.judge(adapter, bench.base_directory("bert-classifier", "float32"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+    assert "lacks classifier.bias, classifier.weight" in judgement.findings[0].message
+    assert "wrapper" in judgement.findings[0].message
+    assert "before the merged model is saved" in str(judgement.findings[0].hint)
+
+
+def test_x_lora_loses_its_router(bench: Bench, tmp_path: Path) -> None:
+    """PEFT merges one expert at full weight. Its file of tensors is empty, since the experts lie beside it."""
+    base = copy.deepcopy(bench.base("llama", "float32"))
+    base.config.use_cache = False
+    experts = {}
+    for name in ("0", "1"):
+        case = methods.make_case(f"expert-{name}", "llama", "LoraConfig", **CAUSAL, **Q, r=2)
+        experts[name] = str(bench.adapter(case))
+    state = faults_methods.load_file(Path(experts["1"]) / methods.WEIGHTS)
+    methods.write_tensors(Path(experts["1"]), {key: tensor.flip(0) for key, tensor in state.items()})
+    with methods.quiet():
+        config = peft.XLoraConfig(**CAUSAL, hidden_size=16, xlora_depth=1, adapters=experts)
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "router")
+    inputs = methods.make_input("llama")
+    model = methods.load_adapter(base, tmp_path / "router").eval()
+    unmerged = methods.compute(model, inputs)
+    with methods.quiet():
+        merged = methods.compute(model.merge_and_unload().eval(), inputs)
+    assert (merged - unmerged).norm() / unmerged.norm() > 1e-2, "PEFT keeps the router now: the rule can go"
+    judgement = bench.gate.judge(tmp_path / "router", bench.base_directory("llama", "float32"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+
+
+def test_an_arrow_router_cannot_be_read_back(bench: Bench, tmp_path: Path) -> None:
+    case = methods.make_case("arrow", "llama", "LoraConfig", **CAUSAL, **Q, r=2)
+    source = bench.adapter(case)
+    methods.write_variant(source, tmp_path / "arrow", faults_methods.load_file(source / methods.WEIGHTS))
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["arrow_config"] = {"top_k": ArrowConfig().top_k}
+    (tmp_path / "arrow" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        methods.load_adapter(bench.base("llama", "float32"), tmp_path / "arrow")
+    judgement = bench.gate.judge(tmp_path / "arrow", bench.base_directory("llama", "float32"))
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "not-mergeable"), judgement
+
+
+def test_attention_gets_twice_the_delta_on_its_output(bench: Bench) -> None:
+    """Merged and unmerged agree, so it is what was trained; but other programs that merge by the formula do not."""
+    case = methods.find("lora-mha")
+    base, adapter = bench.base("siglip", "float32"), bench.adapter(case)
+    state = faults_methods.load_file(adapter / methods.WEIGHTS)
+    end = "head.attention.base_layer.out_proj.lora_A.weight"  # its start is another one by release of transformers
+    (prefix,) = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(end)]
+    scaling = case.config().lora_alpha / case.config().r
+    delta = scaling * state[f"{prefix}.lora_B.weight"] @ state[f"{prefix}.lora_A.weight"]
+    name = prefix.removeprefix("base_model.model.").replace(".base_layer", "") + ".weight"
+    got = methods.merge(base, adapter)[name] - methods.values(base)[name]
+    torch.testing.assert_close(got, 2 * delta, rtol=1e-4, atol=1e-5)
+
+
+# --- an exception of PEFT --------------------------------------------------------------------------------------------
+
+PLAIN = BaseFacts(model="./b", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
+RAISED = Refusal(check="not-mergeable", message="PEFT cannot merge it", origin=Origin.MERGE)
+
+
+@pytest.mark.parametrize(
+    ("facts", "peft_type", "is_of_adapter"),
+    [
+        pytest.param(PLAIN, "LORA", True, id="plain"),
+        pytest.param(replace(PLAIN, quantization=FOUR), "IA3", True, id="documented"),
+        pytest.param(replace(PLAIN, quantization=FOUR), "VERA", False, id="bnb-4bit"),
+        pytest.param(replace(PLAIN, quantization="fp8"), "LORA", False, id="fp8"),
+        pytest.param(replace(PLAIN, quantization="fp8"), "IA3", False, id="documented-for-another-format"),
+        pytest.param(replace(PLAIN, incomplete=("lm_head.weight",)), "LORA", False, id="incomplete"),
+        pytest.param(
+            replace(PLAIN, quantization=FOUR, incomplete=("x",)), "IA3", False, id="documented-and-incomplete"
+        ),
+    ],
+)
+def test_an_exception_of_peft_is_the_adapters_on_a_plain_base_only(
+    facts: BaseFacts, peft_type: str, is_of_adapter: bool
+) -> None:
+    blamed = blamed_on(RAISED, SimpleNamespace(facts=facts), peft_type)
+    assert (blamed == RAISED) is is_of_adapter
+    assert (blamed.check, blamed.origin) == (("not-mergeable", Origin.MERGE) if is_of_adapter else (None, Origin.BASE))
+
+
+def test_methods_whose_exceptions_fail_the_adapter_are_in_the_documentation() -> None:
+    rows = re.findall(r"^\| `([a-z0-9]+)` on bitsandbytes", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name.upper() for name in rows} >= DOCUMENTED_ON_PACKED

@@ -1,0 +1,162 @@
+"""Names become files: each adapter and base is read once, and what goes wrong is a finding of that adapter alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.config.load_config import load_config
+from merge_gate.files import prepare
+from merge_gate.files.prepare import Inputs
+from tests.support.wording import Wording
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from merge_gate.records.files import Prepared
+
+NO_TENSORS = b"\x02\0\0\0\0\0\0\0{}"
+CONFIG = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "base_model_name_or_path": "./base"}
+
+
+def lay_adapter(directory: Path, **changes: Any) -> None:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
+    (directory / "adapter_model.safetensors").write_bytes(NO_TENSORS)
+
+
+def lay_base(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(NO_TENSORS)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    lay_base(tmp_path / "base")
+    lay_adapter(tmp_path / "one")
+    lay_adapter(tmp_path / "two")
+    return tmp_path
+
+
+def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Prepared]:
+    config = {"version": 1, "adapters": adapters}
+    (place / "gate.yml").write_text(json.dumps(config))
+    asked = load_config(str(place / "gate.yml"))
+    files = Inputs(asked, pytest.fail)
+    return {spec.name: files.prepare(spec) for spec in asked.adapters}
+
+
+def why(one: Prepared, check: str = "not-judged") -> str:
+    assert one.problem is not None
+    assert one.problem.check == check
+    assert one.problem.hint
+    return one.problem.message
+
+
+def test_an_adapter_and_the_base_that_it_names(place: Path) -> None:
+    one = prepared(place, "./one")["one"]
+    assert one.problem is None
+    assert one.files.directory == str(place / "one")
+    assert one.base is not None
+    assert one.base.directory == str(place / "base")
+    assert one.base.name == "./base", "as the adapter names it: a report has no path of this machine that nobody wrote"
+
+
+def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    read, find = prepare.preflight, prepare.resolve.resolve_base
+
+    def reading(directory: str, **options: Any) -> Any:
+        looked.append(directory)
+        return read(directory, **options)
+
+    def finding(model: str, *words: Any, **options: Any) -> Any:
+        looked.append(model)
+        return find(model, *words, **options)
+
+    monkeypatch.setattr(prepare, "preflight", reading)
+    monkeypatch.setattr(prepare.resolve, "resolve_base", finding)
+    members = {"adapters": ["one", "two"], "weights": [0.5, 0.5], "method": "linear"}
+    found = prepared(place, "./one", "./two", {"name": "sum", "combine": members})
+    assert [one.directory for one in found["sum"].members] == [str(place / "one"), str(place / "two")]
+    assert [one.base for one in found.values()] == [found["one"].base] * 3
+    assert sorted(looked) == sorted(str(place / name) for name in ("one", "two", "base"))
+
+
+def test_a_file_that_cannot_be_read_costs_its_adapter_and_what_that_is_part_of(place: Path) -> None:
+    weights = place / "two" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(weights.name)
+    members = {"adapters": ["one", "two"], "weights": [0.5, 0.5], "method": "linear"}
+    found = prepared(place, "./one", "./two", {"name": "sum", "combine": members})
+    assert found["one"].problem is None
+    assert "'adapter_model.safetensors' cannot be read" in why(found["two"])
+    assert why(found["sum"]) == why(found["two"])
+
+
+def test_an_accident_in_reading_costs_that_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = prepare.preflight
+
+    def failing(directory: str, **options: Any) -> Any:
+        if directory.endswith("two"):
+            raise RecursionError("too deep for anybody")
+        return read(directory, **options)
+
+    monkeypatch.setattr(prepare, "preflight", failing)
+    found = prepared(place, "./one", "./two")
+    assert found["one"].problem is None
+    assert why(found["two"]) == "its files could not be read: unexpected RecursionError: too deep for anybody"
+
+
+def test_an_adapter_that_names_no_base(place: Path) -> None:
+    lay_adapter(place / "alone", base_model_name_or_path=None)
+    assert "no base to merge into" in why(prepared(place, "./alone")["alone"])
+    assert why(prepared(place, "./alone")["alone"]).endswith("adapter_config.json names none")
+    (place / "alone/adapter_config.json").unlink()
+    assert why(prepared(place, "./alone")["alone"]).endswith("there is no adapter_config.json to name one")
+
+
+@pytest.mark.parametrize("named", ["a" * 5000, "a/" + "b" * 300])
+def test_a_name_that_no_file_system_takes_is_no_directory(named: str, place: Path, wording: Wording) -> None:
+    lay_adapter(place / "odd", base_model_name_or_path=named)
+    one = prepared(place, "./odd")["odd"]
+    assert "Hub id" in why(one)
+    assert one.problem is not None
+    wording(one.problem.hint)
+
+
+def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
+    (place / "base" / "model.safetensors").unlink()
+    one = prepared(place, {"path": "./one", "base": "./base"})["one"]
+    assert "no model.safetensors" in why(one, "base-incomplete")
+    assert one.problem is not None
+    assert "names this base" not in one.problem.hint
+
+
+def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = prepare.resolve.resolve_base
+
+    def failing(model: str, *words: Any, **options: Any) -> Any:
+        if model == "acme/odd":
+            raise RecursionError("too deep for anybody")
+        return find(model, *words, **options)
+
+    lay_adapter(place / "odd", base_model_name_or_path="acme/odd")
+    monkeypatch.setattr(prepare.resolve, "resolve_base", failing)
+    found = prepared(place, "./odd", "./one")
+    assert why(found["odd"]) == "the base 'acme/odd' cannot be looked up: RecursionError"
+    assert found["one"].problem is None
+
+
+@pytest.mark.parametrize("named", ["/" + "a" * 5000, "/x\0y"])
+def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place: Path) -> None:
+    """What says so depends on the Python: newer ones only tell that nothing is there."""
+    lay_adapter(place / "odd", base_model_name_or_path=named)
+    found = prepared(place, "./odd", "./one")
+    assert re.search("cannot be looked up|nothing at that path", why(found["odd"]))
+    assert found["one"].problem is None

@@ -1,0 +1,704 @@
+"""Names become directories: local paths as they are, Hub ids through a loopback Hub and the cache that it fills.
+
+Everything that touches the Hub runs in a process of its own in a scrubbed environment, since huggingface_hub reads
+HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE once, when it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import pytest
+
+from merge_gate.errors import ResolveError
+from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, _Repository
+from merge_gate.files.hub_errors import translate
+from merge_gate.files.resolve import (
+    base_setting_files,
+    base_weight_files,
+    digest_directory,
+    resolve_adapter,
+    resolve_base,
+)
+from merge_gate.records.config import AdapterSpec, BaseSpec
+from tests.support.command import PATIENCE_S, wait_until
+from tests.support.files.pickles import packed
+from tests.support.hub import LoopbackHub
+from tests.support.wording import Wording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+CLIENT = """
+import json, sys
+from merge_gate.errors import ResolveError
+from merge_gate.records.config import AdapterSpec, BaseSpec
+from merge_gate.files.resolve import digest_directory, resolve_adapter, resolve_base
+
+def adapter(id, revision=None, **options):
+    spec = AdapterSpec(name="a", source=id, hub_id=id, revision=revision, base=BaseSpec(), checks=(), line=1, column=1)
+    return resolve_adapter(spec, notify=notes.append, **options)
+
+def base(id, revision=None, **options):
+    return resolve_base(id, revision, notify=notes.append, **options)
+
+answers = []
+for call in json.load(sys.stdin):
+    notes = []
+    try:
+        from merge_gate.files import hub
+        hub.PAUSES_S = (0.01, 0.02)
+        hub._REQUEST_TIMEOUT_S = call.pop("timeout_s", 20.0)  # more than a busy machine takes
+        if call.pop("keeps_no_listing", False):
+            hub.huggingface_hub = object()  # huggingface_hub 1 cannot be asked what a repository holds
+        got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
+        directory = got.snapshot.directory
+        import os
+        names = sorted(os.path.relpath(os.path.join(place, file), directory)
+                       for place, _, files in os.walk(directory) for file in files)
+        answers.append({"directory": directory, "commit": got.snapshot.revision, "withheld": got.withheld,
+                        "names": names, "digest": digest_directory(directory, names), "notes": notes})
+    except ResolveError as error:
+        answers.append({"error": error.message, "hint": error.hint, "notes": notes})
+print(json.dumps(answers))
+"""
+
+TENSORS = b"\x02\0\0\0\0\0\0\0{}"
+CONFIG = b'{"peft_type": "LORA"}'
+ADAPTER = {"adapter_config.json": CONFIG, "adapter_model.safetensors": TENSORS, "README.md": b"hello"}
+BASE = {"config.json": b'{"model_type": "llama"}', "model.safetensors": TENSORS}
+KEEPS_LISTING = hasattr(huggingface_hub, "get_cached_repo_tree")
+"""Since huggingface_hub 2 the cache knows what a repository holds beside what was fetched."""
+SECRET = "hf_TopSecretTokenValue"
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        yield server
+
+
+class Client:
+    """Calls resolve in a fresh process; what it downloads stays in `home`."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self.home = home
+        kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
+        self.env = kept | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "20"}
+
+    def ask(self, *calls: dict[str, Any], **env: str) -> list[dict[str, Any]]:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", CLIENT],
+            input=json.dumps(calls), env=self.env | env, cwd=self.home.parent,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert SECRET not in process.stdout + process.stderr
+        return json.loads(process.stdout)
+
+    def adapter(self, repo_id: str, revision: str | None = None, **env: str) -> dict[str, Any]:
+        return self.ask({"kind": "adapter", "id": repo_id, "revision": revision}, **env)[0]
+
+
+@pytest.fixture
+def client(hub: LoopbackHub, tmp_path: Path) -> Client:
+    return Client(hub.url, tmp_path / "home")
+
+
+def make_directory(path: Path, files: Mapping[str, bytes]) -> Path:
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def spec(path: Path | None) -> AdapterSpec:
+    where = None if path is None else str(path)
+    return AdapterSpec(name="a", source="./a", path=where, base=BaseSpec(), checks=(), line=1, column=1)
+
+
+# --- directories ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    resolved = resolve_adapter(spec(tmp_path))
+    assert resolved.snapshot.directory == str(tmp_path)
+    assert resolved.snapshot.name == "./a"
+    assert resolved.snapshot.revision is None
+    assert resolved.withheld == ()
+
+
+def test_a_missing_directory_and_a_file_say_so(tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
+        resolve_adapter(spec(tmp_path / "absent"))
+    wording(caught.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(ResolveError) as caught:
+        resolve_adapter(spec(tmp_path / "file"))
+    wording(caught.value)
+
+
+def test_a_combination_is_no_directory() -> None:
+    with pytest.raises(ValueError, match="files"):
+        resolve_adapter(spec(None))
+
+
+def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "base", BASE)
+    assert resolve_base(str(directory), label="./base").snapshot.name == "./base"
+    assert base_weight_files(str(directory)) == ("model.safetensors",)
+
+
+SHARDS = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+    "model-00001-of-00002.safetensors": TENSORS,
+}
+INDEX_OF_X = b'{"metadata": {}, "weight_map": {"a": "x.safetensors"}}'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
+PICKLED_BASE = {"config.json": b"{}", "pytorch_model.bin": packed(b"\x80\x02}.")}
+BROKEN_BASES = {
+    "no weights": {"config.json": b"{}"},
+    "no config": {"model.safetensors": TENSORS},
+    "pickle only": {"config.json": b"{}", "pytorch_model.bin": b"PK"},
+    "an adapter": ADAPTER,
+    "a merged model with its adapter": BASE | ADAPTER,
+    "lfs weights": BASE | {"model.safetensors": LFS},
+    "lfs config": BASE | {"config.json": LFS},
+    "truncated": BASE | {"model.safetensors": TENSORS[:-1]},
+    "a shard is absent": SHARDS | {"model.safetensors.index.json": INDEX_OF_X},
+    "a shard is elsewhere": SHARDS | {"model.safetensors.index.json": INDEX_OF_X.replace(b"x.s", b"../../x.s")},
+    "index without metadata": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": "x"}}'},
+    "index is no json": SHARDS | {"model.safetensors.index.json": b"{"},
+    "index is empty": SHARDS | {"model.safetensors.index.json": b"{}"},
+    "index of numbers": SHARDS | {"model.safetensors.index.json": b'{"weight_map": {"a": 1}}'},
+    "gguf": {"config.json": b"{}", "model.gguf": b"GGUF"},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BASES)
+def test_a_broken_local_base_is_refused(case: str, tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as raised:
+        resolve_base(str(make_directory(tmp_path / "base", BROKEN_BASES[case])), label="./base")
+    wording(raised.value)
+    assert "./base" in raised.value.message
+    assert raised.value.hint
+
+
+def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> None:
+    directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
+    os.mkfifo(directory / "model.safetensors")
+    with pytest.raises(ResolveError) as caught:
+        resolve_base(str(directory))
+    wording(caught.value)
+
+
+def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
+    sharded = make_directory(tmp_path / "sharded", SHARDS)
+    assert base_weight_files(str(resolve_base(str(sharded)).snapshot.directory)) == tuple(sorted(SHARDS)[1:])[::-1]
+    pickled = make_directory(tmp_path / "pickled", PICKLED_BASE)
+    assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
+
+
+def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path, wording: Wording) -> None:
+    directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
+    (directory / "model.safetensors").symlink_to("../gone")
+    with pytest.raises(ResolveError) as raised:
+        resolve_base(str(directory), label="./base")
+    wording(raised.value)
+    assert raised.value.check == "base-incomplete"
+
+
+def test_a_base_that_is_gone_by_now(tmp_path: Path, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
+        base_weight_files(str(tmp_path / "base"))
+    wording(caught.value)
+
+
+def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path) -> None:
+    """Code may lie further down; a link to nowhere is nothing that it reads."""
+    beside = {"config.json": b"{}", "generation_config.json": b"{}", "modeling_x.py": b"", "tokenizer.json": b"{}"}
+    directory = make_directory(tmp_path / "base", SHARDS | beside)
+    make_directory(directory / "code", {"layers.py": b"", "notes.json": b"{}"})
+    (directory / "gone.json").symlink_to("nowhere")
+    found = base_setting_files(str(directory))
+    assert found == ("code/layers.py", "config.json", "generation_config.json", "modeling_x.py")
+
+
+@pytest.mark.parametrize("name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/"])
+def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str, wording: Wording) -> None:
+    with pytest.raises(ResolveError) as raised:
+        resolve_base(name)
+    wording(raised.value)
+    assert "base:" in raised.value.hint
+
+
+def test_an_absolute_path_of_another_machine(wording: Wording) -> None:
+    with pytest.raises(ResolveError) as caught:
+        resolve_base("/nowhere/llama")
+    wording(caught.value)
+
+
+# --- digests -------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_sha256sum_lines(tmp_path: Path) -> None:
+    make_directory(tmp_path / "d", {"b": b"2", "a": b"1"})
+    lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in (("a", b"1"), ("b", b"2")))
+    assert digest_directory(str(tmp_path / "d"), ["b", "a"]) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_link_outside_a_cache_is_read_whatever_its_target_is_called(tmp_path: Path) -> None:
+    make_directory(tmp_path / "blobs", {"0" * 64: b"real"})
+    make_directory(tmp_path / "d", {})
+    (tmp_path / "d" / "file").symlink_to(tmp_path / "blobs" / ("0" * 64))
+    make_directory(tmp_path / "e", {"file": b"real"})
+    assert digest_directory(str(tmp_path / "d"), ["file"]) == digest_directory(str(tmp_path / "e"), ["file"])
+
+
+def test_a_blob_of_the_cache_is_taken_by_its_name(tmp_path: Path) -> None:
+    """Its content differs from its name here, so that a reader would be found out."""
+    repository = tmp_path / "models--acme--base"
+    make_directory(repository / "blobs", {"a" * 64: b"not that"})
+    snapshot = make_directory(repository / "snapshots" / "c0ffee", {})
+    (snapshot / "w").symlink_to(f"../../blobs/{'a' * 64}")
+    assert digest_directory(str(snapshot), ["w"]) == hashlib.sha256(f"{'a' * 64}  w\n".encode()).hexdigest()
+    (snapshot / "shards").mkdir()
+    (snapshot / "shards" / "w").symlink_to(f"../../../blobs/{'a' * 64}")
+    line = f"{'a' * 64}  shards/w\n"
+    assert digest_directory(str(snapshot), ["shards/w"]) == hashlib.sha256(line.encode()).hexdigest()
+
+
+# --- the Hub -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_pinned_fetched_and_found_again_offline(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER | {"adapter_model.bin": b"x", "checkpoint-5/adapter_config.json": b"{}"})
+    online = client.adapter("acme/lora")
+    assert online["commit"] == commit
+    assert online["names"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert online["withheld"] == ["README.md", "adapter_model.bin", "checkpoint-5/adapter_config.json"]
+    assert "2 files" in online["notes"][0]
+    assert not [path for path in hub.paths() if "README" in path or "adapter_model.bin" in path]
+    asked = len(hub.requests)
+    offline = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
+    assert offline == online | {"notes": []} | ({} if KEEPS_LISTING else {"withheld": []})
+    assert len(hub.requests) == asked
+
+
+def test_tags_branches_and_commits_are_pinned(hub: LoopbackHub, client: Client) -> None:
+    old = hub.add_repo("acme/lora", ADAPTER, refs=("main", "v1"))
+    new = hub.add_repo("acme/lora", ADAPTER | {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}'})
+    calls = [{"kind": "adapter", "id": "acme/lora", "revision": revision} for revision in (None, "v1", old, new)]
+    assert [answer["commit"] for answer in client.ask(*calls)] == [new, old, old, new]
+    assert [answer["commit"] for answer in client.ask(*calls, HF_HUB_OFFLINE="1")] == [new, old, old, new]
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(hub: LoopbackHub, client: Client) -> None:
+    pinned = hub.add_repo("acme/lora", ADAPTER)
+    asked = iter(("first", "second"))
+
+    def move(path: str) -> None:
+        if path.startswith("/api/models") and next(asked, None) == "second":
+            hub.add_repo("acme/lora", {"adapter_config.json": b"moved"})
+
+    hub.on_request = move
+    answer = client.adapter("acme/lora")
+    assert answer["commit"] == pinned
+    assert answer["names"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_branch_with_a_slash(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER, refs=("main", "refs/pr/7"))
+    assert client.adapter("acme/lora", "refs/pr/7")["commit"] == commit
+    assert client.adapter("acme/lora", "refs/pr/7", HF_HUB_OFFLINE="1")["commit"] == commit
+
+
+@pytest.mark.parametrize("revision", ["../../../x", "a b", "v1\n", "", "/etc"])
+def test_a_revision_cannot_leave_the_cache(hub: LoopbackHub, client: Client, revision: str, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        wording(client.adapter("acme/lora", revision, **env)["error"])
+
+
+def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
+    call = {"kind": "adapter", "id": "acme/pickled"}
+    refused = client.ask(call)[0]
+    assert refused["withheld"] == ["adapter_model.bin"]
+    assert refused["names"] == ["adapter_config.json"]
+    again = client.ask(call, HF_HUB_OFFLINE="1")[0]
+    if not KEEPS_LISTING:
+        wording(again["error"])
+        return
+    assert again["withheld"] == ["adapter_model.bin"]
+    asked = client.ask(call | {"allow_pickle": True}, HF_HUB_OFFLINE="1")[0]
+    wording(asked["error"])
+    assert client.ask(call | {"allow_pickle": True})[0]["names"] == ["adapter_config.json", "adapter_model.bin"]
+
+
+@pytest.mark.parametrize("why", ["huggingface_hub 1", "its list is gone"])
+def test_a_cache_that_does_not_know_what_the_repository_holds(
+    hub: LoopbackHub, client: Client, why: str, wording: Wording
+) -> None:
+    """What is not there may be missing in the repository or in the cache; what is there is enough."""
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
+    whole, pickled = ({"kind": "adapter", "id": f"acme/{name}"} for name in ("lora", "pickled"))
+    client.ask(whole, pickled)
+    if why == "its list is gone":
+        for lists in list(client.home.rglob("trees")):
+            shutil.rmtree(lists)
+    asked = [call | {"keeps_no_listing": why == "huggingface_hub 1"} for call in (whole, pickled)]
+    found, half = client.ask(*asked, HF_HUB_OFFLINE="1")
+    assert (found["names"], found["withheld"]) == (sorted(CHOSEN), [])
+    wording(half["error"])
+
+
+HUB_BASE = BASE | {
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "modeling_x.py": b"raise SystemExit",
+    "consolidated.00.safetensors": TENSORS,
+    "pytorch_model.bin": b"PK",
+    "onnx/config.json": b"{}",
+    "onnx/model.safetensors": TENSORS,
+    "original/consolidated.00.safetensors": TENSORS,
+}
+
+
+def test_a_base_brings_only_what_is_needed(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/base", HUB_BASE)
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert online["commit"] == commit
+    assert online["names"] == ["config.json", "generation_config.json", "model.safetensors"]
+    offline = client.ask({"kind": "base", "id": "acme/base"}, HF_HUB_OFFLINE="1")[0]
+    assert offline == online | {"notes": []} | ({} if KEEPS_LISTING else {"withheld": []})
+    with_code = client.ask({"kind": "base", "id": "acme/base", "trust_remote_code": True})[0]
+    assert set(with_code["names"]) - set(online["names"]) == {"modeling_x.py"}
+
+
+def test_the_digest_of_a_base_is_the_same_from_the_cache_and_from_a_copy(
+    hub: LoopbackHub, client: Client, tmp_path: Path
+) -> None:
+    hub.add_repo("acme/base", SHARDS)
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    copy = make_directory(tmp_path / "copy", SHARDS)
+    assert online["names"] == sorted(SHARDS)
+    assert online["digest"] == digest_directory(str(copy), sorted(SHARDS))
+
+
+def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/base", PICKLED_BASE)
+    wording(client.ask({"kind": "base", "id": "acme/base"})[0]["error"])
+    assert not hub.paths("HEAD")
+    allowed = client.ask({"kind": "base", "id": "acme/base", "allow_pickle": True})[0]
+    assert "pytorch_model.bin" in allowed["names"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"),
+        ("weights/a.safetensors", "weights/b.safetensors"),
+    ],
+)
+def test_the_index_says_which_shards_are_fetched(hub: LoopbackHub, client: Client, names: tuple[str, str]) -> None:
+    listed = {"metadata": {}, "weight_map": dict(zip("ab", names, strict=True))}
+    files = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(listed).encode()}
+    shards = dict.fromkeys(names, TENSORS)
+    hub.add_repo(
+        "acme/base", files | shards | {"model-00001-of-00001.safetensors": TENSORS, "x/y.safetensors": TENSORS}
+    )
+    online = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert set(online["names"]) == {*files, *names}
+    Path(online["directory"], names[1]).unlink()
+    offline = client.ask({"kind": "base", "id": "acme/base"}, HF_HUB_OFFLINE="1")[0]
+    assert names[1] in offline["error"]
+    assert "network" in offline["hint"]
+
+
+@pytest.mark.parametrize("shard", ["../../x.safetensors", "/etc/x.safetensors", "gone.safetensors"])
+def test_an_index_that_names_no_file_of_the_repository(hub: LoopbackHub, client: Client, shard: str) -> None:
+    listed = {"metadata": {}, "weight_map": {"a": shard}}
+    hub.add_repo("acme/base", {"config.json": b"{}", "model.safetensors.index.json": json.dumps(listed).encode()})
+    answer = client.ask({"kind": "base", "id": "acme/base"})[0]
+    assert shard in answer["error"]
+    assert not [path for path in hub.paths("GET") if path.endswith(shard)]
+
+
+# --- what the Hub refuses ------------------------------------------------------------------------------------------
+
+
+def test_not_found_private_and_gated(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token=SECRET)
+    hub.add_repo("acme/gated", ADAPTER, gated=True, token=SECRET)
+    absent, private, gated = client.ask(
+        *({"kind": "adapter", "id": name} for name in ("acme/absent", "acme/private", "acme/gated"))
+    )
+    wording(absent["error"])
+    assert "private" in private["error"]
+    assert "HF_TOKEN" in private["hint"]
+    wording(gated["error"])
+    assert "terms" in gated["hint"]
+
+
+def test_the_token_comes_from_the_usual_places(hub: LoopbackHub, client: Client) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token=SECRET)
+    hub.add_repo("acme/gated", ADAPTER, gated=True, token=SECRET)
+    assert "names" in client.adapter("acme/private", HF_TOKEN=SECRET)
+    client.home.mkdir(exist_ok=True)
+    (client.home / "token").write_text(SECRET)
+    assert "names" in client.adapter("acme/gated")
+    assert {request.token for request in hub.requests if "acme" in request.path and "cdn" not in request.path} == {
+        SECRET
+    }
+    assert {request.token for request in hub.requests if "cdn" in request.path} == {None}
+
+
+def test_a_wrong_token_is_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/private", ADAPTER, private=True, token="hf_other")
+    answer = client.adapter("acme/private", HF_TOKEN=SECRET)
+    wording(answer["error"])
+
+
+def test_an_unknown_revision(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    wording(client.adapter("acme/lora", "v9")["error"])
+
+
+@pytest.mark.parametrize("name", ["not an id", "a/b/c", "-x/y", "a--b/c..d"])
+def test_an_invalid_id(client: Client, name: str, wording: Wording) -> None:
+    wording(client.adapter(name)["error"])
+
+
+def test_no_network(client: Client, wording: Wording) -> None:
+    answer = client.adapter("acme/lora", HF_ENDPOINT="http://127.0.0.1:9")
+    wording(answer["error"])
+    assert "HF_HUB_OFFLINE=1" in answer["hint"]
+    assert len(answer["notes"]) == 2
+    wording(answer["notes"][0])
+
+
+def test_offline_and_not_in_the_cache(client: Client, wording: Wording) -> None:
+    answer = client.adapter("acme/lora", HF_HUB_OFFLINE="1")
+    wording(answer["error"])
+    assert "directory" in answer["error"], "a mistyped path reads as a Hub id"
+    assert "directory" in answer["hint"]
+
+
+def test_offline_with_half_of_the_files(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    online = client.adapter("acme/lora")
+    (client.home / online["directory"] / "adapter_model.safetensors").unlink()
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_passing_failures_are_tried_again(hub: LoopbackHub, client: Client, status: int, wording: Wording) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/api/models", status, times=2)
+    answer = client.adapter("acme/lora")
+    assert answer["commit"] == commit
+    wording(answer["notes"][0])
+    hub.fail("/api/models", status)
+    wording(client.adapter("acme/lora")["error"])
+
+
+def test_a_refusal_is_not_tried_again(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/api/models", 403)
+    wording(client.adapter("acme/lora")["error"])
+    assert [path for path in hub.paths() if "acme" in path] == ["/api/models/acme/lora"]
+
+
+def test_a_failure_during_the_download(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.fail("/cdn/", 404)
+    wording(client.adapter("acme/lora")["error"])
+
+
+def content_of(answer: dict[str, Any]) -> dict[str, bytes]:
+    directory = Path(answer["directory"])
+    return {name: (directory / name).read_bytes() for name in answer["names"]}
+
+
+CHUNK_BYTES = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE
+"""What huggingface_hub writes at once: less than that leaves nothing to go on from."""
+
+CHOSEN = {"adapter_config.json": CONFIG, "adapter_model.safetensors": TENSORS}
+LARGE = CHOSEN | {"adapter_model.safetensors": TENSORS + bytes(2 * CHUNK_BYTES)}
+
+
+@pytest.mark.parametrize(("kind", "resumes"), [("cut", True), ("stall", True), ("short", False)])
+def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Client, kind: str, resumes: bool) -> None:
+    hub.add_repo("acme/lora", LARGE)
+    hub.damage("/cdn/", kind, times=1)
+    answer = client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert content_of(answer) == LARGE
+    assert hub.ranges == ([f"bytes={CHUNK_BYTES}-"] if resumes else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("cut", "broke off again and again"), ("stall", "did not answer in time"), ("short", "arrived incomplete")],
+)
+def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
+    hub: LoopbackHub, client: Client, kind: str, said: str, wording: Wording
+) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.damage("/cdn/", kind)
+    assert said in client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adapter_model.safetensors", "SHA-256"), ("adapter_config.json", "git")])
+def test_other_bytes_than_those_that_are_listed_leave_the_cache(
+    hub: LoopbackHub, client: Client, name: str, kind: str, wording: Wording
+) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.damage(f"(cdn|resolve).*{name}", "other", times=1)
+    error = client.adapter("acme/lora")["error"]
+    assert f"{name}' of 'acme/lora'" in error
+    wording(error)
+    assert kind in error
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
+    assert content_of(client.adapter("acme/lora")) == CHOSEN
+
+
+def test_a_mirror_that_lists_no_digests_is_taken_at_its_word(hub: LoopbackHub, client: Client) -> None:
+    commit = hub.add_repo("acme/lora", ADAPTER)
+    hub.unsaid = {"blobId", "lfs"}
+    answer = client.adapter("acme/lora")
+    assert (answer["commit"], content_of(answer)) == (commit, CHOSEN)
+
+
+def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    hub.unsaid = {"sha"}
+    answer = client.adapter("acme/lora")
+    wording(answer["error"])
+    assert "HF_ENDPOINT" in answer["hint"]
+
+
+def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.damage("/api/models", "silence")
+    (answer,) = client.ask({"kind": "adapter", "id": "acme/lora", "revision": None, "timeout_s": 1.0})
+    wording(answer["error"])
+    assert len(answer["notes"]) == len(PAUSES_S)
+
+
+def test_a_network_that_is_dead_is_told_within_a_minute() -> None:
+    """A request is made three times; huggingface_hub makes one for a file six times, a second apart."""
+    assert 3 * _REQUEST_TIMEOUT_S + sum(PAUSES_S) < 60
+    assert 6 * (_DOWNLOAD_TIMEOUT_S + 1) < 60
+
+
+def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.add_repo("acme/lora", LARGE)
+    hub.damage("/cdn/", "stall", times=1)
+    call = json.dumps([{"kind": "adapter", "id": "acme/lora", "revision": None}])
+    command = [sys.executable, "-P", "-c", CLIENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=client.env, cwd=client.home.parent) as run:
+        assert run.stdin is not None
+        run.stdin.write(call.encode())
+        run.stdin.close()
+        wait_until(lambda: any(path.stat().st_size for path in client.home.rglob("*.incomplete")), run)
+        run.kill()
+    wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
+    assert content_of(client.adapter("acme/lora")) == LARGE
+
+
+def test_a_cache_that_cannot_be_written(hub: LoopbackHub, client: Client, tmp_path: Path, wording: Wording) -> None:
+    hub.add_repo("acme/lora", ADAPTER)
+    (tmp_path / "file").touch()
+    answer = client.adapter("acme/lora", HF_HOME=str(tmp_path / "file"))
+    wording(answer["error"])
+
+
+def test_a_server_that_is_no_hub(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    hub.fail("/api/models", 200)
+    answer = client.adapter("acme/lora")
+    wording(answer["error"])
+    assert "HF_ENDPOINT" in answer["hint"]
+
+
+def test_credentials_in_the_endpoint_are_not_shown(hub: LoopbackHub, client: Client, wording: Wording) -> None:
+    url = hub.url.replace("http://", f"http://user:{SECRET}@")
+    wording(client.adapter("acme/absent", HF_ENDPOINT=url)["error"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+        ssl.SSLEOFError(1, "EOF occurred in violation of protocol"),
+        TimeoutError(),
+        ConnectionResetError(),
+        OSError("Consistency check failed: file should be of size 2 but has size 1"),
+    ],
+)
+def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wording) -> None:
+    wrapped = RuntimeError("somewhere deep in a thread pool")
+    wrapped.__cause__ = error
+    translated = translate(wrapped, "'acme/lora'")
+    assert translated is not None
+    assert "acme/lora" in translated.message
+    wording(translated)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_no_matter_of_the_disk(wording: Wording) -> None:
+    """Although the error of ssl has the number of "operation not permitted"; and it is not asked for again."""
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "self-signed certificate in certificate chain"
+    translated = translate(error, "'acme/lora'")
+    assert translated is not None
+    wording(translated.message)
+    assert "SSL_CERT_FILE" in translated.hint
+
+
+def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
+    assert translate(ZeroDivisionError(), "'acme/lora'") is None
+    repository = _Repository(repo_id="acme/lora", revision=None, token=None, notify=pytest.fail)
+    with pytest.raises(ZeroDivisionError):
+        repository._ask(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "are_off", "timeout_s"),
+    [
+        ({}, True, _DOWNLOAD_TIMEOUT_S),
+        ({"HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "77"}, False, 77),
+    ],
+    ids=["unset", "set"],
+)
+def test_what_a_variable_says_of_the_library_stays(
+    client: Client, said: dict[str, str], are_off: bool, timeout_s: int
+) -> None:
+    code = (
+        "from merge_gate.files import hub; from huggingface_hub import utils;"
+        "hub._set_up_library(); print(utils.are_progress_bars_disabled(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)"
+    )
+    run = [sys.executable, "-P", "-c", code]
+    answer = subprocess.run(run, env=client.env | said, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(are_off), str(timeout_s)]
+
+
+# --- cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_it_imports_neither_torch_nor_huggingface_hub() -> None:
+    heavy = {"torch", "peft", "huggingface_hub", "transformers"}
+    code = f"import merge_gate.files.resolve, sys; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,227 @@
+"""What an adapter's files say decides whether PEFT may see it, whatever the configuration makes of the finding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from merge_gate.judging import adapter_report
+from merge_gate.judging.checks.check import Check, Symptom
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.records.config import BaseSpec, CheckSetting, Expect
+from merge_gate.records.files import BaseFiles, Entry, FileRecord, Prepared, TensorHeader
+from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
+from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
+from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from tests.support.judging.cases import evidence, files, spec
+
+NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
+
+
+def entry(check: str, severity: Severity) -> Entry:
+    found = Finding(check=check, severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
+    chosen = spec(checks=(CheckSetting(check=check, severity=severity),))
+    return Entry(prepared=Prepared(spec=chosen, members=(files(findings=(found,)),)), dtype="float32")
+
+
+@pytest.mark.parametrize("severity", [Severity.WARNING, Severity.OFF])
+@pytest.mark.parametrize("check", NEVER_LOADED)
+def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severity: Severity) -> None:
+    report = adapter_report.blocked(entry(check, severity))
+    assert report is not None
+    assert (report.verdict, report.cause) == (Verdict.ERROR, NOT_JUDGED)
+    assert any(f"not merged, since {check} was found" in finding.message for finding in report.findings)
+
+
+@pytest.mark.parametrize("check", ["config-invalid", "keys-missing", "shape-mismatch"])
+def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str) -> None:
+    assert adapter_report.blocked(entry(check, Severity.WARNING)) is None
+    report = adapter_report.blocked(entry(check, Severity.ERROR))
+    assert report is not None
+    assert (report.verdict, report.cause) == (Verdict.FAILED, check)
+
+
+def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> None:
+    prepared = Prepared(spec=spec(expect=Expect(r=8)), members=(files(),))
+    assert [finding.check for finding in adapter_report.checked(prepared).findings] == ["expectation-failed"]
+    assert adapter_report.blocked(Entry(prepared=prepared, dtype="float32")) is None
+
+
+@pytest.mark.parametrize("version", ["0.21.2", None])
+def test_the_release_that_saved_it_is_reported(version: str | None) -> None:
+    member = files(config={"peft_version": version} if version else {})
+    report = adapter_report.checked(Prepared(spec=spec(), members=(member,)))
+    assert (report.peft_type, report.saved_by) == ("LORA", version)
+
+
+@pytest.mark.parametrize("severity", list(Severity))
+def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
+    severity: Severity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that is not in the table, nor one whose row says nothing of loading."""
+    cursed = entry("file-cursed", severity)
+    assert adapter_report.blocked(cursed) is not None
+    row = Check(id="file-cursed", severity=Severity.ERROR, summary="It is cursed.", symptom=Symptom.BAD_FILE)
+    for module in ("adapter_report", "all_checks"):
+        monkeypatch.setattr(f"merge_gate.judging.{module}.CHECKS", {**CHECKS, row.id: row})
+    assert adapter_report.blocked(cursed) is not None
+    thought_about = {**CHECKS, row.id: dataclasses.replace(row, allows_loading=True)}
+    monkeypatch.setattr("merge_gate.judging.adapter_report.CHECKS", thought_about)
+    assert (adapter_report.blocked(cursed) is None) == (severity is not Severity.ERROR)
+
+
+# --- the line of the report ------------------------------------------------------------------------------------------
+
+HEADER = TensorHeader(name="x", dtype="F32", shape=(1,))
+RECORD = FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256="00")
+MADE = BaseFacts(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+SPEC = spec(name="n", source="./n", line=7, column=3, base=BaseSpec(model="/b", label="./b", revision="r0"))
+PREPARED = Prepared(
+    spec=SPEC, members=(files(tensors=(HEADER, HEADER, HEADER), files=(RECORD,)),), revision="adapter-revision"
+)
+ENTRY = Entry(prepared=PREPARED, dtype="bfloat16")
+LINE = AdapterReport(
+    name="n",
+    source="./n",
+    revision="adapter-revision",
+    base=BaseRef(model="./b", revision="r0", dtype="bfloat16", quantization=Quantization.NONE),
+    peft_type="LORA",
+    verdict=Verdict.PASSED,
+    cause=None,
+    findings=(),
+    coverage=Coverage(adapter_tensors=3),
+    files=(RECORD,),
+    seconds=0.0,
+    line=7,
+    column=3,
+)
+MEASURED = evidence(
+    base=MADE,
+    layers_in_blocks=4,
+    layers_by_peft=2,
+    witnessed=("a", "b", "c"),
+    parameters_bounded=5,
+    seconds=1.5,
+    seed=11,
+)
+WHOLE = Coverage(
+    adapter_tensors=2,
+    applied=2,
+    modules_merged=1,
+    parameters_checked=64,
+    layers_in_blocks=4,
+    layers_by_peft=2,
+    layers_witnessed=3,
+    parameters_bounded=5,
+    parameters_total=64,
+)
+NOW_ON = BaseRef(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+TOLD = Refusal(check=None, message="gone", hint="again", origin=Origin.BASE)
+NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone", hint="again", origin=Origin.BASE)
+
+
+def test_a_merged_adapter_in_full() -> None:
+    assert adapter_report.merged(ENTRY, MEASURED) == dataclasses.replace(
+        LINE, base=NOW_ON, coverage=WHOLE, seconds=1.5, seed=11, tensors=MEASURED.merges
+    )
+
+
+def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() -> None:
+    differing = tuple(f"l{number}" for number in range(12))
+    one = dataclasses.replace(MEASURED, differing=differing, unexpected=("stray",))
+    line = adapter_report.merged(ENTRY, one)
+    assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
+    assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
+    refused = dataclasses.replace(MEASURED, refusal=Refusal(check="not-mergeable", message="no"), merges=())
+    assert adapter_report.merged(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
+
+
+def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
+    found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
+    prepared = dataclasses.replace(PREPARED, members=(dataclasses.replace(PREPARED.files, findings=(found,)),))
+    line = adapter_report.undecided(Entry(prepared=prepared, dtype="bfloat16"), TOLD)
+    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO))
+    assert line == expected
+
+
+def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
+    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,))
+    assert adapter_report.withdrawn(ENTRY, TOLD) == expected
+
+
+def test_files_alone_in_full() -> None:
+    base = dataclasses.replace(LINE.base, dtype=SPEC.base.dtypes[0])
+    assert adapter_report.checked(PREPARED) == dataclasses.replace(LINE, base=base)
+
+
+PROBLEM = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="no such repository", origin=Origin.RUNTIME)
+
+
+def test_an_adapter_that_was_not_found_says_that_alone() -> None:
+    line = adapter_report.checked(Prepared(spec=dataclasses.replace(SPEC, expect=Expect(r=8)), problem=PROBLEM))
+    assert (line.findings, line.peft_type, line.coverage) == ((PROBLEM,), None, Coverage())
+
+
+def test_what_files_say_comes_before_what_else_is_wrong() -> None:
+    found = Finding(check="file-corrupt", severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
+    prepared = Prepared(spec=SPEC, members=(files(findings=(found,)),), problem=PROBLEM)
+    assert adapter_report.checked(prepared).findings == (found, PROBLEM)
+    assert adapter_report.checked(prepared).cause == "file-corrupt"
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "expected"),
+    [
+        (BaseSpec(model="/b", label="./b"), "acme/b", "./b"),
+        (BaseSpec(model="/b"), "acme/b", "/b"),
+        (BaseSpec(), "acme/b", "acme/b"),
+        (BaseSpec(), "x" * 3000, "x" * 2000 + "… (1,000 more)"),
+        (BaseSpec(), None, None),
+    ],
+)
+def test_the_base_is_called_as_it_was_asked_for(base: BaseSpec, named: str | None, expected: str | None) -> None:
+    prepared = Prepared(spec=spec(base=base), members=(files(config={"base_model_name_or_path": named}),))
+    assert adapter_report.checked(prepared).base.model == expected
+
+
+def test_a_type_that_is_a_novel_is_cut() -> None:
+    prepared = Prepared(spec=SPEC, members=(files(config={"peft_type": "x" * 3000}),))
+    assert adapter_report.checked(prepared).peft_type == "x" * 2000 + "… (1,000 more)"
+
+
+def test_what_is_not_loaded_says_why_and_what_to_do() -> None:
+    report = adapter_report.blocked(entry("file-corrupt", Severity.WARNING))
+    assert report is not None
+    lesser, why = report.findings
+    assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
+    assert why == Finding(
+        check=NOT_JUDGED,
+        severity=Severity.ERROR,
+        message="not merged, since file-corrupt was found (its severity in the config does not make it loadable)",
+        hint="h",
+        origin=Origin.RUNTIME,
+    )
+
+
+def test_a_base_in_full() -> None:
+    nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
+    facts = dataclasses.replace(
+        MADE, sha256="00", parameters=64, nonfinite=(nan,), loaded_as="LlamaForCausalLM", replaced=("score.weight",)
+    )
+    line = adapter_report.of_base(facts)
+    (found,) = line.findings
+    assert (found.check, found.origin, found.nan) == ("base-nonfinite", Origin.BASE, 1)
+    assert line == BaseReport(
+        model="./b",
+        revision="r1",
+        dtype="float16",
+        quantization=Quantization.BNB_4BIT,
+        parameters=64,
+        findings=line.findings,
+        loaded_as="LlamaForCausalLM",
+        replaced=("score.weight",),
+    )
+    note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="twice", origin=Origin.BASE)
+    noted = adapter_report.of_base(facts, BaseFiles(directory="/base", notes=(note,)))
+    assert noted == dataclasses.replace(line, findings=(*line.findings, note))

@@ -1,0 +1,85 @@
+"""The output directory belongs to one run at a time, and has no earlier report at its top level."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from merge_gate.errors import GateError, UsageError
+from merge_gate.records.terms import Result
+from merge_gate.report.stored import output_directory
+from merge_gate.report.stored.output_directory import claimed, explained, written
+from merge_gate.report.stored.report_files import FORMATS, write_report
+from tests.support.reports import PASS
+from tests.support.wording import Wording
+
+
+def test_an_earlier_report_is_moved_aside_and_other_files_stay(tmp_path: Path) -> None:
+    write_report(PASS, tmp_path)
+    for name in (".report.json.0123456789abcdef.tmp", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    with claimed(tmp_path) as earlier:
+        assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "previous"}
+        assert earlier.place == tmp_path / "previous"
+        assert {file.name for file in earlier.place.iterdir()} == set(FORMATS)
+
+
+def test_a_second_run_is_told_of_the_first_and_leaves_its_report_alone(tmp_path: Path, wording: Wording) -> None:
+    with claimed(tmp_path):
+        write_report(PASS, tmp_path)
+        with pytest.raises(UsageError) as caught, claimed(tmp_path):
+            pass
+        wording(caught.value)
+        assert (tmp_path / "report.json").read_text() == FORMATS["report.json"](PASS)
+    assert caught.value.hint
+    with claimed(tmp_path):
+        assert not (tmp_path / "report.json").exists()
+
+
+def test_a_directory_of_which_nothing_came_is_taken_away_again(tmp_path: Path) -> None:
+    with claimed(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with claimed(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "report.json").write_text("{}")
+    assert (tmp_path / "a" / "b" / "report.json").exists()
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(output_directory.fcntl, "flock", refuse)
+    write_report(PASS, tmp_path)
+    with claimed(tmp_path):
+        assert not (tmp_path / "report.json").exists()
+
+
+def test_a_link_is_not_followed(tmp_path: Path, wording: Wording) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "report.json").write_text("old")
+    (tmp_path / "out").symlink_to("elsewhere")
+    with pytest.raises(UsageError) as caught, claimed(tmp_path / "out"):
+        pass
+    wording(caught.value)
+    assert (tmp_path / "elsewhere" / "report.json").exists()
+
+
+def test_a_limit_on_the_size_of_files_is_the_disks_fault_not_the_callers() -> None:
+    with pytest.raises(GateError) as caught, explained("cannot write x"):
+        raise OSError(27, "File too large")
+    assert not isinstance(caught.value, UsageError)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"complete": true}', '{"complete": true, "result": "maybe"}'])
+def test_what_is_not_a_report_says_nothing(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    assert written(tmp_path) is None
+
+
+def test_a_report_says_whether_it_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"complete": false, "result": "error"}')
+    assert written(tmp_path) == (False, Result.ERROR)

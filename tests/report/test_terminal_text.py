@@ -1,0 +1,208 @@
+"""The end of a run as text: golden, at every width, and for hostile names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_gate.records.report import AdapterReport, BaseRef, Report
+from merge_gate.records.terms import Quantization, Verdict
+from merge_gate.report.formats.terminal_text import Style, files_told, lines, render
+from merge_gate.report.wording.columns import cells
+from tests.support.reports import (
+    EMPTY,
+    FAIL,
+    NAN,
+    PASS,
+    ROUNDING,
+    WARNED,
+    adapter,
+    hostile_reports,
+    in_two_dtypes,
+    lines_of,
+    report,
+    runner_obeys,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def test_what_is_so_in_several_dtypes_is_said_once() -> None:
+    text = render(in_two_dtypes(), "out")
+    assert text.count("a tensor is not there") == 1
+    assert "a failed: keys-missing (bfloat16; float16)" in text
+    assert "(bfloat16) rounding-loss: " in text
+
+
+def test_what_is_so_of_many_that_passed_is_said_once() -> None:
+    many = [adapter(f"team-{number}", findings=(ROUNDING,)) for number in range(9)]
+    other = dataclasses.replace(ROUNDING, message="20.0% of the delta's norm is lost in bfloat16")
+    text = render(report(*many, adapter("legal", findings=(other,)), adapter("quiet")), "")
+    assert [line for line in text.splitlines() if " passed (" in line] == [
+        "✓ team-0, team-1, team-2, team-3, team-4 and 4 more passed (bfloat16)",
+        "✓ legal passed (bfloat16)",
+    ]
+    assert text.count("rounding-loss: ") == 2
+    assert all(one.name in text.split("✓ team-0, ")[0] for one in many), "the table has every name"
+
+
+def test_what_was_reached_elsewhere_is_not_said_of_others() -> None:
+    here = adapter("here", findings=(ROUNDING,))
+    there = dataclasses.replace(adapter("there", findings=(ROUNDING,)), cached=True)
+    assert "here, there passed" not in render(report(here, there), "")
+
+
+def test_what_was_reached_at_several_times_is_said_once_with_the_oldest() -> None:
+    many = [cached_at(f"2026-03-01T12:00:0{second}Z", f"team-{place}") for place, second in enumerate((3, 2, 3))]
+    elsewhere = cached_at("2026-03-01T12:00:02Z", "elsewhere", place="laptop")
+    text = render(report(*many, elsewhere), "")
+    assert [line for line in text.splitlines() if " passed (" in line or line.startswith("  mark")] == [
+        "✓ team-0, team-1, team-2 passed (bfloat16)",
+        "  mark    cached, judged 2026-03-01T12:00:02Z (the oldest) at acme/adapters run 7",
+        "✓ elsewhere passed (bfloat16)",
+        "  mark    cached, judged 2026-03-01T12:00:02Z at laptop",
+    ]
+
+
+def cached_at(time: str, name: str, **more: str) -> AdapterReport:
+    assert WARNED.judged is not None
+    return dataclasses.replace(
+        WARNED, name=name, source=name, judged=dataclasses.replace(WARNED.judged, at=time, **more)
+    )
+
+
+def test_the_table_of_a_fleet_has_what_somebody_must_look_at() -> None:
+    broken = [failed(f"broken-{number}") for number in range(3)]
+    warned = [adapter(f"warned-{number}", findings=(ROUNDING,)) for number in range(2)]
+    text = render(report(*(adapter(f"team-{number}") for number in range(995)), *warned, *broken), "out")
+    table = text.split("\n\n")[0].splitlines()
+    assert [line.split()[1] for line in table[2:7]] == [*(one.name for one in broken), *(one.name for one in warned)]
+    assert table[7:] == [
+        "5 of 1,000 rows are shown: in all, 3 failed, 2 passed with warnings, 995 passed. report.html and",
+        "report.json have all.",
+    ]
+    assert "team-" not in text
+
+
+def test_the_table_says_which_layer_as_far_as_there_is_room() -> None:
+    where = "model.layers.5.self_attn.q_proj"
+    rows = {width: render(FAIL, "out", width=width).splitlines()[2] for width in (100, 80, 64)}
+    assert rows[100].endswith(f"failed          adapter-nonfinite in {where}")
+    assert rows[80].endswith("failed          adapter-nonfinite ….5.self_attn.q_proj")
+    assert rows[64].endswith("failed          adapter-nonfinite")
+
+
+def test_a_tensor_that_the_message_names_is_not_named_again() -> None:
+    told = dataclasses.replace(NAN, message=f"{NAN.tensor} in the adapter's file holds 1 NaN")
+    text = render(report(adapter("x", Verdict.FAILED, cause=NAN.check, findings=(told,))), "")
+    assert text.count(str(NAN.tensor)) == 1
+    assert (
+        "\n  where   1 NaN among 16,384 values, the first at [0, 7]\n          in the adapter's own tensors\n" in text
+    )
+
+
+def test_a_fleet_that_passed_has_no_table() -> None:
+    text = render(report(*(adapter(f"team-{number}") for number in range(41))), "out")
+    assert text.startswith("\nPASS: all 41 adapters passed.\n")
+    assert "team-40" in render(report(*(adapter(f"team-{number}") for number in range(1, 41))), "out")
+
+
+def test_what_is_wrong_with_a_broken_fleet_stays_on_a_few_screens() -> None:
+    fleet = [failed(f"broken-{number}", f"no. {number}") for number in range(300)]
+    fleet += [adapter(f"warned-{n}", findings=(dataclasses.replace(ROUNDING, message=f"no. {n}"),)) for n in range(100)]
+    text = render(report(*fleet), "out")
+    assert len(text.splitlines()) < 300
+    assert text.count(" failed: adapter-nonfinite (") == 20
+    assert "\n40 of 400 rows are shown: in all, 300 failed, 100 passed with warnings. " in text
+    assert (
+        "\n\nNot shown: what is wrong with 280 more adapters and the warnings of 90 more adapters that passed.\n"
+        "report.html and report.json have all.\n\nFAIL: 300 of 400 adapters failed.\nCauses: adapter-nonfinite 300.\n"
+    ) in text
+
+
+def test_what_breaks_many_alike_is_said_once() -> None:
+    text = render(report(*(failed(f"team-{number}") for number in range(7)), failed("other", "another")), "")
+    assert [line for line in text.splitlines() if " failed: " in line] == [
+        "✗ team-0, team-1, team-2, team-3, team-4 and 2 more failed: adapter-nonfinite (bfloat16)",
+        "✗ other failed: adapter-nonfinite (bfloat16)",
+    ]
+
+
+def failed(name: str, message: str = "") -> AdapterReport:
+    finding = dataclasses.replace(NAN, message=message or NAN.message)
+    return adapter(name, Verdict.FAILED, cause=NAN.check, findings=(finding,))
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_golden(width: int) -> None:
+    text = render(FAIL, "merge-gate-report", width=width)
+    golden = GOLDENS / f"text-{width}.txt"
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
+
+
+def test_the_result_is_the_last_thing_on_the_screen() -> None:
+    assert render(PASS, "out").splitlines()[-4].startswith("PASS: both adapters passed")
+    assert render(FAIL, "out").splitlines()[-4].startswith("FAIL: 2 of 5")
+    assert render(EMPTY, "out").splitlines()[-3].startswith("ERROR: the run did not finish")
+
+
+def test_without_files_no_report_is_named() -> None:
+    assert "Report:" in render(PASS, "out")
+    assert "Report:" not in render(PASS, "")
+
+
+def test_several_bases_are_named() -> None:
+    base = BaseRef(model="acme/base", revision=None, dtype="float32", quantization=Quantization.NONE)
+    other = adapter("other", base=base)
+    assert "acme/base (float32)" in render(report(PASS.adapters[0], other), "out")
+    assert "./models/base" not in render(PASS, "out").split("legal passed")[0]
+
+
+def test_verdicts_have_their_colours() -> None:
+    styles = {text.strip(): style for line in lines(FAIL, "out") for text, style in line}
+    assert (styles["✓"], styles["✗"], styles["!"]) == (Style.GOOD, Style.BAD, Style.DOUBT)
+
+
+def test_ascii_marks() -> None:
+    text = render(FAIL, "out", ascii_only=True)
+    assert not set("✓✗") & set(text)
+    assert "x billing failed: adapter-nonfinite" in text
+
+
+@given(hostile_reports(), st.integers(1, 120))
+def test_any_report_at_any_width(run: Report, width: int) -> None:
+    text = render(run, "out", width=width)
+    for line in lines_of(text):
+        assert line.isprintable()
+        assert not runner_obeys(line)
+        assert cells(line) <= max(width, 24) + line.count("# ") + line.count(": ")
+
+
+def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
+    text = render(report(adapter(), problems=("shard 2 of 3 is missing", "shard 1 was given twice")), "")
+    result = text[text.index("ERROR: ") :]
+    assert "- shard 2 of 3 is missing\n- shard 1 was given twice\n" in result
+
+
+def test_what_files_alone_say() -> None:
+    assert [*files_told(adapter("support"))] == ["sound   support  (./adapters/support)"]
+    worse = adapter("billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint="")))
+    assert [*files_told(worse)] == [
+        "failed  billing  (./adapters/billing)",
+        f"        adapter-nonfinite: {NAN.message}",
+        f"        to do: {NAN.hint}",
+        f"        warning: rounding-loss: {ROUNDING.message}",
+    ]
+    assert [*files_told(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
+    assert [*files_told(worse, of=41)] == [*files_told(worse, of=40)]
+    warned, *_ = files_told(adapter("support", findings=(ROUNDING,)), of=41)
+    assert warned.startswith("sound   support")
+    (line,) = files_told(adapter("a\n::error::b"))
+    assert line == "sound   a ::error::b  (./adapters/a ::error::b)"

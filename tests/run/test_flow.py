@@ -1,0 +1,663 @@
+"""The whole flow in one process but for the worker: where bases come from, what settings can and cannot do, what is
+written when, and what an accident costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate import whole_file
+from merge_gate.config.load_config import load_config
+from merge_gate.errors import GateError, UsageError
+from merge_gate.files import prepare, resolve
+from merge_gate.judging import all_checks
+from merge_gate.records.report import AdapterReport, Report
+from merge_gate.records.terms import Result, Severity, Verdict
+from merge_gate.report.stored.report_files import write_report
+from merge_gate.run import hourly_log, report_writer
+from merge_gate.run.flow import check_files, run_gate, select
+from merge_gate.worker import supervisor
+from tests.support.command import merge_gate, strict_json, wait_until
+from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
+from tests.support.hub import LoopbackHub
+from tests.support.models import to_pickle
+from tests.support.reports import PASS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tests.support.models import Shelf
+
+WEIGHTS = "adapter_model.safetensors"
+OFF = "off"
+
+
+def write(place: Path, *adapters: Mapping[str, Any], **top: Any) -> Path:
+    """JSON is YAML."""
+    path = place / "gate.yml"
+    config = {"version": 1, "adapters": list(adapters)} | top
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+def lay(place: Path, shelf: Shelf, name: str, break_: Callable[[Path], object] | None = None) -> None:
+    shutil.copytree(shelf.adapter("plain"), place / "adapters" / name)
+    if break_ is not None:
+        break_(place / "adapters" / name)
+
+
+def by_name(report: Report) -> dict[tuple[str, str], AdapterReport]:
+    return {(one.name, one.base.dtype): one for one in report.adapters}
+
+
+def told(report: AdapterReport) -> str:
+    return f"{report.name}: {report.verdict} {report.cause}\n" + "\n".join(f"  {f}" for f in report.findings)
+
+
+class Watcher:
+    """A view that does nothing but what a test asks of it."""
+
+    def __init__(self, **on: Callable[..., object]) -> None:
+        self._on = on
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return self._on.get(name, lambda *_: None)
+
+
+# --- one run over many settings --------------------------------------------------------------------------------------
+
+NAN = poison("lora_B", where="last")
+UNLOADABLE: dict[str, Callable[[Path], object]] = {
+    "file-missing": remove(WEIGHTS),
+    "file-lfs-pointer": overwrite(LFS_POINTER),
+    "file-corrupt": overwrite(b"\0" * 64),
+    "pickle-refused": to_pickle,
+    "config-unsafe": configure(megatron_config={"x": 1}, megatron_core="megatron.core"),
+    "config-invalid": configure(peft_type=...),
+}
+
+
+@pytest.fixture(scope="module")
+def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("gate")
+    shutil.copytree(shelf.base("llama"), place / "bases" / "llama")
+    for name in ("good", "other"):
+        lay(place, shelf, name)
+    lay(place, shelf, "nan", NAN)
+    lay(place, shelf, "overflow", both(poison("v_proj.lora_A", 1e4, "all"), poison("v_proj.lora_B", 1e4, "all")))
+    lay(place, shelf, "names-its-base", configure(base_model_name_or_path="./bases/llama"))
+    lay(place, shelf, "names-no-base", configure(base_model_name_or_path=None))
+    for check, break_ in UNLOADABLE.items():
+        lay(place, shelf, check, break_)
+    return place
+
+
+@pytest.fixture(scope="module")
+def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
+    base = {"model": "./bases/llama", "dtype": "float32"}
+    members = {"weights": [0.5, 0.5], "method": "linear"}
+
+    def entry(name: str, path: str | None = None, **more: Any) -> dict[str, Any]:
+        return {"name": name, "path": f"./adapters/{path or name}", "base": base} | more
+
+    off = dict.fromkeys(("adapter-nonfinite", "headroom", "delta-norm", "no-effect", "rounding-loss"), OFF)
+    config = write(
+        place,
+        entry("good"),
+        entry("other"),
+        entry("nan"),
+        entry("nan-unchecked", "nan", checks=off),
+        entry("nan-warned", "nan", checks={"adapter-nonfinite": "warning"}),
+        entry("dtypes", "overflow", base=base | {"dtype": ["float32", "bfloat16", "float16"]}),
+        *(entry(f"{check}-off", check, checks={check: OFF}) for check in UNLOADABLE),
+        *(entry(f"{check}-warned", check, checks={check: "warning"}) for check in UNLOADABLE),
+        {"name": "names-its-base", "path": "./adapters/names-its-base"},
+        {"name": "names-no-base", "path": "./adapters/names-no-base"},
+        {"name": "sum", "combine": members | {"adapters": ["good", "other"]}, "base": base},
+        {"name": "sum-with-nan", "combine": members | {"adapters": ["good", "nan"]}, "base": base},
+        {
+            "name": "sum-with-a-pointer",
+            "combine": members | {"adapters": ["file-lfs-pointer-off", "good"]},
+            "base": base,
+        },
+        entry("as-expected", "good", expect={"r": 4, "lora_alpha": 8, "peft_type": "LORA"}),
+        entry("not-as-expected", "good", expect={"r": 8}),
+        entry("not-as-expected-but-warned", "good", expect={"r": 8}, checks={"expectation-failed": "warning"}),
+    )
+    return by_name(run_gate(load_config(str(config)), device="cpu"))
+
+
+def test_every_entry_is_in_the_report_once_per_dtype(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert [dtype for name, dtype in judged if name == "dtypes"] == ["float32", "bfloat16", "float16"]
+    assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + 3 + 3
+
+
+def test_each_dtype_has_its_own_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    said = {dtype: one.verdict for (name, dtype), one in judged.items() if name == "dtypes"}
+    assert said == {"float32": Verdict.PASSED, "bfloat16": Verdict.PASSED, "float16": Verdict.FAILED}
+    assert judged["dtypes", "float16"].cause == "merged-nonfinite"
+
+
+def test_every_merged_tensor_is_in_the_report(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    for (name, dtype), one in judged.items():
+        assert len({merge.stats.name for merge in one.tensors}) == len(one.tensors), name
+        assert len({merge.module for merge in one.tensors}) == one.coverage.modules_merged, name
+        assert {merge.stats.dtype for merge in one.tensors} <= {dtype}
+    broken = {merge.module for merge in judged["nan", "float32"].tensors if merge.stats.nan}
+    assert (
+        broken == {one.module for one in judged["nan", "float32"].findings if one.check == "merged-nonfinite"} != set()
+    )
+    assert all(merge.changed for merge in judged["good", "float32"].tensors)
+    assert judged["file-lfs-pointer-off", "float32"].tensors == ()
+
+
+@pytest.mark.parametrize("name", ["nan-unchecked", "nan-warned"])
+def test_a_nan_fails_whatever_is_switched_off(name: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged[name, "float32"]
+    assert (one.verdict, one.cause) == (Verdict.FAILED, "merged-nonfinite"), told(one)
+    warned = {finding.check for finding in one.findings if finding.severity is Severity.WARNING}
+    assert warned == ({"adapter-nonfinite"} if name == "nan-warned" else set())
+
+
+@pytest.mark.parametrize("check", UNLOADABLE)
+@pytest.mark.parametrize("how", ["off", "warned"])
+def test_what_cannot_be_loaded_never_passes(check: str, how: str, judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged[f"{check}-{how}", "float32"]
+    assert one.verdict in {Verdict.ERROR, Verdict.FAILED}, told(one)
+    assert one.findings[0].message
+    assert one.findings[0].hint
+    assert one.coverage.parameters_checked == 0
+
+
+def test_a_base_that_only_the_adapter_names_is_found_beside_the_config(
+    judged: dict[tuple[str, str], AdapterReport],
+) -> None:
+    one = judged["names-its-base", "float32"]
+    assert one.verdict is Verdict.PASSED, told(one)
+    assert one.base.model == "./bases/llama"
+
+
+def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    one = judged["names-no-base", "auto"]
+    assert one.verdict is Verdict.ERROR, told(one)
+    assert "no base to merge into" in one.findings[0].message
+    assert "base: {model: …}" in one.findings[0].hint
+
+
+def test_a_combination_is_judged_by_what_it_makes(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["sum", "float32"].verdict is Verdict.PASSED, told(judged["sum", "float32"])
+    assert judged["sum-with-nan", "float32"].verdict is Verdict.FAILED
+    assert judged["sum-with-nan", "float32"].cause == "adapter-nonfinite"
+    assert judged["sum-with-a-pointer", "float32"].verdict is not Verdict.PASSED
+    coverage = judged["sum", "float32"].coverage
+    assert coverage.parameters_checked == coverage.parameters_total > 0
+
+
+def test_the_members_verdicts_are_their_own(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["good", "float32"].verdict is Verdict.PASSED
+    assert judged["other", "float32"].verdict is Verdict.PASSED
+    assert (judged["nan", "float32"].verdict, judged["nan", "float32"].cause) == (Verdict.FAILED, "adapter-nonfinite")
+
+
+def test_what_is_expected_is_held_against_the_adapter(judged: dict[tuple[str, str], AdapterReport]) -> None:
+    assert judged["as-expected", "float32"].verdict is Verdict.PASSED
+    assert judged["not-as-expected", "float32"].cause == "expectation-failed"
+    assert judged["not-as-expected", "float32"].coverage.parameters_checked > 0, (
+        "it is merged and looked at all the same"
+    )
+    assert judged["not-as-expected-but-warned", "float32"].verdict is Verdict.PASSED
+
+
+def test_a_payload_does_not_run_though_its_checks_are_off(shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "evil", malicious_pickle)
+    checks = {"pickle-refused": OFF, "file-corrupt": OFF, "file-missing": OFF}
+    entry = {"path": "./adapters/evil", "base": {"model": str(shelf.base("llama"))}, "checks": checks}
+    report = run_gate(load_config(str(write(tmp_path, entry, **{"allow-pickle": True}))), device="cpu")
+    assert report.result is not Result.PASS
+    assert not list(tmp_path.rglob("payload-ran"))
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_only_selects_in_the_order_of_the_config(place: Path) -> None:
+    names = ("good", "other", "nan")
+    config = load_config(str(write(place, *({"path": f"./adapters/{name}"} for name in names))))
+    assert [spec.name for spec in select(config, ("nan", "good"))] == ["good", "nan"]
+    assert [spec.name for spec in select(config, ())] == list(names)
+    with pytest.raises(UsageError, match="--only godo") as caught:
+        select(config, ("good", "godo"))
+    assert "good" in caught.value.hint
+
+
+def test_the_options_that_are_meant_can_go_to_a_shell_as_they_are(place: Path) -> None:
+    names = ("good", "$(id)")
+    config = load_config(str(write(place, *({"name": name, "path": "./adapters/good"} for name in names))))
+    with pytest.raises(UsageError) as caught:
+        select(config, ("good,$(id)",))
+    assert caught.value.hint == "one at a time: --only good --only '$(id)'"
+
+
+def test_only_a_combination_still_finds_its_members(place: Path) -> None:
+    config = write(
+        place,
+        {"path": "./adapters/good"},
+        {"path": "./adapters/other"},
+        {"name": "sum", "combine": {"method": "linear", "adapters": ["good", "other"], "weights": [0.5, 0.5]}},
+        base={"model": "./bases/llama"},
+    )
+    report = run_gate(load_config(str(config)), device="cpu", only=("sum",))
+    assert [(one.name, one.verdict) for one in report.adapters] == [("sum", Verdict.PASSED)]
+
+
+def test_check_files_needs_no_base(place: Path) -> None:
+    config = write(place, {"path": "./adapters/good"}, {"path": "./adapters/file-corrupt"}, base={"model": "acme/gone"})
+    found = {one.name: (one.verdict, one.cause) for one in check_files(load_config(str(config)))}
+    assert found == {"good": (Verdict.PASSED, None), "file-corrupt": (Verdict.FAILED, "file-corrupt")}
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def repository(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_hub_ids_are_pinned_and_judged_again_from_the_cache(shelf: Shelf, tmp_path: Path) -> None:
+    """The base is named by adapter_config.json alone. The second run has no network at all."""
+    lay(tmp_path, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
+    write(tmp_path, {"path": "acme/lora"}, {"name": "broken", "path": "acme/lora", "revision": "v2"})
+    with LoopbackHub() as hub:
+        base = hub.add_repo("acme/llama", repository(shelf.base("llama")))
+        first = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"))
+        NAN(tmp_path / "adapters" / "lora")
+        second = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"), refs=("v2",))
+        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        answer = merge_gate("run", "gate.yml", cwd=tmp_path, **online)
+    assert answer.code == 1, answer.said
+    offline = merge_gate("run", "gate.yml", "--output", "again", cwd=tmp_path, **online | {"HF_HUB_OFFLINE": "1"})
+    assert offline.code == 1, offline.said
+    for directory in ("merge-gate-report", "again"):
+        report = strict_json(tmp_path / directory / "report.json")
+        assert [(one["name"], one["revision"], one["verdict"]) for one in report["adapters"]] == [
+            ("lora", first, "passed"),
+            ("broken", second, "failed"),
+        ]
+        assert {(one["base"]["model"], one["base"]["revision"]) for one in report["adapters"]} == {("acme/llama", base)}
+        (described,) = report["bases"]
+        assert (described["model"], described["revision"]) == ("acme/llama", base)
+        assert len(described["sha256"]) == 64
+
+
+def test_a_base_that_cannot_be_fetched_costs_its_own_adapters_only(shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "good")
+    write(
+        tmp_path,
+        {"name": "lost", "path": "./adapters/good", "base": {"model": "acme/gone"}},
+        {"path": "./adapters/good", "base": {"model": str(shelf.base("llama"))}},
+    )
+    answer = merge_gate("run", "gate.yml", cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
+    assert answer.code == 3, answer.said
+    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
+    assert {one["name"]: one["verdict"] for one in report["adapters"]} == {"lost": "error", "good": "passed"}
+
+
+# --- what is written when --------------------------------------------------------------------------------------------
+
+
+def small(place: Path, *names: str) -> Any:
+    return load_config(
+        str(write(place, *({"path": f"./adapters/{name}"} for name in names), base={"model": "./bases/llama"}))
+    )
+
+
+def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_report(PASS, out)
+    old = (out / "summary.md").read_text()
+    seen: list[dict[str, Any]] = []
+
+    def start(*_: object) -> None:
+        seen.append(strict_json(out / "report.json"))
+        assert (out / "summary.md").read_text() != old
+
+    view = Watcher(start=start)
+    run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=view)
+    assert (seen[0]["complete"], seen[0]["result"], seen[0]["adapters"]) == (False, "error", [])
+    final = strict_json(out / "report.json")
+    assert (final["complete"], final["result"]) == (True, "fail")
+
+
+def test_what_was_judged_is_on_disk_when_an_accident_ends_the_run(place: Path, tmp_path: Path) -> None:
+    done: list[AdapterReport] = []
+
+    def adapter_done(adapter: AdapterReport) -> None:
+        done.append(adapter)
+        if adapter.name == "good":
+            raise KeyboardInterrupt
+
+    config = small(place, "file-corrupt", "good", "nan")
+    with pytest.raises(KeyboardInterrupt):
+        run_gate(config, device="cpu", output=str(tmp_path), view=Watcher(adapter_done=adapter_done))
+    report = strict_json(tmp_path / "report.json")
+    assert report["complete"] is False
+    assert [one["name"] for one in report["adapters"]] == ["file-corrupt", "good"]
+    assert "good" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_view_that_breaks_at_the_very_end_does_not_unfinish_the_report(place: Path, tmp_path: Path) -> None:
+    def finish(*_: object) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal"):
+        run_gate(small(place, "file-corrupt"), device="cpu", output=str(tmp_path), view=Watcher(finish=finish))
+    assert strict_json(tmp_path / "report.json")["complete"] is True
+
+
+def test_a_digest_that_fails_costs_the_digest_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(resolve, "digest_directory", fail)
+    report = run_gate(small(place, "good"), device="cpu", output=str(tmp_path))
+    assert report.result is Result.PASS
+    assert [base.sha256 for base in report.bases] == [None]
+
+
+def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def slow(*_: object) -> str:
+        wait_until(lambda: len(strict_json(tmp_path / "report.json")["adapters"]) == 2)
+        seen.append(strict_json(tmp_path / "report.json")["complete"])
+        return "0" * 64
+
+    monkeypatch.setattr(resolve, "digest_directory", slow)
+    monkeypatch.setattr(report_writer, "PAUSE_RATIO", 1e9)
+    report = run_gate(small(place, "good", "nan"), device="cpu", output=str(tmp_path))
+    assert seen[0] is False
+    assert [base.sha256 for base in report.bases] == ["0" * 64]
+
+
+def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def start(*_: object) -> None:
+        shutil.rmtree(out)
+        out.write_text("a file now")
+
+    with pytest.raises(GateError) as caught:
+        run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=Watcher(start=start))
+    assert str(out) in caught.value.message
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_disk_that_gives_out_costs_no_verdict(
+    comes_back: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the report is lost, if the disk stays full, and that is not wrong usage (exit code 3)."""
+    broken: list[bool] = []
+    judged: list[str] = []
+    notes: list[str] = []
+    finished: list[Report] = []
+
+    def no_room(*_: object) -> None:
+        if broken and not (comes_back and "nan" in judged):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(whole_file.os, "fsync", no_room)
+    view = Watcher(
+        start=lambda *_: broken.append(True),
+        adapter_done=lambda adapter: judged.append(adapter.name),
+        note=notes.append,
+        finish=lambda report, _: finished.append(report),
+    )
+    config = small(place, "file-corrupt", "good", "nan")
+    if comes_back:
+        report = run_gate(config, device="cpu", output=str(tmp_path), view=view)
+        assert strict_json(tmp_path / "report.json")["complete"] is True
+    else:
+        with pytest.raises(GateError, match=r"the report is lost: .*No space left") as caught:
+            run_gate(config, device="cpu", output=str(tmp_path), view=view)
+        assert caught.value.exit_code == 3
+        assert strict_json(tmp_path / "report.json")["complete"] is False, "the first one, whole"
+        (report,) = finished
+    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.FAILED]
+    assert len([note for note in notes if "judging goes on" in note]) == 1
+
+
+def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first word comes at once here, and an hour is over as soon as it begins."""
+    monkeypatch.setattr(supervisor, "FIRST_WORD_S", 0.0)
+    monkeypatch.setattr(hourly_log, "EVERY_S", 0.0)
+    lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
+    lay(tmp_path, shelf, "silent", configure(target_modules="(([a-z0-9_.])+)+!"))
+    entries = [{"path": "./adapters/broken"}, {"path": "./adapters/silent", "limits": {"seconds": 8}}]
+    config = load_config(str(write(tmp_path, *entries, base={"model": str(shelf.base("llama"))})))
+    notes: list[str] = []
+    report = run_gate(config, device="cpu", view=Watcher(note=notes.append))
+    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.ERROR]
+    assert any(re.fullmatch(r"silent: nothing heard of it for .+; its time limit is 8 s", said) for said in notes)
+    assert any("1 of 2 adapters judged, 1 failed" in said for said in notes)
+
+
+def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., str]) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if named(*args) == name:
+            raise RecursionError("too deep for anybody")
+        return function(*args, **kwargs)
+
+    return fail
+
+
+def test_an_accident_with_one_adapter_costs_that_adapter(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its files are read, before it is merged, and after that."""
+    accidents = ("reading", "judging", "judging-the-merge")
+    for name in ("good", *accidents):
+        lay(tmp_path, shelf, name)
+    lay(tmp_path, shelf, "nan", NAN)
+    monkeypatch.setattr(
+        prepare, "preflight", _failing_for("reading", prepare.preflight, lambda directory: Path(directory).name)
+    )
+    delta_norm = all_checks.CHECKS["delta-norm"]
+    judge = _failing_for("judging", delta_norm.judge, lambda case: case.spec.name)
+    judge = _failing_for("judging-the-merge", judge, lambda case: case.spec.name if case.evidence else "")
+    changed = {**all_checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, judge=judge)}
+    monkeypatch.setattr(all_checks, "CHECKS", changed)
+    names = ("good", *accidents, "nan")
+    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in names), base=str(shelf.base("llama")))
+    found = {one.name: one for one in run_gate(load_config(str(config)), device="cpu").adapters}
+    assert {name: one.verdict for name, one in found.items()} == {
+        "good": Verdict.PASSED,
+        **dict.fromkeys(accidents, Verdict.ERROR),
+        "nan": Verdict.FAILED,
+    }
+    for name in accidents:
+        (finding,) = found[name].findings
+        assert "RecursionError: too deep for anybody" in finding.message
+
+
+def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_gate(small(place, "file-corrupt"), device="cpu").result is Result.FAIL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(shelf: Shelf, tmp_path: Path) -> None:
+    named = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
+    for number, base in enumerate(named):
+        lay(tmp_path, shelf, f"hostile-{number}", configure(base_model_name_or_path=base))
+    lay(tmp_path, shelf, "good")
+    config = write(
+        tmp_path, {"path": "./adapters/hostile-*"}, {"path": "./adapters/good", "base": str(shelf.base("llama"))}
+    )
+    *hostile, good = run_gate(load_config(str(config)), device="cpu").adapters
+    assert [one.verdict for one in hostile] == [Verdict.ERROR] * len(named)
+    assert good.verdict is Verdict.PASSED
+
+
+# --- what is judged, hashed and reported are the same bytes -----------------------------------------------------------
+
+
+def test_a_pass_certifies_the_bytes_that_it_names(shelf: Shelf, tmp_path: Path) -> None:
+    """A broken file is hashed, and a good one lies there when the merge begins."""
+    lay(tmp_path, shelf, "swapped", NAN)
+    lay(tmp_path, shelf, "good")
+    config = write(
+        tmp_path, *({"path": f"./adapters/{name}"} for name in ("swapped", "good")), base=str(shelf.base("llama"))
+    )
+
+    def swap(*_: object) -> None:
+        shutil.copy(tmp_path / "adapters" / "good" / WEIGHTS, tmp_path / "new")
+        (tmp_path / "new").replace(tmp_path / "adapters" / "swapped" / WEIGHTS)
+
+    swapped, good = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loading=swap)).adapters
+    assert (swapped.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+    assert f"{WEIGHTS} changed while it was judged" in swapped.findings[0].message
+
+
+def test_no_verdict_stands_on_a_base_that_changes(shelf: Shelf, tmp_path: Path) -> None:
+    """While it is loaded, after that, and when the first of its adapters is done; a base of its own for each."""
+    moments = ("base_loading", "base_loaded", "adapter_done")
+    entries = []
+    for moment in moments:
+        shutil.copytree(shelf.base("llama"), tmp_path / moment)
+        for name in ("first", "second"):
+            lay(tmp_path, shelf, f"{moment}-{name}")
+            entries.append({"path": f"./adapters/{moment}-{name}", "base": f"./{moment}"})
+
+    def exchange(moment: str) -> Callable[[object], None]:
+        def replace_weights(*about: Any) -> None:
+            base = about[0] if isinstance(about[0], str) else getattr(about[0], "model", None) or about[0].base.model
+            if Path(base).name == moment:
+                weights = tmp_path / moment / "model.safetensors"
+                shutil.copy(weights, tmp_path / "new")
+                (tmp_path / "new").replace(weights)
+
+        return replace_weights
+
+    view = Watcher(**{moment: exchange(moment) for moment in moments})
+    report = run_gate(load_config(str(write(tmp_path, *entries))), device="cpu", view=view)
+    assert {one.name: one.verdict for one in report.adapters} == {
+        f"{moment}-{name}": Verdict.ERROR for moment in moments for name in ("first", "second")
+    }
+    for moment in moments:
+        (first,) = (one for one in report.adapters if one.name == f"{moment}-first")
+        assert any("changed while it was used" in one.message for one in first.findings), told(first)
+
+
+def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(shelf: Shelf, tmp_path: Path) -> None:
+    """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory."""
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    for name in ("good", "other"):
+        lay(tmp_path, shelf, name)
+    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in ("good", "other")), base="./base")
+
+    def cut_short(*_: object) -> None:
+        os.truncate(tmp_path / "base" / "model.safetensors", 4096)
+
+    report = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loaded=cut_short))
+    assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
+    for one in report.adapters:
+        assert "memory" not in " ".join(finding.hint for finding in one.findings), told(one)
+
+
+def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path: Path) -> None:
+    """A config of megabytes, each entry of it wrong, and names of megabytes."""
+    lay(tmp_path, shelf, "huge", configure(rank_pattern={f"layer-{number}": -1 for number in range(100_000)}))
+    lay(tmp_path, shelf, "long", configure(rank_pattern={"x" * 3_000_000: "y" * 3_000_000}, peft_type="Z" * 1_000_000))
+    config = write(
+        tmp_path, *({"path": f"./adapters/{name}"} for name in ("huge", "long")), base=str(shelf.base("llama"))
+    )
+    report = run_gate(load_config(str(config)), device="cpu", output=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "report.json").stat().st_size < 1_000_000
+    assert any(finding.message == "and 99,900 more like these" for finding in report.adapters[0].findings)
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "r", "lora_dropout"])
+def test_a_number_that_nothing_holds_is_the_adapters_fault(key: str, shelf: Shelf, tmp_path: Path) -> None:
+    lay(tmp_path, shelf, "huge", configure(**{key: 10**400}))
+    config = write(tmp_path, {"path": "./adapters/huge"}, base=str(shelf.base("llama")))
+    (huge,) = run_gate(load_config(str(config)), device="cpu").adapters
+    assert (huge.verdict, huge.cause) == (Verdict.FAILED, "config-invalid"), told(huge)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"target_modules": "(q_proj"},
+        {"exclude_modules": "[a-"},
+        {"layers_to_transform": [0], "layers_pattern": "(h"},
+        {"rank_pattern": {"q_proj(": 4}},
+        {"alpha_pattern": {"+q_proj": 8}},
+    ],
+    ids=lambda setting: next(reversed(setting)),
+)
+def test_an_expression_that_python_does_not_take_is_the_adapters_fault(
+    setting: dict[str, Any], shelf: Shelf, tmp_path: Path
+) -> None:
+    lay(tmp_path, shelf, "wrong", configure(**setting))
+    config = write(tmp_path, {"path": "./adapters/wrong"}, base=str(shelf.base("llama")))
+    (wrong,) = check_files(load_config(str(config)))
+    assert (wrong.verdict, wrong.cause) == (Verdict.FAILED, "config-invalid"), told(wrong)
+    assert next(reversed(setting)) in wrong.findings[0].message
+
+
+# --- a bound instead of every element ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(), ("--quick",)])
+def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], shelf: Shelf, tmp_path: Path) -> None:
+    """Without `--quick`, or for values near the limit of the dtype, it stands for nothing."""
+    shutil.copytree(shelf.base("llama-tall"), tmp_path / "base")
+    edits: dict[str, Callable[[Path], object]] = {
+        "good": lambda _: None,
+        "large": both(poison("gate_proj.lora_A", 75.0, "all"), poison("gate_proj.lora_B", 75.0, "all")),
+        "overflow": both(poison("gate_proj.lora_A", 200.0, "all"), poison("gate_proj.lora_B", 200.0, "all")),
+    }
+    for name, edit in edits.items():
+        shutil.copytree(shelf.adapter("tall"), tmp_path / name)
+        edit(tmp_path / name)
+    strict = [{"name": "strict", "path": "./good", "checks": {"headroom": {"severity": "warning", "limit": 1e-9}}}]
+    config = write(
+        tmp_path, *({"path": f"./{name}"} for name in edits), *strict, base={"model": "./base", "dtype": "float16"}
+    )
+    answer = merge_gate("run", config, "--output", "out", *words, cwd=tmp_path)
+    assert answer.code == 1, answer.said
+    report = strict_json(tmp_path / "out" / "report.json")
+    entries = {entry["name"]: entry for entry in report["adapters"]}
+    verdicts = {name: (entry["verdict"], entry["cause"]) for name, entry in entries.items()}
+    assert verdicts == {
+        "good": ("passed", None),
+        "large": ("passed", None),
+        "overflow": ("failed", "merged-nonfinite"),
+        "strict": ("passed", None),
+    }
+    bounded = {name: entry["coverage"]["parameters_bounded"] for name, entry in entries.items()}
+    assert (bounded["good"] > bounded["large"] > 0) == bool(words)
+    assert bounded["strict"] == 0
+    assert (bounded["overflow"] > 0) == bool(words)
+    if not words:
+        assert set(bounded.values()) == {0}
+    assert any(finding["check"] == "headroom" for finding in entries["strict"]["findings"])
+    assert any(finding["check"] == "headroom" for finding in entries["large"]["findings"])
+    assert not any(finding["check"] == "headroom" for finding in entries["good"]["findings"])
+    for entry in entries.values():
+        assert entry["coverage"]["parameters_checked"] == entry["coverage"]["parameters_total"]

@@ -1,0 +1,122 @@
+"""A report that is written while a run goes on: at a bounded share of the time, and again after a disk was full."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.errors import ExitCode, GateError, UsageError
+from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.run import report_writer
+from merge_gate.run.report_writer import PAUSE_RATIO, PROVISIONAL_FORMATS, ReportWriter
+from tests.support.reports import EMPTY, FAIL, PASS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.report import Report
+
+ALL = {one.name for one in OUTPUT_FILES}
+COST_S = 2.0
+"""What one report costs on this clock."""
+
+
+class Run:
+    """A writer with a clock that moves while a report is made."""
+
+    def __init__(self, directory: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.made, self.told = 1000.0, 0, list[str]()
+        monkeypatch.setattr(report_writer, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.writer = ReportWriter(str(directory) if directory else None, self.told.append)
+
+    def current(self) -> Report:
+        self.made += 1
+        self.now += COST_S
+        return FAIL
+
+    def judge(self, **how: Any) -> int:
+        """An adapter more is judged; how many reports were made by now."""
+        self.writer.changed()
+        self.writer.catch_up(self.current, **how)
+        return self.made
+
+
+def test_a_run_has_all_files_at_its_start_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.writer.write_first(EMPTY)
+    assert {one.name for one in tmp_path.iterdir()} == ALL
+    begun = {name: (tmp_path / name).read_bytes() for name in ALL}
+    assert run.judge() == 1
+    assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
+    run.writer.write_last(PASS)
+    assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
+
+
+def test_when_it_first_waits_all_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.writer.write_first(EMPTY)
+    begun = {name: (tmp_path / name).read_bytes() for name in ALL}
+    assert run.judge(at_once=True) == 1
+    assert {name for name in ALL if (tmp_path / name).read_bytes() == begun[name]} == set()
+    run.writer.write_first(EMPTY)
+    assert run.judge(at_once=True) == 2
+    assert {name for name in ALL if (tmp_path / name).read_bytes() != begun[name]} == set(PROVISIONAL_FORMATS)
+
+
+def test_a_provisional_report_waits_for_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    assert run.judge() == 1
+    run.now += PAUSE_RATIO * COST_S - 0.5
+    assert run.judge() == 1, "a moment ago"
+    assert run.judge(at_once=True) == 2
+    run.now += PAUSE_RATIO * COST_S
+    run.writer.catch_up(run.current)
+    assert run.made == 2, "nothing has changed"
+    assert run.judge() == 3
+
+
+def test_what_the_first_report_holds_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.writer.changed()
+    run.writer.write_first(FAIL)
+    run.writer.catch_up(run.current, at_once=True)
+    assert run.made == 0
+
+
+def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(None, monkeypatch)
+    run.writer.write_first(EMPTY)
+    assert run.judge(at_once=True) == 0
+    run.writer.write_last(PASS)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_goes_wrong_in_between_is_told_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "out", monkeypatch)
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    for _ in range(3):
+        run.judge(at_once=True)
+    (said,) = run.told
+    assert str(tmp_path / "out") in said
+    assert said.endswith("judging goes on, and the report is tried again")
+    (tmp_path / "out").unlink()
+    run.writer.catch_up(run.current, at_once=True)
+    assert {one.name for one in (tmp_path / "out").iterdir()} == set(PROVISIONAL_FORMATS)
+
+
+def test_a_directory_that_is_none_is_wrong_usage_first_and_a_broken_gate_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "out", monkeypatch)
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    with pytest.raises(UsageError) as first:
+        run.writer.write_first(EMPTY)
+    with pytest.raises(GateError) as last:
+        run.writer.write_last(PASS)
+    assert last.value.message == f"the report is lost: {first.value.message}"
+    assert (last.value.hint, last.value.exit_code) == (first.value.hint, ExitCode.ERROR)

@@ -1,0 +1,377 @@
+"""The view of a run: which view for which streams, what each shows, and that no name or encoding can break it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.report import Report
+from merge_gate.records.terms import Quantization, Verdict
+from merge_gate.report.wording.columns import cells
+from merge_gate.run.view import PlainView, RichView, SilentView, make_view
+from tests.support.reports import (
+    CRASHED,
+    FAIL,
+    FAILED,
+    HALF_FAILED,
+    PARAMETERS,
+    PASSED,
+    TEXTS,
+    WARNED,
+    adapter,
+    hostile_reports,
+    lines_of,
+    runner_obeys,
+)
+
+if TYPE_CHECKING:
+    from merge_gate.run.view import View
+
+FACTS = BaseFacts(
+    model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE, parameters=PARAMETERS
+)
+
+
+class Stream(io.TextIOWrapper):
+    """A text stream in memory of any encoding that may claim to be a terminal."""
+
+    def __init__(self, *, tty: bool = False, encoding: str = "utf-8") -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, newline="", write_through=True)
+        self._tty = tty
+
+    def isatty(self) -> bool:
+        return self._tty
+
+    @property
+    def text(self) -> str:
+        raw = self.buffer
+        assert isinstance(raw, io.BytesIO)
+        return raw.getvalue().decode(self.encoding)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def play(view: View, report: Report = FAIL, name: str | None = None) -> None:
+    total = len(report.adapters)
+    with contextlib.closing(view):
+        view.start(report.config_path, len({judged.name for judged in report.adapters}), total)
+        view.base_loading(name or "./models/base", "bfloat16")
+        view.base_loaded(FACTS, 1.34)
+        for index, judged in enumerate(report.adapters, 1):
+            view.adapter_started(name or judged.name, index, total, judged.base.dtype)
+            view.adapter_progress(24, 48, name or "model.layers.12.self_attn.q_proj")
+            view.adapter_done(judged)
+        view.note(name or "a note")
+        view.finish(report, "merge-gate-report")
+
+
+# --- which view ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tty", "env", "kind"),
+    [
+        (True, {"TERM": "xterm"}, RichView),
+        (True, {"TERM": "xterm", "CI": "false"}, RichView),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, RichView),
+        (False, {"TERM": "xterm"}, PlainView),
+        (True, {"TERM": "dumb"}, PlainView),
+        (True, {"TERM": "xterm", "CI": "true"}, PlainView),
+        (True, {"TERM": "xterm", "GITHUB_ACTIONS": "true"}, PlainView),
+    ],
+)
+def test_the_view_suits_streams_and_environment(tty: bool, env: dict[str, str], kind: type) -> None:
+    assert type(make_view(Stream(tty=tty), Stream(tty=tty), env=env)) is kind
+
+
+def test_plain_does_without_rich() -> None:
+    code = (
+        "import sys; from merge_gate.run.view import make_view;"
+        "make_view(sys.stdout, sys.stderr, env={'CI': '1'}).start('c.yml', 1, 1);"
+        "sys.exit(any(m.split('.')[0] in {'rich', 'torch'} for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [((1, 1), "1 adapter in c.yml"), ((1, 2), "1 adapter in c.yml, 2 merges")], ids=str
+)
+def test_adapters_are_told_from_merges(counts: tuple[int, int], said: str) -> None:
+    err = Stream(tty=False)
+    PlainView(Stream(tty=False), err).start("c.yml", *counts)
+    assert err.text == f"merge-gate: {said}\n"
+
+
+def test_adapters_are_named_on_the_command_line_not_in_it() -> None:
+    err = Stream(tty=False)
+    PlainView(Stream(tty=False), err).start(COMMAND_LINE, 1, 1)
+    assert err.text == "merge-gate: 1 adapter on the command line\n"
+
+
+def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
+    play(SilentView())
+    assert capfd.readouterr() == ("", "")
+
+
+# --- plain ---------------------------------------------------------------------------------------------------------
+
+
+MARK = "cached, judged 2026-03-01T12:00:00Z at acme/adapters run 7"
+
+
+def test_plain_says_one_line_per_event() -> None:
+    out, err = Stream(), Stream()
+    play(PlainView(out, err))
+    assert err.text.splitlines() == [
+        "merge-gate: 5 adapters in merge-gate.yml",
+        "loading base ./models/base (bfloat16)",
+        "base ./models/base (bfloat16): 1,100,048,384 parameters, all finite, 1.34 s",
+        "[1/5] support (bfloat16): passed, 48 modules, 0.84 s",
+        f"[2/5] legal (bfloat16): passed, 48 modules, {MARK}, warning: rounding-loss",
+        "[3/5] billing (bfloat16): failed, adapter-nonfinite in model.layers.5.self_attn.q_proj, 0.84 s",
+        "[4/5] summaries (float16): failed, merged-nonfinite in model.layers.17.mlp.up_proj, 0.84 s",
+        "[5/5] translate-de (bfloat16): error, not-judged, 0.84 s",
+        "a note",
+    ]
+    assert "FAIL: 2 of 5 adapters failed, 1 could not be judged." in out.text
+    assert "\x1b" not in out.text + err.text
+
+
+def test_a_long_merge_is_not_silent() -> None:
+    clock, err = Clock(), Stream()
+    view = PlainView(Stream(), err, clock=clock)
+    view.start("c.yml", 1, 1)
+    view.adapter_started("big", 1, 1, "float16")
+    for done in range(1, 9):
+        clock.now += 10
+        view.adapter_progress(done, 16, f"layers.{done}")
+    assert err.text.splitlines()[1:] == [
+        "[1/1] big: 3 of 16 modules, about 2 min 10 s left, at layers.3",
+        "[1/1] big: 6 of 16 modules, about 1 min 40 s left, at layers.6",
+    ]
+
+
+def test_nothing_is_estimated_in_the_first_second() -> None:
+    clock, err = Clock(), Stream()
+    view = PlainView(Stream(), err, clock=clock)
+    clock.now += 60
+    view.adapter_started("big", 1, 1, "bfloat16")
+    view.adapter_progress(1, 16, "layers.1")
+    assert err.text == "[1/1] big: 1 of 16 modules, at layers.1\n"
+
+
+def test_a_base_that_is_not_finite_says_so() -> None:
+    err = Stream()
+    bad = TensorStats(name="w", dtype="bfloat16", shape=(2,), numel=2, nan=1)
+    facts = BaseFacts(model="b", revision=None, dtype="bfloat16", quantization=Quantization.NONE, nonfinite=(bad,))
+    PlainView(Stream(), err).base_loaded(facts, 2)
+    assert err.text == "base b (bfloat16): 0 parameters, 1 tensor not finite, 2 s\n"
+
+
+def test_an_adapter_that_never_started_is_counted() -> None:
+    err = Stream()
+    view = PlainView(Stream(), err)
+    view.start("c.yml", 2, 2)
+    view.adapter_done(adapter("lfs", Verdict.FAILED, cause="file-lfs-pointer", seconds=0.01))
+    view.adapter_started("good", 2, 2, "bfloat16")
+    view.adapter_done(PASSED)
+    assert [line[:11] for line in err.text.splitlines()[1:]] == ["[1/2] lfs (", "[2/2] suppo"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("tty", [True, False])
+def test_no_encoding_breaks_it(encoding: str, tty: bool) -> None:
+    out, err = Stream(tty=tty, encoding=encoding), Stream(tty=tty, encoding=encoding)
+    view = RichView(out, err) if tty else PlainView(out, err)
+    play(view, Report(**{**_fields(FAIL), "adapters": (adapter("名前-é"), FAILED, CRASHED)}), name="名前")
+    assert "FAIL" in out.text
+
+
+def _fields(report: Report) -> dict[str, object]:
+    return {name: getattr(report, name) for name in report.__dataclass_fields__}
+
+
+@given(hostile_reports(), TEXTS, st.sampled_from(["utf-8", "ascii"]))
+def test_plain_lets_no_name_become_a_command(report: Report, name: str, encoding: str) -> None:
+    out, err = Stream(encoding=encoding), Stream(encoding=encoding)
+    play(PlainView(out, err), report, name)
+    for line in lines_of(out.text) + lines_of(err.text):
+        assert not runner_obeys(line)
+        assert line.isprintable()
+
+
+# --- rich ----------------------------------------------------------------------------------------------------------
+
+
+def frame(view: RichView, width: int, height: int = 24) -> list[str]:
+    """What stands at the foot of a terminal of this size, blanks at the ends of lines aside."""
+    view._console.size = (width, height)  # type: ignore[assignment]
+    shown = view._console.render_lines(view._foot.get_renderable(), pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in shown]
+
+
+def test_the_live_view_says_what_and_how_long() -> None:
+    clock = Clock()
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
+    assert frame(view, 80) == []
+    view._state.total = 5
+    view.base_loading("./models/base", "bfloat16")
+    assert [line[2:] for line in frame(view, 80)] == ["loading base ./models/base (bfloat16)"]
+    clock.now += 3
+    assert [line[2:] for line in frame(view, 80)] == ["loading base ./models/base (bfloat16)  3 s"]
+    view.base_loaded(FACTS, 3)
+    view.adapter_started("support", 1, 5, "bfloat16")
+    view.adapter_done(PASSED)
+    view.adapter_started("billing", 2, 5, "bfloat16")
+    assert [line[2:] for line in frame(view, 80)] == [
+        "support (bfloat16)  passed, 48 modules, 0.84 s",
+        "billing  [2/5] bfloat16",
+        "━" * 12 + "╸" + "━" * 51 + " 1/5 adapters",
+    ]
+    for module, name in ((12, "model.layers.3.self_attn.q_proj"), (24, "model.layers.7.self_attn.q_proj")):
+        clock.now += 4
+        view.adapter_progress(module, 48, name)
+    done, now, module, bar, whole = frame(view, 80)
+    assert (done[0], now[2:], module) == ("✓", "billing  [2/5] bfloat16", "  model.layers.7.self_attn.q_proj")
+    assert bar.endswith(" 24/48 modules, about 8 s left")
+    assert bar.index("╸") == pytest.approx(2 + bar.count("━") / 2, abs=1)
+    assert whole.endswith(" 1/5 adapters, about 56 s left")
+
+
+def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
+    view.base_loading("./models/base", "bfloat16")
+    view.adapter_done(FAILED)
+    assert [line[2:] for line in frame(view, 80)][1:] == ["loading base ./models/base (bfloat16)"]
+    view.adapter_started("support", 2, 2, "bfloat16")
+    view.adapter_done(PASSED)
+    assert len(frame(view, 80)) == 2
+
+
+def test_a_long_name_leaves_the_verdict_to_be_read() -> None:
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
+    view.adapter_done(adapter("customer-support-" * 6 + "v12", Verdict.FAILED, cause="no-effect"))
+    (line,) = frame(view, 60)
+    assert re.fullmatch(r"✗ cust\S*…\S*v12 \(bfloat16\)  failed, no-effect.*", line), line
+
+
+def test_what_took_no_merge_is_not_in_the_estimate() -> None:
+    """A thousand refused files in a moment say nothing of how long a merge takes."""
+    clock = Clock()
+    view = RichView(Stream(tty=True), Stream(tty=True), clock=clock)
+    view._state.total = 1004
+    for _ in range(1000):
+        clock.now += 0.001
+        view.adapter_done(FAILED)
+    for index in range(1001, 1004):
+        view.adapter_started("big", index, 1004, "bfloat16")
+        clock.now += 60
+        view.adapter_progress(1, 2, "layers.1")
+        clock.now += 60
+        view.adapter_done(PASSED)
+    view.adapter_started("big", 1004, 1004, "bfloat16")
+    assert frame(view, 80)[-1].endswith(" 1,003/1,004 adapters, about 2 min 00 s left")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_frame_fits_the_terminal_whatever_its_size_is_by_now(encoding: str) -> None:
+    clock = Clock()
+    view = RichView(Stream(tty=True, encoding=encoding), Stream(tty=True, encoding=encoding), clock=clock)
+    for judged in (PASSED, WARNED, FAILED, HALF_FAILED, CRASHED) * 9:
+        view.adapter_done(judged)
+    view.adapter_started("[red]名前" * 20, 46, 46, "bfloat16")
+    for done in (23, 47):
+        clock.now += 2
+        view.adapter_progress(done, 48, "model." * 30)
+    for width, height in ((200, 50), (80, 24), (120, 30), (40, 12), (20, 24), (80, 24)):
+        lines = frame(view, width, height)
+        assert len(lines) <= height
+        assert all(cells(line) < width for line in lines)
+        assert lines[-1].lstrip("━╸╺- ").startswith("45/46 adap")
+        assert any("[red]" in line for line in lines) or width < 40
+
+
+def test_colour_goes_where_it_may() -> None:
+    def played(*, colour: bool, tty: bool) -> tuple[str, str]:
+        out, err = Stream(tty=tty), Stream(tty=True)
+        play(RichView(out, err, colour=colour))
+        return out.text, err.text
+
+    coloured, _ = played(colour=True, tty=True)
+    assert "\x1b[1;31m" in coloured
+    grey, progress = played(colour=False, tty=True)
+    assert "\x1b" not in grey
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", progress)
+    piped, progress = played(colour=True, tty=False)
+    assert "\x1b" not in piped
+    assert "FAIL: 2 of 5 adapters failed" in progress, "the terminal hears the result although stdout went elsewhere"
+
+
+def test_markup_in_a_name_is_shown_as_it_is() -> None:
+    out, err = Stream(tty=True), Stream(tty=True)
+    named = adapter("[bold]x[/bold] [link=http://e]", Verdict.FAILED, cause="no-effect")
+    play(RichView(out, err, colour=False), Report(**{**_fields(FAIL), "adapters": (named,)}))
+    assert "[bold]x[/bold] [link=http://e]" in out.text
+    assert "\x1b]8" not in out.text + err.text
+
+
+def test_the_terminal_is_put_back() -> None:
+    err = Stream(tty=True)
+    view = RichView(Stream(tty=True), err)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(view):
+        view.start("c.yml", 1, 1)
+        view.adapter_started("a", 1, 1, "float16")
+        raise KeyboardInterrupt
+    view.close()
+    assert err.text.count("\x1b[?25l") == err.text.count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_on_a_real_terminal(columns: int) -> None:
+    """The whole run in a pseudo-terminal: live view, then the result, and nothing left over of the former."""
+    code = (
+        "import os, sys; from merge_gate.run.view import make_view; from tests.run.test_view import play;"
+        "play(make_view(sys.stdout, sys.stderr, env=os.environ))"
+    )
+    ours, theirs = pty.openpty()
+    scrubbed = {key: value for key, value in os.environ.items() if key not in {"CI", "GITHUB_ACTIONS", "NO_COLOR"}}
+    env = scrubbed | {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24", "PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        shown = _read(ours)
+    os.close(ours)
+    assert process.returncode == 0
+    assert "FAIL: 2 of 5 adapters failed" in shown.replace("\r\n", " ")
+    assert "\x1b[?25h" in shown
+
+
+def _read(descriptor: int) -> str:
+    chunks = []
+    while select.select([descriptor], [], [], 60)[0]:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # Linux's way of saying that the other end is closed
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    return b"".join(chunks).decode("utf-8")

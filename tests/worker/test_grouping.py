@@ -1,0 +1,48 @@
+"""Entries by base, without torch: what shares a load, and how long each may take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.records.config import AdapterSpec, BaseSpec
+from merge_gate.records.files import AdapterFiles, Entry, Prepared, Snapshot
+from merge_gate.worker.grouping import LIMIT_PER_GIB_S, group_by_base
+from merge_gate.worker.protocol import DEFAULT_LIMIT_S
+
+BASE = BaseSpec(model="./base", label="./base")
+
+
+def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None = None) -> Entry:
+    spec = AdapterSpec(name="a", source="./a", base=BASE, checks=(), line=1, column=1, limit_seconds=limit_seconds)
+    base = Snapshot(name=directory.name, directory=str(directory))
+    return Entry(prepared=Prepared(spec=spec, members=(AdapterFiles(directory="a"),), base=base), dtype=dtype)
+
+
+def test_one_group_for_each_base_and_dtype_in_the_order_of_the_config(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    entries = [entry(second), entry(first), entry(second, "bfloat16"), entry(second)]
+    groups = group_by_base(enumerate(entries), quick=False)
+    assert [(group.label, group.dtype, [task.index for task in group.tasks]) for group in groups] == [
+        ("second", "float32", [0, 3]),
+        ("first", "float32", [1]),
+        ("second", "bfloat16", [2]),
+    ]
+
+
+def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2 << 30)
+    absent = tmp_path / "absent"
+    entries = [entry(tmp_path), entry(tmp_path, limit_seconds=7.0), entry(absent)]
+    groups = group_by_base(enumerate(entries), quick=False)
+    limits = {task.index: task.limit_s for group in groups for task in group.tasks}
+    assert limits == {0: DEFAULT_LIMIT_S + 2 * LIMIT_PER_GIB_S, 1: 7.0, 2: DEFAULT_LIMIT_S}
+
+
+def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:
+    one = entry(tmp_path)
+    with pytest.raises(AssertionError, match="settled before it is grouped"):
+        group_by_base([(0, replace(one, prepared=replace(one.prepared, base=None)))], quick=False)

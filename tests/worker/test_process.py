@@ -1,0 +1,246 @@
+"""The worker process as its parent starts it: what it sees, what it may import, and how its end is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from merge_gate.demo import make_demo
+from merge_gate.worker import process
+from merge_gate.worker.confine.private_directory import PREFIX, private_directory
+from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.process import SECRETS, WAITING, Ending, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.protocol import Event, Finished, Idle, Job
+from merge_gate.worker.startup.heap import REUSE
+from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
+
+# --- what the child sees ---------------------------------------------------------------------------------------------
+
+
+def test_the_child_gets_no_token_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, "hf_secret")
+    with WorkerProcess() as child:
+        seen = wait_until(lambda: _environment_of(child._process.pid))
+        directory = Path(f"/proc/{child._process.pid}/cwd").resolve()
+    assert "hf_secret" not in seen.values()
+    assert seen["HF_HUB_OFFLINE"] == seen["TRANSFORMERS_OFFLINE"] == "1"
+    assert directory != Path.cwd()
+    assert seen["TMPDIR"] == str(directory)
+    assert not directory.exists()
+
+
+def _environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    environ = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    return environ if "PYTHONSAFEPATH" in environ else {}
+
+
+def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = os.pathsep.join([".", "", "src", str(tmp_path), str(tmp_path / "deep"), "/opt/site"])
+    assert child_environment({"PYTHONPATH": path})["PYTHONPATH"] == "/opt/site"
+    assert "PYTHONPATH" not in child_environment({"PYTHONPATH": str(tmp_path)})
+    assert "PYTHONPATH" not in child_environment({})
+
+
+@pytest.mark.parametrize("name", [*WAITING, *REUSE])
+def test_threads_and_memory_are_the_workers_choice_unless_they_are_the_callers(name: str) -> None:
+    assert child_environment({})[name] == {**WAITING, **REUSE}[name]
+    assert child_environment({name: "other"})[name] == "other"
+
+
+def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
+    place = tmp_path / "here"
+    make_demo(str(place))
+    for name in ("torch", "peft", "transformers", "bitsandbytes", "merge_gate", "sitecustomize"):
+        (place / f"{name}.py").write_text(f"open({str(place / 'imported')!r}, 'a').write({name!r})\n")
+    answer = merge_gate("run", "merge-gate.yml", "--only", "good", cwd=place)
+    assert answer.code == 0, answer.said
+    assert not (place / "imported").exists()
+    assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
+
+
+def test_while_the_child_imports_its_parent_has_time_for_other_things() -> None:
+    events: list[Event] = []
+    with WorkerProcess() as child:
+        assert child.run(Job(groups=(), device="cpu"), events.append, is_overdue=lambda: False) is None
+    assert isinstance(events[0], Idle)
+    assert isinstance(events[-1], Finished)
+
+
+# --- how it ended ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "memory", "said", "to_do"),
+    [
+        (-9, b"", None, "killed by SIGKILL, most likely because the machine is out of memory", "more memory"),
+        (-9, b"", "", "killed by SIGKILL from outside", "what sent the signal"),
+        (-9, b"", "used 2.0 GiB", "killed by SIGKILL, out of memory: used 2.0 GiB", "more memory"),
+        (-signal.SIGSEGV, b"", None, "killed by SIGSEGV", "report it as a bug"),
+        (-signal.SIGBUS, b"", None, "killed by SIGBUS", "let nothing write to base and adapters"),
+        (-200, b"", None, "killed by signal 200", "report it"),
+        (1, b"Traceback\n  ...\nImportError: no x\n\n", None, "exit code 1; its last words: ImportError: no x", "bug"),
+        (1, b"ImportError: x.so: failed to map segment from shared object", None, "exit code 1", "with more memory"),
+        (1, b"MemoryError\n", None, "exit code 1; its last words: MemoryError", "with more memory"),
+        (3, b"\xff\xfe" * 5000, None, "exit code 3; its last words: ", "bug"),
+    ],
+)
+def test_how_a_child_ended_is_said(
+    code: int, output: bytes, memory: str | None, said: str, to_do: str, tmp_path: Path
+) -> None:
+    with (tmp_path / "output").open("w+b") as file:
+        file.write(output)
+        ending = describe_exit(code, file, out_of_memory=memory)
+    assert ending.text.startswith(said)
+    assert to_do in ending.hint
+
+
+def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerProcess() as child:
+        wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
+        assert child.run(Job(groups=(), device="cpu"), lambda _event: None, is_overdue=lambda: False) is None
+        assert describe_exit(-signal.SIGABRT, child._output).text == "killed by SIGABRT"
+
+
+ODD = """
+import os, signal, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+line = socket.socket(fileno=int(sys.argv[2]))
+"""
+SENDS_A_JOB = """
+from merge_gate.worker.channel import Channel
+from merge_gate.worker.protocol import Event, Finished, Idle, Job
+Channel(line).send(Job(groups=()))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ending]:
+    """How a worker that does something else in place of its work is said to have ended."""
+
+    def run(code: str, **counters: object) -> Ending:
+        monkeypatch.setattr(process, "_BOOTSTRAP", ODD + code)
+        with WorkerProcess() as child:
+            for name, value in counters.items():
+                setattr(child, f"_{name}", value)
+            ending = child.run(Job(groups=()), lambda _event: None, is_overdue=lambda: False)
+        assert ending is not None
+        assert not alive(child._process.pid)
+        return ending
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("line.sendall(bytes([255]) * 16); time.sleep(60)", "a message of 18,446,744,073,709,551,615 bytes"),
+        (SENDS_A_JOB, "Job"),
+    ],
+)
+def test_a_child_that_sends_what_is_no_event_is_ended(odd_child: Callable[..., Ending], code: str, said: str) -> None:
+    ending = odd_child(code)
+    assert ending.text == f"it sent what is no event of the gate's ({said})"
+    assert "without code of its own" in ending.hint
+
+
+def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Ending], monkeypatch) -> None:
+    monkeypatch.setattr(process, "LEAVING_S", 0.1)
+    assert odd_child("line.close(); time.sleep(60)").text.startswith("killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("files", "killed_before", "said"),
+    [
+        (
+            {"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"},
+            0,
+            "out of memory: the control group may use 2.0 GiB, and used 1.5 GiB at its peak",
+        ),
+        ({"memory.max": "max"}, 0, "out of memory: the machine has no more"),
+        ({}, 1, "from outside: the kernel counts no death for want of memory"),
+        ({}, None, "most likely because the machine is out of memory"),
+    ],
+)
+def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
+    odd_child: Callable[..., Ending], tmp_path: Path, files: dict[str, str], killed_before: int | None, said: str
+) -> None:
+    for name, text in {"memory.events": "oom_kill 1\n", **files}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "proc").write_text("0::/\n")
+    memory = MemoryGroup(tmp_path / "proc", tmp_path)
+    ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", memory=memory, kills_before=killed_before)
+    assert ending.text.startswith("killed by SIGKILL")
+    assert said in ending.text
+
+
+# --- it leaves nothing behind ----------------------------------------------------------------------------------------
+
+
+PARENT = """
+import os, signal, time
+from merge_gate.worker.process import WorkerProcess
+child = WorkerProcess()
+print(child._process.pid, flush=True)
+time.sleep(float(os.environ["DELAY"]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.1, 0.3])
+def test_no_child_outlives_a_parent_that_is_killed_at_once(delay_s: float, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PARENT],
+        env=environment(DELAY=str(delay_s), TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    child = int(done.stdout)
+    used_s = 0.0
+
+    def is_gone() -> bool:
+        nonlocal used_s
+        try:
+            user, system = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        used_s = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return not alive(child)
+
+    wait_until(is_gone)
+    assert used_s < 2.0, "it has imported torch"
+
+
+def test_the_directory_of_a_dead_run_is_removed_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / f"{PREFIX}dead1234"
+    users = [tmp_path / "merge-gate-other", tmp_path / f"{PREFIX}notes", tmp_path / f"{PREFIX}my_notes"]
+    for directory in (dead, *users):
+        directory.mkdir(mode=0o755 if directory == users[-1] else 0o700)
+        (directory / "file").write_text("left behind")
+        os.utime(directory, (0, 0))
+    young = tmp_path / f"{PREFIX}young123"
+    young.mkdir(mode=0o700)  # it may be one that is being made
+    with private_directory() as living:
+        os.utime(living, (0, 0))
+        assert not dead.exists()
+        with private_directory() as other:
+            assert Path(living).is_dir()
+            assert Path(other).is_dir()
+    assert {one.name for one in tmp_path.iterdir()} == {*(one.name for one in users), young.name}

@@ -1,0 +1,262 @@
+"""Imports in less time: what transformers and PEFT are afterwards is what they are without, and so is a merge."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import transformers
+from packaging.version import Version
+from transformers.utils import import_utils
+
+from merge_gate.files.preflight import preflight
+from merge_gate.records.report import Sandbox
+from merge_gate.worker.child import judge_job
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.process import EAGER, OFFLINE, WorkerProcess
+from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
+from merge_gate.worker.startup import quick_imports
+from tests.support.command import environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
+QUICK = "from merge_gate.worker.startup.quick_imports import quick_imports\nquick = quick_imports()\n"
+IMPORTS = """
+import inspect, json, sys
+before = list(sys.meta_path)
+with quick:
+    import peft, transformers, transformers.models, transformers.loss.loss_utils as losses
+    are_there = [name in sys.modules for name in ("scipy.optimize._optimize", "torch._dynamo.convert_frame")]
+"""
+SAID = """
+import fsspec, importlib.metadata, torch
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+from transformers.utils import import_utils
+def places():
+    for name in simple_registry.singleton._data:
+        holder = simple_registry.singleton._data[name].fake_impl
+        kernels = holder.kernels if hasattr(holder, "kernels") else filter(None, [holder.kernel])  # as in torch 2.6
+        for kernel in kernels:
+            yield name, kernel.source
+from torch._library import simple_registry
+marked = transformers.generation.continuous_batching.cache.PagedAttentionCache.update
+found = {
+    "names": sorted(dir(transformers)),
+    "models": sorted(dir(transformers.models)),
+    "modules": sorted(transformers.models._modules),
+    "losses": {name: f"{one.__module__}.{one.__name__}" for name, one in losses.LOSS_MAPPING.items()},
+    "scipy": transformers.utils.is_scipy_available(),
+    "statistics": "scipy.stats" in sys.modules,
+    "reading": import_utils.create_import_structure_from_path.cache_parameters(),
+    "lists": import_utils.fetch__all__.__name__,
+    "matching": [side.tolist() for side in linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])],
+    "peft": sorted(dir(peft)),
+    "looks": importlib.metadata.entry_points.__qualname__,
+    "plugins": sorted(fsspec.available_protocols()),
+    "compiled": [torch.compile.__module__, torch.compile(len) is len, torch.compiler.disable(len)([1])],
+    "marked": [marked.__module__, marked.__qualname__, str(inspect.signature(marked))],
+}
+import scipy.optimize, torch._dynamo.backends.registry
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+found["scipy's"] = sorted(dir(scipy.optimize))
+found["the compiler's"] = sorted(dir(torch._dynamo))
+found["its part"] = torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
+found["places"] = [torch._library.utils.get_source.__qualname__, sorted(map(str, places()))]
+found["finders"] = [type(one).__name__ for one in sys.meta_path if one not in before]
+print(json.dumps([are_there, found]))
+"""
+
+
+USED = r"""
+import functools, pathlib, re, torch
+MODULES = r"torch(?:\.[a-z]\w*)+"
+def used():
+    for name, module in list(sys.modules.items()):
+        source = pathlib.Path(getattr(module, "__file__", None) or ".")
+        if name.startswith("peft.") and source.suffix == ".py":
+            code = re.sub(r"'''(?s:.*?)'''|'[^'\n]*'|#.*".replace("'", '"'), "", source.read_text("utf-8"))
+            imported = re.findall(rf"^ *(?:import|from) +({MODULES})", code, re.MULTILINE)
+            yield from set(re.findall(MODULES, code)).difference(imported)
+def is_there(name):
+    try:
+        functools.reduce(getattr, name.split(".")[1:], torch)
+    except AttributeError:
+        return False
+    return True
+print(json.dumps([sorted(filter(is_there, set(used()))), "torch._dynamo.convert_frame" in sys.modules]))
+"""
+
+
+def said(script: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(**OFFLINE, **EAGER), check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def printed(script: str) -> list[str]:
+    """What a fresh interpreter prints, with `quick` at hand."""
+    done = subprocess.run([sys.executable, "-c", QUICK + script], check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_libraries_are_what_they_are_without() -> None:
+    plain, quick = said(PLAIN + IMPORTS + SAID), said(QUICK + IMPORTS + SAID)
+    assert quick[1] == plain[1]
+    uses_scipy = plain[1]["statistics"]  # by scikit-learn, which older releases of transformers import
+    assert (plain[0], quick[0]) == ([True, True], [uses_scipy, False]), "nothing is saved any more"
+    assert not uses_scipy or Version(transformers.__version__) < Version("5.24"), "less is saved than was"
+
+
+@pytest.mark.slow
+def test_what_peft_uses_of_torch_is_there_as_it_is_without() -> None:
+    """It uses modules of torch that it does not import: torch's compiler brings some of these along."""
+    (plain, _), (quick, is_compiler_there) = said(PLAIN + IMPORTS + USED), said(QUICK + IMPORTS + USED)
+    assert "torch.nn.functional.linear" in plain
+    assert quick == plain
+    assert not is_compiler_there, "it has been looked for in the compiler"
+
+
+def test_whoever_wants_more_of_scipy_gets_it_meanwhile() -> None:
+    script = (
+        "with quick:\n    import scipy.optimize._zeros_py, scipy.optimize\n"
+        "    from scipy.optimize import brentq, minimize\n"
+        "print(round(brentq(lambda x: x - 2, 0, 9)), scipy.optimize.minimize is minimize)"
+    )
+    assert printed(script) == ["2 True"]
+
+
+def test_without_scipy_nothing_stands_in_its_place() -> None:
+    script = "import sys\nwith quick:\n    pass\nprint('scipy.optimize' in sys.modules, 'scipy' in sys.modules)"
+    assert printed(script) == ["False False"]
+
+
+def test_who_looks_at_every_module_imports_nothing_by_it() -> None:
+    """As inspect does, for `__wrapped__` and its like; any other name is the real module's."""
+    script = (
+        "import sys\nwith quick:\n    import scipy.optimize as one\n"
+        "    print(hasattr(one, '__wrapped__'), type(sys.modules['scipy.optimize']).__name__)\n"
+        "    print(one.brentq.__module__, type(sys.modules['scipy.optimize']).__name__)"
+    )
+    assert printed(script) == ["False _Deferred", "scipy.optimize._zeros_py module"]
+
+
+READS = """
+import functools
+@functools.lru_cache
+def create_import_structure_from_path(path):
+    return [path]
+"""
+LISTS = "def fetch__all__(text):\n    return [line for line in text.splitlines() if line.startswith('__all__')]"
+LAST, FIRST = f"{LISTS}[-1:]\n", f"{LISTS}[:1]\n"
+BOTH = {"create_import_structure_from_path", "fetch__all__"}
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        (READS + LAST, BOTH),
+        (LAST, {"fetch__all__"}),
+        (READS + FIRST, {"create_import_structure_from_path"}),
+        ("", set()),
+    ],
+    ids=["both", "a release that remembers nothing", "one that wants the first list", "one that has neither"],
+)
+def test_only_what_is_known_is_read_in_less_time(
+    source: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another release of transformers is imported as it is."""
+    (tmp_path / "structures.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(quick_imports, "_STRUCTURES", "structures")
+    with quick_imports.quick_imports():
+        module = importlib.import_module("structures")
+        meanwhile = dict(vars(module))
+    assert sys.modules.pop("structures") is module
+    assert {name for name, value in vars(module).items() if meanwhile[name] is not value} == changed, "and is put back"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "import x\n",
+        '__all__ = ["one", "two"]',
+        'x\n__all__ = [\n    "one",\n    "two",\n]\ny\n',
+        '__all__ = ["one"]\n__all__ = ["two"]\n',
+        'x\r\n__all__ = ["one"]\r\n',
+        'x\n__all__ = ["one"]\n\x0c__all__ = ["two"]\n',
+        '  __all__ = ["one"]\n',
+        "x = __all__\n",
+    ],
+)
+def test_a_list_is_the_same_from_its_line_on(text: str) -> None:
+    assert import_utils.fetch__all__(quick_imports.from_last_list(text)) == import_utils.fetch__all__(text)
+
+
+def test_what_is_installed_is_looked_through_once_and_then_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+    look = importlib.metadata.entry_points
+
+    def counting(**wanted: str) -> Any:
+        asked.append(wanted)
+        return look(**wanted)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", counting)
+    with quick_imports.quick_imports():
+        meanwhile = importlib.metadata.entry_points
+        assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
+        assert list(meanwhile(group="none")) == list(look(group="none"))
+    assert asked == [{}]
+    assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
+    assert asked == [{}, {"group": "console_scripts"}]
+    assert importlib.metadata.entry_points is counting
+
+
+@pytest.mark.parametrize("source", ["import inspect, sys\n{}", "{}"], ids=["it is that", "it says something else"])
+def test_a_place_is_noted_without_its_source_where_that_is_the_same(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "(lambda frame: f'{frame.filename}:{frame.lineno}')(inspect.getframeinfo(sys._getframe(stacklevel)))"
+    body = f"def get_source(stacklevel):\n    return {said if 'inspect' in source else repr('nowhere')}\n"
+    (tmp_path / "places.py").write_text(source.format(body), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(quick_imports, "_PLACES", "places")
+    with quick_imports.quick_imports():
+        module = importlib.import_module("places")
+        quick = module.get_source
+        here = quick(1)
+    assert here == (f"{__file__}:{inspect.currentframe().f_lineno - 1}" if "inspect" in source else "nowhere")
+    assert (module.get_source is quick) == ("inspect" not in source)
+    del sys.modules["places"]
+
+
+def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker imports in less time; this process has imported everything as it comes."""
+    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
+    base = shelf.base("llama")
+    group = Group(label="base", directory=str(base), dtype="float32", tasks=(Task(index=0, files=(files,)),))
+    job = Job(groups=(group,), device="cpu")
+    heard: list[Event] = []
+    with WorkerProcess() as child:
+        assert child.run(job, heard.append, is_overdue=lambda: False) is None
+    monkeypatch.setenv(sandbox.SWITCH, "off")  # its limits would hold for the tests after this one
+    here = [one for one in judge_job(job, heard.append, Sandbox()) if isinstance(one, Merged)]
+    there = [one for one in heard if isinstance(one, Merged)]
+    assert len(here) == 1
+    assert [timeless(one) for one in there] == [timeless(one) for one in here]
+
+
+def timeless(event: Merged) -> Merged:
+    return replace(event, evidence=replace(event.evidence, seconds=0.0))

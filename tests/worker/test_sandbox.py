@@ -1,0 +1,303 @@
+"""The worker's sandbox, tried by code that a base brings along (`trust-remote-code`), with and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from merge_gate.records.report import Sandbox
+from merge_gate.worker.confine import landlock, sandbox
+from merge_gate.worker.confine.sandbox import SWITCH, confine, limit
+from merge_gate.worker.protocol import Job
+from tests.support.command import environment, merge_gate, strict_json
+
+if TYPE_CHECKING:
+    from tests.support.models import Shelf
+
+ROGUE = """
+import json, os, signal, socket, subprocess, threading
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+outside, port = Path(PLACE), PORT
+here = Path.cwd()
+
+
+def bomb():
+    children = [os.fork() for _ in range(3)]
+    if 0 in children:
+        os._exit(0)
+
+
+def thread():
+    started = threading.Thread(target=here.joinpath("by-thread").write_text, args=("x",))
+    started.start()
+    started.join()
+
+
+def grow():
+    with here.joinpath("long").open("wb") as file:
+        file.truncate(1 << 45)
+
+
+def connect(kind, address):
+    with socket.socket(kind, socket.SOCK_STREAM) as line:
+        line.settimeout(5)
+        line.connect(address)
+
+
+def whisper():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        line.sendto(b"secret", ("127.0.0.1", port))
+
+
+tries = {
+    "write": lambda: outside.joinpath("written").write_text("x"),
+    "append": lambda: outside.joinpath("victim").open("a").write("x"),
+    "truncate": lambda: os.truncate(outside / "victim", 0),
+    "remove": lambda: outside.joinpath("removable").unlink(),
+    "rename": lambda: outside.joinpath("renamable").rename(outside / "renamed"),
+    "link": lambda: os.link(outside / "victim", here / "link"),
+    "chmod": lambda: outside.joinpath("victim").chmod(0o777),
+    "times": lambda: os.utime(outside / "victim", (1, 1)),
+    "tcp": lambda: connect(socket.AF_INET, ("127.0.0.1", port)),
+    "udp": whisper,
+    "unix": lambda: connect(socket.AF_UNIX, str(outside / "socket")),
+    "fork": bomb,
+    "program": lambda: subprocess.run(["touch", str(outside / "touched")], check=True),
+    "signal": lambda: os.kill(os.getppid(), signal.SIGCONT),
+    "grow": grow,
+    "thread": thread,
+    "own": lambda: here.joinpath("own").write_text("x"),
+}
+done = []
+for name, attempt in tries.items():
+    try:
+        attempt()
+        done.append(name)
+    except OSError:
+        pass
+
+
+class RogueForCausalLM(LlamaForCausalLM):
+    pass
+
+
+RESULT
+"""
+TELL = 'raise RuntimeError("done: " + " ".join(done))'
+
+
+@pytest.fixture
+def victims(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A directory outside of the worker's own, and a port of the loopback, both of which ought to stay as they are."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("victim", "removable", "renamable"):
+        (outside / name).write_text("as it was")
+    (outside / "victim").chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(outside / "socket"))
+        unix.listen()
+        yield outside, tcp.getsockname()[1]
+
+
+def run(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int], result: str, **changes: str) -> Any:
+    """Gate an adapter on a base whose code is hostile; the report."""
+    base, outside = tmp_path / "base", victims[0]
+    shutil.copytree(shelf.base("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_rogue.RogueForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config))
+    code = ROGUE.replace("PLACE", repr(str(outside))).replace("PORT", str(victims[1])).replace("RESULT", result)
+    (base / "modeling_rogue.py").write_text(code)
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
+    gate = {"version": 1, "base": {"model": "./base"}, "adapters": ["./adapter"], "trust-remote-code": True}
+    (tmp_path / "gate.yml").write_text(json.dumps(gate))
+    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=tmp_path, **changes)
+    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
+    return report | {"said": answer.said}
+
+
+def done_by(report: Any) -> set[str]:
+    message = next(one["message"] for one in report["adapters"][0]["findings"] if one["check"] == "not-judged")
+    return set(str(message).partition("done: ")[2].split())
+
+
+def test_code_of_a_base_is_held_and_the_report_says_by_what(
+    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
+) -> None:
+    outside = victims[0]
+    before = (outside / "victim").stat()
+    report = run(shelf, tmp_path, victims, TELL)
+    # What Landlock leaves open seems to succeed, so that libraries can copy files with their modes, and does nothing.
+    assert done_by(report) == {"own", "thread", "chmod", "times"}, report["said"]
+    assert report["environment"]["sandbox"] == {
+        "held": ["files", "network", "processes", "file size", "memory"],
+        "missing": [],
+    }
+    assert sorted(one.name for one in outside.iterdir()) == ["removable", "renamable", "socket", "victim"]
+    assert (outside / "victim").read_text() == "as it was"
+    after = (outside / "victim").stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert stat.S_IMODE(after.st_mode) == 0o600
+
+
+def test_code_of_a_base_runs_within_it(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]) -> None:
+    report = run(shelf, tmp_path, victims, "")
+    assert report["result"] == "pass", report["said"]
+    assert report["bases"][0]["loaded_as"] == "RogueForCausalLM"
+
+
+def test_caches_that_the_environment_names_are_the_workers_own(shelf: Shelf, tmp_path: Path) -> None:
+    """A library that may not make the directory of its cache fails while it is imported, and with it the adapter."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HOME")
+    elsewhere = {name: str(tmp_path / "elsewhere" / name.lower()) for name in names}
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
+    gated = merge_gate("run", "adapter", "--base", str(shelf.base("llama")), cwd=tmp_path, **elsewhere)
+    assert gated.code == 0, gated.said
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_without_it_the_report_says_so_and_the_same_code_does_harm(
+    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
+) -> None:
+    report = run(shelf, tmp_path, victims, TELL, MERGE_GATE_SANDBOX="off")
+    assert {"write", "remove", "truncate", "tcp", "unix", "fork", "program"} <= done_by(report), report["said"]
+    assert report["environment"]["sandbox"] == {"held": [], "missing": ["all of it: MERGE_GATE_SANDBOX is off"]}
+    assert "the worker's sandbox is not whole: all of it: MERGE_GATE_SANDBOX is off" in report["said"]
+    assert not (victims[0] / "victim").read_text()
+
+
+WITHOUT = """
+import errno, json, os, platform
+from pathlib import Path
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.protocol import Job
+
+def absent(_paths):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+sandbox.restrict_writes = absent
+platform.machine = lambda: "sparc"
+held = sandbox.confine(Path.cwd())
+print(json.dumps([held.held, held.missing, sandbox.limit(held, Job(groups=()), "cpu").held]))
+"""
+
+
+def test_what_a_kernel_lacks_is_said_with_its_reason(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", WITHOUT]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout) == [
+        [],
+        [
+            "files: Landlock is not to be had here (Function not implemented)",
+            "network and processes: seccomp is not to be had here (no list of system calls for sparc)",
+        ],
+        ["file size", "memory"],
+    ]
+
+
+def test_a_card_has_no_limit_of_memory(tmp_path: Path) -> None:
+    """Its driver maps more addresses than there is memory."""
+    code = WITHOUT.replace('"cpu").held', '"cuda:0").missing')
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    assert json.loads(done.stdout)[2][-1].startswith("memory: a card's driver")
+
+
+# --- in a thread of this process, of which alone it holds ------------------------------------------------------------
+
+
+def in_a_thread(what: Callable[[], None]) -> None:
+    """Run something that is given up for good, and raise what it raises."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            what()
+        except BaseException as error:  # noqa: BLE001 - the test's own failures too
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_what_is_given_up_is_given_up(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+
+    def give_up() -> None:
+        assert confine(own) == Sandbox(held=("files", "network", "processes"))
+        (own / "file").write_text("x")
+        (own / "file").rename(own / "renamed")
+        Path(os.devnull).write_text("x")
+        with pytest.raises(PermissionError):
+            (other / "file").write_text("x")
+        with pytest.raises(PermissionError):
+            (own / "renamed").rename(other / "renamed")
+        with pytest.raises(PermissionError):
+            socket.socket(socket.AF_INET)
+        with pytest.raises(PermissionError):
+            os.fork()
+
+    in_a_thread(give_up)
+    assert list(other.iterdir()) == []
+
+
+def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Path("/dev/shm") / f"{tmp_path.name}-{os.getpid()}"
+
+    def try_to_write() -> None:
+        confine(tmp_path)
+        Path("/dev/zero").write_text("x")
+        shared.write_text("x")
+        shared.unlink()
+
+    with pytest.raises(PermissionError):
+        in_a_thread(try_to_write)
+    monkeypatch.setattr(sandbox, "_DEVICES", ("zero",))
+    in_a_thread(try_to_write)
+
+
+def test_capabilities_that_cannot_be_read_are_no_reason_to_give_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_CAPABILITIES_VERSION", 0)
+    held: list[Sandbox] = []
+    in_a_thread(lambda: held.append(confine(tmp_path)))
+    assert held == [Sandbox(held=("files", "network", "processes"))]
+
+
+def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    told = Sandbox(missing=("all of it: MERGE_GATE_SANDBOX is off",))
+    assert confine(tmp_path) == told
+    assert limit(told, Job(groups=()), "cpu") is told
+
+
+def test_a_rule_that_the_kernel_refuses_is_an_error_and_holds_nobody(tmp_path: Path) -> None:
+    def give_up() -> None:
+        with pytest.raises(FileNotFoundError):
+            landlock.restrict_writes([tmp_path / "absent"])
+        (tmp_path / "file").write_text("x")
+
+    in_a_thread(give_up)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        landlock._call(landlock._RESTRICT, -1, 0)
