@@ -12,10 +12,11 @@ import pytest
 from merge_gate.cli.dispatch import main
 from merge_gate.config import load_config
 from merge_gate.errors import GateError
-from merge_gate.report.formats.json_report import read
+from merge_gate.report.formats.json_report import read, render
 from merge_gate.run import flow
 from merge_gate.worker.process import EAGER
 from tests.support.command import children_of
+from tests.support.reports import EMPTY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,9 +120,9 @@ def test_a_base_that_is_quantised_gets_a_worker_of_its_own(
 
 
 def test_where_none_can_be_started_yet_the_run_says_so_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier report is gone all the same."""
+    """An earlier report no longer stands at its place."""
     (place / "merge-gate-report").mkdir()
-    (place / "merge-gate-report" / "report.json").write_text("{}")
+    (place / "merge-gate-report" / "report.json").write_text(render(EMPTY))
     monkeypatch.setattr("tempfile.tempdir", str(place / "nowhere"))
     assert main(["run", "gate.yml"]) == 3
-    assert (place / "merge-gate-report" / "report.json").read_text() != "{}"
+    assert (place / "merge-gate-report" / "report.json").read_text() != render(EMPTY)
