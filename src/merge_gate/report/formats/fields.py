@@ -112,7 +112,7 @@ def dump(value: Any) -> Json:
     if value is None or type(value) in _AS_THEY_ARE:  # most of what a fleet's report holds
         return value
     if isinstance(value, str):
-        return text(value)
+        return text(str(value))  # of an enumeration, its word
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
