@@ -214,6 +214,12 @@ def test_github_finds_nothing_to_link_in_prose(text: str) -> None:
     assert not re.search(r"@\w|#\w", seen.plain)
 
 
+@pytest.mark.parametrize("name", ["a!b@octocat.example", "::error::owned@www.evil.example", "!http://x@evil.example"])
+def test_an_e_mail_address_in_a_name_is_no_link(name: str) -> None:
+    for renderer in RENDERERS:
+        assert "a" not in Seen(code(name), renderer).tags
+
+
 @given(hostile_reports())
 def test_any_report(run: Report) -> None:
     text = render(run)

@@ -23,7 +23,9 @@ def code(text: str, limit: int = words.NAME_LIMIT) -> str:
     line = one_line(text, limit)
     if _PLAIN_CODE.fullmatch(line):
         return f"`{line}`"
-    return f"<code>{''.join(_entity(character) for character in line)}</code>"
+    escaped = "".join(_entity(character) for character in line)
+    # Markdown looks for e-mail addresses inside of HTML's code too.
+    return f"<code>{escaped.replace('&#64;', '&#64;&#8203;')}</code>"
 
 
 def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
