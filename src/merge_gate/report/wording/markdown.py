@@ -16,6 +16,8 @@ _PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
 _SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 # What it makes links of later, in the text: @name and #123. A zero-width space is all that stops it outside of code.
 _REFERENCE = re.compile(r"(&#(?:64|35);)(?=\w)")
+# The sign of an e-mail address, which Markdown makes a link of inside of HTML's code too.
+_ADDRESS = re.compile(r"(?<=[\w.+-])@(?=\w)")
 
 
 def code(text: str, limit: int = words.NAME_LIMIT) -> str:
@@ -23,9 +25,8 @@ def code(text: str, limit: int = words.NAME_LIMIT) -> str:
     line = one_line(text, limit)
     if _PLAIN_CODE.fullmatch(line):
         return f"`{line}`"
-    escaped = "".join(_entity(character) for character in line)
-    # Markdown looks for e-mail addresses inside of HTML's code too.
-    return f"<code>{escaped.replace('&#64;', '&#64;&#8203;')}</code>"
+    parts = ("".join(map(_entity, part)) for part in _ADDRESS.split(line))
+    return f"<code>{'&#64;&#8203;'.join(parts)}</code>"
 
 
 def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
