@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from merge_gate.engine.base import accounting
-from merge_gate.engine.base.loaded_base import ModelClass
-from merge_gate.engine.base.stored_formats import loaded_dtypes
+from merge_gate.engine.base.loaded_base import ModelClass, Source
+from merge_gate.engine.base.stored_formats import loaded_dtypes, refuse_other_packing
 from merge_gate.engine.base.tensor_map import stored_tensors, tensor_map
 from merge_gate.errors import EngineError
+from merge_gate.records.terms import Quantization
 from tests.support import models
 
 if TYPE_CHECKING:
@@ -127,3 +128,20 @@ def test_parameters_are_counted_by_dtype_only_if_dtypes_differ() -> None:
     )
     assert loaded_dtypes([norm, weight]) == (("bfloat16", 6), ("float32", 2))
     assert loaded_dtypes([weight]) == ()
+
+
+def test_a_plain_base_that_loads_in_another_dtype_than_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+    source = Source(
+        directory=str(tmp_path),
+        label="b",
+        revision=None,
+        quantization=Quantization.NONE,
+        device=torch.device("cpu"),
+        options={},
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4).half())
+    for dtype in ("auto", "float32", "float16"):
+        refuse_other_packing(model, source, dtype)
+    with pytest.raises(EngineError) as refused:
+        refuse_other_packing(model, source, "bfloat16")
+    assert refused.value.check == "base-format"

@@ -110,10 +110,18 @@ def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
             check="base-format",
         )
     found = dtype_name(main_dtype(model))
-    if dtype not in ("auto", found) and loaded != Quantization.NONE and quantization is Quantization.NONE:
+    if dtype in ("auto", found) or quantization is not Quantization.NONE:
+        return
+    if loaded != Quantization.NONE:
         raise EngineError(
             f"base {label} is stored as {loaded}, whose weights are {found} when they are dequantized, and the config "
             f"asks for dtype: {dtype}",
             hint=f"ask for dtype: auto or {found}, or name the unquantized base",
+            check="base-format",
+        )
+    if dtype not in {dtype_name(one.dtype) for one in model.parameters()}:  # a class may keep some in float32
+        raise EngineError(
+            f"base {label} was loaded in {found}, and the config asks for dtype: {dtype}",
+            hint=f"ask for dtype: auto or {found}: {type(model).__name__} does not load in another one",
             check="base-format",
         )
