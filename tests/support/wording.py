@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from huggingface_hub import constants
+
 SECTION = re.compile(r"^== (.*)$", re.MULTILINE)
 BETWEEN = "--\n"
 
@@ -39,7 +41,7 @@ class Wording:
     def __init__(self, golden: Path, test: str, replaced: dict[str, str]) -> None:
         self._golden = golden
         self._test = test.replace("\n", "\\n")
-        self._replaced = replaced | {sys.executable: "<python>"}
+        self._replaced = replaced | {sys.executable: "<python>", constants.HF_HUB_CACHE: "<cache>"}
         self._expected = read(golden).get(self._test)
         self._met: list[str] = []
 
