@@ -276,6 +276,6 @@ def test_outside_the_action_an_sdk_that_is_too_old_is_a_sentence(
 
     if sdk in {"5.0.3", "6.1.3"}:
         assert "Not supported URL scheme" in run("import docker; docker.DockerClient(base_url=sys.argv[2]).version()")
-    ask = "from merge_gate.action import docker_api as d; "
+    ask = "from merge_gate.action.docker import docker_api as d; "
     ask += "sys.stderr.write(str(d.describe(d.connect({'DOCKER_HOST': sys.argv[2]}))))"
     assert says in run(ask)

@@ -171,6 +171,78 @@ def the_old_key_of_the_dtype() -> Draft:
     return draft.configured(torch_dtype="float16")
 
 
+@good(dtype="bfloat16", **PLAIN)
+def a_shard_for_almost_every_tensor() -> Draft:
+    return llama().sharded(12)
+
+
+@good()
+def links_of_the_hub_cache_to_shards_in_folders() -> Draft:
+    draft = llama().sharded(2, "weights/{number}/model.safetensors")
+    draft.linked = True
+    return draft
+
+
+@good()
+def what_a_training_run_leaves_behind() -> Draft:
+    draft = llama()
+    draft.files |= {"training_args.bin": b"not read", "optimizer.pt": b"not read", "trainer_state.json": b"{}"}
+    return draft
+
+
+@good()
+def a_pickled_index_next_to_safetensors() -> Draft:
+    return llama().with_json("pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {}})
+
+
+@good()
+def files_of_a_repository() -> Draft:
+    draft = llama()
+    draft.files |= {".gitattributes": b"*.safetensors filter=lfs", "LICENSE": b"", "chat_template.jinja": b""}
+    return draft
+
+
+@good(dtype="bfloat16", **PLAIN)
+def tied_and_sharded() -> Draft:
+    return llama(tie_word_embeddings=True).sharded(2)
+
+
+@good(adapter="bert")
+def bert_in_shards() -> Draft:
+    return bases.bert().sharded(3)
+
+
+@good(notes=("medusa_head.",))
+def heads_of_medusa() -> Draft:
+    return llama().plus({f"medusa_head.{at}.0.linear.weight": torch.ones(32, 32) for at in range(2)})
+
+
+@good(notes=("eagle_layer.",))
+def a_layer_of_eagle() -> Draft:
+    return llama().plus({"eagle_layer.fc.weight": torch.ones(32, 64)})
+
+
+@good()
+def the_embedding_in_float32() -> Draft:
+    draft = llama()
+    return draft.plus({name: one.float() for name, one in draft.stored.items() if "embed_tokens" in name})
+
+
+@good(dtype="float32", **PLAIN)
+def stored_in_float64_and_configured_as_float32() -> Draft:
+    return llama(dtype=torch.float64).configured(dtype="float32")
+
+
+@good(asked={"dtype": "float32"}, dtype="float32", **PLAIN)
+def float16_asked_for_as_float32() -> Draft:
+    return llama(dtype=torch.float16)
+
+
+@good(asked={"dtype": "bfloat16"}, dtype="bfloat16", **PLAIN)
+def float64_asked_for_as_bfloat16() -> Draft:
+    return llama(dtype=torch.float64)
+
+
 # --- tensors that are not part of the model ---------------------------------------------------------------------------
 
 
