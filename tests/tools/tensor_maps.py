@@ -11,6 +11,7 @@ import datetime as dt
 import multiprocessing
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,29 +62,31 @@ def document(found: list[tensor_maps.Checked]) -> str:
         f"{dt.datetime.now(dt.UTC).date()}, transformers {transformers.__version__}, PEFT {peft.__version__}, torch "
         f"{torch.__version__}, on a CPU. `make tensor-maps` writes this page."
     )
+    computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
     result = (
         f"Of {len(found)} model types, {len(mapped)} have a tensor map of a tiny model. {len(mapped) - len(wrong)} of "
-        "these maps are right: filled with the stored values, they give every parameter of `from_pretrained`, bit for "
-        f"bit. Conversions occur in {sum(bool(one.conversions) for one in mapped)} types."
+        "these maps are right: filled with the stored values, they give every parameter of `from_pretrained`. Values "
+        f"are compared bit for bit, except those of {computed}. transformers computes some of them after the load, so "
+        f"only names are compared there. Conversions occur in {sum(bool(one.conversions) for one in mapped)} types."
     )
-    computed = ", ".join(f"`{name}`" for name in tensor_maps.COMPUTED)
+    table_of_wrong = [
+        "| wrong | what |",
+        "|---|---|",
+        *(f"| `{one.model_type}` | {'; '.join(one.wrong[:3])} |" for one in wrong),
+        "",
+    ]
     lines = [
         "# Tensor maps of every model type",
         "",
         tested,
         "",
-        result,
-        "",
-        f"For {computed}, only names are compared: transformers computes some of their values after the load.",
+        textwrap.fill(result, 120),
         "",
         "| conversion | types |",
         "|---|---|",
         *(f"| `{name}` | {count} |" for name, count in conversions.most_common()),
         "",
-        "| wrong | what |",
-        "|---|---|",
-        *(f"| `{one.model_type}` | {'; '.join(one.wrong[:3])} |" for one in wrong),
-        "",
+        *(table_of_wrong if wrong else ()),
         "| no map | types |",
         "|---|---|",
         *(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
