@@ -1,4 +1,4 @@
-"""Sentences that tests meet, each held against one golden: `wording/NAME.txt` beside `test_NAME.py`.
+"""Sentences that tests meet, each held against one golden: `wording/NAME.txt` next to `test_NAME.py`.
 
 A test passes each sentence to the fixture `wording`, and asserts ids, fields and names for itself. So a sentence that
 is changed on purpose costs no edit of a test: run the module with UPDATE_GOLDENS=1 (and without xdist, since all tests

@@ -116,7 +116,7 @@ def _made(found: TensorMap, directory: Path, model_class: Any) -> dict[str, torc
 
 
 def _converted(stored: dict[str, torch.Tensor], directory: Path, model_class: Any) -> dict[str, torch.Tensor]:
-    """The converted tensors, made of nothing but the sources that the map names for them."""
+    """The converted tensors, made only of the sources that the map names for them."""
     realized: dict[str, torch.Tensor] = {}
     own = core_model_loading.WeightConverter.convert
 
