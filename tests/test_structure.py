@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import wording
+from tests.tools import mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")))
@@ -23,6 +24,10 @@ def is_test(module: str) -> bool:
     return parts[0] == "tests" and (parts[-1] == "conftest" or parts[-1].startswith("test_"))
 
 
+IMPORT = re.compile(r"\bfrom +(tests[\w.]*) +import +(\w+)|\bimport +(tests[\w.]*)")
+"""An import in the text of a program that a test runs in a process of its own."""
+
+
 def imports(source: str) -> Iterator[str]:
     """The dotted names that a module imports, anywhere in it; `from a import b` counts as `a` and as `a.b`."""
     for node in ast.walk(ast.parse(source)):
@@ -31,6 +36,9 @@ def imports(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             parent = "." * node.level + (node.module or "")
             yield from (parent, *(f"{parent}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for parent, name, module in IMPORT.findall(node.value):
+                yield from (module,) if module else (parent, f"{parent}.{name}")
 
 
 def imported_tests(source: str) -> list[str]:
@@ -46,6 +54,9 @@ def imported_tests(source: str) -> list[str]:
         ("import tests.conftest", ["tests.conftest"]),
         ("def f():\n    from tests.test_cli import answer", ["tests.test_cli"]),
         ("from . import test_bits", [".", "..test_bits"]),
+        ("code = 'import os; from tests.test_cli import answer'", ["tests.test_cli"]),
+        ("code = 'from tests import test_cli'", ["tests.test_cli"]),
+        ("code = f'{here}; import tests.test_cli'", ["tests.test_cli"]),
         ("from tests.support.models import BASES", []),
         ("from tests.support import models", []),
     ],
@@ -56,7 +67,11 @@ def test_an_import_of_a_test_module_is_seen(source: str, expected: list[str]) ->
 
 def test_no_module_imports_a_test_module() -> None:
     assert len(MODULES) > 200
-    found = {str(path.relative_to(ROOT)): imported_tests(path.read_text(encoding="utf-8")) for path in MODULES}
+    found = {
+        str(path.relative_to(ROOT)): imported_tests(path.read_text(encoding="utf-8"))
+        for path in MODULES
+        if path != Path(__file__)  # its examples are such imports
+    }
     assert {name: names for name, names in found.items() if names} == {}, "move what they share into tests/support"
 
 
@@ -67,6 +82,25 @@ def test_every_sentence_of_a_golden_is_of_a_test() -> None:
         module = golden.parent.parent / f"test_{golden.stem}.py"
         tests = {node.name for node in ast.walk(ast.parse(module.read_bytes())) if isinstance(node, ast.FunctionDef)}
         assert {name.partition("[")[0] for name in wording.read(golden)} <= tests, golden
+
+
+def test_what_the_tool_of_mutants_names_exists() -> None:
+    """A renamed test that the tool leaves out under its old name costs seconds for each mutant."""
+    for source, first, every in mutants.PARTS.values():
+        assert all([*ROOT.glob(pattern)] for pattern in source), source
+        assert all((ROOT / path).exists() for path in (*first, *every)), (first, every)
+    named = (*mutants.SLOW, *mutants.SAME_FILES, *mutants.LAST)
+    assert [test for test in named if test.partition("::")[2] not in functions(test.partition("::")[0])] == []
+    for start in mutants.HOLD_EVERY_WORD:
+        path, _, name = start.partition("::")
+        assert any(function.startswith(name) for function in functions(path)), start
+
+
+def functions(path: str) -> set[str]:
+    """The names of a module's functions; none if there is no such module."""
+    if not (ROOT / path).is_file():
+        return set()
+    return {node.name for node in ast.walk(ast.parse((ROOT / path).read_bytes())) if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_other_module_is_in_support_or_tools() -> None:

@@ -10,7 +10,6 @@ import re
 import select
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -22,12 +21,12 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.wording.columns import cells
 from merge_gate.run.view import PlainView, RichView, SilentView, make_view
+from tests.support.played_run import FACTS, play
 from tests.support.reports import (
     CRASHED,
     FAIL,
     FAILED,
     HALF_FAILED,
-    PARAMETERS,
     PASSED,
     TEXTS,
     WARNED,
@@ -35,13 +34,6 @@ from tests.support.reports import (
     hostile_reports,
     lines_of,
     runner_obeys,
-)
-
-if TYPE_CHECKING:
-    from merge_gate.run.view import View
-
-FACTS = BaseFacts(
-    model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE, parameters=PARAMETERS
 )
 
 
@@ -68,20 +60,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def play(view: View, report: Report = FAIL, name: str | None = None) -> None:
-    total = len(report.adapters)
-    with contextlib.closing(view):
-        view.start(report.config_path, len({judged.name for judged in report.adapters}), total)
-        view.base_loading(name or "./models/base", "bfloat16")
-        view.base_loaded(FACTS, 1.34)
-        for index, judged in enumerate(report.adapters, 1):
-            view.adapter_started(name or judged.name, index, total, judged.base.dtype)
-            view.adapter_progress(24, 48, name or "model.layers.12.self_attn.q_proj")
-            view.adapter_done(judged)
-        view.note(name or "a note")
-        view.finish(report, "merge-gate-report")
 
 
 # --- which view ----------------------------------------------------------------------------------------------------
@@ -349,7 +327,7 @@ def test_the_terminal_is_put_back() -> None:
 def test_on_a_real_terminal(columns: int) -> None:
     """The whole run in a pseudo-terminal: live view, then the result, and nothing left over of the former."""
     code = (
-        "import os, sys; from merge_gate.run.view import make_view; from tests.run.test_view import play;"
+        "import os, sys; from merge_gate.run.view import make_view; from tests.support.played_run import play;"
         "play(make_view(sys.stdout, sys.stderr, env=os.environ))"
     )
     ours, theirs = pty.openpty()

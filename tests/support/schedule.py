@@ -10,8 +10,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 TOGETHER = {
     # All of them need the fixture `judged`, which takes many seconds.
-    "tests/engine/test_untouched.py": "judged",
-    "tests/test_containers.py": "judged",
+    "tests/engine/test_inputs_unchanged.py": "judged",
+    "tests/test_weight_formats.py": "judged",
     "tests/test_docs.py": "judged",
     "tests/test_faults.py": "judged",
     # Each starts a Ray cluster on this machine.
