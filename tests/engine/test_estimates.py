@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.all_checks import judge, leeway
+from merge_gate.judging.all_checks import judge_merge, leeway
 from merge_gate.judging.verdict import decide_files
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
@@ -65,7 +65,7 @@ class Trial:
         evidence = merge_adapter(
             self.gate.base(self.base, files, dtype="auto"), files, leeway=leeway(with_rounding_loss(severity))
         )
-        verdict, _ = decide_files(judge(with_rounding_loss(severity), files, evidence))
+        verdict, _ = decide_files(judge_merge(with_rounding_loss(severity), files, evidence))
         return verdict, any(merge.estimated for merge in evidence.merges), evidence.lost_share
 
     def with_rows(self, rows: torch.Tensor) -> Trial:

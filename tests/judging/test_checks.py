@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.all_checks import accident, judge, leeway, undecided
+from merge_gate.judging.all_checks import accident, leeway, undecided
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
@@ -42,6 +42,7 @@ from tests.support.judging.cases import (
     evidence,
     files,
     found_in_files,
+    judge,
     lossy,
     merged,
     spec,
@@ -383,7 +384,7 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
 
     monkeypatch.setattr(
         "merge_gate.judging.all_checks.CHECKS",
-        {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], judge=crash)},
+        {**CHECKS, "delta-norm": dataclasses.replace(CHECKS["delta-norm"], of_files=crash)},
     )
     findings = judged(found_in_files(CHECKS["file-corrupt"]), setting("file-corrupt", severity))
     (finding,) = of(NOT_JUDGED, findings)

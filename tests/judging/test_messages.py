@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from merge_gate.judging.all_checks import accident, judge
+from merge_gate.judging.all_checks import accident
 from merge_gate.records.files import AdapterFiles, TensorHeader
 from merge_gate.records.measured import Evidence, FileTensor, Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization
@@ -26,6 +26,7 @@ from tests.support.judging.cases import (
     broken,
     evidence,
     files,
+    judge,
     lossy,
     merged,
     spec,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.judging.all_checks import judge, undecided
+from merge_gate.judging.all_checks import judge_merge, undecided
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import CheckSetting
@@ -192,7 +192,7 @@ def coverage_of(evidence: Evidence) -> Coverage:
 @settings(max_examples=examples(500), deadline=None)
 @given(evidences, check_settings)
 def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[CheckSetting, ...]) -> None:
-    found = judge(spec(checks=chosen), files(), evidence)
+    found = judge_merge(spec(checks=chosen), files(), evidence)
     verdict, cause, found = decide(found, coverage_of(evidence))
     broken = not all(merge.stats.finite for merge in evidence.merges) or bool(evidence.base.nonfinite)
     if broken:
@@ -214,5 +214,5 @@ def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[Check
 def test_what_is_not_finite_is_an_error_by_default(evidence: Evidence) -> None:
     used = [one.stats for one in evidence.file_tensors if one.used]
     if any(not stats.finite for stats in used):
-        verdict, _, _ = decide(judge(spec(), files(), evidence), coverage_of(evidence))
+        verdict, _, _ = decide(judge_merge(spec(), files(), evidence), coverage_of(evidence))
         assert verdict is Verdict.FAILED

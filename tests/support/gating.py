@@ -18,7 +18,7 @@ from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.model_class import shape_for
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.all_checks import judge, leeway
+from merge_gate.judging.all_checks import judge_files, judge_merge, leeway
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine
@@ -106,9 +106,9 @@ class Gate:
 
     @staticmethod
     def _decide(members: tuple[AdapterFiles, ...], evidence: Evidence | None) -> Judgement:
-        findings = judge(SPEC, members[0], evidence)
-        coverage = Coverage()
+        findings, coverage = judge_files(SPEC, members[0]), Coverage()
         if evidence is not None:
+            findings = judge_merge(SPEC, members[0], evidence)
             coverage = Coverage(
                 adapter_tensors=len(evidence.file_tensors),
                 modules_merged=len(evidence.targeted),

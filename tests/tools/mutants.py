@@ -4,9 +4,9 @@
 
 Lays a copy of the tree into a directory, and lets mutmut change it there, one place at a time, and run the tests of
 that part: first those that hold every word, which notice most in a fraction of a second, then all the others for what
-is left. mutmut leaves functions alone that have a decorator, which here are the checks themselves; so in the copy
-`@check(…)` above a function becomes the assignment that it stands for. Ends with the number of mutants that no test
-has noticed, and with --show the change of each.
+is left. mutmut skips functions with a decorator, and every check has one. So in the copy `@Check(…).on_merge` above a
+function becomes the assignment that it means. Ends with the number of mutants that no test has noticed, and with --show
+the change of each.
 """
 
 from __future__ import annotations

@@ -1,31 +1,32 @@
-"""What is known of one entry → its line of the report, with findings, verdict and coverage.
+"""One entry of the plan → its entry in the report, with findings, verdict and coverage.
 
-In: an `Entry`, and what the worker measured of it, if anything. Out: `AdapterReport`. Plain Python; knows neither
-worker nor files.
+In: an `Entry`, and its `Evidence` or the refusal that explains why there is none. Out: `AdapterReport` or `BaseReport`.
+Imports no torch and opens no files.
 
-1. Files alone may settle an entry: it is never loaded.            `blocked`
-2. Evidence settles it.                                            `merged`
-3. What kept the gate from judging settles it too.                 `undecided`
-4. Where only the files are asked about, they have a verdict.      `checked`
-5. A base has its line too.                                        `of_base`
+    blocked     the files alone decide: the adapter is never loaded
+    merged      the evidence decides
+    undecided   the gate could not judge the adapter
+    checked     the verdict on the files alone (`merge-gate check`)
+    of_base     the entry of a base
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from merge_gate.judging import all_checks, verdict
 from merge_gate.judging.checks import base_checks
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded, cut
-from merge_gate.records.config import BaseSpec
-from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Prepared
+from merge_gate.records.files import BaseFiles, Entry, Prepared
 from merge_gate.records.measured import BaseFacts, Evidence, Refusal
 from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
 from merge_gate.records.terms import Finding, Severity, Verdict
 
 
 def blocked(entry: Entry) -> AdapterReport | None:
-    """The report of an entry that its files alone keep from being merged; None where it may go on."""
+    """The report of an entry that its files alone keep from being merged; None if it may be merged."""
     found = _file_findings(entry.prepared, entry.dtype)
     if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
         return _judged(entry, found)
@@ -50,8 +51,15 @@ def _allows_loading(finding: Finding) -> bool:
 
 def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
-    findings = all_checks.judge(entry.prepared.spec, entry.prepared.files, evidence)
-    return _judged(entry, findings, evidence)
+    findings = all_checks.judge_merge(entry.prepared.spec, entry.prepared.files, evidence)
+    coverage, base = _coverage(evidence), evidence.base
+    return replace(
+        _report(entry, coverage, *verdict.decide(findings, coverage)),
+        base=BaseRef(model=base.model, revision=base.revision, dtype=base.dtype, quantization=base.quantization),
+        seconds=evidence.seconds,
+        seed=evidence.seed,
+        tensors=evidence.merges,
+    )
 
 
 def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
@@ -106,14 +114,15 @@ def checked(prepared: Prepared) -> AdapterReport:
     """The report on an adapter's files alone; its verdict says nothing of values."""
     entry = Entry(prepared=prepared, dtype=prepared.spec.base.dtypes[0])
     findings = _file_findings(prepared, entry.dtype)
-    return _report(entry, findings, *verdict.decide_files(findings))
+    coverage = Coverage(adapter_tensors=len(prepared.files.tensors))
+    return _report(entry, coverage, *verdict.decide_files(findings), findings)
 
 
 def _file_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
     """What the files of the adapter and of its base say, without a merge."""
     if prepared.problem is not None and not prepared.members:
         return (prepared.problem,)
-    judged = all_checks.judge(prepared.spec, prepared.files, None)
+    judged = all_checks.judge_files(prepared.spec, prepared.files)
     problems = () if prepared.problem is None else (prepared.problem,)
     return (*judged, *problems, *base_findings(prepared, dtype))
 
@@ -128,50 +137,40 @@ def base_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
     return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
 
 
-def _judged(entry: Entry, findings: tuple[Finding, ...], evidence: Evidence | None = None) -> AdapterReport:
-    what, cause, findings = verdict.decide(findings, _coverage(entry.prepared.files, evidence))
-    return _report(entry, findings, what, cause, evidence)
+def _judged(entry: Entry, findings: tuple[Finding, ...]) -> AdapterReport:
+    coverage = Coverage(adapter_tensors=len(entry.prepared.files.tensors))
+    return _report(entry, coverage, *verdict.decide(findings, coverage))
 
 
 def _report(
-    entry: Entry, findings: tuple[Finding, ...], what: Verdict, cause: str | None, evidence: Evidence | None = None
+    entry: Entry, coverage: Coverage, what: Verdict, cause: str | None, findings: tuple[Finding, ...]
 ) -> AdapterReport:
+    """The report of an entry that was not merged; `merged` adds the figures."""
     spec, files = entry.prepared.spec, entry.prepared.files
+    name = spec.base.label or spec.base.model or files.config.base_name
     return AdapterReport(
         name=spec.name,
         source=spec.source,
         revision=entry.prepared.revision,
-        base=_base_ref(spec.base, entry.dtype, files, evidence.base if evidence else None),
+        base=BaseRef(
+            model=cut(name) if name else None,
+            revision=spec.base.revision,
+            dtype=entry.dtype,
+            quantization=spec.base.quantization,
+        ),
         peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
         saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
         verdict=what,
         cause=cause,
         findings=findings,
-        coverage=_coverage(files, evidence),
+        coverage=coverage,
         files=files.files,
-        seconds=evidence.seconds if evidence else 0.0,
-        seed=evidence.seed if evidence else None,
         line=spec.line,
         column=spec.column,
-        tensors=evidence.merges if evidence else (),
     )
 
 
-def _base_ref(spec: BaseSpec, dtype: str, files: AdapterFiles, facts: BaseFacts | None) -> BaseRef:
-    if facts is not None:
-        return BaseRef(model=facts.model, revision=facts.revision, dtype=facts.dtype, quantization=facts.quantization)
-    name = spec.label or spec.model or files.config.base_name
-    return BaseRef(
-        model=cut(name) if name else None,
-        revision=spec.revision,
-        dtype=dtype,
-        quantization=spec.quantization,
-    )
-
-
-def _coverage(files: AdapterFiles, evidence: Evidence | None) -> Coverage:
-    if evidence is None:
-        return Coverage(adapter_tensors=len(files.tensors))
+def _coverage(evidence: Evidence) -> Coverage:
     tensors = len(evidence.file_tensors)
     refused = evidence.refusal is not None
     return Coverage(

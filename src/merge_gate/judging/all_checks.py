@@ -1,17 +1,17 @@
-"""Evidence → findings: every check of the table over one adapter.
+"""Every check of the table over one adapter: before its merge (`judge_files`) and after it (`judge_merge`).
 
-In: what was measured of an adapter, what its files say, and the settings of the checks. Out: `Finding`s, causes first.
-Plain Python over numbers and names: no torch, no files.
+In: an adapter's files, its `Evidence`, and the settings of the checks. Out: `Finding`s, causes first. Imports no torch
+and opens no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from merge_gate.judging.checks import effect
-from merge_gate.judging.checks.check import Case, limit
+from merge_gate.judging.checks.check import Check, FileCase, MergeCase, limit
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.records.config import AdapterSpec, CheckSetting
@@ -22,13 +22,13 @@ from merge_gate.records.terms import Finding, Origin, Severity
 _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 MEASURE_ABOVE = 0.5
-"""Values that may be above this share of their dtype's largest are merged one by one, whatever `headroom` says."""
+"""Values that may exceed this share of their dtype's largest are merged one by one, whatever `headroom` allows."""
 
 
 def leeway(spec: AdapterSpec, *, quick: bool = False) -> Leeway:
-    """What need not be known exactly: an error rests on a measurement, a warning may rest on an estimate.
+    """What may be estimated: a warning may rest on an estimate, an error rests on a measurement.
 
-    With `quick`, a bound may stand for a merge, as long as it stays below the limit of `headroom`.
+    With `quick`, a bound may replace a merge, as long as it is below the limit of `headroom`.
     """
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
@@ -38,27 +38,40 @@ def leeway(spec: AdapterSpec, *, quick: bool = False) -> Leeway:
     )
 
 
-def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> tuple[Finding, ...]:
-    """All findings about one adapter on one base, causes first, with the severities that the config asks for.
+def judge_files(spec: AdapterSpec, files: AdapterFiles) -> tuple[Finding, ...]:
+    """All findings about an adapter's files, causes first, with the configured severities."""
+    case = FileCase(spec=spec, files=files)
+    return _in_order([*files.findings, *_yielded(lambda check: check.of_files(case))], _settings(spec))
 
-    `evidence` is None where the files alone decided and nothing was merged.
-    """
-    settings = MappingProxyType({setting.check: setting for setting in spec.checks})
-    case = Case(spec=spec, files=files, evidence=evidence, settings=settings)
-    found = list(files.findings)
+
+def judge_merge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence) -> tuple[Finding, ...]:
+    """All findings about a merged adapter and its files, causes first, with the configured severities."""
+    case = MergeCase(spec=spec, files=files, evidence=evidence, settings=_settings(spec))
+    why_not = () if evidence.refusal is None else (refused(evidence.refusal),)
+    return _in_order([*files.findings, *_yielded(lambda check: check.of_merge(case)), *why_not], case.settings)
+
+
+def _settings(spec: AdapterSpec) -> Mapping[str, CheckSetting]:
+    return MappingProxyType({setting.check: setting for setting in spec.checks})
+
+
+def _yielded(judge: Callable[[Check], Iterator[Finding]]) -> list[Finding]:
+    found: list[Finding] = []
     for check in CHECKS.values():
         try:
-            found.extend(check.judge(case))
-        except Exception as error:  # noqa: BLE001 - it costs this check's answer; the others stand
+            found.extend(judge(check))
+        except Exception as error:  # noqa: BLE001 - this check has no answer; the others still have theirs
             found.append(accident(f"the check {check.id} failed", error))
-    if evidence is not None and evidence.refusal is not None:
-        found.append(refused(evidence.refusal))
+    return found
+
+
+def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting]) -> tuple[Finding, ...]:
+    configured = [one for one in (_configured(finding, settings) for finding in findings) if one is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
-    settled = [one for one in (_settle(finding, settings) for finding in found) if one is not None]
-    return tuple(sorted(bounded(settled), key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
+    return tuple(sorted(bounded(configured), key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
 
 
-def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:
+def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:
     """Apply the configured severity. A check's own warning stays one: it marks the lesser case. A note stays a note."""
     check, setting = CHECKS.get(finding.check), settings.get(finding.check)
     if check is None or setting is None or not check.can_be_off or finding.severity is Severity.NOTE:
@@ -71,7 +84,7 @@ def _settle(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding |
 
 
 def refused(refusal: Refusal) -> Finding:
-    """What kept the engine from loading or merging, as the finding of its check."""
+    """The finding that says why the engine did not load or merge an adapter."""
     if refusal.check is None:
         return undecided(refusal.message, refusal.hint, origin=refusal.origin)
     return CHECKS[refusal.check].finding(
@@ -85,7 +98,7 @@ def undecided(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME) 
 
 
 def accident(what: str, error: Exception) -> Finding:
-    """`undecided` by an exception that nobody expected."""
+    """The finding of an unexpected exception."""
     if isinstance(error, MemoryError):
         return undecided(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
     return undecided(

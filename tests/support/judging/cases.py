@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.files.adapter_config import recorded
+from merge_gate.judging.all_checks import judge_files, judge_merge
 from merge_gate.judging.checks import base_checks as of_base
 from merge_gate.judging.checks import file_checks as of_files
 from merge_gate.judging.checks.check import Check, Symptom
@@ -81,6 +82,11 @@ def spec(**changes: Any) -> AdapterSpec:
     return AdapterSpec(
         **({"name": "a", "source": "./a", "base": BaseSpec(), "checks": (), "line": 1, "column": 1} | changes)
     )
+
+
+def judge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence | None) -> tuple[Finding, ...]:
+    """The findings of the phase that there is evidence for: of the merge, or of the files alone."""
+    return judge_files(spec, files) if evidence is None else judge_merge(spec, files, evidence)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.checks.check import ERROR, Case, Check, Symptom, check
+from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
 from merge_gate.records.config import BaseSpec
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.measured import BaseFacts
@@ -22,17 +22,17 @@ FETCH_AGAIN = (
 )
 
 
-@check(
-    "base-incomplete",
-    ERROR,
-    "A parameter of the base's own class has no stored tensor.",
-    Symptom.BAD_BASE,
+@Check(
+    id="base-incomplete",
+    severity=ERROR,
+    summary="A parameter of the base's own class has no stored tensor.",
+    symptom=Symptom.BAD_BASE,
     can_be_off=False,
     is_of_base=True,
-)
-def base_incomplete(case: Case) -> Iterator[Finding]:
+).on_merge
+def base_incomplete(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is not None and evidence.base.incomplete:
+    if evidence.base.incomplete:
         made_up = tuple(name for name in evidence.base.incomplete if name in evidence.initialised)
         yield incomplete(evidence.base, made_up) if made_up else brought(evidence.base)
 

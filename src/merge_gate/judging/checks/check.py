@@ -1,8 +1,7 @@
-"""What a check is: a row of the table, and the function that judges.
+"""What a check is: a row of the table, and the functions that judge.
 
-In: nothing. Out: `Check`, `Case`, and the decorator `check`, which makes a row of a function. Plain Python over
-numbers and names: no torch, no files. The rows stand in base_checks.py, file_checks.py, fit.py, finite.py and
-effect.py; table.py puts them together.
+In: nothing. Out: `Check`, and the two cases that its functions judge: `FileCase` before a merge and `MergeCase` after
+it. Imports no torch and opens no files.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
 
 class Symptom(StrEnum):
-    """What a person sees of it; the rows of the README's table, in its order."""
+    """What a user sees; the rows of the README's table, in its order."""
 
     NONFINITE = "NaN or Inf in the adapter, in its base, or only in the sum of the two"
     NO_EFFECT = "the merge changes nothing, or rounding takes it back"
@@ -36,20 +35,23 @@ class Symptom(StrEnum):
 
 @record
 class Check:
-    """One row of the table of checks.
+    """One row of the table of checks. `@Check(…).on_merge` above a function makes a row of it.
+
+    A check may have neither function: its findings come with the adapter's files or with a refusal of the engine.
 
     Attributes:
         id: its name in configurations and reports.
-        severity: what its finding weighs where the configuration says nothing.
+        severity: the severity of its findings if the configuration sets none.
         limit: the figure above which it fires by default; None: it has none.
-        summary: one sentence, what it fires at.
-        symptom: what a person sees of it.
+        summary: one sentence that says when it fires.
+        symptom: what a user sees.
         can_be_off: whether a configuration may switch it off or lower it to a warning.
-        is_of_base: an error of it is not the adapter's fault: the verdict is `error`, not `failed`.
-        allows_merging: an error of it, found before the merge, still lets the adapter be merged and judged further.
-        allows_loading: the adapter may be loaded although its files have this finding, where the configuration makes
-            it less than an error. False unless somebody has thought about it: PEFT must not see what is unsafe.
-        judge: yields its findings; of a check whose findings come with the files or with a refusal, none.
+        is_of_base: its errors are not the adapter's fault: the verdict is `error`, not `failed`.
+        allows_merging: the adapter is merged and judged further although this check found an error in its files.
+        allows_loading: PEFT may load the adapter although its files have this finding, if the configuration makes it
+            less than an error. The default is False, because PEFT must not see what is unsafe.
+        of_files: yields the findings before a merge.
+        of_merge: yields the findings after a merge, the ones of the files included.
     """
 
     id: str
@@ -61,7 +63,16 @@ class Check:
     is_of_base: bool = False
     allows_merging: bool = False
     allows_loading: bool = False
-    judge: Callable[[Case], Iterator[Finding]] = lambda _: iter(())
+    of_files: Callable[[FileCase], Iterator[Finding]] = lambda _: iter(())
+    of_merge: Callable[[MergeCase], Iterator[Finding]] = lambda _: iter(())
+
+    def on_files(self, judge: Callable[[FileCase], Iterator[Finding]]) -> Check:
+        """The row of a check of files: it judges before the merge, and the same files again after it."""
+        return replace(self, of_files=judge, of_merge=judge)
+
+    def on_merge(self, judge: Callable[[MergeCase], Iterator[Finding]]) -> Check:
+        """The row of a check of merges; before the merge it judges only if it has `of_files`."""
+        return replace(self, of_merge=judge)
 
     def finding(
         self,
@@ -81,10 +92,10 @@ class Check:
             message: what is wrong, where, got and expected.
             hint: what to do about it; may be empty.
             origin: where the cause lies.
-            severity: marks a lesser case: a warning of a check that is an error.
+            severity: the severity of a lesser case: a warning of a check that is an error.
             module: module of the base.
             tensor: name of the tensor.
-            stats: instead of its name, where its counts of NaN and infinities belong into the report.
+            stats: the tensor, if the report needs its counts of NaN and infinities; replaces `tensor`.
             measured: the figures behind the finding, by name.
         """
         found = Finding(
@@ -110,40 +121,19 @@ class Check:
         )
 
 
-def check(
-    name: str,
-    severity: Severity,
-    summary: str,
-    symptom: Symptom,
-    *,
-    limit: float | None = None,
-    can_be_off: bool = True,
-    is_of_base: bool = False,
-    allows_merging: bool = False,
-    allows_loading: bool = False,
-) -> Callable[[Callable[[Case], Iterator[Finding]]], Check]:
-    """Make a row of the table of the function that judges. The order of definition is the order of blame."""
-    return lambda judge: Check(
-        id=name,
-        severity=severity,
-        summary=summary,
-        symptom=symptom,
-        limit=limit,
-        can_be_off=can_be_off,
-        is_of_base=is_of_base,
-        allows_merging=allows_merging,
-        allows_loading=allows_loading,
-        judge=judge,
-    )
-
-
 @record
-class Case:
-    """What a check looks at. `evidence` is None where nothing was merged."""
+class FileCase:
+    """An adapter before its merge: its entry in the configuration, and its files."""
 
     spec: AdapterSpec
     files: AdapterFiles
-    evidence: Evidence | None
+
+
+@record
+class MergeCase(FileCase):
+    """An adapter after its merge, with what was measured and the configured limits."""
+
+    evidence: Evidence
     settings: Mapping[str, CheckSetting]
 
     def limit(self, of: Check) -> float:
@@ -151,7 +141,7 @@ class Case:
 
 
 def limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
-    """The figure above which a check fires; infinite where it has none."""
+    """The figure above which a check fires; infinite if it has none."""
     setting = settings.get(of.id)
     chosen = setting.limit if setting is not None and setting.limit is not None else of.limit
     return math.inf if chosen is None else chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from merge_gate.judging.checks.check import ERROR, WARNING, Case, Symptom, check
+from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import above, are, figure, tensors
 from merge_gate.judging.peft_releases import changes
 from merge_gate.records.measured import Evidence, TensorMerge
@@ -28,10 +28,15 @@ WIPED_SHARE = 2.0**-20
 """A merged tensor is wiped out where its norm is no larger a share of the base's: what float32 leaves of W - W."""
 
 
-@check("no-effect", ERROR, "The merge changes nothing.", Symptom.NO_EFFECT)
-def no_effect(case: Case) -> Iterator[Finding]:
+@Check(
+    id="no-effect",
+    severity=ERROR,
+    summary="The merge changes nothing.",
+    symptom=Symptom.NO_EFFECT,
+).on_merge
+def no_effect(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is None or evidence.refusal is not None:
+    if evidence.refusal is not None:
         return
     lost = bool(evidence.missing)  # then that is why nothing changes, and it has been said
     zero = {one.stats.name for one in evidence.file_tensors if one.stats.minimum == one.stats.maximum == 0.0}
@@ -85,7 +90,7 @@ def no_effect(case: Case) -> Iterator[Finding]:
         )
 
 
-def _cut_by_kasa(case: Case, factors: set[str]) -> set[str]:
+def _cut_by_kasa(case: FileCase, factors: set[str]) -> set[str]:
     """Weights that KaSA takes a part off before training, whatever the factors are."""
     is_kasa = any(key == "kasa_config" for key, _ in case.files.config.values)
     return {f"{module_of(name)}.weight" for name in factors} if is_kasa else set()
@@ -125,16 +130,18 @@ _UNQUANTISED = (
 )
 
 
-@check(
-    "rounding-loss",
-    WARNING,
-    "More than this share of the delta's norm is lost in the base's dtype, over all tensors or in most of them.",
-    Symptom.NO_EFFECT,
+@Check(
+    id="rounding-loss",
+    severity=WARNING,
+    summary=(
+        "More than this share of the delta's norm is lost in the base's dtype, over all tensors or in most of them."
+    ),
+    symptom=Symptom.NO_EFFECT,
     limit=0.5,
-)
-def rounding_loss(case: Case) -> Iterator[Finding]:
-    share = case.evidence.lost_share if case.evidence else None
-    if case.evidence is None or share is None:
+).on_merge
+def rounding_loss(case: MergeCase) -> Iterator[Finding]:
+    share = case.evidence.lost_share
+    if share is None:
         return
     merges, limit = case.evidence.rounded, case.limit(rounding_loss)
     known = [one for one in merges if one.unchanged_fraction is not None]
@@ -173,17 +180,15 @@ def rounding_loss(case: Case) -> Iterator[Finding]:
     )
 
 
-@check(
-    "headroom",
-    WARNING,
-    "A merged value is above this share of the largest finite value of its dtype.",
-    Symptom.EXTREME_VALUES,
+@Check(
+    id="headroom",
+    severity=WARNING,
+    summary="A merged value is above this share of the largest finite value of its dtype.",
+    symptom=Symptom.EXTREME_VALUES,
     limit=0.5,
-)
-def headroom(case: Case) -> Iterator[Finding]:
+).on_merge
+def headroom(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is None:
-        return
     limit = case.limit(headroom)
     near = [
         one
@@ -221,12 +226,18 @@ def headroom(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("delta-norm", WARNING, "‖ΔW‖/‖W‖ of a module is above this.", Symptom.EXTREME_VALUES, limit=10.0)
-def delta_norm(case: Case) -> Iterator[Finding]:
+@Check(
+    id="delta-norm",
+    severity=WARNING,
+    summary="‖ΔW‖/‖W‖ of a module is above this.",
+    symptom=Symptom.EXTREME_VALUES,
+    limit=10.0,
+).on_merge
+def delta_norm(case: MergeCase) -> Iterator[Finding]:
     limit = case.limit(delta_norm)
     ratios = [
         (one.delta_norm / one.base_norm, one)
-        for one in (case.evidence.merges if case.evidence else ())
+        for one in case.evidence.merges
         if one.delta_norm is not None and one.base_norm and math.isfinite(one.delta_norm)
     ]
     large = [(ratio, one) for ratio, one in ratios if ratio > limit]
@@ -242,7 +253,7 @@ def delta_norm(case: Case) -> Iterator[Finding]:
             tensor=worst.stats.name,
             measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),
         )
-    wiped = tuple(one.stats.name for one in (case.evidence.merges if case.evidence else ()) if _is_wiped(one))
+    wiped = tuple(one.stats.name for one in case.evidence.merges if _is_wiped(one))
     if wiped:
         yield delta_norm.finding(
             f"the merge wipes out {tensors(wiped)} of the base: {listing(wiped)} {are(wiped)} zero in the merged model",
@@ -253,7 +264,7 @@ def delta_norm(case: Case) -> Iterator[Finding]:
             tensor=wiped[0],
             measured=(("tensors", float(len(wiped))),),
         )
-    elif case.evidence is not None and _is_blank(case.evidence):
+    elif _is_blank(case.evidence):
         held = case.evidence.file_tensors
         yield delta_norm.finding(
             f"every value of the {tensors(held)} in the file is zero, and the merge changes the base by them",
@@ -277,16 +288,14 @@ def _is_wiped(merge: TensorMerge) -> bool:
     return merge.stats.finite and bool(merge.base_norm) and most <= WIPED_SHARE * (merge.base_norm or 0.0)
 
 
-@check(
-    "untrained-tensors",
-    WARNING,
-    "Tensors of the merged model are in neither the base's files nor the adapter's.",
-    Symptom.UNTRAINED_MERGE,
-)
-def untrained_tensors(case: Case) -> Iterator[Finding]:
+@Check(
+    id="untrained-tensors",
+    severity=WARNING,
+    summary="Tensors of the merged model are in neither the base's files nor the adapter's.",
+    symptom=Symptom.UNTRAINED_MERGE,
+).on_merge
+def untrained_tensors(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is None:
-        return
     names = tuple(name for name in evidence.initialised if name not in evidence.base.incomplete)
     if not names:
         return
@@ -302,8 +311,13 @@ def untrained_tensors(case: Case) -> Iterator[Finding]:
     )
 
 
-@check("not-reproducible", WARNING, "The merge depends on a random seed.", Symptom.UNTRAINED_MERGE)
-def not_reproducible(case: Case) -> Iterator[Finding]:
+@Check(
+    id="not-reproducible",
+    severity=WARNING,
+    summary="The merge depends on a random seed.",
+    symptom=Symptom.UNTRAINED_MERGE,
+).on_files
+def not_reproducible(case: FileCase) -> Iterator[Finding]:
     scheme = case.files.config.init_lora_weights
     if scheme is not None and scheme.startswith("pissa_niter"):
         yield not_reproducible.finding(
@@ -328,13 +342,13 @@ def not_reproducible(case: Case) -> Iterator[Finding]:
         )
 
 
-@check(
-    "meaning-changed",
-    WARNING,
-    "Today's PEFT merges the adapter into something else than the release that saved it.",
-    Symptom.UNTRAINED_MERGE,
-)
-def meaning_changed(case: Case) -> Iterator[Finding]:
+@Check(
+    id="meaning-changed",
+    severity=WARNING,
+    summary="Today's PEFT merges the adapter into something else than the release that saved it.",
+    symptom=Symptom.UNTRAINED_MERGE,
+).on_files
+def meaning_changed(case: FileCase) -> Iterator[Finding]:
     for change, words, span in changes(case.files.config, case.files.tensors):
         yield meaning_changed.finding(
             f"adapter_config.json was written by {span}, and {words}",
@@ -345,9 +359,14 @@ def meaning_changed(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("tied-weights", ERROR, "A tied tensor is merged on one side only.", Symptom.UNTRAINED_MERGE)
-def tied_weights(case: Case) -> Iterator[Finding]:
-    for name, other in case.evidence.tied if case.evidence else ():
+@Check(
+    id="tied-weights",
+    severity=ERROR,
+    summary="A tied tensor is merged on one side only.",
+    symptom=Symptom.UNTRAINED_MERGE,
+).on_merge
+def tied_weights(case: MergeCase) -> Iterator[Finding]:
+    for name, other in case.evidence.tied:
         yield tied_weights.finding(
             f"{name} is tied to {other}, and the adapter is trained on one side only: the merge changes both",
             "untie the base before training and merging (tie_word_embeddings=False), or train the embedding whole "

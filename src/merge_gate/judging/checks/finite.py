@@ -7,23 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.checks.check import ERROR, WARNING, Case, Symptom, check
+from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import describe_nonfinite, figure, nothing_finite
 from merge_gate.records.measured import BaseFacts, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.tensor_names import module_of
 
 
-@check(
-    "base-nonfinite",
-    ERROR,
-    "The base itself holds NaN or Inf, before any merge.",
-    Symptom.NONFINITE,
+@Check(
+    id="base-nonfinite",
+    severity=ERROR,
+    summary="The base itself holds NaN or Inf, before any merge.",
+    symptom=Symptom.NONFINITE,
     can_be_off=False,
-)
-def base_nonfinite(case: Case) -> Iterator[Finding]:
-    if case.evidence is not None:
-        yield from findings_of_base(case.evidence.base, case.evidence.mended)
+).on_merge
+def base_nonfinite(case: MergeCase) -> Iterator[Finding]:
+    yield from findings_of_base(case.evidence.base, case.evidence.mended)
 
 
 def findings_of_base(base: BaseFacts, mended: tuple[str, ...] = ()) -> Iterator[Finding]:
@@ -61,9 +60,14 @@ def _mended(base: BaseFacts, stats: TensorStats) -> Finding:
     )
 
 
-@check("adapter-nonfinite", ERROR, "The adapter's own file holds NaN or Inf.", Symptom.NONFINITE)
-def adapter_nonfinite(case: Case) -> Iterator[Finding]:
-    for one in case.evidence.file_tensors if case.evidence else ():
+@Check(
+    id="adapter-nonfinite",
+    severity=ERROR,
+    summary="The adapter's own file holds NaN or Inf.",
+    symptom=Symptom.NONFINITE,
+).on_merge
+def adapter_nonfinite(case: MergeCase) -> Iterator[Finding]:
+    for one in case.evidence.file_tensors:
         if not one.stats.finite:
             yield _broken_file_tensor(one)
 
@@ -90,16 +94,14 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
     )
 
 
-@check(
-    "merged-nonfinite",
-    ERROR,
-    "A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
-    Symptom.NONFINITE,
+@Check(
+    id="merged-nonfinite",
+    severity=ERROR,
+    summary="A parameter or persistent buffer of the merged model is NaN or Inf in its final dtype.",
+    symptom=Symptom.NONFINITE,
     can_be_off=False,
-)
-def merged_nonfinite(case: Case) -> Iterator[Finding]:
-    if case.evidence is None:
-        return
+).on_merge
+def merged_nonfinite(case: MergeCase) -> Iterator[Finding]:
     of_base = {stats.name for stats in case.evidence.base.nonfinite}
     sick = [module_of(one.stats.name) for one in case.evidence.file_tensors if not one.stats.finite and one.used]
     for merge in case.evidence.merges:

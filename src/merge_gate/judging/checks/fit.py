@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from merge_gate.judging import key_hints
-from merge_gate.judging.checks.check import ERROR, WARNING, Case, Check, Symptom, check
+from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
 from merge_gate.records.config import Expect
 from merge_gate.records.measured import Evidence, UnreadLayer
@@ -21,21 +21,19 @@ _NAMES = 3
 """Names of an adapter's tensors are long, and the first ones say what kind it is."""
 
 
-@check(
-    "keys-missing",
-    ERROR,
-    "Tensors that the adapter's configuration promises are not in its file.",
-    Symptom.TENSORS_LOST,
+@Check(
+    id="keys-missing",
+    severity=ERROR,
+    summary="Tensors that the adapter's configuration promises are not in its file.",
+    symptom=Symptom.TENSORS_LOST,
     allows_loading=True,  # what is not in the file can do nothing; the load compares names again
-)
-def keys_missing(case: Case) -> Iterator[Finding]:
-    missing = case.evidence.missing if case.evidence else ()
-    said = (
-        _lost_on_loading(case.evidence) if case.evidence and case.evidence.dropped else _not_in_the_file(case, missing)
-    )
-    if missing and said is not None:
+).on_merge
+def keys_missing(case: MergeCase) -> Iterator[Finding]:
+    evidence, missing = case.evidence, case.evidence.missing
+    words = _lost_on_loading(evidence) if evidence.dropped else _not_in_the_file(case, missing)
+    if missing and words is not None:
         yield keys_missing.finding(
-            *said,
+            *words,
             Origin.ADAPTER,
             module=module_of(missing[0]),
             tensor=missing[0],
@@ -43,8 +41,8 @@ def keys_missing(case: Case) -> Iterator[Finding]:
         )
 
 
-def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | None:
-    """None where nothing was lost."""
+def _not_in_the_file(case: MergeCase, missing: tuple[str, ...]) -> tuple[str, str] | None:
+    """None if nothing was lost."""
     follows, hint = key_hints.missing_words(case.files.config, missing)
     if not follows:
         return None
@@ -54,7 +52,7 @@ def _not_in_the_file(case: Case, missing: tuple[str, ...]) -> tuple[str, str] | 
         if follows == key_hints.FRESH
         else f"{said}: {listing(missing, _NAMES)}; {follows}",
         key_hints.names_of_another_kind(case.files.tensors)
-        or key_hints.of_another_model(missing, case.evidence.unexpected if case.evidence else ())
+        or key_hints.of_another_model(missing, case.evidence.unexpected)
         or hint,
     )
 
@@ -75,17 +73,32 @@ def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
     )
 
 
-@check(
-    "keys-unexpected",
-    ERROR,
-    "The adapter's file holds tensors that nothing in the merge uses.",
-    Symptom.TENSORS_LOST,
-)
-def keys_unexpected(case: Case) -> Iterator[Finding]:
-    stray = case.evidence.unexpected if case.evidence else ()
-    missing = case.evidence.missing if case.evidence else ()
+def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding]:
+    names = tuple(header.name for header in case.files.tensors if header.dtype == "C64" and header.name not in stray)
+    if names:
+        yield keys_unexpected.finding(
+            f"{tensors(names)} in the file {are(names)} complex: {listing(names)}; PEFT loads the real part and "
+            "drops the imaginary one",
+            "find out what has written complex numbers: no method of PEFT trains any",
+            Origin.ADAPTER,
+            severity=WARNING,
+            module=module_of(names[0]),
+            tensor=names[0],
+            measured=(("complex", float(len(names))),),
+        )
+
+
+@Check(
+    id="keys-unexpected",
+    severity=ERROR,
+    summary="The adapter's file holds tensors that nothing in the merge uses.",
+    symptom=Symptom.TENSORS_LOST,
+    of_files=lambda case: _complex_tensors(case, stray=()),
+).on_merge
+def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
+    stray, missing, unnamed = case.evidence.unexpected, case.evidence.missing, case.evidence.unnamed
     named = key_hints.names_of_another_kind(case.files.tensors) or key_hints.of_another_model(missing, stray)
-    if named and case.evidence is not None and case.evidence.missing and not case.evidence.dropped:
+    if named and missing and not case.evidence.dropped:
         named = "this follows from the same names: see keys-missing"
     if stray:
         yield keys_unexpected.finding(
@@ -99,7 +112,6 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
             tensor=stray[0],
             measured=(("unexpected", float(len(stray))),),
         )
-    unnamed = case.evidence.unnamed if case.evidence else ()
     if unnamed:
         yield keys_unexpected.finding(
             f"{tensors(unnamed)} of the base {are(unnamed)} in the file, although adapter_config.json does not name "
@@ -112,18 +124,7 @@ def keys_unexpected(case: Case) -> Iterator[Finding]:
             tensor=unnamed[0],
             measured=(("unnamed", float(len(unnamed))),),
         )
-    halved = tuple(header.name for header in case.files.tensors if header.dtype == "C64" and header.name not in stray)
-    if halved:
-        yield keys_unexpected.finding(
-            f"{tensors(halved)} in the file {are(halved)} complex: {listing(halved)}; PEFT loads the real part and "
-            "drops the imaginary one",
-            "find out what has written complex numbers: no method of PEFT trains any",
-            Origin.ADAPTER,
-            severity=WARNING,
-            module=module_of(halved[0]),
-            tensor=halved[0],
-            measured=(("complex", float(len(halved))),),
-        )
+    yield from _complex_tensors(case, stray)
 
 
 SHAPE_MISMATCH = Check(
@@ -148,15 +149,15 @@ EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
 """Methods whose factors may be taken from a model that was trained whole: what is meant is then the merged one."""
 
 
-@check(
-    "not-mergeable",
-    ERROR,
-    "The method cannot be merged into weights, or its merge is known to be wrong.",
-    Symptom.UNTRAINED_MERGE,
-)
-def not_mergeable(case: Case) -> Iterator[Finding]:
+@Check(
+    id="not-mergeable",
+    severity=ERROR,
+    summary="The method cannot be merged into weights, or its merge is known to be wrong.",
+    symptom=Symptom.UNTRAINED_MERGE,
+).on_merge
+def not_mergeable(case: MergeCase) -> Iterator[Finding]:
     """Besides, the engine's refusals are findings of it."""
-    unread = case.evidence.unread if case.evidence else ()
+    unread = case.evidence.unread
     if not unread:
         return
     one = len(unread) == 1
@@ -179,21 +180,27 @@ def not_mergeable(case: Case) -> Iterator[Finding]:
     )
 
 
-def _is_proved(case: Case, layer: UnreadLayer) -> bool:
+def _is_proved(case: FileCase, layer: UnreadLayer) -> bool:
     """Whether no release has called the layer, what the model is for depends on it, and no training made its delta."""
     config = case.files.config
     made_elsewhere = config.peft_type in EXTRACTED and config.init_lora_weights is None  # init_lora_weights: false
     return layer.never_called and layer.in_logits and layer.share > UNREAD_SHARE and not made_elsewhere
 
 
-@check(
-    "base-mismatch",
-    WARNING,
-    "adapter_config.json names another base or revision than the one used.",
-    Symptom.WRONG_PAIR,
-)
-def base_mismatch(case: Case) -> Iterator[Finding]:
+@Check(
+    id="base-mismatch",
+    severity=WARNING,
+    summary="adapter_config.json names another base or revision than the one used.",
+    symptom=Symptom.WRONG_PAIR,
+    of_files=lambda case: _names_another_base(case, case.spec.base.revision),
+).on_merge
+def base_mismatch(case: MergeCase) -> Iterator[Finding]:
     yield from _class_mismatch(case)
+    yield from _names_another_base(case, case.evidence.base.revision)
+
+
+def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
+    """`got` is the revision of the base, as far as it is known."""
     named, used = case.files.config.base_name, case.spec.base.model
     if not named or used is None:
         return
@@ -206,7 +213,6 @@ def base_mismatch(case: Case) -> Iterator[Finding]:
             Origin.CONFIG,
         )
     revision = case.files.config.base_revision
-    got = case.evidence.base.revision if case.evidence else case.spec.base.revision
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield base_mismatch.finding(
             f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
@@ -215,9 +221,9 @@ def base_mismatch(case: Case) -> Iterator[Finding]:
         )
 
 
-def _class_mismatch(case: Case) -> Iterator[Finding]:
+def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence is not None and evidence.instead_of is not None:
+    if evidence.instead_of is not None:
         yield base_mismatch.finding(
             f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
             f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
@@ -235,14 +241,14 @@ _IN_CONFIG = {"base": "base_name"}
 """What is expected under another name than its field of `AdapterConfig`."""
 
 
-@check(
-    "expectation-failed",
-    ERROR,
-    "Something stated under expect is not so.",
-    Symptom.WRONG_PAIR,
+@Check(
+    id="expectation-failed",
+    severity=ERROR,
+    summary="Something stated under expect is not so.",
+    symptom=Symptom.WRONG_PAIR,
     allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
-)
-def expectation_failed(case: Case) -> Iterator[Finding]:
+).on_files
+def expectation_failed(case: FileCase) -> Iterator[Finding]:
     expect = case.spec.expect
     if expect is None:
         return
