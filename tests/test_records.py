@@ -12,8 +12,8 @@ from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, Lau
 from merge_gate.records import config, files, measured, report, terms
 from merge_gate.records.config import Problem
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.records.report import AdapterReport, BaseRef, Environment, Report
-from merge_gate.records.terms import Quantization, Result, Verdict
+from merge_gate.records.report import AdapterReport, Environment, Report
+from merge_gate.records.terms import BaseKey, Quantization, Result, Verdict
 
 NAN, INF = float("nan"), float("inf")
 RECORDS = [
@@ -74,7 +74,7 @@ def test_a_share_that_is_no_number_is_not_known(part: float | None, whole: float
 
 
 def report(*verdicts: Verdict, complete: bool = True) -> Report:
-    base = BaseRef(model="b", revision=None, dtype="float32", quantization=Quantization.NONE)
+    base = BaseKey(model="b", revision=None, dtype="float32", quantization=Quantization.NONE)
     return Report(
         complete=complete,
         tool_version="0",

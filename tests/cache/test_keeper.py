@@ -75,7 +75,7 @@ def test_what_a_killed_run_has_left_is_taken_over_without_a_cache(one: Entry, tm
     with closing(keeper(one, cache=False, left=left, notify=notes.append)) as next_run:
         assert taken_over(next_run, one)
         other = entry(tmp_path / "other", data=b"other")
-        assert not taken_over(next_run, replace(other, prepared=replace(other.prepared, base=one.prepared.base)))
+        assert not taken_over(next_run, replace(other, base=one.base))
     with closing(
         keeper(one, cache=False, left=left, secret="a secret of this test", notify=notes.append)
     ) as distrustful:
@@ -111,11 +111,11 @@ def test_what_is_left_of_another_commit_of_the_base_is_judged_again(one: Entry) 
 
 
 def rewrite(one: Entry) -> None:
-    Path(one.prepared.members[0].directory, WEIGHTS).write_bytes(b"WEIGHTS")
+    Path(one.members[0].directory, WEIGHTS).write_bytes(b"WEIGHTS")
 
 
 def remove(one: Entry) -> None:
-    Path(one.prepared.members[0].directory, WEIGHTS).unlink()
+    Path(one.members[0].directory, WEIGHTS).unlink()
 
 
 @pytest.mark.parametrize("change", [rewrite, remove])
@@ -164,7 +164,7 @@ def test_nothing_is_kept_before_it_is_known_what_it_rests_on(one: Entry) -> None
 
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(one: Entry) -> None:
     with pytest.raises(AssertionError, match="settled before it is looked for"):
-        base_directory(replace(one, prepared=replace(one.prepared, base=None)))
+        base_directory(replace(one, base=None))
 
 
 # --- the device ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from merge_gate.cache import key
 from merge_gate.cache.key import Circumstances, key_of, material
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
-from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileIdentity, FileRecord, Prepared, Snapshot
+from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileIdentity, FileRecord, Snapshot
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 
 FILE = FileRecord(path="adapter_model.safetensors", size_bytes=9, sha256="a" * 64)
@@ -23,12 +23,12 @@ SPEC = AdapterSpec(
     line=3,
     column=5,
 )
-PREPARED = Prepared(
+ENTRY = Entry(
     spec=SPEC,
+    dtype="bfloat16",
     members=(AdapterFiles(directory="/checkout/one", files=(FILE,)),),
     base=Snapshot(name="./base", directory="/checkout/base"),
 )
-ENTRY = Entry(prepared=PREPARED, dtype="bfloat16")
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
 RUN = Circumstances(device="cpu")
 WARNING = Finding(check="config-invalid", severity=Severity.WARNING, message="odd", origin=Origin.CONFIG)
@@ -40,12 +40,12 @@ def of(entry: Entry = ENTRY, base: BaseContent = BASE, run: Circumstances = RUN)
 
 
 def with_spec(**changes: object) -> Entry:
-    return replace(ENTRY, prepared=replace(PREPARED, spec=replace(SPEC, **changes)))  # type: ignore[arg-type]
+    return replace(ENTRY, spec=replace(SPEC, **changes))  # type: ignore[arg-type]
 
 
 def with_files(**changes: object) -> Entry:
-    files = replace(PREPARED.members[0], **changes)  # type: ignore[arg-type]
-    return replace(ENTRY, prepared=replace(PREPARED, members=(files,)))
+    files = replace(ENTRY.members[0], **changes)  # type: ignore[arg-type]
+    return replace(ENTRY, members=(files,))
 
 
 def with_base(**changes: object) -> Entry:
@@ -57,16 +57,14 @@ DECIDES = {
     "a file's name": of(with_files(files=(replace(FILE, path="adapter_model.bin"),))),
     "one more file": of(with_files(files=(FILE, replace(FILE, path="adapter_config.json")))),
     "what the preflight says": of(with_files(findings=(WARNING,))),
-    "a member": of(replace(ENTRY, prepared=replace(PREPARED, members=(*PREPARED.members, *PREPARED.members)))),
+    "a member": of(replace(ENTRY, members=(*ENTRY.members, *ENTRY.members))),
     "the base's weights": of(base=replace(BASE, weights="d" * 64)),
     "the base's settings": of(base=replace(BASE, settings="d" * 64)),
-    "the base's name": of(
-        replace(ENTRY, prepared=replace(PREPARED, base=Snapshot(name="./other", directory="/checkout/base")))
-    ),
+    "the base's name": of(replace(ENTRY, base=Snapshot(name="./other", directory="/checkout/base"))),
     "the base's commit": of(
         replace(
             ENTRY,
-            prepared=replace(PREPARED, base=replace(PREPARED.base or Snapshot(name="", directory=""), revision="1")),
+            base=replace(ENTRY.base or Snapshot(name="", directory=""), revision="1"),
         )
     ),
     "the base's last name": of(with_base(model="/checkout/other")),

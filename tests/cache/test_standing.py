@@ -32,7 +32,7 @@ class Run:
         self.keeper.device_chosen(CPU)
         self.standing = Standing(self.keeper)
         tasks = (Task(index=7, files=()),)
-        self.groups = (Group(label="./b", directory=base_directory(entry), dtype="bfloat16", tasks=tasks),)
+        self.groups = (Group(base=line(entry).base.key, directory=base_directory(entry), tasks=tasks),)
 
     def close(self) -> None:
         self.keeper.close()
@@ -104,7 +104,7 @@ def test_what_was_not_kept_may_stand(entry: Entry) -> None:
         run.hash()
         run.load()
         run.reach()
-        Path(entry.prepared.members[0].directory, "adapter_model.safetensors").write_bytes(b"others")
+        Path(entry.members[0].directory, "adapter_model.safetensors").write_bytes(b"others")
         assert run.kept() == []
         assert run.fallen() == []
 

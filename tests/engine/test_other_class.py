@@ -14,7 +14,7 @@ from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base, named_tensors
 from merge_gate.engine.base.other_class import in_another_class
 from merge_gate.files.preflight import preflight
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.child import Kept, _judge_group
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
 from tests.support.merged import kept
@@ -120,7 +120,11 @@ def fleet(shelf: Shelf, directory: Path) -> Group:
     tasks = tuple(
         Task(index=number, files=(preflight(str(directory / str(number)), allow_pickle=False),)) for number in range(8)
     )
-    return Group(label="gpt2", directory=str(shelf.base("gpt2")), dtype="bfloat16", tasks=tasks)
+    return Group(
+        base=BaseKey(model="gpt2", revision=None, dtype="bfloat16", quantization="none"),
+        directory=str(shelf.base("gpt2")),
+        tasks=tasks,
+    )
 
 
 def test_eight_adapters_with_four_heads_read_the_body_once(

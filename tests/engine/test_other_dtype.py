@@ -23,6 +23,7 @@ from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, Leeway
 from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, Event, Group, Job, Merged, Task
@@ -288,7 +289,11 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(base: Path, adapter: Path, dtypes: tuple[str, ...]) -> list[Event]:
     files = preflight(str(adapter), allow_pickle=False)
     groups = tuple(
-        Group(label="base", directory=str(base), dtype=dtype, tasks=(Task(index=index, files=(files,)),))
+        Group(
+            base=BaseKey(model="base", revision=None, dtype=dtype, quantization="none"),
+            directory=str(base),
+            tasks=(Task(index=index, files=(files,)),),
+        )
         for index, dtype in enumerate(dtypes)
     )
     return list(judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox()))
@@ -300,7 +305,11 @@ def test_files_that_changed_in_between_are_loaded_again(shelf: Shelf, tmp_path: 
     model.save_pretrained(directory)
     files = preflight(str(shelf.adapter("bfloat16-base")), allow_pickle=False)
     groups = tuple(
-        Group(label="llama", directory=str(directory), dtype=dtype, tasks=(Task(index=index, files=(files,)),))
+        Group(
+            base=BaseKey(model="llama", revision=None, dtype=dtype, quantization="none"),
+            directory=str(directory),
+            tasks=(Task(index=index, files=(files,)),),
+        )
         for index, dtype in enumerate(("bfloat16", "float16"))
     )
     seen = []

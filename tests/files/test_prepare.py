@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.files import Prepared
+    from merge_gate.records.files import Entry
 
 NO_TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 CONFIG = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "base_model_name_or_path": "./base"}
@@ -43,7 +43,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Prepared]:
+def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Entry]:
     config = {"version": 1, "adapters": adapters}
     (place / "gate.yml").write_text(json.dumps(config))
     asked = load_config(str(place / "gate.yml"))
@@ -51,7 +51,7 @@ def prepared(place: Path, *adapters: str | Mapping[str, Any]) -> dict[str, Prepa
     return {spec.name: files.prepare(spec) for spec in asked.adapters}
 
 
-def why(one: Prepared, check: str = "not-judged") -> str:
+def why(one: Entry, check: str = "not-judged") -> str:
     assert one.problem is not None
     assert one.problem.check == check
     assert one.problem.hint

@@ -10,10 +10,10 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import BaseFiles, Entry, FileRecord, Prepared, TensorHeader
+from merge_gate.records.files import BaseFiles, Entry, FileRecord, TensorHeader
 from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
-from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
-from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.records.report import AdapterReport, BaseReport, Coverage
+from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, spec
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
@@ -22,7 +22,7 @@ NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refu
 def entry(check: str, severity: Severity) -> Entry:
     found = Finding(check=check, severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
     chosen = spec(checks=(CheckSetting(check=check, severity=severity),))
-    return Entry(prepared=Prepared(spec=chosen, members=(files(findings=(found,)),)), dtype="float32")
+    return Entry(spec=chosen, dtype="float32", members=(files(findings=(found,)),))
 
 
 @pytest.mark.parametrize("severity", [Severity.WARNING, Severity.OFF])
@@ -43,15 +43,15 @@ def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str
 
 
 def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> None:
-    prepared = Prepared(spec=spec(expect=Expect(r=8)), members=(files(),))
-    assert [finding.check for finding in adapter_report.checked(prepared).findings] == ["expectation-failed"]
-    assert adapter_report.blocked(Entry(prepared=prepared, dtype="float32")) is None
+    asked = Entry(spec=spec(expect=Expect(r=8)), dtype="bfloat16", members=(files(),))
+    assert [finding.check for finding in adapter_report.checked(asked).findings] == ["expectation-failed"]
+    assert adapter_report.blocked(asked) is None
 
 
 @pytest.mark.parametrize("version", ["0.21.2", None])
 def test_the_release_that_saved_it_is_reported(version: str | None) -> None:
     member = files(config={"peft_version": version} if version else {})
-    report = adapter_report.checked(Prepared(spec=spec(), members=(member,)))
+    report = adapter_report.checked(Entry(spec=spec(), dtype="bfloat16", members=(member,)))
     assert (report.peft_type, report.saved_by) == ("LORA", version)
 
 
@@ -77,15 +77,17 @@ HEADER = TensorHeader(name="x", dtype="F32", shape=(1,))
 RECORD = FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256="00")
 MADE = BaseFacts(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
 SPEC = spec(name="n", source="./n", line=7, column=3, base=BaseSpec(model="/b", label="./b", revision="r0"))
-PREPARED = Prepared(
-    spec=SPEC, members=(files(tensors=(HEADER, HEADER, HEADER), files=(RECORD,)),), revision="adapter-revision"
+ENTRY = Entry(
+    spec=SPEC,
+    dtype="bfloat16",
+    members=(files(tensors=(HEADER, HEADER, HEADER), files=(RECORD,)),),
+    revision="adapter-revision",
 )
-ENTRY = Entry(prepared=PREPARED, dtype="bfloat16")
 LINE = AdapterReport(
     name="n",
     source="./n",
     revision="adapter-revision",
-    base=BaseRef(model="./b", revision="r0", dtype="bfloat16", quantization=Quantization.NONE),
+    base=BaseKey(model="./b", revision="r0", dtype="bfloat16", quantization=Quantization.NONE),
     peft_type="LORA",
     verdict=Verdict.PASSED,
     cause=None,
@@ -116,7 +118,7 @@ WHOLE = Coverage(
     parameters_bounded=5,
     parameters_total=64,
 )
-NOW_ON = BaseRef(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+NOW_ON = BaseKey(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
 TOLD = Refusal(check=None, message="gone", hint="again", origin=Origin.BASE)
 NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone", hint="again", origin=Origin.BASE)
 
@@ -139,8 +141,8 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
 
 def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
     found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
-    prepared = dataclasses.replace(PREPARED, members=(dataclasses.replace(PREPARED.files, findings=(found,)),))
-    line = adapter_report.undecided(Entry(prepared=prepared, dtype="bfloat16"), TOLD)
+    asked = dataclasses.replace(ENTRY, members=(dataclasses.replace(ENTRY.files, findings=(found,)),))
+    line = adapter_report.undecided(asked, TOLD)
     expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO))
     assert line == expected
 
@@ -151,23 +153,24 @@ def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
 
 
 def test_files_alone_in_full() -> None:
-    base = dataclasses.replace(LINE.base, dtype=SPEC.base.dtypes[0])
-    assert adapter_report.checked(PREPARED) == dataclasses.replace(LINE, base=base)
+    assert adapter_report.checked(ENTRY) == LINE
 
 
 PROBLEM = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="no such repository", origin=Origin.RUNTIME)
 
 
 def test_an_adapter_that_was_not_found_says_that_alone() -> None:
-    line = adapter_report.checked(Prepared(spec=dataclasses.replace(SPEC, expect=Expect(r=8)), problem=PROBLEM))
+    line = adapter_report.checked(
+        Entry(spec=dataclasses.replace(SPEC, expect=Expect(r=8)), dtype="bfloat16", problem=PROBLEM)
+    )
     assert (line.findings, line.peft_type, line.coverage) == ((PROBLEM,), None, Coverage())
 
 
 def test_what_files_say_comes_before_what_else_is_wrong() -> None:
     found = Finding(check="file-corrupt", severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
-    prepared = Prepared(spec=SPEC, members=(files(findings=(found,)),), problem=PROBLEM)
-    assert adapter_report.checked(prepared).findings == (found, PROBLEM)
-    assert adapter_report.checked(prepared).cause == "file-corrupt"
+    asked = Entry(spec=SPEC, dtype="bfloat16", members=(files(findings=(found,)),), problem=PROBLEM)
+    assert adapter_report.checked(asked).findings == (found, PROBLEM)
+    assert adapter_report.checked(asked).cause == "file-corrupt"
 
 
 @pytest.mark.parametrize(
@@ -181,13 +184,13 @@ def test_what_files_say_comes_before_what_else_is_wrong() -> None:
     ],
 )
 def test_the_base_is_called_as_it_was_asked_for(base: BaseSpec, named: str | None, expected: str | None) -> None:
-    prepared = Prepared(spec=spec(base=base), members=(files(config={"base_model_name_or_path": named}),))
-    assert adapter_report.checked(prepared).base.model == expected
+    asked = Entry(spec=spec(base=base), dtype="bfloat16", members=(files(config={"base_model_name_or_path": named}),))
+    assert adapter_report.checked(asked).base.model == expected
 
 
 def test_a_type_that_is_a_novel_is_cut() -> None:
-    prepared = Prepared(spec=SPEC, members=(files(config={"peft_type": "x" * 3000}),))
-    assert adapter_report.checked(prepared).peft_type == "x" * 2000 + "… (1,000 more)"
+    asked = Entry(spec=SPEC, dtype="bfloat16", members=(files(config={"peft_type": "x" * 3000}),))
+    assert adapter_report.checked(asked).peft_type == "x" * 2000 + "… (1,000 more)"
 
 
 def test_what_is_not_loaded_says_why_and_what_to_do() -> None:

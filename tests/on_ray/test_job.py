@@ -24,7 +24,7 @@ from merge_gate.on_ray.job import judge_on_ray, run_on
 from merge_gate.on_ray.ray_cluster import LostError, Needs, Node
 from merge_gate.on_ray.ray_task import MOST_EVENTS, Expected, RayPart, run_part, versions
 from merge_gate.records.measured import BaseFacts, Refusal
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
@@ -56,9 +56,8 @@ def job(*groups: int, device: str = "auto") -> Job:
     for number, tasks in enumerate(groups):
         made.append(
             Group(
-                label=f"base{number}",
+                base=BaseKey(model=f"base{number}", revision=None, dtype="float32", quantization="none"),
                 directory=f"/nowhere/{number}",
-                dtype="float32",
                 tasks=tuple(Task(index=first + index, files=()) for index in range(tasks)),
             )
         )
@@ -281,7 +280,11 @@ def part(shelf: Shelf, tmp_path: Path) -> RayPart:
     shutil.copytree(shelf.base("llama"), base)
     shutil.copytree(shelf.adapter("plain"), adapter)
     files = preflight(str(adapter), allow_pickle=False)
-    group = Group(label="./base", directory=str(base), dtype="float32", tasks=(Task(index=7, files=(files,)),))
+    group = Group(
+        base=BaseKey(model="./base", revision=None, dtype="float32", quantization="none"),
+        directory=str(base),
+        tasks=(Task(index=7, files=(files,)),),
+    )
     digest = digest_directory(str(base), base_weight_files(str(base)))
     expected = Expected(identity=base_identity(str(base)), sha256=digest)
     return RayPart(job=Job(groups=(group,), device="cpu"), bases=(expected,), versions_sha256=versions())

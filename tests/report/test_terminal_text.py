@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_gate.records.report import AdapterReport, BaseRef, Report
-from merge_gate.records.terms import Quantization, Verdict
+from merge_gate.records.report import AdapterReport, Report
+from merge_gate.records.terms import BaseKey, Quantization, Verdict
 from merge_gate.report.formats.terminal_text import Style, files_told, lines, render
 from merge_gate.report.wording.columns import cells
 from tests.support.reports import (
@@ -159,7 +159,7 @@ def test_without_files_no_report_is_named() -> None:
 
 
 def test_several_bases_are_named() -> None:
-    base = BaseRef(model="acme/base", revision=None, dtype="float32", quantization=Quantization.NONE)
+    base = BaseKey(model="acme/base", revision=None, dtype="float32", quantization=Quantization.NONE)
     other = adapter("other", base=base)
     assert "acme/base (float32)" in render(report(PASS.adapters[0], other), "out")
     assert "./models/base" not in render(PASS, "out").split("legal passed")[0]

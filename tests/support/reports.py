@@ -10,7 +10,6 @@ from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.report import (
     AdapterReport,
-    BaseRef,
     BaseReport,
     Coverage,
     Environment,
@@ -18,13 +17,13 @@ from merge_gate.records.report import (
     Report,
     Sandbox,
 )
-from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 
 PARAMETERS = 1_100_048_384
 SHA256 = "9f2c5d1e" * 8
 
-BASE = BaseRef(model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
-HALF = BaseRef(model="./models/base", revision=None, dtype="float16", quantization=Quantization.NONE)
+BASE = BaseKey(model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE)
+HALF = BaseKey(model="./models/base", revision=None, dtype="float16", quantization=Quantization.NONE)
 ENVIRONMENT = Environment(
     python="3.11.7",
     torch="2.13.0",
@@ -256,7 +255,7 @@ def merges() -> st.SearchStrategy[TensorMerge]:
 
 def adapters() -> st.SearchStrategy[AdapterReport]:
     found = st.lists(findings(), max_size=3).map(tuple)
-    base = st.builds(BaseRef, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
+    base = st.builds(BaseKey, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
     common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
               "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9),
               "tensors": st.lists(merges(), max_size=3).map(tuple)}  # fmt: skip

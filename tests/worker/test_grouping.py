@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.records.files import AdapterFiles, Entry, Prepared, Snapshot
+from merge_gate.records.files import AdapterFiles, Entry, Snapshot
 from merge_gate.worker.grouping import LIMIT_PER_GIB_S, group_by_base
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S
 
@@ -18,14 +18,14 @@ BASE = BaseSpec(model="./base", label="./base")
 def entry(directory: Path, dtype: str = "float32", limit_seconds: float | None = None) -> Entry:
     spec = AdapterSpec(name="a", source="./a", base=BASE, checks=(), line=1, column=1, limit_seconds=limit_seconds)
     base = Snapshot(name=directory.name, directory=str(directory))
-    return Entry(prepared=Prepared(spec=spec, members=(AdapterFiles(directory="a"),), base=base), dtype=dtype)
+    return Entry(spec=spec, dtype=dtype, members=(AdapterFiles(directory="a"),), base=base)
 
 
 def test_one_group_for_each_base_and_dtype_in_the_order_of_the_config(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     entries = [entry(second), entry(first), entry(second, "bfloat16"), entry(second)]
     groups = group_by_base(enumerate(entries), quick=False)
-    assert [(group.label, group.dtype, [task.index for task in group.tasks]) for group in groups] == [
+    assert [(group.base.name, group.base.dtype, [task.index for task in group.tasks]) for group in groups] == [
         ("second", "float32", [0, 3]),
         ("first", "float32", [1]),
         ("second", "bfloat16", [2]),
@@ -45,4 +45,4 @@ def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_pa
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:
     one = entry(tmp_path)
     with pytest.raises(AssertionError, match="settled before it is grouped"):
-        group_by_base([(0, replace(one, prepared=replace(one.prepared, base=None)))], quick=False)
+        group_by_base([(0, replace(one, base=None))], quick=False)

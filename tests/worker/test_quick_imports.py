@@ -18,6 +18,7 @@ from transformers.utils import import_utils
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.process import EAGER, OFFLINE, WorkerProcess
@@ -246,7 +247,11 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
     """The worker imports in less time; this process has imported everything as it comes."""
     files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
     base = shelf.base("llama")
-    group = Group(label="base", directory=str(base), dtype="float32", tasks=(Task(index=0, files=(files,)),))
+    group = Group(
+        base=BaseKey(model="base", revision=None, dtype="float32", quantization="none"),
+        directory=str(base),
+        tasks=(Task(index=0, files=(files,)),),
+    )
     job = Job(groups=(group,), device="cpu")
     heard: list[Event] = []
     with WorkerProcess() as child:

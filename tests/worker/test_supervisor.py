@@ -18,6 +18,7 @@ import pytest
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Refusal
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -59,7 +60,11 @@ def hang(files: AdapterFiles) -> AdapterFiles:
 
 def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
     tasks = tuple(Task(index=first + number, files=(files,)) for number, files in enumerate(adapters))
-    return Group(label=base.name, directory=str(base), dtype="float32", tasks=tasks)
+    return Group(
+        base=BaseKey(model=base.name, revision=None, dtype="float32", quantization="none"),
+        directory=str(base),
+        tasks=tasks,
+    )
 
 
 class Killer:

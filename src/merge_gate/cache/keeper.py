@@ -189,14 +189,14 @@ class Keeper:
 
 def base_directory(entry: Entry) -> str:
     """The directory of the base that an entry is merged into; of one that has a base, as all that are merged do."""
-    if entry.prepared.base is None:
+    if entry.base is None:
         raise AssertionError("an entry without a base is settled before it is looked for")
-    return entry.prepared.base.directory
+    return entry.base.directory
 
 
 def _is_there(entry: Entry) -> bool:
     """Whether every file of the adapter is still the one that was hashed."""
-    for member in entry.prepared.members:
+    for member in entry.members:
         for file in member.files:
             try:
                 if identity_of(file.path, os.stat(f"{member.directory}/{file.path}")) != file.identity:  # noqa: PTH116

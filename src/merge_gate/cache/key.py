@@ -60,7 +60,7 @@ def canonical(value: Json) -> bytes:
 
 def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> Json:
     """Everything that the verdict on an entry rests on."""
-    spec = entry.prepared.spec
+    spec = entry.spec
     return {
         "format": FORMAT,
         "schema": SCHEMA_VERSION,
@@ -71,7 +71,7 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
         "allow-pickle": circumstances.allow_pickle,
         "trust-remote-code": circumstances.trust_remote_code,
         "base": _base(entry, base),
-        "members": [_files(one) for one in entry.prepared.members],
+        "members": [_files(one) for one in entry.members],
         "combine": _combine(spec.combine),
         "checks": [[one.check, str(one.severity), one.limit] for one in spec.checks],
         "expect": _expect(spec.expect),
@@ -80,7 +80,7 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
 
 def _base(entry: Entry, content: BaseContent) -> Json:
     """`asked` is what `base-mismatch` compares: its last part only, since a checkout may lie anywhere."""
-    spec, found = entry.prepared.spec.base, entry.prepared.base
+    spec, found = entry.spec.base, entry.base
     return {
         "weights": content.weights,
         "settings": content.settings,

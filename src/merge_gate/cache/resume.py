@@ -78,9 +78,7 @@ class Left:
 
 
 def _is_on(adapter: AdapterReport, base: BaseReport) -> bool:
-    on = adapter.base
-    same = (on.model, on.revision, on.dtype, on.quantization)
-    return same == (base.model, base.revision, base.dtype, base.quantization)
+    return adapter.base == base.key
 
 
 def left_in(directory: str) -> Left:

@@ -84,7 +84,7 @@ class Standing:
         for at in self._identities:
             if not self._is_unchanged(at):
                 group = self._groups[at]
-                yield _fallen(group.label, (task.index for task in group.tasks))
+                yield _fallen(group.base.name, (task.index for task in group.tasks))
         for directory, lines in self._taken_over.items():
             if not self._digests.holds(directory):
                 first = next(iter(lines.values()))

@@ -136,16 +136,16 @@ def today(line: Line, entry: Entry) -> Line | None:
         return None
     if not _is_place(Reached(at=mark.at, place=mark.place, seconds=mark.seconds)):
         return None
-    spec = entry.prepared.spec
+    spec = entry.spec
     adapter = replace(
         line.adapter,
         name=spec.name,
         source=spec.source,
-        revision=entry.prepared.revision,
+        revision=entry.revision,
         line=spec.line,
         column=spec.column,
         seconds=0.0,
-        files=entry.prepared.files.files,
+        files=entry.files.files,
         cached=True,
         accepted=None,
     )
@@ -154,13 +154,12 @@ def today(line: Line, entry: Entry) -> Line | None:
 
 def _holds(line: Line, entry: Entry) -> bool:
     """Whether the verdict follows from what it rests on, and speaks of this entry's files and base."""
-    adapter, base, found = line.adapter, line.base, entry.prepared.base
-    if found is None or not can_be_kept(adapter) or adapter.files != entry.prepared.files.files:
+    adapter, base, found = line.adapter, line.base, entry.base
+    if found is None or not can_be_kept(adapter) or adapter.files != entry.files.files:
         return False
     if verdict.decide(adapter.findings, adapter.coverage) != (adapter.verdict, adapter.cause, adapter.findings):
         return False
-    on = (adapter.base.model, adapter.base.revision, adapter.base.dtype, adapter.base.quantization)
-    return on == (base.model, base.revision, base.dtype, base.quantization) and on[1] == found.revision
+    return adapter.base == base.key and base.revision == found.revision
 
 
 def _is_place(reached: Reached) -> bool:

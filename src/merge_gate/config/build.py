@@ -152,7 +152,7 @@ class _Build:
                 self.report(place, f"no adapter is named {quoted(name)}", partial(_listed, name, named))
             elif member and member.combine:
                 self.report(place, f"{quoted(name)} is a combination itself", "combine its members instead")
-            elif member and (member.base.model, member.base.revision) != (base.model, base.revision):
+            elif member and not member.base.key().is_same_model(base.key()):
                 message = f"{quoted(name)} is on another base: {_shown(member.base)}, not {_shown(base)}"
                 self.report(place, message, "only adapters of one base can be combined")
         return replace(spec, base=base)

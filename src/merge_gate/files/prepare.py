@@ -1,6 +1,6 @@
 """Names → files: each adapter and each base of a config is resolved and read once, however often it is asked for.
 
-In: a `Config` and its `AdapterSpec`s. Out: `Prepared`, in which whatever went wrong is a finding of that adapter alone.
+In: a `Config` and its `AdapterSpec`s. Out: `Entry`, in which whatever went wrong is a finding of that adapter alone.
 Knows nothing of merging.
 """
 
@@ -17,7 +17,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Resolved
 from merge_gate.judging import all_checks
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Prepared
+from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import quoted
 
@@ -33,24 +33,35 @@ class Inputs:
         self._left_out: set[str] = set()
         self._bases: dict[tuple[str, str | None], Resolved | GateError] = {}
 
-    def prepare(self, spec: AdapterSpec) -> Prepared:
-        """The adapter's files and its base."""
-        prepared = self.adapter(spec)
-        return prepared if prepared.problem is not None else self._with_base(prepared)
+    def entries(self, spec: AdapterSpec) -> tuple[Entry, ...]:
+        """The adapter's files and its base, once for each dtype."""
+        entry = self.prepare(spec)
+        return tuple(replace(entry, dtype=dtype) for dtype in spec.base.dtypes)
 
-    def adapter(self, spec: AdapterSpec) -> Prepared:
+    def prepare(self, spec: AdapterSpec) -> Entry:
+        """The adapter's files and its base, in the first of its dtypes."""
+        entry = self.adapter(spec)
+        return entry if entry.problem is not None else self._with_base(entry)
+
+    def adapter(self, spec: AdapterSpec) -> Entry:
         """The adapter's files alone; of a combination, its members'."""
         names = spec.combine.adapters if spec.combine is not None else (spec.name,)
-        members, revision = [], None
+        members, revision, dtype = [], None, spec.base.dtypes[0]
         for name in names:
             try:
                 files, revision = self._files(self._specs[name])
             except GateError as error:
-                return Prepared(spec=spec, problem=all_checks.undecided(error.message, error.hint))
+                return Entry(
+                    spec=spec, dtype=spec.base.dtypes[0], problem=all_checks.undecided(error.message, error.hint)
+                )
             except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
-                return Prepared(spec=spec, problem=all_checks.accident("its files could not be read", error))
+                return Entry(
+                    spec=spec,
+                    dtype=spec.base.dtypes[0],
+                    problem=all_checks.accident("its files could not be read", error),
+                )
             members.append(files)
-        return Prepared(spec=spec, members=tuple(members), revision=None if spec.combine else revision)
+        return Entry(spec=spec, dtype=dtype, members=tuple(members), revision=None if spec.combine else revision)
 
     def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         if spec.name not in self._read:
@@ -60,17 +71,17 @@ class Inputs:
             self._read[spec.name] = files, found.snapshot.revision
         return self._read[spec.name]
 
-    def checked(self, spec: AdapterSpec) -> Prepared:
+    def checked(self, spec: AdapterSpec) -> Entry:
         """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
-        prepared = self.adapter(spec)
-        wanted = None if prepared.problem is not None else self._wanted(prepared)
+        entry = self.adapter(spec)
+        wanted = None if entry.problem is not None else self._wanted(entry)
         if wanted is None:
-            return prepared
+            return entry
         model, _, label = wanted
         if not resolve.reads_as_path(model):
             self._leave_out(label)
-            return prepared
-        return self._with_base(prepared)
+            return entry
+        return self._with_base(entry)
 
     def _leave_out(self, label: str) -> None:
         if label not in self._left_out:
@@ -78,26 +89,26 @@ class Inputs:
             name = quoted(label, 200)
             self._notify(f"base {name} was not checked: no directory here has that name, and `check` fetches no bases")
 
-    def _wanted(self, prepared: Prepared) -> tuple[str, str | None, str] | None:
+    def _wanted(self, entry: Entry) -> tuple[str, str | None, str] | None:
         """The base's place, revision and name: the config's, else what adapter_config.json names; None for neither."""
-        wanted, config = prepared.spec.base, prepared.files.config
+        wanted, config = entry.spec.base, entry.files.config
         if wanted.model is not None:
             return wanted.model, wanted.revision, wanted.label or wanted.model
         if not config.base_name:
             return None
         return self._named_by_adapter(config.base_name), wanted.revision or config.base_revision, config.base_name
 
-    def _with_base(self, prepared: Prepared) -> Prepared:
+    def _with_base(self, entry: Entry) -> Entry:
         """Add the base, and what its files say."""
-        wanted = self._wanted(prepared)
+        wanted = self._wanted(entry)
         if wanted is None:
-            return replace(prepared, problem=_no_base(prepared.files))
+            return replace(entry, problem=_no_base(entry.files))
         found = self._base(*wanted)
         if isinstance(found, GateError):
-            is_of_config = prepared.spec.base.model is not None
+            is_of_config = entry.spec.base.model is not None
             hint = found.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {found.hint}"
-            return replace(prepared, problem=_refused(found, hint))
-        return replace(prepared, base=found.snapshot, base_files=found.base)
+            return replace(entry, problem=_refused(found, hint))
+        return replace(entry, base=found.snapshot, base_files=found.base)
 
     def _named_by_adapter(self, named: str) -> str:
         """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""

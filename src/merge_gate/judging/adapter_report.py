@@ -19,18 +19,18 @@ from merge_gate.judging.checks import base_checks
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded, cut
-from merge_gate.records.files import BaseFiles, Entry, Prepared
+from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence, Refusal
-from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
-from merge_gate.records.terms import Finding, Severity, Verdict
+from merge_gate.records.report import AdapterReport, BaseReport, Coverage
+from merge_gate.records.terms import BaseKey, Finding, Severity, Verdict
 
 
 def blocked(entry: Entry) -> AdapterReport | None:
     """The report of an entry that its files alone keep from being merged; None if it may be merged."""
-    found = _file_findings(entry.prepared, entry.dtype)
+    found = _file_findings(entry)
     if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
         return _judged(entry, found)
-    unsafe = [finding for finding in entry.prepared.files.findings if not _allows_loading(finding)]
+    unsafe = [finding for finding in entry.files.findings if not _allows_loading(finding)]
     if not unsafe:
         return None
     why = all_checks.undecided(
@@ -51,11 +51,11 @@ def _allows_loading(finding: Finding) -> bool:
 
 def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
-    findings = all_checks.judge_merge(entry.prepared.spec, entry.prepared.files, evidence)
-    coverage, base = _coverage(evidence), evidence.base
+    findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
+    coverage = _coverage(evidence)
     return replace(
         _report(entry, coverage, *verdict.decide(findings, coverage)),
-        base=BaseRef(model=base.model, revision=base.revision, dtype=base.dtype, quantization=base.quantization),
+        base=evidence.base.key,
         seconds=evidence.seconds,
         seed=evidence.seed,
         tensors=evidence.merges,
@@ -64,7 +64,7 @@ def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
 
 def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
-    return _judged(entry, (*_file_findings(entry.prepared, entry.dtype), all_checks.refused(refusal)))
+    return _judged(entry, (*_file_findings(entry), all_checks.refused(refusal)))
 
 
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
@@ -88,7 +88,7 @@ def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     )
 
 
-def of_refused_base(asked: BaseRef, refusal: Refusal) -> BaseReport:
+def of_refused_base(asked: BaseKey, refusal: Refusal) -> BaseReport:
     """What is said of a base that was not merged into; `dtype` and `quantization` are what was asked for."""
     return BaseReport(
         model=asked.model or "",
@@ -99,7 +99,7 @@ def of_refused_base(asked: BaseRef, refusal: Refusal) -> BaseReport:
     )
 
 
-def of_unloaded_base(asked: BaseRef, findings: tuple[Finding, ...]) -> BaseReport:
+def of_unloaded_base(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseReport:
     """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
     return BaseReport(
         model=asked.model or "",
@@ -110,35 +110,34 @@ def of_unloaded_base(asked: BaseRef, findings: tuple[Finding, ...]) -> BaseRepor
     )
 
 
-def checked(prepared: Prepared) -> AdapterReport:
+def checked(entry: Entry) -> AdapterReport:
     """The report on an adapter's files alone; its verdict says nothing of values."""
-    entry = Entry(prepared=prepared, dtype=prepared.spec.base.dtypes[0])
-    findings = _file_findings(prepared, entry.dtype)
-    coverage = Coverage(adapter_tensors=len(prepared.files.tensors))
+    findings = _file_findings(entry)
+    coverage = Coverage(adapter_tensors=len(entry.files.tensors))
     return _report(entry, coverage, *verdict.decide_files(findings), findings)
 
 
-def _file_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+def _file_findings(entry: Entry) -> tuple[Finding, ...]:
     """What the files of the adapter and of its base say, without a merge."""
-    if prepared.problem is not None and not prepared.members:
-        return (prepared.problem,)
-    judged = all_checks.judge_files(prepared.spec, prepared.files)
-    problems = () if prepared.problem is None else (prepared.problem,)
-    return (*judged, *problems, *base_findings(prepared, dtype))
+    if entry.problem is not None and not entry.members:
+        return (entry.problem,)
+    judged = all_checks.judge_files(entry.spec, entry.files)
+    problems = () if entry.problem is None else (entry.problem,)
+    return (*judged, *problems, *base_findings(entry))
 
 
-def base_findings(prepared: Prepared, dtype: str) -> tuple[Finding, ...]:
+def base_findings(entry: Entry) -> tuple[Finding, ...]:
     """What keeps any adapter from being judged on the base in this dtype, by the base's files alone."""
-    files = prepared.base_files
+    files = entry.base_files
     if files is None:
         return ()
-    asked = base_checks.of_request(prepared.spec.base, files)
-    of_dtype = files.auto_dtype if dtype == "auto" else None
+    asked = base_checks.of_request(entry.spec.base, files)
+    of_dtype = files.auto_dtype if entry.dtype == "auto" else None
     return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
 
 
 def _judged(entry: Entry, findings: tuple[Finding, ...]) -> AdapterReport:
-    coverage = Coverage(adapter_tensors=len(entry.prepared.files.tensors))
+    coverage = Coverage(adapter_tensors=len(entry.files.tensors))
     return _report(entry, coverage, *verdict.decide(findings, coverage))
 
 
@@ -146,18 +145,13 @@ def _report(
     entry: Entry, coverage: Coverage, what: Verdict, cause: str | None, findings: tuple[Finding, ...]
 ) -> AdapterReport:
     """The report of an entry that was not merged; `merged` adds the figures."""
-    spec, files = entry.prepared.spec, entry.prepared.files
+    spec, files = entry.spec, entry.files
     name = spec.base.label or spec.base.model or files.config.base_name
     return AdapterReport(
         name=spec.name,
         source=spec.source,
-        revision=entry.prepared.revision,
-        base=BaseRef(
-            model=cut(name) if name else None,
-            revision=spec.base.revision,
-            dtype=entry.dtype,
-            quantization=spec.base.quantization,
-        ),
+        revision=entry.revision,
+        base=replace(spec.base.key(entry.dtype), model=cut(name) if name else None),
         peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
         saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
         verdict=what,

@@ -149,17 +149,17 @@ def _other_base(group: Group, expected: Expected) -> Refusal | None:
     """Files with the identity that the run saw are those files. On another machine only their bytes can tell."""
     here = _identity(group.directory)
     if here is None:
-        return _refusal(f"does not have base {group.label} at the place where the run has it", _SHARED, Origin.BASE)
+        return _refusal(f"does not have base {group.base.name} at the place where the run has it", _SHARED, Origin.BASE)
     if here == expected.identity:
         return None
     try:
         digest = digest_directory(group.directory, base_weight_files(group.directory))
     except Exception as error:  # noqa: BLE001 - whatever lies there, it is not the base that was meant
-        return _refusal(f"cannot read base {group.label}: {error}", _SHARED, Origin.BASE)
+        return _refusal(f"cannot read base {group.base.name}: {error}", _SHARED, Origin.BASE)
     if digest == expected.sha256 and _identity(group.directory) == here:
         return None
     return _refusal(
-        f"has another base {group.label}: the SHA-256 of its weights is {digest}, expected {expected.sha256}",
+        f"has another base {group.base.name}: the SHA-256 of its weights is {digest}, expected {expected.sha256}",
         _SHARED,
         Origin.BASE,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from merge_gate.records.terms import Quantization, Severity, record
+from merge_gate.records.terms import BaseKey, Quantization, Severity, record
 
 COMMAND_LINE = "the command line"
 """What stands for the configuration's path where the adapters are named on the command line."""
@@ -38,6 +38,10 @@ class BaseSpec:
     revision: str | None = None
     dtypes: tuple[str, ...] = ("auto",)
     quantization: Quantization = Quantization.NONE
+
+    def key(self, dtype: str = "auto") -> BaseKey:
+        """The base in one of its dtypes, as the configuration asks for it."""
+        return BaseKey(model=self.model, revision=self.revision, dtype=dtype, quantization=self.quantization)
 
 
 @record

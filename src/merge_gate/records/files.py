@@ -184,13 +184,14 @@ class AdapterFiles:
 
 
 @record
-class Prepared:
-    """One adapter (or combination) whose names have become files; `problem` says why one has not.
+class Entry:
+    """One entry of the report to be: an adapter (or combination) in one dtype, and the files that its names stand for.
 
-    `base_files` is None if nothing has read the base's files.
+    `problem` says why a name stands for none. `base_files` is None if nothing has read the base's files.
     """
 
     spec: AdapterSpec
+    dtype: str
     members: tuple[AdapterFiles, ...] = ()
     revision: str | None = None
     base: Snapshot | None = None
@@ -209,11 +210,3 @@ class Prepared:
             files=tuple(file for one in self.members for file in one.files),
             findings=tuple(finding for one in self.members for finding in one.findings),
         )
-
-
-@record
-class Entry:
-    """One line of the report to be: an adapter in one dtype."""
-
-    prepared: Prepared
-    dtype: str

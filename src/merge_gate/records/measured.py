@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.records.terms import Origin, record, told
+from merge_gate.records.terms import BaseKey, Origin, record, told
 
 
 @record
@@ -172,6 +172,10 @@ class BaseFacts:
     replaced: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> BaseKey:
+        return BaseKey(model=self.model, revision=self.revision, dtype=self.dtype, quantization=self.quantization)
 
 
 @record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.terms import Acceptance, Finding, Result, Verdict, record, told
+from merge_gate.records.terms import Acceptance, BaseKey, Finding, Result, Verdict, record, told
 
 
 @record
@@ -36,19 +36,6 @@ class Coverage:
         default=0,
     )
     parameters_total: int = told("Elements that the merged model has.", default=0)
-
-
-@record
-class BaseRef:
-    """The base that an adapter was judged on."""
-
-    model: str | None = told("Directory or Hub id as written; null where none could be found out.")
-    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
-    dtype: str = told("The dtype that was checked, in torch's words.")
-    quantization: str = told(
-        "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
-        "as `fp8`; for a base that was not loaded, what the config asks for."
-    )
 
 
 @record
@@ -101,7 +88,7 @@ class AdapterReport:
     name: str = told("Its name in the configuration.")
     source: str = told("Its path as written, or its Hub id.")
     revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
-    base: BaseRef = told("The base that it was merged into.")
+    base: BaseKey = told("The base that it was merged into.")
     peft_type: str | None = told(
         "PEFT's name of the method, such as `LORA`; null where it could not be read.", default=None
     )
@@ -167,6 +154,10 @@ class BaseReport:
         "Tensors of its own head that gave way, since the adapters bring a head with another number of labels.",
         default=(),
     )
+
+    @property
+    def key(self) -> BaseKey:
+        return BaseKey(model=self.model, revision=self.revision, dtype=self.dtype, quantization=self.quantization)
 
 
 @record

@@ -1,6 +1,6 @@
 """The words that all records share, and the one kind of class they are.
 
-In: nothing but the standard library. Out: enumerations, `record`, `told`, and `Finding`.
+In: nothing but the standard library. Out: enumerations, `record`, `told`, `BaseKey`, and `Finding`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,31 @@ class Quantization(StrEnum):
 
 QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
 """The package that does it."""
+
+
+@record
+class BaseKey:
+    """What identifies a base in a run. One model in two dtypes is two bases.
+
+    `model` is the name as written, or the directory if only the files matter and not what they are called.
+    """
+
+    model: str | None = told("Directory or Hub id as written; null where none could be found out.")
+    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
+    dtype: str = told("The dtype that was checked, in torch's words.")
+    quantization: str = told(
+        "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
+        "as `fp8`; for a base that was not loaded, what the config asks for."
+    )
+
+    @property
+    def name(self) -> str:
+        """What messages call the base."""
+        return self.model or "unknown base"
+
+    def is_same_model(self, other: BaseKey) -> bool:
+        """Whether both are one model at one revision, in any dtype and quantization."""
+        return (self.model, self.revision) == (other.model, other.revision)
 
 
 @record

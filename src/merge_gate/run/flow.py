@@ -193,7 +193,7 @@ class _Run:
         free_bytes = MemoryGroup().free_bytes()
         for group in self._groups:
             weights = group.files.weights if group.files is not None else ()
-            if said := too_large(group.label, group.directory, free_bytes, weights):
+            if said := too_large(group.base.name, group.directory, free_bytes, weights):
                 self._view.note(said)
         self._hourly.merging_begins(self._tally.judged)
 
@@ -201,17 +201,16 @@ class _Run:
         """The entries that their files let be merged; the others are settled."""
         inputs = Inputs(self._config, self._view.note)
         for spec in self._specs:
-            prepared = inputs.prepare(spec)
-            self._tally.entries.extend(Entry(prepared=prepared, dtype=dtype) for dtype in spec.base.dtypes)
+            self._tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self._tally.entries):
             report = adapter_report.blocked(entry)
             if report is None:
                 yield index, entry
                 continue
-            of_base = adapter_report.base_findings(entry.prepared, entry.dtype)
-            if of_base and entry.prepared.base is not None:
+            of_base = adapter_report.base_findings(entry)
+            if of_base and entry.base is not None:
                 unloaded = adapter_report.of_unloaded_base(report.base, of_base)
-                self._tally.use(entry.prepared.base.directory, unloaded, index)
+                self._tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
 
     def _take_over(self, index: int, entry: Entry, line: Line) -> None:
@@ -236,7 +235,7 @@ class _Run:
                 self._know_worker(event)
             case protocol.BaseLoading():
                 group = self._groups[event.group]
-                self._view.base_loading(group.label, group.dtype)
+                self._view.base_loading(group.base.name, group.base.dtype)
             case protocol.BaseLoaded():
                 group = self._groups[event.group]
                 self._tally.use(group.directory, adapter_report.of_base(event.facts, group.files), event.task)
@@ -246,7 +245,7 @@ class _Run:
                 self._catch_up()
                 entry = self._tally.entries[event.task]
                 position, total = self._tally.judged + 1, self._tally.total
-                self._view.adapter_started(entry.prepared.spec.name, position, total, entry.dtype)
+                self._view.adapter_started(entry.spec.name, position, total, entry.dtype)
             case protocol.MergeProgressed():
                 self._catch_up()
                 self._view.adapter_progress(event.done, event.total, event.module)
@@ -276,7 +275,7 @@ class _Run:
         spent, limit = words.duration(round(event.seconds)), words.duration(event.limit_s)
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
-        name = self._tally.entries[event.task].prepared.spec.name
+        name = self._tally.entries[event.task].spec.name
         return f"{name}: nothing heard of it for {spent}; its time limit is {limit}"
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
@@ -288,7 +287,7 @@ class _Run:
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
         report = adapter_report.merged(entry, evidence)
-        base = adapter_report.of_base(evidence.base, entry.prepared.base_files)
+        base = adapter_report.of_base(evidence.base, entry.base_files)
         self._standing.reached(index, entry, Line(adapter=report, base=base))
         self._settle(index, report)
 

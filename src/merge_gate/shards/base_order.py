@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from merge_gate.records.report import BaseReport
-from merge_gate.records.terms import record
+from merge_gate.records.terms import BaseKey, record
 
 
 @record
@@ -24,12 +24,8 @@ def in_order(used: Iterable[Used]) -> tuple[Used, ...]:
     first: dict[BaseReport, int] = {}
     for one in used:
         first[one.base] = min(one.position, first.get(one.base, one.position))
-    begins: dict[object, int] = {}
+    begins: dict[BaseKey, int] = {}
     for base, position in first.items():
-        begins[_files(base)] = min(position, begins.get(_files(base), position))
-    ordered = sorted(first, key=lambda base: (begins[_files(base)], first[base]))
+        begins[base.key] = min(position, begins.get(base.key, position))
+    ordered = sorted(first, key=lambda base: (begins[base.key], first[base]))
     return tuple(Used(base=base, position=first[base]) for base in ordered)
-
-
-def _files(base: BaseReport) -> object:
-    return base.model, base.revision, base.dtype, base.quantization

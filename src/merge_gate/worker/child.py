@@ -135,11 +135,14 @@ class Kept:
         from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
 
         if shape not in self._accounts:
-            self._accounts[shape] = account_for(group.directory, shape, group.label, group.files)
+            self._accounts[shape] = account_for(group.directory, shape, group.base.name, group.files)
         return self._accounts[shape]
 
     def serves(self, group: Group) -> bool:
-        return replace(group, dtype=self._group.dtype, tasks=self._group.tasks) == self._group
+        return (
+            replace(group, base=replace(group.base, dtype=self._group.base.dtype), tasks=self._group.tasks)
+            == self._group
+        )
 
     def add(self, shape: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
@@ -151,13 +154,17 @@ class Kept:
         """One of them in this group's dtype; None where that has to be loaded."""
         from merge_gate.engine.base.other_dtype import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
 
-        is_plain = group.quantization is Quantization.NONE and job.device == "cpu"
-        if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.dtype):
-            self.add(shape, _load(replace(group, dtype="auto"), shape, job), identity)
+        is_plain = group.base.quantization == Quantization.NONE and job.device == "cpu"
+        if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.base.dtype):
+            self.add(shape, _load(_in_dtype(group, "auto"), shape, job), identity)
         base, found = self._bases.get(shape, (None, ()))
         if base is None or found != identity:
             return None
-        return in_another_dtype(base, shape, group.directory, group.dtype)
+        return in_another_dtype(base, shape, group.directory, group.base.dtype)
+
+
+def _in_dtype(group: Group, dtype: str) -> Group:
+    return replace(group, base=replace(group.base, dtype=dtype))
 
 
 def _choose_device(wanted: str) -> DeviceChosen:
@@ -215,7 +222,7 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
             if base is None:  # the one before it is let go of first
                 identity = base_identity(group.directory)
                 base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
-            verify_base(group.directory, group.label, identity)
+            verify_base(group.directory, group.base.name, identity)
             _settle(base, account, group.directory)
             kept.add(shape, base, identity)
         except Exception as error:
@@ -240,7 +247,7 @@ def _refused_as_incomplete(
     if not account.incomplete or account.map is None:
         return []
     lacking = [task for task, _ in tasks if not accounting.brings_all(task.files, account.incomplete)]
-    error = accounting.incomplete(group.label, account.incomplete, account.map, group.directory)
+    error = accounting.incomplete(group.base.name, account.incomplete, account.map, group.directory)
     return [(task, _refusal(error, group)) for task in lacking]
 
 
@@ -257,10 +264,10 @@ def _load(group: Group, shape: ModelClass, job: Job) -> Base:
     return bases.load_base(
         group.directory,
         shape=shape,
-        label=group.label,
-        revision=group.revision,
-        dtype=group.dtype,
-        quantization=group.quantization,
+        label=group.base.name,
+        revision=group.base.revision,
+        dtype=group.base.dtype,
+        quantization=Quantization(group.base.quantization),
         device=job.device,
         trust_remote_code=job.trust_remote_code,
         allow_pickle=job.allow_pickle,
@@ -314,7 +321,7 @@ def _is_of_an_import(error: Exception) -> bool:
 def _refusal(error: Exception, group: Group | None = None) -> Refusal:
     """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
     if isinstance(error, EngineError):
-        message = error.message.replace(group.directory, group.label) if group is not None else error.message
+        message = error.message.replace(group.directory, group.base.name) if group is not None else error.message
         if error.check is None:
             return Refusal(check=None, message=message, hint=error.hint)
         place = error.tensor.rpartition(".")[0] if error.tensor else None

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from merge_gate.files.identity import base_identity
 from merge_gate.judging import all_checks
-from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.files import Entry
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
 LIMIT_PER_GIB_S = 180.0
@@ -18,35 +19,24 @@ LIMIT_PER_GIB_S = 180.0
 
 def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple[Group, ...]:
     """Group entries, each with the index of its task, by base, revision, dtype and quantisation."""
-    groups: dict[tuple[object, ...], Group] = {}
+    groups: dict[BaseKey, Group] = {}
     for index, entry in entries:
-        base, quantization = entry.prepared.base, entry.prepared.spec.base.quantization
-        if base is None:
+        files = entry.base
+        if files is None:
             raise AssertionError("an entry without a base is settled before it is grouped")
-        key = (base.directory, base.revision, entry.dtype, quantization)
-        group = groups.get(key) or _group(base, entry)
-        task = _task(index, entry, limit_s=_default_limit_s(base.directory), quick=quick)
+        base = replace(entry.spec.base.key(entry.dtype), model=files.name, revision=files.revision)
+        key = replace(base, model=files.directory)  # one directory may have several names
+        group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
+        task = _task(index, entry, limit_s=_default_limit_s(files.directory), quick=quick)
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 
 
-def _group(base: Snapshot, entry: Entry) -> Group:
-    return Group(
-        label=base.name,
-        directory=base.directory,
-        revision=base.revision,
-        dtype=entry.dtype,
-        quantization=entry.prepared.spec.base.quantization,
-        files=entry.prepared.base_files,
-        tasks=(),
-    )
-
-
 def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
-    spec = entry.prepared.spec
+    spec = entry.spec
     return Task(
         index=index,
-        files=entry.prepared.members,
+        files=entry.members,
         combine=spec.combine,
         leeway=all_checks.leeway(spec, quick=quick),
         limit_s=spec.limit_seconds or limit_s,

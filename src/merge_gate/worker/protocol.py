@@ -11,7 +11,7 @@ from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
 from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway, Refusal
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import Quantization, record
+from merge_gate.records.terms import BaseKey, record
 
 DEFAULT_LIMIT_S = 600.0
 """What importing, or a base of no size, may take."""
@@ -33,13 +33,10 @@ class Task:
 
 @record
 class Group:
-    """Adapters on one base in one dtype and quantization. `files` is what the base's files say, if they were read."""
+    """Adapters on one base. `files` is what the base's files say, if they were read."""
 
-    label: str
+    base: BaseKey
     directory: str
-    revision: str | None = None
-    dtype: str
-    quantization: Quantization = Quantization.NONE
     files: BaseFiles | None = None
     tasks: tuple[Task, ...]
 

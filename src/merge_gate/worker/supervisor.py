@@ -51,7 +51,7 @@ def supervise(job: Job, listen: Listener, child: WorkerProcess | None = None) ->
     tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
-        quantizes = any(group.quantization is not Quantization.NONE for group in job.groups)
+        quantizes = any(group.base.quantization != Quantization.NONE for group in job.groups)
         with child or WorkerProcess(quantizes=quantizes) as running:
             ending = running.run(job, attempt.receive, is_overdue=attempt.is_overdue)
         child = None
@@ -111,7 +111,7 @@ class Attempt:
 
     def _name_what_is_silent(self) -> None:
         silent_s = time.monotonic() - self._heard_s
-        base = self._job.groups[self._group].label if self._group is not None else ""
+        base = self._job.groups[self._group].base.name if self._group is not None else ""
         if (self._task is not None or base) and silent_s >= self._next_word_s:
             self._next_word_s *= 2
             self._listen(Waiting(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s))
@@ -165,7 +165,7 @@ class Attempt:
             return [(self._task, _MERGING)]
         if self._group is not None:
             group = self._job.groups[self._group]
-            what = f"while it loaded base {group.label}"
+            what = f"while it loaded base {group.base.name}"
             return [(task.index, what) for task in group.tasks if task.index not in self._settled]
         return [(index, "before it came to this adapter") for index in self._open()]
 

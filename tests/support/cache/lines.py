@@ -10,9 +10,9 @@ from merge_gate.cache.key import Circumstances, Json, material
 from merge_gate.cache.verdicts import Line
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
-from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Prepared, Snapshot
-from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Coverage
-from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Snapshot
+from merge_gate.records.report import AdapterReport, BaseReport, Coverage
+from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.reports import tensors
 
 BASE = BaseContent(weights="b" * 64, settings="c" * 64)
@@ -41,12 +41,12 @@ def entry(directory: Path, name: str = "one", data: bytes = b"weights") -> Entry
         name=name, source=f"./{name}", path=str(directory), base=BaseSpec(model="/b", label="./b"), checks=(),
         line=3, column=5,
     )  # fmt: skip
-    prepared = Prepared(
+    return Entry(
         spec=spec,
+        dtype="bfloat16",
         members=(AdapterFiles(directory=str(directory), files=(file,)),),
         base=Snapshot(name="./b", directory="/b"),
     )
-    return Entry(prepared=prepared, dtype="bfloat16")
 
 
 def based_entry(place: Path) -> Entry:
@@ -56,23 +56,23 @@ def based_entry(place: Path) -> Entry:
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"weights")
     made = entry(place / "one")
-    return replace(made, prepared=replace(made.prepared, base=Snapshot(name="./b", directory=str(base))))
+    return replace(made, base=Snapshot(name="./b", directory=str(base)))
 
 
 def line(of: Entry, verdict: Verdict = Verdict.PASSED) -> Line:
     """A passed line, or one that failed by NaN in the adapter."""
-    spec = of.prepared.spec
+    spec = of.spec
     failed = verdict is Verdict.FAILED
     adapter = AdapterReport(
         name=spec.name,
         source=spec.source,
-        base=BaseRef(model="./b", revision=None, dtype="bfloat16", quantization=Quantization.NONE),
+        base=BaseKey(model="./b", revision=None, dtype="bfloat16", quantization=Quantization.NONE),
         peft_type="LORA",
         verdict=verdict,
         cause=NAN.check if failed else None,
         findings=(NAN,) if failed else (),
         coverage=Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=9, parameters_total=9),
-        files=of.prepared.files.files,
+        files=of.files.files,
         seconds=0.84,
         line=spec.line,
         column=spec.column,
@@ -89,5 +89,5 @@ def material_of(of: Entry) -> Json:
 
 def other(of: Entry, **changes: object) -> Entry:
     """The entry with another spec."""
-    spec = replace(of.prepared.spec, **changes)  # type: ignore[arg-type]
-    return replace(of, prepared=replace(of.prepared, spec=spec))
+    spec = replace(of.spec, **changes)  # type: ignore[arg-type]
+    return replace(of, spec=spec)

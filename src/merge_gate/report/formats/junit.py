@@ -90,7 +90,7 @@ def _time(seconds: float) -> str:
 def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
     known = [("config", report.config_path), ("config-sha256", report.config_sha256)]
     for base in report.bases:
-        if (base.model, base.revision) == (first.base.model, first.base.revision) and base.sha256:
+        if base.key.is_same_model(first.base) and base.sha256:
             known.append(("base-sha256", base.sha256))
             break
     known += [("judged", said)] if (said := words.judged(report)) else []

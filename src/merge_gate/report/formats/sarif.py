@@ -27,8 +27,8 @@ from merge_gate.report.wording.untrusted import one_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from merge_gate.records.report import BaseRef, BaseReport, Report
-    from merge_gate.records.terms import Finding
+    from merge_gate.records.report import BaseReport, Report
+    from merge_gate.records.terms import BaseKey, Finding
 
 MOST_RESULTS = 5_000
 """GitHub keeps no more of a run."""
@@ -116,7 +116,7 @@ def _results(report: Report) -> Iterator[Json]:
             yield _result(report, same[0], finding, more, where or words.precisions(same))
     for base in report.bases:
         for finding, more in words.grouped(base.findings):
-            yield _result(report, base, finding, more, words.precision(base))
+            yield _result(report, base, finding, more, words.precision(base.key))
 
 
 def _entries(report: Report) -> list[list[AdapterReport]]:
@@ -160,10 +160,10 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
     return result
 
 
-def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseRef | BaseReport]:
+def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseKey]:
     if isinstance(judged, AdapterReport):
         return one_line(judged.name, words.NAME_LIMIT), judged.base
-    return f"base {words.model_name(judged)}", judged
+    return f"base {words.model_name(judged.key)}", judged.key
 
 
 def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
@@ -203,7 +203,7 @@ def _address(path: str) -> Json:
     return {"uri": normal, "uriBaseId": "%SRCROOT%"}
 
 
-def _fingerprint(name: str, base: BaseRef | BaseReport, dtypes: str, finding: Finding) -> str:
+def _fingerprint(name: str, base: BaseKey, dtypes: str, finding: Finding) -> str:
     parts = [name, base.model or "", dtypes, finding.check]
     parts += [finding.module or "", finding.tensor or ""]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -192,7 +192,7 @@ def _warnings(report: Report) -> list[str]:
 
 def _base_findings(report: Report) -> list[str]:
     items = [
-        f"- {finding.severity} {code(words.model_name(base))} {_one_finding(finding, more)}"
+        f"- {finding.severity} {code(words.model_name(base.key))} {_one_finding(finding, more)}"
         for base in report.bases
         for finding, more in words.grouped(base.findings)
     ]
@@ -232,7 +232,7 @@ def _footer(report: Report) -> str:
 
 def _base_row(base: BaseReport) -> str:
     parts = [
-        f"{code(words.model_name(base))} ({plain(words.precision(base))})",
+        f"{code(words.model_name(base.key))} ({plain(words.precision(base.key))})",
         words.counted(base.parameters, "parameter"),
     ]
     if base.revision:

@@ -254,7 +254,7 @@ def _base_findings(report: Report, width: int) -> list[Line]:
     shown: list[Line] = []
     for base in report.bases:
         if base.findings:
-            title = cut(f"base {words.model_name(base)} ({words.precision(base)})", width)
+            title = cut(f"base {words.model_name(base.key)} ({words.precision(base.key)})", width)
             shown += [_BLANK, ((title, Style.STRONG),)]
             shown += [line for found, more in words.grouped(base.findings) for line in _also(found, more, width)]
     return shown

@@ -12,13 +12,13 @@ other format. Adapters are the same where name, base, dtype and quantisation are
 from __future__ import annotations
 
 import posixpath
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import ExitCode
 from merge_gate.records.report import AdapterReport, Environment, Report
-from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.records.terms import BaseKey, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.markdown import code, plain
 from merge_gate.report.wording.untrusted import inert, one_line
@@ -26,7 +26,8 @@ from merge_gate.report.wording.untrusted import inert, one_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Key = tuple[str, str | None, str, str]
+Key = tuple[str, BaseKey]
+"""An adapter's name and its base, at any revision."""
 
 
 class Kind(StrEnum):
@@ -92,7 +93,7 @@ def compare(old: Report, new: Report) -> Changes:
 
 def _key(adapter: AdapterReport) -> Key:
     model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base is base/
-    return adapter.name, model, adapter.base.dtype, adapter.base.quantization
+    return adapter.name, replace(adapter.base, model=model, revision=None)
 
 
 def _change(old: AdapterReport | None, new: AdapterReport | None) -> Change | None:

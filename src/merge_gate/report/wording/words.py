@@ -17,8 +17,8 @@ from merge_gate.text import listing
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from merge_gate.records.report import AdapterReport, BaseRef, BaseReport, Environment, Report
-    from merge_gate.records.terms import Finding
+    from merge_gate.records.report import AdapterReport, Environment, Report
+    from merge_gate.records.terms import BaseKey, Finding
 
 NAME_LIMIT = 200
 MESSAGE_LIMIT = 600
@@ -57,16 +57,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def precision(base: BaseRef | BaseReport) -> str:
+def precision(base: BaseKey) -> str:
     """bfloat16, or bfloat16, bnb-4bit."""
     if base.quantization == Quantization.NONE:
         return one_line(base.dtype, NAME_LIMIT)
     return f"{one_line(base.dtype, NAME_LIMIT)}, {one_line(base.quantization, NAME_LIMIT)}"
 
 
-def model_name(base: BaseRef | BaseReport) -> str:
+def model_name(base: BaseKey) -> str:
     """The base's name as the report shows it."""
-    return one_line(base.model, NAME_LIMIT) if base.model else "unknown base"
+    return one_line(base.name, NAME_LIMIT)
 
 
 def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
