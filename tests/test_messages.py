@@ -202,10 +202,19 @@ def of_other_releases() -> tuple[Row, ...]:
             break_=configure(frobnicate=3)),
         Row(name="unknown-type", check="not-judged", says=(),
             verdict=Verdict.ERROR, hint=(), break_=configure(peft_type="NEWLORA")),
+        Row(name="small-letters", check="not-judged", says=(),
+            verdict=Verdict.ERROR, hint=("'LORA'",), break_=configure(peft_type="lora")),
         Row(name="copies-differ", source="modules-to-save", check="keys-unexpected", break_=save_twice(0.5),
             says=("lm_head.modules_to_save.weight",),
             hint=("twice",)),
     )  # fmt: skip
+
+
+def of_machines_without_a_gpu() -> tuple[Row, ...]:
+    loftq = configure(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+    row = Row(name="loftq", check="not-judged", says=("'loftq'",), hint=("init_lora_weights",), verdict=Verdict.ERROR,
+              break_=loftq)  # fmt: skip
+    return () if torch.cuda.is_available() else (row,)
 
 
 def adapter_and_base() -> tuple[Row, ...]:
@@ -228,6 +237,9 @@ def adapter_and_base() -> tuple[Row, ...]:
         Row(name="regex-of-names", check="targets-not-found", origin=Origin.CONFIG,
             says=(),
             hint=(), break_=configure(target_modules="q_proj, v_proj")),
+        Row(name="regexes-in-a-list", check="targets-not-found", origin=Origin.CONFIG,
+            says=(),
+            hint=(), break_=configure(target_modules=[".*q_proj"])),
         Row(name="no-such-number", check="targets-not-found", origin=Origin.CONFIG,
             says=(),
             hint=(),
@@ -273,9 +285,13 @@ def adapter_and_base() -> tuple[Row, ...]:
 
 
 WORDED_IN_THE_ENGINE = {"not-mergeable", "targets-not-found", "shape-mismatch", "not-judged"}
-"""The sentences of the other checks are in the goldens of `tests/sources` and `tests/judging`."""
+"""The sentences of the other checks are in the goldens of `tests/files` and `tests/judging`."""
 
-ROWS = (*other_formats(), *files_gone_wrong(), *of_other_releases(), *adapter_and_base())
+WORDED = {"unknown-initialisation", "unknown-key"}
+WORDED_ELSEWHERE = {"path-of-the-trainer"}
+"""In the goldens of `tests/files`."""
+
+ROWS = (*other_formats(), *files_gone_wrong(), *of_other_releases(), *of_machines_without_a_gpu(), *adapter_and_base())
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -329,8 +345,8 @@ def test_the_cause_is_found_and_named(row: Row, told: Mapping[str, AdapterReport
         places = [text.find(word) for word in words]
         assert -1 not in places, (text, words)
         assert places == sorted(places), (text, words)
-    if row.check in WORDED_IN_THE_ENGINE or row.name == "unknown-initialisation":
-        wording(f"{finding.message}\n> {finding.hint}")
+    if (row.check in WORDED_IN_THE_ENGINE and row.name not in WORDED_ELSEWHERE) or row.name in WORDED:
+        wording(finding)
 
 
 def test_no_adapter_has_a_message_twice(told: Mapping[str, AdapterReport]) -> None:

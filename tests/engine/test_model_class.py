@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.models import Shelf
+    from tests.support.wording import Wording
+
 
 QV = {"r": 4, "target_modules": ["query", "value"]}
 
@@ -99,7 +101,7 @@ def test_a_head_of_any_task_has_the_labels_that_it_was_trained_with(tmp_path: Pa
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
-def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path, wording: Wording) -> None:
     base = shelf.base("bert-classifier")
     broken = tmp_path / "base"
     broken.mkdir()
@@ -109,9 +111,9 @@ def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     save_adapter(base, tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV))
     shape = shape_for(str(broken), preflight(str(tmp_path / "a"), allow_pickle=False))
-    with pytest.raises(EngineError, match=r"intermediate.*\[48.*needs \[40") as caught:
+    with pytest.raises(EngineError, match=r"intermediate.*\[48.*\[40") as caught:
         load_base(str(broken), shape=shape, label="b")
-    assert "report" not in caught.value.message
+    wording(caught.value)
 
 
 @pytest.mark.parametrize("base", ["bert", "bert-classifier"])
@@ -241,7 +243,7 @@ def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -
         save_on(text, tmp_path / "a")
         user, said = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
-    with pytest.raises(EngineError, match="holds none of the tensors of Gemma3ForCausalLM"):
+    with pytest.raises(EngineError, match="Gemma3ForCausalLM"):
         Gate().judge(tmp_path / "a", tmp_path / "base")
 
 
@@ -253,5 +255,5 @@ def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path
         (base / file.name).write_bytes(file.read_bytes())
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
-    with pytest.raises(EngineError, match=r"has an adapter_config\.json beside its weights"):
+    with pytest.raises(EngineError, match=r"adapter_config\.json"):
         Gate().judge(shelf.adapter("regex"), base)

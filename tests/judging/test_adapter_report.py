@@ -15,6 +15,7 @@ from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, spec
+from tests.support.wording import Wording
 
 NEVER_LOADED = ("file-missing", "file-lfs-pointer", "file-corrupt", "pickle-refused", "config-unsafe")
 
@@ -31,7 +32,7 @@ def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severi
     report = adapter_report.blocked(entry(check, severity))
     assert report is not None
     assert (report.verdict, report.cause) == (Verdict.ERROR, NOT_JUDGED)
-    assert any(f"not merged, since {check} was found" in finding.message for finding in report.findings)
+    assert any(check in finding.message for finding in report.findings if finding.check == NOT_JUDGED)
 
 
 @pytest.mark.parametrize("check", ["config-invalid", "keys-missing", "shape-mismatch"])
@@ -193,15 +194,16 @@ def test_a_type_that_is_a_novel_is_cut() -> None:
     assert adapter_report.checked(asked).peft_type == "x" * 2000 + "… (1,000 more)"
 
 
-def test_what_is_not_loaded_says_why_and_what_to_do() -> None:
+def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
     report = adapter_report.blocked(entry("file-corrupt", Severity.WARNING))
     assert report is not None
     lesser, why = report.findings
     assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
+    wording(why.message)
     assert why == Finding(
         check=NOT_JUDGED,
         severity=Severity.ERROR,
-        message="not merged, since file-corrupt was found (its severity in the config does not make it loadable)",
+        message=why.message,
         hint="h",
         origin=Origin.RUNTIME,
     )

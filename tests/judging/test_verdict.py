@@ -17,6 +17,7 @@ from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.support.judging.cases import base, files, spec
 from tests.support.properties import examples
+from tests.support.wording import Wording
 
 WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)
 
@@ -79,35 +80,34 @@ def test_what_a_merge_into_a_broken_base_shows_is_not_held_against_the_adapter(o
 
 
 @pytest.mark.parametrize(
-    ("coverage", "says"),
+    "coverage",
     [
-        (Coverage(), "the merged model has no parameters that could be checked"),
-        (Coverage(modules_merged=1), "the merged model has no parameters that could be checked"),
-        (Coverage(modules_merged=1, parameters_checked=63, parameters_total=64), "only 63 of 64"),
-        (Coverage(modules_merged=1, parameters_checked=65, parameters_total=64), "65 of 64"),
-        (Coverage(modules_merged=1, parameters_checked=0, parameters_total=64), "only 0 of 64"),
-        (Coverage(modules_merged=0, parameters_checked=64, parameters_total=64), "no module was merged"),
+        Coverage(),
+        Coverage(modules_merged=1),
+        Coverage(modules_merged=1, parameters_checked=63, parameters_total=64),
+        Coverage(modules_merged=1, parameters_checked=65, parameters_total=64),
+        Coverage(modules_merged=1, parameters_checked=0, parameters_total=64),
+        Coverage(modules_merged=0, parameters_checked=64, parameters_total=64),
     ],
 )
-def test_nothing_vacuous_passes(coverage: Coverage, says: str) -> None:
+def test_nothing_vacuous_passes(coverage: Coverage, wording: Wording) -> None:
     verdict, cause, found = decide((finding("headroom", Severity.WARNING),), coverage)
     assert (verdict, cause) == (Verdict.ERROR, NOT_JUDGED)
-    assert says in found[0].message
-    assert found[0].hint == "please report this, with the adapter's config"
+    wording(found[0])
 
 
 def test_a_gap_is_told_in_full_and_before_the_warnings() -> None:
     warned = finding("headroom", Severity.WARNING)
     coverage = Coverage(modules_merged=1, parameters_checked=1_000, parameters_total=1_100_048_384)
     _, _, (gap, *others) = decide((warned,), coverage)
-    assert gap.message == "only 1,000 of 1,100,048,384 parameters of the merged model were checked"
+    assert {"1,000", "1,100,048,384"} <= set(gap.message.split())
     assert others == [warned]
 
 
-def test_nothing_at_all_is_told_in_full() -> None:
-    assert decide((), Coverage())[2][0].message == "the merged model has no parameters that could be checked"
-    unmerged = Coverage(parameters_checked=64, parameters_total=64)
-    assert decide((), unmerged)[2][0].message == "no module was merged"
+def test_nothing_at_all_is_told_without_a_warning_too(wording: Wording) -> None:
+    for coverage in (Coverage(), Coverage(parameters_checked=64, parameters_total=64)):
+        (finding,) = decide((), coverage)[2]
+        wording(finding)
 
 
 # --- whatever the settings -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -46,10 +47,10 @@ class Wording:
         self._met: list[str] = []
 
     def __call__(self, *texts: object) -> None:
-        """Hold sentences against the golden. An error of the gate stands for its message and its hint."""
+        """Hold sentences against the golden. An error, a finding and a refusal stand for their message and hint."""
         for text in texts:
-            hint = getattr(text, "hint", "")
-            self._met.append(self._plain(f"{text}\n> {hint}\n" if hint else f"{text}\n"))
+            message, hint = getattr(text, "message", text), getattr(text, "hint", "")
+            self._met.append(self._plain(f"{message}\n> {hint}\n" if hint else f"{message}\n"))
         if not os.environ.get("UPDATE_GOLDENS"):
             expected = (self._expected or "").split(BETWEEN)
             assert self._met == expected[: len(self._met)], "look at the difference, then run with UPDATE_GOLDENS=1"
@@ -66,4 +67,6 @@ class Wording:
         for found in sorted(self._replaced, key=len, reverse=True):
             text = text.replace(found, self._replaced[found])
         text = re.sub(r'<temporary>[^"]*…', "<temporary>…", text.replace("\0", "\\0"))  # cut to a length
+        for name in ("PEFT", "transformers"):
+            text = text.replace(f"{name} {version(name)}", f"{name} <version>")
         return re.sub(r"\b(127\.0\.0\.1|localhost):\d+", r"\1:<port>", text)
