@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.cache import keeper
-from merge_gate.cache.keeper import Keeping
+from merge_gate.cache import device_lookup
+from merge_gate.cache.verdict_cache import CacheOptions
 from merge_gate.config.load_config import load_config
 from merge_gate.earlier_reports import PREVIOUS, RESUMED
 from merge_gate.records.terms import Result, Verdict
@@ -71,9 +71,9 @@ def everyone(report: Report) -> set[str]:
 
 def run(place: Path, *only: str, view: View | None = None, fresh: bool = False) -> Report:
     """A run in this process."""
-    keeping = Keeping(cache=str(place / "cache"), fresh=fresh)
+    cache = CacheOptions(directory=str(place / "cache"), reuse=not fresh)
     with contextlib.chdir(place):
-        report = run_gate(load_config("fleet.yml"), view=view, only=only, keeping=keeping)
+        report = run_gate(load_config("fleet.yml"), view=view, only=only, cache=cache)
     return read(render(report).encode(), "report.json")  # which rounds figures
 
 
@@ -115,7 +115,7 @@ def test_what_is_taken_over_is_in_every_format_before_anything_is_merged(copy: P
             seen.extend(name for name in FORMATS if "plain-1" in (copy / "out" / name).read_text(encoding="utf-8"))
 
     with contextlib.chdir(copy):
-        run_gate(load_config("fleet.yml"), output="out", view=Waiting(), keeping=Keeping(cache="cache"))
+        run_gate(load_config("fleet.yml"), output="out", view=Waiting(), cache=CacheOptions(directory="cache"))
     assert seen[: len(FORMATS)] == list(FORMATS)
 
 
@@ -197,12 +197,12 @@ def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker without a job says what it would merge on; the cache knows it until the machine starts anew."""
-    monkeypatch.setattr(keeper, "has_card", lambda: True)
+    monkeypatch.setattr(device_lookup, "has_card", lambda: True)
     first = run(copy, "plain-0")
     assert cached(first) == {"plain-0"}
     assert first.environment.device == "cpu"
     assert len(list((copy / "cache" / "devices").iterdir())) == 1
-    monkeypatch.setattr(keeper, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(device_lookup, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
     assert same(run(copy, "plain-0")) == same(first)
 
 

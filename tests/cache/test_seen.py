@@ -31,11 +31,11 @@ def bases(tmp_path: Path) -> SeenBases:
 
 
 def learn(bases: SeenBases, base: Path, *, later_s: float = 3.0) -> None:
-    bases.learned(str(base), base_identity(str(base)), DIGEST, time.time_ns() + round(later_s * 1e9))
+    bases.store(str(base), base_identity(str(base)), DIGEST, time.time_ns() + round(later_s * 1e9))
 
 
 def known(bases: SeenBases, base: Path) -> str | None:
-    return bases.known(str(base), base_identity(str(base)))
+    return bases.lookup(str(base), base_identity(str(base)))
 
 
 def test_an_unchanged_base_is_known(bases: SeenBases, base: Path) -> None:
@@ -97,7 +97,7 @@ def test_another_machine_knows_nothing(
     bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
 ) -> None:
     learn(bases, base)
-    monkeypatch.setattr(seen, "this_start", lambda: start)
+    monkeypatch.setattr(seen, "boot_id", lambda: start)
     assert known(bases, base) is None
 
 
@@ -116,18 +116,3 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base:
         store.put("bases", name, bad)
         assert known(bases, base) is None
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
-
-
-@pytest.mark.parametrize("said", ["\n", None])
-def test_a_system_that_does_not_say_its_start_vouches_for_nothing(
-    bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch, said: str | None
-) -> None:
-    assert seen.this_start(), "this machine says it"
-    file = base / "boot_id"
-    if said is not None:
-        file.write_text(said)
-    monkeypatch.setattr(seen, "Path", lambda _: file)
-    assert seen.this_start() is None
-    learn(bases, base)
-    monkeypatch.undo()
-    assert known(bases, base) is None, "nothing was noted"

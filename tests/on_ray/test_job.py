@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.errors import GateError
+from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import base_weight_files, digest_directory
@@ -157,16 +158,17 @@ def test_there_are_no_more_workers_than_tasks() -> None:
     assert [tasks for tasks, _ in needs(job(1), Node(id="a", cpus=8, gpus=0, memory_bytes=64 * GIB))] == [[0]]
 
 
-class Digests:
-    """The digests of bases, once somebody has waited for them."""
+class Watch(BaseWatch):
+    """Has the digests of bases once someone has waited for them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.waited = 0
 
     def wait(self) -> None:
         self.waited += 1
 
-    def of(self, directory: str) -> str | None:
+    def digest(self, directory: str) -> str | None:
         assert self.waited
         return f"digest of {directory}"
 
@@ -188,7 +190,7 @@ def test_only_other_machines_wait_for_the_digests_of_bases(
 
     monkeypatch.setattr(ray_cluster, "cluster", connect)
     events: list[Event] = []
-    judge_on_ray(address, job(1, 1), events.append, Digests())
+    judge_on_ray(address, job(1, 1), events.append, Watch())
     assert asked == [address]
     assert [base.sha256 for base in cluster.whole[0].bases] == digests
     assert sum(isinstance(event, Undecided) for event in events) == 2

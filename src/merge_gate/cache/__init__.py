@@ -1,1 +1,1 @@
-"""Verdicts of earlier runs: their key, the sealed store, and what a killed run has left."""
+"""Verdicts of earlier runs: their key, the sealed store, and the reports that `--resume` reads."""

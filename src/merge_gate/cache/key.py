@@ -1,10 +1,11 @@
-"""What decides a verdict, as one digest: the same key, the same verdict.
+"""The key of a verdict: one digest of everything that decides it, so the same key means the same verdict.
 
-In: an `Entry`, the digests of its base, the circumstances of the run. Out: `material`, every value that the verdict
-rests on as plain JSON, and `key_of`, its SHA-256. Names that only stand in the report (the adapter's name, its source,
-its line) are not in it, so that an adapter may move; names that findings speak of (the base's label) are.
+In: an `Entry`, the digests of its base, and the circumstances of the run. Out: `material`, every value that the verdict
+depends on as plain JSON, and `key_of`, its SHA-256.
 
-What an entry waited for is not in it either: time limits make `error`, and no such verdict is kept.
+The material lacks names that only the report shows (the adapter's name, its source, its line), so that an adapter may
+move. It has names that findings mention (the base's label). It lacks time limits: they make `error`, which is not
+stored.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from merge_gate.report.formats import fields
 from merge_gate.report.formats.json_report import SCHEMA_VERSION
 
 FORMAT = 1
-"""To be raised when the same material could mean another verdict."""
+"""Raise it when the same material could mean another verdict."""
 
 LIBRARIES = (
     "torch", "transformers", "peft", *dict.fromkeys(QUANTIZED_BY.values()), "accelerate", "safetensors", "numpy",
     "huggingface_hub",
 )  # fmt: skip
-"""Every package whose code takes part in a load, a merge or a measurement."""
+"""Every package whose code takes part in a load, a merge, or a measurement."""
 
 Json = Any
 
@@ -40,9 +41,9 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=F
 
 @record
 class Circumstances:
-    """What is the same for all entries of a run. `device` is what it merges on: `cpu`, or the card's own name."""
+    """What is the same for all entries of a run. `device` is `cpu` or the name of the card, None until it is known."""
 
-    device: str
+    device: str | None = None
     quick: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -54,12 +55,12 @@ def key_of(material: Json) -> str:
 
 
 def canonical(value: Json) -> bytes:
-    """JSON in the one spelling that is hashed."""
+    """JSON in the one form that is hashed."""
     return _CANONICAL.encode(value).encode()
 
 
 def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> Json:
-    """Everything that the verdict on an entry rests on."""
+    """Everything that the verdict on an entry depends on."""
     spec = entry.spec
     return {
         "format": FORMAT,
@@ -79,7 +80,7 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
 
 
 def _base(entry: Entry, content: BaseContent) -> Json:
-    """`asked` is what `base-mismatch` compares: its last part only, since a checkout may lie anywhere."""
+    """`asked` is what `base-mismatch` compares: the last part of a path only, since a checkout may be anywhere."""
     spec, found = entry.spec.base, entry.base
     return {
         "weights": content.weights,
@@ -97,7 +98,7 @@ def _base(entry: Entry, content: BaseContent) -> Json:
 
 
 def _files(one: AdapterFiles) -> Json:
-    """What PEFT reads of an adapter, and what the preflight says of it."""
+    """What PEFT reads of an adapter, and what the preflight reports about it."""
     return {
         "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in one.files],
         "findings": fields.dump(one.findings),
@@ -131,7 +132,7 @@ def _expect(expect: Expect | None) -> Json:
 
 @cache
 def libraries() -> dict[str, str | None]:
-    """The versions that decide, Python's and the machine's kind among them."""
+    """The versions that decide a verdict, with Python's and the kind of processor."""
     versions: dict[str, str | None] = {name: _version(name) for name in LIBRARIES}
     return versions | {"python": platform.python_version(), "machine": platform.machine()}
 
@@ -145,7 +146,7 @@ def _version(package: str) -> str | None:
 
 @cache
 def own_code() -> str:
-    """The digest of the gate's own source: two checkouts of one version need not judge alike."""
+    """The digest of the gate's own source: two checkouts of one version can reach different verdicts."""
     root = Path(merge_gate.__file__).parent
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     lines = (f"{hashlib.sha256((root / name).read_bytes()).hexdigest()}  {name}\n" for name in files)

@@ -1,7 +1,7 @@
-"""The verdicts of runs that were killed, and how another run goes on from them.
+"""The verdicts of runs that were killed, as a source of the cache (`--resume`).
 
-In: an output directory. Out: the verdicts of the reports in it, in `previous/`, and in its neighbors, by their keys. A
-run that goes on from them keeps them together in one file next to its report, so that a second kill loses nothing.
+In: an output directory. Out: the sealed verdicts in its reports and in those of `previous/`, `previous-2/`, and so on.
+While the new run continues, they are also in one file next to its report, so that a second kill loses nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from merge_gate.cache.verdicts import Line
+from merge_gate.cache.cached_verdict import CachedVerdict, is_sealed
 from merge_gate.earlier_reports import RESUMED, is_own, places
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
@@ -24,78 +24,72 @@ from merge_gate.text import listing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from merge_gate.records.report import AdapterReport, BaseReport, Report
+    from merge_gate.cache.seal import Seal
+    from merge_gate.records.report import Report
 
+Json = Any
 
 LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
 _NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so all is judged"
 
 
-class Left:
-    """The verdicts of earlier reports, by key. Each may rest on every base of the same name.
+class ResumedVerdicts:
+    """The verdicts in the earlier reports of one output directory.
 
-    `places` are the directories of these reports, `unusable` the files that could not be read.
+    A line of a report names its base, and several bases can have one name. The seal tells which of them is meant.
     """
 
-    def __init__(self, *reports: Report, places: tuple[Path, ...] = (), unusable: tuple[Path, ...] = ()) -> None:
-        self.places, self.unusable = places, unusable
-        self._reports = reports
-        self._lines: dict[str, list[Line]] = {}
-        for report in reports:
-            for adapter in report.adapters:
-                if adapter.judged is not None:
-                    lines = [Line(adapter=adapter, base=base) for base in report.bases if _is_on(adapter, base)]
-                    self._lines.setdefault(adapter.judged.key, []).extend(lines)
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def of(self, key: str) -> list[Line]:
-        """The verdicts with this key; their bases differ."""
-        return self._lines.get(key, [])
+    def __init__(self, directory: str, seal: Seal) -> None:
+        self._directory, self._seal = Path(directory), seal
+        self._reports: list[Report] = []
+        self._verdicts: dict[str, list[CachedVerdict]] = {}
+        used: list[Path] = []
+        damaged: list[Path] = []
+        for path in _reports_in(self._directory):
+            report = _read(path)
+            if report is None:
+                damaged.append(path)
+            elif self._add(report):
+                used.append(path.parent)
+        self.notes = [f"{path} is damaged, so none of its verdicts are reused" for path in damaged]
+        places_used = listing(str(place) for place in dict.fromkeys(used))
+        self.notes.append(_NOTHING if self.is_empty else f"--resume reuses the verdicts in {places_used}")
 
     @property
-    def notes(self) -> list[str]:
-        """Which reports the verdicts come from, and which could not be read."""
-        damaged = [f"{path} is damaged, so none of its verdicts are reused" for path in self.unusable]
-        if not self:
-            return [*damaged, _NOTHING]
-        return [*damaged, f"--resume reuses the verdicts in {listing(map(str, self.places))}"]
+    def is_empty(self) -> bool:
+        return not self._verdicts
 
-    def keep(self, directory: str) -> None:
-        """Write all of them to one file in `directory`, because the reports they come from will be replaced.
+    def find(self, key: str, material: Json) -> Iterator[CachedVerdict]:
+        """The verdicts with this key whose seal fits."""
+        return (judged for judged in self._verdicts.get(key, ()) if is_sealed(judged, material, self._seal))
+
+    def preserve(self) -> None:
+        """Write all verdicts to one file in the output directory, because a new run replaces their reports.
 
         Raises:
             UsageError: the file cannot be written.
         """
-        if not self:
+        if self.is_empty:
             return
-        first = self._reports[0]
         adapters = dict.fromkeys(one for report in self._reports for one in report.adapters if one.judged is not None)
         bases = dict.fromkeys(base for report in self._reports for base in report.bases)
-        union = replace(first, complete=False, adapters=tuple(adapters), bases=tuple(bases))
-        write_text(Path(directory, RESUMED), json_report.render(union))
+        union = replace(self._reports[0], complete=False, adapters=tuple(adapters), bases=tuple(bases))
+        write_text(self._directory / RESUMED, json_report.render(union))
 
-
-def _is_on(adapter: AdapterReport, base: BaseReport) -> bool:
-    return adapter.base == base.key
-
-
-def left_in(directory: str) -> Left:
-    """The verdicts in the reports at the top level of `directory` and in its directories of earlier reports."""
-    reports, used, unusable = [], [], []
-    for path in _reports_in(Path(directory)):
-        report = _read(path)
-        if report is None:
-            unusable.append(path)
-        elif any(one.judged is not None for one in report.adapters):
-            reports.append(report)
-            used.append(path.parent)
-    return Left(*reports, places=tuple(dict.fromkeys(used)), unusable=tuple(unusable))
+    def _add(self, report: Report) -> bool:
+        """Whether the report contains a verdict that can be reused."""
+        adapters = [one for one in report.adapters if one.judged is not None]
+        for adapter in adapters:
+            if adapter.judged is not None:
+                on = [CachedVerdict(adapter=adapter, base=base) for base in report.bases if adapter.base == base.key]
+                self._verdicts.setdefault(adapter.judged.key, []).extend(on)
+        if adapters:
+            self._reports.append(report)
+        return bool(adapters)
 
 
 def forget(directory: str) -> None:
-    """Remove the file that `Left.keep` wrote: the run came to its end."""
+    """Remove the file that `ResumedVerdicts.preserve` wrote, because the run is complete."""
     path = Path(directory, RESUMED)
     with suppress(OSError):
         if is_own(path):

@@ -1,7 +1,7 @@
-"""Whether what was written by an earlier run is what that run wrote.
+"""Seals: they show whether a stored verdict is what an earlier run wrote.
 
-In: a document's kind, name and bytes, and the secret that the environment may hold. Out: a seal, 64 hexadecimal digits:
-an HMAC (SHA-256) under the secret. Without a secret it is a digest that anybody can make: it tells damage, not forgery.
+In: a document's kind, name, and bytes, and the secret that the environment may contain. Out: a seal of 64 hexadecimal
+digits, an HMAC (SHA-256) under the secret. Without a secret it shows damage but not forgery: anyone can make it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_SECRET = b"merge-gate: no secret"
 
 
 class Seal:
-    """Makes seals, and knows its own."""
+    """Makes and verifies seals."""
 
     def __init__(self, secret: str = "") -> None:
         if secret and len(secret.encode()) < SHORTEST:
@@ -33,11 +33,11 @@ class Seal:
         self._key = hashlib.sha256(b"merge-gate seal\0" + secret.encode()).digest() if secret else _NO_SECRET
 
     def of(self, kind: str, name: str, body: bytes) -> str:
-        """The seal of a document under its name: under another one it does not fit."""
+        """The seal of a document. It does not fit if the document gets another name."""
         return hmac.new(self._key, f"{kind}/{name}\n".encode() + body, hashlib.sha256).hexdigest()
 
     def fits(self, seal: str, kind: str, name: str, body: bytes) -> bool:
-        """Whether this is the seal of that document."""
+        """Whether this is the seal of the document."""
         return hmac.compare_digest(self.of(kind, name, body).encode(), seal.encode("utf-8", "replace"))
 
 
@@ -45,6 +45,6 @@ def from_environment(environ: Mapping[str, str]) -> Seal:
     """The seal of this run.
 
     Raises:
-        UsageError: the secret is too short to be one.
+        UsageError: the secret is too short.
     """
     return Seal(environ.get(SECRET, ""))

@@ -1,22 +1,23 @@
-"""Digests of bases that are known, because nothing can have changed since they were taken on this machine.
+"""Digests of bases that earlier runs on this machine computed, of files that cannot have changed since.
 
-In: a base's directory, and the identity of its files. Out: the digest of its weights, or None: it must be read. A
-record holds where the files' bytes are the system's to vouch for:
+In: the directory of a base, and the identity of its files. Out: the digest of its weights, or None: then it has to be
+read. A record is valid under three conditions:
 
-1. Every file has its device, inode, size and times: a write changes the time of change, which no program sets back.
-2. It is the same start of the same machine: numbers of devices and inodes mean nothing elsewhere.
-3. The clock has not been set since, and no time was less than two seconds old when the digest was begun: a write within
-   the clock's own tick would not show.
+1. Each file has the same device, inode, size, and times. A write changes ctime, which no program can set back.
+2. The machine has not restarted: device and inode numbers mean nothing elsewhere.
+3. No one has set the clock since, and no time was less than two seconds old when hashing began. A write within one
+   tick of the clock would not show.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from merge_gate.cache.device_lookup import boot_id
 
 if TYPE_CHECKING:
     from merge_gate.cache.store import Store
@@ -27,22 +28,22 @@ Json = Any
 KIND = "bases"
 SETTLED_NS = 2_000_000_000
 CLOCK_DRIFT_S = 2.0
-"""The clock's own regulation stays below this; whoever sets it does not."""
+"""The system's own corrections of the clock stay below this. Setting the clock does not."""
 
 
 class SeenBases:
-    """The records of one cache directory. With `fresh` none is read."""
+    """The records of one cache directory. With `fresh`, they are only written."""
 
     def __init__(self, store: Store, *, fresh: bool = False) -> None:
         self._store, self._fresh = store, fresh
 
-    def known(self, directory: str, identity: tuple[FileIdentity, ...]) -> str | None:
+    def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> str | None:
         """The digest of the weights in `directory`, whose files have this identity now."""
-        machine = this_start()
-        if self._fresh or machine is None:
+        boot = boot_id()
+        if self._fresh or boot is None:
             return None
         record = self._store.get(KIND, _name(directory))
-        if not isinstance(record, dict) or record.get("machine") != machine:
+        if not isinstance(record, dict) or record.get("machine") != boot:
             return None
         offset, digest = record.get("offset_s"), record.get("sha256")
         if not isinstance(offset, float) or abs(offset - clock_offset_s()) > CLOCK_DRIFT_S:
@@ -51,32 +52,25 @@ class SeenBases:
             return None
         return digest if isinstance(digest, str) and len(digest) == hashlib.sha256().digest_size * 2 else None
 
-    def learned(self, directory: str, identity: tuple[FileIdentity, ...], digest: str, began_ns: int) -> None:
-        """Note a digest that was begun at `began_ns` (of the clock of files), of files that had this identity then."""
-        machine = this_start()
-        newest = max((max(one.mtime_ns, one.ctime_ns) for one in identity), default=began_ns)
-        if machine is None or newest > began_ns - SETTLED_NS:
+    def store(self, directory: str, identity: tuple[FileIdentity, ...], digest: str, began_ns: int) -> None:
+        """Store a digest. Hashing began at `began_ns` (by the clock of files), when the files had this identity."""
+        boot = boot_id()
+        newest = max((max(file.mtime_ns, file.ctime_ns) for file in identity), default=began_ns)
+        if boot is None or newest > began_ns - SETTLED_NS:
             return
-        record = {"machine": machine, "offset_s": clock_offset_s(), "files": _as_json(identity), "sha256": digest}
+        record = {"machine": boot, "offset_s": clock_offset_s(), "files": _as_json(identity), "sha256": digest}
         self._store.put(KIND, _name(directory), record)
 
 
 def _as_json(identity: tuple[FileIdentity, ...]) -> Json:
-    return [list(astuple(one)) for one in identity]
+    return [list(astuple(file)) for file in identity]
 
 
 def _name(directory: str) -> str:
-    """The real path, as a digest: a cache that is shared tells nobody how a machine's disks are laid out."""
+    """A digest of the real path, so that a shared cache does not show the layout of a disk."""
     return hashlib.sha256(str(Path(directory).resolve()).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def this_start() -> str | None:
-    """What tells this start of this machine from every other; None where the system does not say."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or None
-    return None
-
-
 def clock_offset_s() -> float:
-    """How far the clock of files is ahead of the one that nobody can set."""
+    """How far the clock of files is ahead of the one that no one can set."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

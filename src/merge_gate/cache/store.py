@@ -1,9 +1,7 @@
-"""A directory of sealed documents that several runs share; whoever can write to it is not trusted with more than that.
+"""A directory of sealed documents that several runs share, and that others may write to.
 
-In: a directory, a seal. Out: documents by kind and name, or None: one that is absent, damaged, sealed by another
-secret, too large, a link or no plain file is not there. Each is written whole or not at all: to a name of its own, then
-renamed. Without a sync: what a crash of the machine leaves half-written has no seal that fits. Knows nothing of what
-they say.
+In: a directory and a seal. Out: documents by kind and name. A document is None if it is absent, damaged, too large,
+sealed with another secret, or not a regular file.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.cache.key import canonical
 from merge_gate.errors import UsageError
+from merge_gate.records.terms import record
 from merge_gate.report.formats.fields import UnreadableError
 from merge_gate.report.formats.json_report import parsed
 from merge_gate.whole_file import whole_file
@@ -32,25 +31,33 @@ Json = Any
 
 KINDS = ("verdicts", "bases", "devices")
 LONGEST_BYTES = 1 << 26
-"""A document that is longer is none."""
+"""A longer file is not read."""
 ABANDONED_S = 86_400.0
-"""Unfinished files that are older are of runs that were killed."""
+"""Older unfinished files are from runs that were killed."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
-"""The names that `whole_file` writes to. Users may keep other hidden files in a directory of the same name."""
+"""The names that `whole_file` writes to. Users may have other hidden files in the directory."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
+@record
+class SealedDocument:
+    """A document and the seal that fits it."""
+
+    seal: str
+    document: Json
+
+
 class Store:
-    """The documents of one directory, which is made if absent. `notify` is told, once, that nothing can be written."""
+    """The documents of one directory, which is created if absent. `notify` gets one line if nothing can be written."""
 
     def __init__(self, directory: str, seal: Seal, notify: Callable[[str], None]) -> None:
         self._directory, self._seal, self._notify = directory, seal, notify
         self._folders: dict[str, int] = {}
-        self._is_told = False
+        self._has_notified = False
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             for kind in KINDS:
@@ -63,7 +70,7 @@ class Store:
             ) from error
 
     def _open(self, folder: Path) -> None:
-        """A kind that is absent where nothing may be written stays absent."""
+        """Without permission to write, a missing folder stays missing."""
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
@@ -73,12 +80,12 @@ class Store:
         self._folders[folder.name] = os.open(folder, _FOLDER)
 
     def close(self) -> None:
-        """Let go of the directory; may be called more than once."""
+        """Release the directory. It may be called more than once."""
         while self._folders:
             os.close(self._folders.popitem()[1])
 
     def is_empty(self, kind: str) -> bool:
-        """Whether there is nothing of this kind."""
+        """Whether there is no document of this kind."""
         folder = self._folders.get(kind)
         if folder is None:
             return True
@@ -88,22 +95,24 @@ class Store:
     def get(self, kind: str, name: str) -> Json | None:
         """The document, or None."""
         found = self.get_sealed(kind, name)
-        return found[1] if found is not None else None
+        return found.document if found is not None else None
 
-    def get_sealed(self, kind: str, name: str) -> tuple[str, Json] | None:
-        """The document, with the seal that fits it before it; or None."""
+    def get_sealed(self, kind: str, name: str) -> SealedDocument | None:
+        """The document with its seal, or None."""
         folder = self._folders.get(kind)
         if folder is None or not _NAME.fullmatch(name):
             return None
         try:
-            seal, _, body = _read(folder, name).partition(b"\n")
-            mark = seal.decode("ascii")
-            return (mark, parsed(body)) if self._seal.fits(mark, kind, name, body) else None
+            line, _, body = _read(folder, name).partition(b"\n")
+            seal = line.decode("ascii")
+            if not self._seal.fits(seal, kind, name, body):
+                return None
+            return SealedDocument(seal=seal, document=parsed(body))
         except (OSError, UnicodeDecodeError, UnreadableError):
             return None
 
     def put(self, kind: str, name: str, document: Json) -> None:
-        """Write a document, in the place of one that is there."""
+        """Write or replace a document, whole or not at all. It needs no sync: a damaged file has no seal that fits."""
         folder = self._folders.get(kind)
         body = canonical(document)
         try:
@@ -112,10 +121,10 @@ class Store:
             with whole_file(Path(name), folder=folder) as file:
                 file.write(self._seal.of(kind, name, body).encode() + b"\n" + body)
         except OSError as error:
-            self._tell(error)
+            self._notify_once(error)
 
     def tidy(self) -> None:
-        """Remove what runs that were killed have left unfinished, a day ago or longer."""
+        """Remove unfinished files of killed runs that are older than a day."""
         for folder in self._folders.values():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
@@ -125,13 +134,13 @@ class Store:
                         if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_S:
                             os.unlink(entry.name, dir_fd=folder)
 
-    def _tell(self, error: OSError) -> None:
-        if not self._is_told:
+    def _notify_once(self, error: OSError) -> None:
+        if not self._has_notified:
             self._notify(
                 f"cannot write to the cache directory {self._directory}: {error.strerror or error}; "
                 "verdicts of this run are not kept there"
             )
-        self._is_told = True
+        self._has_notified = True
 
 
 def _read(folder: int, name: str) -> bytes:

@@ -13,7 +13,7 @@ from merge_gate.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from merge_gate.cache.keeper import Keeping
+    from merge_gate.cache.verdict_cache import CacheOptions
     from merge_gate.records.config import Config
     from merge_gate.records.report import Report
     from merge_gate.worker.process import WorkerProcess
@@ -44,12 +44,12 @@ def gate_adapters(
     *,
     quick: bool = False,
     shard: tuple[int, int] | None = None,
-    keeping: Keeping | None = None,
+    cache: CacheOptions | None = None,
     ray: str | None = None,
     child: WorkerProcess | None = None,
     begins: Callable[[], object] = lambda: None,
 ) -> Report:
-    from merge_gate.cache.keeper import NOTHING
+    from merge_gate.cache.verdict_cache import CacheOptions
     from merge_gate.run.flow import run_gate
     from merge_gate.run.view import make_view
 
@@ -62,7 +62,7 @@ def gate_adapters(
             only=only,
             quick=quick,
             shard=shard,
-            keeping=keeping or NOTHING,
+            cache=cache or CacheOptions(),
             ray=ray,
             child=child,
             begins=begins,

@@ -18,7 +18,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.text import one_of
 
 if TYPE_CHECKING:
-    from merge_gate.cache.keeper import Keeping
+    from merge_gate.cache.verdict_cache import CacheOptions
     from merge_gate.worker.process import WorkerProcess
 
 
@@ -88,13 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            keeping = _keeping(arguments)
-
-            def begins() -> None:
-                if keeping.left is not None:
-                    keeping.left.keep(arguments.output)
-                earlier.replace_previous()
-
+            cache = _cache_options(arguments)
             report = gate_adapters(
                 config,
                 arguments.device,
@@ -102,10 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
                 tuple(arguments.only),
                 quick=arguments.quick,
                 shard=_shard(arguments),
-                keeping=keeping,
+                cache=cache,
                 ray=_ray(arguments),
                 child=child,
-                begins=begins,
+                begins=earlier.replace_previous,
             )
             forget(arguments.output)
             return exit_code(report)
@@ -173,15 +167,13 @@ def _in_container(arguments: argparse.Namespace) -> int:
     return run_in_container(run, write)
 
 
-def _keeping(arguments: argparse.Namespace) -> Keeping:
-    """Which verdicts of earlier runs count, and where those of this one are kept."""
-    from merge_gate.cache.keeper import Keeping
-    from merge_gate.cache.resume import left_in
+def _cache_options(arguments: argparse.Namespace) -> CacheOptions:
+    from merge_gate.cache.verdict_cache import CacheOptions
 
     if arguments.resume and arguments.no_cache:
         raise UsageError("--no-cache judges anew, and --resume does not", hint="give one of them")
-    left = left_in(arguments.output) if arguments.resume else None
-    return Keeping(cache=arguments.cache, fresh=arguments.no_cache, left=left)
+    resume = arguments.output if arguments.resume else None
+    return CacheOptions(directory=arguments.cache, reuse=not arguments.no_cache, resume=resume)
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from merge_gate.errors import GateError
+from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import Cluster, LostError, Needs, Node
@@ -59,24 +60,16 @@ class _Worker:
     losses: int = 0
 
 
-class Digests(Protocol):
-    """The digests of bases, which are taken beside the run."""
-
-    def wait(self) -> None: ...
-
-    def of(self, directory: str) -> str | None: ...
-
-
-def judge_on_ray(address: str, job: Job, listen: Listener, digests: Digests) -> None:
-    """Run a job on the cluster at `address`; on one of this machine where that is `LOCAL`.
+def judge_on_ray(address: str, job: Job, listen: Listener, watch: BaseWatch) -> None:
+    """Run a job on the cluster at `address`, or on one that is started on this machine if that is `LOCAL`.
 
     Raises:
         GateError: there is no such cluster.
     """
 
     def digest_of(directory: str) -> str | None:
-        digests.wait()
-        return digests.of(directory)
+        watch.wait()
+        return watch.digest(directory)
 
     with ray_cluster.cluster(address) as cluster:
         run_on(cluster, job, listen, None if address == ray_cluster.LOCAL else digest_of)

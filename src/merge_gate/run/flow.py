@@ -6,11 +6,11 @@ measures.
 
 1. Names become directories, and the adapters' files are judged on their own.  files/prepare.py,
 judging/adapter_report.py
-2. What an earlier run has judged is taken over.                                cache/standing.py
+2. Verdicts that an earlier run reached on the same bytes are reused.           cache/verdict_cache.py
 3. What is left is grouped by base, dtype and quantisation.                     worker/grouping.py
 4. A worker merges; each evidence becomes findings, a verdict and a report.  worker/supervisor.py,
 judging/adapter_report.py
-5. Verdicts on a base that has changed are withdrawn; the rest is the report.   cache/standing.py, tally.py
+5. Verdicts on a base that has changed are void; the rest is the report.        files/base_watch.py, tally.py
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, assert_never
 
-from merge_gate.cache.keeper import NOTHING, Keeper, Keeping, base_directory
-from merge_gate.cache.standing import Standing
-from merge_gate.cache.verdicts import Line
+from merge_gate.cache.cached_verdict import CachedVerdict
+from merge_gate.cache.device_lookup import MergeDevice, ask_worker
+from merge_gate.cache.key import Circumstances
+from merge_gate.cache.verdict_cache import Cache, CacheOptions
 from merge_gate.config.suggestions import nearest
 from merge_gate.errors import GateError, UsageError
+from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry
-from merge_gate.records.measured import Evidence
+from merge_gate.records.measured import Evidence, Refusal
 from merge_gate.records.report import AdapterReport, Report, Shard
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import Origin, Quantization
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.run.hourly_log import Hourly
@@ -45,6 +47,7 @@ from merge_gate.text import listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.pinned import base_changed
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import supervise
@@ -62,7 +65,7 @@ def run_gate(
     only: tuple[str, ...] = (),
     quick: bool = False,
     shard: tuple[int, int] | None = None,
-    keeping: Keeping = NOTHING,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 - it is frozen
     ray: str | None = None,
     child: WorkerProcess | None = None,
     begins: Callable[[], object] = lambda: None,
@@ -70,8 +73,8 @@ def run_gate(
     """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
 
     Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
-    weight where it proves every value finite and small (engine/blocks/bound.py). `keeping` says which verdicts of
-    earlier runs are taken over, and where those of this one are kept. `ray` is the address of a Ray cluster that
+    weight where it proves every value finite and small (engine/blocks/bound.py). `cache` says which verdicts
+    of earlier runs are reused, and where those of this one are stored. `ray` is the address of a Ray cluster that
     merges (on_ray/ ray_cluster.py), None for a worker process here. `child` is one that was started before the config
     was known. `begins` is called once no usage error can follow, before the first report is written.
 
@@ -85,10 +88,13 @@ def run_gate(
     if shard is not None:
         specs, part = part_of(config, specs, *shard, quick=quick)
     view = view or SilentView()
-    with contextlib.closing(
-        Keeper(config, keeping, device=device, quick=quick, environ=os.environ, notify=view.note)
-    ) as keeper:
-        run = _Run(config, specs, part, keeper, device=device, output=output, view=view, ray=ray)
+    circumstances = Circumstances(
+        quick=quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+    )
+    with contextlib.closing(Cache(cache, circumstances, device=device, environ=os.environ, notify=view.note)) as opened:
+        run = _Run(config, specs, part, opened, device=device, output=output, view=view, ray=ray)
+        if opened.resumed is not None:
+            opened.resumed.preserve()
         begins()
         return run.run(quick=quick, child=child)
 
@@ -132,7 +138,7 @@ class _Run:
         config: Config,
         specs: tuple[AdapterSpec, ...],
         shard: Shard | None,
-        keeper: Keeper,
+        cache: Cache,
         *,
         device: str,
         output: str | None,
@@ -140,9 +146,9 @@ class _Run:
         ray: str | None,
     ) -> None:
         self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
-        self._ray, self._keeper, self._digests = ray, keeper, keeper.digests
-        self._tally = Tally(config, shard, device=device, digest_of=self._digests.of)
-        self._standing = Standing(keeper)
+        self._ray, self._cache, self._watch = ray, cache, BaseWatch(cache.seen_bases)
+        self._tally = Tally(config, shard, device=device, watch=self._watch)
+        self._unstored: dict[int, CachedVerdict] = {}
         self._writer = ReportWriter(output, view.note)
         self._hourly = Hourly()
         self._groups: tuple[Group, ...] = ()
@@ -160,7 +166,7 @@ class _Run:
                 if self._ray is None:
                     supervise(self._job(), self._on_event, importing)
                 elif self._groups:
-                    judge_on_ray(self._ray, self._job(), self._on_event, self._digests)
+                    judge_on_ray(self._ray, self._job(), self._on_event, self._watch)
                 return self._finish()
         except BaseException:
             if not self._finished:
@@ -179,17 +185,17 @@ class _Run:
             return contextlib.nullcontext(child)
         if child is not None:
             child.end()
-        if self._specs and not self._keeper.looks_back and self._ray is None:
+        if self._specs and not self._cache.may_hit and self._ray is None:
             return WorkerProcess(quantizes=quantizes)
         return contextlib.nullcontext()
 
     def _prepare(self, *, quick: bool) -> None:
         """Stages 1 to 3: what is left to merge is in `_groups`."""
         to_merge = dict(self._loadable())
-        for index, line in self._standing.take_over(to_merge):
-            self._take_over(index, to_merge.pop(index), line)
+        self._reuse(to_merge)
         self._groups = group_by_base(to_merge.items(), quick=quick)
-        self._standing.merging(self._groups)
+        for group in self._groups:
+            self._watch.start(group.directory)
         free_bytes = MemoryGroup().free_bytes()
         for group in self._groups:
             weights = group.files.weights if group.files is not None else ()
@@ -213,13 +219,29 @@ class _Run:
                 self._tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
 
-    def _take_over(self, index: int, entry: Entry, line: Line) -> None:
-        """An earlier run has judged this entry."""
-        self._tally.merged_on(self._keeper.device, self._keeper.device_name)
-        self._tally.use(base_directory(entry), line.base, index)
-        self._tally.settle(index, line.adapter)
-        self._writer.changed()
-        self._view.adapter_done(line.adapter)
+    def _reuse(self, to_merge: dict[int, Entry]) -> None:
+        """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
+        if not self._cache.may_hit:
+            return
+        device = self._cache.known_device() or ask_worker(self._device)  # may start a process
+        if device is None:
+            return  # the run's own worker reports why
+        self._cache.set_device(device)
+        for entry in to_merge.values():
+            self._watch.start(base_directory(entry))
+        self._watch.wait()
+        for index, entry in list(to_merge.items()):
+            directory = base_directory(entry)
+            content = self._watch.content(directory)
+            cached = self._cache.lookup(entry, content) if content is not None else None
+            if cached is not None:
+                del to_merge[index]
+                self._watch.reused(directory, index)
+                self._tally.merged_on(device.device, device.name)
+                self._tally.use(directory, cached.base, index)
+                self._tally.settle(index, cached.adapter)
+                self._writer.changed()
+                self._view.adapter_done(cached.adapter)
 
     def _job(self) -> Job:
         return Job(
@@ -239,7 +261,7 @@ class _Run:
             case protocol.BaseLoaded():
                 group = self._groups[event.group]
                 self._tally.use(group.directory, adapter_report.of_base(event.facts, group.files), event.task)
-                self._standing.loaded(event)
+                self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
                 self._view.base_loaded(event.facts, event.seconds)
             case protocol.MergeStarted():
                 self._catch_up()
@@ -281,14 +303,14 @@ class _Run:
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self._tally.sandbox.missing:
             self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
-        self._keeper.device_chosen(event)
+        self._cache.set_device(MergeDevice(device=event.device, name=event.device_name))
         self._tally.merged_on(event.device, event.device_name, event.sandbox)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
         report = adapter_report.merged(entry, evidence)
         base = adapter_report.of_base(evidence.base, entry.base_files)
-        self._standing.reached(index, entry, Line(adapter=report, base=base))
+        self._unstored[index] = CachedVerdict(adapter=report, base=base)
         self._settle(index, report)
 
     def _settle(self, index: int, report: AdapterReport) -> None:
@@ -299,26 +321,41 @@ class _Run:
         self._view.adapter_done(report)
 
     def _catch_up(self, *, at_once: bool = False) -> None:
-        """What is due by now: verdicts to keep, a line in the log, a provisional report."""
-        self._keep()
+        """What is due by now: verdicts to store, a line in the log, a provisional report."""
+        self._store_verdicts()
         if self._hourly.is_due:
             self._view.note(self._hourly.said(self._tally.judged, self._tally.total, self._tally.failed))
         self._writer.catch_up(self._tally.report, at_once=at_once)
 
-    def _keep(self) -> None:
-        for index, report in self._standing.kept():
-            self._tally.settle(index, report)
+    def _store_verdicts(self) -> None:
+        """Store the verdicts on bases whose digests are known by now; a digest may take longer than a merge."""
+        for index, judged in list(self._unstored.items()):
+            entry = self._tally.entries[index]
+            directory = base_directory(entry)
+            if self._watch.digest(directory) is None:
+                continue
+            del self._unstored[index]
+            content = self._watch.content(directory) if self._watch.is_unchanged(index) else None
+            report = self._cache.store(entry, judged, content) if content is not None else None
+            if report is not None:
+                self._tally.settle(index, report)
+
+    def _withdraw_void(self) -> None:
+        for indices in self._watch.void().values():
+            base = self._tally.entries[indices[0]].base
+            error = base_changed(base.name if base is not None else "")
+            refusal = Refusal(check=None, message=error.message, hint=error.hint, origin=Origin.BASE)
+            for index in indices:
+                self._tally.settle(index, adapter_report.withdrawn(self._tally.entries[index], refusal))
+            self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _finish(self) -> Report:
         """Stage 5."""
-        if not self._digests.are_taken:
+        if self._watch.is_hashing:
             self._catch_up(at_once=True)  # a large base may take minutes
-            self._digests.wait()
-        self._keep()
-        for fallen in self._standing.fallen():
-            for index in fallen.indices:
-                self._tally.settle(index, adapter_report.withdrawn(self._tally.entries[index], fallen.refusal))
-            self._view.note(f"{fallen.refusal.message}; the verdicts on it are withdrawn")
+            self._watch.wait()
+        self._store_verdicts()
+        self._withdraw_void()
         report = self._tally.report(complete=True)
         try:
             self._writer.write_last(report)

@@ -1,11 +1,10 @@
-"""What is known of a run by now, and the report that can be made of it at any moment.
+"""Collects a run's results, and builds a `Report` from them at any time.
 
-In: entries, their verdicts as they are reached, bases as they are loaded, the device. Out: counts, and a `Report`.
-Decides nothing, and knows neither files nor worker.
+In: entries, their verdicts as they are reached, bases as they are loaded, and the device. Out: counts and a `Report`.
 
-1. An entry has its place in the whole run's list, of which this run may be a shard.
-2. A base is listed once for each class that it was loaded as (one without a head has fewer parameters), at the place of
-   the first entry that was merged into it.
+1. An entry has its position in the whole run, of which this run may be a shard.
+2. A base is listed once for each class that it was loaded as, because one without a head has fewer parameters. Its
+   position is that of the first entry merged into it.
 """
 
 from __future__ import annotations
@@ -23,19 +22,16 @@ from merge_gate.records.terms import Verdict
 from merge_gate.shards.base_order import Used, in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
     from merge_gate.records.files import Entry
 
 
 class Tally:
-    """One run. `digest_of` knows the digest of the base in a directory, or None while it has not been taken."""
+    """The results of one run. The digests of its bases come from `watch`, as soon as they are known."""
 
-    def __init__(
-        self, config: Config, shard: Shard | None, *, device: str, digest_of: Callable[[str], str | None]
-    ) -> None:
-        self._config, self._shard, self._digest_of = config, shard, digest_of
+    def __init__(self, config: Config, shard: Shard | None, *, device: str, watch: BaseWatch) -> None:
+        self._config, self._shard, self._watch = config, shard, watch
         self._today = dt.datetime.now(dt.UTC).date()
         self._environment = _environment(device)
         self._reports: dict[int, AdapterReport] = {}
@@ -52,31 +48,31 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        return sum(one.verdict is Verdict.FAILED for one in self._reports.values())
+        return sum(report.verdict is Verdict.FAILED for report in self._reports.values())
 
     @property
     def sandbox(self) -> Sandbox:
         return self._environment.sandbox
 
     def merged_on(self, device: str, name: str, sandbox: Sandbox | None = None) -> None:
-        """Note what verdicts were reached on, and what the worker was kept from, where there is one."""
+        """Set the device of the report, and with a worker its sandbox."""
         self._environment = replace(
             self._environment, device=device, device_name=name, sandbox=sandbox or self._environment.sandbox
         )
 
     def settle(self, index: int, report: AdapterReport) -> None:
-        """The line of an entry, in the place of one that it had."""
+        """Set or replace the report of an entry."""
         self._reports[index] = report
 
     def use(self, directory: str, base: BaseReport, index: int) -> None:
-        """The entry was, or will be, merged into this base."""
+        """List a base, which this entry is merged into."""
         position = self._shard.positions[index] if self._shard is not None else index
         self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
 
     def report(self, *, complete: bool = False) -> Report:
-        """The report of now; `complete` where the run has come to its end."""
+        """The report so far; `complete` at the end of the run."""
         bases = in_order(
-            Used(base=replace(base, sha256=self._digest_of(directory)), position=position)
+            Used(base=replace(base, sha256=self._watch.digest(directory)), position=position)
             for (directory, base), position in self._bases.items()
         )
         adapters = tuple(self._reports[index] for index in sorted(self._reports))
@@ -87,9 +83,9 @@ class Tally:
             environment=self._environment,
             config_path=self._config.path,
             config_sha256=self._config.sha256,
-            bases=tuple(one.base for one in bases),
+            bases=tuple(used.base for used in bases),
             adapters=adapters,
-            shard=self._shard and replace(self._shard, bases_from=tuple(one.position for one in bases)),
+            shard=self._shard and replace(self._shard, bases_from=tuple(used.position for used in bases)),
             baseline=baseline,
         )
 

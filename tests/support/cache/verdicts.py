@@ -1,4 +1,4 @@
-"""An entry, and the line of the report that a run could have reached on it; no model is loaded."""
+"""An entry, and a verdict that a run could have reached on it; no model is loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.key import Circumstances, Json, material
-from merge_gate.cache.verdicts import Line
 from merge_gate.files.identity import identity_of
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry, FileRecord, Snapshot
@@ -59,8 +59,8 @@ def based_entry(place: Path) -> Entry:
     return replace(made, base=Snapshot(name="./b", directory=str(base)))
 
 
-def line(of: Entry, verdict: Verdict = Verdict.PASSED) -> Line:
-    """A passed line, or one that failed by NaN in the adapter."""
+def judged(of: Entry, verdict: Verdict = Verdict.PASSED) -> CachedVerdict:
+    """A passed verdict, or one that failed because of NaN in the adapter."""
     spec = of.spec
     failed = verdict is Verdict.FAILED
     adapter = AdapterReport(
@@ -79,7 +79,7 @@ def line(of: Entry, verdict: Verdict = Verdict.PASSED) -> Line:
         tensors=tensors(1),
     )
     base = BaseReport(model="./b", dtype="bfloat16", quantization=Quantization.NONE, sha256="d" * 64, parameters=9)
-    return Line(adapter=adapter, base=base)
+    return CachedVerdict(adapter=adapter, base=base)
 
 
 def material_of(of: Entry) -> Json:

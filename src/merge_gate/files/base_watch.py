@@ -1,0 +1,142 @@
+"""Watches the bases of a run: hashes each one in a thread, and names the verdicts that are void because a base changed.
+
+In: directories of bases, and the identity of the files that each base was loaded from. Out: the SHA-256 of each base,
+or None if it could not be computed, and at the end the entries whose base is not the one that was hashed and loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from merge_gate.files import resolve
+from merge_gate.files.identity import base_identity
+from merge_gate.records.files import BaseContent, Entry, FileIdentity
+
+_Identity = tuple[FileIdentity, ...]
+
+
+class RememberedDigests(Protocol):
+    """Digests that earlier runs computed, of files that cannot have changed since."""
+
+    def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> str | None:
+        """The digest of the weights in `directory`, if its files still have this identity."""
+
+    def store(self, directory: str, identity: tuple[FileIdentity, ...], digest: str, began_ns: int) -> None:
+        """Remember a digest. Hashing began at `began_ns`, when the files had this identity."""
+
+
+class BaseWatch:
+    """The bases of one run, by directory. Each is hashed once, while the worker imports, loads, and merges."""
+
+    def __init__(self, remembered: RememberedDigests | None = None) -> None:
+        self._remembered = remembered
+        self._threads: dict[str, threading.Thread] = {}
+        self._hashed: dict[str, _Identity] = {}
+        self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
+        self._loads: dict[int, tuple[str, set[_Identity]]] = {}
+
+    # --- digests ---------------------------------------------------------------------------------------------------
+
+    def start(self, directory: str) -> None:
+        """Start to hash the base in `directory`, unless it was started before."""
+        if directory not in self._threads:
+            thread = threading.Thread(target=self._hash, args=(directory,), daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread is available: the report lacks this digest
+                thread.start()
+                self._threads[directory] = thread
+
+    def wait(self) -> None:
+        """Wait until every base that was started is hashed."""
+        for thread in self._threads.values():
+            thread.join()
+
+    @property
+    def is_hashing(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads.values())
+
+    def digest(self, directory: str) -> str | None:
+        """The digest of the weights, if it is known by now."""
+        return self._digests[directory][0] if directory in self._digests else None
+
+    def content(self, directory: str) -> BaseContent | None:
+        """The digests of all that the base contains; None if one is missing, or if the files have changed since."""
+        weights, settings = self._digests.get(directory, (None, None))
+        if weights is None or settings is None or not self._is_as_hashed(directory):
+            return None
+        return BaseContent(weights=weights, settings=settings)
+
+    # --- changes ---------------------------------------------------------------------------------------------------
+
+    def loaded(self, directory: str, identity: tuple[FileIdentity, ...], entries: Iterable[int]) -> None:
+        """The worker loaded the base from files of this identity; the verdicts on these entries depend on it."""
+        for entry in entries:
+            self._loads.setdefault(entry, (directory, set()))[1].add(identity)
+
+    def reused(self, directory: str, entry: int) -> None:
+        """The cached verdict on this entry depends on the files that were hashed."""
+        self.loaded(directory, self._hashed[directory], (entry,))
+
+    def is_unchanged(self, entry: int) -> bool:
+        """Whether the base of an entry was loaded, each time, from the files that were hashed and are still there."""
+        if entry not in self._loads:
+            return False
+        directory, identities = self._loads[entry]
+        return self._is_same(directory, identities, _identity_now(directory))
+
+    def void(self) -> dict[str, list[int]]:
+        """The entries whose verdicts are void, by the directory of the base that changed. Call `wait` first."""
+        now = {directory: _identity_now(directory) for directory, _ in self._loads.values()}
+        void: dict[str, list[int]] = {}
+        for entry, (directory, identities) in self._loads.items():
+            if not self._is_same(directory, identities, now[directory]):
+                void.setdefault(directory, []).append(entry)
+        return void
+
+    def _is_same(self, directory: str, identities: set[_Identity], now: _Identity | None) -> bool:
+        return {*identities, self._hashed.get(directory, now)} == {now}
+
+    def _is_as_hashed(self, directory: str) -> bool:
+        return self._hashed[directory] == _identity_now(directory)
+
+    def _hash(self, directory: str) -> None:
+        with contextlib.suppress(Exception):  # the worker reads the same files, and reports what is wrong with them
+            began_ns = time.time_ns()
+            identity = base_identity(directory)
+            self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
+            weights = self._remembered.lookup(directory, identity) if self._remembered else None
+            if weights is None:
+                weights = resolve.digest_directory(directory, resolve.base_weight_files(directory))
+                if self._remembered and self._is_as_hashed(directory):
+                    self._remembered.store(directory, identity, weights, began_ns)
+            self._digests[directory] = weights, _settings_digest(directory)
+
+
+def base_directory(entry: Entry) -> str:
+    """The directory of the base that an entry is merged into. Only entries that have a base are looked up or merged."""
+    if entry.base is None:
+        raise AssertionError("an entry without a base is settled before its base is used")
+    return entry.base.directory
+
+
+def _identity_now(directory: str) -> _Identity | None:
+    try:
+        return base_identity(directory)
+    except OSError:
+        return None
+
+
+def _settings_digest(directory: str) -> str | None:
+    """None if the base runs code of another repository, which no digest here covers."""
+    try:
+        config = json.loads(Path(directory, "config.json").read_bytes())
+        if "--" in json.dumps(config.get("auto_map") or {}):
+            return None
+        return resolve.digest_directory(directory, resolve.base_setting_files(directory))
+    except Exception:  # noqa: BLE001 - whatever it is, no verdict on this base is stored
+        return None

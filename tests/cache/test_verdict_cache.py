@@ -1,0 +1,179 @@
+"""A verdict that one run stores is a hit for another one, as long as base, adapter, secret, and device are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.cache.verdict_cache import Cache
+from merge_gate.records.files import Entry
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Verdict
+from merge_gate.report.formats.json_report import render
+from tests.support.cache.caches import CARD, CPU, is_hit, open_cache, store
+from tests.support.cache.verdicts import BASE, based_entry, entry, judged
+from tests.support.reports import report
+
+SECRET = "a secret of this test"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Entry:
+    return based_entry(tmp_path)
+
+
+@pytest.fixture
+def output(one: Entry, tmp_path: Path) -> Path:
+    """The output directory of a killed run that judged one adapter."""
+    with closing(open_cache(one, directory=False)) as cache:
+        adapter = store(cache, one)
+    return killed(tmp_path / "killed", adapter, one)
+
+
+def killed(output: Path, adapter: AdapterReport | None, one: Entry) -> Path:
+    assert adapter is not None
+    output.mkdir()
+    base = replace(judged(one).base, revision=adapter.base.revision)
+    (output / "report.json").write_text(render(report(adapter, complete=False, bases=(base,))))
+    return output
+
+
+def test_a_stored_verdict_is_a_hit(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        assert not cache.may_hit
+        assert not is_hit(cache, one)
+        stored = store(cache, one)
+        assert cache.may_hit
+    assert stored is not None
+    assert stored.judged is not None
+    with closing(open_cache(one)) as cache:
+        assert is_hit(cache, one)
+    with closing(open_cache(one, reuse=False)) as cache:
+        assert not cache.may_hit
+        assert not is_hit(cache, one)
+    with closing(open_cache(one, secret=SECRET)) as cache:
+        assert not is_hit(cache, one)
+
+
+def test_another_base_is_a_miss(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        store(cache, one)
+        for other in (replace(BASE, weights="0" * 64), replace(BASE, settings="0" * 64)):
+            assert cache.lookup(one, other) is None
+
+
+def test_without_a_directory_a_verdict_is_sealed_and_not_a_hit(one: Entry) -> None:
+    with closing(open_cache(one, directory=False)) as cache:
+        stored = store(cache, one)
+        assert not is_hit(cache, one)
+        assert cache.seen_bases is None
+    assert stored is not None
+    assert stored.judged is not None
+
+
+# --- earlier reports -------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_in_an_earlier_report_is_a_hit_without_a_cache_directory(
+    one: Entry, output: Path, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    with closing(open_cache(one, directory=False, resume=str(output), notify=notes.append)) as cache:
+        assert cache.may_hit
+        assert is_hit(cache, one)
+        other = entry(tmp_path / "other", data=b"other")
+        assert not is_hit(cache, replace(other, base=one.base))
+    with closing(
+        open_cache(one, directory=False, resume=str(output), secret=SECRET, notify=notes.append)
+    ) as distrustful:
+        assert not is_hit(distrustful, one)
+    assert len(notes) == 2
+    assert all(str(output) in note for note in notes)
+
+
+def test_an_earlier_report_is_used_next_to_a_cache_directory(one: Entry, output: Path) -> None:
+    with closing(open_cache(one, resume=str(output), notify=[].append)) as cache:
+        assert is_hit(cache, one)
+    with closing(open_cache(one, reuse=False, resume=str(output), notify=[].append)) as cache:
+        assert is_hit(cache, one)
+
+
+def test_a_verdict_on_another_commit_of_the_base_is_a_miss(one: Entry, tmp_path: Path) -> None:
+    """The seal fits whatever the line says; it must name this run's base."""
+    with closing(open_cache(one, directory=False)) as cache:
+        verdict = judged(one)
+        of_main = replace(verdict.adapter.base, revision="main")
+        moved = replace(
+            verdict,
+            adapter=replace(verdict.adapter, base=of_main),
+            base=replace(verdict.base, revision="main"),
+        )
+        output = killed(tmp_path / "killed", cache.store(one, moved, BASE), one)
+    with closing(open_cache(one, directory=False, resume=str(output), notify=[].append)) as cache:
+        assert cache.may_hit
+        assert not is_hit(cache, one)
+
+
+# --- what may not be stored ------------------------------------------------------------------------------------------
+
+
+def rewrite(one: Entry) -> None:
+    Path(one.members[0].directory, WEIGHTS).write_bytes(b"WEIGHTS")
+
+
+def remove(one: Entry) -> None:
+    Path(one.members[0].directory, WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize("change", [rewrite, remove])
+def test_an_adapter_that_changed_since_it_was_hashed_is_a_miss_and_not_stored(
+    one: Entry, change: Callable[[Entry], None]
+) -> None:
+    with closing(open_cache(one)) as cache:
+        assert store(cache, one) is not None
+        change(one)
+        assert store(cache, one) is None
+    with closing(open_cache(one)) as cache:
+        assert not is_hit(cache, one)
+
+
+def test_an_error_is_not_stored(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        assert store(cache, one, verdict=Verdict.ERROR) is None
+        assert not cache.may_hit
+
+
+def test_nothing_is_stored_and_all_is_a_miss_until_the_device_is_known(one: Entry) -> None:
+    with closing(open_cache(one, device=None)) as cache:
+        assert store(cache, one) is None
+        cache.set_device(CPU)
+        assert store(cache, one) is not None
+    with closing(open_cache(one, device=None)) as cache:
+        assert cache.may_hit
+        assert not is_hit(cache, one)
+
+
+def test_a_verdict_of_another_device_is_a_miss(one: Entry) -> None:
+    with closing(open_cache(one)) as cache:
+        assert store(cache, one) is not None
+    with closing(open_cache(one, requested="cuda", device=CARD)) as cache:
+        assert not is_hit(cache, one)
+    with closing(open_cache(one)) as cache:
+        assert is_hit(cache, one)
+
+
+def test_the_device_of_an_earlier_run_is_known(one: Entry) -> None:
+    def known(cache: Cache) -> bool:
+        with closing(cache):
+            return cache.known_device() == CARD
+
+    assert not known(open_cache(one, requested="cuda", device=None))
+    with closing(open_cache(one, requested="cuda", device=CARD)):
+        pass
+    assert known(open_cache(one, requested="cuda", device=None))
+    assert not known(open_cache(one, requested="cuda", device=None, secret=SECRET))

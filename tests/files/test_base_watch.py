@@ -1,0 +1,216 @@
+"""Bases are hashed once each, and a base that changes makes the verdicts on it void."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from merge_gate.files import base_watch
+from merge_gate.files.base_watch import BaseWatch, base_directory
+from merge_gate.files.identity import base_identity
+from merge_gate.files.resolve import base_setting_files, base_weight_files, digest_directory
+from merge_gate.records.files import BaseContent, FileIdentity
+from tests.support.cache.verdicts import based_entry
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    return str(tmp_path / "base")
+
+
+def hashed(base: str, watch: BaseWatch | None = None) -> BaseWatch:
+    watch = watch or BaseWatch()
+    watch.start(base)
+    watch.wait()
+    assert not watch.is_hashing
+    return watch
+
+
+class Memory:
+    """What an earlier run stored about one base, or nothing."""
+
+    def __init__(self, digest: str | None = None) -> None:
+        self.digest = digest
+        self.stored: list[str] = []
+
+    def lookup(self, _directory: str, _identity: tuple[FileIdentity, ...]) -> str | None:
+        return self.digest
+
+    def store(self, _directory: str, _identity: tuple[FileIdentity, ...], digest: str, _began_ns: int) -> None:
+        self.stored.append(digest)
+
+
+def weights_of(base: str) -> str:
+    return digest_directory(base, base_weight_files(base))
+
+
+def test_the_digests_of_a_base_are_known_once_it_is_hashed(base: str) -> None:
+    watch = BaseWatch()
+    assert watch.digest(base) is None
+    assert watch.content(base) is None
+    hashed(base, watch)
+    assert watch.digest(base) == weights_of(base)
+    settings = digest_directory(base, base_setting_files(base))
+    assert watch.content(base) == BaseContent(weights=weights_of(base), settings=settings)
+
+
+def test_a_base_is_hashed_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(base_watch, "base_identity", lambda directory: calls.append(directory) or ())
+    hashed(base, hashed(base))
+    assert calls == [base]
+
+
+def test_a_base_that_changes_after_it_was_hashed_has_no_content(base: str, tmp_path: Path) -> None:
+    watch = hashed(base)
+    (tmp_path / "base" / "README.md").write_text("not a file of the base")
+    assert watch.content(base) is not None
+    (tmp_path / "base" / "config.json").write_text('{"dtype": "float16"}')
+    assert watch.content(base) is None
+    assert watch.digest(base) == weights_of(base)
+
+
+@pytest.mark.parametrize(
+    "config", [json.dumps({"auto_map": {"AutoModel": "acme/code--modeling.Model"}}).encode(), b"{", None]
+)
+def test_a_base_whose_settings_are_not_all_here_has_no_content(config: bytes | None, base: str, tmp_path: Path) -> None:
+    """Code of another repository, a file that is not JSON, and one that is missing."""
+    file = tmp_path / "base" / "config.json"
+    file.unlink()
+    if config is not None:
+        file.write_bytes(config)
+    watch = hashed(base)
+    assert watch.digest(base) == weights_of(base)
+    assert watch.content(base) is None
+
+
+def test_a_base_that_cannot_be_hashed_has_no_digest(base: str, tmp_path: Path) -> None:
+    (tmp_path / "base" / "model.safetensors").unlink()
+    watch = hashed(base)
+    assert watch.digest(base) is None
+    assert watch.content(base) is None
+    assert hashed(str(tmp_path / "gone")).digest(str(tmp_path / "gone")) is None
+
+
+def test_without_a_thread_the_run_goes_on_without_the_digest(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert hashed(base).digest(base) is None
+
+
+def test_a_remembered_base_is_not_hashed_again(base: str) -> None:
+    memory = Memory("d" * 64)
+    watch = hashed(base, BaseWatch(memory))
+    assert watch.digest(base) == "d" * 64
+    assert watch.content(base) is not None
+    assert memory.stored == []
+
+
+def test_a_digest_is_remembered(base: str) -> None:
+    memory = Memory()
+    assert hashed(base, BaseWatch(memory)).digest(base) == weights_of(base)
+    assert memory.stored == [weights_of(base)]
+
+
+def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_and_hash(directory: str, names: tuple[str, ...]) -> str:
+        (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
+        return digest_directory(directory, names)
+
+    monkeypatch.setattr(base_watch.resolve, "digest_directory", write_and_hash)
+    memory = Memory()
+    watch = hashed(base, BaseWatch(memory))
+    assert memory.stored == []
+    assert watch.content(base) is None
+
+
+# --- changes ---------------------------------------------------------------------------------------------------------
+
+TASKS = (7, 8)
+
+
+def load(watch: BaseWatch, base: str) -> None:
+    """The worker reads the base as it is now."""
+    watch.loaded(base, base_identity(base), TASKS)
+
+
+def touch(base: str) -> None:
+    os.utime(Path(base, "model.safetensors"), ns=(1, 1))
+
+
+def test_a_base_that_stays_the_same_voids_nothing(base: str) -> None:
+    watch = BaseWatch()
+    assert not watch.is_unchanged(7), "it was not loaded"
+    load(watch, base)
+    assert watch.is_unchanged(7)
+    assert watch.void() == {}, "without a digest the identities are compared"
+    hashed(base, watch)
+    load(watch, base)
+    assert watch.is_unchanged(7)
+    assert watch.void() == {}
+
+
+def remove(base: str) -> None:
+    for file in Path(base).iterdir():
+        file.unlink()
+    Path(base).rmdir()
+
+
+CHANGES: dict[str, Callable[[BaseWatch, str], object]] = {
+    "before it is loaded": lambda watch, base: (hashed(base, watch), touch(base), load(watch, base)),
+    "after it was loaded": lambda watch, base: (load(watch, base), hashed(base, watch), touch(base)),
+    "between load and hash": lambda watch, base: (load(watch, base), touch(base), hashed(base, watch)),
+    "between two loads": lambda watch, base: (load(watch, base), touch(base), load(watch, base), hashed(base, watch)),
+    "by one file less": lambda watch, base: (
+        load(watch, base),
+        hashed(base, watch),
+        Path(base, "config.json").unlink(),
+    ),
+    "by its removal": lambda watch, base: (load(watch, base), hashed(base, watch), remove(base)),
+    "without a digest": lambda watch, base: (load(watch, base), touch(base)),
+}
+
+
+@pytest.mark.parametrize("when", CHANGES)
+def test_a_base_that_changes_voids_the_verdicts_on_it(base: str, when: str) -> None:
+    watch = BaseWatch()
+    CHANGES[when](watch, base)
+    assert not watch.is_unchanged(7)
+    assert watch.void() == {base: [*TASKS]}
+
+
+def test_a_cached_verdict_is_void_too(base: str) -> None:
+    watch = hashed(base)
+    watch.reused(base, 3)
+    assert watch.is_unchanged(3)
+    assert watch.void() == {}
+    touch(base)
+    assert watch.void() == {base: [3]}
+
+
+def test_a_load_of_other_files_voids_its_own_verdicts_only(base: str) -> None:
+    """Another machine of a Ray cluster reports at the end of its part that its copy of the base changed."""
+    watch = hashed(base)
+    load(watch, base)
+    watch.loaded(base, (), (9,))
+    assert watch.void() == {base: [9]}
+
+
+def test_an_entry_without_a_base_is_a_bug(tmp_path: Path) -> None:
+    one = based_entry(tmp_path)
+    assert base_directory(one) == str(tmp_path / "base")
+    with pytest.raises(AssertionError, match="settled before its base is used"):
+        base_directory(replace(one, base=None))
