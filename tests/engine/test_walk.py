@@ -168,7 +168,8 @@ def test_merges_that_draw_numbers_draw_them_in_the_order_of_the_walk(
             loaded.model.train()
             torch.manual_seed(0)
             one = walk.Walk(base=loaded_on, loaded=loaded, leeway=NO_LEEWAY)
-            one.run()
+            one.plan()
+            one.finish()
         return one.ledger.merges
 
     with one_after_another(monkeypatch):

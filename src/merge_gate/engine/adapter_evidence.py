@@ -7,7 +7,7 @@ In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusa
 3. Refuse what PEFT merges wrongly.                                    known_defects.py, custom_forward.py
 4. Say of each broken tensor of the file whether a merge reads it.     unused_tensors.py
 5. Say which layers do nothing until they are merged.                  unread_layers.py, direct_reads.py
-6. Merge, layer by layer: in blocks where PEFT bears witness.          walk.py, plan.py
+6. Merge, layer by layer: in blocks that PEFT cross-checks, or by PEFT. plan.py, one_pass.py, walk.py
 7. Account for every parameter and persistent buffer.                  ledger.py
 """
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -30,6 +30,7 @@ from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
 from merge_gate.engine.probes.unread_layers import unread_layers
@@ -43,6 +44,21 @@ from merge_gate.records.measured import NO_LEEWAY, Evidence, FileTensor, Leeway,
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """One adapter to merge, or a combination of its `members`.
+
+    `base` is loaded, and unchanged afterwards. `leeway` says which figures may be estimated instead of measured.
+    `progress` is called with layers merged, layers in all, and the layer's name.
+    """
+
+    base: Base
+    members: tuple[AdapterFiles, ...]
+    combine: Combine | None = None
+    leeway: Leeway = NO_LEEWAY
+    progress: Progress | None = None
+
+
 def merge_adapter(
     base: Base,
     files: AdapterFiles,
@@ -52,18 +68,10 @@ def merge_adapter(
 ) -> Evidence:
     """Merge one adapter into a scratch of the base and measure everything.
 
-    Args:
-        base: the loaded base; unchanged afterwards.
-        files: what the preflight read of the adapter.
-        leeway: which figures may be estimated instead of measured.
-        progress: called with layers merged, layers in all, and the layer's name.
-
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
-    return _evidence(
-        base, (files,), lambda weights: load_adapter(base, files, weights[0]), leeway=leeway, progress=progress
-    )
+    return merge(MergeRequest(base=base, members=(files,), leeway=leeway, progress=progress))
 
 
 def merge_combination(
@@ -75,105 +83,152 @@ def merge_combination(
     progress: Progress | None = None,
 ) -> Evidence:
     """Combine adapters by PEFT's `add_weighted_adapter`, then as `merge_adapter`."""
-    return _evidence(
-        base,
-        members,
-        lambda weights: combined(base, members, weights, combine),
-        leeway=leeway,
-        progress=progress,
-    )
+    return merge(MergeRequest(base=base, members=members, combine=combine, leeway=leeway, progress=progress))
 
 
-Weights = tuple[dict[str, torch.Tensor], ...]
+def merge(request: MergeRequest) -> Evidence:
+    """Merge one adapter, and again from the start if something read a tensor that had no values (hollow.py).
 
-
-def _evidence(
-    base: Base,
-    members: tuple[AdapterFiles, ...],
-    load: Callable[[Weights], Loaded],
-    *,
-    leeway: Leeway,
-    progress: Progress | None,
-) -> Evidence:
-    """What came of it; from the start again where something read a tensor that had no values (hollow.py).
-
-    That tensor has them for good from then on, so there is an end.
+    That tensor has values from then on, so there is an end.
     """
-    started = time.perf_counter()
     while True:
         try:
-            evidence = _attempt(base, members, load, leeway=leeway, progress=progress)
+            (evidence,) = _attempt((request,))
         except Exception:
-            if base.was_misread():
+            if request.base.was_misread():
                 continue
             raise
-        if not base.was_misread():
-            return replace(evidence, seconds=time.perf_counter() - started)
+        if not request.base.was_misread():
+            return evidence
 
 
-def _attempt(
-    base: Base,
-    members: tuple[AdapterFiles, ...],
-    load: Callable[[Weights], Loaded],
-    *,
-    leeway: Leeway,
-    progress: Progress | None,
-) -> Evidence:
-    known = Evidence(base=base.facts, peft_type=members[0].config.peft_type, parameters_total=base.facts.parameters)
+def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence, ...] | None:
+    """Merge several adapters in one pass over their bases.
+
+    None if that does not work: then each has to be merged by itself, which shows the one at fault.
+    """
     try:
-        weights = tuple(read_weights(files) for files in members)
-        measured = tuple(measure(tensor, name) for file in weights for name, tensor in file.items())
-        known = replace(known, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
-        with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-            # torch trusts the indices of a sparse tensor, and some methods take them from the file
-            warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
-            loaded = load(weights)
-            if loaded.is_first:  # no rule asks for values of an adapter
-                refuse_wrong_merges(loaded.model, loaded.config)
-            refuse_other_merges(base, loaded)
-            whole = written_whole(loaded.model, loaded.slots, loaded.state)
-            brought = set(whole.values())
-            riding = whole | _buffers(base, loaded)
-            unnamed = _unnamed(base, loaded, riding) if riding else ()
-            enlarged = _enlarged(base, loaded) - brought
-            known = replace(known, file_tensors=with_use(base, loaded, measured))
-            tokens = _tokens(loaded) if loaded.sharers else {}
-            known = replace(known, unread=unread_layers(base, loaded))
-            walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress)
-            walk.run()
-            differing = tuple(walk.differing)
-            if differing:  # PEFT's own merge alone decides
-                loaded = load(weights)
-                walk = Walk(base=base, loaded=loaded, leeway=leeway, progress=progress, in_blocks=False)
-                walk.run()
-            if not walk.layers_by_peft:
-                base.template = loaded.template
-    except Refused as refused:
-        return replace(known, refusal=refused.refusal)
-    merges = walk.ledger.merges
-    return replace(
-        known,
-        file_tensors=tuple(_with_place(one, merges) for one in known.file_tensors),
-        missing=tuple(name for arrival in loaded.arrivals for name in arrival.missing),
-        dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
-        unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
-        targeted=loaded.targeted,
-        merges=tuple(merges.values()),
-        shared=_shared(loaded),
-        tied=walk.ledger.tied(loaded.sharers, tokens),
-        mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
-        refused_by_safe_merge=tuple(walk.refused),
-        unnamed=unnamed,
-        initialised=tuple(sorted(enlarged | _made_up(base, brought | (merges.keys() - walk.adapted)))),
-        witnessed=tuple(walk.witnessed),
-        differing=differing,
-        layers_in_blocks=len(walk.blocks),
-        layers_by_peft=walk.layers_by_peft,
-        seed=loaded.seed,
-        parameters_checked=walk.ledger.checked,
-        parameters_bounded=sum(merge.bounded for merge in merges.values()),
-        parameters_total=walk.ledger.total,
-    )
+        evidence = _attempt(requests)
+    except Exception:  # including a lack of memory
+        evidence = None
+    misread = [request.base.was_misread() for request in requests]
+    return None if any(misread) else evidence
+
+
+def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence, ...]:
+    with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        # torch trusts the indices of a sparse tensor, and some methods take them from the file
+        warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
+        attempts = [_Attempt(request) for request in requests]
+        for attempt in attempts:
+            attempt.prepare()
+        walks = [attempt.walk for attempt in attempts if attempt.walk is not None]
+        started = time.perf_counter()
+        merge_planned(walks)
+        seconds = (time.perf_counter() - started) / max(1, len(walks))
+        return tuple(attempt.finish(seconds) for attempt in attempts)
+
+
+class _Attempt:
+    """One adapter on its way to `Evidence`: prepared (steps 1 to 5), merged in blocks with others, finished."""
+
+    def __init__(self, request: MergeRequest) -> None:
+        self.walk: Walk | None = None
+        self._request = request
+        self._seconds = 0.0
+        facts, kind = request.base.facts, request.members[0].config.peft_type
+        self._known = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+
+    def prepare(self) -> None:
+        """Steps 1 to 5; `walk` is None if the adapter is refused."""
+        with self._timed():
+            try:
+                self._prepare()
+            except Refused as refused:
+                self.walk, self._known = None, replace(self._known, refusal=refused.refusal)
+
+    def finish(self, seconds: float) -> Evidence:
+        """Steps 6 and 7; `seconds` is this adapter's part of the time that its blocks took."""
+        with self._timed():
+            try:
+                if self.walk is not None:
+                    self._finish(self.walk)
+            except Refused as refused:
+                self._known = replace(self._known, refusal=refused.refusal)
+        return replace(self._known, seconds=self._seconds + seconds)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def _load(self) -> Loaded:
+        request = self._request
+        if request.combine is not None:
+            return combined(request.base, request.members, self._weights, request.combine)
+        return load_adapter(request.base, request.members[0], self._weights[0])
+
+    def _prepare(self) -> None:
+        base = self._request.base
+        self._weights = tuple(read_weights(files) for files in self._request.members)
+        measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
+        self._known = replace(self._known, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
+        loaded = self._load()
+        if loaded.is_first:  # no rule asks for values of an adapter
+            refuse_wrong_merges(loaded.model, loaded.config)
+        refuse_other_merges(base, loaded)
+        whole = written_whole(loaded.model, loaded.slots, loaded.state)
+        riding = whole | _buffers(base, loaded)
+        brought = set(whole.values())
+        self._brought, self._enlarged = brought, _enlarged(base, loaded) - brought
+        self._tokens = _tokens(loaded) if loaded.sharers else {}
+        self._unnamed = _unnamed(base, loaded, riding) if riding else ()
+        self._known = replace(self._known, file_tensors=with_use(base, loaded, measured))
+        self._known = replace(self._known, unread=unread_layers(base, loaded))
+        self.walk = self._walk(loaded)
+        self.walk.plan()
+
+    def _walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
+        request = self._request
+        return Walk(
+            base=request.base, loaded=loaded, leeway=request.leeway, progress=request.progress, in_blocks=in_blocks
+        )
+
+    def _finish(self, walk: Walk) -> None:
+        base, differing = self._request.base, tuple(walk.differing)
+        if differing:  # PEFT's own merge alone decides
+            walk = self._walk(self._load(), in_blocks=False)
+            walk.plan()
+        walk.finish()
+        loaded, merges = walk.loaded, walk.ledger.merges
+        if not walk.layers_by_peft:
+            base.template = loaded.template
+        self._known = replace(
+            self._known,
+            file_tensors=tuple(_with_place(one, merges) for one in self._known.file_tensors),
+            missing=tuple(name for arrival in loaded.arrivals for name in arrival.missing),
+            dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
+            unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
+            targeted=loaded.targeted,
+            merges=tuple(merges.values()),
+            shared=_shared(loaded),
+            tied=walk.ledger.tied(loaded.sharers, self._tokens),
+            mended=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
+            refused_by_safe_merge=tuple(walk.refused),
+            unnamed=self._unnamed,
+            initialised=tuple(sorted(self._enlarged | _made_up(base, self._brought | (merges.keys() - walk.adapted)))),
+            witnessed=tuple(walk.witnessed),
+            differing=differing,
+            layers_in_blocks=len(walk.blocks),
+            layers_by_peft=walk.layers_by_peft,
+            seed=loaded.seed,
+            parameters_checked=walk.ledger.checked,
+            parameters_bounded=sum(one.bounded for one in merges.values()),
+            parameters_total=walk.ledger.total,
+        )
 
 
 def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,18 +1,17 @@
 """Which road each layer takes: in blocks of rows, or through PEFT's own merge. One place decides.
 
 In: an adapter on its scratch. Out: `BlockLayer`s, the layers of LoRA or DoRA whose merge block_merge.py has PEFT's
-bits of, on a weight that is the base's own and that no other layer merges into; then their measured merges. All others
-are PEFT's: other methods, other layers, whatever is not finite or at the edge of its dtype.
+bits of, on a weight that is the base's own and that no other layer merges into; and the measured merge of one. All
+others are PEFT's: other methods, other layers, whatever is not finite or at the edge of its dtype.
 
 A layer goes in blocks only as long as PEFT is its witness: at least one layer of each `kind` is merged by PEFT too, in
-every run, and has to give the same bits (walk.py).
+every run, and has to give the same bits (one_pass.py).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,14 +30,10 @@ from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, roun
 from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
-from merge_gate.engine.tensors.threads import spread
 from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
 
 FAIR_FACTOR = 1.25
 """A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""
-
-APART = 16
-"""After so many layers there is time for other work: PEFT's merge of one takes as long as blocks of so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,35 +102,6 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
 # --- the merges ----------------------------------------------------------------------------------------------------
 
 
-def merge_in_blocks(
-    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
-) -> Iterator[tuple[BlockLayer, TensorMerge | None]]:
-    """Merge and measure each layer; None where PEFT has to say what is broken, or is at the edge of its dtype.
-
-    On a CPU `beside` is asked now and then for other work, which one of the threads does meanwhile.
-    """
-    if base.device.type == "cpu":
-        merges = spread(lambda work: work(), _work(base, planned, leeway, beside))
-        yield from (merge for merge in merges if merge is not None)
-        return
-    weights = base.weights.stream(one.slot.name for one in planned)  # one card: the next weight travels meanwhile
-    for one, weight in zip(planned, weights, strict=True):
-        yield one, _measured(base, one, weight, leeway)
-
-
-def _work(
-    base: Base, planned: list[BlockLayer], leeway: Leeway, beside: Callable[[], Callable[[], None] | None]
-) -> Iterator[Callable[[], tuple[BlockLayer, TensorMerge | None] | None]]:
-    def merged(one: BlockLayer) -> tuple[BlockLayer, TensorMerge | None]:
-        return one, _measured(base, one, base.stored(one.slot.data), leeway)
-
-    for number, one in enumerate(planned):
-        other = beside() if number % APART == 0 else None
-        if other is not None:
-            yield other
-        yield functools.partial(merged, one)
-
-
 def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
     """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks.
 
@@ -167,7 +133,11 @@ def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
     return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales, dtype=dtype)
 
 
-def _measured(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
+def merge_in_blocks(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
+    """Merge and measure one layer; None if PEFT has to merge it: it is not finite, or at the edge of its dtype.
+
+    `weight` is the base's, on the device that computes; it may be in another dtype than the base (BlockMerge casts it).
+    """
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # a pass over the factors: once
     sample = _sample(merge, norm) if leeway.estimates else None

@@ -13,12 +13,11 @@ layer of the scratch is wrapped. The wrapper
 3. measures what the layer's tensors have become, in their final dtype;
 4. puts the base's tensors back, so that no more than one layer's copies exist at a time.
 
-Layers that plan.py gives to blocks of rows have been measured before the walk begins, all cores at work. Of each kind
-PEFT has merged the first one as well, and must have given the same bits: it is the witness. If one of them differs,
-nothing that was done in blocks counts, and the whole adapter takes PEFT's road.
+Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
+once. If a cross-check differs, nothing that was merged in blocks counts, and PEFT merges the whole adapter.
 
-On that road, layers that share nothing with others are merged by PEFT before the walk reaches them as well, two at a
-time (steps 1 to 4): a merge of whole tensors often keeps one core only.
+Of PEFT's own merges, those of layers that share nothing with others are done before the walk reaches them, two at a time
+(steps 1 to 4): a merge of whole tensors often keeps one core only.
 
 After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
 """
@@ -27,8 +26,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,13 +40,13 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.merge import tensor_result
 from merge_gate.engine.merge.ledger import Ledger
-from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
+from merge_gate.engine.merge.plan import BlockLayer, agrees, plan_blocks
 from merge_gate.engine.merge.private_copies import PrivateCopies, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
-from merge_gate.engine.tensors.threads import spread, threads
+from merge_gate.engine.tensors.threads import threads
 from merge_gate.errors import EngineError, Refused
 from merge_gate.records.measured import Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -92,7 +89,9 @@ class Walk:
     differing: list[str] = field(default_factory=list)
     adapted: set[str] = field(default_factory=set)
     layers_by_peft: int = 0
+    planned: list[BlockLayer] = field(default_factory=list)
     blocks: dict[int, tuple[BlockLayer, TensorMerge]] = field(default_factory=dict)
+    _layers: list[tuple[str, Any]] = field(init=False)
     _beside: dict[int, Made] = field(default_factory=dict)
     _twins: Twins = field(default_factory=Twins)
     _turns: Turns = field(init=False)
@@ -103,66 +102,21 @@ class Walk:
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.base)
 
-    def run(self) -> None:
-        """PEFT's merge_and_unload with every layer's merge wrapped.
-
-        Raises:
-            Refused: PEFT cannot merge this adapter; the message is PEFT's.
-            EngineError: the measuring failed, which says nothing about the adapter.
-        """
-        model = self.loaded.model
-        named = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-        layers = [(path.removeprefix(ADAPTER_PREFIX), layer) for path, layer in named]
-        self._total = len(layers)
+    def plan(self) -> None:
+        """Find the layers that are merged in blocks: `planned`, in the model's order."""
+        named = self.loaded.model.named_modules()
+        layers = [(path.removeprefix(ADAPTER_PREFIX), one) for path, one in named if isinstance(one, BaseTunerLayer)]
+        self._layers, self._total = layers, len(layers)
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         if self.in_blocks:
-            self._merge_in_blocks(layers)
-            if self.differing:
-                return
-        self._merge_beside([(path, layer) for path, layer in layers if id(layer) not in self.blocks])
-        for path, layer in layers:
-            layer.merge = self._wrapped(path, layer, layer.merge)
-        try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # PEFT refuses with six kinds of exception
-            raise self._refused(error) from error
-        finally:
-            for _, layer in layers:
-                layer.__dict__.pop("merge", None)
-        self.ledger.close(merged)
+            self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
 
-    def _merge_in_blocks(self, layers: list[tuple[str, Any]]) -> None:
-        """All layers that go in blocks, before PEFT's walk; what is not finite there is left to PEFT's own merge.
+    def add(self, block: BlockLayer, merge: TensorMerge) -> None:
+        """A planned layer was merged in blocks and measured. Layers without this call are left to PEFT's own merge."""
+        self.blocks[id(block.layer)] = block, merge
+        self._progressed(block.path)
 
-        PEFT's merges as a witness are made meanwhile, few at a time: each takes several times a weight's memory.
-        """
-        witnesses: dict[tuple[object, ...], BlockLayer] = {}
-        waiting: deque[BlockLayer] = deque()
-        same: dict[str, bool] = {}
-        room = threading.Semaphore(max(1, threads() // 2))
-
-        def bear_witness(block: BlockLayer) -> None:
-            with room:
-                same[block.path] = self._witnesses(block)
-
-        def next_witness() -> Callable[[], None] | None:
-            return functools.partial(bear_witness, waiting.popleft()) if waiting else None
-
-        planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
-        for block, merge in merge_in_blocks(self.base, planned, self.leeway, next_witness):
-            if merge is not None:
-                self.blocks[id(block.layer)] = block, merge
-                if witnesses.setdefault(block.kind, block) is block:
-                    waiting.append(block)
-                self._progressed(block.path)
-        for _ in spread(bear_witness, waiting):
-            pass
-        for block in witnesses.values():
-            (self.witnessed if same[block.path] else self.differing).append(block.path)
-
-    def _witnesses(self, block: BlockLayer) -> bool:
+    def cross_check(self, block: BlockLayer) -> bool:
         """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
         slots = slots_of(block.layer, self.loaded.slots)
         with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
@@ -171,8 +125,29 @@ class Walk:
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
-                return False  # PEFT says why, when it merges the whole adapter
+                return False  # PEFT gives the reason when it merges the whole adapter
             return agrees(self.base, block, self.blocks[id(block.layer)][1])
+
+    def finish(self) -> None:
+        """PEFT's merge_and_unload with every layer's merge wrapped.
+
+        Raises:
+            Refused: PEFT cannot merge this adapter; the message is PEFT's.
+            EngineError: the measuring failed, which says nothing about the adapter.
+        """
+        self._merge_beside([(path, layer) for path, layer in self._layers if id(layer) not in self.blocks])
+        for path, layer in self._layers:
+            layer.merge = self._wrapped(path, layer, layer.merge)
+        try:
+            merged = self.loaded.model.merge_and_unload(safe_merge=True)
+        except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # PEFT refuses with six kinds of exception
+            raise self._refused(error) from error
+        finally:
+            for _, layer in self._layers:
+                layer.__dict__.pop("merge", None)
+        self.ledger.close(merged)
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
