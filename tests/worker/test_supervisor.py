@@ -120,6 +120,52 @@ def test_a_death_within_an_adapter_costs_that_adapter(shelf: Shelf, adapters: li
     assert refusal.hint
 
 
+def one_pass(base: Path, adapters: list[AdapterFiles]) -> Job:
+    return Job(groups=(replace(group(base, adapters), one_pass=True),))
+
+
+def test_adapters_are_merged_in_one_pass(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    together, alone = Killer(), Killer()
+    run(one_pass(shelf.base("llama"), adapters), together)
+    run(Job(groups=(group(shelf.base("llama"), adapters),)), alone)
+    assert [event for event in together.heard if isinstance(event, MergeStarted)] == [
+        MergeStarted(task=0, others=(1, 2))
+    ]
+    evidence = [
+        [replace(event.evidence, seconds=0.0, witnessed=()) for event in one.heard if isinstance(event, Merged)]
+        for one in (together, alone)
+    ]
+    assert evidence[0] == evidence[1]
+    assert together.outcomes() == dict.fromkeys(range(3), "Merged")
+
+
+def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    adapters[1] = hang(adapters[1])
+    killer = Killer(MergeStarted(task=0, others=(1, 2)), MergeStarted(task=1))
+    run(one_pass(shelf.base("llama"), adapters), killer)
+    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
+    started = [event for event in killer.heard if isinstance(event, MergeStarted)]
+    assert [(event.task, event.others) for event in started] == [(0, (1, 2)), (0, ()), (1, ()), (2, ())]
+
+
+def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    broken = replace(adapters[1].files[0], sha256="0" * 64)
+    adapters[1] = replace(adapters[1], files=(broken, *adapters[1].files[1:]))
+    killer = Killer()
+    run(one_pass(shelf.base("llama"), adapters), killer)
+    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
+
+
+def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    job = one_pass(shelf.base("llama"), adapters)
+    attempt = Attempt(job, Killer())
+    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    assert attempt._limit_s == sum(task.limit_s for task in job.groups[0].tasks)
+    assert attempt.is_at_a_batch
+    attempt.receive(MergeStarted(task=1))
+    assert not attempt.is_at_a_batch
+
+
 def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(
     shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path
 ) -> None:

@@ -136,7 +136,7 @@ def _hear(
 
 def _note(worker: _Worker, event: Event) -> None:
     if isinstance(event, MergeStarted):
-        worker.under_way = event.task
+        worker.under_way = event.task if not event.others else None
     elif isinstance(event, Merged | Undecided):
         worker.left.discard(event.task)
         worker.under_way, worker.losses = None, 0

@@ -19,6 +19,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
@@ -43,7 +44,7 @@ from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import SilentView
 from merge_gate.shards.partition import part_of
-from merge_gate.text import listing, quoted
+from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.memory import MemoryGroup, too_large
@@ -196,12 +197,17 @@ class _Run:
         self._groups = group_by_base(to_merge.items(), quick=quick)
         for group in self._groups:
             self._watch.start(group.directory)
-        free_bytes = MemoryGroup().free_bytes()
-        for group in self._groups:
-            weights = group.files.weights if group.files is not None else ()
-            if said := too_large(group.base.name, group.directory, free_bytes, weights):
-                self._view.note(said)
+        self._groups = tuple(self._in_one_pass(group) for group in self._groups)
         self._hourly.merging_begins(self._tally.judged)
+
+    def _in_one_pass(self, group: Group) -> Group:
+        """If the base is larger than the memory, its adapters are merged in one pass over its files."""
+        weights = group.files.weights if group.files is not None else ()
+        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
+        if note is None:
+            return group
+        self._view.note(note)
+        return replace(group, one_pass=True)
 
     def _loadable(self) -> Iterator[tuple[int, Entry]]:
         """The entries that their files let be merged; the others are settled."""
@@ -267,7 +273,8 @@ class _Run:
                 self._catch_up()
                 entry = self._tally.entries[event.task]
                 position, total = self._tally.judged + 1, self._tally.total
-                self._view.adapter_started(entry.spec.name, position, total, entry.dtype)
+                others = f" and {counted(len(event.others), 'other adapter')}" if event.others else ""
+                self._view.adapter_started(entry.spec.name + others, position, total, entry.dtype)
             case protocol.MergeProgressed():
                 self._catch_up()
                 self._view.adapter_progress(event.done, event.total, event.module)

@@ -7,7 +7,9 @@ and PEFT are imported here and below only. Knows neither configs nor verdicts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import math
 import os
 import signal
 import socket
@@ -29,6 +31,7 @@ from merge_gate.records.terms import Origin, Quantization
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
+from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
     BaseLoaded,
@@ -54,6 +57,15 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.loaded_base import Base, ModelClass
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
+
+ClassedTask = tuple[Task, str | None]
+"""A task, and the class that its adapter asks for if it is loaded as another one."""
+
+ADAPTERS_SHARE = 4
+"""Of the free memory, adapters that are merged together may take one part in so many."""
+
+_LOADED_BYTES = 8
+"""What PEFT's float32 factors and the file's own take of memory, for each value."""
 
 PROGRESS_S = 0.1
 """No more than one event of progress in so long: whoever shows it uses a core that merges."""
@@ -199,7 +211,7 @@ def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept
 def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
     from merge_gate.engine.base.model_class import shape_for  # noqa: PLC0415 - as above
 
-    by_shape: dict[ModelClass, list[tuple[Task, str | None]]] = {}
+    by_shape: dict[ModelClass, list[ClassedTask]] = {}
     for task in group.tasks:
         try:
             shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
@@ -232,15 +244,12 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         seconds = time.perf_counter() - started
         first = tasks[0][0].index
         yield BaseLoaded(group=position, task=first, facts=base.facts, identity=identity, seconds=seconds)
-        for task, instead_of in tasks:
-            yield MergeStarted(task=task.index)
-            yield _judge_task(base, task, instead_of, progress)
+        for batch in _batches(tasks, one_pass=group.one_pass):
+            yield from _judge_batch(base, batch, progress)
         base.template = None  # no more of these come; what it held is there for the next one
 
 
-def _refused_as_incomplete(
-    tasks: list[tuple[Task, str | None]], account: Account, group: Group
-) -> list[tuple[Task, Refusal]]:
+def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Group) -> list[tuple[Task, Refusal]]:
     """The tasks whose adapters do not bring what the base's files lack."""
     from merge_gate.engine.base import accounting  # noqa: PLC0415 - imports torch
 
@@ -280,15 +289,84 @@ def _in_another_class(base: Base | None, shape: ModelClass) -> Base | None:
     return other_class.in_another_class(base, shape) if base is not None else None
 
 
-def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
+def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
+    """Adapters that are merged together: one, or with `one_pass` as many as a part of the free memory has room for."""
+    room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE if one_pass else 0
+    batch: list[ClassedTask] = []
+    held = 0
+    for one in tasks:
+        size_bytes = sum(_LOADED_BYTES * math.prod(part.shape) for file in one[0].files for part in file.tensors)
+        if batch and held + size_bytes > room:
+            yield batch
+            batch, held = [], 0
+        batch.append(one)
+        held += size_bytes
+    if batch:
+        yield batch
+
+
+def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> Iterator[Event]:
+    if len(batch) > 1:
+        first, *others = (task.index for task, _ in batch)
+        yield MergeStarted(task=first, others=tuple(others))
+        merged = _merge_together(base, [task for task, _ in batch], progress)
+        if merged is not None:
+            for (task, instead_of), evidence in zip(batch, merged, strict=True):
+                yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
+            return
+    for task, instead_of in batch:
+        yield MergeStarted(task=task.index)
+        yield _judge_task(base, task, instead_of, progress)
+
+
+def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[Evidence, ...] | None:
+    """The evidence of each task; None if one of them raises: merged by itself, each says what is wrong with it."""
+    from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
+
+    report = _paced(progress, tasks[0].index)
+    counts = [(0, 0)] * len(tasks)
+
+    def add(number: int, done: int, total: int, module: str) -> None:
+        counts[number] = done, total
+        report(sum(done for done, _ in counts), sum(total for _, total in counts), module)
+
+    names = [name for name, _ in base.model.named_modules()]
+    try:
+        with contextlib.ExitStack() as stack:
+            requests = []
+            for number, task in enumerate(tasks):
+                files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
+                for one in files:
+                    try_patterns(one.config.patterns, names)
+                requests.append(
+                    adapter_evidence.MergeRequest(
+                        base=base,
+                        members=files,
+                        combine=task.combine,
+                        leeway=task.leeway,
+                        progress=functools.partial(add, number),
+                    )
+                )
+            return adapter_evidence.merge_together(requests)
+    except Exception:
+        return None
+
+
+def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
+    """Report the progress of a merge, but not every module of it."""
     next_s = 0.0
 
     def report(done: int, total: int, module: str) -> None:
         nonlocal next_s
         if time.monotonic() >= next_s:
-            progress(MergeProgressed(task=task.index, done=done, total=total, module=module))
+            progress(MergeProgressed(task=task, done=done, total=total, module=module))
             next_s = time.monotonic() + PROGRESS_S
 
+    return report
+
+
+def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
+    report = _paced(progress, task.index)
     try:
         with contextlib.ExitStack() as stack:
             files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)

@@ -92,8 +92,8 @@ def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple
     if size_bytes is None or free_bytes is None or size_bytes <= free_bytes:
         return None
     return (
-        f"base {label} has {gibibytes(size_bytes)}, and {gibibytes(free_bytes)} of memory are free here: it is mapped "
-        "from disk where its dtype stays as stored, and is slow then; in another dtype it may not fit"
+        f"base {label} has {gibibytes(size_bytes)}, and {gibibytes(free_bytes)} of memory are free here: its adapters "
+        "are merged in one pass over its files; in a dtype other than the stored one it may not fit"
     )
 
 

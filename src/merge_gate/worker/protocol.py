@@ -33,11 +33,15 @@ class Task:
 
 @record
 class Group:
-    """Adapters on one base. `files` is what the base's files say, if they were read."""
+    """Adapters on one base. `files` is what the base's files say, if they were read.
+
+    `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files.
+    """
 
     base: BaseKey
     directory: str
     files: BaseFiles | None = None
+    one_pass: bool = False
     tasks: tuple[Task, ...]
 
 
@@ -86,9 +90,10 @@ class BaseLoaded:
 
 @record
 class MergeStarted:
-    """The task's adapter is being loaded and merged."""
+    """The task's adapter is being loaded and merged; `others` are tasks that are merged in the same pass."""
 
     task: int
+    others: tuple[int, ...] = ()
 
 
 @record

@@ -58,6 +58,9 @@ def supervise(job: Job, listen: Listener, child: WorkerProcess | None = None) ->
         if ending is None:
             attempt.settle_rest()
             return
+        if attempt.is_at_a_batch:
+            job = attempt.left(one_pass=False)
+            continue
         if attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
             attempt.settle_death(ending)
         else:
@@ -73,6 +76,7 @@ class Attempt:
         self._listen = listen
         self._settled: set[int] = set()
         self._task: int | None = None
+        self._others: tuple[int, ...] = ()
         self._group: int | None = None
         self._progress = ""
         self._begin(DEFAULT_LIMIT_S)
@@ -92,14 +96,15 @@ class Attempt:
                 self._group = None
                 self._begin(DEFAULT_LIMIT_S)
             case MergeStarted():
-                self._task, self._progress = event.task, ""
-                self._begin(next(task.limit_s for task in self._tasks() if task.index == event.task))
+                self._task, self._others, self._progress = event.task, event.others, ""
+                merging = {event.task, *event.others}
+                self._begin(sum(task.limit_s for task in self._tasks() if task.index in merging))
             case MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._heard_s, self._next_word_s = time.monotonic(), FIRST_WORD_S
             case Merged() | Undecided():
                 self._settled.add(event.task)
-                self._group = self._task = None  # no base is loading any more
+                self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
                 self._name_what_is_silent()
@@ -121,6 +126,11 @@ class Attempt:
         return time.monotonic() - self._began_s > self._limit_s
 
     @property
+    def is_at_a_batch(self) -> bool:
+        """Whether several adapters are being merged together: one at a time, the one at fault is found."""
+        return bool(self._others)
+
+    @property
     def is_at_an_adapter(self) -> bool:
         """Whether an adapter is being merged, which is then to blame for a death."""
         return self._task is not None
@@ -140,10 +150,14 @@ class Attempt:
             refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
             self._listen(Undecided(task=index, refusal=refusal))
 
-    def left(self) -> Job:
-        """The job without what is settled."""
+    def left(self, *, one_pass: bool = True) -> Job:
+        """The job without what is settled; without `one_pass`, the adapters are merged one at a time."""
         groups = tuple(
-            replace(group, tasks=tuple(task for task in group.tasks if task.index not in self._settled))
+            replace(
+                group,
+                one_pass=group.one_pass and one_pass,
+                tasks=tuple(task for task in group.tasks if task.index not in self._settled),
+            )
             for group in self._job.groups
         )
         return replace(self._job, groups=groups)

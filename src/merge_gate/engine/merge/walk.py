@@ -16,7 +16,7 @@ layer of the scratch is wrapped. The wrapper
 Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
 once. If a cross-check differs, nothing that was merged in blocks counts, and PEFT merges the whole adapter.
 
-Of PEFT's own merges, those of layers that share nothing with others are done before the walk reaches them, two at a time
+Layers that PEFT merges, and that share nothing with others, are merged before the walk reaches them, two at a time
 (steps 1 to 4): a merge of whole tensors often keeps one core only.
 
 After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).

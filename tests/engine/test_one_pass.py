@@ -1,0 +1,167 @@
+"""Adapters that are merged in one pass over a base have the evidence that each has by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
+from merge_gate.engine.base.loaded_base import Base, load_base
+from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.merge import one_pass, walk
+from merge_gate.files.preflight import preflight
+from merge_gate.records.measured import Evidence, Leeway
+from tests.support.faults import configure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+WEIGHTS = "adapter_model.safetensors"
+SAMPLED = Leeway(estimates=True)
+
+TOGETHER = (
+    "every-projection",
+    "dora-all-linear",
+    "embedding",
+    "modules-to-save",
+    "lora-bias",
+    "pissa",
+    "bias-all",
+    "resized-vocabulary",
+    "token-rows",
+)
+"""Variants of one base that go in blocks, through PEFT's merge, or both; some write to the base's tensors on load."""
+
+
+def base_for(directory: Path, adapter: Path, dtype: str) -> Base:
+    shape = shape_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    return load_base(str(directory), shape=shape, label="base", dtype=dtype)
+
+
+def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:
+    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),), **options)
+
+
+def comparable(evidence: Evidence) -> str:
+    """Its text, since NaN is not equal to NaN. Which layers PEFT cross-checks depends on the adapters before."""
+    assert len(set(evidence.witnessed)) == len(evidence.witnessed)
+    return repr(dataclasses.replace(evidence, seconds=0.0, witnessed=(str(len(evidence.witnessed)),)))
+
+
+def changed(adapter: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    shutil.copytree(adapter, to)
+    tensors = load_file(to / WEIGHTS)
+    change(tensors)
+    save_file(tensors, to / WEIGHTS, metadata={"format": "pt"})
+    return to
+
+
+@pytest.fixture
+def adapters(shelf: Shelf, tmp_path: Path) -> list[Path]:
+    """Good ones, one that is refused, one with NaN, one that overflows, one without effect, one that lacks a tensor."""
+    changes: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+        "nan": lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(torch.nan),
+        "large": lambda tensors: [tensor.fill_(1e25) for tensor in tensors.values()],
+        "zero": lambda tensors: [tensor.zero_() for tensor in tensors.values()],
+        "lacking": lambda tensors: tensors.pop(next(iter(tensors))),
+    }
+    good = [shelf.adapter(name) for name in TOGETHER]
+    elsewhere = shutil.copytree(good[0], tmp_path / "elsewhere")
+    configure(target_modules=["absent"])(elsewhere)
+    return [*good, elsewhere, *(changed(good[0], tmp_path / name, change) for name, change in changes.items())]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("leeway", [SAMPLED, Leeway(estimates=True, headroom=0.5)], ids=["measured", "bounded"])
+def test_each_adapter_has_the_evidence_of_a_pass_of_its_own(
+    dtype: str, leeway: Leeway, shelf: Shelf, adapters: list[Path]
+) -> None:
+    directory = shelf.base("llama")
+    base = base_for(directory, adapters[0], dtype)
+    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
+    together = merge_together([request_for(base, adapter, leeway=leeway) for adapter in adapters])
+    assert together is not None
+    alone = [merge(request_for(base_for(directory, one, dtype), one, leeway=leeway)) for one in adapters]
+    for adapter, one, expected in zip(adapters, together, alone, strict=True):
+        assert comparable(one) == comparable(expected), adapter.name
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.tensors.items())
+    assert [one.refusal is not None for one in together] == [adapter.name == "elsewhere" for adapter in adapters]
+
+
+def test_adapters_are_cross_checked_in_different_layers(shelf: Shelf) -> None:
+    adapter = shelf.adapter("every-projection")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
+    first, second = merge_together([request_for(base, adapter)] * 2) or ()
+    assert first.witnessed != second.witnessed
+    assert len(first.witnessed) == len(second.witnessed) > 1
+    assert merge(request_for(base, adapter)).witnessed == first.witnessed
+
+
+def test_a_weight_is_merged_with_all_adapters_before_the_next_one(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    own = one_pass.merge_in_blocks
+
+    def merged(base: Base, block: Any, *others: Any) -> Any:
+        seen.append(block.slot.name)
+        return own(base, block, *others)
+
+    monkeypatch.setattr(one_pass, "merge_in_blocks", merged)
+    monkeypatch.setattr(one_pass, "spread", map)
+    adapter = shelf.adapter("every-projection")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
+    merge_together([request_for(base, adapter)] * 3)
+    assert seen == [name for name in dict.fromkeys(seen) for _ in range(3)]
+    addresses = [base.tensors[name].data_ptr() for name in dict.fromkeys(seen)]
+    assert addresses == sorted(addresses)
+
+
+def test_an_adapter_that_raises_is_left_to_be_merged_by_itself(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = [shelf.adapter("every-projection"), shelf.adapter("lora-bias")]
+    base = base_for(shelf.base("llama"), adapters[0], "bfloat16")
+    own = walk.Walk.finish
+
+    def finish(self: walk.Walk) -> None:
+        if not self.planned:  # the adapter that PEFT merges
+            raise MemoryError
+        own(self)
+
+    requests = [request_for(base, adapter) for adapter in adapters]
+    assert merge_together(requests) is not None
+    monkeypatch.setattr(walk.Walk, "finish", finish)
+    assert merge_together(requests) is None
+    assert merge(requests[0]).refusal is None
+    with pytest.raises(MemoryError):
+        merge(requests[1])
+
+
+def test_a_cross_check_that_differs_sends_its_adapter_alone_through_peft(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = shelf.adapter("every-projection")
+    base = base_for(shelf.base("llama"), adapter, "bfloat16")
+    own, walks = walk.Walk.cross_check, list[walk.Walk]()
+
+    def cross_check(self: walk.Walk, block: Any) -> bool:
+        if self not in walks:
+            walks.append(self)
+        return own(self, block) and self is not walks[0]
+
+    right = merge(request_for(base, adapter))
+    monkeypatch.setattr(walk.Walk, "cross_check", cross_check)
+    first, second = merge_together([request_for(base, adapter)] * 2) or ()
+    assert first.differing
+    assert (first.layers_in_blocks, first.layers_by_peft) == (0, right.layers_in_blocks)
+    assert (second.differing, second.layers_in_blocks) == ((), right.layers_in_blocks)
+    extremes = [{one.stats.name: one.stats.maximum for one in found.merges} for found in (first, second, right)]
+    assert extremes[1] == extremes[2]
+    assert {name: extremes[0][name] for name in extremes[2]} == extremes[2]
