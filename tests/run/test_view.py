@@ -288,18 +288,18 @@ def test_a_frame_fits_the_terminal_whatever_its_size_is_by_now(encoding: str) ->
         assert any("[red]" in line for line in lines) or width < 40
 
 
-def test_colour_goes_where_it_may() -> None:
-    def played(*, colour: bool, tty: bool) -> tuple[str, str]:
+def test_color_goes_where_it_may() -> None:
+    def played(*, color: bool, tty: bool) -> tuple[str, str]:
         out, err = Stream(tty=tty), Stream(tty=True)
-        play(RichView(out, err, colour=colour))
+        play(RichView(out, err, color=color))
         return out.text, err.text
 
-    coloured, _ = played(colour=True, tty=True)
-    assert "\x1b[1;31m" in coloured
-    grey, progress = played(colour=False, tty=True)
+    colored, _ = played(color=True, tty=True)
+    assert "\x1b[1;31m" in colored
+    grey, progress = played(color=False, tty=True)
     assert "\x1b" not in grey
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]", progress)
-    piped, progress = played(colour=True, tty=False)
+    piped, progress = played(color=True, tty=False)
     assert "\x1b" not in piped
     assert "FAIL: 2 of 5 adapters failed" in progress, "the terminal hears the result although stdout went elsewhere"
 
@@ -307,7 +307,7 @@ def test_colour_goes_where_it_may() -> None:
 def test_markup_in_a_name_is_shown_as_it_is() -> None:
     out, err = Stream(tty=True), Stream(tty=True)
     named = adapter("[bold]x[/bold] [link=http://e]", Verdict.FAILED, cause="no-effect")
-    play(RichView(out, err, colour=False), Report(**{**_fields(FAIL), "adapters": (named,)}))
+    play(RichView(out, err, color=False), Report(**{**_fields(FAIL), "adapters": (named,)}))
     assert "[bold]x[/bold] [link=http://e]" in out.text
     assert "\x1b]8" not in out.text + err.text
 

@@ -39,7 +39,7 @@ from merge_gate.records.report import AdapterReport, Report, Shard
 from merge_gate.records.terms import Origin, Quantization
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
-from merge_gate.run.hourly_log import Hourly
+from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
 from merge_gate.run.view import SilentView
@@ -151,7 +151,7 @@ class _Run:
         self._tally = Tally(config, shard, device=device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
         self._writer = ReportWriter(output, view.note)
-        self._hourly = Hourly()
+        self._hourly = HourlyLog()
         self._groups: tuple[Group, ...] = ()
         self._finished = False
 
@@ -331,7 +331,7 @@ class _Run:
         """What is due by now: verdicts to store, a line in the log, a provisional report."""
         self._store_verdicts()
         if self._hourly.is_due:
-            self._view.note(self._hourly.said(self._tally.judged, self._tally.total, self._tally.failed))
+            self._view.note(self._hourly.line(self._tally.judged, self._tally.total, self._tally.failed))
         self._writer.catch_up(self._tally.report, at_once=at_once)
 
     def _store_verdicts(self) -> None:

@@ -1,7 +1,7 @@
-"""What stands at the foot of the terminal while a run goes on: rich's progress, under the latest of what is done.
+"""The live progress at the foot of a terminal: rich's bars under the latest finished adapters.
 
-In: text that is harmless already, and figures. Out: a live view, no line wider than the terminal and no more lines than
-it has. Imports rich, so that only a terminal pays for it. Knows no adapter, no event, no verdict.
+In: text that was made harmless before, and figures. Out: a live view that fits the terminal's width and height. Only
+`RichView` imports this module, because importing rich takes time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from merge_gate.report.formats.terminal_text import Line
 
-_COLOURS = {
+_COLORS = {
     Style.PLAIN: "",
     Style.STRONG: "bold",
     Style.FAINT: "dim",
@@ -36,25 +36,25 @@ _COLOURS = {
     Style.DOUBT: "bold yellow",
 }
 _ROWS = 7
-"""Lines of the terminal that are not for what is done: what is under way, its bars, and what stands above the foot."""
+"""Lines of the terminal that are not for finished adapters: the current one, its bars, and what is above the foot."""
 _WIDEST_BAR = 90
-"""Columns of a bar with its figures: one across a wide terminal is hard to read."""
+"""Columns of a bar with its figures. A bar across a wide terminal is hard to read."""
 _LEAST_NAME, _LEAST_WHY = 12, 24
 _FIRST_ESTIMATE_S = 1.0
 
 
 class Foot(Progress):
-    """What is done, what is under way, and a bar for it and for the whole; `start` shows it, `stop` takes it away."""
+    """Finished adapters, the current one, and a bar for it and for the run. `start` shows it, `stop` removes it."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
-        good = _COLOURS[Style.GOOD]
+        good = _COLORS[Style.GOOD]
         self._spinner = Spinner("line" if is_ascii(console.file) else "dots", style=good)
         self._shown_on = console
         self._done: list[Line] = []
         self._label = self._aside = self._place = ""
         self._began_s: float | None = None
         self._is_under_way = False
-        super().__init__(  # which asks for a first frame at once
+        super().__init__(  # it renders a first frame at once
             BarColumn(bar_width=None, complete_style=good, finished_style=good, table_column=Column(ratio=1)),
             _Figures(),
             console=console,
@@ -67,11 +67,11 @@ class Foot(Progress):
         self._whole = self.add_task("adapter", visible=False, total=None)
 
     def wait_for(self, what: str) -> None:
-        """Something is under way of which nobody knows how long it takes; how long it has taken is shown."""
+        """Show a step of unknown length, with the time that it has taken."""
         self._label, self._aside, self._place, self._began_s = what, "", "", self.get_time()
 
     def begin(self, label: str, aside: str, total: int) -> None:
-        """A part of `total` is under way. The first one starts the clock of the whole: what came before was quick."""
+        """Show an adapter that starts. The first one starts the clock of the run: cached verdicts take no time."""
         self._label, self._aside, self._place, self._began_s = label, aside, "", None
         self.reset(self._part, visible=False)
         self._count(total)
@@ -80,13 +80,13 @@ class Foot(Progress):
             self.reset(self._whole, completed=len(self._done))
 
     def step(self, done: int, total: int, place: str) -> None:
-        """So many steps of the part are done."""
+        """Show how many steps of the current adapter are done."""
         self._place = place
         self.update(self._part, completed=done, total=total, visible=True)
         self.update(self._whole, completed=len(self._done) + done / total)
 
     def end(self, line: Line, total: int) -> None:
-        """A part is done; one that never began ends too, and what is waited for is still waited for."""
+        """Show an adapter as finished. One that never started ends too, and then the foot still waits."""
         self._done.append(line)
         if self._began_s is None:
             self._label = ""
@@ -96,7 +96,7 @@ class Foot(Progress):
         self.update(self._whole, completed=len(self._done), total=total, visible=total > 1)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """What is shown now; asked for at each refresh, and so after each change of the terminal's size."""
+        """The current lines. rich calls this at each refresh, so after each change of the terminal's size too."""
         width, room = self._shown_on.width - 1, max(self._shown_on.height - _ROWS, 1)
         for line in self._done[-room:]:
             yield self._fitted(_name_cut(line, width), width)
@@ -122,7 +122,7 @@ class Foot(Progress):
 
 
 class _Figures(ProgressColumn):
-    """`12/48 modules, about 12 s left`; without the latter while it is too early to say."""
+    """`12/48 modules, about 12 s left`, without the estimate while it is too early for one."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True, overflow="crop"))
@@ -134,15 +134,15 @@ class _Figures(ProgressColumn):
 
 
 def _name_cut(line: Line, width: int) -> Line:
-    """A line of what is done with as much cut out of the name, its second part, as lets the parts after it be read."""
+    """A line of a finished adapter. Its name, the second part, is cut so that the parts after it fit."""
     mark, (name, style), *rest, (why, faint) = line
     others = sum(cells(part) for part, _ in (mark, *rest)) + min(cells(why), _LEAST_WHY)
     return (mark, (cut(name, max(width - others, _LEAST_NAME)), style), *rest, (why, faint))
 
 
 def styled(line: Line, stream: IO[str]) -> Text:
-    """A line in colours, in characters that the stream can say."""
+    """A line in colors, in characters that the stream can encode."""
     text = Text()
     for part, style in line:
-        text.append(encodable(part, stream), style=_COLOURS[style])
+        text.append(encodable(part, stream), style=_COLORS[style])
     return text

@@ -1,6 +1,6 @@
-"""A line an hour for the log of a long run: how far it is, and how long it will take.
+"""A line each hour for the log of a long run: its progress, and an estimate of the time left.
 
-In: how many entries are judged, at any moment. Out: whether an hour has passed, and the sentence. Knows no entry.
+In: how many entries have a verdict, at any moment. Out: whether an hour has passed, and the sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EVERY_S = 3600.0
 
 
-class Hourly:
+class HourlyLog:
     """The hours of one run. `clock` counts seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,17 +26,17 @@ class Hourly:
         self._first = 0
 
     def merging_begins(self, done: int) -> None:
-        """What is done by now took no merge: the estimate rests on the rest."""
+        """Start the estimate here: the verdicts so far needed no merge."""
         self._first = done
         self._began_s = self._clock()
 
     @property
     def is_due(self) -> bool:
-        """Whether an hour has passed since the last one."""
+        """Whether an hour has passed since the last line."""
         return self._clock() >= self._next_s
 
-    def said(self, done: int, total: int, failed: int) -> str:
-        """The sentence of this hour."""
+    def line(self, done: int, total: int, failed: int) -> str:
+        """The line of this hour."""
         now_s = self._clock()
         self._next_s = now_s + EVERY_S
         elapsed_s, judged = now_s - self._began_s, done - self._first

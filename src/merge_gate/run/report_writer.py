@@ -1,7 +1,6 @@
-"""When a report is written while a run goes on, so that a run that is killed leaves a true one.
+"""Writes the report while a run continues, so that a killed run leaves a true one.
 
-In: the report as it is now, at any moment. Out: files in the output directory, at a bounded share of the run's time.
-Knows neither adapters nor the formats' insides.
+In: the report so far, at any moment. Out: files in the output directory, at a bounded share of the run's time.
 """
 
 from __future__ import annotations
@@ -18,25 +17,26 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
 PROVISIONAL_FORMATS = ("report.json",)
-"""What is written while a run goes on; the other formats are there from its start and say that it is not complete. They
-are written once more when the run first waits: what earlier runs have judged is laid out by then, and the last report
-takes less time."""
+"""What is written while a run continues. The other formats exist from its start and say that the run is not complete.
+They are written again when the run first waits. They contain the cached verdicts by then, so the last report takes less
+time."""
 
 PAUSE_RATIO = 4.0
-"""After a provisional report, no other for this many times as long as it took: with a thousand adapters, writing the
-report after each would take longer than judging them."""
+"""After a provisional report, the next one waits this many times as long as it took. With a thousand adapters, a report
+after each would take longer than the merges."""
 
 
 class ReportWriter:
-    """Writes to one directory; to none where it is None.
+    """Writes to one directory, or nowhere if it is None.
 
-    Only the first and the last report must reach it: what goes wrong in between is told, once, and tried again.
+    Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
+    again.
     """
 
     def __init__(self, directory: str | None, notify: Callable[[str], None]) -> None:
         self._directory = directory
         self._notify = notify
-        self._is_told = False
+        self._has_notified = False
         self._pending = False
         self._has_waited = False
         self._next_write_s = 0.0
@@ -52,10 +52,10 @@ class ReportWriter:
         self._pending = False
 
     def write_last(self, report: Report) -> None:
-        """Write every format, after all that could be judged.
+        """Write every format at the end.
 
         Raises:
-            GateError: the directory could be used, and no longer can; that is no wrong usage.
+            GateError: the directory can no longer be used. It could at the start, so this is not a usage error.
         """
         try:
             self.write_first(report)
@@ -63,13 +63,15 @@ class ReportWriter:
             raise GateError(f"the report is lost: {error.message}", hint=error.hint) from error
 
     def changed(self) -> None:
-        """There is something that is not on disk yet."""
+        """Note that the report on disk is out of date."""
         self._pending = True
 
     def catch_up(self, current: Callable[[], Report], *, at_once: bool = False) -> None:
-        """Write what has changed since the last provisional report, unless that was a moment ago.
+        """Write a provisional report if something changed, unless the last one was a moment ago.
 
-        `at_once`: the run waits, so that a report costs it nothing.
+        Args:
+            current: makes the report.
+            at_once: write it without a pause, because the run waits anyway.
         """
         began_s = time.monotonic()
         if not self._pending or (began_s < self._next_write_s and not at_once):
@@ -81,11 +83,11 @@ class ReportWriter:
                 write_report(current(), self._directory, formats=formats)
             self._pending = False
         except GateError as error:
-            self._tell(error)
+            self._notify_once(error)
         ended_s = time.monotonic()
         self._next_write_s = ended_s + PAUSE_RATIO * (ended_s - began_s)
 
-    def _tell(self, error: GateError) -> None:
-        if not self._is_told:
+    def _notify_once(self, error: GateError) -> None:
+        if not self._has_notified:
             self._notify(f"{error.message}; judging goes on, and the report is tried again")
-        self._is_told = True
+        self._has_notified = True

@@ -2,7 +2,7 @@
 
 In: entries, their verdicts as they are reached, bases as they are loaded, and the device. Out: counts and a `Report`.
 
-1. An entry has its position in the whole run, of which this run may be a shard.
+1. An entry has its position in the whole plan. This run may be a shard of it.
 2. A base is listed once for each class that it was loaded as, because one without a head has fewer parameters. Its
    position is that of the first entry merged into it.
 """

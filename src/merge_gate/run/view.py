@@ -1,9 +1,8 @@
-"""What a person sees of a run: progress while it works, the result at its end.
+"""What a person sees of a run: progress on standard error while it works, and the result on standard output.
 
-In: the events of a run, in order, and two text streams. Out: progress on standard error, the result on standard
-output. Knows the records and the texts of `report`, nothing of how a run is done. `RichView` is for a terminal, with
-rich's progress (foot.py), `PlainView` for everything else: no escape codes, one line per event, and no import of rich.
-All names in the events are hostile: hidden characters are replaced and no line can become a workflow command.
+In: the events of a run, in order, and two text streams. Out: `RichView` for a terminal (foot.py), or `PlainView`, which
+writes one line per event without escape codes. Names in events are hostile: hidden characters are replaced, and no line
+can become a workflow command.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ PLAIN_WIDTH = 100
 WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal is."""
 QUIET_S = 30.0
-"""How long `PlainView` says nothing while a merge goes on."""
+"""How long `PlainView` writes nothing during a merge."""
 
 
 class View:
-    """The events of a run, in the order in which they come; this one shows nothing of them.
+    """Receives the events of a run in their order. This class shows nothing.
 
-    `close` puts the terminal back; it may come at any time and more than once (`contextlib.closing(view)`).
+    `close` restores the terminal. It may be called at any time and more than once (`contextlib.closing(view)`).
     """
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
-        """`merge_count` is larger where adapters are merged in several dtypes."""
+        """`merge_count` is larger than `adapter_count` if adapters are merged in several dtypes."""
 
     def base_loading(self, model: str, dtype: str) -> None: ...
     def base_loaded(self, facts: BaseFacts, seconds: float) -> None: ...
@@ -58,7 +57,7 @@ class View:
 
 
 SilentView = View
-"""Shows nothing: for a run that nobody watches."""
+"""Shows nothing: for a run that no one watches."""
 
 
 def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
@@ -66,11 +65,11 @@ def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View
     in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
     if in_ci or env.get("TERM") in {"dumb", "unknown"} or not stderr.isatty():
         return PlainView(stdout, stderr)
-    return RichView(stdout, stderr, colour=not env.get("NO_COLOR"))
+    return RichView(stdout, stderr, color=not env.get("NO_COLOR"))
 
 
 class PlainView(View):
-    """Lines without escape codes: for logs, pipes and terminals that can do nothing else."""
+    """Lines without escape codes: for logs, pipes, and terminals that support nothing else."""
 
     def __init__(self, stdout: TextIO, stderr: TextIO, *, clock: Clock = time.monotonic) -> None:
         self._stdout = stdout
@@ -78,40 +77,40 @@ class PlainView(View):
         self._clock = clock
         self._state = _State()
         self._pace = _Pace(clock)
-        self._said_at = clock()
+        self._written_at = clock()
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         self._state.total = merge_count
-        self._say(_opening(config_path, adapter_count, merge_count))
+        self._write(_opening(config_path, adapter_count, merge_count))
 
     def base_loading(self, model: str, dtype: str) -> None:
-        self._say(_loading(model, dtype))
+        self._write(_loading(model, dtype))
 
     def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
-        self._say(_loaded(facts, seconds))
+        self._write(_loaded(facts, seconds))
 
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         self._state.begin(name, index, total, dtype)
         self._pace.begin()
 
     def adapter_progress(self, done: int, total: int, module: str) -> None:
-        if self._clock() - self._said_at < QUIET_S:
+        if self._clock() - self._written_at < QUIET_S:
             return
         estimate = self._pace.estimate(done, total)
         left = f", {estimate}" if estimate else ""
-        self._say(
+        self._write(
             f"{self._state.label} {self._state.name}: {done:,} of {words.counted(total, 'module')}{left}, "
             f"at {_name(module)}"
         )
 
     def adapter_done(self, adapter: AdapterReport) -> None:
         self._state.end()
-        said, why = _done(adapter)
-        self._say(f"{self._state.label} {_name(adapter.name)} ({words.precision(adapter.base)}): {said}{why}")
+        verdict, why = _done(adapter)
+        self._write(f"{self._state.label} {_name(adapter.name)} ({words.precision(adapter.base)}): {verdict}{why}")
 
     def note(self, message: str) -> None:
         for line in safe_text(message).split("\n"):
-            self._say(line)
+            self._write(line)
 
     def finish(self, report: Report, output_dir: str) -> None:
         write(
@@ -119,25 +118,25 @@ class PlainView(View):
         )
 
     def close(self) -> None:
-        """There is nothing to put back."""
+        """There is nothing to restore."""
 
-    def _say(self, line: str) -> None:
-        self._said_at = self._clock()
+    def _write(self, line: str) -> None:
+        self._written_at = self._clock()
         write(self._stderr, inert(line) + "\n")
 
 
 class RichView(View):
     """A live view at the foot of the terminal, which the result replaces at the end."""
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, *, colour: bool = True, clock: Clock = time.monotonic) -> None:
+    def __init__(self, stdout: TextIO, stderr: TextIO, *, color: bool = True, clock: Clock = time.monotonic) -> None:
         from rich.console import Console  # noqa: PLC0415 - only this view pays for importing rich
 
         from merge_gate.run.foot import Foot, styled  # noqa: PLC0415
 
         def console(stream: TextIO) -> Console:
-            return Console(file=stream, no_color=True if not colour else None, highlight=False, markup=False)
+            return Console(file=stream, no_color=True if not color else None, highlight=False, markup=False)
 
-        self._stdout, self._stderr, self._colour, self._styled = stdout, stderr, colour, styled
+        self._stdout, self._stderr, self._color, self._styled = stdout, stderr, color, styled
         self._out, self._console = console(stdout), console(stderr)
         self._foot = Foot(self._console, clock)
         self._state = _State()
@@ -163,13 +162,13 @@ class RichView(View):
 
     def adapter_done(self, adapter: AdapterReport) -> None:
         self._state.end()
-        style, (said, why) = terminal_text.STYLES[adapter.verdict], _done(adapter)
+        style, (verdict, why) = terminal_text.STYLES[adapter.verdict], _done(adapter)
         mark = (terminal_text.ASCII_MARKS if is_ascii(self._stderr) else terminal_text.MARKS)[adapter.verdict]
         line = (
             (f"{mark} ", style),
             (_name(adapter.name), Style.PLAIN),
             (f" ({words.precision(adapter.base)})  ", Style.FAINT),
-            (said, style),
+            (verdict, style),
             (why, Style.FAINT),
         )
         self._foot.end(line, self._state.total)
@@ -183,7 +182,7 @@ class RichView(View):
         on_terminal = self._stdout.isatty()
         width = min(self._out.width, WIDEST) if on_terminal else PLAIN_WIDTH
         lines = terminal_text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
-        if on_terminal and self._colour:
+        if on_terminal and self._color:
             for line in lines:
                 self._out.print(self._styled(line, self._stdout), soft_wrap=True)
             return
@@ -200,7 +199,7 @@ class RichView(View):
 
 @dataclass(slots=True)
 class _State:
-    """Which adapter of how many is being judged."""
+    """The adapter in progress, and its number."""
 
     total: int = 0
     done: int = 0
@@ -212,7 +211,7 @@ class _State:
         self.name, self.index, self.total, self.dtype = _name(name), index, max(total, index), _name(dtype)
 
     def end(self) -> None:
-        """An adapter that never began (its files were refused) ends too."""
+        """Count an adapter as done. One whose files were refused ends without a start."""
         self.done += 1
         self.index = self.done
         self.total = max(self.total, self.done)
@@ -224,7 +223,7 @@ class _State:
 
 
 class _Pace:
-    """How long something takes, judged by what is done of it."""
+    """Estimates how long a merge takes from the part that is done."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -238,7 +237,7 @@ class _Pace:
         return self._clock() - self._began
 
     def estimate(self, done: float, total: float) -> str:
-        """`about 12 s left`; empty while it is too early to say."""
+        """`about 12 s left`, or empty while it is too early for an estimate."""
         elapsed = self.elapsed_s
         if done <= 0 or total <= done or elapsed < 1:
             return ""
@@ -263,11 +262,10 @@ def _loaded(facts: BaseFacts, seconds: float) -> str:
 
 
 def _done(adapter: AdapterReport) -> tuple[str, str]:
-    """Return the verdict and what there is to say of it, to be read one after the other."""
+    """The verdict, and the text that follows it."""
     now = not adapter.cached and adapter.accepted is None
-    took = "".join(
-        f", {said}" for said in (*words.marks(adapter), words.duration(adapter.seconds) if now else "") if said
-    )
+    notes = (*words.marks(adapter), words.duration(adapter.seconds) if now else "")
+    took = "".join(f", {note}" for note in notes if note)
     why = terminal_text.reason(adapter)
     if adapter.verdict is Verdict.PASSED:
         merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
