@@ -9,15 +9,18 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from merge_gate import whole_file
+from merge_gate.cache.verdict_cache import CacheOptions
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files import prepare, resolve
+from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
@@ -561,6 +564,33 @@ def test_no_verdict_stands_on_a_base_that_changes(shelf: Shelf, tmp_path: Path) 
     for moment in moments:
         (first,) = (one for one in report.adapters if one.name == f"{moment}-first")
         assert any("changed while it was used" in one.message for one in first.findings), told(first)
+
+
+def test_no_verdict_is_stored_under_the_digest_of_another_base(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is exchanged after it was loaded and before it is hashed, so its digest is not that of the merge."""
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    lay(tmp_path, shelf, "good")
+    weights, exchanged, start_hashing = tmp_path / "base" / "model.safetensors", threading.Event(), BaseWatch._hash
+
+    def exchange(*_: object) -> None:
+        shutil.copy(weights, tmp_path / "new")
+        (tmp_path / "new").replace(weights)
+        exchanged.set()
+
+    def hash_late(watch: BaseWatch, directory: str) -> None:
+        exchanged.wait(60)
+        start_hashing(watch, directory)
+
+    monkeypatch.setattr(BaseWatch, "_hash", hash_late)
+    config = load_config(str(write(tmp_path, {"path": "./adapters/good"}, base="./base")))
+    options = CacheOptions(directory=str(tmp_path / "cache"))
+    report = run_gate(config, device="cpu", cache=options, view=Watcher(base_loaded=exchange))
+    assert exchanged.is_set()
+    assert [one.verdict for one in report.adapters] == [Verdict.ERROR]
+    assert [base.sha256 is not None for base in report.bases] == [True], "it was hashed"
+    assert [*(tmp_path / "cache" / "verdicts").iterdir()] == []
 
 
 def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(shelf: Shelf, tmp_path: Path) -> None:
