@@ -5,8 +5,8 @@ base that does not fit in memory is read from its files once for all of these ad
 
 1. The planned layers of all adapters are ordered by the place of their weights in the files.
 2. On a CPU each core merges whole weights. On a card the next weight is copied while this one is merged.
-3. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. Different
-   adapters are cross-checked in different layers.
+3. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
+   of different adapters are spread over the model, so that their weights are still in memory.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class _CrossChecks:
 
     def __init__(self, walks: Sequence[Walk]) -> None:
         self._walks = walks
-        self._chosen = {id(block) for number, walk in enumerate(walks) for block in _spread_choice(walk, number)}
+        parts = ((walk, number / len(walks)) for number, walk in enumerate(walks))
+        self._chosen = {id(block) for walk, part in parts for block in _one_of_each_kind(walk, part)}
         self._due: deque[Item] = deque()
         self._same: dict[int, bool] = {}
         self._room = threading.Semaphore(max(1, threads() // 2))
@@ -118,9 +119,9 @@ class _CrossChecks:
             self._same[id(block)] = walk.cross_check(block)
 
 
-def _spread_choice(walk: Walk, number: int) -> Iterator[BlockLayer]:
-    """One layer of each kind: the first one for the first adapter, the next one for the next."""
+def _one_of_each_kind(walk: Walk, part: float) -> Iterator[BlockLayer]:
+    """Of the layers of each kind, the one that lies behind this part of them: 0.0 is the first layer."""
     kinds: dict[tuple[object, ...], list[BlockLayer]] = {}
     for block in walk.planned:
         kinds.setdefault(block.kind, []).append(block)
-    yield from (blocks[number % len(blocks)] for blocks in kinds.values())
+    yield from (blocks[int(part * len(blocks))] for blocks in kinds.values())
