@@ -12,7 +12,7 @@ from merge_gate.errors import ConfigError, EngineError, ExitCode, GateError, Lau
 from merge_gate.records import config, files, measured, report, terms
 from merge_gate.records.config import Problem
 from merge_gate.records.measured import TensorMerge, TensorStats
-from merge_gate.records.report import AdapterReport, Environment, Report
+from merge_gate.records.report import TOOL, AdapterReport, ConfigFile, Environment, Report, Tool
 from merge_gate.records.terms import BaseKey, Quantization, Result, Verdict
 
 NAN, INF = float("nan"), float("inf")
@@ -77,10 +77,9 @@ def report(*verdicts: Verdict, complete: bool = True) -> Report:
     base = BaseKey(model="b", revision=None, dtype="float32", quantization=Quantization.NONE)
     return Report(
         complete=complete,
-        tool_version="0",
+        tool=Tool(name=TOOL, version="0"),
         environment=Environment(python="3"),
-        config_path="c",
-        config_sha256="0",
+        config=ConfigFile(path="c", sha256="0"),
         adapters=tuple(
             AdapterReport(name=str(i), source="s", base=base, verdict=verdict, line=1, column=1)
             for i, verdict in enumerate(verdicts)

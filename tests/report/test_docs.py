@@ -13,9 +13,8 @@ import pytest
 from merge_gate.errors import ExitCode
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding
-from merge_gate.report.formats.json_report import Document
 from merge_gate.report.formats.schema import column_table, field_table
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import FAIL, PASS
@@ -35,7 +34,7 @@ def file_table() -> str:
     ("block", "table"),
     [
         ("files of a run", file_table()),
-        ("fields of Document", field_table(Document)),
+        ("fields of Report", field_table(Report)),
         ("fields of BaseReport", field_table(BaseReport)),
         ("fields of AdapterReport", field_table(AdapterReport)),
         ("fields of Finding", field_table(Finding)),

@@ -26,6 +26,7 @@ from tests.support.reports import (
     NAN,
     PASS,
     adapter,
+    config_file,
     hostile_reports,
     in_two_dtypes,
     report,
@@ -120,7 +121,7 @@ def test_the_page_says_what_is_wrong_where_and_what_to_do() -> None:
 
 
 def test_what_was_named_on_the_command_line_has_no_line_there() -> None:
-    assert "<dd>on the command line</dd>" in render(report(FAILED, config_path=COMMAND_LINE))
+    assert "<dd>on the command line</dd>" in render(report(FAILED, config=config_file(COMMAND_LINE)))
     assert "<dd>line 8 of <code>merge-gate.yml</code></dd>" in render(report(FAILED))
 
 
@@ -191,7 +192,7 @@ def test_a_hostile_name_is_only_text(attack: str) -> None:
             revision=f"x{text}",
             tensors=merges,
         )
-        return Page(render(report(evil, config_path=text)))
+        return Page(render(report(evil, config=config_file(text))))
 
     seen, tame = played(attack.replace("`", "'") or "-"), played("tame")
     assert seen.tags == tame.tags

@@ -229,7 +229,7 @@ def _edited(path: str, value: Any) -> bytes:
         (b"{}", "schema_version is missing"),
         (_edited("schema_version", "2.0"), "schema_version is 2.0, expected 1.x"),
         (_edited("tool.name", "other"), "tool.name is other"),
-        (_edited("result", "pass"), "result does not follow from the verdicts"),
+        (_edited("result", "pass"), "result does not follow from the rest"),
         (_edited("counts.passed", 5), "counts does not follow"),
         (_edited("adapters.0.verdict", "<script>"), "adapters[0].verdict is '<script>', expected passed, failed or"),
         (_edited("adapters.0.line", -1), "adapters[0].line is -1, expected a number that is whole and not negative"),

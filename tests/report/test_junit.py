@@ -25,6 +25,7 @@ from tests.support.reports import (
     PASS,
     PASSED,
     adapter,
+    config_file,
     hostile_reports,
     in_two_dtypes,
     lines_of,
@@ -114,7 +115,7 @@ def test_what_passed_is_green() -> None:
 def test_a_hostile_name_is_only_text(attack: str) -> None:
     def shape(text: str) -> list[tuple[str, list[str]]]:
         evil = adapter(f"x{text}", Verdict.FAILED, cause=f"x{text}", findings=(NAN,), source=text)
-        return [(element.tag, list(element.attrib)) for element in parse(report(evil, config_path=text)).iter()]
+        return [(element.tag, list(element.attrib)) for element in parse(report(evil, config=config_file(text))).iter()]
 
     assert shape(attack) == shape("tame")
 

@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.report.formats import html_report, json_report
 from merge_gate.report.formats.remembered import Remembered
-from tests.support.reports import FAIL, PASS, adapter, in_two_dtypes, report, tensors
+from tests.support.reports import FAIL, PASS, adapter, config_file, in_two_dtypes, report, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,7 @@ def test_what_a_report_no_longer_has_is_forgotten(made: list[str], make: Callabl
     [
         (PASS, FAIL),
         (FAIL, PASS),
-        (FAIL, replace(FAIL, config_path="elsewhere.yml")),
+        (FAIL, replace(FAIL, config=config_file("elsewhere.yml"))),
         (FAIL, replace(FAIL, adapters=FAIL.adapters[::-1])),
         (replace(in_two_dtypes(), adapters=in_two_dtypes().adapters[1:]), in_two_dtypes()),
     ],

@@ -28,6 +28,7 @@ from tests.support.reports import (
     PASS,
     ROUNDING,
     adapter,
+    config_file,
     hostile_reports,
     in_two_dtypes,
     report,
@@ -101,7 +102,7 @@ def test_without_a_configuration_a_result_points_at_the_adapter_s_own_and_at_no_
 ) -> None:
     named = adapter(findings=(ROUNDING,), source=source, revision=revision)
     base = BaseReport(model="./base", dtype="bfloat16", quantization=Quantization.NONE, findings=(NAN,))
-    (run,) = json.loads(render(report(named, config_path=COMMAND_LINE, bases=(base,))))["runs"]
+    (run,) = json.loads(render(report(named, config=config_file(COMMAND_LINE), bases=(base,))))["runs"]
     of_base, of_adapter = (result["locations"][0]["physicalLocation"] for result in run["results"])
     assert of_adapter == {"artifactLocation": address}
     assert of_base == {"artifactLocation": {"uri": "base/config.json", "uriBaseId": "%SRCROOT%"}}
@@ -141,7 +142,7 @@ def test_the_run_says_whether_it_came_to_a_verdict() -> None:
     ],
 )
 def test_the_address_of_the_file(path: str, uri: str) -> None:
-    (result,) = parse(report(adapter(findings=(ROUNDING,)), config_path=path))["results"]
+    (result,) = parse(report(adapter(findings=(ROUNDING,)), config=config_file(path)))["results"]
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == uri
 
 
@@ -165,7 +166,7 @@ def test_a_hostile_name_is_only_text(attack: str) -> None:
     finding = dataclasses.replace(
         NAN, message=f"x{attack}", hint=attack, tensor=attack, module=attack, check=f"x{attack}"
     )
-    run = report(adapter(attack, Verdict.FAILED, cause=attack, findings=(finding,)), config_path=f"x{attack}")
+    run = report(adapter(attack, Verdict.FAILED, cause=attack, findings=(finding,)), config=config_file(f"x{attack}"))
     (result,) = parse(run)["results"]
     assert result["message"]["text"].isprintable()
     assert result["ruleId"].isprintable()

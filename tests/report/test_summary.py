@@ -38,6 +38,7 @@ from tests.support.reports import (
     UNDECIDED,
     WARNED,
     adapter,
+    config_file,
     hostile_reports,
     in_two_dtypes,
     lines_of,
@@ -242,7 +243,7 @@ def test_a_thousand_broken_adapters_fit(text: str) -> None:
     bases = tuple(
         dataclasses.replace(FAIL.bases[0], model=text, findings=(finding, *others), revision=text) for _ in range(50)
     )
-    markdown = render(report(*broken, adapter("fine", findings=others), bases=bases, config_path=text))
+    markdown = render(report(*broken, adapter("fine", findings=others), bases=bases, config=config_file(text)))
     assert len(markdown.encode()) <= LIMIT_BYTES
     assert "more adapters not cleared; the full list is in `report.json`" in markdown
     assert "more rows; the full list is in `report.json`" in markdown

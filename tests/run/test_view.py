@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import pty
@@ -185,7 +186,7 @@ def test_no_encoding_breaks_it(encoding: str, tty: bool) -> None:
 
 
 def _fields(report: Report) -> dict[str, object]:
-    return {name: getattr(report, name) for name in report.__dataclass_fields__}
+    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.init}
 
 
 @given(hostile_reports(), TEXTS, st.sampled_from(["utf-8", "ascii"]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.errors import GateError
-from merge_gate.records.report import BaselineEntry, Report, Sandbox
+from merge_gate.records.report import TOOL, BaselineEntry, ConfigFile, Report, Sandbox, Tool
 from merge_gate.records.terms import Acceptance, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
@@ -65,11 +65,11 @@ WRONG: dict[str, tuple[Callable[[], list[Report]], str]] = {
         "did not finish: it judged 1 of 2 entries",
     ),
     "another config": (
-        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), config_sha256="c"), *SHARDS[1:]],
+        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), config=ConfigFile(path="c", sha256="c")), *SHARDS[1:]],
         "its configuration is another one",
     ),
     "another version of the gate": (
-        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), tool_version="9.9"), *SHARDS[1:]],
+        lambda: [unlike(mark(SHARDS[0], plan_sha256="q"), tool=Tool(name=TOOL, version="9.9")), *SHARDS[1:]],
         "merge-gate 9.9 wrote it, and 0.1.0 the others",
     ),
     "another torch": (

@@ -24,7 +24,7 @@ FACTS = BaseFacts(
 def play(view: View, report: Report = FAIL, name: str | None = None) -> None:
     total = len(report.adapters)
     with contextlib.closing(view):
-        view.start(report.config_path, len({judged.name for judged in report.adapters}), total)
+        view.start(report.config.path, len({judged.name for judged in report.adapters}), total)
         view.base_loading(name or "./models/base", "bfloat16")
         view.base_loaded(FACTS, 1.34)
         for index, judged in enumerate(report.adapters, 1):

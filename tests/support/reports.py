@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.report import (
+    TOOL,
     AdapterReport,
     BaseReport,
+    ConfigFile,
     Coverage,
     Environment,
     Judged,
     Report,
     Sandbox,
+    Tool,
 )
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 
@@ -118,13 +121,16 @@ def adapter(name: str = "support", verdict: Verdict = Verdict.PASSED, **fields: 
     return AdapterReport(**(defaults | fields))
 
 
+def config_file(path: str) -> ConfigFile:
+    return ConfigFile(path=path, sha256=SHA256)
+
+
 def report(*adapters: AdapterReport, complete: bool = True, **fields: object) -> Report:
     defaults: dict[str, object] = {
         "complete": complete,
-        "tool_version": "0.1.0",
+        "tool": Tool(name=TOOL, version="0.1.0"),
         "environment": ENVIRONMENT,
-        "config_path": "merge-gate.yml",
-        "config_sha256": SHA256,
+        "config": config_file("merge-gate.yml"),
         "bases": (BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE,
                              sha256=SHA256, parameters=PARAMETERS),),
         "adapters": adapters,
@@ -279,10 +285,9 @@ def hostile_reports() -> st.SearchStrategy[Report]:
     return st.builds(
         Report,
         complete=st.booleans(),
-        tool_version=TEXTS,
+        tool=st.builds(Tool, name=st.just(TOOL), version=TEXTS),
         environment=environment,
-        config_path=TEXTS,
-        config_sha256=TEXTS,
+        config=st.builds(ConfigFile, path=TEXTS, sha256=TEXTS),
         bases=st.lists(base, max_size=2).map(tuple),
         adapters=st.lists(adapters(), max_size=4).map(tuple),
     )

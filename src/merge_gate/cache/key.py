@@ -21,9 +21,9 @@ from typing import Any
 import merge_gate
 from merge_gate.records.config import Combine, Expect
 from merge_gate.records.files import AdapterFiles, BaseContent, Entry
+from merge_gate.records.report import SCHEMA_VERSION
 from merge_gate.records.terms import QUANTIZED_BY, record
 from merge_gate.report.formats import fields
-from merge_gate.report.formats.json_report import SCHEMA_VERSION
 
 FORMAT = 1
 """Raise it when the same material could mean another verdict."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.terms import Acceptance, BaseKey, Finding, Result, Verdict, record, told
+
+SCHEMA_VERSION = "1.0"
+TOOL = "merge-gate"
 
 
 @record
@@ -211,42 +216,84 @@ class Shard:
 
 
 @record
-class Report:
-    """A run. `complete` False: the run is still going on, or was killed; what it holds is true.
+class Tool:
+    """The program that wrote the report."""
 
-    `shard` is None for a whole run, also for one that was combined of shards. `problems` are what keeps shards from
-    being one run.
+    name: str = told("Always `merge-gate`.")
+    version: str = told("Its version.")
+
+
+@record
+class ConfigFile:
+    """The configuration file of the run."""
+
+    path: str = told("As named on the command line; `the command line` where that names the adapters themselves.")
+    sha256: str = told("Digest of its bytes, hex; without a file, of the adapters, base and dtypes that were named.")
+
+
+@record
+class Counts:
+    """The entries of `adapters` by verdict: one for each adapter, base and dtype."""
+
+    passed: int = told("Entries that passed.")
+    failed: int = told("Entries that failed.")
+    error: int = told("Entries that could not be judged.")
+
+
+@record
+class Report:
+    """A run: the whole of report.json, with the fields in the order of the file.
+
+    `schema_version`, `result`, `counts`, and `accepted` follow from the other fields. `shard` is None for a whole run,
+    also for one that was combined of shards.
     """
 
-    complete: bool
-    tool_version: str
-    environment: Environment
-    config_path: str
-    config_sha256: str
-    bases: tuple[BaseReport, ...] = ()
-    adapters: tuple[AdapterReport, ...] = ()
-    shard: Shard | None = None
-    problems: tuple[str, ...] = ()
-    baseline: tuple[BaselineEntry, ...] = ()
+    schema_version: str = told("Version of this format. Readers accept any 1.x.", init=False)
+    complete: bool = told("False while the run goes on, and for ever if it was killed.")
+    result: Result = told("The run's result. An unfinished run, or one that judged nothing, never passes.", init=False)
+    counts: Counts = told("Entries of `adapters` by verdict; an adapter has one for each dtype.", init=False)
+    tool: Tool = told("What wrote this.")
+    environment: Environment = told("What the run ran on.")
+    config: ConfigFile = told("The configuration file.")
+    bases: tuple[BaseReport, ...] = told("Every base that was loaded, once.", default=())
+    adapters: tuple[AdapterReport, ...] = told(
+        "One entry per adapter, base and dtype, in the order of the file.", default=()
+    )
+    shard: Shard | None = told(
+        "Which part of a larger run this is (`--shard`); null for a whole run, also one combined of shards.",
+        default=None,
+    )
+    accepted: int = told(
+        "How many of the failed ones the baseline accepts; where it is all of them, `result` is `pass`.",
+        default=0,
+        init=False,
+    )
+    baseline: tuple[BaselineEntry, ...] = told("What came of each entry of the baseline.", default=())
+    problems: tuple[str, ...] = told(
+        "What keeps the shards that were combined from being one run; with any, `result` is never `pass`.", default=()
+    )
 
-    @property
-    def accepted(self) -> int:
-        """How many of the failed ones the baseline accepts."""
-        return sum(adapter.accepted is not None for adapter in self.adapters if adapter.verdict is Verdict.FAILED)
+    def __post_init__(self) -> None:
+        verdicts = Counter(adapter.verdict.value for adapter in self.adapters)
+        accepted = [adapter for adapter in self.adapters if adapter.verdict is Verdict.FAILED and adapter.accepted]
+        derived = {
+            "schema_version": SCHEMA_VERSION,
+            "counts": Counts(**{verdict.value: verdicts[verdict.value] for verdict in Verdict}),
+            "accepted": len(accepted),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "result", self._result())
 
-    def count(self, verdict: Verdict) -> int:
-        return sum(adapter.verdict is verdict for adapter in self.adapters)
+    def _result(self) -> Result:
+        """A failure that no one accepts outranks an undecided adapter. An empty or unfinished run never passes.
 
-    @property
-    def result(self) -> Result:
-        """A failure that nobody answers for outranks an undecided adapter; nothing vacuous or unfinished is `pass`.
-
-        A shard may have nothing to judge where there are more shards than adapters. It is no verdict on the run:
-        that is the combination's, which counts the entries.
+        A shard may have nothing to judge if there are more shards than adapters. Then it decides nothing: the
+        combination counts the entries.
         """
-        if self.count(Verdict.FAILED) > self.accepted:
+        if self.counts.failed > self.accepted:
             return Result.FAIL
-        if self.count(Verdict.ERROR) or not self.complete or self.problems:
+        if self.counts.error or not self.complete or self.problems:
             return Result.ERROR
         return Result.PASS if self.adapters or self.is_empty_shard else Result.ERROR
 

@@ -12,12 +12,14 @@ from typing import Any, TypeVar, dataclass_transform
 _T = TypeVar("_T")
 
 
-def told(sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False) -> Any:
+def told(
+    sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False, init: bool = True
+) -> Any:
     """A field that report.json has, and what is said of it; `key` where its name there is another.
 
-    `as_rows`: a tuple of many records, which are written as the rows of a table.
+    `as_rows`: a tuple of many records, which are written as the rows of a table. `init` False: the record computes it.
     """
-    return field(default=default, metadata={"told": sentence, "key": key, "as_rows": as_rows})
+    return field(default=default, init=init, metadata={"told": sentence, "key": key, "as_rows": as_rows})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, told))

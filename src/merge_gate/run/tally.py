@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.cache.key import libraries
 from merge_gate.judging.baseline import accept
-from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report, Sandbox, Shard
+from merge_gate.records.report import (
+    TOOL,
+    AdapterReport,
+    BaseReport,
+    ConfigFile,
+    Environment,
+    Report,
+    Sandbox,
+    Shard,
+    Tool,
+)
 from merge_gate.records.terms import Verdict
 from merge_gate.shards.base_order import Used, in_order
 
@@ -79,10 +89,9 @@ class Tally:
         adapters, baseline = accept(adapters, self._config.baseline, self._today)
         return Report(
             complete=complete,
-            tool_version=__version__,
+            tool=Tool(name=TOOL, version=__version__),
             environment=self._environment,
-            config_path=self._config.path,
-            config_sha256=self._config.sha256,
+            config=ConfigFile(path=self._config.path, sha256=self._config.sha256),
             bases=tuple(used.base for used in bases),
             adapters=adapters,
             shard=self._shard and replace(self._shard, bases_from=tuple(used.position for used in bases)),

@@ -96,14 +96,14 @@ def _of_one_plan(parts: list[_Part]) -> tuple[list[_Part], list[str]]:
 
 def _plan(part: _Part) -> tuple[object, ...]:
     shard, report = part.shard, part.report
-    return shard.plan_sha256, shard.count, shard.entries, report.config_sha256, report.tool_version
+    return shard.plan_sha256, shard.count, shard.entries, report.config.sha256, report.tool.version
 
 
 def _difference(part: _Part, others: _Part) -> str:
-    if part.report.tool_version != others.report.tool_version:
-        theirs, ours = one_line(part.report.tool_version, _SHOWN), one_line(others.report.tool_version, _SHOWN)
+    if part.report.tool.version != others.report.tool.version:
+        theirs, ours = one_line(part.report.tool.version, _SHOWN), one_line(others.report.tool.version, _SHOWN)
         return f"merge-gate {theirs} wrote it, and {ours} the others"
-    if part.report.config_sha256 != others.report.config_sha256:
+    if part.report.config.sha256 != others.report.config.sha256:
         return "its configuration is another one than the others'"
     if part.shard.count != others.shard.count:
         return f"the others are of {others.shard.count} shards"
@@ -184,10 +184,9 @@ def _whole(parts: list[_Part], bases: tuple[BaseReport, ...], problems: tuple[st
     }
     return Report(
         complete=len(placed) == parts[0].shard.entries and all(part.report.complete for part in parts),
-        tool_version=first.tool_version,
+        tool=first.tool,
         environment=_environment([part.report.environment for part in parts]),
-        config_path=first.config_path,
-        config_sha256=first.config_sha256,
+        config=first.config,
         bases=bases,
         adapters=tuple(placed[position] for position in sorted(placed)),
         problems=problems,

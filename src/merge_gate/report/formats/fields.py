@@ -1,47 +1,49 @@
-"""What report.json has, read off the records: each field's key, kind and sentence, and values ↔ JSON.
+"""The JSON of report.json, read off the records: each field's key, type, and sentence.
 
-In: records whose fields are `told`, or JSON of unknown origin. Out: JSON values, records, and `declared`, from which
-schema.py makes schema and tables. Raises `UnreadableError` where JSON is not what the records say. Knows no report.
-
-A float that is not finite is null; a tuple of pairs is an object, in which such floats are strings; a tuple of many
-records is a table of rows.
+In: records whose fields are made by `told`, or JSON of unknown origin. Out: JSON values, records, and `declared`, from
+which schema.py makes the schema and the tables. Knows no particular record.
 """
+
+# A non-finite float is null. A tuple of pairs is an object, in which such floats are strings. A tuple of records that
+# is declared `as_rows` is a table: its columns, and one row for each record.
 
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from operator import attrgetter
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from merge_gate.records.terms import Severity, record
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 Json = Any
 
 FIGURES = tuple[tuple[str, float], ...]
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _ROW_DIGITS = 6
-_AS_THEY_ARE = (int, bool)
-_ENDLESS = 1 << 1000
-"""No number is as large that a float can hold. Python's whole numbers have no end, and not all can be printed."""
-_SHOWN = 60
+_LARGEST = 1 << 1000
+"""Larger than any figure, and still a float. Python's integers are unbounded, and very long ones cannot be printed."""
+_SHOWN_CHARACTERS = 60
 
 
 class UnreadableError(Exception):
-    """JSON that does not say what the records say; the message names the place."""
+    """JSON that does not fit the records. The message names the place."""
 
 
 @record
 class Declared:
-    """One field: its name in the record, its key in the file, its type, its sentence."""
+    """One field: its name in the record, its key in the file, its type, and its sentence.
+
+    `is_derived`: the record computes the field from its other fields.
+    """
 
     name: str
     key: str
@@ -49,10 +51,11 @@ class Declared:
     told: str
     default: Any
     as_rows: bool
+    is_derived: bool
 
     @property
     def item(self) -> Any:
-        """What a tuple holds."""
+        """The type of a tuple's items."""
         return get_args(self.kind)[0]
 
 
@@ -62,27 +65,27 @@ def declared(cls: Any) -> tuple[Declared, ...]:
     kinds = get_type_hints(cls)
     return tuple(
         Declared(
-            name=one.name,
-            key=one.metadata["key"] or one.name,
-            kind=kinds[one.name],
-            told=one.metadata["told"],
-            default=one.default,
-            as_rows=one.metadata["as_rows"],
+            name=field.name,
+            key=field.metadata["key"] or field.name,
+            kind=kinds[field.name],
+            told=field.metadata["told"],
+            default=field.default,
+            as_rows=field.metadata["as_rows"],
+            is_derived=not field.init,
         )
-        for one in fields(cls)
-        if "told" in one.metadata
+        for field in fields(cls)
+        if "told" in field.metadata
     )
 
 
 @cache
 def columns(cls: Any) -> tuple[Declared, ...]:
-    """The fields of a row: those of records inside of it stand in their place."""
-    return tuple(column for one in declared(cls) for column in (columns(one.kind) if is_record(one.kind) else (one,)))
-
-
-def _declared_of(value: Any) -> tuple[Declared, ...]:
-    cls: Any = type(value)
-    return declared(cls)
+    """The fields of a row. A record inside the record gives its own fields, named `stats.nan`."""
+    listed: list[Declared] = []
+    for field in declared(cls):
+        inner = columns(field.kind) if is_record(field.kind) else ()
+        listed += [replace(column, name=f"{field.name}.{column.name}") for column in inner] or [field]
+    return tuple(listed)
 
 
 def is_record(kind: Any) -> bool:
@@ -95,98 +98,98 @@ def optional(kind: Any) -> tuple[Any, bool]:
     """(`str`, True) of `str | None`."""
     if get_origin(kind) is not UnionType:
         return kind, False
-    (inner,) = (one for one in get_args(kind) if one is not NoneType)
+    (inner,) = (part for part in get_args(kind) if part is not NoneType)
     return inner, True
 
 
 def words(kind: type[Enum]) -> list[str]:
-    """The values of an enumeration that a report can hold: a check that is off finds nothing."""
-    return [one.value for one in kind if one is not Severity.OFF]
+    """The values of an enumeration that a report can hold. A check that is off finds nothing."""
+    return [member.value for member in kind if member is not Severity.OFF]
 
 
-# --- out -----------------------------------------------------------------------------------------------------------
+# --- records to JSON -------------------------------------------------------------------------------------------------
 
 
 def dump(value: Any) -> Json:
-    """A record, or what one holds, as JSON."""
-    if value is None or type(value) in _AS_THEY_ARE:  # most of what a fleet's report holds
+    """The JSON of a record, or of a value in it."""
+    if value is None or type(value) in (int, bool):  # most values of a large report
         return value
     if isinstance(value, str):
-        return text(str(value))  # of an enumeration, its word
+        return text(str(value))  # an enumeration's member becomes its word
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
-        return [dump(one) for one in value]
-    return {one.key: _field(getattr(value, one.name), one) for one in _declared_of(value)}
+        return [dump(item) for item in value]
+    return dump_record(value)
 
 
-def _field(value: Any, one: Declared) -> Json:
-    if one.as_rows:
-        cells_of = _cells_of(one.item)
-        rows = [[_cell(cell) for cell in cells_of(row)] for row in value]
-        return {"columns": [column.key for column in columns(one.item)], "rows": rows}
-    if one.kind == FIGURES:
-        return {text(name): _figure(figure) for name, figure in value}
+def dump_record(value: Any, *, emptied: Collection[str] = ()) -> dict[str, Json]:
+    """The JSON object of a record. The tuples that `emptied` names become empty arrays."""
+    cls: Any = type(value)
+    return {
+        field.key: [] if field.name in emptied else _dump_field(getattr(value, field.name), field)
+        for field in declared(cls)
+    }
+
+
+def _dump_field(value: Any, field: Declared) -> Json:
+    if field.as_rows:
+        cells_of = attrgetter(*(column.name for column in columns(field.item)))
+        rows = [[_dump_cell(cell) for cell in cells_of(row)] for row in value]
+        return {"columns": [column.key for column in columns(field.item)], "rows": rows}
+    if field.kind == FIGURES:
+        return {text(name): _dump_figure(figure) for name, figure in value}
     return dump(value)
 
 
-@cache
-def _cells_of(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
-    """Get the values of a row from its record; those of records inside of it in their place."""
-
-    def paths(cls: Any) -> list[str]:
-        names = [(one.name, paths(one.kind) if is_record(one.kind) else []) for one in declared(cls)]
-        return [f"{name}.{rest}" if rest else name for name, inner in names for rest in inner or [""]]
-
-    return attrgetter(*paths(cls))
-
-
-def _cell(value: Any) -> Json:
+def _dump_cell(value: Any) -> Json:
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.{_ROW_DIGITS}g}")
     return dump(value)
 
 
-def _figure(value: float) -> float | str:
+def _dump_figure(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def text(value: str) -> str:
-    """A file name may hold bytes that are not UTF-8 (surrogates in Python); strict parsers refuse them."""
+    """A file name may hold bytes that are not UTF-8 (surrogates in Python). Strict parsers refuse them."""
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-# --- in ------------------------------------------------------------------------------------------------------------
+# --- JSON to records -------------------------------------------------------------------------------------------------
 
-# A reader takes JSON and returns the value. There is one for each kind, made once. The place of what is wrong is put
-# together on the way out, since a fleet's report has half a million values in which nothing is.
+# A reader takes JSON and returns the value. Each type has one, made once. The place of a wrong value is put together
+# on the way out, because a large report has half a million values and rarely a wrong one.
 
 
-class _WrongError(Exception):
-    """What is wrong, and the steps to it, the last one first."""
+class _WrongValueError(Exception):
+    """A value that does not fit; `steps` lead to it, the last one first."""
 
-    def __init__(self, said: str) -> None:
-        self.said, self.steps = said, list[str]()
+    def __init__(self, message: str, *steps: str) -> None:
+        self.message, self.steps = message, list(steps)
 
-    def within(self, step: str) -> None:
-        self.steps.append(step)
+
+def _refuse(message: str, *steps: str) -> NoReturn:
+    raise _WrongValueError(message, *steps)
 
 
 def load(kind: Any, value: Json, place: str) -> Any:
-    """The value of a field of type `kind`.
+    """The value of type `kind` that the JSON describes.
 
-    Keys that no record knows are ignored (a later 1.x wrote them); keys that are absent have the record's default.
+    Keys that no record has are ignored, because a later 1.x may have written them. Absent keys get the default of the
+    record.
 
     Raises:
-        UnreadableError: it is none; `place` and the way from there are named.
+        UnreadableError: the JSON does not fit. The message names `place` and the way from there.
     """
     try:
         return _reader(kind)(value)
-    except _WrongError as wrong:
+    except _WrongValueError as wrong:
         where = (place + "".join(reversed(wrong.steps))).removeprefix("." if not place else "")
-        raise UnreadableError(f"{where or 'the document'} {wrong.said}") from None
+        raise UnreadableError(f"{where or 'the document'} {wrong.message}") from None
 
 
 @cache
@@ -202,7 +205,7 @@ def _reader_of(kind: Any) -> Callable[[Json], Any]:
     if kind in _PLAIN:
         return partial(_read_plain, kind)
     if is_record(kind):
-        return partial(_read_record, kind)
+        return _record_reader(kind)
     if kind == FIGURES:
         return _read_figures
     if get_origin(kind) is tuple:
@@ -210,112 +213,88 @@ def _reader_of(kind: Any) -> Callable[[Json], Any]:
     return partial(_read_word, kind)
 
 
-def _read_record(cls: Any, value: Json) -> Any:
-    _expect(value, dict, "an object")
-    loaded = {}
-    for name, key, read, is_needed in _readers(cls):
-        if key in value:
-            try:
-                loaded[name] = read(value[key])
-            except _WrongError as wrong:
-                wrong.within(f".{key}")
-                raise
-        elif is_needed:
-            raise _missing(key)
-    return cls(**loaded)
+def _at(step: str, read: Callable[[Json], Any], value: Json) -> Any:
+    try:
+        return read(value)
+    except _WrongValueError as wrong:
+        wrong.steps.append(step)
+        raise
 
 
 @cache
-def _readers(cls: Any) -> tuple[tuple[str, str, Callable[[Json], Any], bool], ...]:
-    return tuple(
-        (one.name, one.key, partial(_read_rows, one.item) if one.as_rows else _reader(one.kind), one.default is MISSING)
-        for one in declared(cls)
+def _record_reader(cls: Any, *, in_row: bool = False) -> Callable[[Json], Any]:
+    """Reads a record from an object, or from a row's cells by column. A record inside a row shares the row's cells."""
+    derived = tuple(field for field in declared(cls) if field.is_derived)
+    readers = tuple(
+        (field.name, field.key, f".{field.key}", reader, in_row and is_record(field.kind), field.default is MISSING)
+        for field in declared(cls)
+        for reader in [_field_reader(field, in_row=in_row)]
     )
 
+    def read(value: Json) -> Any:
+        _expect(value, dict, "an object")
+        loaded, step = {}, ""
+        try:
+            for name, key, step, read, is_inside, is_needed in readers:  # noqa: B007
+                if is_inside:
+                    loaded[name] = read(value)
+                elif key in value:
+                    loaded[name] = read(value[key])
+                elif is_needed:
+                    _refuse("is missing")
+        except _WrongValueError as wrong:
+            wrong.steps.append(step)
+            raise
+        return _made(cls, loaded, derived) if derived else cls(**loaded)
 
-def _missing(key: str) -> _WrongError:
-    wrong = _WrongError("is missing")
-    wrong.within(f".{key}")
-    return wrong
+    return read
+
+
+def _field_reader(field: Declared, *, in_row: bool) -> Callable[[Json], Any]:
+    if field.as_rows:
+        return partial(_read_table, field.item)
+    return _record_reader(field.kind, in_row=True) if in_row and is_record(field.kind) else _reader(field.kind)
+
+
+def _made(cls: Any, loaded: dict[str, Any], derived: tuple[Declared, ...]) -> Any:
+    """The record; what the file states of its derived fields must follow from the others."""
+    stated = [(field, loaded.pop(field.name)) for field in derived if field.name in loaded]
+    made = cls(**loaded)
+    for field, value in stated:
+        if getattr(made, field.name) != value:
+            _refuse("does not follow from the rest of the report", f".{field.key}")
+    return made
 
 
 def _read_tuple(read: Callable[[Json], Any], value: Json) -> tuple[Any, ...]:
     _expect(value, list, "an array")
     loaded: list[Any] = []
     try:
-        for one in value:
-            loaded.append(read(one))  # noqa: PERF401 - their number is the place of the one that is wrong
-    except _WrongError as wrong:
-        wrong.within(f"[{len(loaded)}]")
+        for item in value:
+            loaded.append(read(item))  # noqa: PERF401 - their number is the place of a wrong item
+    except _WrongValueError as wrong:
+        wrong.steps.append(f"[{len(loaded)}]")
         raise
     return tuple(loaded)
 
 
-def _read_rows(cls: Any, value: Json) -> tuple[Any, ...]:
+def _read_table(cls: Any, value: Json) -> tuple[Any, ...]:
     _expect(value, dict, "an object")
-    try:
-        keys = _reader(tuple[str, ...])(value.get("columns"))
-    except _WrongError as wrong:
-        wrong.within(".columns")
-        raise
-    try:
-        return _read_tuple(partial(_read_row, _row_maker(cls, keys), len(keys)), value.get("rows"))
-    except _WrongError as wrong:
-        wrong.within(".rows")
-        raise
+    keys = _at(".columns", _reader(tuple[str, ...]), value.get("columns"))
+    read = _record_reader(cls, in_row=True)
 
+    def read_row(row: Json) -> Any:
+        _expect(row, list, "an array")
+        if len(row) != len(keys):
+            _refuse(f"has {len(row)} cells, expected one for each of {len(keys)} columns")
+        return read(dict(zip(keys, row, strict=True)))
 
-def _read_row(make: Callable[[list[Json]], Any], width: int, row: Json) -> Any:
-    _expect(row, list, "an array")
-    if len(row) != width:
-        raise _WrongError(f"has {len(row)} cells, expected one for each of {width} columns")
-    return make(row)
-
-
-@lru_cache(maxsize=16)  # the columns are whatever a file says
-def _row_maker(cls: Any, keys: tuple[str, ...]) -> Callable[[list[Json]], Any]:
-    """How a row becomes a record; those inside of it stand in the same row."""
-    place_of = {key: index for index, key in enumerate(keys)}
-    steps: list[tuple[str, str, Callable[[list[Json]], Any]]] = []
-    absent: str | None = None
-    for one in declared(cls):
-        if is_record(one.kind):
-            steps.append((one.name, one.key, _row_maker(one.kind, keys)))
-        elif one.key in place_of:
-            steps.append((one.name, one.key, _cell_reader(_reader(one.kind), place_of[one.key])))
-        elif one.default is MISSING:
-            absent = one.key
-            break
-
-    def make(row: list[Json]) -> Any:
-        loaded = {}
-        for name, key, read in steps:
-            try:
-                loaded[name] = read(row)
-            except _WrongError as wrong:
-                wrong.within(f".{key}")
-                raise
-        if absent is not None:
-            raise _missing(absent)
-        return cls(**loaded)
-
-    return make
-
-
-def _cell_reader(read: Callable[[Json], Any], index: int) -> Callable[[list[Json]], Any]:
-    return lambda row: read(row[index])
+    return _at(".rows", partial(_read_tuple, read_row), value.get("rows"))  # type: ignore[no-any-return]
 
 
 def _read_figures(value: Json) -> tuple[tuple[str, float], ...]:
     _expect(value, dict, "an object")
-    loaded: list[tuple[str, float]] = []
-    for name, one in value.items():
-        try:
-            loaded.append((name, _read_figure(one)))
-        except _WrongError as wrong:
-            wrong.within(f".{name}")
-            raise
-    return tuple(loaded)
+    return tuple((name, _at(f".{name}", _read_figure, figure)) for name, figure in value.items())
 
 
 def _read_figure(value: Json) -> float:
@@ -325,9 +304,9 @@ def _read_figure(value: Json) -> float:
 
 
 def _read_word(kind: type[Enum], value: Json) -> Enum:
-    known = words(kind)
-    if not isinstance(value, str) or value not in known:
-        raise _WrongError(f"is {_shown(value)}, expected {one_of(known)}")
+    expected = words(kind)
+    if not isinstance(value, str) or value not in expected:
+        _refuse(f"is {_shown(value)}, expected {one_of(expected)}")
     return kind(value)
 
 
@@ -335,21 +314,21 @@ _PLAIN = {str: "a text", bool: "true or false", int: "a number that is whole and
 
 
 def _read_plain(kind: Any, value: Json) -> Any:
-    if type(value) is kind and (kind is not int or 0 <= value < _ENDLESS):  # nearly all
+    if type(value) is kind and (kind is not int or 0 <= value < _LARGEST):  # nearly all values
         return value
     if kind is float and value is None:
         return math.nan
-    if kind is float and type(value) is int and -_ENDLESS < value < _ENDLESS:
+    if kind is float and type(value) is int and -_LARGEST < value < _LARGEST:
         return value
-    raise _WrongError(f"is {_shown(value)}, expected {_PLAIN[kind]}")
+    _refuse(f"is {_shown(value)}, expected {_PLAIN[kind]}")
 
 
 def _expect(value: Json, kind: type, name: str) -> None:
     if not isinstance(value, kind):
-        raise _WrongError(f"is {_shown(value)}, expected {name}")
+        _refuse(f"is {_shown(value)}, expected {name}")
 
 
 def _shown(value: Json) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
-    return one_line(repr(value), _SHOWN)
+    return one_line(repr(value), _SHOWN_CHARACTERS)

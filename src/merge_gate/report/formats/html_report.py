@@ -23,7 +23,6 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.remembered import Remembered
 from merge_gate.report.wording import words
 from merge_gate.report.wording.alike import told_before
@@ -58,9 +57,9 @@ def render(report: Report) -> str:
         policy=_policy(),
         rows=_rows(report, judged, layouts),
         layouts=_data(layouts.known),
-        failed=report.count(Verdict.FAILED),
-        undecided=report.count(Verdict.ERROR),
-        passed=report.count(Verdict.PASSED),
+        failed=report.counts.failed,
+        undecided=report.counts.error,
+        passed=report.counts.passed,
         warned=sum(bool(words.warnings(adapter)) for adapter in report.adapters),
     )
 
@@ -125,7 +124,7 @@ def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> lis
         judged,
         [layouts.number_of(adapter) for adapter in judged],
         [_named(before.get(place, {})) for place in range(len(judged))],
-        [report.config_path] * len(judged),
+        [report.config.path] * len(judged),
     )
     return [
         {"verdict": adapter.verdict, "is_warned": bool(words.warnings(adapter)), "text": Markup(text)}  # noqa: S704 - made below

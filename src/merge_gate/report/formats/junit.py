@@ -88,14 +88,14 @@ def _time(seconds: float) -> str:
 
 
 def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
-    known = [("config", report.config_path), ("config-sha256", report.config_sha256)]
+    known = [("config", report.config.path), ("config-sha256", report.config.sha256)]
     for base in report.bases:
         if base.key.is_same_model(first.base) and base.sha256:
             known.append(("base-sha256", base.sha256))
             break
     known += [("judged", said)] if (said := words.judged(report)) else []
     known += [("baseline", said) for said in words.baseline(report)]
-    return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool_version)))]
+    return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool.version)))]
 
 
 def _name(adapter: AdapterReport) -> str:

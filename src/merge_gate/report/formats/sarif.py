@@ -60,7 +60,7 @@ def render(report: Report) -> str:
 def _driver(report: Report) -> Json:
     return {
         "name": "merge-gate",
-        "semanticVersion": one_line(report.tool_version, words.NAME_LIMIT),
+        "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT),
         "rules": [_rule(check, summary) for check, summary in _SUMMARIES.items()],
     }
 
@@ -138,7 +138,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
         "message": {"text": _message(name, dtypes, finding, more)},
         "locations": [
             {
-                "physicalLocation": _location(report.config_path, judged),
+                "physicalLocation": _location(report.config.path, judged),
                 "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
             }
         ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, get_args, get_origin
 
-from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding, Verdict
 from merge_gate.report.formats.fields import (
     FIGURES,
@@ -20,7 +20,6 @@ from merge_gate.report.formats.fields import (
     optional,
     words,
 )
-from merge_gate.report.formats.json_report import Document
 
 _SHARED = {AdapterReport: "adapter", BaseReport: "base", Finding: "finding"}
 """Records that the schema defines once, and their names there."""
@@ -40,7 +39,7 @@ def report_schema() -> Json:
         "$id": "urn:merge-gate:report:1",
         "title": "merge-gate report",
         "description": "What merge-gate found in one run.",
-        **_record(Document),
+        **_record(Report),
         "$defs": {name: _record(cls) | _rules(cls) for cls, name in _SHARED.items()},
     }
 

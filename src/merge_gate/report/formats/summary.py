@@ -207,7 +207,7 @@ def _base_findings(report: Report) -> list[str]:
 def _footer(report: Report) -> str:
     checked = sum(adapter.coverage.parameters_checked for adapter in report.adapters)
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
-    config_sha256 = f", sha256 {code(report.config_sha256)}" if report.config_sha256 else ""
+    config_sha256 = f", sha256 {code(report.config.sha256)}" if report.config.sha256 else ""
     bound = words.proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
     said = "; ".join(
         filter(None, [f"{words.number(checked)} of {words.number(total)} parameters of the merged models", bound])
@@ -222,8 +222,8 @@ def _footer(report: Report) -> str:
     if said := words.cached(report):
         rows.append(f"| cached | {plain(said)} |")
     rows += [
-        f"| config | {code(report.config_path)}{config_sha256} |",
-        f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool_version))} |",
+        f"| config | {code(report.config.path)}{config_sha256} |",
+        f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool.version))} |",
         f"| device | {plain(words.device(report.environment))} |",
         f"| sandbox | {plain(words.sandbox(report.environment))} |",
     ]

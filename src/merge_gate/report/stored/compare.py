@@ -123,7 +123,7 @@ def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
 
 
 def _versions(old: Report, new: Report) -> Iterator[str]:
-    pairs = [("merge-gate", old.tool_version, new.tool_version)]
+    pairs = [("merge-gate", old.tool.version, new.tool.version)]
     pairs += [
         (one.name.replace("_", " "), getattr(old.environment, one.name), getattr(new.environment, one.name))
         for one in fields(Environment)

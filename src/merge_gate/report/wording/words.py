@@ -256,7 +256,7 @@ def _said(report: Report) -> str:
 
 
 def _counts(report: Report, everything: str, whole: str) -> str:
-    failed, undecided, total = report.count(Verdict.FAILED), report.count(Verdict.ERROR), len(report.adapters)
+    failed, undecided, total = report.counts.failed, report.counts.error, len(report.adapters)
     known = f", {number(report.accepted)} of them accepted" if report.accepted else ""
     if failed == total:
         known = ", accepted" if known and total == 1 else known
