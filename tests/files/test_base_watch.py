@@ -70,6 +70,20 @@ def test_a_base_is_hashed_once(base: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == [base]
 
 
+def test_a_watch_is_hashing_until_the_digest_is_known(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(base_watch.resolve, "digest_directory", lambda *_: may_end.wait(60) and "0" * 64)
+    watch = BaseWatch()
+    assert not watch.is_hashing
+    watch.start(base)
+    assert watch.is_hashing
+    assert watch.digest(base) is None
+    may_end.set()
+    watch.wait()
+    assert not watch.is_hashing
+    assert watch.digest(base) == "0" * 64
+
+
 def test_a_base_that_changes_after_it_was_hashed_has_no_content(base: str, tmp_path: Path) -> None:
     watch = hashed(base)
     (tmp_path / "base" / "README.md").write_text("not a file of the base")

@@ -138,7 +138,7 @@ class Store:
         if not self._has_notified:
             self._notify(
                 f"cannot write to the cache directory {self._directory}: {error.strerror or error}; "
-                "verdicts of this run are not kept there"
+                "the verdicts of this run are not stored there"
             )
         self._has_notified = True
 

@@ -135,7 +135,7 @@ def _settings_digest(directory: str) -> str | None:
     """None if the base runs code of another repository, which no digest here covers."""
     try:
         config = json.loads(Path(directory, "config.json").read_bytes())
-        if "--" in json.dumps(config.get("auto_map") or {}):
+        if "--" in json.dumps(config.get("auto_map")):
             return None
         return resolve.digest_directory(directory, resolve.base_setting_files(directory))
     except Exception:  # noqa: BLE001 - whatever it is, no verdict on this base is stored
