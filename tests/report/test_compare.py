@@ -29,6 +29,7 @@ from tests.support.reports import (
     report,
     runner_obeys,
 )
+from tests.support.wording import Wording
 
 BROKEN = dataclasses.replace(PASSED, verdict=Verdict.FAILED, cause=NAN.check, findings=(NAN,))
 UNDECIDED = dataclasses.replace(CRASHED, name="support")
@@ -79,9 +80,9 @@ def test_a_base_is_the_same_however_its_path_is_written() -> None:
     assert [change.kind for change in compare(report(one), report(elsewhere)).changes] == [Kind.NEW, Kind.VANISHED]
 
 
-def test_a_newer_run_that_did_not_finish_proves_nothing() -> None:
+def test_a_newer_run_that_did_not_finish_proves_nothing(wording: Wording) -> None:
     assert compare(report(PASSED), report(PASSED, complete=False)).exit_code is ExitCode.ERROR
-    assert "did not finish" in render_text(compare(report(PASSED), report(PASSED, complete=False)))
+    wording(render_text(compare(report(PASSED), report(PASSED, complete=False))))
 
 
 def test_versions_are_named() -> None:
@@ -127,7 +128,7 @@ def test_a_report_is_as_itself(run: Any) -> None:
 
 
 def test_a_change_of_nothing_is_a_bug() -> None:
-    with pytest.raises(AssertionError, match="a change is of an adapter"):
+    with pytest.raises(AssertionError, match="adapter"):
         _ = Change(kind=Kind.NEW, old=None, new=None).adapter
 
 

@@ -21,6 +21,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.formats.summary import render
 from merge_gate.report.stored.compare import compare, render_markdown
+from merge_gate.report.wording import words
 from merge_gate.report.wording.markdown import code, prose
 from merge_gate.report.wording.textmap import text_map
 from merge_gate.report.wording.untrusted import one_line
@@ -31,6 +32,7 @@ from tests.support.reports import (
     FAIL,
     FAILED,
     HALF,
+    MISSING,
     NAN,
     PASS,
     ROUNDING,
@@ -42,10 +44,12 @@ from tests.support.reports import (
     hostile_reports,
     in_two_dtypes,
     lines_of,
+    names_for_shared_words,
     report,
     runner_obeys,
     tensors,
 )
+from tests.support.wording import Wording
 
 LIMIT_BYTES = 64 * 1024
 GOLDEN = Path(__file__).parent / "goldens" / "summary.md"
@@ -119,7 +123,8 @@ class Seen(HTMLParser):
 
 
 def test_golden() -> None:
-    text = render(FAIL)
+    with names_for_shared_words() as run:
+        text = render(run)
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8"), "look at the difference, then run with UPDATE_GOLDENS=1"
@@ -129,8 +134,9 @@ def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
     first = PASS.adapters[0]
     bounded = dataclasses.replace(first, coverage=dataclasses.replace(first.coverage, parameters_bounded=1_234_567))
     run = dataclasses.replace(PASS, adapters=(bounded, *PASS.adapters[1:]))
-    assert "proved by a bound: 1,234,567 parameters" in render(run).rpartition("| checked |")[2].partition("\n")[0]
-    assert "by a bound" not in render(PASS)
+    said = words.proved_by_bound(1_234_567)
+    assert said in render(run).rpartition("| checked |")[2].partition("\n")[0]
+    assert said.partition(":")[0] not in render(PASS)
 
 
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
@@ -142,18 +148,20 @@ def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:
     text = render(FAIL)
     order = [text.index(f"| `{name}` |") for name in ("billing", "summaries", "translate-de", "support", "legal")]
     assert order == sorted(order)
-    folded = text.index("<details><summary>1 warning for 1 adapter that passed</summary>")
+    folded = text.rindex("<details>")
     assert folded < text.index("- `legal` (bfloat16) `rounding-loss`")
-    assert "2,200,096,768 of 5,500,241,920 parameters" in text
+    assert "2,200,096,768" in text
 
 
-def test_of_a_fleet_the_quiet_are_folded_below_what_there_is_to_do() -> None:
+def test_of_a_fleet_the_quiet_are_folded_below_what_there_is_to_do(wording: Wording) -> None:
     good = [adapter(f"good-{index}") for index in range(200)]
     text = render(report(*good, adapter("broken", Verdict.FAILED, cause="no-effect"), WARNED))
     seen = Seen(text, github)
     assert [row[0] for row in seen.cells[1:3]] == ["broken", WARNED.name]
-    assert text.index("### ❌ `broken` failed") < text.index("<summary>200 merges that passed without a warning")
-    assert text.index("<summary>200 merges that") < text.index("| `good-0` |") < text.index("| `good-199` |")
+    assert text.index("### ❌ `broken`") < text.index("<details>", text.index("<details>") + 1)
+    assert text.index("<summary>200 ") < text.index("| `good-0` |") < text.index("| `good-199` |")
+    (quiet,) = re.findall("<summary>200 .*</summary>", text)
+    wording(quiet)
     assert "<details>" not in render(report(*good[:40]))
 
 
@@ -186,7 +194,6 @@ def test_a_hostile_name_is_only_text(attack: str, renderer: Callable[[str], str]
 def test_on_github_the_tables_are_tables_and_every_name_is_whole() -> None:
     names = [f"{number}{attack}" for number, attack in enumerate(ATTACKS) if 0 < len(attack) < 100]
     seen = Seen(render(report(*(adapter(name, findings=(ROUNDING,)) for name in names))), github)
-    assert seen.cells[0] == ["adapter", "base", "verdict", "cause and place"]
     assert {len(row) for row in seen.cells[1 : len(names) + 1]} == {4}
     assert [row[0] for row in seen.cells[1 : len(names) + 1]] == [one_line(name, 80) for name in names]
     assert seen.tags.count("details") == 1
@@ -245,8 +252,7 @@ def test_a_thousand_broken_adapters_fit(text: str) -> None:
     )
     markdown = render(report(*broken, adapter("fine", findings=others), bases=bases, config=config_file(text)))
     assert len(markdown.encode()) <= LIMIT_BYTES
-    assert "more adapters not cleared; the full list is in `report.json`" in markdown
-    assert "more rows; the full list is in `report.json`" in markdown
+    assert len(re.findall("^.*`report.json`.*$", markdown, re.MULTILINE)) >= 2
     assert markdown.count("<details>") == markdown.count("</details>")
     assert f"### ❌ {code(f'{text}0')}" in markdown
 
@@ -255,12 +261,13 @@ def test_what_the_files_show_is_said_once_and_not_once_per_dtype() -> None:
     lfs = dataclasses.replace(NAN, check="file-lfs-pointer", message="a pointer", origin=Origin.FILE)
     both = [adapter("a", Verdict.FAILED, cause=lfs.check, findings=(lfs,), base=base) for base in (BASE, HALF)]
     text = render(report(*both))
-    assert text.count("**What is wrong:**") == 1
-    assert "on `./models/base` (bfloat16; float16)" in text
+    assert text.count(lfs.message) == 1
+    assert "`./models/base` (bfloat16; float16)" in text
     other = dataclasses.replace(both[1], findings=(dataclasses.replace(lfs, message="another"),))
-    assert render(report(both[0], other)).count("**What is wrong:**") == 2
+    text = render(report(both[0], other))
+    assert (text.count(lfs.message), text.count("another")) == (1, 1)
     warned = [adapter("b", findings=(ROUNDING,), base=base) for base in (BASE, HALF)]
-    assert "<summary>1 warning for 2 adapters that passed</summary>" in render(report(*warned))
+    assert render(report(*warned)).count(ROUNDING.message) == 1
 
 
 def test_what_breaks_many_alike_is_said_once() -> None:
@@ -284,18 +291,20 @@ def test_what_breaks_many_alike_is_said_once() -> None:
 def test_the_map_of_several_says_whose_it_is() -> None:
     worst = next(one for one in FAIL.adapters if one.tensors and one.verdict is Verdict.FAILED)
     both = [dataclasses.replace(worst, name=name) for name in ("first", "second")]
-    assert "The map of `first`: N NaN" in render(report(*both))
-    assert "The map of" not in render(report(both[0]))
+    (said,) = re.findall("^.*N NaN.*$", render(report(*both)), re.MULTILINE)
+    assert "`first`" in said
+    (said,) = re.findall("^.*N NaN.*$", render(report(both[0])), re.MULTILINE)
+    assert "`first`" not in said
 
 
 def test_what_one_dtype_has_besides_is_said_of_that_one() -> None:
     text = render(in_two_dtypes())
-    assert text.count("a tensor is not there") == 1
+    assert text.count(MISSING.message) == 1
     assert "- warning (bfloat16) `rounding-loss`" in text
-    changed = dataclasses.replace(ROUNDING, check="meaning-changed", message="PEFT reads it otherwise")
+    changed = dataclasses.replace(ROUNDING, check="meaning-changed", message="another meaning")
     passed = [adapter("b", findings=(changed,)), adapter("b", findings=(changed, ROUNDING), base=HALF)]
     text = render(report(*passed))
-    assert text.count("PEFT reads it otherwise") == 1
+    assert text.count("another meaning") == 1
     assert "`b` (bfloat16; float16) `meaning-changed`" in text
     assert "`b` (float16) `rounding-loss`" in text
 
@@ -347,11 +356,13 @@ def test_a_hostile_name_cannot_leave_the_map(attack: str) -> None:
     assert not any(runner_obeys(line) for line in lines_of(text))
 
 
-def test_an_adapter_without_findings_still_says_what_to_do() -> None:
-    assert "**What to do:** Read the job's log" in render(report(adapter(verdict=Verdict.ERROR)))
+def test_an_adapter_without_findings_still_says_what_to_do(wording: Wording) -> None:
+    (said,) = re.findall(r"^- \*\*.*$", render(report(adapter(verdict=Verdict.ERROR))), re.MULTILINE)[-2:-1]
+    wording(said)
 
 
 def test_hundreds_of_findings_are_one_line() -> None:
     many = dataclasses.replace(FAILED, findings=(NAN,) * 96)
     assert "- error `adapter-nonfinite`: " in render(report(many))
-    assert "; and 94 more like it" in render(report(many))
+    (said,) = re.findall("^- error `adapter-nonfinite`: .*$", render(report(many)), re.MULTILINE)
+    assert "94" in said

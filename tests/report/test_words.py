@@ -7,7 +7,7 @@ import html
 
 import pytest
 
-from merge_gate.records.report import Judged, Report
+from merge_gate.records.report import Accepted, Judged, Report, Shard
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, summary
 from merge_gate.report.wording import words
@@ -29,60 +29,66 @@ from tests.support.reports import (
     adapter,
     report,
 )
+from tests.support.wording import Wording
+
+SHARD = Shard(index=2, count=4, plan_sha256="p", versions_sha256="v", entries=1, positions=())
+KNOWN = Accepted(owner="ml", until="2027-01-01", reason="known")
+RUNS: dict[str, Report] = {
+    "passed": PASS,
+    "one-passed": report(PASSED),
+    "one-warned": report(WARNED),
+    "fleet-passed": report(*(adapter(f"a{n}") for n in range(1200))),
+    "failed": FAIL,
+    "one-failed": report(FAILED),
+    "one-undecided": report(CRASHED),
+    "both-failed": report(FAILED, HALF_FAILED),
+    "unfinished-failed": report(FAILED, complete=False),
+    "unfinished-passed": report(PASSED, WARNED, complete=False),
+    "undecided": UNDECIDED,
+    "dtypes": report(PASSED, adapter(base=HALF), WARNED),
+    "empty": EMPTY,
+    "none": report(),
+    "unfinished-one-failed": report(PASSED, FAILED, complete=False),
+    "accepted": report(PASSED, dataclasses.replace(FAILED, accepted=KNOWN)),
+    "one-accepted": report(dataclasses.replace(FAILED, accepted=KNOWN)),
+    "empty-shard": report(shard=SHARD),
+    "shards-passed": report(PASSED, problems=("shard 2 of 3 is missing",)),
+    "shards-failed": report(FAILED, problems=("shard 2 of 3 is missing",)),
+}
 
 
-@pytest.mark.parametrize(
-    ("run", "said"),
-    [
-        (PASS, "both adapters passed, 1 with warnings"),
-        (report(PASSED), "the only adapter passed"),
-        (report(WARNED), "the only adapter passed, with warnings"),
-        (report(*(adapter(f"a{n}") for n in range(1200))), "all 1,200 adapters passed"),
-        (FAIL, "2 of 5 adapters failed, 1 could not be judged"),
-        (report(FAILED), "the only adapter failed"),
-        (report(CRASHED), "the only adapter could not be judged"),
-        (report(FAILED, HALF_FAILED), "both adapters failed"),
-        (report(FAILED, complete=False), "the run did not finish; so far 1 adapter failed"),
-        (report(PASSED, WARNED, complete=False), "the run did not finish; so far 2 adapters passed, 1 with warnings"),
-        (UNDECIDED, "1 of 2 adapters could not be judged, none failed"),
-        (report(PASSED, adapter(base=HALF), WARNED), "all 3 merges passed, 1 with warnings"),
-        (EMPTY, "the run did not finish and no adapter was judged"),
-        (report(), "no adapter was judged"),
-        (report(PASSED, FAILED, complete=False), "the run did not finish; so far 1 of 2 adapters failed"),
-    ],
-)
-def test_headline(run: Report, said: str) -> None:
-    assert words.headline(run) == said
+@pytest.mark.parametrize("name", RUNS)
+def test_headline_and_advice(name: str, wording: Wording) -> None:
+    wording(f"{words.headline(RUNS[name])}\n> {words.advice(RUNS[name])}")
+
+
+def test_what_stands_beside_a_verdict(wording: Wording) -> None:
+    wording(words.cached(PASS), *words.marks(WARNED), *words.marks(dataclasses.replace(FAILED, accepted=KNOWN)))
+    wording(words.proved_by_bound(1_234_567))
 
 
 def at(time: str, place: str = "acme/adapters run 7") -> Judged:
     return Judged(key="0" * 64, at=time, place=place, seconds=0.84, seal="")
 
 
-def test_a_report_says_when_and_where_its_verdicts_were_reached() -> None:
+def test_a_report_says_when_and_where_its_verdicts_were_reached(wording: Wording) -> None:
     """For whoever reads it in two years; what earlier runs reached is said beside it."""
     late, early = adapter("a", judged=at("2026-03-01T12:00:09Z")), adapter("b", judged=at("2026-03-01T12:00:00Z"))
     elsewhere = adapter("c", judged=at("2026-03-01T12:00:00Z", "vm"))
     assert words.judged(report(PASSED, WARNED)) == ""
-    assert words.judged(report(early, WARNED)) == "2026-03-01T12:00:00Z, at acme/adapters run 7"
-    said = "2026-03-01T12:00:00Z to 2026-03-01T12:00:09Z, at acme/adapters run 7, vm"
     run = report(late, early, elsewhere, PASSED)
-    assert words.judged(run) == said
+    said = words.judged(run)
+    wording(words.judged(report(early, WARNED)), said)
     assert f"| judged | {said} |" in html.unescape(summary.render(run))
     assert f"<dt>judged</dt><dd>{said}</dd>" in html_report.render(run)
     assert f'<property name="judged" value="{said}" />' in junit.render(run)
 
 
-def test_only_a_pass_is_called_finite() -> None:
-    runs = (PASS, FAIL, UNDECIDED, EMPTY, report(PASSED, complete=False))
-    assert [run for run in runs if "is finite" in words.advice(run)] == [PASS]
-    assert "Do not release" in words.advice(report(FAILED, complete=False))
-
-
-def test_shards_that_are_not_one_run_clear_nothing() -> None:
-    problems = ("shard 2 of 3 is missing",)
-    assert "not one whole run" in words.advice(report(PASSED, problems=problems))
-    assert "Do not release" in words.advice(report(FAILED, problems=problems))
+def test_only_a_pass_is_cleared_for_release() -> None:
+    runs = (PASS, FAIL, UNDECIDED, EMPTY, report(PASSED, complete=False), RUNS["shards-passed"])
+    assert [run for run in runs if words.advice(run) == words.advice(report(PASSED))] == [PASS]
+    for run in (report(FAILED, complete=False), RUNS["shards-failed"]):
+        assert words.advice(run) == words.advice(FAIL)
 
 
 def test_the_cause_decides_not_the_first_symptom() -> None:
@@ -103,21 +109,22 @@ def test_worst_first_else_in_order() -> None:
     assert words.worst_first(FAIL.adapters) == [FAILED, HALF_FAILED, CRASHED, PASSED, WARNED]
 
 
-def test_values_and_place() -> None:
+def test_values_and_place(wording: Wording) -> None:
     counted = dataclasses.replace(OVERFLOW, message="broken")
-    assert words.values(counted) == "12 +Inf and 3 -Inf among 11,534,336 values, the first at [311, 2040]"
+    wording(words.values(counted))
     said = dataclasses.replace(OVERFLOW, message=f"holds {words.values(counted)}")
     assert words.values(said) == "", "the message says it already"
     bare = Finding(check="c", severity=Severity.ERROR, message="in m", origin=Origin.FILE, module="m", tensor="t")
     assert words.values(bare) == ""
-    assert words.place(bare) == "t of m"
+    wording(words.place(bare))
     assert words.place(NAN) == NAN.tensor
     assert words.unsaid_place(bare) == "t"
     assert words.unsaid_place(dataclasses.replace(bare, message="t is bad")) == ""
 
 
-def test_every_origin_has_its_words() -> None:
+def test_every_origin_has_its_words(wording: Wording) -> None:
     assert set(words.ORIGINS) == set(Origin)
+    wording(*(f"{origin}: {said}" for origin, said in words.ORIGINS.items()))
 
 
 @pytest.mark.parametrize(

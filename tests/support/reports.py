@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import strategies as st
 
 from merge_gate.records.files import FileRecord
@@ -21,6 +24,10 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
+from merge_gate.report.wording import words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PARAMETERS = 1_100_048_384
 SHA256 = "9f2c5d1e" * 8
@@ -210,6 +217,28 @@ UNDECIDED = report(PASSED, CRASHED)
 EMPTY = report(complete=False, bases=())
 
 
+@contextmanager
+def names_for_shared_words() -> Iterator[Report]:
+    """For the golden of a format: FAIL, with a name in place of each sentence that all formats share.
+
+    The sentences are in the golden of tests/report/test_words.py. The adapters are copies, because the page remembers
+    the text of an adapter that it has rendered.
+    """
+
+    def named(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(*arguments: Any) -> Any:
+            text = original(*arguments)
+            return [f"the {name}"] * len(text) if isinstance(text, list) else text and f"the {name}"
+
+        return stand_in
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("headline", "advice", "cached", "judged", "values", "marks"):
+            patch.setattr(words, name, named(name, getattr(words, name)))
+        patch.setattr(words, "ORIGINS", {origin: f"origin {origin}" for origin in Origin})
+        yield replace(FAIL, adapters=tuple(replace(one) for one in FAIL.adapters))
+
+
 # --- hostile -------------------------------------------------------------------------------------------------------
 
 ATTACKS = (
@@ -303,10 +332,12 @@ def lines_of(text: str) -> list[str]:
     return text.splitlines()
 
 
+MISSING = replace(NAN, check="keys-missing", message="a tensor is absent", origin=Origin.FILE)
+
+
 def in_two_dtypes() -> Report:
     """One adapter: in both dtypes its file lacks a tensor, and in bfloat16 there is a warning besides."""
-    missing = replace(NAN, check="keys-missing", message="a tensor is not there", origin=Origin.FILE)
-    both = ((BASE, (missing, ROUNDING)), (HALF, (missing,)))
+    both = ((BASE, (MISSING, ROUNDING)), (HALF, (MISSING,)))
     return report(
         *(adapter("a", Verdict.FAILED, cause="keys-missing", findings=found, base=base) for base, found in both)
     )
