@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.worker.memory import MemoryGroup, too_large
+from tests.support.wording import Wording
 
 GIB = 2**30
 
@@ -68,11 +69,9 @@ def test_what_is_free_is_the_smaller_of_machine_and_group(limit: int | None, fre
     assert MemoryGroup(tmp_path / "none", tmp_path / "none", tmp_path / "none").free_bytes() is None
 
 
-def test_a_base_that_may_not_fit_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+def test_a_base_that_may_not_fit_is_named_before_it_is_loaded(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"0" * 2000)
-    said = too_large("acme/base", str(tmp_path), 1999)
-    assert said is not None
-    assert said.startswith("base acme/base has 0.0 GiB, and 0.0 GiB of memory are free")
+    wording(too_large("acme/base", str(tmp_path), 1999))
     assert too_large("acme/base", str(tmp_path), 2000) is None
     assert too_large("acme/base", str(tmp_path), None) is None
     assert too_large("acme/base", str(tmp_path / "absent"), 0) is None

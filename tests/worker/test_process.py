@@ -20,6 +20,7 @@ from merge_gate.worker.process import SECRETS, WAITING, Ending, WorkerProcess, c
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.startup.heap import REUSE
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
+from tests.support.wording import Wording
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
 
@@ -80,28 +81,28 @@ def test_while_the_child_imports_its_parent_has_time_for_other_things() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "output", "memory", "said", "to_do"),
+    ("code", "output", "memory"),
     [
-        (-9, b"", None, "killed by SIGKILL, most likely because the machine is out of memory", "more memory"),
-        (-9, b"", "", "killed by SIGKILL from outside", "what sent the signal"),
-        (-9, b"", "used 2.0 GiB", "killed by SIGKILL, out of memory: used 2.0 GiB", "more memory"),
-        (-signal.SIGSEGV, b"", None, "killed by SIGSEGV", "report it as a bug"),
-        (-signal.SIGBUS, b"", None, "killed by SIGBUS", "let nothing write to base and adapters"),
-        (-200, b"", None, "killed by signal 200", "report it"),
-        (1, b"Traceback\n  ...\nImportError: no x\n\n", None, "exit code 1; its last words: ImportError: no x", "bug"),
-        (1, b"ImportError: x.so: failed to map segment from shared object", None, "exit code 1", "with more memory"),
-        (1, b"MemoryError\n", None, "exit code 1; its last words: MemoryError", "with more memory"),
-        (3, b"\xff\xfe" * 5000, None, "exit code 3; its last words: ", "bug"),
+        (-9, b"", None),
+        (-9, b"", ""),
+        (-9, b"", "used 2.0 GiB"),
+        (-signal.SIGSEGV, b"", None),
+        (-signal.SIGBUS, b"", None),
+        (-200, b"", None),
+        (1, b"Traceback\n  ...\nImportError: no x\n\n", None),
+        (1, b"ImportError: x.so: failed to map segment from shared object", None),
+        (1, b"MemoryError\n", None),
+        (3, b"\xff\xfe" * 5000, None),
     ],
 )
 def test_how_a_child_ended_is_said(
-    code: int, output: bytes, memory: str | None, said: str, to_do: str, tmp_path: Path
+    code: int, output: bytes, memory: str | None, tmp_path: Path, wording: Wording
 ) -> None:
     with (tmp_path / "output").open("w+b") as file:
         file.write(output)
         ending = describe_exit(code, file, out_of_memory=memory)
-    assert ending.text.startswith(said)
-    assert to_do in ending.hint
+    assert len(ending.text) < 1000
+    wording(f"{ending.text}\n> {ending.hint}")
 
 
 def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
@@ -112,7 +113,7 @@ def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
     with WorkerProcess() as child:
         wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
         assert child.run(Job(groups=(), device="cpu"), lambda _event: None, is_overdue=lambda: False) is None
-        assert describe_exit(-signal.SIGABRT, child._output).text == "killed by SIGABRT"
+        assert describe_exit(-signal.SIGABRT, child._output).text.endswith("SIGABRT")
 
 
 ODD = """
@@ -148,44 +149,42 @@ def odd_child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ending]:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("line.sendall(bytes([255]) * 16); time.sleep(60)", "a message of 18,446,744,073,709,551,615 bytes"),
+        ("line.sendall(bytes([255]) * 16); time.sleep(60)", "18,446,744,073,709,551,615"),
         (SENDS_A_JOB, "Job"),
     ],
 )
-def test_a_child_that_sends_what_is_no_event_is_ended(odd_child: Callable[..., Ending], code: str, said: str) -> None:
+def test_a_child_that_sends_what_is_no_event_is_ended(
+    odd_child: Callable[..., Ending], code: str, said: str, wording: Wording
+) -> None:
     ending = odd_child(code)
-    assert ending.text == f"it sent what is no event of the gate's ({said})"
-    assert "without code of its own" in ending.hint
+    assert said in ending.text
+    wording(f"{ending.text}\n> {ending.hint}")
 
 
 def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Ending], monkeypatch) -> None:
     monkeypatch.setattr(process, "LEAVING_S", 0.1)
-    assert odd_child("line.close(); time.sleep(60)").text.startswith("killed by SIGKILL")
+    assert "SIGKILL" in odd_child("line.close(); time.sleep(60)").text
 
 
 @pytest.mark.parametrize(
-    ("files", "killed_before", "said"),
+    ("files", "killed_before"),
     [
-        (
-            {"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"},
-            0,
-            "out of memory: the control group may use 2.0 GiB, and used 1.5 GiB at its peak",
-        ),
-        ({"memory.max": "max"}, 0, "out of memory: the machine has no more"),
-        ({}, 1, "from outside: the kernel counts no death for want of memory"),
-        ({}, None, "most likely because the machine is out of memory"),
+        ({"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"}, 0),
+        ({"memory.max": "max"}, 0),
+        ({}, 1),
+        ({}, None),
     ],
 )
 def test_a_child_that_was_killed_is_told_by_the_kernels_own_count(
-    odd_child: Callable[..., Ending], tmp_path: Path, files: dict[str, str], killed_before: int | None, said: str
+    odd_child: Callable[..., Ending], tmp_path: Path, files: dict[str, str], killed_before: int | None, wording: Wording
 ) -> None:
     for name, text in {"memory.events": "oom_kill 1\n", **files}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "proc").write_text("0::/\n")
     memory = MemoryGroup(tmp_path / "proc", tmp_path)
     ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", memory=memory, kills_before=killed_before)
-    assert ending.text.startswith("killed by SIGKILL")
-    assert said in ending.text
+    assert "SIGKILL" in ending.text
+    wording(ending.text)
 
 
 # --- it leaves nothing behind ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from merge_gate.errors import Refused
 from merge_gate.records.files import Pattern
 from merge_gate.worker import regex_trial
 from merge_gate.worker.regex_trial import try_patterns
+from tests.support.wording import Wording
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
@@ -32,15 +33,14 @@ def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
         try_patterns([pattern("q_proj"), pattern(expression)], NAMES)
     refusal = raised.value.refusal
     assert refusal.check == "config-invalid"
-    assert refusal.message.startswith("target_modules in adapter_config.json is ")
-    assert "not a valid regular expression: " in refusal.message
+    assert "target_modules" in refusal.message
     assert refusal.hint == "use plain names"
 
 
-def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
     monkeypatch.setattr(regex_trial, "TRIAL_LIMIT_S", 0.2)
     with pytest.raises(Refused) as raised:
         try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES)
     assert "(([a-z0-9_.])+)+!" in raised.value.refusal.message
-    assert "not matched against the 2 module names of the base within 0.2 s" in raised.value.refusal.message
+    wording(raised.value.refusal)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
