@@ -1,18 +1,17 @@
 """The merge of a low-rank update into one weight in blocks: a few rows at a time, with PEFT's bits.
 
-In: a weight as the base holds it and a `LowRankUpdate`. Out: a `BlockMerge`, which gives the merged rows block by block
-and never holds them all; figures.py reads figures off it. Knows torch and bitsandbytes: no PEFT,
-no models, no files, no idea of what is good or bad. The weight is never written.
+In: a weight as the base holds it, and a `LowRankUpdate`. Out: a `BlockMerge`, which makes the merged rows block by
+block and never holds them all; figures.py measures them. Knows torch and bitsandbytes: no PEFT, no models, no files. It
+judges nothing, and never writes to the weight.
 
-    delta.py    scaling · B @ A in blocks, and the proof that they have the bits of the whole
-    dense.py    W + delta, DoRA's norms, PEFT's roundings
-    screen.py   which blocks of a 16-bit weight have to be merged with these roundings, to know its extremes;
-                dora_screen.py with DoRA's norms
-    packed.py   bitsandbytes weights: dequantised, quantised again
-    bound.py    what can be said of a merge without making it
+- delta.py: scaling · B @ A in blocks, and the proof that they have the bits of the whole.
+- dense.py: W + delta, DoRA's norms, PEFT's roundings.
+- screen.py: the blocks of a 16-bit weight that need these roundings to know its extremes; dora_screen.py for DoRA.
+- packed.py: bitsandbytes weights, dequantized and quantized again.
+- bound.py: a bound on the values of a merge, without the merge.
 
-What is not finite stays so: NaN and infinities travel through every step and are in the figures. One call works on one
-core, if its thread says `torch.set_num_threads(1)`; threads.py spreads weights over the cores.
+NaN and infinities pass through every step and appear in the figures. One call works on one core, if its thread has
+called `torch.set_num_threads(1)`; threads.py spreads weights over the cores.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ Weight = DenseValues | Int8Values | Int4Values
 
 SAMPLE_ROWS = 64
 SAMPLE_ELEMENTS = 1 << 17
-"""A sample has at least so many rows, and about so many elements."""
+"""A sample has at least `SAMPLE_ROWS` rows, and about `SAMPLE_ELEMENTS` elements."""
 
 NARROW = (torch.float32, *HALVES)
-"""Dtypes of a weight whose DoRA or quantised merge is made here; the others are rare, and PEFT's."""
+"""Dtypes of a weight for DoRA and for quantized merges. PEFT merges the other dtypes, which are rare."""
 
 
 class MergedRows(NamedTuple):
-    """A block of a merge; the next one overwrites its tensors.
+    """A block of a merge. The next block overwrites its tensors.
 
-    `merged` are the rows `rows` of the merged weight, in its final dtype (dequantised, if it is quantised). `change` is
-    by how much they would differ from the base's if nothing were rounded; None unless it was asked for.
+    `merged` holds the rows `rows` of the merged weight, in its final dtype, dequantized if necessary. `change` is their
+    unrounded difference from the base; None unless asked for.
     """
 
     rows: slice
@@ -53,10 +52,10 @@ class MergedRows(NamedTuple):
 
 
 class BlockMerge:
-    """The merge of one update into one weight. Iterate it as often as needed; `scales` are there after the first block.
+    """The merge of one update into one weight. It can be iterated more than once.
 
-    `scales` are those of the merged weight, by the suffixes of engine/tensors/quantized.py (`SCB`, `absmax`, …); none
-    of a dense one.
+    `scales` is filled with the first block: the scales of the merged weight, by the suffixes of
+    engine/tensors/quantized.py (`SCB`, `absmax`, …). A dense weight has none.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class BlockMerge:
         self.scales: dict[str, torch.Tensor] = {}
 
     def _final_dtype(self) -> torch.dtype:
-        """Of the merged values: a quantised weight without DoRA is quantised again from the sum, in float32."""
+        """The dtype of the merged values. A quantized weight without DoRA is quantized again from a float32 sum."""
         if not self.quantized or self._update.magnitude is not None:
             return self._values.dtype
         return torch.promote_types(self._values.dtype, self._update.lora_a.dtype)
@@ -99,9 +98,9 @@ class BlockMerge:
             yield MergedRows(rows, again.rows(rows), change)
 
     def unrounded_rows(self) -> Callable[[slice], torch.Tensor] | None:
-        """Makes rows of a dense DoRA merge before their last rounding, to the weight's dtype, which keeps their order.
+        """Makes rows of a dense DoRA merge before their only rounding, to the weight's dtype, which keeps their order.
 
-        None where more than that is rounded.
+        None for other merges, which round more than once.
         """
         values, update = self._values, self._update
         if self.quantized or update.magnitude is None:
@@ -115,7 +114,7 @@ class BlockMerge:
         return lambda rows: MergedRows(rows, *summed.rows(rows, values.rows(rows), with_change=with_change))
 
     def candidates(self) -> Candidates | None:
-        """Which of the `slices` can hold the extremes of the merge; None where all of them have to be merged."""
+        """The `slices` that can hold the extremes of the merge; None if all of them have to be merged."""
         values, update, slices = self._values, self._update, self.slices
         if not isinstance(values, DenseValues):
             return None
@@ -125,10 +124,9 @@ class BlockMerge:
         return screen(values.stored, update, values.dtype, slices, self._buffers).candidates()
 
     def extremes(self) -> tuple[torch.Tensor, bool] | None:
-        """Of a quantised weight: the least and the greatest of the values that share a scale, all of them.
+        """For a quantized weight: the least and the greatest value for every scale, and whether these show a change.
 
-        And whether they show that a value has changed; if they do not, one may have. None where they have to be read
-        off the blocks.
+        If they show none, another value may still have changed. None if the extremes have to be read from the blocks.
         """
         values, slices = self._values, self.slices
         extremes = None if isinstance(values, DenseValues) else values.extremes(self._requantized_from())
@@ -150,19 +148,19 @@ class BlockMerge:
         return own if self._update.magnitude is not None else torch.promote_types(own, self._update.lora_a.dtype)
 
     def base(self, rows: slice) -> torch.Tensor:
-        """The base's values that `merged` stands in place of."""
+        """The base's values for these rows."""
         return self._values.rows(rows)
 
     def sampled(self) -> BlockMerge | None:
-        """The merge of rows spread evenly over the weight, at an odd stride; None where rows say nothing alone.
+        """The merge of rows that are spread evenly over the weight, at an odd stride; None if a row needs the others.
 
-        Its products are not proved to have the bits of the whole; they may differ in the last bit of float32.
+        Its products are not proved to have the bits of the whole. They may differ in the last bit of float32.
         """
         if self._update.transposed and self._update.magnitude is not None:
             return None
         rows, columns = self._values.shape
         step = max(rows // max(SAMPLE_ROWS, SAMPLE_ELEMENTS // columns), 1)
-        step -= 1 - step % 2 if step > 1 else 0  # odd: an even one would meet the same place of every attention head
+        step -= 1 - step % 2 if step > 1 else 0  # an even step would meet the same row of every attention head
         return BlockMerge(self._values.sampled(step), self._update.sampled(step), self._buffers, sample_of=self.of)
 
 
@@ -173,9 +171,10 @@ def supports(
     row_scales: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether `merged_blocks` can take these; what it refuses is for PEFT's own code.
+    """Whether `merged_blocks` accepts these. PEFT's own code merges the rest.
 
-    That is: other quantised, sparse or empty weights, factors of two dtypes, shapes that do not fit, rare dtypes.
+    The rest is: other quantized weights, sparse or empty weights, factors of two dtypes, shapes that do not fit, and
+    rare dtypes.
     """
     return _values(weight, update, row_scales, dtype, Buffers()) is not None
 
@@ -191,14 +190,14 @@ def merged_blocks(
     """The merge of `update` into `weight` as PEFT's `safe_merge=True` would leave it.
 
     Args:
-        weight: (out, in), or (in, out) if the update is transposed: dense, or a parameter of bitsandbytes. Only read.
-        update: its factors on the weight's device.
-        buffers: the calling thread's; pass the same ones for all weights.
-        row_scales: of an 8-bit weight (`SCB`).
-        dtype: the dtype that the base would be loaded in, if it is not the weight's own; dense weights only.
+        weight: (out, in), or (in, out) if the update is transposed. Dense, or a parameter of bitsandbytes. Only read.
+        update: the update, with its factors on the weight's device.
+        buffers: the calling thread's. Pass the same ones for all weights.
+        row_scales: the scales of an 8-bit weight (`SCB`).
+        dtype: the dtype that the base is checked in, if it is not the weight's own. Dense weights only.
 
     Raises:
-        ValueError: `supports` is false of these.
+        ValueError: `supports` returns false for these.
     """
     values = _values(weight, update, row_scales, dtype, buffers)
     if values is None:

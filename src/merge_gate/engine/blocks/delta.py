@@ -1,16 +1,17 @@
 """A low-rank update, and its delta in blocks of rows that stay in cache, with the bits of PEFT's whole product.
 
 In: the two factors of an update as PEFT holds them after loading. Out: blocks of `scaling · B @ A`. Knows torch and
-nothing else: no PEFT, no models, no files, no weight that the delta is added to.
+nothing else: no PEFT, no models, no files, and no weight.
 
-PEFT multiplies whole tensors (peft/tuners/lora/layer.py, `get_delta_weight`): a float32 product as large as the weight
-and twice as wide, then another one of the same size, scaled. Here both are made a block of rows at a time. Scaling
-works element by element: a block has the bits of the whole. A matrix product does not: it may pick another kernel, and
-with it another order of additions, for another number of rows (MKL does so for a last block of 1, 2, 3, 5, 6, 7 or 9
-rows). Therefore a last block is never short, and each shape is proved before it is used: blocks of a pseudo-random
-product are compared with the whole of it, once per shape and process. Where they differ, and where one block holds the
-whole, the product is PEFT's own expression. The scaling is the product's own `alpha`, where the proof shows that the
-kernel multiplies with it last, as PEFT does.
+PEFT multiplies whole tensors (peft/tuners/lora/layer.py, `get_delta_weight`): a float32 product of the weight's shape,
+then a scaled copy of it. Here both are made a block of rows at a time.
+
+1. Scaling works element by element, so a block has the bits of the whole.
+2. A matrix product may use another kernel for another number of rows, and then adds in another order. MKL does so for a
+   last block of 1, 2, 3, 5, 6, 7 or 9 rows, so a last block is never short.
+3. Each shape is proved before it is used: blocks of a pseudo-random product are compared with the whole product, once
+   per shape and process. If they differ, or if one block holds the whole, PEFT's own expression makes the product.
+4. The kernel scales by its `alpha` only if the proof shows that it multiplies last, as PEFT does.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ import torch
 from merge_gate.engine.tensors.buffers import Buffers
 
 PROOF_ELEMENTS = 1 << 17
-"""A proof compares at least so many elements: at rank 2 another order of additions changes only some of them."""
+"""Least number of elements that a proof compares: at rank 2 another order of additions changes only some of them."""
 
 PROOF_SCALING = 0.3
-"""No power of two: a kernel that scales a factor, and not the product, shows in the bits."""
+"""Not a power of two, so that a kernel that scales a factor instead of the product shows in the bits."""
 
 ALIGNMENT_BYTES = 64
-"""Where torch's allocator puts a tensor. MKL's bits depend on it for some narrow shapes."""
+"""The alignment of tensors from torch's allocator. MKL's bits depend on it for some narrow shapes."""
 
 ONE_PROOF_AT_A_TIME = threading.Lock()
-"""A proof holds a whole product: one of them at a time, and no shape proved twice."""
+"""A proof holds a whole product in memory, so one runs at a time. The lock also keeps a shape from two proofs."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -45,8 +46,8 @@ HALVES = (torch.bfloat16, torch.float16)
 class LowRankUpdate:
     """What a LoRA or DoRA adapter does to one weight.
 
-    LoRA adds `scaling · lora_b @ lora_a` to it, (out, r) by (r, in); DoRA gives each of the `out` rows of the sum the
-    length that `magnitude` says. `transposed`: the weight is stored as (in, out), as in transformers' Conv1D and in
+    LoRA adds `scaling · lora_b @ lora_a` to it, (out, r) by (r, in). DoRA then gives each of the `out` rows of the sum
+    the length in `magnitude`. `transposed`: the weight is stored as (in, out), as in transformers' Conv1D and in
     embeddings, whose rows are PEFT's `in`. The tensors are PEFT's, as it holds them after loading.
     """
 
@@ -58,7 +59,7 @@ class LowRankUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight as it is stored."""
+        """The shape of the weight as it is stored."""
         rows, columns = self.lora_b.shape[0], self.lora_a.shape[1]
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -72,7 +73,7 @@ class LowRankUpdate:
         return alike and (m is None or (is_plain(m) and m.shape == b.shape[:1] and m.device == b.device))
 
     def to(self, device: torch.device) -> LowRankUpdate:
-        """The same on another device."""
+        """The same update on another device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return replace(self, lora_a=self.lora_a.to(device), lora_b=self.lora_b.to(device), magnitude=magnitude)
 
@@ -86,9 +87,9 @@ class LowRankUpdate:
     def delta_norm(self) -> float:
         """‖scaling · B @ A‖, Frobenius, in float64, from r-by-r matrices only: √tr((BᵀB)(AAᵀ)) · |scaling|.
 
-        Infinite where it is too large for a float; without DoRA's magnitude. Zero where B @ A cancels, and what a merge
-        finds there is rounding: an adapter that is combined with itself, with weights 1 and -1. The rounding is a share
-        of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
+        DoRA's magnitude does not count. Infinite if the norm is too large for a float. Zero if B @ A cancels, as for an
+        adapter that is combined with itself, with weights 1 and -1: a merge finds only rounding then. That rounding is
+        a share of Σ ‖b_k‖ ‖a_k‖ over the ranks k.
         """
         a, b = self.lora_a.detach().double(), self.lora_b.detach().double()
         left, right = b.T @ b, a @ a.T
@@ -100,7 +101,7 @@ class LowRankUpdate:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether this is a dense tensor of floats with values in it."""
+    """Whether this is a dense tensor of floats that has values."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
@@ -111,7 +112,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 class Proof(enum.Enum):
-    """What was shown of a product in blocks of rows: other bits, the same bits, the same also with a scaling."""
+    """What a product in blocks of rows has: other bits, the same bits, or the same bits even if the kernel scales."""
 
     FAILED = enum.auto()
     BLOCKS = enum.auto()
@@ -129,12 +130,12 @@ class Delta:
         self._whole = self._factors.whole().mul_(update.scaling) if proof is Proof.FAILED else None
 
     @property
-    def is_made_anew(self) -> bool:
-        """Whether a block may be written to: it is no part of a whole product that is kept."""
+    def blocks_are_writable(self) -> bool:
+        """Whether the caller may write to a block. It may not if the block is a view of a whole product."""
         return self._whole is None
 
     def block(self, rows: slice) -> torch.Tensor:
-        """These rows of PEFT's `get_delta_weight`, which the next call overwrites."""
+        """These rows of PEFT's `get_delta_weight`. The next call overwrites them."""
         delta = self._made(rows) if self._whole is None else self._whole[rows]
         if self._factors.rounded_to is None:
             return delta
@@ -148,7 +149,7 @@ class Delta:
 
 
 def multiplied(left: torch.Tensor, right: torch.Tensor, alpha: float, out: torch.Tensor) -> torch.Tensor:
-    """Write alpha · left @ right to `out`, whatever that holds."""
+    """Write alpha · left @ right to `out`. The old content does not count."""
     return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
 
@@ -156,8 +157,8 @@ def multiplied(left: torch.Tensor, right: torch.Tensor, alpha: float, out: torch
 class Factors:
     """The factors in the order in which the weight stores its rows: weight.shape == (left @ right).shape.
 
-    `transposed` for weights stored as (in, out): PEFT takes the transpose of B @ A, the blocks come from Aᵀ @ Bᵀ.
-    `rounded_to` is the dtype of half-precision factors, to which PEFT rounds the scaled product on a CPU.
+    `transposed` is for weights stored as (in, out): PEFT takes the transpose of B @ A, and the blocks come from
+    Aᵀ @ Bᵀ. `rounded_to` is the dtype of 16-bit factors, to which PEFT rounds the scaled product on a CPU.
     """
 
     left: torch.Tensor
@@ -177,7 +178,7 @@ class Factors:
         return (self.right.T @ self.left.T).T if self.transposed else self.left @ self.right
 
     def proof(self, blocks: tuple[slice, ...], scaling: float) -> Proof:
-        """How the product may be made in these blocks of rows."""
+        """Whether the product may be made in these blocks of rows, and whether the kernel may scale."""
         if len(blocks) == 1:
             return Proof.FAILED
         with ONE_PROOF_AT_A_TIME:
@@ -205,8 +206,8 @@ def _proved(
     scaling: float | None,
     threads: int,
 ) -> Proof:
-    """What blocks of rows of a product of these shapes share with the whole product: a fact of this machine."""
-    del threads  # part of the fact, as the bits could depend on it
+    """Step 3 for these shapes. The result is a property of this machine."""
+    del threads  # part of the key, because the bits could depend on it
     blocks = [slice(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
     alphas = [1.0] if scaling is None else [1.0, PROOF_SCALING, scaling]
     left_out, right_in = (columns, rows) if transposed else (rows, columns)
@@ -223,7 +224,7 @@ def _proved(
 
 
 def _same(factors: Factors, blocks: list[slice], whole: torch.Tensor, alpha: float) -> bool:
-    """Whether the blocks, scaled by the kernel, have the bits of the whole, scaled afterwards."""
+    """Whether the blocks, scaled by the kernel, have the bits of the whole that is scaled afterwards."""
     for rows in blocks:
         expected = whole[rows] * alpha
         made = multiplied(factors.left[rows], factors.right, alpha, torch.empty(expected.shape, dtype=expected.dtype))
@@ -233,12 +234,12 @@ def _same(factors: Factors, blocks: list[slice], whole: torch.Tensor, alpha: flo
 
 
 def _is_normal(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether a kernel can be given this scaling: BLAS leaves out a product times 0, and NaN with it."""
+    """Whether the kernel may get this scaling. BLAS skips a product times 0, and with it a NaN."""
     limits = torch.finfo(dtype)
     return limits.tiny <= abs(scaling) <= limits.max
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, row-major and where torch's allocator would have put it."""
+    """The tensor, row-major and aligned as torch's allocator aligns."""
     dense = tensor.contiguous()
     return dense if dense.data_ptr() % ALIGNMENT_BYTES == 0 else dense.clone()

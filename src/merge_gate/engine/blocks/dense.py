@@ -1,18 +1,17 @@
-"""The merge of an update into values that are held densely: blocks of rows, with PEFT's roundings in PEFT's order.
+"""The merge of an update into dense values: blocks of rows, with PEFT's roundings in PEFT's order.
 
 In: the values of a weight, a block of rows at a time, and an update. Out: the same rows, merged. Knows nothing of how
 a weight is stored, of PEFT, of models or files.
 
-What PEFT does with `safe_merge=True`, with whole tensors (peft/tuners/lora/layer.py, variants.py, dora.py, bnb.py):
+PEFT does this with whole tensors and `safe_merge=True` (peft/tuners/lora/layer.py, variants.py, dora.py, bnb.py):
 
     LoRA                        W + delta.to(W.dtype)
-    LoRA on a quantised weight  W + delta                                   in float32, before it is quantised again
-    DoRA                        (magnitude / norm * (W + delta)).to(W.dtype)
-                                where norm is ‖W + delta‖ of each output
+    LoRA on a quantized weight  W + delta                                   in float32, before it is quantized again
+    DoRA                        (magnitude / norm * (W + delta)).to(W.dtype), with norm = ‖W + delta‖ of each output
 
-All but the norm works element by element. A norm of a row is a reduction: it may take another kernel for a block, so
-each shape is proved, as in delta.py. Of a transposed weight the outputs are columns: their norms take a first pass, in
-blocks of columns.
+Everything except the norm works element by element. The norm of a row is a reduction, and torch may use another kernel
+for a block. So each shape is proved, as in delta.py. The outputs of a transposed weight are columns, and their norms
+take a first pass, in blocks of columns.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from merge_gate.engine.blocks.delta import ONE_PROOF_AT_A_TIME, Delta, LowRankUp
 from merge_gate.engine.tensors.buffers import Buffers
 
 PATTERN_ELEMENTS = (1 << 16) - 15
-"""Length of the pseudo-random numbers that a proof of norms repeats: odd, so that no two rows hold the same."""
+"""Length of the pseudo-random sequence that a proof of norms repeats. It is odd, so that no two rows are equal."""
 
 
 class Values(Protocol):
@@ -37,12 +36,12 @@ class Values(Protocol):
     device: torch.device
 
     def rows(self, rows: slice) -> torch.Tensor:
-        """These rows; the next call may overwrite them."""
+        """These rows. The next call may overwrite them."""
         ...
 
 
 class DenseValues:
-    """A plain weight, or what a base loaded in another dtype would hold in its place."""
+    """A plain weight, or its values in the other dtype that a base is checked in."""
 
     def __init__(self, weight: torch.Tensor, buffers: Buffers, dtype: torch.dtype | None = None) -> None:
         self._weight, self._buffers = weight.detach(), buffers
@@ -51,7 +50,7 @@ class DenseValues:
 
     @property
     def stored(self) -> torch.Tensor:
-        """The weight that the values are cast from, if its dtype is another one."""
+        """The weight in its own dtype, from which the values may be cast."""
         return self._weight
 
     def rows(self, rows: slice) -> torch.Tensor:
@@ -66,14 +65,14 @@ class DenseValues:
 
 
 class Sum:
-    """W + delta, a block of rows at a time, in the dtype in which PEFT adds; with DoRA's magnitude where there is one.
+    """W + delta, a block of rows at a time, in the dtype in which PEFT adds; for DoRA, with its magnitude.
 
     Args:
         values: W.
-        update: what is merged into it.
+        update: the update that is merged into W.
         blocks: the slices that `rows` will be called with.
-        buffers: the calling thread's.
-        rounded: whether the result is held in W's dtype. It is not where a quantised weight is quantised again.
+        buffers: those of the calling thread.
+        rounded: whether the result has W's dtype. It has not if a quantized weight is quantized again.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Sum:
         self._norms = None if update.magnitude is None else _Norms(values, update, self._delta, blocks, buffers)
 
     def rows(self, rows: slice, base: torch.Tensor, *, with_change: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """These rows of the sum, and by how much it would differ from W if it were not rounded to W's dtype."""
+        """These rows of the sum, and their unrounded difference from W (None if it was not asked for)."""
         delta = self._delta.block(rows)
         if self._norms is None:
             return self._added(base, delta), delta if with_change else None
@@ -94,9 +93,9 @@ class Sum:
 
     def unrounded(self, rows: slice, base: torch.Tensor) -> torch.Tensor:
         """These rows of DoRA's sum in the dtype in which PEFT computes them."""
-        assert self._norms is not None  # noqa: S101 - LoRA rounds its delta before
+        assert self._norms is not None  # noqa: S101 - only for DoRA; LoRA rounds its delta
         delta = self._delta.block(rows)
-        in_place = self._delta.is_made_anew and torch.result_type(base, delta) == delta.dtype
+        in_place = self._delta.blocks_are_writable and torch.result_type(base, delta) == delta.dtype
         return self._scaled(rows, base, delta, self._norms, delta if in_place else self._wide(base, delta))
 
     @staticmethod
@@ -140,13 +139,13 @@ class _Norms:
 
 
 def _norms_of(summed: torch.Tensor) -> torch.Tensor:
-    """PEFT's own expression (`get_weight_norm`), of (out, in)."""
+    """PEFT's own expression (`get_weight_norm`) for (out, in)."""
     norms: torch.Tensor = torch.linalg.norm(summed, dim=1)
     return norms
 
 
 def _column_norms(values: DenseValues, update: LowRankUpdate, buffers: Buffers) -> torch.Tensor:
-    """The norms of a transposed weight's outputs, which are its columns."""
+    """The norms of the columns of a transposed weight, which are its outputs."""
     straight = LowRankUpdate(lora_a=update.lora_a, lora_b=update.lora_b, scaling=update.scaling)
     columns = buffers.blocks(values.shape[1], values.shape[0], values.device)
     if not _provable(values, columns, transposed=True):
@@ -171,8 +170,8 @@ def _provable(values: Values, blocks: tuple[slice, ...], *, transposed: bool) ->
 def _norms_proved(
     *, rows: int, columns: int, dtype: torch.dtype, transposed: bool, starts: tuple[int, ...], threads: int
 ) -> bool:
-    """Whether norms of blocks have the bits of the norms of the whole: a fact of this machine."""
-    del threads  # part of the fact, as the bits could depend on it
+    """Whether norms of blocks have the bits of the norms of the whole. The result is a property of this machine."""
+    del threads  # part of the key, because the bits could depend on it
     blocks = [slice(*ends) for ends in zip(starts, (*starts[1:], None), strict=True)]
     weight = _pattern(rows, columns).to(dtype)
     if transposed:

@@ -1,26 +1,31 @@
-"""Which blocks of a DoRA merge can hold its least and its greatest value: as screen.py, with a factor for each row.
+"""The blocks of a DoRA merge that can hold its least and greatest values: screen.py with a factor for each row.
 
 In: a dense 16-bit weight and an update with a magnitude, in blocks of rows. Out: the blocks that have to be merged as
 PEFT merges them to know the extremes of the whole merge. Knows torch: no PEFT, no models, no files; judges nothing.
 
-PEFT computes S = W + delta in float32, N = ‖S‖ of each row, and rounds magnitude / N · S once, to the weight's dtype.
-Let t be the sums of screen.py's step 1. For each row, in float64:
+PEFT computes S = W + delta in float32 and N = ‖S‖ of each row. It rounds magnitude / N · S once, to the weight's dtype.
+Let t be the sums of step 1 in screen.py. For each row, in float64:
 
-1. Its largest |t|, and ‖t‖. NaN and infinities are in both.
-2. |S - t| <= D for its elements, by the bound of screen.py without the rounding of the delta, which DoRA's has not:
-       both in float32                     2 · (4 r + 32) · 2⁻²⁴ · (|W| + P),  P = |scaling| · ‖b‖ · longest column of A
-       the stored weight, if it is cast    u(W) · |W|
-       in bfloat16 besides                 3 u · P for factors and product, u · |t| for the sum
-       what is below the least normal number
-3. ‖S - t‖ <= E, by the same with norms in place of values: the error of an element is at most a share of Σ|b||a|, and
-   the norm of these over a row at most |scaling| · ‖b‖ · ‖A‖, with A's Frobenius norm.
-4. A norm of n values, summed in float32 in any order, is off by a share of n · 2⁻²⁴ at most; one that is rounded to
-   bfloat16 by u more. So N >= ‖t‖ - E, less these shares.
-5. No value of the row, without its sign, exceeds |magnitude| / N · (|t| + D), before it is rounded: one number for
-   both ends of a block.
+1. Take its largest |t|, and ‖t‖. NaN and infinities appear in both.
+2. |S - t| <= D for its elements. D is the bound of screen.py, except that PEFT does not round the delta of a DoRA.
+3. ‖S - t‖ <= E for the row. E is the same bound with norms in place of values.
+4. A norm of n values, summed in float32 in any order, has a relative error of at most n · 2⁻²⁴. Rounding it to bfloat16
+   adds u. So N is at least ‖t‖ - E, less these shares.
+5. No absolute value of the row exceeds |magnitude| / N · (|t| + D) before it is rounded. This one number bounds both
+   ends of a block.
 
-Where a value comes near the limits of a dtype, and where a norm may vanish, nothing is proved.
+There is no proof if a value comes near the limit of a dtype, or if a norm may vanish.
 """
+
+# D of step 2, with u, r, and W as in screen.py, and P = |scaling| · ‖b‖ · longest column of A:
+#
+#   float32, in both merges           2 · (4 r + 32) · 2⁻²⁴ · (|W| + P)
+#   the stored weight, if it is cast  u(W) · |W|
+#   bfloat16, if step 1 uses it       3 u · P for factors and product, u · |t| for the sum
+#   below the least normal number     everything there is lost
+#
+# E of step 3: the error of an element is at most a share of Σ|b||a|, and the norm of these sums over a row is at most
+# |scaling| · ‖b‖ · ‖A‖, with A's Frobenius norm. So E is D with this product in place of P, and norms of rows for |W|.
 
 from __future__ import annotations
 
@@ -52,23 +57,23 @@ from merge_gate.engine.blocks.screen import (
 from merge_gate.engine.tensors.buffers import Buffers
 
 MOST_COLUMNS = 1 << 16
-"""Up to this many the shares of step 4 are below a hundredth."""
+"""Up to this number of columns, the shares of step 4 are below a hundredth."""
 
 _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-"""Values without a sign are in the order of their bits, NaN above infinity: integers are compared in half the time."""
+"""Absolute values have the order of their bits, with NaN above infinity. Comparing integers takes half the time."""
 
 
 @functools.cache
 def norms_are_summed_in_float32() -> bool:
-    """Whether torch sums the squares of bfloat16 in float32: a sum in bfloat16 stays where it cannot add 1."""
+    """Whether torch sums squares of bfloat16 in float32. A sum in bfloat16 would stop growing at 256."""
     return float(torch.linalg.vector_norm(torch.ones(1, MOST_COLUMNS, dtype=torch.bfloat16), dim=1)) == 256.0  # noqa: PLR2004
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DoraBound:
-    """`products` is P of each row, `row_products` the same with A's Frobenius norm; float64.
+    """The bounds of steps 2 to 5. `products` is P of each row, `row_products` that of E; both float64.
 
-    `share`, `cast` and `narrow` are relative errors: of a merge in float32, of the stored weight, of bfloat16.
+    `share`, `cast`, and `narrow` are relative errors: of a merge in float32, of the stored weight, and of bfloat16.
     """
 
     products: torch.Tensor
@@ -86,14 +91,14 @@ class DoraBound:
     def of(
         cls, update: LowRankUpdate, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
     ) -> DoraBound | None:
-        """None where float32 may leave its range on the way, so that nothing is proved."""
+        """None if an intermediate value may leave the range of float32: then there is no proof."""
         assert update.magnitude is not None  # noqa: S101 - only DoRA comes here
         (rank, columns), scaling = update.lora_a.shape, abs(update.scaling)
         if rank > MOST_RANK or columns > MOST_COLUMNS or not 1 / MOST <= scaling <= MOST:
             return None
         rows = lengths(update.lora_b, 1)
         a, b = float(lengths(update.lora_a, 0).max()), float(rows.max())
-        if not all(size <= MOST for size in (a, b, a * b, a * scaling, b * scaling, a * b * scaling)):  # NaN is not
+        if not all(size <= MOST for size in (a, b, a * b, a * scaling, b * scaling, a * b * scaling)):  # also for NaN
             return None
         is_cast = stored != dtype
         return cls(
@@ -109,7 +114,7 @@ class DoraBound:
         )
 
     def largest(self, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> torch.Tensor | None:
-        """From the largest |t| and ‖t‖ of rows: what none of their values exceeds. None where nothing is proved."""
+        """Step 5 for rows, from their largest |t| and their ‖t‖. None if there is no proof."""
         peaks, norms = peaks.double(), norms.double()
         product, row_product, root = self.products[rows], self.row_products[rows], math.sqrt(self.columns)
         reach = self._reach(peaks, product) + SLACK * self.lost  # 2.
@@ -123,18 +128,18 @@ class DoraBound:
         return largest if bool(proved.all()) else None
 
     def _reach(self, sums: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        """Of elements, or of rows and their norms: how far PEFT's sums are from these."""
-        weight = 2 * (sums + product)  # not less than any |W|, or ‖W‖
+        """D from values, or E from norms: how far PEFT's sums can be from `sums`."""
+        weight = 2 * (sums + product)  # at least every |W|, or ‖W‖
         in_bfloat16 = SLACK * 3 * self.narrow * product + self.narrow * sums
         return SLACK * (2 * self.share * (weight + product) + self.cast * weight + in_bfloat16)
 
 
 SLACK_OF_A_ROW = 1 + 2.0**-20
-"""For the roundings of a quotient and of a product in float32."""
+"""Factor for the roundings of a quotient and of a product in float32."""
 
 
 class DoraScreen:
-    """The merge of a weight in one product: `stored` as it lies in memory, `dtype` as it is wanted."""
+    """The merge of a weight in one product. `stored` is the weight in its own dtype, `dtype` that of the result."""
 
     def __init__(
         self,
@@ -151,13 +156,13 @@ class DoraScreen:
 
     @staticmethod
     def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
-        """Whether there are blocks to leave out, of a DoRA whose norms are those of rows."""
+        """Whether this can save work: a DoRA whose norms are those of rows, on a weight of enough blocks."""
         narrow = dtype in HALVES and stored.dtype != torch.float64
         return narrow and not update.transposed and len(slices) >= LEAST_BLOCKS
 
     @torch.no_grad()
     def candidates(self) -> Candidates | None:
-        """None where nothing can be left out: every block has to be merged as PEFT merges it."""
+        """None if every block has to be merged as PEFT merges it."""
         bound = self._bound
         if bound is None:
             return None
@@ -182,6 +187,6 @@ class DoraScreen:
         return torch.empty(len(self._stored), dtype=torch.bfloat16 if self._in_bfloat16 else torch.float32)
 
     def _is_wide(self, bound: DoraBound, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> bool:
-        """Whether the bound leaves most blocks as candidates, or proves nothing."""
+        """Whether most blocks would remain candidates, or there is no proof."""
         largest = bound.largest(rows, peaks, norms)
         return largest is None or bool(largest.sum() > (1 + WORTH) * (bound.magnitude[rows] * peaks / norms).sum())

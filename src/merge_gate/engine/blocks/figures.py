@@ -1,7 +1,7 @@
-"""What a merge in blocks makes of a weight: extremes, what changed, what was lost by rounding.
+"""The figures of a merge in blocks: extremes, whether a value changed, and the loss by rounding.
 
-In: a `BlockMerge`, of all rows or of a sample. Out: `Measured`. Each block is merged, read and let go of. Knows torch
-and no PEFT; judges nothing.
+In: a `BlockMerge` of all rows or of a sample. Out: `Measured`. Each block is merged, read, and dropped. Knows torch and
+no PEFT; judges nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from merge_gate.engine.blocks.screen import Candidates, Ends
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What rounding does to a merge. The sums are NaN or infinite where their summands are not finite.
+    """What rounding does to a merge. A sum is NaN or infinite if a summand is not finite.
 
-    `unchanged` elements kept their value. `delta_sq` is ‖delta‖² before it was rounded, `lost_sq` is
-    ‖merged - (W + delta)‖², `base_sq` is ‖W‖². Of a quantised weight W and merged are dequantised.
+    `unchanged` counts elements that kept their value. `delta_sq` is ‖delta‖² before rounding, `lost_sq` is
+    ‖merged - (W + delta)‖², `base_sq` is ‖W‖². For a quantized weight, W and merged are the dequantized values.
     """
 
     unchanged: int
@@ -33,11 +33,11 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a merged weight is like, in its final dtype.
+    """The figures of a merged weight, in its final dtype.
 
-    Of the `of` elements of the weight `numel` were merged, and all that follows is of these: `minimum` and `maximum`,
-    NaN as soon as one of them is NaN; whether any has `changed` its value (-0.0 and 0.0 are the same value); the
-    `figures`, where they were asked for. `scales` are the least and the greatest of each scale of a quantised weight.
+    `numel` of the weight's `of` elements were merged, and the figures are of these. `minimum` and `maximum` are NaN if
+    one element is NaN. `changed`: one of them changed its value (-0.0 and 0.0 are the same value). `figures` is None
+    unless asked for. `scales` has the least and the greatest value of each scale of a quantized weight.
     """
 
     numel: int
@@ -50,7 +50,7 @@ class Measured:
 
     @property
     def estimated(self) -> bool:
-        """Whether the figures of a sample stand for the whole."""
+        """Whether the figures come from a sample."""
         return self.numel < self.of
 
     @property
@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def max_abs(self) -> float:
-        """NaN where the merge is."""
+        """NaN if an extreme is NaN."""
         return max(-self.minimum, self.maximum)
 
 
@@ -68,7 +68,8 @@ class Measured:
 def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
     """Merge every row and measure it. The figures cost more than the merge.
 
-    Without them a row of a 16-bit weight that cannot hold an extreme is merged and measured in one product (screen.py).
+    Without figures, the rows of a 16-bit weight that cannot hold an extreme are merged and measured in one product
+    (screen.py).
     """
     tally = _Tally(merge, figures=figures)
     extremes = None if figures else merge.extremes()
@@ -113,7 +114,7 @@ class _Tally:
         self.numel, self.changed = self.merge.numel, True
 
     def add_unrounded(self, made: Callable[[slice], torch.Tensor]) -> None:
-        """Of all blocks the extremes, rounded afterwards: the same ones, since rounding keeps the order of values."""
+        """The extremes of all blocks, rounded afterwards. That gives the same, because rounding keeps the order."""
         for rows in self.merge.slices:
             values = made(rows)
             least, greatest = (end.to(self.merge.dtype) for end in torch.aminmax(values))
@@ -123,7 +124,7 @@ class _Tally:
                 self.changed = _differ(values.to(self.merge.dtype), self.merge.base(rows))
 
     def add_candidates(self, candidates: Candidates) -> None:
-        """Of all blocks those that may hold an extreme; more, until one of them has changed a value."""
+        """The blocks that may hold an extreme, and then more blocks until one of them has changed a value."""
         made, slices, seen = self.merge.dense_rows(), self.merge.slices, set()
 
         def add(number: int) -> Ends:
@@ -141,11 +142,11 @@ class _Tally:
 
     def _sums(self, block: MergedRows) -> torch.Tensor:
         base, change = self.merge.base(block.rows), block.change
-        assert change is not None  # noqa: S101 - it was asked for
+        assert change is not None  # noqa: S101 - `figures` asks for it
         wide = torch.float32 if self.merge.quantized or base.dtype in HALVES else torch.float64
         base = base.to(wide)
         moved = block.merged.to(wide, copy=True).sub_(base)
-        moves = torch.count_nonzero(moved.add_(0.0).view(_INTEGERS[wide])).double()  # -0.0 is no move
+        moves = torch.count_nonzero(moved.add_(0.0).view(_INTEGERS[wide])).double()  # -0.0 counts as 0.0
         return torch.stack((moves, _sum_sq(change), _sum_sq(moved.sub_(change)), _sum_sq(base)))
 
     def result(self) -> Measured:
@@ -168,7 +169,7 @@ class _Tally:
 
 
 def _differ(merged: torch.Tensor, base: torch.Tensor) -> bool:
-    """Whether any value differs; -0.0 is 0.0. Bits are compared first, many times faster where all are the same."""
+    """Whether any value differs; -0.0 is 0.0. Bits are compared first, which is many times faster if all are equal."""
     if merged.dtype == base.dtype and merged.element_size() == 2 and torch.equal(_bits(merged), _bits(base)):  # noqa: PLR2004
         return False
     return not torch.equal(merged, base.to(merged.dtype))
@@ -179,20 +180,20 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _reduced(bounds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-    """The least and the greatest of (low, high) pairs; NaN where one is NaN."""
+    """The least and the greatest of (low, high) pairs; NaN if one is NaN."""
     lows, highs = zip(*bounds, strict=True)
     return torch.stack(lows).min().item(), torch.stack(highs).max().item()
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-"""Zeros are counted among them in half the time."""
+"""torch counts zeros among integers in half the time."""
 
 SAFE_SQUARES = (2.0**-80, 2.0**100)
-"""A sum of float32 squares between these has lost nothing: what float32 flushes to zero is below 2⁻¹²⁶ each."""
+"""A sum of float32 squares between these is exact enough: a square that float32 flushes to zero is below 2⁻¹²⁶."""
 
 
 def _sum_sq(values: torch.Tensor) -> torch.Tensor:
-    """Σx², rows summed in float64. Squares that leave the range of float32 are all taken in float64."""
+    """Σx², with the rows summed in float64. If squares leave the range of float32, all are taken in float64."""
     if values.dtype is torch.float32 and values.device.type == "cpu":
         total: torch.Tensor = torch.linalg.vector_norm(values, dim=1).double().square().sum()
         if SAFE_SQUARES[0] < float(total) < SAFE_SQUARES[1]:

@@ -1,17 +1,17 @@
-"""A bitsandbytes weight in blocks of rows: what it stands for, and what it becomes when it is quantised again.
+"""A bitsandbytes weight in blocks of rows: its values, and its values after it is quantized again.
 
-In: the packed weight and its scales, and rows of merged values. Out: the values of those rows once quantised and
-dequantised, or only the least and the greatest of them, and the new scales. bitsandbytes' own functions do it, as in
-PEFT's merge of whole tensors (peft/tuners/lora/bnb.py). Knows no PEFT, no models, no files; judges nothing.
+In: the packed weight and its scales, and rows of merged values. Out: those rows after quantizing and dequantizing, or
+only their least and greatest values, and the new scales. bitsandbytes' own functions do this, as in PEFT's merge of
+whole tensors (peft/tuners/lora/bnb.py). Knows no PEFT, no models, no files; judges nothing.
 
-- 8 bits: each row has a scale of its own, so that a block of rows is quantised as the whole is.
-- 4 bits: every 64 values of a row have a scale of their own. Rows whose length is a multiple of that are independent,
-  others are left to PEFT. With double quantisation the scales are quantised in turn, all of a weight together: so all
-  rows are quantised before the first is dequantised.
+- 8 bits: each row has its own scale, so a block of rows is quantized as the whole is.
+- 4 bits: every 64 values of a row have their own scale. If the length of a row is a multiple of that, rows are
+  independent; PEFT merges other weights. Double quantization also quantizes the scales of a weight, all together. So
+  all rows are quantized before the first is dequantized.
 
-Quantising is monotone: of the values that share a scale, the least stays the least and the greatest the greatest. The
-scale is the larger of the two, without its sign. So extremes and scales of the result follow from two values in 64, and
-looking up the code of each value, which takes longer than all else, is left out.
+Quantizing is monotone: among the values that share a scale, the least stays the least and the greatest the greatest.
+The scale is the larger absolute value of the two. So the extremes and scales of the result follow from 2 values in 64,
+and the code of each value, which takes longer than everything else, need not be looked up.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import torch
 from merge_gate.engine.tensors.four_bit import LEAST_SCALE, STORED, bnb, codes, quantized
 
 NESTED_BLOCK = 256
-"""Scales that share a scale, with double quantisation (bitsandbytes/functional.py, `quantize_4bit`)."""
+"""Number of scales that share a scale, with double quantization (bitsandbytes/functional.py, `quantize_4bit`)."""
 
 LEAST_BLOCK = 32
-"""Values that share a scale at least, in 4 bits."""
+"""Least number of values that share a scale, in 4 bits."""
 
 ENDS_AT_ONCE = 1 << 13
-"""Scales whose extremes are dequantised together, in 1 MiB."""
+"""Number of scales whose extremes are dequantized together, in 1 MiB."""
 
 Scales = dict[str, torch.Tensor]
-"""By the suffixes that engine/tensors/quantized.py gives them: `SCB`, `absmax`, …"""
+"""By the suffixes in engine/tensors/quantized.py: `SCB`, `absmax`, …"""
 
 
 class Requantized(Protocol):
-    """A weight in the making: rows are put in, each once, then the scales are settled, then rows can be taken out."""
+    """A weight that is being quantized: `put` every row once, then `settle` the scales, then read `rows`."""
 
     def put(self, rows: slice, values: torch.Tensor) -> None: ...
 
@@ -48,16 +48,16 @@ class Requantized(Protocol):
 
 
 class Extremes(Protocol):
-    """The same, and all that is left is the least and the greatest of the values that share a scale."""
+    """The same, but only the least and the greatest of the values that share a scale can be read."""
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """(2, rows, scales per row): the least and the greatest of these rows' values that share a scale."""
+        """(2, rows, scales per row): the least and the greatest value for each scale of these rows."""
         ...
 
     def put(self, rows: slice, values: torch.Tensor) -> None: ...
 
     def settle(self) -> tuple[torch.Tensor, Scales]:
-        """(2, all rows, scales per row) of the values once quantised and dequantised."""
+        """(2, all rows, scales per row): the same for the quantized and dequantized values of all rows."""
         ...
 
 
@@ -75,7 +75,7 @@ class Int8Values:
 
     @classmethod
     def of(cls, weight: Any, scales: torch.Tensor | None) -> Int8Values | None:
-        """None where this is not a plain 8-bit weight with its row scales."""
+        """None if this is not a plain 8-bit weight with its row scales."""
         if scales is None or weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.numel():  # noqa: PLR2004
             return None
         if scales.shape != weight.shape[:1] or scales.device != weight.device or scales.dtype is not torch.float32:
@@ -90,7 +90,7 @@ class Int8Values:
         return Int8Values(self._integers[::step].contiguous(), self._scales[::step].contiguous())
 
     def requantized(self, dtype: torch.dtype) -> Requantized:
-        del dtype  # whatever it is, bitsandbytes quantises from float16
+        del dtype  # bitsandbytes quantizes from float16 in any case
         return _Int8Again(torch.empty_like(self._integers), torch.empty_like(self._scales))
 
     def extremes(self, dtype: torch.dtype) -> Extremes:
@@ -127,14 +127,14 @@ class _Int8Extremes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a 4-bit weight is quantised, and is quantised again by PEFT."""
+    """How a 4-bit weight is quantized, and how PEFT quantizes it again."""
 
     blocksize: int
     quant_type: str
     nested: bool
 
     def settled(self, scales: torch.Tensor) -> tuple[torch.Tensor, Scales]:
-        """The scales that values are dequantised with, and what is kept of them."""
+        """The scales for dequantizing, and the scales that are stored."""
         code = bnb().get_4bit_type(self.quant_type, device=scales.device)
         if not self.nested:
             return scales, {"absmax": scales, "quant_map": code}
@@ -154,7 +154,7 @@ class Int4Values:
 
     @classmethod
     def of(cls, weight: Any) -> Int4Values | None:
-        """None where this is not a 4-bit weight whose rows have scales of their own."""
+        """None if this is not a 4-bit weight whose rows have their own scales."""
         state = weight.quant_state
         repacked = getattr(state, "packing_format_for_cpu", False)  # by a forward pass
         if len(state.shape) != 2 or state.shape[1] % state.blocksize or state.dtype not in STORED or repacked:  # noqa: PLR2004
@@ -181,7 +181,7 @@ class Int4Values:
         return values
 
     def sampled(self, step: int) -> Int4Values:
-        """Every `step`-th row; quantised again, these rows keep their scales as they are."""
+        """Every `step`-th row. The scales of these rows are not quantized in turn, because that would need all rows."""
         settings = replace(self._settings, nested=False)
         return Int4Values(self._packed[::step].contiguous(), self._scales[::step].contiguous(), settings, self.dtype)
 
@@ -189,7 +189,7 @@ class Int4Values:
         return _Int4Again(torch.empty_like(self._packed), torch.empty_like(self._scales), self._settings, dtype)
 
     def extremes(self, dtype: torch.dtype) -> Extremes | None:
-        """None where this bitsandbytes does not quantise as `_quantized_ends` does."""
+        """None if this bitsandbytes does not quantize as `_quantized_ends` does."""
         proved = _ends_proved(self._settings.quant_type, self._settings.blocksize, dtype)
         return _Int4Extremes(self._scales.shape, self._settings, dtype, self.device) if proved else None
 
@@ -232,7 +232,7 @@ class _Int4Extremes:
 def _quantized_ends(
     ends: torch.Tensor, scales: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(2, n) values that `n` scales were made of, as bitsandbytes quantises them, and dequantises them with `used`."""
+    """(2, n) values that define `n` scales, after bitsandbytes has quantized them and dequantized them with `used`."""
     found = codes(torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1), quant_type)
     pairs = found[0] << 4 | found[1]
     some = [slice(start, start + ENDS_AT_ONCE) for start in range(0, len(used), ENDS_AT_ONCE)]
@@ -240,7 +240,7 @@ def _quantized_ends(
 
 
 def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
-    """Two values for each scale. The least block that bitsandbytes takes has 32: each pair fills one."""
+    """Two values for each scale. bitsandbytes takes blocks of at least 32 values, so each pair fills one block."""
     shape = torch.Size((len(pairs), LEAST_BLOCK))
     state = bnb().QuantState(absmax=used, shape=shape, blocksize=LEAST_BLOCK, quant_type=quant_type, dtype=dtype)
     packed = pairs[:, None].expand(-1, LEAST_BLOCK // 2).reshape(-1, 1)
@@ -250,7 +250,7 @@ def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype
 
 @functools.cache
 def _ends_proved(quant_type: str, blocksize: int, dtype: torch.dtype) -> bool:
-    """Whether bitsandbytes, on pseudo-random values of all sizes, finds the same extremes and the same scales."""
+    """Whether bitsandbytes gets the same extremes and scales on pseudo-random values of all sizes."""
     values = torch.randn(1 << 10, blocksize, generator=torch.Generator().manual_seed(0))
     values *= torch.logspace(-44, 30, len(values), dtype=torch.float64)[:, None]
     largest = torch.finfo(dtype).max

@@ -1,33 +1,33 @@
-"""Which blocks of a merge can hold its least and its greatest value: every element merged, errors bounded.
+"""The blocks of a merge that can hold its least and greatest values: every element is merged, and errors are bounded.
 
 In: a dense 16-bit weight and an update, in blocks of rows. Out: the blocks that have to be merged with PEFT's roundings
 to know the extremes of the whole merge. Knows torch: no PEFT, no models, no files; judges nothing.
 
-PEFT rounds three times: the product to float32, the delta to the weight's dtype, the sum to it. Each rounding keeps the
-order of values, and none of them is larger than a bound. So:
+PEFT rounds three times: the product to float32, the delta to the weight's dtype, the sum to the weight's dtype. Each
+rounding keeps the order of values, and each error has a bound. So:
 
-1. Every element is merged, W + scaling · B @ A in one product, and measured. Let t be such a sum: in float32, or of a
-   weight stored in bfloat16 in bfloat16, where the processor multiplies that, in half the time. A weight that is wanted
-   in another dtype than it is stored in is read as it is stored.
-2. What PEFT rounds last, to the final dtype, is within `reach` of t.
-3. A block whose greatest t, plus reach, is rounded to no more than a value that another block is known to hold, holds
-   nothing greater. Likewise for the least. All others are merged with PEFT's roundings, the likeliest first.
+1. Every element is merged in one product, W + scaling · B @ A, and measured. Let t be such a sum, in float32. For a
+   weight stored in bfloat16 the product is in bfloat16, if the processor multiplies bfloat16: that takes half the time.
+   The weight is read as it is stored, even if it is checked in another dtype.
+2. The value that PEFT rounds last, to the final dtype, is within `reach` of t.
+3. Take the greatest t of a block, plus reach, rounded. If another block holds a value that is at least as great, this
+   block cannot hold the greatest value. The same holds for the least. All other blocks are merged with PEFT's
+   roundings, the likeliest first.
 
-Usually two to four blocks are left. NaN and infinities are in every sum that they are part of. Where one is found, and
-where a value comes near the limits of a dtype, all blocks are merged as PEFT merges them.
-
-The bound of step 2, with u the largest relative error of a rounding in a dtype, r the rank, and P not less than
-|scaling| · Σ|b||a| of any element (by Cauchy and Schwarz from the norms of rows and columns):
-
-    rounding the delta                       u(W) · P, and u(factors) · P where PEFT rounds it to their dtype as well
-    rounding the stored weight to W          u(W) · |W|
-    all in float32: r products, their sum in any order, the scaling, W, in either merge
-                                             (4 r + 32) · 2⁻²⁴ · (|W| + P) each
-    what is below the least normal number    its place is lost, whatever the order of factors
-    in bfloat16 besides: both factors        2 u · P
-        the product, if it is rounded        u · P
-        the sum                              u · |t|
+Usually two to four blocks remain. NaN and infinities appear in every sum that they are part of. If there is one, or if
+a value comes near the limit of a dtype, all blocks are merged as PEFT merges them.
 """
+
+# The bound of step 2 is the sum of these errors. u is the largest relative error of a rounding in a dtype, and r the
+# rank. P is at least |scaling| · Σ|b||a| of any element, by Cauchy and Schwarz from the norms of rows and columns.
+#
+#   the delta is rounded to W's dtype        u(W) · P
+#   PEFT rounds it to the factors' dtype     u(factors) · P, if that is a 16-bit dtype
+#   the stored weight is rounded to W        u(W) · |W|, if it is stored in another dtype
+#   float32, in each of the two merges       (4 r + 32) · 2⁻²⁴ · (|W| + P): r products, their sum in any order, the
+#                                            scaling, W
+#   below the least normal number            everything there is lost, in any order of the factors
+#   bfloat16, if step 1 uses it              2 u · P for the factors, u · P for the product, u · |t| for the sum
 
 from __future__ import annotations
 
@@ -42,51 +42,51 @@ from merge_gate.engine.blocks.delta import HALVES, Factors, LowRankUpdate
 from merge_gate.engine.tensors.buffers import Buffers
 
 SLACK = 1.01
-"""What the norms of P and the terms of the bound may be off by, many times over."""
+"""Factor for the rounding errors in P and in the bound itself. It is many times larger than they are."""
 
 UNIT = 2.0**-24
 """u of float32."""
 
 LEAST = 2.0**-120
-"""More than a product or a sum in float32 can lose below its least normal number, 2⁻¹²⁶, flushed to zero or not."""
+"""More than a product or a sum in float32 can lose below the least normal number, 2⁻¹²⁶, flushed to zero or not."""
 
 MOST = 2.0**120
-"""Factors and products up to here are far from float32's limit in any order of multiplication."""
+"""Factors and products up to this size stay far from float32's limit in any order of multiplication."""
 
 VANISHED = 2.0**-60
-"""More than the root of a square that float32 flushes to zero."""
+"""More than the root of any square that float32 flushes to zero."""
 
 MOST_RANK = 1 << 15
 
 LEAST_BLOCKS = 8
-"""Of fewer blocks too large a share is left, and the bound costs as much as one of them."""
+"""With fewer blocks, too large a share of them remains, and the bound costs as much as one block."""
 
 ROOM = 0.25
-"""Values may come to this share of the largest of their dtype."""
+"""Values may reach this share of the largest value of their dtype."""
 
 WORTH = 1 / 8
-"""A reach above this share of the values' range leaves most blocks as candidates."""
+"""If the reach is more than this share of the values' range, most blocks remain candidates."""
 
 TOGETHER = 4
-"""So many blocks are multiplied in one bfloat16 product: half as large as in float32, and dearer to begin."""
+"""Number of blocks in one bfloat16 product: they are half as large as in float32, and a call costs more."""
 
 Ends = tuple[float, float]
-"""The least and the greatest of some values."""
+"""The least and the greatest value."""
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, and torch uses them."""
+    """Whether the processor has instructions for bfloat16 products, and torch uses them."""
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return asked is not None and bool(asked()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """`product` is P of the module's docstring, `fixed` the part of the reach that does not depend on the values.
+    """The bound of step 2. `product` is P, and `fixed` is the part of the reach that does not depend on the values.
 
-    `share` is the relative error of a merge in float32, `cast` that of the stored weight. `rounding` is u of the dtype
-    that the sums are rounded to; of float32 it is in `share`.
+    `share` is the relative error of a merge in float32, and `cast` that of the stored weight. `rounding` is u of the
+    sums' dtype; for float32 it is part of `share`.
     """
 
     product: float
@@ -101,13 +101,13 @@ class Bound:
     def of(
         cls, factors: Factors, scaling: float, dtype: torch.dtype, *, stored: torch.dtype, in_bfloat16: bool = False
     ) -> Bound | None:
-        """None where float32 may leave its range on the way, so that nothing is proved."""
+        """None if an intermediate value may leave the range of float32: then there is no proof."""
         left, right, rank = factors.left, factors.right, factors.left.shape[1]
         if rank > MOST_RANK:
             return None
         a, b = float(lengths(right, 0).max()), float(lengths(left, 1).max())
         sizes = (a, b, abs(scaling), a * b, a * abs(scaling), b * abs(scaling), a * b * abs(scaling))
-        if not all(size <= MOST for size in sizes) or abs(scaling) < 1 / MOST:  # NaN is not
+        if not all(size <= MOST for size in sizes) or abs(scaling) < 1 / MOST:  # also true for NaN
             return None
         product = abs(scaling) * a * b * SLACK
         rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
@@ -120,7 +120,7 @@ class Bound:
         return cls(product, share, sum(map(unit, casts)), fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
-        """How far what PEFT rounds last is from the sums with these extremes; None if they are near a limit, or NaN."""
+        """The reach of sums with these extremes; None if they are near a limit, or NaN."""
         largest = max(-ends[0], ends[1])
         if not (math.isfinite(ends[0]) and math.isfinite(ends[1]) and largest + self.product <= self.ceiling):
             return None
@@ -130,12 +130,12 @@ class Bound:
 
 
 def unit(dtype: torch.dtype) -> float:
-    """u: the largest relative error of a rounding to it."""
+    """u: the largest relative error of a rounding to this dtype."""
     return torch.finfo(dtype).eps / 2
 
 
 def lengths(vectors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Not less than the norm of each of them, in float64: squares that vanish in float32 are made good for."""
+    """At least the norm of each vector, in float64. It allows for squares that vanish in float32."""
     return vectors.square().sum(dim).double().sqrt() * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
 
 
@@ -153,7 +153,7 @@ def summed(
     *,
     in_bfloat16: bool,
 ) -> Iterator[tuple[Sequence[slice], torch.Tensor]]:
-    """Step 1: some blocks and their sums, which the next ones overwrite."""
+    """Step 1: a few blocks at a time and their sums. The next sums overwrite them."""
     left, right, alpha, together, dtype = factors.left, factors.right, scaling, 1, torch.float32
     if in_bfloat16:
         left, right, alpha, together = (left * scaling).bfloat16(), right.bfloat16(), 1.0, TOGETHER
@@ -168,7 +168,7 @@ def summed(
 
 
 class Screen:
-    """The merge of a weight in one product: `stored` as it lies in memory, `dtype` as it is wanted."""
+    """The merge of a weight in one product. `stored` is the weight in its own dtype, `dtype` that of the result."""
 
     def __init__(
         self,
@@ -186,12 +186,12 @@ class Screen:
 
     @staticmethod
     def suits(stored: torch.Tensor, update: LowRankUpdate, dtype: torch.dtype, slices: Sequence[slice]) -> bool:
-        """Whether there are blocks to leave out, of a LoRA that rounds its sums."""
+        """Whether this can save work: a LoRA whose sums are rounded, on a weight of enough blocks."""
         narrow = dtype in HALVES and torch.float64 not in (stored.dtype, update.lora_a.dtype)
         return narrow and update.magnitude is None and len(slices) >= LEAST_BLOCKS
 
     def candidates(self) -> Candidates | None:
-        """None where nothing can be left out: every block has to be merged as PEFT merges it."""
+        """None if every block has to be merged as PEFT merges it."""
         bound = self._bound
         if bound is None:
             return None
@@ -210,16 +210,17 @@ class Screen:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Step 3. A block holds nothing beyond its `ends` by more than its reach; `rounded` as all is in the end."""
+    """Step 3. No value of a block exceeds its `ends` by more than its reach. `rounded` is PEFT's last rounding."""
 
     ends: Sequence[Ends]
     reaches: Sequence[float]
     rounded: Callable[[float], float]
 
     def visit(self, merged: Callable[[int], Ends]) -> None:
-        """Have every block merged, by its number, that can hold an extreme; `merged` says what it holds.
+        """Call `merged` with the number of every block that can hold an extreme. It returns the block's ends.
 
-        All of them, as soon as one holds what the bound excludes: some library does not compute in float32 then.
+        If a block holds a value that the bound excludes, all blocks are merged: some library then does not compute in
+        float32.
         """
         known: dict[int, Ends] = {}
         for sign, end in ((1.0, 1), (-1.0, 0)):  # the greatest; the least is the greatest of -x
@@ -240,5 +241,5 @@ class Candidates:
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[float], float]:
-    """How PEFT rounds a sum: to float32 first."""
+    """PEFT's last rounding of a sum, which is in float32 before."""
     return lambda value: float(torch.tensor(value, dtype=torch.float32).to(dtype))

@@ -1,12 +1,12 @@
-"""Tensors that have a place in memory and no values yet: cast from others for as long as they are read, then let go of.
+"""Tensors with addresses and no values: each is cast from another tensor while it is read, and then emptied again.
 
-In: tensors, and the dtypes that they are wanted in. Out: `Hollow`, whose tensors are like any other to whoever holds
-them, but cost no memory while nobody has `filled` them. Knows nothing of models.
+In: tensors, and the dtypes that they are wanted in. Out: `Hollow`, whose tensors behave like any other, but cost no
+memory until they are `filled`. Knows nothing of models.
 
-1. The system gives addresses, not memory: a page of them exists from the moment that somebody reads or writes it.
-2. `filled` casts a tensor into its place, and afterwards gives the pages back (madvise).
-3. So a page that exists outside of `filled` shows that somebody has read zeros for values, or written. `fill_touched`
-   asks the system (mincore), and whoever relied on such a tensor must begin anew.
+1. The system gives addresses, not memory. A page exists from its first read or write.
+2. `filled` casts a tensor into its place, and gives the pages back afterwards (madvise).
+3. So a page that exists outside of `filled` shows that code has read zeros for values, or has written there.
+   `fill_touched` asks the system (mincore), and a result that used such a tensor must be computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NO_RESERVE = 0x4000  # MAP_NORESERVE: no memory is set aside for what may never
 
 @dataclass(slots=True, kw_only=True)
 class _Place:
-    """One tensor: the pages from `start` to `end`, and what is cast into them. `readers` hold it filled just now."""
+    """One tensor: its pages from `start` to `end`, and the `source` of its values. `readers` keep it filled."""
 
     start: int
     end: int
@@ -46,8 +46,8 @@ class Hollow:
     """Tensors of the shapes of others, in dtypes of their own.
 
     Args:
-        sources: tensors of `CASTABLE` dtypes, which nobody writes to.
-        dtypes: of the tensors to be, for each source.
+        sources: tensors of `CASTABLE` dtypes, which no code writes to.
+        dtypes: the dtype of the new tensor for each source.
 
     Raises:
         OSError: the system has no such memory.
@@ -72,7 +72,7 @@ class Hollow:
 
     @contextlib.contextmanager
     def filled(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Those of the tensors that are hollow have their values inside of the `with` block."""
+        """Inside of the `with` block, the hollow ones of these tensors have their values."""
         found = {tensor.data_ptr(): tensor for tensor in tensors}
         places = [self._places[address] for address in found if address in self._places]
         for place in places:
@@ -84,12 +84,12 @@ class Hollow:
                 self._leave(place)
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a hollow tensor is cast from, in its own dtype; any other tensor itself."""
+        """What a hollow tensor is cast from, in its own dtype. Any other tensor is returned as it is."""
         place = self._places.get(tensor.data_ptr())
         return tensor if place is None else place.source
 
     def fill_touched(self) -> bool:
-        """Fill for good what was read or written while it had no values. Whether there was any."""
+        """Fill, for good, each tensor that was read or written while it had no values. True if there was one."""
         for place in self._places.values():
             if not place.kept and self._exists(place):
                 self._keep(place)
@@ -103,7 +103,7 @@ class Hollow:
     def _fill(self, place: _Place) -> None:
         with place.lock:
             if not place.readers and not place.kept:
-                if self._exists(place):  # afterwards nothing would show it
+                if self._exists(place):  # after the copy nothing would show it
                     self._keep(place)
                 place.tensor.copy_(place.source)
             place.readers += 1
@@ -115,15 +115,15 @@ class Hollow:
                 self._memory.madvise(mmap.MADV_DONTNEED, place.start, place.end - place.start)
 
     def _exists(self, place: _Place) -> bool:
-        """Whether any page of it does."""
+        """Whether any page of it exists."""
         size = place.end - place.start
         pages = ctypes.create_string_buffer(size // mmap.PAGESIZE)
         address = ctypes.c_void_p(place.tensor.data_ptr())
         if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), pages):
-            return True  # what cannot be asked is taken for touched
+            return True  # if the system does not answer, the place counts as touched
         return any(pages.raw)
 
 
 def _pages(size_bytes: int) -> int:
-    """In whole pages, at least one."""
+    """The size in whole pages, at least one."""
     return max(1, -(-size_bytes // mmap.PAGESIZE)) * mmap.PAGESIZE

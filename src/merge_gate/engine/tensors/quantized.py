@@ -1,7 +1,7 @@
-"""What is known of quantised bases, in two tables: how each is loaded, and what each kind of packed weight stands for.
+"""Quantized bases, in two tables: how each one is loaded, and which values each kind of packed weight stands for.
 
 In: a word of `Quantization`, or a module and its weight. Out: options for transformers; plain tensors to measure. A
-packed integer is always finite; a NaN scale is not, and it shows only in the values.
+packed integer is always finite, but its scale can be NaN, which shows only in the values.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ BNB_8BIT = "Int8Params"
 
 
 class Loader(NamedTuple):
-    """How a base is quantised on loading: the configuration of transformers, by the dtype to compute in.
+    """How a base is quantized on loading: the configuration of transformers, by the dtype to compute in.
 
-    `meanwhile` is entered while it loads.
+    `meanwhile` is a context that surrounds the load.
     """
 
     config: Callable[[torch.dtype], Any]
@@ -51,7 +51,7 @@ LOADED_BY: Mapping[Quantization, Loader] = MappingProxyType(
 
 
 def loading_options(quantization: Quantization, dtype: str, device: str) -> dict[str, Any]:
-    """What `from_pretrained` is told so that the base comes quantised; `dtype` as asked for, or `auto`."""
+    """What `from_pretrained` needs to quantize the base. `dtype` is the one asked for, or `auto`."""
     if quantization is Quantization.NONE:
         return {}
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
@@ -83,7 +83,7 @@ def dequantizing_options(config: Any) -> dict[str, Any]:
 
 
 def quantizing(quantization: Quantization) -> AbstractContextManager[None]:
-    """What `from_pretrained` of such a base is called inside of."""
+    """A context for `from_pretrained` of such a base."""
     return nullcontext() if quantization is Quantization.NONE else LOADED_BY[quantization].meanwhile()
 
 
@@ -120,7 +120,10 @@ def _int4_scales(_module: nn.Module, weight: Any) -> list[tuple[str, torch.Tenso
 
 
 def row_scales(module: nn.Module, weight: Any) -> torch.Tensor | None:
-    """Of an 8-bit weight: on the parameter, or in the module's state once PEFT or a forward moved them; else None."""
+    """The scales of an 8-bit weight, else None.
+
+    They are on the parameter, or in the module's state after PEFT or a forward pass moved them there.
+    """
     if type(weight).__name__ != BNB_8BIT:
         return None
     scale = getattr(weight, "SCB", None)
@@ -176,21 +179,21 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 
 def elements(tensor: torch.Tensor) -> int:
-    """How many values a tensor stands for."""
+    """The number of values that a tensor stands for."""
     found = _packing(tensor)
     return tensor.numel() if found is None else found.elements(tensor)
 
 
 def dequantized(module: nn.Module, weight: Any) -> torch.Tensor:
-    """The values that a quantised weight stands for, in the shape of the layer (out_features, in_features)."""
+    """The values that a quantized weight stands for, in the shape of the layer (out_features, in_features)."""
     return PACKINGS[type(weight).__name__].values(module, weight)
 
 
 def scales(module: nn.Module, weight: Any) -> list[tuple[str, torch.Tensor]]:
-    """(suffix, tensor) of every scale that the weight's values depend on."""
+    """(suffix, tensor) for every scale that the weight's values depend on."""
     return PACKINGS[type(weight).__name__].scales(module, weight)
 
 
 def has_layers_in(module: str, weight: Any) -> bool:
-    """Whether a module of PEFT, by its name, has layers that are written for this weight."""
+    """Whether a module of PEFT, given by name, has layers for this kind of weight."""
     return module.rpartition(".")[2] == PACKINGS[type(weight).__name__].layers

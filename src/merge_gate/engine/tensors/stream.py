@@ -1,11 +1,11 @@
-"""Weights on their way to the device that computes: the base stays in host memory, memory-mapped.
+"""Weights on their way to the device that computes. The base stays in host memory, memory-mapped.
 
 In: a device, and weights by name. Out: the same weights on that device, one after another. Knows torch and nothing of
-models. Nothing here has a result of its own: with or without it the same values are merged.
+models. Nothing here changes a value.
 
-On a card, the next weight travels while the caller works on this one: staged in one of two pinned buffers and copied
-on a stream of its own. What fits beside the work stays there for the other adapters of the base, so that it travels
-once; the rest travels once per adapter that needs it.
+On a GPU, the next weight is copied while the caller works on the current one. The copy goes through one of two pinned
+buffers and a stream of its own. Weights that fit stay on the GPU for the other adapters of the base. The rest is copied
+once for each adapter that needs it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 SPARE_BYTES = 4 << 30
-"""Memory of the device that weights leave free for the work on them: products and deltas of the largest module."""
+"""Memory of the device that stays free of weights: room for products and deltas of the largest module."""
 
 
 class Weights:
-    """The weights of one base on one device, whoever asks for them and however often.
+    """The weights of one base on one device.
 
     Args:
         weights: in host memory, by name; never written to.
-        device: where they are wanted.
-        free_bytes: memory of the device that is free; asked before a weight is kept. Of a CPU there is none: what is
-            in host memory is there already.
+        device: the device to copy them to.
+        free_bytes: returns the free memory of the device; called before a weight is kept. A CPU has none to offer,
+            because the weights are in host memory already.
     """
 
     def __init__(
@@ -58,10 +58,9 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def stream_to(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The weights, one after another, on `device`; the next one travels while the caller works on this one.
+    """The weights, one after another, on `device`. The next one is copied while the caller works on the current one.
 
-    A weight is staged in one of two pinned buffers, copied on a stream of its own, and lives on the device until the
-    caller lets go of it. On a CPU: the weights themselves.
+    A weight stays on the device until the caller drops it. On a CPU these are the weights themselves.
     """
     if device.type != "cuda":
         yield from (weight.detach().to(device) for weight in weights)
@@ -78,7 +77,7 @@ def stream_to(device: torch.device, weights: Iterable[torch.Tensor]) -> Iterator
 
 
 class _Stager:
-    """Two pinned host buffers used in turn, and the stream on which they travel to the device."""
+    """Two pinned host buffers used in turn, and the stream that copies them to the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -91,7 +90,7 @@ class _Stager:
         turn, self._turn = self._turn, 1 - self._turn
         sent = self._sent[turn]
         if sent is not None:
-            sent.synchronize()  # the buffer's last passenger must have left it
+            sent.synchronize()  # the last copy out of this buffer must be complete
         source = self._stage(turn, weight)
         with torch.cuda.stream(self._stream):
             arrived = source.to(self._device, non_blocking=True)

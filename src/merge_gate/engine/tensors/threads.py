@@ -1,9 +1,11 @@
-"""Work on many tensors at once: one thread per core, each computing by itself.
+"""Work on many tensors at once: one thread per core, and each thread computes alone.
 
-In: a function and items. Out: results, in the items' order. torch's own threads share every operation and meet at a
-barrier after it; on blocks that stay in cache that is thousands of meetings a second, and where another process uses a
-core each of them waits for a time slice (measured: 2 s became 150 s). Threads that meet once at the end do not care.
+In: a function and items. Out: results, in the order of the items.
 """
+
+# torch's own threads share every operation and meet at a barrier after it. On blocks that stay in cache that is
+# thousands of barriers a second. If another process uses a core, each barrier waits for a time slice: 2 s became 150 s.
+# Threads that meet once, at the end, do not have this problem.
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ MOST_THREADS = 16
 """Beyond this, reading the weights is limited by memory."""
 
 AHEAD = 16
-"""So many items per thread are taken before the first result: one that takes longer than others stops no thread."""
+"""Items per thread that are in progress before the first result. A slow item then blocks no thread."""
 
 
 def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Cores that this process may use: its affinity, the container's quota, and OMP_NUM_THREADS where it is set."""
+    """Cores that this process may use: the least of its affinity, the container's quota, and OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = [cores, MOST_THREADS]
     wanted = os.environ.get("OMP_NUM_THREADS", "")
@@ -43,9 +45,9 @@ def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 def spread(function: Callable[[Item], Out], items: Iterable[Item]) -> Iterator[Out]:
-    """Apply `function` to every item, on all cores; results come in order, an exception when its turn comes.
+    """Apply `function` to every item, on all cores. Results come in order, and an exception in its place.
 
-    Items are taken a few at a time, as results are: later ones may follow from earlier results.
+    Items are taken a few at a time, as results are used, so a later item may depend on an earlier result.
     """
     todo, count = iter(items), threads()
     first = list(itertools.islice(todo, 2))
