@@ -1,8 +1,8 @@
 """The account of one adapter: every parameter and persistent buffer of the merged model, and how it was checked.
 
-In: merged tensors as they come, and PEFT's result. Out: a `TensorMerge` for each tensor that is not the base's any
-more, and two sums that must be equal: what the merged model holds, and what was measured. The first is counted in
-PEFT's result, the second by names: of the base's measurements, and of the merges'. Judges nothing.
+In: merged tensors, one after another, and PEFT's result. Out: a `TensorMerge` for each tensor that differs from the
+base, and two counts that must be equal. `total` is counted in PEFT's result; `checked` is counted by names, from the
+measurements of the base and of the merges. Judges nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _INNER = (
 
 @dataclass(slots=True)
 class Ledger:
-    """`merges` by the base's names; `layers` that changed each; `total` and `checked` count elements.
+    """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
 
-    `left` names the base's tensors that are not finite in the merged model either.
+    `left` names the tensors of the base that are not finite in the merged model.
     """
 
     base: Base
@@ -46,13 +46,13 @@ class Ledger:
     left: set[str] = field(default_factory=set)
 
     def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
-        """Enter what a merge made of one tensor; `layer`, where it differs from the base, made it."""
+        """Enter a merged tensor. `layer` is the layer that changed it; None if the merge changed nothing."""
         self.merges[merge.stats.name] = merge
         if layer is not None:
             self.layers.setdefault(merge.stats.name, []).append(layer)
 
     def close(self, merged: nn.Module) -> None:
-        """Account for PEFT's result; measure what nobody has measured yet (replaced modules, overwritten tensors).
+        """Account for PEFT's result, and measure what has no measurement yet (replaced modules, overwritten tensors).
 
         Raises:
             Refused: PEFT left a tuner layer in the model, or tensors of the base out of it.
@@ -84,22 +84,22 @@ class Ledger:
                 self.left.add(self.base.first_name(name))
 
     def _book_anew(self, merge: TensorMerge) -> None:
-        """Enter a tensor of the result, unless it is as its layer left it: that merge knows what rounding took."""
+        """Enter a tensor of the result, unless it is as its layer left it: that entry knows the loss by rounding."""
         booked = self.merges.get(merge.stats.name)
         if booked is None or booked.stats != merge.stats:
             self.book(merge)
 
     def _measured(self, name: str) -> TensorStats | None:
-        """What was measured under this name: in the merge, else with the base."""
+        """The measurement under this name, from the merge or else from the base."""
         merge = self.merges.get(name)
         return merge.stats if merge is not None else self.base.stats.get(self.base.first_name(name))
 
     def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
-        """Tensors that a layer changed for one module while another module shares them without that adapter.
+        """Tensors that a layer changed for one module, while another module shares them without that adapter.
 
-        `tokens` says whose trained tokens a module carries; one that is not there does not count
-        (adapter_evidence.py). Nor does a module that holds a tensor of one inside of it and does not read it (BERT's
-        head and the bias of its decoder).
+        `tokens` says whose trained tokens each module carries. A module that is not in it does not count
+        (adapter_evidence.py). A module that only holds a tensor for a module inside of it, and never reads the tensor,
+        does not count either (BERT's head and the bias of its decoder).
         """
         pairs = []
         for name, layers in self.layers.items():
@@ -115,12 +115,12 @@ class Ledger:
         module, tensor = self.base.model.get_submodule(path), self.base.tensors.get(self.base.first_name(name))
         held = {attribute for attribute, one in module._parameters.items() if one is tensor}
         is_outer = any(other.startswith(f"{path}.") for other in sharers)
-        named = _names_in_forward(type(module)) or held  # of a forward without code nothing is known
+        named = _names_in_forward(type(module)) or held  # a forward without code may read anything
         return is_outer and bool(held) and held.isdisjoint(named)
 
 
 def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
-    """Attributes and globals that its forward names, or a method of its that is named there; inherited ones as well."""
+    """Attributes and globals that the class's forward names, or that a method named there names, inherited or not."""
     names: set[str] = set()
     waiting: list[Any] = [module_class.forward]
     while waiting:
@@ -135,7 +135,7 @@ def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
 
 
 def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
-    """Whether all of the modules that count carry the same tokens."""
+    """Whether all modules that count carry the same tokens."""
     return len({tokens[path] for path in modules if path in tokens}) == 1
 
 

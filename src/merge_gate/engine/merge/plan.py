@@ -1,11 +1,11 @@
-"""Which road each layer takes: in blocks of rows, or through PEFT's own merge. One place decides.
+"""The path of each layer: in blocks of rows, or through PEFT's own merge. Only this module decides.
 
-In: an adapter on its scratch. Out: `BlockLayer`s, the layers of LoRA or DoRA whose merge block_merge.py has PEFT's
-bits of, on a weight that is the base's own and that no other layer merges into; and the measured merge of one. All
-others are PEFT's: other methods, other layers, whatever is not finite or at the edge of its dtype.
+In: an adapter on its scratch copy. Out: `BlockLayer`s, and the measured merge of one. These are layers of LoRA or DoRA
+that block_merge.py merges with PEFT's bits, on a weight of the base that no other layer merges into. PEFT merges the
+rest: other methods, other layers, and whatever is not finite or at the limit of its dtype.
 
-A layer goes in blocks only as long as PEFT is its witness: at least one layer of each `kind` is merged by PEFT too, in
-every run, and has to give the same bits (one_pass.py).
+Blocks need a cross-check: in every run PEFT also merges at least one layer of each `kind`, and the bits have to be the
+same (one_pass.py).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_s
 from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
 
 FAIR_FACTOR = 1.25
-"""A sample speaks for the whole if its share of ‖delta‖ is this close to the share of its elements."""
+"""A sample represents the whole if its share of ‖delta‖ is within this factor of its share of the elements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLayer:
-    """One layer that is merged in blocks. `kind`: layers of one kind are merged by the same code in the same shapes."""
+    """One layer that is merged in blocks. The same code merges all layers of one `kind`, in the same shapes."""
 
     path: str
     layer: Any
@@ -49,7 +49,7 @@ class BlockLayer:
 
 
 def plan_blocks(base: Base, layers: Iterable[tuple[str, Any]], names: Names, turns: Turns) -> list[BlockLayer]:
-    """The layers that go in blocks, in the model's order."""
+    """The layers that are merged in blocks, in the model's order."""
     planned = (_planned(base, path, layer, names, turns) for path, layer in layers)
     return [one for one in planned if one is not None]
 
@@ -79,7 +79,7 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
 
 
 def _update_of(layer: Any) -> LowRankUpdate | None:
-    """What PEFT merges into this layer, where that is LoRA's or DoRA's update and nothing else."""
+    """PEFT's update of this layer, if it is LoRA's or DoRA's and nothing more; else None."""
     if type(layer) not in (*DENSE, *PACKED) or layer.merged_adapters or layer.disable_adapters:
         return None
     variant = layer.lora_variant.get(ADAPTER_NAME)
@@ -103,9 +103,9 @@ def _update_of(layer: Any) -> LowRankUpdate | None:
 
 
 def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
-    """Whether what PEFT has merged has the bits of the blocks, and its scales those of the re-quantised blocks.
+    """The cross-check: whether PEFT's merge has the bits and the scales of the blocks.
 
-    And whether its extremes are those that were measured, where they are of all of the weight.
+    Its extremes must be the measured ones too, if those are of the whole weight.
     """
     theirs = one.slot.tensor
     if theirs is None:
@@ -125,7 +125,7 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
 
 
 def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
-    """`weight` may be in another dtype than the base: it is cast a block at a time."""
+    """The merge in blocks. If `weight` has another dtype than the base, it is cast a block at a time."""
     if is_quantized(one.slot.parameter):
         held, dtype = one.slot.parameter, None
     else:
@@ -134,12 +134,12 @@ def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
 
 
 def merge_in_blocks(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
-    """Merge and measure one layer; None if PEFT has to merge it: it is not finite, or at the edge of its dtype.
+    """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
-    `weight` is the base's, on the device that computes; it may be in another dtype than the base (BlockMerge casts it).
+    `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's.
     """
     merge = _merge(base, one, weight)
-    norm = one.update.delta_norm() if one.update.magnitude is None else None  # a pass over the factors: once
+    norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm) if leeway.estimates else None
     ceiling = dtype_max(merge.dtype)
     if leeway.headroom and sample is not None:
@@ -156,12 +156,12 @@ def merge_in_blocks(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: L
 def _bounded(
     base: Base, one: BlockLayer, merge: BlockMerge, sample: Measured, limit: float, *, norm: float | None
 ) -> TensorMerge | None:
-    """Settle a weight by a bound on its values; None where that proves nothing, or where nothing seems to change.
+    """Settle a weight by a bound on its values (`--quick`). None if that proves nothing, or if nothing changes.
 
-    That something changes is seen, not concluded: rows are merged until one of them does.
+    A bound cannot show a change, so rows are merged until one of them changes.
     """
     bound = merged_bound(base.stats[one.slot.name].max_abs, one.update, merge.dtype)
-    if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of all leaves nothing to a bound
+    if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of everything needs no bound
         return None
     if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):
         return None
@@ -170,7 +170,7 @@ def _bounded(
 
 
 def _sample(merge: BlockMerge, delta_norm: float | None) -> Measured | None:
-    """Figures of some rows; None where they do not speak for the others (a delta in few rows)."""
+    """Figures of some rows; None if they do not represent the others (a delta in few rows)."""
     rows = merge.sampled()
     if rows is None:
         return None
@@ -190,7 +190,7 @@ def _as_record(
     changed: bool,
     merge: BlockMerge,
 ) -> TensorMerge:
-    """`norm` is ‖delta‖ where it is known exactly; else it follows from the sample."""
+    """The figures as a record. `norm` is ‖delta‖ if it is known exactly; else it follows from the sample."""
     figures = sample.figures or Figures(unchanged=0, delta_sq=0.0, lost_sq=0.0, base_sq=0.0)
     part = sample.numel / sample.of
     delta_norm = math.sqrt(figures.delta_sq / part) if norm is None else norm
@@ -216,7 +216,7 @@ def _as_record(
 
 
 def _adds(one: BlockLayer, figures: Figures, delta_norm: float) -> bool:
-    """Whether a changed value is more than rounding: of a product that cancels, of DoRA, of quantising again."""
+    """Whether the change is more than the rounding of a product that cancels, of DoRA, or of quantizing again."""
     if one.update.magnitude is None:
         return delta_norm > 0 and not is_start(one.update.lora_a, one.update.lora_b)
     return figures.delta_sq > rounding_share(one.layer) ** 2 * figures.base_sq

@@ -1,7 +1,7 @@
 """Private copies of the base's tensors, while PEFT merges into them.
 
-In: a tuner layer on a scratch, and the names of the scratch's tensors. Out: the same layer over copies, for the time of
-a `with` block. What another layer still has to merge into stays as the last one left it. Knows nothing of measuring.
+In: a tuner layer on a scratch copy, and the names of its tensors. Out: the same layer over copies, inside of a `with`
+block. A tensor that another layer still has to merge into keeps the result of the last one. Knows nothing of measuring.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from merge_gate.engine.base.loaded_base import Base, wrap
 from merge_gate.engine.tensors.quantized import is_quantized
 
 Names = Mapping[tuple[int, str], str]
-"""(id of a scratch's module, parameter's name there) → the base's name."""
+"""(id of a module of the scratch copy, parameter's name there) → the base's name."""
 
 
 @dataclass(slots=True)
 class Slot:
-    """One tensor of the base under a tuner layer: where it hangs, its name, and what it held before the layer."""
+    """One tensor of the base under a tuner layer: its place, its name, and its values before the layer."""
 
     module: nn.Module
     attribute: str
@@ -35,12 +35,12 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor | None:
-        """What hangs there now: the parameter, another one, or a plain tensor (PEFT's MultiheadAttention)."""
+        """The tensor in this place now: the parameter, another one, or a plain tensor (PEFT's MultiheadAttention)."""
         found: torch.Tensor | None = getattr(self.module, self.attribute, None)
         return found
 
     def put(self, tensor: torch.Tensor | None, data: torch.Tensor | None = None) -> None:
-        """Hang a tensor there, a parameter as one, anything else as it was found; with `data`, over these values."""
+        """Put a tensor in this place, as a parameter if it is one. `data` sets the values of the first parameter."""
         self.module.__dict__.pop(self.attribute, None)
         if tensor is None or isinstance(tensor, nn.Parameter):
             self.module._parameters[self.attribute] = tensor
@@ -52,7 +52,7 @@ class Slot:
 
 
 def slots_of(layer: Any, names: Names) -> list[Slot]:
-    """The tensors of the base that hang below a tuner layer, each once."""
+    """The tensors of the base below a tuner layer, each once."""
     found: dict[int, Slot] = {}
     for module in layer.get_base_layer().modules():
         for attribute, parameter in module._parameters.items():
@@ -63,7 +63,7 @@ def slots_of(layer: Any, names: Names) -> list[Slot]:
 
 
 class Turns:
-    """Whose turn it is: how many layers still have to merge into each tensor, and what it held before the first."""
+    """How many layers still have to merge into each tensor, and its values before the first of them."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._waiting: dict[int, int] = {}
@@ -72,14 +72,14 @@ class Turns:
             self._waiting[id(slot.parameter)] = self._waiting.get(id(slot.parameter), 0) + 1
 
     def is_alone(self, slot: Slot) -> bool:
-        """Whether one layer only merges into the tensor, and has not yet."""
+        """Whether only one layer merges into the tensor, and has not done so yet."""
         return self._waiting.get(id(slot.parameter)) == 1
 
     def begin(self, slot: Slot) -> None:
         self._first.setdefault(id(slot.parameter), slot.data)
 
     def end(self, slot: Slot) -> torch.Tensor | None:
-        """What to put back: what it held before the first layer; None while another one waits."""
+        """The values from before the first layer, to be put back; None while another layer waits."""
         left = self._waiting.get(id(slot.parameter), 1) - 1
         self._waiting[id(slot.parameter)] = left
         return None if left > 0 else self._first.pop(id(slot.parameter), slot.data)
@@ -88,16 +88,17 @@ class Turns:
 class PrivateCopies:
     """A tuner layer over copies of the base's tensors, on the device that computes (`with` block).
 
-    The base's own tensors have values inside of the block, whatever they are outside (hollow.py).
+    Inside of the block, hollow tensors of the base have values (hollow.py).
 
-    Of a quantised weight a wrapper is enough: PEFT puts a new parameter in its place, but marks the old one.
+    A quantized weight needs only a wrapper, because PEFT puts a new parameter in its place. It marks the old one,
+    though.
 
     Args:
         layer: PEFT's layer.
-        slots: its tensors.
-        base: whose they are; on its device the copies live.
-        dtype: of the copies; as stored where it is None.
-        keep_marks: leave PEFT's marks of what it has merged, for a merge that counts.
+        slots: the tensors of the layer.
+        base: the base that they belong to. The copies are on its device.
+        dtype: the dtype of the copies. None keeps each tensor's own.
+        keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class PrivateCopies:
                 inner.merged_adapters[:] = self._merged.get(id(inner), [])
 
     def renew(self) -> None:
-        """Fresh copies, and nothing marked as merged: as if PEFT had not begun."""
+        """Make fresh copies and clear PEFT's marks, as before the merge."""
         for slot in self._slots:
             if is_quantized(slot.parameter):
                 slot.put(wrap(slot.parameter))

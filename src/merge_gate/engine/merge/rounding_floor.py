@@ -1,13 +1,13 @@
-"""How much of a merge is nothing but rounding: what a method computes with the tensors that training starts from.
+"""How much of a delta is only rounding: the delta that an untrained adapter of the method has.
 
-In: a tuner layer before it is merged, with the weight that it stands on. Out: a share of that weight's norm. Knows how
-each method starts, and nothing of merges.
-
-A start is often no zero. PEFT makes it in float32 and rounds it to a base's 16 bits, so that what should cancel leaves
-the roundings of its tensors. How large these are follows from the spacing of the numbers: a rounded value is off by an
-even spread over one step, whose variance is step² / 12. What is no larger than that is a start; what was trained is
-larger, or lies between the 16-bit numbers.
+In: a tuner layer before its merge, with the weight below it. Out: a share of that weight's norm. Knows the untrained
+tensors of each method, and nothing of merges.
 """
+
+# The delta of an untrained adapter is often not zero. PEFT makes its tensors in float32 and rounds them to the base's
+# 16 bits, so terms that should cancel leave their roundings. The spacing of the numbers gives their size: the error of
+# a rounded value is uniform over one step, with variance step² / 12. An untrained adapter has a delta of at most that
+# size. A trained adapter has a larger one, or its values lie between the 16-bit numbers.
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from merge_gate.engine.tensors.measure import same_values
 
 DENSE = (lora.layer.Linear, lora.layer.Embedding)
 PACKED = tuple(getattr(lora, name) for name in ("Linear8bitLt", "Linear4bit") if hasattr(lora, name))
-"""PEFT's layers for bitsandbytes weights; there are none where bitsandbytes is not installed."""
+"""PEFT's layers for bitsandbytes weights. There are none if bitsandbytes is not installed."""
 
 UNTRAINED_MAGNITUDE = 2.0**-8
-"""How far DoRA's magnitude is from the norm that it started as, at most, by the rounding of a 16-bit base."""
+"""How far an untrained DoRA magnitude can be from the norm of its row, by the rounding of a 16-bit base."""
 
 ADDED = (
     "lora_", "hada_", "lokr_", "vblora_", "vera_lambda_", "randlora_", "fourierft_", "c3a_", "shira_", "waveft_",
     "hira_", "adamss_", "unilora_", "peanut_", "gralora_", "tinylora_", "delora_", "pvera_lambda_", "supertuning_",
     "glora_", "beft_", "ia3_", "miss_", "trainable_tokens_",
 )  # fmt: skip
-"""Prefixes of tensors that leave a weight as it is, to the last bit, while untrained: a factor is 0, or 1 for IA3.
+"""Prefixes of tensors that, while untrained, leave a weight as it is, to the last bit: a factor is 0, or 1 for IA3.
 
-Not so where PEFT rotates or decomposes the weight: that rounds, whatever the tensors are."""
+Methods that rotate or decompose the weight are not here, because that rounds in any case."""
 
 ADDING = tuple(
     getattr(lora.variants, name)
@@ -47,26 +47,26 @@ ADDING = tuple(
     )
     if hasattr(lora.variants, name)
 )  # fmt: skip
-"""Variants of LoRA whose merge is W + delta, as LoRA's own."""
+"""Variants of LoRA whose merge is W + delta, like LoRA's own."""
 
 MOST_ROUNDING = 2.0**-10
-"""‖B @ A‖² is all of Σ ‖a_k‖² ‖b_k‖² (k: the ranks) where these are independent; rounding leaves 4e-5 of it."""
+"""For independent ranks k, ‖B @ A‖² is Σ ‖a_k‖² ‖b_k‖². If they cancel, rounding leaves 4e-5 of it."""
 
 HALVES = (torch.bfloat16, torch.float16)
 
 MARGIN = 2.0
-"""So many times its expected norm the rounding of a start to 16 bits may be: of 105 starts 1.21 was the most."""
+"""Factor on the expected norm of the rounding to 16 bits. The most of 105 untrained adapters was 1.21."""
 
 COMPUTED = 2 * 2.0**-23
-"""‖B @ A‖ of a start that is not rounded, as a share of ‖A‖ ‖B‖: it is computed in float32; of 228 starts 1.6 * 2⁻²³
-was the most. What two members of a combination leave that cancel but for a millionth is more."""
+"""‖B @ A‖ of an untrained adapter that was not rounded, as a share of ‖A‖ ‖B‖: the rounding of float32. The most of 228
+untrained adapters was 1.6 * 2⁻²³. Two adapters of a combination that cancel to a millionth leave more."""
 
 
 def rounding_share(layer: Any, start: tuple[torch.Tensor, ...] | None = None) -> float:
-    """How large a share of the weight a delta can be by rounding alone: more for DoRA whose product is zero, at first.
+    """How large a share of the weight a delta can be by rounding alone. It is more for DoRA while its product is zero.
 
-    `start`: what PEFT has taken off the weight, so that training began at no delta (`Loaded.starts`). With it
-    untrained, whatever the merge changes is the rounding of a weight without it.
+    `start` holds the factors that PEFT took off the weight, so that training began without a delta (`Loaded.starts`).
+    While they are untrained, a merge changes the weight only by rounding.
     """
     if ADAPTER_NAME in (getattr(layer, "lora_magnitude_vector", None) or ()):
         factors = factors_of(layer)
@@ -86,16 +86,16 @@ def rounding_share(layer: Any, start: tuple[torch.Tensor, ...] | None = None) ->
 
 
 def is_start(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether B @ A is no more than its factors' rounding leaves of orthogonal ones (`init_lora_weights: orthogonal`).
+    """Whether B @ A is only the rounding of orthogonal factors, which cancel (`init_lora_weights: orthogonal`).
 
     Args:
         a: (r, in), as PEFT holds it after loading.
-        b: (out, r), likewise.
+        b: (out, r), as PEFT holds it after loading.
     """
     a, b = a.detach().float(), b.detach().float()
     left, right = b.T @ b, a @ a.T
     square, parts = float((left * right).sum()), float((left.diagonal() * right.diagonal()).sum())
-    if not square <= MOST_ROUNDING * parts < math.inf or parts == 0.0:  # so it is of whatever was trained
+    if not square <= MOST_ROUNDING * parts < math.inf or parts == 0.0:  # true for all trained factors
         return False
     a, b = a.double(), b.double()
     left, right = b.T @ b, a @ a.T
@@ -112,7 +112,7 @@ def _is_lora_start(factors: tuple[torch.Tensor, torch.Tensor]) -> bool:
 
 
 def _cancels(layer: Any) -> bool:
-    """Whether the product of a LoRA's factors is zero but for rounding; a kernel's, of its flattened factors."""
+    """Whether the product of a LoRA's factors is zero except for rounding. A convolution has flattened factors."""
     factors = factors_of(layer) if issubclass(type(layer), (*DENSE, *PACKED, lora.layer._ConvNd)) else None
     if factors is None:
         return False
@@ -121,7 +121,7 @@ def _cancels(layer: Any) -> bool:
 
 
 def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
-    """Whether the product of a LoRA's factors is what it was at first."""
+    """Whether the product of a LoRA's factors is the untrained one."""
     factors = factors_of(layer)
     if factors is None or first_a.dim() != 2:  # noqa: PLR2004
         return False
@@ -138,7 +138,7 @@ def _is_still(layer: Any, first_a: torch.Tensor, first_b: torch.Tensor) -> bool:
 
 
 def _is_decomposed_alone(layer: Any, start: tuple[torch.Tensor, ...] | None) -> bool:
-    """Whether FRoD or DEFT have been trained to nothing else than what they decompose the weight into."""
+    """Whether the tensors of FRoD or DEFT are still the ones that they decomposed the weight into."""
     if "frod_lambda_l" in layer.adapter_layer_names and start is not None:
         sparse, lengths = layer.frod_lambda_s_values[ADAPTER_NAME], layer.frod_lambda_l[ADAPTER_NAME]
         return not bool(sparse.any()) and same_values(lengths.detach(), start[0].to(lengths))
@@ -146,10 +146,10 @@ def _is_decomposed_alone(layer: Any, start: tuple[torch.Tensor, ...] | None) -> 
 
 
 def _is_deft_start(layer: Any) -> bool:
-    """Whether R is what DEFT starts from, `right.T @ W`, but for the rounding of it and of P (peft/tuners/deft)."""
+    """Whether DEFT's R is untrained: `right.T @ W`, except for the rounding of R and P (peft/tuners/deft)."""
     held_p, held_r = layer.deft_P[ADAPTER_NAME].detach(), layer.deft_R[ADAPTER_NAME].detach()
     grid = _grid(held_p, held_r)
-    if grid is None:  # in float32 what is left is below the share of all methods
+    if grid is None:  # in float32 the rest is below the share of every method
         return False
     scaling = layer.deft_scaling[ADAPTER_NAME]
     weight = transpose(layer.get_base_layer().weight.detach().float(), layer.fan_in_fan_out)
@@ -166,7 +166,7 @@ def _is_deft_start(layer: Any) -> bool:
 
 
 def _grid(*tensors: torch.Tensor) -> torch.dtype | None:
-    """The dtype of 16 bits that holds all values as they are; None where neither does."""
+    """The 16-bit dtype that holds all values exactly; None if neither does."""
     for dtype in HALVES:
         if all(bool((one.detach().to(dtype).to(one.dtype) == one).all()) for one in tensors):
             return dtype
@@ -174,7 +174,7 @@ def _grid(*tensors: torch.Tensor) -> torch.dtype | None:
 
 
 def _step(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """From each value to the next one of that dtype, float64."""
+    """The distance from each value to the next one of this dtype, float64."""
     info = torch.finfo(dtype)
     mantissa, exponent = torch.frexp(tensor.detach().double().abs().clamp_min(info.tiny))
     return torch.ldexp(torch.ones_like(mantissa), exponent - 1) * info.eps

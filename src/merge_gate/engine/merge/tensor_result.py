@@ -1,7 +1,7 @@
-"""What a merge has made of one tensor of the base: merged tensor + base → `TensorMerge`.
+"""The figures of one merged tensor, compared with the base: merged tensor + base → `TensorMerge`.
 
-In: a merged tensor, the base, and where it is known the exact sum. Out: numbers. Knows nothing of PEFT, of layers or of
-what is good or bad.
+In: a merged tensor, the base, and the exact sum if it is known. Out: numbers. Knows nothing of PEFT or of layers;
+judges nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from merge_gate.engine.tensors.quantized import dequantized, is_quantized
 from merge_gate.records.measured import TensorMerge
 
 ROUNDED = (torch.bfloat16, torch.float16)
-"""Dtypes in which a float32 delta loses bits, so that the loss is measured."""
+"""Dtypes in which a float32 delta loses bits. The loss is measured for these."""
 
 ROUNDING_SHARE = 2.0**-20
-"""A delta below this share of the weight is what float32 makes of computing nothing: 2⁻²⁴ for each of some steps."""
+"""A delta below this share of the weight is rounding in float32: 2⁻²⁴ for each of a few steps."""
 
 
 def of_tensor(
@@ -36,11 +36,11 @@ def of_tensor(
 
     Args:
         base: the loaded base.
-        module: of the merged model, which holds the tensor.
-        name: as the base and the merged model call it.
-        tensor: merged, in its final form.
-        exact: W + delta without the rounding of the final dtype, float32; the loss is measured against it.
-        rounding_share: a delta that is no larger a share of the weight is nothing but rounding.
+        module: the module of the merged model that holds the tensor.
+        name: the tensor's name in the base and in the merged model.
+        tensor: the merged tensor in its final form.
+        exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
+        rounding_share: a delta that is at most this share of the weight is only rounding.
     """
     place = name.rpartition(".")[0]
     if is_the_bases(base, name, tensor):
@@ -72,7 +72,7 @@ def of_tensor(
 
 
 def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor has the bits of the base's tensor of that name."""
+    """Whether a tensor has the bits of the base's tensor with this name."""
     known = base.tensors.get(base.first_name(name))
     if known is None or type(known) is not type(tensor) or is_quantized(tensor):
         return False
@@ -80,5 +80,5 @@ def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
 
 
 def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is the base's own."""
+    """Whether a tensor is the base's own memory."""
     return known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype

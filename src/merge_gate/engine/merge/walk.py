@@ -1,23 +1,23 @@
-"""The merge of one adapter, layer by layer, inside PEFT's own walk: each result is measured and dropped.
+"""The merge of one adapter, layer by layer, inside PEFT's own walk. Each result is measured and dropped.
 
-In: a `Base` and an adapter loaded on its scratch. Out: a closed `Ledger`, and what PEFT's safe_merge refused. Judges
-nothing.
+In: a `Base` and an adapter loaded on its scratch copy. Out: a closed `Ledger`, and the layers that PEFT's safe_merge
+refused. Judges nothing.
 
 PEFT's `merge_and_unload(safe_merge=True)` runs as a user would run it, with one difference: the `merge` of every tuner
-layer of the scratch is wrapped. The wrapper
+layer of the scratch copy is wrapped. The wrapper has four steps:
 
-1. gives the layer's base tensors private copies, on the device that computes;
-2. lets PEFT merge, with `safe_merge=True`; where PEFT's own finite check refuses, again from fresh copies without it,
-   so that what is broken can be counted and the layers after it are still judged; likewise where a value is the
-   largest of its dtype, since without it PEFT rounds once instead of twice and can end at Inf;
-3. measures what the layer's tensors have become, in their final dtype;
-4. puts the base's tensors back, so that no more than one layer's copies exist at a time.
+1. Give the layer's base tensors private copies, on the device that computes.
+2. Let PEFT merge with `safe_merge=True`. If PEFT's finite check refuses, merge again from fresh copies without the
+   check, so that broken values can be counted and later layers are still judged. Do the same if a value is the largest
+   of its dtype: without the check PEFT rounds once instead of twice, and can end at Inf.
+3. Measure the layer's tensors in their final dtype.
+4. Put the base's tensors back, so that only one layer's copies exist at a time.
 
 Layers that plan.py gives to blocks of rows are measured before the walk begins (one_pass.py), for several adapters at
-once. If a cross-check differs, nothing that was merged in blocks counts, and PEFT merges the whole adapter.
+once. If a cross-check differs, no result of the blocks counts, and PEFT merges the whole adapter.
 
-Layers that PEFT merges, and that share nothing with others, are merged before the walk reaches them, two at a time
-(steps 1 to 4): a merge of whole tensors often keeps one core only.
+PEFT merges other layers before the walk reaches them, if they share nothing with any layer. That runs two at a time
+(steps 1 to 4), because a merge of whole tensors often keeps only one core busy.
 
 After PEFT has unloaded, every parameter and persistent buffer of its result is accounted for (ledger.py).
 """
@@ -52,17 +52,17 @@ from merge_gate.records.measured import Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
-"""Called with layers merged, layers in all, and the layer's name."""
+"""Called with the number of merged layers, the number of all layers, and the layer's name."""
 
 AT_A_TIME = 2
-"""So many layers are merged by PEFT at a time: each takes several times a weight's memory."""
+"""Number of layers that PEFT merges at a time. Each takes several times a weight's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What PEFT's merge of one layer came to: figures, and the layer beside those that the merge has changed.
+    """The result of PEFT's merge of one layer. `merges` pairs each tensor's figures with the layer, if it changed them.
 
-    `safe` says whether safe_merge let it pass. `adapted` are the base's names of its tensors.
+    `safe`: safe_merge accepted the merge. `adapted` has the base's names of the layer's tensors.
     """
 
     safe: bool
@@ -72,10 +72,11 @@ class Made:
 
 @dataclass(slots=True, kw_only=True)
 class Walk:
-    """One adapter's merge. `refused` are layers that only safe_merge refuses; `witnessed` those that PEFT confirmed.
+    """One adapter's merge. `refused` has the layers that only safe_merge refuses.
 
-    `adapted` are the base's names of tensors under layers that merge in their place.
-    `differing` are layers whose merge in blocks is not PEFT's: the walk then has to be done again, without blocks.
+    `witnessed` has the layers that PEFT cross-checked. `differing` has those whose merge in blocks is not PEFT's: the
+    walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
+    in their place.
     """
 
     base: Base
@@ -117,7 +118,7 @@ class Walk:
         self._progressed(block.path)
 
     def cross_check(self, block: BlockLayer) -> bool:
-        """Whether PEFT, on one thread as the blocks, merges the layer to the same bits."""
+        """Whether PEFT merges the layer to the same bits, on one thread like the blocks."""
         slots = slots_of(block.layer, self.loaded.slots)
         with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
             try:
@@ -132,8 +133,8 @@ class Walk:
         """PEFT's merge_and_unload with every layer's merge wrapped.
 
         Raises:
-            Refused: PEFT cannot merge this adapter; the message is PEFT's.
-            EngineError: the measuring failed, which says nothing about the adapter.
+            Refused: PEFT cannot merge this adapter. The message is PEFT's.
+            EngineError: a measurement failed, which says nothing about the adapter.
         """
         self._merge_beside([(path, layer) for path, layer in self._layers if id(layer) not in self.blocks])
         for path, layer in self._layers:
@@ -151,7 +152,7 @@ class Walk:
 
     def _wrapped(self, path: str, layer: Any, original: Callable[..., None]) -> Callable[..., None]:
         def merge(*positional: Any, **named: Any) -> None:
-            if self._depth:  # PEFT merges an inner layer on the outer's behalf
+            if self._depth:  # PEFT merges an inner layer for the outer one
                 original(*positional, **named)
                 return
             names = inspect.signature(original).bind(*positional, **named).arguments.get("adapter_names")
@@ -201,10 +202,10 @@ class Walk:
             self._turns.begin(slot)
         before = layer.get_base_layer()
         made = Made(safe=True)
-        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)
+        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)  # 1.
         with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
             share = rounding_share(layer, self.loaded.starts.get(id(layer)))  # of the weight before the merge
-            safe = self._tried(by_peft, safe_merge=True)
+            safe = self._tried(by_peft, safe_merge=True)  # 2.
             if not safe or _at_the_edge(slots):
                 copies.renew()
                 packed.clear()
@@ -215,16 +216,16 @@ class Walk:
                     exact = exact_quantized(changed, packed)
                 else:
                     exact = self._exact(layer, slots, changed, by_peft, deltas)
-                made = self._measured(layer, slots, changed, exact, share)
+                made = self._measured(layer, slots, changed, exact, share)  # 3.
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
-            self._put_back(slot, tensor, data)
+            self._put_back(slot, tensor, data)  # 4.
         return replace(made, safe=safe)
 
     def _merge_beside(self, layers: list[tuple[str, Any]]) -> None:
-        """Merge layers that share nothing with others, a few at a time; what fails is left to the walk, and said there.
+        """Merge layers that share nothing with others, a few at a time. The walk repeats and reports a failed merge.
 
-        Each has as many threads of torch's as it has in the walk: bits depend on that.
+        Each merge has as many torch threads as in the walk, because the bits depend on that.
         """
         inside = {id(inner) for _, layer in layers for inner in layer.modules() if inner is not layer}
         apart = [(path, layer) for path, layer in layers if id(layer) not in inside and self._is_apart(layer)]
@@ -250,13 +251,13 @@ class Walk:
                     self._progressed(path)
         finally:
             pool.shutdown(cancel_futures=True)
-        if not torch.equal(drawn, torch.get_rng_state()):  # a merge that draws numbers: their order is the walk's
+        if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of the walk
             torch.set_rng_state(drawn)
             self._beside.clear()
             self._done = done
 
     def _is_apart(self, layer: Any) -> bool:
-        """Whether a layer merges into tensors of the base's own that no other has a part in, and into nothing else."""
+        """Whether a layer merges only into tensors of the base, and no other layer uses these."""
         slots = slots_of(layer, self.loaded.slots)
         alone = all(
             type(slot.parameter) is nn.Parameter
@@ -271,8 +272,8 @@ class Walk:
     def _put_back(self, slot: Slot, tensor: torch.Tensor | None, data: torch.Tensor) -> None:
         """Step 4.
 
-        What another layer still has to merge into stays as this one left it; so does what was not the base's own any
-        more (rewritten by an initialisation, overwritten by the file, resized).
+        A tensor that another layer still has to merge into stays as this layer left it. So does a tensor that was no
+        longer the base's own (rewritten by an initialization, overwritten by the file, or resized).
         """
         original = self._turns.end(slot)
         known = self.base.tensors.get(slot.name)
@@ -286,7 +287,7 @@ class Walk:
         return Refused(blamed_on(refused_by_peft(config, error), self.base, config.peft_type.value))
 
     def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
-        """Step 2. False where PEFT's finite check refuses; the adapter is `Refused` for any other exception."""
+        """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""
         try:
             by_peft(safe_merge=safe_merge)
         except (MemoryError, torch.OutOfMemoryError):
@@ -298,7 +299,7 @@ class Walk:
         return True
 
     def _book_block(self, block: BlockLayer, merge: TensorMerge) -> None:
-        """Enter a layer that was merged in blocks, and let PEFT take it for merged."""
+        """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
         self.ledger.book(merge, block.layer)
@@ -314,7 +315,7 @@ class Walk:
         exact: dict[str, torch.Tensor],
         share: float,
     ) -> Made:
-        of_bias = min(share, tensor_result.ROUNDING_SHARE)  # it is trained apart from the factors (lora_bias)
+        of_bias = min(share, tensor_result.ROUNDING_SHARE)  # the bias is trained apart from the factors (lora_bias)
         merges = tuple(
             (
                 tensor_result.of_tensor(
@@ -342,7 +343,7 @@ class Walk:
         by_peft: Callable[..., None],
         deltas: Deltas,
     ) -> dict[str, torch.Tensor]:
-        """The same merge into float32 copies: what the merged tensors would be without the rounding of their dtype."""
+        """The same merge into float32 copies: the merged tensors without the rounding of their dtype."""
         rounded = [slot for slot, tensor in changed if tensor.dtype in tensor_result.ROUNDED]
         if not rounded:
             return {}
@@ -353,7 +354,7 @@ class Walk:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
-            return {}  # a figure for a warning: without it the loss is not reported
+            return {}  # the loss by rounding is then not reported; it is only a warning
 
 
 def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
@@ -361,6 +362,6 @@ def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
 
 
 def _at_the_edge(slots: list[Slot]) -> bool:
-    """Whether a merged value is the largest of a 16-bit dtype: W + delta rounded once may then be Inf."""
+    """Whether a merged value is the largest of a 16-bit dtype: rounded once, W + delta may then be Inf."""
     merged = [slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.dtype in tensor_result.ROUNDED]
     return any(measure(tensor, "").max_abs >= dtype_max(tensor.dtype) for tensor in merged)
