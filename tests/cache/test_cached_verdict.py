@@ -21,6 +21,7 @@ from merge_gate.cache.cached_verdict import (
     sealed,
 )
 from merge_gate.cache.seal import Seal
+from merge_gate.judging.all_checks import undecided
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
@@ -77,6 +78,17 @@ def test_an_error_cannot_be_stored(tmp_path: Path) -> None:
     adapter = judged(entry(tmp_path)).adapter
     assert can_be_stored(adapter)
     assert not can_be_stored(replace(adapter, verdict=Verdict.ERROR))
+    assert not can_be_stored(replace(adapter, seconds=float("nan")))
+
+
+def test_a_sealed_error_is_a_miss(tmp_path: Path) -> None:
+    """A verdict that follows from its findings, and says nothing about another run."""
+    one = entry(tmp_path)
+    verdict = judged(one)
+    finding = undecided("the worker died", "run it again")
+    failed = replace(verdict.adapter, verdict=Verdict.ERROR, cause=finding.check, findings=(finding,))
+    _, document = stored(replace(verdict, adapter=failed), one)
+    assert restored(document, one) is None
 
 
 def forged(document: Any, place: tuple[str | int, ...], value: object) -> Any:
@@ -183,3 +195,8 @@ def test_a_verdict_that_comes_back_has_the_same_seal(tmp_path: Path) -> None:
 )
 def test_the_place_is_the_ci_run_or_the_machine(environ: dict[str, str], place: str) -> None:
     assert current_place(environ) == place
+
+
+def test_the_place_of_a_machine_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "")
+    assert current_place({}) == "unknown"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -9,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate.cache.store import ABANDONED_S, KINDS
 from merge_gate.cache.verdict_cache import Cache
+from merge_gate.files.base_watch import base_directory
+from merge_gate.files.identity import base_identity
 from merge_gate.records.files import Entry
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
@@ -19,6 +24,7 @@ from tests.support.cache.verdicts import BASE, based_entry, entry, judged
 from tests.support.reports import report
 
 SECRET = "a secret of this test"
+OPEN_FILES = Path("/proc/self/fd")
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -76,6 +82,16 @@ def test_without_a_directory_a_verdict_is_sealed_and_not_a_hit(one: Entry) -> No
     assert stored.judged is not None
 
 
+def test_closing_releases_the_directory_and_removes_old_unfinished_files(one: Entry, tmp_path: Path) -> None:
+    with closing(open_cache(one)):
+        unfinished = tmp_path / "cache" / "verdicts" / f".{'a' * 64}.{'1' * 16}.tmp"
+        unfinished.write_text("half")
+        os.utime(unfinished, (0, time.time() - ABANDONED_S - 60))
+        open_files = len([*OPEN_FILES.iterdir()])
+    assert not unfinished.exists()
+    assert len([*OPEN_FILES.iterdir()]) == open_files - len(KINDS)
+
+
 # --- earlier reports -------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +133,19 @@ def test_a_verdict_on_another_commit_of_the_base_is_a_miss(one: Entry, tmp_path:
     with closing(open_cache(one, directory=False, resume=str(output), notify=[].append)) as cache:
         assert cache.may_hit
         assert not is_hit(cache, one)
+    with closing(open_cache(one, resume=str(output), notify=[].append)) as cache:
+        assert store(cache, one) is not None
+        assert is_hit(cache, one), "the earlier report hid the verdict in the directory"
+
+
+def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) -> None:
+    directory = base_directory(one)
+    identity = base_identity(directory)
+    for reuse, found in ((False, None), (True, "d" * 64), (False, None)):
+        with closing(open_cache(one, reuse=reuse)) as cache:
+            assert cache.seen_bases is not None
+            cache.seen_bases.store(directory, identity, "d" * 64, time.time_ns() + 3_000_000_000)
+            assert cache.seen_bases.lookup(directory, identity) == found
 
 
 # --- what may not be stored ------------------------------------------------------------------------------------------

@@ -79,11 +79,11 @@ def sealed(judged: CachedVerdict, material: Json, place: str, seal: Seal) -> Cac
 
 
 def is_sealed(judged: CachedVerdict, material: Json, seal: Seal) -> bool:
-    """Whether the seal of a verdict fits: this user's gate reached exactly this verdict on this material."""
-    found = judged.adapter.judged
-    if found is None or found.key != key_of(material):
+    """Whether the seal of a verdict fits, so that a run with this secret reached exactly it, on this material."""
+    reached = judged.adapter.judged
+    if reached is None:
         return False
-    return seal.fits(found.seal, KIND, found.key, canonical(document_of(judged, material, found)))
+    return seal.fits(reached.seal, KIND, reached.key, canonical(document_of(judged, material, reached)))
 
 
 def document_of(judged: CachedVerdict, material: Json, reached: Judged) -> Json:
