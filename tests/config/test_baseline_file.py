@@ -10,7 +10,6 @@ import pytest
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import ConfigError
 from tests.support.config.baselines import DIGEST, ENTRY, GOOD
-from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,8 +49,8 @@ def test_one_that_is_empty_accepts_nothing(tmp_path: Path) -> None:
         (GOOD + "    dtype: float16\n", '"dtype"'),
     ],
 )
-def test_a_problem_names_its_place(tmp_path: Path, text: str | None, named: str, wording: Wording) -> None:
+def test_a_problem_names_its_place(tmp_path: Path, text: str | None, named: str) -> None:
+    """The sentences are in messages.txt."""
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     assert named in str(caught.value)
-    wording(caught.value)

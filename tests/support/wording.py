@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 SECTION = re.compile(r"^== (.*)$", re.MULTILINE)
 BETWEEN = "--\n"
+VERSIONS = {f"{name} {version(name)}": name for name in ("PEFT", "transformers")}
 
 
 def golden_of(module: Path) -> Path:
@@ -67,6 +68,6 @@ class Wording:
         for found in sorted(self._replaced, key=len, reverse=True):
             text = text.replace(found, self._replaced[found])
         text = re.sub(r'<temporary>[^"]*…', "<temporary>…", text.replace("\0", "\\0"))  # cut to a length
-        for name in ("PEFT", "transformers"):
-            text = text.replace(f"{name} {version(name)}", f"{name} <version>")
+        for found, name in VERSIONS.items():
+            text = text.replace(found, f"{name} <version>")
         return re.sub(r"\b(127\.0\.0\.1|localhost):\d+", r"\1:<port>", text)
