@@ -29,6 +29,7 @@ from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow
 from merge_gate.worker import process, protocol
+from merge_gate.worker.memory import too_large
 from tests.support.reports import FAIL, PASS, adapter, report
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from merge_gate.action.docker.container import ContainerRun
     from merge_gate.worker.protocol import Event, Job
+    from tests.support.wording import Wording
+
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 SHAPES = {"base_model.model.q.lora_A.weight": [4, 8], "base_model.model.q.lora_B.weight": [8, 4]}
@@ -105,11 +108,11 @@ def test_an_interrupt_during_the_imports_leaves_no_traceback(
 
 
 def test_a_signal_before_the_command_leaves_no_verdict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.setattr(dispatch, "_parsed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
-    assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
+    wording(capsys.readouterr().err)
 
 
 def test_a_signal_during_a_command_without_an_output(
@@ -117,18 +120,19 @@ def test_a_signal_during_a_command_without_an_output(
 ) -> None:
     monkeypatch.setitem(dispatch._COMMANDS, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
-    assert capsys.readouterr().err == "merge-gate: stopped by SIGTERM, so there is no verdict\n"
+    assert "SIGTERM" in capsys.readouterr().err
 
 
 def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.delenv("MERGE_GATE_DEBUG", raising=False)
     monkeypatch.setitem(dispatch._COMMANDS, "schema", broken)
     assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err
-    assert said.startswith("merge-gate: unexpected ZeroDivisionError: by zero\n")
+    assert "ZeroDivisionError: by zero\n" in said
     assert "MERGE_GATE_DEBUG=1" in said
+    wording(said)
     monkeypatch.setenv("MERGE_GATE_DEBUG", "1")
     assert main(["schema", "config"]) == 3, "never 1, with which Python ends by itself"
     said = capsys.readouterr().err
@@ -136,19 +140,16 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     assert said.endswith("ZeroDivisionError: by zero\n")
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(errno.EMFILE, "too many open files: raise the limit (ulimit -n)"), (errno.ENOMEM, "out of memo")],
-)
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
 def test_what_the_system_lacks_is_no_defect(
-    number: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     def lacking(*_: object) -> NoReturn:
         raise OSError(number, "no")
 
     monkeypatch.setitem(dispatch._COMMANDS, "schema", lacking)
     assert main(["schema", "config"]) == 3
-    assert capsys.readouterr().err.startswith(f"merge-gate: {said}")
+    wording(capsys.readouterr().err)
 
 
 def test_a_directory_that_one_may_not_read_is_no_defect(
@@ -176,41 +177,47 @@ def test_a_directory_that_one_may_not_read_is_no_defect(
         monkeypatch.undo()
     assert codes == (3, 3)
     assert said[0] == said[1]
-    assert re.search(r"one\S* cannot be read: Permission denied\n +to do: check that the user", said[0].out)
+    assert re.search(r"one\S* .*: Permission denied\n +to do: ", said[0].out)
     assert not said[0].err
 
 
-def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [{"path": 7}] * (MAX_TOLD + 4)}))
     assert main(["check", "gate.yml"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[-2:] == ["and 4 more", f"merge-gate: {MAX_TOLD + 4} problems in the configuration; nothing was judged"]
+    assert "4" in said[-2]
+    assert str(MAX_TOLD + 4) in said[-1]
+    wording(*said[-2:])
 
 
 # --- run -----------------------------------------------------------------------------------------------------------
 
 CONTRADICTIONS = {
-    "a base for a file": (("gate.yml", "--base", "./base"), "--base is for adapters that are named here"),
-    "a file for a container": (("one", "--container"), "--container needs a config"),
-    "to resume in a container": (("gate.yml", "--container", "--resume"), "--resume is for a run that is not in a"),
-    "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), "--ray is for a run that is not in a"),
-    "to judge anew and to go on": (("gate.yml", "--no-cache", "--resume"), "--no-cache judges anew, and --resume"),
-    "an image without a container": (("gate.yml", "--image", "x:y"), "--image and --gpus belong to --container"),
-    "GPUs without a container": (("gate.yml", "--gpus", "0"), "--image and --gpus belong to --container"),
-    "a part that is none": (("gate.yml", "--shard", "0/2"), "'0/2' is no shard"),
-    "more parts than there are": (("gate.yml", "--shard", "3/2"), "3/2"),
+    "a base for a file": (("gate.yml", "--base", "./base"), ("--base",)),
+    "a file for a container": (("one", "--container"), ("--container",)),
+    "to resume in a container": (("gate.yml", "--container", "--resume"), ("--resume",)),
+    "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), ("--ray",)),
+    "to judge anew and to go on": (("gate.yml", "--no-cache", "--resume"), ("--no-cache", "--resume")),
+    "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
+    "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
+    "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
+    "more parts than there are": (("gate.yml", "--shard", "3/2"), ("3/2",)),
 }
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_what_cannot_be_had_together_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words, said = CONTRADICTIONS[name]
+def test_what_cannot_be_had_together_is_wrong_usage(
+    name: str, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    words, names = CONTRADICTIONS[name]
     try:
         code = main(["run", *words])
     except SystemExit as left:
         code = int(str(left.code))
     assert code == 2
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(named in said for named in names), said
+    wording(said.rpartition("error: ")[2])
 
 
 @pytest.mark.parametrize(
@@ -276,32 +283,37 @@ def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(flow.MemoryGroup, "free_bytes", lambda _: 100)
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
-    assert "of memory are free here: it is mapped from disk" in said.out + said.err
+    assert str(too_large("./base", str(place / "base"), 100)) in said.out + said.err
 
 
 def test_a_sandbox_that_is_not_whole_is_told_once(
-    place: Path, worker: list[Event], capsys: pytest.CaptureFixture[str]
+    place: Path, worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     """A second worker that has as little of it is no news."""
     chosen = protocol.DeviceChosen(device="cpu", device_name="", sandbox=Sandbox(missing=("files: no Landlock here",)))
     worker += [chosen, chosen]
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
-    assert (said.out + said.err).count("the worker's sandbox is not whole: files: no Landlock here") == 1
+    (line,) = (line for line in (said.out + said.err).splitlines() if "files: no Landlock here" in line)
+    wording(line)
     assert report_of(place)["environment"]["sandbox"]["missing"] == ["files: no Landlock here"]
 
 
 @pytest.mark.usefixtures("place")
-def test_a_base_that_takes_long_to_load_is_named(worker: list[Event], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_takes_long_to_load_is_named(
+    worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
     worker.append(protocol.Waiting(task=None, base="./base", seconds=61.0, limit_s=900.0))
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
-    assert "base ./base: still loading after 1 min 01 s; its time limit is 15 min 00 s" in said.out + said.err
+    (line,) = (line for line in (said.out + said.err).splitlines() if "15 min 00 s" in line)
+    assert {"./base:", "1", "01"} <= set(line.split())
+    wording(line)
 
 
 @pytest.mark.usefixtures("worker")
@@ -342,30 +354,26 @@ def cut(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_", "code", "said"),
-    [
-        (lambda _: None, 0, "1 adapter: the files of 1 are sound, 0 failed, 0 could not be judged."),
-        (cut, 1, "1 adapter: the files of 0 are sound, 1 failed, 0 could not be judged."),
-        (unreadable, 3, "1 adapter: the files of 0 are sound, 0 failed, 1 could not be judged."),
-    ],
+    ("break_", "code"),
+    [(lambda _: None, 0), (cut, 1), (unreadable, 3)],
     ids=["sound", "broken", "unreadable"],
 )
 def test_a_check_says_what_it_found_and_that_nothing_was_merged(
-    break_: Callable[[Path], object], code: int, said: str, place: Path, capsys: pytest.CaptureFixture[str]
+    break_: Callable[[Path], object], code: int, place: Path, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     lay_base(place)
     break_(place)
     assert main(["check", "one"]) == code
-    assert f"{said} Nothing was merged" in capsys.readouterr().out
+    wording(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_first_config_is_written_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_config_is_written_once(place: Path, capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
     assert main(["init", "."]) == 0
     written = (place / "merge-gate.yml").read_text()
     assert "one" in written
-    assert "merge-gate run merge-gate.yml" in capsys.readouterr().out
+    wording(capsys.readouterr().out)
     assert main(["init", "."]) == 2
-    assert "merge-gate.yml is there already" in capsys.readouterr().err
+    wording(capsys.readouterr().err)
     assert (place / "merge-gate.yml").read_text() == written
 
 
@@ -381,25 +389,25 @@ def test_half_a_first_config_does_not_stay(place: Path) -> None:
 
 
 def test_a_first_config_where_nobody_can_write(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.chdir("/proc")  # where not even root can make a file
     assert main(["init", str(place)]) == 2
     said = capsys.readouterr().err
-    assert "cannot write merge-gate.yml" in said
+    assert "merge-gate.yml" in said
     assert "--output" not in said
+    wording(said)
 
 
 def test_a_demo_that_is_judged_otherwise_is_no_demo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
     monkeypatch.setattr(demo_command, "gate_adapters", lambda *_, **__: PASS)
     assert main(["demo", "new"]) == 3
     said = capsys.readouterr().err
-    assert "did not judge the demo as it should: good (float16), " in said
     assert all(f"{name} ({dtype})" in said for name, dtype in demo.EXPECTED)
-    assert "cannot be trusted" in said
+    wording(re.sub(": good .*", ": …", said))
 
 
 # --- report --------------------------------------------------------------------------------------------------------

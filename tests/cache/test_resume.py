@@ -17,6 +17,7 @@ from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.formats.json_report import render
 from tests.support.reports import SHA256, adapter, report
+from tests.support.wording import Wording
 
 BASE = BaseReport(model="./models/base", dtype="bfloat16", quantization=Quantization.NONE, sha256=SHA256)
 OTHER = replace(BASE, model="./models/other")
@@ -107,12 +108,15 @@ def test_a_link_and_a_directory_are_not_reports(tmp_path: Path) -> None:
     assert resumed(tmp_path).is_empty
 
 
-def test_a_damaged_report_is_named_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_report_is_named_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
     (tmp_path / "previous").mkdir()
     (tmp_path / "previous" / "report.json").write_text(render(killed("a")))
     (tmp_path / "report.json").write_text(render(killed("b"))[:-9])
     verdicts = resumed(tmp_path)
     assert known(verdicts, "ab") == "a"
-    assert verdicts.notes[0] == f"{tmp_path / 'report.json'} is damaged, so none of its verdicts are reused"
+    assert str(tmp_path / "report.json") in verdicts.notes[0]
+    wording(verdicts.notes[0])
     monkeypatch.setattr(resume, "LONGEST_BYTES", 100)
-    assert resumed(tmp_path).notes[-1].startswith("nothing to resume: the output directory holds no verdict")
+    wording(resumed(tmp_path).notes[-1])
