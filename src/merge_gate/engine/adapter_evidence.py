@@ -14,10 +14,12 @@ In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusa
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -42,6 +44,8 @@ from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import NO_LEEWAY, Evidence, FileTensor, Leeway, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,67 +96,80 @@ def merge(request: MergeRequest) -> Evidence:
     That tensor has values from then on, so there is an end.
     """
     while True:
-        try:
-            (evidence,) = _attempt((request,))
-        except Exception:
-            if request.base.was_misread():
-                continue
-            raise
-        if not request.base.was_misread():
-            return evidence
+        (outcome,) = _attempt((request,))
+        if request.base.was_misread():
+            continue
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
-def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence, ...] | None:
+def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, ...]:
     """Merge several adapters in one pass over their bases.
 
-    None if that does not work: then each has to be merged by itself, which shows the one at fault.
+    None for an adapter that has to be merged by itself: it raised, or something read a tensor that had no values.
     """
-    try:
-        evidence = _attempt(requests)
-    except Exception:  # including a lack of memory
-        evidence = None
-    misread = [request.base.was_misread() for request in requests]
-    return None if any(misread) else evidence
+    outcomes = _attempt(requests)
+    misread = {id(base) for base in {id(one.base): one.base for one in requests}.values() if base.was_misread()}
+    return tuple(
+        None if isinstance(outcome, Exception) or id(request.base) in misread else outcome
+        for request, outcome in zip(requests, outcomes, strict=True)
+    )
 
 
-def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence, ...]:
+def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence | Exception, ...]:
     with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         # torch trusts the indices of a sparse tensor, and some methods take them from the file
         warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
         attempts = [_Attempt(request) for request in requests]
-        for attempt in attempts:
-            attempt.prepare()
-        walks = [attempt.walk for attempt in attempts if attempt.walk is not None]
+        prepared = [_caught(attempt.prepare) for attempt in attempts]
+        walks = [walk for walk in prepared if isinstance(walk, Walk)]
         started = time.perf_counter()
-        merge_planned(walks)
+        error = _caught(functools.partial(merge_planned, walks))
         seconds = (time.perf_counter() - started) / max(1, len(walks))
-        return tuple(attempt.finish(seconds) for attempt in attempts)
+        return tuple(
+            ready
+            if isinstance(ready, Exception)
+            else error
+            if isinstance(error, Exception) and ready is not None
+            else _caught(functools.partial(attempt.finish, seconds))
+            for attempt, ready in zip(attempts, prepared, strict=True)
+        )
+
+
+def _caught(call: Callable[[], T]) -> T | Exception:
+    """The result, or what was raised: one adapter's exception leaves the others as they are."""
+    try:
+        return call()
+    except Exception as error:
+        return error
 
 
 class _Attempt:
     """One adapter on its way to `Evidence`: prepared (steps 1 to 5), merged in blocks with others, finished."""
 
     def __init__(self, request: MergeRequest) -> None:
-        self.walk: Walk | None = None
+        self._walk: Walk | None = None
         self._request = request
         self._seconds = 0.0
         facts, kind = request.base.facts, request.members[0].config.peft_type
         self._known = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
 
-    def prepare(self) -> None:
-        """Steps 1 to 5; `walk` is None if the adapter is refused."""
+    def prepare(self) -> Walk | None:
+        """Steps 1 to 5. None if the adapter is refused."""
         with self._timed():
             try:
-                self._prepare()
+                self._walk = self._planned()
             except Refused as refused:
-                self.walk, self._known = None, replace(self._known, refusal=refused.refusal)
+                self._known = replace(self._known, refusal=refused.refusal)
+        return self._walk
 
     def finish(self, seconds: float) -> Evidence:
         """Steps 6 and 7; `seconds` is this adapter's part of the time that its blocks took."""
         with self._timed():
             try:
-                if self.walk is not None:
-                    self._finish(self.walk)
+                if self._walk is not None:
+                    self._finish(self._walk)
             except Refused as refused:
                 self._known = replace(self._known, refusal=refused.refusal)
         return replace(self._known, seconds=self._seconds + seconds)
@@ -171,7 +188,7 @@ class _Attempt:
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
-    def _prepare(self) -> None:
+    def _planned(self) -> Walk:
         base = self._request.base
         self._weights = tuple(read_weights(files) for files in self._request.members)
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
@@ -188,20 +205,20 @@ class _Attempt:
         self._unnamed = _unnamed(base, loaded, riding) if riding else ()
         self._known = replace(self._known, file_tensors=with_use(base, loaded, measured))
         self._known = replace(self._known, unread=unread_layers(base, loaded))
-        self.walk = self._walk(loaded)
-        self.walk.plan()
+        return self._walk_on(loaded)
 
-    def _walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
+    def _walk_on(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self._request
-        return Walk(
+        walk = Walk(
             base=request.base, loaded=loaded, leeway=request.leeway, progress=request.progress, in_blocks=in_blocks
         )
+        walk.plan()
+        return walk
 
     def _finish(self, walk: Walk) -> None:
         base, differing = self._request.base, tuple(walk.differing)
         if differing:  # PEFT's own merge alone decides
-            walk = self._walk(self._load(), in_blocks=False)
-            walk.plan()
+            walk = self._walk_on(self._load(), in_blocks=False)
         walk.finish()
         loaded, merges = walk.loaded, walk.ledger.merges
         if not walk.layers_by_peft:

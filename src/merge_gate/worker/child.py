@@ -55,6 +55,7 @@ from merge_gate.worker.startup.quick_imports import quick_imports
 if TYPE_CHECKING:
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
+    from merge_gate.records.files import AdapterFiles
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
 
@@ -310,17 +311,17 @@ def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> It
         first, *others = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(others))
         merged = _merge_together(base, [task for task, _ in batch], progress)
-        if merged is not None:
-            for (task, instead_of), evidence in zip(batch, merged, strict=True):
+        for (task, instead_of), evidence in zip(batch, merged, strict=True):
+            if evidence is not None:
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
-            return
+        batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
         yield _judge_task(base, task, instead_of, progress)
 
 
-def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[Evidence, ...] | None:
-    """The evidence of each task; None if one of them raises: merged by itself, each says what is wrong with it."""
+def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[Evidence | None, ...]:
+    """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
     from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
 
     report = _paced(progress, tasks[0].index)
@@ -330,26 +331,34 @@ def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[
         counts[number] = done, total
         report(sum(done for done, _ in counts), sum(total for _, total in counts), module)
 
+    pinned = [contextlib.ExitStack() for _ in tasks]
+    requests: dict[int, adapter_evidence.MergeRequest] = {}
+    for number, task in enumerate(tasks):
+        with contextlib.suppress(Exception):
+            files = _pinned(task, base, pinned[number])
+            requests[number] = adapter_evidence.MergeRequest(
+                base=base,
+                members=files,
+                combine=task.combine,
+                leeway=task.leeway,
+                progress=functools.partial(add, number),
+            )
+    merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
+    for number, stack in enumerate(pinned):
+        try:
+            stack.close()
+        except Exception:  # a file changed during the merge
+            merged[number] = None
+    return tuple(merged.get(number) for number in range(len(tasks)))
+
+
+def _pinned(task: Task, base: Base, stack: contextlib.ExitStack) -> tuple[AdapterFiles, ...]:
+    """The adapter's files as they were hashed, once its regular expressions have been tried on the base's names."""
+    files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
     names = [name for name, _ in base.model.named_modules()]
-    try:
-        with contextlib.ExitStack() as stack:
-            requests = []
-            for number, task in enumerate(tasks):
-                files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
-                for one in files:
-                    try_patterns(one.config.patterns, names)
-                requests.append(
-                    adapter_evidence.MergeRequest(
-                        base=base,
-                        members=files,
-                        combine=task.combine,
-                        leeway=task.leeway,
-                        progress=functools.partial(add, number),
-                    )
-                )
-            return adapter_evidence.merge_together(requests)
-    except Exception:
-        return None
+    for one in files:
+        try_patterns(one.config.patterns, names)
+    return files
 
 
 def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
