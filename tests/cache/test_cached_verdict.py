@@ -189,6 +189,7 @@ def test_a_verdict_that_comes_back_has_the_same_seal(tmp_path: Path) -> None:
         ({"JOB_NAME": "gate", "BUILD_NUMBER": "9"}, "gate run 9"),
         ({"MERGE_GATE_PLACE": "acme/adapters run 7", "CI_PROJECT_PATH": "x", "CI_JOB_ID": "8"}, "acme/adapters run 7"),
         ({"GITHUB_REPOSITORY": "acme/adapters"}, platform.node()),
+        ({"GITHUB_RUN_ID": "7"}, platform.node()),
         ({}, platform.node()),
         ({"MERGE_GATE_PLACE": "x" * 1000}, "x" * 200),
     ],
