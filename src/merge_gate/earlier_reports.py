@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
+from merge_gate.regular_file import open_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +31,7 @@ _UNFINISHED = re.compile(rf"\.(?:{'|'.join(map(re.escape, _TAGS))})\.[0-9a-f]{{1
 """The names that `whole_file` writes to; a killed run may leave one."""
 
 _SLOT = re.compile(rf"{PREVIOUS}(?:-([2-9]|[1-9][0-9]{{1,8}}))?")
-_FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_FOLDER = _FILE | getattr(os, "O_DIRECTORY", 0)
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class EarlierReports:
@@ -108,14 +107,7 @@ def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = 
 
 def is_own(path: Path) -> bool:
     """Whether merge-gate wrote this file: a regular file that begins with the tag of its name."""
-    try:
-        descriptor = os.open(path, _FILE)
-    except OSError:
-        return False
-    try:
-        return _carries_tag(path.name, descriptor)
-    finally:
-        os.close(descriptor)
+    return _carries_tag(path)
 
 
 def places(directory: Path) -> Iterator[Path]:
@@ -143,14 +135,13 @@ def _slots(directory: Path) -> Iterator[Path]:
         number += 1
 
 
-def _carries_tag(name: str, descriptor: int) -> bool:
-    tag = _TAGS.get(name)
+def _carries_tag(path: Path, folder: int | None = None) -> bool:
+    tag = _TAGS.get(path.name)
+    if tag is None:
+        return False
     try:
-        return (
-            tag is not None
-            and stat.S_ISREG(os.fstat(descriptor).st_mode)
-            and tag.match(os.read(descriptor, TAG_WITHIN_BYTES)) is not None
-        )
+        with open_regular_file(path, folder=folder) as file:
+            return tag.match(file.read(TAG_WITHIN_BYTES)) is not None
     except OSError:
         return False
 
@@ -165,24 +156,13 @@ def _is_free(slot: Path) -> bool:
         return False
     try:
         names = os.listdir(folder)  # noqa: PTH208 - of an open directory
-        if not all(_is_own_in(folder, name) for name in names):
+        if not all(_carries_tag(Path(name), folder) for name in names):
             return False
         for name in names:
             os.unlink(name, dir_fd=folder)
         return True
     finally:
         os.close(folder)
-
-
-def _is_own_in(folder: int, name: str) -> bool:
-    try:
-        descriptor = os.open(name, _FILE, dir_fd=folder)
-    except OSError:
-        return False
-    try:
-        return _carries_tag(name, descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _kind(path: Path) -> str:

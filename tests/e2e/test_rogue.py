@@ -44,7 +44,7 @@ def run(engine: str, rogue: str, tmp_path: Path) -> ContainerRun:
     [
         ("link", "a symbolic link"),
         ("endless", "a symbolic link"),
-        ("pipe", "a pipe"),
+        ("pipe", "a named pipe"),
         ("sparse", "4294967296 bytes"),
         ("directory", "a directory"),
     ],

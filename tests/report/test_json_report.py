@@ -227,7 +227,7 @@ def _edited(path: str, value: Any) -> bytes:
         (b"[" * 100_000, "nested"),
         (b'{"x": NaN}', "NaN"),
         (b'{"x": 1, "x": 2}', "twice"),
-        (b"9" * 10_000, "JSON"),
+        (b"9" * 10_000, "digits"),
         (b"{}", "schema_version"),
         (_edited("schema_version", "2.0"), "schema_version is 2.0"),
         (_edited("tool.name", "other"), "tool.name"),
@@ -253,8 +253,7 @@ def test_what_is_no_report_is_refused_with_its_place(data: bytes, place: str, wo
         read(data, "r\u202e.json")
     assert place in caught.value.message
     assert caught.value.message.isprintable()
-    if not data.startswith(b"99"):  # the rest are Python's own words, other ones in each release
-        wording(caught.value)
+    wording(caught.value)
 
 
 def stood(data: bytes) -> None:

@@ -59,14 +59,14 @@ def test_hostile_content_is_neither_followed_nor_waited_for(downloads: Path, mon
         zip([one.name for one in [downloads / "zlink", *evil]], problems(downloads), strict=True),
     )
     assert "symbolic link" in said["zlink"]
-    assert "has more than 100,000 bytes" in said["big"]
-    assert "no regular file" in said["dir"]
-    assert "names a key twice" in said["json"]
+    assert "it has 100001 bytes" in said["big"]
+    assert "a directory" in said["dir"]
+    assert "the key 'a' twice" in said["json"]
     assert "symbolic link" in said["link"]
-    assert "no regular file" in said["pipe"]
+    assert "a named pipe" in said["pipe"]
     assert "symbolic link" in problems(downloads / "zlink")[0]
     monkeypatch.setattr(shard_files, "MOST_DIRECTORIES", 2)
-    assert any("of which 2 were read" in problem for problem in problems(downloads))
+    assert any("only 2 of them were read" in problem for problem in problems(downloads))
 
 
 def test_a_shard_is_not_written_over(downloads: Path) -> None:

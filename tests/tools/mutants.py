@@ -32,7 +32,7 @@ from _pytest.config import _prepareconfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PREFLIGHT = ("preflight", "adapter_config", "strict_json", "headers")
+PREFLIGHT = ("preflight", "adapter_config", "json_object", "headers")
 PARTS = {
     "judging": (
         ["src/merge_gate/judging/*.py", "src/merge_gate/judging/checks/*.py"],
@@ -40,7 +40,7 @@ PARTS = {
         ["tests/judging"],
     ),
     "preflight": (
-        [f"src/merge_gate/files/{name}.py" for name in PREFLIGHT],
+        ["src/merge_gate/strict_json.py", *(f"src/merge_gate/files/{name}.py" for name in PREFLIGHT)],
         ["tests/files/test_messages.py", "tests/files/test_adapter_config.py"],
         [f"tests/files/test_{name}.py" for name in ("messages", "pickle_scan", "preflight", "adapter_config")],
     ),

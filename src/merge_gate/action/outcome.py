@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.action.docker import collect
 from merge_gate.errors import ExitCode, GateError
+from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def in_words(error: GateError) -> str:
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the report, or why there is none that can be used."""
     try:
-        report = json.loads(collect.read(path, collect.LIMITS_BYTES["report.json"]))
+        report = json.loads(read_regular_file(path, collect.LIMITS_BYTES["report.json"]))
     except FileNotFoundError:
         return None, "wrote no report"
     except RecursionError:

@@ -24,6 +24,7 @@ from merge_gate.action.docker.launcher import Told, run_in_container
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.errors import ExitCode, GateError, UsageError
+from merge_gate.regular_file import read_regular_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -211,9 +212,9 @@ def _summary(inputs: ActionInputs | None, told: StepOutcome) -> str:
     """The gate's own summary; before it, what kept the gate from a verdict."""
     text = ""
     if inputs and told.report:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             name = "summary.md"
-            text = collect.read(inputs.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+            text = read_regular_file(inputs.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
     if not told.problem:
         return text
     quoted = "\n".join(f"    {line}" for line in told.problem.splitlines())

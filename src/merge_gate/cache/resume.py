@@ -6,8 +6,6 @@ While the new run continues, they are also in one file next to its report, so th
 
 from __future__ import annotations
 
-import os
-import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from merge_gate.cache.cached_verdict import CachedVerdict, is_sealed
 from merge_gate.earlier_reports import RESUMED, is_own, places
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats import json_report
 from merge_gate.report.stored.report_files import write_text
 from merge_gate.text import listing
@@ -105,11 +104,6 @@ def _reports_in(directory: Path) -> Iterator[Path]:
 def _read(path: Path) -> Report | None:
     """The report in a file; None if it is damaged, too large, or not a regular file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_BYTES:
-                return None
-            return json_report.read(file.read(LONGEST_BYTES), path.name)
+        return json_report.read(read_regular_file(path, LONGEST_BYTES), path.name)
     except (OSError, UsageError):
         return None

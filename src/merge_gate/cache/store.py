@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.cache.key import canonical
 from merge_gate.errors import UsageError
 from merge_gate.records.terms import record
-from merge_gate.report.formats.fields import UnreadableError
-from merge_gate.report.formats.json_report import parsed
+from merge_gate.regular_file import read_regular_file
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 """The names that `whole_file` writes to. Users may have other hidden files in the directory."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @record
@@ -103,12 +101,12 @@ class Store:
         if folder is None or not _NAME.fullmatch(name):
             return None
         try:
-            line, _, body = _read(folder, name).partition(b"\n")
+            line, _, body = read_regular_file(name, LONGEST_BYTES, folder=folder).partition(b"\n")
             seal = line.decode("ascii")
             if not self._seal.fits(seal, kind, name, body):
                 return None
-            return SealedDocument(seal=seal, document=parsed(body))
-        except (OSError, UnicodeDecodeError, UnreadableError):
+            return SealedDocument(seal=seal, document=parse_strictly(body))
+        except (OSError, UnicodeDecodeError, InvalidJsonError):
             return None
 
     def put(self, kind: str, name: str, document: Json) -> None:
@@ -141,12 +139,3 @@ class Store:
                 "the verdicts of this run are not stored there"
             )
         self._has_notified = True
-
-
-def _read(folder: int, name: str) -> bytes:
-    descriptor = os.open(name, _FILE, dir_fd=folder)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_BYTES:
-            return b""
-        return file.read(LONGEST_BYTES)

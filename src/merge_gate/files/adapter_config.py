@@ -14,10 +14,10 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.files.headers import shown
+from merge_gate.files.json_object import kind
 from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
 from merge_gate.files.regex_fields import shown as pattern_shown
-from merge_gate.files.strict_json import kind
 from merge_gate.judging.foreign_formats import by_keys
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader

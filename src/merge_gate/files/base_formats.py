@@ -20,6 +20,7 @@ from merge_gate.files.base_weights import FORMAT, INCONSISTENT
 from merge_gate.files.headers import shown
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
 from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.regular_file import open_regular_file
 from merge_gate.text import counted
 
 JUDGED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "mxfp4"}
@@ -104,9 +105,7 @@ def declared_in(directory: str, config: Mapping[str, Any]) -> DeclaredQuantizati
 
 def _object(path: Path) -> dict[str, Any] | None:
     try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
+        with open_regular_file(path, follow=True) as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_gate.errors import ResolveError
-from merge_gate.files import strict_json
+from merge_gate.files import json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, shown
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.text import counted, listing
@@ -98,7 +98,7 @@ def read_config(directory: str, name: str) -> dict[str, Any]:
             file.seek(0)
             raw = file.read(_MAX_JSON_BYTES)
         config = json.loads(raw.decode("utf-8"))
-        what = "" if isinstance(config, dict) else f"holds {strict_json.kind(config)}, expected a JSON object"
+        what = "" if isinstance(config, dict) else f"holds {json_object.kind(config)}, expected a JSON object"
     except CorruptFileError as error:
         what = str(error)
     except UnicodeDecodeError:
@@ -224,8 +224,8 @@ def _read_index(path: Path, index: str, name: str) -> dict[str, str]:
             if pointer := lfs_pointer(file):
                 raise pointer_error(name, index, pointer.size_bytes)
             file.seek(0)
-            content = strict_json.parse(file.read(_MAX_JSON_BYTES))
-    except (CorruptFileError, strict_json.InvalidJsonError) as error:
+            content = json_object.parse(file.read(_MAX_JSON_BYTES))
+    except (CorruptFileError, json_object.InvalidObjectError) as error:
         raise _broken_index(f"{index} {error}", name) from error
     except OSError as error:
         raise unreadable(str(path.parent), path.name, name, error) from error

@@ -1,7 +1,7 @@
 """Weight files, read without loading them: safetensors headers, Git LFS pointers, other formats by their first bytes.
 
 In: the path of one file, which is hostile. Out: `TensorHeader`s, or `CorruptFileError` with a sentence that says what
-stands in the file instead. Knows neither adapters nor findings, and reads no tensor data.
+stands in the file instead. Knows no adapters and no findings, and reads no tensor data.
 
 The reader is stricter than the safetensors library: whatever the library refuses is refused here, and so are repeated
 names and unknown fields, which the library lets pass. Whatever the library writes is accepted.
@@ -10,19 +10,18 @@ Format: https://github.com/huggingface/safetensors (README, "Format").
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.judging.foreign_formats import by_files
 from merge_gate.records.files import TensorHeader
+from merge_gate.regular_file import NotRegularFileError, open_regular_file
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import counted, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from io import BufferedReader
 
 MAX_HEADER_BYTES = 100_000_000
@@ -77,7 +76,7 @@ _HINTS = {
 class CorruptFileError(Exception):
     """The file is not what its name claims. The text continues a sentence that starts with the file's name.
 
-    `hint` says what to do, where that is not to fetch the file again.
+    `hint` says what to do, unless that is to fetch the file again.
     """
 
     def __init__(self, text: str, hint: str = "") -> None:
@@ -98,20 +97,11 @@ def shown(text: str) -> str:
 
 
 def open_regular(path: str) -> BufferedReader:
-    """Open a regular file; a named pipe or a device, which would hang the reader, raises `CorruptFileError`."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 (a plain call, made thousands of times)
-    if not stat.S_ISREG(mode):
-        raise CorruptFileError(f"is {_kind(mode)}, expected a regular file")
-    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
-
-
-def _kind(mode: int) -> str:
-    kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a named pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    )
-    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+    """Open a file of an adapter or a base, also through a link. What is no regular file is a `CorruptFileError`."""
+    try:
+        return open_regular_file(path, follow=True)
+    except NotRegularFileError as error:
+        raise CorruptFileError(f"is {error.kind}, expected a regular file") from None
 
 
 def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
@@ -173,7 +163,7 @@ def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], .
 
 
 def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
-    """Whether no LF stands without a CR before it, in data where one byte in 256 is an LF by chance."""
+    """Whether each LF follows a CR. By chance one byte in 256 would be an LF."""
     file.seek(start)
     data = file.read(_LINE_ENDS_SAMPLE_BYTES)
     ends = data.count(b"\n")
@@ -198,31 +188,11 @@ def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> N
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"has a header that is not UTF-8 (byte {error.start})") from None
-    try:
-        entries = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_int=_parse_unsigned,
-            parse_float=_refuse_number,
-            parse_constant=_refuse_number,
-        )
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else "nested too deeply"
-        raise CorruptFileError(f"has a header that is not valid JSON: {reason}") from None
+        entries = parse_strictly(raw, integer=_parse_unsigned, other_number=_refuse_number)
+    except InvalidJsonError as error:
+        raise CorruptFileError(f"has a header that {error}") from None
     if not isinstance(entries, dict):
         raise CorruptFileError("has a header that is not a JSON object of tensors")
-    return entries
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise CorruptFileError(f"has a header that names {shown(twice)} twice")
     return entries
 
 

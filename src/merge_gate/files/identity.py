@@ -1,7 +1,7 @@
 """Whether a file is still the one that was looked at: its identity, by the system's own account.
 
 In: an open file, or a base's directory. Out: `FileIdentity`s to be compared later. A write changes the times, a rename
-the inode or its time of change (ctime), which no program can set back. Knows neither adapters nor reports.
+the inode or its time of change (ctime), which no program can set back. Knows no adapters and no reports.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from merge_gate.records.files import FileIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+from merge_gate.regular_file import open_regular_file
 
 _BASE_FILES = re.compile(r"config\.json|(model|pytorch_model)[-.].*|.*\.(index\.json|py)")
 """Files of a base that decide what it holds, as do the files that an index or config.json names. Others may change."""
@@ -63,7 +64,7 @@ def _base_files(directory: str) -> Iterator[FileIdentity]:
 def _named_by(path: str, identity: FileIdentity) -> frozenset[str]:  # noqa: ARG001 - the cache's key: the same file
     """Weight files that an index or config.json names, inside of its directory and there; empty if it is unreadable."""
     try:
-        with Path(path).open("rb") as file:
+        with open_regular_file(path, follow=True) as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))
         named = {content.get("transformers_weights"), *(content.get("weight_map") or {}).values()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
-from merge_gate.files import adapter_config, strict_json
+from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, parse_file, shown
 from merge_gate.files.identity import identity_of
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
@@ -214,8 +214,8 @@ def _judge_config_file(file: BufferedReader, record: FileRecord) -> _Config:
         return _Config(files=(record,), findings=(adapter_config.invalid(message),))
     file.seek(0)
     try:
-        return _Config(files=(record,), parsed=strict_json.parse(file.read(adapter_config.MAX_BYTES + 1)))
-    except strict_json.InvalidJsonError as error:
+        return _Config(files=(record,), parsed=json_object.parse(file.read(adapter_config.MAX_BYTES + 1)))
+    except json_object.InvalidObjectError as error:
         return _Config(files=(record,), findings=(adapter_config.invalid(f"{CONFIG_NAME} {error}", error.hint),))
 
 

@@ -8,7 +8,6 @@ size and number are bounded. Knows nothing of what the reports say.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from merge_gate.earlier_reports import is_previous
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.report import Report
 from merge_gate.records.terms import record
+from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.report.formats import json_report
 from merge_gate.report.wording.untrusted import one_line
 
@@ -85,7 +85,8 @@ def _in(directory: Path) -> Iterator[Found]:
     yield from (Found(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])
     if len(below) > MOST_DIRECTORIES:
         yield Found(
-            place=str(directory), problem=f"holds {len(below):,} directories, of which {MOST_DIRECTORIES:,} were read"
+            place=str(directory),
+            problem=f"holds {len(below):,} directories; only {MOST_DIRECTORIES:,} of them were read",
         )
     yield from map(_read, [*places, *below[:MOST_DIRECTORIES]])
 
@@ -97,31 +98,15 @@ def _read(place: Path) -> Found:
         report = json_report.read(data, str(path))
     except FileNotFoundError:
         return Found(place=str(place), problem=f"holds no {REPORT}")
-    except _OddError as error:
-        return Found(place=str(place), problem=f"has a {REPORT} that {error}")
     except OSError as error:
-        why = "is a symbolic link, which is not followed" if path.is_symlink() else f"cannot be read: {error.strerror}"
-        return Found(place=str(place), problem=f"has a {REPORT} that {why}")
+        return Found(place=str(place), problem=f"has a {REPORT} that cannot be read: {error.strerror}")
     except GateError as error:
         return Found(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
     return Found(place=str(place), report=report, file=file)
 
 
-class _OddError(Exception):
-    """What lies there is nothing to read; the text says what it is."""
-
-
 def _bytes_of(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """The bytes of a regular file, and which file it is. O_NONBLOCK: a pipe is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _OddError("is no regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(LONGEST_BYTES + 1)  # it may grow meanwhile
-    finally:
-        os.close(descriptor)
-    if len(data) > LONGEST_BYTES:
-        raise _OddError(f"has more than {LONGEST_BYTES:,} bytes")
-    return data, (status.st_dev, status.st_ino)
+    """The bytes of a regular file, and which file it is."""
+    with open_regular_file(path) as file:
+        status = os.fstat(file.fileno())
+        return read_all(file, LONGEST_BYTES), (status.st_dev, status.st_ino)

@@ -1,4 +1,4 @@
-"""What is judged, hashed and reported are the same bytes: files that cannot be exchanged under a merge.
+"""Files that cannot be exchanged under a merge: the judged, the hashed, and the reported bytes are the same.
 
 In: what the preflight read of an adapter, or the directory of a base. Out: the same, under names that stay with the
 files that are open now, and an `EngineError` where they are not the files that were hashed.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_identity, identity_of
 from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
+from merge_gate.regular_file import NotRegularFileError, open_regular_file
 
 _OPEN_FILES = Path("/proc/self/fd")
 
@@ -49,14 +49,14 @@ def pinned_adapter(files: AdapterFiles) -> Iterator[AdapterFiles]:
 
 def _open(files: AdapterFiles, record: FileRecord, stack: ExitStack) -> int:
     try:
-        descriptor = os.open(Path(files.directory, record.path), os.O_RDONLY | os.O_NONBLOCK)
+        file = stack.enter_context(open_regular_file(Path(files.directory, record.path), follow=True))
+    except NotRegularFileError as error:
+        raise _changed(record.path, "another file is in its place, or it was written to") from error
     except OSError as error:
         raise _changed(record.path, f"it can no longer be read ({error.strerror})") from error
-    stack.callback(os.close, descriptor)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or identity_of(record.path, found) != record.identity:
+    if identity_of(record.path, os.fstat(file.fileno())) != record.identity:
         raise _changed(record.path, "another file is in its place, or it was written to")
-    return descriptor
+    return file.fileno()
 
 
 def _verify(files: AdapterFiles, record: FileRecord, descriptor: int) -> None:

@@ -25,7 +25,7 @@ from safetensors import deserialize
 
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import ConfigError, UsageError
-from merge_gate.files import adapter_config, strict_json
+from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.records.files import TensorHeader
@@ -121,8 +121,8 @@ def pickled(data: bytes) -> None:
 def config_of_adapter(data: bytes) -> None:
     """adapter_config.json. What is taken means what it means to any JSON parser; what is found is short."""
     try:
-        parsed = strict_json.parse(data)
-    except strict_json.InvalidJsonError as error:
+        parsed = json_object.parse(data)
+    except json_object.InvalidObjectError as error:
         assert not has_hidden(str(error)), error
         return
     assert parsed == json.loads(data)

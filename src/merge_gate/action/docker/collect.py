@@ -1,16 +1,13 @@
 """The report, taken out of a directory into which foreign code may have written.
 
-In: that directory. Out: the files of a report that are there, copied into a directory that the foreign code never
-saw, and a sentence for each that was not taken. A link is not followed, a pipe or a device not read, a file above its
-limit not copied, and any other name does not exist. Knows nothing of what the files say.
+In: that directory. Out: the report's files, copied into a directory that the foreign code never saw, and a sentence
+for each file that was refused. Knows nothing of what the files say.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,21 +15,17 @@ from typing import TYPE_CHECKING
 from merge_gate.earlier_reports import EarlierReports, move_aside
 from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.regular_file import chunks, open_regular_file
 from merge_gate.whole_file import whole_file
 
 with contextlib.suppress(ImportError):  # not on Windows, where the step ends before it comes to this
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 LIMITS_BYTES = {one.name: one.limit_bytes for one in OUTPUT_FILES}
 """The files of a report and how large each may be."""
-_CHUNK = 1024 * 1024
-
-
-class _Refused(Exception):  # noqa: N818 # it is caught here and becomes a sentence
-    """A file is not what it should be; the text says what it is."""
 
 
 @contextlib.contextmanager
@@ -73,8 +66,6 @@ def take(source: Path, target: Path) -> list[str]:
                 _take(folder, name, limit, target)
             except FileNotFoundError:
                 continue
-            except _Refused as refusal:
-                refused.append(f"{name} was not taken from the report directory: {refusal}")
             except OSError as error:
                 refused.append(f"{name} was not taken from the report directory: {error.strerror}")
     finally:
@@ -88,56 +79,15 @@ def files(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-def read(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most `limit`. Raises `OSError`, and `ValueError` for anything else."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        pieces: list[bytes] = []
-        _copy(folder, path.name, limit, pieces.append)
-        return b"".join(pieces)
-    except _Refused as refusal:
-        raise ValueError(str(refusal)) from refusal
-    finally:
-        os.close(folder)
-
-
 def _take(folder: int, name: str, limit: int, target: Path) -> None:
     """A link at the target's name is replaced and not written through."""
-    with whole_file(target / name) as copy:
-        _copy(folder, name, limit, copy.write)
-
-
-def _copy(folder: int, name: str, limit: int, write: Callable[[bytes], object]) -> None:
-    """O_NONBLOCK: opening a pipe must not wait for somebody to write into it."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _Refused("it is a symbolic link, expected a file") from error
-        if error.errno == errno.ENXIO:
-            raise _Refused("it is a socket, expected a file") from error
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _Refused(f"it is {_kind(status.st_mode)}, expected a file")
-        if status.st_size > limit:
-            raise _Refused(f"it has {status.st_size} bytes, expected at most {limit}")
-        left = limit
-        while chunk := file.read(min(_CHUNK, left + 1)):
-            left -= len(chunk)
-            if left < 0:
-                raise _Refused(f"it grew beyond {limit} bytes")
-            write(chunk)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-    return kinds.get(stat.S_IFMT(mode), "of another kind")
+    with open_regular_file(name, folder=folder) as file, whole_file(target / name) as copy:
+        for chunk in chunks(file, limit):
+            copy.write(chunk)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a directory that foreign code has filled: with folders that nobody may enter, or thousands deep.
+    """Remove a directory that foreign code has filled: with folders that no one may enter, or thousands deep.
 
     Those two tools follow no link on their way down, and need no stack as deep as the directory.
     """

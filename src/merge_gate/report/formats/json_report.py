@@ -1,7 +1,7 @@
 """The report for programs: strict JSON (RFC 8259, no bare NaN or Infinity), and back.
 
 In: a `records.Report`, or the bytes of a report.json of unknown origin. Out: `render`, the text of report.json, and
-`read`, the report again. Knows neither files nor the other formats. Every key is always there; what is not known is
+`read`, the report again. Knows no files and no other format. Every key is always there; what is not known is
 null.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import NoReturn
 
 from merge_gate.errors import UsageError
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
@@ -17,6 +16,7 @@ from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load
 from merge_gate.report.formats.remembered import Remembered
 from merge_gate.report.wording.untrusted import one_line
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import is_hidden
 
 # Escaped although JSON does not ask for it: characters that hide or reorder text in a terminal, and the one sequence
@@ -75,41 +75,15 @@ def read(data: bytes, name: str) -> Report:
         UsageError: it is no report of version 1, or contradicts itself.
     """
     try:
-        report: Report = load(Report, _of_this_version(parsed(data)), "")
+        report: Report = load(Report, _of_this_version(parse_strictly(data)), "")
         _refuse_contradictions(report)
-    except UnreadableError as error:
+    except (InvalidJsonError, UnreadableError) as error:
+        what = f"it {error}" if isinstance(error, InvalidJsonError) else error
         raise UsageError(
-            f"{one_line(name)} is not a report of merge-gate: {error}",
+            f"{one_line(name)} is not a report of merge-gate: {what}",
             hint="expected the report.json of a run, as `merge-gate schema report` describes it",
         ) from error
     return report
-
-
-def parsed(data: bytes) -> Json:
-    """JSON of unknown origin, read strictly.
-
-    Raises:
-        UnreadableError: it is none, or two readers could read it in two ways.
-    """
-    try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"it is not UTF-8 (byte {error.start})") from error
-    except RecursionError as error:
-        raise UnreadableError("it is nested too deeply") from error
-    except ValueError as error:
-        raise UnreadableError(f"it is not JSON: {error}") from error
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise UnreadableError(f"it holds a bare {constant}, which JSON does not have")
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    known = dict(pairs)
-    if len(known) != len(pairs):
-        raise UnreadableError("it names a key twice in one object")
-    return known
 
 
 def _of_this_version(document: Json) -> Json:
