@@ -24,7 +24,7 @@ from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_TOLD
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow
@@ -267,7 +267,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     return says
 
 
-REFUSAL = Refusal(check=None, message="nobody merges here", hint="hire somebody")
+REFUSAL = NotJudged(message="nobody merges here", hint="hire somebody")
 
 
 def report_of(place: Path) -> dict[str, Any]:

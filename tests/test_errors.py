@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from merge_gate.errors import ConfigError, ExitCode, GateError, Refused, UsageError
-from merge_gate.records.measured import Refusal
+from merge_gate.errors import ConfigError, ExitCode, GateError, Refused, Undecidable, UsageError
+from merge_gate.records.refusals import LayerLeftUnmerged
 
 
 def test_a_refusal_is_carried_whole_and_is_no_error_of_the_gate() -> None:
-    refusal = Refusal(check="not-mergeable", message="it cannot be merged", hint="merge another one")
-    error = Refused(refusal)
-    assert error.refusal is refusal
-    assert str(error) == refusal.message
-    assert not isinstance(error, GateError)
+    refusal = LayerLeftUnmerged(module="model.layers.0")
+    for error in (Refused(refusal), Undecidable(refusal)):
+        assert error.refusal is refusal
+        assert "model.layers.0" in str(error)
+        assert not isinstance(error, GateError)
 
 
 def test_wrong_usage_has_an_exit_code_of_its_own() -> None:

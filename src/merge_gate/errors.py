@@ -9,7 +9,8 @@ In: nothing. Out: `ExitCode` and the exceptions below. Knows no other module of 
     ├── EngineError           this adapter or base could not be judged             verdict `error`
     └── LauncherError         the container could not be started or lost           exit 3
 
-A broken adapter is a `Finding`, never a `GateError`; `Refused` carries one from the depth of a load to the evidence.
+A broken adapter is a `Finding`, never a `GateError`. `Refused` and `Undecidable` carry a fact out of the engine; the
+finding is made of it in `judging/`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Problem
-    from merge_gate.records.measured import Refusal
+    from merge_gate.records.refusals import Refusal
 
 
 class ExitCode(IntEnum):
@@ -86,23 +87,22 @@ class ResolveError(GateError):
 
 
 class EngineError(GateError):
-    """This adapter or this base could not be judged (out of memory, missing package, unknown type).
-
-    `check` is the id of a check of bases (`base-incomplete`, …) that says so, and `tensor` the first tensor it is
-    about; both are None for everything else.
-    """
-
-    def __init__(self, message: str, *, hint: str = "", check: str | None = None, tensor: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.check = check
-        self.tensor = tensor
+    """This adapter or this base could not be judged (an unreadable file, no such device)."""
 
 
-class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a finding about the adapter
-    """The adapter cannot be loaded or merged; `refusal` says why in the words of the check table."""
+class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a fact about the adapter
+    """The adapter cannot be loaded or merged; `refusal` is the fact that says why."""
 
     def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
+        super().__init__(refusal)
+        self.refusal = refusal
+
+
+class Undecidable(Exception):  # noqa: N818 - as above
+    """The base cannot be loaded, or a tensor cannot be measured; `refusal` is the fact that says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
         self.refusal = refusal
 
 

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from merge_gate.engine.base.loaded_base import load_base
 from merge_gate.engine.base.model_class import shape_for
-from merge_gate.errors import EngineError
+from merge_gate.errors import Undecidable
 from merge_gate.files.preflight import preflight
+from merge_gate.records.refusals import BaseShapeClash
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.gating import Gate
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.models import Shelf
-    from tests.support.wording import Wording
-
 
 QV = {"r": 4, "target_modules": ["query", "value"]}
 
@@ -101,7 +100,7 @@ def test_a_head_of_any_task_has_the_labels_that_it_was_trained_with(tmp_path: Pa
     assert judgement.verdict is Verdict.PASSED, judgement
 
 
-def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path, wording: Wording) -> None:
+def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path: Path) -> None:
     base = shelf.base("bert-classifier")
     broken = tmp_path / "base"
     broken.mkdir()
@@ -111,9 +110,12 @@ def test_a_base_whose_config_is_of_another_model_is_named(shelf: Shelf, tmp_path
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     save_adapter(base, tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV))
     shape = shape_for(str(broken), preflight(str(tmp_path / "a"), allow_pickle=False))
-    with pytest.raises(EngineError, match=r"intermediate.*\[48.*\[40") as caught:
+    with pytest.raises(Undecidable) as caught:
         load_base(str(broken), shape=shape, label="b")
-    wording(caught.value)
+    clash = caught.value.refusal
+    assert isinstance(clash, BaseShapeClash)
+    assert "intermediate" in clash.name
+    assert (clash.got[0], clash.expected[0]) == (48, 40)
 
 
 @pytest.mark.parametrize("base", ["bert", "bert-classifier"])
@@ -243,7 +245,7 @@ def test_a_base_without_one_tensor_of_the_class_is_not_made_up(tmp_path: Path) -
         save_on(text, tmp_path / "a")
         user, said = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert {name for name, _ in user.named_parameters()} <= set(said["missing_keys"])
-    with pytest.raises(EngineError, match="Gemma3ForCausalLM"):
+    with pytest.raises(Undecidable, match=r"BaseOfAnotherClass.*Gemma3ForCausalLM"):
         Gate().judge(tmp_path / "a", tmp_path / "base")
 
 
@@ -255,5 +257,5 @@ def test_an_adapter_in_the_directory_of_the_base_is_named(shelf: Shelf, tmp_path
         (base / file.name).write_bytes(file.read_bytes())
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
-    with pytest.raises(EngineError, match=r"adapter_config\.json"):
+    with pytest.raises(Undecidable, match="AdapterNextToBase"):
         Gate().judge(shelf.adapter("regex"), base)

@@ -135,7 +135,7 @@ def test_a_weight_that_cannot_be_decomposed_is_refused_in_pefts_words(tmp_path: 
         methods.load_adapter(plain, tmp_path / "adapter")
     with pytest.raises(Refused) as ours:
         by_the_gate(base, tmp_path / "adapter")
-    assert str(theirs.value).splitlines()[0] in ours.value.refusal.message
+    assert str(theirs.value).splitlines()[0] in ours.value.refusal.error.text
     assert seen.here
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.files.regex_fields import MOST_CHARACTERS, patterns_of, problem, shown
+from merge_gate.files.regex_fields import MOST_CHARACTERS, patterns_of, problem
 from merge_gate.records.files import Pattern
 
 
@@ -67,9 +67,3 @@ def test_an_expression_that_is_not_taken_says_why(text: str, why: str) -> None:
 
 def test_nesting_without_end_is_a_problem_and_no_crash() -> None:
     assert problem(pattern("(" * 20_000 + ")" * 20_000))
-
-
-def test_an_expression_is_shown_at_its_place_and_cut() -> None:
-    assert shown(pattern("(\n")) == 'target_modules in adapter_config.json is "(\\n"'
-    assert len(shown(pattern("x" * 1000))) < 300
-    assert "x" * 199 + "…" in shown(pattern("x" * 1000))

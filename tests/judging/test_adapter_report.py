@@ -11,7 +11,8 @@ from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
 from merge_gate.records.files import BaseFiles, Entry, FileRecord, TensorHeader
-from merge_gate.records.measured import BaseFacts, Refusal, TensorStats
+from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.refusals import NotJudged, OtherForward
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, spec
@@ -120,7 +121,7 @@ WHOLE = Coverage(
     parameters_total=64,
 )
 NOW_ON = BaseKey(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
-TOLD = Refusal(check=None, message="gone", hint="again", origin=Origin.BASE)
+TOLD = NotJudged(message="gone", hint="again", origin=Origin.BASE)
 NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone", hint="again", origin=Origin.BASE)
 
 
@@ -136,7 +137,7 @@ def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() ->
     line = adapter_report.merged(ENTRY, one)
     assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
-    refused = dataclasses.replace(MEASURED, refusal=Refusal(check="not-mergeable", message="no"), merges=())
+    refused = dataclasses.replace(MEASURED, refusal=OtherForward(module="m", class_name="Odd", share=1.0), merges=())
     assert adapter_report.merged(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
 
 

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.all_checks import accident, leeway, undecided
+from merge_gate.judging.all_checks import leeway
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.undecided import accident, undecided
 from merge_gate.records.config import AdapterSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (
     Evidence,
     FileTensor,
     Leeway,
-    Refusal,
     TensorStats,
 )
+from merge_gate.records.refusals import LayerLeftUnmerged, NotJudged
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import (
     ALL,
@@ -138,7 +139,7 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ),
         ("merged-nonfinite", evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),
         ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
-        ("no-effect", evidence(refusal=Refusal(check="not-mergeable", message="m"), merges=()), files(), spec()),
+        ("no-effect", evidence(refusal=LayerLeftUnmerged(module="m"), merges=()), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),
         ("rounding-loss", evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),)), files(), spec()),
@@ -309,7 +310,7 @@ def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None
 
 
 def test_what_the_gate_could_not_do_is_no_check() -> None:
-    out_of_memory = Refusal(check=None, message="out of memory", hint="a larger machine", origin=Origin.RUNTIME)
+    out_of_memory = NotJudged(message="out of memory", hint="a larger machine")
     (finding,) = judge(spec(), files(), evidence(refusal=out_of_memory, merges=()))
     assert finding == undecided("out of memory", "a larger machine")
     assert finding.check == NOT_JUDGED not in CHECKS

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from merge_gate.judging.all_checks import accident
+from merge_gate.judging.undecided import accident
 from merge_gate.records.files import AdapterFiles, TensorHeader
-from merge_gate.records.measured import Evidence, FileTensor, Refusal
-from merge_gate.records.terms import Finding, Origin, Quantization
+from merge_gate.records.measured import Evidence, FileTensor
+from merge_gate.records.terms import Finding, Quantization
 from tests.support.judging.cases import (
     ALL,
     FOURIERFT,
@@ -277,19 +277,10 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     ),
     "an old initialisation": (evidence(), files(config=ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"})),
     "two ties": (evidence(tied=(("lm_head.weight", "embed"), ("a.b.weight", "c"))), files()),
-    "what the engine cannot do": (
-        evidence(refusal=Refusal(check=None, message="out of memory", hint="more", origin=Origin.BASE), merges=()),
-        files(),
-    ),
     "a layer that is never called": (evidence(unread=(unread(),)), files(config={"init_lora_weights": False})),
     "layers that are never called": (
         evidence(peft_type="FOURIERFT", unread=(unread(), unread(module="body.out_proj", share=0.25))),
         files(config=FOURIERFT),
-    ),
-    "what the engine refuses": (
-        evidence(refusal=Refusal(check="not-mergeable", message="no", hint="h", origin=Origin.CONFIG, module="m",
-                                 tensor="t"), merges=()),
-        files(),
     ),
 }  # fmt: skip
 
@@ -313,6 +304,8 @@ def told() -> str:
     parts = []
     for parameter in ALL:
         fire = parameter.values[1]
+        if fire.evidence is not None and fire.evidence.refusal is not None:
+            continue  # worded in test_refusals.py
         parts += [f"== {parameter.id}\n", *map(shown, judge(fire.spec, fire.files, fire.evidence))]
     for name, (one, of_files) in SITUATIONS.items():
         parts += [f"== {name}\n", *map(shown, found(one, of_files))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from merge_gate.judging.checks.phrases import are, nothing_finite, tensors
+from merge_gate.judging.checks.phrases import are, describe_pattern, nothing_finite, tensors
+from merge_gate.records.files import Pattern
 from tests.support.judging.cases import tensor
 
 
@@ -20,3 +21,10 @@ def test_so_many(count: int, said: str, verb: str) -> None:
 def test_nothing_finite(counts: dict[str, int]) -> None:
     assert nothing_finite(tensor(**counts))
     assert not nothing_finite(tensor(**counts | {"numel": 65}))
+
+
+def test_an_expression_is_shown_at_its_place_and_cut() -> None:
+    short, long = (Pattern(place="target_modules", text=text, expression=text) for text in ("(\n", "x" * 1000))
+    assert describe_pattern(short) == 'target_modules in adapter_config.json is "(\\n"'
+    assert len(describe_pattern(long)) < 300
+    assert "x" * 199 + "…" in describe_pattern(long)

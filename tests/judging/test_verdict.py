@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_gate.judging.all_checks import judge_merge, undecided
+from merge_gate.judging.all_checks import judge_merge
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.undecided import undecided
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import CheckSetting
-from merge_gate.records.measured import Evidence, FileTensor, Refusal, TensorMerge, TensorStats
+from merge_gate.records.measured import Evidence, FileTensor, TensorMerge, TensorStats
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from tests.support.judging.cases import base, files, spec
+from tests.support.judging.cases import REFUSALS, base, files, spec
 from tests.support.properties import examples
 from tests.support.wording import Wording
 
@@ -158,10 +160,8 @@ check_settings = st.lists(
     ),
     unique_by=lambda one: one.check,
 ).map(tuple)
-refusals = st.builds(
-    Refusal,
-    check=st.sampled_from([None, "config-invalid", "shape-mismatch", "targets-not-found", "not-mergeable"]),
-    message=st.just("refused"),
+refusals = st.sampled_from(
+    [NotJudged(message="m"), *(fact for check, fact in REFUSALS.items() if not CHECKS[check].is_of_base)]
 )
 evidences = st.builds(
     Evidence,

@@ -24,7 +24,8 @@ from merge_gate.on_ray import ray_cluster, ray_task
 from merge_gate.on_ray.job import judge_on_ray, run_on
 from merge_gate.on_ray.ray_cluster import LostError, Needs, Node
 from merge_gate.on_ray.ray_task import MOST_EVENTS, Expected, RayPart, run_part, versions
-from merge_gate.records.measured import BaseFacts, Refusal
+from merge_gate.records.measured import BaseFacts
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.protocol import (
     BaseLoaded,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 GIB = 1 << 30
-DONE = Refusal(check=None, message="done")
+DONE = NotJudged(message="done")
 
 
 def job(*groups: int, device: str = "auto") -> Job:
@@ -113,6 +114,7 @@ def heard(cluster: Scripted, what: Job) -> dict[int, list[str]]:
     assert isinstance(events[-1], Finished)
     for event in events:
         if isinstance(event, Undecided):
+            assert isinstance(event.refusal, NotJudged)
             said.setdefault(event.task, []).append(event.refusal.message)
     return said
 
@@ -320,6 +322,7 @@ def refused(part: RayPart) -> str:
     assert isinstance(event, Undecided)
     assert event.task == 7
     assert not any(isinstance(one, BaseLoading) for one in events_of(part))
+    assert isinstance(event.refusal, NotJudged)
     return event.refusal.message
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import LONGEST_BYTES, Channel, GarbledError
 from merge_gate.worker.protocol import Finished, Idle, MergeStarted, Undecided
 
@@ -26,7 +26,7 @@ def line() -> Iterator[tuple[Channel, socket.socket]]:
 
 def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    long = Undecided(task=1, refusal=Refusal(check=None, message="x" * 5_000_000))
+    long = Undecided(task=1, refusal=NotJudged(message="x" * 5_000_000))
     sent = [MergeStarted(task=1), long, Finished()]
     sender = threading.Thread(target=lambda: [Channel(theirs).send(one) for one in sent])
     sender.start()

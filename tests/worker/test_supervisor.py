@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged, PatternRefused
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
@@ -89,8 +89,9 @@ class Killer:
         assert max(Counter(event.task for event in ends).values()) == 1, "no task may be settled twice"
         return {event.task: type(event).__name__ for event in ends}
 
-    def refusal(self, task: int) -> Refusal:
+    def refusal(self, task: int) -> NotJudged:
         (found,) = [event.refusal for event in self.heard if isinstance(event, Undecided) and event.task == task]
+        assert isinstance(found, NotJudged)
         return found
 
 
@@ -99,7 +100,7 @@ def run(job: Job, killer: Killer) -> None:
         supervise(job, killer, child)
 
 
-def deed(refusal: Refusal) -> str:
+def deed(refusal: NotJudged) -> str:
     """What was being done, without how the child ended: those words are in the golden of test_process.py."""
     return refusal.message.partition(": ")[0]
 
@@ -124,7 +125,6 @@ def test_a_death_within_an_adapter_costs_that_adapter(
     run(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
     refusal = killer.refusal(1)
-    assert refusal.check is None
     assert "SIGKILL" in refusal.message
     assert refusal.hint
     wording(deed(refusal))
@@ -268,7 +268,7 @@ def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     attempt.receive(BaseLoading(group=0))
     attempt.receive(Idle())
-    attempt.receive(Undecided(task=0, refusal=Refusal(check=None, message="m")))
+    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Idle())
     assert len([event for event in killer.heard if isinstance(event, Waiting)]) == 1
 
@@ -280,9 +280,10 @@ def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters:
     killer = Killer()
     supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer)
     (merged,) = [event for event in killer.heard if isinstance(event, Merged)]
-    assert merged.evidence.refusal is not None
-    assert merged.evidence.refusal.check == "config-invalid"
-    assert ENDLESS in merged.evidence.refusal.message
+    refusal = merged.evidence.refusal
+    assert isinstance(refusal, PatternRefused)
+    assert refusal.pattern is not None
+    assert (refusal.pattern.text, refusal.problem) == (ENDLESS, None)
 
 
 # --- accounts --------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
 ) -> None:
     killer = Killer()
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
-    attempt.receive(Undecided(task=0, refusal=Refusal(check=None, message="m")))
+    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
     attempt.receive(Finished())
     attempt.settle_rest()
     assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
@@ -303,7 +304,7 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0))
-    attempt.receive(Undecided(task=0, refusal=Refusal(check=None, message="m")))
+    attempt.receive(Undecided(task=0, refusal=NotJudged(message="m")))
     assert not attempt.is_at_an_adapter
     assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 

@@ -17,7 +17,7 @@ from merge_gate.files.headers import shown
 from merge_gate.files.json_object import kind
 from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
-from merge_gate.files.regex_fields import shown as pattern_shown
+from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
 from merge_gate.judging.limits import bounded
 from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader
@@ -208,7 +208,7 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
     for pattern in islice(patterns_of(config), _PATTERNS_COMPILED):
         if problem := pattern_problem(pattern):
             yield invalid(
-                f"{pattern_shown(pattern)}, which is not a valid regular expression: {problem}",
+                f"{describe_pattern(pattern)}, which is not a valid regular expression: {problem}",
                 "PEFT reads it as a regular expression; use plain names, for target_modules in a list",
             )
 

@@ -15,7 +15,7 @@ from merge_gate.errors import GateError, ResolveError
 from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Resolved
-from merge_gate.judging import all_checks
+from merge_gate.judging.undecided import accident, undecided
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -51,15 +51,10 @@ class Inputs:
             try:
                 files, revision = self._files(self._specs[name])
             except GateError as error:
-                return Entry(
-                    spec=spec, dtype=spec.base.dtypes[0], problem=all_checks.undecided(error.message, error.hint)
-                )
+                return Entry(spec=spec, dtype=spec.base.dtypes[0], problem=undecided(error.message, error.hint))
             except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
-                return Entry(
-                    spec=spec,
-                    dtype=spec.base.dtypes[0],
-                    problem=all_checks.accident("its files could not be read", error),
-                )
+                problem = accident("its files could not be read", error)
+                return Entry(spec=spec, dtype=spec.base.dtypes[0], problem=problem)
             members.append(files)
         return Entry(spec=spec, dtype=dtype, members=tuple(members), revision=None if spec.combine else revision)
 
@@ -150,14 +145,14 @@ def _refused(error: GateError, hint: str) -> Finding:
     """Why a base cannot be used, as the finding of the check of bases that says so, if one does."""
     check = error.check if isinstance(error, ResolveError) else None
     if check is None:
-        return all_checks.undecided(error.message, hint)
+        return undecided(error.message, hint)
     return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
 
 
 def _no_base(files: AdapterFiles) -> Finding:
     is_there = any(file.path == CONFIG_NAME for file in files.files)
     names_none = f"{CONFIG_NAME} names none" if is_there else f"there is no {CONFIG_NAME} to name one"
-    return all_checks.undecided(
+    return undecided(
         f"no base to merge into: the config sets no base.model, and {names_none}",
         "set base: {model: …} in the gate's config, for the file or for this adapter, or give --base",
     )

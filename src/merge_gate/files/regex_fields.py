@@ -11,15 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge_gate.records.files import Pattern
-from merge_gate.text import quoted
 
 _WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
 """A string here is an expression for whole names; a list holds plain ones (peft/tuners/tuners_utils.py)."""
 
 _PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_-]|\.|\\\.)+\$?")
 """Valid, and quick to match: a config may hold a hundred thousand of these."""
-
-_SHOWN_CHARACTERS = 200
 
 MOST_CHARACTERS = 100_000
 """No expression that people or PEFT write is longer; Python takes seconds to compile one."""
@@ -54,8 +51,3 @@ def problem(pattern: Pattern) -> str | None:
     except (re.error, OverflowError, RecursionError) as error:
         return str(error)
     return None
-
-
-def shown(pattern: Pattern) -> str:
-    """`target_modules in adapter_config.json is "("`, cut to a readable length."""
-    return f"{pattern.place} in adapter_config.json is {quoted(pattern.text, _SHOWN_CHARACTERS)}"

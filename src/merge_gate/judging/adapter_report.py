@@ -19,8 +19,10 @@ from merge_gate.judging.checks import base_checks
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded, cut
+from merge_gate.judging.undecided import undecided as not_judged
 from merge_gate.records.files import BaseFiles, Entry
-from merge_gate.records.measured import BaseFacts, Evidence, Refusal
+from merge_gate.records.measured import BaseFacts, Evidence
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Severity, Verdict
 
@@ -33,7 +35,7 @@ def blocked(entry: Entry) -> AdapterReport | None:
     unsafe = [finding for finding in entry.files.findings if not _allows_loading(finding)]
     if not unsafe:
         return None
-    why = all_checks.undecided(
+    why = not_judged(
         f"not merged, since {unsafe[0].check} was found (its severity in the config does not make it loadable)",
         unsafe[0].hint,
     )
@@ -69,7 +71,7 @@ def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
 
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
-    return _judged(entry, (all_checks.undecided(refusal.message, refusal.hint, origin=refusal.origin),))
+    return _judged(entry, (all_checks.refused(refusal),))
 
 
 def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
@@ -88,15 +90,10 @@ def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     )
 
 
-def of_refused_base(asked: BaseKey, refusal: Refusal) -> BaseReport:
-    """What is said of a base that was not merged into; `dtype` and `quantization` are what was asked for."""
-    return BaseReport(
-        model=asked.model or "",
-        revision=asked.revision,
-        dtype=asked.dtype,
-        quantization=asked.quantization,
-        findings=bounded([all_checks.refused(refusal)]),
-    )
+def of_refused_base(asked: BaseKey, refusal: Refusal) -> BaseReport | None:
+    """The entry of a base that could not be loaded; None if a check of bases did not decide that."""
+    finding = all_checks.refused(refusal)
+    return of_unloaded_base(asked, bounded([finding])) if finding.check in CHECKS else None
 
 
 def of_unloaded_base(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseReport:

@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from merge_gate.judging import refused_adapters, refused_bases, refused_merges
 from merge_gate.judging.checks import effect
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase, limit
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.limits import bounded
+from merge_gate.judging.undecided import accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Evidence, Leeway, Refusal
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.refusals import Refusal
+from merge_gate.records.terms import Finding, Severity
 
 _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+
+_WORDS = {**refused_adapters.WORDS, **refused_merges.WORDS, **refused_bases.WORDS}
 
 MEASURE_ABOVE = 0.5
 """Values that may exceed this share of their dtype's largest are merged one by one, whatever `headroom` allows."""
@@ -84,24 +89,5 @@ def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Findi
 
 
 def refused(refusal: Refusal) -> Finding:
-    """The finding that says why the engine did not load or merge an adapter."""
-    if refusal.check is None:
-        return undecided(refusal.message, refusal.hint, origin=refusal.origin)
-    return CHECKS[refusal.check].finding(
-        refusal.message, refusal.hint, refusal.origin, module=refusal.module, tensor=refusal.tensor
-    )
-
-
-def undecided(message: str, hint: str = "", *, origin: Origin = Origin.RUNTIME) -> Finding:
-    """The finding of an adapter that could not be judged: neither passed nor failed."""
-    return Finding(check=NOT_JUDGED, severity=Severity.ERROR, message=message, hint=hint, origin=origin)
-
-
-def accident(what: str, error: Exception) -> Finding:
-    """The finding of an unexpected exception."""
-    if isinstance(error, MemoryError):
-        return undecided(f"{what}: out of memory", "use a larger runner, or gate this adapter alone")
-    return undecided(
-        f"{what}: unexpected {type(error).__name__}: {str(error)[:200]}",
-        "this is a bug of merge-gate: please report it, with the adapter's config if you can",
-    )
+    """The finding that says why an adapter was not loaded, merged, or judged."""
+    return _WORDS[type(refusal)](refusal)

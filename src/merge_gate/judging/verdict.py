@@ -10,8 +10,8 @@ In: an adapter's findings and coverage. Out: two values, and why. Knows no check
 
 from __future__ import annotations
 
-from merge_gate.judging.all_checks import undecided
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.undecided import undecided
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from merge_gate.text import counted

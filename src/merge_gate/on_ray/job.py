@@ -21,7 +21,7 @@ from merge_gate.files.identity import base_identity
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import Cluster, LostError, Needs, Node
 from merge_gate.on_ray.ray_task import Expected, RayPart, versions
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
 from merge_gate.shards.partition import assign
 from merge_gate.worker.protocol import (
@@ -175,7 +175,7 @@ def _again(
 def _undecided(worker: _Worker, index: int, why: str, listen: Listener) -> None:
     worker.left.discard(index)
     hint = "look at the node's log and its memory, and run the gate again"
-    listen(Undecided(task=index, refusal=Refusal(check=None, message=f"a worker on the Ray cluster {why}", hint=hint)))
+    listen(Undecided(task=index, refusal=NotJudged(message=f"a worker on the Ray cluster {why}", hint=hint)))
 
 
 # --- the cut -------------------------------------------------------------------------------------------------------

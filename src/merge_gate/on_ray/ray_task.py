@@ -18,7 +18,7 @@ from merge_gate.cache import key
 from merge_gate.files.identity import base_identity, identity_of
 from merge_gate.files.resolve import base_weight_files, digest_directory
 from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Origin, record
 from merge_gate.worker.protocol import BaseLoaded, Event, Finished, Group, Idle, Job, MergeProgressed, Task, Undecided
 from merge_gate.worker.supervisor import supervise
@@ -130,7 +130,7 @@ def _groups_here(part: RayPart) -> tuple[tuple[Group, ...], list[Event]]:
         tasks = []
         for task in group.tasks:
             found = why or _task_here(task)
-            if isinstance(found, Refusal):
+            if isinstance(found, NotJudged):
                 refused.append(Undecided(task=task.index, refusal=found))
             else:
                 tasks.append(found)
@@ -145,7 +145,7 @@ def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
         return None
 
 
-def _other_base(group: Group, expected: Expected) -> Refusal | None:
+def _other_base(group: Group, expected: Expected) -> NotJudged | None:
     """Files with the identity that the run saw are those files. On another machine only their bytes can tell."""
     here = _identity(group.directory)
     if here is None:
@@ -165,20 +165,20 @@ def _other_base(group: Group, expected: Expected) -> Refusal | None:
     )
 
 
-def _task_here(task: Task) -> Task | Refusal:
+def _task_here(task: Task) -> Task | NotJudged:
     members = []
     for files in task.files:
         records = []
         for one in files.files:
             found = _file_here(files, one)
-            if isinstance(found, Refusal):
+            if isinstance(found, NotJudged):
                 return found
             records.append(found)
         members.append(replace(files, files=tuple(records)))
     return replace(task, files=tuple(members))
 
 
-def _file_here(files: AdapterFiles, expected: FileRecord) -> FileRecord | Refusal:
+def _file_here(files: AdapterFiles, expected: FileRecord) -> FileRecord | NotJudged:
     try:
         with Path(files.directory, expected.path).open("rb") as file:
             found = identity_of(expected.path, os.fstat(file.fileno()))
@@ -193,5 +193,5 @@ def _file_here(files: AdapterFiles, expected: FileRecord) -> FileRecord | Refusa
     return replace(expected, identity=found)
 
 
-def _refusal(said: str, hint: str, origin: Origin = Origin.RUNTIME) -> Refusal:
-    return Refusal(check=None, message=f"node {os.uname().nodename} {said}", hint=hint, origin=origin)
+def _refusal(said: str, hint: str, origin: Origin = Origin.RUNTIME) -> NotJudged:
+    return NotJudged(message=f"node {os.uname().nodename} {said}", hint=hint, origin=origin)

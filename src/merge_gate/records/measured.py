@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.records.terms import BaseKey, Origin, record, told
+from merge_gate.records.refusals import Refusal
+from merge_gate.records.terms import BaseKey, record, told
 
 
 @record
@@ -132,22 +133,6 @@ class UnreadLayer:
     share: float
     never_called: bool = False
     in_logits: bool = False
-
-
-@record
-class Refusal:
-    """Why an adapter could not be loaded or merged, in the check table's words.
-
-    `check` is a check's id (`shape-mismatch`, `targets-not-found`, `not-mergeable`, …), or None when the gate itself
-    could not judge (a missing package, out of memory, a crash): the verdict is then `error`.
-    """
-
-    check: str | None
-    message: str
-    hint: str = ""
-    module: str | None = None
-    tensor: str | None = None
-    origin: Origin = Origin.RUNTIME
 
 
 @record

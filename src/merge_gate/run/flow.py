@@ -34,7 +34,8 @@ from merge_gate.judging import adapter_report
 from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry
-from merge_gate.records.measured import Evidence, Refusal
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report, Shard
 from merge_gate.records.terms import Origin, Quantization
 from merge_gate.report.stored.output_directory import refuse_input
@@ -293,11 +294,11 @@ class _Run:
 
     def _settle_undecided(self, event: protocol.Undecided) -> None:
         report = adapter_report.undecided(self._tally.entries[event.task], event.refusal)
-        if event.refusal.check is not None:  # a check of the base, which has a line in the report of its own
+        if base := adapter_report.of_refused_base(report.base, event.refusal):
             directory = next(
                 group.directory for group in self._groups if any(task.index == event.task for task in group.tasks)
             )
-            self._tally.use(directory, adapter_report.of_refused_base(report.base, event.refusal), event.task)
+            self._tally.use(directory, base, event.task)
         self._settle(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
@@ -351,7 +352,7 @@ class _Run:
         for indices in self._watch.void().values():
             base = self._tally.entries[indices[0]].base
             error = base_changed(base.name if base is not None else "")
-            refusal = Refusal(check=None, message=error.message, hint=error.hint, origin=Origin.BASE)
+            refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
             for index in indices:
                 self._tally.settle(index, adapter_report.withdrawn(self._tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")

@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 
-from merge_gate.records import config, files, measured, report, terms
+from merge_gate.records import config, files, measured, refusals, report, terms
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
@@ -24,7 +24,7 @@ LONGEST_BYTES = 1 << 28
 
 _KNOWN = {
     (one.__module__, one.__qualname__): one
-    for module in (terms, config, files, measured, report, protocol)
+    for module in (terms, config, files, measured, refusals, report, protocol)
     for one in vars(module).values()
     if isinstance(one, type) and one.__module__ == module.__name__
 }

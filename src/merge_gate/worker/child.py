@@ -22,12 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.errors import EngineError, Refused
+from merge_gate.errors import EngineError, Refused, Undecidable
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import FileIdentity
-from merge_gate.records.measured import Evidence, Refusal
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import Origin, Quantization
+from merge_gate.records.terms import Quantization
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.records.files import AdapterFiles
-
-_CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch has no class of its own for this: a RuntimeError that names it
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
@@ -257,8 +256,8 @@ def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Gr
     if not account.incomplete or account.map is None:
         return []
     lacking = [task for task, _ in tasks if not accounting.brings_all(task.files, account.incomplete)]
-    error = accounting.incomplete(group.base.name, account.incomplete, account.map, group.directory)
-    return [(task, _refusal(error, group)) for task in lacking]
+    fact = accounting.not_stored(group.base.name, account.incomplete, account.map, group.directory)
+    return [(task, fact) for task in lacking]
 
 
 def _settle(base: Base, account: Account, directory: str) -> None:
@@ -406,41 +405,22 @@ def _is_of_an_import(error: Exception) -> bool:
 
 
 def _refusal(error: Exception, group: Group | None = None) -> Refusal:
-    """What the report says of an exception that kept the gate from judging; a base has the name that it goes by."""
+    """The fact behind an exception that kept the gate from judging; a base has the name that it goes by."""
+    if isinstance(error, Undecidable):
+        return _with_label(error.refusal, group) if group is not None else error.refusal
     if isinstance(error, EngineError):
-        message = error.message.replace(group.directory, group.base.name) if group is not None else error.message
-        if error.check is None:
-            return Refusal(check=None, message=message, hint=error.hint)
-        place = error.tensor.rpartition(".")[0] if error.tensor else None
-        return Refusal(
-            check=error.check,
-            message=message,
-            hint=error.hint,
-            module=place,
-            tensor=error.tensor,
-            origin=Origin.BASE,
-        )
+        message = error.message if group is None else error.message.replace(group.directory, group.base.name)
+        return NotJudged(message=message, hint=error.hint)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _CPU_ALLOCATOR in text:
-        return Refusal(
-            check=None,
-            message="out of memory while judging this adapter",
-            hint="use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
-        )
-    if isinstance(error, (OSError, ImportError)) and _is_of_an_import(error):
-        return Refusal(
-            check=None,
-            message=f"a library of the gate could not be imported: {text[:400]}",
-            hint="the environment that runs the gate is damaged, or changes during the run: install it anew",
-        )
-    if isinstance(error, OSError):
-        return Refusal(
-            check=None,
-            message=f"a file of the adapter or its base could not be read when it was to be merged: {text[:400]}",
-            hint="check that nothing changes these files during a run, and that the disk is sound",
-        )
-    return Refusal(
-        check=None,
-        message=f"the gate could not judge this adapter: {type(error).__name__}: {text[:400]}",
-        hint="if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
-    )
+    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    return WorkerRaised(error=Caught(kinds=kinds, text=text[:400]), in_import=_is_of_an_import(error))
+
+
+def _with_label(refusal: Refusal, group: Group) -> Refusal:
+    """The fact with the base's name in place of its directory, which is open under another path."""
+    match refusal:
+        case BaseRaised():
+            text = refusal.error.text.replace(group.directory, group.base.name)
+            return replace(refusal, error=replace(refusal.error, text=text))
+        case _:
+            return refusal

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
-from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway, Refusal
+from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
 

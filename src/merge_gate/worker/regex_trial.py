@@ -14,10 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from merge_gate.errors import Refused
-from merge_gate.files.regex_fields import shown
 from merge_gate.records.files import Pattern
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.refusals import PatternRefused
 
 TRIAL_LIMIT_S = 10.0
 """Computing time for all expressions of one adapter; an honest one needs microseconds for each name."""
@@ -42,30 +40,10 @@ def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
                     expression.match(name)
                     expression.fullmatch(name)
     except _TimeOverError:
-        raise Refused(_endless(under_way, len(names))) from None
+        raise Refused(PatternRefused(pattern=under_way, names=len(names), seconds=TRIAL_LIMIT_S)) from None
     except (re.error, OverflowError, RecursionError) as error:
-        raise Refused(_invalid(under_way, str(error))) from None
-
-
-def _endless(pattern: Pattern | None, names: int) -> Refusal:
-    what = f"{shown(pattern)}, a" if pattern is not None else "adapter_config.json holds a"
-    return Refusal(
-        check="config-invalid",
-        message=f"{what} regular expression that was not matched against the {names:,} module names of the base within "
-        f"{TRIAL_LIMIT_S:g} s of computing; PEFT would not come to an end",
-        hint="write it without a repetition inside of a repetition, or use a list of names",
-        origin=Origin.CONFIG,
-    )
-
-
-def _invalid(pattern: Pattern | None, why: str) -> Refusal:
-    what = shown(pattern) if pattern is not None else "adapter_config.json holds an expression"
-    return Refusal(
-        check="config-invalid",
-        message=f"{what}, which is not a valid regular expression: {why}",
-        hint="use plain names",
-        origin=Origin.CONFIG,
-    )
+        fact = PatternRefused(pattern=under_way, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error))
+        raise Refused(fact) from None
 
 
 @contextlib.contextmanager

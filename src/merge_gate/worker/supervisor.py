@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from typing import assert_never
 
-from merge_gate.records.measured import Refusal
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.terms import Quantization
 from merge_gate.text import counted
 from merge_gate.worker.process import Ending, WorkerProcess
@@ -166,7 +166,7 @@ class Attempt:
         """Nothing may be missing from the report because nothing was said of it."""
         for index in self._open():
             why = "the gate's worker process finished without a word about this adapter"
-            self._listen(Undecided(task=index, refusal=Refusal(check=None, message=why, hint="please report this")))
+            self._listen(Undecided(task=index, refusal=NotJudged(message=why, hint="please report this")))
 
     def _tasks(self) -> list[Task]:
         return [task for group in self._job.groups for task in group.tasks]
@@ -186,12 +186,11 @@ class Attempt:
 
 def _death(what: str, ending: Ending) -> Refusal:
     again = "" if what == _MERGING else " twice"
-    return Refusal(check=None, message=f"the gate's worker process died{again} {what}: {ending.text}", hint=ending.hint)
+    return NotJudged(message=f"the gate's worker process died{again} {what}: {ending.text}", hint=ending.hint)
 
 
 def _late(what: str, limit_s: float) -> Refusal:
-    return Refusal(
-        check=None,
+    return NotJudged(
         message=f"the gate's worker process was ended {what}: the time limit of {limit_s:g} s was over",
         hint="if the adapter or its base is large or the machine slow, set limits: {seconds: …} for the adapter",
     )

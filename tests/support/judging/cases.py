@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -18,15 +19,21 @@ from merge_gate.records.measured import (
     BaseFacts,
     Evidence,
     FileTensor,
-    Refusal,
     TensorMerge,
     TensorStats,
     UnreadLayer,
 )
+from merge_gate.records.refusals import (
+    BaseShapeClash,
+    OtherForward,
+    ParametersNotStored,
+    PatternRefused,
+    QuantizationUnknown,
+    Refusal,
+    ShapeClash,
+    TargetsNotFound,
+)
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 MODULE = "model.layers.5.self_attn.q_proj"
 WEIGHT = f"{MODULE}.weight"
@@ -109,12 +116,19 @@ def found_in_files(row: Check) -> Fire:
     return Fire((), origin, None, files(findings=(finding,)))
 
 
-def refused(check: str, origin: Origin) -> Fire:
-    refusal = Refusal(
-        check=check, message="what the merge says", hint="do", module=MODULE, tensor=LORA_B, origin=origin
-    )
-    places = {"module": MODULE, "tensor": LORA_B}
-    return Fire((), origin, evidence(refusal=refusal, merges=()), places=places)
+REFUSALS: Mapping[str, Refusal] = {
+    "base-incomplete": ParametersNotStored(base="./base", class_name="LlamaModel", names=(WEIGHT,), read=("a",)),
+    "base-inconsistent": BaseShapeClash(base="./base", class_name="LlamaModel", name=WEIGHT, got=(2,), expected=(3,)),
+    "base-format": QuantizationUnknown(base="./base", method="odd", transformers="5.0"),
+    "config-invalid": PatternRefused(pattern=None, names=9, seconds=1.0),
+    "shape-mismatch": ShapeClash(name=LORA_B, got=(2,), expected=(3,)),
+    "targets-not-found": TargetsNotFound(targets=("query",), of_base=("q_proj",)),
+    "not-mergeable": OtherForward(module=MODULE, class_name="Odd", share=0.5),
+}
+
+
+def refused(check: str, origin: Origin, **places: str) -> Fire:
+    return Fire((), origin, evidence(refusal=REFUSALS[check], merges=()), places=places)
 
 
 def unread(**changes: Any) -> UnreadLayer:
@@ -134,7 +148,7 @@ LOKR = {"peft_type": "LOKR", "base_model_name_or_path": None, "inference_mode": 
 FIRES: dict[str, tuple[Fire, ...]] = {
     **{row.id: (refused(row.id, Origin.BASE),) for row in vars(of_base).values() if isinstance(row, Check)},
     "base-incomplete": (
-        refused("base-incomplete", Origin.BASE),
+        refused("base-incomplete", Origin.BASE, module=MODULE, tensor=WEIGHT),
         Fire(
             ("./base is incomplete", "1 parameter of LlamaForCausalLM: model.norm.weight", "random values"),
             Origin.BASE,
@@ -180,10 +194,10 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             severity=Severity.WARNING,
         ),
     ),
-    "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER),),
+    "shape-mismatch": (refused("shape-mismatch", Origin.ADAPTER, module=MODULE, tensor=LORA_B),),
     "targets-not-found": (refused("targets-not-found", Origin.CONFIG),),
     "not-mergeable": (
-        refused("not-mergeable", Origin.CONFIG),
+        refused("not-mergeable", Origin.CONFIG, module=MODULE),
         Fire(
             ("head.out_proj",),
             Origin.CONFIG,

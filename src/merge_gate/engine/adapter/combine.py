@@ -17,15 +17,20 @@ from merge_gate.engine.adapter.arrival import Arrival, Tensors
 from merge_gate.engine.adapter.inject import base_slots, fit_vocabulary, inject, written_whole
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, load_weights, targeted_modules
 from merge_gate.engine.adapter.peft_config import initialisation_writes_to_base, read_config
-from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.refusals import (
+    ModulesLeftOut,
+    PeftRaised,
+    SettingLost,
+    Step,
+    TensorUnweighted,
+    TwoVocabularies,
+)
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import listing
 
 
 def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tensors, ...], combine: Combine) -> Loaded:
@@ -72,7 +77,8 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         )
         model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
     except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
-        raise Refused(_not_combinable(error, combine)) from error
+        combination = (combine.adapters, combine.method)
+        raise Refused(PeftRaised(step=Step.COMBINE, error=caught(error), combination=combination)) from error
     _refuse_left_out(model, names, combine)
     return Loaded(
         model=model,
@@ -113,14 +119,7 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
     }
     lost = next((setting for setting, value in settings.items() if value), None)
     if lost is not None:
-        raise Refused(
-            Refusal(
-                check="not-mergeable",
-                message=f"PEFT combines adapters with {lost} (here {name}) into something else than their weighted sum",
-                hint="merge this adapter by itself, or retrain it without that setting before combining it",
-                origin=Origin.CONFIG,
-            )
-        )
+        raise Refused(SettingLost(adapter=name, setting=lost))
 
 
 def _refuse_unweighted(
@@ -139,37 +138,15 @@ def _refuse_unweighted(
             changed = [one for one, (old, _) in zip(holders, held, strict=True) if not _is_equal(ours, old)]
         added = [new for _, new in held]
         if not all(_is_equal(added[0], one) for one in added[1:]):
-            raise Refused(_two_vocabularies(name, [combine.adapters[one] for one in holders]))
+            raise Refused(TwoVocabularies(adapters=tuple(combine.adapters[one] for one in holders), tensor=name))
         if changed and (changed != holders[-1:] or combine.weights[changed[0]] != 1):
-            raise Refused(
-                Refusal(
-                    check="not-mergeable",
-                    message=f"{combine.adapters[changed[0]]} brings {name} whole, and PEFT combines it without its "
-                    "weight: it weighs factors of LoRA only",
-                    hint="merge this adapter by itself, or combine members without trained biases or embeddings",
-                    module=name.rpartition(".")[0],
-                    tensor=name,
-                    origin=Origin.CONFIG,
-                )
-            )
+            raise Refused(TensorUnweighted(adapter=combine.adapters[changed[0]], tensor=name))
 
 
 def _split(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows that the base has as well, and those that it lacks."""
     rows = len(ours) if ours.dim() else 0
     return (theirs[:rows], theirs[rows:]) if 0 < rows < len(theirs) else (theirs, theirs.flatten()[:0])
-
-
-def _two_vocabularies(name: str, holders: Sequence[str]) -> Refusal:
-    return Refusal(
-        check="not-mergeable",
-        message=f"{listing(holders)} bring other values for the rows of {name} that the base lacks, and PEFT "
-        "takes those of the last one",
-        hint="merge each by itself, or train them from one base whose vocabulary has been enlarged and saved",
-        module=name.rpartition(".")[0],
-        tensor=name,
-        origin=Origin.CONFIG,
-    )
 
 
 def _is_equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -183,18 +160,8 @@ def _refuse_left_out(model: Any, names: Sequence[str], combine: Combine) -> None
     for number, name in enumerate(names):
         lost = [path for path, module in model.named_modules() if _has_lost(module, name)]
         if lost:
-            paths = [path.removeprefix(ADAPTER_PREFIX) for path in lost]
-            raise Refused(
-                Refusal(
-                    check="not-mergeable",
-                    message=f"PEFT leaves {listing(paths)} of {combine.adapters[number]} out of the combination: it "
-                    "takes layers_to_transform and exclude_modules of the first member, and no module that is trained "
-                    "whole (modules_to_save)",
-                    hint="name the member that adapts the most layers first; merge one with a trained head by itself",
-                    module=paths[0],
-                    origin=Origin.CONFIG,
-                )
-            )
+            modules = tuple(path.removeprefix(ADAPTER_PREFIX) for path in lost)
+            raise Refused(ModulesLeftOut(adapter=combine.adapters[number], modules=modules))
 
 
 def _has_lost(module: Any, name: str) -> bool:
@@ -210,23 +177,4 @@ def _add(model: Any, name: str, config: Any) -> None:
     try:
         model.add_adapter(name, config)
     except Exception as error:  # as above
-        raise Refused(
-            Refusal(
-                check="not-mergeable",
-                message=f"PEFT cannot put a second adapter beside the first: {first_line(error)}",
-                hint="combine adapters of one method only, without fully trained modules in common",
-                origin=Origin.CONFIG,
-            )
-        ) from error
-
-
-def _not_combinable(error: Exception, combine: Combine) -> Refusal:
-    return Refusal(
-        check="not-mergeable",
-        message=(
-            f"PEFT cannot combine {listing(combine.adapters, 6)} by {combine.method}: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ),
-        hint="members need the same rank for linear methods (use cat or svd else) and weights PEFT accepts",
-        origin=Origin.CONFIG,
-    )
+        raise Refused(PeftRaised(step=Step.ADD, error=caught(error))) from error

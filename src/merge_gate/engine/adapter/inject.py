@@ -7,7 +7,6 @@ names of the scratch's parameters, or `Refused`. Knows no values of the adapter 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -19,16 +18,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from merge_gate.engine.adapter.known_defects import blamed_on
-from merge_gate.engine.adapter.peft_config import initialisation_reads_base, missing_package
+from merge_gate.engine.adapter.peft_config import initialisation_reads_base, raised
 from merge_gate.engine.adapter.svd_ahead import decomposed_ahead
-from merge_gate.engine.base.loaded_base import Base, first_line, named_tensors
+from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.refusals import Defect, KnownDefect, ParametersNotFound, Refusal, Step, TargetsNotFound
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import listing, quoted
 
 _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
 """Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
@@ -147,16 +143,15 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
             decomposed_ahead(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base),
         ):
             return model_class(scratch, config, adapter_name)
-    except ImportError as error:
-        raise Refused(missing_package(error)) from error
     except NoMatchingPeftModuleError as error:
         raise Refused(_no_targets(config, scratch)) from error
     except (AssertionError, RuntimeError) as error:
-        refused = _loftq_without_a_gpu(config, error)
-        if refused is None and isinstance(error, AssertionError):  # a mistake of somebody's code
+        if _needs_gpu(config, error):
+            raise Refused(KnownDefect(defect=Defect.LOFTQ_WITHOUT_GPU)) from error
+        if isinstance(error, AssertionError):  # a bug, of PEFT or of the gate
             raise
-        raise Refused(refused or _injection_failed(error, config, scratch, base)) from error
-    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
+        raise Refused(_injection_failed(error, config, scratch, base)) from error
+    except (ImportError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError, IndexError) as error:
         raise Refused(_injection_failed(error, config, scratch, base)) from error
 
 
@@ -184,117 +179,31 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
         setattr(tuner, name, own)
 
 
-def _no_targets(config: Any, scratch: nn.Module) -> Refusal:
+_WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")
+"""PEFT's words, in errors of no class of their own."""
+
+
+def _no_targets(config: Any, scratch: nn.Module) -> TargetsNotFound | ParametersNotFound:
     targets, parameters = getattr(config, "target_modules", None), getattr(config, "target_parameters", None)
     if parameters and not targets:
-        return _no_parameters(sorted(parameters), scratch)
-    named = [targets] if isinstance(targets, str) else sorted(targets or ())
-    shown = listing((quoted(name, 300, "'") for name in named), 12)
-    saved = _saved_instead(targets)
-    if saved and config.task_type in _SAVED_BY_TASK:
-        return Refusal(
-            check="targets-not-found",
-            message=(
-                f"target_modules {shown} leaves nothing to adapt: for task_type {config.task_type} PEFT trains "
-                f"{listing(saved)} whole (modules_to_save) instead of adapting it"
-            ),
-            hint="name other layers in target_modules, or save the adapter without a task_type",
-            origin=Origin.CONFIG,
-        )
-    if not targets:
-        return Refusal(
-            check="targets-not-found",
-            message="target_modules in adapter_config.json is empty, and no target_parameters are named",
-            hint="restore the adapter_config.json that was saved with the adapter",
-            origin=Origin.CONFIG,
-        )
+        large = {name for name, one in scratch.named_parameters() if one.dim() > 1}
+        ends = sorted({".".join(name.split(".")[-2:]) for name in large})
+        return ParametersNotFound(targets=tuple(sorted(parameters)), of_base=tuple(ends))
     leaves = sorted({name.rpartition(".")[2] for name, module in scratch.named_modules() if _is_leaf(module)})
-    excluded = getattr(config, "exclude_modules", None)
-    layers = getattr(config, "layers_to_transform", None)
-    but = f" that exclude_modules ({_in_words(excluded)[:100]}) leaves over" if excluded else ""
-    but += f" in the layers of layers_to_transform ({str(layers).strip('[]')[:100]})" if layers is not None else ""
-    return Refusal(
-        check="targets-not-found",
-        message=(
-            f"target_modules {shown} match no module of the base{but}; the base's layers are called "
-            f"{listing(leaves, 12)}"
-        ),
-        hint=_misread(targets, leaves)
-        or (
-            f"look at {_narrowed(excluded, layers)} in adapter_config.json: the base has layers of these names"
-            if (excluded or layers is not None) and _are_leaves(targets, leaves)
-            else "check that this is the adapter's base; transformers 5 renamed the layers of some architectures: then "
-            "gate the adapter with the version that it was trained with"
-        ),
-        origin=Origin.CONFIG,
+    excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
+    return TargetsNotFound(
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        of_base=tuple(leaves),
+        task_type=config.task_type,
+        excluded=excluded if isinstance(excluded, str) else ", ".join(sorted(excluded or ())),
+        layers=None if layers is None else str(layers).strip("[]"),
     )
 
 
-def _no_parameters(targets: list[str], scratch: nn.Module) -> Refusal:
-    large = {name for name, one in scratch.named_parameters() if one.dim() > 1}
-    own = sorted({".".join(name.split(".")[-2:]) for name in large})
-    shown = listing((quoted(name, 300, "'") for name in targets), 12)
-    return Refusal(
-        check="targets-not-found",
-        message=(
-            f"target_parameters {shown} match no parameter of the base, and no target_modules are named; the base's "
-            f"parameters are called {listing(own, 12)}"
-        ),
-        hint="check that this is the adapter's base; target_parameters are the ends of names of parameters, such as "
-        "mlp.experts.gate_up_proj; transformers 5 renamed those of some architectures: then gate the adapter with the "
-        "version that it was trained with",
-        origin=Origin.CONFIG,
-    )
-
-
-def _are_leaves(targets: Any, leaves: list[str]) -> bool:
-    return not isinstance(targets, str) and all(name.rpartition(".")[2] in leaves for name in targets)
-
-
-def _narrowed(excluded: Any, layers: Any) -> str:
-    return " and ".join(["exclude_modules"] * bool(excluded) + ["layers_to_transform"] * (layers is not None))
-
-
-def _in_words(names: Any) -> str:
-    return names if isinstance(names, str) else ", ".join(sorted(names))
-
-
-def _misread(targets: Any, leaves: list[str]) -> str:
-    """The hint where PEFT reads what stands there otherwise than it was meant; empty for others."""
-    if isinstance(targets, str) and any(leaf in re.split(r"[\s,|]+", targets) for leaf in leaves):
-        return (
-            "a text in target_modules is one regular expression, which has to match a layer's whole name: write a list "
-            "of names"
-        )
-    if isinstance(targets, (list, tuple, set)) and any(set("*\\()[]|^$") & set(name) for name in targets):
-        return "in a list, target_modules are plain names, no regular expressions: write the expression as a text"
-    return ""
-
-
-def _loftq_without_a_gpu(config: Any, error: Exception) -> Refusal | None:
-    """PEFT quantises the base anew on each load of such an adapter, on CUDA or XPU only (peft/utils/loftq_utils.py)."""
+def _needs_gpu(config: Any, error: Exception) -> bool:
+    """Whether PEFT quantizes the base on each load of such an adapter, on CUDA or XPU only (utils/loftq_utils.py)."""
     scheme = str(getattr(config, "init_lora_weights", "")).lower()
-    if scheme != "loftq" or not any(word in str(error) for word in ("CUDA", "NVIDIA", "XPU")):
-        return None
-    return Refusal(
-        check=None,
-        message="init_lora_weights is 'loftq': PEFT quantises the base whenever it loads this adapter, on a GPU only",
-        hint=(
-            "gate it on a machine with a GPU; if it was trained on a base that LoftQ had quantised and saved, name "
-            "that base and set init_lora_weights to true in adapter_config.json"
-        ),
-        origin=Origin.CONFIG,
-    )
-
-
-_SAVED_BY_TASK = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT's classes for these tasks put into modules_to_save (peft/peft_model.py)."""
-
-
-def _saved_instead(targets: Any) -> list[str]:
-    names = targets if isinstance(targets, (list, tuple, set)) else ()
-    return sorted(name for name in names if name.rpartition(".")[2] in _HEADS)
+    return scheme == "loftq" and any(word in str(error) for word in ("CUDA", "NVIDIA", "XPU"))
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -302,44 +211,6 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _injection_failed(error: Exception, config: Any, scratch: nn.Module, base: Base) -> Refusal:
-    text = first_line(error)
-    tokens = getattr(config, "trainable_token_indices", None)
-    if tokens and isinstance(error, IndexError):
-        return Refusal(
-            check="shape-mismatch",
-            message=f"trainable_token_indices name rows that the base's vocabulary does not have: {text}",
-            hint="name the base with the enlarged vocabulary, or save the adapter with save_embedding_layers=True",
-            origin=Origin.CONFIG,
-        )
-    if "Unknown initialization" in text:
-        return Refusal(
-            check="config-invalid",
-            message=f"adapter_config.json sets an initialisation that PEFT does not know: {text}",
-            hint="it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to "
-            "true, or restore the adapter_config.json that was saved with the adapter",
-            origin=Origin.CONFIG,
-        )
-    if "dropout probability" in text:
-        return Refusal(
-            check="config-invalid",
-            message=f"adapter_config.json sets a dropout that PEFT refuses: {text}",
-            hint="dropout plays no part in a merge: restore the adapter_config.json that was saved with the adapter",
-            origin=Origin.CONFIG,
-        )
-    if "preprocess_corda" in text:
-        return Refusal(
-            check="not-mergeable",
-            message=f"PEFT cannot load a CorDA adapter as it was trained: {text}",
-            hint="convert it to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained); "
-            "or, where the base less its first factors was saved, name that base and set init_lora_weights to true",
-            origin=Origin.CONFIG,
-        )
-    if "not found in the base model" in text or "No modules were targeted" in text:
-        return _no_targets(config, scratch)
-    refusal = Refusal(
-        check="not-mergeable",
-        message=f"PEFT cannot put this {config.peft_type.value} adapter on base {base.facts.model}: {text}",
-        hint="PEFT's own message says what is not supported; retrain with a supported setting, or serve it unmerged",
-        origin=Origin.CONFIG,
-    )
-    return blamed_on(refusal, base, config.peft_type.value)
+    fact = raised(Step.INJECT, error, config, base)
+    is_without_targets = any(words in fact.error.text for words in _WITHOUT_TARGETS)
+    return _no_targets(config, scratch) if is_without_targets else fact

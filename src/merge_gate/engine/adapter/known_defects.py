@@ -8,25 +8,18 @@ PEFT, so that a release that mends one makes the test say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.beft import BeftLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.base.loaded_base import first_line
 from merge_gate.engine.tensors.quantized import BNB_4BIT, has_layers_in, is_quantized
 from merge_gate.errors import Refused
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin, Quantization
+from merge_gate.records.refusals import Defect, KnownDefect
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import listing
-
-if TYPE_CHECKING:
-    from merge_gate.engine.base.loaded_base import Base
-    from merge_gate.records.measured import BaseFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +29,7 @@ class Rule:
     With `config_alone` it is asked before anything is loaded, and gets no model.
     """
 
-    name: str
-    reason: str
-    hint: str
+    defect: Defect
     where: Callable[[Any, Any], Iterator[str]]
     config_alone: bool = False
 
@@ -65,16 +56,7 @@ def _refuse(rules: tuple[Rule, ...], model: Any, config: Any) -> None:
     for rule in rules:
         places = list(rule.where(model, config))
         if places:
-            named = f" (in {listing(places, 1)})" if places[0] else ""
-            raise Refused(
-                Refusal(
-                    check="not-mergeable",
-                    message=f"{rule.reason}{named}",
-                    hint=rule.hint,
-                    module=places[0] or None,
-                    origin=Origin.CONFIG,
-                )
-            )
+            raise Refused(KnownDefect(defect=rule.defect, modules=tuple(places) if places[0] else ()))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -167,138 +149,14 @@ def _tokens_without_bias(model: Any, _config: Any) -> Iterator[str]:
 
 
 RULES = (
-    Rule(
-        name="no-weights",
-        reason="this method adds inputs or layers to the model at run time and has no weights to merge",
-        hint="serve the adapter unmerged, and leave it out of this gate",
-        where=_no_merge,
-    ),
-    Rule(
-        name="x-lora",
-        reason="X-LoRA chooses between adapters for each token; PEFT's merge drops the router and keeps one expert",
-        hint="serve it unmerged, or gate the single expert that you want to merge",
-        where=_of_kind("XLORA"),
-        config_alone=True,
-    ),
-    Rule(
-        name="arrow",
-        reason="Arrow routes between adapters for each token and cannot be one merged weight",
-        hint="serve it unmerged",
-        where=_arrow,
-        config_alone=True,
-    ),
-    Rule(
-        name="layer-replication",
-        reason="layer_replication changes the number of layers, and PEFT's merge does not reproduce that (peft#1707)",
-        hint="serve the adapter unmerged on the replicated model",
-        where=_replicated,
-        config_alone=True,
-    ),
-    Rule(
-        name="merged-twice",
-        reason="two layers that share one weight carry an adapter each, and PEFT adds both deltas to that weight",
-        hint="untie the base's embeddings before training and merging, or adapt other modules",
-        where=_merged_twice,
-    ),
-    Rule(
-        name="tokens-without-bias",
-        reason=(
-            "while tokens are trained PEFT leaves out the bias of a linear layer that carries them, and the merged "
-            "model has it (peft/tuners/trainable_tokens/layer.py)"
-        ),
-        hint=(
-            "serve it unmerged, as it was trained; or train the tokens anew on a base whose head has no bias, or is "
-            "not tied to the embedding"
-        ),
-        where=_tokens_without_bias,
-    ),
-    Rule(
-        name="oft-convolution",
-        reason="OFT on a convolution with a kernel larger than 1 merges into weights that do not compute its forward",
-        hint="serve it unmerged, or adapt only 1x1 convolutions and linear layers",
-        where=_oft_convolution,
-    ),
-    Rule(
-        name="quantized-unknown",
-        reason="PEFT has no bitsandbytes layer for this method, and merges packed integers as if they were weights",
-        hint="gate it on the unquantised base (quantization: none) and merge there",
-        where=_quantized_unknown,
-    ),
-    Rule(
-        name="quantized-random-projection",
-        reason="PEFT merges this method into bitsandbytes layers in another order than its forward computes",
-        hint="gate it on the unquantised base (quantization: none) and merge there",
-        where=_quantized_kinds,
-    ),
-    Rule(
-        name="quantized-lora-bias",
-        reason=(
-            "PEFT adds lora_bias to a bitsandbytes layer without its scaling, and its safe_merge fails there on good "
-            "adapters too (peft/tuners/lora/bnb.py)"
-        ),
-        hint="gate it on the unquantised base (quantization: none) and merge there",
-        where=_quantized_bias,
-    ),
+    Rule(defect=Defect.NO_WEIGHTS, where=_no_merge),
+    Rule(defect=Defect.X_LORA, where=_of_kind("XLORA"), config_alone=True),
+    Rule(defect=Defect.ARROW, where=_arrow, config_alone=True),
+    Rule(defect=Defect.LAYER_REPLICATION, where=_replicated, config_alone=True),
+    Rule(defect=Defect.MERGED_TWICE, where=_merged_twice),
+    Rule(defect=Defect.TOKENS_WITHOUT_BIAS, where=_tokens_without_bias),
+    Rule(defect=Defect.OFT_CONVOLUTION, where=_oft_convolution),
+    Rule(defect=Defect.QUANTIZED_UNKNOWN, where=_quantized_unknown),
+    Rule(defect=Defect.QUANTIZED_RANDOM_PROJECTION, where=_quantized_kinds),
+    Rule(defect=Defect.QUANTIZED_LORA_BIAS, where=_quantized_bias),
 )
-
-
-OUT_OF_BOUNDS = "is out of bounds for dimension"
-"""torch's words for an index that points nowhere."""
-
-
-DOCUMENTED_ON_PACKED = frozenset({"ADALORA", "IA3", "LOHA", "FOURIERFT", "DELORA", "OSF", "RANDLORA", "PVERA"})
-"""Methods that docs/methods.md says PEFT cannot merge into a base in bitsandbytes' formats."""
-
-
-def blamed_on(refusal: Refusal, base: Base, peft_type: str) -> Refusal:
-    """An exception of PEFT on a quantized or incomplete base, as what the gate cannot judge.
-
-    It proves nothing about the adapter, unless docs/methods.md says that PEFT cannot merge this method there.
-    """
-    facts = base.facts
-    is_plain = facts.quantization == Quantization.NONE and not facts.incomplete
-    is_documented = facts.quantization in set(Quantization) and peft_type in DOCUMENTED_ON_PACKED
-    if refusal.check != "not-mergeable" or is_plain or (is_documented and not facts.incomplete):
-        return refusal
-    return replace(
-        refusal,
-        check=None,
-        message=f"{refusal.message} (the base is {_kind_of(facts)})",
-        hint="gate and merge on the complete, unquantized base",
-        origin=Origin.BASE,
-    )
-
-
-def _kind_of(facts: BaseFacts) -> str:
-    return "incomplete" if facts.incomplete else f"quantized: {facts.quantization}"
-
-
-def refused_by_peft(config: Any, error: Exception) -> Refusal:
-    """What PEFT's own refusal to merge says of the adapter."""
-    if isinstance(error, ImportError):
-        return Refusal(
-            check=None,
-            message=f"merging needs a package that is not installed: {first_line(error)}",
-            hint="install the package that the message names in the environment that runs the gate",
-        )
-    text = first_line(error)
-    if getattr(config, "trainable_token_indices", None) and isinstance(error, IndexError):
-        return Refusal(
-            check="shape-mismatch",
-            message=f"trainable_token_indices name rows that the base's vocabulary does not have: {text}",
-            hint="restore the adapter_config.json that was saved with the adapter, or name the base of the training",
-            origin=Origin.CONFIG,
-        )
-    if any(words in text for words in ("inconsistent with indices", "sparse_dim", OUT_OF_BOUNDS)):
-        return Refusal(
-            check="shape-mismatch",
-            message=f"the file's indices name places that the base's weight does not have: {text}",
-            hint="this is not the base that the adapter was trained on, or the file is damaged",
-            origin=Origin.ADAPTER,
-        )
-    return Refusal(
-        check="not-mergeable",
-        message=f"PEFT cannot merge this {config.peft_type.value} adapter: {type(error).__name__}: {text}",
-        hint="PEFT's own message says what is not supported; serve the adapter unmerged, or retrain it without that",
-        origin=Origin.MERGE,
-    )

@@ -32,21 +32,17 @@ from torch import nn
 
 from merge_gate.engine.adapter.arrival import Arrival, Tensors, compare, file_name
 from merge_gate.engine.adapter.inject import base_slots, fit_vocabulary, inject, leave_out_replaced
-from merge_gate.engine.adapter.known_defects import OUT_OF_BOUNDS
 from merge_gate.engine.adapter.peft_config import (
     can_start_blank,
     initialisation_writes_to_base,
-    missing_package,
     read_config,
 )
 from merge_gate.engine.adapter.template import Layout, Template, fill_blanks, kind_of, snapshot
-from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.errors import Refused
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
-from merge_gate.tensor_names import ADAPTER_PREFIX, module_of
-from merge_gate.text import counted, listing
+from merge_gate.records.refusals import PeftRaised, Refusal, ShapeClash, Step, TensorsMissing
+from merge_gate.tensor_names import ADAPTER_PREFIX
 
 ADAPTER_NAME = "default"
 """PEFT's own default. A name that is part of a tuner's prefix (`lora`) makes PEFT lose keys (peft#2252)."""
@@ -187,20 +183,8 @@ def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
         if f"{path}.{key}" not in present
     ]
     if lost and not _converted_names(model):
-        raise Refused(
-            Refusal(
-                check="keys-missing",
-                message=(
-                    f"adapter_config.json promises fully trained modules (modules_to_save {config.modules_to_save!r} "
-                    f"or trainable tokens), but the file lacks {listing(lost, 6)}"
-                )
-                if getattr(config, "modules_to_save", None)
-                else f"the file lacks {listing(lost, 6)}, which the config promises",
-                hint="save the adapter again with save_pretrained, and check that the upload was complete",
-                tensor=lost[0],
-                origin=Origin.ADAPTER,
-            )
-        )
+        saved = getattr(config, "modules_to_save", None)
+        raise Refused(TensorsMissing(names=tuple(lost), trained_whole=repr(saved) if saved else None))
 
 
 def _converted_names(model: Any) -> bool:
@@ -234,8 +218,6 @@ def load_weights(
             _load(model, files.directory, adapter_name)
         except Refused:
             raise
-        except ImportError as error:
-            raise Refused(missing_package(error)) from error
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever PEFT, safetensors or pickle raise: the file did not load
@@ -265,38 +247,8 @@ def _load(model: Any, directory: str, adapter_name: str) -> None:
 def _load_failed(error: Exception) -> Refusal:
     if isinstance(error, KeyError):
         name = str(error.args[0]) if error.args else "?"
-        return Refusal(
-            check="keys-missing",
-            message=f"the file lacks {name.strip(chr(39))}, which adapter_config.json promises",
-            hint="save the adapter again with save_pretrained, and check that the upload was complete",
-            tensor=name.strip("'"),
-            origin=Origin.ADAPTER,
-        )
-    if "from state dictionary however" in str(error):  # the shared projections of VeRA, PVeRA, FRoD, TinyLoRA
-        return Refusal(
-            check="keys-missing",
-            message="the file lacks projections that save_projection in adapter_config.json promises: "
-            + first_line(error),
-            hint="save the adapter again with save_pretrained, and check that the upload was complete; set "
-            "save_projection to false only if it was saved so",
-            origin=Origin.ADAPTER,
-        )
-    if OUT_OF_BOUNDS in str(error):  # VB-LoRA's choice of vectors
-        return Refusal(
-            check="shape-mismatch",
-            message=f"the file's indices name places that config and base do not have: {first_line(error)}",
-            hint="adapter_config.json is not that of the training (num_vectors), or the file is damaged",
-            origin=Origin.ADAPTER,
-        )
-    check = "file-corrupt" if type(error).__name__ in {"SafetensorError", "UnpicklingError", "EOFError"} else None
-    if check is None and isinstance(error, (ValueError, RuntimeError, NotImplementedError)):
-        check = "config-invalid"
-    return Refusal(
-        check=check,
-        message=f"PEFT cannot load the adapter's weights: {type(error).__name__}: {first_line(error)}",
-        hint="save the adapter again with save_pretrained; weights must be tensors only",
-        origin=Origin.FILE if check == "file-corrupt" else Origin.CONFIG,
-    )
+        return TensorsMissing(names=(name.strip("'"),))
+    return PeftRaised(step=Step.LOAD, error=caught(error))
 
 
 @contextmanager
@@ -322,10 +274,6 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
 
 
 _SAVED = ".modules_to_save."
-_TOKENS_HINT = (
-    "one row for each token: trainable_token_indices in adapter_config.json is not that of the training, or this is "
-    "not the adapter's base"
-)
 
 
 def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter_name: str) -> None:
@@ -338,33 +286,16 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
         return
     key, got, expected = wrong[0]
     name = file_name(key, adapter_name)
-    others = len(wrong) - 1
-    more = f"; {counted(others, 'more tensor')} {'does' if others == 1 else 'do'} not fit either" if others else ""
     raise Refused(
-        Refusal(
-            check="shape-mismatch",
-            message=f"{name} has shape {list(got)}, but config and base need {list(expected)}{more}",
-            hint=_TOKENS_HINT
-            if "trainable_tokens_delta" in key
-            else _shape_hint(got, expected, trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key),
-            module=module_of(name),
-            tensor=name,
-            origin=Origin.ADAPTER,
+        ShapeClash(
+            name=name,
+            got=got,
+            expected=expected,
+            others=len(wrong) - 1,
+            trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key,
+            of_tokens="trainable_tokens_delta" in key,
         )
     )
-
-
-def _shape_hint(got: tuple[int, ...], expected: tuple[int, ...], *, trained_whole: bool) -> str:
-    if 0 in got or len(got) < len(expected):
-        return "the tensor was saved unsharded-empty by ZeRO-3 or FSDP: gather the parameters before save_pretrained"
-    if trained_whole:
-        return "this is not the adapter's base, or one with another vocabulary or number of labels than in training"
-    if len(got) == len(expected) == 2 and (got[0] != expected[0]) != (got[1] != expected[1]):  # noqa: PLR2004
-        return (
-            "either r or rank_pattern in adapter_config.json is not the rank it was trained with, or this is not the "
-            "adapter's base"
-        )
-    return "this is not the base that the adapter was trained on"
 
 
 def targeted_modules(model: Any) -> tuple[str, ...]:

@@ -12,11 +12,10 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from merge_gate.engine.adapter.known_defects import refuse_by_config
-from merge_gate.engine.base.loaded_base import first_line
+from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.refusals import Defect, IgnoredSettings, KnownDefect, PeftRaised, Step, UnknownMethod
 
 ADAPTER_ONLY_SCHEMES = frozenset({"gaussian", "orthogonal", "mica", "eva", "lora_ga", "true", "false"})
 """Values of init_lora_weights that write no weight of the base on a load (peft/tuners/lora/layer.py, tests/engine/)."""
@@ -31,9 +30,6 @@ NO_DELTA_SCHEMES = frozenset({"true", "gaussian", "eva", "orthogonal", "mica"})
 """Words of LoRA's for a product that is zero at first (tests/engine/test_unread_layers.py). C3A's `gaussian` is no
 zero."""
 
-LISTED = 6
-"""Names listed in one message before "and N more"."""
-
 
 def read_config(files: AdapterFiles) -> Any:
     """The adapter's config as PEFT's class for its type reads it.
@@ -44,93 +40,40 @@ def read_config(files: AdapterFiles) -> Any:
     kind = str(files.config.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if kind == "BONE":
-        raise Refused(
-            Refusal(
-                check="not-mergeable",
-                message="BONE was renamed to MiSS and removed in PEFT 0.19: no PEFT that the gate runs merges it",
-                hint="convert it with scripts/convert-bone-to-miss.py of PEFT's repository, or merge it with PEFT 0.18",
-                origin=Origin.CONFIG,
-            )
-        )
+        raise Refused(KnownDefect(defect=Defect.BONE))
     if config_class is None:
-        raise Refused(
-            Refusal(
-                check=None,
-                message=f"PEFT {peft.__version__} does not know the adapter type {kind!r}, so it cannot be merged here",
-                hint=(
-                    f"PEFT writes it {kind.upper()!r}: correct peft_type in adapter_config.json"
-                    if kind.upper() in PEFT_TYPE_TO_CONFIG_MAPPING
-                    else "upgrade PEFT in the environment that runs the gate, or correct peft_type in "
-                    "adapter_config.json"
-                ),
-                origin=Origin.CONFIG,
-            )
-        )
+        known_as = kind.upper() if kind.upper() in PEFT_TYPE_TO_CONFIG_MAPPING else None
+        raise Refused(UnknownMethod(name=kind, peft=peft.__version__, known_as=known_as))
     _refuse_ignored_keys(config_class, files)
     try:
         config = config_class.from_pretrained(files.directory)
-    except ImportError as error:
-        raise Refused(missing_package(error)) from error
     except Exception as error:  # PEFT validates in __post_init__ with ValueError, TypeError and KeyError
-        if "weights are incompatible" in str(error):  # OFT up to PEFT 0.13
-            raise Refused(_incompatible(kind, error)) from error
-        raise Refused(
-            Refusal(
-                check="config-invalid",
-                message=f"PEFT rejects adapter_config.json: {type(error).__name__}: {first_line(error)}",
-                hint="restore the adapter_config.json that was saved with the adapter",
-                origin=Origin.CONFIG,
-            )
-        ) from error
+        raise Refused(PeftRaised(step=Step.CONFIG, error=caught(error), method=kind)) from error
     refuse_by_config(config)
     config.inference_mode = True
     return config
 
 
-def _incompatible(kind: str, error: Exception) -> Refusal:
-    return Refusal(
-        check="not-mergeable",
-        message=f"PEFT has changed {kind} since this adapter was saved: {first_line(error)}",
-        hint="the file is not at fault: merge it with the release that PEFT names, or train it again",
-        origin=Origin.CONFIG,
+def raised(step: Step, error: Exception, config: Any, base: Base) -> PeftRaised:
+    """An exception that PEFT raised on a base, with what decides whose fault it is."""
+    return PeftRaised(
+        step=step,
+        error=caught(error),
+        method=config.peft_type.value,
+        trains_tokens=bool(getattr(config, "trainable_token_indices", None)),
+        base=base.facts.model,
+        quantization=base.facts.quantization,
+        is_incomplete=bool(base.facts.incomplete),
     )
 
 
 def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
-    """PEFT drops keys it does not know with a warning; one that is set may change what the adapter computes."""
+    """PEFT drops keys that it does not know with a warning; one that is set may change what the adapter computes."""
     known = {one.name for one in dataclasses.fields(config_class)} | {"runtime_config"}
     ignored = sorted(f"{key}={value}" for key, value in files.config.values if key not in known)
-    if not ignored:
-        return
-    listed = ", ".join(ignored[:LISTED])
-    saved_by = (files.config.peft_version or "").split("@")[0]
-    newer = _version(saved_by) > _version(peft.__version__)
-    raise Refused(
-        Refusal(
-            check=None if newer else "config-invalid",
-            message=f"adapter_config.json sets {listed}, which PEFT {peft.__version__} does not know and would ignore",
-            hint=(
-                f"the adapter was saved by PEFT {saved_by}: run the gate with that version or newer"
-                if newer
-                else "remove the key if it is a mistake or another trainer's own; if it changes what is computed, "
-                "merge with the program that wrote it: the gate needs PEFT 0.21 or newer"
-            ),
-            origin=Origin.CONFIG,
-        )
-    )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    parts = text.split(".")[:3]
-    return tuple(int(part) for part in parts) if parts and all(part.isdigit() for part in parts) else ()
-
-
-def missing_package(error: ImportError) -> Refusal:
-    return Refusal(
-        check=None,
-        message=f"a package that this adapter or base needs is not installed: {first_line(error)}",
-        hint="install the package that the message names in the environment that runs the gate",
-    )
+    if ignored:
+        saved_by = (files.config.peft_version or "").split("@")[0]
+        raise Refused(IgnoredSettings(settings=tuple(ignored), peft=peft.__version__, saved_by=saved_by))
 
 
 def initialisation_writes_to_base(config: Any) -> bool:

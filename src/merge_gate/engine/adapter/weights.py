@@ -14,9 +14,7 @@ from safetensors import SafetensorError, safe_open
 from merge_gate.engine.base.loaded_base import first_line
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
-from merge_gate.text import quoted
+from merge_gate.records.refusals import PickleUnreadable, TensorUnreadable
 
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
@@ -41,11 +39,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:  # the preflight has read the header: this torch lacks the dtype
-            raise Refused(_unreadable("a tensor", first_line(error))) from error
+            raise Refused(TensorUnreadable(text=first_line(error))) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's own errors: not tensors only, or not a pickle
-        raise Refused(_unreadable_pickle(error)) from error
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
+        names = foreign[1] if foreign else None
+        raise Refused(PickleUnreadable(error=type(error).__name__, names=names)) from error
     items = state.items() if isinstance(state, dict) else ()
     return {name: tensor for name, tensor in items if isinstance(tensor, torch.Tensor)}
 
@@ -58,26 +58,5 @@ def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
     try:
         torch.zeros(some.shape).copy_(some)
     except (RuntimeError, NotImplementedError) as error:
-        what = "without values (meta device)" if tensor.is_meta else f"of {str(tensor.dtype).removeprefix('torch.')}"
-        raise Refused(_unreadable(name, f"it is {what}", tensor=name)) from error
-
-
-def _unreadable(what: str, why: str, *, tensor: str | None = None) -> Refusal:
-    return Refusal(
-        check="file-corrupt",
-        message=f"{what} in the adapter's file cannot be read as numbers by torch, nor loaded by PEFT: {why}",
-        hint="save the adapter with its values, as float32, bfloat16 or float16",
-        tensor=tensor,
-        origin=Origin.FILE,
-    )
-
-
-def _unreadable_pickle(error: Exception) -> Refusal:
-    foreign = re.search(r"GLOBAL (\S+)", str(error))  # what the preflight leaves to torch, which has no list of it
-    what = f"torch refuses {quoted(foreign[1])} in them" if foreign else type(error).__name__
-    return Refusal(
-        check="file-corrupt",
-        message=f"the pickled weights are damaged, or hold something else than tensors ({what})",
-        hint="do not load this file; ask who made it, and have the adapter saved as safetensors",
-        origin=Origin.FILE,
-    )
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise Refused(TensorUnreadable(name=name, is_meta=tensor.is_meta, dtype=dtype)) from error

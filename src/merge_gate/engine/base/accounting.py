@@ -26,11 +26,10 @@ from safetensors import safe_open
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head, loads_as_usual
 from merge_gate.engine.base.missing_shards import refuse_strangers
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
-from merge_gate.errors import EngineError
-from merge_gate.judging.checks.base_checks import FETCH_AGAIN, describe_incomplete
+from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles, BaseFiles
+from merge_gate.records.refusals import CodesForNumbers, ParametersNotStored, QuantizedWeightTorn, StoredTensorsLeftOut
 from merge_gate.tensor_names import ADAPTER_PREFIX
-from merge_gate.text import counted, listing
 
 _PART = re.compile(
     r"(?P<stem>.+?)(?:\.weight)?[._](?P<part>"
@@ -55,11 +54,6 @@ _CODES = ("F8", "I", "U", "BOOL")
 MOST_FILES = 200
 """No more files than this are searched for tensors that a base lacks."""
 
-_REMEDY = (
-    "fetch the base again, all files of one commit; if it is quantized, restore the config.json with its "
-    "quantization_config, or name the base without quantization"
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
@@ -80,7 +74,7 @@ def account_for(directory: str, shape: ModelClass, label: str, files: BaseFiles 
     """Account for a base on its headers, which `files` has if they were read before.
 
     Raises:
-        EngineError: its files contradict each other or config.json.
+        Undecidable: its files contradict each other or config.json.
     """
     model_class = getattr(transformers, shape.class_name, None)
     if model_class is None or not loads_as_usual(model_class):
@@ -106,14 +100,14 @@ def settle(base: Base, account: Account, directory: str) -> None:
     """Write into a loaded base's facts what is known of its files.
 
     Raises:
-        EngineError: the load has shown what the headers could not: its files contradict each other.
+        Undecidable: the load has shown what the headers could not: its files contradict each other.
     """
     incomplete, unloaded = account.incomplete, account.unloaded
     if account.map is None:
         names = set(base.model.state_dict())
         left = [name for name in sorted(base.unexpected) if belongs_to(name, names)]
         if left:
-            _refuse_left_out(base.source.label, "its weight files", left, type(base.model).__name__)
+            _refuse_left_out(base.source.label, None, left, type(base.model).__name__)
         unloaded = tuple(name for name in sorted(base.unexpected) if not _STALE.search(name))
     missing = base.initialised - set(base.facts.replaced)
     incomplete = tuple(sorted({*incomplete, *own_missing(missing, base.model, directory)}))
@@ -135,7 +129,7 @@ def _is_notable(name: str, found: TensorMap) -> bool:
 
 
 def refuse_left_out(found: TensorMap, label: str) -> None:
-    """Raise an EngineError if a stored tensor is not loaded although it belongs to a weight of the model."""
+    """Raise `Undecidable` if a stored tensor is not loaded although it belongs to a weight of the model."""
     names = set(found.model.state_dict())
     left = [name for name, renamed in sorted(found.unloaded.items()) if belongs_to(renamed, names)]
     if not left:
@@ -143,18 +137,10 @@ def refuse_left_out(found: TensorMap, label: str) -> None:
     _refuse_left_out(label, found.stored[left[0]].file, left, type(found.model).__name__)
 
 
-def _refuse_left_out(label: str, file: str, left: list[str], class_name: str) -> NoReturn:
-    wrapped = [name for name in left if name.endswith(_WRAPPED)]
-    what = (
-        f"{counted(len(wrapped), 'weight')} of a model that PEFT had wrapped ({listing(wrapped, 3)})"
-        if wrapped
-        else f"{counted(len(left), 'tensor')} of its weights that {class_name} does not load ({listing(left, 3)})"
-    )
-    raise EngineError(
-        f"base {label}: {file} holds {what}; the model in memory would not be the model in the files",
-        hint="save the base again after unloading the adapter (get_base_model)" if wrapped else _REMEDY,
-        check="base-inconsistent",
-        tensor=left[0],
+def _refuse_left_out(label: str, file: str | None, left: list[str], class_name: str) -> NoReturn:
+    wrapped = tuple(name for name in left if name.endswith(_WRAPPED))
+    raise Undecidable(
+        StoredTensorsLeftOut(base=label, file=file, names=tuple(left), wrapped=wrapped, class_name=class_name)
     )
 
 
@@ -168,7 +154,7 @@ def belongs_to(name: str, names: Collection[str]) -> bool:
 
 
 def refuse_torn_groups(found: TensorMap, label: str) -> None:
-    """Raise an EngineError if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
+    """Raise `Undecidable` if a weight lacks a tensor that its quantizer takes with each other weight of its dtype."""
     kinds: dict[tuple[str, str], list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
     for group in found.groups:
         if _is_quantizer(group.conversion):
@@ -187,13 +173,8 @@ def refuse_torn_groups(found: TensorMap, label: str) -> None:
 
 def _refuse_torn(found: TensorMap, first: str, lacking: list[str], label: str) -> None:
     one = found.stored[first]
-    raise EngineError(
-        f"base {label}: {one.file} holds {first} in {DTYPES[one.dtype]}, and lacks {listing(lacking, 3)}: without "
-        f"{'it' if len(lacking) == 1 else 'them'}, codes would be read as weights",
-        hint="fetch the base again, all files of one commit, or name the base without quantization",
-        check="base-inconsistent",
-        tensor=first,
-    )
+    dtype = DTYPES[one.dtype]
+    raise Undecidable(QuantizedWeightTorn(base=label, file=one.file, tensor=first, dtype=dtype, missing=tuple(lacking)))
 
 
 def _part(source: str, target: str) -> str:
@@ -211,7 +192,7 @@ def _named_part(target: str, part: str) -> str:
 
 
 def refuse_codes(found: TensorMap, label: str) -> None:
-    """Raise an EngineError if integers are stored for a parameter of floating point that no quantizer makes."""
+    """Raise `Undecidable` if integers are stored for a parameter of floating point that no quantizer makes."""
     tensors = dict(_named(found.model))
     for group in found.groups:
         expected = tensors.get(group.targets[0])
@@ -220,12 +201,14 @@ def refuse_codes(found: TensorMap, label: str) -> None:
         for source in group.sources:
             one = found.stored[source]
             if not _torch_dtype(one.dtype).is_floating_point and not _torch_dtype(one.dtype).is_complex:
-                raise EngineError(
-                    f"base {label}: {one.file} holds {source} in {DTYPES[one.dtype]}, and "
-                    f"{type(found.model).__name__} needs numbers there: codes would be read as weights",
-                    hint=_REMEDY,
-                    check="base-inconsistent",
-                    tensor=source,
+                raise Undecidable(
+                    CodesForNumbers(
+                        base=label,
+                        file=one.file,
+                        tensor=source,
+                        dtype=DTYPES[one.dtype],
+                        class_name=type(found.model).__name__,
+                    )
                 )
 
 
@@ -293,18 +276,15 @@ def brings_all(files: Iterable[AdapterFiles], names: Iterable[str]) -> bool:
     return all(name in held or name.replace(".weight", ".modules_to_save.weight") in held for name in names)
 
 
-def incomplete(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> EngineError:
-    """The error of a base whose files lack parameters of its own class; it names other files that hold them."""
-    files = sorted({one.file for one in found.stored.values()})
-    where = f" (looked at: {listing(files, 3)})"
-    elsewhere = sorted(_holders(directory, set(files), set(names)))
-    if elsewhere:
-        where += f"; transformers does not read {listing(elsewhere, 3)}, which would have some of them"
-    return EngineError(
-        describe_incomplete(label, names, type(found.model).__name__, where),
-        hint=FETCH_AGAIN,
-        check="base-incomplete",
-        tensor=names[0],
+def not_stored(label: str, names: tuple[str, ...], found: TensorMap, directory: str) -> ParametersNotStored:
+    """The fact that a base's files lack parameters of its own class, with other files that hold some of them."""
+    read = tuple(sorted({one.file for one in found.stored.values()}))
+    return ParametersNotStored(
+        base=label,
+        class_name=type(found.model).__name__,
+        names=names,
+        read=read,
+        elsewhere=tuple(sorted(_holders(directory, set(read), set(names)))),
     )
 
 

@@ -44,8 +44,9 @@ from merge_gate.engine.tensors.quantized import (
 )
 from merge_gate.engine.tensors.stream import Weights
 from merge_gate.engine.tensors.threads import spread
-from merge_gate.errors import EngineError
+from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def load_base(
     Where the dtype asked for is the stored one, transformers memory-maps the weights: no anonymous memory is used.
 
     Raises:
-        EngineError: the base cannot be loaded, in a sentence with the library's own reason.
+        Undecidable: the base cannot be loaded, with the library's own reason.
     """
     options: dict[str, Any] = {
         "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
@@ -228,18 +229,10 @@ def load_base(
             source = replace(source, options=options | dequantizing_options(_config(model_class, source)))
         with quantizing(quantization):
             model, loading = _from_pretrained(model_class, source, shape)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EngineError(
-            f"base {label}: out of memory while loading it",
-            hint="use a machine with more memory, or a smaller dtype",
-        ) from error
-    except ImportError as error:
-        raise EngineError(
-            f"base {label} needs a package that is not installed: {first_line(error)}",
-            hint="install the package that the message names in the environment that runs the gate",
-        ) from error
     except Exception as error:  # every library below has its own exceptions; all mean the same here
-        raise _not_loaded(error, label, shape) from error
+        if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
+            raise Undecidable(RemoteCodeNeeded(base=label)) from error
+        raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=shape.class_name)) from error
     refuse_mismatches(loading, label, shape)
     refuse_strangers(model, loading.initialised, label)
     refuse_other_packing(model, source, dtype)
@@ -308,39 +301,18 @@ def head(shape: ModelClass) -> dict[str, Any]:
     return {} if shape.num_labels is None else {"num_labels": shape.num_labels}
 
 
-def _not_loaded(error: Exception, label: str, shape: ModelClass) -> EngineError:
-    if "trust_remote_code" in str(error):
-        return remote_code_refused(f"base {label}")
-    return EngineError(
-        f"base {label} cannot be loaded as {shape.class_name}: {type(error).__name__}: {first_line(error)}",
-        hint="check that the directory holds a complete model that transformers can load",
-    )
-
-
-def remote_code_refused(what: str) -> EngineError:
-    """The error of a base that cannot be loaded without running its own code."""
-    return EngineError(
-        f"{what} needs Python code that comes with the base, and the gate's config does not allow it to run",
-        hint="read that code, pin base.revision to the commit that you have read, and set trust-remote-code: true",
-    )
-
-
 def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
     """A head may give way to another number of labels; a detector's has one row more, for what is none of them.
 
     Raises:
-        EngineError: another tensor has another size, so the base is broken.
+        Undecidable: another tensor has another size, so the base is broken.
     """
     for name, stored, expected in loading.mismatched:
         extra = None if shape.num_labels is None else expected[0] - shape.num_labels
         if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
-            raise EngineError(
-                f"base {label}: {name} has shape {list(stored)} in its file, and {shape.class_name} of its config.json "
-                f"needs {list(expected)}",
-                hint="config.json and weights of the base are of different models: fetch the base again",
-                check="base-inconsistent",
-                tensor=name,
-            )
+            got, needed = tuple(stored), tuple(expected)
+            fact = BaseShapeClash(base=label, class_name=shape.class_name, name=name, got=got, expected=needed)
+            raise Undecidable(fact)
 
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -397,12 +369,18 @@ def measure_base(
     )
 
 
+def caught(error: BaseException) -> Caught:
+    """A library's exception as a fact."""
+    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    return Caught(kinds=kinds, text=first_line(error), detail=str(error)[:2000])
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something, cut to a readable length; for messages.
 
-    With the next one, where it ends with a colon.
+    With the next one, if it ends with a colon.
     """
     text = _REPORT_ABOVE.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = 2 if lines and lines[0].endswith(":") else 1
-    return (" ".join(lines[:said]) or type(error).__name__)[:400]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return (" ".join(lines[:count]) or type(error).__name__)[:400]

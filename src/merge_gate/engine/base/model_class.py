@@ -24,10 +24,11 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from merge_gate.engine.base.loaded_base import ModelClass, first_line, remote_code_refused
+from merge_gate.engine.base.loaded_base import ModelClass, caught
 from merge_gate.engine.base.other_class import stored_names
-from merge_gate.errors import EngineError
+from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles
+from merge_gate.records.refusals import BaseRaised, RemoteCodeNeeded
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 TASK_CLASSES = {
@@ -48,7 +49,7 @@ def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = 
     """Choose by the rules above.
 
     Raises:
-        EngineError: the base's config.json cannot be read.
+        Undecidable: the base's config.json cannot be read.
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
     asked = _class_for(config, files, trust_remote_code=trust_remote_code)
@@ -68,11 +69,8 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # OSError, ValueError, KeyError and more, by the kind of damage
         if "trust_remote_code" in str(error):
-            raise remote_code_refused("the base's config.json") from error
-        raise EngineError(
-            f"the base's config.json cannot be read: {type(error).__name__}: {first_line(error)}",
-            hint="the base must be a directory saved by save_pretrained, of a model type that transformers knows",
-        ) from error
+            raise Undecidable(RemoteCodeNeeded()) from error
+        raise Undecidable(BaseRaised(base="", error=caught(error))) from error
 
 
 # --- the class -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.engine.tensors.quantized import BNB_4BIT, BNB_8BIT, elements, is_quantized
-from merge_gate.errors import EngineError
+from merge_gate.errors import Undecidable
+from merge_gate.records.refusals import LoadedOtherwise, QuantizationUnknown
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 PACKINGS = {BNB_4BIT: Quantization.BNB_4BIT, BNB_8BIT: Quantization.BNB_8BIT}
 """The packing of a parameter by its class."""
-
-_UNQUANTIZED = "gate and merge on the unquantized base that the adapter was trained on"
 
 
 def declared(directory: str) -> str | None:
@@ -46,16 +45,11 @@ def _method(found: dict[str, Any]) -> str:
 
 
 def refuse_unknown_format(directory: str, label: str) -> None:
-    """Raise an EngineError if config.json declares a quantization that this release of transformers cannot load."""
+    """Raise `Undecidable` if config.json declares a quantization that this release of transformers cannot load."""
     method = declared(directory)
     if not method or method in AUTO_QUANTIZATION_CONFIG_MAPPING or method in set(PACKINGS.values()):
         return
-    raise EngineError(
-        f"base {label}: its config.json declares quantization by {method!r}, which transformers "
-        f"{transformers.__version__} cannot load",
-        hint=_UNQUANTIZED,
-        check="base-format",
-    )
+    raise Undecidable(QuantizationUnknown(base=label, method=method, transformers=transformers.__version__))
 
 
 # --- a loaded model --------------------------------------------------------------------------------------------------
@@ -101,27 +95,26 @@ def loaded_dtypes(tensors: Iterable[torch.Tensor]) -> tuple[tuple[str, float], .
 
 
 def refuse_other_packing(model: Any, source: Source, dtype: str) -> None:
-    """Raise an EngineError if a base was loaded as something else than the config asks for."""
-    loaded, quantization, label = loaded_quantization(model, source.directory), source.quantization, source.label
-    if quantization is not Quantization.NONE and loaded != quantization:
-        raise EngineError(
-            f"base {label} was loaded with quantization {loaded}, and the config asks for {quantization}",
-            hint="name the unquantized base, or leave quantization out",
-            check="base-format",
-        )
-    found = dtype_name(main_dtype(model))
-    if dtype in ("auto", found) or quantization is not Quantization.NONE:
-        return
-    if loaded != Quantization.NONE:
-        raise EngineError(
-            f"base {label} is stored as {loaded}, whose weights are {found} when they are dequantized, and the config "
-            f"asks for dtype: {dtype}",
-            hint=f"ask for dtype: auto or {found}, or name the unquantized base",
-            check="base-format",
-        )
-    if dtype not in {dtype_name(one.dtype) for one in model.parameters()}:  # a class may keep some in float32
-        raise EngineError(
-            f"base {label} was loaded in {found}, and the config asks for dtype: {dtype}",
-            hint=f"ask for dtype: auto or {found}: {type(model).__name__} does not load in another one",
-            check="base-format",
+    """Raise `Undecidable` if a base was loaded as something else than the config asks for."""
+    loaded, asked, found = (
+        loaded_quantization(model, source.directory),
+        source.quantization,
+        dtype_name(main_dtype(model)),
+    )
+    if asked is not Quantization.NONE:
+        is_as_asked = loaded == asked
+    elif dtype in ("auto", found):
+        is_as_asked = True
+    else:  # a class may keep some parameters in float32
+        is_as_asked = loaded == Quantization.NONE and dtype in {dtype_name(one.dtype) for one in model.parameters()}
+    if not is_as_asked:
+        raise Undecidable(
+            LoadedOtherwise(
+                base=source.label,
+                class_name=type(model).__name__,
+                quantization=loaded,
+                asked_quantization=asked,
+                dtype=found,
+                asked_dtype=dtype,
+            )
         )

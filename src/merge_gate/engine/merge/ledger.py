@@ -21,14 +21,8 @@ from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.engine.merge import tensor_result
 from merge_gate.engine.tensors.quantized import elements
 from merge_gate.errors import Refused
-from merge_gate.records.measured import Refusal, TensorMerge, TensorStats
-from merge_gate.records.terms import Origin
-from merge_gate.text import listing
-
-_INNER = (
-    "PEFT merges the outer one of two layers of which one is inside of the other (target_parameters on a module, "
-    "target_modules on a part of it): serve the adapter unmerged, or train it anew with one of the two"
-)
+from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.refusals import LayerLeftUnmerged, ResultLacksTensors
 
 
 @dataclass(slots=True)
@@ -59,19 +53,12 @@ class Ledger:
         """
         left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if left is not None:
-            raise _refused(f"PEFT left {left} unmerged in its result", _INNER)
+            raise Refused(LayerLeftUnmerged(module=left))
         named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
         gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
         if gone:
             wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
-            message = f"PEFT's result lacks {listing(gone, 3)} of the base"
-            if not wrapped:
-                raise _refused(message)
-            raise _refused(
-                f"{message}: it leaves what modules_to_save names in its wrapper, and saves it under other names",
-                "put each wrapper's trained module (modules_to_save.default) in its place before the merged model is "
-                "saved, or serve the adapter unmerged",
-            )
+            raise Refused(ResultLacksTensors(names=tuple(gone), in_wrapper=wrapped))
         for name, module, tensor in named_tensors(merged):
             self.total += elements(tensor)
             known = self.base.tensors.get(self.base.first_name(name))
@@ -137,7 +124,3 @@ def _names_in_forward(module_class: type[nn.Module]) -> set[str]:
 def _agree(tokens: Mapping[str, int], modules: tuple[str, ...]) -> bool:
     """Whether all modules that count carry the same tokens."""
     return len({tokens[path] for path in modules if path in tokens}) == 1
-
-
-def _refused(message: str, hint: str = "") -> Refused:
-    return Refused(Refusal(check="not-mergeable", message=message, hint=hint, origin=Origin.MERGE))

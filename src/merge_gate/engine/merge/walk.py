@@ -35,9 +35,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from merge_gate.engine.adapter.known_defects import blamed_on, refused_by_peft
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
-from merge_gate.engine.base.loaded_base import Base, first_line
+from merge_gate.engine.adapter.peft_config import raised
+from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.merge import tensor_result
 from merge_gate.engine.merge.ledger import Ledger
 from merge_gate.engine.merge.plan import BlockLayer, agrees, plan_blocks
@@ -47,8 +47,9 @@ from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import threads
-from merge_gate.errors import EngineError, Refused
+from merge_gate.errors import Refused, Undecidable
 from merge_gate.records.measured import Leeway, TensorMerge
+from merge_gate.records.refusals import NotMeasured, Step
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 Progress = Callable[[int, int, str], None]
@@ -134,14 +135,14 @@ class Walk:
 
         Raises:
             Refused: PEFT cannot merge this adapter. The message is PEFT's.
-            EngineError: a measurement failed, which says nothing about the adapter.
+            Undecidable: a measurement failed, which says nothing about the adapter.
         """
         self._merge_beside([(path, layer) for path, layer in self._layers if id(layer) not in self.blocks])
         for path, layer in self._layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
             merged = self.loaded.model.merge_and_unload(safe_merge=True)
-        except (Refused, EngineError, MemoryError, torch.OutOfMemoryError):
+        except (Refused, Undecidable, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
             raise self._refused(error) from error
@@ -163,9 +164,7 @@ class Walk:
             except (Refused, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                raise EngineError(
-                    f"{path} could not be measured: {type(error).__name__}: {first_line(error)}"
-                ) from error
+                raise Undecidable(NotMeasured(module=path, error=caught(error))) from error
             finally:
                 self._depth -= 1
 
@@ -283,8 +282,7 @@ class Walk:
             slot.put(tensor, data)
 
     def _refused(self, error: Exception) -> Refused:
-        config = self.loaded.config
-        return Refused(blamed_on(refused_by_peft(config, error), self.base, config.peft_type.value))
+        return Refused(raised(Step.MERGE, error, self.loaded.config, self.base))
 
     def _tried(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
         """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""

@@ -25,8 +25,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.private_copies import PrivateCopies, slots_of
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.errors import Refused
-from merge_gate.records.measured import Refusal
-from merge_gate.records.terms import Origin
+from merge_gate.records.refusals import OtherForward
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,22 +55,7 @@ def refuse_other_merges(base: Base, loaded: Loaded) -> None:
         off = _off(base, loaded, layer)
         if off > OFF_SHARE:
             name = path.removeprefix(ADAPTER_PREFIX).removesuffix(".token_adapter")
-            raise Refused(
-                Refusal(
-                    check="not-mergeable",
-                    message=(
-                        f"{name} is a {type(layer.get_base_layer()).__name__}, which does more than multiply by its "
-                        "weight or look its rows up: run alone, the layer merged is off from the layer unmerged by "
-                        f"{off:.0%} of what the adapter changes"
-                    ),
-                    hint=(
-                        "serve the adapter unmerged, as it was trained; or take that layer out of target_modules "
-                        "(exclude_modules) and train again"
-                    ),
-                    module=name,
-                    origin=Origin.CONFIG,
-                )
-            )
+            raise Refused(OtherForward(module=name, class_name=type(layer.get_base_layer()).__name__, share=off))
 
 
 def _is_of_its_own(layer: nn.Module) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from merge_gate.errors import EngineError
+from merge_gate.errors import Undecidable
 from merge_gate.records.measured import TensorStats
+from merge_gate.records.refusals import TensorWithoutValues
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements per step of the slow pass: bounds its own memory (masks and widened copies) to tens of MiB."""
@@ -45,10 +46,10 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
     """Measure a dense tensor of any shape and dtype.
 
     Raises:
-        EngineError: the tensor has no values to look at (meta device).
+        Undecidable: the tensor has no values to look at (meta device).
     """
     if tensor.is_meta:
-        raise EngineError(f"tensor {name} has no values (it is on the meta device), so it cannot be checked")
+        raise Undecidable(TensorWithoutValues(name=name))
     values = _plain(tensor)
     stats = TensorStats(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), numel=tensor.numel())
     if values.numel() == 0:

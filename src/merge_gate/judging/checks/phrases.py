@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sized
 
+from merge_gate.records.files import Pattern
 from merge_gate.records.measured import TensorStats
-from merge_gate.text import counted
+from merge_gate.text import counted, quoted
 
 
 def describe_nonfinite(stats: TensorStats) -> str:
@@ -43,3 +44,8 @@ def tensors(found: Sized) -> str:
 def are(found: Sized) -> str:
     """The verb that goes with so many."""
     return "are" if len(found) != 1 else "is"
+
+
+def describe_pattern(pattern: Pattern) -> str:
+    """`target_modules in adapter_config.json is "("`, cut to a readable length."""
+    return f"{pattern.place} in adapter_config.json is {quoted(pattern.text, 200)}"
