@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate import claimed_directory
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
-from merge_gate.report.stored import output_directory
 from merge_gate.report.stored.output_directory import claimed, explained, written
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
@@ -51,7 +51,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(output_directory.fcntl, "flock", refuse)
+    monkeypatch.setattr(claimed_directory.fcntl, "flock", refuse)
     write_report(PASS, tmp_path)
     with claimed(tmp_path):
         assert not (tmp_path / "report.json").exists()

@@ -12,14 +12,11 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.claimed_directory import claimed_directory
 from merge_gate.earlier_reports import EarlierReports, move_aside
-from merge_gate.errors import UsageError
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.regular_file import chunks, open_regular_file
 from merge_gate.whole_file import whole_file
-
-with contextlib.suppress(ImportError):  # not on Windows, where the step ends before it comes to this
-    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,23 +34,8 @@ def claimed(target: Path) -> Iterator[EarlierReports]:
         OSError: the directory cannot be used.
     """
     target.mkdir(parents=True, exist_ok=True)
-    folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            _lock(folder, target)
+    with claimed_directory(target, chosen_by="`output`"):
         yield move_aside(target, chosen_by="`output`")
-    finally:
-        os.close(folder)
-
-
-def _lock(folder: int, target: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"output: another run writes its report to {target} at this moment",
-            hint="give each run a directory of its own",
-        ) from error
 
 
 def take(source: Path, target: Path) -> list[str]:

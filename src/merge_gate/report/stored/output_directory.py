@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from merge_gate.claimed_directory import claimed_directory
 from merge_gate.earlier_reports import EarlierReports, move_aside
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _DISK = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
 )
-_HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 
 
 @contextlib.contextmanager
@@ -39,26 +38,23 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
             has not ended writes to it.
     """
     folder = Path(directory)
-    made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    made = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
     make_directory(folder)
     try:
-        with explained(f"cannot use the output directory {folder}"):
-            lock = os.open(folder, os.O_RDONLY)
-        try:
-            _lock(lock, folder)
+        with contextlib.ExitStack() as stack:
+            with explained(f"cannot use the output directory {folder}"):
+                stack.enter_context(claimed_directory(folder))
             with explained(f"cannot move the report of an earlier run aside in {folder}"):
                 earlier = move_aside(folder)
             yield earlier
-        finally:
-            os.close(lock)
     finally:
         with contextlib.suppress(OSError):
-            for one in made:
-                one.rmdir()  # fails unless it is empty
+            for parent in made:
+                parent.rmdir()  # fails unless it is empty
 
 
 def make_directory(folder: Path) -> None:
-    """Make the output directory where it is absent; never through a link."""
+    """Make the output directory if it is absent; never through a link."""
     with explained(f"cannot make the output directory {folder}"):
         if folder.is_symlink():
             raise UsageError(
@@ -115,7 +111,7 @@ class Written(NamedTuple):
 
 
 def written(directory: str | Path) -> Written | None:
-    """What the report in `directory` says; None where there is none that can be read."""
+    """What the report in `directory` says; None if there is none that can be read."""
     try:
         document = json.loads(Path(directory, "report.json").read_bytes())
         return Written(complete=document["complete"] is True, result=Result(document["result"]))
@@ -134,16 +130,3 @@ def explained(what: str, *, chosen_by: str = " with --output") -> Iterator[None]
             hint = f"free some space on that disk, or choose another directory{chosen_by}"
             raise GateError(message, hint=hint) from error
         raise UsageError(message, hint=f"choose a directory that you may write to{chosen_by}") from error
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """The lock is the system's: it ends with the process, however that ends, and leaves no file."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            raise UsageError(
-                f"another run of merge-gate writes to {folder} and has not ended",
-                hint="wait for it, or choose another directory with --output",
-            ) from error
-        # a file system without locks: two runs at once are then the caller's to prevent

@@ -1,13 +1,12 @@
-"""The worker's own directory: made for each, and taken away, also after a run that was killed.
+"""The worker's own directory: made for each worker, and removed afterwards.
 
-In: nothing. Out: an empty directory. A lock of the system is held on it for as long as its run lives: what nobody holds
-is of a dead run, and is removed by the next one.
+In: nothing. Out: an empty directory. A run holds the system's lock on its directory. A directory that no process holds
+is of a killed run, and the next run removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 
 PREFIX = "merge-gate-worker-"
 _NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
@@ -30,14 +31,9 @@ _YOUNG_S = 60.0
 def private_directory() -> Iterator[str]:
     """A directory of this process's own, gone afterwards; those of dead runs are gone at once."""
     _remove_dead(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as directory:
-        lock = os.open(directory, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield directory
-        finally:
-            os.close(lock)
+    directories = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    with directories as directory, locked_directory(directory):
+        yield directory
 
 
 def _remove_dead(parent: Path) -> None:
@@ -48,13 +44,13 @@ def _remove_dead(parent: Path) -> None:
 
 
 def _remove_if_dead(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            found = os.fstat(descriptor)
-            mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == _MODE
-            if mine and time.time() - found.st_mtime > _YOUNG_S:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(OSError, AlreadyLockedError):
+        # 1. Look before locking: its run may be about to lock a young one.
+        found = directory.lstat()
+        is_own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == _MODE
+        if not is_own or time.time() - found.st_mtime <= _YOUNG_S:
+            return
+        # 2. Remove what no process holds, and what is still there.
+        with locked_directory(directory, follow=False) as lock:
+            if lock.is_held and os.path.samestat(found, os.fstat(lock.descriptor)):
                 shutil.rmtree(directory, ignore_errors=True)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,88 @@
+"""A directory that one process holds at a time.
+
+In: the path of a directory. Out: the system's lock on it. Standard library of Python 3.9 only, because the action uses
+it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from merge_gate.errors import UsageError
+
+with contextlib.suppress(ImportError):  # not on Windows, where the action ends before it needs a lock
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+
+
+class AlreadyLockedError(Exception):
+    """Another process holds the directory."""
+
+
+class DirectoryLock(NamedTuple):
+    """An open directory. `is_held` is False on a file system without locks."""
+
+    descriptor: int
+    is_held: bool
+
+
+@contextlib.contextmanager
+def locked_directory(path: str | Path, *, follow: bool = True) -> Iterator[DirectoryLock]:
+    """Hold the lock of a directory. The system ends it with the process, however that ends, and it leaves no file.
+
+    Args:
+        path: the directory.
+        follow: whether `path` may be a symbolic link.
+
+    Raises:
+        AlreadyLockedError: another process holds it.
+        OSError: the directory cannot be opened.
+    """
+    descriptor = os.open(path, _FLAGS if follow else _FLAGS | _NO_LINK)
+    try:
+        yield DirectoryLock(descriptor, _is_locked(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise AlreadyLockedError from error
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def claimed_directory(folder: Path, *, chosen_by: str = "--output") -> Iterator[None]:
+    """Hold a directory for one run. On a file system without locks the caller has to prevent a second run.
+
+    Args:
+        folder: a directory for reports.
+        chosen_by: the option or input that named it, for the hint.
+
+    Raises:
+        UsageError: a run that has not ended holds it.
+        OSError: it cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_directory(folder))
+        except AlreadyLockedError as error:
+            raise UsageError(
+                f"another run of merge-gate writes to {folder} and has not ended",
+                hint=f"wait for it, or choose another directory with {chosen_by}",
+            ) from error
+        yield
