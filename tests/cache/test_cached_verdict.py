@@ -21,7 +21,7 @@ from merge_gate.cache.cached_verdict import (
     sealed,
 )
 from merge_gate.cache.seal import Seal
-from merge_gate.judging.all_checks import undecided
+from merge_gate.judging.undecided import undecided
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
