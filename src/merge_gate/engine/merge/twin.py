@@ -1,12 +1,11 @@
-"""The twin of a merge, into float32 copies: with the merge's own delta where that does not depend on the copies.
+"""A layer's second merge, into float32 copies, against which the loss by rounding is measured.
 
-A packed weight has no such copies: there the twin is what PEFT packs again.
+In: a tuner layer that PEFT merges twice. Out: the second merge in less time, with the same bits; for a packed weight,
+the values that PEFT packs. Knows no method.
 
-In: a tuner layer that PEFT merges twice. Out: the second merge in less time, with the same bits. Knows no method.
-
-Most of a merge is its delta, and most methods make that (`get_delta_weight`) without a look at the weight it is for. Of
-each kind of layer the first shows whether it is so: there both deltas are made, and have to have the same bits. The
-others of the kind then get the first one twice.
+1. Most of a merge is its delta, and most methods make it (`get_delta_weight`) without a look at the weight.
+2. The first layer of each kind shows whether this is so: both merges make the delta, and the bits have to be equal.
+3. If they are, the second merge of the other layers of the kind reuses the delta of the first.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _METHOD = "get_delta_weight"
 
 
 class Deltas:
-    """What a layer's `get_delta_weight` gives inside of the `with` block, by the adapter that it is asked for."""
+    """The deltas that a layer's `get_delta_weight` returns inside of the `with` block, by adapter."""
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._own = layer, getattr(layer, _METHOD, None)
@@ -44,7 +43,7 @@ class Deltas:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Each is what it was, as long as nobody has written to it."""
+        """Step 3: `get_delta_weight` returns the kept delta, unless PEFT has written to it since."""
         self._call(self._repeat)
         try:
             yield
@@ -53,7 +52,7 @@ class Deltas:
 
     @contextlib.contextmanager
     def compared(self) -> Iterator[list[bool]]:
-        """Each is made anew. Yields whether it has the bits that it had; one that is zero all over shows nothing."""
+        """Step 2: make each delta again. Yields whether its bits are the kept ones. A delta of zeros proves nothing."""
         found: list[bool] = []
 
         def compare(*given: Any, **named: Any) -> Any:
@@ -96,7 +95,7 @@ class Deltas:
 
 @dataclass(slots=True, kw_only=True)
 class Twins:
-    """Kinds of layers whose deltas are known to depend on the copies that they are merged into, or not to."""
+    """The kinds of layers seen so far. `free`: whether their deltas are free of the weight that they are for."""
 
     free: dict[object, bool] = field(default_factory=dict)
 
@@ -114,7 +113,7 @@ class Twins:
 
 
 def _kind(layer: Any) -> object:
-    """Layers of one kind are merged by the same code in the same shapes."""
+    """The same code merges all layers of one kind, in the same shapes."""
     variant = (getattr(layer, "lora_variant", None) or {}).get(ADAPTER_NAME)
     own = (*layer.named_parameters(), *layer.named_buffers())
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in own if "base_layer." not in name)
@@ -123,7 +122,7 @@ def _kind(layer: Any) -> object:
 
 
 def _parts(delta: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors of a delta; none if it is something else as well."""
+    """The tensors of a delta; none if it holds anything else."""
     parts = delta if isinstance(delta, tuple) else (delta,)
     plain = all(type(part) in {torch.Tensor, nn.Parameter} and part.layout is torch.strided for part in parts)
     return parts if plain else ()
@@ -131,10 +130,10 @@ def _parts(delta: Any) -> tuple[torch.Tensor, ...]:
 
 @contextlib.contextmanager
 def sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
-    """Yields what PEFT makes packed weights of inside of the block, in its order: W + delta before re-quantising.
+    """Yields the values that PEFT packs inside of the block, in its order: W + delta before it is quantized again.
 
-    Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), and all end by making a parameter of the
-    kind that was there. For one layer at a time: the kind is everybody's.
+    Each method adds in its own way (OFT and RoAd rotate, HiRA multiplies), but all end with a new parameter of the
+    packed class. For one layer at a time, because the class is patched for all.
     """
     found: list[torch.Tensor] = []
     packed: set[Any] = {type(slot.parameter) for slot in slots if is_quantized(slot.parameter)}
@@ -159,7 +158,7 @@ def sums(slots: list[Slot]) -> Iterator[list[torch.Tensor]]:
 
 
 def exact_quantized(changed: list[tuple[Slot, torch.Tensor]], found: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W + delta before re-quantising, by the base's names: the last of these sums, where one weight is packed."""
+    """W + delta before it is quantized again, by the base's name: the last of these sums, if one weight is packed."""
     packed = [(slot, tensor) for slot, tensor in changed if is_quantized(tensor)]
     if len(packed) != 1 or not found or found[-1].numel() != elements(packed[0][1]):
         return {}

@@ -1,14 +1,13 @@
 """Values → 4 bits on a CPU, with the bits of bitsandbytes, in a quarter of its time.
 
-In: values, how many of them share a scale, and the 4-bit type. Out: packed codes and scales, or None where
+In: values, the number of them that share a scale, and the 4-bit type. Out: packed codes and scales, or None if
 bitsandbytes' own function has to make them. Knows no PEFT, no models, no files; judges nothing.
 
-bitsandbytes (backends/default/ops.py, `quantize_4bit`) takes a whole weight at once, and looks up the code of each
-value by bisection. A code is the number of bounds below the scaled value. So here each of the 15 bounds is compared
-with all values of a block that stays in cache, and the outcomes are added: exact operations, after the same scaling.
-
-bitsandbytes is the witness: on values of all sizes and on the bounds themselves, once in a process, and on the first
-values of every weight of a base.
+1. Scale the values as bitsandbytes does (backends/default/ops.py, `quantize_4bit`).
+2. A code is the number of bounds below the scaled value. bitsandbytes finds it by bisection, in whole weights. Here each
+   of the 15 bounds is compared with all values of a block in cache, and the results are added. That is exact.
+3. bitsandbytes cross-checks this: once per process on values of all sizes and on the bounds themselves, and on the first
+   values of every weight of a base.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ import torch
 from merge_gate.engine.tensors.threads import spread
 
 LEAST_SCALE = 1e-38
-"""What bitsandbytes divides by at least."""
+"""The least scale that bitsandbytes divides by."""
 
 BLOCK = 1 << 18
-"""So many values at once: 1 MiB in float32."""
+"""Number of values that are quantized at once: 1 MiB in float32."""
 
-WITNESSED = 1 << 14
-"""So many values of each weight bitsandbytes quantises as well."""
+CROSS_CHECKED = 1 << 14
+"""Number of values per weight that bitsandbytes quantizes too, as a cross-check."""
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that bitsandbytes quantises."""
+"""Dtypes that bitsandbytes quantizes."""
 
 Packed = tuple[torch.Tensor, torch.Tensor]
-"""Two codes in a byte, (n / 2, 1); and a float32 scale for every `blocksize` values."""
+"""Two codes in each byte, (n / 2, 1), and a float32 scale for every `blocksize` values."""
 
 
 @functools.cache
 def bnb() -> Any:
-    """Its functions."""
+    """The functions of bitsandbytes."""
     from bitsandbytes import functional  # noqa: PLC0415 - slow to import, needed by few bases
 
     return functional
@@ -48,12 +47,12 @@ def bnb() -> Any:
 
 @functools.cache
 def _quantize_4bit() -> Any:
-    """Its own, whatever stands in its place while a base loads."""
+    """bitsandbytes' own function, even while a base loads and `loading_in_blocks` has replaced it."""
     return bnb().quantize_4bit
 
 
 def quantized(values: torch.Tensor, blocksize: int, quant_type: str) -> Packed | None:
-    """A few values in 4 bits. None where they are not finite, not on a CPU, or this bitsandbytes does otherwise."""
+    """A few values in 4 bits. None if they are not finite, not on a CPU, or if this bitsandbytes has other bits."""
     suits = values.device.type == "cpu" and values.dtype in STORED and values.numel() and not values.numel() % blocksize
     if not suits or not _proved(blocksize, quant_type, values.dtype):
         return None
@@ -72,7 +71,7 @@ def _counted(values: torch.Tensor, blocksize: int, quant_type: str) -> Packed | 
 
 
 def codes(scaled: torch.Tensor, quant_type: str) -> torch.Tensor:
-    """The codes of float32 values between -1 and 1."""
+    """Step 2 for float32 values between -1 and 1."""
     bounds, order = _bounds(quant_type)
     below = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
     is_below = torch.empty(scaled.shape, dtype=torch.bool, device=scaled.device)
@@ -84,7 +83,7 @@ def codes(scaled: torch.Tensor, quant_type: str) -> torch.Tensor:
 
 @functools.cache
 def _bounds(quant_type: str) -> tuple[list[float], torch.Tensor | None]:
-    """What lies between the values of a 4-bit type in their order, and their codes, if these are in another order."""
+    """The bounds between the sorted values of a 4-bit type, and the codes of these values if they are not sorted."""
     values, order = bnb().get_4bit_type(quant_type, device="cpu").sort()
     middles = ((values[:-1] + values[1:]) / 2).tolist()
     return middles, None if torch.equal(order, torch.arange(len(order))) else order.to(torch.uint8)
@@ -92,7 +91,7 @@ def _bounds(quant_type: str) -> tuple[list[float], torch.Tensor | None]:
 
 @functools.cache
 def _proved(blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
-    """Whether bitsandbytes makes the same of values of all sizes, of the bounds, and of their neighbours."""
+    """Step 3: whether bitsandbytes has the same bits for values of all sizes, for the bounds, and next to them."""
     values = torch.randn(1 << 10, blocksize, generator=torch.Generator().manual_seed(0))
     middles = torch.tensor(_bounds(quant_type)[0])
     edges = torch.cat((middles, middles.nextafter(torch.ones(())), middles.nextafter(-torch.ones(()))))
@@ -106,16 +105,16 @@ def _proved(blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
     return found is not None and torch.equal(found[0], packed) and torch.equal(found[1], state.absmax)
 
 
-# --- a base that is quantised while it loads -----------------------------------------------------------------------
+# --- a base that is quantized while it loads -----------------------------------------------------------------------
 
 
 @contextmanager
 def loading_in_blocks() -> Iterator[None]:
-    """Inside, bitsandbytes' layers are quantised so, on all cores."""
+    """Inside of this context, the layers of bitsandbytes are quantized in blocks, on all cores."""
     own = _quantize_4bit()
 
     @functools.wraps(own)
-    def in_blocks(A: torch.Tensor, *rest: Any, **named: Any) -> Any:  # noqa: N803 - bitsandbytes' own name of it
+    def in_blocks(A: torch.Tensor, *rest: Any, **named: Any) -> Any:  # noqa: N803 - bitsandbytes' own name
         made = None if rest else _in_blocks(A, **named)
         return own(A, *rest, **named) if made is None else made
 
@@ -135,7 +134,7 @@ def _in_blocks(
     quant_storage: torch.dtype = torch.uint8,
     **others: Any,
 ) -> tuple[torch.Tensor, Any] | None:
-    """What bitsandbytes' function returns; None where it is asked for more than this."""
+    """The same result as bitsandbytes' function; None for options that are not handled here."""
     sharing = blocksize or 64
     if others or compress_statistics or quant_storage is not torch.uint8:
         return None
@@ -144,7 +143,7 @@ def _in_blocks(
     made = [one for one in found if one is not None]
     if len(made) < len(found):
         return None
-    packed, state = _quantize_4bit()(blocks[0][:WITNESSED], blocksize=sharing, quant_type=quant_type)
+    packed, state = _quantize_4bit()(blocks[0][:CROSS_CHECKED], blocksize=sharing, quant_type=quant_type)
     ours = made[0][0][: len(packed)], made[0][1][: len(state.absmax)]
     if not (torch.equal(ours[0], packed) and torch.equal(ours[1], state.absmax)):
         return None
