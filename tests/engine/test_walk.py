@@ -213,7 +213,7 @@ def test_a_delta_that_was_written_to_is_made_anew() -> None:
     layer = Layer(torch.ones(3))
     with Deltas(layer) as deltas:
         layer.get_delta_weight("default").mul_(2)
-        with deltas.again():
+        with deltas.second_merge(reuses=True):
             assert torch.equal(layer.get_delta_weight("default"), torch.ones(3))
     assert "get_delta_weight" not in vars(layer)
 
@@ -223,6 +223,6 @@ def test_a_delta_of_zeros_shows_nothing() -> None:
         layer = Layer(torch.full((3,), value))
         with Deltas(layer) as deltas:
             layer.get_delta_weight("default")
-            with deltas.compared() as found:
+            with deltas.second_merge(reuses=False) as found:
                 layer.get_delta_weight("default")
         assert found == [shown]

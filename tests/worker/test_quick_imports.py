@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import transformers
 from packaging.version import Version
-from transformers.utils import import_utils
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
@@ -41,16 +38,9 @@ with quick:
     are_there = [name in sys.modules for name in ("scipy.optimize._optimize", "torch._dynamo.convert_frame")]
 """
 SAID = """
-import fsspec, importlib.metadata, torch
+import fsspec, torch
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
 from transformers.utils import import_utils
-def places():
-    for name in simple_registry.singleton._data:
-        holder = simple_registry.singleton._data[name].fake_impl
-        kernels = holder.kernels if hasattr(holder, "kernels") else filter(None, [holder.kernel])  # as in torch 2.6
-        for kernel in kernels:
-            yield name, kernel.source
-from torch._library import simple_registry
 marked = transformers.generation.continuous_batching.cache.PagedAttentionCache.update
 found = {
     "names": sorted(dir(transformers)),
@@ -60,10 +50,8 @@ found = {
     "scipy": transformers.utils.is_scipy_available(),
     "statistics": "scipy.stats" in sys.modules,
     "reading": import_utils.create_import_structure_from_path.cache_parameters(),
-    "lists": import_utils.fetch__all__.__name__,
     "matching": [side.tolist() for side in linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])],
     "peft": sorted(dir(peft)),
-    "looks": importlib.metadata.entry_points.__qualname__,
     "plugins": sorted(fsspec.available_protocols()),
     "compiled": [torch.compile.__module__, torch.compile(len) is len, torch.compiler.disable(len)([1])],
     "marked": [marked.__module__, marked.__qualname__, str(inspect.signature(marked))],
@@ -73,7 +61,6 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 found["scipy's"] = sorted(dir(scipy.optimize))
 found["the compiler's"] = sorted(dir(torch._dynamo))
 found["its part"] = torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex is TransformGetItemToIndex
-found["places"] = [torch._library.utils.get_source.__qualname__, sorted(map(str, places()))]
 found["finders"] = [type(one).__name__ for one in sys.meta_path if one not in before]
 print(json.dumps([are_there, found]))
 """
@@ -159,22 +146,14 @@ import functools
 def create_import_structure_from_path(path):
     return [path]
 """
-LISTS = "def fetch__all__(text):\n    return [line for line in text.splitlines() if line.startswith('__all__')]"
-LAST, FIRST = f"{LISTS}[-1:]\n", f"{LISTS}[:1]\n"
-BOTH = {"create_import_structure_from_path", "fetch__all__"}
 
 
 @pytest.mark.parametrize(
     ("source", "changed"),
-    [
-        (READS + LAST, BOTH),
-        (LAST, {"fetch__all__"}),
-        (READS + FIRST, {"create_import_structure_from_path"}),
-        ("", set()),
-    ],
-    ids=["both", "a release that remembers nothing", "one that wants the first list", "one that has neither"],
+    [(READS, {"create_import_structure_from_path"}), (READS.replace("@functools.lru_cache", ""), set()), ("", set())],
+    ids=["a cache", "a release without a cache", "a release without the function"],
 )
-def test_only_what_is_known_is_read_in_less_time(
+def test_a_cache_without_a_limit_is_there_only_meanwhile(
     source: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another release of transformers is imported as it is."""
@@ -186,61 +165,6 @@ def test_only_what_is_known_is_read_in_less_time(
         meanwhile = dict(vars(module))
     assert sys.modules.pop("structures") is module
     assert {name for name, value in vars(module).items() if meanwhile[name] is not value} == changed, "and is put back"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "import x\n",
-        '__all__ = ["one", "two"]',
-        'x\n__all__ = [\n    "one",\n    "two",\n]\ny\n',
-        '__all__ = ["one"]\n__all__ = ["two"]\n',
-        'x\r\n__all__ = ["one"]\r\n',
-        'x\n__all__ = ["one"]\n\x0c__all__ = ["two"]\n',
-        '  __all__ = ["one"]\n',
-        "x = __all__\n",
-    ],
-)
-def test_a_list_is_the_same_from_its_line_on(text: str) -> None:
-    assert import_utils.fetch__all__(quick_imports.from_last_list(text)) == import_utils.fetch__all__(text)
-
-
-def test_what_is_installed_is_looked_through_once_and_then_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, str]] = []
-    look = importlib.metadata.entry_points
-
-    def counting(**wanted: str) -> Any:
-        asked.append(wanted)
-        return look(**wanted)
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", counting)
-    with quick_imports.quick_imports():
-        meanwhile = importlib.metadata.entry_points
-        assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
-        assert list(meanwhile(group="none")) == list(look(group="none"))
-    assert asked == [{}]
-    assert list(meanwhile(group="console_scripts")) == list(look(group="console_scripts"))
-    assert asked == [{}, {"group": "console_scripts"}]
-    assert importlib.metadata.entry_points is counting
-
-
-@pytest.mark.parametrize("source", ["import inspect, sys\n{}", "{}"], ids=["it is that", "it says something else"])
-def test_a_place_is_noted_without_its_source_where_that_is_the_same(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = "(lambda frame: f'{frame.filename}:{frame.lineno}')(inspect.getframeinfo(sys._getframe(stacklevel)))"
-    body = f"def get_source(stacklevel):\n    return {said if 'inspect' in source else repr('nowhere')}\n"
-    (tmp_path / "places.py").write_text(source.format(body), encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quick_imports, "_PLACES", "places")
-    with quick_imports.quick_imports():
-        module = importlib.import_module("places")
-        quick = module.get_source
-        here = quick(1)
-    assert here == (f"{__file__}:{inspect.currentframe().f_lineno - 1}" if "inspect" in source else "nowhere")
-    assert (module.get_source is quick) == ("inspect" not in source)
-    del sys.modules["places"]
 
 
 def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

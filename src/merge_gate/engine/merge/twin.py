@@ -11,7 +11,7 @@ the values that PEFT packs. Knows no method.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -32,65 +32,53 @@ class Deltas:
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._own = layer, getattr(layer, _METHOD, None)
-        self._kept: dict[str, tuple[Any, tuple[int, ...]]] = {}
+        self._kept: dict[Any, tuple[tuple[torch.Tensor, ...], list[int], Any]] = {}
+        self._reuses = False
+        self._outcomes: list[bool] | None = None
 
     def __enter__(self) -> Self:
-        self._call(self._keep)
+        if self._own is not None:
+            self._layer.__dict__[_METHOD] = self._get
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._layer.__dict__.pop(_METHOD, None)
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Step 3: `get_delta_weight` returns the kept delta, unless PEFT has written to it since."""
-        self._call(self._repeat)
+    def second_merge(self, *, reuses: bool) -> Iterator[list[bool]]:
+        """Step 2 or, with `reuses`, step 3.
+
+        Step 2 yields whether each delta has the bits of the first merge. A delta of zeros proves nothing, and counts as
+        different.
+        """
+        outcomes: list[bool] = []
+        self._reuses, self._outcomes = reuses, outcomes
         try:
-            yield
+            yield outcomes
         finally:
-            self._call(self._keep)
+            self._reuses, self._outcomes = False, None
 
-    @contextlib.contextmanager
-    def compared(self) -> Iterator[list[bool]]:
-        """Step 2: make each delta again. Yields whether its bits are the kept ones. A delta of zeros proves nothing."""
-        found: list[bool] = []
-
-        def compare(*given: Any, **named: Any) -> Any:
-            delta = self._made(*given, **named)
-            found.append(self._is_kept(given, delta))
+    def _get(self, *given: Any, **named: Any) -> Any:
+        name = given[0] if len(given) == 1 and isinstance(given[0], str) and not named else None
+        parts, versions, delta = self._kept.get(name, ((), [], None))
+        if self._reuses and parts and [part._version for part in parts] == versions:  # PEFT has not written to it
             return delta
-
-        self._call(compare)
-        try:
-            yield found
-        finally:
-            self._call(self._keep)
-
-    def _call(self, function: Callable[..., Any]) -> None:
-        if self._own is not None:
-            self._layer.__dict__[_METHOD] = function
-
-    def _made(self, *given: Any, **named: Any) -> Any:
-        assert self._own is not None  # noqa: S101 - `_call`
-        return self._own(*given, **named)
-
-    def _keep(self, *given: Any, **named: Any) -> Any:
         delta = self._made(*given, **named)
-        parts = _parts(delta)
-        if parts and not named and len(given) == 1 and isinstance(given[0], str):
-            self._kept[given[0]] = delta, tuple(part._version for part in parts)
+        made = _parts(delta)
+        if self._outcomes is not None:
+            self._outcomes.append(_same(parts, made))
+        elif made and name is not None:
+            self._kept[name] = made, [part._version for part in made], delta
         return delta
 
-    def _repeat(self, *given: Any, **named: Any) -> Any:
-        delta, versions = self._kept.get(given[0], (None, ())) if len(given) == 1 and not named else (None, ())
-        is_whole = delta is not None and tuple(part._version for part in _parts(delta)) == versions
-        return delta if is_whole else self._made(*given, **named)
+    def _made(self, *given: Any, **named: Any) -> Any:
+        assert self._own is not None  # noqa: S101 - else `_get` is not in its place
+        return self._own(*given, **named)
 
-    def _is_kept(self, given: tuple[Any, ...], delta: Any) -> bool:
-        kept, _ = self._kept.get(given[0], (None, ())) if len(given) == 1 else (None, ())
-        pairs = list(zip(_parts(kept), _parts(delta), strict=False))
-        is_same = len(pairs) == len(_parts(delta)) > 0 and all(same_bits(old, new) for old, new in pairs)
-        return is_same and all(bool(new.any()) for _, new in pairs)
+
+def _same(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> bool:
+    is_same = len(first) == len(second) > 0 and all(map(same_bits, first, second))
+    return is_same and all(bool(part.any()) for part in second)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,13 +91,11 @@ class Twins:
     def of(self, layer: Any, deltas: Deltas) -> Iterator[None]:
         """A `with` block for the second merge of a layer."""
         kind = _kind(layer)
-        if self.free.get(kind):
-            with deltas.again():
-                yield
-            return
-        with deltas.compared() as found:
+        reuses = self.free.get(kind, False)
+        with deltas.second_merge(reuses=reuses) as same:
             yield
-        self.free[kind] = bool(found) and all(found) and self.free.get(kind, True)
+        if not reuses:
+            self.free[kind] = bool(same) and all(same) and self.free.get(kind, True)
 
 
 def _kind(layer: Any) -> object:

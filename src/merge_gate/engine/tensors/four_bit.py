@@ -4,10 +4,10 @@ In: values, the number of them that share a scale, and the 4-bit type. Out: pack
 bitsandbytes' own function has to make them. Knows no PEFT, no models, no files; judges nothing.
 
 1. Scale the values as bitsandbytes does (backends/default/ops.py, `quantize_4bit`).
-2. A code is the number of bounds below the scaled value. bitsandbytes finds it by bisection, in whole weights. Here each
-   of the 15 bounds is compared with all values of a block in cache, and the results are added. That is exact.
-3. bitsandbytes cross-checks this: once per process on values of all sizes and on the bounds themselves, and on the first
-   values of every weight of a base.
+2. A code is the number of bounds below the scaled value. bitsandbytes finds it by bisection, in whole weights. Here
+   each of the 15 bounds is compared with all values of a block in cache, and the results are added. That is exact.
+3. bitsandbytes cross-checks this: once per process on values of all sizes and on the bounds themselves, and on the
+   first values of every weight of a base.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def bnb() -> Any:
 
 @functools.cache
 def _quantize_4bit() -> Any:
-    """bitsandbytes' own function, even while a base loads and `loading_in_blocks` has replaced it."""
+    """The function of bitsandbytes, even while a base loads and `loading_in_blocks` has replaced it."""
     return bnb().quantize_4bit
 
 

@@ -1,16 +1,16 @@
-"""Packages that run when somebody wants something of them, and not when they are imported.
+"""Packages that run at the first use of one of their names, and not at their import.
 
-In: names of packages, and what of each is there before it runs (`Part`). Out: `Deferring`, a context for imports. Knows
-no package.
+In: names of packages, and the parts of each that exist before it runs (`Part`). Out: `Deferring`, a context for
+imports. Knows no package by name.
 
-1. An import of such a package finds it where it is, and makes its module, empty.
-2. Whoever wants a name of it, or imports a module below it, runs it first, but for what its `Part` names. Names with
-   underscores at both ends, which those want who look at every module, run nothing.
-3. It runs by the interpreter's own import, into the module that is there: all who hold it hold the package, what was
-   imported below it stays in its place, and other threads wait as they do for any import.
-
-importlib.util.LazyLoader, which does this for a module, runs a package as soon as anything below it is imported.
+1. An import of such a package finds it as usual, but makes an empty module.
+2. Reading a name of the module, or importing a module below it, runs the package first. What its `Part` names is an
+   exception. So are names with double underscores, which code reads that looks at every module.
+3. The interpreter's own import runs the package, into the module that exists. So every reference to the module stays
+   valid, modules below it stay in place, and other threads wait as for any import.
 """
+
+# importlib.util.LazyLoader does this for a module, but runs a package as soon as anything below it is imported.
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from typing import Any, NamedTuple, Self
 
 
 class Part(NamedTuple):
-    """What of a package is there before it runs.
+    """The parts of a package that exist before it runs.
 
-    `below` are modules of it. `called` are functions that run it when they are called, and `marks` are decorators that
-    leave a function as it is.
+    `below` names modules of the package. `called` names functions, which run the package when they are called. `marks`
+    names decorators, which return their function unchanged.
     """
 
     below: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Deferring:
-    """A finder. What is imported in its context is deferred; it stays as long as a package has not run."""
+    """A finder. It defers packages that are imported in its context, and stays until the last of them has run."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
@@ -60,8 +60,8 @@ class Deferring:
             sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _: ModuleType | None = None) -> ModuleSpec | None:
-        """As importlib asks for it."""
-        package, below = name.rpartition(".")[::2]
+        """The interface that importlib calls."""
+        package, below = name.rpartition(".")[::2]  # 2.
         if package in self._waiting and below not in self._parts[package].below:
             self.run(package)
             return _as_loaded(sys.modules[name]) if name in sys.modules else PathFinder.find_spec(name, path)
@@ -92,7 +92,7 @@ class Deferring:
         loader.exec_module = load
 
     def run(self, name: str) -> None:
-        """Run a package, or wait for the thread that does."""
+        """Step 3: run a package, or wait for the thread that does."""
         with self._lock:
             if name in self._waiting:
                 self._running[name] = self._waiting.pop(name)
@@ -114,7 +114,7 @@ class _Deferred(ModuleType):
         there.update(dict.fromkeys(part.marks, mark))
 
     def empty(self) -> None:
-        """Take away what stands in the place of the package's own."""
+        """Remove the stand-ins of the package's own names."""
         part, _ = vars(self).pop(_STATE, (Part(), None))
         for name in (*part.called, *part.marks):
             del vars(self)[name]
@@ -128,7 +128,9 @@ class _Deferred(ModuleType):
         run()
         if type(self) is ModuleType:
             return getattr(self, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")  # it runs, and has come no further
+        raise AttributeError(
+            f"module {self.__name__!r} has no attribute {name!r}"
+        )  # the package is still running, and has not defined the name
 
 
 def _call(module: ModuleType, function: str, run: Callable[[], None], *given: Any, **named: Any) -> Any:
@@ -137,12 +139,12 @@ def _call(module: ModuleType, function: str, run: Callable[[], None], *given: An
 
 
 def mark(function: Any = None, *_: Any, **__: Any) -> Any:
-    """A decorator, with or without arguments."""
+    """A decorator that changes nothing, with or without arguments."""
     return (lambda marked: marked) if function is None else function
 
 
 def _as_loaded(module: ModuleType) -> ModuleSpec | None:
-    """A spec by which an import that is under way finds a module that is loaded by now."""
+    """A spec with which an import in progress finds a module that is loaded by now."""
     loader: Any = module.__loader__
 
     def leave(_: ModuleType) -> None:

@@ -1,14 +1,11 @@
-"""What a merge imports, in less time: packages that it never calls run when they are called, and nothing is read twice.
+"""The imports of a merge, in less time: unused packages run only when they are called, and no source is read twice.
 
-In: nothing. Out: `quick_imports`, a context in which transformers and PEFT are imported. No name that they hold
-afterwards does anything else than it would.
+In: nothing. Out: `quick_imports`, a context for the import of transformers and PEFT. After it, every name in them does
+what it does without it.
 
-1. Packages that they import and hardly use are deferred (deferred.py).
-2. transformers reads the source of all its models to know what they export, and then once more: its memory holds fewer
-   directories than there are. It gets one without a limit.
-3. In each of these files it looks for the last `__all__` from the first line on. It gets the file from there on.
-4. torch, fsspec and bitsandbytes look through all that is installed for plugins, four times: it is looked through once.
-5. torch notes the file and line of each operator, and reads that file for it: it notes them without.
+1. Packages that transformers and PEFT import and hardly use are deferred (deferred.py).
+2. transformers reads the source of all its models to learn what they export, and then reads much of it again, because
+   its cache holds fewer directories than there are. It gets a cache without a limit.
 """
 
 from __future__ import annotations
@@ -16,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,43 +22,41 @@ from typing import Any
 
 from merge_gate.worker.startup.deferred import Deferring, Part, mark
 
-_DEFERRED = {"scipy.optimize": Part(called=("linear_sum_assignment",))}  # by losses of object detection
-_COMPILER = {  # transformers uses one module of it, where torchvision is installed that uses another, which needs three
+_DEFERRED = {"scipy.optimize": Part(called=("linear_sum_assignment",))}  # for losses of object detection
+_COMPILER = {  # transformers imports one of these modules. With torchvision installed, that imports the others
     "torch._dynamo": Part(
         below=("_trace_wrapped_higher_order_op", "config", "graph_utils", "metrics_context", "utils"),
         marks=("allow_in_graph", "assume_constant_result", "disable"),
     )
 }
-_USED_UNASKED = "torch.distributed.tensor"
-"""The compiler imports it, and PEFT uses it without importing it; transformers does in some releases."""
+_USED_WITHOUT_IMPORT = "torch.distributed.tensor"
+"""PEFT uses it without an import of its own: the compiler imports it, and some releases of transformers do."""
 _STRUCTURES = "transformers.utils.import_utils"
-_PLACES = "torch._library.utils"
-_READING, _NAMES = "create_import_structure_from_path", "fetch__all__"
-_TWO_LISTS = '__all__ = ["first"]\n\n__all__ = [\n    "last",\n]\n'
+_READS_SOURCE = "create_import_structure_from_path"
 
 Change = Callable[[ModuleType], dict[str, Any]]
-"""What names of a module are while the imports last."""
+"""A module → the names that it has only while the imports last, with their values."""
 
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """For the imports of this process, before anything of torch and transformers is imported.
+    """To be entered before this process imports torch or transformers.
 
-    Where torch compiles nothing (TORCHDYNAMO_DISABLE) nobody reads marks for its compiler, and `torch.compile` gives
-    back what it gets: what is imported then is not told of a compiler at all.
+    If torch compiles nothing (TORCHDYNAMO_DISABLE), marks for its compiler have no reader, and `torch.compile` returns
+    its argument. Then the compiler is deferred as well.
     """
     compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
-    changes: dict[str, Change] = {_STRUCTURES: _read_once, _PLACES: _place_without_source}
+    changes: dict[str, Change] = {_STRUCTURES: _with_unlimited_cache}
     if not compiles:
         changes["torch"] = lambda _: {"compile": mark}
-    with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes), _looked_through_once():
+    with Deferring(_DEFERRED if compiles else _DEFERRED | _COMPILER), _Changing(changes):
         yield
         if not compiles and "torch" in sys.modules and importlib.import_module("torch.distributed").is_available():
-            importlib.import_module(_USED_UNASKED)
+            importlib.import_module(_USED_WITHOUT_IMPORT)
 
 
 class _Changing:
-    """A finder. Modules that are imported in its context have other names than usual until its end."""
+    """A finder. A module that is imported in its context has changed names until the context ends."""
 
     def __init__(self, changes: Mapping[str, Change]) -> None:
         self._changes = changes
@@ -77,7 +70,7 @@ class _Changing:
         self._undo.close()
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _: ModuleType | None = None) -> ModuleSpec | None:
-        """As importlib asks for it."""
+        """The interface that importlib calls."""
         spec = PathFinder.find_spec(name, path) if name in self._changes else None
         if spec is None or spec.loader is None:
             return None
@@ -93,44 +86,9 @@ class _Changing:
         return spec
 
 
-def _read_once(module: ModuleType) -> dict[str, Any]:
-    read: Any = getattr(module, _READING, None)
-    names: Any = getattr(module, _NAMES, None)
-    changed: dict[str, Any] = {}
-    if hasattr(read, "cache_info"):
-        changed[_READING] = functools.lru_cache(maxsize=None)(read.__wrapped__)
-    if callable(names) and names(_TWO_LISTS) == names(from_last_list(_TWO_LISTS)):
-        changed[_NAMES] = lambda text: names(from_last_list(text))
-    return changed
-
-
-def from_last_list(text: str) -> str:
-    """A module's source from its last line that begins with `__all__` on, or from one before; all of it without one."""
-    return text[max(text.rfind("\n__all__"), 0) :]
-
-
-def _place_without_source(module: ModuleType) -> dict[str, Any]:
-    place: Any = getattr(module, "get_source", None)
-
-    def quick(stacklevel: int) -> str:
-        caller = inspect.getframeinfo(sys._getframe(stacklevel), context=0)
-        return f"{caller.filename}:{caller.lineno}"
-
-    return {"get_source": quick} if callable(place) and place(1) == quick(1) else {}
-
-
-@contextlib.contextmanager
-def _looked_through_once() -> Iterator[None]:
-    look = importlib.metadata.entry_points
-    found, is_over = functools.cache(look), False
-
-    def remembered(**wanted: Any) -> Any:
-        """Whoever keeps this function looks anew afterwards."""
-        return look(**wanted) if is_over else found().select(**wanted)
-
-    importlib.metadata.entry_points = remembered
-    try:
-        yield
-    finally:
-        importlib.metadata.entry_points = look
-        is_over = True
+def _with_unlimited_cache(module: ModuleType) -> dict[str, Any]:
+    """Step 2. Nothing changes in a release of transformers whose function has no cache."""
+    reads: Any = getattr(module, _READS_SOURCE, None)
+    if not hasattr(reads, "cache_info"):
+        return {}
+    return {_READS_SOURCE: functools.lru_cache(maxsize=None)(reads.__wrapped__)}
