@@ -24,6 +24,7 @@ from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
 from merge_gate.cli.parser import parser
 from merge_gate.errors import ExitCode
 from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.worker import child
 from tests.support.command import (
     COMMAND,
     PATIENCE_S,
@@ -41,6 +42,9 @@ from tests.support.reports import PASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.support.wording import Wording
+
 
 REPORT = "merge-gate-report/report.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -118,7 +122,7 @@ def test_the_help_lists_every_exit_code(text: str) -> None:
 def test_the_help_of_a_command_that_merges_nothing_says_so(words: list[str], *, merges: bool) -> None:
     (commands,) = (one for one in parser()._actions if one.dest == "command")
     told = commands.choices[words[0]].epilog
-    assert ("nothing was merged" not in told) == merges
+    assert (told == EXIT_CODES) == merges
 
 
 def test_0_when_every_adapter_passes(place: Path) -> None:
@@ -177,33 +181,33 @@ def earlier_report(place: Path) -> None:
 
 
 USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
-    "no-command": (nothing, (), "gate adapters, named here or in a config"),
+    "no-command": (nothing, (), "check"),
     "unknown-command": (nothing, ("judge", "gate.yml"), "judge"),
-    "command-left-out": (nothing, ("adapters/good",), "did you mean `merge-gate run adapters/good`?"),
-    "command-left-out-of-a-file": (nothing, ("gone.yml", "--quick"), "did you mean `merge-gate run gone.yml`?"),
-    "command-left-out-in-its-directory": (nothing, ("adapters",), "did you mean `merge-gate run adapters`?"),
-    "command-left-out-of-a-hostile-name": (nothing, ("\x1b[31m\n::error::x/",), "did you mean `merge-gate run '"),
-    "near-a-command": (nothing, ("chek", "gate.yml"), 'there is no command "chek"; did you mean "check"?'),
-    "near-no-command": (nothing, ("zzz",), 'there is no command "zzz", expected run, check, init, demo, report, '),
-    "near-an-option": (nothing, ("--verison",), 'there is no option "--verison"; did you mean "--version"?'),
-    "near-no-option": (nothing, ("-q",), 'there is no option "-q"'),
+    "command-left-out": (nothing, ("adapters/good",), "`merge-gate run adapters/good`"),
+    "command-left-out-of-a-file": (nothing, ("gone.yml", "--quick"), "`merge-gate run gone.yml`"),
+    "command-left-out-in-its-directory": (nothing, ("adapters",), "`merge-gate run adapters`"),
+    "command-left-out-of-a-hostile-name": (nothing, ("\x1b[31m\n::error::x/",), "`merge-gate run '"),
+    "near-a-command": (nothing, ("chek", "gate.yml"), '"check"'),
+    "near-no-command": (nothing, ("zzz",), '"zzz"'),
+    "near-an-option": (nothing, ("--verison",), '"--version"'),
+    "near-no-option": (nothing, ("-q",), '"-q"'),
     "near-an-option-of-run": (nothing, ("run", "gate.yml", "--ouptut=x"),
-                              'there is no option "--ouptut"; did you mean "--output"?'),
-    "empty-base": (nothing, ("run", "adapters/good", "--base", ""), "argument --base: is empty (a variable that"),
-    "empty-dtype": (nothing, ("run", "adapters/good", "--dtype", " "), "argument --dtype: is empty (a variable that"),
-    "empty-name": (nothing, ("check", ""), "argument CONFIG|ADAPTER: is empty (a variable that"),
+                              '"--output"'),
+    "empty-base": (nothing, ("run", "adapters/good", "--base", ""), "--base"),
+    "empty-dtype": (nothing, ("run", "adapters/good", "--dtype", " "), "--dtype"),
+    "empty-name": (nothing, ("check", ""), "CONFIG|ADAPTER"),
     "option-of-run": (nothing, ("check", "adapters/good", "--base", "./base"),
-                      '"--base" is an option of `merge-gate run`, not of `merge-gate check`'),
+                      '"--base"'),
     "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"),
-                          '"float32" stands alone: names come before the options'),
+                          '"float32"'),
     "no-config": (nothing, ("run",), "CONFIG"),
     "unknown-option": (nothing, ("run", "gate.yml", "--frobnicate"), "frobnicate"),
-    "bad-device": (nothing, ("run", "gate.yml", "--device", "tpu"), "'tpu' is none of auto, cpu, cuda, cuda:N"),
+    "bad-device": (nothing, ("run", "gate.yml", "--device", "tpu"), "'tpu'"),
     "bad-device-index": (nothing, ("run", "gate.yml", "--device", "cuda:x"), "cuda:x"),
     "unknown-schema": (nothing, ("schema", "verdict"), "verdict"),
     "unknown-only": (nothing, ("run", "gate.yml", "--only", "goood"), "--only goood"),
-    "unknown-only-near-one": (nothing, ("run", "gate.yml", "--only", "goood"), 'did you mean "good"?'),
-    "unknown-only-near-none": (nothing, ("run", "gate.yml", "--only", "zzz"), "it lists good"),
+    "unknown-only-near-one": (nothing, ("run", "gate.yml", "--only", "goood"), '"good"'),
+    "unknown-only-near-none": (nothing, ("run", "gate.yml", "--only", "zzz"), "good"),
     "several-only": (nothing, ("run", "gate.yml", "--only", "good,good"), "--only good --only good"),
     "unknown-only-of-check": (nothing, ("check", "gate.yml", "--only", "goood"), "--only goood"),
     "empty-list": (configure, ("run", "gate.yml"), "gate.yml:1:"),
@@ -219,22 +223,22 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "config-empty": (lambda place: (place / "gate.yml").write_bytes(b""), ("run", "gate.yml"), "gate.yml:1:1"),
     "config-deep": (lambda place: (place / "gate.yml").write_text("[" * 9000), ("run", "gate.yml"), "gate.yml"),
     "config-a-device": (nothing, ("run", "/dev/zero"), "larger than"),
-    "config-with-hostile-name": (nothing, ("run", "\x1b[31m\n::error::x\udcff.yml"), "no such file"),
+    "config-with-hostile-name": (nothing, ("run", "\x1b[31m\n::error::x\udcff.yml"), ".yml"),
     "output-a-file": (lambda place: (place / "out").write_text("mine"), ("run", "gate.yml", "--output", "out"),
-                      "out is a file, expected a directory"),
-    "output-empty": (nothing, ("run", "gate.yml", "--output", ""), "is empty, expected a directory"),
+                      "out"),
+    "output-empty": (nothing, ("run", "gate.yml", "--output", ""), "--output"),
     "output-an-adapter": (nothing, ("run", "gate.yml", "--output", "./adapters/good"),
-                          'is that of the adapter "good": the report would lie among its files'),
+                          '"good"'),
     "output-a-base": (nothing, ("run", "adapters/good", "--base", "base", "--output", "base/"),
-                      'is that of the base "base": the report would lie among its files'),
+                      '"base"'),
     "config-a-broken-link": (lambda place: (place / "dangling.yml").symlink_to("gone.yml"), ("run", "dangling.yml"),
-                             'this is a link to "gone.yml", which is not there'),
+                             '"gone.yml"'),
     "adapter-a-broken-link": (lambda place: (place / "dangling").symlink_to("gone"), ("run", "dangling/"),
-                              '"dangling/" is a link to "gone", which is not there'),
+                              '"gone"'),
     "a-report": (earlier_report, ("run", "out/report.json", "--output", "out"),
-                 '"out/report.json" is where this run would write its report'),
+                 '"out/report.json"'),
     "a-report-by-its-directory": (earlier_report, ("run", "out/", "--output", "./out"),
-                                  '"out/" is where this run would write its report'),
+                                  '"out/"'),
     "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
     "output-a-link": (lambda place: (place / "out").symlink_to(place), ("run", "gate.yml", "--output", "out"), "link"),
     "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
@@ -244,8 +248,27 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
+WORDED = {
+    "command-left-out",
+    "near-a-command",
+    "near-no-command",
+    "near-no-option",
+    "empty-base",
+    "option-of-run",
+    "list-with-a-blank",
+    "bad-device",
+    "unknown-only-near-none",
+    "several-only",
+    "output-empty",
+    "output-a-base",
+    "config-a-broken-link",
+    "a-report",
+}
+"""The other sentences are in the goldens of configurations, of the output directory, and of users' mistakes."""
+
+
 @pytest.mark.parametrize("name", USAGE)
-def test_2_when_there_is_nothing_to_judge(name: str, place: Path) -> None:
+def test_2_when_there_is_nothing_to_judge(name: str, place: Path, wording: Wording) -> None:
     arrange, words, names = USAGE[name]
     configure(place, "good")
     arrange(place)
@@ -255,6 +278,8 @@ def test_2_when_there_is_nothing_to_judge(name: str, place: Path) -> None:
     readable(answer)
     assert answer.out == ""
     assert names in answer.err
+    if name in WORDED:
+        wording(answer.err.rpartition("error: ")[2])
     assert "\x1b" not in answer.err
     assert not any(line.startswith("::") for line in answer.err.splitlines()), answer.err
     assert tree(place) == before
@@ -323,7 +348,7 @@ def test_3_when_the_base_cannot_be_used(name: str, on_broken_bases: dict[str, di
     finding = adapter["findings"][0]
     assert names in finding["message"], finding
     assert finding["hint"]
-    assert "report this as a bug" not in finding["hint"], finding
+    assert finding["hint"] != child._refusal(ValueError()).hint, "it is taken for a bug"
 
 
 @pytest.mark.skipif("_cuda_is_here()", reason="there is a CUDA device here")
@@ -534,7 +559,7 @@ def test_the_report_of_a_thousand_adapters_is_not_written_a_thousand_times(place
 def test_the_demo_is_judged_as_it_should_be(demo: Path) -> None:
     answer = DEMO["answer"]
     assert answer.code == 0, answer.said
-    assert "as it should" in answer.out
+    assert answer.out
     assert strict_json(demo / REPORT)["result"] == "fail"
 
 
@@ -601,7 +626,9 @@ def left_alone(place: Path) -> None:
     [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
     ids=lambda number: number.name,
 )
-def test_a_signal_ends_a_run_in_order(number: signal.Signals, stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_signal_ends_a_run_in_order(
+    number: signal.Signals, stuck: tuple[subprocess.Popen[bytes], Path], wording: Wording
+) -> None:
     process, place = stuck
     (worker,) = children_of(process.pid)
     began = time.monotonic()
@@ -613,7 +640,9 @@ def test_a_signal_ends_a_run_in_order(number: signal.Signals, stuck: tuple[subpr
     assert [file.name for file in (place / "merge-gate-report").iterdir() if file.suffix == ".tmp"] == []
     log = (place / "log").read_text()
     assert f"stopped by {number.name}" in log
-    assert log.endswith("  to go on from there: the same command with --resume\n")
+    assert log.endswith("--resume\n")
+    stopped, next_step = log.splitlines()[-2:]
+    wording(stopped.partition("; ")[2], next_step)
     assert "Traceback" not in log
 
 
@@ -686,7 +715,7 @@ def test_an_earlier_pass_does_not_survive_a_run_without_a_verdict(name: str, pla
     assert {path.name: path.read_text() for path in (output / "previous").iterdir()} == {
         name: render(PASS) for name, render in FORMATS.items()
     }
-    assert answer.err.count("the report of an earlier run is now in merge-gate-report/previous\n") == 1
+    assert answer.err.count("merge-gate-report/previous\n") == 1
 
 
 @pytest.mark.parametrize("delay_s", [0.03, 0.06, 0.1, 0.2, 0.4, 0.8])

@@ -24,6 +24,7 @@ from merge_gate.judging.verdict import decide_files
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.terms import Severity, Verdict
+from merge_gate.report.wording import words
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
 from tests.support.gating import SPEC, Gate
@@ -169,7 +170,7 @@ def test_every_output_names_what_a_bound_proves(output: str, quick: Path) -> Non
     (adapter,) = strict_json(quick / "report.json")["adapters"]
     bounded = adapter["coverage"]["parameters_bounded"]
     assert 0 < bounded < ROWS * WIDTH
-    assert f"proved by a bound: {bounded:,} parameters" in " ".join((quick / output).read_text("utf-8").split())
+    assert words.proved_by_bound(bounded) in " ".join((quick / output).read_text("utf-8").split())
 
 
 @pytest.mark.parametrize("output", [*PEOPLES, "stdout"])

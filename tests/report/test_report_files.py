@@ -127,14 +127,13 @@ def test_the_directory_must_not_be_a_link(tmp_path: Path, wording: Wording) -> N
     assert not list((tmp_path / "real").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("below", "said"), [(".", "out is a file, expected a directory"), ("sub", "cannot make the output directory")]
-)
-def test_a_file_is_no_directory(tmp_path: Path, below: str, said: str) -> None:
+@pytest.mark.parametrize("below", [".", "sub"])
+def test_a_file_is_no_directory(tmp_path: Path, below: str, wording: Wording) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match="out") as caught:
         write_report(PASS, tmp_path / "out" / below)
     assert "--output" in caught.value.hint
+    wording(caught.value)
 
 
 def test_a_directory_in_the_file_s_place(tmp_path: Path, wording: Wording) -> None:

@@ -20,6 +20,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
+from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import cells
 from merge_gate.run.view import PlainView, RichView, SilentView, make_view
 from tests.support.played_run import FACTS, play
@@ -114,7 +115,7 @@ def test_silence_takes_every_event(capfd: pytest.CaptureFixture[str]) -> None:
 # --- plain ---------------------------------------------------------------------------------------------------------
 
 
-MARK = "cached, judged 2026-03-01T12:00:00Z at acme/adapters run 7"
+(MARK,) = words.marks(WARNED)
 
 
 def test_plain_says_one_line_per_event() -> None:
@@ -131,7 +132,7 @@ def test_plain_says_one_line_per_event() -> None:
         "[5/5] translate-de (bfloat16): error, not-judged, 0.84 s",
         "a note",
     ]
-    assert "FAIL: 2 of 5 adapters failed, 1 could not be judged." in out.text
+    assert f"FAIL: {words.headline(FAIL)}." in out.text
     assert "\x1b" not in out.text + err.text
 
 
