@@ -1,13 +1,16 @@
-"""A scratch with an adapter's layers in place, used again for the next adapter of the same config and tensor names.
+"""A scratch copy with an adapter's layers, reused for the next adapter of the same config and tensor names.
 
-In: a scratch into which PEFT has just injected. Out: the same, as it was then, but for its factors. Of adapters that
-differ in their values only, PEFT's injection is most of what loading costs; half of that are initial values (and, for
-DoRA, norms of the base's rows) that the load overwrites. So PEFT makes the factors without any, on the meta device.
-
-It serves only adapters that leave it as it was: every layer merged in blocks, nothing of the base overwritten. Its
-factors are NaN before each load, so that nothing of the adapter before can be taken for the next one's. What follows
-from names and places alone is asked of the first adapter of a kind, and holds for all (`Layout`).
+In: a scratch copy into which PEFT has just injected. Out: the same scratch copy as it was then, with new factors. Knows
+no method other than LoRA and DoRA.
 """
+
+# If adapters differ only in their values, PEFT's injection is most of the cost of a load. Half of that cost is first
+# values (for DoRA also norms of the base's rows), which the load overwrites. So PEFT makes the factors on the meta
+# device, without values.
+#
+# A template serves only adapters that leave it unchanged: every layer is merged in blocks, and nothing of the base is
+# overwritten. Its factors are NaN before each load, so that no value of an earlier adapter can stay. What follows only
+# from names and places is computed for the first adapter of a kind (`Layout`).
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ DORA = (
     variants.DoraConv2dVariant,
     variants.DoraConv3dVariant,
 )
-"""PEFT's classes for the layers of a DoRA."""
+"""PEFT's variants for the layers of a DoRA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What adapters of one kind have in common once they are loaded.
+    """The properties that all adapters of one kind share after the load.
 
-    `keys` has the model's key of each tensor that PEFT would save, by the name that it would have in the file.
-    `targeted` is that of `Loaded`.
+    `keys` maps each tensor that PEFT would save, by its name in the file, to its key in the model. `targeted` is that
+    of `Loaded`.
     """
 
     keys: Mapping[str, str]
@@ -47,9 +50,10 @@ class Layout:
 
 @dataclass(slots=True, kw_only=True)
 class Template:
-    """`kind` says for which adapters it is. `children` are the modules of each module, which PEFT's unloading replaces.
+    """A reusable injection for adapters of one `kind`.
 
-    `slots` and `sharers` are those of `Loaded`. It has a `layout` once an adapter has been loaded into it.
+    `children` has the children of each module, which PEFT's unloading replaces. `slots` and `sharers` are those of
+    `Loaded`. `layout` is None until the first adapter is loaded.
     """
 
     kind: object
@@ -61,7 +65,7 @@ class Template:
     layout: Layout | None = None
 
     def renew(self) -> None:
-        """As after the injection, with NaN for its factors."""
+        """Restore the state after the injection, with NaN for the factors."""
         for module, children in self.children:
             module._modules.clear()
             module._modules.update(children)
@@ -72,7 +76,7 @@ class Template:
                 factor.data.fill_(torch.nan)
 
     def holds(self, keys: set[str]) -> bool:
-        """Whether these keys of the model are factors of the adapter, and none is a tensor of the base."""
+        """Whether all of these keys of the model are factors of the adapter, and none is a tensor of the base."""
         own = {id(factor) for layer in self._layers() for _, _, factor in parameters_of(layer)}
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return all(id(named.get(key)) in own for key in keys)
@@ -82,22 +86,22 @@ class Template:
 
 
 def kind_of(files: AdapterFiles) -> object:
-    """Adapters of one kind have the same config, and tensors of the same names, dtypes and shapes."""
+    """Adapters of one kind have the same config, and tensors of the same names, dtypes, and shapes."""
     return files.config.digest, files.tensors
 
 
 def snapshot(model: nn.Module) -> tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]:
-    """Every module of a model, and its children now."""
+    """Every module of a model with its current children."""
     return tuple((module, dict(module._modules)) for module in model.modules())
 
 
 def fill_blanks(model: nn.Module) -> bool:
-    """Give NaN to the factors that PEFT has made without values, in the dtype and on the device of its own factors.
+    """Give NaN to the factors that PEFT has made without values, in PEFT's dtype and on its device.
 
-    False where the injection cannot stand for one with values: something else was made without, or a variant of LoRA
-    may have put off what it does with them.
+    False if this injection cannot replace one with values: another tensor has no values either, or a variant of LoRA
+    may have postponed its use of them.
     """
-    filled: dict[nn.Parameter, nn.Parameter] = {}  # a factor may be that of two layers
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # two layers may share a factor
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         held = next(layer.get_base_layer().parameters(), None)
         is_usual = all(type(one) in DORA for one in dict(getattr(layer, "lora_variant", {})).values())

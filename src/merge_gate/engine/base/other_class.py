@@ -1,15 +1,14 @@
-"""A base in another class, over the tensors that are in memory: of a fleet of heads the body is read once.
+"""A base in another class, over the tensors in memory, so that a fleet of heads reads the body once.
 
 In: a loaded `Base`, and the `ModelClass` of another class or another number of labels. Out: a `Base` of that class over
-the same storage, or None where transformers would make something else of it: then it is loaded from its files. Nothing
-writes to a base, so nothing is copied. Knows nothing of PEFT.
+the same memory, without copies. None if transformers could make another model: it is loaded from its files then. Knows
+nothing of PEFT.
 
-1. An outline of the class is loaded from the files on torch's meta device, where tensors have names, shapes and dtypes
-   and no data.
-2. transformers loads the class once more, from the tensors in memory, and from the files what the first class has no
-   place for (another head).
-3. Both loads lack the same names, have the same shapes and dtypes, and what came from memory is still there: a tensor
-   that was copied was cast, and may have been rounded twice.
+1. An outline of the class is loaded on torch's meta device. It has names, shapes, and dtypes, but no data.
+2. transformers loads the class again, from the tensors in memory. Tensors that the first class lacks (another head)
+   come from the files.
+3. Both loads have to lack the same names and have the same shapes and dtypes. Tensors from memory have to be in the
+   same place: a copied tensor was cast, and may have been rounded twice.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ from merge_gate.records.terms import Quantization
 
 
 def in_another_class(known: Base, shape: ModelClass) -> Base | None:
-    """The base as another class has it.
+    """The base in another class.
 
     Args:
-        known: the base as it is loaded; unchanged afterwards. It may be let go of: the tensors stay.
-        shape: the other class, or number of labels.
+        known: the loaded base. It stays unchanged, and may be released: its tensors stay.
+        shape: the other class or number of labels.
     """
     model_class = getattr(transformers, shape.class_name)
     if known.facts.quantization != Quantization.NONE or not loads_as_usual(model_class):
         return None
     try:
         model, loading = _built(known, model_class, shape)
-    except Exception:  # what cannot be loaded this way is loaded from its files, and says there what is wrong with it
+    except Exception:  # the load from files reports what is wrong
         return None
     if model is None:
         return None
@@ -88,7 +87,7 @@ def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loadi
 
 
 def _stored(directory: Path, lacking: frozenset[str], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of the files by these names, with or without the prefix of the body; mapped, not read."""
+    """Tensors from the files with these names, with or without the prefix of the body. They are mapped, not read."""
     if not lacking:
         return
     names = {other for name in lacking for other in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))}
@@ -99,7 +98,7 @@ def _stored(directory: Path, lacking: frozenset[str], prefix: str) -> Iterator[t
 
 
 def stored_names(directory: Path) -> set[str]:
-    """Names of the tensors in the base's files."""
+    """The names of the tensors in the base's files."""
     names: set[str] = set()
     for path in _files(directory):
         with safe_open(path, framework="pt") as file:
@@ -108,7 +107,7 @@ def stored_names(directory: Path) -> set[str]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Found as transformers' own load finds them: by config.json, else one file, else the shards of an index."""
+    """The files that transformers loads: those in config.json, else one file, else the shards of an index."""
     named = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
     whole = directory / SAFE_WEIGHTS_NAME
     if named is None and whole.exists():

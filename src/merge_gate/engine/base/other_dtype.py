@@ -1,16 +1,16 @@
-"""A base in another dtype, cast from the one that is in memory: of several dtypes the files are read once.
+"""A base in another dtype, cast from the base in memory, so that the files are read once for several dtypes.
 
-In: a loaded `Base`, and the dtype that is wanted. Out: a `Base` whose weights are cast when they are read and let go of
-after (hollow.py), or None where it would not be what `from_pretrained` gives in that dtype: then it is loaded.
+In: a loaded `Base`, and another dtype. Out: a `Base` whose weights are cast while they are read (hollow.py). None if it
+could differ from what `from_pretrained` gives in that dtype: the base is loaded from its files then.
 
-1. Every tensor of the known base is the file's own bytes, mapped: whatever was cast before is rounded already, and
-   what was computed (fused experts) may round elsewhere.
-2. An outline of the base in the other dtype is loaded from the files on torch's meta device: names, shapes, and the
-   dtypes that transformers gives to each (some stay in float32).
-3. transformers loads it once more, from tensors of those dtypes: hollow, cast, or the known base's own. They are all in
-   their places afterwards, and nobody has looked at their values.
-4. A cast is monotone, so it takes the extremes of a tensor to the extremes of the cast; where one is not finite, and
-   where the tensor is not, the cast is measured.
+1. Every tensor of the known base has to be mapped from a file. A tensor that was cast before is rounded already. One
+   that was computed (fused experts) may round at another place.
+2. An outline of the base in the other dtype is loaded on torch's meta device. It has the names, the shapes, and the
+   dtype that transformers gives each tensor (some stay in float32).
+3. transformers loads the base again, from tensors of those dtypes: hollow, cast, or the known base's own. Afterwards
+   all of them have to be in their places, and no code may have read their values.
+4. A cast is monotone, so the extremes of a tensor become the extremes of its cast. If one of them, or the tensor, is
+   not finite, the cast is measured.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str)
     """The base as `from_pretrained` gives it in another dtype.
 
     Args:
-        known: the base as it is loaded; unchanged afterwards.
-        shape: its class and head.
-        directory: its files, which are the same as when it was loaded.
-        dtype: the dtype that is asked for, as the configuration spells it.
+        known: the loaded base. It stays unchanged.
+        shape: the class and head of the base.
+        directory: the files of the base, unchanged since it was loaded.
+        dtype: the other dtype, as the configuration spells it.
     """
     source = known.source
     if known.facts.quantization != Quantization.NONE or source.device.type != "cpu" or known.hollow is not None:
@@ -62,12 +62,12 @@ def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         return _cast(known, shape, replace(source, directory=directory, options={**source.options, "dtype": wanted}))
-    except Exception:  # what cannot be made this way is loaded from its files, and says there what is wrong with it
+    except Exception:  # the load from files reports what is wrong
         return None
 
 
 def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
-    """Whether the files hold the base in another dtype, and would be mapped in that: it can be cast from it then."""
+    """Whether the files hold the base in another dtype and can be mapped, so that this dtype can be cast from them."""
     model_class, options = getattr(transformers, shape.class_name), {"local_files_only": True, "use_safetensors": True}
     try:
         config = json.loads(Path(directory, "config.json").read_bytes())
@@ -80,7 +80,7 @@ def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
             model_class, directory, dtype="auto", **options, **head(shape), device_map="meta"
         )
         names = stored_names(Path(directory))
-    except Exception:  # the load says what is wrong
+    except Exception:  # the load reports what is wrong
         return False
     prefix = f"{outline.base_model_prefix}."
     wanted = {name for name, _, _ in named_tensors(outline)} - expected.initialised
@@ -126,7 +126,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 def _stats(known: Base, given: Tensors, hollow: Hollow) -> Iterator[tuple[Place, TensorStats]]:
-    """What is known of the tensors that are not there to be measured, or have been."""
+    """The figures of tensors that have no values yet, or that were measured with the known base."""
     for name, tensor in given.items():
         if not tensor.numel():
             continue
@@ -148,7 +148,7 @@ def _cast_stats(stats: TensorStats, source: torch.Tensor, dtype: torch.dtype) ->
 
 
 def is_mapped(known: Base) -> bool:
-    """Whether each of its tensors, but those that its files lack, lies in a file that is mapped into memory."""
+    """Whether each tensor is in a file that is mapped into memory, except tensors that the files lack."""
     spans = _mapped_spans()
     return all(
         any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end for start, end in spans)
@@ -158,7 +158,7 @@ def is_mapped(known: Base) -> bool:
 
 
 def _mapped_spans() -> list[tuple[int, int]]:
-    """Addresses of files that are mapped privately: nobody else can write to them through this mapping."""
+    """Addresses of mapped files. The mappings are private, so no other process can write through them."""
     spans: list[tuple[int, int]] = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses, _, _, _, inode, *_ = line.split()
