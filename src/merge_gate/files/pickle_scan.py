@@ -1,13 +1,12 @@
 """Pickled weights, read without unpickling: names, dtypes and shapes of what torch.save wrote.
 
-In: an open file, which is hostile. Out: `TensorHeader`s, as headers.py reads them of a safetensors file; None where the
-file holds what only torch can say (its own restricted loader then decides); or `CorruptFileError`. No torch, and no
-unpickler: pickletools splits the opcodes, and they are carried out on a stack of text, numbers and containers, where a
-function is its name. Nothing is imported, and nothing is called.
-
-torch.save writes a zip archive with a `data.pkl`; before torch 1.6 it wrote five pickles in a row, of which the fourth
-is the object, and then the data (torch/serialization.py).
+In: an open file, which is hostile. Out: `TensorHeader`s; None if the file holds what only torch's own restricted loader
+can judge; or `CorruptFileError`. No torch and no unpickler: nothing is imported, and nothing is called.
 """
+
+# pickletools splits the opcodes. They are carried out on a stack of text, numbers, and containers, where a function is
+# its name. torch.save writes a zip archive with a `data.pkl`. Before torch 1.6 it wrote five pickles in a row, the
+# object as the fourth, and then the data (torch/serialization.py).
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ _LEFT_TO_TORCH = {
     "_codecs.encode", "__builtin__.set", "builtins.set", "__builtin__.bytearray", "builtins.bytearray",
     "__builtin__.complex", "builtins.complex",
 }  # fmt: skip
-"""What torch's restricted loader knows and this reader does not, beside names of torch and collections."""
+"""What torch's restricted loader knows and this reader does not, except names of torch and collections."""
 
 _DO_NOT_LOAD = (
     "do not load this file: whatever unpickles it runs that; ask who made it, and have the adapter saved as "
@@ -57,7 +56,7 @@ _DO_NOT_LOAD = (
 
 
 class UnsafePickleError(CorruptFileError):
-    """Whoever unpickles the file imports or calls what no state dict needs."""
+    """Unpickling the file imports or calls what no state dict needs."""
 
     def __init__(self, does: str, name: str) -> None:
         super().__init__(f"would {does} {shown(name)} when it is loaded, expected tensors only", _DO_NOT_LOAD)
@@ -236,9 +235,6 @@ class _Stack:
         del self.values[-1]
         return value
 
-    def drop(self) -> None:
-        self.pop()
-
     def pop_mark(self) -> list[Any]:
         taken: list[Any] = []
         while (value := self.pop()) is not _MARK:
@@ -272,12 +268,10 @@ class _Stack:
         self.push({})
         self.set_items(pairs)
 
-    def call(self) -> None:
-        function, arguments = self.pop_some(2)
+    def call(self, function: Any, arguments: Any) -> None:
         self.push(_call(function, arguments))
 
-    def name(self) -> None:
-        module, name = self.pop_some(2)
+    def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise CorruptFileError("holds a damaged pickle: it names a function by something else than text")
         self.push_name(f"{module}.{name}")
@@ -287,16 +281,9 @@ class _Stack:
             self.foreign.append(text)
         self.push(_Name(text))
 
-    def instance(self, name: str) -> None:
-        self.push(_call(_Name(name), tuple(self.pop_mark())))
-
-    def instance_of_first(self) -> None:
+    def call_marked(self) -> None:
         function, *arguments = self.pop_mark() or (None,)
-        self.push(_call(function, tuple(arguments)))
-
-    def call_with_keywords(self) -> None:
-        function, arguments, _keywords = self.pop_some(3)
-        self.push(_call(function, arguments))
+        self.call(function, tuple(arguments))
 
     def refuse_foreign(self) -> None:
         """An unpickler imports a name's module as soon as it has read the name."""
@@ -312,10 +299,8 @@ _LITERALS = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "STRING", "UNICODE", "INT", "LONG", "FLOAT",
 }  # fmt: skip
-_STEPS: dict[str, Callable[[_Stack, Any], None]] = {
-    "STOP": lambda _stack, _argument: None,
-    "PROTO": lambda _stack, _argument: None,
-    "FRAME": lambda _stack, _argument: None,
+_NOTHING = {"STOP", "PROTO", "FRAME"}
+_STEPS: dict[str, Callable[[_Stack, Any], object]] = {
     "TUPLE": lambda stack, _: stack.push(tuple(stack.pop_mark())),
     "TUPLE1": lambda stack, _: stack.push(tuple(stack.pop_some(1))),
     "TUPLE2": lambda stack, _: stack.push(tuple(stack.pop_some(2))),
@@ -326,24 +311,21 @@ _STEPS: dict[str, Callable[[_Stack, Any], None]] = {
     "SETITEMS": lambda stack, _: stack.set_items(stack.pop_mark()),
     "LIST": lambda stack, _: stack.push(stack.pop_mark()),
     "DICT": lambda stack, _: stack.push_items(stack.pop_mark()),
-    "POP": lambda stack, _: stack.drop(),
+    "POP": lambda stack, _: stack.pop(),
     "PUT": lambda stack, place: stack.remember(place),
-    "BINPUT": lambda stack, place: stack.remember(place),
-    "LONG_BINPUT": lambda stack, place: stack.remember(place),
     "MEMOIZE": lambda stack, _: stack.remember(len(stack.memo)),
     "GET": lambda stack, place: stack.recall(place),
-    "BINGET": lambda stack, place: stack.recall(place),
-    "LONG_BINGET": lambda stack, place: stack.recall(place),
     "GLOBAL": lambda stack, name: stack.push_name(name.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda stack, _: stack.name(),
+    "STACK_GLOBAL": lambda stack, _: stack.name(*stack.pop_some(2)),
     "BINPERSID": lambda stack, _: stack.push(_storage(stack.pop())),
-    "REDUCE": lambda stack, _: stack.call(),
-    "NEWOBJ": lambda stack, _: stack.call(),
-    "NEWOBJ_EX": lambda stack, _: stack.call_with_keywords(),
-    "INST": lambda stack, name: stack.instance(name.replace(" ", ".", 1)),
-    "OBJ": lambda stack, _: stack.instance_of_first(),
-    "BUILD": lambda stack, _: stack.drop(),  # attributes of a state dict (`_metadata`)
+    "REDUCE": lambda stack, _: stack.call(*stack.pop_some(2)),
+    "NEWOBJ": lambda stack, _: stack.call(*stack.pop_some(2)),
+    "NEWOBJ_EX": lambda stack, _: stack.call(*stack.pop_some(3)[:2]),  # without the keywords
+    "INST": lambda stack, name: stack.call(_Name(name.replace(" ", ".", 1)), tuple(stack.pop_mark())),
+    "OBJ": lambda stack, _: stack.call_marked(),
+    "BUILD": lambda stack, _: stack.pop(),  # attributes of a state dict (`_metadata`)
 }
+_STEPS |= {f"{size}BIN{name}": _STEPS[name] for size in ("", "LONG_") for name in ("PUT", "GET")}
 
 
 def _run(stream: io.BytesIO) -> Any:
@@ -370,5 +352,5 @@ def _carry_out(stack: _Stack, opcode: str, argument: Any) -> None:
         stack.push(_CONSTANTS[opcode]())
     elif opcode in _STEPS:
         _STEPS[opcode](stack, argument)
-    else:
+    elif opcode not in _NOTHING:
         raise _BeyondThisReaderError
