@@ -50,6 +50,10 @@ def test_a_stored_card_is_known_until_the_machine_restarts(
     assert CARD.in_key == "a card"
     assert known(tmp_path, "cuda:1").lookup() is None
     assert known(tmp_path, requested, CUDA_VISIBLE_DEVICES="1").lookup() is None
+    for torch in ("another release", None):
+        with monkeypatch.context() as other:
+            other.setattr(device_lookup, "libraries", lambda version=torch: {"torch": version})
+            assert known(tmp_path, requested).lookup() is None
     monkeypatch.setattr(device_lookup, "boot_id", lambda: "another start")
     assert known(tmp_path, requested).lookup() is None
     monkeypatch.setattr(device_lookup, "boot_id", lambda: None)

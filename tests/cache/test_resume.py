@@ -15,7 +15,7 @@ from merge_gate.cache.seal import Seal
 from merge_gate.earlier_reports import RESUMED, move_aside
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
-from merge_gate.report.formats.json_report import render
+from merge_gate.report.formats.json_report import read, render
 from tests.support.reports import SHA256, adapter, report
 from tests.support.wording import Wording
 
@@ -63,6 +63,7 @@ def test_a_second_kill_loses_nothing_of_the_first(tmp_path: Path) -> None:
     first = resumed(tmp_path)
     assert known(first, "abcC") == "ab"
     first.preserve()
+    assert not read((tmp_path / RESUMED).read_bytes(), RESUMED).complete
     (tmp_path / "report.json").write_text(render(killed("b", "d")))
     assert known(resumed(tmp_path), "abcd") == "abd"
     forget(str(tmp_path))
@@ -97,6 +98,13 @@ def test_a_seal_that_does_not_fit_is_a_miss(tmp_path: Path) -> None:
     assert known(resumed(tmp_path, Seal("s" * 32)), "a") == ""
     (tmp_path / "report.json").write_text(render(killed("a", bases=(replace(BASE, parameters=1),))))
     assert known(resumed(tmp_path), "a") == ""
+
+
+def test_the_output_directory_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "report.json").write_text(render(killed("a")))
+    (tmp_path / "link").symlink_to("output")
+    assert known(resumed(tmp_path / "link"), "a") == "a"
 
 
 def test_a_link_and_a_directory_are_not_reports(tmp_path: Path) -> None:

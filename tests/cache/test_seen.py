@@ -112,7 +112,34 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base:
     store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
     good = store.get("bases", name)
     assert good is not None
-    for bad in ([], {}, "x", good | {"sha256": 1}, good | {"offset_s": "0"}, good | {"files": None}):
+    short, wrong_type = good | {"sha256": DIGEST[1:]}, good | {"sha256": 1}
+    for bad in ([], {}, "x", short, wrong_type, good | {"offset_s": "0"}, good | {"files": None}):
         store.put("bases", name, bad)
         assert known(bases, base) is None
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
+
+
+def test_a_base_without_files_is_a_miss(tmp_path: Path, bases: SeenBases, base: Path) -> None:
+    learn(bases, base)
+    (name,) = (path.name for path in (tmp_path / "cache" / "bases").iterdir())
+    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
+    record = store.get("bases", name)
+    assert record is not None
+    store.put("bases", name, record | {"files": []})
+    assert bases.lookup(str(base), ()) is None
+
+
+def test_without_a_boot_id_nothing_is_stored_or_found(
+    tmp_path: Path, bases: SeenBases, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(bases, base)
+    (path,) = (tmp_path / "cache" / "bases").iterdir()
+    store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
+    record = store.get("bases", path.name)
+    assert record is not None
+    store.put("bases", path.name, record | {"machine": None})
+    monkeypatch.setattr(seen, "boot_id", lambda: None)
+    assert known(bases, base) is None
+    path.unlink()
+    learn(bases, base)
+    assert not path.exists()
