@@ -10,11 +10,13 @@ import hypothesis
 import pytest
 
 from tests.support.cases import Judged, digests, lay_out, top_settings, write_config_file
+from tests.support.command import merge_gate
 from tests.support.properties import FAST_EXAMPLES
 from tests.support.wording import Wording, golden_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.models import Shelf
 
@@ -63,6 +65,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
+def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small fleet that the command judged once: `cold` is its report, `cache` its verdicts."""
+    from tests.support.small_fleet import lay_fleet  # noqa: PLC0415 - imports torch
+
+    place = tmp_path_factory.mktemp("fleet")
+    lay_fleet(shelf, place)
+    answer = merge_gate("run", "fleet.yml", "--cache", "cache", "--output", "cold", cwd=place)
+    assert answer.code == 1, answer.said
+    return place
 
 
 @pytest.fixture(scope="session")

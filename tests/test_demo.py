@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_demo
 from merge_gate.errors import ExitCode, UsageError
+from tests.support.command import Answer, merge_gate
+from tests.support.documents import blocks, without_numbers
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,31 @@ def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str) -> None:
     with pytest.raises(UsageError, match="is a link"):
         make_demo(str(demo))
     assert not list(outside.iterdir())
+
+
+# --- what the command prints, and what it leaves -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_a_directory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """`merge-gate demo`, started in an empty directory, with a place of its own for what passes."""
+    place = tmp_path_factory.mktemp("bare")
+    (place / "scratch").mkdir()
+    return place, merge_gate("demo", cwd=place, TMPDIR=str(place / "scratch"))
+
+
+def test_the_demo_leaves_nothing_behind_unless_asked(without_a_directory: tuple[Path, Answer]) -> None:
+    place, answer = without_a_directory
+    assert answer.code == 0, answer.said
+    assert list((place / "scratch").iterdir()) == []
+    assert [path.name for path in place.iterdir()] == ["scratch"]
+    assert str(place / "scratch") not in answer.out, "it must not point to files that are gone"
+
+
+def test_the_readme_has_an_excerpt_of_what_the_demo_prints(without_a_directory: tuple[Path, Answer]) -> None:
+    _, answer = without_a_directory
+    printed = {without_numbers(line) for line in answer.out.splitlines()}
+    (excerpt,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "text")
+    first, *lines = excerpt.splitlines()
+    assert first == "$ merge-gate demo"
+    assert [line for line in lines if without_numbers(line) not in printed] == []

@@ -33,6 +33,7 @@ from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.cases import lay_out
+from tests.support.documents import CODE_BLOCK, blocks, without_numbers
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.faults import FAULTS, HEALTHY
 from tests.support.generated import held
@@ -52,22 +53,12 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
-CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return [body for kind, body in CODE_BLOCK.findall(text) if kind == language]
-
 
 def section(text: str, heading: str) -> str:
     """What stands between a heading and the next one of its level or above."""
     match = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
     assert match, heading
     return re.split(rf"^#{{1,{len(match[1])}}} ", text[match.end() :], maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def without_numbers(text: str) -> str:
-    return re.sub(r"[\d,]*\d(\.\d+)?(e[+-]?\d+)?", "#", re.sub(r"\s+", " ", text)).strip()
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -196,18 +187,7 @@ def test_commands_are_found_at_all() -> None:
     assert {"run", "check", "demo", "schema"} <= {command.split()[0] for command in told_commands()}
 
 
-# --- the README's excerpt, configs and tables ------------------------------------------------------------------------
-
-
-def test_the_excerpt_is_what_the_demo_prints() -> None:
-    command = [sys.executable, "-m", "merge_gate", "demo"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    printed = {without_numbers(line) for line in done.stdout.splitlines()}
-    (excerpt,) = blocks(README, "text")
-    first, *lines = excerpt.splitlines()
-    assert first == "$ merge-gate demo"
-    assert [line for line in lines if without_numbers(line) not in printed] == []
+# --- the README's configs and tables ------------------------------------------------------------------------
 
 
 def config_snippets() -> list[tuple[str, str]]:

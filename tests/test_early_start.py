@@ -58,12 +58,6 @@ def nothing_is_left(place: Path) -> bool:
     return not children_of(os.getpid()) and not list((place / "tmp").iterdir())
 
 
-def test_it_runs_while_the_config_is_read(place: Path, meanwhile: list[list[int]]) -> None:
-    assert main(["run", "gate.yml"]) == 0
-    assert [len(children) for children in meanwhile] == [1]
-    assert nothing_is_left(place)
-
-
 def test_a_config_that_is_refused_leaves_nothing(place: Path, meanwhile: list[list[int]]) -> None:
     (place / "gate.yml").write_text("version: 1\nadapters: 7\n")
     assert main(["run", "gate.yml"]) == 2
@@ -80,12 +74,13 @@ def test_where_another_process_merges_none_is_started(
     assert meanwhile == [[]]
 
 
-@pytest.mark.parametrize(("cores", "started"), [({0}, 0), ({0, 1}, 1)])
-def test_where_all_is_known_it_is_ended_before_the_report(
-    place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch, cores: set[int], started: int
+def test_it_runs_while_the_config_is_read_and_is_ended_where_all_is_known(
+    place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where all is known it is gone before the report is made. On one core it is not started before it is needed."""
     assert main(["run", "gate.yml", "--cache", "cache"]) == 0
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    assert [len(children) for children in meanwhile] == [1]
+    assert nothing_is_left(place)
     left: list[list[int]] = []
     real = flow.supervise
 
@@ -94,11 +89,14 @@ def test_where_all_is_known_it_is_ended_before_the_report(
         real(*given)
 
     monkeypatch.setattr(flow, "supervise", watched)
-    assert main(["run", "gate.yml", "--cache", "cache"]) == 0
-    report = read((place / "merge-gate-report" / "report.json").read_bytes(), "report.json")
-    assert [one.cached for one in report.adapters] == [True]
-    assert [len(children) for children in meanwhile] == [1, started]
-    assert left == [[]]
+    for cores, started in (({0}, 0), ({0, 1}, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert main(["run", "gate.yml", "--cache", "cache"]) == 0
+        report = read((place / "merge-gate-report" / "report.json").read_bytes(), "report.json")
+        assert [one.cached for one in report.adapters] == [True]
+        assert len(meanwhile[-1]) == started
+    assert left == [[], []]
+    assert nothing_is_left(place)
 
 
 def test_a_base_that_is_quantised_gets_a_worker_of_its_own(

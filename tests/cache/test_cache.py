@@ -25,25 +25,14 @@ from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
 from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
 from tests.support.faults import poison
-from tests.support.small_fleet import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, same
 
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report
-    from tests.support.models import Shelf
 
 FILES_ALONE = {"float16-base-0"}
 """Judged by their files alone, which is done in every run."""
 SECRET = "a secret of the tests, long enough"
-
-
-@pytest.fixture(scope="module")
-def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet that was judged once, without and with a cache: `cold` and `cache` beside it."""
-    place = tmp_path_factory.mktemp("fleet")
-    lay_fleet(shelf, place)
-    answer = merge_gate("run", "fleet.yml", "--cache", "cache", "--output", "cold", cwd=place)
-    assert answer.code == 1, answer.said
-    return place
 
 
 @pytest.fixture
@@ -69,11 +58,11 @@ def everyone(report: Report) -> set[str]:
     return {one.name for one in report.adapters} - FILES_ALONE
 
 
-def run(place: Path, *only: str, view: View | None = None, fresh: bool = False) -> Report:
+def run(place: Path, *only: str, view: View | None = None, fresh: bool = False, output: str | None = None) -> Report:
     """A run in this process."""
     cache = CacheOptions(directory=str(place / "cache"), reuse=not fresh)
     with contextlib.chdir(place):
-        report = run_gate(load_config("fleet.yml"), view=view, only=only, cache=cache)
+        report = run_gate(load_config("fleet.yml"), view=view, only=only, output=output, cache=cache)
     return read(render(report).encode(), "report.json")  # which rounds figures
 
 
@@ -105,20 +94,6 @@ def test_a_warm_run_is_the_cold_one_but_for_marks(fleet: Path) -> None:
     assert all(one is not None and f"judged {one.at} at {one.place}" in answer.err for one in marked)
 
 
-def test_what_is_taken_over_is_in_every_format_before_anything_is_merged(copy: Path) -> None:
-    """A run that is killed then leaves it, and its last report takes less time."""
-    poison("lora_B", value=0.25)(copy / "adapters" / "plain-0")
-    seen: list[str] = []
-
-    class Waiting(View):
-        def base_loading(self, *_: object) -> None:
-            seen.extend(name for name in FORMATS if "plain-1" in (copy / "out" / name).read_text(encoding="utf-8"))
-
-    with contextlib.chdir(copy):
-        run_gate(load_config("fleet.yml"), output="out", view=Waiting(), cache=CacheOptions(directory="cache"))
-    assert seen[: len(FORMATS)] == list(FORMATS)
-
-
 @pytest.mark.usefixtures("no_worker")
 def test_where_all_is_known_no_worker_is_started(fleet: Path) -> None:
     report = run(fleet)
@@ -140,8 +115,15 @@ def test_names_lines_and_time_limits_may_change(copy: Path) -> None:
     assert report.adapters[0].line == 1
 
 
-def test_what_changed_is_judged_and_nothing_else(copy: Path) -> None:
-    """An adapter's bytes, another's settings; the base of a third is another one by a file beside its weights."""
+@pytest.fixture(scope="module")
+def changed(fleet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, list[str]]:
+    """A copy of the fleet in which much has changed, its report, and the formats that named `plain-2` before a merge.
+
+    Changed are an adapter's bytes, another's settings, a byte of a base's weights without a new time, and another base
+    by a file next to its weights.
+    """
+    copy = tmp_path_factory.mktemp("changed") / "copy"
+    shutil.copytree(fleet, copy)
     poison("lora_A", where="first")(copy / "adapters" / "plain-0")
     config = json.loads((copy / "fleet.yml").read_text())
     for one in config["adapters"]:
@@ -149,31 +131,38 @@ def test_what_changed_is_judged_and_nothing_else(copy: Path) -> None:
             one["checks"] = {"headroom": {"limit": 0.4}}
     (copy / "fleet.yml").write_text(json.dumps(config))
     (copy / "bert-classifier" / "modeling_extra.py").write_text("# nobody asked for it\n")
-    report = run(copy)
-    assert judged(report) == {"plain-0", "rslora-1", "blend", *(f"classifier-{one}" for one in range(3))}
-    again = run(copy)
-    assert cached(again) == everyone(again)
-    assert same(again) == same(report)
-
-
-def test_a_base_with_one_other_byte_is_another_base(copy: Path) -> None:
-    weights = copy / "llama" / "model.safetensors"
+    weights = copy / "llama-float16" / "model.safetensors"
     before = weights.stat()
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    report = run(copy)
-    assert judged(report) == {one for one in everyone(report) if one.startswith(("plain", "rslora", "blend"))}
+    named: list[str] = []
+
+    class Waiting(View):
+        def base_loading(self, *_: object) -> None:
+            named.extend(name for name in FORMATS if "plain-2" in (copy / "out" / name).read_text(encoding="utf-8"))
+
+    report = run(copy, view=Waiting(), output="out")
+    return copy, report, named
 
 
-def test_no_cache_judges_anew_and_keeps_the_new_verdicts(copy: Path) -> None:
-    report = run(copy, "plain-0", fresh=True)
-    assert judged(report) == {"plain-0"}
-    (first,) = report.adapters
-    again = run(copy, "plain-0")
-    assert again.adapters[0].cached
-    assert again.adapters[0].judged == first.judged
+def test_what_changed_is_judged_and_nothing_else(changed: tuple[Path, Report, list[str]]) -> None:
+    copy, report, _ = changed
+    on_changed_bases = {one for one in everyone(report) if one.startswith(("classifier", "float16-base"))}
+    assert len(on_changed_bases) == 5
+    assert judged(report) == {"plain-0", "rslora-1", "blend", *on_changed_bases}
+    again = run(copy)
+    assert cached(again) == everyone(again)
+    assert same(again) == same(report)
+
+
+def test_what_is_taken_over_is_in_every_format_before_anything_is_merged(
+    changed: tuple[Path, Report, list[str]],
+) -> None:
+    """A run that is killed then leaves it, and its last report takes less time."""
+    _, _, named = changed
+    assert named[: len(FORMATS)] == list(FORMATS)
 
 
 @pytest.mark.usefixtures("no_worker")
@@ -278,14 +267,26 @@ def test_a_cache_that_is_a_file_is_a_usage_error(fleet: Path) -> None:
     assert "MERGE_GATE_CACHE_KEY has 5 bytes" in answer.err
 
 
-def test_two_runs_share_a_directory(copy: Path) -> None:
-    shutil.rmtree(copy / "cache")
-    names = ("--only", "plain-0", "--only", "plain-1", "--only", "rslora-0")
-    first = start("run", "fleet.yml", *names, "--cache", "cache", "--output", "a", cwd=copy)
-    answer = merge_gate("run", "fleet.yml", *names, "--cache", "cache", "--output", "b", cwd=copy)
+def test_two_runs_share_a_directory_and_with_no_cache_keep_new_verdicts(copy: Path) -> None:
+    """Two of the verdicts are there already, and `--no-cache` has them judged anew; the third one is gone."""
+    names = ("plain-0", "plain-1", "rslora-0")
+    only = [word for name in names for word in ("--only", name)]
+    before = {one.name: one.judged for one in stored(copy / "cold").adapters}
+    for path in (copy / "cache" / "verdicts").iterdir():
+        if path.name == before["rslora-0"].key:
+            path.unlink()
+    shutil.rmtree(copy / "cache" / "bases")  # both make it again
+    first = start("run", "fleet.yml", *only, "--cache", "cache", "--no-cache", "--output", "a", cwd=copy)
+    answer = merge_gate("run", "fleet.yml", *only, "--cache", "cache", "--no-cache", "--output", "b", cwd=copy)
     assert first.wait(PATIENCE_S) == answer.code == 1
-    assert same(stored(copy / "a")) == same(stored(copy / "b"))
-    assert cached(run(copy, *names[1::2])) == set(names[1::2])
+    reports = [stored(copy / directory) for directory in ("a", "b")]
+    assert same(reports[0]) == same(reports[1])
+    assert [judged(report) for report in reports] == [set(names)] * 2
+    kept = run(copy, *names)
+    assert cached(kept) == set(names)
+    for one in kept.adapters:
+        assert one.judged in [other.judged for report in reports for other in report.adapters if other.name == one.name]
+        assert one.judged != before[one.name]
 
 
 # --- resumed -------------------------------------------------------------------------------------------------------
@@ -343,15 +344,12 @@ def test_a_report_that_was_edited_is_judged_again(copy: Path) -> None:
 
 
 def test_nothing_to_resume_and_what_contradicts(fleet: Path, tmp_path: Path) -> None:
-    answer = merge_gate(
-        "run", str(fleet / "fleet.yml"), "--only", "plain-0", "--resume", "--output", "new", cwd=tmp_path
-    )
+    words = ("run", fleet / "fleet.yml", "--only", "plain-0", "--resume", "--output", "new", "--cache", fleet / "cache")
+    answer = merge_gate(*words, cwd=tmp_path)
     assert answer.code == 0, answer.said
     assert "nothing to resume: the output directory holds no verdict" in answer.err
     (tmp_path / "new" / "report.json").write_text("{}")
-    answer = merge_gate(
-        "run", str(fleet / "fleet.yml"), "--only", "plain-0", "--resume", "--output", "new", cwd=tmp_path
-    )
+    answer = merge_gate(*words, cwd=tmp_path)
     assert answer.code == 2
     assert "without the generator tag of merge-gate" in answer.err
     assert (tmp_path / "new" / "report.json").read_text() == "{}"

@@ -396,63 +396,87 @@ def test_nan_in_running_statistics_that_the_file_brings_is_the_adapters(tmp_path
 OVERLAY = """
 import importlib.abc, importlib.machinery, sys
 
+BROKEN = __BROKEN__
+
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "peft.tuners.{module}":
+        methods = [method for method in BROKEN if name == "peft.tuners." + method[0]]
+        if not methods:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            own = module.{owner}.{method}
-
-            def broken(self, *args, **kwargs):
-                result = own(self, *args, **kwargs)
-                {then}
-                return result
-
-            module.{owner}.{method} = broken
+            for place, owner, method in methods:
+                overlay(getattr(module, owner), method, BROKEN[place, owner, method])
 
         spec.loader.exec_module = exec_module
         return spec
 
+def overlay(owner, method, then):
+    own = getattr(owner, method)
+
+    def broken(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        alpha = self.lora_alpha if method == "merge" else {"default": self.peft_config["default"].lora_alpha}
+        exec(then.get(alpha["default"], "pass"), {"self": self, "result": result})
+        return result
+
+    setattr(owner, method, broken)
+
 sys.meta_path.insert(0, Finder())
 """
+"""Put into the worker by sitecustomize: what an installed PEFT does besides, by the `lora_alpha` of the adapter."""
+
+MERGE, UNLOAD = ("lora.layer", "Linear", "merge"), ("tuners_utils", "BaseTuner", "merge_and_unload")
+LOSES_A_ROW = "self.get_base_layer().weight.data = self.get_base_layer().weight.data[1:]"
+BROKEN = {
+    "nan": (MERGE, "self.get_base_layer().weight.data[0, 0] = float('nan')", "every-projection"),
+    "123": (MERGE, "self.get_base_layer().weight.data[0, 0] = 123.0", "every-projection"),
+    "a-row-lost": (MERGE, LOSES_A_ROW, "every-projection"),
+    "a-row-lost-beside-saved-modules": (MERGE, LOSES_A_ROW, "modules-to-save"),
+    "no-norm": (UNLOAD, "del result.model.norm.weight", "every-projection"),
+    "no-attention": (UNLOAD, "result.model.layers[1].self_attn = None", "every-projection"),
+}
+"""Each adapter's method of PEFT, what it does besides, and the adapter's variant."""
 
 
-def gated_by(overlay: str, shelf: Shelf, tmp_path: Path, *options: str, variant: str = "every-projection") -> Any:
-    """What the command says of a good adapter with an installed PEFT that was changed so."""
-    overlaid, work = tmp_path / "overlay", tmp_path / "work"
+@pytest.fixture(scope="module", params=[(), ("--quick",)], ids=["whole", "quick"])
+def by_a_broken_peft(
+    request: pytest.FixtureRequest, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the command says of good adapters with an installed PEFT that treats each of them in another wrong way."""
+    place = tmp_path_factory.mktemp("broken-peft")
+    overlaid, work = place / "overlay", place / "work"
     for directory in (overlaid, work):  # the worker finds nothing that lies below the working directory
         directory.mkdir()
-    (overlaid / "sitecustomize.py").write_text(overlay)
-    base = shelf.base(VARIANTS[variant].base)
-    named = ("run", shelf.adapter(variant), "--base", base, "--output", "out")
-    answer = merge_gate(*named, *options, cwd=work, PYTHONPATH=str(overlaid))
-    (adapter,) = strict_json(work / "out" / "report.json")["adapters"]
-    return adapter | {"said": answer.said, "code": answer.code}
+    broken: dict[tuple[str, str, str], dict[int, str]] = {MERGE: {}, UNLOAD: {}}
+    for alpha, (name, (method, then, variant)) in enumerate(BROKEN.items(), 8):
+        shutil.copytree(shelf.adapter(variant), work / name)
+        configure(lora_alpha=alpha)(work / name)
+        broken[method][alpha] = then
+    (overlaid / "sitecustomize.py").write_text(OVERLAY.replace("__BROKEN__", repr(broken)))
+    (base,) = {VARIANTS[variant].base for _, _, variant in BROKEN.values()}
+    answer = merge_gate(
+        "run",
+        *BROKEN,
+        "--base",
+        shelf.base(base),
+        "--output",
+        "out",
+        *request.param,
+        cwd=work,
+        PYTHONPATH=str(overlaid),
+    )
+    adapters = strict_json(work / "out" / "report.json")["adapters"]
+    return {adapter["name"]: adapter | {"said": answer.said} for adapter in adapters}
 
 
-def merge_that(then: str) -> str:
-    return OVERLAY.format(module="lora.layer", owner="Linear", method="merge", then=then)
-
-
-@pytest.mark.parametrize(
-    ("value", "verdict", "options"),
-    [
-        ("float('nan')", "failed", ()),
-        ("123.0", "passed", ("--quick",)),
-        pytest.param("float('nan')", "failed", ("--quick",), marks=pytest.mark.slow),
-        pytest.param("123.0", "passed", (), marks=pytest.mark.slow),
-    ],
-)
-def test_a_peft_that_merges_otherwise_decides(
-    value: str, verdict: str, options: tuple[str, ...], shelf: Shelf, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("name", "verdict"), [("nan", "failed"), ("123", "passed")])
+def test_a_peft_that_merges_otherwise_decides(name: str, verdict: str, by_a_broken_peft: dict[str, Any]) -> None:
     """An installed PEFT whose Linear.merge writes a value of its own into each merged weight."""
-    overlay = merge_that(f"self.get_base_layer().weight.data[0, 0] = {value}")
-    adapter = gated_by(overlay, shelf, tmp_path, *options)
+    adapter = by_a_broken_peft[name]
     assert adapter["verdict"] == verdict, adapter["said"]
     coverage = adapter["coverage"]
     assert coverage["layers_differing"]
@@ -463,30 +487,28 @@ def test_a_peft_that_merges_otherwise_decides(
         assert adapter["cause"] == "merged-nonfinite"
 
 
-@pytest.mark.parametrize("variant", ["every-projection", pytest.param("modules-to-save", marks=pytest.mark.slow)])
-def test_what_was_measured_and_what_there_is_are_counted_apart(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a-row-lost", "a-row-lost-beside-saved-modules"])
+def test_what_was_measured_and_what_there_is_are_counted_apart(name: str, by_a_broken_peft: dict[str, Any]) -> None:
     """A PEFT that loses a row of each weight while it merges: fewer elements were measured than the model has."""
-    overlay = merge_that("self.get_base_layer().weight.data = self.get_base_layer().weight.data[1:]")
-    adapter = gated_by(overlay, shelf, tmp_path, variant=variant)
+    adapter = by_a_broken_peft[name]
     coverage = adapter["coverage"]
     assert coverage["parameters_checked"] < coverage["parameters_total"], adapter["said"]
-    assert (adapter["verdict"], adapter["cause"], adapter["code"]) == ("error", "not-judged", 3), adapter["said"]
+    assert (adapter["verdict"], adapter["cause"]) == ("error", "not-judged"), adapter["said"]
     assert (
         f"{coverage['parameters_checked']:,} of {coverage['parameters_total']:,}" in adapter["findings"][0]["message"]
     )
 
 
 @pytest.mark.parametrize(
-    ("then", "says"),
+    ("name", "says"),
     [
-        ("del result.model.norm.weight", "model.norm.weight"),
-        ("result.model.layers[1].self_attn = None", "model.layers.1.self_attn.k_proj.bias"),
+        ("no-norm", "model.norm.weight"),
+        ("no-attention", "model.layers.1.self_attn.k_proj.bias"),
     ],
 )
-def test_a_parameter_that_the_merged_model_lacks_fails(then: str, says: str, shelf: Shelf, tmp_path: Path) -> None:
+def test_a_parameter_that_the_merged_model_lacks_fails(name: str, says: str, by_a_broken_peft: dict[str, Any]) -> None:
     """Counting only what is there would not miss it."""
-    overlay = OVERLAY.format(module="tuners_utils", owner="BaseTuner", method="merge_and_unload", then=then)
-    adapter = gated_by(overlay, shelf, tmp_path)
+    adapter = by_a_broken_peft[name]
     assert (adapter["verdict"], adapter["cause"]) == ("failed", "not-mergeable"), adapter["said"]
     assert says in adapter["findings"][0]["message"]
 

@@ -88,6 +88,10 @@ UNLOADABLE: dict[str, Callable[[Path], object]] = {
 }
 
 
+NO_BASES = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
+"""Names of bases that no system takes."""
+
+
 @pytest.fixture(scope="module")
 def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("gate")
@@ -98,6 +102,8 @@ def place(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lay(place, shelf, "overflow", both(poison("v_proj.lora_A", 1e4, "all"), poison("v_proj.lora_B", 1e4, "all")))
     lay(place, shelf, "names-its-base", configure(base_model_name_or_path="./bases/llama"))
     lay(place, shelf, "names-no-base", configure(base_model_name_or_path=None))
+    for number, base in enumerate(NO_BASES):
+        lay(place, shelf, f"hostile-{number}", configure(base_model_name_or_path=base))
     for check, break_ in UNLOADABLE.items():
         lay(place, shelf, check, break_)
     return place
@@ -124,6 +130,7 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
         *(entry(f"{check}-warned", check, checks={check: "warning"}) for check in UNLOADABLE),
         {"name": "names-its-base", "path": "./adapters/names-its-base"},
         {"name": "names-no-base", "path": "./adapters/names-no-base"},
+        {"path": "./adapters/hostile-*"},
         {"name": "sum", "combine": members | {"adapters": ["good", "other"]}, "base": base},
         {"name": "sum-with-nan", "combine": members | {"adapters": ["good", "nan"]}, "base": base},
         {
@@ -140,7 +147,7 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
 
 def test_every_entry_is_in_the_report_once_per_dtype(judged: dict[tuple[str, str], AdapterReport]) -> None:
     assert [dtype for name, dtype in judged if name == "dtypes"] == ["float32", "bfloat16", "float16"]
-    assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + 3 + 3
+    assert len(judged) == 6 + 2 + 2 * len(UNLOADABLE) + 2 + len(NO_BASES) + 3 + 3
 
 
 def test_each_dtype_has_its_own_verdict(judged: dict[tuple[str, str], AdapterReport]) -> None:
@@ -193,6 +200,14 @@ def test_without_a_base_there_is_no_verdict(judged: dict[tuple[str, str], Adapte
     assert one.verdict is Verdict.ERROR, told(one)
     assert "no base to merge into" in one.findings[0].message
     assert "base: {model: …}" in one.findings[0].hint
+
+
+def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(
+    judged: dict[tuple[str, str], AdapterReport],
+) -> None:
+    hostile = [one.verdict for (name, _), one in judged.items() if name.startswith("hostile-")]
+    assert hostile == [Verdict.ERROR] * len(NO_BASES)
+    assert judged["good", "float32"].verdict is Verdict.PASSED
 
 
 def test_a_combination_is_judged_by_what_it_makes(judged: dict[tuple[str, str], AdapterReport]) -> None:
@@ -249,7 +264,13 @@ def test_the_options_that_are_meant_can_go_to_a_shell_as_they_are(place: Path) -
     assert caught.value.hint == "one at a time: --only good --only '$(id)'"
 
 
-def test_only_a_combination_still_finds_its_members(place: Path) -> None:
+@pytest.fixture(scope="module")
+def combination_alone(place: Path) -> Report:
+    """`--only` names a combination, and its base's digest cannot be taken."""
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("the disk is on fire")
+
     config = write(
         place,
         {"path": "./adapters/good"},
@@ -257,8 +278,18 @@ def test_only_a_combination_still_finds_its_members(place: Path) -> None:
         {"name": "sum", "combine": {"method": "linear", "adapters": ["good", "other"], "weights": [0.5, 0.5]}},
         base={"model": "./bases/llama"},
     )
-    report = run_gate(load_config(str(config)), device="cpu", only=("sum",))
-    assert [(one.name, one.verdict) for one in report.adapters] == [("sum", Verdict.PASSED)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "digest_directory", fail)
+        return run_gate(load_config(str(config)), device="cpu", only=("sum",))
+
+
+def test_only_a_combination_still_finds_its_members(combination_alone: Report) -> None:
+    assert [(one.name, one.verdict) for one in combination_alone.adapters] == [("sum", Verdict.PASSED)]
+
+
+def test_a_digest_that_fails_costs_the_digest_only(combination_alone: Report) -> None:
+    assert combination_alone.result is Result.PASS
+    assert [base.sha256 for base in combination_alone.bases] == [None]
 
 
 def test_check_files_needs_no_base(place: Path) -> None:
@@ -274,43 +305,60 @@ def repository(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def test_hub_ids_are_pinned_and_judged_again_from_the_cache(shelf: Shelf, tmp_path: Path) -> None:
-    """The base is named by adapter_config.json alone. The second run has no network at all."""
-    lay(tmp_path, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
-    write(tmp_path, {"path": "acme/lora"}, {"name": "broken", "path": "acme/lora", "revision": "v2"})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfTheHub:
+    """The reports of two runs on repositories of a Hub, the second one without a network, and the commits there."""
+
+    reports: tuple[dict[str, Any], dict[str, Any]]
+    base: str
+    first: str
+    second: str
+
+
+@pytest.fixture(scope="module")
+def of_the_hub(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> OfTheHub:
+    place = tmp_path_factory.mktemp("hub")
+    lay(place, shelf, "lora", configure(base_model_name_or_path="acme/llama"))
+    write(
+        place,
+        {"path": "acme/lora"},
+        {"name": "broken", "path": "acme/lora", "revision": "v2"},
+        {"name": "lost", "path": "acme/lora", "base": {"model": "acme/gone"}},
+    )
     with LoopbackHub() as hub:
         base = hub.add_repo("acme/llama", repository(shelf.base("llama")))
-        first = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"))
-        NAN(tmp_path / "adapters" / "lora")
-        second = hub.add_repo("acme/lora", repository(tmp_path / "adapters" / "lora"), refs=("v2",))
-        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        answer = merge_gate("run", "gate.yml", cwd=tmp_path, **online)
+        first = hub.add_repo("acme/lora", repository(place / "adapters" / "lora"))
+        NAN(place / "adapters" / "lora")
+        second = hub.add_repo("acme/lora", repository(place / "adapters" / "lora"), refs=("v2",))
+        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "0"}
+        answer = merge_gate("run", "gate.yml", cwd=place, **online)
     assert answer.code == 1, answer.said
-    offline = merge_gate("run", "gate.yml", "--output", "again", cwd=tmp_path, **online | {"HF_HUB_OFFLINE": "1"})
+    offline = merge_gate("run", "gate.yml", "--output", "again", cwd=place, **online | {"HF_HUB_OFFLINE": "1"})
     assert offline.code == 1, offline.said
-    for directory in ("merge-gate-report", "again"):
-        report = strict_json(tmp_path / directory / "report.json")
-        assert [(one["name"], one["revision"], one["verdict"]) for one in report["adapters"]] == [
-            ("lora", first, "passed"),
-            ("broken", second, "failed"),
+    reports = (strict_json(place / "merge-gate-report" / "report.json"), strict_json(place / "again" / "report.json"))
+    return OfTheHub(reports=reports, base=base, first=first, second=second)
+
+
+def test_hub_ids_are_pinned_and_judged_again_from_the_cache(of_the_hub: OfTheHub) -> None:
+    """The base is named by adapter_config.json alone. The second run has no network at all."""
+    for report in of_the_hub.reports:
+        adapters = [one for one in report["adapters"] if one["name"] != "lost"]
+        assert [(one["name"], one["revision"], one["verdict"]) for one in adapters] == [
+            ("lora", of_the_hub.first, "passed"),
+            ("broken", of_the_hub.second, "failed"),
         ]
-        assert {(one["base"]["model"], one["base"]["revision"]) for one in report["adapters"]} == {("acme/llama", base)}
+        pinned = ("acme/llama", of_the_hub.base)
+        assert {(one["base"]["model"], one["base"]["revision"]) for one in adapters} == {pinned}
         (described,) = report["bases"]
-        assert (described["model"], described["revision"]) == ("acme/llama", base)
+        assert (described["model"], described["revision"]) == pinned
         assert len(described["sha256"]) == 64
 
 
-def test_a_base_that_cannot_be_fetched_costs_its_own_adapters_only(shelf: Shelf, tmp_path: Path) -> None:
-    lay(tmp_path, shelf, "good")
-    write(
-        tmp_path,
-        {"name": "lost", "path": "./adapters/good", "base": {"model": "acme/gone"}},
-        {"path": "./adapters/good", "base": {"model": str(shelf.base("llama"))}},
-    )
-    answer = merge_gate("run", "gate.yml", cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
-    assert answer.code == 3, answer.said
-    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
-    assert {one["name"]: one["verdict"] for one in report["adapters"]} == {"lost": "error", "good": "passed"}
+def test_a_base_that_cannot_be_fetched_costs_its_own_adapters_only(of_the_hub: OfTheHub) -> None:
+    """With a Hub that has no such base, and without a network."""
+    for report in of_the_hub.reports:
+        verdicts = {one["name"]: one["verdict"] for one in report["adapters"]}
+        assert verdicts == {"lora": "passed", "broken": "failed", "lost": "error"}
 
 
 # --- what is written when --------------------------------------------------------------------------------------------
@@ -364,18 +412,6 @@ def test_a_view_that_breaks_at_the_very_end_does_not_unfinish_the_report(place: 
     with pytest.raises(OSError, match="terminal"):
         run_gate(small(place, "file-corrupt"), device="cpu", output=str(tmp_path), view=Watcher(finish=finish))
     assert strict_json(tmp_path / "report.json")["complete"] is True
-
-
-def test_a_digest_that_fails_costs_the_digest_only(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> str:
-        raise RuntimeError("the disk is on fire")
-
-    monkeypatch.setattr(resolve, "digest_directory", fail)
-    report = run_gate(small(place, "good"), device="cpu", output=str(tmp_path))
-    assert report.result is Result.PASS
-    assert [base.sha256 for base in report.bases] == [None]
 
 
 def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
@@ -445,18 +481,26 @@ def test_a_disk_that_gives_out_costs_no_verdict(
 def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first word comes at once here, and an hour is over as soon as it begins."""
+    """The first word comes at once here, and an hour is over as soon as it begins.
+
+    `good` has the default limit, which is then that of the base's load too.
+    """
     monkeypatch.setattr(supervisor, "FIRST_WORD_S", 0.0)
     monkeypatch.setattr(hourly_log, "EVERY_S", 0.0)
     lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
+    lay(tmp_path, shelf, "good")
     lay(tmp_path, shelf, "silent", configure(target_modules="(([a-z0-9_.])+)+!"))
-    entries = [{"path": "./adapters/broken"}, {"path": "./adapters/silent", "limits": {"seconds": 8}}]
+    entries = [
+        {"path": "./adapters/broken"},
+        {"path": "./adapters/good"},
+        {"path": "./adapters/silent", "limits": {"seconds": 1}},
+    ]
     config = load_config(str(write(tmp_path, *entries, base={"model": str(shelf.base("llama"))})))
     notes: list[str] = []
     report = run_gate(config, device="cpu", view=Watcher(note=notes.append))
-    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.ERROR]
-    assert any(re.fullmatch(r"silent: nothing heard of it for .+; its time limit is 8 s", said) for said in notes)
-    assert any("1 of 2 adapters judged, 1 failed" in said for said in notes)
+    assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.ERROR]
+    assert any(re.fullmatch(r"silent: nothing heard of it for .+; its time limit is 1 s", said) for said in notes)
+    assert any("1 of 3 adapters judged, 1 failed" in said for said in notes)
 
 
 def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., str]) -> Callable[..., Any]:
@@ -503,67 +547,64 @@ def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_name_that_no_system_takes_costs_its_adapter_alone(shelf: Shelf, tmp_path: Path) -> None:
-    named = ("a" * 5000, "/" + "a" * 5000, "x\x00y", "../" * 40 + "etc")
-    for number, base in enumerate(named):
-        lay(tmp_path, shelf, f"hostile-{number}", configure(base_model_name_or_path=base))
-    lay(tmp_path, shelf, "good")
-    config = write(
-        tmp_path, {"path": "./adapters/hostile-*"}, {"path": "./adapters/good", "base": str(shelf.base("llama"))}
-    )
-    *hostile, good = run_gate(load_config(str(config)), device="cpu").adapters
-    assert [one.verdict for one in hostile] == [Verdict.ERROR] * len(named)
-    assert good.verdict is Verdict.PASSED
-
-
 # --- what is judged, hashed and reported are the same bytes -----------------------------------------------------------
 
 
-def test_a_pass_certifies_the_bytes_that_it_names(shelf: Shelf, tmp_path: Path) -> None:
-    """A broken file is hashed, and a good one lies there when the merge begins."""
-    lay(tmp_path, shelf, "swapped", NAN)
-    lay(tmp_path, shelf, "good")
-    config = write(
-        tmp_path, *({"path": f"./adapters/{name}"} for name in ("swapped", "good")), base=str(shelf.base("llama"))
-    )
-
-    def swap(*_: object) -> None:
-        shutil.copy(tmp_path / "adapters" / "good" / WEIGHTS, tmp_path / "new")
-        (tmp_path / "new").replace(tmp_path / "adapters" / "swapped" / WEIGHTS)
-
-    swapped, good = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loading=swap)).adapters
-    assert (swapped.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
-    assert f"{WEIGHTS} changed while it was judged" in swapped.findings[0].message
+MOMENTS = ("base_loading", "base_loaded", "adapter_done")
+"""While a base is loaded, after that, and when the first of its adapters is done."""
 
 
-def test_no_verdict_stands_on_a_base_that_changes(shelf: Shelf, tmp_path: Path) -> None:
-    """While it is loaded, after that, and when the first of its adapters is done; a base of its own for each."""
-    moments = ("base_loading", "base_loaded", "adapter_done")
+@pytest.fixture(scope="module")
+def meddled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterReport]:
+    """A run during which files are exchanged or cut short: two adapters on each base, each base with its own accident.
+
+    On `still` an adapter's weights are exchanged as its base is loaded: a broken file is hashed, and a good one is
+    there when the merge begins. A base with the name of a moment is exchanged at that moment. `cut` is cut short while
+    it is mapped.
+    """
+    place = tmp_path_factory.mktemp("meddled")
+    names = {"still": ("swapped", "good")} | {base: (f"{base}-first", f"{base}-second") for base in (*MOMENTS, "cut")}
     entries = []
-    for moment in moments:
-        shutil.copytree(shelf.base("llama"), tmp_path / moment)
-        for name in ("first", "second"):
-            lay(tmp_path, shelf, f"{moment}-{name}")
-            entries.append({"path": f"./adapters/{moment}-{name}", "base": f"./{moment}"})
+    for base, (first, second) in names.items():
+        shutil.copytree(shelf.base("llama"), place / base)
+        lay(place, shelf, first, NAN if base == "still" else None)
+        lay(place, shelf, second)
+        entries += [{"path": f"./adapters/{name}", "base": f"./{base}"} for name in (first, second)]
 
-    def exchange(moment: str) -> Callable[[object], None]:
-        def replace_weights(*about: Any) -> None:
-            base = about[0] if isinstance(about[0], str) else getattr(about[0], "model", None) or about[0].base.model
-            if Path(base).name == moment:
-                weights = tmp_path / moment / "model.safetensors"
-                shutil.copy(weights, tmp_path / "new")
-                (tmp_path / "new").replace(weights)
+    def exchange(file: Path, other: Path) -> None:
+        shutil.copy(other, place / "new")
+        (place / "new").replace(file)
 
-        return replace_weights
+    def meddle(moment: str) -> Callable[..., None]:
+        def at_the_moment(*about: Any) -> None:
+            model = about[0] if isinstance(about[0], str) else getattr(about[0], "model", None) or about[0].base.model
+            base = Path(model).name
+            weights = place / base / "model.safetensors"
+            if base == moment:
+                exchange(weights, weights)
+            elif base == "still" and moment == "base_loading":
+                exchange(place / "adapters" / "swapped" / WEIGHTS, place / "adapters" / "good" / WEIGHTS)
+            elif base == "cut" and moment == "base_loaded":
+                os.truncate(weights, 4096)
 
-    view = Watcher(**{moment: exchange(moment) for moment in moments})
-    report = run_gate(load_config(str(write(tmp_path, *entries))), device="cpu", view=view)
-    assert {one.name: one.verdict for one in report.adapters} == {
-        f"{moment}-{name}": Verdict.ERROR for moment in moments for name in ("first", "second")
-    }
-    for moment in moments:
-        (first,) = (one for one in report.adapters if one.name == f"{moment}-first")
-        assert any("changed while it was used" in one.message for one in first.findings), told(first)
+        return at_the_moment
+
+    view = Watcher(**{moment: meddle(moment) for moment in MOMENTS})
+    report = run_gate(load_config(str(write(place, *entries))), device="cpu", view=view)
+    return {one.name: one for one in report.adapters}
+
+
+def test_a_pass_certifies_the_bytes_that_it_names(meddled: dict[str, AdapterReport]) -> None:
+    swapped, good = meddled["swapped"], meddled["good"]
+    assert (swapped.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+    assert any(f"{WEIGHTS} changed while it was judged" in one.message for one in swapped.findings), told(swapped)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_no_verdict_stands_on_a_base_that_changes(moment: str, meddled: dict[str, AdapterReport]) -> None:
+    first, second = meddled[f"{moment}-first"], meddled[f"{moment}-second"]
+    assert (first.verdict, second.verdict) == (Verdict.ERROR, Verdict.ERROR)
+    assert any("changed while it was used" in one.message for one in first.findings), told(first)
 
 
 def test_no_verdict_is_stored_under_the_digest_of_another_base(
@@ -593,19 +634,11 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
     assert [*(tmp_path / "cache" / "verdicts").iterdir()] == []
 
 
-def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(meddled: dict[str, AdapterReport]) -> None:
     """The kernel answers with SIGBUS, which kills the worker; what is said is said of the file, not of memory."""
-    shutil.copytree(shelf.base("llama"), tmp_path / "base")
-    for name in ("good", "other"):
-        lay(tmp_path, shelf, name)
-    config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in ("good", "other")), base="./base")
-
-    def cut_short(*_: object) -> None:
-        os.truncate(tmp_path / "base" / "model.safetensors", 4096)
-
-    report = run_gate(load_config(str(config)), device="cpu", view=Watcher(base_loaded=cut_short))
-    assert [one.verdict for one in report.adapters] == [Verdict.ERROR, Verdict.ERROR]
-    for one in report.adapters:
+    on_it = [meddled["cut-first"], meddled["cut-second"]]
+    assert [one.verdict for one in on_it] == [Verdict.ERROR, Verdict.ERROR]
+    for one in on_it:
         assert "memory" not in " ".join(finding.hint for finding in one.findings), told(one)
 
 

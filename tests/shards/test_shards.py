@@ -14,7 +14,7 @@ from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.shards.combined import combined
 from merge_gate.shards.shard_files import found_in
 from tests.support.command import merge_gate
-from tests.support.small_fleet import BROKEN, lay_fleet, same
+from tests.support.small_fleet import BROKEN, same
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,47 +23,46 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 
+COUNT = 3
+
+
 @pytest.fixture(scope="module")
-def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fleet, judged whole and in four shards."""
-    place = tmp_path_factory.mktemp("fleet")
-    lay_fleet(shelf, place)
-    whole = merge_gate("run", "fleet.yml", "--output", "whole", cwd=place)
-    assert whole.code == 1, whole.said
-    for index in range(4):
+def parts(fleet: Path) -> Path:
+    """The directory of the fleet, which was judged whole, and is now judged in shards."""
+    for index in range(COUNT):
         name = f"shards/{index + 1}"
         answer = merge_gate(
-            "run", "fleet.yml", "--shard", "4", "--output", name, cwd=place, JOB_COMPLETION_INDEX=str(index)
+            "run", "fleet.yml", "--shard", str(COUNT), "--output", name, cwd=fleet, JOB_COMPLETION_INDEX=str(index)
         )
         assert answer.code in {0, 1}, answer.said
-    return place
+    return fleet
 
 
 def stored(directory: Path) -> Report:
     return read((directory / "report.json").read_bytes(), str(directory))
 
 
-def test_four_machines_make_the_report_of_one(fleet: Path) -> None:
-    answer = merge_gate("report", "combine", "shards", "--output", "combined", cwd=fleet)
+def test_three_machines_make_the_report_of_one(parts: Path) -> None:
+    answer = merge_gate("report", "combine", "shards", "--output", "combined", cwd=parts)
     assert answer.code == 1, answer.said
     assert "of 16 merges failed" in answer.out
-    assert {path.name for path in (fleet / "combined").iterdir()} == set(FORMATS)
-    whole = stored(fleet / "whole")
-    assert same(stored(fleet / "combined")) == same(whole)
+    assert {path.name for path in (parts / "combined").iterdir()} == set(FORMATS)
+    whole = stored(parts / "cold")
+    assert same(stored(parts / "combined")) == same(whole)
     assert {one.name: one.cause for one in whole.adapters if one.cause} == BROKEN
-    counts = [len(stored(fleet / "shards" / str(index)).adapters) for index in (1, 2, 3, 4)]
+    counts = [len(stored(parts / "shards" / str(index)).adapters) for index in range(1, COUNT + 1)]
     assert sum(counts) == 16
     assert min(counts) > 0
 
 
-def test_a_shard_that_is_missing_leaves_no_verdict(fleet: Path, tmp_path: Path) -> None:
-    healthy = [index for index in (1, 2, 3, 4) if stored(fleet / "shards" / str(index)).result is Result.PASS]
+def test_a_shard_that_is_missing_leaves_no_verdict(parts: Path, tmp_path: Path) -> None:
+    healthy = [index for index in range(1, COUNT + 1) if stored(parts / "shards" / str(index)).result is Result.PASS]
     assert healthy
     for index in healthy:
-        shutil.copytree(fleet / "shards" / str(index), tmp_path / "some" / str(index))
+        shutil.copytree(parts / "shards" / str(index), tmp_path / "some" / str(index))
     answer = merge_gate("report", "combine", "some", cwd=tmp_path)
     assert answer.code == 3, answer.said
-    assert re.search(r"- shards? .* of 4 (is|are) missing", answer.out.replace("\n", " "))
+    assert re.search(rf"- shards? .* of {COUNT} (is|are) missing", answer.out.replace("\n", " "))
     report = stored(tmp_path / "merge-gate-report")
     assert (report.result, report.complete) == (Result.ERROR, False)
     assert report.adapters
@@ -86,11 +85,11 @@ def test_more_shards_than_adapters(shelf: Shelf, tmp_path: Path) -> None:
     assert combined(found_in([str(tmp_path / "s")])).result is Result.ERROR
 
 
-def test_an_output_that_is_an_input_is_refused(fleet: Path) -> None:
-    before = (fleet / "shards" / "1" / "report.json").read_bytes()
-    answer = merge_gate("report", "combine", "shards", "--output", "shards/1", cwd=fleet)
+def test_an_output_that_is_an_input_is_refused(parts: Path) -> None:
+    before = (parts / "shards" / "1" / "report.json").read_bytes()
+    answer = merge_gate("report", "combine", "shards", "--output", "shards/1", cwd=parts)
     assert answer.code == 2, answer.said
-    assert (fleet / "shards" / "1" / "report.json").read_bytes() == before
+    assert (parts / "shards" / "1" / "report.json").read_bytes() == before
 
 
 def test_nothing_to_combine_is_an_error_and_not_green(tmp_path: Path) -> None:

@@ -6,7 +6,12 @@ start first and single tests last, so that all processes end at about the same t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from xdist.scheduler import LoadScopeScheduling
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 TOGETHER = {
     # All of them need the fixture `judged`, which takes many seconds.
@@ -14,6 +19,9 @@ TOGETHER = {
     "tests/test_weight_formats.py": "judged",
     "tests/test_docs.py": "judged",
     "tests/test_faults.py": "judged",
+    # Both need the fixture `fleet`, a run over 16 merges.
+    "tests/cache/test_cache.py": "fleet",
+    "tests/shards/test_shards.py": "fleet",
     # Each starts a Ray cluster on this machine.
     "tests/on_ray/test_ray.py": "ray",
     "tests/run/test_thousand.py": "ray",
@@ -21,16 +29,15 @@ TOGETHER = {
 ONE_BY_ONE = {
     "tests/engine/test_bitsandbytes.py",
     "tests/worker/test_quick_imports.py",
-    "tests/worker/test_process.py",
-    "tests/worker/test_supervisor.py",
-    "tests/cache/test_cache.py",
     "tests/fuzz/test_fuzz.py",
     "tests/files/test_resolve.py",
-    "tests/test_cli.py",
-    "tests/run/test_flow.py",
     "tests/test_methods.py",
 }
 """Files of many long tests: each test goes to whichever process is free."""
+
+
+FIRST = ("judged", "fleet", "tests/test_cli.py", "tests/run/test_flow.py", "tests/worker/test_supervisor.py")
+"""Units of work that take long though they have few tests."""
 
 
 class Schedule(LoadScopeScheduling):
@@ -39,3 +46,9 @@ class Schedule(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return nodeid if file in ONE_BY_ONE else TOGETHER.get(file, file)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        for scope in reversed(FIRST):
+            if scope in self.workqueue:
+                self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)

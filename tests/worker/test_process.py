@@ -69,14 +69,6 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
 
 
-def test_while_the_child_imports_its_parent_has_time_for_other_things() -> None:
-    events: list[Event] = []
-    with WorkerProcess() as child:
-        assert child.run(Job(groups=(), device="cpu"), events.append, is_overdue=lambda: False) is None
-    assert isinstance(events[0], Idle)
-    assert isinstance(events[-1], Finished)
-
-
 # --- how it ended ----------------------------------------------------------------------------------------------------
 
 
@@ -105,15 +97,30 @@ def test_how_a_child_ended_is_said(
     wording(f"{ending.text}\n> {ending.hint}")
 
 
+@pytest.fixture(scope="module")
+def idle_child(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Ending]:
+    """What a child without adapters sends, and how its end would be told; it prints something while it starts."""
+    place, events = tmp_path_factory.mktemp("site"), []
+    (place / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(place))
+        with WorkerProcess() as child:
+            wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
+            assert child.run(Job(groups=(), device="cpu"), events.append, is_overdue=lambda: False) is None
+            return events, describe_exit(-signal.SIGABRT, child._output)
+
+
+def test_while_the_child_imports_its_parent_has_time_for_other_things(idle_child: tuple[list[Event], Ending]) -> None:
+    events, _ = idle_child
+    assert isinstance(events[0], Idle)
+    assert isinstance(events[-1], Finished)
+
+
 def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    idle_child: tuple[list[Event], Ending],
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with WorkerProcess() as child:
-        wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
-        assert child.run(Job(groups=(), device="cpu"), lambda _event: None, is_overdue=lambda: False) is None
-        assert describe_exit(-signal.SIGABRT, child._output).text.endswith("SIGABRT")
+    _, ending = idle_child
+    assert ending.text.endswith("SIGABRT")
 
 
 ODD = """

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +100,9 @@ RESULT
 TELL = 'raise RuntimeError("done: " + " ".join(done))'
 
 
-@pytest.fixture
-def victims(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+@contextmanager
+def victims(outside: Path) -> Iterator[int]:
     """A directory outside of the worker's own, and a port of the loopback, both of which ought to stay as they are."""
-    outside = tmp_path / "outside"
     outside.mkdir()
     for name in ("victim", "removable", "renamable"):
         (outside / name).write_text("as it was")
@@ -110,43 +110,60 @@ def victims(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(outside / "socket"))
         unix.listen()
-        yield outside, tcp.getsockname()[1]
+        yield tcp.getsockname()[1]
 
 
-def run(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int], result: str, **changes: str) -> Any:
-    """Gate an adapter on a base whose code is hostile; the report."""
-    base, outside = tmp_path / "base", victims[0]
-    shutil.copytree(shelf.base("llama"), base)
-    config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_rogue.RogueForCausalLM"}
-    (base / "config.json").write_text(json.dumps(config))
-    code = ROGUE.replace("PLACE", repr(str(outside))).replace("PORT", str(victims[1])).replace("RESULT", result)
-    (base / "modeling_rogue.py").write_text(code)
-    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
-    gate = {"version": 1, "base": {"model": "./base"}, "adapters": ["./adapter"], "trust-remote-code": True}
-    (tmp_path / "gate.yml").write_text(json.dumps(gate))
-    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=tmp_path, **changes)
-    report = strict_json(tmp_path / "merge-gate-report" / "report.json")
-    return report | {"said": answer.said}
+def gate(shelf: Shelf, place: Path, port: int, results: dict[str, str], **changes: str) -> Any:
+    """Gate an adapter on bases of these names, whose code is hostile and ends as the results say; the report."""
+    shutil.copytree(shelf.adapter("plain"), place / "adapter")
+    for name, result in results.items():
+        base = place / name
+        shutil.copytree(shelf.base("llama"), base)
+        config = json.loads((base / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_rogue.RogueForCausalLM"}
+        (base / "config.json").write_text(json.dumps(config))
+        code = ROGUE.replace("PLACE", repr(str(place / "outside"))).replace("PORT", str(port))
+        (base / "modeling_rogue.py").write_text(code.replace("RESULT", result))
+    entries = [{"name": name, "path": "./adapter", "base": f"./{name}"} for name in results]
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries, "trust-remote-code": True}))
+    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=place, **changes)
+    return strict_json(place / "merge-gate-report" / "report.json") | {"said": answer.said}
 
 
-def done_by(report: Any) -> set[str]:
-    message = next(one["message"] for one in report["adapters"][0]["findings"] if one["check"] == "not-judged")
+def done_by(report: Any, name: str) -> set[str]:
+    (adapter,) = (one for one in report["adapters"] if one["name"] == name)
+    message = next(one["message"] for one in adapter["findings"] if one["check"] == "not-judged")
     return set(str(message).partition("done: ")[2].split())
 
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HOME")
+
+
+@pytest.fixture(scope="module")
+def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, os.stat_result]:
+    """A run within the sandbox, its directory, and what the file `victim` was before.
+
+    The code of a base tells what it could do, that of another one lets it be loaded. The caches that the environment
+    names are outside of the worker's directory.
+    """
+    place = tmp_path_factory.mktemp("confined")
+    with victims(place / "outside") as port:
+        before = (place / "outside" / "victim").stat()
+        elsewhere = {name: str(place / "elsewhere" / name.lower()) for name in CACHES}
+        return gate(shelf, place, port, {"tells": TELL, "loads": ""}, **elsewhere), place, before
+
+
 def test_code_of_a_base_is_held_and_the_report_says_by_what(
-    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
+    confined: tuple[Any, Path, os.stat_result],
 ) -> None:
-    outside = victims[0]
-    before = (outside / "victim").stat()
-    report = run(shelf, tmp_path, victims, TELL)
+    report, place, before = confined
     # What Landlock leaves open seems to succeed, so that libraries can copy files with their modes, and does nothing.
-    assert done_by(report) == {"own", "thread", "chmod", "times"}, report["said"]
+    assert done_by(report, "tells") == {"own", "thread", "chmod", "times"}, report["said"]
     assert report["environment"]["sandbox"] == {
         "held": ["files", "network", "processes", "file size", "memory"],
         "missing": [],
     }
+    outside = place / "outside"
     assert sorted(one.name for one in outside.iterdir()) == ["removable", "renamable", "socket", "victim"]
     assert (outside / "victim").read_text() == "as it was"
     after = (outside / "victim").stat()
@@ -154,30 +171,27 @@ def test_code_of_a_base_is_held_and_the_report_says_by_what(
     assert stat.S_IMODE(after.st_mode) == 0o600
 
 
-def test_code_of_a_base_runs_within_it(shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]) -> None:
-    report = run(shelf, tmp_path, victims, "")
-    assert report["result"] == "pass", report["said"]
-    assert report["bases"][0]["loaded_as"] == "RogueForCausalLM"
+def test_code_of_a_base_runs_within_it(confined: tuple[Any, Path, os.stat_result]) -> None:
+    report, _, _ = confined
+    assert [one["verdict"] for one in report["adapters"] if one["name"] == "loads"] == ["passed"], report["said"]
+    assert [one["loaded_as"] for one in report["bases"] if one["model"] == "./loads"] == ["RogueForCausalLM"]
 
 
-def test_caches_that_the_environment_names_are_the_workers_own(shelf: Shelf, tmp_path: Path) -> None:
+def test_caches_that_the_environment_names_are_the_workers_own(confined: tuple[Any, Path, os.stat_result]) -> None:
     """A library that may not make the directory of its cache fails while it is imported, and with it the adapter."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HOME")
-    elsewhere = {name: str(tmp_path / "elsewhere" / name.lower()) for name in names}
-    shutil.copytree(shelf.adapter("plain"), tmp_path / "adapter")
-    gated = merge_gate("run", "adapter", "--base", str(shelf.base("llama")), cwd=tmp_path, **elsewhere)
-    assert gated.code == 0, gated.said
-    assert not (tmp_path / "elsewhere").exists()
+    report, place, _ = confined
+    assert "passed" in {one["verdict"] for one in report["adapters"]}, report["said"]
+    assert not (place / "elsewhere").exists()
 
 
-def test_without_it_the_report_says_so_and_the_same_code_does_harm(
-    shelf: Shelf, tmp_path: Path, victims: tuple[Path, int]
-) -> None:
-    report = run(shelf, tmp_path, victims, TELL, MERGE_GATE_SANDBOX="off")
-    assert {"write", "remove", "truncate", "tcp", "unix", "fork", "program"} <= done_by(report), report["said"]
+def test_without_it_the_report_says_so_and_the_same_code_does_harm(shelf: Shelf, tmp_path: Path) -> None:
+    with victims(tmp_path / "outside") as port:
+        report = gate(shelf, tmp_path, port, {"tells": TELL}, MERGE_GATE_SANDBOX="off")
+    harm = {"write", "remove", "truncate", "tcp", "unix", "fork", "program"}
+    assert harm <= done_by(report, "tells"), report["said"]
     assert report["environment"]["sandbox"] == {"held": [], "missing": ["all of it: MERGE_GATE_SANDBOX is off"]}
     assert "the worker's sandbox is not whole: all of it: MERGE_GATE_SANDBOX is off" in report["said"]
-    assert not (victims[0] / "victim").read_text()
+    assert not (tmp_path / "outside" / "victim").read_text()
 
 
 WITHOUT = """

@@ -44,14 +44,20 @@ if TYPE_CHECKING:
 
 
 ENDLESS = "(([a-z0-9_.])+)+!"
+LIMIT_S = 1.0
 
 
 @pytest.fixture
 def adapters(shelf: Shelf, tmp_path: Path) -> list[AdapterFiles]:
-    """Three sound adapters; `hang` makes one of them a trap."""
-    for number in range(3):
-        shutil.copytree(shelf.adapter("plain"), tmp_path / f"adapter-{number}")
-    return [preflight(str(tmp_path / f"adapter-{number}"), allow_pickle=False) for number in range(3)]
+    return sound(3, shelf, tmp_path)
+
+
+def sound(count: int, shelf: Shelf, place: Path) -> list[AdapterFiles]:
+    """Sound adapters; `hang` makes one of them a trap."""
+    directories = [place / f"adapter-{number}" for number in range(count)]
+    for directory in directories:
+        shutil.copytree(shelf.adapter("plain"), directory)
+    return [preflight(str(directory), allow_pickle=False) for directory in directories]
 
 
 def hang(files: AdapterFiles) -> AdapterFiles:
@@ -69,20 +75,27 @@ def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
     )
 
 
-class Killer:
-    """Hears everything, and sends a signal to the child of the moment when an event that it waits for has come."""
+def limited(group: Group, *tasks: int) -> Group:
+    """With a time limit for these tasks alone: on a busy machine the others may take longer."""
+    return replace(
+        group,
+        tasks=tuple(replace(task, limit_s=LIMIT_S) if task.index in tasks else task for task in group.tasks),
+    )
 
-    def __init__(self, *when: Event, number: signal.Signals = signal.SIGKILL) -> None:
-        self._number = number
+
+class Killer:
+    """Hears everything. When an event comes, it sends the child of the moment the next signal of that event's list."""
+
+    def __init__(self, when: dict[Event, list[signal.Signals]] | None = None) -> None:
         self.heard: list[Event] = []
-        self._when = when
+        self._when = when or {}
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Idle):
             self.heard.append(event)
-        if event in self._when:
+        if isinstance(event, BaseLoading | MergeStarted) and self._when.get(event):
             (child,) = children_of(os.getpid())
-            os.kill(child, self._number)
+            os.kill(child, self._when[event].pop(0))
 
     def outcomes(self) -> dict[int, str]:
         ends = [event for event in self.heard if isinstance(event, Merged | Undecided)]
@@ -95,9 +108,7 @@ class Killer:
         return found
 
 
-def run(job: Job, killer: Killer) -> None:
-    with WorkerProcess() as child:
-        supervise(job, killer, child)
+# --- what a death costs ----------------------------------------------------------------------------------------------
 
 
 def deed(refusal: NotJudged) -> str:
@@ -105,105 +116,167 @@ def deed(refusal: NotJudged) -> str:
     return refusal.message.partition(": ")[0]
 
 
-def test_each_task_is_merged_in_order_and_the_child_ends(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    killer = Killer()
-    with WorkerProcess() as child:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, child)
-        assert child._process.poll() == 0
-    assert killer.outcomes() == {0: "Merged", 1: "Merged", 2: "Merged"}
-    assert [event.task for event in killer.heard if isinstance(event, MergeStarted)] == [0, 1, 2]
-    assert isinstance(killer.heard[0], DeviceChosen)
-    assert killer.heard[0].device == "cpu" or killer.heard[0].device.startswith("cuda")
-    assert isinstance(killer.heard[-1], Finished)
+@pytest.fixture(scope="module")
+def deaths(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    """One job whose children end in every way, one after another: seven starts instead of one job for each way.
+
+    The first child is killed before it has the job. Then each base has its own accident:
+
+    0. Each child that loads it is killed. 1. The first child that loads it is killed, and the child that merges adapter
+    3. 2. Adapter 6 takes longer than it may. 3. The child stops while it loads the base. 4. None.
+    """
+    place = tmp_path_factory.mktemp("deaths")
+    llama, stopped = shelf.base("llama"), shutil.copytree(shelf.base("llama"), place / "stopped")
+    files = sound(11, shelf, place)
+    files[3], files[6] = hang(files[3]), hang(files[6])
+    groups = (
+        group(shutil.copytree(llama, place / "killed"), files[:2]),
+        group(llama, files[2:5], first=2),
+        limited(group(shutil.copytree(llama, place / "other"), files[5:8], first=5), 6),
+        limited(group(stopped, files[8:10], first=8), 8, 9),
+        group(llama, files[10:], first=10),
+    )
+    killer = Killer(
+        {
+            BaseLoading(group=0): [signal.SIGKILL] * 2,
+            BaseLoading(group=1): [signal.SIGKILL],
+            MergeStarted(task=3): [signal.SIGKILL],
+            BaseLoading(group=3): [signal.SIGSTOP],
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch, WorkerProcess() as child:
+        patch.setattr("merge_gate.worker.supervisor.FIRST_WORD_S", 0.25)
+        child._process.kill()
+        supervise(Job(groups=groups), killer, child)
+    return killer
 
 
-def test_a_death_within_an_adapter_costs_that_adapter(
-    shelf: Shelf, adapters: list[AdapterFiles], wording: Wording
-) -> None:
-    adapters[1] = hang(adapters[1])
-    killer = Killer(MergeStarted(task=1))
-    run(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
-    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
-    refusal = killer.refusal(1)
+def test_a_child_that_dies_at_once_costs_nothing(deaths: Killer) -> None:
+    """What no later accident hit is merged, though the first child of the job was killed before it had the job."""
+    merged = {task for task, outcome in deaths.outcomes().items() if outcome == "Merged"}
+    assert merged == {2, 4, 5, 7, 10}
+    assert len(deaths.outcomes()) == 11
+
+
+def test_a_death_within_an_adapter_costs_that_adapter(deaths: Killer, wording: Wording) -> None:
+    assert [deaths.outcomes()[task] for task in (2, 3, 4)] == ["Merged", "Undecided", "Merged"]
+    refusal = deaths.refusal(3)
     assert "SIGKILL" in refusal.message
     assert refusal.hint
     wording(deed(refusal))
 
 
-def one_pass(base: Path, adapters: list[AdapterFiles]) -> Job:
-    return Job(groups=(replace(group(base, adapters), one_pass=True),))
+def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(deaths: Killer, wording: Wording) -> None:
+    assert [deaths.outcomes()[task] for task in (0, 1, 2)] == ["Undecided", "Undecided", "Merged"]
+    wording(deed(deaths.refusal(0)))
 
 
-def test_adapters_are_merged_in_one_pass(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    together, alone = Killer(), Killer()
-    run(one_pass(shelf.base("llama"), adapters), together)
-    run(Job(groups=(group(shelf.base("llama"), adapters),)), alone)
-    assert [event for event in together.heard if isinstance(event, MergeStarted)] == [
-        MergeStarted(task=0, others=(1, 2))
+def test_a_single_death_while_a_base_loads_costs_nothing(deaths: Killer) -> None:
+    """The third load is that of the child after adapter 3."""
+    assert [event for event in deaths.heard if event == BaseLoading(group=1)] == [BaseLoading(group=1)] * 3
+    assert [deaths.outcomes()[task] for task in (2, 4)] == ["Merged", "Merged"]
+
+
+def test_an_adapter_over_its_time_limit_is_alone_in_that(deaths: Killer, wording: Wording) -> None:
+    """And it is named while it hangs."""
+    assert [deaths.outcomes()[task] for task in (5, 6, 7)] == ["Merged", "Undecided", "Merged"]
+    wording(deaths.refusal(6))
+    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.task == 6]
+    assert waiting, "and on a busy machine others too"
+    assert [event.limit_s for event in waiting] == [LIMIT_S] * len(waiting)
+    assert len(waiting) <= 3, "each time after twice as long"
+
+
+def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wording: Wording) -> None:
+    """And it is named while it loads."""
+    assert [deaths.outcomes()[task] for task in (8, 9, 10)] == ["Undecided", "Undecided", "Merged"]
+    wording(deaths.refusal(8))
+    waiting = [event for event in deaths.heard if isinstance(event, Waiting) and event.base == "stopped"]
+    assert waiting, "and on a busy machine others too"
+    assert {(event.task, event.limit_s) for event in waiting} == {(None, LIMIT_S)}
+
+
+@pytest.fixture(scope="module")
+def alone(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    """Three sound adapters, merged one after another by a child that ends by itself."""
+    killer = Killer()
+    with WorkerProcess() as child:
+        files = sound(3, shelf, tmp_path_factory.mktemp("alone"))
+        supervise(Job(groups=(group(shelf.base("llama"), files),)), killer, child)
+        assert child._process.poll() == 0
+    return killer
+
+
+def test_each_task_is_merged_in_order_and_the_child_ends(alone: Killer) -> None:
+    assert alone.outcomes() == {0: "Merged", 1: "Merged", 2: "Merged"}
+    assert [event.task for event in alone.heard if isinstance(event, MergeStarted)] == [0, 1, 2]
+    assert isinstance(alone.heard[0], DeviceChosen)
+    assert alone.heard[0].device == "cpu" or alone.heard[0].device.startswith("cuda")
+    assert isinstance(alone.heard[-1], Finished)
+
+
+# --- one pass over a base for several adapters -----------------------------------------------------------------------
+
+
+def one_pass(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
+    return replace(group(base, adapters, first=first), one_pass=True)
+
+
+@pytest.fixture(scope="module")
+def passes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    """Three passes: all adapters are sound, adapter 4 cannot be read, and the child is killed in the third pass.
+
+    Another child merges the adapters of the third pass one by one, and is killed at adapter 7.
+    """
+    files, base = sound(9, shelf, tmp_path_factory.mktemp("passes")), shelf.base("llama")
+    broken = replace(files[4].files[0], sha256="0" * 64)
+    files[4] = replace(files[4], files=(broken, *files[4].files[1:]))
+    files[7] = hang(files[7])
+    killer = Killer(
+        {MergeStarted(task=6, others=(7, 8)): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
+    )
+    groups = tuple(one_pass(base, files[first : first + 3], first=first) for first in (0, 3, 6))
+    supervise(Job(groups=groups), killer)
+    return killer
+
+
+def started(killer: Killer, *tasks: int) -> list[tuple[int, tuple[int, ...]]]:
+    return [
+        (event.task, event.others) for event in killer.heard if isinstance(event, MergeStarted) and event.task in tasks
     ]
+
+
+def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
+    assert started(passes, 0, 1, 2) == [(0, (1, 2))]
     evidence = [
-        [replace(event.evidence, seconds=0.0, witnessed=()) for event in one.heard if isinstance(event, Merged)]
-        for one in (together, alone)
+        [
+            replace(event.evidence, seconds=0.0, witnessed=())
+            for event in one.heard
+            if isinstance(event, Merged) and event.task < 3
+        ]
+        for one in (passes, alone)
     ]
     assert evidence[0] == evidence[1]
-    assert together.outcomes() == dict.fromkeys(range(3), "Merged")
+    assert [passes.outcomes()[task] for task in range(3)] == ["Merged"] * 3
 
 
-def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    adapters[1] = hang(adapters[1])
-    killer = Killer(MergeStarted(task=0, others=(1, 2)), MergeStarted(task=1))
-    run(one_pass(shelf.base("llama"), adapters), killer)
-    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
-    started = [event for event in killer.heard if isinstance(event, MergeStarted)]
-    assert [(event.task, event.others) for event in started] == [(0, (1, 2)), (0, ()), (1, ()), (2, ())]
+def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(passes: Killer) -> None:
+    assert [passes.outcomes()[task] for task in (3, 4, 5)] == ["Merged", "Undecided", "Merged"]
 
 
-def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    broken = replace(adapters[1].files[0], sha256="0" * 64)
-    adapters[1] = replace(adapters[1], files=(broken, *adapters[1].files[1:]))
-    killer = Killer()
-    run(one_pass(shelf.base("llama"), adapters), killer)
-    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
+def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(passes: Killer) -> None:
+    assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Undecided", "Merged"]
+    assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, ()), (7, ()), (8, ())]
 
 
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    job = one_pass(shelf.base("llama"), adapters)
+    job = Job(groups=(one_pass(shelf.base("llama"), adapters),))
     attempt = Attempt(job, Killer())
     attempt.receive(MergeStarted(task=0, others=(1, 2)))
     assert attempt._limit_s == sum(task.limit_s for task in job.groups[0].tasks)
     assert attempt.is_at_a_batch
     attempt.receive(MergeStarted(task=1))
     assert not attempt.is_at_a_batch
-
-
-def test_a_death_while_a_base_loads_costs_the_adapters_on_that_base(
-    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, wording: Wording
-) -> None:
-    slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
-    killer = Killer(BaseLoading(group=0))
-    run(Job(groups=(group(slow, adapters[:2]), group(shelf.base("llama"), adapters[2:], first=2))), killer)
-    assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
-    wording(deed(killer.refusal(0)))
-
-
-def test_a_child_that_dies_at_once_costs_nothing(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    killer = Killer()
-    with WorkerProcess() as child:
-        child._process.kill()
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, child)
-    assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
-
-
-def test_a_death_right_after_a_base_was_loaded_costs_nothing(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    heard: list[Event] = []
-
-    def listen(event: Event) -> None:
-        heard.append(event)
-        if isinstance(event, BaseLoading) and len([one for one in heard if isinstance(one, BaseLoading)]) == 1:
-            os.kill(children_of(os.getpid())[0], signal.SIGKILL)
-
-    supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen)
-    assert sorted(event.task for event in heard if isinstance(event, Merged)) == [0, 1, 2]
 
 
 def test_children_that_die_at_once_are_not_started_forever(
@@ -215,49 +288,6 @@ def test_children_that_die_at_once_are_not_started_forever(
     assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
     assert "no torch here" in killer.refusal(2).message
     wording(deed(killer.refusal(2)))
-
-
-# --- time limits -----------------------------------------------------------------------------------------------------
-
-
-def limited(group: Group, *tasks: int, seconds: float = 2.0) -> Group:
-    """With a time limit for these tasks alone: on a busy machine the others may take longer."""
-    return replace(
-        group,
-        tasks=tuple(replace(task, limit_s=seconds) if task.index in tasks else task for task in group.tasks),
-    )
-
-
-def test_an_adapter_over_its_time_limit_is_alone_in_that(
-    shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    """And it is named while it hangs."""
-    monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_WORD_S", 0.5)
-    adapters[1] = hang(adapters[1])
-    killer = Killer()
-    supervise(Job(groups=(limited(group(shelf.base("llama"), adapters), 1),)), killer)
-    assert killer.outcomes() == {0: "Merged", 1: "Undecided", 2: "Merged"}
-    wording(killer.refusal(1))
-    waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.task == 1]
-    assert waiting, "and on a busy machine others too"
-    assert [event.limit_s for event in waiting] == [2.0] * len(waiting)
-    assert len(waiting) <= 3, "each time after twice as long"
-
-
-def test_a_base_that_never_loads_costs_the_adapters_on_it(
-    shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    """And it is named while it loads."""
-    monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_WORD_S", 0.5)
-    slow = shutil.copytree(shelf.base("llama"), tmp_path / "slow")
-    killer = Killer(BaseLoading(group=0), number=signal.SIGSTOP)
-    stopped = limited(group(slow, adapters[:2]), 0, 1)
-    supervise(Job(groups=(stopped, group(shelf.base("llama"), adapters[2:], first=2))), killer)
-    assert killer.outcomes() == {0: "Undecided", 1: "Undecided", 2: "Merged"}
-    wording(killer.refusal(0))
-    waiting = [event for event in killer.heard if isinstance(event, Waiting) and event.base == "slow"]
-    assert waiting, "and on a busy machine others too"
-    assert {(event.task, event.limit_s) for event in waiting} == {(None, 2.0)}
 
 
 def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(

@@ -90,7 +90,7 @@ class Attempt:
         """Note what the child is at, and pass the event on."""
         match event:
             case BaseLoading():
-                self._group, self._task = event.group, None
+                self._group, self._task, self._progress = event.group, None, ""
                 self._begin(max(task.limit_s for task in self._job.groups[event.group].tasks))
             case BaseLoaded():
                 self._group = None
