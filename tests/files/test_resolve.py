@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 CLIENT = """
-import json, sys
+import json, sys, time
+wait = time.sleep
+time.sleep = lambda seconds: wait(min(seconds, 0.02))  # huggingface_hub waits a second before it tries again
 from merge_gate.errors import ResolveError
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.files.resolve import digest_directory, resolve_adapter, resolve_base
@@ -593,7 +595,7 @@ def test_a_mirror_that_names_no_commit(hub: LoopbackHub, client: Client, wording
 
 def test_a_server_that_says_nothing_is_a_sentence(hub: LoopbackHub, client: Client, wording: Wording) -> None:
     hub.damage("/api/models", "silence")
-    (answer,) = client.ask({"kind": "adapter", "id": "acme/lora", "revision": None, "timeout_s": 1.0})
+    (answer,) = client.ask({"kind": "adapter", "id": "acme/lora", "revision": None, "timeout_s": 0.3})
     wording(answer["error"])
     assert len(answer["notes"]) == len(PAUSES_S)
 
