@@ -524,9 +524,12 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
         prepare, "preflight", _failing_for("reading", prepare.preflight, lambda directory: Path(directory).name)
     )
     delta_norm = all_checks.CHECKS["delta-norm"]
-    judge = _failing_for("judging", delta_norm.judge, lambda case: case.spec.name)
-    judge = _failing_for("judging-the-merge", judge, lambda case: case.spec.name if case.evidence else "")
-    changed = {**all_checks.CHECKS, "delta-norm": dataclasses.replace(delta_norm, judge=judge)}
+    of_files = _failing_for("judging", delta_norm.of_files, lambda case: case.spec.name)
+    of_merge = _failing_for("judging-the-merge", delta_norm.of_merge, lambda case: case.spec.name)
+    changed = {
+        **all_checks.CHECKS,
+        "delta-norm": dataclasses.replace(delta_norm, of_files=of_files, of_merge=of_merge),
+    }
     monkeypatch.setattr(all_checks, "CHECKS", changed)
     names = ("good", *accidents, "nan")
     config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in names), base=str(shelf.base("llama")))
