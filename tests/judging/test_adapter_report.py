@@ -145,12 +145,16 @@ def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
     found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
     asked = dataclasses.replace(ENTRY, members=(dataclasses.replace(ENTRY.files, findings=(found,)),))
     line = adapter_report.undecided(asked, TOLD)
-    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO))
+    expected = dataclasses.replace(
+        LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO), decided_by=1
+    )
     assert line == expected
 
 
 def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
-    expected = dataclasses.replace(LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,))
+    expected = dataclasses.replace(
+        LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,), decided_by=0
+    )
     assert adapter_report.withdrawn(ENTRY, TOLD) == expected
 
 

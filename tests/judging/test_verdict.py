@@ -28,57 +28,63 @@ def finding(check: str, severity: Severity = Severity.ERROR) -> Finding:
     return Finding(check=check, severity=severity, message="m", hint="h", origin=Origin.ADAPTER)
 
 
+def decided(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:
+    """The verdict, the check that decided it, and the findings."""
+    verdict, index, findings = decide(findings, coverage)
+    return verdict, None if index is None else findings[index].check, findings
+
+
 def test_nothing_found_and_all_looked_at_passes() -> None:
-    assert decide((), WHOLE) == (Verdict.PASSED, None, ())
+    assert decided((), WHOLE) == (Verdict.PASSED, None, ())
 
 
 def test_warnings_do_not_fail() -> None:
     warned = (finding("headroom", Severity.WARNING),)
-    assert decide(warned, WHOLE) == (Verdict.PASSED, None, warned)
+    assert decided(warned, WHOLE) == (Verdict.PASSED, None, warned)
 
 
 def test_the_first_error_is_the_cause() -> None:
     found = (finding("adapter-nonfinite"), finding("merged-nonfinite"), finding("headroom", Severity.WARNING))
-    assert decide(found, WHOLE) == (Verdict.FAILED, "adapter-nonfinite", found)
+    assert decided(found, WHOLE) == (Verdict.FAILED, "adapter-nonfinite", found)
 
 
 def test_a_warning_before_it_is_not_the_cause() -> None:
     found = (finding("base-mismatch", Severity.WARNING), finding("no-effect"))
-    assert decide(found, WHOLE)[:2] == (Verdict.FAILED, "no-effect")
+    assert decided(found, WHOLE)[:2] == (Verdict.FAILED, "no-effect")
 
 
 def test_what_could_not_be_judged_is_an_error() -> None:
     found = (undecided("out of memory"),)
-    assert decide(found, WHOLE) == (Verdict.ERROR, NOT_JUDGED, found)
+    assert decided(found, WHOLE) == (Verdict.ERROR, NOT_JUDGED, found)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None:
     found = (undecided("out of memory"), finding("no-effect"))
-    assert decide(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
+    assert decided(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
 
 
 def test_notes_change_nothing() -> None:
     noted = (finding("base-mismatch", Severity.NOTE), finding("base-inconsistent", Severity.NOTE))
-    assert decide(noted, WHOLE) == (Verdict.PASSED, None, noted)
+    assert decided(noted, WHOLE) == (Verdict.PASSED, None, noted)
 
 
 @pytest.mark.parametrize("check", ["base-incomplete", "base-inconsistent", "base-format"])
 def test_an_error_of_the_base_is_not_the_adapters_failure(check: str) -> None:
     found = (finding(check),)
-    assert decide(found, WHOLE) == (Verdict.ERROR, check, found)
-    assert decide((undecided("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
+    assert decided(found, WHOLE) == (Verdict.ERROR, check, found)
+    assert decided((undecided("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
 
 
 def test_a_broken_file_fails_the_adapter_on_a_broken_base_too() -> None:
     found = (finding("base-incomplete"), finding("file-corrupt"))
-    assert decide(found, WHOLE)[:2] == (Verdict.FAILED, "file-corrupt")
+    assert decided(found, WHOLE)[:2] == (Verdict.FAILED, "file-corrupt")
 
 
 @pytest.mark.parametrize("origin", [Origin.MERGE, Origin.BASE])
 def test_what_a_merge_into_a_broken_base_shows_is_not_held_against_the_adapter(origin: Origin) -> None:
     merged = dataclasses.replace(finding("merged-nonfinite"), origin=origin)
-    assert decide((finding("base-incomplete"), merged), WHOLE)[:2] == (Verdict.ERROR, "base-incomplete")
+    assert decided((finding("base-incomplete"), merged), WHOLE)[:2] == (Verdict.ERROR, "base-incomplete")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_what_a_merge_into_a_broken_base_shows_is_not_held_against_the_adapter(o
     ],
 )
 def test_nothing_vacuous_passes(coverage: Coverage, wording: Wording) -> None:
-    verdict, cause, found = decide((finding("headroom", Severity.WARNING),), coverage)
+    verdict, cause, found = decided((finding("headroom", Severity.WARNING),), coverage)
     assert (verdict, cause) == (Verdict.ERROR, NOT_JUDGED)
     wording(found[0])
 
@@ -101,14 +107,14 @@ def test_nothing_vacuous_passes(coverage: Coverage, wording: Wording) -> None:
 def test_a_gap_is_told_in_full_and_before_the_warnings() -> None:
     warned = finding("headroom", Severity.WARNING)
     coverage = Coverage(modules_merged=1, parameters_checked=1_000, parameters_total=1_100_048_384)
-    _, _, (gap, *others) = decide((warned,), coverage)
+    _, _, (gap, *others) = decided((warned,), coverage)
     assert {"1,000", "1,100,048,384"} <= set(gap.message.split())
     assert others == [warned]
 
 
 def test_nothing_at_all_is_told_without_a_warning_too(wording: Wording) -> None:
     for coverage in (Coverage(), Coverage(parameters_checked=64, parameters_total=64)):
-        (finding,) = decide((), coverage)[2]
+        (finding,) = decided((), coverage)[2]
         wording(finding)
 
 
@@ -193,7 +199,7 @@ def coverage_of(evidence: Evidence) -> Coverage:
 @given(evidences, check_settings)
 def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[CheckSetting, ...]) -> None:
     found = judge_merge(spec(checks=chosen), files(), evidence)
-    verdict, cause, found = decide(found, coverage_of(evidence))
+    verdict, cause, found = decided(found, coverage_of(evidence))
     broken = not all(merge.stats.finite for merge in evidence.merges) or bool(evidence.base.nonfinite)
     if broken:
         assert verdict is Verdict.FAILED
@@ -214,5 +220,5 @@ def test_what_is_not_finite_never_passes(evidence: Evidence, chosen: tuple[Check
 def test_what_is_not_finite_is_an_error_by_default(evidence: Evidence) -> None:
     used = [one.stats for one in evidence.file_tensors if one.used]
     if any(not stats.finite for stats in used):
-        verdict, _, _ = decide(judge_merge(spec(), files(), evidence), coverage_of(evidence))
+        verdict, _, _ = decided(judge_merge(spec(), files(), evidence), coverage_of(evidence))
         assert verdict is Verdict.FAILED

@@ -115,7 +115,8 @@ class Gate:
                 parameters_checked=evidence.parameters_checked,
                 parameters_total=evidence.parameters_total,
             )
-        verdict, cause, findings = decide(findings, coverage)
+        verdict, index, findings = decide(findings, coverage)
+        cause = None if index is None else findings[index].check
         return Judgement(verdict=verdict, cause=cause, findings=findings, evidence=evidence)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import strategies as st
 
+from merge_gate.judging.verdict import with_decision
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.report import (
@@ -125,7 +126,7 @@ def adapter(name: str = "support", verdict: Verdict = Verdict.PASSED, **fields: 
         "line": 6,
         "column": 5,
     }
-    return AdapterReport(**(defaults | fields))
+    return with_decision(AdapterReport(**(defaults | fields)))
 
 
 def config_file(path: str) -> ConfigFile:
@@ -294,9 +295,9 @@ def adapters() -> st.SearchStrategy[AdapterReport]:
     common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
               "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9),
               "tensors": st.lists(merges(), max_size=3).map(tuple)}  # fmt: skip
-    return st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common) | st.builds(
-        AdapterReport, verdict=st.sampled_from((Verdict.FAILED, Verdict.ERROR)), cause=TEXTS, **common
-    )
+    passed = st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common)
+    others = st.sampled_from((Verdict.FAILED, Verdict.ERROR))
+    return passed | st.builds(AdapterReport, verdict=others, cause=TEXTS, **common).map(with_decision)
 
 
 def hostile_reports() -> st.SearchStrategy[Report]:

@@ -122,7 +122,7 @@ def from_document(document: Json, seal: str, material: Json) -> CachedVerdict | 
             seconds=load(float, document["seconds"], "seconds"),
             seal=seal,
         )
-        adapter = load(AdapterReport, document["adapter"], "adapter")
+        adapter = verdict.with_decision(load(AdapterReport, document["adapter"], "adapter"))
         base = load(BaseReport, document["base"], "base")
         return _with(CachedVerdict(adapter=adapter, base=base), reached)
     except (UnreadableError, RecursionError):
@@ -160,7 +160,9 @@ def _is_plausible(adapter: AdapterReport) -> bool:
         return False
     if not _AT.fullmatch(reached.at) or len(reached.place) > LONGEST_PLACE or not 0 <= reached.seconds < math.inf:
         return False
-    return verdict.decide(adapter.findings, adapter.coverage) == (adapter.verdict, adapter.cause, adapter.findings)
+    what, index, findings = verdict.decide(adapter.findings, adapter.coverage)
+    cause = None if index is None else findings[index].check
+    return (what, index, cause, findings) == (adapter.verdict, adapter.decided_by, adapter.cause, adapter.findings)
 
 
 def _fits(judged: CachedVerdict, entry: Entry) -> bool:

@@ -139,7 +139,7 @@ def _judged(entry: Entry, findings: tuple[Finding, ...]) -> AdapterReport:
 
 
 def _report(
-    entry: Entry, coverage: Coverage, what: Verdict, cause: str | None, findings: tuple[Finding, ...]
+    entry: Entry, coverage: Coverage, what: Verdict, index: int | None, findings: tuple[Finding, ...]
 ) -> AdapterReport:
     """The report of an entry that was not merged; `merged` adds the figures."""
     spec, files = entry.spec, entry.files
@@ -152,8 +152,9 @@ def _report(
         peft_type=cut(files.config.peft_type) if files.config.peft_type else None,
         saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
         verdict=what,
-        cause=cause,
+        cause=None if index is None else findings[index].check,
         findings=findings,
+        decided_by=index,
         coverage=coverage,
         files=files.files,
         line=spec.line,

@@ -1,45 +1,62 @@
-"""Findings → verdict and cause.
+"""The verdict on an adapter, and the finding that decided it.
 
-In: an adapter's findings and coverage. Out: two values, and why. Knows no check by name except one.
+In: an adapter's findings and coverage. Out: a verdict, and the index of a finding. Knows no check by name except one.
 
-1. An error finding that proves the adapter broken: `failed`. The first in the order of blame is the cause.
-2. Else an error of the base: `error`, with that check as the cause. Nothing that was merged into such a base counts.
-3. Else anything that kept the adapter from being judged whole: `error`.
+1. An error finding that proves the adapter broken: `failed`. The first in the order of blame decides.
+2. Else an error of the base: `error`, and that finding decides. Nothing that was merged into such a base counts.
+3. Else any reason why the adapter was not judged whole: `error`.
 4. Else `passed`. Nothing vacuous passes: every parameter must have been checked, and at least one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.undecided import undecided
-from merge_gate.records.report import Coverage
+from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from merge_gate.text import counted
 
 
-def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, str | None, tuple[Finding, ...]]:
-    """The verdict, its cause, and the findings with one more where coverage alone forbids `passed`."""
-    what, cause = decide_files(findings)
+def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, int | None, tuple[Finding, ...]]:
+    """The verdict, the index of the finding that decided it, and the findings.
+
+    They are one more if the coverage alone forbids `passed`.
+    """
+    what, index = decide_files(findings)
     gap = _gap(coverage) if what is Verdict.PASSED else ""
     if gap:
-        return Verdict.ERROR, NOT_JUDGED, (undecided(gap, "please report this, with the adapter's config"), *findings)
-    return what, cause, findings
+        return Verdict.ERROR, 0, (undecided(gap, "please report this, with the adapter's config"), *findings)
+    return what, index, findings
 
 
-def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, str | None]:
-    """The verdict on an adapter's files alone, and its cause: rules 1 to 3. `passed` says nothing of values."""
-    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
-    of_base = [finding.check for finding in errors if _is_of_base(finding)]
+def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, int | None]:
+    """Rules 1 to 3: the verdict on an adapter's files alone, and the index of the finding that decided it."""
+    errors = [index for index, finding in enumerate(findings) if finding.severity is Severity.ERROR]
+    of_base = [index for index in errors if _is_of_base(findings[index])]
     proven = [
-        finding.check
-        for finding in errors
-        if finding.check != NOT_JUDGED
-        and not _is_of_base(finding)
-        and not (of_base and finding.origin in {Origin.BASE, Origin.MERGE})
+        index
+        for index in errors
+        if findings[index].check != NOT_JUDGED
+        and not _is_of_base(findings[index])
+        and not (of_base and findings[index].origin in {Origin.BASE, Origin.MERGE})
     ]
     if proven:
         return Verdict.FAILED, proven[0]
-    return (Verdict.ERROR, [*of_base, NOT_JUDGED][0]) if errors else (Verdict.PASSED, None)
+    if not errors:
+        return Verdict.PASSED, None
+    not_judged = [index for index in errors if findings[index].check == NOT_JUDGED]
+    return Verdict.ERROR, [*of_base, *not_judged][0]
+
+
+def with_decision(adapter: AdapterReport) -> AdapterReport:
+    """An adapter's report as it was read from JSON, which has the cause and not the finding that decided."""
+    if adapter.verdict is Verdict.PASSED:
+        return adapter
+    errors = [index for index, finding in enumerate(adapter.findings) if finding.severity is Severity.ERROR]
+    causes = [index for index in errors if adapter.findings[index].check == adapter.cause]
+    return replace(adapter, decided_by=next(iter([*causes, *errors, *range(len(adapter.findings))]), None))
 
 
 def _is_of_base(finding: Finding) -> bool:

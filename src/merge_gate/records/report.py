@@ -87,7 +87,8 @@ class BaselineEntry:
 class AdapterReport:
     """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
 
-    `seed` is that of a combination by a random method, with which it gives the same bits again.
+    `decided_by` is the index of the finding that decided the verdict, None for a passed adapter. `seed` is that of a
+    combination by a random method, with which it gives the same bits again.
     """
 
     name: str = told("Its name in the configuration.")
@@ -108,6 +109,7 @@ class AdapterReport:
         default=None,
     )
     findings: tuple[Finding, ...] = told("All findings, whichever is the cause.", default=())
+    decided_by: int | None = None
     coverage: Coverage = told("How much was checked.", default=Coverage())
     files: tuple[FileRecord, ...] = told("The files that were read.", default=())
     seconds: float = told("Time that the adapter took; null where it was not measured.", default=0.0)

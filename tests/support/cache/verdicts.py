@@ -71,6 +71,7 @@ def judged(of: Entry, verdict: Verdict = Verdict.PASSED) -> CachedVerdict:
         verdict=verdict,
         cause=NAN.check if failed else None,
         findings=(NAN,) if failed else (),
+        decided_by=0 if failed else None,
         coverage=Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=9, parameters_total=9),
         files=of.files.files,
         seconds=0.84,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 from merge_gate.errors import UsageError
+from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load
@@ -83,7 +85,7 @@ def read(data: bytes, name: str) -> Report:
             f"{one_line(name)} is not a report of merge-gate: {what}",
             hint="expected the report.json of a run, as `merge-gate schema report` describes it",
         ) from error
-    return report
+    return replace(report, adapters=tuple(map(with_decision, report.adapters)))
 
 
 def _of_this_version(document: Json) -> Json:

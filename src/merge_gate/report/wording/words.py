@@ -75,21 +75,13 @@ def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
 
 
 def deciding(adapter: AdapterReport) -> Finding | None:
-    """The finding that decided the verdict; for a passed adapter there is none."""
-    if adapter.verdict is Verdict.PASSED:
-        return None
-    errors = [finding for finding in adapter.findings if finding.severity is Severity.ERROR]
-    causes = [finding for finding in errors if finding.check == adapter.cause]
-    return next(iter(causes or errors or adapter.findings), None)
+    """The finding that decided the verdict; a passed adapter has none."""
+    return None if adapter.decided_by is None else adapter.findings[adapter.decided_by]
 
 
 def others(adapter: AdapterReport) -> list[Finding]:
-    """All findings but the one that decided."""
-    rest = list(adapter.findings)
-    decided = deciding(adapter)
-    if decided is not None:
-        rest.remove(decided)
-    return rest
+    """All findings except the one that decided."""
+    return [finding for index, finding in enumerate(adapter.findings) if index != adapter.decided_by]
 
 
 def warnings(adapter: AdapterReport) -> list[Finding]:
