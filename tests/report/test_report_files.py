@@ -120,12 +120,11 @@ def test_does_not_write_through_a_link(tmp_path: Path, wording: Wording) -> None
     assert secret.read_text() == "keep"
 
 
-def test_the_directory_must_not_be_a_link(tmp_path: Path, wording: Wording) -> None:
+def test_the_directory_must_not_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
     with pytest.raises(UsageError) as caught:
         write_report(PASS, tmp_path / "out")
-    wording(caught.value)
     assert "real" in caught.value.hint
     assert not list((tmp_path / "real").iterdir())
 

@@ -64,7 +64,7 @@ def test_headline_and_advice(name: str, wording: Wording) -> None:
 
 def test_what_stands_beside_a_verdict(wording: Wording) -> None:
     wording(words.cached(PASS), *words.marks(WARNED), *words.marks(dataclasses.replace(FAILED, accepted=KNOWN)))
-    wording(words.proved_by_bound(1_234_567))
+    wording(words.proved_by_bound(1_234_567), words.title(FAILED), words.title(CRASHED), words.title(PASSED))
 
 
 def at(time: str, place: str = "acme/adapters run 7") -> Judged:

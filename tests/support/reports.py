@@ -234,7 +234,7 @@ def names_for_shared_words() -> Iterator[Report]:
         return stand_in
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("headline", "advice", "cached", "judged", "values", "marks"):
+        for name in ("headline", "advice", "cached", "judged", "title", "values", "marks"):
             patch.setattr(words, name, named(name, getattr(words, name)))
         patch.setattr(words, "ORIGINS", {origin: f"origin {origin}" for origin in Origin})
         yield replace(FAIL, adapters=tuple(replace(one) for one in FAIL.adapters))

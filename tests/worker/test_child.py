@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+BUG = refused(child._refusal(ValueError("x"))).hint
+"""What is to be done about an exception that nothing explains. The sentences are in the golden of tests/judging."""
+
+
 def test_an_exception_becomes_a_sentence() -> None:
     finding = refused(child._refusal(ValueError("\n  first line\nsecond line")))
     assert "ValueError: first line" in finding.message
     assert "second" not in finding.message
-    assert "report this as a bug" in finding.hint
-    assert "no message" in refused(child._refusal(ValueError())).message
+    assert finding.hint == BUG
+    assert "ValueError" in refused(child._refusal(ValueError())).message
     assert len(refused(child._refusal(ValueError("x" * 9000))).message) < 600
 
 
@@ -34,16 +38,16 @@ def test_out_of_memory_is_told_from_a_bug() -> None:
 
     with pytest.raises(RuntimeError) as of_torch:
         torch.empty(1 << 60, dtype=torch.uint8)
-    for error in (MemoryError(), of_torch.value, torch.OutOfMemoryError("CUDA out of memory")):
-        refusal = refused(child._refusal(error))
-        assert "out of memory" in refusal.message
-        assert "bug" not in refusal.hint
+    refusal = refused(child._refusal(MemoryError()))
+    assert refusal.hint not in {"", BUG}
+    for error in (of_torch.value, torch.OutOfMemoryError("CUDA out of memory")):
+        assert refused(child._refusal(error)) == refusal
 
 
 def test_a_file_that_went_away_is_told_from_a_bug() -> None:
     refusal = refused(child._refusal(FileNotFoundError(2, "No such file or directory", "model.safetensors")))
     assert "model.safetensors" in refusal.message
-    assert "bug" not in refusal.hint
+    assert refusal.hint not in {"", BUG}
 
 
 def test_a_library_that_cannot_be_imported_is_told_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +55,13 @@ def test_a_library_that_cannot_be_imported_is_told_from_a_file(tmp_path: Path, m
     (tmp_path / "broken_library.py").write_text("import ctypes\nctypes.CDLL('libnowhere.so.1')\n")
     (tmp_path / "broken_extension.py").write_text("from os import no_such_name\n")
     monkeypatch.syspath_prepend(tmp_path)
+    hints = set()
     for name, words in (("broken_library", "libnowhere.so.1"), ("broken_extension", "no_such_name")):
         with pytest.raises((OSError, ImportError)) as caught:
             importlib.import_module(name)
         refusal = refused(child._refusal(caught.value))
-        assert refusal.message.startswith("a library of the gate could not be imported")
         assert words in refusal.message
-        assert "environment" in refusal.hint
+        assert refusal.hint not in {"", BUG}
+        hints.add(refusal.hint)
+    assert len(hints) == 1
+    assert refused(child._refusal(FileNotFoundError(2, "No such file or directory", "x"))).hint not in hints

@@ -159,7 +159,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             places={"module": "model.norm", "tensor": "model.norm.weight"},
         ),
         Fire(
-            ("holds no tensor for 1 parameter of LlamaForCausalLM: lm_head.weight", "the adapter brings it"),
+            ("LlamaForCausalLM: lm_head.weight",),
             Origin.BASE,
             evidence(base=base(loaded_as="LlamaForCausalLM", incomplete=("lm_head.weight",))),
             severity=Severity.NOTE,
