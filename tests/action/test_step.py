@@ -269,7 +269,7 @@ def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, 
         (output / "report.json").write_text("of the other run", encoding="utf-8")
         process = step(environ, runtime="native", output="out")
         log, _ = process.communicate(timeout=PATIENCE_S)
-    assert "another run writes its report to" in log
+    assert "another run of merge-gate writes to" in log
     assert (output / "report.json").read_text() == "of the other run"
     assert outputs(environ)["report-path"] == ""
 
