@@ -28,11 +28,6 @@ def test_what_is_left_out_is_counted_by_check_and_severity(wording: Wording) -> 
     assert (found[-1].check, found[-1].severity) == ("config-invalid", Severity.ERROR)
 
 
-def test_bounding_twice_keeps_the_count() -> None:
-    once = bounded(finding() for _ in range(1000))
-    assert bounded(once) == once
-
-
 def test_long_texts_are_cut_and_what_is_left_out_is_counted() -> None:
     (cut,) = bounded([finding(message="x" * 1_000_000)])
     assert len(cut.message) < MOST_CHARACTERS + 40
@@ -68,10 +63,3 @@ def test_the_rest_is_the_first_that_was_left_out_without_its_words() -> None:
         origin=Origin.ADAPTER,
         measured=(("more", 3.0),),
     )
-
-
-def test_a_rest_that_is_bounded_again_counts_for_all_that_it_stands_for() -> None:
-    first = bounded(finding() for _ in range(MOST_FINDINGS + 1000))
-    rest = bounded([finding(), *first])[-1]
-    assert rest.measured == (("more", 1001.0),)
-    assert "1,001" in rest.message

@@ -118,8 +118,8 @@ def test_values_and_place(wording: Wording) -> None:
     assert words.values(bare) == ""
     wording(words.place(bare))
     assert words.place(NAN) == NAN.tensor
-    assert words.unsaid_place(bare) == "t"
-    assert words.unsaid_place(dataclasses.replace(bare, message="t is bad")) == ""
+    assert words.place(bare, unless_in="in m") == words.place(bare)
+    assert words.place(bare, unless_in="t is bad") == ""
 
 
 def test_every_origin_has_its_words(wording: Wording) -> None:

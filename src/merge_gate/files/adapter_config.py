@@ -19,7 +19,6 @@ from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
-from merge_gate.judging.limits import bounded
 from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader
 from merge_gate.records.terms import Finding, Origin, Severity
 
@@ -172,10 +171,14 @@ def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
             yield invalid(f"{what}, expected one of 64 bits")
 
 
-def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> tuple[Finding, ...]:
-    """Every finding on the config by itself, then on the config against the tensors."""
-    findings = bounded(chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)))
-    return findings or tuple(_judge_rank(config, tensors))
+def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
+    """Every finding on the config by itself; without any, those on the config against the tensors."""
+    is_sound = True
+    for finding in chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)):
+        is_sound = False
+        yield finding
+    if is_sound:
+        yield from _judge_rank(config, tensors)
 
 
 def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Finding:

@@ -18,7 +18,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular
 from merge_gate.files.identity import identity_of
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
 from merge_gate.judging import foreign_formats
+from merge_gate.judging.limits import bounded
 from merge_gate.records.files import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -68,7 +69,7 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
         weights=weights.name,
         tensors=weights.tensors,
         files=(*config.files, *weights.files),
-        findings=(*config.findings, *judged, *weights.findings, *_judge_tensors(recorded.peft_type, weights)),
+        findings=bounded(chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights))),
     )
 
 

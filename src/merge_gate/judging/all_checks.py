@@ -46,14 +46,16 @@ def leeway(spec: AdapterSpec, *, quick: bool = False) -> Leeway:
 def judge_files(spec: AdapterSpec, files: AdapterFiles) -> tuple[Finding, ...]:
     """All findings about an adapter's files, causes first, with the configured severities."""
     case = FileCase(spec=spec, files=files)
-    return _in_order([*files.findings, *_yielded(lambda check: check.of_files(case))], _settings(spec))
+    return _in_order((*files.findings, *bounded(_yielded(lambda check: check.of_files(case)))), _settings(spec))
 
 
 def judge_merge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence) -> tuple[Finding, ...]:
     """All findings about a merged adapter and its files, causes first, with the configured severities."""
     case = MergeCase(spec=spec, files=files, evidence=evidence, settings=_settings(spec))
-    why_not = () if evidence.refusal is None else (refused(evidence.refusal),)
-    return _in_order([*files.findings, *_yielded(lambda check: check.of_merge(case)), *why_not], case.settings)
+    found = _yielded(lambda check: check.of_merge(case))
+    if evidence.refusal is not None:
+        found.append(refused(evidence.refusal))
+    return _in_order((*files.findings, *bounded(found)), case.settings)
 
 
 def _settings(spec: AdapterSpec) -> Mapping[str, CheckSetting]:
@@ -73,7 +75,7 @@ def _yielded(judge: Callable[[Check], Iterator[Finding]]) -> list[Finding]:
 def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting]) -> tuple[Finding, ...]:
     configured = [one for one in (_configured(finding, settings) for finding in findings) if one is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
-    return tuple(sorted(bounded(configured), key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
+    return tuple(sorted(configured, key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
 
 
 def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:

@@ -1,7 +1,7 @@
-"""Findings, however many and however long → as many as a reader can use, and how many more there are.
+"""As many findings as a reader can use, and how many more there are.
 
-In: findings, one after the other. Out: the first of each check and severity, their texts cut, and a last one that
-counts the rest. Holds no more than it gives out.
+In: findings, one at a time. Out: the first of each check and severity with their texts cut, and a last one that counts
+the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on files, `all_checks.py` those of checks.
 """
 
 from __future__ import annotations
@@ -13,32 +13,25 @@ from dataclasses import replace
 from merge_gate.records.terms import Finding, Severity
 
 MOST_FINDINGS = 100
-"""Of one check and one severity."""
+"""The findings of one check and one severity that are kept."""
 
 MOST_CHARACTERS = 2_000
-"""Of one message, hint or name."""
-
-_MORE = "more"
+"""The characters of one message, hint, or name that are kept."""
 
 
 def bounded(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings, bounded in number and length, in their order; what is left out is counted."""
+    """The findings in their order, bounded in number and length. Counts the ones that it leaves out."""
     kept: list[Finding] = []
     counts: Counter[tuple[str, Severity]] = Counter()
     left_out: dict[tuple[str, Severity], Finding] = {}
     for finding in findings:
         key = (finding.check, finding.severity)
-        counts[key] += _stands_for(finding)
+        counts[key] += 1
         if counts[key] <= MOST_FINDINGS:
             kept.append(_cut(finding))
         else:
             left_out.setdefault(key, finding)
     return (*kept, *(_rest(one, counts[key] - MOST_FINDINGS) for key, one in left_out.items()))
-
-
-def _stands_for(finding: Finding) -> int:
-    """Bounded findings may be bounded again."""
-    return int(dict(finding.measured).get(_MORE, 1))
 
 
 def _rest(example: Finding, count: int) -> Finding:
@@ -47,7 +40,7 @@ def _rest(example: Finding, count: int) -> Finding:
         severity=example.severity,
         message=f"and {count:,} more like these",
         origin=example.origin,
-        measured=((_MORE, float(count)),),
+        measured=(("more", float(count)),),
     )
 
 
@@ -62,5 +55,5 @@ def _cut(finding: Finding) -> Finding:
 
 
 def cut(text: str) -> str:
-    """At most `MOST_CHARACTERS` of a text; what is left out is counted."""
+    """At most `MOST_CHARACTERS` of a text, and how many more it has."""
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}… ({len(text) - MOST_CHARACTERS:,} more)"

@@ -270,7 +270,8 @@ def _done(adapter: AdapterReport) -> tuple[str, str]:
     if adapter.verdict is Verdict.PASSED:
         merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
         return adapter.verdict.value, merged + took + (f", {why}" if why else "")
-    return adapter.verdict.value, f", {why}{words.in_module(adapter)}{took}"
+    module = words.deciding_module(adapter)
+    return adapter.verdict.value, f", {why}{f' in {module}' if module else ''}{took}"
 
 
 def _name(name: str) -> str:

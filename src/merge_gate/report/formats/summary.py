@@ -95,13 +95,12 @@ def _folded(quiet: Sequence[AdapterReport], limit_bytes: int) -> list[str]:
 def _row(adapter: AdapterReport) -> str:
     base = f"{code(words.model_name(adapter.base), 80)} ({plain(words.precision(adapter.base))})"
     verdict = f"{_VERDICT_MARK[adapter.verdict]} {adapter.verdict}"
-    finding = words.deciding(adapter)
     if adapter.verdict is Verdict.PASSED:
         warned = words.warnings(adapter)
         why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""
     else:
-        place = (finding.module or finding.tensor) if finding else None
-        why = code(words.cause(adapter), 80) + (f" in {code(place, 120)}" if place else "")
+        module = words.deciding_module(adapter)
+        why = code(words.cause(adapter), 80) + (f" in {code(module, 120)}" if module else "")
     why = "; ".join(filter(None, [why, *(plain(mark) for mark in words.marks(adapter))]))
     return f"| {code(adapter.name, 80)} | {base} | {verdict} | {why} |"
 
@@ -169,8 +168,8 @@ def _one_finding(finding: Finding, more: int, where: str = "") -> str:
     text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
     if where:
         text = f"({plain(where)}) {text}"
-    if unsaid := words.unsaid_place(finding):
-        text += f" ({code(unsaid, 120)})"
+    if place := words.place(finding, unless_in=finding.message):
+        text += f" ({code(place, 120)})"
     if more:
         text += f"; and {words.number(more)} more like it"
     return f"{text}. **What to do:** {prose(finding.hint, 300)}" if finding.hint else text

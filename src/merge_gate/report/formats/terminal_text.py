@@ -125,7 +125,8 @@ def _cells(adapter: AdapterReport, *, names_base: bool, says_where: bool) -> Row
         base = f"{words.model_name(adapter.base)} ({base})"
     marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
     said = ", ".join([adapter.verdict.value, *marks])
-    why = reason(adapter) + (words.in_module(adapter) if says_where else "")
+    module = words.deciding_module(adapter) if says_where else ""
+    why = reason(adapter) + (f" in {module}" if module else "")
     return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, why
 
 
@@ -145,12 +146,12 @@ def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
         (pad(name, widths[0]) + "  ", Style.STRONG),
         (pad(base, widths[1]) + "  ", Style.FAINT),
         (pad(said, widths[2]) + "  ", style),
-        (_cut_place(why, widths[3]), Style.PLAIN),
+        (_cut_why(why, widths[3]), Style.PLAIN),
     )
 
 
-def _cut_place(why: str, width: int) -> str:
-    """Of a cause and its place, the cause and the end of the place: `adapter-nonfinite …5.self_attn.q_proj`."""
+def _cut_why(why: str, width: int) -> str:
+    """A cause and the end of its place: `adapter-nonfinite …5.self_attn.q_proj`."""
     cause, _, place = why.partition(" in ")
     room = width - cells(cause) - 1
     if cells(why) <= width or not place:
@@ -218,9 +219,9 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
 def _wrong(finding: Finding, width: int) -> list[Line]:
     message = one_line(finding.message, words.MESSAGE_LIMIT)
     shown = _labelled("wrong", message, width)
-    is_said = one_line(finding.tensor or finding.module or "", words.NAME_LIMIT) in message
-    place = "" if is_said else words.place(finding)
-    where = filter(None, (place, words.values(finding), words.ORIGINS[finding.origin]))
+    where = filter(
+        None, (words.place(finding, unless_in=message), words.values(finding), words.ORIGINS[finding.origin])
+    )
     for index, place in enumerate(where):
         shown += _labelled("where" if index == 0 else "", place, width)
     return shown + _to_do(finding, width)
@@ -230,8 +231,8 @@ def _also(finding: Finding, more: int, width: int, where: str = "") -> list[Line
     label = "also" if finding.severity is Severity.ERROR else str(finding.severity)
     text = f"({where}) " if where else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
-    if unsaid := words.unsaid_place(finding):
-        text += f" ({unsaid})"
+    if place := words.place(finding, unless_in=finding.message):
+        text += f" ({place})"
     if more:
         text += f"; and {words.number(more)} more like it"
     return _labelled(label, text, width) + _to_do(finding, width)

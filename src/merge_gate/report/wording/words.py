@@ -115,25 +115,20 @@ def cause(adapter: AdapterReport) -> str:
     return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
 
 
-def in_module(adapter: AdapterReport) -> str:
-    """` in model.layers.5.mlp`: where what decided is, for a line of its own; empty where it is in no place."""
-    finding = deciding(adapter)
-    named = (finding.module or finding.tensor) if finding else None
-    return f" in {one_line(named, NAME_LIMIT)}" if named else ""
-
-
-def place(finding: Finding) -> str:
-    """Where: the tensor, and the module where the tensor's name does not hold it. May be empty."""
+def place(finding: Finding, *, unless_in: str = "") -> str:
+    """The tensor, and the module if the tensor's name does not hold it. Empty if `unless_in`, a message, names it."""
     tensor, module = one_line(finding.tensor or "", NAME_LIMIT), one_line(finding.module or "", NAME_LIMIT)
+    if (finding.tensor or finding.module or "") in unless_in or (tensor or module) in unless_in:
+        return ""
     if not tensor or not module or module in tensor:
         return tensor or module
     return f"{tensor} of {module}"
 
 
-def unsaid_place(finding: Finding) -> str:
-    """The tensor or module, where the message does not name it itself."""
-    named = finding.tensor or finding.module or ""
-    return "" if named in finding.message else one_line(named, NAME_LIMIT)
+def deciding_module(adapter: AdapterReport) -> str:
+    """The module, or else the tensor, of the finding that decided; may be empty."""
+    finding = deciding(adapter)
+    return one_line((finding.module or finding.tensor or "") if finding else "", NAME_LIMIT)
 
 
 def marks(adapter: AdapterReport) -> list[str]:
