@@ -83,6 +83,7 @@ def fleet(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """Every case of `tests.support.faults`, gated in two runs: without pickled weights, and with them."""
     from merge_gate.config.load_config import load_config  # noqa: PLC0415
+    from merge_gate.records.options import RunOptions  # noqa: PLC0415
     from merge_gate.run.flow import run_gate  # noqa: PLC0415
     from tests.support.faults import FAULTS, HEALTHY  # noqa: PLC0415
 
@@ -95,7 +96,7 @@ def judged(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Judged:
         for number, (top, members) in enumerate(itertools.groupby(sorted(cases, key=top_settings), key=top_settings))
     ]
     before = digests(root, shelf.root)
-    reports = [run_gate(load_config(str(path)), device="cpu") for path in configs]
+    reports = [run_gate(load_config(str(path)), RunOptions(device="cpu")) for path in configs]
     return Judged(
         reports={adapter.name: adapter for report in reports for adapter in report.adapters},
         bases=tuple(base for report in reports for base in report.bases),

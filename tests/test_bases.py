@@ -19,6 +19,7 @@ import transformers
 from merge_gate.config.load_config import load_config
 from merge_gate.engine.tensors.quantized import DEQUANTIZED, dequantized, is_quantized
 from merge_gate.files.preflight import preflight
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Quantization
 from merge_gate.run.flow import run_gate
 from tests.support.base_cases import FORMAT
@@ -99,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             base = {"model": str(directory)} | case.asked
             entries.append({"name": case.name, "path": f"adapters/{case.adapter}", "base": base})
         (root / "gate.yml").write_text(json.dumps({"version": 1, "adapters": entries}))
-        report = run_gate(load_config(str(root / "gate.yml")), device="cpu")
+        report = run_gate(load_config(str(root / "gate.yml")), RunOptions(device="cpu"))
         yield Run(
             adapters={one.name: one for one in report.adapters},
             bases={one.model: one for one in report.bases},

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +27,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import write_report
 from merge_gate.run import flow
-from merge_gate.worker import process, protocol
+from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
 from tests.support.reports import FAIL, PASS, adapter, report
 
@@ -59,14 +58,14 @@ def weights() -> bytes:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with one adapter and its config, in which the commands run; no worker can be started."""
 
-    def refuse() -> NoReturn:
+    def refuse(**_: bool) -> NoReturn:
         raise OSError("no process to be had")
 
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(weights())
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.setattr(process, "WorkerProcess", refuse)
+    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -262,7 +261,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
             for task in group.tasks:
                 on_event(protocol.Undecided(task=task.index, refusal=REFUSAL))
 
-    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
     monkeypatch.setattr(flow, "supervise", supervise)
     return says
 

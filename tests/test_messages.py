@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from merge_gate.config.load_config import load_config
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Origin, Severity, Verdict
 from merge_gate.run.flow import run_gate
 from tests.support.faults import configure, edit, halve, overwrite, remove, rename, save_twice
@@ -318,7 +319,7 @@ def told(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
         entries.append({"name": row.name, "path": str(root / row.name)} | base)
     path = root / "gate.yml"
     path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
-    return {one.name: one for one in run_gate(load_config(str(path)), device="cpu").adapters}
+    return {one.name: one for one in run_gate(load_config(str(path)), RunOptions(device="cpu")).adapters}
 
 
 def finding_of(row: Row, report: AdapterReport) -> Finding:

@@ -20,6 +20,7 @@ from packaging import version
 from merge_gate.config.load_config import load_config
 from merge_gate.engine import adapter_evidence
 from merge_gate.files.preflight import preflight
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run.flow import run_gate
 from tests.support import faults_methods, methods
@@ -127,7 +128,7 @@ def test_an_index_outside_of_the_weight_corrupts_nothing(name: str, bench: Bench
         "adapters": ["./adapter"],
     }
     (tmp_path / "gate.yml").write_text(json.dumps(config))
-    (report,) = run_gate(load_config(str(tmp_path / "gate.yml")), device="cpu").adapters
+    (report,) = run_gate(load_config(str(tmp_path / "gate.yml")), RunOptions(device="cpu")).adapters
     assert (report.verdict, report.cause) == (Verdict.FAILED, "shape-mismatch"), report.findings
     assert not any("died" in finding.message for finding in report.findings), report.findings
 

@@ -28,7 +28,7 @@ from merge_gate.report.formats.json_report import render
 from merge_gate.report.stored.output_directory import claimed
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
-from merge_gate.worker import process
+from merge_gate.worker import supervisor
 from tests.support.reports import FAIL, PASS, SHA256, adapter, report
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ Arrange = Callable[[Path], object]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a damaged adapter, a base, and a config; the commands run in it."""
 
-    def refuse() -> NoReturn:
+    def refuse(**_: bool) -> NoReturn:
         raise OSError("no process to be had")
 
     def supervise(job: Job, *_: object) -> None:
@@ -64,8 +64,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.setattr(process, "WorkerProcess", refuse)
-    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: nullcontext())
+    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
+    monkeypatch.setattr(supervisor.WorkerSlot, "start", lambda *_, **__: None)
     monkeypatch.setattr(flow, "supervise", supervise)
     monkeypatch.chdir(tmp_path)
     return tmp_path

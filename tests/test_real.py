@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from merge_gate.config.load_config import load_config
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.run.flow import run_gate
 from tests.support.models import read_tensors
@@ -42,7 +43,7 @@ def gate(directory: Path, adapter: Path, dtypes: list[str]) -> dict[str, Adapter
     }
     path = directory / "gate.yml"
     path.write_text(json.dumps(config))
-    report = run_gate(load_config(str(path)), device="cpu")
+    report = run_gate(load_config(str(path)), RunOptions(device="cpu"))
     return {adapter.base.dtype: adapter for adapter in report.adapters}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from merge_gate.config.load_config import load_config
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.run.flow import run_gate
 from tests.support import methods
@@ -47,7 +48,7 @@ def told(shelf: Shelf, root: Path) -> Mapping[str, AdapterReport]:
         entries.append({"name": row.name, "path": str(root / row.name / row.path)} | base)
     path = root / "gate.yml"
     path.write_text(json.dumps({"version": 1, "allow-pickle": True, "adapters": entries}))
-    return {one.name: one for one in run_gate(load_config(str(path)), device="cpu").adapters}
+    return {one.name: one for one in run_gate(load_config(str(path)), RunOptions(device="cpu")).adapters}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

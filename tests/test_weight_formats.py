@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from merge_gate.config.load_config import load_config
+from merge_gate.records.options import RunOptions
 from merge_gate.run.flow import run_gate
 from tests.support.cases import lay_out, write_config_file
 from tests.support.decisions import told
@@ -47,7 +48,7 @@ def pickled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
         if pickle_weights(root / case.name):
             cases.append(case)
     path = write_config_file(shelf, root, 0, ALLOW_PICKLE, cases)
-    return {adapter.name: adapter for adapter in run_gate(load_config(str(path)), device="cpu").adapters}
+    return {adapter.name: adapter for adapter in run_gate(load_config(str(path)), RunOptions(device="cpu")).adapters}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.cache import device_lookup
-from merge_gate.cache.verdict_cache import CacheOptions
 from merge_gate.config.load_config import load_config
 from merge_gate.earlier_reports import PREVIOUS, RESUMED
+from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored.report_files import FORMATS
-from merge_gate.run import flow
 from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
 from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
@@ -62,14 +61,13 @@ def run(place: Path, *only: str, view: View | None = None, fresh: bool = False, 
     """A run in this process."""
     cache = CacheOptions(directory=str(place / "cache"), reuse=not fresh)
     with contextlib.chdir(place):
-        report = run_gate(load_config("fleet.yml"), view=view, only=only, output=output, cache=cache)
+        report = run_gate(load_config("fleet.yml"), RunOptions(only=only, output=output, cache=cache), view=view)
     return read(render(report).encode(), "report.json")  # which rounds figures
 
 
 @pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that starts a worker, and so imports torch, fails."""
-    monkeypatch.setattr(flow, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
     monkeypatch.setattr("merge_gate.worker.supervisor.WorkerProcess", lambda **_: pytest.fail("a worker was started"))
 
 

@@ -73,7 +73,7 @@ def test_names_give_the_config_that_a_file_gives(here: Path) -> None:
     )
     assert placeless(direct) == placeless(load_config("gate.yml"))
     assert direct.adapters[0].base.quantization is Quantization.BNB_4BIT
-    assert direct.path == COMMAND_LINE
+    assert (direct.path, direct.label, direct.directory) == (None, COMMAND_LINE, str(Path.cwd()))
 
 
 def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:

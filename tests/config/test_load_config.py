@@ -199,7 +199,7 @@ def test_paths_are_relative_to_the_file(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(place / "models")
     config = load_config("../merge-gate.yml")
     assert [spec.path for spec in config.adapters] == [str(place / "adapters/support"), str(place / "adapters/billing")]
-    assert config.path == "../merge-gate.yml"
+    assert (config.path, config.label) == ("../merge-gate.yml", "../merge-gate.yml")
 
 
 def test_home_and_absolute_paths_and_globs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.config.load_config import load_config
+from merge_gate.records.options import RunOptions
 from merge_gate.records.terms import Verdict
 from merge_gate.run.flow import check_files, run_gate
 from merge_gate.run.view import SilentView
@@ -106,7 +107,7 @@ def test_the_gate_settles_all_entries_without_loading_the_base(place: Path) -> N
     lay(place / "base", {MODEL: safetensors(plus(**GPTQ))})
     base = {"model": "./base", "dtype": ["float32", "float16"]}
     (place / "gate.yml").write_text(json.dumps({"version": 1, "base": base, "adapters": ["./adapter"]}))
-    report = run_gate(load_config(str(place / "gate.yml")), device="cpu")
+    report = run_gate(load_config(str(place / "gate.yml")), RunOptions(device="cpu"))
     assert [(one.verdict, one.cause) for one in report.adapters] == [(Verdict.ERROR, "base-format")] * 2
     assert [one.dtype for one in report.bases] == ["float32", "float16"]
     assert all(one.findings[0].check == "base-format" for one in report.bases)

@@ -67,6 +67,20 @@ def test_an_adapter_and_the_base_that_it_names(place: Path) -> None:
     assert one.base.name == "./base", "as the adapter names it: a report has no path of this machine that nobody wrote"
 
 
+def test_a_base_that_the_adapter_names_is_next_to_a_linked_config(
+    place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As the adapters that it lists: the directory of the link counts, not that of its target."""
+    prepared(place, "./one")
+    target = tmp_path_factory.mktemp("elsewhere") / "gate.yml"
+    (place / "gate.yml").rename(target)
+    (place / "gate.yml").symlink_to(target)
+    config = load_config(str(place / "gate.yml"))
+    (base,) = [Inputs(config, pytest.fail).prepare(spec).base for spec in config.adapters]
+    assert base is not None
+    assert base.directory == str(place / "base")
+
+
 def test_each_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     read, find = prepare.preflight, prepare.resolve.resolve_base

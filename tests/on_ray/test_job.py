@@ -22,7 +22,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import base_weight_files, digest_directory
 from merge_gate.on_ray import ray_cluster, ray_task
 from merge_gate.on_ray.job import judge_on_ray, run_on
-from merge_gate.on_ray.ray_cluster import LostError, Needs, Node
+from merge_gate.on_ray.ray_cluster import LostError, Resources
 from merge_gate.on_ray.ray_task import MOST_EVENTS, Expected, RayPart, run_part, versions
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.refusals import NotJudged
@@ -70,17 +70,17 @@ def job(*groups: int, device: str = "auto") -> Job:
 class Scripted:
     """A cluster on which each part says what `says` makes of it; an exception is a loss."""
 
-    def __init__(self, says: Callable[[int, list[int]], list[Any]], *nodes: Node) -> None:
-        self._says, self._nodes = says, nodes or (Node(id="a", cpus=1, gpus=0, memory_bytes=8 * GIB),)
-        self.parts: list[tuple[list[int], Needs]] = []
+    def __init__(self, says: Callable[[int, list[int]], list[Any]], *nodes: Resources) -> None:
+        self._says, self._nodes = says, nodes or (Resources(node="a", cpus=1, gpus=0, memory_bytes=8 * GIB),)
+        self.parts: list[tuple[list[int], Resources]] = []
         self.whole: list[RayPart] = []
         self.cancelled: list[Any] = []
         self._waiting: dict[int, deque[Any]] = {}
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[Resources, ...]:
         return self._nodes
 
-    def submit(self, part: RayPart, needs: Needs) -> int:
+    def submit(self, part: RayPart, needs: Resources) -> int:
         tasks = [task.index for group in part.job.groups for task in group.tasks]
         self.parts.append((tasks, needs))
         self.whole.append(part)
@@ -122,14 +122,14 @@ def heard(cluster: Scripted, what: Job) -> dict[int, list[str]]:
 # --- the cut ---------------------------------------------------------------------------------------------------------
 
 
-def needs(what: Job, *nodes: Node) -> list[tuple[list[int], Needs]]:
+def needs(what: Job, *nodes: Resources) -> list[tuple[list[int], Resources]]:
     cluster = Scripted(lambda _, tasks: [settled(task) for task in tasks], *nodes)
     assert set(heard(cluster, what)) == {task.index for group in what.groups for task in group.tasks}
     return cluster.parts
 
 
 def test_each_base_is_kept_on_one_node_and_each_node_has_two_workers() -> None:
-    nodes = [Node(id=name, cpus=8, gpus=0, memory_bytes=64 * GIB) for name in "ab"]
+    nodes = [Resources(node=name, cpus=8, gpus=0, memory_bytes=64 * GIB) for name in "ab"]
     parts = needs(job(6, 6), *nodes)
     assert [(one.node, one.cpus, one.gpus) for _, one in parts] == [("a", 4, 0), ("a", 4, 0), ("b", 4, 0), ("b", 4, 0)]
     for node, tasks in (("a", set(range(6))), ("b", set(range(6, 12)))):
@@ -137,14 +137,17 @@ def test_each_base_is_kept_on_one_node_and_each_node_has_two_workers() -> None:
 
 
 def test_each_gpu_of_a_machine_has_a_worker_and_nothing_runs_beside_them() -> None:
-    nodes = [Node(id="cpu", cpus=64, gpus=0, memory_bytes=64 * GIB), Node(id="gpu", cpus=16, gpus=4, memory_bytes=GIB)]
+    nodes = [
+        Resources(node="cpu", cpus=64, gpus=0, memory_bytes=64 * GIB),
+        Resources(node="gpu", cpus=16, gpus=4, memory_bytes=GIB),
+    ]
     parts = needs(job(8), *nodes)
     assert [(one.node, one.cpus, one.gpus, len(tasks)) for tasks, one in parts] == [("gpu", 4, 1, 2)] * 4
     assert {one.gpus for _, one in needs(job(8, device="cpu"), *nodes)} == {0}
 
 
 def test_no_worker_asks_for_more_than_its_node_has() -> None:
-    (_, first), (_, second) = needs(job(4), Node(id="a", cpus=2, gpus=0, memory_bytes=GIB))
+    (_, first), (_, second) = needs(job(4), Resources(node="a", cpus=2, gpus=0, memory_bytes=GIB))
     assert first.memory_bytes + second.memory_bytes <= GIB
     assert first.cpus + second.cpus <= 2
 
@@ -157,7 +160,7 @@ def test_a_cluster_without_a_processor_is_said() -> None:
 
 
 def test_there_are_no_more_workers_than_tasks() -> None:
-    assert [tasks for tasks, _ in needs(job(1), Node(id="a", cpus=8, gpus=0, memory_bytes=64 * GIB))] == [[0]]
+    assert [tasks for tasks, _ in needs(job(1), Resources(node="a", cpus=8, gpus=0, memory_bytes=64 * GIB))] == [[0]]
 
 
 class Watch(BaseWatch):
@@ -233,7 +236,7 @@ def test_a_part_that_ends_too_early_leaves_no_adapter_without_a_word() -> None:
 
 
 def test_a_node_that_is_gone_is_replaced_or_missed() -> None:
-    nodes = [Node(id=name, cpus=1, gpus=0, memory_bytes=GIB) for name in "ab"]
+    nodes = [Resources(node=name, cpus=1, gpus=0, memory_bytes=GIB) for name in "ab"]
     cluster = Scripted(lambda _, tasks: [settled(task) for task in tasks], *nodes)
 
     def says(number: int, tasks: list[int]) -> list[Any]:

@@ -20,7 +20,7 @@ from ray import exceptions
 
 from merge_gate.errors import GateError
 from merge_gate.on_ray import ray_cluster
-from merge_gate.on_ray.ray_cluster import LOCAL, Cluster, LostError, Needs, Node, checked_address, cluster
+from merge_gate.on_ray.ray_cluster import LOCAL, Cluster, LostError, Resources, checked_address, cluster
 from merge_gate.on_ray.ray_task import RayPart, run_part
 from merge_gate.worker.protocol import Idle, Job
 
@@ -103,15 +103,15 @@ def test_nodes_are_those_that_can_do_something_in_the_order_of_their_ids() -> No
         node("b", alive=False, CPU=8.0, memory=1.0 * GIB),
     ]
     assert Cluster(Ray(nodes=known)).nodes() == (
-        Node(id="a", cpus=2, gpus=0, memory_bytes=GIB),
-        Node(id="c", cpus=8, gpus=2, memory_bytes=4 * GIB),
+        Resources(node="a", cpus=2, gpus=0, memory_bytes=GIB),
+        Resources(node="c", cpus=8, gpus=2, memory_bytes=4 * GIB),
     )
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_a_part_asks_for_what_it_needs_and_ray_begins_nothing_again(gpus: int) -> None:
     ray = Ray()
-    began = Cluster(ray).submit(PART, Needs(node=NODE, cpus=4, gpus=gpus, memory_bytes=GIB))
+    began = Cluster(ray).submit(PART, Resources(node=NODE, cpus=4, gpus=gpus, memory_bytes=GIB))
     assert began == (run_part, PART)
     where = ray.asked.pop("scheduling_strategy")
     assert (where.node_id, where.soft) == (NODE, True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate import whole_file
-from merge_gate.cache.verdict_cache import CacheOptions
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files import prepare, resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
+from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
@@ -142,7 +142,7 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
         entry("not-as-expected", "good", expect={"r": 8}),
         entry("not-as-expected-but-warned", "good", expect={"r": 8}, checks={"expectation-failed": "warning"}),
     )
-    return by_name(run_gate(load_config(str(config)), device="cpu"))
+    return by_name(run_gate(load_config(str(config)), RunOptions(device="cpu")))
 
 
 def test_every_entry_is_in_the_report_once_per_dtype(judged: dict[tuple[str, str], AdapterReport]) -> None:
@@ -238,7 +238,7 @@ def test_a_payload_does_not_run_though_its_checks_are_off(shelf: Shelf, tmp_path
     lay(tmp_path, shelf, "evil", malicious_pickle)
     checks = {"pickle-refused": OFF, "file-corrupt": OFF, "file-missing": OFF}
     entry = {"path": "./adapters/evil", "base": {"model": str(shelf.base("llama"))}, "checks": checks}
-    report = run_gate(load_config(str(write(tmp_path, entry, **{"allow-pickle": True}))), device="cpu")
+    report = run_gate(load_config(str(write(tmp_path, entry, **{"allow-pickle": True}))), RunOptions(device="cpu"))
     assert report.result is not Result.PASS
     assert not list(tmp_path.rglob("payload-ran"))
 
@@ -280,7 +280,7 @@ def combination_alone(place: Path) -> Report:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolve, "digest_directory", fail)
-        return run_gate(load_config(str(config)), device="cpu", only=("sum",))
+        return run_gate(load_config(str(config)), RunOptions(device="cpu", only=("sum",)))
 
 
 def test_only_a_combination_still_finds_its_members(combination_alone: Report) -> None:
@@ -382,7 +382,7 @@ def test_a_provisional_report_is_there_from_the_start_and_replaces_an_old_one(pl
         assert (out / "summary.md").read_text() != old
 
     view = Watcher(start=start)
-    run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=view)
+    run_gate(small(place, "file-corrupt"), RunOptions(device="cpu", output=str(out)), view=view)
     assert (seen[0]["complete"], seen[0]["result"], seen[0]["adapters"]) == (False, "error", [])
     final = strict_json(out / "report.json")
     assert (final["complete"], final["result"]) == (True, "fail")
@@ -398,7 +398,7 @@ def test_what_was_judged_is_on_disk_when_an_accident_ends_the_run(place: Path, t
 
     config = small(place, "file-corrupt", "good", "nan")
     with pytest.raises(KeyboardInterrupt):
-        run_gate(config, device="cpu", output=str(tmp_path), view=Watcher(adapter_done=adapter_done))
+        run_gate(config, RunOptions(device="cpu", output=str(tmp_path)), view=Watcher(adapter_done=adapter_done))
     report = strict_json(tmp_path / "report.json")
     assert report["complete"] is False
     assert [one["name"] for one in report["adapters"]] == ["file-corrupt", "good"]
@@ -410,7 +410,9 @@ def test_a_view_that_breaks_at_the_very_end_does_not_unfinish_the_report(place: 
         raise OSError("the terminal is gone")
 
     with pytest.raises(OSError, match="terminal"):
-        run_gate(small(place, "file-corrupt"), device="cpu", output=str(tmp_path), view=Watcher(finish=finish))
+        run_gate(
+            small(place, "file-corrupt"), RunOptions(device="cpu", output=str(tmp_path)), view=Watcher(finish=finish)
+        )
     assert strict_json(tmp_path / "report.json")["complete"] is True
 
 
@@ -426,7 +428,7 @@ def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
 
     monkeypatch.setattr(resolve, "digest_directory", slow)
     monkeypatch.setattr(report_writer, "PAUSE_RATIO", 1e9)
-    report = run_gate(small(place, "good", "nan"), device="cpu", output=str(tmp_path))
+    report = run_gate(small(place, "good", "nan"), RunOptions(device="cpu", output=str(tmp_path)))
     assert seen[0] is False
     assert [base.sha256 for base in report.bases] == ["0" * 64]
 
@@ -439,7 +441,7 @@ def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
         out.write_text("a file now")
 
     with pytest.raises(GateError) as caught:
-        run_gate(small(place, "file-corrupt"), device="cpu", output=str(out), view=Watcher(start=start))
+        run_gate(small(place, "file-corrupt"), RunOptions(device="cpu", output=str(out)), view=Watcher(start=start))
     assert str(out) in caught.value.message
 
 
@@ -466,11 +468,11 @@ def test_a_disk_that_gives_out_costs_no_verdict(
     )
     config = small(place, "file-corrupt", "good", "nan")
     if comes_back:
-        report = run_gate(config, device="cpu", output=str(tmp_path), view=view)
+        report = run_gate(config, RunOptions(device="cpu", output=str(tmp_path)), view=view)
         assert strict_json(tmp_path / "report.json")["complete"] is True
     else:
         with pytest.raises(GateError, match=r"the report is lost: .*No space left") as caught:
-            run_gate(config, device="cpu", output=str(tmp_path), view=view)
+            run_gate(config, RunOptions(device="cpu", output=str(tmp_path)), view=view)
         assert caught.value.exit_code == 3
         assert strict_json(tmp_path / "report.json")["complete"] is False, "the first one, whole"
         (report,) = finished
@@ -485,7 +487,7 @@ def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
 
     `good` has the default limit, which is then that of the base's load too.
     """
-    monkeypatch.setattr(supervisor, "FIRST_WORD_S", 0.0)
+    monkeypatch.setattr(supervisor, "FIRST_NOTE_S", 0.0)
     monkeypatch.setattr(hourly_log, "EVERY_S", 0.0)
     lay(tmp_path, shelf, "broken", overwrite(b"\0" * 64))
     lay(tmp_path, shelf, "good")
@@ -497,7 +499,7 @@ def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
     ]
     config = load_config(str(write(tmp_path, *entries, base={"model": str(shelf.base("llama"))})))
     notes: list[str] = []
-    report = run_gate(config, device="cpu", view=Watcher(note=notes.append))
+    report = run_gate(config, RunOptions(device="cpu"), view=Watcher(note=notes.append))
     assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.ERROR]
     assert any(re.fullmatch(r"silent: nothing heard of it for .+; its time limit is 1 s", said) for said in notes)
     assert any("1 of 3 adapters judged, 1 failed" in said for said in notes)
@@ -533,7 +535,7 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
     monkeypatch.setattr(all_checks, "CHECKS", changed)
     names = ("good", *accidents, "nan")
     config = write(tmp_path, *({"path": f"./adapters/{name}"} for name in names), base=str(shelf.base("llama")))
-    found = {one.name: one for one in run_gate(load_config(str(config)), device="cpu").adapters}
+    found = {one.name: one for one in run_gate(load_config(str(config)), RunOptions(device="cpu")).adapters}
     assert {name: one.verdict for name, one in found.items()} == {
         "good": Verdict.PASSED,
         **dict.fromkeys(accidents, Verdict.ERROR),
@@ -546,7 +548,7 @@ def test_an_accident_with_one_adapter_costs_that_adapter(
 
 def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_gate(small(place, "file-corrupt"), device="cpu").result is Result.FAIL
+    assert run_gate(small(place, "file-corrupt"), RunOptions(device="cpu")).result is Result.FAIL
     assert list(tmp_path.iterdir()) == []
 
 
@@ -593,7 +595,7 @@ def meddled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         return at_the_moment
 
     view = Watcher(**{moment: meddle(moment) for moment in MOMENTS})
-    report = run_gate(load_config(str(write(place, *entries))), device="cpu", view=view)
+    report = run_gate(load_config(str(write(place, *entries))), RunOptions(device="cpu"), view=view)
     return {one.name: one for one in report.adapters}
 
 
@@ -630,7 +632,7 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
     monkeypatch.setattr(BaseWatch, "_hash", hash_late)
     config = load_config(str(write(tmp_path, {"path": "./adapters/good"}, base="./base")))
     options = CacheOptions(directory=str(tmp_path / "cache"))
-    report = run_gate(config, device="cpu", cache=options, view=Watcher(base_loaded=exchange))
+    report = run_gate(config, RunOptions(device="cpu", cache=options), view=Watcher(base_loaded=exchange))
     assert exchanged.is_set()
     assert [one.verdict for one in report.adapters] == [Verdict.ERROR]
     assert [base.sha256 is not None for base in report.bases] == [True], "it was hashed"
@@ -652,7 +654,7 @@ def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path:
     config = write(
         tmp_path, *({"path": f"./adapters/{name}"} for name in ("huge", "long")), base=str(shelf.base("llama"))
     )
-    report = run_gate(load_config(str(config)), device="cpu", output=str(tmp_path / "out"))
+    report = run_gate(load_config(str(config)), RunOptions(device="cpu", output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "report.json").stat().st_size < 1_000_000
     assert any(finding.message == "and 99,900 more like these" for finding in report.adapters[0].findings)
 
@@ -661,7 +663,7 @@ def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path:
 def test_a_number_that_nothing_holds_is_the_adapters_fault(key: str, shelf: Shelf, tmp_path: Path) -> None:
     lay(tmp_path, shelf, "huge", configure(**{key: 10**400}))
     config = write(tmp_path, {"path": "./adapters/huge"}, base=str(shelf.base("llama")))
-    (huge,) = run_gate(load_config(str(config)), device="cpu").adapters
+    (huge,) = run_gate(load_config(str(config)), RunOptions(device="cpu")).adapters
     assert (huge.verdict, huge.cause) == (Verdict.FAILED, "config-invalid"), told(huge)
 
 

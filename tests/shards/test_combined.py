@@ -15,7 +15,7 @@ from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.shards.combined import combined
-from merge_gate.shards.shard_files import Found
+from merge_gate.shards.shard_files import FoundReport
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
 from tests.support.shards.shard_reports import BASE, SHARDS, mark
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 OTHER = replace(BASE, model="./models/other")
 
 
-def found(*reports: Report) -> list[Found]:
-    return [Found(place=f"shards/{number}", report=one) for number, one in enumerate(reports, 1)]
+def found(*reports: Report) -> list[FoundReport]:
+    return [FoundReport(place=f"shards/{number}", report=one) for number, one in enumerate(reports, 1)]
 
 
 def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> None:
@@ -175,6 +175,6 @@ def test_no_report_of_a_shard_at_all_is_an_error() -> None:
 
 
 def test_an_unreadable_place_is_a_problem() -> None:
-    whole = combined([*found(*SHARDS), Found(place="shards/x\x1b[31m", problem="holds no report.json")])
+    whole = combined([*found(*SHARDS), FoundReport(place="shards/x\x1b[31m", problem="holds no report.json")])
     assert whole.result is Result.ERROR
     assert whole.problems == ("shards/x\ufffd[31m holds no report.json",)

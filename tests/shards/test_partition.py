@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
 from merge_gate.records.config import Combine, KnownFailure
+from merge_gate.records.options import RunOptions
 from merge_gate.shards.costs import Cost, Costs
 from merge_gate.shards.partition import assign, part_of, shard_of
 from tests.support.command import merge_gate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from merge_gate.records.config import Config
+    from merge_gate.records.config import AdapterSpec, Config
+    from merge_gate.records.report import Shard
 
 MB = 1 << 20
 
@@ -97,8 +100,18 @@ def config(tmp_path: Path) -> Config:
     return load_config(str(path))
 
 
+def planned(config: Config, specs: Sequence[AdapterSpec], options: RunOptions) -> Shard:
+    shard = part_of(config, specs, options)[1]
+    assert shard is not None
+    return shard
+
+
+def test_a_whole_run_is_no_shard(config: Config) -> None:
+    assert part_of(config, config.adapters, RunOptions()) == (config.adapters, None)
+
+
 def names(config: Config, index: int, count: int) -> list[str]:
-    return [spec.name for spec in part_of(config, config.adapters, index, count, quick=False)[0]]
+    return [spec.name for spec in part_of(config, config.adapters, RunOptions(shard=(index, count)))[0]]
 
 
 def test_bases_are_told_apart_also_where_only_the_adapter_names_one(config: Config) -> None:
@@ -111,15 +124,15 @@ def test_a_machine_with_the_checkout_elsewhere_makes_the_same_cut(config: Config
     moved = load_config(str(tmp_path.parent / "elsewhere" / "deeper" / "gate.yml"))
     for count in (1, 2, 3, 6, 9):
         for index in range(1, count + 1):
-            ours = part_of(config, config.adapters, index, count, quick=False)
-            theirs = part_of(moved, moved.adapters, index, count, quick=False)
+            ours = part_of(config, config.adapters, RunOptions(shard=(index, count)))
+            theirs = part_of(moved, moved.adapters, RunOptions(shard=(index, count)))
             assert ours[1] == theirs[1]
             assert [spec.name for spec in ours[0]] == [spec.name for spec in theirs[0]]
 
 
 def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path: Path) -> None:
     def digest(config: Config, count: int = 2, *, quick: bool = False, most: int = 6) -> str:
-        return part_of(config, config.adapters[:most], 1, count, quick=quick)[1].plan_sha256
+        return planned(config, config.adapters[:most], RunOptions(shard=(1, count), quick=quick)).plan_sha256
 
     others = [digest(config, 3), digest(config, quick=True), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
@@ -134,7 +147,7 @@ def test_positions_count_an_entry_for_each_dtype(config: Config) -> None:
     first = config.adapters[0]
     twice = replace(first, base=replace(first.base, dtypes=("float32", "bfloat16")))
     specs = (twice, *config.adapters[1:])
-    shards = [part_of(config, specs, index, 2, quick=False)[1] for index in (1, 2)]
+    shards = [planned(config, specs, RunOptions(shard=(index, 2))) for index in (1, 2)]
     assert {shard.entries for shard in shards} == {7}
     assert sorted(position for shard in shards for position in shard.positions) == list(range(7))
 

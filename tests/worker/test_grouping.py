@@ -44,5 +44,5 @@ def test_the_time_limit_grows_with_the_base_and_the_adapters_own_is_taken(tmp_pa
 
 def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None:
     one = entry(tmp_path)
-    with pytest.raises(AssertionError, match="settled before it is grouped"):
+    with pytest.raises(AssertionError, match="has a verdict before it is grouped"):
         group_by_base([(0, replace(one, base=None))], quick=False)

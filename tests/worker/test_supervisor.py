@@ -9,16 +9,18 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import NotJudged, PatternRefused
 from merge_gate.records.terms import BaseKey
+from merge_gate.worker import supervisor
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -34,7 +36,7 @@ from merge_gate.worker.protocol import (
     Undecided,
     Waiting,
 )
-from merge_gate.worker.supervisor import Attempt, supervise
+from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 
 if TYPE_CHECKING:
@@ -108,6 +110,13 @@ class Killer:
         return found
 
 
+def process_of(worker: WorkerSlot) -> subprocess.Popen[bytes]:
+    """The process that the slot holds now."""
+    worker.start(quantizes=False)
+    assert worker._process is not None
+    return worker._process._process
+
+
 # --- what a death costs ----------------------------------------------------------------------------------------------
 
 
@@ -144,10 +153,10 @@ def deaths(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
             BaseLoading(group=3): [signal.SIGSTOP],
         }
     )
-    with pytest.MonkeyPatch.context() as patch, WorkerProcess() as child:
-        patch.setattr("merge_gate.worker.supervisor.FIRST_WORD_S", 0.25)
-        child._process.kill()
-        supervise(Job(groups=groups), killer, child)
+    with pytest.MonkeyPatch.context() as patch, WorkerSlot() as worker:
+        patch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.25)
+        process_of(worker).kill()
+        supervise(Job(groups=groups), killer, worker)
     return killer
 
 
@@ -200,10 +209,11 @@ def test_a_base_that_never_loads_costs_the_adapters_on_it(deaths: Killer, wordin
 def alone(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     """Three sound adapters, merged one after another by a child that ends by itself."""
     killer = Killer()
-    with WorkerProcess() as child:
+    with WorkerSlot() as worker:
+        child = process_of(worker)
         files = sound(3, shelf, tmp_path_factory.mktemp("alone"))
-        supervise(Job(groups=(group(shelf.base("llama"), files),)), killer, child)
-        assert child._process.poll() == 0
+        supervise(Job(groups=(group(shelf.base("llama"), files),)), killer, worker)
+        assert child.poll() == 0
     return killer
 
 
@@ -293,7 +303,7 @@ def test_children_that_die_at_once_are_not_started_forever(
 def test_a_base_that_could_not_be_loaded_is_not_said_to_be_loading(
     shelf: Shelf, adapters: list[AdapterFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_WORD_S", 0.0)
+    monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.0)
     killer = Killer()
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
     attempt.receive(BaseLoading(group=0))
@@ -346,10 +356,11 @@ def test_what_the_listener_raises_ends_the_child(shelf: Shelf, adapters: list[Ad
     def listen(event: Event) -> None:
         raise Stop
 
-    child = WorkerProcess()
-    with pytest.raises(Stop), child:
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, child)
-    assert child._process.poll() == -signal.SIGKILL
+    worker = WorkerSlot()
+    child = process_of(worker)
+    with pytest.raises(Stop), worker:
+        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, worker)
+    assert child.poll() == -signal.SIGKILL
 
 
 def test_a_broken_pipe_of_the_listener_is_not_taken_for_the_childs(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
@@ -366,6 +377,31 @@ def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
         child._channel.close()
         wait_until(lambda: not alive(pid))
         assert child._process.wait() == 0
+
+
+def test_a_slot_holds_one_process_and_replaces_one_that_cannot_quantize() -> None:
+    with WorkerSlot() as worker:
+        first = process_of(worker)
+        assert process_of(worker) is first
+        worker.start(quantizes=True)
+        second = process_of(worker)
+        assert second is not first
+        assert (first.poll(), second.poll()) == (-signal.SIGKILL, None)
+        assert children_of(os.getpid()) == [second.pid]
+    assert not children_of(os.getpid())
+    assert not worker.is_started
+
+
+def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: bool) -> NoReturn:
+        raise OSError("no process to be had")
+
+    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
+    with WorkerSlot() as worker:
+        worker.start_early()
+        assert not worker.is_started
+        with pytest.raises(OSError, match="no process"):
+            worker.start(quantizes=False)
 
 
 def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:

@@ -19,30 +19,15 @@ from merge_gate.cache.seal import from_environment
 from merge_gate.cache.seen import SeenBases
 from merge_gate.cache.store import Store
 from merge_gate.files.identity import identity_of
-from merge_gate.records.terms import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from merge_gate.records.files import BaseContent, Entry
+    from merge_gate.records.options import CacheOptions
     from merge_gate.records.report import AdapterReport
 
 Json = Any
-
-
-@record
-class CacheOptions:
-    """Which verdicts of earlier runs are reused, and where those of this run are stored.
-
-    Attributes:
-        directory: the cache directory (`--cache`); None for none.
-        reuse: whether the verdicts in it are reused; if not, it is only written to (`--no-cache`).
-        resume: an output directory whose earlier reports are a second source of verdicts (`--resume`); None for none.
-    """
-
-    directory: str | None = None
-    reuse: bool = True
-    resume: str | None = None
 
 
 class VerdictSource(Protocol):

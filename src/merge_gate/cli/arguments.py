@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_OUTPUT = "merge-gate-report"
 
-EXIT_CODES = """\
-exit codes:
-  0  pass: no adapter failed (but for failures that a baseline accepts): each was merged and every parameter of the
-     result checked, with --quick some by a bound instead of a merge
-  1  fail: at least one adapter is broken; the report says which and why
-  2  usage or configuration error: nothing was judged
-  3  error: no adapter failed, but at least one could not be judged
-"""
+
+def exit_codes(*lines: str) -> str:
+    """The end of a help text."""
+    return "".join(f"{line}\n" for line in ("exit codes:", *(f"  {line}" for line in lines)))
+
+
+EXIT_CODES = exit_codes(
+    "0  pass: no adapter failed, except failures that a baseline accepts. Every adapter was merged, and every",
+    "   parameter of the result checked, with --quick some by a bound instead of a merge",
+    "1  fail: at least one adapter is broken; the report says which and why",
+    "2  usage or configuration error: nothing was judged",
+    "3  error: no adapter failed, but at least one could not be judged",
+)
 
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
@@ -49,7 +50,7 @@ def _directory(text: str) -> str:
 
 
 def given(text: str) -> str:
-    """An empty word is a mistake: without it another base, in another dtype, would be judged."""
+    """The text, unless it is empty. An empty base or dtype would silently select another one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty (a variable that is not set?)")
     return text

@@ -6,23 +6,18 @@ import argparse
 import os
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
 
-from merge_gate.cli.arguments import Commands, add_names
+from merge_gate.cli.arguments import Commands, add_names, exit_codes
 from merge_gate.cli.gating import requested_config
 from merge_gate.errors import ExitCode
 from merge_gate.run.streams import tell
 
-if TYPE_CHECKING:
-    pass
-
-EXIT_CODES_OF_CHECK = """\
-exit codes:
-  0  the files of every adapter are sound; nothing was merged
-  1  the files of at least one adapter failed
-  2  usage or configuration error: nothing was checked
-  3  no adapter failed, but at least one could not be judged: its files or those of its base
-"""
+EXIT_CODES_OF_CHECK = exit_codes(
+    "0  the files of every adapter are sound; nothing was merged",
+    "1  the files of at least one adapter failed",
+    "2  usage or configuration error: nothing was checked",
+    "3  no adapter failed, but at least one could not be judged: its files or those of its base",
+)
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:

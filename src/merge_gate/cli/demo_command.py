@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, Commands
 from merge_gate.cli.gating import gate_adapters
 from merge_gate.cli.output import claimed_output, exit_code
 from merge_gate.errors import ExitCode, GateError
+from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -43,10 +40,12 @@ def _run_demo(directory: str, output: Path | None) -> None:
 
     config = load_config(make_demo(directory))
     if output is None:
-        report = gate_adapters(config, "cpu", None)
+        report = gate_adapters(config, RunOptions(device="cpu"))
     else:
         with claimed_output(str(output)) as earlier:
-            report = gate_adapters(config, "cpu", str(output), begins=earlier.replace_previous)
+            report = gate_adapters(
+                config, RunOptions(device="cpu", output=str(output)), begins=earlier.replace_previous
+            )
     if wrong := misjudged(report):
         raise GateError(
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",

@@ -1,7 +1,7 @@
-"""argv to exit code: parses, runs one command, and turns every error into a sentence.
+"""Runs one command of the command line, and turns every error into a sentence.
 
-In: the command line and the environment. Out: text on standard output and error, the exit codes of errors.py. Each
-command imports what is slow inside its function, so that `--help` answers at once.
+In: the command line and the environment. Out: text on standard output and error, and an exit code of errors.py. Each
+command imports slow modules inside its function, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
@@ -21,9 +20,6 @@ from merge_gate.cli.parser import output_of, parsed
 from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. If it is wrong, an earlier report must not pass for the report of the run that was meant."""
+    """The arguments. If they are wrong, earlier reports move aside, so that they do not look like this run's."""
     try:
         return parsed(argv)
     except SystemExit as leaving:
@@ -81,7 +77,7 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 
 def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
-    """What a signal has left: no verdict, unless the whole report was on disk when it arrived."""
+    """The exit code after a signal: no verdict, unless the whole report was on disk when it arrived."""
     from merge_gate.report.stored.output_directory import written
 
     output = getattr(arguments, "output", None)
@@ -89,10 +85,10 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     if report is not None and report.complete:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
         return EXIT_CODE_OF[report.result]
-    held = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
-    say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{held}")
-    if held and arguments.command == "run" and not arguments.container:
-        say("  to go on from there: the same command with --resume")
+    partial = f"; {Path(output, 'report.json')} holds what was judged until then" if output and report else ""
+    say(f"merge-gate: stopped by {stop.signal_name}, so there is no verdict{partial}")
+    if partial and arguments.command == "run" and not arguments.container:
+        say("  to continue from there, add --resume to the same command")
     return ExitCode.ERROR
 
 

@@ -1,4 +1,4 @@
-"""The configuration and the run of the commands that gate adapters."""
+"""What the commands that gate adapters share: the configuration that they ask for, and the run with its view."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from merge_gate.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from merge_gate.cache.verdict_cache import CacheOptions
     from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report
-    from merge_gate.worker.process import WorkerProcess
+    from merge_gate.worker.supervisor import WorkerSlot
 
 
 def requested_config(arguments: argparse.Namespace) -> Config:
-    """The file's, or that of the adapters that are named on the command line."""
+    """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
 
@@ -38,32 +38,13 @@ def requested_config(arguments: argparse.Namespace) -> Config:
 
 def gate_adapters(
     config: Config,
-    device: str,
-    output: str | None,
-    only: tuple[str, ...] = (),
+    options: RunOptions,
     *,
-    quick: bool = False,
-    shard: tuple[int, int] | None = None,
-    cache: CacheOptions | None = None,
-    ray: str | None = None,
-    child: WorkerProcess | None = None,
+    worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
 ) -> Report:
-    from merge_gate.cache.verdict_cache import CacheOptions
     from merge_gate.run.flow import run_gate
     from merge_gate.run.view import make_view
 
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-        return run_gate(
-            config,
-            device=device,
-            output=output,
-            view=view,
-            only=only,
-            quick=quick,
-            shard=shard,
-            cache=cache or CacheOptions(),
-            ray=ray,
-            child=child,
-            begins=begins,
-        )
+        return run_gate(config, options, view=view, worker=worker, begins=begins)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from merge_gate.cli.arguments import Commands
 from merge_gate.errors import ExitCode, UsageError
 from merge_gate.run.streams import tell
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -1,6 +1,6 @@
-"""argv to a namespace. Runs nothing, and imports nothing that takes time.
+"""Parses the command line. It runs nothing, and imports nothing that takes time.
 
-In: the words of the command line. Out: their values; `command` names the command.
+In: the words of the command line. Out: their values; `command` is the name of the command.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
@@ -19,20 +18,17 @@ from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
 from merge_gate.cli.report_command import BASELINE, COMBINE
 from merge_gate.text import one_of, quoted
 
-if TYPE_CHECKING:
-    pass
-
 _LONGEST = 40
 
 
 def commanded(argv: Sequence[str]) -> list[str]:
-    """The words of the command line, those of a command in one."""
+    """The words of the command line, with the words of a command joined: `report combine`."""
     first = " ".join(argv[:2])
     return [first, *argv[2:]] if first in {COMBINE, BASELINE} else list(argv)
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The values of the command line; one that only lacks its command is told so."""
+    """The values of the command line. If only the command is missing, the error suggests `run`."""
     top, commands = _parsers()
     words = commanded(argv)
     if not words:
@@ -96,14 +92,14 @@ def _options(command: argparse.ArgumentParser) -> list[str]:
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
-    """The nearest of the known words, or all of them where these are few."""
+    """A hint: the nearest of the known words, or all of them."""
     if near := _nearest(word, known):
         return f"; did you mean {quoted(near)}?"
     return "" if word.startswith("-") else f", expected {one_of(known)}"
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like this one; empty if none is."""
+    """The known word that is most similar to this one; empty if none is similar."""
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(word[:_LONGEST], known, 1)), "")

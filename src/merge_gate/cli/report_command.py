@@ -6,14 +6,10 @@ import argparse
 import os
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
 from merge_gate.cli.output import claimed_output, exit_code, print_document
 from merge_gate.output_files import OUTPUT_FILES
-
-if TYPE_CHECKING:
-    pass
 
 COMBINE, BASELINE = "report combine", "report baseline"
 """Commands of two words, which argparse hears as one; a report of such a name is given as ./combine."""

@@ -6,20 +6,15 @@ import argparse
 import os
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_gate.cli.arguments import EXIT_CODES, Commands, add_names, add_output, given
 from merge_gate.cli.gating import gate_adapters, requested_config
 from merge_gate.cli.output import claimed_output, exit_code, say_place
-from merge_gate.errors import GateError, UsageError
+from merge_gate.errors import UsageError
+from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Quantization
 from merge_gate.text import one_of
-
-if TYPE_CHECKING:
-    from merge_gate.cache.verdict_cache import CacheOptions
-    from merge_gate.worker.process import WorkerProcess
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -32,7 +27,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_names(run)
-    named = run.add_argument_group("for adapters that are named here; a config says it itself")
+    named = run.add_argument_group("for adapters that are named here; a config has its own")
     named.add_argument(
         "--base", type=given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
     )
@@ -46,7 +41,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     run.add_argument(
         "--quick",
         action="store_true",
-        help="let a bound stand for the merge where it proves every value finite and small; for large fleets",
+        help="let a bound replace the merge if it proves every value finite and small; for large fleets",
     )
     run.add_argument(
         "--shard",
@@ -55,18 +50,18 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         help="gate the I-th of N parts, on this machine of N; N alone takes I from JOB_COMPLETION_INDEX, which counts "
         "from 0; `merge-gate report combine` makes one report of all",
     )
-    kept = run.add_argument_group("verdicts of earlier runs", "taken over where everything that decides is the same")
-    kept.add_argument("--cache", metavar="DIR", help="keep verdicts in DIR, and take over those that are there")
-    kept.add_argument("--no-cache", action="store_true", help="take over nothing; --cache keeps the new verdicts")
-    kept.add_argument("--resume", action="store_true", help="go on from the report of a killed run in --output")
+    reused = run.add_argument_group("verdicts of earlier runs", "reused if everything that decides them is the same")
+    reused.add_argument("--cache", metavar="DIR", help="store verdicts in DIR, and reuse those that are there")
+    reused.add_argument("--no-cache", action="store_true", help="reuse nothing; --cache stores the new verdicts")
+    reused.add_argument("--resume", action="store_true", help="continue from the report of a killed run in --output")
     cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
     cluster.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="merge on the cluster at HOST:PORT, or the one that `auto` finds; without ADDRESS, as the last word, on "
-        "one that is started on this machine for this run",
+        help="merge on the cluster at HOST:PORT, or the one that `auto` finds. Without ADDRESS, as the last argument, "
+        "start one on this machine for this run",
     )
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
@@ -75,7 +70,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with _started_early(arguments) as child:
+    from merge_gate.worker.supervisor import WorkerSlot
+
+    with WorkerSlot() as worker:
+        if _starts_early(arguments):
+            worker.start_early()
         from merge_gate.cache.resume import forget
         from merge_gate.report.stored.output_directory import refuse_report
         from merge_gate.report.stored.report_files import FORMATS
@@ -88,41 +87,24 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            cache = _cache_options(arguments)
-            report = gate_adapters(
-                config,
-                arguments.device,
-                arguments.output,
-                tuple(arguments.only),
-                quick=arguments.quick,
-                shard=_shard(arguments),
-                cache=cache,
-                ray=_ray(arguments),
-                child=child,
-                begins=earlier.replace_previous,
-            )
+            report = gate_adapters(config, _options(arguments), worker=worker, begins=earlier.replace_previous)
             forget(arguments.output)
             return exit_code(report)
 
 
-def _started_early(arguments: argparse.Namespace) -> AbstractContextManager[WorkerProcess | None]:
-    """The worker, so that it imports while the config is read; leaving ends it, whatever became of the run.
+def _starts_early(arguments: argparse.Namespace) -> bool:
+    """Whether the worker imports while the configuration is read.
 
-    With verdicts to take over there may be nothing to merge: on one core it would only be in the way of finding out.
+    If the cache may hold every verdict, a worker on the only core would just slow the lookup.
     """
-    from merge_gate.worker.process import WorkerProcess
-
-    looks_back = arguments.resume or (arguments.cache and not arguments.no_cache)
-    if arguments.container or arguments.ray is not None or (looks_back and len(os.sched_getaffinity(0)) == 1):
-        return nullcontext()
-    try:
-        return WorkerProcess()
-    except (GateError, OSError):
-        return nullcontext()  # once there is something to merge, it is tried again, and said
+    if arguments.container or arguments.ray is not None:
+        return False
+    may_hit = arguments.resume or (arguments.cache and not arguments.no_cache)
+    return not may_hit or len(os.sched_getaffinity(0)) > 1
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
-    """Run in a container. The launcher holds the output directory itself, so it is held only shortly here."""
+    """Run in a container. The launcher claims the output directory itself, so this claim ends before it starts."""
     from merge_gate.report.stored.output_directory import claimed
 
     with claimed(arguments.output) as earlier:
@@ -144,7 +126,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
             "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
         )
     if arguments.ray is not None:
-        raise UsageError("--ray is for a run that is not in a container", hint="leave --container away")
+        raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
     if shard := _shard(arguments):
@@ -167,13 +149,22 @@ def _in_container(arguments: argparse.Namespace) -> int:
     return run_in_container(run, write)
 
 
-def _cache_options(arguments: argparse.Namespace) -> CacheOptions:
-    from merge_gate.cache.verdict_cache import CacheOptions
-
+def _options(arguments: argparse.Namespace) -> RunOptions:
     if arguments.resume and arguments.no_cache:
-        raise UsageError("--no-cache judges anew, and --resume does not", hint="give one of them")
-    resume = arguments.output if arguments.resume else None
-    return CacheOptions(directory=arguments.cache, reuse=not arguments.no_cache, resume=resume)
+        raise UsageError("--no-cache reuses no verdict, and --resume does", hint="give one of them")
+    return RunOptions(
+        device=arguments.device,
+        output=arguments.output,
+        only=tuple(arguments.only),
+        quick=arguments.quick,
+        shard=_shard(arguments),
+        ray=_ray(arguments),
+        cache=CacheOptions(
+            directory=arguments.cache,
+            reuse=not arguments.no_cache,
+            resume=arguments.output if arguments.resume else None,
+        ),
+    )
 
 
 def _shard(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
 
 from merge_gate.cli.arguments import Commands
 from merge_gate.cli.output import print_document
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -19,7 +19,7 @@ from merge_gate.config.problems import read_models
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.config import COMMAND_LINE, AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
 from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
@@ -29,25 +29,37 @@ NOTHING_SAID = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS
 _NO_REVISION = ("revision has no meaning for a directory", "only Hub ids have one")
 
 
-def build_config(document: YamlDocument, sha256: str) -> Config:
-    """Validate the values of a file and build its configuration. `sha256` is the digest of the file's bytes.
+def build_config(document: YamlDocument, sha256: str, *, path: str | None, directory: Path) -> Config:
+    """Validate the values of a file and build its configuration.
+
+    Args:
+        document: the file's content.
+        sha256: the digest of the file's bytes.
+        path: the file as the user named it; None if the adapters are named on the command line.
+        directory: where relative names start.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
     file = read_models(document, FileEntry)
-    adapters = _Build(document, file).adapters(file.adapters or [])
+    adapters = _Build(document, file, directory, is_file=path is not None).adapters(file.adapters or [])
     document.raise_problems()
-    baseline = str(Path(document.path).parent / file.baseline) if file.baseline else None
+    baseline = str(Path(path or "").parent / file.baseline) if file.baseline else None
     return file.record(
-        Config, path=document.path, sha256=sha256, adapters=adapters, baseline_path=baseline, baseline=()
+        Config,
+        path=path,
+        directory=str(directory),
+        sha256=sha256,
+        adapters=adapters,
+        baseline_path=baseline,
+        baseline=(),
     )
 
 
 class _Build:
-    def __init__(self, document: YamlDocument, file: FileEntry) -> None:
+    def __init__(self, document: YamlDocument, file: FileEntry, directory: Path, *, is_file: bool) -> None:
         self.document, self.report = document, document.report
-        self.directory = Path(document.path).absolute().parent
+        self.directory, self.is_file = directory, is_file
         self.claimed: dict[str, tuple[int, str]] = {}
         self.default = self._laid_over((), file, NOTHING_SAID)
 
@@ -174,7 +186,7 @@ class _Build:
         first, source = self.claimed[spec.name]
         where = f", in line {line}" if line == first else f", in line {first} and in line {line}"
         hint = 'names must be unique: give one of them another "name"'
-        if self.document.path == COMMAND_LINE:
+        if not self.is_file:
             where, hint = "", "name each once; adapters of one name are told apart in a config"
         message = f"the name {quoted(spec.name)} is given twice{where}: to {quoted(source)} and {quoted(spec.source)}"
         self.report(loc, message, hint)

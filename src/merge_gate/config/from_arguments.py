@@ -110,7 +110,8 @@ def config_of(
         file["base"] = {key: value for key, value in wanted.items() if value}
     text = yaml_text(file, indent=1)
     try:
-        return build_config(read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest())
+        document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()
+        return build_config(document, digest, path=None, directory=Path.cwd())
     except FileNotFoundError:
         raise nowhere() from None
     except ConfigError as error:

@@ -56,7 +56,9 @@ def load_config(path: str) -> Config:
 
 def _load(path: str) -> Config:
     raw = _read_bytes(path)
-    config = build_config(read_yaml(_text(raw, path), path), hashlib.sha256(raw).hexdigest())
+    document = read_yaml(_text(raw, path), path)
+    digest, directory = hashlib.sha256(raw).hexdigest(), Path(path).absolute().parent
+    config = build_config(document, digest, path=path, directory=directory)
     if config.baseline_path is None:
         return config
     known = _text(_read_bytes(config.baseline_path), config.baseline_path)

@@ -107,7 +107,7 @@ class Inputs:
 
     def _named_by_adapter(self, named: str) -> str:
         """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
-        path = str(Path(self._config.path).resolve().parent / named)
+        path = str(Path(self._config.directory, named))
         return path if os.path.isdir(path) else named  # noqa: PTH112 (pathlib raises for a name that no system takes)
 
     def _base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:

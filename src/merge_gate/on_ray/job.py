@@ -19,7 +19,7 @@ from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.on_ray import ray_cluster
-from merge_gate.on_ray.ray_cluster import Cluster, LostError, Needs, Node
+from merge_gate.on_ray.ray_cluster import Cluster, LostError, Resources
 from merge_gate.on_ray.ray_task import Expected, RayPart, versions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
@@ -53,7 +53,7 @@ class _Worker:
     """One worker's part, as far as it is known."""
 
     job: Job
-    needs: Needs
+    needs: Resources
     left: set[int]
     under_way: int | None = None
     blamed: Counter[int] = field(default_factory=Counter)
@@ -166,9 +166,9 @@ def _again(
         for index in sorted(worker.left):
             _undecided(worker, index, "was lost, and the cluster has no other node for it", listen)
         return
-    node = next((one for one in fit if one.id == worker.needs.node), fit[0])
+    node = next((one for one in fit if one.node == worker.needs.node), fit[0])
     memory, cpus = min(worker.needs.memory_bytes, node.memory_bytes), min(worker.needs.cpus, node.cpus)
-    worker.needs = replace(worker.needs, node=node.id, cpus=cpus, memory_bytes=memory)
+    worker.needs = replace(worker.needs, node=node.node, cpus=cpus, memory_bytes=memory)
     running[_begin(cluster, worker, bases)] = worker
 
 
@@ -189,25 +189,28 @@ def _expected(group: Group, digest_of: Callable[[str], str | None] | None) -> Ex
     return Expected(identity=identity, sha256=digest_of(group.directory) if digest_of is not None else None)
 
 
-def _workers(job: Job, nodes: tuple[Node, ...]) -> list[_Worker]:
+def _workers(job: Job, nodes: tuple[Resources, ...]) -> list[_Worker]:
     on_gpus = job.device != "cpu" and any(node.gpus for node in nodes)
     usable = [node for node in nodes if node.gpus or not on_gpus]
     sizes = {index: _base_bytes(group) for index, group in enumerate(job.groups)}
     group_of = {task.index: number for number, group in enumerate(job.groups) for task in group.tasks}
-    costs = {f"{task.index:09}": _cost(task, sizes[number], number)
-             for number, group in enumerate(job.groups) for task in group.tasks}  # fmt: skip
+    costs = {
+        task.index: _cost(task, sizes[number], number)
+        for number, group in enumerate(job.groups)
+        for task in group.tasks
+    }
     by_node = assign(costs, len(usable))
     workers = []
     for place, node in enumerate(usable):
         count = node.gpus if on_gpus else min(WORKERS_PER_NODE, node.cpus)
-        ours = {name: costs[name] for name in costs if by_node[name] == place}
+        ours = {index: costs[index] for index in costs if by_node[index] == place}
         by_worker = assign(ours, count) if ours else {}
         for number in range(count):
-            left = {int(name) for name, worker in by_worker.items() if worker == number}
+            left = {index for index, worker in by_worker.items() if worker == number}
             if left:
                 largest = max(sizes[group_of[index]] for index in left)
-                needs = Needs(
-                    node=node.id,
+                needs = Resources(
+                    node=node.node,
                     cpus=max(node.cpus // count, 1),
                     gpus=int(on_gpus),
                     memory_bytes=min(WORKER_BYTES + largest, node.memory_bytes // count),

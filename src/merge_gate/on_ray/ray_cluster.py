@@ -38,18 +38,8 @@ _HEALTH_S = 45.0
 
 
 @record
-class Node:
-    """A machine of the cluster that is up."""
-
-    id: str
-    cpus: int
-    gpus: int
-    memory_bytes: int
-
-
-@record
-class Needs:
-    """What one task needs, and the node that it should run on as long as that is there."""
+class Resources:
+    """What a node of the cluster has, or what a task needs of it. `node` is the id of the node."""
 
     node: str
     cpus: int
@@ -70,17 +60,17 @@ class Cluster:
 
         self._affinity = NodeAffinitySchedulingStrategy
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[Resources, ...]:
         """The nodes that can do something, in the order of their ids."""
         known = []
         for one in self._ray.nodes():
             has = one["Resources"]
             if one["Alive"] and has.get("CPU", 0) >= 1:
                 cpus, gpus, memory = (int(has.get(name, 0)) for name in ("CPU", "GPU", "memory"))
-                known.append(Node(id=one["NodeID"], cpus=cpus, gpus=gpus, memory_bytes=memory))
-        return tuple(sorted(known, key=lambda node: node.id))
+                known.append(Resources(node=one["NodeID"], cpus=cpus, gpus=gpus, memory_bytes=memory))
+        return tuple(sorted(known, key=lambda resources: resources.node))
 
-    def submit(self, part: RayPart, needs: Needs) -> Any:
+    def submit(self, part: RayPart, needs: Resources) -> Any:
         """Begin a part; what is returned is for `ready`, `events` and `cancel`."""
         remote = self._ray.remote(run_part).options(
             num_returns="streaming",

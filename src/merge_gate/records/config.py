@@ -1,4 +1,4 @@
-"""What a configuration asks for."""
+"""The content of a configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import datetime as dt
 from merge_gate.records.terms import BaseKey, Quantization, Severity, record
 
 COMMAND_LINE = "the command line"
-"""What stands for the configuration's path where the adapters are named on the command line."""
+"""What a configuration is called if the adapters are named on the command line."""
 
 
 @record
@@ -27,10 +27,14 @@ class Problem:
 
 @record
 class BaseSpec:
-    """Which base to merge into. `model` None: the adapter's own adapter_config.json names it.
+    """Which base to merge into.
 
-    `model` is an absolute directory where one exists (relative names are relative to the config file), else a Hub
-    id. `label` is the name as written, for the report. `dtypes` holds `auto` or names of `DTYPES`; each is checked.
+    Attributes:
+        model: an absolute directory if there is one, or a Hub id. None if the adapter's adapter_config.json names it.
+        label: the name as written, for the report.
+        revision: a commit, tag, or branch of a Hub id.
+        dtypes: `auto` or names of `DTYPES`. Each one is checked.
+        quantization: how the base is quantized when it is loaded.
     """
 
     model: str | None = None
@@ -46,7 +50,7 @@ class BaseSpec:
 
 @record
 class CheckSetting:
-    """Severity of one check, and its limit where the check has one."""
+    """Severity of one check, and its limit if the check has one."""
 
     check: str
     severity: Severity
@@ -55,7 +59,7 @@ class CheckSetting:
 
 @record
 class Expect:
-    """What must be so of an adapter; absent entries are not checked. `sha256` pairs a file name and a hex digest."""
+    """What the user expects of an adapter. None is not checked. `sha256` pairs file names and hex digests."""
 
     peft_type: str | None = None
     r: int | None = None
@@ -80,9 +84,9 @@ class Combine:
 class AdapterSpec:
     """One entry of `adapters`. Exactly one of `path` (a directory, absolute), `hub_id` and `combine` is set.
 
-    `source` is what the report shows: the path as written or the Hub id. `checks` has a setting for every check,
-    the entry's own settings laid over the file's. `limit_seconds` None: a limit by the base's size.
-    `line` is the entry's line in the YAML file.
+    `source` is the path as written, or the Hub id, for the report. `checks` has a setting for every check: the entry's
+    own, or the file's. With `limit_seconds` None, the limit depends on the size of the base. `line` and `column` are
+    the entry's place in the YAML file.
     """
 
     name: str
@@ -101,9 +105,10 @@ class AdapterSpec:
 
 @record
 class KnownFailure:
-    """A failure that somebody answers for until the end of a day. `adapter` is the digest of its files.
+    """A failure that its owner accepts, up to and including a day.
 
-    `cause` is the check that decided, `also` are others that may fail the adapter. `line` is its place in the file.
+    `adapter` is the digest of the adapter's files. `cause` is the check that decides, `also` are other checks that may
+    fail the adapter. `line` is the entry's line in the baseline file.
     """
 
     adapter: str
@@ -117,15 +122,25 @@ class KnownFailure:
 
 @record
 class Config:
-    """A valid configuration. `path` is the file as the user named it, `sha256` the digest of its bytes.
+    """A valid configuration.
 
-    `baseline_path` names the file that `baseline` was read from.
+    Attributes:
+        path: the file as the user named it; None if the adapters are named on the command line.
+        directory: where relative names start: the file's directory, or the current one. Absolute.
+        sha256: the digest of the file's bytes.
+        baseline_path: the file that `baseline` was read from.
     """
 
-    path: str
+    path: str | None
+    directory: str
     sha256: str
     adapters: tuple[AdapterSpec, ...]
     allow_pickle: bool = False
     trust_remote_code: bool = False
     baseline_path: str | None = None
     baseline: tuple[KnownFailure, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What messages and reports call the configuration."""
+        return COMMAND_LINE if self.path is None else self.path

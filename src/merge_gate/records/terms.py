@@ -109,6 +109,10 @@ class BaseKey:
         """What messages call the base."""
         return self.model or "unknown base"
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantization != Quantization.NONE
+
     def is_same_model(self, other: BaseKey) -> bool:
         """Whether both are one model at one revision, in any dtype and quantization."""
         return (self.model, self.revision) == (other.model, other.revision)

@@ -1,16 +1,13 @@
-"""Config → Report, the whole flow on one page.
+"""The whole flow of a run on one page: from a `Config` to a `Report`.
 
-In: a valid `Config`, a device, an output directory, a view. Out: a `Report`, on disk from the start (provisional) and
-as adapters are judged, so that a run that is killed leaves a true one. Imports no torch: the worker process runs what
-measures.
+In: a valid configuration, the run's options, and a view. Out: a report. It is on disk from the start, as a provisional
+one, so that a killed run leaves a true report. This module imports no torch: only the worker process does.
 
-1. Names become directories, and the adapters' files are judged on their own.  files/prepare.py,
-judging/adapter_report.py
-2. Verdicts that an earlier run reached on the same bytes are reused.           cache/verdict_cache.py
-3. What is left is grouped by base, dtype and quantisation.                     worker/grouping.py
-4. A worker merges; each evidence becomes findings, a verdict and a report.  worker/supervisor.py,
-judging/adapter_report.py
-5. Verdicts on a base that has changed are void; the rest is the report.        files/base_watch.py, tally.py
+1. Resolve names to directories, and judge the adapters' files.       files/prepare.py, judging/adapter_report.py
+2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
+3. Group the rest by base.                                            worker/grouping.py
+4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
+5. Withdraw the verdicts on bases that changed, and write the report. files/base_watch.py, tally.py
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from typing import TYPE_CHECKING, assert_never
 from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.device_lookup import MergeDevice, ask_worker
 from merge_gate.cache.key import Circumstances
-from merge_gate.cache.verdict_cache import Cache, CacheOptions
+from merge_gate.cache.verdict_cache import Cache
 from merge_gate.config.suggestions import nearest
 from merge_gate.errors import GateError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
@@ -35,6 +32,7 @@ from merge_gate.on_ray.job import judge_on_ray
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
+from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report, Shard
 from merge_gate.records.terms import Origin, Quantization
@@ -50,9 +48,8 @@ from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.pinned import base_changed
-from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job
-from merge_gate.worker.supervisor import supervise
+from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 if TYPE_CHECKING:
     from merge_gate.run.view import View
@@ -60,45 +57,41 @@ if TYPE_CHECKING:
 
 def run_gate(
     config: Config,
+    options: RunOptions = RunOptions(),  # noqa: B008 - it is frozen
     *,
-    device: str = "auto",
-    output: str | None = None,
     view: View | None = None,
-    only: tuple[str, ...] = (),
-    quick: bool = False,
-    shard: tuple[int, int] | None = None,
-    cache: CacheOptions = CacheOptions(),  # noqa: B008 - it is frozen
-    ray: str | None = None,
-    child: WorkerProcess | None = None,
+    worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Gate every adapter of the config (with `only`: those named; with `shard`, (I, N): the I-th of N parts of them).
+    """Gate the adapters of a configuration.
 
-    Every element of every touched tensor is merged and measured. With `quick`, a bound may stand for the merge of a
-    weight where it proves every value finite and small (engine/blocks/bound.py). `cache` says which verdicts
-    of earlier runs are reused, and where those of this one are stored. `ray` is the address of a Ray cluster that
-    merges (on_ray/ ray_cluster.py), None for a worker process here. `child` is one that was started before the config
-    was known. `begins` is called once no usage error can follow, before the first report is written.
+    Args:
+        config: The adapters, their bases, and their checks.
+        options: What the run is asked for. By default every element of every touched tensor is merged and measured.
+        view: Shows progress and the result. None shows nothing.
+        worker: May hold a process that was started before the configuration was read.
+        begins: Called before the first report is written, when no usage error can follow.
 
     Raises:
         UsageError: `only` names an adapter that the config does not list, or a directory cannot be used.
         GateError: there is no such cluster, or the report cannot be written.
     """
-    specs, part = select(config, only), None
-    if output is not None:
-        refuse_input(output, _inputs(config))
-    if shard is not None:
-        specs, part = part_of(config, specs, *shard, quick=quick)
+    specs = select(config, options.only)
+    if options.output is not None:
+        refuse_input(options.output, _inputs(config))
+    specs, shard = part_of(config, specs, options)
     view = view or SilentView()
     circumstances = Circumstances(
-        quick=quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+        quick=options.quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
     )
-    with contextlib.closing(Cache(cache, circumstances, device=device, environ=os.environ, notify=view.note)) as opened:
-        run = _Run(config, specs, part, opened, device=device, output=output, view=view, ray=ray)
-        if opened.resumed is not None:
-            opened.resumed.preserve()
+    with contextlib.closing(
+        Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
+    ) as cache:
+        run = _Run(config, options, specs, shard=shard, cache=cache, worker=worker, view=view)
+        if cache.resumed is not None:
+            cache.resumed.preserve()
         begins()
-        return run.run(quick=quick, child=child)
+        return run.run()
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
@@ -110,7 +103,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
-    """Judge config and files alone, with those of bases that are directories here. Torch is not imported."""
+    """Judge the files of the adapters, and of bases that are local directories, without torch."""
     inputs = Inputs(config, (view or SilentView()).note)
     for spec in select(config, only):
         yield adapter_report.checked(inputs.checked(spec))
@@ -128,90 +121,64 @@ def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
         hint = nearest(unknown[0], known) or f"it lists {listing(sorted(known), 20)}"
         if known.issuperset(several := unknown[0].replace(",", " ").split()):
             hint = f"one at a time: {' '.join(f'--only {shlex.quote(name)}' for name in several)}"
-        raise UsageError(f"--only {unknown[0]}: {config.path} lists no such adapter", hint=hint)
+        raise UsageError(f"--only {unknown[0]}: {config.label} lists no such adapter", hint=hint)
     return tuple(spec for spec in config.adapters if not only or spec.name in only)
 
 
 class _Run:
-    """One run: its stages, and how each event adds to what is known."""
+    """One run: its stages, and what it does on each event of the worker."""
 
     def __init__(
         self,
         config: Config,
+        options: RunOptions,
         specs: tuple[AdapterSpec, ...],
+        *,
         shard: Shard | None,
         cache: Cache,
-        *,
-        device: str,
-        output: str | None,
+        worker: WorkerSlot | None,
         view: View,
-        ray: str | None,
     ) -> None:
-        self._config, self._specs, self._device, self._output, self._view = config, specs, device, output, view
-        self._ray, self._cache, self._watch = ray, cache, BaseWatch(cache.seen_bases)
-        self._tally = Tally(config, shard, device=device, watch=self._watch)
+        self._config, self._options, self._specs, self._view = config, options, specs, view
+        self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
+        self._tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._writer = ReportWriter(output, view.note)
+        self._worker = worker or WorkerSlot()
+        self._writer = ReportWriter(options.output, view.note)
         self._hourly = HourlyLog()
         self._groups: tuple[Group, ...] = ()
         self._finished = False
 
-    def run(self, *, quick: bool, child: WorkerProcess | None) -> Report:
+    def run(self) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            with self._importing(child) as importing:
+            with self._worker:
+                self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
-                self._view.start(self._config.path, len(self._specs), merges)
-                self._prepare(quick=quick)
-                if importing is not None and not self._groups:
-                    importing.end()
-                if self._ray is None:
-                    supervise(self._job(), self._on_event, importing)
-                elif self._groups:
-                    judge_on_ray(self._ray, self._job(), self._on_event, self._watch)
-                return self._finish()
+                self._view.start(self._config.label, len(self._specs), merges)
+                to_merge = dict(self._judge_files())  # 1
+                self._reuse(to_merge)  # 2
+                self._group(to_merge)  # 3
+                self._merge()  # 4
+                return self._finish()  # 5
         except BaseException:
             if not self._finished:
                 with contextlib.suppress(GateError):
                     self._writer.write_last(self._tally.report())
             raise
 
-    def _importing(self, child: WorkerProcess | None) -> contextlib.AbstractContextManager[WorkerProcess | None]:
-        """The worker that imports while the names become files.
+    def _start_worker(self) -> None:
+        """Start the worker, which imports while the names become files.
 
-        One that was started without a word of quantisation is of no use where there is some. Where all may have been
-        judged and none was started yet, it starts once one has not been.
+        If the cache may hold every verdict, a worker that was not started early waits for the first miss.
         """
-        quantizes = any(spec.base.quantization is not Quantization.NONE for spec in self._specs)
-        if child is not None and not quantizes:
-            return contextlib.nullcontext(child)
-        if child is not None:
-            child.end()
-        if self._specs and not self._cache.may_hit and self._ray is None:
-            return WorkerProcess(quantizes=quantizes)
-        return contextlib.nullcontext()
+        if self._specs and self._options.ray is None and (self._worker.is_started or not self._cache.may_hit):
+            self._worker.start(quantizes=any(spec.base.quantization is not Quantization.NONE for spec in self._specs))
 
-    def _prepare(self, *, quick: bool) -> None:
-        """Stages 1 to 3: what is left to merge is in `_groups`."""
-        to_merge = dict(self._loadable())
-        self._reuse(to_merge)
-        self._groups = group_by_base(to_merge.items(), quick=quick)
-        for group in self._groups:
-            self._watch.start(group.directory)
-        self._groups = tuple(self._in_one_pass(group) for group in self._groups)
-        self._hourly.merging_begins(self._tally.judged)
+    # --- 1: files ----------------------------------------------------------------------------------------------------
 
-    def _in_one_pass(self, group: Group) -> Group:
-        """If the base is larger than the memory, its adapters are merged in one pass over its files."""
-        weights = group.files.weights if group.files is not None else ()
-        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
-        if note is None:
-            return group
-        self._view.note(note)
-        return replace(group, one_pass=True)
-
-    def _loadable(self) -> Iterator[tuple[int, Entry]]:
-        """The entries that their files let be merged; the others are settled."""
+    def _judge_files(self) -> Iterator[tuple[int, Entry]]:
+        """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
         inputs = Inputs(self._config, self._view.note)
         for spec in self._specs:
             self._tally.entries.extend(inputs.entries(spec))
@@ -226,11 +193,13 @@ class _Run:
                 self._tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
 
+    # --- 2: the cache ------------------------------------------------------------------------------------------------
+
     def _reuse(self, to_merge: dict[int, Entry]) -> None:
         """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
         if not self._cache.may_hit:
             return
-        device = self._cache.known_device() or ask_worker(self._device)  # may start a process
+        device = self._cache.known_device() or ask_worker(self._options.device)  # may start a process
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
@@ -250,10 +219,36 @@ class _Run:
                 self._writer.changed()
                 self._view.adapter_done(cached.adapter)
 
+    # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
+
+    def _group(self, to_merge: dict[int, Entry]) -> None:
+        groups = group_by_base(to_merge.items(), quick=self._options.quick)
+        for group in groups:
+            self._watch.start(group.directory)
+        self._groups = tuple(self._in_one_pass(group) for group in groups)
+        self._hourly.merging_begins(self._tally.judged)
+
+    def _in_one_pass(self, group: Group) -> Group:
+        """If the base is larger than the memory, its adapters are merged in one pass over its files."""
+        weights = group.files.weights if group.files is not None else ()
+        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
+        if note is None:
+            return group
+        self._view.note(note)
+        return replace(group, one_pass=True)
+
+    def _merge(self) -> None:
+        if not self._groups:
+            self._worker.end()
+        if self._options.ray is None:
+            supervise(self._job(), self._on_event, self._worker)
+        elif self._groups:
+            judge_on_ray(self._options.ray, self._job(), self._on_event, self._watch)
+
     def _job(self) -> Job:
         return Job(
             groups=self._groups,
-            device=self._device,
+            device=self._options.device,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,
         )
@@ -293,12 +288,10 @@ class _Run:
                 assert_never(event)
 
     def _settle_undecided(self, event: protocol.Undecided) -> None:
-        report = adapter_report.undecided(self._tally.entries[event.task], event.refusal)
-        if base := adapter_report.of_refused_base(report.base, event.refusal):
-            directory = next(
-                group.directory for group in self._groups if any(task.index == event.task for task in group.tasks)
-            )
-            self._tally.use(directory, base, event.task)
+        entry = self._tally.entries[event.task]
+        report = adapter_report.undecided(entry, event.refusal)
+        if refused := adapter_report.of_refused_base(report.base, event.refusal):  # the report lists this base too
+            self._tally.use(base_directory(entry), refused, event.task)
         self._settle(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
@@ -322,14 +315,14 @@ class _Run:
         self._settle(index, report)
 
     def _settle(self, index: int, report: AdapterReport) -> None:
-        """One entry has been judged: its line of the report, on disk and before the reader's eyes."""
+        """Put the report of an entry into the run's report, and show it."""
         self._tally.settle(index, report)
         self._writer.changed()
         self._catch_up()
         self._view.adapter_done(report)
 
     def _catch_up(self, *, at_once: bool = False) -> None:
-        """What is due by now: verdicts to store, a line in the log, a provisional report."""
+        """Do what is due by now: store verdicts, write a line of the log, write a provisional report."""
         self._store_verdicts()
         if self._hourly.is_due:
             self._view.note(self._hourly.line(self._tally.judged, self._tally.total, self._tally.failed))
@@ -348,7 +341,10 @@ class _Run:
             if report is not None:
                 self._tally.settle(index, report)
 
+    # --- 5: the report -----------------------------------------------------------------------------------------------
+
     def _withdraw_void(self) -> None:
+        """Replace the verdicts on bases that changed during the run."""
         for indices in self._watch.void().values():
             base = self._tally.entries[indices[0]].base
             error = base_changed(base.name if base is not None else "")
@@ -358,7 +354,6 @@ class _Run:
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _finish(self) -> Report:
-        """Stage 5."""
         if self._watch.is_hashing:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
@@ -371,5 +366,5 @@ class _Run:
             self._view.finish(report, "")  # the terminal is all that is left
             raise
         self._finished = True
-        self._view.finish(report, self._output or "")
+        self._view.finish(report, self._options.output or "")
         return report

@@ -29,7 +29,7 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import Verdict
-from merge_gate.shards.base_order import Used, in_order
+from merge_gate.shards.base_order import in_order
 
 if TYPE_CHECKING:
     from merge_gate.files.base_watch import BaseWatch
@@ -82,7 +82,7 @@ class Tally:
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
         bases = in_order(
-            Used(base=replace(base, sha256=self._watch.digest(directory)), position=position)
+            (replace(base, sha256=self._watch.digest(directory)), position)
             for (directory, base), position in self._bases.items()
         )
         adapters = tuple(self._reports[index] for index in sorted(self._reports))
@@ -91,10 +91,10 @@ class Tally:
             complete=complete,
             tool=Tool(name=TOOL, version=__version__),
             environment=self._environment,
-            config=ConfigFile(path=self._config.path, sha256=self._config.sha256),
-            bases=tuple(used.base for used in bases),
+            config=ConfigFile(path=self._config.label, sha256=self._config.sha256),
+            bases=tuple(bases),
             adapters=adapters,
-            shard=self._shard and replace(self._shard, bases_from=tuple(used.position for used in bases)),
+            shard=self._shard and replace(self._shard, bases_from=tuple(bases.values())),
             baseline=baseline,
         )
 

@@ -1,6 +1,6 @@
-"""The order in which a report lists its bases, which must not depend on how many machines had a part of the run.
+"""The order in which a report lists its bases, which is the same for one machine and for several.
 
-In: bases, each with the place of the first entry that was merged into it. Out: the same, in order, each once.
+In: each base with the position of an entry that was merged into it. Out: each base once, in order.
 """
 
 from __future__ import annotations
@@ -8,24 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from merge_gate.records.report import BaseReport
-from merge_gate.records.terms import BaseKey, record
+from merge_gate.records.terms import BaseKey
 
 
-@record
-class Used:
-    """A base, and the position of the first entry that was merged into it."""
+def in_order(uses: Iterable[tuple[BaseReport, int]]) -> dict[BaseReport, int]:
+    """The bases, each with the position of the first entry that was merged into it.
 
-    base: BaseReport
-    position: int
-
-
-def in_order(used: Iterable[Used]) -> tuple[Used, ...]:
-    """By the first entry of the base in any class that it was loaded as, then by the first of that class."""
+    A base comes before another if its first use does. The classes that one base was loaded as stay together.
+    """
     first: dict[BaseReport, int] = {}
-    for one in used:
-        first[one.base] = min(one.position, first.get(one.base, one.position))
-    begins: dict[BaseKey, int] = {}
+    for base, position in uses:
+        first[base] = min(position, first.get(base, position))
+    first_of_key: dict[BaseKey, int] = {}
     for base, position in first.items():
-        begins[base.key] = min(position, begins.get(base.key, position))
-    ordered = sorted(first, key=lambda base: (begins[base.key], first[base]))
-    return tuple(Used(base=base, position=first[base]) for base in ordered)
+        first_of_key[base.key] = min(position, first_of_key.get(base.key, position))
+    return dict(sorted(first.items(), key=lambda use: (first_of_key[use[0].key], use[1])))

@@ -1,12 +1,12 @@
-"""The reports of all shards → one report, as one machine would have written it.
+"""Combines the reports of all shards into one, as one machine would have written it.
 
-In: what was found. Out: a `Report`; what keeps the shards from being one run is in its `problems`, and it is then never
-`pass`. Reads no file. Nothing that a shard says of itself is taken for more than what the others say of it.
+In: the reports, and the places without one. Out: a `Report`. Its `problems` say why the shards are not one run, and a
+report with problems never has the result `pass`. It reads no file, and trusts no shard more than the others.
 
-1. Reports of one plan belong together: the plan that most of them have is the run's; others are left out, and named.
-2. A shard counts once, and only where it is complete and holds just the entries that it announced.
-3. Entries stand in the order of the file, bases once.
-4. Versions must be the same everywhere, and the bytes of a base; devices may differ, and are all named.
+1. The run's plan is the one that most reports have. Other reports are left out, and named.
+2. A shard counts once, if it is complete and has exactly the entries that it announces.
+3. Versions, and the bytes of a base, must be the same in all shards. Devices may differ, and are all named.
+4. Entries are in the order of the configuration. A base is listed once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from merge_gate.judging.baseline import WORST_LAST
 from merge_gate.records.report import BaselineEntry, BaseReport, Environment, Report, Sandbox, Shard
 from merge_gate.records.terms import Acceptance, Result, record
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.shards.base_order import Used, in_order
-from merge_gate.shards.shard_files import Found
+from merge_gate.shards.base_order import in_order
+from merge_gate.shards.shard_files import FoundReport
 from merge_gate.text import counted, listing
 
 _WORST = {Result.FAIL: 0, Result.ERROR: 1, Result.PASS: 2}
@@ -31,8 +31,8 @@ _MOST_SHARDS = 99_999
 
 
 @record
-class _Part:
-    """The report of a shard, and where it lay."""
+class _ShardReport:
+    """A report of a shard, and the directory that it is in."""
 
     place: str
     report: Report
@@ -43,36 +43,36 @@ class _Part:
         return f"shard {self.shard.index} of {self.shard.count} ({one_line(self.place, _SHOWN)})"
 
 
-def combined(found: Sequence[Found]) -> Report:
-    """One report of all.
+def combined(found: Sequence[FoundReport]) -> Report:
+    """One report of all shards.
 
     Raises:
-        GateError: there is no report of a shard at all.
+        GateError: none of them is the report of a shard.
     """
-    problems = [f"{one_line(one.place, _SHOWN)} {one.problem}" for one in found if one.report is None]
+    problems = [f"{one_line(place.place, _SHOWN)} {place.problem}" for place in found if place.report is None]
     parts = []
-    for one in found:
-        if one.report is not None:
-            said = _unfit(one.report)
-            if said or one.report.shard is None:
-                problems.append(f"{one_line(one.place, _SHOWN)} {said}")
+    for place in found:
+        if place.report is not None:
+            unfit = _unfit(place.report)
+            if unfit or place.report.shard is None:
+                problems.append(f"{one_line(place.place, _SHOWN)} {unfit}")
             else:
-                parts.append(_Part(place=one.place, report=one.report, shard=one.report.shard))
+                parts.append(_ShardReport(place=place.place, report=place.report, shard=place.report.shard))
     if not parts:
         raise GateError(
             f"there is no report of a shard: {'; '.join(problems[:5]) or 'no directory was named'}",
             hint="name the directories that the shards' reports were downloaded to, each with its report.json",
         )
-    parts, strangers = _of_one_plan(parts)
-    parts, doubled = _each_once(parts)
-    problems += [*strangers, *doubled, *_missing(parts), *_unfinished(parts), *_other_versions(parts)]
+    parts, of_other_plans = _of_one_plan(parts)  # 1
+    parts, duplicates = _each_once(parts)  # 2
+    problems += [*of_other_plans, *duplicates, *_missing(parts), *_unfinished(parts)]
+    problems += _other_versions(parts)  # 3
     bases, other_bases = _bases(parts)
-    problems += other_bases
-    return _whole(parts, bases, tuple(problems))
+    return _whole(parts, bases, (*problems, *other_bases))  # 4
 
 
 def _unfit(report: Report) -> str:
-    """Why a report is not that of a shard; empty where it is."""
+    """Why a report is not the report of a shard; empty if it is."""
     shard = report.shard
     if shard is None:
         return "holds the report of a whole run, expected that of a shard (merge-gate run --shard I/N)"
@@ -86,20 +86,20 @@ def _unfit(report: Report) -> str:
     return ""
 
 
-def _of_one_plan(parts: list[_Part]) -> tuple[list[_Part], list[str]]:
-    """The plan that most have; among equals, the first."""
+def _of_one_plan(parts: list[_ShardReport]) -> tuple[list[_ShardReport], list[str]]:
+    """The reports of the plan that most have, and why others are left out. The first plan wins a tie."""
     plans = Counter(_plan(part) for part in parts)
-    plan = max(plans, key=lambda one: plans[one])
+    plan = max(plans, key=lambda each: plans[each])
     kept = [part for part in parts if _plan(part) == plan]
     return kept, [f"{part.name} is left out: {_difference(part, kept[0])}" for part in parts if _plan(part) != plan]
 
 
-def _plan(part: _Part) -> tuple[object, ...]:
+def _plan(part: _ShardReport) -> tuple[object, ...]:
     shard, report = part.shard, part.report
     return shard.plan_sha256, shard.count, shard.entries, report.config.sha256, report.tool.version
 
 
-def _difference(part: _Part, others: _Part) -> str:
+def _difference(part: _ShardReport, others: _ShardReport) -> str:
     if part.report.tool.version != others.report.tool.version:
         theirs, ours = one_line(part.report.tool.version, _SHOWN), one_line(others.report.tool.version, _SHOWN)
         return f"merge-gate {theirs} wrote it, and {ours} the others"
@@ -110,31 +110,31 @@ def _difference(part: _Part, others: _Part) -> str:
     return "its machine saw other adapters, other sizes of files or other options than the others did"
 
 
-def _each_once(parts: list[_Part]) -> tuple[list[_Part], list[str]]:
-    """Of a shard that is there twice the worse one: what it proved is not lost."""
-    kept: dict[int, _Part] = {}
-    said = []
-    for part in sorted(parts, key=lambda one: _WORST[one.report.result]):
-        first = kept.setdefault(part.shard.index, part)
+def _each_once(parts: list[_ShardReport]) -> tuple[list[_ShardReport], list[str]]:
+    """Each shard once. Of two reports of one shard the worse one counts, so that no failure is lost."""
+    by_index: dict[int, _ShardReport] = {}
+    duplicates = []
+    for part in sorted(parts, key=lambda part: _WORST[part.report.result]):
+        first = by_index.setdefault(part.shard.index, part)
         if first is not part:
-            said.append(f"{part.name} is there twice, also in {one_line(first.place, _SHOWN)}")
-    return [kept[index] for index in sorted(kept)], said
+            duplicates.append(f"{part.name} is there twice, also in {one_line(first.place, _SHOWN)}")
+    return [by_index[index] for index in sorted(by_index)], duplicates
 
 
-def _missing(parts: list[_Part]) -> Iterator[str]:
+def _missing(parts: list[_ShardReport]) -> Iterator[str]:
     count, there = parts[0].shard.count, {part.shard.index for part in parts}
     missing = [str(index) for index in range(1, count + 1) if index not in there]
     if missing:
-        one, is_ = ("shard", "is") if len(missing) == 1 else ("shards", "are")
-        yield f"{one} {listing(missing, 10)} of {count} {is_} missing"
+        shards, are = ("shard", "is") if len(missing) == 1 else ("shards", "are")
+        yield f"{shards} {listing(missing, 10)} of {count} {are} missing"
 
 
-def _unfinished(parts: list[_Part]) -> Iterator[str]:
+def _unfinished(parts: list[_ShardReport]) -> Iterator[str]:
     for part in parts:
         if not part.report.complete:
             done, all_of_it = len(part.report.adapters), len(part.shard.positions)
             yield f"{part.name} did not finish: it judged {done:,} of {counted(all_of_it, 'entry', 'entries')}"
-    holders: dict[int, _Part] = {}
+    holders: dict[int, _ShardReport] = {}
     for part in parts:
         for position in part.shard.positions:
             if holders.setdefault(position, part) is not part:
@@ -145,37 +145,37 @@ def _unfinished(parts: list[_Part]) -> Iterator[str]:
         yield f"all shards together have {len(holders):,} of {counted(entries, 'entry', 'entries')}"
 
 
-def _other_versions(parts: list[_Part]) -> Iterator[str]:
-    """Other versions of the libraries may judge otherwise."""
+def _other_versions(parts: list[_ShardReport]) -> Iterator[str]:
+    """Shards that ran on other versions, which may reach other verdicts."""
     first = parts[0]
     for part in parts[1:]:
         if part.shard.versions_sha256 != first.shard.versions_sha256:
             theirs, ours = part.report.environment, first.report.environment
             differing = [name for name in _VERSIONS if getattr(theirs, name) != getattr(ours, name)]
-            told = "other versions of the libraries, or other code of merge-gate"
+            what = "other versions of the libraries, or other code of merge-gate"
             if differing:
-                got, expected = (one_line(getattr(one, differing[0]) or "absent", _SHOWN) for one in (theirs, ours))
-                told = f"{differing[0]} {got}, expected {expected}"
-            yield f"{part.name} ran on {told}, unlike {first.name}"
+                got, expected = (one_line(getattr(each, differing[0]) or "absent", _SHOWN) for each in (theirs, ours))
+                what = f"{differing[0]} {got}, expected {expected}"
+            yield f"{part.name} ran on {what}, unlike {first.name}"
 
 
-def _bases(parts: list[_Part]) -> tuple[tuple[BaseReport, ...], list[str]]:
-    """Bases once. One whose digest differs from machine to machine is not one base."""
+def _bases(parts: list[_ShardReport]) -> tuple[tuple[BaseReport, ...], list[str]]:
+    """Each base once, and the shards whose digest of a base differs: they read another base."""
     digests: dict[BaseReport, str] = {}
-    used: list[Used] = []
+    uses: list[tuple[BaseReport, int]] = []
     problems: list[str] = []
     for part in parts:
         for base, position in zip(part.report.bases, part.shard.bases_from, strict=True):
             bare = replace(base, sha256=None)
-            used.append(Used(base=bare, position=position))
+            uses.append((bare, position))
             if base.sha256 is not None and digests.setdefault(bare, base.sha256) != base.sha256:
                 problems.append(
                     f"{part.name} read other bytes of base {one_line(base.model, _SHOWN)} than another shard"
                 )
-    return tuple(replace(one.base, sha256=digests.get(one.base)) for one in in_order(used)), problems
+    return tuple(replace(base, sha256=digests.get(base)) for base in in_order(uses)), problems
 
 
-def _whole(parts: list[_Part], bases: tuple[BaseReport, ...], problems: tuple[str, ...]) -> Report:
+def _whole(parts: list[_ShardReport], bases: tuple[BaseReport, ...], problems: tuple[str, ...]) -> Report:
     first = parts[0].report
     placed = {
         position: adapter
@@ -194,19 +194,19 @@ def _whole(parts: list[_Part], bases: tuple[BaseReport, ...], problems: tuple[st
     )
 
 
-def _baseline(parts: list[_Part]) -> tuple[BaselineEntry, ...]:
-    """An entry that one shard has a use for is used, though it matches nothing in the others."""
-    known: dict[BaselineEntry, BaselineEntry] = {}
+def _baseline(parts: list[_ShardReport]) -> tuple[BaselineEntry, ...]:
+    """Each entry once. One that a shard used is used, although it matches nothing in the others."""
+    entries: dict[BaselineEntry, BaselineEntry] = {}
     for part in parts:
-        for one in part.report.baseline:
-            bare = replace(one, outcome=Acceptance.UNMATCHED)
-            known[bare] = max(one, known.get(bare, one), key=lambda entry: WORST_LAST.index(entry.outcome))
-    return tuple(known.values())
+        for entry in part.report.baseline:
+            bare = replace(entry, outcome=Acceptance.UNMATCHED)
+            entries[bare] = max(entry, entries.get(bare, entry), key=lambda each: WORST_LAST.index(each.outcome))
+    return tuple(entries.values())
 
 
-def _environment(known: Sequence[Environment]) -> Environment:
-    """That of the shards which merged something; where they differ, each device and all that was missing."""
-    merged = [one for one in known if one.sandbox != Sandbox()] or list(known[:1])
+def _environment(environments: Sequence[Environment]) -> Environment:
+    """The environment of the shards that merged: all devices, what all sandboxes held, and what any lacked."""
+    merged = [one for one in environments if one.sandbox != Sandbox()] or list(environments[:1])
     held = [part for part in merged[0].sandbox.held if all(part in one.sandbox.held for one in merged)]
     return replace(
         merged[0],

@@ -1,7 +1,7 @@
-"""What an adapter and its base are likely to cost, from names and sizes on disk: the same on every machine.
+"""Estimates what an adapter and its base cost, from names and sizes on disk: the same on every machine.
 
-In: a config and its entries. Out: `Cost`s. Reads sizes, and of adapter_config.json the base's name; no weights. What
-lies on the Hub has no size here: it may be in one machine's cache and not in another's.
+In: a configuration and its adapters. Out: a `Cost` for each. It reads sizes, and the base's name in
+adapter_config.json. Files on the Hub count as size 0, because one machine may have them in its cache and another not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from merge_gate.records.terms import record
 
 MERGE_BYTES = 64 << 20
 LOAD_BYTES = 256 << 20
-"""What a merge and a load cost besides the bytes that they pass through, as bytes: with tiny bases it is all."""
+"""The fixed cost of a merge and of a load, in bytes. With tiny bases it is the whole cost."""
 
 _LONGEST_CONFIG_BYTES = 1 << 20
 
 
 @record
 class Cost:
-    """Of one entry of the config: the base that it needs, what reading that costs, and what its own merges cost."""
+    """The base of an adapter, what it costs to read the base once, and what the adapter's own merges cost."""
 
     base: tuple[str, str]
     read_bytes: int
@@ -34,12 +34,12 @@ class Costs:
     """The costs of one config's entries."""
 
     def __init__(self, config: Config) -> None:
-        self._home = Path(config.path).resolve().parent
+        self._home = Path(config.directory)
         self._specs = {spec.name: spec for spec in config.adapters}
         self._bases: dict[str, int] = {}
 
     def of(self, spec: AdapterSpec) -> Cost:
-        """A merge passes through the weights of the base and the adapter's own, once for each dtype."""
+        """A merge reads the weights of the base and of the adapter, once for each dtype."""
         members = [self._specs[name] for name in spec.combine.adapters] if spec.combine is not None else [spec]
         model = spec.base.model or _named_base(members[0], self._home)
         base_bytes = self._base_bytes(model) if model and Path(model).is_absolute() else 0
@@ -52,24 +52,24 @@ class Costs:
         )
 
     def _name(self, model: str) -> str:
-        """A directory by its way from the config: the checkout may lie elsewhere on another machine."""
+        """A directory, relative to the configuration: a checkout may be elsewhere on another machine."""
         return os.path.relpath(model, self._home) if Path(model).is_absolute() else model
 
     def _base_bytes(self, directory: str) -> int:
         if directory not in self._bases:
             try:
                 self._bases[directory] = sum(file.size_bytes for file in base_identity(directory))
-            except OSError:  # the preflight says what is wrong with it
+            except OSError:  # the preflight reports it
                 self._bases[directory] = 0
         return self._bases[directory]
 
 
 def _named_base(spec: AdapterSpec, home: Path) -> str:
-    """The base that adapter_config.json names, as `files/prepare.py` takes it; empty where it cannot be told."""
+    """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
     named = _read_base_name(spec.path) if spec.path else ""
     try:
         return str(home / named) if named and (home / named).is_dir() else named
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that no file system allows
         return named
 
 
@@ -79,13 +79,13 @@ def _read_base_name(directory: str) -> str:
         if not path.is_file() or path.stat().st_size > _LONGEST_CONFIG_BYTES:
             return ""
         named = json.loads(path.read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):  # the preflight says what is wrong with it
+    except (OSError, ValueError, AttributeError, RecursionError):  # the preflight reports it
         return ""
     return named if isinstance(named, str) else ""
 
 
 def _weight_bytes(directory: str) -> int:
-    """Of the weights alone: what else lies beside them may differ from machine to machine."""
+    """The size of the weights alone, because other files may differ from machine to machine."""
     try:
         with os.scandir(directory) as entries:
             return sum(entry.stat().st_size for entry in entries if entry.name.startswith("adapter_model."))

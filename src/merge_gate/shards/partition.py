@@ -1,37 +1,43 @@
-"""The plan of a run → its shards: deterministic, complete, disjoint, the same on every machine.
+"""Cuts a run into shards: completely, without overlap, and in the same way on every machine.
 
-In: a config, the entries to judge, and I of N. Out: the I-th part of them, and the `Shard` that its report carries.
+In: a configuration, its adapters, and I of N. Out: the adapters of shard I, and the `Shard` for its report.
 
-1. Entries of one base stay together: a base is cut only where it is more than one machine's even share, or where there
-   are machines left over. 2. A base is cut into parts of equal cost. 3. Parts go to the machine that has the least to
-do, the largest first. Ties are broken by name, so that neither the order of files nor that of the config matters.
+1. Adapters of one base stay together. A base is cut only if it costs more than the even share of a machine, or if
+   machines would have no work.
+2. A base is cut into parts of equal cost.
+3. The largest part goes first, and each part to the machine with the least work. Names break ties, so that the order of
+   files and of the configuration does not matter.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 from merge_gate import __version__
 from merge_gate.cache import key
 from merge_gate.errors import UsageError
 from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.options import RunOptions
 from merge_gate.records.report import Shard
 from merge_gate.records.terms import record
 from merge_gate.shards.costs import Cost, Costs
 
+_Name = TypeVar("_Name", str, int)
+
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-"""Set in each pod of a Kubernetes Indexed Job; counts from 0."""
+"""Kubernetes sets it in each pod of an Indexed Job. It counts from 0."""
 
 PLAN_VERSION = 1
-"""Rises when the same config and files are cut otherwise."""
+"""Raise it if the same configuration and files are cut differently."""
 
 
 def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
-    """I and N of `I/N`; of `N` alone, with I by the pod of a Kubernetes Indexed Job.
+    """I and N of `I/N`. For `N` alone, I is the number of the pod in a Kubernetes Indexed Job.
 
     Raises:
-        UsageError: I is more than N, or not to be found.
+        UsageError: I is more than N, or there is no number of a pod.
     """
     first, _, last = text.rpartition("/")
     if not first:
@@ -49,9 +55,15 @@ def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def part_of(
-    config: Config, specs: Sequence[AdapterSpec], index: int, count: int, *, quick: bool
-) -> tuple[tuple[AdapterSpec, ...], Shard]:
-    """The entries of shard `index` of `count`, in the order of the config, and what its report says of itself."""
+    config: Config, specs: Sequence[AdapterSpec], options: RunOptions
+) -> tuple[tuple[AdapterSpec, ...], Shard | None]:
+    """The adapters of this run's shard, in the order of the config, and the shard for its report.
+
+    All adapters and None if the run is not a shard.
+    """
+    if options.shard is None:
+        return tuple(specs), None
+    index, count = options.shard
     costs = Costs(config)
     shards = assign({spec.name: costs.of(spec) for spec in specs}, count)
     ours: list[AdapterSpec] = []
@@ -67,7 +79,7 @@ def part_of(
         "version": __version__,
         "config": config.sha256,
         "baseline": repr(config.baseline),
-        "quick": quick,
+        "quick": options.quick,
         "shards": count,
         "entries": [[spec.name, list(spec.base.dtypes), shards[spec.name]] for spec in specs],
     }
@@ -83,27 +95,28 @@ def part_of(
 
 
 @record
-class _Part:
-    """Entries of one base for one machine."""
+class _Part(Generic[_Name]):
+    """Adapters of one base for one machine."""
 
     base: tuple[str, str]
-    names: tuple[str, ...]
+    names: tuple[_Name, ...]
     cost: int
 
 
-def assign(costs: Mapping[str, Cost], count: int) -> dict[str, int]:
-    """The shard of each entry, counted from 0."""
+def assign(costs: Mapping[_Name, Cost], count: int) -> dict[_Name, int]:
+    """The shard of each name, counted from 0."""
     load = [(0, shard) for shard in range(count)]
-    assigned: dict[str, int] = {}
-    for part in sorted(_parts(costs, count), key=lambda one: (-one.cost, one.base, one.names)):
+    assigned: dict[_Name, int] = {}
+    for part in sorted(_parts(costs, count), key=lambda part: (-part.cost, part.base, part.names)):  # 3
         busy, shard = heapq.heappop(load)
         heapq.heappush(load, (busy + part.cost, shard))
         assigned |= dict.fromkeys(part.names, shard)
     return assigned
 
 
-def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
-    bases: dict[tuple[str, str], list[str]] = {}
+def _parts(costs: Mapping[_Name, Cost], count: int) -> list[_Part[_Name]]:
+    """Steps 1 and 2: the parts, whose number is at least that of the machines if there are enough adapters."""
+    bases: dict[tuple[str, str], list[_Name]] = {}
     for name in sorted(costs):
         bases.setdefault(costs[name].base, []).append(name)
     whole = {base: _cost(names, costs) for base, names in bases.items()}
@@ -112,7 +125,7 @@ def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
     waiting = [(-whole[base] // cuts[base], base) for base in sorted(bases)]
     heapq.heapify(waiting)
     left = count - sum(cuts.values())
-    while left > 0 and waiting:  # a machine without work may as well take a part of the largest part
+    while left > 0 and waiting:  # a machine without work takes a piece of the largest part
         _, base = heapq.heappop(waiting)
         if cuts[base] < len(bases[base]):
             cuts[base] += 1
@@ -121,16 +134,16 @@ def _parts(costs: Mapping[str, Cost], count: int) -> list[_Part]:
     return [part for base, names in sorted(bases.items()) for part in _cut(base, names, costs, cuts[base])]
 
 
-def _cost(names: Sequence[str], costs: Mapping[str, Cost]) -> int:
+def _cost(names: Sequence[_Name], costs: Mapping[_Name, Cost]) -> int:
     return max(costs[name].read_bytes for name in names) + sum(costs[name].merge_bytes for name in names)
 
 
-def _cut(base: tuple[str, str], names: Sequence[str], costs: Mapping[str, Cost], pieces: int) -> list[_Part]:
-    """As even as whole entries allow, the largest first."""
+def _cut(base: tuple[str, str], names: Sequence[_Name], costs: Mapping[_Name, Cost], pieces: int) -> list[_Part[_Name]]:
+    """Pieces of a base, as even as whole adapters allow."""
     load = [(0, piece) for piece in range(pieces)]
-    held: list[list[str]] = [[] for _ in range(pieces)]
-    for name in sorted(names, key=lambda one: (-costs[one].merge_bytes, one)):
+    cut: list[list[_Name]] = [[] for _ in range(pieces)]
+    for name in sorted(names, key=lambda name: (-costs[name].merge_bytes, name)):
         busy, piece = heapq.heappop(load)
-        held[piece].append(name)
+        cut[piece].append(name)
         heapq.heappush(load, (busy + costs[name].merge_bytes, piece))
-    return [_Part(base=base, names=tuple(part), cost=_cost(part, costs)) for part in held]
+    return [_Part(base=base, names=tuple(piece), cost=_cost(piece, costs)) for piece in cut]

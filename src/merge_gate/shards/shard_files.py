@@ -1,8 +1,8 @@
-"""Directories as artifacts are downloaded → the reports of shards that lie there.
+"""Finds the reports of shards in downloaded directories.
 
-In: names of directories, each a shard's output or a directory of such. Out: `Found`, a report or the sentence that says
-why there is none. What lies there came over a network and may be anything: no link is followed, no pipe waited for, and
-size and number are bounded. Knows nothing of what the reports say.
+In: directories, each the output of a shard, or a directory of outputs. Out: for each place a report, or a sentence that
+says why there is none. The files came over a network: no link is followed, no pipe is waited for, and size and number
+are bounded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from merge_gate.report.wording.untrusted import one_line
 
 REPORT = "report.json"
 LONGEST_BYTES = 256 << 20
-"""As the action allows a report.json (action/docker/collect.py); 1,000 adapters make one of about 2 MB."""
+"""The same limit as in action/docker/collect.py. A report.json of 1,000 adapters has about 2 MB."""
 MOST_DIRECTORIES = 1_000
-"""In one directory: GitHub's matrix ends at 256 jobs."""
+"""The most directories that are read in one directory. A matrix of GitHub has at most 256 jobs."""
 
 _LINK = "is a symbolic link, which is not followed, expected a directory"
 
 
 @record
-class Found:
-    """One place where a report should be: the report, or why it is none."""
+class FoundReport:
+    """A place of a report: the report, or the problem with it. `file` is the device and inode of the file."""
 
     place: str
     report: Report | None = None
@@ -38,42 +38,42 @@ class Found:
     file: tuple[int, int] | None = None
 
 
-def found_in(directories: Sequence[str]) -> tuple[Found, ...]:
+def found_in(directories: Sequence[str]) -> tuple[FoundReport, ...]:
     """Every report in these directories and directly below them, each file once, in the order of their names."""
-    known: set[tuple[int, int]] = set()
-    found: list[Found] = []
+    seen: set[tuple[int, int]] = set()
+    found: list[FoundReport] = []
     for directory in directories:
-        for one in _in(Path(directory)):
-            if one.file is None or one.file not in known:
-                found.append(one)
-            if one.file is not None:
-                known.add(one.file)
+        for place in _in(Path(directory)):
+            if place.file is None or place.file not in seen:
+                found.append(place)
+            if place.file is not None:
+                seen.add(place.file)
     return tuple(found)
 
 
-def refuse_overwriting(found: Sequence[Found], output: str) -> None:
-    """Refuse to write over a report that was read.
+def refuse_overwriting(found: Sequence[FoundReport], output: str) -> None:
+    """Refuse to replace a report that was read.
 
     Raises:
-        UsageError: the output directory is one of the shards'.
+        UsageError: the output directory is the directory of a shard.
     """
-    for one in found:
-        if one.report is not None and Path(one.place).resolve() == Path(output).resolve():
+    for place in found:
+        if place.report is not None and Path(place.place).resolve() == Path(output).resolve():
             raise UsageError(
                 f"--output {output} is the directory of a shard, whose report would be lost",
                 hint="choose another directory with --output",
             )
 
 
-def _in(directory: Path) -> Iterator[Found]:
+def _in(directory: Path) -> Iterator[FoundReport]:
     if directory.is_symlink():
-        yield Found(place=str(directory), problem=_LINK)
+        yield FoundReport(place=str(directory), problem=_LINK)
         return
     try:
         with os.scandir(directory) as entries:
             inside = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        yield Found(place=str(directory), problem=f"cannot be read: {error.strerror or error}")
+        yield FoundReport(place=str(directory), problem=f"cannot be read: {error.strerror or error}")
         return
     places = [directory] if any(entry.name == REPORT for entry in inside) else []
     links = [entry.path for entry in inside if entry.is_symlink() and entry.name != REPORT]
@@ -81,32 +81,32 @@ def _in(directory: Path) -> Iterator[Found]:
         Path(entry.path) for entry in inside if entry.is_dir(follow_symlinks=False) and not is_previous(entry.name)
     ]
     if not places and not below and not links:
-        yield Found(place=str(directory), problem=f"holds no {REPORT}, and no directory that could")
-    yield from (Found(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])
+        yield FoundReport(place=str(directory), problem=f"holds no {REPORT}, and no directory that could")
+    yield from (FoundReport(place=link, problem=_LINK) for link in links[:MOST_DIRECTORIES])
     if len(below) > MOST_DIRECTORIES:
-        yield Found(
+        yield FoundReport(
             place=str(directory),
             problem=f"holds {len(below):,} directories; only {MOST_DIRECTORIES:,} of them were read",
         )
     yield from map(_read, [*places, *below[:MOST_DIRECTORIES]])
 
 
-def _read(place: Path) -> Found:
+def _read(place: Path) -> FoundReport:
     path = place / REPORT
     try:
         data, file = _bytes_of(path)
         report = json_report.read(data, str(path))
     except FileNotFoundError:
-        return Found(place=str(place), problem=f"holds no {REPORT}")
+        return FoundReport(place=str(place), problem=f"holds no {REPORT}")
     except OSError as error:
-        return Found(place=str(place), problem=f"has a {REPORT} that cannot be read: {error.strerror}")
+        return FoundReport(place=str(place), problem=f"has a {REPORT} that cannot be read: {error.strerror}")
     except GateError as error:
-        return Found(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
-    return Found(place=str(place), report=report, file=file)
+        return FoundReport(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
+    return FoundReport(place=str(place), report=report, file=file)
 
 
 def _bytes_of(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """The bytes of a regular file, and which file it is."""
+    """The bytes of a regular file, and its device and inode."""
     with open_regular_file(path) as file:
         status = os.fstat(file.fileno())
         return read_all(file, LONGEST_BYTES), (status.st_dev, status.st_ino)

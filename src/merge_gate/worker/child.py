@@ -1,7 +1,7 @@
-"""The worker process from inside: it loads bases and merges, and sends what it measured.
+"""The worker process from inside: loads bases, merges adapters, and sends the measurements.
 
-In: a `Job` from the channel. Out: events. It is started by process.py as an interpreter of its own; torch, transformers
-and PEFT are imported here and below only. Knows neither configs nor verdicts.
+In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module and the
+engine import torch, transformers, and PEFT.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ _LOADED_BYTES = 8
 """What PEFT's float32 factors and the file's own take of memory, for each value."""
 
 PROGRESS_S = 0.1
-"""No more than one event of progress in so long: whoever shows it uses a core that merges."""
+"""At most one event of progress in so long. To show it takes time on a core that merges."""
 
 
 def main(descriptor: int) -> None:
-    """Entry point of the child: give up what is not needed, read a job, send events, exit 0."""
+    """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     gc.disable()  # collections while importing find nothing and take a fifth of the time
-    for imports in (quick_imports(), contextlib.nullcontext()):  # what does not go in less time goes as usual
-        with contextlib.suppress(Exception), imports:  # what cannot be imported is said by the task that needs it
+    for imports in (quick_imports(), contextlib.nullcontext()):  # if the quick way fails, import as usual
+        with contextlib.suppress(Exception), imports:  # the task that needs it reports what cannot be imported
             import merge_gate.engine.adapter_evidence  # noqa: F401, PLC0415
 
             break
@@ -87,7 +87,7 @@ def main(descriptor: int) -> None:
     try:
         job = channel.receive(None)
     except (EOFError, OSError):
-        os._exit(0)  # there was nothing to merge
+        os._exit(0)  # there is nothing to merge
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
@@ -100,42 +100,39 @@ def main(descriptor: int) -> None:
 
 
 def _forget_output() -> None:
-    """What libraries print while they are imported says nothing of how this process ends."""
-    with contextlib.suppress(OSError):  # it goes to no file
+    """Discard what libraries printed while they were imported: it does not tell how this process ends."""
+    with contextlib.suppress(OSError):  # the output is not a file
         os.ftruncate(sys.stdout.fileno(), 0)
         os.lseek(sys.stdout.fileno(), 0, os.SEEK_SET)
 
 
 def _leave_with_parent(channel: Channel) -> None:
-    """The parent sends nothing more: whatever arrives now is its end."""
+    """Exit when the parent does. It sends nothing after the job, so anything that arrives is its end."""
     with contextlib.suppress(OSError):
         channel.wait_for_end()
     os._exit(1)
 
 
 def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]:
-    """Load each base once, whatever its classes, and merge each task.
-
-    Every exception becomes that task's, and the rest go on.
-    """
+    """Load each base once for each class, and merge each task. An exception costs its own task only."""
     try:
         chosen = _choose_device(job.device)
-    except (EngineError, ImportError, OSError) as error:  # torch itself may not be imported
+    except (EngineError, ImportError, OSError) as error:  # torch itself may fail to import
         for group in job.groups:
             for task in group.tasks:
                 yield Undecided(task=task.index, refusal=_refusal(error))
         return
     yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
     job = replace(job, device=chosen.device)
-    kept: Kept | None = None
+    mapped: MappedBases | None = None
     for position, group in enumerate(job.groups):
         if group.tasks:
-            kept = kept if kept is not None and kept.serves(group) else Kept(group)
-            yield from _judge_group(position, group, job, progress, kept)
+            mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
+            yield from _judge_group(position, group, job, progress, mapped)
 
 
-class Kept:
-    """Bases that are mapped from the files of a group: what this group, or the next one, wants in another dtype."""
+class MappedBases:
+    """The bases that are mapped from the files of a group, for the same base in another dtype."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -143,7 +140,7 @@ class Kept:
         self._accounts: dict[ModelClass, Account] = {}
 
     def account(self, shape: ModelClass, group: Group) -> Account:
-        """What is known of the base as this class, before it is loaded; the same for every dtype."""
+        """The account of the base as this class, before it is loaded. It is the same for every dtype."""
         from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
 
         if shape not in self._accounts:
@@ -151,6 +148,7 @@ class Kept:
         return self._accounts[shape]
 
     def serves(self, group: Group) -> bool:
+        """Whether the group differs from this one in dtype and tasks only."""
         return (
             replace(group, base=replace(group.base, dtype=self._group.base.dtype), tasks=self._group.tasks)
             == self._group
@@ -159,14 +157,14 @@ class Kept:
     def add(self, shape: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
 
-        if base.hollow is None and is_mapped(base):  # another one takes memory
+        if base.hollow is None and is_mapped(base):  # a base that is not mapped takes memory
             self._bases[shape] = base, identity
 
     def cast(self, shape: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
-        """One of them in this group's dtype; None where that has to be loaded."""
+        """One of them in the dtype of this group. None if the base has to be loaded."""
         from merge_gate.engine.base.other_dtype import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
 
-        is_plain = group.base.quantization == Quantization.NONE and job.device == "cpu"
+        is_plain = not group.base.is_quantized and job.device == "cpu"
         if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.base.dtype):
             self.add(shape, _load(_in_dtype(group, "auto"), shape, job), identity)
         base, found = self._bases.get(shape, (None, ()))
@@ -200,15 +198,15 @@ def _choose_device(wanted: str) -> DeviceChosen:
     return DeviceChosen(device="cpu", device_name=cpu_name())
 
 
-def _judge_group(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
+def _judge_group(position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases) -> Iterator[Event]:
     try:
         with pinned_directory(group.directory) as directory:
-            yield from _judge_pinned(position, replace(group, directory=directory), job, progress, kept)
+            yield from _judge_pinned(position, replace(group, directory=directory), job, progress, mapped)
     except OSError as error:
         yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
 
 
-def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kept: Kept) -> Iterator[Event]:
+def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases) -> Iterator[Event]:
     from merge_gate.engine.base.model_class import shape_for  # noqa: PLC0415 - as above
 
     by_shape: dict[ModelClass, list[ClassedTask]] = {}
@@ -224,19 +222,19 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
-            account = kept.account(shape, group)
+            account = mapped.account(shape, group)
             refused = _refused_as_incomplete(tasks, account, group)
             yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
             tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
             if not tasks:
                 continue
             base = _in_another_class(base, shape)
-            if base is None:  # the one before it is let go of first
+            if base is None:  # the previous base is released first
                 identity = base_identity(group.directory)
-                base = kept.cast(shape, group, identity, job) or _load(group, shape, job)
+                base = mapped.cast(shape, group, identity, job) or _load(group, shape, job)
             verify_base(group.directory, group.base.name, identity)
             _settle(base, account, group.directory)
-            kept.add(shape, base, identity)
+            mapped.add(shape, base, identity)
         except Exception as error:
             base = None
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
@@ -246,11 +244,11 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, kep
         yield BaseLoaded(group=position, task=first, facts=base.facts, identity=identity, seconds=seconds)
         for batch in _batches(tasks, one_pass=group.one_pass):
             yield from _judge_batch(base, batch, progress)
-        base.template = None  # no more of these come; what it held is there for the next one
+        base.template = None  # release its memory for the next class
 
 
 def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Group) -> list[tuple[Task, Refusal]]:
-    """The tasks whose adapters do not bring what the base's files lack."""
+    """The tasks whose adapters lack the parameters that the base's files lack."""
     from merge_gate.engine.base import accounting  # noqa: PLC0415 - imports torch
 
     if not account.incomplete or account.map is None:
@@ -379,7 +377,7 @@ def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listen
         with contextlib.ExitStack() as stack:
             files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
             evidence = _merge(base, replace(task, files=files), report)
-    except Refused as refused:  # by the trial, before PEFT saw it
+    except Refused as refused:  # by the trial of its regular expressions, before PEFT
         kind, total = task.files[0].config.peft_type, base.facts.parameters
         evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
     except Exception as error:
@@ -399,13 +397,13 @@ def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) ->
 
 
 def _is_of_an_import(error: Exception) -> bool:
-    """Whether an error was raised while Python imported a module."""
+    """Whether Python raised the error while it imported a module."""
     frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.startswith("<frozen importlib") for name in frames)
 
 
 def _refusal(error: Exception, group: Group | None = None) -> Refusal:
-    """The fact behind an exception that kept the gate from judging; a base has the name that it goes by."""
+    """The fact behind an exception. A base has the name that the configuration uses."""
     if isinstance(error, Undecidable):
         return _with_label(error.refusal, group) if group is not None else error.refusal
     if isinstance(error, EngineError):

@@ -1,6 +1,6 @@
-"""What is to be merged → one group per base, so that each base is loaded once.
+"""Groups the entries that need a merge by base, so that each base is loaded once.
 
-In: the entries of the report to be. Out: `Group`s for the worker, in the order of the config. Imports no torch.
+In: entries. Out: `Group`s for the worker, in the order of the configuration. It imports no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LIMIT_PER_GIB_S = 180.0
 
 
 def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple[Group, ...]:
-    """Group entries, each with the index of its task, by base, revision, dtype and quantisation."""
+    """Group entries by the key of their base. Each comes with the index of its task."""
     groups: dict[BaseKey, Group] = {}
     for index, entry in entries:
         files = entry.base
         if files is None:
-            raise AssertionError("an entry without a base is settled before it is grouped")
+            raise AssertionError("an entry without a base has a verdict before it is grouped")
         base = replace(entry.spec.base.key(entry.dtype), model=files.name, revision=files.revision)
-        key = replace(base, model=files.directory)  # one directory may have several names
+        key = replace(base, model=files.directory)  # a directory may be written in several ways
         group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
         task = _task(index, entry, limit_s=_default_limit_s(files.directory), quick=quick)
         groups[key] = replace(group, tasks=(*group.tasks, task))
@@ -44,9 +44,9 @@ def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
 
 
 def _default_limit_s(directory: str) -> float:
-    """A time limit that grows with the base: what its merge takes on two slow cores, several times over."""
+    """A time limit that grows with the base: several times what a merge takes on two slow cores."""
     try:
         size_bytes = sum(file.size_bytes for file in base_identity(directory))
-    except OSError:  # the worker says what is wrong with it
+    except OSError:  # the worker reports it
         size_bytes = 0
     return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * size_bytes / 2**30

@@ -1,10 +1,10 @@
-"""The worker process as its parent sees it: started, spoken to, ended.
+"""The worker process, as its parent sees it: started, given a job, ended.
 
-In: a `Job`. Out: the child's events, and how it ended. Imports no torch: the child (child.py) is its own interpreter,
-so that whatever an adapter or a native library does to it (a crash, out of memory) costs the parent nothing.
+In: a `Job`. Out: the process's events, and how it ended. The process (child.py) is an interpreter of its own, so that a
+crash in a native library costs the parent nothing.
 
-The child never has the caller's directory on `sys.path` (a config that names an importable module must not find the
-checkout), reaches no network, and gets no token.
+The process has no token, no network, and never the caller's directory on `sys.path`: a config that names an importable
+module must not find the checkout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
     "MERGE_GATE_CACHE_KEY",
 )  # fmt: skip
-"""Variables that the child has no use for: everything it reads is on disk by then."""
+"""Variables that the process does not get. All files that it reads are on disk when it gets its job."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -46,25 +46,24 @@ OFFLINE = {
 }
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of torch's own that have nothing to do sleep, instead of trying again and again on a core that merges. What
-the caller has set stays."""
+"""Idle threads of torch sleep, so that they do not spin on a core that merges. The caller's own value wins."""
 
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
-"""torch compiles nothing, so that its compiler need not be imported (quick_imports.py). PEFT's own imports ask for it.
-Nothing here uses it but bitsandbytes' own quantisation on a CPU."""
+"""torch compiles nothing, so that its compiler is not imported (quick_imports.py), which PEFT's own imports would do.
+Only bitsandbytes needs it, to quantize on a CPU."""
 
 TAIL_BYTES = 2000
-"""How much of a dead child's output is kept for the message."""
+"""How much of the output of a dead process is kept for the message."""
 
 IDLE_S = 0.5
-"""After how long without a word from the child the listener hears `Idle`."""
+"""The listener gets `Idle` after so long without an event."""
 
 LEAVING_S = 10.0
-"""How long a child that has closed its pipe may take to end by itself."""
+"""How long a process that has closed its pipe may take to end by itself."""
 
 
 class WorkerProcess:
-    """One child; it imports what it needs while it waits for its job. A context manager: leaving ends it."""
+    """One process. It imports what it needs while it waits for its job. Leaving the `with` block ends it."""
 
     def __init__(self, *, quantizes: bool = False) -> None:
         self._stack = contextlib.ExitStack()
@@ -86,13 +85,13 @@ class WorkerProcess:
         self.end()
 
     def end(self) -> None:
-        """End the child, whatever it is at; may be called more than once."""
+        """End the process, whatever it does. May be called more than once."""
         self._stack.close()
 
     def run(self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool]) -> Ending | None:
-        """Send the job and pass on its events. None when the child finished, else how it ended.
+        """Send the job and pass on its events. None if the process finished, or how it ended.
 
-        `is_overdue` is asked after each event; a child that is too late is ended.
+        `is_overdue` is called after each event. If it returns true, the process is ended.
         """
         try:
             finished = _converse(self._channel, job, listen, is_overdue)
@@ -108,7 +107,7 @@ class WorkerProcess:
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
 
     def _memory_ran_out(self, code: int) -> str | None:
-        """What the kernel says of a SIGKILL: where and how much; empty if it was no lack of memory, None if unknown."""
+        """Which limit the process exceeded, and its peak. Empty if memory is not the reason, None if unknown."""
         kills = self._memory.kills()
         if code != -signal.SIGKILL or kills is None or self._kills_before is None:
             return None
@@ -120,7 +119,7 @@ class WorkerProcess:
 
 
 class Ending(NamedTuple):
-    """How a child ended, in words, and what to do about it."""
+    """How a process ended, in words, and what to do about it."""
 
     text: str
     hint: str
@@ -140,9 +139,9 @@ sys.path.append(sys.path.pop(0))
 from merge_gate.worker.child import main
 main(int(sys.argv[2]))
 """
-"""1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call keeps every Python thread
-waiting; a parent that died before that shows by its number. 2. The package is the parent's own, whatever else is
-installed under that name; what stands beside it shadows nothing."""
+"""1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call blocks every Python thread.
+If the parent died before that, its process id differs. 2. The package is the parent's own, whatever else is installed
+under its name. The other files in its directory shadow nothing, because that directory goes to the end of the path."""
 
 
 def _start(theirs: socket.socket, output: IO[bytes], directory: str, extra: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -170,19 +169,19 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
-    """Pass on every event. False when the child ended before its last one, or is overdue.
+    """Pass on every event. False if the process ended before its last one, or is overdue.
 
-    What `listen` raises is the caller's.
+    Exceptions of `listen` go to the caller.
 
     Raises:
-        GarbledError: the child sent something else.
+        GarbledError: the process sent something else.
     """
-    threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a child that is stopped does not read
-    patience_s = 0.0  # it imports, or reads the job: time for what the listener does meanwhile
+    threading.Thread(target=_send, args=(channel, job), daemon=True).start()  # a stopped process does not read
+    patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
     while not is_overdue():
         try:
             event = channel.receive(patience_s) or Idle()
-        except (EOFError, OSError):  # OSError: it died within a message
+        except (EOFError, OSError):  # OSError: the process died within a message
             return False
         patience_s = IDLE_S
         if not isinstance(event, Event):
@@ -194,12 +193,12 @@ def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable
 
 
 def _send(channel: Channel, job: Job) -> None:
-    with contextlib.suppress(OSError):  # it is gone, which whoever listens will hear
+    with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
         channel.send(job)
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
-    """The exit code of a child that has nothing more to say."""
+    """The exit code of a process that sends nothing more."""
     try:
         return child.wait(LEAVING_S)
     except subprocess.TimeoutExpired:
@@ -214,26 +213,28 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = None) -> Ending:
-    """How a child ended; `output` is what it printed, `out_of_memory` as `_memory_ran_out` says it."""
+    """How a process ended. `output` is what it printed, `out_of_memory` the result of `_memory_ran_out`."""
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - TAIL_BYTES))
     lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    said = f"; its last words: {lines[-1][:300]}" if lines else ""
+    last_words = f"; its last words: {lines[-1][:300]}" if lines else ""
     if code >= 0:
-        return Ending(f"exit code {code}{said}", _MEMORY if any(word in said for word in _NO_MEMORY) else _BUG)
+        return Ending(
+            f"exit code {code}{last_words}", _MEMORY if any(word in last_words for word in _NO_MEMORY) else _BUG
+        )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code != signal.SIGKILL:
-        return Ending(f"killed by {name}{said}", _HINTS.get(name, _BUG))
+        return Ending(f"killed by {name}{last_words}", _HINTS.get(name, _BUG))
     if out_of_memory is None:
-        return Ending(f"killed by {name}, most likely because the machine is out of memory{said}", _MEMORY)
+        return Ending(f"killed by {name}, most likely because the machine is out of memory{last_words}", _MEMORY)
     if out_of_memory:
-        return Ending(f"killed by {name}, out of memory: {out_of_memory}{said}", _MEMORY)
-    return Ending(f"killed by {name} from outside: the kernel counts no death for want of memory{said}", _KILLED)
+        return Ending(f"killed by {name}, out of memory: {out_of_memory}{last_words}", _MEMORY)
+    return Ending(f"killed by {name} from outside: the kernel counts no death for lack of memory{last_words}", _KILLED)
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
 _NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
-"""Last words of a process that a limit on memory (ulimit -v) has ended."""
+"""The last lines of a process that a limit on memory (ulimit -v) ended contain one of these."""
 _KILLED = "find out what sent the signal (a limit of the runner, a cancelled job), and run the gate again"
 _GARBLED = "the base's own code, or a library, wrote to the gate's line: use a base without code of its own"
 _BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"

@@ -1,6 +1,6 @@
-"""What the run and its worker process say to each other: one `Job` there, events back.
+"""The messages between a run and its worker process: one `Job` to the worker, events back.
 
-In: nothing but records. Out: picklable records. Both sides import it; torch is not imported here.
+All are picklable records. Both sides import this module; it imports no torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
 
 DEFAULT_LIMIT_S = 600.0
-"""What importing, or a base of no size, may take."""
+"""The time limit of the imports, and of a load or merge of a tiny base."""
 
 
 @record
 class Task:
-    """One adapter (or combination: `combine` is set, `files` are the members') to merge. `index` is the caller's.
+    """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
-    `leeway` is that of `merge.merge_adapter`. `limit_s` is what the load of its base may take, and its merge.
+    `index` identifies the task in events. `leeway` says what need not be measured. `limit_s` is the time limit of its
+    merge, and of the load of its base.
     """
 
     index: int
@@ -34,7 +35,7 @@ class Task:
 
 @record
 class Group:
-    """Adapters on one base. `files` is what the base's files say, if they were read.
+    """The adapters on one base. `files` is what the base's files contain, if they were read.
 
     `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files.
     """
@@ -48,7 +49,7 @@ class Group:
 
 @record
 class Job:
-    """Everything one run merges."""
+    """Everything that one run merges."""
 
     groups: tuple[Group, ...]
     device: str = "auto"
@@ -61,7 +62,7 @@ class Job:
 
 @record
 class DeviceChosen:
-    """The child has its device, and what it gave up."""
+    """The worker's device, and what its sandbox holds."""
 
     device: str
     device_name: str
@@ -70,16 +71,16 @@ class DeviceChosen:
 
 @record
 class BaseLoading:
-    """`group` is a position in `Job.groups`."""
+    """The load of a base begins. `group` is a position in `Job.groups`."""
 
     group: int
 
 
 @record
 class BaseLoaded:
-    """`facts` is what was measured of the base, `identity` that of its files before they were read.
+    """A base is loaded. `facts` are its measurements, and `identity` is that of its files before they were read.
 
-    `task` is the first that will be merged into it.
+    `task` is the first task that is merged into it.
     """
 
     group: int
@@ -109,7 +110,7 @@ class MergeProgressed:
 
 @record
 class Merged:
-    """A task with what was measured of it."""
+    """A task and its measurements."""
 
     task: int
     evidence: Evidence
@@ -125,12 +126,12 @@ class Undecided:
 
 @record
 class Finished:
-    """Every task has been settled."""
+    """Every task has its `Merged` or `Undecided`."""
 
 
 @record
 class Waiting:
-    """The task has said nothing for so long, or `base` has been loading for so long; the parent tells it itself."""
+    """The task sent no event for so long, or `base` has been loading for so long. The parent makes this event."""
 
     task: int | None
     base: str
@@ -140,7 +141,7 @@ class Waiting:
 
 @record
 class Idle:
-    """The child has said nothing for a while; the parent tells it itself."""
+    """The worker sent nothing for a while. The parent makes this event."""
 
 
 Event = (

@@ -1,22 +1,23 @@
-"""The supervisor of the worker process: it outlives the child, and settles what dies with it or takes too long.
+"""Owns the worker process, and decides what its death or a time limit costs.
 
-In: a `Job` of groups, one group per base. Out: events, in order; every task gets exactly one `Merged` or `Undecided`.
-Imports no torch.
+In: a `Job`, with one group for each base. Out: events, in order. Every task gets exactly one `Merged` or `Undecided`.
 
-1. The parent starts a child and sends the job. 2. The child sends events until `Finished`. 3. If it dies before, or is
-over its time limit, the adapter under way is `error`, and a new child goes on with the rest. 4. Where no adapter was
-under way (imports, the load of a base, between two), a new child tries the same again, once; then those that waited for
-it are `error`. A load that was over its limit is not tried again.
+1. A process gets the job, and sends events until `Finished`.
+2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
+3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
+   Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
+4. If it dies while it merges several adapters in one pass, a new process merges them one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
-from typing import assert_never
+from typing import Self, assert_never
 
+from merge_gate.errors import GateError
 from merge_gate.records.refusals import NotJudged, Refusal
-from merge_gate.records.terms import Quantization
 from merge_gate.text import counted
 from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
@@ -37,39 +38,92 @@ from merge_gate.worker.protocol import (
     Waiting,
 )
 
-FIRST_WORD_S = 60.0
-"""After so long without a word of an adapter, or of a base that loads, it is named, and again after twice as long."""
+FIRST_NOTE_S = 60.0
+"""A note names an adapter or a loading base after so long without an event, and again after twice as long."""
 
 _MERGING = "while it merged this adapter"
 
 
-def supervise(job: Job, listen: Listener, child: WorkerProcess | None = None) -> None:
-    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the child.
+class WorkerSlot:
+    """The owner of a run's worker process. There is at most one at a time, and nothing else starts or ends it.
 
-    `child` is one that was started before the job was known, so that its imports are done by now.
+    1. It is started before the configuration is read, and imports what it needs meanwhile.    `start_early`
+    2. It is replaced if a base is quantized, because that needs other variables.              `start`
+    3. It gets a job. After that, or after its death, the next job gets a new process.         `run`
+    4. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
     """
+
+    def __init__(self) -> None:
+        self._process: WorkerProcess | None = None
+        self._quantizes = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def is_started(self) -> bool:
+        return self._process is not None
+
+    def start_early(self) -> None:
+        """Start the process if that is possible. If not, `start` tries again and raises the reason."""
+        with contextlib.suppress(GateError, OSError):
+            self.start(quantizes=False)
+
+    def start(self, *, quantizes: bool) -> None:
+        """Start the process, unless there is one that fits."""
+        if quantizes and not self._quantizes:
+            self.end()
+        if self._process is None:
+            self._process, self._quantizes = WorkerProcess(quantizes=quantizes), quantizes
+
+    def run(self, job: Job, attempt: Attempt) -> Ending | None:
+        """Run a job in the process. None if it finished, or how the process ended."""
+        self.start(quantizes=any(group.base.is_quantized for group in job.groups))
+        assert self._process is not None  # noqa: S101 - `start` made one
+        try:
+            return self._process.run(job, attempt.receive, is_overdue=attempt.is_overdue)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End the process, whatever it does. May be called more than once."""
+        if self._process is not None:
+            self._process.end()
+        self._process = None
+
+
+def supervise(job: Job, listen: Listener, worker: WorkerSlot | None = None) -> None:
+    """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the process.
+
+    `worker` may hold a process that was started before the job was known.
+    """
+    with worker or WorkerSlot() as slot:
+        _supervise(job, listen, slot)
+
+
+def _supervise(job: Job, listen: Listener, worker: WorkerSlot) -> None:
     tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
-        quantizes = any(group.base.quantization != Quantization.NONE for group in job.groups)
-        with child or WorkerProcess(quantizes=quantizes) as running:
-            ending = running.run(job, attempt.receive, is_overdue=attempt.is_overdue)
-        child = None
+        ending = worker.run(job, attempt)  # 1
         if ending is None:
             attempt.settle_rest()
             return
         if attempt.is_at_a_batch:
-            job = attempt.left(one_pass=False)
+            job = attempt.left(one_pass=False)  # 4
             continue
         if attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
-            attempt.settle_death(ending)
+            attempt.settle_death(ending)  # 2
         else:
-            tried.add(attempt.place)
+            tried.add(attempt.place)  # 3
         job = attempt.left()
 
 
 class Attempt:
-    """What one child has said of a job, so that it is known what its death costs."""
+    """The events of one process on a job, which say what its death costs."""
 
     def __init__(self, job: Job, listen: Listener) -> None:
         self._job = job
@@ -83,11 +137,11 @@ class Attempt:
 
     def _begin(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._began_s = self._heard_s = time.monotonic()
-        self._next_word_s = FIRST_WORD_S
+        self._began_s = self._last_event_s = time.monotonic()
+        self._next_note_s = FIRST_NOTE_S
 
     def receive(self, event: Event) -> None:
-        """Note what the child is at, and pass the event on."""
+        """Record what the process does now, and pass the event on."""
         match event:
             case BaseLoading():
                 self._group, self._task, self._progress = event.group, None, ""
@@ -101,28 +155,28 @@ class Attempt:
                 self._begin(sum(task.limit_s for task in self._tasks() if task.index in merging))
             case MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
-                self._heard_s, self._next_word_s = time.monotonic(), FIRST_WORD_S
+                self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
             case Merged() | Undecided():
                 self._settled.add(event.task)
                 self._group, self._task, self._others = None, None, ()  # no base is loading any more
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
-                self._name_what_is_silent()
+                self._report_silence()
             case DeviceChosen() | Finished() | Waiting():
                 pass
             case _:
                 assert_never(event)
         self._listen(event)
 
-    def _name_what_is_silent(self) -> None:
-        silent_s = time.monotonic() - self._heard_s
+    def _report_silence(self) -> None:
+        silent_s = time.monotonic() - self._last_event_s
         base = self._job.groups[self._group].base.name if self._group is not None else ""
-        if (self._task is not None or base) and silent_s >= self._next_word_s:
-            self._next_word_s *= 2
+        if (self._task is not None or base) and silent_s >= self._next_note_s:
+            self._next_note_s *= 2
             self._listen(Waiting(task=self._task, base=base, seconds=silent_s, limit_s=self._limit_s))
 
     def is_overdue(self) -> bool:
-        """Whether what the child is at has taken longer than it may."""
+        """Whether what the process does now exceeds its time limit."""
         return time.monotonic() - self._began_s > self._limit_s
 
     @property
@@ -132,18 +186,18 @@ class Attempt:
 
     @property
     def is_at_an_adapter(self) -> bool:
-        """Whether an adapter is being merged, which is then to blame for a death."""
+        """Whether the process merges an adapter, which is then to blame for a death."""
         return self._task is not None
 
     @property
     def place(self) -> tuple[str, int]:
-        """Where in the job the child is: the same place twice is no accident."""
+        """Where in the job the process is. A second death at the same place is no accident."""
         if self._group is not None:
             return "base", self._group
         return "between", len(self._open())
 
     def settle_death(self, ending: Ending) -> None:
-        """Settle what died with the child."""
+        """Report the tasks that the death costs as undecided."""
         late_s = self._limit_s if self.is_overdue() else None
         for index, what in self._lost():
             self._settled.add(index)
@@ -151,7 +205,7 @@ class Attempt:
             self._listen(Undecided(task=index, refusal=refusal))
 
     def left(self, *, one_pass: bool = True) -> Job:
-        """The job without what is settled; without `one_pass`, the adapters are merged one at a time."""
+        """The job without the tasks that are settled. Without `one_pass`, the adapters are merged one at a time."""
         groups = tuple(
             replace(
                 group,
@@ -163,7 +217,7 @@ class Attempt:
         return replace(self._job, groups=groups)
 
     def settle_rest(self) -> None:
-        """Nothing may be missing from the report because nothing was said of it."""
+        """Report the tasks that a process finished without as undecided, so that none is missing in the report."""
         for index in self._open():
             why = "the gate's worker process finished without a word about this adapter"
             self._listen(Undecided(task=index, refusal=NotJudged(message=why, hint="please report this")))

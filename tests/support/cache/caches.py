@@ -12,9 +12,10 @@ import pytest
 from merge_gate.cache.cached_verdict import CachedVerdict
 from merge_gate.cache.device_lookup import MergeDevice
 from merge_gate.cache.key import Circumstances
-from merge_gate.cache.verdict_cache import Cache, CacheOptions
+from merge_gate.cache.verdict_cache import Cache
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.files import Entry
+from merge_gate.records.options import CacheOptions
 from merge_gate.records.report import AdapterReport
 from tests.support.cache.verdicts import BASE, judged
 

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.checks.table import NOT_JUDGED
-from merge_gate.records.terms import Acceptance, Origin, Quantization, Result, Severity, Verdict
+from merge_gate.records.terms import Acceptance, Origin, Result, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats take their words from here
 from merge_gate.text import listing
@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
 
 def precision(base: BaseKey) -> str:
     """bfloat16, or bfloat16, bnb-4bit."""
-    if base.quantization == Quantization.NONE:
+    if not base.is_quantized:
         return one_line(base.dtype, NAME_LIMIT)
     return f"{one_line(base.dtype, NAME_LIMIT)}, {one_line(base.quantization, NAME_LIMIT)}"
 

@@ -1,0 +1,43 @@
+"""The options of one run, as the command line gives them."""
+
+from __future__ import annotations
+
+from merge_gate.records.terms import record
+
+
+@record
+class CacheOptions:
+    """Which verdicts of earlier runs are reused, and where those of this run are stored.
+
+    Attributes:
+        directory: The cache directory (`--cache`); None for none.
+        reuse: Whether the verdicts in it are reused. If not, it is only written to (`--no-cache`).
+        resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
+    """
+
+    directory: str | None = None
+    reuse: bool = True
+    resume: str | None = None
+
+
+@record
+class RunOptions:
+    """What a run is asked for, next to its configuration.
+
+    Attributes:
+        device: The requested device: `auto`, `cpu`, `cuda`, or `cuda:N`.
+        output: The directory that the reports go to; None writes none.
+        only: Names of adapters; empty for all in the configuration.
+        quick: Whether a bound may replace the merge of a weight (engine/blocks/bound.py).
+        shard: (I, N), the I-th of N parts of the run; None for all of it.
+        ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
+        cache: Which verdicts of earlier runs are reused, and where new ones are stored.
+    """
+
+    device: str = "auto"
+    output: str | None = None
+    only: tuple[str, ...] = ()
+    quick: bool = False
+    shard: tuple[int, int] | None = None
+    ray: str | None = None
+    cache: CacheOptions = CacheOptions()
