@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -161,6 +162,20 @@ def test_a_file_of_zeros_that_changes_the_base_earns_a_warning(name: str, tmp_pa
     judgement = bench.gate.judge(blank, bench.base_directory(case.base, "float32"))
     assert "delta-norm" in judgement.warned, judgement
     assert any((one.check, one.origin) == ("delta-norm", Origin.ADAPTER) for one in judgement.findings)
+
+
+def test_a_weight_that_peft_cannot_decompose_is_refused(tmp_path: Path, bench: Bench) -> None:
+    case = methods.find("osf-linear")
+    directory = tmp_path / "base"
+    shutil.copytree(bench.base_directory(case.base, "float32"), directory)
+    tensors = methods.load_file(directory / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
+    methods.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(torch.linalg.LinAlgError):
+        methods.load_adapter(methods.load_base(case.base, directory), bench.adapter(case))
+    judgement = bench.gate.judge(bench.adapter(case), directory)
+    assert judgement.verdict == Verdict.FAILED, judgement
+    assert "not-mergeable" in {one.check for one in judgement.findings}
 
 
 def test_frod_in_another_dtype_earns_a_warning(tmp_path: Path, bench: Bench) -> None:

@@ -19,7 +19,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.adapter.peft_config import initialisation_reads_base, raised
-from merge_gate.engine.adapter.svd_ahead import decomposed_ahead
 from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
@@ -140,7 +139,6 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
         with (
             _targets_filled(base, config) if filled else contextlib.nullcontext(),
             torch.device("meta") if blank else contextlib.nullcontext(),
-            decomposed_ahead(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base),
         ):
             return model_class(scratch, config, adapter_name)
     except NoMatchingPeftModuleError as error:
