@@ -127,7 +127,7 @@ def _refuse_unweighted(
 ) -> None:
     """Tensors of the base that a member brings whole (biases, embeddings): PEFT's load writes them, without a weight.
 
-    The last one that brings a tensor wins. That is the weighted sum where nobody else changes it, and its weight is 1.
+    The last one that brings a tensor wins. That is the weighted sum if no other member changes it and its weight is 1.
     Rows for an enlarged vocabulary, which the base lacks, have no weight: all who bring them have to agree.
     """
     for key, name in written_whole(model, slots, {key for tensors in brought for key in tensors}).items():

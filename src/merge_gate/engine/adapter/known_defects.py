@@ -1,8 +1,7 @@
-"""What PEFT merges wrongly, or cannot merge, although it may not say so. One table; each row has its source.
+"""What PEFT merges wrongly, or cannot merge, although it may not report an error.
 
-In: a loaded `PeftModel` and its config. Out: nothing, or `Refused`. What PEFT itself refuses needs no row: its
-exception becomes `not-mergeable` with its own words. tests/engine/test_known_defects.py shows each row with plain
-PEFT, so that a release that mends one makes the test say so.
+In: a loaded `PeftModel` and its config. Out: nothing, or `Refused` with a `KnownDefect`. An exception of PEFT itself
+needs no row. tests/engine/test_known_defects.py shows each row with plain PEFT, and fails if a release fixes one.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _quantized_kinds(model: Any, config: Any) -> Iterator[str]:
 
 
 def _quantized_unknown(model: Any, _config: Any) -> Iterator[str]:
-    """A tuner layer for plain weights on packed ones: neither written for them nor given a backend for it.
+    """A tuner layer for plain weights on packed ones: not written for them, and without a backend for it.
 
     BEFT's adds to the bias alone, which is never packed.
     """

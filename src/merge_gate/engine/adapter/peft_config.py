@@ -77,7 +77,7 @@ def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
 
 
 def initialisation_writes_to_base(config: Any) -> bool:
-    """Whether PEFT's initialisation rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, …).
+    """Whether PEFT's initialization rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
     base through the shared storage. All named schemes but those known to touch only the adapter get a private scratch.
@@ -98,12 +98,12 @@ def starts_at_no_delta(config: Any) -> bool:
 
 
 def initialisation_reads_base(config: Any) -> bool:
-    """Whether PEFT may read a weight of the base as it makes a layer: not for LoRA, but for what some settings ask."""
+    """Whether PEFT may read a weight of the base as it makes a layer: for LoRA only if some settings ask for it."""
     return not _starts_by_itself(config) or config.use_dora
 
 
 def can_start_blank(config: Any) -> bool:
-    """Whether a load that overwrites the adapter's initial values leaves nothing of PEFT's initialisation."""
+    """Whether a load that overwrites the adapter's initial values leaves nothing of PEFT's initialization."""
     return _starts_by_itself(config) and not config.target_parameters
 
 

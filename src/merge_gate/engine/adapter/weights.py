@@ -51,7 +51,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
-    """What PEFT cannot copy into a parameter: no values (meta device), quantised, or less than a byte each."""
+    """What PEFT cannot copy into a parameter: no values (meta device), quantized, or less than a byte each."""
     if (tensor.dtype in _USUAL and not tensor.is_meta) or tensor.layout is not torch.strided:
         return
     some = tensor.flatten()[:1]

@@ -2,7 +2,7 @@
 
 In: the rows of the modules below, which are in that order, and so are the checks in each. Out: `CHECKS`. The first
 check that fires is the cause (a NaN of the base before one of the adapter before one that the merge made), so a new
-check is written at its place among the others, and nowhere else. Knows neither configurations nor measurements.
+check is written at its place among the others, and nowhere else. Knows no configuration and no measurement.
 """
 
 from __future__ import annotations
