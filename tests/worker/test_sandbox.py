@@ -25,6 +25,8 @@ from tests.support.command import environment, merge_gate, strict_json
 
 if TYPE_CHECKING:
     from tests.support.models import Shelf
+    from tests.support.wording import Wording
+
 
 ROGUE = """
 import json, os, signal, socket, subprocess, threading
@@ -189,8 +191,10 @@ def test_without_it_the_report_says_so_and_the_same_code_does_harm(shelf: Shelf,
         report = gate(shelf, tmp_path, port, {"tells": TELL}, MERGE_GATE_SANDBOX="off")
     harm = {"write", "remove", "truncate", "tcp", "unix", "fork", "program"}
     assert harm <= done_by(report, "tells"), report["said"]
-    assert report["environment"]["sandbox"] == {"held": [], "missing": ["all of it: MERGE_GATE_SANDBOX is off"]}
-    assert "the worker's sandbox is not whole: all of it: MERGE_GATE_SANDBOX is off" in report["said"]
+    (missing,) = report["environment"]["sandbox"]["missing"]
+    assert report["environment"]["sandbox"]["held"] == []
+    assert "MERGE_GATE_SANDBOX" in missing
+    assert missing in report["said"]
     assert not (tmp_path / "outside" / "victim").read_text()
 
 
@@ -210,26 +214,21 @@ print(json.dumps([held.held, held.missing, sandbox.limit(held, Job(groups=()), "
 """
 
 
-def test_what_a_kernel_lacks_is_said_with_its_reason(tmp_path: Path) -> None:
+def test_what_a_kernel_lacks_is_said_with_its_reason(tmp_path: Path, wording: Wording) -> None:
     command = [sys.executable, "-P", "-c", WITHOUT]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True)
-    assert json.loads(done.stdout) == [
-        [],
-        [
-            "files: Landlock is not to be had here (Function not implemented)",
-            "network and processes: seccomp is not to be had here (no list of system calls for sparc)",
-        ],
-        ["file size", "memory"],
-    ]
+    held, missing, limits = json.loads(done.stdout)
+    assert (held, limits) == ([], ["file size", "memory"])
+    wording(*missing)
 
 
-def test_a_card_has_no_limit_of_memory(tmp_path: Path) -> None:
+def test_a_card_has_no_limit_of_memory(tmp_path: Path, wording: Wording) -> None:
     """Its driver maps more addresses than there is memory."""
     code = WITHOUT.replace('"cpu").held', '"cuda:0").missing')
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, check=True
     )
-    assert json.loads(done.stdout)[2][-1].startswith("memory: a card's driver")
+    wording(json.loads(done.stdout)[2][-1])
 
 
 # --- in a thread of this process, of which alone it holds ------------------------------------------------------------
