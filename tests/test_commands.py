@@ -22,7 +22,7 @@ from merge_gate import __main__, demo
 from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
-from merge_gate.config.yaml_document import MAX_TOLD
+from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import write_report
@@ -181,11 +181,11 @@ def test_a_directory_that_one_may_not_read_is_no_defect(
 
 
 def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
-    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [{"path": 7}] * (MAX_TOLD + 4)}))
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": [{"path": 7}] * (MAX_LISTED + 4)}))
     assert main(["check", "gate.yml"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "4" in said[-2]
-    assert str(MAX_TOLD + 4) in said[-1]
+    assert str(MAX_LISTED + 4) in said[-1]
     wording(*said[-2:])
 
 

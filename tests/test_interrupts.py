@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from merge_gate.interrupts import Interrupted, held, interruptible
+from merge_gate.interrupts import Interrupted, deferred_signals, interruptible
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -29,7 +29,7 @@ def test_the_time_limit() -> None:
 
 
 def test_what_clears_away_is_not_interrupted_and_the_next_wait_is() -> None:
-    with held(60) as signals:
+    with deferred_signals(60) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():

@@ -53,9 +53,10 @@ class Prose:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text: a blank line, a list item, a heading, and a table cell each end one."""
+    """The sentences of a text. A blank line, list item, heading, table cell, or described argument ends a sentence."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", NOT_PROSE.sub(" CODE ", text))
-    for block in re.split(r"\n\s*\n|\n\s*(?:[-*|#>]|\d+\.)\s*|\s\|\s|\|$", text, flags=re.MULTILINE):
+    ends = r"\n\s*\n|\n\s*(?:[-*|#>]|\d+\.)\s*|\s\|\s|\|$|\n +(?=\w+: )"
+    for block in re.split(ends, text, flags=re.MULTILINE):
         for sentence in re.split(r"(?<=[.!?:;])\s+(?=[A-Z`\"(\[])", " ".join(block.split())):
             if len(sentence.split()) > 1:
                 yield sentence

@@ -171,7 +171,7 @@ def files_gone_wrong() -> tuple[Row, ...]:
             hint=("save_pretrained",), break_=remove(ADAPTER_CONFIG)),
         Row(name="line-ends", check="file-corrupt", says=("CR",),
             hint=(".gitattributes",), break_=windows),
-        Row(name="page", check="file-corrupt", says=("HTML",), hint=("sign-in", "token"),
+        Row(name="page", check="file-corrupt", says=("HTML",), hint=("token",),
             break_=overwrite(page)),
         Row(name="torch-save", check="file-corrupt", says=("zip",), hint=("adapter_model.bin", "allow-pickle"),
             break_=torch_saved),

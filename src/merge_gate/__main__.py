@@ -1,4 +1,4 @@
-"""`merge-gate` and `python -m merge_gate`: the command line, reached before anything that takes time is imported."""
+"""Starts the command line for `merge-gate` and `python -m merge_gate`, without slow imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 
 def main() -> int:
-    """Run the command. A SIGINT while the imports go on ends the process without a traceback."""
+    """Run the command. A SIGINT during the imports ends the process without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.set_threshold(10_000, 10, 100)  # a fleet's records are many, and no garbage: seldom look through all of them

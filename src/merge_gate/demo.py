@@ -1,9 +1,7 @@
-"""Makes the demo: a tiny base, adapters good and broken, and the config that gates them.
+"""Writes the demo: a tiny base, good and broken adapters, and the config that gates them.
 
-In: a directory that is new, empty, or a former demo. Out: the path of the YAML file written there; and, of a report,
-the entries that are not judged as they must be. Nothing of anybody else's is ever overwritten. torch is imported on
-use; the files are written in the formats of transformers and PEFT without either, whose import would take most of the
-demo's time.
+It writes into a directory that is new, empty, or an earlier demo, and never overwrites other files. torch is imported
+on use. The files are written without transformers and PEFT, whose imports would take most of the demo's time.
 """
 
 from __future__ import annotations
@@ -31,17 +29,17 @@ MARKER = ".merge-gate-demo"
 MARKER_TEXT = b"Made by `merge-gate demo`. If it runs again, it writes its files again. Changed ones become NAME.old.\n"
 CONFIG_NAME = "merge-gate.yml"
 CONFIG_TEXT = b"""\
-# What a release gate looks like: one base, the adapters to be released, and nothing else.
+# A release gate: one base, and the adapters to release.
 version: 1
 base:
   model: ./base
   dtype: float16
 adapters:
   - ./adapters/good
-  - ./adapters/nan                # one NaN in one lora_B: the whole model would answer with NaN
+  - ./adapters/nan                # one NaN in one lora_B: the whole model would return NaN
   - path: ./adapters/overflow     # finite, and so is the base; their sum is too large for float16
     base: {model: ./base, dtype: [bfloat16, float16]}
-  - ./adapters/lost-keys          # saved from a compiled model: no key lands, PEFT merges nothing and only warns
+  - ./adapters/lost-keys          # saved from a compiled model: no key matches, and PEFT merges nothing and only warns
   - ./adapters/lfs-pointer        # a checkout without `git lfs pull`: 131 bytes instead of weights
   - ./adapters/no-effect          # never trained: lora_B is still zero
 """
@@ -55,7 +53,7 @@ EXPECTED: Mapping[tuple[str, str], tuple[Verdict, str | None]] = {
     ("lfs-pointer", "float16"): (Verdict.FAILED, "file-lfs-pointer"),
     ("no-effect", "float16"): (Verdict.FAILED, "no-effect"),
 }
-"""What the gate must say: (adapter, dtype) → (verdict, cause)."""
+"""The expected results: (adapter, dtype) → (verdict, cause)."""
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, RANK = 256, 64, 128, 2, 4, 4
 TARGETS = ("q_proj", "v_proj")
@@ -66,15 +64,15 @@ LFS_POINTER = (
 
 
 def misjudged(report: Report) -> list[str]:
-    """The entries of the demo's report that are absent, too many, or not as `EXPECTED`."""
-    got = {(one.name, one.base.dtype): (one.verdict, one.cause) for one in report.adapters}
+    """The entries of the demo's report that are missing, unexpected, or not as in `EXPECTED`."""
+    got = {(entry.name, entry.base.dtype): (entry.verdict, entry.cause) for entry in report.adapters}
     return sorted(f"{key[0]} ({key[1]})" for key in {*got, *EXPECTED} if got.get(key) != EXPECTED.get(key))
 
 
 def make_demo(directory: str) -> str:
-    """Writes the demo into `directory` and returns the path of its config file.
+    """Write the demo into `directory`, and return the path of its config file.
 
-    Raises `UsageError` where the directory holds anything but a former demo, or cannot be written.
+    Raises `UsageError` if the directory holds other files than an earlier demo, or cannot be written.
     """
     root = Path(directory)
     try:
@@ -88,23 +86,23 @@ def make_demo(directory: str) -> str:
 
 
 def _claim(root: Path) -> None:
-    """Makes sure that the directory is ours, and marks it, so that the next demo knows it again."""
+    """Check that the directory is new, empty, or an earlier demo, and mark it for the next demo."""
     hint = "name a new or an empty directory"
     if root.is_symlink() or (root.exists() and not root.is_dir()):
-        raise UsageError(f"the demo needs a directory of its own; {root} is a file or a link", hint=hint)
+        raise UsageError(f"{root} is a file or a link, expected a directory for the demo alone", hint=hint)
     if root.exists() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise UsageError(f"the demo needs a directory of its own; {root} holds other files", hint=hint)
+        raise UsageError(f"{root} holds other files, expected a directory for the demo alone", hint=hint)
     root.mkdir(parents=True, exist_ok=True)
     if not (root / MARKER).exists():
         _write(root, MARKER, MARKER_TEXT)
 
 
 def _write(root: Path, name: str, content: bytes) -> None:
-    """A link anywhere below the root would lead out of the demo."""
+    """Write a file. A link below the root is refused: it could lead out of the demo."""
     target = root / name
     links = [path for path in (target, *target.parents) if path != root and root in path.parents and path.is_symlink()]
     if links:
-        raise UsageError(f"{links[0]} is a link, which no demo has made", hint="remove it, or name a new directory")
+        raise UsageError(f"{links[0]} is a link that the demo did not make", hint="remove it, or name a new directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(target) and not _holds(target, content):
         target.rename(_unused(target))
@@ -117,7 +115,7 @@ def _holds(target: Path, content: bytes) -> bool:
 
 
 def _unused(target: Path) -> Path:
-    """A name for a file that was changed since the demo made it."""
+    """A new name for a file that was changed after the demo made it."""
     names = (target.with_name(f"{target.name}.old{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(path for path in names if not os.path.lexists(path))
 
@@ -171,8 +169,8 @@ ADAPTER_CONFIG: Mapping[str, object] = {
 
 
 def _base_tensors() -> Tensors:
-    """A Llama of 0.1 M parameters, with weights spread as in a trained one."""
-    import torch  # noqa: PLC0415 - a second, which `merge-gate --help` need not wait for
+    """A Llama of 0.1 M parameters. Its weights have the spread of a trained model."""
+    import torch  # noqa: PLC0415 - takes a second, which `merge-gate --help` does not need
 
     generator = torch.Generator().manual_seed(0)
     square, up, down = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
@@ -188,7 +186,7 @@ def _base_tensors() -> Tensors:
 
 
 def _adapters() -> dict[str, Tensors]:
-    """The adapters that have weights, by name; each but the first is the good one with a single thing done to it."""
+    """The adapters with weights, by name. Each one except the first is the good adapter with a single change."""
     import torch  # noqa: PLC0415 - see above
 
     good = _good_adapter()

@@ -1,7 +1,7 @@
-"""The reports that earlier runs left in an output directory: recognized by their generator tag, and moved aside.
+"""Moves the reports of earlier runs in an output directory aside, into `previous/` or a directory next to it.
 
-In: the path of an output directory that one run holds. Out: the same directory without an earlier report at its top
-level; the reports are in `previous/` or next to it. Uses only the standard library of Python 3.9, for the action.
+Reports are recognized by their generator tag. The caller has locked the directory. It uses only the standard library of
+Python 3.9, because the action uses it too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EarlierReports:
         if self.place is None:
             return
         with contextlib.suppress(OSError):
-            slot = next(one for one in _slots(self._directory) if one == self.place or _is_free(one))
+            slot = next(slot for slot in _slots(self._directory) if slot == self.place or _is_free(slot))
             self.place.rename(slot)
             self.place = slot
 

@@ -1,16 +1,16 @@
-"""Exit codes and the tree of errors that a user can meet.
+"""Defines exit codes and the errors that users can see. It imports no other module of the package.
 
-In: nothing. Out: `ExitCode` and the exceptions below. Knows no other module of the package.
+```text
+GateError                 the gate cannot go on; carries a message and a hint
+├── ConfigError           an invalid YAML file, with all problems          exit 2
+├── UsageError            a wrong command line or input                    exit 2
+├── ResolveError          a name cannot be resolved to files               verdict `error`
+├── EngineError           this adapter or base could not be judged         verdict `error`
+└── LauncherError         the container could not be started, or was lost  exit 3
+```
 
-    GateError                 the gate cannot go on; carries what, where and what next
-    ├── ConfigError           the YAML file, with every problem found in it        exit 2
-    ├── UsageError            the command line or an input                         exit 2
-    ├── ResolveError          a name cannot be turned into files                   verdict `error`
-    ├── EngineError           this adapter or base could not be judged             verdict `error`
-    └── LauncherError         the container could not be started or lost           exit 3
-
-A broken adapter is a `Finding`, never a `GateError`. `Refused` and `Undecidable` carry a fact out of the engine; the
-finding is made of it in `judging/`.
+A broken adapter is a `Finding`, never a `GateError`. `Refused` and `Undecidable` carry a fact out of the engine, and
+`judging/` makes a finding of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ExitCode(IntEnum):
-    """What the process returns; fixed for version 1."""
+    """The exit codes of the process. They are fixed for version 1."""
 
     PASS = 0
     FAIL = 1
@@ -33,20 +33,20 @@ class ExitCode(IntEnum):
     ERROR = 3
 
 
-LACKING = {
+SHORTAGES = {
     errno.EMFILE: "too many open files: raise the limit (ulimit -n), then run again",
-    errno.ENFILE: "the machine has too many open files: end what holds them, then run again",
+    errno.ENFILE: "too many open files on this machine: close programs that keep files open, then run again",
     errno.ENOMEM: "out of memory: use a larger runner",
-    errno.ENOSPC: "no space left on a disk: free some, then run again",
+    errno.ENOSPC: "no space left on a disk: free some space, then run again",
     errno.EDQUOT: "the disk quota is used up: free some space, then run again",
 }
-"""What the system had too little of, by the number of its error; nothing that the gate could have known better."""
+"""The message for each error number that means a shortage of resources, which is not a fault of the gate."""
 
 
 class GateError(Exception):
-    """Base of all errors that are reported in a sentence, without a traceback.
+    """The base class of all errors that are reported in a sentence, without a traceback.
 
-    `hint` says what to do next; it is printed after the message.
+    `hint` says what to do next, and is printed after the message.
     """
 
     exit_code: ExitCode = ExitCode.ERROR
@@ -58,13 +58,13 @@ class GateError(Exception):
 
 
 class UsageError(GateError):
-    """The command line, or an input of the action, asks for something that does not exist."""
+    """The command line or an input of the action is wrong."""
 
     exit_code = ExitCode.USAGE
 
 
 class ConfigError(GateError):
-    """The configuration is not valid. `problems` holds the first in the order of the file; there are `more`."""
+    """The configuration is invalid. `problems` are the first in the order of the file; `more` counts the others."""
 
     exit_code = ExitCode.USAGE
 
@@ -76,9 +76,9 @@ class ConfigError(GateError):
 
 
 class ResolveError(GateError):
-    """A directory or a Hub id cannot be turned into files on disk.
+    """A directory or a Hub id cannot be resolved to files on disk.
 
-    `check` is the id of the check of bases that says so (`base-incomplete`, …), None for everything else.
+    `check` is the id of the check of bases that fires (`base-incomplete`, …); None for any other error.
     """
 
     def __init__(self, message: str, *, hint: str = "", check: str | None = None) -> None:
@@ -107,4 +107,4 @@ class Undecidable(Exception):  # noqa: N818 - as above
 
 
 class LauncherError(GateError):
-    """The container engine, the image or a mount is not there, or the container was lost."""
+    """The container engine, the image, or a mount is missing, or the container was lost."""

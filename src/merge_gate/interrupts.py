@@ -1,7 +1,7 @@
-"""Signals and a time limit, as one exception in the main thread.
+"""Turns signals and a time limit into one exception, `Interrupted`, in the main thread.
 
-In: a time limit in seconds, or none. Out: `Interrupted`, once, while somebody waits for it; at any other time a signal
-is only noted, so that nothing that has begun to clear away is cut short.
+It is raised once, and only inside `interruptible`. At any other time a signal is only recorded, so that no cleanup is
+cut short.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 5
 """A cancelled job has 7.5 s between SIGINT and SIGTERM, and 2.5 s more (actions/runner, ProcessInvoker.cs)."""
 TIME_LIMIT_S = 6 * 60 * 60.0
-"""As long as a job on a hosted runner may take."""
+"""The time limit of a job on a hosted runner."""
 
 
 class Interrupted(BaseException):
-    """A signal arrived, or the time limit is over. As KeyboardInterrupt, no error but a wish."""
+    """A signal arrived, or the time limit is over: a request to stop, not an error, like KeyboardInterrupt."""
 
     def __init__(self, number: int, time_limit_s: float | None) -> None:
         self.signal_name = signal.Signals(number).name
@@ -29,52 +29,51 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """The first signal that arrived, and whether somebody waits for it."""
+    """Records the first signal that arrives, and raises it if the code is interruptible."""
 
     def __init__(self, time_limit_s: float | None) -> None:
         self._time_limit_s = time_limit_s
         self._first: int | None = None
-        self._is_waiting = False
+        self._is_interruptible = False
 
-    def note(self, number: int, _frame: object) -> None:
-        """Note the first signal, and raise it where somebody waits; later ones find it stopping.
+    def receive(self, number: int, _frame: object) -> None:
+        """Record the first signal, and raise it if the code is interruptible. Later signals are dropped.
 
-        They are taken and dropped, not ignored by the system: Python reports a signal that arrived before it was
-        ignored as an error.
+        They are handled and not set to SIG_IGN: Python reports a signal that arrived before SIG_IGN as an error.
         """
         if self._first is None:
             self._first = number
-            if self._is_waiting:
+            if self._is_interruptible:
                 self._raise(number)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise `Interrupted` inside, at once where a signal came before."""
-        self._is_waiting = True
+        """Raise `Interrupted` inside, at once if a signal has already arrived."""
+        self._is_interruptible = True
         try:
             self.check()
             yield
         finally:
-            self._is_waiting = False
+            self._is_interruptible = False
 
     def check(self) -> None:
-        """Raise `Interrupted` where a signal came before."""
+        """Raise `Interrupted` if a signal has arrived."""
         if self._first is not None:
             self._raise(self._first)
 
     def _raise(self, number: int) -> None:
-        self._is_waiting = False
+        self._is_interruptible = False
         raise Interrupted(number, self._time_limit_s)
 
 
 @contextlib.contextmanager
-def held(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Signals]:
-    """Note signals to stop and the end of the time limit; handlers are as before afterwards. `nohup` stays in force."""
+def deferred_signals(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Signals]:
+    """Record signals to stop and the end of the time limit. Handlers are restored at the end; `nohup` keeps working."""
     signals = Signals(time_limit_s)
-    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, signals.note) for number in wanted}
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, signals.receive) for number in numbers}
     try:
         signal.setitimer(signal.ITIMER_REAL, time_limit_s or 0)
         yield signals
@@ -87,5 +86,5 @@ def held(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[Signals]:
 @contextlib.contextmanager
 def interruptible(time_limit_s: float | None = TIME_LIMIT_S) -> Iterator[None]:
     """Turn the first signal to stop, or the end of the time limit, into `Interrupted`."""
-    with held(time_limit_s) as signals, signals.interruptible():
+    with deferred_signals(time_limit_s) as signals, signals.interruptible():
         yield

@@ -1,7 +1,7 @@
-"""The files of a report: the one table of its formats.
+"""The table of the files of a report.
 
-In: nothing. Out: `OUTPUT_FILES`. Names the module of `report/` that makes each, and imports none: the runner's own
-Python reads it too, to know what it may take out of a container.
+It names the module of `report/formats/` that renders each file, and imports none of them: the runner's own Python reads
+this table too, when it copies the report out of a container.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ GENERATOR_COMMENT = "<!-- generator: merge-gate -->"
 """The generator tag of the formats that have comments."""
 
 TAG_WITHIN_BYTES = 2048
-"""How much of a file is read to look for its tag."""
+"""How much of a file is read to find its tag."""
 
 _COMMENT = re.escape(GENERATOR_COMMENT.encode())
 
 
 class OutputFile(NamedTuple):
-    """One format. `word` asks for it (`merge-gate report --format`), `made_by` is the module with its `render`.
+    """One format. `word` selects it (`merge-gate report --format`); `made_by` is the module with its `render`.
 
-    `tag` matches the first bytes of a file that merge-gate wrote. Words further down in a file are no tag. A file
-    larger than `limit_bytes` is not taken out of a container.
+    `tag` matches the first bytes of a file that merge-gate wrote, and never text further down. A file larger than
+    `limit_bytes` is not copied out of a container.
     """
 
     name: str
@@ -42,7 +42,7 @@ OUTPUT_FILES = (
         "",
         "json_report",
         "programs",
-        "everything that was found, strict JSON, described below",
+        "all results in strict JSON, described below",
         re.compile(
             rb'\{\s*"schema_version":\s*"[0-9.]{1,16}",\s*"complete":\s*(?:true|false),\s*"result":\s*"[a-z]{1,16}",'
             rb'\s*"counts":\s*\{[^{}]{0,256}\},\s*"tool":\s*\{\s*"name":\s*"merge-gate"\s*[,}]'
@@ -53,10 +53,9 @@ OUTPUT_FILES = (
         "markdown",
         "summary",
         "people",
-        "the job summary: the result in a sentence, a table with the worst first (of more than 40 merges, those that "
-        "passed without a warning are folded away at the end), and for each adapter that is not cleared what is wrong, "
-        "where, and what to do; the worst one with its map in characters; what is the same in several dtypes, or of "
-        "several adapters, is said once; at most 64 KiB",
+        "the job summary, at most 64 KiB: the result, a table with the worst first, and for each adapter that is not "
+        "cleared what is wrong, where, and what to do. The worst adapter has a map of its tensors. Identical findings "
+        "are shown once. Above 40 merges, those that passed without a warning are folded at the end",
         re.compile(_COMMENT + rb"\r?\n"),
         64 * _MB,
     ),
@@ -65,8 +64,8 @@ OUTPUT_FILES = (
         "html",
         "html_report",
         "people",
-        "one page that loads nothing: verdict and counts, all adapters to sort and filter, and for each its chain of "
-        "causes, its findings, a map of every merged tensor, coverage and provenance",
+        "one page that loads nothing: verdict and counts, and all adapters to sort and filter. Each adapter has its "
+        "chain of causes, findings, a map of the merged tensors, coverage and provenance",
         re.compile(
             rb'<!DOCTYPE html>\s*<html lang="en">\s*<head>\s*<meta charset="utf-8">\s*'
             rb'<meta name="generator" content="merge-gate">'
@@ -77,8 +76,8 @@ OUTPUT_FILES = (
         "junit",
         "junit",
         "viewers of tests",
-        "a suite per base, a case per adapter and dtype; a failed adapter is a `failure`, one that could not be judged "
-        "an `error`, and so is a run that did not finish",
+        "a suite per base, a case per adapter and dtype. A failed adapter is a `failure`. An adapter that could not be "
+        "judged is an `error`, and so is a run that did not finish",
         re.compile(rb'<\?xml version="1\.0" encoding="UTF-8"\?>\s*' + _COMMENT),
     ),
     OutputFile(
@@ -86,12 +85,12 @@ OUTPUT_FILES = (
         "sarif",
         "sarif",
         "code scanning, editors",
-        "SARIF 2.1.0: a rule per check, a result per kind of finding, at the adapter's line of the configuration file, "
-        "without one at its adapter_config.json",
+        "SARIF 2.1.0: a rule per check, and a result per kind of finding. It points at the adapter's line of the "
+        "configuration file, or without one at its adapter_config.json",
         re.compile(
             rb'\{\s*"\$schema":\s*"[^"\\]{1,256}",\s*"version":\s*"2\.1\.0",\s*"runs":\s*\[\s*\{\s*"tool":\s*\{'
             rb'\s*"driver":\s*\{\s*"name":\s*"merge-gate"\s*[,}]'
         ),
     ),
 )
-"""The one that must not be lost first. 1,000 adapters make a report.json of about 2 MB."""
+"""The most important file is first. 1,000 adapters make a report.json of about 2 MB."""

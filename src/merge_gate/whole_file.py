@@ -1,7 +1,6 @@
-"""A file that is written whole or not at all.
+"""Writes a file whole or not at all: if anything goes wrong, the old file stays.
 
-In: a path, and what is to stand there. Out: that file; or, whatever goes wrong, what stood there before. Standard
-library of Python 3.9 only: the action writes with it as well.
+It uses only the standard library of Python 3.9, because the action uses it too.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | g
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, folder: int | None = None, lasts: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name when the block ends, and is gone when the block raises.
+    """Open a temporary file for writing. It gets its name at the end of the block, or is removed if the block raises.
 
-    It is made anew under a name of its own (`.NAME.….tmp`), with the permissions that the umask leaves. A link at its
-    name is replaced and not written through.
+    The temporary file (`.NAME.….tmp`) is new, with permissions by the umask. A link at the final name is replaced, not
+    followed.
 
     Args:
-        path: the file; in `folder`, where that is given.
-        folder: descriptor of a directory that is held open.
-        lasts: it is there after a crash of the machine as well. Some file systems cannot promise that of its name.
+        path: the file; relative to `folder`, if that is given.
+        folder: the descriptor of an open directory.
+        lasts: whether the file survives a crash of the machine. Some file systems cannot guarantee this for its name.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, _FLAGS, 0o666, dir_fd=folder)

@@ -96,7 +96,7 @@ def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
     found = address.find(environ)
     assert found
     assert found.url == f"unix://{tmp_path}/docker.sock"
-    assert address.silence(found) == "Connection refused"
+    assert address.unreachable(found) == "Connection refused"
 
 
 def test_docker_host_decides(environ, answering: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
 from merge_gate.action.docker import canary
 from merge_gate.errors import LauncherError
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +31,7 @@ def test_two_canaries_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["gone", "other", "directory"])
-def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str) -> None:
+def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str, wording: Wording) -> None:
     planted = canary.plant(tmp_path)
     expected = canary.expectations({planted: planted}, "")
     planted.unlink()
@@ -37,18 +39,18 @@ def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str) -> None:
         planted.write_text("other", encoding="utf-8")
     if change == "directory":
         planted.mkdir()
-    with pytest.raises(LauncherError, match="was not mounted") as raised:
+    with pytest.raises(LauncherError) as raised:
         canary.verify(expected, tmp_path)
-    assert str(tmp_path) in raised.value.message
-    assert "runtime: native" in raised.value.hint
+    wording(re.sub(r"canary-\w+", "canary-<random>", f"{raised.value.message}\n{raised.value.hint}"))
 
 
 @pytest.mark.parametrize("name", ["nvidia0", "nvidia15", "nvhost-gpu", "dxg"])
-def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str) -> None:
+def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str, wording: Wording) -> None:
     expected = canary.expectations({}, "all")
     (tmp_path / "nvme0n1").touch()
-    with pytest.raises(LauncherError, match=r"no GPU is visible .* \(all\)"):
+    with pytest.raises(LauncherError) as raised:
         canary.verify(expected, tmp_path)
+    wording(raised.value)
     (tmp_path / name).touch()
     assert canary.verify(expected, tmp_path) == [str(tmp_path / name)]
     assert canary.verify(canary.expectations({}, ""), tmp_path) == [], "not asked for, not looked at"
@@ -65,12 +67,15 @@ def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str) -> None:
         ("0,1", ["nvhost-gpu"], True),
     ],
 )
-def test_the_gpus_that_were_asked_for_are_counted(tmp_path: Path, asked: str, there: list[str], enough: bool) -> None:
+def test_the_gpus_that_were_asked_for_are_counted(
+    tmp_path: Path, asked: str, there: list[str], enough: bool, wording: Wording
+) -> None:
     for name in there:
         (tmp_path / name).touch()
     expected = canary.expectations({}, asked)
     if enough:
         assert len(canary.verify(expected, tmp_path)) == len(there)
     else:
-        with pytest.raises(LauncherError, match=f"some GPUs are missing .* expected 2 .{asked}"):
+        with pytest.raises(LauncherError) as raised:
             canary.verify(expected, tmp_path)
+        wording(raised.value)

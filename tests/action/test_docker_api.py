@@ -115,10 +115,10 @@ def test_an_error_in_the_midst_of_a_pull(wording: Wording) -> None:
         (
             'could not select device driver "" with capabilities: [[gpu]]',
             "all",
-            r"the GPUs asked for \(all\)",
+            r"the requested GPUs \(all\)",
             "Toolkit",
         ),
-        ("unresolvable CDI devices nvidia.com/gpu=0", "0", r"the GPUs asked for \(0\)", "CDI"),
+        ("unresolvable CDI devices nvidia.com/gpu=0", "0", r"the requested GPUs \(0\)", "CDI"),
         ("unresolvable CDI devices nvidia.com/gpu=0", "", "cannot be made: unresolvable", ""),
         ("invalid mount config: bind source path does not exist: /x", "", "does not exist: /x", "runtime: native"),
         ("no matching manifest for linux/arm64/v8 in the manifest list", "", "no matching manifest", "for amd64"),

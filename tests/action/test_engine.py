@@ -19,7 +19,7 @@ import pytest
 
 from merge_gate.action.docker import docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, Limits
-from merge_gate.action.docker.launcher import Told, run_in_container
+from merge_gate.action.docker.launcher import RunListener, run_in_container
 from merge_gate.errors import LauncherError
 from merge_gate.report.formats import json_report
 from tests.support.action.stand_in import BREAK_OFF, Container, Engine, engine_at
@@ -87,7 +87,9 @@ class Heard:
         self.log += data
 
     def run(self, run: ContainerRun) -> int:
-        return run_in_container(run, self.write, Told(self.images.append, self.warnings.append, self.refused.append))
+        return run_in_container(
+            run, self.write, RunListener(self.images.append, self.warnings.append, self.refused.append)
+        )
 
 
 @pytest.fixture
@@ -286,7 +288,7 @@ def test_an_engine_of_a_context_that_does_not_answer(run, engine: Engine, heard:
 
 
 def orphan(engine: Engine, **labels: str) -> Container:
-    made = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.OURS, **labels}})
+    made = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.LABEL, **labels}})
     engine.containers[made.id] = made
     return made
 

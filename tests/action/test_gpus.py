@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from merge_gate.action.docker.gpus import device_requests, wanted_gpus
+from merge_gate.action.docker.gpus import device_requests, requested_gpus
 from merge_gate.errors import UsageError
 from tests.support.wording import Wording
 
@@ -53,8 +53,8 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, without_gpu: Path) -> None:
     environ = {"NVIDIA_VISIBLE_DEVICES": visible} if visible else {}
-    assert wanted_gpus(gpus, device, environ, with_gpu) == here
-    assert wanted_gpus(gpus, device, environ, without_gpu) == elsewhere
+    assert requested_gpus(gpus, device, environ, with_gpu) == here
+    assert requested_gpus(gpus, device, environ, without_gpu) == elsewhere
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_what_is_wanted(gpus, device, visible, here, elsewhere, with_gpu: Path, 
 )
 def test_what_contradicts_itself_is_refused(gpus: str, device: str, visible: str, with_gpu: Path) -> None:
     with pytest.raises(UsageError, match="gpus"):
-        wanted_gpus(gpus, device, {"NVIDIA_VISIBLE_DEVICES": visible}, with_gpu)
+        requested_gpus(gpus, device, {"NVIDIA_VISIBLE_DEVICES": visible}, with_gpu)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_contradicts_itself_is_refused(gpus: str, device: str, visible: str
 )
 def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted, with_gpu: Path) -> None:
     environ = {"CUDA_VISIBLE_DEVICES": cuda, **({"NVIDIA_VISIBLE_DEVICES": nvidia} if nvidia else {})}
-    assert wanted_gpus(gpus, device, environ, with_gpu) == wanted
+    assert requested_gpus(gpus, device, environ, with_gpu) == wanted
 
 
 @pytest.mark.parametrize(("gpus", "device", "cuda"), [("all", "auto", ""), ("auto", "cuda", "-1"), ("0", "auto", "1")])
@@ -103,7 +103,7 @@ def test_more_than_cudas_own_variable_allots_is_refused(
     gpus: str, device: str, cuda: str, with_gpu: Path, wording: Wording
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        wanted_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
+        requested_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
     wording(caught.value)
 
 

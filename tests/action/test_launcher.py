@@ -95,7 +95,7 @@ def test_no_engine_and_nothing_is_made(run: ContainerRun, wording: Wording) -> N
 def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.workspace)
     environ = {"HF_HOME": str(tmp_path / "cache"), "DOCKER_HOST": "unix:///nowhere/docker.sock"}
-    asked = launcher.for_a_person(
+    asked = launcher.local_run(
         "gate/config.yml", output="out", arguments=("--only", "a", "--only", "b c"), environ=environ
     )
     assert (asked.config, asked.workspace) == (run.config, run.workspace)
@@ -120,7 +120,7 @@ def test_the_command_hands_on_what_the_gate_inside_has_to_know(
 def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
-    asked = launcher.for_a_person(str(run.config), output="out", environ={"XDG_CACHE_HOME": str(tmp_path)})
+    asked = launcher.local_run(str(run.config), output="out", environ={"XDG_CACHE_HOME": str(tmp_path)})
     assert asked.workspace == run.config.parent
     assert asked.output == tmp_path / "home" / "out"
     assert asked.hf_cache == tmp_path / "huggingface"

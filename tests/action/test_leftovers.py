@@ -15,7 +15,7 @@ LAUNCHER, UNTIL = leftovers._LAUNCHER, leftovers._UNTIL
 
 def test_a_container_of_a_launcher_that_lives_stays() -> None:
     ours = leftovers.labels(60)
-    assert ours.items() >= leftovers.OURS.items()
+    assert ours.items() >= leftovers.LABEL.items()
     assert not leftovers.is_orphan(ours, time.time())
     assert not leftovers.is_orphan(ours, time.time() + 1e6), "as long as its launcher lives"
 

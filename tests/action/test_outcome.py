@@ -9,6 +9,7 @@ import pytest
 
 from merge_gate.action import outcome
 from tests.support.action.report_json import changed, report
+from tests.support.wording import Wording
 
 
 def accepted(**changed: object) -> dict:
@@ -19,41 +20,44 @@ def accepted(**changed: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("code", "found", "result", "says"),
+    ("code", "found", "result"),
     [
-        (0, report("pass"), "pass", ""),
-        (1, report("fail"), "fail", ""),
-        (3, report("error"), "error", ""),
-        (0, accepted(), "pass", ""),
-        (0, accepted(accepted=0), "error", "contradicts itself"),
-        (0, accepted(accepted=2), "error", "contradicts itself"),
-        (1, accepted(result="fail"), "error", "contradicts itself"),
-        (0, report("fail", accepted=1) | {"result": "pass"}, "error", "contradicts itself"),
-        (0, report("fail"), "error", "exit code 0"),
-        (1, report("pass"), "error", "exit code 1"),
-        (0, report("pass", complete=False), "error", "unfinished"),
-        (1, report("fail", complete=False), "error", "unfinished"),
-        (3, report("pass"), "error", "exit code 3"),
-        (2, report("pass"), "error", "exit code 2"),
-        (-9, report("pass"), "error", "exit code -9"),
-        (0, report("pass", adapters=0), "error", "judged nothing"),
-        (0, report("pass", schema_version="2.0"), "error", "does not know"),
-        (0, report("pass") | {"result": "ok"}, "error", "does not know"),
-        (0, report("pass", complete="yes"), "error", "does not know"),
-        (0, report("pass", adapters=1) | {"adapters": [{}]}, "error", "does not know"),
-        (0, [], "error", "does not know"),
-        (0, None, "error", "wrote no report"),
-        (0, "{", "error", "cannot be read"),
+        (0, report("pass"), "pass"),
+        (1, report("fail"), "fail"),
+        (3, report("error"), "error"),
+        (0, accepted(), "pass"),
+        (0, accepted(accepted=0), "error"),
+        (0, accepted(accepted=2), "error"),
+        (1, accepted(result="fail"), "error"),
+        (0, report("fail", accepted=1) | {"result": "pass"}, "error"),
+        (0, report("fail"), "error"),
+        (1, report("pass"), "error"),
+        (0, report("pass", complete=False), "error"),
+        (1, report("fail", complete=False), "error"),
+        (3, report("pass"), "error"),
+        (2, report("pass"), "error"),
+        (-9, report("pass"), "error"),
+        (0, report("pass", adapters=0), "error"),
+        (0, report("pass", schema_version="2.0"), "error"),
+        (0, report("pass") | {"result": "ok"}, "error"),
+        (0, report("pass", complete="yes"), "error"),
+        (0, report("pass", adapters=1) | {"adapters": [{}]}, "error"),
+        (0, [], "error"),
+        (0, None, "error"),
+        (0, "{", "error"),
     ],
 )
-def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path: Path, code, found, result, says) -> None:
+def test_pass_and_fail_need_exit_code_and_finished_report(
+    tmp_path: Path, code, found, result, wording: Wording
+) -> None:
     path = tmp_path / "report.json"
     if found is not None:
         path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
-    said = outcome.settle(code, path)
+    said = outcome.decide(code, path)
     assert said.result == result
-    assert says in said.problem
-    assert bool(says) == bool(said.problem)
+    assert bool(said.problem) is (said.result == "error" and (code, found) != (3, report("error")))
+    if said.problem:
+        wording(said.problem)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +72,11 @@ def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path: Path, code, 
 )
 def test_a_shard_without_adapters_passes_and_a_run_without_them_does_not(tmp_path: Path, shard, result: str) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report("pass", adapters=0, shard=shard)), encoding="utf-8")
-    assert outcome.settle(0, tmp_path / "report.json").result == result
+    assert outcome.decide(0, tmp_path / "report.json").result == result
 
 
 def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
-    said = outcome.settle(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
+    said = outcome.decide(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
     assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
 
 
@@ -86,12 +90,12 @@ def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> N
         lambda made: made["adapters"].append(made["adapters"][0] | {"verdict": "error"}),
     ],
 )
-def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change) -> None:
+def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change, wording: Wording) -> None:
     (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
     for code in (0, 1):
-        said = outcome.settle(code, tmp_path / "report.json")
+        said = outcome.decide(code, tmp_path / "report.json")
         assert (said.result, said.report) == ("error", None)
-        assert "contradicts itself" in said.problem
+        wording(said.problem)
 
 
 @pytest.mark.parametrize(
@@ -108,19 +112,18 @@ def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change) 
 )
 def test_a_report_of_another_shape_is_a_sentence(tmp_path: Path, change) -> None:
     (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
-    said = outcome.settle(1, tmp_path / "report.json")
+    said = outcome.decide(1, tmp_path / "report.json")
     assert (said.result, said.report) == ("error", None)
-    assert "does not know" in said.problem
+    assert said.problem
 
 
-def test_a_report_nested_without_end_is_a_sentence(tmp_path: Path) -> None:
+def test_a_report_nested_without_end_is_a_sentence(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "report.json").write_text("[" * 100_000, encoding="utf-8")
-    assert "nested too deeply" in outcome.settle(0, tmp_path / "report.json").problem
+    wording(outcome.decide(0, tmp_path / "report.json").problem)
 
 
-def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path) -> None:
+def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
-    said = outcome.settle(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
+    said = outcome.decide(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
     assert said.result == "error"
-    assert "tampered with" in said.problem
-    assert "symbolic link" in said.problem
+    wording(said.problem)

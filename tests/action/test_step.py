@@ -182,7 +182,7 @@ def fail_one(inside: Container) -> int:
 
 def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Path) -> None:
     with engine_at(tmp_path / "engine.sock", fail_one) as engine:
-        orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.OURS, leftovers._UNTIL: "1"}})
+        orphan = Container("f" * 12, "merge-gate-orphan", {"Labels": {**leftovers.LABEL, leftovers._UNTIL: "1"}})
         engine.containers[orphan.id] = orphan
         engine.wrong["DELETE /containers/f+"] = [(409, {"message": "busy"})] * 6
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
@@ -301,7 +301,7 @@ def test_a_server_without_artifacts_keeps_the_report(
     inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
     inputs.output.mkdir()
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
-    assert action._tell(inputs, StepOutcome("pass", report("pass")), action._Heard(), on_premises) == 0
+    assert action._publish(inputs, StepOutcome("pass", report("pass")), action._RunMessages(), on_premises) == 0
     assert outputs(environ)["upload"] == "false"
     assert outputs(environ)["report-path"] == str(inputs.output)
     assert "::warning title=merge-gate::github.acme.example is GitHub Enterprise Server" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from merge_gate.config.from_arguments import config_of
 from merge_gate.config.load_config import load_config
 from merge_gate.config.model import MAX_ADAPTERS
-from merge_gate.config.yaml_document import MAX_REREAD, MAX_TOLD, MAX_VALUES, read_yaml
+from merge_gate.config.yaml_document import MAX_LISTED, MAX_REREAD, MAX_VALUES, read_yaml
 from merge_gate.errors import ConfigError, UsageError
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
@@ -69,14 +69,14 @@ def test_aliases_expand_to_as_many_values_as_may_be(tmp_path: Path, wording: Wor
     wording(f"{problem.message} ({problem.hint})")
 
 
-@pytest.mark.parametrize("parts", [MAX_TOLD, MAX_TOLD + 150, 3000])
+@pytest.mark.parametrize("parts", [MAX_LISTED, MAX_LISTED + 150, 3000])
 def test_the_first_problems_are_listed_and_the_others_counted(tmp_path: Path, parts: int) -> None:
     error = refused(tmp_path, HEAD + "- acme/a\n" + "".join(f"k{n}: 1\n" for n in range(parts)))
-    assert [problem.line for problem in error.problems] == list(range(4, 4 + MAX_TOLD))
+    assert [problem.line for problem in error.problems] == list(range(4, 4 + MAX_LISTED))
     assert all("version" in problem.hint for problem in error.problems)
-    assert error.more == parts - MAX_TOLD
+    assert error.more == parts - MAX_LISTED
     said = str(error).splitlines()
-    assert len(said) == MAX_TOLD + (error.more > 0)
+    assert len(said) == MAX_LISTED + (error.more > 0)
     assert said[-1] == f"and {error.more:,} more" or not error.more
 
 
@@ -89,7 +89,7 @@ def test_a_problem_that_an_alias_repeats_is_one(tmp_path: Path) -> None:
 def test_problems_of_the_command_line_are_counted_too() -> None:
     with pytest.raises(UsageError, match=r"\b50\b") as caught:
         config_of([f"./a{n}" for n in range(150)])
-    assert caught.value.message.count("./a") == MAX_TOLD
+    assert caught.value.message.count("./a") == MAX_LISTED
 
 
 def test_looking_for_garbage_goes_on_after_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.files.regex_fields import MOST_CHARACTERS, patterns_of, problem
+from merge_gate.files.regex_fields import MAX_CHARACTERS, patterns_of, problem
 from merge_gate.records.files import Pattern
 
 
@@ -43,7 +43,7 @@ def pattern(text: str) -> Pattern:
     return Pattern(place="target_modules", text=text, expression=text)
 
 
-@pytest.mark.parametrize("text", ["a", "(a+)+", "[[a]", "a" * MOST_CHARACTERS])
+@pytest.mark.parametrize("text", ["a", "(a+)+", "[[a]", "a" * MAX_CHARACTERS])
 def test_a_valid_expression_is_no_problem_and_no_warning(text: str) -> None:
     """`[[` warns of sets to come, which is nobody's concern here."""
     re.purge()
@@ -58,7 +58,7 @@ def test_a_valid_expression_is_no_problem_and_no_warning(text: str) -> None:
     [
         ("(", "missing ), unterminated subpattern at position 0"),
         ("a{99999999999}", "the repetition number is too large"),
-        ("a" * (MOST_CHARACTERS + 1), "it has 100,001 characters, expected at most 100,000"),
+        ("a" * (MAX_CHARACTERS + 1), "it has 100,001 characters, expected at most 100,000"),
     ],
 )
 def test_an_expression_that_is_not_taken_says_why(text: str, why: str) -> None:

@@ -551,16 +551,13 @@ def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Clien
     assert hub.ranges == ([f"bytes={CHUNK_BYTES}-"] if resumes else [])
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [("cut", "broke off again and again"), ("stall", "did not answer in time"), ("short", "arrived incomplete")],
-)
+@pytest.mark.parametrize("kind", ["cut", "stall", "short"])
 def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
-    hub: LoopbackHub, client: Client, kind: str, said: str, wording: Wording
+    hub: LoopbackHub, client: Client, kind: str, wording: Wording
 ) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.damage("/cdn/", kind)
-    assert said in client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"]
+    wording(client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"])
     wording(client.adapter("acme/lora", HF_HUB_OFFLINE="1")["error"])
 
 

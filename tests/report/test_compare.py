@@ -49,7 +49,7 @@ def kinds(changes: Changes) -> list[tuple[str, str]]:
         (UNDECIDED, BROKEN, Kind.WORSE, ExitCode.FAIL),
         (PASSED, WORN, Kind.WORSE, ExitCode.FAIL),
         (BROKEN, dataclasses.replace(BROKEN, findings=(NAN, ROUNDING)), Kind.WORSE, ExitCode.FAIL),
-        (BROKEN, PASSED, Kind.MENDED, ExitCode.PASS),
+        (BROKEN, PASSED, Kind.FIXED, ExitCode.PASS),
         (WORN, PASSED, Kind.BETTER, ExitCode.PASS),
         (PASSED, None, Kind.VANISHED, ExitCode.PASS),
         (None, PASSED, Kind.NEW, ExitCode.PASS),
@@ -91,7 +91,7 @@ def test_versions_are_named() -> None:
     assert text.splitlines() == [
         "version    peft 0.21.2 → 0.22.0",
         "version    bitsandbytes absent → 0.51.0",
-        "2 as before.",
+        "2 unchanged.",
     ]
 
 
@@ -109,8 +109,8 @@ def test_word_for_word() -> None:
     assert text.splitlines() == [
         "broke      support (bfloat16): passed → failed (adapter-nonfinite)",
         f"           adapter-nonfinite: {NAN.message}",
-        "mended     billing (bfloat16): failed (adapter-nonfinite) → passed",
-        "1 broke, 1 mended, 0 as before.",
+        "fixed      billing (bfloat16): failed (adapter-nonfinite) → passed",
+        "1 broke, 1 fixed, 0 unchanged.",
     ]
 
 
@@ -134,5 +134,5 @@ def test_a_change_of_nothing_is_a_bug() -> None:
 
 def test_markdown_is_a_table() -> None:
     markdown = render_markdown(compare(report(PASSED), FAIL))
-    assert markdown.startswith("## 3 broke, 1 new, 1 as before")
+    assert markdown.startswith("## 3 broke, 1 new, 1 unchanged")
     assert "| broke | `billing` (bfloat16) | absent → failed (adapter-nonfinite) |" in markdown

@@ -105,9 +105,9 @@ def test_a_shard_without_adapters_is_green_when_it_is_done() -> None:
 
 
 def test_kinds_of_findings_without_end_are_counted(wording: Wording) -> None:
-    found = tuple(replace(NAN, check=f"check-{number}") for number in range(junit._GROUPS + 3))
+    found = tuple(replace(NAN, check=f"check-{number}") for number in range(junit._MAX_GROUPS + 3))
     (failure,) = parse(report(adapter("a", Verdict.FAILED, cause="check-0", findings=found))).iter("failure")
-    assert str(failure.text).count("check-") == junit._GROUPS
+    assert str(failure.text).count("check-") == junit._MAX_GROUPS
     wording(str(failure.text).splitlines()[-1])
 
 

@@ -10,7 +10,7 @@ import pytest
 from merge_gate import claimed_directory
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.terms import Result
-from merge_gate.report.stored.output_directory import claimed, explained, written
+from merge_gate.report.stored.output_directory import claimed, explained, stored_result
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import PASS
 from tests.support.wording import Wording
@@ -77,9 +77,9 @@ def test_a_limit_on_the_size_of_files_is_the_disks_fault_not_the_callers() -> No
 def test_what_is_not_a_report_says_nothing(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)
-    assert written(tmp_path) is None
+    assert stored_result(tmp_path) is None
 
 
 def test_a_report_says_whether_it_is_complete(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"complete": false, "result": "error"}')
-    assert written(tmp_path) == (False, Result.ERROR)
+    assert stored_result(tmp_path) == (False, Result.ERROR)

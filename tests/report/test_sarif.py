@@ -18,7 +18,7 @@ from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.report import BaseReport
 from merge_gate.records.terms import Quantization, Verdict
-from merge_gate.report.formats.sarif import MOST_RESULTS, render
+from merge_gate.report.formats.sarif import MAX_RESULTS, render
 from tests.support.reports import (
     ATTACKS,
     EMPTY,
@@ -160,7 +160,7 @@ def test_no_more_results_than_github_keeps_and_the_errors_are_among_them(wording
     findings = tuple(dataclasses.replace(ROUNDING, check=f"c{n}") for n in range(100))
     broken = adapter("last", Verdict.PASSED, findings=(*findings, NAN))
     run = parse(report(*(adapter(f"a{n}", findings=findings) for n in range(300)), broken))
-    assert len(run["results"]) == MOST_RESULTS
+    assert len(run["results"]) == MAX_RESULTS
     assert [result["level"] for result in run["results"][:2]] == ["error", "warning"]
     (told,) = run["invocations"][0]["toolExecutionNotifications"]
     wording(told["message"]["text"])

@@ -40,9 +40,9 @@ def test_two_are_compared(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "b.json").write_text(json_report.render(FAIL), encoding="utf-8")
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
     shown, code = show([a, b], "terminal")
-    assert (shown.splitlines()[-1], code) == ("3 broke, 2 as before.", ExitCode.FAIL)
+    assert (shown.splitlines()[-1], code) == ("3 broke, 2 unchanged.", ExitCode.FAIL)
     assert show([b, a], "markdown") == (
-        "## 3 vanished, 2 as before\n\n" + show([b, a], "markdown")[0].split("\n\n", 1)[1],
+        "## 3 vanished, 2 unchanged\n\n" + show([b, a], "markdown")[0].split("\n\n", 1)[1],
         ExitCode.PASS,
     )
     with pytest.raises(UsageError) as caught:

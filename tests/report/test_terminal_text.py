@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import BaseKey, Quantization, Verdict
-from merge_gate.report.formats.terminal_text import Style, files_told, lines, render
+from merge_gate.report.formats.terminal_text import Style, file_lines, lines, render
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import cells
 from tests.support.reports import (
@@ -191,17 +191,17 @@ def test_what_keeps_shards_from_being_one_run_follows_the_result() -> None:
 
 
 def test_what_files_alone_say() -> None:
-    assert [*files_told(adapter("support"))] == ["sound   support  (./adapters/support)"]
+    assert [*file_lines(adapter("support"))] == ["sound   support  (./adapters/support)"]
     worse = adapter("billing", Verdict.FAILED, cause=NAN.check, findings=(NAN, dataclasses.replace(ROUNDING, hint="")))
-    assert [*files_told(worse)] == [
+    assert [*file_lines(worse)] == [
         "failed  billing  (./adapters/billing)",
         f"        adapter-nonfinite: {NAN.message}",
         f"        to do: {NAN.hint}",
         f"        warning: rounding-loss: {ROUNDING.message}",
     ]
-    assert [*files_told(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
-    assert [*files_told(worse, of=41)] == [*files_told(worse, of=40)]
-    warned, *_ = files_told(adapter("support", findings=(ROUNDING,)), of=41)
+    assert [*file_lines(adapter("support"), of=41)] == [], "of a fleet, sound ones are counted"
+    assert [*file_lines(worse, of=41)] == [*file_lines(worse, of=40)]
+    warned, *_ = file_lines(adapter("support", findings=(ROUNDING,)), of=41)
     assert warned.startswith("sound   support")
-    (line,) = files_told(adapter("a\n::error::b"))
+    (line,) = file_lines(adapter("a\n::error::b"))
     assert line == "sound   a ::error::b  (./adapters/a ::error::b)"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.channel import LONGEST_BYTES, Channel, GarbledError
+from merge_gate.worker.channel import MAX_BYTES, Channel, GarbledError
 from merge_gate.worker.protocol import Finished, Idle, MergeStarted, Undecided
 
 
@@ -74,7 +74,7 @@ def test_nothing_but_records_is_made_of_a_message(
 
 def test_a_message_without_end_is_refused_before_it_is_read(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    theirs.sendall(struct.pack("!Q", LONGEST_BYTES + 1))
+    theirs.sendall(struct.pack("!Q", MAX_BYTES + 1))
     with pytest.raises(GarbledError, match="268,435,457 bytes"):
         channel.receive(1.0)
 

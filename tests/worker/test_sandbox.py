@@ -300,7 +300,7 @@ def test_capabilities_that_cannot_be_read_are_no_reason_to_give_up_nothing(
 
 def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "off")
-    told = Sandbox(missing=("all of it: MERGE_GATE_SANDBOX is off",))
+    told = Sandbox(missing=("everything: MERGE_GATE_SANDBOX is off",))
     assert confine(tmp_path) == told
     assert limit(told, Job(groups=()), "cpu") is told
 

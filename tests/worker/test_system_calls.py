@@ -82,5 +82,5 @@ def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytes
 
 def test_an_architecture_without_a_list_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "sparc")
-    with pytest.raises(OSError, match="no list of system calls for sparc"):
+    with pytest.raises(OSError, match="the system calls of sparc are not listed"):
         refuse_calls()

@@ -1,7 +1,7 @@
-"""The action's inputs: words in, checked values out, or one error that names all that is wrong.
+"""Checks the action's inputs, and reports all problems in one error.
 
-In: the words that entrypoint.py formed from the inputs, and the environment. Out: `Inputs`. Reads no file but to see
-that it is there. An input that is empty has its default, as in action.yml.
+The arguments that entrypoint.py makes of the inputs, and the environment, go in; `ActionInputs` comes out. It only
+checks that files exist. An empty input has its default, as in action.yml.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
-OURS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache")
-"""Options of `merge-gate run` that have an input of their own, or none."""
+RESERVED_OPTIONS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache")
+"""Options of `merge-gate run` that the action sets itself, mostly from an input."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 
-_Rule = tuple[str, str, str]
+_Rule = tuple[str, str, str]  # the input, the pattern of its value, and what the value must be
 RULES: tuple[_Rule, ...] = (
-    ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (this input is required)"),
+    ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (required)"),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
     ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
@@ -57,7 +57,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class ActionInputs:
-    """The inputs, checked. Paths are absolute."""
+    """The checked inputs. Paths are absolute."""
 
     config: Path
     runtime: str
@@ -78,25 +78,25 @@ class ActionInputs:
 
 
 def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
-    """Check every input and return them. Raises one `UsageError` that names all that is wrong."""
+    """Check all inputs and return them. Raises one `UsageError` with every problem."""
     given = {**dict.fromkeys((name for name, _, _ in RULES), ""), "args": ""}
     given.update(word[2:].partition("=")[::2] for word in words)
     given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     places = _Places(environ, given["working-directory"])
     config = places.place(given["config"])
-    named = not places.complaint and not any(problem.startswith("config: ") for problem in problems)
-    if named and not config.is_file():
-        missing = "is a directory" if config.is_dir() else "is not there (does actions/checkout come before this step?)"
-        problems.append(f"config: got {given['config']!r}, expected a file, and {config} {missing}")
+    is_valid_path = not places.problem and not any(problem.startswith("config: ") for problem in problems)
+    if is_valid_path and not config.is_file():
+        missing = "is a directory" if config.is_dir() else "does not exist (run actions/checkout before this step)"
+        problems.append(f"config: got {given['config']!r}, expected a file, but {config} {missing}")
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
-        problems.append(f"output: got {given['output']!r}, and {output} is a file, expected a directory")
+        problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
     cache = places.place(given["cache"]).resolve() if given["cache"] else None
-    arguments, complaint = _arguments(given["args"])
-    listed = [problem for problem in (*problems, complaint, places.complaint) if problem]
-    if listed:
-        raise UsageError("\n".join(listed), hint="the inputs are described in docs/action.md")
+    arguments, args_problem = _arguments(given["args"])
+    all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
+    if all_problems:
+        raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/action.md describes them")
     return ActionInputs(
         config=config,
         runtime=given["runtime"],
@@ -122,29 +122,31 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
 
 
 def workspace_of(environ: Mapping[str, str]) -> Path:
-    """The job's checkout, free of links: what the container mounts has one name."""
+    """The job's checkout, with links resolved, so that each mounted directory has a single name."""
     return Path(environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve()
 
 
 class _Places:
-    """Paths as people write them, relative to the workspace or `working-directory`, with `~` for the home directory.
+    """Resolves paths relative to the workspace or `working-directory`, with `~` for the home directory.
 
-    The runner's own directories may be links (`_work` on another disk), and lose them here. A link below them comes
-    from the checkout, and is left for the launcher to refuse.
+    Links of the runner's own directories (`_work` on another disk) are resolved. A link below them comes from the
+    checkout, and the launcher refuses it.
     """
 
     def __init__(self, environ: Mapping[str, str], working_directory: str) -> None:
-        named = (environ.get("GITHUB_WORKSPACE"), environ.get("RUNNER_TEMP"))
-        self._roots = {name: Path(name).resolve() for name in map(os.path.abspath, filter(None, named))}
+        names = (environ.get("GITHUB_WORKSPACE"), environ.get("RUNNER_TEMP"))
+        self._roots = {name: Path(name).resolve() for name in map(os.path.abspath, filter(None, names))}
         self._start = workspace_of(environ)
-        self.complaint = ""
+        self.problem = ""
         if working_directory:
             self._start = self.place(working_directory)
             if not self._start.is_dir():
-                self.complaint = f"working-directory: got {working_directory!r}, and {self._start} is not a directory"
+                self.problem = (
+                    f"working-directory: got {working_directory!r}, expected a directory, but {self._start} is not one"
+                )
 
-    def place(self, given: str) -> Path:
-        path = os.path.normpath(self._start / os.path.expanduser(given))  # noqa: PTH111 # Path's raises without a home
+    def place(self, written: str) -> Path:
+        path = os.path.normpath(self._start / os.path.expanduser(written))  # noqa: PTH111 # Path's raises without a home
         for name, resolved in self._roots.items():
             if path == name or path.startswith(f"{name}{os.sep}"):
                 return resolved / os.path.relpath(path, name)
@@ -156,34 +158,39 @@ class _Places:
 
 def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
     value = given[name]
-    good = re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS)
-    return "" if good else f"{name}: got {value!r}, expected {expected}"
+    is_valid = re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS)
+    return "" if is_valid else f"{name}: got {value!r}, expected {expected}"
 
 
 def _arguments(text: str) -> tuple[tuple[str, ...], str]:
-    """Split `args` as a shell would, and complain about what another input says."""
+    """Split `args` like a shell. Return the words, and the problem if a word is a reserved option."""
     try:
         split = tuple(shlex.split(text))
     except ValueError as error:
-        return (), f"args: got {text!r}, which cannot be split into words ({error})"
+        return (), f"args: got {text!r}, expected words as for a shell ({error})"
     for word in split:
         name = word.partition("=")[0]
-        clash = next((own for own in OURS if len(name) > len("--") and own.startswith(name)), "")
-        if clash:
-            return (), f"args: got {word!r}, expected options other than {clash}, which the action sets itself"
+        reserved = next(
+            (option for option in RESERVED_OPTIONS if len(name) > len("--") and option.startswith(name)), ""
+        )
+        if reserved:
+            return (
+                (),
+                f"args: got {word!r}, but the action sets {reserved} itself: remove it, or use the action's inputs",
+            )
     return split, ""
 
 
 def _new_output(environ: Mapping[str, str]) -> Path:
-    """A new directory for the report, which the runner removes with the job."""
+    """A new directory for the report. The runner removes it at the end of the job."""
     parent = Path(environ.get("RUNNER_TEMP") or workspace_of(environ)).resolve()
     return parent / f"merge-gate-{secrets.token_hex(4)}" / "report"
 
 
 def _artifact_name(environ: Mapping[str, str], shard: str) -> str:
-    """A second artifact of the same name fails its job, so legs of a matrix and repeated uses must differ.
+    """A unique name: a second artifact of the same name would fail its job.
 
-    Nothing that a step can see tells two calls of one reusable workflow apart; hence the random end.
+    The random end is needed because two calls of one reusable workflow look the same to a step.
     """
     leg = "shard-" + shard.replace("/", "-of-") if shard else environ.get("MERGE_GATE_JOB_INDEX", "")
     parts = (environ.get("GITHUB_JOB", ""), leg, secrets.token_hex(3))

@@ -1,7 +1,6 @@
-"""The gate in this environment, as a child process: inside merge-gate's image, or where merge-gate is installed.
+"""Runs the gate in this environment, as a child process: in merge-gate's image, or with an installed merge-gate.
 
-In: a `ContainerRun`, of which the image means nothing here. Out: the gate's exit code, its output as it comes. Raises
-`UsageError` where merge-gate is not installed.
+A `ContainerRun` goes in; its image is ignored. The gate's exit code comes out, and its output is passed on as it comes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _CHUNK = 65_536
 
 
 def missing(environ: Mapping[str, str]) -> str:
-    """Say what keeps the gate from running here, an empty string where nothing does."""
+    """Return the reason why the gate cannot run here; empty if it can."""
     if sys.version_info < (3, 11):  # noqa: UP036 # the runner's own
         return f"{sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or newer"
     probe = subprocess.run([sys.executable, "-P", "-c", _PROBE], env=_environment(environ), check=False)
@@ -35,15 +34,15 @@ def missing(environ: Mapping[str, str]) -> str:
 
 def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
     """Run the gate in a child process and return its exit code. Must be called in the main thread."""
-    trouble = missing(run.environ)
-    if trouble:
+    reason = missing(run.environ)
+    if reason:
         raise UsageError(
-            f"runtime: native, but {trouble}",
+            f"runtime: native, but {reason}",
             hint="run the job in merge-gate's image (`container:`), install merge-gate in a step before this one, or "
             "use `runtime: docker`",
         )
     environ, device = gpus_and_device(run)
-    # -P: the workspace is the child's working directory and must not be where it imports from.
+    # -P keeps the workspace, the child's working directory, off its import path.
     words = ["run", config_word(run), "--output", str(run.output), "--device", device, *run.arguments]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "merge_gate", *words],
@@ -75,7 +74,7 @@ def _wait(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> int:
     if code in set(ExitCode):
         return code
     raise LauncherError(
-        f"the gate ended with exit code {code}, expected 0 to 3", hint="was it killed because memory ran out?"
+        f"the gate ended with exit code {code}, expected 0 to 3", hint="check whether it was killed for lack of memory"
     )
 
 
@@ -87,20 +86,20 @@ def _pass_on(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> No
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """PYTHONPATH is dropped: what a step before this one put there would be imported in place of the gate's own."""
+    """The environment without PYTHONPATH: modules of an earlier step would be imported instead of the gate's own."""
     return {name: value for name, value in environ.items() if name != "PYTHONPATH"}
 
 
 def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
-    """Narrow the GPUs by CUDA's own variable. Where GPUs were asked for, a CPU is no answer."""
+    """Limit the GPUs by CUDA's own variable. If GPUs were requested, the run must not fall back to the CPU."""
     environ = {**_environment(run.environ), **({"HF_HOME": str(run.hf_cache)} if run.hf_cache else {})}
-    asked = run.gpus not in {"auto", "none"}
-    if (run.device == "cpu" and asked) or (run.device.startswith("cuda") and run.gpus == "none"):
+    requested = run.gpus not in {"auto", "none"}
+    if (run.device == "cpu" and requested) or (run.device.startswith("cuda") and run.gpus == "none"):
         raise UsageError(
             f"gpus: {run.gpus} and device: {run.device} contradict each other", hint="leave one of them at auto"
         )
     if run.gpus == "none":
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif asked and run.gpus != "all":
+    elif requested and run.gpus != "all":
         environ["CUDA_VISIBLE_DEVICES"] = run.gpus
-    return environ, "cuda" if asked and run.device == "auto" else run.device
+    return environ, "cuda" if requested and run.device == "auto" else run.device

@@ -1,8 +1,7 @@
-"""The exit code set against the report: what the step may say.
+"""Compares the gate's exit code with its report, and decides the step's result.
 
-In: the gate's exit code, its last words, the directory of its report. Out: an `Outcome`. The result is `pass` or
-`fail` only where exit code and finished report agree, and the report with itself; everything else is `error`. A report
-comes out of a container: nothing in it is taken on trust.
+The result is `pass` or `fail` only if the exit code and a complete, consistent report agree. Anything else is `error`.
+The report comes out of a container, so it is not trusted.
 """
 
 from __future__ import annotations
@@ -32,49 +31,54 @@ _VERDICTS = ("passed", "failed", "error")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What the step says. `problem` is why there is no verdict, empty where there is one."""
+    """The step's result. `problem` is the reason why there is no verdict; empty if there is one."""
 
     result: str
     report: Mapping[str, Any] | None = None
     problem: str = ""
 
 
-def settle(code: int, path: Path, said: Sequence[str] = (), refused: Sequence[str] = ()) -> StepOutcome:
-    """Set the exit code against the report. `pass` and `fail` need both to say so, and the report to be finished.
+def decide(code: int, path: Path, last_lines: Sequence[str] = (), refused: Sequence[str] = ()) -> StepOutcome:
+    """Decide by the exit code and the report. `pass` and `fail` need both to agree, and a complete report.
 
-    `said` are the gate's last words: where there is no report, they are all that tells why. `refused` are files of the
-    report that were not what they should be: somebody else wrote there too, so that nothing there is a verdict.
+    Args:
+        code: the gate's exit code.
+        path: the place of report.json.
+        last_lines: the end of the gate's log. Without a report, it is the only explanation.
+        refused: a sentence for each report file that was refused. If there is one, other code has written to the
+            directory, so no file there counts as a verdict.
     """
-    report, trouble = read_report(path)
+    report, problem = read_report(path)
     if refused:
         return StepOutcome("error", report, "\n".join(["there is no verdict: the report was tampered with", *refused]))
     if report is None:
-        return StepOutcome("error", problem="\n".join([f"the gate ended with exit code {code} and {trouble}", *said]))
+        lines = [f"the gate ended with exit code {code} and {problem}", *last_lines]
+        return StepOutcome("error", problem="\n".join(lines))
     if report["complete"] and (code, report["result"]) in {(ExitCode.PASS, "pass"), (ExitCode.FAIL, "fail")}:
         return StepOutcome(report["result"], report)
     if report["complete"] and (code, report["result"]) == (ExitCode.ERROR, "error"):
         return StepOutcome("error", report)
-    finished = "finished" if report["complete"] else "unfinished"
+    state = "complete" if report["complete"] else "incomplete"
     return StepOutcome(
         "error",
         report,
-        f"there is no verdict: the gate ended with exit code {code}, and its report is {finished} and says "
+        f"there is no verdict: the gate ended with exit code {code}, but its report is {state} with the result "
         f"{report['result']!r}",
     )
 
 
-def broken_off(error: GateError, path: Path) -> StepOutcome:
-    """The outcome of a run that ended by an error: what was judged before it is true."""
+def interrupted_by(error: GateError, path: Path) -> StepOutcome:
+    """The outcome of a run that ended with an error. The verdicts before it are valid."""
     return StepOutcome("error", read_report(path)[0], in_words(error))
 
 
 def in_words(error: GateError) -> str:
-    """An error and its hint."""
+    """The message of an error, with its hint."""
     return error.message + (f"\nWhat to do: {error.hint}" if error.hint else "")
 
 
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return the report, or why there is none that can be used."""
+    """Return the report, or the reason why it cannot be used."""
     try:
         report = json.loads(read_regular_file(path, collect.LIMITS_BYTES["report.json"]))
     except FileNotFoundError:
@@ -83,11 +87,11 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
         return None, "wrote a report that cannot be read (it is nested too deeply)"
     except (OSError, ValueError) as error:
         return None, f"wrote a report that cannot be read ({type(error).__name__}: {error})"
-    trouble = _trouble(report)
-    return (None, trouble) if trouble else (report, "")
+    problem = _problem_of(report)
+    return (None, problem) if problem else (report, "")
 
 
-def _trouble(report: Any) -> str:
+def _problem_of(report: Any) -> str:
     if not _is_known(report):
         return "wrote a report that this version of the action does not know"
     if report["complete"] and not report["adapters"] and not _is_empty_shard(report):
@@ -97,7 +101,7 @@ def _trouble(report: Any) -> str:
 
 
 def _is_empty_shard(report: Mapping[str, Any]) -> bool:
-    """Tell whether this part of a larger run has no adapters; the run's verdict comes from the combination."""
+    """Whether this shard has no adapters. The combination of all shards gives the verdict."""
     shard = report.get("shard")
     if not isinstance(shard, dict) or not _has(shard, {"entries": int, "positions": list}):
         return False
@@ -105,7 +109,7 @@ def _is_empty_shard(report: Mapping[str, Any]) -> bool:
 
 
 def _is_known(report: object) -> bool:
-    """Tell whether a report has what is read of it here."""
+    """Whether a report has all the fields that are read here."""
     if not _has(report, _KINDS) or not isinstance(report, dict):
         return False
     adapters = report["adapters"]
@@ -122,15 +126,18 @@ def _has(value: object, kinds: Mapping[str, Any]) -> bool:
 
 
 def _contradiction(report: Mapping[str, Any]) -> str:
-    """Say where counts or result do not follow from the adapters; an unfinished report says `error` in any case."""
+    """Return the first of counts and result that does not follow from the adapters; empty if all do.
+
+    The result of an incomplete report is always `error`.
+    """
     verdicts = Counter(adapter["verdict"] for adapter in report["adapters"])
-    accepted = sum(bool(one.get("accepted")) for one in report["adapters"] if one["verdict"] == "failed")
+    accepted = sum(bool(adapter.get("accepted")) for adapter in report["adapters"] if adapter["verdict"] == "failed")
     counts = {verdict: verdicts[verdict] for verdict in _VERDICTS}
     if report["counts"] != counts:
-        return f"its counts are {json.dumps(report['counts'])[:200]}, and its adapters are {json.dumps(counts)}"
+        return f"its counts are {json.dumps(report['counts'])[:200]}, expected {json.dumps(counts)} by its adapters"
     if report.get("accepted", 0) != accepted:
-        return f"it says that {json.dumps(report['accepted'])[:200]} are accepted, and of its adapters {accepted} are"
-    follows = "fail" if counts["failed"] > accepted else "error" if counts["error"] else "pass"
-    if report["complete"] and report["result"] != follows:
-        return f"its result is {report['result']!r}, and its adapters make it {follows!r}"
+        return f"its accepted failures are {json.dumps(report['accepted'])[:200]}, expected {accepted} by its adapters"
+    expected = "fail" if counts["failed"] > accepted else "error" if counts["error"] else "pass"
+    if report["complete"] and report["result"] != expected:
+        return f"its result is {report['result']!r}, expected {expected!r} by its adapters"
     return ""

@@ -1,8 +1,7 @@
-"""The action's first step: inputs in, outputs out, and never a lost report.
+"""Runs the action's first step: it gates the adapters, and writes outputs, the job summary, and annotations.
 
-In: the words that entrypoint.py formed from the inputs, and the environment. Out: the step's outputs, the job summary,
-annotations, and exit code 0 whatever the verdict is: the action's last step fails the job, after the upload. It is 1
-only where no output could be written. Knows neither the Docker SDK nor how the gate judges.
+Its exit code is 0 for every verdict, so that the report can be uploaded; the action's last step fails the job. The exit
+code is 1 only if no output can be written.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from merge_gate.action import native, outcome, workflow
 from merge_gate.action.docker import collect, sdk
 from merge_gate.action.docker.container import ContainerRun, config_word
 from merge_gate.action.docker.docker_api import answers
-from merge_gate.action.docker.launcher import Told, run_in_container
+from merge_gate.action.docker.launcher import RunListener, run_in_container
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.errors import ExitCode, GateError, UsageError
@@ -33,43 +32,45 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Heard:
-    """What a run tells while the runner heeds no commands; it is said afterwards."""
+class _RunMessages:
+    """Messages collected during a run, while the runner obeys no commands. They are shown afterwards."""
 
     image: str = ""
     warnings: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     earlier: EarlierReports | None = None
 
-    def told(self) -> Told:
-        return Told(
+    def listener(self) -> RunListener:
+        return RunListener(
             image=lambda name: setattr(self, "image", name), warning=self.warnings.append, refused=self.refused.append
         )
 
 
 def main(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run the gate as the inputs ask; return the step's exit code."""
-    inputs, heard = None, _Heard()
+    """Run the gate with these inputs; return the step's exit code."""
+    inputs, messages = None, _RunMessages()
     try:
         _check_system(os.name)
-        ours = gate_environment(environ)
+        own_environ = gate_environment(environ)
         inputs = read_inputs(words, environ)
-        told = _judge(inputs, ours, heard)
+        result = _judge(inputs, own_environ, messages)
     except GateError as error:
-        told = StepOutcome("error", problem=outcome.in_words(error))
+        result = StepOutcome("error", problem=outcome.in_words(error))
     except OSError as error:
-        told = StepOutcome(
+        result = StepOutcome(
             "error", problem=f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
         )
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
-        told = StepOutcome("error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate")
-    return _tell(inputs, told, heard, environ)
+        result = StepOutcome(
+            "error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate"
+        )
+    return _publish(inputs, result, messages, environ)
 
 
 def _check_system(name: str) -> None:
     if name != "posix":
         raise UsageError(
-            "this runner is a Windows machine, expected Linux (or macOS with `runtime: native`)",
+            "this runner has Windows, expected Linux (or macOS with `runtime: native`)",
             hint="run the job on a Linux runner",
         )
 
@@ -78,43 +79,43 @@ def _check_system(name: str) -> None:
 
 
 def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the gate: the token under the name that huggingface_hub reads, nothing of the runner's.
+    """The environment of the gate: the token under the name that huggingface_hub reads, without the runner's variables.
 
-    The gate reads files of strangers; it needs none of the runner's tokens, and none of the files that steer a job.
-    Raises `UsageError` for a token that is no word.
+    The gate reads hostile files, and needs none of the runner's tokens or of the files that control a job.
+    Raises `UsageError` for a token with white space.
     """
-    ours = {key: value for key, value in environ.items() if not re.match(r"GITHUB_|ACTIONS_|INPUT_|MERGE_GATE_I", key)}
-    # A line break at its end, as a file or a pasted secret has it, would make another word of it than the one masked.
-    given = environ.get("MERGE_GATE_INPUT_HF_TOKEN", "").strip()
-    if re.search(r"\s", given):
+    own = {key: value for key, value in environ.items() if not re.match(r"GITHUB_|ACTIONS_|INPUT_|MERGE_GATE_I", key)}
+    # A trailing line break, from a file or a pasted secret, would make the token differ from the masked one.
+    input_token = environ.get("MERGE_GATE_INPUT_HF_TOKEN", "").strip()
+    if re.search(r"\s", input_token):
         raise UsageError("hf-token: got several words, expected one token", hint="check the secret")
-    token = given or environ.get("HF_TOKEN", "").strip()
+    token = input_token or environ.get("HF_TOKEN", "").strip()
     marker = {"MERGE_GATE_IMAGE": environ["MERGE_GATE_IMAGE"]} if environ.get("MERGE_GATE_IMAGE") else {}
     debug = {"MERGE_GATE_DEBUG": "1"} if environ.get("RUNNER_DEBUG") == "1" else {}
     workspace = {"GITHUB_WORKSPACE": str(workspace_of(environ))}
     repository, number = environ.get("GITHUB_REPOSITORY", ""), environ.get("GITHUB_RUN_ID", "")
     place = {"MERGE_GATE_PLACE": f"{repository} run {number}"} if repository and number else {}
-    return {**ours, **marker, **debug, **workspace, **place, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
+    return {**own, **marker, **debug, **workspace, **place, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
-def _judge(inputs: ActionInputs, environ: Mapping[str, str], heard: _Heard) -> StepOutcome:
+def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages) -> StepOutcome:
     run, path = _run_of(inputs, environ), inputs.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
-    with collect.claimed(inputs.output) as earlier:  # its verdict must not pass for the verdict of this run
-        heard.earlier = earlier
+    with collect.claimed(inputs.output) as earlier:  # an earlier report must not be mistaken for the report of this run
+        messages.earlier = earlier
         runtime = choose_runtime(inputs.runtime, environ)
     _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
     log.open()
     try:
-        code = _run(runtime, run, log.write, heard)  # which claims the directory itself
+        code = _run(runtime, run, log.write, messages)  # the run claims the directory itself
     except GateError as error:
-        return outcome.broken_off(error, path)
+        return outcome.interrupted_by(error, path)
     finally:
         log.close()
     file = workflow.file_in_workspace(inputs.config, run.workspace)
     for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
         _say(line)
-    return outcome.settle(code, path, log.tail, heard.refused)
+    return outcome.decide(code, path, log.tail, messages.refused)
 
 
 def _run_of(inputs: ActionInputs, environ: Mapping[str, str]) -> ContainerRun:
@@ -136,17 +137,17 @@ def _run_of(inputs: ActionInputs, environ: Mapping[str, str]) -> ContainerRun:
     )
 
 
-def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], heard: _Heard) -> int:
+def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _RunMessages) -> int:
     if runtime == "native":
         return native.run_here(run, log)
     with sdk.available(run.environ):
-        return run_in_container(run, log, heard.told())
+        return run_in_container(run, log, messages.listener())
 
 
-def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
-    """`auto`: native inside merge-gate's image; else docker where an engine answers; else native where installed."""
-    if asked != "auto":
-        return asked
+def choose_runtime(requested: str, environ: Mapping[str, str]) -> str:
+    """Resolve `auto`: native in merge-gate's image, or docker if an engine answers, or native if it is installed."""
+    if requested != "auto":
+        return requested
     if environ.get("MERGE_GATE_IMAGE"):
         return "native"
     if answers(environ):
@@ -161,42 +162,44 @@ def choose_runtime(asked: str, environ: Mapping[str, str]) -> str:
     return "native"
 
 
-# --- what the step says --------------------------------------------------------------------------------------------
+# --- the step's results --------------------------------------------------------------------------------------------
 
 
-def _tell(inputs: ActionInputs | None, told: StepOutcome, heard: _Heard, environ: Mapping[str, str]) -> int:
-    report = told.report
-    if heard.earlier is not None and heard.earlier.line:
+def _publish(
+    inputs: ActionInputs | None, result: StepOutcome, messages: _RunMessages, environ: Mapping[str, str]
+) -> int:
+    report = result.report
+    if messages.earlier is not None and messages.earlier.line:
         if report is not None:
-            heard.earlier.replace_previous()
-        _say(f"merge-gate: {heard.earlier.line}")
+            messages.earlier.replace_previous()
+        _say(f"merge-gate: {messages.earlier.line}")
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
-    for sentence in [*heard.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]:
+    for sentence in [*messages.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]:
         _say(workflow.command("warning", sentence, title="merge-gate"))
-    if told.problem:
-        _say(workflow.command("error", told.problem, title="merge-gate"))
+    if result.problem:
+        _say(workflow.command("error", result.problem, title="merge-gate"))
     if report and inputs:
         file = workflow.file_in_workspace(inputs.config, workspace_of(environ))
         for line in workflow.annotate(report, file):
             _say(line)
     try:
         uploads = wants_upload and not cannot_upload
-        outputs = _outputs(inputs, told, heard.image, uploads=uploads)
+        outputs = _outputs(inputs, result, messages.image, uploads=uploads)
         workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
-        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, told))
+        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, result))
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
         return 1
-    _say(f"merge-gate: result {told.result}")
+    _say(f"merge-gate: result {result.result}")
     return 0
 
 
-def _outputs(inputs: ActionInputs | None, told: StepOutcome, image: str, *, uploads: bool) -> dict[str, str]:
-    report = told.report
+def _outputs(inputs: ActionInputs | None, result: StepOutcome, image: str, *, uploads: bool) -> dict[str, str]:
+    report = result.report
     failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
     return {
-        "result": told.result,
+        "result": result.result,
         "failed": json.dumps(list(dict.fromkeys(failed))),
         "counts": json.dumps(report["counts"] if report else {}),
         "report-path": str(inputs.output) if report and inputs else "",
@@ -208,16 +211,16 @@ def _outputs(inputs: ActionInputs | None, told: StepOutcome, image: str, *, uplo
     }
 
 
-def _summary(inputs: ActionInputs | None, told: StepOutcome) -> str:
-    """The gate's own summary; before it, what kept the gate from a verdict."""
+def _summary(inputs: ActionInputs | None, result: StepOutcome) -> str:
+    """The gate's summary, after the reason why there is no verdict (if there is one)."""
     text = ""
-    if inputs and told.report:
+    if inputs and result.report:
         with contextlib.suppress(OSError):
             name = "summary.md"
             text = read_regular_file(inputs.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
-    if not told.problem:
+    if not result.problem:
         return text
-    quoted = "\n".join(f"    {line}" for line in told.problem.splitlines())
+    quoted = "\n".join(f"    {line}" for line in result.problem.splitlines())
     return f"### merge-gate: error\n\n{quoted}\n\n{text}"
 
 

@@ -1,7 +1,7 @@
-"""What a GitHub runner reads: workflow commands in the log, and the files that carry outputs and the summary.
+"""Writes what a GitHub runner reads: workflow commands in the log, and the files for outputs and the summary.
 
-In: foreign text (the gate's log, report.json) and the files that the runner names. Out: a log in which no foreign
-line is a command, annotations, outputs. Knows nothing of containers or of how the gate runs; works from report.json.
+Foreign text (the gate's log and report.json) goes in. Annotations, outputs, and a log in which no foreign line is a
+command come out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from merge_gate.report.wording.untrusted import inert, one_line, safe_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-ANNOTATIONS = 9
-"""A step shows 10 errors; the tenth says how many more there are."""
+MAX_ANNOTATIONS = 9
+"""A step shows 10 errors. The tenth gives the number of the others."""
 _MESSAGE_LIMIT = 600
 _NAME_LIMIT = 80
 _LINE_LIMIT = 32_768
@@ -34,11 +34,11 @@ _SUMMARY_LIMIT = 1_000_000
 
 
 class Log:
-    """Passes foreign text on to the runner's log, line by line, harmless.
+    """Passes foreign text on to the runner's log, line by line, and makes it harmless.
 
-    Between `open` and `close` the runner obeys no command (`::stop-commands::`), and each line is broken besides
-    where it looks like one; the runner splits lines at a lone carriage return too. `secret` becomes `***`. Lines that
-    name a place in `config`, the configuration as the gate was told it, are kept.
+    Between `open` and `close` the runner obeys no command (`::stop-commands::`). In addition, text that looks like a
+    command is altered, and a lone carriage return ends a line, as for the runner. `secret` becomes `***`. Lines that
+    name a place in `config`, the path that the gate got, are collected in `places`.
     """
 
     def __init__(self, stream: BinaryIO, secret: str = "", config: str = "") -> None:
@@ -53,15 +53,15 @@ class Log:
 
     @property
     def tail(self) -> list[str]:
-        """The last lines of foreign text, as they were passed on."""
+        """The last lines of foreign text, in their harmless form."""
         return [line for line in self._tail if line.strip()]
 
     def open(self) -> None:
-        """Begin foreign text."""
+        """Start foreign text."""
         self._put(f"::stop-commands::{self._token}")
 
     def close(self) -> None:
-        """End foreign text, with what is left of its last line."""
+        """Write the rest of the last line, and end foreign text."""
         with self._lock:
             if self._rest:
                 self._foreign(self._rest)
@@ -69,7 +69,7 @@ class Log:
         self._put(f"::{self._token}::")
 
     def write(self, data: bytes) -> None:
-        """Pass on a piece of foreign text; may be called from any thread."""
+        """Pass on a piece of foreign text. Any thread may call this."""
         with self._lock:
             *lines, self._rest = (self._rest + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
             if len(self._rest) > _LINE_LIMIT:
@@ -82,8 +82,8 @@ class Log:
         text = line.decode("utf-8", "replace")
         harmless = safe_text(text.replace(self._secret, "***") if self._secret else text)
         self._tail.append(harmless)
-        if (found := self._place.fullmatch(harmless)) and len(self.places) < ANNOTATIONS:
-            self.places.append((found[1], found[2], found[3]))
+        if (match := self._place.fullmatch(harmless)) and len(self.places) < MAX_ANNOTATIONS:
+            self.places.append((match[1], match[2], match[3]))
         self._put(harmless)
 
     def _put(self, line: str) -> None:
@@ -103,33 +103,33 @@ def command(name: str, message: str, **properties: str) -> str:
 
 
 def _data(text: str) -> str:
-    """Escape a message. `::` in it is broken besides: act, and the runners built on it, split at the last one."""
+    """Escape a message. `::` in it is also altered: act, and the runners built on it, split at the last `::`."""
     return re.sub(":(?=:)", ": ", inert(text)).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[str]:
-    """Return an error for each problem of the configuration, at its line; none where `file` is empty."""
+    """Return an error for each problem of the configuration, at its line; no errors if `file` is empty."""
     title = "merge-gate: configuration"
     return [
-        command("error", what, file=file, line=line, col=column, title=title) for line, column, what in places if file
+        command("error", problem, file=file, line=line, col=column, title=title)
+        for line, column, problem in places
+        if file
     ]
 
 
 def annotate(report: Mapping[str, Any], file: str) -> list[str]:
-    """Return an error for each adapter that failed or could not be judged, failed ones first.
+    """Return an error for each adapter that failed or could not be judged, failed adapters first.
 
-    What is so of an adapter in several dtypes is one error. A failure that the baseline accepts is a warning, after the
-    others.
-
-    `file` is the configuration relative to the workspace, as the job's page shows it; empty where it lies outside.
+    The same error of an adapter in several dtypes is reported once. A failure that the baseline accepts is a warning,
+    after the others. `file` is the configuration relative to the workspace; empty if it is outside.
     """
-    blocked = [adapter for adapter in report["adapters"] if adapter["verdict"] != "passed"]
-    blocked.sort(key=lambda adapter: (bool(adapter.get("accepted")), adapter["verdict"] != "failed"))
-    told = list(dict.fromkeys(_annotation(adapter, file) for adapter in blocked))
-    shown = told[:ANNOTATIONS]
-    left = len(told) - len(shown)
-    if left:
-        shown.append(command("error", f"and {left} more; see the job summary or report.json", title="merge-gate"))
+    blocking = [adapter for adapter in report["adapters"] if adapter["verdict"] != "passed"]
+    blocking.sort(key=lambda adapter: (bool(adapter.get("accepted")), adapter["verdict"] != "failed"))
+    annotations = list(dict.fromkeys(_annotation(adapter, file) for adapter in blocking))
+    shown = annotations[:MAX_ANNOTATIONS]
+    more = len(annotations) - len(shown)
+    if more:
+        shown.append(command("error", f"and {more} more; see the job summary or report.json", title="merge-gate"))
     return shown
 
 
@@ -150,28 +150,28 @@ def _sentences(adapter: Mapping[str, Any]) -> str:
         lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
         lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
         return "\n".join(lines)
-    return "No finding was recorded; the log may say more."
+    return "No finding was recorded. See the log."
 
 
 def file_in_workspace(path: Path, workspace: Path) -> str:
-    """Return `path` relative to the workspace with forward slashes, or an empty string where it lies outside."""
+    """Return `path` relative to the workspace with forward slashes; empty if it is outside."""
     inside = os.path.relpath(path, workspace).replace(os.sep, "/")
     return "" if inside == ".." or inside.startswith("../") else inside
 
 
 def missing_artifacts(server: str) -> str:
-    """Say why a server takes no artifact, nothing where it does: only GitHub's own have artifacts of version 4."""
+    """Return the reason why a server takes no artifacts of version 4; empty for GitHub's own servers, which do."""
     host = (urlsplit(server).hostname or "").lower()
     if not host or host == "github.com" or host.endswith((".ghe.com", ".localhost")):
         return ""
     return (
-        f"{host} is GitHub Enterprise Server, which lacks the artifacts that actions/upload-artifact makes: the "
-        "report is not uploaded and lies in the output report-path; upload it with actions/upload-artifact@v3"
+        f"{host} is GitHub Enterprise Server, which does not support the artifacts of actions/upload-artifact@v4: the "
+        "report was not uploaded; upload the directory in the output report-path with actions/upload-artifact@v3"
     )
 
 
 def literal_patterns(paths: Sequence[Path]) -> str:
-    """Return absolute paths as actions/upload-artifact reads them: one pattern a line, with its wildcards escaped."""
+    """Return absolute paths for actions/upload-artifact: one pattern on each line, with escaped wildcards."""
     return "\n".join(re.sub(r"([\\*?\[])", r"\\\1", str(path)) for path in paths)
 
 
@@ -179,7 +179,7 @@ def literal_patterns(paths: Sequence[Path]) -> str:
 
 
 def write_outputs(file: str, outputs: Mapping[str, str]) -> None:
-    """Append `outputs` to the file GITHUB_OUTPUT, each between delimiters that nobody can guess."""
+    """Append `outputs` to the file GITHUB_OUTPUT, each between random delimiters."""
     lines: Sequence[str] = [
         line
         for name, value in outputs.items()
@@ -190,7 +190,7 @@ def write_outputs(file: str, outputs: Mapping[str, str]) -> None:
 
 
 def write_summary(file: str, text: str) -> None:
-    """Append `text` to the file GITHUB_STEP_SUMMARY, cut at the end of a line where it is too long."""
+    """Append `text` to the file GITHUB_STEP_SUMMARY. A text that is too long is cut at the end of a line."""
     data = text.encode("utf-8")
     if len(data) > _SUMMARY_LIMIT:
         text = data[:_SUMMARY_LIMIT].decode("utf-8", "ignore").rpartition("\n")[0]

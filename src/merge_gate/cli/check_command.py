@@ -37,7 +37,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.records.terms import Verdict
-    from merge_gate.report.formats.terminal_text import files_told
+    from merge_gate.report.formats.terminal_text import file_lines
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
     from merge_gate.run.view import make_view
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
             counts[adapter.verdict] += 1
-            for line in files_told(adapter, of=len(config.adapters)):
+            for line in file_lines(adapter, of=len(config.adapters)):
                 tell(line)
     tell(
         f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]:,} are sound, "

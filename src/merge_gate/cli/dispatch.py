@@ -17,7 +17,7 @@ from pathlib import Path
 from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
 from merge_gate.cli.parser import output_of, parsed
-from merge_gate.errors import LACKING, ConfigError, ExitCode, GateError
+from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
@@ -66,8 +66,8 @@ def _obey(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         return _stopped(stop, arguments)
     except Exception as error:
-        if isinstance(error, OSError) and (lacking := LACKING.get(error.errno or 0)):
-            say(f"merge-gate: {lacking}")
+        if isinstance(error, OSError) and (shortage := SHORTAGES.get(error.errno or 0)):
+            say(f"merge-gate: {shortage}")
             return ExitCode.ERROR
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
@@ -78,10 +78,10 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     """The exit code after a signal: no verdict, unless the whole report was on disk when it arrived."""
-    from merge_gate.report.stored.output_directory import written
+    from merge_gate.report.stored.output_directory import stored_result
 
     output = getattr(arguments, "output", None)
-    report = written(output) if output else None
+    report = stored_result(output) if output else None
     if report is not None and report.complete:
         say(f"merge-gate: stopped by {stop.signal_name} after the last adapter; the report in {output} is complete")
         return EXIT_CODE_OF[report.result]

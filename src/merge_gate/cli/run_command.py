@@ -118,7 +118,7 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
 
 
 def _in_container(arguments: argparse.Namespace) -> int:
-    from merge_gate.action.docker.launcher import for_a_person, run_in_container
+    from merge_gate.action.docker.launcher import local_run, run_in_container
 
     requested_config(arguments)
     if arguments.resume:
@@ -131,7 +131,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
     more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
-    run = for_a_person(
+    run = local_run(
         arguments.names[0],
         output=arguments.output,
         device=arguments.device,

@@ -1,7 +1,6 @@
-"""The baseline's YAML file → known failures, strict; every problem keeps its line and column.
+"""Validates a baseline file: a YAML document in, `KnownFailure`s or a `ConfigError` with all problems out.
 
-In: a document of that file. Out: `KnownFailure`s, or a `ConfigError` with all problems in the order of the file. An
-entry is of one adapter: there are no patterns, so that what is not finite is accepted one by one.
+Each entry names exactly one adapter. Patterns are not allowed, so that failures are accepted one by one.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ def build_baseline(document: YamlDocument) -> tuple[KnownFailure, ...]:
         loc: Loc = ("accept", index)
         if not (entry and entry.adapter and entry.cause and entry.until):
             continue
-        for check in (entry.cause, *(one for one in entry.also or [] if one)):
+        for check in (entry.cause, *filter(None, entry.also or [])):
             if check not in CHECKS:
-                document.report(loc, f"there is no check {quoted(check)}", partial(nearest, check, CHECKS), key="cause")
+                document.report(loc, f"unknown check {quoted(check)}", partial(nearest, check, CHECKS), key="cause")
         try:
             until = dt.date.fromisoformat(entry.until)
         except ValueError:
-            document.report((*loc, "until"), f"{quoted(entry.until)} is no day", "write a day such as 2026-12-31")
+            document.report((*loc, "until"), f"{quoted(entry.until)} is not a date", "write a date such as 2026-12-31")
             continue
-        one = entry.record(KnownFailure, until=until, line=document.there(loc).line)
-        if (first := known.setdefault((one.adapter, one.cause), one)) is not one:
-            document.report(loc, "this adapter and cause are accepted already", f"first in line {first.line}")
+        failure = entry.record(KnownFailure, until=until, line=document.value_at(loc).line)
+        if (first := known.setdefault((failure.adapter, failure.cause), failure)) is not failure:
+            document.report(loc, "this adapter and cause are already accepted", f"first in line {first.line}")
     document.raise_problems()
     return tuple(known.values())

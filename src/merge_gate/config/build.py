@@ -1,8 +1,7 @@
-"""Models with holes → `Config`: names, directories, globs and defaults; what types cannot say.
+"""Builds a `Config` from a validated document: resolves names, directories, globs, and defaults.
 
-In: a document. Out: a `Config`, or a `ConfigError` with every problem. Knows which directories exist (through
-`paths`), and neither YAML nor what the checks do. A hole in a model is false: what is right beside it is built, so that
-its problems are said too, and thrown away at the end.
+A document goes in; a `Config` or a `ConfigError` with every problem comes out. If a model has a hole, the rest is still
+built, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
-from merge_gate.config.paths import Found, Unusable, find_all, is_glob
+from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
@@ -24,9 +23,9 @@ from merge_gate.records.terms import Quantization, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
 _DEFAULTS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
-NOTHING_SAID = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS, line=1, column=1)
-"""An adapter of a file that says nothing: what the file says is laid over it, then what the entry says."""
-_NO_REVISION = ("revision has no meaning for a directory", "only Hub ids have one")
+DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS, line=1, column=1)
+"""The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
+_REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
 def build_config(document: YamlDocument, sha256: str, *, path: str | None, directory: Path) -> Config:
@@ -60,11 +59,11 @@ class _Build:
     def __init__(self, document: YamlDocument, file: FileEntry, directory: Path, *, is_file: bool) -> None:
         self.document, self.report = document, document.report
         self.directory, self.is_file = directory, is_file
-        self.claimed: dict[str, tuple[int, str]] = {}
-        self.default = self._laid_over((), file, NOTHING_SAID)
+        self.names: dict[str, tuple[int, str]] = {}  # name ▶ line and source of the adapter that has it
+        self.default = self._override((), file, DEFAULT_ADAPTER)
 
     def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:
-        """Build all entries; combinations last, since they refer to the others. The order is the file's."""
+        """Build all entries in the order of the file. Combinations are resolved last, since they name other entries."""
         built = [list(self._entry(("adapters", index), entry)) if entry else [] for index, entry in enumerate(entries)]
         named = {spec.name: spec for specs in built for spec in specs}
         for index, specs in enumerate(built):
@@ -73,65 +72,68 @@ class _Build:
                 specs[0] = self._combination(loc, entries[index], specs[0], named, complete=all(built))
         return tuple(spec for specs in built for spec in specs)
 
-    def _laid_over(self, loc: Loc, said: FileEntry | AdapterEntry, below: AdapterSpec) -> AdapterSpec:
-        """What file and entry may both say, laid over what was said before."""
-        checks = below.checks
-        if said.checks:
-            checks = tuple(self._setting((*loc, "checks", one.check), said.checks, one) for one in checks)
-        base = self._base((*loc, "base"), said.base, below.base)
-        seconds = (said.limits and said.limits.seconds) or below.limit_seconds
-        return replace(below, base=base, checks=checks, limit_seconds=seconds)
+    def _override(self, loc: Loc, entry: FileEntry | AdapterEntry, default: AdapterSpec) -> AdapterSpec:
+        """Override the defaults with the base, checks, and limits of a file or an entry."""
+        checks = default.checks
+        if entry.checks:
+            checks = tuple(self._setting((*loc, "checks", row.check), entry.checks, row) for row in checks)
+        base = self._base((*loc, "base"), entry.base, default.base)
+        seconds = (entry.limits and entry.limits.seconds) or default.limit_seconds
+        return replace(default, base=base, checks=checks, limit_seconds=seconds)
 
     # --- one entry -------------------------------------------------------------------------------------------------
 
     def _entry(self, loc: Loc, entry: AdapterEntry) -> Iterator[AdapterSpec]:
-        """Yield the entry's adapters: one, or one per directory of a glob. None where its source is wrong."""
+        """Yield the entry's adapters: one, or one per directory of a glob. Yield none if its source is invalid."""
         given = entry.model_fields_set
-        there = self.document.there(loc)
-        draft = replace(self._laid_over(loc, entry, self.default), line=there.line, column=there.column)
+        place = self.document.value_at(loc)
+        draft = replace(self._override(loc, entry, self.default), line=place.line, column=place.column)
         draft = replace(draft, name=entry.name or "", revision=entry.revision or None)
         if entry.expect:
             self._refuse_outside((*loc, "expect", "sha256"), entry.expect.sha256 or ())
             draft = replace(draft, expect=entry.expect.record(Expect))
         if given >= {"path", "combine"}:
-            self.report(loc, '"path" and "combine" exclude each other', "remove one of them", key="combine")
+            self.report(loc, 'an entry cannot have both "path" and "combine"', "remove one of them", key="combine")
         elif "combine" in given:
             yield from self._from_combine(loc, entry, draft)
         elif entry.path:
             yield from self._from_path(loc, draft, entry.path)
         elif "path" not in given and not entry.model_extra:
-            self.report(loc, 'an adapter needs "path" or "combine"', "path is a directory or a Hub id")
+            self.report(loc, 'an adapter needs "path" or "combine"', "a path is a directory or a Hub id")
 
     def _from_path(self, loc: Loc, draft: AdapterSpec, written: str) -> Iterator[AdapterSpec]:
         globbed = is_glob(written, self.directory)
         if globbed and draft.name:
-            hint = "its adapters are named after their directories: remove it"
-            self.report(loc, f'"name" has no meaning for the glob {quoted(written)}', hint, key="name")
+            hint = "remove it: each adapter is named after its directory"
+            self.report(loc, f'the glob {quoted(written)} cannot have a "name"', hint, key="name")
         naming = (*loc, "name" if draft.name else "path")
-        for source, path, hub_id in self._found((*loc, "path"), written, on_hub=bool(draft.revision)):
+        for source, path, hub_id in self._resolved((*loc, "path"), written, on_hub=bool(draft.revision)):
             if path and draft.revision:
-                self.report(loc, *_NO_REVISION, key="revision")
+                self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
             name = (not globbed and draft.name) or (path or source).rsplit("/", 1)[-1]
             if reason := _bad_name(name):
                 message = f"the adapter's name would be {quoted(name)}, which {reason}", 'add a "name"'
                 if globbed:
                     message = f"the directory {quoted(source)} has a name that {reason}", "rename it"
                 self.report((*loc, "path"), *message)
-            yield self._claimed(naming, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
+            yield self._with_unique_name(naming, replace(draft, name=name, source=source, path=path, hub_id=hub_id))
 
     def _from_combine(self, loc: Loc, entry: AdapterEntry, draft: AdapterSpec) -> Iterator[AdapterSpec]:
-        """The members are looked up later, in `_combination`."""
-        for key, why in (("revision", "it has no files of its own"), ("expect", "state it of the members")):
+        """Build a combination, without its members: `_combination` looks them up later."""
+        for key, hint in (
+            ("revision", "remove it: a combination has no files of its own"),
+            ("expect", "move it to the members"),
+        ):
             if key in entry.model_fields_set:
-                self.report(loc, f'"{key}" has no meaning for a combination', why, key=key)
+                self.report(loc, f'a combination cannot have "{key}"', hint, key=key)
         if "name" not in entry.model_fields_set:
-            self.report(loc, 'a combination needs a "name"', "it is what the report calls it", key="combine")
+            self.report(loc, 'a combination needs a "name"', "the report uses it", key="combine")
         if entry.combine:
             self._check_combine((*loc, "combine"), entry.combine)
         if entry.combine and entry.combine.adapters and draft.name:
             source = f"{entry.combine.method or '?'}({', '.join(entry.combine.adapters)})"
             spec = replace(draft, source=source, combine=entry.combine.record(Combine))
-            yield self._claimed((*loc, "name"), spec)
+            yield self._with_unique_name((*loc, "name"), spec)
 
     def _check_combine(self, loc: Loc, entry: CombineEntry) -> None:
         if entry.weights and entry.adapters and len(entry.weights) != len(entry.adapters):
@@ -142,18 +144,18 @@ class _Build:
             self.report((*loc, "method"), f'the method {entry.method} needs "density"', hint)
         for key, methods in METHODS_WITH.items():
             if key in entry.model_fields_set and entry.method and entry.method not in methods:
-                hint = f"methods with it: {', '.join(methods)}"
-                self.report(loc, f'"{key}" has no meaning for the method {entry.method}', hint, key=key)
+                hint = f"methods that take it: {', '.join(methods)}"
+                self.report(loc, f'the method {entry.method} does not take "{key}"', hint, key=key)
         for index in _repeated(entry.adapters):
-            message = f"{quoted(entry.adapters[index])} is named twice"
-            self.report((*loc, "adapters", index), message, "add up its weights")
+            message = f"{quoted(entry.adapters[index])} is listed twice"
+            self.report((*loc, "adapters", index), message, "list it once, with the sum of its weights")
 
     def _combination(
         self, loc: Loc, entry: AdapterEntry, spec: AdapterSpec, named: Mapping[str, AdapterSpec], *, complete: bool
     ) -> AdapterSpec:
         """Look up the members, and put the combination on their base unless it names its own.
 
-        Names that are unknown are a problem only where all entries could be read: it may be one of the others.
+        An unknown name is reported only if all entries are valid. Otherwise an invalid entry may have that name.
         """
         names = spec.combine.adapters if spec.combine else ()
         bases = [*(named[name].base for name in names if name in named), self.default.base]
@@ -163,74 +165,74 @@ class _Build:
             if member is None and complete:
                 self.report(place, f"no adapter is named {quoted(name)}", partial(_listed, name, named))
             elif member and member.combine:
-                self.report(place, f"{quoted(name)} is a combination itself", "combine its members instead")
+                self.report(place, f"{quoted(name)} is itself a combination", "combine its members instead")
             elif member and not member.base.key().is_same_model(base.key()):
                 message = f"{quoted(name)} is on another base: {_shown(member.base)}, not {_shown(base)}"
                 self.report(place, message, "only adapters of one base can be combined")
         return replace(spec, base=base)
 
-    def _found(self, loc: Loc, written: str, *, on_hub: bool, is_base: bool = False) -> list[Found]:
-        """What a name at `loc` stands for. Nothing, where it is a problem."""
+    def _resolved(self, loc: Loc, written: str, *, on_hub: bool, is_base: bool = False) -> list[ResolvedName]:
+        """Resolve the name at `loc`. Report a problem and return an empty list if it is invalid."""
         try:
-            return find_all(written, self.directory, on_hub=on_hub, is_base=is_base)
-        except Unusable as problem:
+            return resolve_name(written, self.directory, on_hub=on_hub, is_base=is_base)
+        except InvalidName as problem:
             self.report(loc, *problem.args)
             return []
 
-    def _claimed(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
-        """The adapter itself. Every name is there once. `loc` is what names it."""
-        line = self.document.there(loc).line
-        if spec.name not in self.claimed:
-            self.claimed[spec.name] = (line, spec.source)
+    def _with_unique_name(self, loc: Loc, spec: AdapterSpec) -> AdapterSpec:
+        """Return the adapter, and report a problem if its name is taken. `loc` is the place of the name."""
+        line = self.document.value_at(loc).line
+        if spec.name not in self.names:
+            self.names[spec.name] = (line, spec.source)
             return spec
-        first, source = self.claimed[spec.name]
-        where = f", in line {line}" if line == first else f", in line {first} and in line {line}"
+        first, source = self.names[spec.name]
+        lines = f", in line {line}" if line == first else f", in line {first} and in line {line}"
         hint = 'names must be unique: give one of them another "name"'
         if not self.is_file:
-            where, hint = "", "name each once; adapters of one name are told apart in a config"
-        message = f"the name {quoted(spec.name)} is given twice{where}: to {quoted(source)} and {quoted(spec.source)}"
+            lines, hint = "", "list each adapter once; use a config file to give adapters different names"
+        message = f"the name {quoted(spec.name)} is used twice{lines}: for {quoted(source)} and {quoted(spec.source)}"
         self.report(loc, message, hint)
         return spec
 
     # --- base, checks, expect --------------------------------------------------------------------------------------
 
     def _base(self, loc: Loc, entry: BaseEntry | None, spec: BaseSpec) -> BaseSpec:
-        """Lay the keys given at `loc` over `spec`. A revision stays with its model."""
+        """Override `spec` with the keys given at `loc`. A new model drops the revision of the old one."""
         if not entry:
             return spec
         if entry.model and entry.model != spec.label:
-            found = self._found((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
-            model = next((path or hub_id for _, path, hub_id in found), entry.model)
+            resolved = self._resolved((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
+            model = next((path or hub_id for _, path, hub_id in resolved), entry.model)
             spec = replace(spec, model=model, label=entry.model, revision=None)
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
-                self.report(loc, *_NO_REVISION, key="revision")
+                self.report(loc, *_REVISION_OF_DIRECTORY, key="revision")
             elif spec.model is None and "model" not in entry.model_fields_set:
-                self.report(loc, '"revision" needs "model"', "name the base that it is a revision of", key="revision")
+                self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
         for index in _repeated(entry.dtype):
-            self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is given twice", "remove one")
+            self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
         quantization = Quantization(entry.quantization or spec.quantization)
         return replace(spec, dtypes=tuple(entry.dtype or spec.dtypes), quantization=quantization)
 
-    def _setting(self, loc: Loc, checks: Any, below: CheckSetting) -> CheckSetting:
-        entry: CheckEntry | None = getattr(checks, below.check)
+    def _setting(self, loc: Loc, checks: Any, default: CheckSetting) -> CheckSetting:
+        entry: CheckEntry | None = getattr(checks, default.check)
         if not entry:
-            return below
-        row = CHECKS[below.check]
-        severity = row.severity if entry.severity == "on" else Severity(entry.severity or below.severity)
+            return default
+        row = CHECKS[default.check]
+        severity = row.severity if entry.severity == "on" else Severity(entry.severity or default.severity)
         if not row.can_be_off and severity is not row.severity:
-            what = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
+            change = "switched off" if severity is Severity.OFF else f"lowered to {severity}"
             hint = (
-                "it makes the verdict error, not failed: no merge into such a base can be judged"
+                "it gives the verdict error, not failed: a merge into such a base cannot be judged"
                 if row.is_of_base
-                else "a model that is not finite never passes"
+                else "a model with NaN or infinity never passes"
             )
-            self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {what}", hint)
+            self.report((*loc, "severity"), f"{quoted(row.id)} cannot be {change}", hint)
         if entry.limit and row.limit is None:
             limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)
-            self.report(loc, f"{quoted(below.check)} has no limit", f"checks with one: {limited}", key="limit")
-        return replace(below, severity=severity, limit=entry.limit or below.limit)
+            self.report(loc, f"{quoted(default.check)} has no limit", f"checks with a limit: {limited}", key="limit")
+        return replace(default, severity=severity, limit=entry.limit or default.limit)
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
         for name in names:
@@ -241,17 +243,17 @@ class _Build:
 
 def _listed(name: str, named: Mapping[str, AdapterSpec]) -> str:
     known = [other.name for other in named.values() if not other.combine]
-    return nearest(name, known) or f"listed are: {listing(map(quoted, known))}"
+    return nearest(name, known) or f"the listed adapters are {listing(map(quoted, known))}"
 
 
 def _repeated(values: list[Any] | None) -> list[int]:
-    """The places of values that have stood before."""
+    """The indices of values that repeat an earlier one."""
     first = dict[Any, int]()
     return [index for index, value in enumerate(values or []) if first.setdefault(value, index) != index]
 
 
 def _bad_name(name: str) -> str:
-    """Say why a name that was not written but derived will not do."""
+    """Say why a derived name is invalid; empty if it is valid."""
     if not name.strip():
         return "is empty"
     if len(name) > MAX_NAME:
@@ -262,5 +264,5 @@ def _bad_name(name: str) -> str:
 
 def _shown(base: BaseSpec) -> str:
     if base.label is None:
-        return "the one that its adapter_config.json names"
+        return "the base that its adapter_config.json names"
     return quoted(base.label + (f"@{base.revision}" if base.revision else ""))

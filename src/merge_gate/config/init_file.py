@@ -1,7 +1,7 @@
-"""What lies on disk → a first configuration file, as a person would write it.
+"""Writes a first configuration file for the adapters found in some directories.
 
-In: directories, and what gives the base that an adapter names. Out: the text of a file. Of a training run it lists the
-adapter, not its checkpoints; a base that is not where the adapters name it is looked for beside them.
+If a training run has a final adapter, its checkpoints are not listed. A base that is missing from the path that its
+adapters name is searched for near them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_gate.config.from_arguments import longer_names, nowhere, yaml_text
+from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names, yaml_text
 from merge_gate.config.paths import could_be_hub_id
 from merge_gate.errors import UsageError
 from merge_gate.records.files import CONFIG_NAME
@@ -22,101 +22,105 @@ from merge_gate.text import counted, listing, quoted
 MAX_DEPTH = 4
 """How far below a directory `first_config` looks for adapters."""
 
-_STEP = re.compile(r"(?:checkpoint|step|epoch|iter|global_step)[-_]?(\d{1,18})", re.ASCII)
-_MODEL = re.compile(r".*\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
-_PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z0-9_-]|/[A-Za-z0-9_./@+=-]+", re.ASCII)
-"""Paths and Hub ids that are text in YAML without quotes."""
+_CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter|global_step)[-_]?(\d{1,18})", re.ASCII)
+_MODEL_WEIGHTS = re.compile(r".*\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
+_UNQUOTED = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z0-9_-]|/[A-Za-z0-9_./@+=-]+", re.ASCII)
+"""Paths and Hub ids that need no quotes in YAML."""
 
 
 @dataclass(slots=True)
-class _Lying:
-    """What was found below the directories that were named."""
+class _FoundFiles:
+    """Adapters and models in and below the given directories."""
 
     adapters: set[str] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
-    closed: dict[str, None] = field(default_factory=dict)
-    """Directories that cannot be read, in the order in which they were found."""
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """Directories that cannot be read, in the order of the search."""
 
 
 def first_config(directories: Sequence[str], base_of: Callable[[str], str | None]) -> str:
     """Return a commented configuration of the adapters in and below these directories.
 
     Args:
-        directories: where to look.
-        base_of: gives the base that the adapter in a directory names, or None.
+        directories: the directories to search.
+        base_of: returns the base that the adapter in a directory names, or None.
 
     Raises:
         UsageError: a directory does not exist, or no adapter was found.
     """
-    lying = _Lying()
+    files = _FoundFiles()
     for directory in directories:
-        _look(directory, lying)
-    if not lying.adapters:
-        looked = f"in {listing(map(quoted, directories))}, nor up to {MAX_DEPTH} levels below"
-        if lying.closed:
+        _search(directory, files)
+    if not files.adapters:
+        places = f"in {listing(map(quoted, directories))} or up to {MAX_DEPTH} levels below"
+        if files.unreadable:
             raise UsageError(
-                f"no {CONFIG_NAME} found {looked}: {listing(map(quoted, lying.closed))} cannot be read",
-                hint="check that the user who runs the gate may read it",
+                f"no {CONFIG_NAME} found {places}: {listing(map(quoted, files.unreadable))} cannot be read",
+                hint="give the user who runs the gate permission to read it",
             )
         raise UsageError(
-            f"no {CONFIG_NAME} {looked}", hint="name the directories that save_pretrained wrote, or one above them"
+            f"no {CONFIG_NAME} {places}",
+            hint="name the directories that save_pretrained wrote, or a directory above them",
         )
-    listed, left_out = _releases(lying.adapters)
-    bases = {place: _base(named, place, lying.models) for place in listed if (named := base_of(place))}
-    common = {(base.named, base.found) for base in bases.values()}
+    listed, earlier = _without_checkpoints(files.adapters)
+    bases = {place: _locate_base(name, place, files.models) for place in listed if (name := base_of(place))}
+    common = set(bases.values())
     lines = [*_head(bases), *_entries(listed, bases if len(common) > 1 else {})]
-    return "\n".join([*lines, *_not_listed(left_out, lying), *_foot()]) + "\n"
+    return "\n".join([*lines, *_not_listed(earlier, files), *_foot()]) + "\n"
 
 
-# --- looking -------------------------------------------------------------------------------------------------------
+# --- searching -----------------------------------------------------------------------------------------------------
 
 
-def _look(directory: str, lying: _Lying) -> None:
-    """Note the adapters and the models in and below, but for hidden directories: caches, not releases."""
+def _search(directory: str, found_files: _FoundFiles) -> None:
+    """Collect the adapters and models in and below a directory. Hidden directories are caches, and are skipped."""
     top = Path(directory)
 
-    def refused(error: OSError) -> None:
-        if isinstance(error, NotADirectoryError) and os.path.exists(error.filename):  # noqa: PTH110 (False, where pathlib raises)
-            raise UsageError(f"{quoted(error.filename)} is a file, expected a directory", hint=_NAME_ONE)
+    def on_error(error: OSError) -> None:
+        if isinstance(error, NotADirectoryError) and os.path.exists(error.filename):  # noqa: PTH110 (False if pathlib raises)
+            raise UsageError(f"{quoted(error.filename)} is a file, expected a directory", hint=_NAME_A_DIRECTORY)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UsageError(f"no such directory: {quoted(error.filename)}", hint=_NAME_ONE)
-        lying.closed[error.filename] = None
+            raise UsageError(f"no such directory: {quoted(error.filename)}", hint=_NAME_A_DIRECTORY)
+        found_files.unreadable[error.filename] = None
 
-    for place, inner, files in os.walk(top, onerror=refused):
+    for place, inner, files in os.walk(top, onerror=on_error):
         deep = len(Path(place).relative_to(top).parts) >= MAX_DEPTH
         inner[:] = [] if deep else [name for name in inner if not name.startswith(".")]
         if CONFIG_NAME in files:
-            lying.adapters.add(_written(place))
-        elif "config.json" in files and any(map(_MODEL.fullmatch, files)):
-            lying.models.add(_written(place))
+            found_files.adapters.add(_path_for_config(place))
+        elif "config.json" in files and any(map(_MODEL_WEIGHTS.fullmatch, files)):
+            found_files.models.add(_path_for_config(place))
 
 
-_NAME_ONE = "name a directory with adapters"
+_NAME_A_DIRECTORY = "name a directory with adapters"
 
 
-def _written(place: str) -> str:
-    """A directory as it stands in the file: from here, or whole where it was named so and is elsewhere."""
+def _path_for_config(place: str) -> str:
+    """A directory relative to the current one; absolute if it was named so and lies outside of the current one."""
     try:
         from_here = os.path.relpath(place)
     except FileNotFoundError:
-        raise nowhere() from None
+        raise current_directory_gone() from None
     if from_here.startswith("..") and Path(place).is_absolute():
         return os.path.normpath(place)
     return from_here if from_here in {".", ".."} or from_here.startswith("../") else f"./{from_here}"
 
 
-def _releases(adapters: set[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The adapters, of a run's checkpoints only the last and that only where the run has no adapter; and the others."""
-    steps: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+def _without_checkpoints(adapters: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the adapters to list, and the names of the checkpoints left out by run.
+
+    The last checkpoint of a run is listed if the run has no final adapter.
+    """
+    checkpoints: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
     listed = []
     for place in adapters:
         run, name = os.path.split(place)
-        if step := _STEP.fullmatch(name):
-            steps[run].append((int(step[1]), place))
+        if step := _CHECKPOINT.fullmatch(name):
+            checkpoints[run].append((int(step[1]), place))
         else:
             listed.append(place)
     left_out = {}
-    for run, places in sorted(steps.items()):
+    for run, places in sorted(checkpoints.items()):
         in_order = [place for _, place in sorted(places)]
         if run not in adapters:
             listed.append(in_order.pop())
@@ -127,21 +131,22 @@ def _releases(adapters: set[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    named: str
-    found: str | None
-    """Where it is; None where nothing of that name was found."""
+    name: str
+    """The base as the adapter names it."""
+    path: str | None
+    """A directory or Hub id that exists; None if no base of that name was found."""
 
 
-def _base(named: str, adapter: str, models: set[str]) -> _Base:
-    """The base as the file has to name it. One on the Hub is there; a path may have been another machine's."""
-    if could_be_hub_id(named, is_base=True) or os.path.isdir(os.path.expanduser(named)):  # noqa: PTH111, PTH112 (as above)
-        return _Base(named, named)
-    if not Path(named).is_absolute():
+def _locate_base(name: str, adapter: str, models: set[str]) -> _Base:
+    """Find the base that an adapter names. A Hub id is taken as it is; a path may be that of another machine."""
+    if could_be_hub_id(name, is_base=True) or os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112 (as above)
+        return _Base(name, name)
+    if not Path(name).is_absolute():
         for above in Path(adapter).parents:
-            if os.path.isdir(above / named):  # noqa: PTH112 (as above)
-                return _Base(named, _written(str(above / named)))
-    of_that_name = [model for model in models if Path(model).name == Path(named).name]
-    return _Base(named, of_that_name[0] if len(of_that_name) == 1 else None)
+            if os.path.isdir(above / name):  # noqa: PTH112 (as above)
+                return _Base(name, _path_for_config(str(above / name)))
+    same_name = [model for model in models if Path(model).name == Path(name).name]
+    return _Base(name, same_name[0] if len(same_name) == 1 else None)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -149,16 +154,16 @@ def _base(named: str, adapter: str, models: set[str]) -> _Base:
 
 def _head(bases: Mapping[str, _Base]) -> list[str]:
     lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
-    common = {(base.named, base.found) for base in bases.values()}
+    common = set(bases.values())
     if len(common) != 1:
-        why = "each adapter names its own" if bases else "no adapter names one: name it here"
+        why = "each adapter names its own base" if bases else "no adapter names its base: name it here"
         return [*lines, f"# base:   # {why}", "#   model: ./path/to/base", *_dtype("# ")]
-    ((named, found),) = common
-    said = "as the adapters name it; a directory or a Hub id"
-    if found != named:
-        said = f"the adapters name {quoted(named, 200)}"
-        said += ", which is not there from here" if found else ": it is not there from here, so write where it is"
-    return [*lines, "base:", f"  model: {_scalar(found or named)}   # {said}", *_dtype("")]
+    (base,) = common
+    comment = "as the adapters name it; a directory or a Hub id"
+    if base.path != base.name:
+        comment = f"the adapters name {quoted(base.name, 200)}, which does not exist here"
+        comment += "" if base.path else ": write the path of the base"
+    return [*lines, "base:", f"  model: {_scalar(base.path or base.name)}   # {comment}", *_dtype("")]
 
 
 def _dtype(comment: str) -> list[str]:
@@ -166,35 +171,35 @@ def _dtype(comment: str) -> list[str]:
 
 
 def _entries(places: Sequence[str], bases: Mapping[str, _Base]) -> Iterator[str]:
-    """A line for each adapter; `bases` are those that the entries have to name for themselves."""
-    longer = longer_names(places)
+    """A line for each adapter. `bases` has the bases that entries name themselves."""
+    own_names = distinguishing_names(places)
     yield "adapters:"
     for place in places:
-        name = longer.get(place) or _name_of_a_checkpoint(place)
+        name = own_names.get(place) or _checkpoint_name(place)
         base = bases.get(place)
-        keys = {"name": name, "path": place, "base": base.found if base and base.found != base.named else None}
+        keys = {"name": name, "path": place, "base": base.path if base and base.path != base.name else None}
         given = {key: _scalar(value) for key, value in keys.items() if value}
         entry = "{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
-        missing = base is not None and base.found is None
-        comment = f"   # its base {quoted(base.named, 200)} is not there from here" if base and missing else ""
+        missing = base is not None and base.path is None
+        comment = f"   # its base {quoted(base.name, 200)} does not exist here" if base and missing else ""
         yield f"  - {entry if len(given) > 1 else given['path']}{comment}"
 
 
-def _name_of_a_checkpoint(place: str) -> str:
-    """`checkpoint-500` says nothing of whose it is."""
+def _checkpoint_name(place: str) -> str:
+    """Put the run's name before a checkpoint's: `checkpoint-500` alone does not name the adapter."""
     run, name = os.path.split(place)
-    return f"{os.path.basename(run)}-{name}" if _STEP.fullmatch(name) and run.strip("./") else ""  # noqa: PTH119
+    return f"{os.path.basename(run)}-{name}" if _CHECKPOINT.fullmatch(name) and run.strip("./") else ""  # noqa: PTH119
 
 
 def _scalar(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else yaml_text(text)
+    return text if _UNQUOTED.fullmatch(text) else yaml_text(text)
 
 
-def _not_listed(left_out: Mapping[str, list[str]], lying: _Lying) -> Iterator[str]:
+def _not_listed(left_out: Mapping[str, list[str]], files: _FoundFiles) -> Iterator[str]:
     for run, names in left_out.items():
         yield f"  # not listed: {counted(len(names), 'earlier checkpoint')} of {quoted(run, 200)} ({listing(names)})"
-    if lying.closed:
-        yield f"  # not looked into, cannot be read: {listing(map(quoted, lying.closed))}"
+    if files.unreadable:
+        yield f"  # not searched, cannot be read: {listing(map(quoted, files.unreadable))}"
 
 
 def _foot() -> list[str]:
@@ -202,5 +207,5 @@ def _foot() -> list[str]:
         "",
         "# checks:                # severities and limits; docs/checks.md explains each",
         "#   rounding-loss: error",
-        "# allow-pickle: true     # only if you trust whoever made the .bin files",
+        "# allow-pickle: true     # only if you trust the authors of the .bin files",
     ]

@@ -1,19 +1,17 @@
-"""YAML file → Config, strict; every problem keeps its line and column.
+"""Reads a YAML file into a `Config`, or raises a `ConfigError` with all problems, each with its line and column.
 
-In: the path of a YAML file. Out: a `Config`, or a `ConfigError` with all problems in the order of the file; the JSON
-Schema of the file. Looks at names of directories, never into them, and knows neither the network nor torch. It imports
-pydantic, which takes as long as the rest of the command line together: the commands import it where they need it.
+It looks at names of directories, never into them, and uses no network and no torch. It imports pydantic, which is slow,
+so commands import this module only when they need it.
 
 The stages, in order:
 
 1. bytes → text (size, encoding)                                    here
-2. text → values with places; YAML's own problems                   `positions`
+2. text → values with places; problems of YAML itself               `yaml_document`
 3. values → types, unknown keys, ranges                             `model`, `problems`
-4. what types cannot say: names, directories, globs, defaults       `build`, `paths`
+4. names, directories, globs, defaults: what types cannot express   `build`, `paths`
 
-A baseline that the file names goes the same way (`baseline`).
-
-Problems of stage 3 do not stop stage 4: the parts that are right are looked at further, so that all is said at once.
+A baseline goes through the same stages (`baseline_file`). Problems of stage 3 do not stop stage 4: the valid parts are
+built, so that all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def load_config(path: str) -> Config:
         ConfigError: the file cannot be read or is not valid; holds every problem, in the order of the file.
     """
     thresholds = gc.get_threshold()
-    gc.set_threshold(0)  # looking for garbage while many values are made would be half of the time
+    gc.set_threshold(0)  # garbage collection while many values are created would take half of the time
     try:
         return _load(path)
     finally:
@@ -55,39 +53,39 @@ def load_config(path: str) -> Config:
 
 
 def _load(path: str) -> Config:
-    raw = _read_bytes(path)
-    document = read_yaml(_text(raw, path), path)
+    raw = _read_bytes(path)  # 1
+    document = read_yaml(_text(raw, path), path)  # 2
     digest, directory = hashlib.sha256(raw).hexdigest(), Path(path).absolute().parent
-    config = build_config(document, digest, path=path, directory=directory)
+    config = build_config(document, digest, path=path, directory=directory)  # 3 and 4
     if config.baseline_path is None:
         return config
-    known = _text(_read_bytes(config.baseline_path), config.baseline_path)
-    return replace(config, baseline=build_baseline(read_yaml(known, config.baseline_path)))
+    baseline = _text(_read_bytes(config.baseline_path), config.baseline_path)
+    return replace(config, baseline=build_baseline(read_yaml(baseline, config.baseline_path)))
 
 
 def _read_bytes(path: str) -> bytes:
     try:
-        if Path(path).is_fifo():  # reading it would wait for somebody to write
+        if Path(path).is_fifo():  # reading it would wait for a writer
             refuse(path, "this is a named pipe, expected a YAML file", "write the configuration to a file")
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         if os.path.islink(path):  # noqa: PTH114 (as below)
-            to = quoted(os.readlink(path), 200)  # noqa: PTH115 (as below)
-            refuse(path, f"this is a link to {to}, which is not there", "mend the link, or name the file")
-        refuse(path, "no such file", _files_near(path))
+            target = quoted(os.readlink(path), 200)  # noqa: PTH115 (as below)
+            refuse(path, f"this is a broken symbolic link to {target}", "fix the link, or name the file")
+        refuse(path, "no such file", _suggest_file(path))
     except IsADirectoryError:
-        refuse(path, "this is a directory, expected a YAML file", _files_near(path))
+        refuse(path, "this is a directory, expected a YAML file", _suggest_file(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         refuse(path, f"the file cannot be read: {reason}", "check its name and permissions")
     if len(raw) > MAX_BYTES:
-        refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "is this the configuration?")
+        refuse(path, f"the file is larger than {MAX_BYTES:,} bytes", "check that this is the configuration")
     return raw
 
 
-def _files_near(path: str) -> str:
-    """Name the YAML file that was perhaps meant."""
+def _suggest_file(path: str) -> str:
+    """Name the YAML file that the user may have meant, or the YAML files of the directory."""
     is_directory = os.path.isdir(path)  # noqa: PTH112 (False where pathlib raises, such as a name too long)
     directory, asked = (Path(path), "") if is_directory else (Path(path).parent, Path(path).name)
     try:
@@ -95,9 +93,9 @@ def _files_near(path: str) -> str:
     except PermissionError:
         return f"{quoted(str(directory))} may not be read"
     except OSError:
-        return f"there is no directory {quoted(str(directory))}"
-    there = listing(map(quoted, names)) or "no YAML file"
-    return nearest(asked, names) or f"{quoted(str(directory))} holds {there}"
+        return f"the directory {quoted(str(directory))} does not exist"
+    contents = listing(map(quoted, names)) or "no YAML file"
+    return nearest(asked, names) or f"{quoted(str(directory))} holds {contents}"
 
 
 def _text(raw: bytes, path: str) -> str:

@@ -1,8 +1,7 @@
-"""What may stand in a configuration: one strict model per mapping, the source of the JSON Schema as well.
+"""Declares the keys of a configuration: one strict model per mapping, from which the JSON Schema is made.
 
-In: plain data from the YAML file. Out: models with a hole where something is wrong, so that the rest can be looked at
-further; what stands in the holes; the JSON Schema. Knows neither files nor lines: problems.py gives errors their place
-and words. A field's docstring is what editors and docs/configuration.md say of it.
+Plain data of the YAML file goes in; models come out, with a hole for each invalid value, so that the rest can still be
+checked (`problems.py` words the errors). The docstring of a field appears in editors and in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ PEFT_TYPE = r"^[A-Za-z][A-Za-z0-9_]*$"
 PATTERNS = {
     TEXT: "some text",
     HEX_64: "64 hexadecimal digits, as sha256sum prints them",
-    DATE: "a day such as 2026-12-31",
+    DATE: "a date such as 2026-12-31",
     PEFT_TYPE: "a PEFT type such as LORA",
 }
-"""The patterns of the models, and what each one asks for."""
+"""The patterns of the models, and each one in words."""
 
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
@@ -58,17 +57,17 @@ METHODS_WITH = {
     "density": tuple(name for name in METHODS if name.startswith(("ties", "dare", "magnitude"))),
     "majority_sign_method": tuple(name for name in METHODS if "ties" in name),
 }
-"""The methods that take a key: those that prune need `density`, those that elect a sign may have the other."""
+"""The methods that take a key: pruning needs `density`; electing a sign allows `majority_sign_method`."""
 
-Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy reads no words from a tuple
-QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # nor from an Enum
+Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy cannot read words from a tuple
+QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # or from an Enum
 
 
 # --- models with holes ---------------------------------------------------------------------------------------------
 
 
-class Wrong:
-    """Stands in a model where something is wrong, and is false. `errors` are pydantic's."""
+class Hole:
+    """Replaces an invalid value in a model, and is false. `errors` are pydantic's."""
 
     def __init__(self, errors: list[Any]) -> None:
         self.errors = errors
@@ -77,68 +76,72 @@ class Wrong:
         return False
 
 
-NEEDED: Any = Wrong([{"type": "missing", "loc": ()}])
-"""The default of a key that must be there."""
+NEEDED: Any = Hole([{"type": "missing", "loc": ()}])
+"""The default of a required key."""
 
 
 def or_hole(value: Any, handler: Any) -> Any:
-    """The value as `handler` makes it, or a hole."""
+    """The validated value, or a hole."""
     try:
         return handler(value)
     except ValidationError as error:
-        return Wrong(error.errors(include_url=False))
+        return Hole(error.errors(include_url=False))
 
 
 class Model(BaseModel):
-    """No conversions. What is wrong, missing or unknown is not raised: `wrong` yields it."""
+    """A mapping, without conversions. Invalid, missing, and unknown keys are not raised: `errors_in` yields them."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
     kind: ClassVar[str] = "key"
-    """What its keys are called."""
+    """What messages call its keys."""
     if_empty: ClassVar[str] = ""
-    """What to do where it is empty and may not be."""
+    """The hint if the mapping is empty; empty if an empty mapping is allowed."""
 
-    _keep = field_validator("*", mode="wrap")(or_hole)
+    _keep_errors = field_validator("*", mode="wrap")(or_hole)
 
     def record(self, cls: type[_Record], **more: Any) -> _Record:
-        """The record of what stands here under its fields' names, and `more`; the rest has the record's default."""
-        said = {name: getattr(self, name, None) for name in cls.__dataclass_fields__}
-        return cls(**{name: _hashable(value) for name, value in said.items() if value is not None} | more)
+        """Make a record of the fields that both have, and `more`. Keys that are not given have the record's default."""
+        values = {name: getattr(self, name, None) for name in cls.__dataclass_fields__}
+        return cls(**{name: _hashable(value) for name, value in values.items() if value is not None} | more)
 
 
 def _hashable(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
-def wrong(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
-    """Everything that is wrong in `value`, which stands at `loc`: its place and pydantic's error."""
-    if isinstance(value, Wrong):
+def errors_in(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
+    """Yield every error in `value`, which is at `loc`: its place and pydantic's error."""
+    if isinstance(value, Hole):
         yield from (((*loc, *error["loc"]), error) for error in value.errors)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from wrong(item, (*loc, index))
+            yield from errors_in(item, (*loc, index))
     elif isinstance(value, Model):
         keys = {name: field.alias or name for name, field in type(value).model_fields.items()}
         for key in value.model_extra or ():
             yield (*loc, key), {"type": "unknown", "known": keys.values(), "kind": value.kind}
         for name, key in keys.items():
-            if (held := getattr(value, name)) is not None:
-                yield from wrong(held, (*loc, key))
+            if (field_value := getattr(value, name)) is not None:
+                yield from errors_in(field_value, (*loc, key))
         if value.if_empty and not value.model_fields_set:
             yield loc, {"type": "empty", "hint": value.if_empty}
 
 
 @dataclass(frozen=True, eq=False)
-class Short:
-    """A value may be written shorter: what stands for the mapping's `key` alone, or for a list of one (None).
+class ShortForm:
+    """Allows a short form of a value: the value of the mapping's `key` alone, or the item of a list of one.
 
-    `wanted` says in words what must stand there. `schema` is that of the short form, `long_schema` that of the long
-    one where it is not the type's own.
+    Attributes:
+        key: the key whose value may replace the mapping; None for a list.
+        expected: what the value must be, in words.
+        schema: the JSON Schema of the short form.
+        long_schema: the JSON Schema of the long form; None for that of the type.
+        kinds: the types of the short form.
     """
 
     key: str | None
-    wanted: str
+    expected: str
     schema: JsonSchemaValue
     long_schema: JsonSchemaValue | None = None
     kinds: tuple[type, ...] = (str,)
@@ -148,7 +151,7 @@ class Short:
             return [data] if self.key is None else {self.key: data}
         if isinstance(data, list if self.key is None else dict):
             return data
-        raise PydanticCustomError("kind", "{wanted}", {"wanted": self.wanted})
+        raise PydanticCustomError("kind", "{wanted}", {"wanted": self.expected})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._long, handler(source))
@@ -168,7 +171,7 @@ Digest = Annotated[str, StringConstraints(pattern=HEX_64, to_lower=True), Field(
 UNIQUE = Field(json_schema_extra={"uniqueItems": True})
 Dtypes = Annotated[
     Annotated[list[Dtype], Field(min_length=1), UNIQUE],
-    Short(None, "a dtype or a list of dtypes", {"enum": list(get_args(Dtype))}),
+    ShortForm(None, "a dtype or a list of dtypes", {"enum": list(get_args(Dtype))}),
 ]
 SeverityWord = Annotated[
     Literal["error", "warning", "off", "on"],
@@ -176,9 +179,9 @@ SeverityWord = Annotated[
 ]
 
 
-def _source(key: str, what: str) -> Short:
-    schema = {"type": "string", "pattern": TEXT, "description": what}
-    return Short(key, "text (a directory or a Hub id) or a mapping", schema)
+def _source(key: str, description: str) -> ShortForm:
+    schema = {"type": "string", "pattern": TEXT, "description": description}
+    return ShortForm(key, "text (a directory or a Hub id) or a mapping", schema)
 
 
 # --- the mappings, from the inside out -----------------------------------------------------------------------------
@@ -188,16 +191,16 @@ class BaseEntry(Model):
     """The base that adapters are merged into."""
 
     model: Text | None = None
-    """A directory (relative to this file), or a Hub id where no such directory exists. Without it, each adapter's
-    own adapter_config.json names its base."""
+    """A directory (relative to this file), or a Hub id if no such directory exists. Without it, each adapter's
+    adapter_config.json names its base."""
     revision: Text | None = None
-    """Hub commit, tag or branch; only with a Hub id. A commit is the safest. Put it in quotes where it could be a
+    """Hub commit, tag or branch; only with a Hub id. A commit is the safest. Put it in quotes if it could be a
     number. Default: the Hub's default branch."""
     dtype: Dtypes | None = None
-    """The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list of them without repetition:
-    each is checked and has its own entry in the report. Default: auto."""
+    """The dtype to merge in: auto (as stored), float32, bfloat16, float16, or a list without repetition. Each dtype
+    is checked and has its own entry in the report. Default: auto."""
     quantization: QuantizationWord | None = Field(
-        None, description=f"How the base is quantised before the merge: {one_of(Quantization)}. Default: none."
+        None, description=f"How the base is quantized before the merge: {one_of(Quantization)}. Default: none."
     )
 
 
@@ -214,14 +217,14 @@ class CheckEntry(Model):
 
 
 def _check_field(row: Check) -> Any:
-    """A check's own key: its severity alone, or a mapping, with a limit only where the check has one."""
+    """The key of a check: its severity alone, or a mapping, with a limit if the check has one."""
     words = ["error", "warning", "off", "on", False, True] if row.can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
     limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {row.limit}."}
     both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": both}
-    wanted = "error, warning or off, or a mapping with severity and limit"
-    entry = Annotated[CheckEntry, Short("severity", wanted, {"enum": words}, long, (str, bool))]
+    expected = "error, warning or off, or a mapping with severity and limit"
+    entry = Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]
     return (entry | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
 
 
@@ -230,19 +233,19 @@ Checks.kind = "check"
 
 
 class LimitsEntry(Model):
-    """What one adapter may cost."""
+    """Limits on the judging of one adapter."""
 
     if_empty = "give it seconds, or remove it"
 
     seconds: Positive | None = None
-    """How long the worker may take over one adapter; one that takes longer is not judged. Default: a limit that grows
-    with the base."""
+    """How many seconds the worker may spend on one adapter. An adapter that needs longer is not judged. Default: a
+    limit that grows with the base."""
 
 
 class ExpectEntry(Model):
-    """What must be so of the adapter."""
+    """Facts that the adapter must match."""
 
-    if_empty = "state something, or remove it"
+    if_empty = "state a fact, or remove it"
 
     peft_type: Annotated[str, StringConstraints(pattern=PEFT_TYPE, max_length=MAX_NAME, to_upper=True)] | None = None
     """The PEFT type, such as LORA; upper and lower case are the same."""
@@ -274,13 +277,13 @@ class CombineEntry(Model):
 
     method: Method = Field(NEEDED, description=f"The method of PEFT's add_weighted_adapter: {', '.join(METHODS)}.")
     adapters: Annotated[list[Name], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] = NEEDED
-    """The names of the adapters to combine, at most 100: each is listed under adapters, on the same base, and is not a
-    combination."""
+    """The names of the adapters to combine, at most 100. Each is listed under adapters, has the same base, and is not
+    a combination."""
     weights: Annotated[list[Number], Field(min_length=1, max_length=MAX_MEMBERS)] = NEEDED
     """One weight per adapter, in their order."""
     density: Annotated[Positive, Field(le=1)] | None = None
-    """The share of values that pruning keeps, above 0, at most 1. Needed by the methods ties, dare and
-    magnitude_prune, not allowed with the others."""
+    """The share of values that pruning keeps, above 0 and at most 1. The methods ties, dare and magnitude_prune need
+    it; the others do not allow it."""
     majority_sign_method: Literal["total", "frequency"] | None = None
     """How a sign is elected: by total or by frequency. Only with ties and dare_ties methods. Default: total."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -300,22 +303,22 @@ class AdapterEntry(Model):
     model_config = ConfigDict(json_schema_extra={"oneOf": [_FROM_PATH, _FROM_COMBINE]})
 
     name: Name | None = None
-    """Name in the report, at most 200 characters. Every name is unique. Needed with combine, not allowed with a
-    glob. Default: the last part of the path or Hub id."""
+    """Name in the report, unique, at most 200 characters. Required with combine, not allowed with a glob. Default:
+    the last part of the path or Hub id."""
     path: Text | None = None
     """A directory (relative to this file), a glob over directories, or a Hub id owner/name."""
     combine: CombineEntry | None = None
-    """Judge a weighted combination of other listed adapters; in place of path."""
+    """Judge a weighted combination of other listed adapters, instead of a path."""
     revision: Text | None = None
     """Hub commit, tag or branch; only with a Hub id. Default: the Hub's default branch."""
     base: Base | None = None
-    """The base of this adapter; what is not given comes from the default."""
+    """The base of this adapter. Keys that are not given come from the file's base."""
     checks: Checks | None = None
-    """Checks of this adapter, laid over the file's."""
+    """Checks of this adapter. They override the file's checks."""
     limits: LimitsEntry | None = None
-    """Limits of this adapter, laid over the file's."""
+    """Limits of this adapter. They override the file's limits."""
     expect: ExpectEntry | None = None
-    """What must be so of this adapter; anything else is expectation-failed. Not with combine."""
+    """Facts that this adapter must match; otherwise expectation-failed fires. Not with combine."""
 
 
 Adapter = Annotated[AdapterEntry, _source("path", "A directory, a glob or a Hub id."), WrapValidator(or_hole)]
@@ -331,25 +334,25 @@ class FileEntry(Model):
     base: Base | None = None
     """The base of all adapters that do not name their own."""
     adapters: Annotated[list[Adapter], Field(min_length=1, max_length=MAX_ADAPTERS)] = NEEDED
-    """The adapters to judge, at most 10,000 entries; a glob is one."""
+    """The adapters to judge, at most 10,000 entries. A glob is one entry."""
     checks: Checks | None = None
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
     limits: LimitsEntry | None = None
-    """What each adapter may cost."""
+    """Limits on the judging of each adapter."""
     allow_pickle: bool = Field(False, alias="allow-pickle")
-    """Load pickled weights (.bin), with weights_only. Default: false, they are refused."""
+    """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""
     trust_remote_code: bool = Field(False, alias="trust-remote-code")
     """Run Python code that comes with the base. Default: false. Only for bases that you trust."""
     baseline: Text | None = None
-    """A YAML file (relative to this file) of known failures that do not fail the run until their last day;
-    `merge-gate report baseline` writes a first one. Default: none."""
+    """A YAML file (relative to this file) of known failures that do not fail the run until their last day.
+    `merge-gate report baseline` writes a first version. Default: none."""
 
 
 _INSIDE = {"base": BaseEntry, "checks": Checks, "limits": LimitsEntry, "expect": ExpectEntry, "combine": CombineEntry}
 
 
 def place_of_key(key: str, known: Container[str]) -> str:
-    """Which of the known keys has a mapping in which `key` may stand; empty where none has."""
+    """The known key whose mapping allows `key`; empty if none does."""
     return next((outer for outer, inside in _INSIDE.items() if outer in known and key in inside.model_fields), "")
 
 
@@ -357,7 +360,7 @@ def place_of_key(key: str, known: Container[str]) -> str:
 
 
 class _Schema(GenerateJsonSchema):
-    """An absent key is the only way to say nothing: no `null`, no `default: null`, no generated titles."""
+    """A schema without `null`, `default: null`, and generated titles: a key without a value is left out."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -381,5 +384,5 @@ class _Schema(GenerateJsonSchema):
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
     schema = FileEntry.model_json_schema(by_alias=True, schema_generator=_Schema)
-    one_line = json.dumps(schema).replace(r"\n", " ")  # a docstring's line breaks are not the sentence's
+    one_line = json.dumps(schema).replace(r"\n", " ")  # the line breaks of docstrings mean nothing
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(one_line)}

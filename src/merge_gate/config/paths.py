@@ -1,11 +1,10 @@
-"""A name as written in the configuration → a directory, several directories, or a Hub id.
+"""Resolves a name in a configuration to absolute directories or a Hub id, or raises `InvalidName`.
 
-In: the text, and the directory that relative paths start from. Out: absolute directories or a Hub id, or `Unusable`.
-Looks at which directories exist, never into an adapter or a base. A name that reads as a path is never taken for a
-Hub id: a mistyped directory must not become a download from whoever owns that name on the Hub.
+It checks which directories exist and never looks into an adapter or a base. A name that looks like a path is never
+treated as a Hub id: a mistyped directory must not become a download from a stranger's repository.
 """
 
-# os.path says False where pathlib raises (a name too long), and keeps ./ as written:
+# os.path returns False if pathlib raises (a name too long), and keeps ./ as written:
 # ruff: noqa: PTH110, PTH111, PTH112, PTH114, PTH115, PTH118, PTH207
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from merge_gate.config.suggestions import nearest
 from merge_gate.text import listing, quoted
 
 
-class Unusable(Exception):  # noqa: N818 (not an error of the program: it carries a problem to where its place is known)
-    """A name that stands for nothing. Carries the problem's message and hint."""
+class InvalidName(Exception):  # noqa: N818 (not an error of the program: the caller adds its place)
+    """A name that cannot be resolved. Carries the problem's message and hint."""
 
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -32,81 +31,83 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 def is_glob(written: str, directory: Path) -> bool:
-    """Say whether the text is a pattern. A directory that has just this name is no pattern."""
+    """Whether the text is a pattern. If a directory has exactly this name, it is not a pattern."""
     return bool(_GLOB.search(written)) and not os.path.isdir(_absolute(written, directory))
 
 
-Found = tuple[str, str | None, str | None]
-"""The text that names an adapter or a base, and its absolute directory or its Hub id."""
+ResolvedName = tuple[str, str | None, str | None]
+"""A name of an adapter or a base, and its absolute directory or its Hub id."""
 
 
-def find_all(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> list[Found]:
-    """Return what `written` stands for: one for each directory that a glob matches, sorted, or the one that it names.
+def resolve_name(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> list[ResolvedName]:
+    """Resolve `written`: to each directory that a glob matches, sorted, or to the one directory or Hub id.
 
     Args:
-        written: the text in the file; of a base it is no glob.
-        directory: where relative paths start.
-        on_hub: a revision is given, so that a name beside an existing directory (`acme/` is here, `acme/billing` is
-            not) still reads as a Hub id.
-        is_base: a Hub id may be a bare name (`gpt2`); otherwise it must be `owner/name`.
+        written: the text in the file. The name of a base is never a glob.
+        directory: the start of relative paths.
+        on_hub: a revision is given. Then `acme/billing` is a Hub id even if a directory `acme` exists without it.
+        is_base: a Hub id may be a bare name (`gpt2`). Otherwise it must be `owner/name`.
 
     Raises:
-        Unusable: nothing.
+        InvalidName: no directory and no Hub id has this name.
     """
     if is_base or not is_glob(written, directory):
-        return [_find(written, directory, on_hub=on_hub, is_base=is_base)]
+        return [_resolve_one(written, directory, on_hub=on_hub, is_base=is_base)]
     if "**" in written:
-        raise Unusable(f'{quoted(written)}: "**" is not supported', "write one * for each level")
+        raise InvalidName(f'{quoted(written)}: "**" is not supported', "write one * for each level")
     matches = sorted(glob.glob(os.path.expanduser(written), root_dir=directory))
-    found = [match for match in matches if os.path.isdir(directory / match)]
-    if not found:
+    directories = [match for match in matches if os.path.isdir(directory / match)]
+    if not directories:
         files = " (only files)" if matches else ""
-        hint = partial(_siblings, _literal_part(written, directory))
-        raise Unusable(f"no directory matches {quoted(written)}{files}", hint)
-    return [(name, os.path.normpath(directory / name), None) for name in found]
+        hint = partial(_suggest_directory, _literal_part(written, directory))
+        raise InvalidName(f"no directory matches {quoted(written)}{files}", hint)
+    return [(name, os.path.normpath(directory / name), None) for name in directories]
 
 
-def _find(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> Found:
+def _resolve_one(written: str, directory: Path, *, on_hub: bool, is_base: bool) -> ResolvedName:
     place = _absolute(written, directory)
     if os.path.isdir(place):
         return written, os.path.normpath(place), None
     if os.path.exists(place):
-        raise Unusable(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
+        raise InvalidName(f"{quoted(written)} is a file, expected a directory", "name the directory that holds it")
     path_like = bool(_PATH_LIKE.match(written))
     first = written.split("/", 1)[0]
-    beside = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
+    starts_with_directory = not path_like and not on_hub and "/" in written and os.path.isdir(directory / first)
     could_be_hub = could_be_hub_id(written, is_base=is_base)
     if os.path.islink(place.rstrip("/")) and not (could_be_hub and on_hub):
-        to = quoted(os.readlink(place.rstrip("/")), 200)
-        raise Unusable(
-            f"{quoted(written)} is a link to {to}, which is not there", "mend the link, or name the directory"
+        target = quoted(os.readlink(place.rstrip("/")), 200)
+        raise InvalidName(
+            f"{quoted(written)} is a broken symbolic link to {target}", "fix the link, or name the directory"
         )
-    if could_be_hub and not beside:
+    if could_be_hub and not starts_with_directory:
         return written, None, written
     if "://" in written:
-        raise Unusable(f"{quoted(written)} is a URL, expected a directory or a Hub id", "a Hub id is just owner/name")
-    more = "a Hub id looks like owner/name" if not path_like and not beside else ""
-    if beside and could_be_hub:
-        more = f"{quoted(first)} is a directory here, so this reads as a path; to mean the Hub, give a revision"
+        raise InvalidName(
+            f"{quoted(written)} is a URL, expected a directory or a Hub id", "write a Hub id as owner/name"
+        )
+    more = "a Hub id looks like owner/name" if not path_like and not starts_with_directory else ""
+    if starts_with_directory and could_be_hub:
+        more = f"{quoted(first)} is a directory here, so this is read as a path; for a Hub id, add a revision"
         more += " (in a config)"
-    hint = (not beside and _other_spelling(written)) or partial(_siblings, Path(place).parent, written, more)
-    raise Unusable(f"no such directory: {quoted(written)}", hint)
+    spelling = "" if starts_with_directory else _spelling_hint(written)
+    hint = spelling or partial(_suggest_directory, Path(place).parent, written, more)
+    raise InvalidName(f"no such directory: {quoted(written)}", hint)
 
 
-def _other_spelling(written: str) -> str:
-    """What a name means that is written as a shell, another tool or another system would have it."""
+def _spelling_hint(written: str) -> str:
+    """The hint for a name written for a shell, another tool, or another system."""
     if "$" in written:
-        return "variables are not replaced in a name: write it out"
+        return "variables in names are not expanded: write the full name"
     if "\\" in written and not re.match(r"[A-Za-z]:", written):
-        return "paths are written with /"
+        return "write paths with /"
     hub_id, at, revision = written.partition("@")
     if at and could_be_hub_id(hub_id, is_base=False):
-        return f"a revision stands under a key of its own, in a config: revision: {quoted(revision)}"
+        return f"give the revision under its own key, in a config: revision: {quoted(revision)}"
     return ""
 
 
 def could_be_hub_id(written: str, *, is_base: bool) -> bool:
-    """Say whether a name may be one of the Hub's, by its letters alone. That of a base may be bare (`gpt2`)."""
+    """Whether a name is spelled like a Hub id. That of a base may be bare (`gpt2`)."""
     has_owner = "/" in written
     return bool(_HUB_ID.fullmatch(written)) and (has_owner or is_base) and not _PATH_LIKE.match(written)
 
@@ -116,19 +117,19 @@ def _absolute(written: str, directory: Path) -> str:
     return os.path.join(directory, os.path.expanduser(on_disk))
 
 
-def _siblings(parent: Path, written: str = "", more: str = "") -> str:
-    """Say what is there instead: the name that was perhaps meant, written as the other was, or all. Then `more`."""
+def _suggest_directory(parent: Path, written: str = "", more: str = "") -> str:
+    """Name the directory that the user may have meant, or all directories in `parent`; then `more`."""
     try:
         names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())[:200]
     except PermissionError as error:
-        there = f"{quoted(str(error.filename))} may not be read"
+        hint = f"{quoted(str(error.filename))} may not be read"
     except (OSError, ValueError):
-        there = f"there is no directory {quoted(str(parent))} either"
+        hint = f"the directory {quoted(str(parent))} does not exist either"
     else:
         head, slash, tail = written.rstrip("/").rpartition("/")
         near = nearest(tail, names, before=head + slash) if tail else ""
-        there = near or f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
-    return f"{there}; {more}" if more else there
+        hint = near or f"{quoted(str(parent))} holds {listing(quoted(n) for n in names) or 'no directories'}"
+    return f"{hint}; {more}" if more else hint
 
 
 def _literal_part(pattern: str, directory: Path) -> Path:

@@ -1,7 +1,4 @@
-"""What was perhaps meant: the known word nearest to a wrong one.
-
-In: a word and those that would have been right. Out: a suggestion, or nothing. Knows the names that other tools use.
-"""
+"""Suggests the known word closest to a mistyped one, or what another tool's word is called here."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from difflib import get_close_matches
 
 from merge_gate.text import quoted
 
-COMPARED = 200
+MAX_COMPARED = 200
 
 _OTHER_NAMES = {
     "fp16": "float16", "f16": "float16", "half": "float16", "torch.float16": "float16",
@@ -21,12 +18,12 @@ _OTHER_NAMES = {
 
 
 def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
-    """`did you mean "x"?` for the known word that is most like `word`, else an empty text.
+    """Return `did you mean "x"?` with the known word closest to `word`; empty if no known word is close.
 
-    `before` is put in front of the known word: the part of a path that was right.
+    `before` is put in front of the known word: the part of a path that was correct.
     """
-    candidates = list(known)[:COMPARED]
-    if len(word) > COMPARED:
+    candidates = list(known)[:MAX_COMPARED]
+    if len(word) > MAX_COMPARED:
         return ""
     plain = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
     other = _OTHER_NAMES.get(word.lower(), "")

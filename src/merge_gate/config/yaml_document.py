@@ -1,11 +1,11 @@
-"""The text of a YAML file → plain data, and the place of every value and key by the parser's own marks.
+"""Reads YAML text into plain data, with the line and column of every value and key.
 
-In: text. Out: a `Document`, with a problem for everything that YAML allows and this tool does not (duplicate keys,
-tags, hidden characters, values that contain themselves). Knows YAML, and nothing of what the keys mean.
+It reports everything that YAML allows and this tool does not: duplicate keys, tags, hidden characters, and values that
+contain themselves. It does not know what the keys mean.
 
-The dialect: YAML 1.1's structure, anchors, merge keys and booleans (`on`, `off`, `yes`, `no`), with numbers as in
-YAML 1.2: `1e-3` is a number, `12:30:45` and `2026-01-31` are text. Nothing is ever constructed but plain scalars,
-lists and mappings. Size, depth and the number of values after expanding aliases are bounded.
+The dialect is YAML 1.1 (structure, anchors, merge keys, and the booleans `on`, `off`, `yes`, `no`), with numbers as in
+YAML 1.2: `1e-3` is a number, `12:30:45` and `2026-01-31` are text. Only plain scalars, lists, and mappings are
+constructed. Size, depth, and the number of values after expanding aliases are bounded.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ MAX_DEPTH = 32
 MAX_VALUES = 100_000
 MAX_DIGITS = 300
 MAX_REREAD = 65_536
-"""Up to this character, what libyaml refuses is read again for the plainer words of PyYAML's own parser."""
+"""If libyaml's error lies before this character, PyYAML's own parser reads the text again: its errors are clearer."""
 
-MAX_TOLD = 100
-"""As many problems are told; the others are counted."""
+MAX_LISTED = 100
+"""How many problems are listed. The others are only counted."""
 _CONFLICT = re.compile(r"^<{7} ", re.MULTILINE)
-"""What git leaves where two versions of a file could not be made one."""
-_FAR_LESS = "a configuration needs far less"
+"""What git writes into a file with a merge conflict."""
+_TOO_LARGE_HINT = "reduce it: a configuration needs far less"
 
 Loc = tuple[str | int, ...]
 Hint = str | Callable[[], str]
-"""What to do next. One that takes long to find is looked for when its problem is told."""
+"""What to do next. A hint that takes long to compute is a function, called when the problem is listed."""
 
 
-class Nothing(Enum):
-    """Stands in the data where there is no value. No type takes it, so that whoever reads the data tells it."""
+class NoValue(Enum):
+    """Replaces a missing or refused value in the data. It fits no type, so that validation always reports it."""
 
     NULL = "null"
-    REFUSED = "refused"  # its problem is told already
+    REFUSED = "refused"  # its problem is already reported
 
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """One value of the file: its data, its place, and what it holds, each by its key or index with the key's place."""
+    """One value of the file: its data, its place, and its items, each by key or index with the place of the key."""
 
     tag: str
     line: int
     column: int
     written: str = ""
-    data: Any = None  # until all that it holds is read
+    data: Any = None  # until all its items are read
     holds: Pairs = field(default_factory=dict)
     size: int = 1
     height: int = 0
@@ -64,7 +64,7 @@ Pairs = dict[str | int, tuple[Value, Value]]
 
 
 class YamlDocument:
-    """One YAML document: its values, and what is wrong with them."""
+    """One YAML document: its values and its problems."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -75,8 +75,8 @@ class YamlDocument:
     def data(self) -> Any:
         return self.root.data
 
-    def at(self, loc: Loc) -> tuple[Loc, Value, Value]:
-        """The value at `loc`, or the deepest one on the way there: its place, its key, and itself."""
+    def deepest_at(self, loc: Loc) -> tuple[Loc, Value, Value]:
+        """The value at `loc`, or the deepest value on the way there: its place, its key, and the value."""
         key = value = self.root
         for depth, part in enumerate(loc):
             if part not in value.holds:
@@ -84,14 +84,14 @@ class YamlDocument:
             key, value = value.holds[part]
         return loc, key, value
 
-    def there(self, loc: Loc, key: str | None = None) -> Value:
+    def value_at(self, loc: Loc, key: str | None = None) -> Value:
         """The value at `loc`, or the key `key` of the mapping there."""
-        found, of_key, value = self.at(loc if key is None else (*loc, key))
-        return of_key if len(found) > len(loc) else value
+        place, key_value, value = self.deepest_at(loc if key is None else (*loc, key))
+        return key_value if len(place) > len(loc) else value
 
     def report(self, loc: Loc, message: str, hint: Hint = "", *, key: str | None = None) -> None:
         """Add a problem at the value at `loc`, or at the key `key` of the mapping there."""
-        self.add(self.there(loc, key), message, hint)
+        self.add(self.value_at(loc, key), message, hint)
 
     def add(self, value: Value, message: str, hint: Hint) -> None:
         """Add a problem at a value, once for each place."""
@@ -99,23 +99,23 @@ class YamlDocument:
 
     def raise_problems(self) -> None:
         """Raise a `ConfigError` if there are problems, with the first in the order of the file."""
-        told = []
-        for line, column, message in sorted(self.problems, key=lambda one: one[:2])[:MAX_TOLD]:
+        listed = []
+        for line, column, message in sorted(self.problems, key=lambda problem: problem[:2])[:MAX_LISTED]:
             hint = self.problems[line, column, message]
-            words = hint if isinstance(hint, str) else hint()
-            told.append(Problem(message=message, hint=words, path=self.path, line=line, column=column))
-        if told:
-            raise ConfigError(tuple(told), more=len(self.problems) - len(told))
+            hint = hint if isinstance(hint, str) else hint()
+            listed.append(Problem(message=message, hint=hint, path=self.path, line=line, column=column))
+        if listed:
+            raise ConfigError(tuple(listed), more=len(self.problems) - len(listed))
 
 
 def read_yaml(text: str, path: str) -> YamlDocument:
-    """Read one YAML document, by libyaml where PyYAML has it, which is many times as fast.
+    """Read one YAML document. libyaml, which is many times faster, is used if PyYAML has it.
 
     Raises:
         ConfigError: the text is not YAML, holds no document or more than one, or is nested or expanded too far.
     """
     try:
-        yaml.reader.Reader(text)  # refuses characters that YAML does not have
+        yaml.reader.Reader(text)  # refuses characters that YAML does not allow
         try:
             return _Reader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text), path).document
         except yaml.MarkedYAMLError as error:
@@ -126,8 +126,8 @@ def read_yaml(text: str, path: str) -> YamlDocument:
         if conflict := _CONFLICT.search(text):
             refuse(
                 path,
-                "git left two versions of the file here (<<<<<<<)",
-                "decide between them",
+                "the file has a git merge conflict here (<<<<<<<)",
+                "resolve the conflict",
                 *end_of(text[: conflict.start()]),
             )
         refuse(path, *_syntax(error), *_place(error.problem_mark))
@@ -140,7 +140,7 @@ def read_yaml(text: str, path: str) -> YamlDocument:
 
 
 def _int(raw: str) -> int | float:
-    """An int too long to be one becomes a float, which is then infinite."""
+    """Convert digits to an int. A number of too many digits becomes an infinite float."""
     if len(raw) > MAX_DIGITS:
         return float("inf") if "x" in raw else float(raw)
     return int(raw, 16 if raw.startswith("0x") else 8 if raw.startswith("0o") else 10)
@@ -148,33 +148,33 @@ def _int(raw: str) -> int | float:
 
 _TAG = "tag:yaml.org,2002:"
 _LIST, _MAPPING, _MERGE = f"{_TAG}seq", f"{_TAG}map", f"{_TAG}merge"
-_SCALARS: dict[str, Callable[[str], Any]] = {
+_CONVERTERS: dict[str, Callable[[str], Any]] = {
     f"{_TAG}str": str,
     f"{_TAG}bool": lambda raw: yaml.constructor.SafeConstructor.bool_values[raw.lower()],
     f"{_TAG}int": _int,
     f"{_TAG}float": lambda raw: float(re.sub(r"\.(?=(?:inf|nan)$)", "", raw, flags=re.IGNORECASE)),
-    f"{_TAG}null": lambda _: Nothing.NULL,
+    f"{_TAG}null": lambda _: NoValue.NULL,
     _MERGE: str,
 }
-"""What the text of a scalar is, by its tag."""
+"""Converts the text of a scalar, by its tag."""
 _NUMBERS = {
     f"{_TAG}int": re.compile(r"(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)\Z"),
     f"{_TAG}float": re.compile(
         r"(?:[-+]?(?:(?:\.[0-9]+|[0-9]+\.?[0-9]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))\Z"
     ),
 }
-"""Numbers as YAML 1.2 writes them."""
-_TAGS = {yaml.MappingNode: {_MAPPING}, yaml.SequenceNode: {_LIST}, yaml.ScalarNode: _SCALARS.keys()}
+"""Numbers in the notation of YAML 1.2."""
+_TAGS = {yaml.MappingNode: {_MAPPING}, yaml.SequenceNode: {_LIST}, yaml.ScalarNode: _CONVERTERS.keys()}
 
 
 # --- nodes → values ------------------------------------------------------------------------------------------------
 
 
 class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
-    """PyYAML's composer, which makes values in place of nodes. It reads the events of either parser."""
+    """PyYAML's composer, changed to create values instead of nodes. It reads the events of either parser."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's; an int first, since a float may have no point)
-        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in reversed(rows) if tag in _SCALARS]
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in reversed(rows) if tag in _CONVERTERS]
         for first, rows in yaml.resolver.Resolver.yaml_implicit_resolvers.items()
     }
 
@@ -186,24 +186,25 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
         self.document = YamlDocument(path)
         self.get_event()  # the stream starts
         if self.check_event(yaml.StreamEndEvent):
-            refuse(path, "the file is empty", 'it needs at least "version: 1" and a list "adapters"')
+            refuse(path, "the file is empty", 'it needs at least "version: 1" and a list of "adapters"')
         self.document.root = self.compose_document()  # type: ignore[assignment] # a value stands where a node would
         if not self.check_event(yaml.StreamEndEvent):
-            hint = 'remove what follows the line "---"'
+            hint = 'remove everything after the line "---"'
             refuse(path, "the file holds more than one YAML document", hint, *_place(self.peek_event().start_mark))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """The next value. What PyYAML's node holds are values already."""
+        """Create the next value. The items of PyYAML's node are already values."""
         event = self.peek_event()
         place = _place(event.start_mark)
         self.depth += 1
         self.values += 1
         if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
-            what = f"deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
-            refuse(self.document.path, f"the file is {what}", _FAR_LESS, *place)
+            nested = f"is nested deeper than {MAX_DEPTH} levels"
+            excess = nested if self.depth > MAX_DEPTH else f"has more than {MAX_VALUES:,} values"
+            refuse(self.document.path, f"the file {excess}", _TOO_LARGE_HINT, *place)
         is_alias = isinstance(event, yaml.AliasEvent)
         if event.anchor in self.anchors and not is_alias:
-            message = f"the anchor {quoted(event.anchor)} is given twice"
+            message = f"the anchor {quoted(event.anchor)} is defined twice"
             first = f"first in line {self.anchors[event.anchor].start_mark.line + 1}"
             refuse(self.document.path, message, first, *place)
         node: Any = super().compose_node(parent, index)
@@ -212,7 +213,7 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
             return self.anchored[node]
         if is_alias:
             value = Value("", *_place(node.start_mark))
-            self.refuse(value, "this value contains itself", "an alias (*name) may not stand inside its anchor")
+            self.refuse(value, "this value contains itself", "remove the alias (*name) from inside its own anchor")
         else:
             value = Value(node.tag, *place)
             self.fill(value, node)
@@ -221,9 +222,9 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
         return value
 
     def refuse(self, value: Value, message: str, hint: str) -> None:
-        """Report the value, and take nothing of it."""
+        """Report a problem of the value, and drop its contents."""
         self.document.add(value, message, hint)
-        value.data, value.holds, value.size, value.height = Nothing.REFUSED, {}, 1, 0
+        value.data, value.holds, value.size, value.height = NoValue.REFUSED, {}, 1, 0
 
     def fill(self, value: Value, node: Any) -> None:
         if isinstance(node, yaml.ScalarNode):
@@ -242,16 +243,16 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
 
     def scalar(self, value: Value) -> None:
         if has_hidden(value.written):
-            hint = "write text without line breaks, tabs and invisible characters"
-            self.refuse(value, f"{quoted(value.written)} holds a control character", hint)
+            hint = "remove line breaks, tabs, and invisible characters"
+            self.refuse(value, f"{quoted(value.written)} contains a control character", hint)
             return
         try:
-            value.data = _SCALARS[value.tag](value.written)
+            value.data = _CONVERTERS[value.tag](value.written)
         except (ValueError, KeyError):
             self.refuse(value, f"{quoted(value.written)} does not fit its tag", "remove the tag")
 
     def pairs(self, value: Value, pairs: list[tuple[Value, Value]]) -> None:
-        """Merged keys (`<<`) first, then the mapping's own, which win. Only text is a key, and each is there once."""
+        """Fill a mapping: merged keys (`<<`) first, then its own keys, which win. A key is text and occurs once."""
         own: Pairs = {}
         merged: Pairs = {}
         for key, item in pairs:
@@ -262,29 +263,29 @@ class _Reader(yaml.composer.Composer, yaml.resolver.BaseResolver):
                 self.document.add(key, "a key must be text, got a list or a mapping", 'write "key: value"')
             elif key.written in own:
                 hint = f"first in line {own[key.written][0].line}"
-                self.document.add(key, f"the key {quoted(key.written)} is given twice", hint)
-            elif key.data is not Nothing.REFUSED:
+                self.document.add(key, f"duplicate key {quoted(key.written)}", hint)
+            elif key.data is not NoValue.REFUSED:
                 own[key.written] = (key, item)
         value.holds = merged | own
         value.data = {name: item.data for name, (_, item) in value.holds.items()}
 
     def merged(self, value: Value) -> Pairs:
-        """What `<<` brings: of several sources, the first wins."""
+        """The pairs that `<<` merges. If several sources have a key, the first wins."""
         sources = [item for _, item in value.holds.values()] if value.tag == _LIST else [value]
-        sources = [source for source in sources if source.data is not Nothing.REFUSED]
+        sources = [source for source in sources if source.data is not NoValue.REFUSED]
         if any(source.tag != _MAPPING for source in sources):
             hint = "use an alias, such as <<: *defaults"
-            self.document.add(value, '"<<" takes a mapping or a list of mappings', hint)
+            self.document.add(value, '"<<" must be a mapping or a list of mappings', hint)
             return {}
         return {name: pair for source in reversed(sources) for name, pair in source.holds.items()}
 
     def bound(self, value: Value) -> None:
-        """Refuse what is larger than it looks, once all that the value holds is read."""
+        """Refuse a value that aliases make too large or too deep. All its items are already read."""
         inner = [item for _, item in value.holds.values()]
         value.size += sum(item.size for item in inner)
         value.height = max([value.height, *(1 + item.height for item in inner)])
         if value.height > MAX_DEPTH:
-            self.refuse(value, f"the aliases here lead deeper than {MAX_DEPTH} levels", _FAR_LESS)
+            self.refuse(value, f"the aliases here are nested deeper than {MAX_DEPTH} levels", _TOO_LARGE_HINT)
         elif value.size > MAX_VALUES:
             refuse(self.document.path, f"the file expands to more than {MAX_VALUES:,} values", "use fewer aliases")
 
@@ -297,10 +298,10 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
     """A syntax error of PyYAML in one sentence and a hint."""
     problem, context = error.problem or "", error.context or ""
     if "'\\t'" in problem:
-        return "not valid YAML: a tab stands where spaces are expected", "indent with spaces"
-    where = f" ({context} in line {error.context_mark.line + 1})" if context and error.context_mark else ""
-    hint = "check the indentation and the colons here; text with special characters needs quotes"
-    return f"not valid YAML: {problem}{where}".encode("ascii", "backslashreplace").decode(), hint
+        return "not valid YAML: got a tab, expected spaces", "indent with spaces"
+    started = f" ({context} in line {error.context_mark.line + 1})" if context and error.context_mark else ""
+    hint = "check the indentation and the colons here, and put text with special characters in quotes"
+    return f"not valid YAML: {problem}{started}".encode("ascii", "backslashreplace").decode(), hint
 
 
 def end_of(text: str) -> tuple[int, int]:

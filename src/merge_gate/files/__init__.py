@@ -1,1 +1,1 @@
-"""Names to directories to what the files say. Reads headers and JSON; imports no torch."""
+"""Resolves names to directories and reads headers and JSON of the files there. Imports no torch."""

@@ -40,10 +40,10 @@ _LISTED = 6
 _CHUNK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 100_000
 _BASE_IN_CARD = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w.-]+/[\w.-]+)[\"']?[ \t]*$", re.MULTILINE)
-_CUT_OFF = ("is truncated", "is empty", "was cut off", "but zeros", "too few for")
+_TRUNCATED_PHRASES = ("is truncated", "is empty", "was cut off", "but zeros", "too few for")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
-_MEANT = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"} | {
-    f"torch.{one}": one for one in _DTYPES
+_DTYPE_ALIASES = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"} | {
+    f"torch.{name}": name for name in _DTYPES
 }
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
@@ -124,7 +124,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False) -> BaseF
     # 3. Formats.
     declared = base_formats.declared_in(directory, config)
     original = _original(directory)
-    own = [one.stored for one in contents.first.values()]
+    own = [tensor.stored for tensor in contents.first.values()]
     of_formats = base_formats.findings_of(own, declared, config, label=name, original=original)
     note.ghosts(ghosts, chosen)
     note.unlisted(contents, chosen)
@@ -140,7 +140,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False) -> BaseF
         original=original,
         auto_dtype=_auto_dtype(config, name),
         findings=(*different, *of_formats),
-        notes=tuple(note.found),
+        notes=tuple(note.findings),
     )
 
 
@@ -193,7 +193,7 @@ def _read_weights(directory: str, file: str, name: str) -> Iterator[_Tensor]:
             for tensor in read_pickled(opened, size_bytes) or ():
                 yield _Tensor(stored=_stored(tensor, file))
     except (CorruptFileError, UnsafePickleError) as error:
-        check = INCOMPLETE if any(words in str(error) for words in _CUT_OFF) else INCONSISTENT
+        check = INCOMPLETE if any(words in str(error) for words in _TRUNCATED_PHRASES) else INCONSISTENT
         raise ResolveError(
             f"the base {shown(name)} is broken: {shown(file)} {error}", hint=FETCH_AGAIN, check=check
         ) from error
@@ -213,8 +213,8 @@ def _original(directory: str) -> str | None:
     except (OSError, CorruptFileError):
         return None
     head = card.split("---", 2)[1] if card.startswith("---") and card.count("---") > 1 else ""
-    found = _BASE_IN_CARD.search(head)
-    return found[1] if found else None
+    match = _BASE_IN_CARD.search(head)
+    return match[1] if match else None
 
 
 def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:
@@ -223,7 +223,7 @@ def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:
     dtype = config.get(key)
     if dtype is None or isinstance(dtype, dict) or dtype in _DTYPES:
         return None
-    meant = f'write "{_MEANT[dtype]}" there, or ' if isinstance(dtype, str) and dtype in _MEANT else ""
+    meant = f'write "{_DTYPE_ALIASES[dtype]}" there, or ' if isinstance(dtype, str) and dtype in _DTYPE_ALIASES else ""
     message = (
         f"the base {shown(name)} cannot be loaded: {key} in its config.json is {shown(str(dtype))}, expected a "
         "floating-point dtype of torch, such as float16"
@@ -241,14 +241,14 @@ def _aside(directory: str, chosen: WeightFiles, name: str) -> tuple[StoredTensor
     if chosen.files == (MODEL,) and MODEL_INDEX in names:
         names |= _listed_elsewhere(directory)
     others = {file for file in names if file.endswith(SAFETENSORS_ENDING)} - {*chosen.files, WEIGHTS_NAME}
-    found: list[StoredTensor] = []
+    tensors: list[StoredTensor] = []
     for file in sorted(others):
         try:
             with open_regular(str(Path(directory, file))) as opened:
-                found.extend(_stored(tensor, file) for tensor, _, _ in parse_places(opened))
+                tensors.extend(_stored(tensor, file) for tensor, _, _ in parse_places(opened))
         except (OSError, CorruptFileError):  # transformers does not open it either
             continue
-    return tuple(found)
+    return tuple(tensors)
 
 
 def _listed_elsewhere(directory: str) -> set[str]:
@@ -263,11 +263,11 @@ def _listed_elsewhere(directory: str) -> set[str]:
 
 
 class _Notes:
-    """What is worth reporting of a base whose parameters all have their source."""
+    """Findings about a base that do not keep it from being loaded."""
 
     def __init__(self, directory: str, name: str) -> None:
         self._directory, self._name = directory, name
-        self.found: list[Finding] = []
+        self.findings: list[Finding] = []
 
     def compare(self, contents: _Contents) -> list[Finding]:
         """One name in two files: the same bytes are a note, other bytes are a contradiction."""
@@ -285,7 +285,7 @@ class _Notes:
         if same:
             self._add(
                 f"{counted(len(same), 'tensor')} of the base {shown(self._name)} {_are(len(same))} stored twice with "
-                f"the same bytes: {_names_of([one.name for one in same])}",
+                f"the same bytes: {_names_of([tensor.name for tensor in same])}",
                 same[0].name,
             )
         return []
@@ -324,8 +324,8 @@ class _Notes:
         """The config ties the head to the embedding, and the files hold two tensors that differ."""
         if config.get("tie_word_embeddings") is not True:
             return
-        head = next((one for name, one in contents.first.items() if name.endswith("lm_head.weight")), None)
-        embeddings = [one for name, one in contents.first.items() if name.endswith(_EMBEDDINGS)]
+        head = next((tensor for name, tensor in contents.first.items() if name.endswith("lm_head.weight")), None)
+        embeddings = [tensor for name, tensor in contents.first.items() if name.endswith(_EMBEDDINGS)]
         if head is None or len(embeddings) != 1 or self._is_same(head, embeddings[0]):
             return
         self._add(
@@ -342,15 +342,15 @@ class _Notes:
             return True  # only torch can tell
         try:
             with (
-                open_regular(str(Path(self._directory, first.stored.file))) as one,
-                open_regular(str(Path(self._directory, second.stored.file))) as two,
+                open_regular(str(Path(self._directory, first.stored.file))) as first_file,
+                open_regular(str(Path(self._directory, second.stored.file))) as second_file,
             ):
-                one.seek(first.begin)
-                two.seek(second.begin)
+                first_file.seek(first.begin)
+                second_file.seek(second.begin)
                 left = first.end - first.begin
                 while left > 0:
                     size = min(left, _CHUNK_BYTES)
-                    if one.read(size) != two.read(size):
+                    if first_file.read(size) != second_file.read(size):
                         return False
                     left -= size
         except (OSError, CorruptFileError):
@@ -358,7 +358,7 @@ class _Notes:
         return True
 
     def _add(self, message: str, tensor: str | None) -> None:
-        self.found.append(self._finding(INCONSISTENT, Severity.NOTE, message, "", tensor))
+        self.findings.append(self._finding(INCONSISTENT, Severity.NOTE, message, "", tensor))
 
     def _finding(self, check: str, severity: Severity, message: str, hint: str, tensor: str | None) -> Finding:
         return Finding(check=check, severity=severity, message=message, hint=hint, tensor=tensor, origin=Origin.BASE)

@@ -91,11 +91,11 @@ def is_judged(method: str) -> bool:
 def declared_in(directory: str, config: Mapping[str, Any]) -> DeclaredQuantization | None:
     """The declaration that transformers reads, else one that it does not read, else None."""
     for part in (config, *(config.get(key) for key in ("text_config", "decoder", "generator"))):
-        found = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(found, dict):
-            return _declaration(found, "config.json", "quantization_config", is_read=True)
-    if isinstance(found := config.get("compression_config"), dict):
-        return _declaration(found, "config.json", "compression_config", is_read=False, method="compressed-tensors")
+        declared = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(declared, dict):
+            return _declaration(declared, "config.json", "quantization_config", is_read=True)
+    if isinstance(declared := config.get("compression_config"), dict):
+        return _declaration(declared, "config.json", "compression_config", is_read=False, method="compressed-tensors")
     for file, method in _SIDE_FILES:
         if (content := _object(Path(directory, file))) is not None:
             inner = content.get("quantization")
@@ -115,9 +115,9 @@ def _object(path: Path) -> dict[str, Any] | None:
 def _declaration(
     content: Mapping[str, Any], file: str, key: str, *, is_read: bool, method: str = ""
 ) -> DeclaredQuantization:
-    named = content.get("quant_method")
-    if isinstance(named, str):
-        method = named
+    quant_method = content.get("quant_method")
+    if isinstance(quant_method, str):
+        method = quant_method
     for bits in ("8bit", "4bit"):  # as transformers: these flags go before the method's name, and 4 bits before 8
         if content.get(f"load_in_{bits}"):
             method = f"bitsandbytes_{bits}"
@@ -131,7 +131,7 @@ def _declaration(
         format=_text(next((content[k] for k in ("fmt", "format", "quant_algo") if content.get(k)), None)),
         bits=_integer(next((content[k] for k in ("bits", "w_bit", "num_bits") if k in content), None)),
         block_size=tuple(block) if _is_block(block) else None,
-        ignored=tuple(one for one in ignored if isinstance(one, str)),
+        ignored=tuple(name for name in ignored if isinstance(name, str)),
     )
 
 
@@ -166,7 +166,7 @@ def findings_of(
     """What keeps a base of these tensors from being judged; empty if nothing does. The first one is the cause."""
     own = {tensor.name: tensor for tensor in tensors if _belongs(tensor.name, config)}
     judge = _Judge(label, declared, original)
-    if wrapped := next((one for name, one in own.items() if ".base_layer." in name), None):
+    if wrapped := next((tensor for name, tensor in own.items() if ".base_layer." in name), None):
         return (judge.wrapped(wrapped),)
     if declared is None or not declared.is_read:
         return tuple(judge.undeclared(own))
@@ -222,13 +222,15 @@ class _Judge:
 
     def undeclared(self, tensors: Tensors) -> Iterator[Finding]:
         side = self._declared
-        found = format_of(tensors)
-        codes = next(((scale, one) for one in _codes(tensors) if (scale := _scale_of(one.name, tensors))), None)
-        if found is None and codes is None:
+        format_and_tensor = format_of(tensors)
+        codes = next(
+            ((scale, tensor) for tensor in _codes(tensors) if (scale := _scale_of(tensor.name, tensors))), None
+        )
+        if format_and_tensor is None and codes is None:
             yield from self._integers(tensors)
             return
-        tensor = found[1] if found else codes[0]  # type: ignore[index] # one of the two is there
-        method = found[0] if found else (side.method if side else "")
+        tensor = format_and_tensor[1] if format_and_tensor else codes[0]  # type: ignore[index] # one of the two is there
+        method = format_and_tensor[0] if format_and_tensor else (side.method if side else "")
         names = {"awq or gptq": "AWQ or GPTQ"}
         title = KNOWN_NAMES.get(method) or names.get(method) or _kind_of(codes)
         if side is not None and side.format and side.method == "modelopt":
@@ -245,7 +247,7 @@ class _Judge:
             yield self._finding(INCONSISTENT, f"{stored}; {missing}", hint, tensor)
 
     def _integers(self, tensors: Tensors) -> Iterator[Finding]:
-        tensor = next((one for one in _codes(tensors) if one.dtype in _INTEGERS), None)
+        tensor = next((tensor for tensor in _codes(tensors) if tensor.dtype in _INTEGERS), None)
         if tensor is not None:
             message = (
                 f"its weight {shown(tensor.name)} ({_words(tensor.dtype)}, in {shown(tensor.file)}) holds codes, not "
@@ -320,7 +322,7 @@ class _Judge:
 
     def compressed_tensors(self, tensors: Tensors) -> Iterator[Finding]:
         """Each weight in codes needs its scale, whatever the layout of the codes."""
-        packed = (one for name, one in tensors.items() if name.endswith(".weight_packed"))
+        packed = (tensor for name, tensor in tensors.items() if name.endswith(".weight_packed"))
         for weight in (*_codes(tensors), *packed):
             scale = f"{weight.name.removesuffix('_packed')}_scale"
             if scale not in tensors and not self._is_ignored(weight.name):
@@ -372,7 +374,9 @@ class _Judge:
     def _is_ignored(self, name: str) -> bool:
         """Modules that the declaration leaves out, by parts of their names, and embeddings, which it never includes."""
         ignored = self._declared.ignored if self._declared else ()
-        return bool(_UNQUANTIZED_PARTS.search(name)) or any(one.strip("^$.*") in name for one in ignored if one)
+        return bool(_UNQUANTIZED_PARTS.search(name)) or any(
+            pattern.strip("^$.*") in name for pattern in ignored if pattern
+        )
 
     def _finding(self, check: str, message: str, hint: str, tensor: StoredTensor | None) -> Finding:
         return Finding(
@@ -430,5 +434,5 @@ def _words(dtype: str) -> str:
 
 
 def _examples(tensors: Tensors) -> str:
-    tensor = next(one for one in tensors.values() if len(one.shape) > 1)
+    tensor = next(tensor for tensor in tensors.values() if len(tensor.shape) > 1)
     return f"{shown(tensor.name)} is {tensor.dtype} (in {shown(tensor.file)})"

@@ -1,10 +1,9 @@
-"""Weight files, read without loading them: safetensors headers, Git LFS pointers, other formats by their first bytes.
+"""Reads weight files without loading them: safetensors headers, Git LFS pointers, other formats by their first bytes.
 
-In: the path of one file, which is hostile. Out: `TensorHeader`s, or `CorruptFileError` with a sentence that says what
-stands in the file instead. Knows no adapters and no findings, and reads no tensor data.
+A hostile file goes in; `TensorHeader`s or a `CorruptFileError` come out. No tensor data is read.
 
-The reader is stricter than the safetensors library: whatever the library refuses is refused here, and so are repeated
-names and unknown fields, which the library lets pass. Whatever the library writes is accepted.
+The reader refuses everything that the safetensors library refuses, and also repeated names and unknown fields. It
+accepts everything that the library writes.
 Format: https://github.com/huggingface/safetensors (README, "Format").
 """
 
@@ -33,7 +32,7 @@ _MAX_U64_DIGITS = 20
 _MAX_POINTER_BYTES = 1024
 _TENSOR_FIELDS = {"dtype", "shape", "data_offsets"}
 _SHOWN_CHARACTERS = 120
-_LINE_ENDS_SAMPLE_BYTES, _LINE_ENDS_ENOUGH = 1_000_000, 4
+_LINE_ENDS_SAMPLE_BYTES, _MIN_LINE_ENDS = 1_000_000, 4
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -47,7 +46,7 @@ _ZIP, _PICKLE, _GGUF = (
     "a Python pickle",
     "a GGUF model",
 )
-_PAGE = "an HTML or XML page, so probably a failed download"
+_PAGE = "an HTML or XML page, probably of a failed download"
 _FORMATS = (
     (re.compile(rb"PK\x03\x04"), _ZIP),
     (re.compile(rb"\x80[\x02-\x05]"), _PICKLE),
@@ -57,26 +56,26 @@ _FORMATS = (
     (re.compile(rb"\x93NUMPY"), "a NumPy array"),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), _PAGE),
     (re.compile(rb"\s*[{\[]"), "a JSON text"),
-    (re.compile(rb"\x00{16}"), "zeros, so probably a download that was cut off"),
+    (re.compile(rb"\x00{16}"), "zeros, probably of an interrupted download"),
 )
 
 _SAVED_AS_PICKLE = (
-    "a file that torch.save wrote belongs under the name adapter_model.bin, with allow-pickle: true; better save the "
-    "adapter again with save_pretrained; an archive of the adapter must be unpacked"
+    "if torch.save wrote the file, save the adapter again with save_pretrained, or rename the file to "
+    "adapter_model.bin and set allow-pickle: true; if it is an archive of the adapter, unpack it"
 )
 _HINTS = {
     _ZIP: _SAVED_AS_PICKLE,
     _PICKLE: _SAVED_AS_PICKLE,
     _GGUF: by_files(("adapter.gguf",)) or "",
-    _PAGE: "the server answered with a page, of a sign-in mostly: download the file again, with a token",
+    _PAGE: "download the file again, with a token: the server sent a page, usually a sign-in page",
 }
-"""What to do about some of them; the others are to be fetched again."""
+"""Hints for some formats. For the others, the hint is to download the file again."""
 
 
 class CorruptFileError(Exception):
-    """The file is not what its name claims. The text continues a sentence that starts with the file's name.
+    """The file is not in the format that its name claims. The text continues a sentence that starts with its name.
 
-    `hint` says what to do, unless that is to fetch the file again.
+    `hint` says what to do. If it is empty, the remedy is to download the file again.
     """
 
     def __init__(self, text: str, hint: str = "") -> None:
@@ -86,18 +85,18 @@ class CorruptFileError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LfsPointer:
-    """A Git LFS pointer file. `size_bytes` is the size of the file that it stands for, None if it does not say."""
+    """A Git LFS pointer file. `size_bytes` is the size of the real file; None if the pointer does not give it."""
 
     size_bytes: int | None
 
 
 def shown(text: str) -> str:
-    """Hostile text for a message: quoted, control characters escaped, cut to a readable length."""
+    """Quote hostile text for a message: control characters are escaped, and the text is cut to a readable length."""
     return quoted(text, _SHOWN_CHARACTERS, "'")
 
 
 def open_regular(path: str) -> BufferedReader:
-    """Open a file of an adapter or a base, also through a link. What is no regular file is a `CorruptFileError`."""
+    """Open a regular file, also through a link. A named pipe or a device raises `CorruptFileError`."""
     try:
         return open_regular_file(path, follow=True)
     except NotRegularFileError as error:
@@ -105,7 +104,7 @@ def open_regular(path: str) -> BufferedReader:
 
 
 def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
-    """The pointer that stands in the file, or None (https://github.com/git-lfs/git-lfs, docs/spec.md)."""
+    """Read the file as a Git LFS pointer; None if it is not one (https://github.com/git-lfs/git-lfs, docs/spec.md)."""
     file.seek(0)
     text = file.read(_MAX_POINTER_BYTES)
     if not text.startswith(b"version https://git-lfs"):
@@ -115,23 +114,25 @@ def lfs_pointer(file: BufferedReader) -> LfsPointer | None:
 
 
 def other_format(file: BufferedReader) -> str | None:
-    """What the file is, going by its first bytes, when it is something well known."""
+    """Name the file's format by its first bytes; None if it is unknown."""
     file.seek(0)
     head = file.read(64)
     return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
 
 
 def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
-    """The tensors that a safetensors file holds, in the header's order.
+    """Return the tensors of a safetensors file, in the order of its header.
 
-    Raises `CorruptFileError`, or `OSError` when the file cannot be read.
+    Raises:
+        CorruptFileError: the file is damaged or has another format.
+        OSError: the file cannot be read.
     """
     return tuple(tensor for tensor, _, _ in parse_places(file))
 
 
 def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], ...]:
-    """As `parse_file`, each tensor with the first byte of its values in the file and the first byte after them."""
-    # 1. Eight bytes: the header's length, little-endian.
+    """Like `parse_file`, with the offsets in the file of each tensor's first byte and of the byte after its last."""
+    # 1. The first eight bytes are the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
     if not size_bytes:
         raise CorruptFileError("is empty (0 bytes)")
@@ -141,33 +142,33 @@ def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], .
     data_start = _PREFIX_BYTES + header_bytes
     if len(prefix) < _PREFIX_BYTES or header_bytes > MAX_HEADER_BYTES or data_start > size_bytes:
         _refuse_start(file, header_bytes, size_bytes)
-    # 2. The header: a JSON object of names.
+    # 2. The header is a JSON object with an entry for each tensor.
     raw = file.read(header_bytes)
     if len(raw) < header_bytes:
         raise CorruptFileError(f"was cut off while it was read: {len(raw):,} of {counted(header_bytes, 'header byte')}")
     entries = _parse_json(raw)
     _check_metadata(entries.pop("__metadata__", None))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
-    # 3. The data: every byte belongs to exactly one tensor.
+    # 3. Every byte of the data belongs to exactly one tensor.
     try:
         _check_offsets(tensors, data_bytes=size_bytes - data_start)
     except CorruptFileError as error:
         if _has_windows_line_ends(file, data_start):
             raise CorruptFileError(
-                "is damaged by a conversion of line ends: every LF byte in it has become CR LF",
-                "git or an FTP client took the file for text: write `*.safetensors -text` into .gitattributes where it "
-                "was committed, and commit the undamaged file again",
+                "is damaged by a conversion of line ends: every LF byte has become CR LF",
+                "git or an FTP client treated the file as text: add `*.safetensors -text` to .gitattributes of its "
+                "repository, and commit the undamaged file again",
             ) from error
         raise
     return tuple((tensor, data_start + begin, data_start + end) for tensor, begin, end in tensors.values())
 
 
 def _has_windows_line_ends(file: BufferedReader, start: int) -> bool:
-    """Whether each LF follows a CR. By chance one byte in 256 would be an LF."""
+    """Whether every LF follows a CR. In undamaged tensor data, one byte in 256 is an LF by chance."""
     file.seek(start)
     data = file.read(_LINE_ENDS_SAMPLE_BYTES)
     ends = data.count(b"\n")
-    return ends >= _LINE_ENDS_ENOUGH and ends == data.count(b"\r\n")
+    return ends >= _MIN_LINE_ENDS and ends == data.count(b"\r\n")
 
 
 def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> NoReturn:
@@ -259,12 +260,14 @@ def _check_offsets(tensors: dict[str, tuple[TensorHeader, int, int]], *, data_by
     expected = 0
     for tensor, begin, end in sorted(tensors.values(), key=lambda item: item[1:]):
         if begin != expected:
-            what = "overlaps the one before it" if begin < expected else "leaves a hole before it"
-            raise CorruptFileError(f"has a tensor {shown(tensor.name)} that {what} (byte {begin}, expected {expected})")
+            fault = "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
+            raise CorruptFileError(
+                f"has a tensor {shown(tensor.name)} that {fault} (byte {begin}, expected {expected})"
+            )
         expected = end
-    described = f"its header describes {counted(expected, 'byte')} of tensor data, the file holds {data_bytes:,}"
+    sizes = f"its header describes {counted(expected, 'byte')} of tensor data, the file holds {data_bytes:,}"
     if expected > data_bytes:
-        raise CorruptFileError(f"is truncated: {described}")
-    if over := data_bytes - expected:
-        belong = "belongs" if over == 1 else "belong"
-        raise CorruptFileError(f"has {counted(over, 'byte')} that {belong} to no tensor: {described}")
+        raise CorruptFileError(f"is truncated: {sizes}")
+    if excess := data_bytes - expected:
+        belong = "belongs" if excess == 1 else "belong"
+        raise CorruptFileError(f"has {counted(excess, 'byte')} that {belong} to no tensor: {sizes}")

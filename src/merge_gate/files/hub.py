@@ -1,17 +1,15 @@
-"""The Hugging Face Hub: a repository and a revision into files in the cache, pinned to a commit.
+"""Downloads files of a Hugging Face repository into the cache, pinned to a commit.
 
-In: a Hub id, a revision, and a function that chooses from the repository's file names. Out: `Fetched`, or a
-`ResolveError` with what to do. Knows nothing of adapters and bases. With hub_errors.py the only module that imports
-huggingface_hub.
+A Hub id, a revision, and a function that chooses from the repository's file names go in; `Fetched` or a `ResolveError`
+comes out. Only this module and hub_errors.py import huggingface_hub.
 
-1. One request turns the revision into a commit and lists the repository's files.
+1. One request resolves the revision to a commit and lists the repository's files.
 2. The caller chooses from the list. A file that it must read for that, such as an index, is fetched first.
-3. These files are fetched at that commit: whatever moves in the repository meanwhile changes nothing.
-4. What has arrived is compared with the digests that the Hub lists; other bytes leave the cache.
+3. The files are fetched at that commit, so later changes of the repository have no effect.
+4. The files are compared with the digests that the Hub lists. Files with other bytes are removed from the cache.
 
-Offline (HF_HUB_OFFLINE=1) the cache's own refs and listings answer instead of the Hub.
-
-The token comes from where huggingface_hub looks for it (HF_TOKEN, the file that `hf auth login` writes).
+Offline (HF_HUB_OFFLINE=1) the refs and listings in the cache replace the Hub. huggingface_hub finds the token itself
+(HF_TOKEN, or the file that `hf auth login` writes).
 """
 
 from __future__ import annotations
@@ -45,24 +43,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PAUSES_S = (1.0, 4.0)
-"""Waits before the second and the third try of a request that failed for a passing reason."""
+"""Seconds to wait before the second and the third attempt of a request that failed for a temporary reason."""
 
 _LONGEST_PAUSE_S = 60.0
 _REQUEST_TIMEOUT_S = 10.0
 _DOWNLOAD_TIMEOUT_S = 8
-"""Without a byte; huggingface_hub asks six times before it gives up, which so takes less than a minute."""
+"""Seconds without a byte. huggingface_hub gives up after six attempts, so in less than a minute."""
 
 _LISTED = 6
-_DIGEST_SHOWN = 16
+_DIGEST_CHARACTERS = 16
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\[]*", re.ASCII)
-"""What git allows as the name of a ref; it becomes part of a path in the cache."""
+"""What git allows as the name of a ref. The name becomes part of a path in the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
     """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
 
-    `is_listed` False: the repository could not be asked what it holds, and the cache does not say either.
+    If `is_listed` is False, the repository's files are unknown: it could not be asked, and the cache has no list.
     """
 
     directory: str
@@ -74,7 +72,7 @@ class Fetched:
 def fetch(
     repo_id: str, revision: str | None, choose: Choose, *, token: str | None, notify: Callable[[str], None]
 ) -> Fetched:
-    """Fetch what `choose` picks from the names of the repository's files; all of it is there when this returns."""
+    """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived."""
     _set_up_library()
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ResolveError(
@@ -95,7 +93,7 @@ class _Repository:
     notify: Callable[[str], None]
 
     def from_network(self, choose: Choose) -> Fetched:
-        # 1. The commit, and what it holds.
+        # 1. Resolve the revision to a commit, and list its files.
         api = HfApi(token=self.token, library_name="merge-gate")
         info = self._ask(
             lambda: api.model_info(
@@ -106,27 +104,27 @@ class _Repository:
         if not commit:
             raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
         files = {file.rfilename: file for file in info.siblings or ()}
-        # 2. What is needed of it.
+        # 2. Let the caller choose.
         names = frozenset(files)
-        wanted = choose(names, lambda name: self._fetch_first(files[name], commit))
-        new = [name for name in wanted if not self._is_cached(name, commit)]
-        # 3. Fetch at that commit. The first call leaves the revision's ref in the cache, for offline runs; where the
-        #    revision has moved on since step 1, the second goes back to the commit.
-        total_bytes = sum(files[name].size or 0 for name in wanted)
+        chosen = choose(names, lambda name: self._fetch_first(files[name], commit))
+        new = [name for name in chosen if not self._is_cached(name, commit)]
+        # 3. Fetch at that commit. The first call writes the revision's ref into the cache, for offline runs. If the
+        #    revision has moved since step 1, the second call goes back to the commit.
+        total_bytes = sum(files[name].size or 0 for name in chosen)
         self.notify(
-            f"fetching {self.what} at {commit[:12]}: {counted(len(wanted), 'file')}, {_shown_bytes(total_bytes)}"
+            f"fetching {self.what} at {commit[:12]}: {counted(len(chosen), 'file')}, {_shown_bytes(total_bytes)}"
         )
-        directory = self._ask(lambda: self._download(self.revision, wanted), is_patient=True)
+        directory = self._ask(lambda: self._download(self.revision, chosen), is_patient=True)
         if Path(directory).name != commit:
-            directory = self._ask(lambda: self._download(commit, wanted), is_patient=True)
-        fetched = self._check(directory, wanted, withheld=names - set(wanted))
-        # 4. The bytes are those that the Hub lists.
+            directory = self._ask(lambda: self._download(commit, chosen), is_patient=True)
+        fetched = self._check(directory, chosen, withheld=names - set(chosen))
+        # 4. Compare the new files with the digests that the Hub lists.
         for name in new:
             self._compare(Path(directory, name), files[name])
         return fetched
 
     def _fetch_first(self, file: RepoSibling, commit: str) -> Path:
-        """One file that the choice depends on."""
+        """Fetch a file that the choice depends on."""
         is_new = not self._is_cached(file.rfilename, commit)
         path = Path(self._ask(lambda: self._download(commit, (file.rfilename,)), is_patient=True), file.rfilename)
         if not path.exists():
@@ -146,14 +144,14 @@ class _Repository:
                 raise incomplete(self.what, (name,))
             return path
 
-        wanted = choose(names, cached)
-        return self._check(directory, wanted, withheld=names - set(wanted), is_listed=listing is not None)
+        chosen = choose(names, cached)
+        return self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
 
     def _check(
-        self, directory: str, wanted: Sequence[str], *, withheld: Iterable[str], is_listed: bool = True
+        self, directory: str, chosen: Sequence[str], *, withheld: Iterable[str], is_listed: bool = True
     ) -> Fetched:
-        """What was wanted must be there: huggingface_hub returns a snapshot in part when a request fails."""
-        if absent := [name for name in wanted if not Path(directory, name).exists()]:
+        """Check that all files have arrived: huggingface_hub returns a partial snapshot if a request fails."""
+        if absent := [name for name in chosen if not Path(directory, name).exists()]:
             raise incomplete(self.what, absent)
         commit = Path(directory).name
         return Fetched(directory=directory, commit=commit, withheld=tuple(sorted(withheld)), is_listed=is_listed)
@@ -162,7 +160,7 @@ class _Repository:
         return isinstance(huggingface_hub.try_to_load_from_cache(self.repo_id, name, revision=commit), str)
 
     def _compare(self, path: Path, listed: RepoSibling) -> None:
-        """Git LFS lists the SHA-256 of the content, git the SHA-1 of a blob; a mirror may list neither."""
+        """Compare a file with its listed digest: SHA-256 for Git LFS, a blob's SHA-1 for git, none on some mirrors."""
         if listed.lfs is not None:
             kind, expected = "SHA-256", listed.lfs.sha256
             with path.open("rb") as file:
@@ -179,12 +177,13 @@ class _Repository:
         path.unlink(missing_ok=True)
         raise ResolveError(
             f"{shown(listed.rfilename)} of {self.what} arrived with other bytes than {host()} lists: its {kind} is "
-            f"{got[:_DIGEST_SHOWN]}…, expected {shown(expected)[:_DIGEST_SHOWN]}…; it was removed from the cache",
-            hint="run again; if it stays so, something in between changes it: check HF_ENDPOINT, and any proxy",
+            f"{got[:_DIGEST_CHARACTERS]}…, expected {shown(expected)[:_DIGEST_CHARACTERS]}…; it was removed from the "
+            "cache",
+            hint="run again; if it happens again, check HF_ENDPOINT and any proxy, which may change files",
         )
 
     def _cached_listing(self, commit: str) -> frozenset[str] | None:
-        """The repository's files as the last download saw them; None where huggingface_hub 1 kept no list."""
+        """The repository's files at the last download; None without a list in the cache (huggingface_hub 1)."""
         if not hasattr(huggingface_hub, "get_cached_repo_tree"):
             return None
         try:
@@ -203,9 +202,9 @@ class _Repository:
         )
 
     def _ask(self, request: Callable[[], T], *, is_patient: bool = False) -> T:
-        """`request()`, tried again after passing failures, its errors translated.
+        """Call `request`, repeat it after temporary failures, and translate its errors.
 
-        `is_patient`: it has tried lost connections and silence again by itself, where the file broke off.
+        If `is_patient`, the request itself has already retried lost connections and timeouts.
         """
         pauses = iter(PAUSES_S)
         while True:
@@ -229,21 +228,21 @@ class _Repository:
 
 
 def _files_below(directory: str) -> frozenset[str]:
-    """Files of a snapshot and of its folders; a link to nothing counts, since the repository has that file."""
-    found = (Path(place, file) for place, _, files in os.walk(directory) for file in files)
-    return frozenset(path.relative_to(directory).as_posix() for path in found)
+    """The files of a snapshot and its folders. A broken link counts, since the repository has that file."""
+    paths = (Path(place, file) for place, _, files in os.walk(directory) for file in files)
+    return frozenset(path.relative_to(directory).as_posix() for path in paths)
 
 
 def incomplete(what: str, absent: Sequence[str]) -> ResolveError:
     """The error for a cache that lacks files of a snapshot."""
     return ResolveError(
-        f"the cache holds {what} in part: {', '.join(absent[:_LISTED])} is not there",
+        f"the cache holds only a part of {what}: {', '.join(absent[:_LISTED])} is missing",
         hint="run once with network access (HF_HUB_OFFLINE unset) and the same cache to complete it",
     )
 
 
 def _set_up_library() -> None:
-    """The gate has its own view, which bars would break, and its own patience. What a variable says stays."""
+    """Disable progress bars, which break the gate's own view, and set a timeout. Environment variables win."""
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
@@ -255,7 +254,7 @@ def _shown_bytes(count: int) -> str:
 
 
 def _pause(error: Exception, pause_s: float | None, *, is_patient: bool) -> float | None:
-    """Seconds to wait before asking again, None when there is no point or no try left."""
+    """Seconds to wait before the next attempt; None if it is pointless or no attempt is left."""
     if pause_s is None or not hub_errors.is_passing(error, transport=not is_patient):
         return None
     return max(pause_s, min(hub_errors.retry_after_s(error), _LONGEST_PAUSE_S))

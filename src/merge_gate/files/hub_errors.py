@@ -1,7 +1,7 @@
-"""Errors of the Hub, of the way to it and of the disk below the cache, in the gate's words: one table.
+"""Translates errors of the Hub, of the network, and of the cache's disk into `ResolveError`s, by one table.
 
-In: an exception out of huggingface_hub. Out: a `ResolveError` with what to do, or None for what is no such error;
-whether it is worth another try. Quotes neither requests nor headers, which may hold a token.
+It also decides whether a request is worth another attempt. Requests and headers are never quoted: they may hold a
+token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from huggingface_hub import constants, errors
 
 from merge_gate.errors import ResolveError
 
-CHECK_ENDPOINT = "check HF_ENDPOINT, and any proxy in between"
+CHECK_ENDPOINT = "check HF_ENDPOINT and any proxy"
 _SET_TOKEN = "set HF_TOKEN to a token that may read it (in a workflow: the hf-token input)"  # noqa: S105
 _PATHS = "relative paths start at the config file's directory"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -35,12 +35,12 @@ class _Row(NamedTuple):
 
 
 def host() -> str:
-    """The Hub's host name; HF_ENDPOINT may carry credentials, which must not be shown."""
+    """The Hub's host name alone: HF_ENDPOINT may contain credentials."""
     return urlsplit(constants.ENDPOINT).hostname or "the Hub"
 
 
 def translate(error: Exception, what: str) -> ResolveError | None:
-    """The sentence for an error of huggingface_hub, of its HTTP client (httpx, httpx2) or of the disk; else None."""
+    """Translate an error of huggingface_hub, its HTTP client (httpx, httpx2), or the disk; None for any other error."""
     links = _chain(error)
     for row in _ROWS:
         for link in filter(row.applies, links):
@@ -50,10 +50,10 @@ def translate(error: Exception, what: str) -> ResolveError | None:
 
 
 def is_passing(error: Exception, *, transport: bool) -> bool:
-    """Whether the same request may succeed a little later; `transport`: whether a lost connection is such an error."""
+    """Whether the same request may succeed later. `transport`: whether a lost connection counts."""
     links = _chain(error)
     statuses = [status for link in links if (status := _status(link)) is not None]
-    passing = any(one in {408, 429} or one >= _SERVER_ERROR for one in statuses) or any(map(_is_incomplete, links))
+    passing = any(code in {408, 429} or code >= _SERVER_ERROR for code in statuses) or any(map(_is_incomplete, links))
     passing = passing or (transport and any(map(_is_transport, links)))
     return passing and not any(map(_is_distrust, links))
 
@@ -68,7 +68,7 @@ def retry_after_s(error: Exception) -> float:
 
 
 def _chain(error: BaseException) -> tuple[BaseException, ...]:
-    """The error and what it was raised from: huggingface_hub wraps a lost connection in "not in the cache"."""
+    """The error and its causes: huggingface_hub wraps a lost connection in "not in the cache"."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -102,12 +102,12 @@ def _is_distrust(error: BaseException) -> bool:
 
 
 def _of_the_disk(numbers: set[int]) -> Callable[[BaseException], bool]:
-    """An error of TLS is an OSError too, with numbers of its own."""
+    """Match errors of the disk. TLS errors are also OSErrors, with other numbers."""
     return lambda error: isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno in numbers
 
 
 def _is_transport(error: BaseException) -> bool:
-    """Whether the connection failed: by name, since huggingface_hub 1 speaks through httpx and 2 through httpx2."""
+    """Whether the connection failed. Compared by name, since huggingface_hub 1 uses httpx and 2 uses httpx2."""
     names = {cls.__name__ for cls in type(error).__mro__}
     failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
     return "OfflineModeIsEnabled" not in names and bool(names & failures)
@@ -129,8 +129,8 @@ def _is_offline(error: BaseException) -> bool:
 _ROWS = (
     _Row(
         _is_distrust,
-        "the certificate of {host}, or of a proxy before it, is not trusted: {why}; {what} was not fetched",
-        "name the file of your company's certificate authorities in SSL_CERT_FILE",
+        "the certificate of {host}, or of a proxy, is not trusted: {why}; {what} was not fetched",
+        "set SSL_CERT_FILE to the file of your company's certificate authorities",
     ),
     _Row(
         _of_the_disk(_DISK_FULL),
@@ -144,23 +144,23 @@ _ROWS = (
     ),
     _Row(
         _is(errors.HFValidationError),
-        "{what} is neither an existing directory nor a valid Hub id (owner/name)",
+        "{what} is not an existing directory or a valid Hub id (owner/name)",
         "check the spelling; relative paths start at the config file's directory",
     ),
     _Row(
         _is(errors.GatedRepoError),
-        "{what} is gated: {host} does not give its files to this token, or to no token",
+        "{what} is gated: {host} does not give its files to this token, or needs a token",
         f"accept its terms on its page with the token's account, and {_SET_TOKEN}",
     ),
     _Row(
         _is(errors.RevisionNotFoundError),
         "{what} exists on {host}, but not that revision",
-        "name a branch, a tag or a commit that the repository has; without one, its main branch is used",
+        "name a branch, a tag or a commit of the repository; without a revision, its main branch is used",
     ),
     _Row(
         _is(errors.RepositoryNotFoundError),
         "{what} is not a directory here, and was not found on {host}: it does not exist, or it is private and this "
-        "token may not see it",
+        "token has no access",
         f"check the spelling: {_PATHS}, and a Hub id is owner/name; if it is private: {_SET_TOKEN}",
     ),
     _Row(_is(errors.DisabledRepoError), "{what} was disabled by {host}", "use another copy of it"),
@@ -177,7 +177,7 @@ _ROWS = (
     _Row(
         _has_status(429),
         "{host} limits the rate of requests (429) while asking for {what}",
-        "set HF_TOKEN (tokens have higher limits), or wait and run again; a kept cache needs fewer requests",
+        "set HF_TOKEN (tokens have higher limits), or wait and run again; a persistent cache needs fewer requests",
     ),
     _Row(
         lambda error: (_status(error) or 0) >= _SERVER_ERROR,
@@ -188,12 +188,12 @@ _ROWS = (
     _Row(
         _is_transport_with("timeout"),
         "{host} did not answer in time for {what}",
-        "run again; a slow line may need a longer HF_HUB_DOWNLOAD_TIMEOUT (seconds)",
+        "run again; for a slow connection, raise HF_HUB_DOWNLOAD_TIMEOUT (seconds)",
     ),
     _Row(
         _is_transport_with("protocol"),
-        "the connection to {host} broke off again and again while {what} was fetched",
-        "run again: what has arrived is kept, and the rest is asked for; check any proxy in between",
+        "the connection to {host} was lost repeatedly while {what} was fetched",
+        "run again: the files that have arrived are kept; check any proxy",
     ),
     _Row(
         _is_transport,
@@ -202,13 +202,13 @@ _ROWS = (
     ),
     _Row(
         _is_offline,
-        "{what} is not a directory here and not in the cache, and HF_HUB_OFFLINE forbids to ask {host}",
-        f"for a directory, check the spelling: {_PATHS}; for a Hub id, fill the cache by one run with network access, "
-        "or unset HF_HUB_OFFLINE",
+        "{what} is not a directory here and not in the cache, and HF_HUB_OFFLINE forbids requests to {host}",
+        f"for a directory, check the spelling: {_PATHS}; for a Hub id, fill the cache with one run that has network "
+        "access, or unset HF_HUB_OFFLINE",
     ),
     _Row(
         _is(json.JSONDecodeError, TypeError, KeyError),
-        "{host} did not answer as a Hub does when asked for {what}",
+        "{host} sent an unexpected response for {what}",
         CHECK_ENDPOINT,
     ),
     _Row(
@@ -216,7 +216,7 @@ _ROWS = (
         "{host} did not deliver the files that it lists for {what}",
         CHECK_ENDPOINT,
     ),
-    _Row(_is_incomplete, "{what} arrived incomplete from {host}", "run again; check any proxy in between"),
+    _Row(_is_incomplete, "{what} arrived incomplete from {host}", "run again; check any proxy"),
     _Row(_is(OSError), "{what} cannot be fetched into the cache ({cache}): {why}"),
 )
-"""The first that fits, on the error or on one that it was raised from."""
+"""The first row that applies to the error or to one of its causes is used."""

@@ -1,7 +1,6 @@
-"""Whether a file is still the one that was looked at: its identity, by the system's own account.
+"""Records the identity of files (device, inode, size, times), so that a later comparison shows any change.
 
-In: an open file, or a base's directory. Out: `FileIdentity`s to be compared later. A write changes the times, a rename
-the inode or its time of change (ctime), which no program can set back. Knows no adapters and no reports.
+A write changes the times. A rename changes the inode or its ctime, which no program can set back.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ if TYPE_CHECKING:
 from merge_gate.regular_file import open_regular_file
 
 _BASE_FILES = re.compile(r"config\.json|(model|pytorch_model)[-.].*|.*\.(index\.json|py)")
-"""Files of a base that decide what it holds, as do the files that an index or config.json names. Others may change."""
+"""Files that make a base, together with the files that an index or config.json names. Other files may change."""
 
 _MAX_JSON_BYTES = 200_000_000
 
 
-def identity_of(name: str, found: os.stat_result) -> FileIdentity:
+def identity_of(name: str, stat: os.stat_result) -> FileIdentity:
     """The identity of a file by its `stat`."""
     return FileIdentity(
         name=name,
-        device=found.st_dev,
-        inode=found.st_ino,
-        size_bytes=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        ctime_ns=found.st_ctime_ns,
+        device=stat.st_dev,
+        inode=stat.st_ino,
+        size_bytes=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        ctime_ns=stat.st_ctime_ns,
     )
 
 
@@ -43,7 +42,7 @@ def base_identity(directory: str) -> tuple[FileIdentity, ...]:
     Raises:
         OSError: the directory cannot be read.
     """
-    return tuple(sorted(_base_files(directory), key=lambda one: one.name))
+    return tuple(sorted(_base_files(directory), key=lambda identity: identity.name))
 
 
 def _base_files(directory: str) -> Iterator[FileIdentity]:
@@ -62,7 +61,7 @@ def _base_files(directory: str) -> Iterator[FileIdentity]:
 
 @functools.lru_cache(maxsize=64)
 def _named_by(path: str, identity: FileIdentity) -> frozenset[str]:  # noqa: ARG001 - the cache's key: the same file
-    """Weight files that an index or config.json names, inside of its directory and there; empty if it is unreadable."""
+    """Existing weight files in the same directory that an index or config.json names; empty if it is unreadable."""
     try:
         with open_regular_file(path, follow=True) as file:
             content = json.loads(file.read(_MAX_JSON_BYTES))

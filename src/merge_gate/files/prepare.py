@@ -1,7 +1,6 @@
-"""Names → files: each adapter and each base of a config is resolved and read once, however often it is asked for.
+"""Resolves and reads the files of each adapter and base of a config, each of them once.
 
-In: a `Config` and its `AdapterSpec`s. Out: `Entry`, in which whatever went wrong is a finding of that adapter alone.
-Knows nothing of merging.
+A `Config` and its `AdapterSpec`s go in; `Entry` comes out. A problem becomes a finding of that adapter alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from merge_gate.text import quoted
 
 
 class Inputs:
-    """The files of one config's adapters and bases. `notify` is told what takes long (a download)."""
+    """The files of one config's adapters and bases. `notify` receives a line about each slow step (a download)."""
 
     def __init__(self, config: Config, notify: Callable[[str], None]) -> None:
         self._config = config
@@ -44,35 +43,34 @@ class Inputs:
         return entry if entry.problem is not None else self._with_base(entry)
 
     def adapter(self, spec: AdapterSpec) -> Entry:
-        """The adapter's files alone; of a combination, its members'."""
+        """The adapter's files alone; for a combination, the files of its members."""
         names = spec.combine.adapters if spec.combine is not None else (spec.name,)
         members, revision, dtype = [], None, spec.base.dtypes[0]
         for name in names:
             try:
                 files, revision = self._files(self._specs[name])
             except GateError as error:
-                return Entry(spec=spec, dtype=spec.base.dtypes[0], problem=undecided(error.message, error.hint))
-            except Exception as error:  # noqa: BLE001 - input that nobody thought of costs its own adapter
-                problem = accident("its files could not be read", error)
-                return Entry(spec=spec, dtype=spec.base.dtypes[0], problem=problem)
+                return Entry(spec=spec, dtype=dtype, problem=undecided(error.message, error.hint))
+            except Exception as error:  # noqa: BLE001 - unexpected input costs only its own adapter
+                return Entry(spec=spec, dtype=dtype, problem=accident("its files could not be read", error))
             members.append(files)
         return Entry(spec=spec, dtype=dtype, members=tuple(members), revision=None if spec.combine else revision)
 
     def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         if spec.name not in self._read:
             allow = self._config.allow_pickle
-            found = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
-            files = preflight(found.snapshot.directory, allow_pickle=allow, withheld=found.withheld)
-            self._read[spec.name] = files, found.snapshot.revision
+            resolved = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
+            files = preflight(resolved.snapshot.directory, allow_pickle=allow, withheld=resolved.withheld)
+            self._read[spec.name] = files, resolved.snapshot.revision
         return self._read[spec.name]
 
     def checked(self, spec: AdapterSpec) -> Entry:
         """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
         entry = self.adapter(spec)
-        wanted = None if entry.problem is not None else self._wanted(entry)
-        if wanted is None:
+        requested = None if entry.problem is not None else self._requested_base(entry)
+        if requested is None:
             return entry
-        model, _, label = wanted
+        model, _, label = requested
         if not resolve.reads_as_path(model):
             self._leave_out(label)
             return entry
@@ -84,31 +82,31 @@ class Inputs:
             name = quoted(label, 200)
             self._notify(f"base {name} was not checked: no directory here has that name, and `check` fetches no bases")
 
-    def _wanted(self, entry: Entry) -> tuple[str, str | None, str] | None:
-        """The base's place, revision and name: the config's, else what adapter_config.json names; None for neither."""
-        wanted, config = entry.spec.base, entry.files.config
-        if wanted.model is not None:
-            return wanted.model, wanted.revision, wanted.label or wanted.model
+    def _requested_base(self, entry: Entry) -> tuple[str, str | None, str] | None:
+        """The base's model, revision, and name: from the config, or else from adapter_config.json; None for neither."""
+        spec, config = entry.spec.base, entry.files.config
+        if spec.model is not None:
+            return spec.model, spec.revision, spec.label or spec.model
         if not config.base_name:
             return None
-        return self._named_by_adapter(config.base_name), wanted.revision or config.base_revision, config.base_name
+        return self._named_by_adapter(config.base_name), spec.revision or config.base_revision, config.base_name
 
     def _with_base(self, entry: Entry) -> Entry:
-        """Add the base, and what its files say."""
-        wanted = self._wanted(entry)
-        if wanted is None:
+        """Add the base and its `BaseFiles`."""
+        requested = self._requested_base(entry)
+        if requested is None:
             return replace(entry, problem=_no_base(entry.files))
-        found = self._base(*wanted)
-        if isinstance(found, GateError):
+        resolved = self._base(*requested)
+        if isinstance(resolved, GateError):
             is_of_config = entry.spec.base.model is not None
-            hint = found.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {found.hint}"
-            return replace(entry, problem=_refused(found, hint))
-        return replace(entry, base=found.snapshot, base_files=found.base)
+            hint = resolved.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {resolved.hint}"
+            return replace(entry, problem=_refused(resolved, hint))
+        return replace(entry, base=resolved.snapshot, base_files=resolved.base)
 
-    def _named_by_adapter(self, named: str) -> str:
-        """A base named by adapter_config.json is a directory where one exists, beside the config, else a Hub id."""
-        path = str(Path(self._config.directory, named))
-        return path if os.path.isdir(path) else named  # noqa: PTH112 (pathlib raises for a name that no system takes)
+    def _named_by_adapter(self, name: str) -> str:
+        """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
+        path = str(Path(self._config.directory, name))
+        return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
 
     def _base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:
         key = (model, revision)
@@ -130,19 +128,19 @@ class Inputs:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
             return ResolveError(
-                f"the base {label[:80]!r} cannot be looked up: {type(error).__name__}",
+                f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
 
 
 _NAMED_BY_ADAPTER = (
-    "adapter_config.json names this base, as the machine that trained the adapter called it; base.model in the gate's "
-    "config (or --base) overrides it"
+    "adapter_config.json names this base by its path or id during training; override it with base.model in the gate's "
+    "config, or with --base"
 )
 
 
 def _refused(error: GateError, hint: str) -> Finding:
-    """Why a base cannot be used, as the finding of the check of bases that says so, if one does."""
+    """The finding for a base that cannot be used: of a check of bases, or undecided."""
     check = error.check if isinstance(error, ResolveError) else None
     if check is None:
         return undecided(error.message, hint)
@@ -151,8 +149,8 @@ def _refused(error: GateError, hint: str) -> Finding:
 
 def _no_base(files: AdapterFiles) -> Finding:
     is_there = any(file.path == CONFIG_NAME for file in files.files)
-    names_none = f"{CONFIG_NAME} names none" if is_there else f"there is no {CONFIG_NAME} to name one"
+    unnamed = f"{CONFIG_NAME} names no base" if is_there else f"there is no {CONFIG_NAME}"
     return undecided(
-        f"no base to merge into: the config sets no base.model, and {names_none}",
-        "set base: {model: …} in the gate's config, for the file or for this adapter, or give --base",
+        f"no base to merge into: the config sets no base.model, and {unnamed}",
+        "set base: {model: …} in the gate's config, for all adapters or for this one, or give --base",
     )

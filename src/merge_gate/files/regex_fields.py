@@ -1,6 +1,6 @@
-"""What an adapter_config.json holds that PEFT reads as regular expressions.
+"""Lists the regular expressions that PEFT makes of an adapter_config.json, each with its place.
 
-In: the parsed file, which is hostile. Out: each expression as PEFT forms it, and where it stands. Matches nothing.
+The parsed file is hostile. This module compiles expressions and never matches them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from merge_gate.records.files import Pattern
 
 _WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
-"""A string here is an expression for whole names; a list holds plain ones (peft/tuners/tuners_utils.py)."""
+"""In these keys a string is an expression for whole names; a list holds plain names (peft/tuners/tuners_utils.py)."""
 
 _PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_-]|\.|\\\.)+\$?")
-"""Valid, and quick to match: a config may hold a hundred thousand of these."""
+"""Names that are valid and fast to match. A config may hold a hundred thousand of them."""
 
-MOST_CHARACTERS = 100_000
-"""No expression that people or PEFT write is longer; Python takes seconds to compile one."""
+MAX_CHARACTERS = 100_000
+"""Longer than any expression that people or PEFT write. Python takes seconds to compile one of this length."""
 
 
 def patterns_of(config: Mapping[str, Any]) -> Iterator[Pattern]:
-    """Every expression of a config that is more than a name, in the order of its keys; other types are passed over."""
+    """Every expression of a config that is more than a name, in the order of its keys. Other types are ignored."""
     return (pattern for pattern in _every_pattern(config) if not _PLAIN_NAME.fullmatch(pattern.text))
 
 
@@ -41,9 +41,9 @@ def _every_pattern(config: Mapping[str, Any]) -> Iterator[Pattern]:
 
 
 def problem(pattern: Pattern) -> str | None:
-    """Why the expression is not taken; None where it is."""
-    if len(pattern.text) > MOST_CHARACTERS:
-        return f"it has {len(pattern.text):,} characters, expected at most {MOST_CHARACTERS:,}"
+    """Why the expression is refused; None if it is accepted."""
+    if len(pattern.text) > MAX_CHARACTERS:
+        return f"it has {len(pattern.text):,} characters, expected at most {MAX_CHARACTERS:,}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

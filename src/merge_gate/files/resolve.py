@@ -1,10 +1,8 @@
-"""Names into directories: a path is looked at, a Hub id is pinned to a commit and its needed files are fetched.
+"""Resolves an adapter or a base to a directory. A Hub id is pinned to a commit, and its files are fetched.
 
-In: an `AdapterSpec`, or a base's name and revision. Out: `Resolved` (a `Snapshot`, and the names that were left out),
-or `ResolveError` with what to do. huggingface_hub is imported (by `hub`) only when a Hub id is met; torch never.
-
-Of a Hub repository only what is needed is fetched (`hub` does that): the shards that the index names, no second copy of
-the weights, no pickle and no code unless allowed.
+`Resolved` or a `ResolveError` comes out. huggingface_hub is imported (by `hub`) only for a Hub id; torch is never
+imported. Only the files that a merge needs are fetched: no second copy of the weights, and no pickle or code unless
+allowed.
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A name that became files. `withheld` are the repository's files that were not fetched (with their folders).
+    """The files behind a name. `withheld` are the repository's files that were not fetched (with their folders).
 
-    `base` is what a base's files say.
+    `base` describes the files of a base.
     """
 
     snapshot: Snapshot
@@ -46,7 +44,7 @@ class Resolved:
 
 
 def _ignore(_: str) -> None:
-    """Whoever passes no `notify` does not want to be told."""
+    """The default for `notify`: discard."""
 
 
 # --- the two names -------------------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def resolve_adapter(
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
 ) -> Resolved:
-    """The directory of one adapter. A pickle that is not allowed is not fetched; `withheld` then names it."""
+    """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it."""
     if spec.path is not None:
         return _local(spec.path, "adapter", name=spec.source)
     if spec.hub_id is None:
@@ -90,9 +88,9 @@ def resolve_base(
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
 ) -> Resolved:
-    """The directory of one base: an absolute `model` is a directory, anything else a Hub id.
+    """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
-    The files that transformers will load must be there and whole; `label` is the name for messages and the report.
+    The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
     """
     name = label or model
     if Path(model).is_absolute():
@@ -113,15 +111,15 @@ def resolve_base(
 def _local(path: str, what: str, *, name: str) -> Resolved:
     if Path(path).is_dir():
         return Resolved(snapshot=Snapshot(name=name, directory=path))
-    found = "it is a file" if Path(path).exists() else "there is nothing at that path"
+    reason = "it is a file" if Path(path).exists() else "the path does not exist"
     place, start = (
         ("", "")
         if Path(name).is_absolute()
         else (f" ({path})", "relative paths start at the config file's directory; ")
     )
     raise ResolveError(
-        f"the {what} {shown(name)} is not a directory here: {found}{place}",
-        hint=f"{start}check that an earlier step has made or fetched it",
+        f"the {what} {shown(name)} is not a directory here: {reason}{place}",
+        hint=f"{start}check that an earlier step has created or downloaded it",
     )
 
 
@@ -135,7 +133,7 @@ def _fetch(
     notify: Callable[[str], None],
     needs: tuple[str, ...] = (),
 ) -> Resolved:
-    """`needs`: files whose absence is the cache's fault, not the repository's, where nothing says what that holds."""
+    """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
     fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify)
@@ -152,10 +150,10 @@ def reads_as_path(model: str) -> bool:
 
 
 def _refuse_local_name(model: str) -> None:
-    """A path of the machine that trained the adapter is no Hub id: to ask the Hub would mislead."""
+    """Refuse a path of the machine that trained the adapter: the Hub's answer to it would mislead."""
     if reads_as_path(model):
         raise ResolveError(
-            f"the base {shown(model)} is neither a directory here nor a Hub id (owner/name)",
+            f"the base {shown(model)} is not a directory here or a Hub id (owner/name)",
             hint="name the base in the gate's config: base: {model: ./path/to/base} or a Hub id",
         )
 
@@ -171,14 +169,14 @@ def _choose_base(
     trust_remote_code: bool,
     allow_pickle: bool,
 ) -> tuple[str, ...]:
-    """What a base needs of a repository's files: an index is fetched first, since only it knows the shards' names."""
+    """Choose the files of a base. An index is fetched first, since it names the shards."""
     explicit = _explicit(names, path_of, name)
     chosen = base_weights.choose(names, path_of, name=name, allow_pickle=allow_pickle, explicit=explicit)
     if chosen.index and (absent := sorted(set(chosen.files) - names)):
         raise ResolveError(
             f"the base {shown(name)} is incomplete: {chosen.index} names {counted(len(absent), 'shard')} that the "
             f"repository does not have ({listing(map(shown, absent), _LISTED)})",
-            hint="use a revision that has all of its shards, or tell the owner of the repository",
+            hint="use a revision that has all shards, or contact the owner of the repository",
             check=base_weights.INCOMPLETE,
         )
     configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
@@ -187,7 +185,7 @@ def _choose_base(
 
 
 def _explicit(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> str | None:
-    """The weights that config.json names. It is fetched for that only if there are files that it could name."""
+    """The weights that config.json names. It is fetched only if it could name one of the files."""
     safetensors = {n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))}
     if "config.json" not in names or all(map(_USUAL.fullmatch, safetensors)):
         return None
@@ -200,7 +198,7 @@ def base_weight_files(directory: str) -> tuple[str, ...]:
 
 
 def base_setting_files(directory: str) -> tuple[str, ...]:
-    """What transformers may read of a base beside its weights: configurations, and code in and below the directory."""
+    """The files besides weights that transformers may read: configurations, and code in and below the directory."""
     names = os.listdir(directory)  # noqa: PTH208 (names are all that is wanted)
     configs = {n for n in names if n.endswith(".json") and not n.endswith(".index.json")} - _TOKENIZER
     code = {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*.py")}
@@ -213,9 +211,9 @@ def base_setting_files(directory: str) -> tuple[str, ...]:
 def digest_directory(directory: str, names: Iterable[str]) -> str:
     """SHA-256 over one line per file, sorted by name: "<sha256 of the file>  <name>", as sha256sum writes them.
 
-    A file in the Hub's cache is a link to a blob that is named by its SHA-256 (Git LFS files only; others are named by
-    a Git hash). That name is taken without reading the file, as the download verified it; so the digest of a base of
-    many gigabytes costs nothing. This holds only for links inside one `models--*` folder of a cache.
+    In the Hub's cache, a Git LFS file is a link to a blob that is named by its SHA-256, which the download verified.
+    That name is used without reading the file, so the digest of a large base costs nothing. Other files are named by a
+    Git hash and are read. This applies only to links inside one `models--*` folder of a cache.
     """
     lines = sorted((name, _digest_file(Path(directory, name))) for name in names)
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()

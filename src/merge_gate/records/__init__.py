@@ -1,8 +1,8 @@
-"""The values that travel between the stages, in the order of the flow.
+"""The values that travel between stages: frozen, slotted, keyword-only dataclasses of hashable fields.
 
-In: nothing but the standard library. Out: frozen, slotted, keyword-only dataclasses of hashable fields, so that
-they can be pickled to a worker, compared and cached. They hold no logic beyond what follows from their own fields.
+So they can be pickled to a worker, compared, and cached. They import only the standard library, and have no logic
+beyond properties of their own fields.
 
-Where a field has `told`, the record is part of report.json, and the sentence is the field's description: the file, its
-JSON Schema, the tables of docs/report.md and the reader are all made from it (report/formats/fields.py).
+A record whose fields have `told` is part of report.json. The sentence is the field's description: the file, its JSON
+Schema, the tables of docs/report.md, and the reader are made from it (report/formats/fields.py).
 """

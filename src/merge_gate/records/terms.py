@@ -1,6 +1,6 @@
-"""The words that all records share, and the one kind of class they are.
+"""The enumerations that all records share, the decorator `record`, and `told`, `BaseKey`, and `Finding`.
 
-In: nothing but the standard library. Out: enumerations, `record`, `told`, `BaseKey`, and `Finding`.
+It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ _T = TypeVar("_T")
 def told(
     sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False, init: bool = True
 ) -> Any:
-    """A field that report.json has, and what is said of it; `key` where its name there is another.
+    """Declare a field of report.json with its description. `key` is its name there, if it differs.
 
-    `as_rows`: a tuple of many records, which are written as the rows of a table. `init` False: the record computes it.
+    `as_rows`: the field is a tuple of many records, which are written as the rows of a table. `init` False: the record
+    computes the field.
     """
     return field(default=default, init=init, metadata={"told": sentence, "key": key, "as_rows": as_rows})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, told))
 def record(cls: type[_T]) -> type[_T]:
-    """The one kind of class in this module: a frozen, slotted, keyword-only dataclass."""
+    """Make a class a frozen, slotted, keyword-only dataclass. All records are made by it."""
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of the dtypes that a base can be asked for, beside `auto`."""
+"""Names of the dtypes that the config can request for a base, besides `auto`."""
 
 
 class Severity(StrEnum):
-    """How much a finding weighs: an error fails the adapter. A note changes nothing, and cannot be configured."""
+    """The severity of a finding. An error fails the adapter. A note changes nothing, and cannot be configured."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -42,7 +43,7 @@ class Severity(StrEnum):
 
 
 class Origin(StrEnum):
-    """Where the cause of a finding lies."""
+    """The place of a fault."""
 
     FILE = "file"
     CONFIG = "config"
@@ -53,7 +54,7 @@ class Origin(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What is said of one adapter."""
+    """The verdict on one adapter."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -61,7 +62,7 @@ class Verdict(StrEnum):
 
 
 class Result(StrEnum):
-    """What is said of a run."""
+    """The result of a run."""
 
     PASS = "pass"  # noqa: S105 - a verdict, not a password
     FAIL = "fail"
@@ -69,7 +70,7 @@ class Result(StrEnum):
 
 
 class Acceptance(StrEnum):
-    """What came of one acceptance of a baseline."""
+    """The outcome of one acceptance of a baseline."""
 
     USED = "used"
     EXPIRED = "expired"
@@ -78,7 +79,7 @@ class Acceptance(StrEnum):
 
 
 class Quantization(StrEnum):
-    """How the base is quantised when it is loaded."""
+    """How the base is quantized when it is loaded."""
 
     NONE = "none"
     BNB_8BIT = "bnb-8bit"
@@ -86,17 +87,17 @@ class Quantization(StrEnum):
 
 
 QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
-"""The package that does it."""
+"""The package that quantizes."""
 
 
 @record
 class BaseKey:
-    """What identifies a base in a run. One model in two dtypes is two bases.
+    """The identity of a base in a run. One model in two dtypes is two bases.
 
-    `model` is the name as written, or the directory if only the files matter and not what they are called.
+    `model` is the name as written, or the directory if only the files matter.
     """
 
-    model: str | None = told("Directory or Hub id as written; null where none could be found out.")
+    model: str | None = told("Directory or Hub id as written; null if it is unknown.")
     revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
     dtype: str = told("The dtype that was checked, in torch's words.")
     quantization: str = told(
@@ -106,7 +107,7 @@ class BaseKey:
 
     @property
     def name(self) -> str:
-        """What messages call the base."""
+        """The name of the base in messages."""
         return self.model or "unknown base"
 
     @property
@@ -120,28 +121,27 @@ class BaseKey:
 
 @record
 class Finding:
-    """One thing worth saying of an adapter or a base: what, where, got, expected (`message`) and what now (`hint`).
+    """One fact about an adapter or a base: what, where, got, expected (`message`), and what to do (`hint`).
 
     `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
     """
 
     check: str = told("Id of the check.")
     severity: Severity = told(
-        "`error` fails the adapter, `warning` does not; a `note` changes neither verdict nor exit code."
+        "`error` fails the adapter, `warning` does not; a `note` never changes the verdict or the exit code."
     )
-    message: str = told("What is wrong, where, what was found and what was expected.")
+    message: str = told("What is wrong, where, what the gate got, and what it expected.")
     hint: str = told("What to do about it; may be empty.", default="")
     module: str | None = told("Module of the base.", default=None)
-    tensor: str | None = told("Tensor, named as in the file or the model it is from.", default=None)
-    origin: Origin = told("Where the cause lies.")
+    tensor: str | None = told("Tensor, with its name in the file or model.", default=None)
+    origin: Origin = told("The place of the fault.")
     nan: int | None = told("How many values of the tensor are NaN.", default=None)
     posinf: int | None = told("How many values of the tensor are +Infinity.", default=None)
     neginf: int | None = told("How many values of the tensor are -Infinity.", default=None)
     numel: int | None = told("How many values the tensor has.", default=None)
     first_index: tuple[int, ...] | None = told("Index of the first non-finite value, row-major.", default=None)
     measured: tuple[tuple[str, float], ...] = told(
-        "The figures behind the finding, by name; `estimated` among them: they are from a sample. "
-        'JSON has no infinities: those are the strings `"Infinity"`, '
-        '`"-Infinity"` and `"NaN"`.',
+        "The figures behind the finding, by name. If `estimated` is among them, they are from a sample. "
+        'JSON has no infinities; they are written as the strings `"Infinity"`, `"-Infinity"` and `"NaN"`.',
         default=(),
     )

@@ -1,4 +1,4 @@
-"""One file per output format; each renders a `records.Report` and none knows another.
+"""Renders a `records.Report` in each output format (`formats`), with shared sentences (`wording`).
 
-`words` holds the sentences they share and `untrusted` makes foreign text harmless; `files` writes them to disk.
+`stored` writes reports to disk, reads them, and compares them. No format imports another.
 """

@@ -1,1 +1,1 @@
-"""The confined worker process: started, fed and watched from outside. Only `child` imports the engine."""
+"""Starts, feeds, and watches the confined worker process. Only `child` runs inside it and imports the engine."""

@@ -1,7 +1,7 @@
-"""The line between the run and its worker: whole messages, and never a longer wait than is allowed.
+"""Sends and receives whole messages between the run and its worker, over a pair of sockets.
 
-In: one end of a pair of sockets. Out: records. What comes from the worker may have been written by a base's own code,
-so nothing but records is made of it: a pickle that names anything else is refused, as is one without end.
+A base's own code may write to the worker's end. So only records are unpickled: a pickle that names any other class, or
+declares too large a size, is refused.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from merge_gate.worker import protocol
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
 
-LONGEST_BYTES = 1 << 28
-"""A message that says that it is longer is none."""
+MAX_BYTES = 1 << 28
+"""Messages that declare a larger size are refused."""
 
-_KNOWN = {
-    (one.__module__, one.__qualname__): one
+_RECORD_CLASSES = {
+    (cls.__module__, cls.__qualname__): cls
     for module in (terms, config, files, measured, refusals, report, protocol)
-    for one in vars(module).values()
-    if isinstance(one, type) and one.__module__ == module.__name__
+    for cls in vars(module).values()
+    if isinstance(cls, type) and cls.__module__ == module.__name__
 }
 
 
 class GarbledError(Exception):
-    """What came is no message."""
+    """The received bytes are not a message."""
 
 
 class Channel:
-    """One end."""
+    """One end of the connection."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -45,24 +45,24 @@ class Channel:
         self._socket.close()
 
     def send(self, message: object) -> None:
-        """Send a record; waits for as long as the other side does not read.
+        """Send a record, and wait until the other side has read enough of it.
 
         Raises:
-            OSError: nobody is there.
+            OSError: the other side is gone.
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self, patience_s: float | None) -> object | None:
-        """The next message; None where it has not come whole in this time (None: no limit). What came of it is kept.
+        """Return the next message, or None if it is not complete in time (None: no limit). A partial message is kept.
 
         Raises:
             EOFError: the other side is gone.
-            OSError: the same, within a message.
-            GarbledError: it is no record.
+            OSError: the other side is gone in the middle of a message.
+            GarbledError: the message is not a record.
         """
         deadline = None if patience_s is None else time.monotonic() + patience_s
-        while (message := self._whole()) is None:
+        while (message := self._complete_message()) is None:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._wait(left_s):
                 return None
@@ -73,19 +73,19 @@ class Channel:
         return message
 
     def wait_for_end(self) -> None:
-        """Return when the other side says anything more, or is gone."""
+        """Return when the other side sends anything more, or is gone."""
         self._wait(None)
 
     def _wait(self, patience_s: float | None) -> bool:
-        poller = select.poll()  # select() itself knows no descriptor above 1,023
+        poller = select.poll()  # select() itself allows no descriptor above 1,023
         poller.register(self._socket, select.POLLIN)
         return bool(poller.poll(None if patience_s is None else 1000 * patience_s))
 
-    def _whole(self) -> object | None:
+    def _complete_message(self) -> object | None:
         if len(self._received) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
-        if length > LONGEST_BYTES:
+        if length > MAX_BYTES:
             raise GarbledError(f"a message of {length:,} bytes")
         end = _LENGTH.size + length
         if len(self._received) < end:
@@ -97,13 +97,13 @@ class Channel:
 
 def _record(data: bytes) -> object:
     try:
-        return _Records(io.BytesIO(data)).load()
+        return _RecordUnpickler(io.BytesIO(data)).load()
     except Exception as error:
         raise GarbledError(f"{type(error).__name__}: {error}"[:200]) from error
 
 
-class _Records(pickle.Unpickler):
+class _RecordUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} is no record")
-        return _KNOWN[module, name]
+        if (module, name) not in _RECORD_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} is not a record")
+        return _RECORD_CLASSES[module, name]

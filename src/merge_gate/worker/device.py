@@ -1,7 +1,4 @@
-"""The device that a run merges on, as far as it is known without torch.
-
-In: the system's own files. Out: names, as the worker will say them. Imports no torch.
-"""
+"""Finds the device that a run merges on without importing torch, from the system's own files."""
 
 from __future__ import annotations
 
@@ -9,11 +6,11 @@ import contextlib
 from pathlib import Path
 
 _CARDS = ("nvidia", "nvhost", "nvmap", "nvgpu", "dxg", "kfd")
-"""How the device files of whatever torch calls CUDA begin: NVIDIA's, Tegra's, those of Windows' subsystem, AMD's."""
+"""Prefixes of device files that torch may use as CUDA: of NVIDIA, Tegra, the Windows subsystem for Linux, and AMD."""
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's own name; empty where the system does not say it."""
+    """The processor's model name; empty if the system does not give it."""
     with contextlib.suppress(OSError), info.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -22,7 +19,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def has_card(devices: Path = Path("/dev")) -> bool:
-    """Whether there may be a card that torch could use."""
+    """Whether there may be a GPU that torch can use."""
     try:
         return any(path.name.startswith(_CARDS) for path in devices.iterdir())
     except OSError:

@@ -1,7 +1,6 @@
-"""What the kernel says of memory: whether a process was killed for want of it, and how much there was.
+"""Reads memory counters of the kernel: whether a process was killed for lack of memory, and how much there is.
 
-In: the control group's own counters (version 2, or 1). Out: numbers, or None where the system does not tell. Linux
-only; elsewhere nothing is known.
+The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from pathlib import Path
 from merge_gate.files.identity import base_identity
 
 _PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
-_UNLIMITED = 1 << 60  # version 1 writes a very large number where there is no limit
+_UNLIMITED = 1 << 60  # version 1 writes a very large number if there is no limit
 
 
 class MemoryGroup:
-    """The control group of this process, which its children share."""
+    """The cgroup of this process, which its children share."""
 
     def __init__(self, proc: Path = _PROC, root: Path = _ROOT, meminfo: Path = _MEMINFO) -> None:
         self._directory, self._version = _find(proc, root)
         self._meminfo = meminfo
 
     def kills(self) -> int | None:
-        """Processes of the group that were killed for want of memory so far."""
+        """How many processes of this cgroup the OOM killer has ended."""
         name = "memory.events" if self._version == 2 else "memory.oom_control"  # noqa: PLR2004
         for line in self._text(name).splitlines():
             key, _, value = line.partition(" ")
@@ -31,18 +30,18 @@ class MemoryGroup:
         return None
 
     def peak_bytes(self) -> int | None:
-        """The most memory that the group has used at once."""
+        """The highest memory use of the group so far."""
         return self._number("memory.peak" if self._version == 2 else "memory.max_usage_in_bytes")  # noqa: PLR2004
 
     def limit_bytes(self) -> int | None:
-        """What the group may use; None where there is no limit."""
+        """The memory limit of the group; None if it has no limit."""
         limit = self._number("memory.max" if self._version == 2 else "memory.limit_in_bytes")  # noqa: PLR2004
         return limit if limit is not None and limit < _UNLIMITED else None
 
     def free_bytes(self) -> int | None:
-        """What a new process may hope for: what the machine has available, and no more than the group may use."""
-        limits = [one for one in (_available_bytes(self._meminfo), self.limit_bytes()) if one is not None]
-        return min(limits, default=None)
+        """The memory for a new process: what the machine has available, at most the limit of the group."""
+        limits = (_available_bytes(self._meminfo), self.limit_bytes())
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _number(self, name: str) -> int | None:
         text = self._text(name).strip()
@@ -56,7 +55,7 @@ class MemoryGroup:
 
 
 def _find(proc: Path, root: Path) -> tuple[Path | None, int]:
-    """The group's directory; in a container its own group is the root that it sees."""
+    """The directory and version of this process's cgroup. A container sees its own cgroup as the root."""
     try:
         lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
     except OSError:
@@ -71,7 +70,7 @@ def _find(proc: Path, root: Path) -> tuple[Path | None, int]:
 
 
 def _existing(root: Path, path: str, name: str) -> Path | None:
-    return next((one for one in (root / path.lstrip("/"), root) if (one / name).exists()), None)
+    return next((place for place in (root / path.lstrip("/"), root) if (place / name).exists()), None)
 
 
 def _available_bytes(meminfo: Path) -> int | None:
@@ -79,8 +78,8 @@ def _available_bytes(meminfo: Path) -> int | None:
         lines = meminfo.read_text().splitlines()
     except OSError:
         return None
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return int(found) * 1024 if found is not None else None
+    kibibytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(kibibytes) * 1024 if kibibytes is not None else None
 
 
 def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple[str, ...] = ()) -> str | None:
@@ -92,13 +91,13 @@ def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple
     if size_bytes is None or free_bytes is None or size_bytes <= free_bytes:
         return None
     return (
-        f"base {label} has {gibibytes(size_bytes)}, and {gibibytes(free_bytes)} of memory are free here: its adapters "
-        "are merged in one pass over its files; in a dtype other than the stored one it may not fit"
+        f"base {label} has {gibibytes(size_bytes)}, and only {gibibytes(free_bytes)} of memory are free: its adapters "
+        "are merged in one pass over its files; in another dtype than the stored one, they may not fit"
     )
 
 
 def base_bytes(directory: str) -> int | None:
-    """What a base's files hold; None where they cannot be looked at, of which the worker says why."""
+    """The size of a base's files; None if they cannot be read, which the worker reports."""
     try:
         return sum(file.size_bytes for file in base_identity(directory))
     except OSError:
@@ -113,5 +112,5 @@ def _loaded_bytes(directory: str, weights: tuple[str, ...]) -> int | None:
 
 
 def gibibytes(count: int) -> str:
-    """A number of bytes as people say it."""
+    """A number of bytes in GiB."""
     return f"{count / 2**30:.1f} GiB"

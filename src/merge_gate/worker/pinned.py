@@ -1,12 +1,9 @@
-"""Files that cannot be exchanged under a merge: the judged, the hashed, and the reported bytes are the same.
+"""Pins the files of adapters and bases, so that the judged, the hashed, and the reported bytes are the same.
 
-In: what the preflight read of an adapter, or the directory of a base. Out: the same, under names that stay with the
-files that are open now, and an `EngineError` where they are not the files that were hashed.
-
-1. Each file is opened once, and must be the one that the preflight hashed (device, inode, size, times).
-2. PEFT is given a directory of links to the open files: what is put at their old names meanwhile is not read.
-3. After the merge the open file is hashed, and must have the digest that the report will name.
-4. The old name must still lead to it: else the report would speak of a file that is not there.
+1. Each file of an adapter is opened once. It must be the file that the preflight hashed (device, inode, size, times).
+2. PEFT gets a directory of links to the open files, so that it never reads a file that replaces one of them.
+3. After the merge, the open file is hashed. The digest must be the one that the report will name.
+4. The file's name must still lead to the open file. Otherwise the report would describe another file.
 """
 
 from __future__ import annotations
@@ -29,14 +26,16 @@ _OPEN_FILES = Path("/proc/self/fd")
 
 @contextmanager
 def pinned_adapter(files: AdapterFiles) -> Iterator[AdapterFiles]:
-    """The adapter as it can be merged without being exchanged.
+    """The adapter in a directory whose files cannot be replaced.
 
     Raises:
-        EngineError: on entering or leaving, where a file is not the one that was hashed; whatever went wrong in between
-            is then its cause.
+        EngineError: on entering or leaving, if a file is not the one that was hashed. An exception in between is its
+            cause.
     """
     with ExitStack() as stack:
+        # 1. Open each file once.
         opened = [(record, _open(files, record, stack)) for record in files.files]
+        # 2. Link to the open files.
         private = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for record, descriptor in opened:
             private.joinpath(record.path).symlink_to(_OPEN_FILES / str(descriptor))
@@ -55,35 +54,36 @@ def _open(files: AdapterFiles, record: FileRecord, stack: ExitStack) -> int:
     except OSError as error:
         raise _changed(record.path, f"it can no longer be read ({error.strerror})") from error
     if identity_of(record.path, os.fstat(file.fileno())) != record.identity:
-        raise _changed(record.path, "another file is in its place, or it was written to")
+        raise _changed(record.path, "it was replaced or written to")
     return file.fileno()
 
 
 def _verify(files: AdapterFiles, record: FileRecord, descriptor: int) -> None:
     try:
-        at_its_name = identity_of(record.path, Path(files.directory, record.path).stat())
+        by_name = identity_of(record.path, Path(files.directory, record.path).stat())
+        # 3. Hash the open file.
         os.lseek(descriptor, 0, os.SEEK_SET)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         now = identity_of(record.path, os.fstat(descriptor))
     except OSError as error:
         raise _changed(record.path, f"it can no longer be read ({error.strerror})") from error
-    if not (at_its_name == now == record.identity):
-        raise _changed(record.path, "another file is in its place, or it was written to")
+    if not (by_name == now == record.identity):  # 4. The name still leads to it.
+        raise _changed(record.path, "it was replaced or written to")
     if digest != record.sha256:
-        raise _changed(record.path, f"its SHA-256 was {record.sha256}, and is {digest}")
+        raise _changed(record.path, f"its SHA-256 is {digest}, expected {record.sha256}")
 
 
 def _changed(name: str, how: str) -> EngineError:
     return EngineError(
-        f"{name} changed while it was judged: {how}; what the report would say of it is not known to be true",
-        hint="let nothing write to an adapter while it is gated, and gate it again",
+        f"{name} changed while it was judged: {how}; so a verdict could be about other bytes",
+        hint="make sure that nothing writes to the adapter during the run, and run the gate again",
     )
 
 
 @contextmanager
 def pinned_directory(directory: str) -> Iterator[str]:
-    """Another name of a base's directory, which stays with it wherever it is moved, and whatever takes its place."""
+    """A name of a base's directory that stays valid if the directory is moved or replaced."""
     if not _OPEN_FILES.is_dir():
         yield directory
         return
@@ -95,10 +95,10 @@ def pinned_directory(directory: str) -> Iterator[str]:
 
 
 def verify_base(directory: str, label: str, identity: tuple[FileIdentity, ...]) -> None:
-    """Hold a base's files against what they were before they were read.
+    """Compare a base's files with their identity before they were read.
 
     Raises:
-        EngineError: they are not the same.
+        EngineError: a file has changed.
     """
     try:
         same = base_identity(directory) == identity
@@ -109,8 +109,8 @@ def verify_base(directory: str, label: str, identity: tuple[FileIdentity, ...]) 
 
 
 def base_changed(label: str) -> EngineError:
-    """Why nothing that was measured on this base counts."""
+    """The error that voids every measurement on this base."""
     return EngineError(
-        f"base {label} changed while it was used: its files are not those that were there before it was loaded",
-        hint="let nothing write to a base while adapters are gated on it, and gate them again",
+        f"base {label} changed while it was used: its files differ from those before it was loaded",
+        hint="make sure that nothing writes to the base during the run, and run the gate again",
     )

@@ -1,7 +1,7 @@
-"""A trial of an adapter's regular expressions on the base's real names, before PEFT matches them without end.
+"""Tries an adapter's regular expressions on the base's module names under a time limit, before PEFT matches them.
 
-In: the expressions of an adapter's config, and the base's module names. Out: nothing, or `Refused` that names the
-expression. Must run in the main thread: the time limit is a signal, which Python's matcher lets in.
+It raises `Refused` with the expression that is invalid or takes too long. It must run in the main thread: the time
+limit is a signal, which interrupts Python's matcher.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from merge_gate.records.files import Pattern
 from merge_gate.records.refusals import PatternRefused
 
 TRIAL_LIMIT_S = 10.0
-"""Computing time for all expressions of one adapter; an honest one needs microseconds for each name."""
+"""CPU seconds for all expressions of one adapter. A normal expression takes microseconds for each name."""
 
 
 class _TimeOverError(Exception):
-    """The computing time is used up."""
+    """The CPU time is used up."""
 
 
 def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
     """Match every expression of the config against every name.
 
     Raises:
-        Refused: one is not valid, or they are not through after `TRIAL_LIMIT_S`.
+        Refused: an expression is invalid, or matching takes longer than `TRIAL_LIMIT_S`.
     """
-    under_way = None
+    current = None
     try:
         with _limited(TRIAL_LIMIT_S):
-            for under_way in patterns:
-                expression = re.compile(under_way.expression)
+            for current in patterns:
+                expression = re.compile(current.expression)
                 for name in names:
                     expression.match(name)
                     expression.fullmatch(name)
     except _TimeOverError:
-        raise Refused(PatternRefused(pattern=under_way, names=len(names), seconds=TRIAL_LIMIT_S)) from None
+        raise Refused(PatternRefused(pattern=current, names=len(names), seconds=TRIAL_LIMIT_S)) from None
     except (re.error, OverflowError, RecursionError) as error:
-        fact = PatternRefused(pattern=under_way, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error))
+        fact = PatternRefused(pattern=current, names=len(names), seconds=TRIAL_LIMIT_S, problem=str(error))
         raise Refused(fact) from None
 
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    def over(_number: int, _frame: object) -> NoReturn:
+    def on_alarm(_number: int, _frame: object) -> NoReturn:
         raise _TimeOverError
 
-    before = signal.signal(signal.SIGVTALRM, over)
+    before = signal.signal(signal.SIGVTALRM, on_alarm)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

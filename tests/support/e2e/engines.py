@@ -15,7 +15,7 @@ import docker
 
 from merge_gate.action.docker import address as addresses
 from merge_gate.action.docker import docker_api
-from merge_gate.action.docker.leftovers import OURS
+from merge_gate.action.docker.leftovers import LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def serving(podman_environment: dict[str, str], socket: Path, *before: str) -> I
     service = subprocess.Popen(words, env=podman_environment)
     try:
         end = time.monotonic() + PATIENCE_S
-        while addresses.silence(addresses.Address(f"unix://{socket}", "the tests")):
+        while addresses.unreachable(addresses.Address(f"unix://{socket}", "the tests")):
             assert service.poll() is None, "podman's service ended"
             assert time.monotonic() < end, "podman's service does not answer"
             time.sleep(0.1)
@@ -66,7 +66,7 @@ def described(engine: str, place: Path) -> list[dict]:
     """
     with contextlib.closing(docker.DockerClient(base_url=engine)) as client:
         known = []
-        for container, _labels in docker_api.labelled(client, OURS):
+        for container, _labels in docker_api.labelled(client, LABEL):
             try:
                 known.append(client.api.inspect_container(container))
             except docker.errors.APIError as error:

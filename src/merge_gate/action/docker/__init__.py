@@ -1,1 +1,1 @@
-"""The gate in a container: Docker or Podman, what goes in, what comes out. Python 3.9, standard library."""
+"""Runs the gate in a container of Docker or Podman. Python 3.9, standard library."""

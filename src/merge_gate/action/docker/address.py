@@ -1,9 +1,7 @@
-"""Where the container engine is, as the docker command line finds it.
+"""Finds the address of the container engine like the docker command line, without the SDK.
 
-In: the caller's environment and the configuration files of the docker command line. Out: an `Address`. Knows no SDK.
-
-The order is that of the docker command line: DOCKER_HOST (with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH), the context
-that DOCKER_CONTEXT or the configuration names, then the known sockets, of which the first that answers is taken.
+The order: DOCKER_HOST (with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH), then the context that DOCKER_CONTEXT or docker's
+configuration names, then the first known socket that answers.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _SOCKETS = (
 
 @dataclass(frozen=True)
 class Tls:
-    """Files of a TLS connection; empty where there is none. `verify`: whether the engine must prove who it is."""
+    """The files of a TLS connection; empty if there are none. `verify`: whether the engine's certificate is checked."""
 
     authority: str
     certificate: str
@@ -40,7 +38,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class Address:
-    """`url` is `unix://…`, `tcp://…` or another scheme; `origin` is what named it, in words."""
+    """An engine's address. `url` is `unix://…`, `tcp://…` or another scheme. `origin` says in words what named it."""
 
     url: str
     origin: str
@@ -48,7 +46,7 @@ class Address:
 
 
 def find(environ: Mapping[str, str]) -> Address | None:
-    """Return the engine's address, None where nothing names one. Raises `LauncherError` for an absent context."""
+    """Return the engine's address; None if there is none. Raises `LauncherError` for a missing context."""
     if environ.get("DOCKER_HOST"):
         return Address(environ["DOCKER_HOST"], "DOCKER_HOST", _tls_of_environment(environ))
     settings = Path(environ.get("DOCKER_CONFIG") or _home(environ) / ".docker")
@@ -58,8 +56,8 @@ def find(environ: Mapping[str, str]) -> Address | None:
     return _known_socket(environ)
 
 
-def silence(address: Address) -> str:
-    """Say why nobody answers at a socket file, an empty string where somebody does or it is another kind of address."""
+def unreachable(address: Address) -> str:
+    """Return the reason why a socket file does not answer; empty if it answers, or if the address is not a file."""
     if not address.url.startswith("unix://"):
         return ""
     try:
@@ -67,7 +65,7 @@ def silence(address: Address) -> str:
             connection.settimeout(_PING_S)
             connection.connect(address.url[len("unix://") :])
             connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: engine\r\n\r\n")
-            return "" if b" 200 " in connection.recv(64) else "it is no container engine"
+            return "" if b" 200 " in connection.recv(64) else "it is not a container engine"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -77,10 +75,10 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 
 def _tls_of_environment(environ: Mapping[str, str]) -> Tls | None:
-    verify, given = bool(environ.get("DOCKER_TLS_VERIFY")), environ.get("DOCKER_CERT_PATH")
-    if not verify and not given:
+    verify, folder = bool(environ.get("DOCKER_TLS_VERIFY")), environ.get("DOCKER_CERT_PATH")
+    if not verify and not folder:
         return None
-    return _tls(Path(given or _home(environ) / ".docker"), verify=verify)
+    return _tls(Path(folder or _home(environ) / ".docker"), verify=verify)
 
 
 def _tls(folder: Path, *, verify: bool) -> Tls:
@@ -90,7 +88,7 @@ def _tls(folder: Path, *, verify: bool) -> Tls:
 
 
 def _current_context(settings: Path) -> str:
-    """The context that `docker context use` chose; a file that is absent or broken chooses none."""
+    """The context that `docker context use` chose; empty if the file is missing or invalid."""
     try:
         chosen = json.loads((settings / "config.json").read_bytes()).get("currentContext")
     except (OSError, ValueError, AttributeError):
@@ -108,7 +106,7 @@ def _of_context(settings: Path, name: str) -> Address:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LauncherError(
             f"the docker context {name!r} cannot be read from {path} ({type(error).__name__})",
-            hint="see `docker context ls`; set DOCKER_HOST, or DOCKER_CONTEXT to another one",
+            hint="check `docker context ls`; set DOCKER_HOST, or set DOCKER_CONTEXT to another context",
         ) from error
     files = settings / "contexts" / "tls" / folder / "docker"
     tls = _tls(files, verify=not endpoint.get("SkipTLSVerify")) if files.is_dir() else None
@@ -116,14 +114,14 @@ def _of_context(settings: Path, name: str) -> Address:
 
 
 def _known_socket(environ: Mapping[str, str]) -> Address | None:
-    """The first socket that answers, else the first that exists, so that somebody can say why it does not."""
+    """The first socket that answers, or else the first that exists, so that an error can name it."""
     places = {
         "home": str(_home(environ)),
         "runtime": environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}",
     }
     paths = [Path(template.format(**places)) for template in _SOCKETS]
-    found = [Address(f"unix://{path}", "a socket of this machine") for path in paths if _is_socket(path)]
-    return next((address for address in found if not silence(address)), found[0] if found else None)
+    sockets = [Address(f"unix://{path}", "a socket of this machine") for path in paths if _is_socket(path)]
+    return next((address for address in sockets if not unreachable(address)), sockets[0] if sockets else None)
 
 
 def _is_socket(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""The report, taken out of a directory into which foreign code may have written.
+"""Copies the report out of a directory that foreign code may have written to.
 
-In: that directory. Out: the report's files, copied into a directory that the foreign code never saw, and a sentence
-for each file that was refused. Knows nothing of what the files say.
+Only files with the names of a report are copied. Links are not followed, pipes and devices are not read, and files
+above their limit are refused. Each refused file is reported in a sentence.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from merge_gate.whole_file import whole_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LIMITS_BYTES = {one.name: one.limit_bytes for one in OUTPUT_FILES}
-"""The files of a report and how large each may be."""
+LIMITS_BYTES = {file.name: file.limit_bytes for file in OUTPUT_FILES}
+"""The files of a report, each with its largest size."""
 
 
 @contextlib.contextmanager
 def claimed(target: Path) -> Iterator[EarlierReports]:
-    """Hold the directory of the report, made if absent, for one run. The reports of earlier runs are moved aside.
+    """Create and lock the directory of the report for one run, and move the reports of earlier runs aside.
 
     Raises:
-        UsageError: another run writes there, or a file that merge-gate did not write has the name of a report.
+        UsageError: another run uses the directory, or a file that merge-gate did not write has the name of a report.
         OSError: the directory cannot be used.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def claimed(target: Path) -> Iterator[EarlierReports]:
 
 
 def take(source: Path, target: Path) -> list[str]:
-    """Copy the files of a report from `source` to `target`, which is there; return what was refused and why."""
+    """Copy the files of a report to `target`, which exists. Return a sentence for each refused file."""
     refused = []
     folder = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -49,29 +49,29 @@ def take(source: Path, target: Path) -> list[str]:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                refused.append(f"{name} was not taken from the report directory: {error.strerror}")
+                refused.append(f"{name} was not copied from the report directory: {error.strerror}")
     finally:
         os.close(folder)
     return refused
 
 
 def files(folder: Path) -> list[Path]:
-    """Return the files of a report that are there: regular files under their names, no links."""
+    """Return the files of a report that exist: regular files, no links."""
     paths = (folder / name for name in LIMITS_BYTES)
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def _take(folder: int, name: str, limit: int, target: Path) -> None:
-    """A link at the target's name is replaced and not written through."""
+    """Copy one file. A link at the target's name is replaced, not followed."""
     with open_regular_file(name, folder=folder) as file, whole_file(target / name) as copy:
         for chunk in chunks(file, limit):
             copy.write(chunk)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a directory that foreign code has filled: with folders that no one may enter, or thousands deep.
+    """Remove a directory that foreign code has filled, perhaps with unreadable folders or thousands of levels.
 
-    Those two tools follow no link on their way down, and need no stack as deep as the directory.
+    `chmod` and `rm` follow no links below the directory, and their stack does not grow with its depth.
     """
     for words in (["chmod", "-R", "u+rwX", "--", str(folder)], ["rm", "-rf", "--", str(folder)]):
         with contextlib.suppress(OSError):

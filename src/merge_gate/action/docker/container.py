@@ -1,7 +1,7 @@
-"""One container: what it is told and given, from its creation to its end.
+"""Creates one container, starts it, and waits for its end.
 
-In: a `ContainerRun`, and what the launcher has found and made for it. Out: the exit code of the gate inside, its log
-as it comes. Does not find engines, images or directories, and does not remove the container: the launcher does.
+A `ContainerRun` and the launcher's `PreparedContainer` go in. The exit code of the gate inside comes out, and its log
+is passed on as it comes. The launcher removes the container.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PASSED_ON = (
     "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "NO_PROXY", "no_proxy", "NO_COLOR", "FORCE_COLOR",
     "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE",
 )  # fmt: skip
-"""Variables of the caller that the gate inside sees; no other reaches it but the next ones."""
+"""Variables of the caller that the container gets in its environment."""
 _HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "MERGE_GATE_CACHE_KEY")
-"""Those that may hold a secret travel by standard input."""
+"""Variables of the caller that may hold a secret. The container gets them through standard input."""
 _AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-"""Variables that name a file of certificate authorities, such as a company's own, in the order of preference."""
+"""Variables that name a file of certificate authorities, in the order of preference."""
 AUTHORITIES_INSIDE = "/opt/merge-gate-authorities.pem"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the container may use, in the engine's words; empty: the engine's own default."""
+    """Limits of the container, in the engine's notation. Empty: the engine's default."""
 
     memory: str = ""
     shm_size: str = ""
@@ -44,13 +44,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class ContainerRun:
-    """What to run. Paths are absolute, and the same inside the container.
+    """A run of the gate. Paths are absolute, and the same inside the container.
 
-    `workspace` holds the configuration and whatever it names that `mounts` do not hold; both are read-only inside.
-    `hf_cache` None: a cache for this run only. `cache` is the directory of verdicts that are kept, which the container
-    writes to. `image` empty: the one released with this version; `pull` says when it
-    is fetched. `arguments` are further words for `merge-gate run`. `gpus` is `auto`, `none`, `all` or a list of indices
-    or UUIDs, and once the launcher has settled it, empty for none. `environ` is the caller's environment.
+    Attributes:
+        config: the gate's YAML file, inside `workspace` or `mounts`.
+        output: the directory of the report.
+        workspace: the directory with everything that the configuration names outside of `mounts`; read-only inside.
+        image: the image; empty for the one released with this version.
+        pull: when the image is fetched: `missing`, `always` or `never`.
+        device: the device that merges.
+        gpus: `auto`, `none`, `all`, or a list of indices or UUIDs; empty for none once the launcher has resolved it.
+        arguments: more arguments of `merge-gate run`.
+        hf_cache: the Hub's cache; None for a cache of this run only.
+        cache: the directory of cached verdicts, writable inside.
+        mounts: more directories, read-only inside.
+        limits: limits of the container.
+        environ: the caller's environment.
+        time_limit_s: seconds until the run is stopped.
     """
 
     config: Path
@@ -71,9 +81,9 @@ class ContainerRun:
 
 @dataclass(frozen=True)
 class PreparedContainer:
-    """What was found and made for one run, before the container.
+    """Everything that the launcher prepares before it creates the container.
 
-    `written` becomes the output directory inside. `canaries` are files of the mounts, by their paths inside.
+    `written` becomes the output directory inside. `canaries` maps paths inside to files outside.
     """
 
     client: Any
@@ -85,26 +95,26 @@ class PreparedContainer:
 
 
 def command(run: ContainerRun) -> list[str]:
-    """Return the words for the container's entrypoint. Where GPUs were asked for, a CPU is no answer."""
+    """Return the arguments of the entrypoint. If GPUs were requested, the run must not fall back to the CPU."""
     device = "cuda" if run.gpus and run.device == "auto" else run.device
     return ["run", config_word(run), "--output", str(run.output), "--device", device, *run.arguments]
 
 
 def config_word(run: ContainerRun) -> str:
-    """The configuration's path for a command line that starts in the workspace; a dash at its head is no option."""
+    """The configuration's path relative to the workspace. A leading dash gets `./` before it: it is not an option."""
     word = os.path.relpath(run.config, run.workspace)
     return os.path.join(os.curdir, word) if word.startswith("-") else word  # noqa: PTH118 # Path drops the dot
 
 
 def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str]:
-    """Return the variables that whoever may inspect the container sees: no token, nothing with a password."""
+    """Return the variables that inspecting the container shows: no token and no password."""
     passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
     debug = {"MERGE_GATE_DEBUG": "1"} if run.environ.get("RUNNER_DEBUG") == "1" else {}
     expected = canary.expectations({run.config: run.config, **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
     authorities = dict.fromkeys(_AUTHORITIES, AUTHORITIES_INSIDE) if authorities_file(run.environ) else {}
-    # Where NVIDIA's runtime is the default one, it reads this variable, and the image says `all`; devices by CDI, or
-    # none at all, leave nothing for it to add.
+    # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. With GPUs by CDI, or without
+    # GPUs, it must not add any.
     no_more_gpus = {} if _nvidia_runtime_decides(run, prepared) else {"NVIDIA_VISIBLE_DEVICES": "void"}
     return {
         **passed_on, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
@@ -121,18 +131,18 @@ def _device_requests(run: ContainerRun, prepared: PreparedContainer) -> list[dic
 
 
 def handed_over(run: ContainerRun) -> dict[str, str]:
-    """Return the variables that nobody who inspects the container may see."""
+    """Return the variables that inspecting the container must not show."""
     return {name: run.environ[name] for name in _HANDED_OVER if run.environ.get(name)}
 
 
 def authorities_file(environ: Mapping[str, str]) -> str:
-    """Return the caller's file of certificate authorities, an empty string where it names none that is there."""
-    named = (environ.get(name, "") for name in _AUTHORITIES)
-    return next((os.path.realpath(name) for name in named if name and Path(name).is_file()), "")
+    """Return the caller's file of certificate authorities; empty if no variable names an existing file."""
+    paths = (environ.get(name, "") for name in _AUTHORITIES)
+    return next((os.path.realpath(path) for path in paths if path and Path(path).is_file()), "")
 
 
 def mounts(run: ContainerRun, prepared: PreparedContainer) -> list[dict[str, Any]]:
-    """Bind mounts: everything at its own path, except that the container writes its report elsewhere than it thinks."""
+    """Bind mounts. Everything has its own path inside, except the report: it is written to a scratch directory."""
     authorities = authorities_file(run.environ)
     listed: list[tuple[Path, Path, bool]] = [
         (run.workspace, run.workspace, True),
@@ -149,10 +159,10 @@ def mounts(run: ContainerRun, prepared: PreparedContainer) -> list[dict[str, Any
 
 
 def create(run: ContainerRun, prepared: PreparedContainer) -> Any:
-    """Make the container. Raises `LauncherError`."""
+    """Create the container. Raises `LauncherError`."""
     facts = prepared.engine
     offline = run.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    with docker_api.translated("the container cannot be made", gpus=run.gpus):
+    with docker_api.translated("the container cannot be created", gpus=run.gpus):
         return prepared.client.containers.create(
             run.image,
             command(run),
@@ -175,7 +185,7 @@ def create(run: ContainerRun, prepared: PreparedContainer) -> Any:
 
 
 def _caller(facts: docker_api.Engine) -> dict[str, Any]:
-    """The caller, with all groups. A rootless engine maps its root to the caller, and every other id to nobody."""
+    """The caller, with all groups. A rootless engine maps its root to the caller, and any other id to `nobody`."""
     if facts.rootless:
         return {"user": "0:0"}
     groups = sorted(set(os.getgroups()) - {os.getgid()})
@@ -195,7 +205,7 @@ def supervise(
 ) -> int:
     """Start the container, pass on its log, wait, and return the exit code of the gate inside.
 
-    On a signal or at the time limit the gate inside is asked to stop, so that it leaves a true report.
+    On a signal or at the time limit, the gate inside is asked to stop, so that it leaves a valid report.
     """
     secrets = handed_over(run)
     line = handover.written(secrets) if secrets else b""
@@ -206,7 +216,7 @@ def supervise(
         container.start()
     reader = threading.Thread(target=docker_api.pass_on_output, args=(container, log), daemon=True)
     reader.start()
-    hint = "see the engine's own log; what the report holds is true, but the run did not end"
+    hint = "check the engine's log; the report is valid, but incomplete"
     with docker_api.translated("the container was lost", hint=hint):
         try:
             with signals.interruptible():
@@ -228,5 +238,5 @@ def exit_code(status: int, out_of_memory: bool) -> int:
     killed = out_of_memory or status == 128 + signal.SIGKILL
     raise LauncherError(
         f"the container ended with exit code {status}, expected 0 to 3" + (": it was killed" if killed else ""),
-        hint="memory ran out, most likely: see the machine's own log" if killed else "see the container's log above",
+        hint="check the machine's log: it probably ran out of memory" if killed else "check the container's log above",
     )

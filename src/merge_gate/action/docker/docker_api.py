@@ -1,8 +1,7 @@
-"""The container engine, Docker or podman, its images and its errors; the Docker SDK is imported here only.
+"""Talks to the container engine, Docker or podman. The only module that imports the Docker SDK.
 
-In: an address, a name of an image, of a container. Out: a client that has answered, what the engine says of itself,
-an image that is there. Whatever the SDK raises, or an engine answers in a form that nobody expects, becomes a
-`LauncherError` with a sentence.
+It connects, describes the engine, pulls images, and lists and removes containers. Every exception of the SDK, and every
+unexpected answer, becomes a `LauncherError`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _LIST_PAUSE_S = 0.5
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine says of itself, as far as it matters here."""
+    """The facts about an engine that matter here."""
 
     podman: bool
     rootless: bool
@@ -45,38 +44,38 @@ class Engine:
 
 
 def answers(environ: Mapping[str, str]) -> bool:
-    """Tell whether an engine answers, without the SDK. A client alone proves nothing: images ship it without a daemon.
+    """Whether an engine answers, without the SDK. An installed client is no proof: images ship it without a daemon.
 
-    An address other than a socket file was set on purpose, and is taken at its word.
+    An address that is not a socket file was set on purpose, and counts as an answer.
     """
     address = addresses.find(environ)
-    return address is not None and not addresses.silence(address)
+    return address is not None and not addresses.unreachable(address)
 
 
 def connect(environ: Mapping[str, str]) -> Any:
-    """Return a client of the engine that has answered. Raises `LauncherError`."""
+    """Connect to the engine and return a client. Raises `LauncherError`."""
     docker = _sdk()
     address = addresses.find(environ)
     if not address:
         raise LauncherError(
-            "no container engine was found: DOCKER_HOST is not set and no socket of Docker or podman is there",
+            "no container engine was found: DOCKER_HOST is not set, and there is no socket of Docker or podman",
             hint="start Docker (or `podman system service`), or run without a container (`runtime: native`)",
         )
     if address.url.startswith("ssh://"):
         raise LauncherError(
             f"{address.origin} names the engine at {address.url}, expected unix:// or tcp://: an engine on another "
             "machine does not see the workspace",
-            hint="run the job on the machine where the engine is",
+            hint="run the job on the machine of the engine",
         )
-    trouble = addresses.silence(address)
+    problem = addresses.unreachable(address)
     try:
-        if not trouble:
+        if not problem:
             return _client(docker, address)
     except Exception as error:  # noqa: BLE001 # the SDK lets errors of requests, urllib3, ssl and the OS through
-        trouble = reason(error)
+        problem = reason(error)
     raise LauncherError(
-        f"the container engine at {address.url} ({address.origin}) does not answer: {trouble}",
-        hint="start it, check that this user may use its socket, or set DOCKER_HOST to another one",
+        f"the container engine at {address.url} ({address.origin}) does not answer: {problem}",
+        hint="start it, check that this user may use its socket, or set DOCKER_HOST to another engine",
     )
 
 
@@ -87,7 +86,7 @@ def _sdk() -> Any:
         version = str(docker.__version__)
     except (ImportError, AttributeError) as error:
         raise LauncherError(
-            f"the Docker SDK for Python is not there ({error})", hint=f"pip install '{_NEEDED}'"
+            f"the Docker SDK for Python is not installed ({error})", hint=f"pip install '{_NEEDED}'"
         ) from error
     if int(re.match(r"\d*", version)[0] or 0) < _OLDEST_SDK:  # type: ignore[index] # `*` always matches
         raise LauncherError(
@@ -98,9 +97,9 @@ def _sdk() -> Any:
 
 
 def _client(docker: Any, address: addresses.Address) -> Any:
-    """A client that has asked the engine for its version.
+    """Create a client, which asks the engine for its version.
 
-    requests puts a company's authorities and proxies, which the environment names, before those of the session.
+    Variables that name certificate authorities and proxies are hidden: requests prefers them to the session's settings.
     """
     with _without(os.environ, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         client = docker.DockerClient(base_url=address.url, tls=_tls(docker, address.tls), timeout=_ASK_S)
@@ -110,11 +109,11 @@ def _client(docker: Any, address: addresses.Address) -> Any:
 
 @contextlib.contextmanager
 def _without(environ: MutableMapping[str, str], *names: str) -> Iterator[None]:
-    kept = {name: environ.pop(name) for name in names if name in environ}
+    removed_variables = {name: environ.pop(name) for name in names if name in environ}
     try:
         yield
     finally:
-        environ.update(kept)
+        environ.update(removed_variables)
 
 
 def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
@@ -125,8 +124,8 @@ def _tls(docker: Any, tls: addresses.Tls | None) -> Any:
 
 
 def describe(client: Any) -> Engine:
-    """Ask the engine what it is."""
-    with translated("the container engine cannot describe itself"):
+    """Ask the engine for its facts."""
+    with translated("the container engine did not describe itself"):
         version, info = client.version(), client.info()
         components = " ".join(str(part.get("Name")) for part in version.get("Components") or ())
         security = " ".join(str(option) for option in info.get("SecurityOptions") or ())
@@ -145,27 +144,27 @@ def describe(client: Any) -> Engine:
 
 
 def ensure_image(client: Any, image: str, log: Callable[[bytes], None], pull: str = "missing") -> str:
-    """Have `image` there, and return what identifies it: its digest in a registry, else the engine's own id.
+    """Pull `image` if necessary, and return its digest in a registry, or else the engine's id of it.
 
     `pull` is `missing`, `always` or `never`. Raises `LauncherError`.
     """
-    found = None if pull == "always" else _identity(client, image)
-    if found:
-        return found
+    existing = None if pull == "always" else _identity(client, image)
+    if existing:
+        return existing
     hint = (
         "check the name and the digest, log in to its registry (docker/login-action), or build it from the "
         "Dockerfile; the images of old releases are never deleted"
     )
     if pull == "never":
-        raise LauncherError(f"the image {image} is not there, and `pull` is never", hint=hint)
+        raise LauncherError(f"the image {image} does not exist here, and `pull` is never", hint=hint)
     log(f"pulling {image}\n".encode())
-    with translated(f"the image {image} is not there and cannot be pulled", hint=hint):
+    with translated(f"the image {image} does not exist here and cannot be pulled", hint=hint):
         name, tag = name_and_tag(image)
         for line in progress(client.api.pull(name, tag=tag, stream=True, decode=True)):
             log(line.encode())
         pulled = _identity(client, image)
         if not pulled:
-            raise LauncherError("the engine says that it pulled it, and does not have it")
+            raise LauncherError("the engine reported a successful pull, but does not have the image")
         return pulled
 
 
@@ -178,10 +177,10 @@ def _identity(client: Any, image: str) -> str:
         except docker.errors.ImageNotFound:
             return ""
         name, digest = name_and_tag(image)
-        known = [str(one) for one in described.get("RepoDigests") or ()]
-        asked = [one for one in known if one == f"{name}@{digest}"]
-        of_this_name = [one for one in known if one.startswith(f"{name}@")]
-        return (asked or of_this_name or [str(described["Id"])])[0]
+        digests = [str(reference) for reference in described.get("RepoDigests") or ()]
+        exact = [reference for reference in digests if reference == f"{name}@{digest}"]
+        same_name = [reference for reference in digests if reference.startswith(f"{name}@")]
+        return (exact or same_name or [str(described["Id"])])[0]
 
 
 def name_and_tag(image: str) -> tuple[str, str]:
@@ -213,15 +212,15 @@ def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 
 def labelled(client: Any, labels: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
-    """Return id and labels of every container, alive or dead, that carries `labels`."""
-    wanted = [f"{name}={value}" for name, value in labels.items()]
+    """Return id and labels of every container, running or not, that has these `labels`."""
+    filters = [f"{name}={value}" for name, value in labels.items()]
     with translated("the engine cannot list its containers"):
-        listed = _listed(client, wanted)
-        return [(str(one["Id"]), dict(one.get("Labels") or {})) for one in listed]
+        listed = _listed(client, filters)
+        return [(str(container["Id"]), dict(container.get("Labels") or {})) for container in listed]
 
 
 def _listed(client: Any, labels: list[str]) -> Any:
-    """Podman fails to list where one of its containers goes away meanwhile; then it is asked again."""
+    """List containers, with retries: podman fails if a container disappears during the listing."""
     import docker  # noqa: PLC0415
 
     for _ in range(_LIST_ATTEMPTS - 1):
@@ -232,7 +231,7 @@ def _listed(client: Any, labels: list[str]) -> Any:
 
 
 def removed(client: Any, name: str) -> bool:
-    """Remove a container and its volumes; return whether there was one. Raises `LauncherError`."""
+    """Remove a container and its volumes; return whether it existed. Raises `LauncherError`."""
     import docker  # noqa: PLC0415
 
     with translated("the container cannot be removed"):
@@ -245,25 +244,25 @@ def removed(client: Any, name: str) -> bool:
 
 @contextlib.contextmanager
 def standard_input(client: Any, container: str, line: bytes) -> Iterator[None]:
-    """Attach to a container that has not started; when the block has started it, write `line` and close."""
+    """Attach to a container before its start. After the block, which starts it, write `line` and close."""
     if not line:
         yield
         return
-    with translated("the token cannot be handed to the container"):
+    with translated("the token cannot be passed to the container"):
         attached = client.api.attach_socket(container, {"stdin": 1, "stream": 1})
-    # Over TLS it is the socket; over a socket file it is a file over it that may only be read. The SDK has the response
-    # hold on to either.
+    # With TLS this is the socket. With a socket file it is a read-only file object around the socket. The SDK keeps a
+    # reference to the response in either.
     connection, response = getattr(attached, "_sock", attached), getattr(attached, "_response", attached)
     with contextlib.closing(connection), contextlib.closing(attached), contextlib.closing(response):
         yield
-        with translated("the token cannot be handed to the container"):
+        with translated("the token cannot be passed to the container"):
             connection.sendall(line)
 
 
 def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
-    """Give `log` the output of a container from its first word until it ends.
+    """Pass all output of a container to `log` until the container ends.
 
-    Where the engine goes away this ends too; whoever waits for the container tells of it.
+    It also ends if the engine goes away, which the caller notices when it waits for the container.
     """
     import docker  # noqa: PLC0415
 
@@ -275,27 +274,27 @@ def pass_on_output(container: Any, log: Callable[[bytes], None]) -> None:
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
-_ODD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
+_UNEXPECTED_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
 
 
 @contextlib.contextmanager
 def translated(what: str, *, hint: str = "", gpus: str = "") -> Iterator[None]:
-    """Turn whatever the SDK raises into a `LauncherError` that begins with `what`.
+    """Turn every exception of the SDK into a `LauncherError` that begins with `what`.
 
-    That includes what Python raises where an engine answers with other JSON than it should. `gpus` are those asked
-    for: an engine that refuses them says so in many ways, none of which names the remedy.
+    This includes exceptions of Python about unexpected JSON. If `gpus` were requested, an engine refuses them with
+    many different messages, and this adds the remedy.
     """
     import docker  # noqa: PLC0415
     import requests  # noqa: PLC0415
 
     try:
         yield
-    except _ODD_ANSWERS as error:
-        raise LauncherError(f"{what}: its answer makes no sense ({type(error).__name__}: {reason(error)})") from error
+    except _UNEXPECTED_ANSWERS as error:
+        raise LauncherError(f"{what}: unexpected answer ({type(error).__name__}: {reason(error)})") from error
     except (docker.errors.DockerException, requests.RequestException, OSError, LauncherError) as error:
         words = reason(error)
         if gpus and re.search(r"device driver|cdi|nvidia|gpu", words, re.IGNORECASE):
-            what, hint = f"the engine cannot give the container the GPUs asked for ({gpus})", GPU_HINT
+            what, hint = f"the engine cannot give the container the requested GPUs ({gpus})", GPU_HINT
         elif re.search(r"exec format error|no matching manifest|does not match the .*platform", words, re.IGNORECASE):
             hint = PLATFORM_HINT
         elif re.search(r"no such file or directory|source path does not exist", words, re.IGNORECASE):
@@ -308,17 +307,17 @@ GPU_HINT = (
     "to run on the CPU"
 )
 PLATFORM_HINT = (
-    "the released images are for amd64: use such a runner, or build the image from the Dockerfile on this one and name "
-    "it in `image`"
+    "the released images are for amd64: use an amd64 runner, or build the image from the Dockerfile on this runner and "
+    "name it in `image`"
 )
 MOUNT_HINT = (
-    "the engine mounts directories of its own host, so this happens where the runner or the job is itself a "
-    "container: run the job in merge-gate's image (`container:`) with `runtime: native`"
+    "the engine mounts directories of its own host, so this happens if the runner or the job is itself a container: "
+    "run the job in merge-gate's image (`container:`) with `runtime: native`"
 )
 
 
 def reason(error: Exception) -> str:
-    """The engine's own words on one line, without the SDK's wrapping."""
+    """The engine's own message on one line, without the text that the SDK adds."""
     if isinstance(error, GateError):
         return error.message
     text = str(getattr(error, "explanation", None) or error)

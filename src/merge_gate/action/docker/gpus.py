@@ -1,7 +1,7 @@
-"""Which GPUs to ask for, and how an engine is asked.
+"""Decides which GPUs to request, and in which form the engine takes the request.
 
-In: the inputs `gpus` and `device`, the caller's environment, what the engine says of itself. Out: the GPUs wanted as
-a word, and the device request that this engine understands. Pure; knows no SDK.
+The inputs `gpus` and `device`, the caller's environment, and facts about the engine go in. This module does not use the
+SDK.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 _GPU_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9:_-]*(,[A-Za-z0-9][A-Za-z0-9:_-]*)*")
 
 
-def wanted_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: Path = Path("/dev")) -> str:
-    """Return the GPUs to ask for: empty for none, `all`, or a list of indices or UUIDs.
+def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: Path = Path("/dev")) -> str:
+    """Return the GPUs to request: empty for none, `all`, or a list of indices or UUIDs.
 
-    `auto` asks for what this machine has. What the runner's operator allots to the job is a ceiling: `auto` and `all`
-    mean all of it, and more than it is refused.
+    `auto` requests the GPUs of this machine. If the runner's operator allots GPUs to the job, `auto` and `all` mean the
+    allotted GPUs, and a request for any other GPU is refused.
     """
     if gpus not in {"auto", "none", "all"} and not _GPU_LIST.fullmatch(gpus):
         raise UsageError(f"gpus: got {gpus!r}, expected auto, none, all, or a list such as 0,1")
-    wants_cuda = device.startswith("cuda")
+    needs_cuda = device.startswith("cuda")
     if device == "cpu" or gpus == "none":
-        if wants_cuda or gpus not in {"auto", "none"}:
+        if needs_cuda or gpus not in {"auto", "none"}:
             raise UsageError(
                 f"gpus: {gpus} and device: {device} contradict each other", hint="leave one of them at auto"
             )
         return ""
     allotted = allotment(environ)
-    if gpus == "auto" and not wants_cuda:
+    if gpus == "auto" and not needs_cuda:
         return ",".join(allotted) if allotted is not None else "all" if canary.gpu_devices(devices) else ""
     if allotted is None:
         return "all" if gpus == "auto" else gpus
-    asked = [gpu for gpu in gpus.split(",") if gpu not in {"auto", "all"}]
-    if not allotted or not set(asked) <= set(allotted):
+    requested = [gpu for gpu in gpus.split(",") if gpu not in {"auto", "all"}]
+    if not allotted or not set(requested) <= set(allotted):
         raise UsageError(
-            f"gpus: {gpus} and device: {device} ask for more than this runner allots to the job: "
-            f"{','.join(allotted) or 'no GPU'} ({_named(environ)})",
-            hint="ask for `gpus: all`, which is all that is allotted, or for `gpus: none`",
+            f"gpus: {gpus} and device: {device} request more than this runner allots to the job: "
+            f"{','.join(allotted) or 'no GPU'} ({_variables(environ)})",
+            hint="use `gpus: all` for all allotted GPUs, or `gpus: none`",
         )
-    return ",".join(asked or allotted)
+    return ",".join(requested or allotted)
 
 
 def allotment(environ: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Return the GPUs that the operator of the runner gives the job, None where nothing limits them.
+    """Return the GPUs that the operator of the runner allots to the job; None if there is no limit.
 
-    NVIDIA_VISIBLE_DEVICES is the words of NVIDIA's runtime, of which `all` and `void` say nothing about a share, and
-    CUDA_VISIBLE_DEVICES those of CUDA, where no number at all means no GPU. Where both give a list, both hold.
+    NVIDIA_VISIBLE_DEVICES is read by NVIDIA's runtime; `all` and `void` set no limit. CUDA_VISIBLE_DEVICES is read by
+    CUDA; an empty value means no GPU. If both give a list, only GPUs in both lists are allotted.
     """
     runtime = environ.get("NVIDIA_VISIBLE_DEVICES", "")
     cuda = environ.get("CUDA_VISIBLE_DEVICES")
@@ -62,26 +62,26 @@ def allotment(environ: Mapping[str, str]) -> tuple[str, ...] | None:
         shares.append(() if runtime == "none" else _listed(runtime))
     if cuda is not None:
         shares.append(() if cuda.strip() in {"", "-1", "NoDevFiles"} else _listed(cuda))
-    known = [share for share in shares if share is not None]
-    return tuple(gpu for gpu in known[0] if all(gpu in share for share in known)) if known else None
+    lists = [share for share in shares if share is not None]
+    return tuple(gpu for gpu in lists[0] if all(gpu in share for share in lists)) if lists else None
 
 
 def _listed(text: str) -> tuple[str, ...] | None:
-    """A list of GPUs; None for what is none, which is an operator's own convention and tells nothing."""
+    """Parse a list of GPUs; None for any other text, which is an operator's own convention."""
     words = text.replace(" ", "")
     return tuple(words.split(",")) if _GPU_LIST.fullmatch(words) else None
 
 
-def _named(environ: Mapping[str, str]) -> str:
+def _variables(environ: Mapping[str, str]) -> str:
     names = ("NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
     return ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
 
 
 def device_requests(gpus: str, *, podman: bool, nvidia_runtime: bool, cdi_gpus: bool) -> list[dict[str, Any]]:
-    """Return the engine's words for `gpus`.
+    """Return the device request for `gpus` in the form that the engine takes.
 
-    podman's Docker-compatible API starts a container without the GPU, and without an error, for anything but CDI.
-    Docker takes its own request where NVIDIA's runtime is registered, and CDI where it lists such devices.
+    podman's Docker-compatible API ignores any request but CDI without an error. Docker takes its own form of request if
+    NVIDIA's runtime is registered, and CDI if it lists CDI devices.
     """
     if not gpus:
         return []

@@ -1,7 +1,7 @@
-"""What the container must not show to those who inspect it: a token, proxies with passwords, by standard input.
+"""Passes secrets (a token, proxies with passwords) to the container through its standard input.
 
-In, outside: variables, as one line (`written`). Out, inside: the same variables in the process that read them
-(`read`). Nothing of it is in the container's description, in its arguments, or on a disk.
+The launcher writes one line (`written`), and the entrypoint reads it (`read`). The secrets never appear in the
+container's description, in its arguments, or on a disk.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MARKER = "MERGE_GATE_HANDOVER"
-"""Set inside where a line will come."""
+"""Set inside the container if a line will follow."""
 _LIMIT_BYTES = 65_536
 
 
 def written(variables: Mapping[str, str]) -> bytes:
-    """Return the line that `read` understands. Raises `LauncherError` where it would be too long."""
+    """Return the line for `read`. Raises `LauncherError` if it is too long."""
     line = json.dumps(dict(variables)).encode("ascii") + b"\n"
     if len(line) > _LIMIT_BYTES:
         raise LauncherError(
@@ -31,7 +31,7 @@ def written(variables: Mapping[str, str]) -> bytes:
 
 
 def read(environ: Mapping[str, str], stream: BinaryIO) -> dict[str, str]:
-    """Return the variables that were handed over, none where `environ` promises none. Raises `LauncherError`."""
+    """Return the variables; none if `environ` announces none. Raises `LauncherError`."""
     if not environ.get(MARKER):
         return {}
     line = stream.readline(_LIMIT_BYTES)
@@ -40,6 +40,7 @@ def read(environ: Mapping[str, str], stream: BinaryIO) -> dict[str, str]:
         return {str(name): str(value) for name, value in variables.items()}
     except (ValueError, AttributeError) as error:
         raise LauncherError(
-            f"the token was not handed over: got {counted(len(line), 'byte')} on standard input, expected one line",
-            hint="the launcher was stopped while it started the container, or the engine lost its standard input",
+            f"the container did not receive the token: got {counted(len(line), 'byte')} on standard input, expected "
+            "one line",
+            hint="run again: the launcher was stopped during the start, or the engine lost the container's input",
         ) from error

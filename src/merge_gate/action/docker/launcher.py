@@ -1,20 +1,19 @@
-"""The same command inside a container with a GPU.
+"""Runs the gate in a container, with GPUs if requested, and takes the report out of it.
 
-In: a `ContainerRun`. Out: the exit code of the gate inside, its log as it comes, and what else is to be told. Knows
-nothing of configurations, reports or workflows.
+A `ContainerRun` goes in. The exit code of the gate inside comes out; its log and other messages are passed on as they
+come.
 
-What it does, in order:
-  1. find the engine; remove what launchers left that were killed              docker_api, leftovers
-  2. have the image, pulled by its digest where it is not there                docker_api
-  3. ask for GPUs in the words this engine understands                         gpus
-  4. make the directories: the cache, and one to write to in place of the
-     output directory; plant canaries in them, which the container looks for   _directories, canary
-  5. run as the caller, with no capabilities; hand over the token; pass on
-     the log; stop on SIGINT, SIGTERM or at the time limit                     container, handover
-  6. whatever happened: remove the container, then take the report out of
-     what it wrote, file by file, then remove the directories                  leftovers, collect
+1. Find the engine, and remove the containers of killed launchers             docker_api, leftovers
+2. Pull the image by its digest if it is missing                              docker_api
+3. Request GPUs in the form that the engine takes                             gpus
+4. Make the directories: the cache, and one that stands in for the output
+   directory; plant canaries in them, which the container looks for           _directories, canary
+5. Run as the caller, without capabilities; pass the token; pass on the log;
+   stop on SIGINT, SIGTERM, or at the time limit                              container, handover
+6. In any case: remove the container, copy the report out of the directory
+   that it wrote to, file by file, and remove the directories                 leftovers, collect
 
-What is made is cleared away by the opposite of step 6's order, since each thing's removal is noted before it is made.
+The removal of each thing is registered before the thing is made, so step 6 undoes everything in reverse order.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.action.docker import canary, collect, container, docker_api, leftovers, released_image
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
-from merge_gate.action.docker.gpus import wanted_gpus
+from merge_gate.action.docker.gpus import requested_gpus
 from merge_gate.errors import ExitCode, LauncherError, UsageError
-from merge_gate.interrupts import Interrupted, held
+from merge_gate.interrupts import Interrupted, deferred_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,10 +38,10 @@ _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt/merge-gate", "/proc
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a run has to say besides its exit code and its log, sentence by sentence, as it happens.
+class RunListener:
+    """Receives messages of a run besides its exit code and its log, sentence by sentence.
 
-    `image` gets the image that runs, `warning` what the caller should know, `refused` what was not taken of the report.
+    `image` gets the image that runs, `warning` gets warnings, `refused` gets each report file that was not copied.
     """
 
     image: Callable[[str], None]
@@ -50,40 +49,42 @@ class Told:
     refused: Callable[[str], None]
 
 
-def run_in_container(run: ContainerRun, log: Callable[[bytes], None], told: Told | None = None) -> int:
+def run_in_container(run: ContainerRun, log: Callable[[bytes], None], listener: RunListener | None = None) -> int:
     """Run the gate in a container and return its exit code; `log` receives its output as it comes.
 
-    Without `told` everything goes to `log`. Raises `UsageError` for what the caller asked wrongly, `LauncherError` for
-    an engine, image, mount or GPU that is not there, or a container that was lost. Must be called in the main thread,
-    which receives the signals.
+    Without `listener` all messages go to `log`. Must be called in the main thread, which receives the signals.
+
+    Raises:
+        UsageError: a wrong path or option.
+        LauncherError: the engine, image, a mount, or a GPU is missing, or the container was lost.
     """
     _check_paths(run)
-    gpus = wanted_gpus(run.gpus, run.device, run.environ)
+    gpus = requested_gpus(run.gpus, run.device, run.environ)
     run = replace(run, gpus=gpus, image=run.image or _released(gpus))
-    told = told or _by_log(log)
-    with held(run.time_limit_s) as signals, contextlib.ExitStack() as clearing:
+    listener = listener or _log_listener(log)
+    with deferred_signals(run.time_limit_s) as signals, contextlib.ExitStack() as clearing:
         try:
             with signals.interruptible():
                 client = docker_api.connect(run.environ)
                 clearing.callback(client.close)
-                prepared = _prepare(run, client, clearing, log, told)
-            # A request that is broken off leaves podman with half a container, so this one is waited for.
-            made = container.create(run, prepared)
+                prepared = _prepare(run, client, clearing, log, listener)  # 1 to 4
+            # 5. An interrupted request would leave podman with half a container, so signals have to wait here.
+            created = container.create(run, prepared)
             signals.check()
-            return container.supervise(run, made, prepared, signals, log)
+            return container.supervise(run, created, prepared, signals, log)
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}\n".encode())
             return int(ExitCode.ERROR)
 
 
-def _by_log(log: Callable[[bytes], None]) -> Told:
+def _log_listener(log: Callable[[bytes], None]) -> RunListener:
     def say(sentence: str) -> None:
         log(f"merge-gate: {sentence}\n".encode())
 
-    return Told(image=lambda _image: None, warning=say, refused=say)
+    return RunListener(image=lambda _image: None, warning=say, refused=say)
 
 
-def for_a_person(
+def local_run(
     config: str,
     *,
     output: str,
@@ -94,11 +95,10 @@ def for_a_person(
     cache: str | None = None,
     environ: Mapping[str, str],
 ) -> ContainerRun:
-    """Return the run that `merge-gate run --container CONFIG` means on somebody's own machine.
+    """Return the run for `merge-gate run --container CONFIG` on a user's own machine.
 
-    `arguments` are more words for `merge-gate run`.
-    The workspace is the current directory, or the configuration's where it lies elsewhere; the Hub's cache is the
-    person's own, so that nothing is downloaded twice.
+    `arguments` are more arguments of `merge-gate run`. The workspace is the current directory, or the configuration's
+    directory if that is elsewhere. The Hub's cache is the user's own, so that nothing is downloaded twice.
     """
     here, path = Path.cwd().resolve(), Path(config).resolve()
     home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
@@ -120,8 +120,8 @@ def _released(gpus: str) -> str:
     image = released_image.CUDA if gpus else released_image.CPU
     if not image:
         raise UsageError(
-            "image: this commit of merge-gate is no release and pins none",
-            hint="use a released version, or name one that you built (`image: merge-gate:cpu`, or --image)",
+            "image: this commit of merge-gate is not a release, so it names no image",
+            hint="use a released version, or name an image that you built (`image: merge-gate:cpu`, or --image)",
         )
     return image
 
@@ -132,34 +132,36 @@ def _released(gpus: str) -> str:
 def _check_paths(run: ContainerRun) -> None:
     if not run.config.is_file():
         raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
-    seen = (run.workspace, *run.mounts)
-    if not _lies_in(run.config, seen):
+    visible = (run.workspace, *run.mounts)
+    if not _is_in(run.config, visible):
         raise UsageError(
-            f"config: {run.config} lies outside the workspace {run.workspace}, which is all that the container sees",
-            hint="move it inside, or start from a directory that holds it",
+            f"config: {run.config} is outside of the workspace {run.workspace}, so the container cannot see it",
+            hint="move it inside, or start from a directory that contains it",
         )
-    if not _lies_in(run.config.resolve(), seen):
+    if not _is_in(run.config.resolve(), visible):
         raise UsageError(
-            f"config: {run.config} is a symbolic link to {run.config.resolve()}, which lies outside the workspace "
-            f"{run.workspace} and is not there inside the container",
+            f"config: {run.config} is a symbolic link to {run.config.resolve()}, which is outside of the workspace "
+            f"{run.workspace} and does not exist inside the container",
             hint="put the file itself in the workspace, or add its directory to `mounts`",
         )
     if run.output.resolve() != run.output:
         raise UsageError(
-            f"output: {run.output} leads through a symbolic link to {run.output.resolve()}, which it must not",
+            f"output: {run.output} leads through a symbolic link to {run.output.resolve()}, expected no link",
             hint="name the directory itself",
         )
     if run.output.exists() and not run.output.is_dir():
-        raise UsageError(f"output: {run.output} is a file, expected a directory", hint="remove it, or name another one")
+        raise UsageError(
+            f"output: {run.output} is a file, expected a directory", hint="remove it, or name another directory"
+        )
     for path in run.mounts:
         if not path.exists():
-            raise UsageError(f"mounts: {path} is not there", hint="name directories of the runner by absolute paths")
-    for path in (*seen, run.output, *filter(None, (run.hf_cache, run.cache))):
+            raise UsageError(f"mounts: {path} does not exist", hint="name directories of the runner by absolute paths")
+    for path in (*visible, run.output, *filter(None, (run.hf_cache, run.cache))):
         if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
-            raise UsageError(f"{path} cannot be mounted into the container: it would hide the container's own files")
+            raise UsageError(f"{path} cannot be mounted into the container: it would hide files of the image")
 
 
-def _lies_in(path: Path, directories: Sequence[Path]) -> bool:
+def _is_in(path: Path, directories: Sequence[Path]) -> bool:
     return any(directory in path.parents for directory in directories)
 
 
@@ -167,37 +169,41 @@ def _lies_in(path: Path, directories: Sequence[Path]) -> bool:
 
 
 def _prepare(
-    run: ContainerRun, client: Any, clearing: contextlib.ExitStack, log: Callable[[bytes], None], told: Told
+    run: ContainerRun,
+    client: Any,
+    clearing: contextlib.ExitStack,
+    log: Callable[[bytes], None],
+    listener: RunListener,
 ) -> PreparedContainer:
-    """Steps 1 to 4, for a run whose GPUs and image are settled.
+    """Steps 1 to 4, for a run with known GPUs and image.
 
-    What has to be cleared away is noted in `clearing` before it is made.
+    Each removal is registered in `clearing` before the thing is made.
     """
     facts = docker_api.describe(client)
-    leftovers.remove_orphans(client, told.warning)
-    told.image(docker_api.ensure_image(client, run.image, log, run.pull))
-    cache, written = _directories(run, clearing, told)
-    kept = {run.cache: run.cache} if run.cache else {}
-    canaries = _canaries({run.output: written, cache: cache, **kept}, clearing)
+    leftovers.remove_orphans(client, listener.warning)
+    listener.image(docker_api.ensure_image(client, run.image, log, run.pull))
+    cache, written = _directories(run, clearing, listener)
+    verdicts = {run.cache: run.cache} if run.cache else {}
+    canaries = _canaries({run.output: written, cache: cache, **verdicts}, clearing)
     name = f"merge-gate-{secrets.token_hex(8)}"
-    clearing.callback(leftovers.remove, client, name, told.warning)
+    clearing.callback(leftovers.remove, client, name, listener.warning)
     return PreparedContainer(client, facts, name, cache, written, canaries)
 
 
-def _directories(run: ContainerRun, clearing: contextlib.ExitStack, told: Told) -> tuple[Path, Path]:
-    """Make the directories that the container writes to; return the cache, and the one for the report."""
+def _directories(run: ContainerRun, clearing: contextlib.ExitStack, listener: RunListener) -> tuple[Path, Path]:
+    """Make the directories that the container writes to; return the cache and the directory for the report."""
     with _prepared():
         clearing.enter_context(collect.claimed(run.output))
         written = _scratch(run.environ, "report", clearing)
-        clearing.callback(_take, written, run.output, told)
+        clearing.callback(_take, written, run.output, listener)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
-        for one in filter(None, (cache, run.cache)):
-            one.mkdir(parents=True, exist_ok=True)
+        for directory in filter(None, (cache, run.cache)):
+            directory.mkdir(parents=True, exist_ok=True)
         return cache, written
 
 
 def _canaries(directories: Mapping[Path, Path], clearing: contextlib.ExitStack) -> dict[Path, Path]:
-    """Plant a file in each of the directories, given by their paths inside; return the files likewise."""
+    """Plant a file in each directory. Both mappings go from the path inside to the path outside."""
     planted = {}
     with _prepared():
         for inside, outside in directories.items():
@@ -212,12 +218,12 @@ def _prepared() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = error.filename or "a temporary directory"
-        raise LauncherError(f"cannot prepare {what}: {error.strerror or error}") from error
+        path = error.filename or "a temporary directory"
+        raise LauncherError(f"cannot prepare {path}: {error.strerror or error}") from error
 
 
 def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):  # code inside may have removed it, or put something in its place
+    with contextlib.suppress(OSError):  # code inside may have removed or replaced it
         path.unlink()
 
 
@@ -229,10 +235,10 @@ def _scratch(environ: Mapping[str, str], purpose: str, clearing: contextlib.Exit
     return folder
 
 
-def _take(written: Path, output: Path, told: Told) -> None:
+def _take(written: Path, output: Path, listener: RunListener) -> None:
     try:
         refused = collect.take(written, output)
     except OSError as error:
-        refused = [f"the report cannot be taken from {written}: {error.strerror}"]
+        refused = [f"the report cannot be copied from {written}: {error.strerror}"]
     for sentence in refused:
-        told.refused(sentence)
+        listener.refused(sentence)

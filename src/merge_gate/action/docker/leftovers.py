@@ -1,7 +1,6 @@
-"""Containers of merge-gate that nobody waits for any longer, and how one is removed for certain.
+"""Labels containers with their launcher, and removes the containers of launchers that are gone.
 
-In: a client of the engine. Out: labels by which a container says whose it is; none left that belongs to a launcher
-which is gone. A launcher that was killed cannot clear away; the next one on that machine does it, by these labels.
+A killed launcher cannot remove its container, so the next launcher on the machine removes it, by its labels.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from merge_gate.errors import LauncherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-OURS = {"merge-gate": "run"}
+LABEL = {"merge-gate": "run"}
 _LAUNCHER = "merge-gate.launcher"
 _UNTIL = "merge-gate.until"
 _MARGIN_S = 3600
@@ -26,68 +25,69 @@ _PAUSE_S = 0.5
 
 def labels(time_limit_s: float) -> dict[str, str]:
     """Return the labels of a container that this process starts now."""
-    return {**OURS, _LAUNCHER: _process("self"), _UNTIL: str(int(time.time() + time_limit_s + _MARGIN_S))}
+    return {**LABEL, _LAUNCHER: _process("self"), _UNTIL: str(int(time.time() + time_limit_s + _MARGIN_S))}
 
 
 def remove_orphans(client: Any, say: Callable[[str], None]) -> None:
-    """Remove every container of ours whose launcher is gone; `say` gets a sentence for each that stays.
+    """Remove every merge-gate container whose launcher is gone; `say` gets a sentence for each that stays.
 
-    An engine that cannot list its containers at this moment is no reason to judge no adapter.
+    If the engine cannot list its containers now, the run goes on.
     """
     try:
-        listed = docker_api.labelled(client, OURS)
+        listed = docker_api.labelled(client, LABEL)
     except LauncherError as error:
-        say(f"containers of earlier runs are not looked for: {error.message}")
+        say(f"containers of earlier runs were not searched for: {error.message}")
         return
-    for name, ours in listed:
-        if is_orphan(ours, time.time()):
+    for name, labels_of_container in listed:
+        if is_orphan(labels_of_container, time.time()):
             remove(client, name, say)
 
 
-def is_orphan(ours: Mapping[str, str], now: float) -> bool:
-    """Tell whether the launcher that set these labels is gone.
+def is_orphan(container_labels: Mapping[str, str], now: float) -> bool:
+    """Whether the launcher that set these labels is gone.
 
-    On the same boot and in the same space of process ids that can be seen; elsewhere its time limit has to be over.
+    This is visible for a launcher of the same boot and PID namespace. For any other launcher, its time limit must be
+    over.
     """
-    launcher = ours.get(_LAUNCHER, "")
-    here = _process("self").split("/")
+    launcher = container_labels.get(_LAUNCHER, "")
+    own = _process("self").split("/")
     place, process = launcher.split("/")[:2], launcher.split("/")[2:]
-    if len(process) == len(here[2:]) and process[0].isdecimal() and place == here[:2]:
+    if len(process) == len(own[2:]) and process[0].isdecimal() and place == own[:2]:
         return _process(process[0]).split("/")[2:] != process
-    until = ours.get(_UNTIL, "")
+    until = container_labels.get(_UNTIL, "")
     return until.isdecimal() and int(until) < now
 
 
 def _process(number: str) -> str:
-    """Boot, space of process ids, process id, start: what no two processes share. Empty where there is no /proc."""
+    """Boot, PID namespace, process id, and start time, which identify a process; empty without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
         status = Path("/proc", number, "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    # The name of the program stands in brackets and may hold anything; state and start are fields 3 and 22.
+    # The program's name is in parentheses and may contain anything. State and start time are fields 3 and 22.
     process, fields = status.partition(" ")[0], status.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else f"{boot}/{space}/{process}/{fields[19]}"
 
 
 def remove(client: Any, name: str, say: Callable[[str], None]) -> None:
-    """Remove a container by its name, alive or dead; `say` gets a sentence if it stays.
+    """Remove a container by its name, running or not; `say` gets a sentence if it stays.
 
-    It is asked for until it is not there: podman takes away half of a container that it is still making, says that it
-    is done, and cannot list any container until the other half is gone too. One that was never there may yet be made
-    by an engine that did not answer in time, so it is asked for again.
+    The removal is repeated until the container is gone. podman removes half of a container that it is still creating,
+    reports success, and cannot list containers until the other half is gone. A container that does not exist may still
+    be created by an engine that did not answer in time.
     """
-    trouble, was_there = "", False
+    problem, existed = "", False
     for _ in range(_ATTEMPTS):
         try:
-            is_there, trouble = docker_api.removed(client, name), ""
+            exists, problem = docker_api.removed(client, name), ""
         except LauncherError as error:
-            is_there, trouble = False, error.message
-        if was_there and not is_there and not trouble:
+            exists, problem = False, error.message
+        if existed and not exists and not problem:
             return
-        was_there = was_there or is_there
-        if not is_there:
+        existed = existed or exists
+        if not exists:
             time.sleep(_PAUSE_S)
-    if trouble:
-        say(f"the container {name} is still there, the next run will try again: {trouble}")
+    if problem:
+        say(f"the container {name} still exists, and the next run will try again: {problem}")

@@ -1,6 +1,6 @@
-"""The images that belong to this version. Written by the release workflow; empty in a commit that is no release.
+"""The images of this version, one for each variant, pinned by digest.
 
-In: nothing. Out: one reference for each variant, pinned by digest. Knows nothing else.
+The release workflow writes this file. The references are empty in a commit that is not a release.
 """
 
 CPU = ""

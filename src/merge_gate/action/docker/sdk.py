@@ -1,7 +1,7 @@
-"""The Docker SDK for Python that the action carries: wheels in its checkout, nothing is downloaded.
+"""Makes the Docker SDK importable from the wheels in the action's checkout. Nothing is downloaded.
 
-In: the directory of the wheels. Out: inside `available`, `import docker` finds them before whatever the runner has. A
-merge-gate that pip installed has no such directory and uses what its extra `launcher` brought.
+Inside `available`, `import docker` finds the wheels before any package of the runner. A merge-gate installed by pip has
+no wheels, and uses the SDK of its extra `launcher`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VENDOR = Path(__file__).resolve().parents[4] / "vendor"
 
 @contextlib.contextmanager
 def available(environ: Mapping[str, str], vendor: Path = VENDOR) -> Iterator[None]:
-    """Put the wheels on the path. certifi unpacks its list of authorities on import: below RUNNER_TEMP, where set."""
+    """Put the wheels on the path. certifi unpacks its file on import, below RUNNER_TEMP if that is set."""
     wheels = [str(wheel) for wheel in sorted(vendor.glob("*.whl"))]
     before = tempfile.tempdir
     tempfile.tempdir = environ.get("RUNNER_TEMP") or before

@@ -1,12 +1,12 @@
-"""report.html: one self-contained page for whoever's release is blocked, and for whoever keeps the report.
+"""Renders report.html: one self-contained page for people.
 
-In: a `records.Report`. Out: HTML that loads nothing: style and script stand in it, and its content security policy
-allows them alone, by hash. Knows neither files nor the other formats. Foreign text: whatever the template prints is
-made visible by `one_line` and then escaped by Jinja; the data of the maps are JSON that no tag can end.
+The page loads nothing. It contains its style and script, and its content security policy allows only these, by hash.
+`one_line` makes hidden characters of foreign text visible, and Jinja escapes it. The data of the maps are JSON that no
+tag can end.
 
-1. Everything to read is in the page itself, so that it can be searched, printed and read without a script.
-2. The maps are drawn by page/report.js when somebody opens an adapter, from figures of three digits.
-3. An adapter's row that stood in the report before this one is not laid out again.
+1. All text is in the page itself, so that people can search, print, and read it without a script.
+2. page/report.js draws an adapter's map when it is opened, from figures of three digits.
+3. The row of an adapter that was in the previous report is reused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from markupsafe import Markup
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.report.formats.remembered import Remembered
 from merge_gate.report.wording import words
-from merge_gate.report.wording.alike import told_before
+from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.chain import chain
 from merge_gate.report.wording.grid import State, blocks, count_states, states
 from merge_gate.report.wording.untrusted import one_line
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
 
-_LONGEST = 2000
+_MAX_LENGTH = 2000
 _DIGITS = 3
 _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
-_PLACES = 20
+_MAX_PLACES = 20
 
 
 def render(report: Report) -> str:
@@ -66,7 +66,7 @@ def render(report: Report) -> str:
 
 @cache
 def _templates() -> tuple[Template, Template]:
-    """The page, and a row of it."""
+    """The templates of the page and of a row."""
     environment = Environment(
         loader=PackageLoader("merge_gate.report.formats", "page"),
         autoescape=True,
@@ -82,22 +82,22 @@ def _templates() -> tuple[Template, Template]:
 
 
 def _visible(value: Any) -> Any:
-    """Every text that the template prints comes through here, before Jinja escapes it."""
+    """Make a value visible before Jinja escapes it. Jinja calls this for every text that a template prints."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return one_line(value, _LONGEST)
+    return one_line(value, _MAX_LENGTH)
 
 
 def _spaced(text: str) -> Markup:
-    """A part of a sentence, with the blanks at its ends that `one_line` takes."""
+    """A part of a sentence, with its leading and trailing space, which `one_line` removes."""
     return Markup("{}{}{}").format(
-        " " if text[:1].isspace() else "", one_line(text, _LONGEST), " " if text[1:] and text[-1:].isspace() else ""
+        " " if text[:1].isspace() else "", one_line(text, _MAX_LENGTH), " " if text[1:] and text[-1:].isspace() else ""
     )
 
 
 @cache
 def _part(name: str) -> Markup:
-    """Style or script, as it stands in the page."""
+    """The style or script of the page."""
     text = resources.files("merge_gate.report.formats").joinpath("page", name).read_text(encoding="utf-8")
     return Markup(text)  # noqa: S704 - a file of this package
 
@@ -113,12 +113,12 @@ def _policy() -> str:
     )
 
 
-# --- what stands in one adapter's row ------------------------------------------------------------------------------
+# --- the row of an adapter -----------------------------------------------------------------------------------------
 
 
 def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> list[dict[str, Any]]:
-    """What an earlier row of the same adapter says, in another dtype, is folded in the later ones."""
-    before = told_before(judged)
+    """The rows. A finding that an earlier row shows, of the same adapter in another dtype, is folded."""
+    before = earlier_entries(judged)
     texts = _TEXTS.texts(
         _row,
         judged,
@@ -140,15 +140,15 @@ def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
 
 
 def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str], config_path: str) -> str:
-    """`before`: the dtype in whose row a finding is told already."""
+    """Render a row. `before` maps a finding to the dtype of the earlier row that shows it."""
     decided = words.deciding(adapter)
-    found = ([decided] if decided else []) + words.others(adapter)
+    findings = ([decided] if decided else []) + words.others(adapter)
     row = {
         "cause": words.cause(adapter),
         "place": words.place(decided) if decided else "",
-        "warnings": sorted({one.check for one in words.warnings(adapter)}),
+        "warnings": sorted({finding.check for finding in words.warnings(adapter)}),
         "chain": chain(adapter),
-        "findings": [_told(group) | {"before": before.get(group[0], "")} for group in words.kinds(found)],
+        "findings": [_group(group) | {"before": before.get(group[0], "")} for group in words.kinds(findings)],
         "states": count_states(adapter.tensors),
         "map": _data(_map(adapter.tensors, layout)) if layout is not None else None,
     }
@@ -157,7 +157,7 @@ def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, st
     return template.render(adapter=adapter, row=row, config_path=config_path, is_direct=is_direct)
 
 
-def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
+def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
     first, *more = group
     return {
         "finding": first,
@@ -167,8 +167,8 @@ def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
         "measured": [
             f"{one_line(name, words.NAME_LIMIT).replace('_', ' ')} {value:g}" for name, value in first.measured
         ],
-        "more": [words.place(one) or one.message for one in more[:_PLACES]],
-        "unsaid": max(len(more) - _PLACES, 0),
+        "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
+        "unsaid": max(len(more) - _MAX_PLACES, 0),
         "count": len(more),
     }
 
@@ -177,14 +177,14 @@ def _told(group: tuple[Finding, ...]) -> dict[str, Any]:
 
 
 class _Layouts:
-    """Where tensors stand. Adapters of one base that touch the same tensors share a layout: it is in the page once."""
+    """The layouts of the maps. Adapters of one base that change the same tensors share one layout."""
 
     def __init__(self) -> None:
         self.known: list[dict[str, Any]] = []
         self._numbers: dict[object, int] = {}
 
     def number_of(self, adapter: AdapterReport) -> int | None:
-        """Which layout is the adapter's; None where no tensor was merged."""
+        """The number of the adapter's layout; None if no tensor was merged."""
         merges = adapter.tensors
         if not merges:
             return None
@@ -196,7 +196,7 @@ class _Layouts:
 
 
 def _map(merges: tuple[TensorMerge, ...], layout: int) -> dict[str, Any]:
-    """What the script needs to draw an adapter's map; columns in the order of its tensors."""
+    """The data for an adapter's map: columns in the order of its tensors."""
     return {
         "layout": layout,
         "state": "".join(_LETTERS[state] for state in states(merges)),
@@ -222,7 +222,7 @@ def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
                 "stack": _name(block.stack),
                 "layers": block.layers,
                 "modules": [_name(module) for module in block.modules],
-                "places": [place for one in block.places for place in one],
+                "places": [number for place in block.places for number in place],
             }
             for block in blocks(merges)
         ],
@@ -234,7 +234,7 @@ def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
 
 
 def _data(value: Any) -> Markup:
-    """JSON that no text in it can end early, whatever tag it holds."""
+    """JSON for a script element. No text in it can end the element."""
     return htmlsafe_json_dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 

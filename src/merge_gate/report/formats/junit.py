@@ -1,9 +1,10 @@
-"""junit.xml: the report for everything that shows test results (GitLab, Jenkins, Azure, actions on GitHub).
+"""Renders junit.xml for programs that show test results (GitLab, Jenkins, Azure, actions on GitHub).
 
-In: a `records.Report`. Out: XML as Jenkins' junit-10 schema has it: a suite per base, a case per adapter and dtype.
-Knows neither files nor the other formats. A failed adapter is a `failure`, one that could not be judged an `error`;
-so is a run that did not finish or judged nothing, since a reader takes a file without either for green. A shard that
-has no adapters is one case that passed: some readers refuse a file without any.
+The XML follows Jenkins' junit-10 schema: a suite per base, a case per adapter and dtype. A failed adapter is a
+`failure`. An adapter that could not be judged is an `error`, and so is a run that did not finish or judged nothing:
+readers show a file without cases as green.
+
+A shard without adapters is one case that passed, because some readers refuse a file without cases.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from xml.etree import ElementTree as ET
 from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Verdict
 from merge_gate.report.wording import words
-from merge_gate.report.wording.alike import told_before
+from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from merge_gate.records.terms import Finding
 
 _TAGS = {Verdict.FAILED: "failure", Verdict.ERROR: "error"}
-_GROUPS = 30
+_MAX_GROUPS = 30
 
 
 def render(report: Report) -> str:
@@ -38,20 +39,20 @@ def render(report: Report) -> str:
         properties = ET.SubElement(suite, "properties")
         for key, value in _properties(report, adapters[0]):
             ET.SubElement(properties, "property", name=key, value=one_line(value, words.NAME_LIMIT))
-        before = told_before(adapters)
+        before = earlier_entries(adapters)
         for place, adapter in enumerate(adapters):
             _case(suite, name, adapter, before.get(place, {}))
     if unjudged or not report.adapters:
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
         _run(ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0"), report, unjudged=unjudged)
     ET.indent(root)
-    # A runner obeys `##[` anywhere in a line, also where somebody prints this file; to XML the entity is the same.
+    # A GitHub runner obeys `##[` anywhere in a line, also when a step prints this file. To XML, the entity is the same.
     text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{GENERATOR_COMMENT}\n{text}\n'
 
 
 def _run(case: ET.Element, report: Report, *, unjudged: bool) -> None:
-    """The run itself as a case, for what is of no adapter."""
+    """Add the run itself as a case, for problems that belong to no adapter."""
     why = safe_text("\n".join([words.advice(report), *words.problems(report)]))
     if unjudged:
         ET.SubElement(case, "error", type="run", message=words.headline(report)).text = why
@@ -88,14 +89,14 @@ def _time(seconds: float) -> str:
 
 
 def _properties(report: Report, first: AdapterReport) -> list[tuple[str, str]]:
-    known = [("config", report.config.path), ("config-sha256", report.config.sha256)]
+    properties = [("config", report.config.path), ("config-sha256", report.config.sha256)]
     for base in report.bases:
         if base.key.is_same_model(first.base) and base.sha256:
-            known.append(("base-sha256", base.sha256))
+            properties.append(("base-sha256", base.sha256))
             break
-    known += [("judged", said)] if (said := words.judged(report)) else []
-    known += [("baseline", said) for said in words.baseline(report)]
-    return [*known, ("versions", ", ".join(words.versions(report.environment, report.tool.version)))]
+    properties += [("judged", sentence)] if (sentence := words.judged(report)) else []
+    properties += [("baseline", sentence) for sentence in words.baseline(report)]
+    return [*properties, ("versions", ", ".join(words.versions(report.environment, report.tool.version)))]
 
 
 def _name(adapter: AdapterReport) -> str:
@@ -103,34 +104,35 @@ def _name(adapter: AdapterReport) -> str:
 
 
 def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Mapping[Finding, AdapterReport]) -> None:
-    """`before`: what an earlier case, of the same adapter in another dtype, has told already."""
+    """Add a case. `before` maps a finding to the earlier entry, of the same adapter in another dtype, that has it."""
     name = _name(adapter)
     case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=_time(adapter.seconds))
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
-        told = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
-        told.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
-    said = [_text(list(adapter.findings), before)] if adapter.findings and adapter.verdict is Verdict.PASSED else []
-    said += words.marks(adapter)
-    if said:
-        ET.SubElement(case, "system-out").text = "\n\n".join(said)
+        element = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
+        element.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
+    has_warnings = adapter.findings and adapter.verdict is Verdict.PASSED
+    output = [_text(list(adapter.findings), before)] if has_warnings else []
+    output += words.marks(adapter)
+    if output:
+        ET.SubElement(case, "system-out").text = "\n\n".join(output)
 
 
 def _text(findings: list[Finding], before: Mapping[Finding, AdapterReport]) -> str:
-    """Every kind of finding, the deciding one first: what, where, and what to do."""
+    """Every kind of finding, the deciding one first: what is wrong, where, and what to do."""
     groups = words.grouped(findings)
     parts = [
-        _again(finding, before[finding]) if finding in before else _part(finding, more)
-        for finding, more in groups[:_GROUPS]
+        _repeated(finding, before[finding]) if finding in before else _part(finding, more)
+        for finding, more in groups[:_MAX_GROUPS]
     ]
-    if len(groups) > _GROUPS:
-        left = words.counted(len(groups) - _GROUPS, "more kind", "more kinds")
-        parts.append(f"and {left} of finding, in report.json")
+    if len(groups) > _MAX_GROUPS:
+        rest = words.counted(len(groups) - _MAX_GROUPS, "more kind", "more kinds")
+        parts.append(f"and {rest} of finding, in report.json")
     return safe_text("\n\n".join(parts))
 
 
-def _again(finding: Finding, earlier: AdapterReport) -> str:
+def _repeated(finding: Finding, earlier: AdapterReport) -> str:
     return f"{_kind(finding)}: the same as for {_name(earlier)}"
 
 
@@ -139,11 +141,11 @@ def _kind(finding: Finding) -> str:
 
 
 def _part(finding: Finding, more: int) -> str:
-    said = [
+    lines = [
         f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
         f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
         f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
         f"and {words.number(more)} more like it" if more else "",
     ]
-    return "\n".join(filter(None, said))
+    return "\n".join(filter(None, lines))

@@ -1,9 +1,9 @@
-"""report.sarif: the report for code scanning and for editors, SARIF 2.1.0.
+"""Renders report.sarif for code scanning and editors: SARIF 2.1.0, one run.
 
-In: a `records.Report`. Out: JSON of one run. The rules are the table of checks; a result is a kind of finding of one
-adapter, in all the dtypes that have it, and points at the adapter's entry in the configuration file, since a weight
-file has no lines; without one, at the adapter's own config. Errors come first. Fingerprints hold no line, so that an
-alert stays the same when the file is edited above it. Knows neither files nor the other formats.
+The rules are the table of checks. A result is one kind of finding of an adapter, in all dtypes that have it. It points
+at the adapter's entry in the configuration file, or without one at the adapter's own config.
+
+Errors come first. Fingerprints contain no line, so an alert stays the same when the file is edited above it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import words
-from merge_gate.report.wording.alike import told_once
+from merge_gate.report.wording.alike import unique_findings
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from merge_gate.records.report import BaseReport, Report
     from merge_gate.records.terms import BaseKey, Finding
 
-MOST_RESULTS = 5_000
-"""GitHub keeps no more of a run."""
+MAX_RESULTS = 5_000
+"""GitHub keeps at most this many results of a run."""
 
 _SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
-    NOT_JUDGED: "The adapter could not be judged; it is not cleared."
+    NOT_JUDGED: "The adapter could not be judged, so it is not cleared."
 }
 _LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}
@@ -47,10 +47,10 @@ def render(report: Report) -> str:
     results = sorted(_results(report), key=lambda result: _LEVELS.index(result["level"]))
     run = {
         "tool": {"driver": _driver(report)},
-        "invocations": [_invocation(report, left_out=max(len(results) - MOST_RESULTS, 0))],
+        "invocations": [_invocation(report, left_out=max(len(results) - MAX_RESULTS, 0))],
         "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The root of the checkout."}}},
         "columnKind": "unicodeCodePoints",
-        "results": results[:MOST_RESULTS],
+        "results": results[:MAX_RESULTS],
         **_marks(report),
     }
     document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
@@ -80,31 +80,31 @@ def _rule(check: str, summary: str) -> Json:
 
 
 def _invocation(report: Report, *, left_out: int) -> Json:
-    told = []
+    notifications = []
     if not report.complete:
-        told.append({"level": "error", "message": {"text": words.advice(report)}})
-    told += [{"level": "error", "message": {"text": _plain(problem)}} for problem in words.problems(report)]
+        notifications.append({"level": "error", "message": {"text": words.advice(report)}})
+    notifications += [{"level": "error", "message": {"text": _plain(problem)}} for problem in words.problems(report)]
     if left_out:
         more = f"{words.counted(left_out, 'more result')} left out; report.json has all findings."
-        told.append({"level": "warning", "message": {"text": more}})
+        notifications.append({"level": "warning", "message": {"text": more}})
     return {
         "executionSuccessful": report.complete and report.result is not Result.ERROR,
         "exitCode": _EXIT_CODES[report.result],
         "exitCodeDescription": words.headline(report),
-        **({"toolExecutionNotifications": told} if told else {}),
+        **({"toolExecutionNotifications": notifications} if notifications else {}),
     }
 
 
 def _marks(report: Report) -> Json:
-    """What stands beside verdicts, also of adapters that passed and have no result."""
+    """The marks of verdicts, also of adapters that passed and have no result, and the baseline's sentences."""
     marks = [
         {"adapter": one_line(adapter.name, words.NAME_LIMIT), "dtype": words.precision(adapter.base), "mark": mark}
         for adapter in report.adapters
         for mark in words.marks(adapter)
     ]
-    known = words.baseline(report)
-    said = {**({"marks": marks[:MOST_RESULTS]} if marks else {}), **({"baseline": known} if known else {})}
-    return {"properties": said} if said else {}
+    baseline = words.baseline(report)
+    properties = {**({"marks": marks[:MAX_RESULTS]} if marks else {}), **({"baseline": baseline} if baseline else {})}
+    return {"properties": properties} if properties else {}
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _marks(report: Report) -> Json:
 
 def _results(report: Report) -> Iterator[Json]:
     for same in _entries(report):
-        for finding, more, where in told_once(same, lambda adapter: list(adapter.findings)):
+        for finding, more, where in unique_findings(same, lambda adapter: list(adapter.findings)):
             yield _result(report, same[0], finding, more, where or words.precisions(same))
     for base in report.bases:
         for finding, more in words.grouped(base.findings):
@@ -121,10 +121,10 @@ def _results(report: Report) -> Iterator[Json]:
 
 def _entries(report: Report) -> list[list[AdapterReport]]:
     """The entries of each adapter on one base, in all its dtypes."""
-    found: dict[object, list[AdapterReport]] = {}
+    entries: dict[object, list[AdapterReport]] = {}
     for adapter in words.worst_first(report.adapters):
-        found.setdefault((adapter.name, adapter.source, adapter.line, adapter.base.model), []).append(adapter)
-    return list(found.values())
+        entries.setdefault((adapter.name, adapter.source, adapter.line, adapter.base.model), []).append(adapter)
+    return list(entries.values())
 
 
 def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int, dtypes: str) -> Json:
@@ -153,8 +153,8 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
         },
     }
     if isinstance(judged, AdapterReport) and judged.accepted is not None and finding.severity is Severity.ERROR:
-        said = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
-        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": said}]
+        reason = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
+        result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": reason}]
     if check in _SUMMARIES:
         result["ruleIndex"] = list(_SUMMARIES).index(check)
     return result
@@ -167,10 +167,10 @@ def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseKey]:
 
 
 def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
-    """The entry of the adapter. A base has no line of its own: it points at the top of the file.
+    """The adapter's entry in the configuration. A base has no entry, so it points at the top of the file.
 
-    Without a configuration it is their own config, and no line: code scanning refuses a report in which a result has no
-    file. That of a Hub id is not in the checkout.
+    Without a configuration, the location is the own config of the adapter or base, without a line: code scanning
+    refuses results without a file. The config of a Hub id is not in the checkout.
     """
     if config_path != COMMAND_LINE:
         line, column = (judged.line, judged.column) if isinstance(judged, AdapterReport) else (1, 1)
@@ -182,21 +182,21 @@ def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
 
 
 def _message(name: str, dtypes: str, finding: Finding, more: int) -> str:
-    said = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
+    text = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if more:
-        said += f"; and {words.number(more)} more like it"
+        text += f"; and {words.number(more)} more like it"
     if finding.hint:
-        said += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
-    return _plain(said)
+        text += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+    return _plain(text)
 
 
 def _plain(text: str) -> str:
-    """In a SARIF message, brackets make links; a backslash makes them text (section 3.11.6)."""
+    """Escape brackets, which make links in a SARIF message (section 3.11.6)."""
     return text.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]")
 
 
 def _address(path: str) -> Json:
-    """Relative to the checkout, as code scanning asks for; a path from elsewhere has its own address."""
+    """The address of a path: relative to the checkout for code scanning, or else absolute."""
     normal = posixpath.normpath(quote(path.encode("utf-8", "backslashreplace"), safe="/"))
     if normal.startswith("/"):
         return {"uri": f"file://{normal}"}

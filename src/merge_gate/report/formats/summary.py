@@ -1,8 +1,7 @@
-"""The report for whoever's release is blocked: GitHub-flavoured Markdown for the job summary.
+"""Renders summary.md: GitHub-flavored Markdown for the job summary, at most 64 KiB.
 
-In: a `records.Report`. Out: Markdown of at most 64 KiB (GitHub drops a summary above 1 MiB): the result in a
-sentence, a table with the worst first, then for each adapter that is not cleared what is wrong, where, and what to
-do. Knows neither files nor the other formats. Foreign text can form no markup: see markdown.py.
+It has the result in a sentence, a table with the worst first, and for each adapter that is not cleared what is wrong,
+where, and what to do. Foreign text cannot form markup (see markdown.py).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import words
-from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, told_once
+from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.textmap import LEGEND, text_map
 from merge_gate.text import listing
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
-    from merge_gate.report.wording.alike import Told
+    from merge_gate.report.wording.alike import AlikeAdapters
 
-_MOST_ROWS = 40
-"""Of more merges, those that passed without a warning are folded away, below what there is to do."""
+_MAX_ROWS = 40
+"""If there are more merges, those that passed without a warning are folded at the end."""
 _TABLE_BYTES = 16 * 1024
 _SECTIONS_BYTES = 36 * 1024
 _OTHERS_BYTES = 4 * 1024
@@ -39,7 +38,7 @@ _VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "�
 
 def render(report: Report) -> str:
     """Return the Markdown of summary.md."""
-    shown, folded = _told_apart(report)
+    shown, folded = _shown_and_folded(report)
     table = _table(shown)
     blocks = [
         GENERATOR_COMMENT,
@@ -60,20 +59,21 @@ def render(report: Report) -> str:
 
 
 def _problems(report: Report) -> list[str]:
-    said = [*words.problems(report), *words.baseline(report)]
-    return ["\n".join(f"- {prose(problem)}" for problem in said)] if said else []
+    sentences = [*words.problems(report), *words.baseline(report)]
+    return ["\n".join(f"- {prose(sentence)}" for sentence in sentences)] if sentences else []
 
 
-def _told_apart(report: Report) -> tuple[list[AdapterReport], list[AdapterReport]]:
-    """The entries of the table, worst first, and those that are folded away because there is nothing to say of them."""
+def _shown_and_folded(report: Report) -> tuple[list[AdapterReport], list[AdapterReport]]:
+    """The entries of the table, worst first, and the entries to fold: those that passed without a warning."""
     judged = words.worst_first(report.adapters)
-    if len(judged) <= _MOST_ROWS:
+    if len(judged) <= _MAX_ROWS:
         return judged, []
     shown: list[AdapterReport] = []
-    quiet: list[AdapterReport] = []
-    for one in judged:
-        (quiet if one.verdict is Verdict.PASSED and not words.warnings(one) else shown).append(one)
-    return shown, quiet
+    folded: list[AdapterReport] = []
+    for adapter in judged:
+        is_quiet = adapter.verdict is Verdict.PASSED and not words.warnings(adapter)
+        (folded if is_quiet else shown).append(adapter)
+    return shown, folded
 
 
 def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES) -> list[str]:
@@ -112,15 +112,15 @@ def _checks(findings: Iterable[Finding]) -> str:
 def _sections(report: Report) -> list[str]:
     blocked = [groups for groups in paragraphs(report) if groups[0][0].verdict is not Verdict.PASSED]
     shown = (_section(groups, with_map=index == 0) for index, groups in enumerate(blocked))
-    kept, _ = _fit(shown, len(blocked), _SECTIONS_BYTES)
-    left = sum(map(len, blocked[len(kept) :]))
+    sections, _ = _fit(shown, len(blocked), _SECTIONS_BYTES)
+    left = sum(map(len, blocked[len(sections) :]))
     if left:
-        kept.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
-    return kept
+        sections.append(f"… and {words.counted(left, 'more adapter')} not cleared; {_FULL_LIST}.")
+    return sections
 
 
-def _section(groups: Told, *, with_map: bool) -> str:
-    """One adapter, in all the dtypes of which the same is so; or several, of which the same is so."""
+def _section(groups: AlikeAdapters, *, with_map: bool) -> str:
+    """The section of adapters with the same findings, in all dtypes that have them."""
     alike = groups[0]
     adapter = alike[0]
     finding = words.deciding(adapter)
@@ -128,20 +128,20 @@ def _section(groups: Told, *, with_map: bool) -> str:
     names = listing(code(each.name) for each, *_ in groups)
     title = f"{names} {words.title(adapter)}" + (f": {cause}" if adapter.verdict is Verdict.FAILED else "")
     blocks = [f"### {_VERDICT_MARK[adapter.verdict]} {title}", "\n".join(_facts(groups, finding))]
-    drawn = text_map(adapter) if with_map else []
-    if drawn:
-        whose = f"The map of {code(adapter.name)}: " if len(groups) > 1 else ""
-        blocks.append("\n".join([f"{whose}{LEGEND}:", "", "````text", *drawn, "````"]))
-    rest = told_once(alike, words.others)
+    map_lines = text_map(adapter) if with_map else []
+    if map_lines:
+        title_of_map = f"The map of {code(adapter.name)}: " if len(groups) > 1 else ""
+        blocks.append("\n".join([f"{title_of_map}{LEGEND}:", "", "````text", *map_lines, "````"]))
+    rest = unique_findings(alike, words.others)
     if rest:
-        items = [f"- {other.severity} {_one_finding(other, more, where)}" for other, more, where in rest]
+        items = [f"- {other.severity} {_finding(other, more, dtypes)}" for other, more, dtypes in rest]
         total = len(rest) + sum(more for _, more, _ in rest)
         blocks += _details(words.counted(total, "more finding"), items, _OTHERS_BYTES)
     return "\n\n".join(blocks)
 
 
-def _facts(groups: Told, finding: Finding | None) -> list[str]:
-    each = [one for one, *_ in groups]
+def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
+    adapters = [adapter for adapter, *_ in groups]
     if finding is None:
         message, hint = "No finding was recorded.", "Read the job's log, then run the gate again."
     else:
@@ -151,11 +151,11 @@ def _facts(groups: Told, finding: Finding | None) -> list[str]:
         facts.append(f"- **Where:** {_place(finding)}")
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
-    sources = (code(one.source) + (f" at {code(one.revision, 80)}" if one.revision else "") for one in each)
-    bases = dict.fromkeys(code(words.model_name(one.base)) for one in each)
+    sources = (code(each.source) + (f" at {code(each.revision, 80)}" if each.revision else "") for each in adapters)
+    bases = dict.fromkeys(code(words.model_name(each.base)) for each in adapters)
     label = "Adapter" if len(groups) == 1 else "Adapters"
     facts.append(f"- **{label}:** {listing(sources)} on {listing(bases)} ({plain(words.precisions(groups[0]))})")
-    facts += [f"- **Mark:** {plain(mark)}" for mark in marks_of(each)]
+    facts += [f"- **Mark:** {plain(mark)}" for mark in marks_of(adapters)]
     return facts
 
 
@@ -164,10 +164,10 @@ def _place(finding: Finding) -> str:
     return "; ".join(filter(None, (code(place) if place else "", plain(values), words.ORIGINS[finding.origin])))
 
 
-def _one_finding(finding: Finding, more: int, where: str = "") -> str:
+def _finding(finding: Finding, more: int, dtypes: str = "") -> str:
     text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
-    if where:
-        text = f"({plain(where)}) {text}"
+    if dtypes:
+        text = f"({plain(dtypes)}) {text}"
     if place := words.place(finding, unless_in=finding.message):
         text += f" ({code(place, 120)})"
     if more:
@@ -179,19 +179,19 @@ def _warnings(report: Report) -> list[str]:
     passed = [adapter for adapter in report.adapters if adapter.verdict is Verdict.PASSED and words.warnings(adapter)]
     if not passed:
         return []
-    told = [(same, told_once(same, words.warnings)) for same in by_adapter(passed)]
+    warnings = [(same, unique_findings(same, words.warnings)) for same in by_adapter(passed)]
     items = [
-        f"- {code(same[0].name, 80)} {_one_finding(finding, more, where or words.precisions(same))}"
-        for same, warned in told
-        for finding, more, where in warned
+        f"- {code(same[0].name, 80)} {_finding(finding, more, dtypes or words.precisions(same))}"
+        for same, unique in warnings
+        for finding, more, dtypes in unique
     ]
-    total = words.counted(sum(1 + more for _, warned in told for _, more, _ in warned), "warning")
+    total = words.counted(sum(1 + more for _, unique in warnings for _, more, _ in unique), "warning")
     return _details(f"{total} for {words.counted(len(passed), 'adapter')} that passed", items, _WARNINGS_BYTES)
 
 
 def _base_findings(report: Report) -> list[str]:
     items = [
-        f"- {finding.severity} {code(words.model_name(base.key))} {_one_finding(finding, more)}"
+        f"- {finding.severity} {code(words.model_name(base.key))} {_finding(finding, more)}"
         for base in report.bases
         for finding, more in words.grouped(base.findings)
     ]
@@ -208,18 +208,16 @@ def _footer(report: Report) -> str:
     total = sum(adapter.coverage.parameters_total for adapter in report.adapters)
     config_sha256 = f", sha256 {code(report.config.sha256)}" if report.config.sha256 else ""
     bound = words.proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
-    said = "; ".join(
-        filter(None, [f"{words.number(checked)} of {words.number(total)} parameters of the merged models", bound])
-    )
-    rows = [f"| checked | {said} |"]
+    parameters = f"{words.number(checked)} of {words.number(total)} parameters of the merged models"
+    rows = [f"| checked | {'; '.join(filter(None, [parameters, bound]))} |"]
     bases, left = _fit(map(_base_row, report.bases), len(report.bases), _BASES_BYTES)
     rows += bases
     if left:
         rows.append(f"| | … and {words.counted(left, 'more base')} |")
-    if said := words.judged(report):
-        rows.append(f"| judged | {plain(said)} |")
-    if said := words.cached(report):
-        rows.append(f"| cached | {plain(said)} |")
+    if judged := words.judged(report):
+        rows.append(f"| judged | {plain(judged)} |")
+    if cached := words.cached(report):
+        rows.append(f"| cached | {plain(cached)} |")
     rows += [
         f"| config | {code(report.config.path)}{config_sha256} |",
         f"| versions | {', '.join(plain(text) for text in words.versions(report.environment, report.tool.version))} |",
@@ -242,23 +240,23 @@ def _base_row(base: BaseReport) -> str:
 
 
 def _details(title: str, items: Sequence[str], limit_bytes: int) -> list[str]:
-    """Return a folded list. The blank lines between its parts are what makes GitHub read Markdown inside."""
-    kept, left = _fit(items, len(items), limit_bytes)
+    """Return a folded list. GitHub reads Markdown inside only if there are blank lines between the parts."""
+    shown, left = _fit(items, len(items), limit_bytes)
     if left:
-        kept.append(f"- … and {left} more; {_FULL_LIST}.")
-    return [f"<details><summary>{title}</summary>", "\n".join(kept), "</details>"]
+        shown.append(f"- … and {left} more; {_FULL_LIST}.")
+    return [f"<details><summary>{title}</summary>", "\n".join(shown), "</details>"]
 
 
 def _fit(blocks: Iterable[str], total: int, limit_bytes: int) -> tuple[list[str], int]:
-    """Return the first of `total` blocks, as many as fit into `limit_bytes` of UTF-8, and how many were left out.
+    """Return as many of `total` blocks as fit into `limit_bytes` of UTF-8, and how many were left out.
 
-    The first fits in any case: its parts are bounded. Blocks beyond the limit are not even rendered.
+    The first block is always included: its parts are bounded. Blocks beyond the limit are not rendered.
     """
-    kept: list[str] = []
+    fitting: list[str] = []
     used = 0
     for block in blocks:
         used += len(block.encode()) + 2
-        if kept and used > limit_bytes:
+        if fitting and used > limit_bytes:
             break
-        kept.append(block)
-    return kept, total - len(kept)
+        fitting.append(block)
+    return fitting, total - len(fitting)

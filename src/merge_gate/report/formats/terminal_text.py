@@ -1,8 +1,7 @@
-"""The end of a run for the terminal: the result table, what is wrong with each adapter, and the result.
+"""Renders the report for a terminal: the table, the findings of each adapter, and the result.
 
-In: a `records.Report`, the output directory and the width in columns. Out: `lines`, each a sequence of (text, style)
-spans, which a terminal may colour, and `render`, the same without colour. Knows neither the terminal nor the other
-formats. Styles are the names in `Style`, not colours.
+`lines` returns lines of (text, style) spans, which a terminal may color. `render` returns the same text without styles.
+A style is a name in `Style`, not a color.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report.wording import words
-from merge_gate.report.wording.alike import marks_of, paragraphs, told_once
+from merge_gate.report.wording.alike import marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.columns import cells, cut, cut_front, fit, pad, wrap
 from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import listing
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
-    from merge_gate.report.wording.alike import Told
+    from merge_gate.report.wording.alike import AlikeAdapters
 
 
 class Style(StrEnum):
-    """What a span is, for whoever colours it."""
+    """The meaning of a span, for its color."""
 
     PLAIN = ""
     STRONG = "strong"
@@ -45,22 +44,22 @@ ASCII_MARKS = {Verdict.PASSED: "+", Verdict.FAILED: "x", Verdict.ERROR: "!"}
 STYLES = {Verdict.PASSED: Style.GOOD, Verdict.FAILED: Style.BAD, Verdict.ERROR: Style.DOUBT}
 _RESULT_STYLES = {Result.PASS: Style.GOOD, Result.FAIL: Style.BAD, Result.ERROR: Style.DOUBT}
 
-MOST_ROWS = 40
-"""Up to so many merges have a row each; of more, so many of those that failed, were not judged or have warnings."""
-MOST_TOLD = 20
-"""So many paragraphs of what failed or could not be judged, and half as many of warnings."""
+MAX_ROWS = 40
+"""The most rows. If there are more merges, only those that failed, were not judged, or have warnings get a row."""
+MAX_PARAGRAPHS = 20
+"""The most paragraphs about adapters that failed or were not judged. Warnings get half as many."""
 
-_ALL_IN = "report.html and report.json have all"
-_NARROW = 60
+_FULL_REPORTS = "report.html and report.json have all"
+_NARROW_WIDTH = 60
 _LABEL_WIDTH = 7
-_LEAST_WIDTH = 24
-_LEAST_PLACE = 12
-_MOST_CAUSES = 6
+_MIN_WIDTH = 24
+_MIN_PLACE_WIDTH = 12
+_MAX_CAUSES = 6
 _BLANK: Line = ()
 
 
 def render(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool = False) -> str:
-    """Return the text without colour, at most `width` columns wide."""
+    """Return the text without styles, at most `width` columns wide."""
     return joined(lines(report, output_dir, width=width, ascii_only=ascii_only))
 
 
@@ -70,20 +69,20 @@ def joined(shown: Iterable[Line]) -> str:
 
 
 def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool = False) -> list[Line]:
-    """Return the whole text: table, one paragraph per adapter with something to say, result."""
-    width = max(width, _LEAST_WIDTH)
+    """Return the whole text: the table, a paragraph per adapter with findings, and the result."""
+    width = max(width, _MIN_WIDTH)
     marks = ASCII_MARKS if ascii_only else MARKS
     shown: list[Line] = []
     if table := _table(report, width, marks):
         shown += [_BLANK, *table]
-    told = paragraphs(report)
-    kept = _most_pressing(told)
-    for groups in kept:
+    every = paragraphs(report)
+    most_urgent = _most_urgent(every)
+    for groups in most_urgent:
         shown += [_BLANK, *_paragraph(groups, width, marks)]
-    if len(kept) < len(told):
-        shown += [_BLANK, *_plain(_left_out(told, kept), width)]
+    if len(most_urgent) < len(every):
+        shown += [_BLANK, *_plain(_left_out(every, most_urgent), width)]
     shown += [*_base_findings(report, width), _BLANK, *_result(report, output_dir, width)]
-    # Here and not earlier: only now is it known what stands at the start of a line.
+    # `inert` depends on the start of a line, which is known only now.
     return [tuple((inert(part), style) for part, style in line) for line in shown]
 
 
@@ -92,13 +91,13 @@ def lines(report: Report, output_dir: str, *, width: int = 100, ascii_only: bool
 
 def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
     judged = words.worst_first(report.adapters)
-    shown = judged if len(judged) <= MOST_ROWS else [adapter for adapter in judged if reason(adapter)][:MOST_ROWS]
+    shown = judged if len(judged) <= MAX_ROWS else [adapter for adapter in judged if reason(adapter)][:MAX_ROWS]
     if not shown:
-        return []  # all passed, if there are any: the result says it
+        return []  # all passed, or there are none: the result shows it
     rest = _plain(_counts(shown, judged), width) if len(shown) < len(judged) else []
     names_base = len({adapter.base.model for adapter in shown}) > 1
-    narrow = width < _NARROW
-    rows = [_cells(adapter, names_base=names_base, says_where=not narrow) for adapter in shown]
+    narrow = width < _NARROW_WIDTH
+    rows = [_cells(adapter, names_base=names_base, with_place=not narrow) for adapter in shown]
     if narrow:
         return [*(line for row in rows for line in _stacked(row, width, marks)), *rest]
     heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE AND PLACE")
@@ -109,29 +108,33 @@ def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
 
 
 def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> str:
-    """What the rows that are not shown amount to."""
-    warned, said_first = "passed with warnings", sorted(judged, key=lambda one: not reason(one))
-    said = Counter(warned if reason(one).startswith("warning") else words.title(one) for one in said_first)
-    in_all = ", ".join(f"{words.number(count)} {what}" for what, count in said.items())
-    return f"{words.number(len(shown))} of {words.number(len(judged))} rows are shown: in all, {in_all}. {_ALL_IN}."
+    """A sentence with the number of rows shown, and the number of merges of each kind."""
+    in_order = sorted(judged, key=lambda adapter: not reason(adapter))
+    kinds = Counter(
+        "passed with warnings" if reason(adapter).startswith("warning") else words.title(adapter)
+        for adapter in in_order
+    )
+    in_all = ", ".join(f"{words.number(count)} {kind}" for kind, count in kinds.items())
+    rows = f"{words.number(len(shown))} of {words.number(len(judged))} rows are shown"
+    return f"{rows}: in all, {in_all}. {_FULL_REPORTS}."
 
 
 Row = tuple[Verdict, str, str, str, str]
 
 
-def _cells(adapter: AdapterReport, *, names_base: bool, says_where: bool) -> Row:
+def _cells(adapter: AdapterReport, *, names_base: bool, with_place: bool) -> Row:
     base = words.precision(adapter.base)
     if names_base:
         base = f"{words.model_name(adapter.base)} ({base})"
     marks = [word for word, is_so in (("accepted", adapter.accepted), ("cached", adapter.cached)) if is_so]
-    said = ", ".join([adapter.verdict.value, *marks])
-    module = words.deciding_module(adapter) if says_where else ""
+    verdict = ", ".join([adapter.verdict.value, *marks])
+    module = words.deciding_module(adapter) if with_place else ""
     why = reason(adapter) + (f" in {module}" if module else "")
-    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, said, why
+    return adapter.verdict, one_line(adapter.name, words.NAME_LIMIT), base, verdict, why
 
 
 def reason(adapter: AdapterReport) -> str:
-    """Why, in a few words: the deciding check, or the warnings of a passed adapter."""
+    """The deciding check, or the warnings of a passed adapter."""
     if adapter.verdict is not Verdict.PASSED:
         return words.cause(adapter)
     checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
@@ -139,13 +142,13 @@ def reason(adapter: AdapterReport) -> str:
 
 
 def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
-    verdict, name, base, said, why = row
+    verdict, name, base, verdict_text, why = row
     style = STYLES[verdict]
     return (
         (f"{marks[verdict]} ", style),
         (pad(name, widths[0]) + "  ", Style.STRONG),
         (pad(base, widths[1]) + "  ", Style.FAINT),
-        (pad(said, widths[2]) + "  ", style),
+        (pad(verdict_text, widths[2]) + "  ", style),
         (_cut_why(why, widths[3]), Style.PLAIN),
     )
 
@@ -153,10 +156,10 @@ def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
 def _cut_why(why: str, width: int) -> str:
     """A cause and the end of its place: `adapter-nonfinite …5.self_attn.q_proj`."""
     cause, _, place = why.partition(" in ")
-    room = width - cells(cause) - 1
+    place_width = width - cells(cause) - 1
     if cells(why) <= width or not place:
         return cut(why, width)
-    return f"{cause} {cut_front(place, room)}" if room >= _LEAST_PLACE else cut(cause, width)
+    return f"{cause} {cut_front(place, place_width)}" if place_width >= _MIN_PLACE_WIDTH else cut(cause, width)
 
 
 def _row(texts: Sequence[str], widths: Sequence[int]) -> str:
@@ -164,8 +167,8 @@ def _row(texts: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
-    verdict, name, base, said, why = row
-    below = " ".join(filter(None, (said, f"({why})" if why else "")))
+    verdict, name, base, verdict_text, why = row
+    below = " ".join(filter(None, (verdict_text, f"({why})" if why else "")))
     return [
         ((f"{marks[verdict]} ", STYLES[verdict]), (cut(name, width - 2), Style.STRONG)),
         (("  ", Style.PLAIN), (cut(below, width - 2), STYLES[verdict])),
@@ -176,24 +179,24 @@ def _stacked(row: Row, width: int, marks: dict[Verdict, str]) -> list[Line]:
 # --- paragraphs ----------------------------------------------------------------------------------------------------
 
 
-def _most_pressing(told: list[Told]) -> list[Told]:
-    """As many paragraphs as somebody reads on a terminal."""
-    blocked = [groups for groups in told if groups[0][0].verdict is not Verdict.PASSED]
-    return blocked[:MOST_TOLD] + told[len(blocked) :][: MOST_TOLD // 2]
+def _most_urgent(every: list[AlikeAdapters]) -> list[AlikeAdapters]:
+    """The paragraphs to show on a terminal: failures first, then some warnings."""
+    blocking = [groups for groups in every if groups[0][0].verdict is not Verdict.PASSED]
+    return blocking[:MAX_PARAGRAPHS] + every[len(blocking) :][: MAX_PARAGRAPHS // 2]
 
 
-def _left_out(told: list[Told], kept: list[Told]) -> str:
-    def named(some: list[Told], *, passed: bool) -> int:
+def _left_out(every: list[AlikeAdapters], shown: list[AlikeAdapters]) -> str:
+    def count(some: list[AlikeAdapters], *, passed: bool) -> int:
         return sum(len(groups) for groups in some if (groups[0][0].verdict is Verdict.PASSED) is passed)
 
-    left = {passed: named(told, passed=passed) - named(kept, passed=passed) for passed in (False, True)}
+    left = {passed: count(every, passed=passed) - count(shown, passed=passed) for passed in (False, True)}
     parts = [f"what is wrong with {words.counted(left[False], 'more adapter')}"] if left[False] else []
     parts += [f"the warnings of {words.counted(left[True], 'more adapter')} that passed"] if left[True] else []
-    return f"Not shown: {' and '.join(parts)}. {_ALL_IN}."
+    return f"Not shown: {' and '.join(parts)}. {_FULL_REPORTS}."
 
 
 def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Verdict, str]) -> list[Line]:
-    """One adapter, in all the dtypes in which the same finding decides; or several, of which the same is so."""
+    """The paragraph of adapters with the same findings, in all dtypes that have them."""
     same = groups[0]
     adapter = same[0]
     mark: Span = (f"{marks[adapter.verdict]} ", STYLES[adapter.verdict])
@@ -210,26 +213,27 @@ def _paragraph(groups: Sequence[list[AdapterReport]], width: int, marks: dict[Ve
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         heading += _wrong(finding, width) if finding else _labelled("wrong", "No finding was recorded.", width)
-    heading += [line for mark in marks_of([one for one, *_ in groups]) for line in _labelled("mark", mark, width)]
-    told = told_once(same, words.others)
-    also = [line for other, more, where in told for line in _also(other, more, width, where)]
+    all_marks = marks_of([each for each, *_ in groups])
+    heading += [line for text in all_marks for line in _labelled("mark", text, width)]
+    others = unique_findings(same, words.others)
+    also = [line for other, more, dtypes in others for line in _also(other, more, width, dtypes)]
     return [*heading, *also]
 
 
 def _wrong(finding: Finding, width: int) -> list[Line]:
     message = one_line(finding.message, words.MESSAGE_LIMIT)
     shown = _labelled("wrong", message, width)
-    where = filter(
+    parts = filter(
         None, (words.place(finding, unless_in=message), words.values(finding), words.ORIGINS[finding.origin])
     )
-    for index, place in enumerate(where):
-        shown += _labelled("where" if index == 0 else "", place, width)
+    for index, part in enumerate(parts):
+        shown += _labelled("where" if index == 0 else "", part, width)
     return shown + _to_do(finding, width)
 
 
-def _also(finding: Finding, more: int, width: int, where: str = "") -> list[Line]:
+def _also(finding: Finding, more: int, width: int, dtypes: str = "") -> list[Line]:
     label = "also" if finding.severity is Severity.ERROR else str(finding.severity)
-    text = f"({where}) " if where else ""
+    text = f"({dtypes}) " if dtypes else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if place := words.place(finding, unless_in=finding.message):
         text += f" ({place})"
@@ -257,39 +261,39 @@ def _base_findings(report: Report, width: int) -> list[Line]:
         if base.findings:
             title = cut(f"base {words.model_name(base.key)} ({words.precision(base.key)})", width)
             shown += [_BLANK, ((title, Style.STRONG),)]
-            shown += [line for found, more in words.grouped(base.findings) for line in _also(found, more, width)]
+            shown += [line for finding, more in words.grouped(base.findings) for line in _also(finding, more, width)]
     return shown
 
 
 def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     style = _RESULT_STYLES[report.result]
-    said = f"{report.result.value.upper()}: {words.headline(report)}."
-    shown: list[Line] = [((part, style),) for part in wrap(said, width)]
+    headline = f"{report.result.value.upper()}: {words.headline(report)}."
+    shown: list[Line] = [((part, style),) for part in wrap(headline, width)]
     if causes := _causes(report):
         shown += _plain(causes, width)
     shown += _plain(words.advice(report), width)
     for problem in words.problems(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
-    for said in words.baseline(report):
-        shown += [((part, Style.DOUBT),) for part in wrap(f"- {said}", width)]
-    if said := words.cached(report):
-        shown += _plain(f"{said}.", width)
+    for sentence in words.baseline(report):
+        shown += [((part, Style.DOUBT),) for part in wrap(f"- {sentence}", width)]
+    if cached := words.cached(report):
+        shown += _plain(f"{cached}.", width)
     if output_dir:
         shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
     return shown
 
 
 def _causes(report: Report) -> str:
-    """What made how many fail, where these are too many to count on the screen."""
+    """How many adapters failed by each cause, if there are too many to show."""
     failed = Counter(words.cause(adapter) for adapter in report.adapters if adapter.verdict is Verdict.FAILED)
-    if failed.total() <= MOST_TOLD:
+    if failed.total() <= MAX_PARAGRAPHS:
         return ""
-    said = [f"{check} {words.number(count)}" for check, count in failed.most_common()]
-    return f"Causes: {listing(said, _MOST_CAUSES)}."
+    causes = [f"{check} {words.number(count)}" for check, count in failed.most_common()]
+    return f"Causes: {listing(causes, _MAX_CAUSES)}."
 
 
-def _plain(said: str, width: int) -> list[Line]:
-    return [((part, Style.PLAIN),) for part in wrap(said, width)]
+def _plain(text: str, width: int) -> list[Line]:
+    return [((part, Style.PLAIN),) for part in wrap(text, width)]
 
 
 def _reports(output_dir: str) -> str:
@@ -299,12 +303,12 @@ def _reports(output_dir: str) -> str:
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
-def files_told(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
-    """What the files of one adapter, of so many, say, worst first; `sound` is less than `passed`."""
-    if of > MOST_ROWS and adapter.verdict is Verdict.PASSED and not adapter.findings:
-        return  # that they are sound is counted
-    said = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
-    yield f"{said:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
+def file_lines(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
+    """The lines of `merge-gate check` for one adapter of `of`, worst first. `sound` claims less than `passed`."""
+    if of > MAX_ROWS and adapter.verdict is Verdict.PASSED and not adapter.findings:
+        return  # sound adapters are only counted
+    verdict = "sound" if adapter.verdict is Verdict.PASSED else adapter.verdict.value
+    yield f"{verdict:<6}  {one_line(adapter.name, words.NAME_LIMIT)}  ({one_line(adapter.source, words.NAME_LIMIT)})"
     for finding in adapter.findings:
         kind = "" if finding.severity is Severity.ERROR else f"{finding.severity}: "
         yield f"        {kind}{finding.check}: {one_line(finding.message, words.MESSAGE_LIMIT)}"

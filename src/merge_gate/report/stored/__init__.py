@@ -1,1 +1,1 @@
-"""Reports on disk: the output directory, writing, reading back, comparing."""
+"""Writes reports to the output directory, reads them back, and compares them."""

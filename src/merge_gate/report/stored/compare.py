@@ -1,12 +1,14 @@
-"""Two reports → what changed between them: for an upgrade of a library, a new base, or the same adapters a week later.
+"""Compares two reports, and renders the changes for a terminal and in Markdown.
 
-In: an older and a newer `records.Report`. Out: `Changes`, and its text for the terminal and in Markdown. Knows no
-other format. Adapters are the same where name, base, dtype and quantisation are.
+An older and a newer `records.Report` go in. Two entries are the same if name, base, dtype, and quantization are equal.
+The kinds of changes:
 
-1. Broke: it passed, now it does not; or it is new and did not pass.
-2. Got worse: it had not passed, and now fails for more reasons; or it passes with more warnings.
-3. Mended: it passes again.      4. Better: fewer reasons than before, though not passed, or fewer warnings.
-5. Vanished: only the older report has it.      6. New: only the newer has it, and it passed.
+1. Broke: it passed before and does not pass now, or it is new and did not pass.
+2. Got worse: it has more reasons to fail, or more warnings.
+3. Fixed: it passes again.
+4. Got better: it has fewer reasons to fail, or fewer warnings.
+5. Vanished: only the older report has it.
+6. New: only the newer report has it, and it passed.
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ Key = tuple[str, BaseKey]
 
 
 class Kind(StrEnum):
-    """What happened to an adapter, the worst first."""
+    """The kind of a change, the worst first."""
 
     BROKE = "broke"
     WORSE = "got worse"
     VANISHED = "vanished"
-    MENDED = "mended"
+    FIXED = "fixed"
     BETTER = "got better"
     NEW = "new"
 
 
 @record
 class Change:
-    """One adapter in one dtype that is not as it was; `old` or `new` is absent where a report lacks it."""
+    """One adapter in one dtype that has changed. `old` or `new` is None if that report does not have it."""
 
     kind: Kind
     old: AdapterReport | None
@@ -51,15 +53,15 @@ class Change:
 
     @property
     def adapter(self) -> AdapterReport:
-        known = self.new or self.old
-        if known is None:
-            raise AssertionError("a change is of an adapter")
-        return known
+        adapter = self.new or self.old
+        if adapter is None:
+            raise AssertionError("a change has an adapter")
+        return adapter
 
 
 @record
 class Changes:
-    """All that is not as it was. `versions` are sentences; `unchanged` counts adapters."""
+    """All changes. `versions` are sentences about changed versions; `unchanged` counts adapters."""
 
     changes: tuple[Change, ...]
     versions: tuple[str, ...]
@@ -72,27 +74,27 @@ class Changes:
 
     @property
     def exit_code(self) -> ExitCode:
-        """1 where something broke or got worse; 3 where the newer run did not finish, so that more may be broken."""
+        """1 if an adapter broke or got worse; 3 if the newer run did not finish, since more adapters may be broken."""
         if self.of(Kind.BROKE) or self.of(Kind.WORSE):
             return ExitCode.FAIL
         return ExitCode.PASS if self.complete else ExitCode.ERROR
 
 
 def compare(old: Report, new: Report) -> Changes:
-    """Say what is not as it was."""
+    """Find the changes from an older to a newer report."""
     before, after = ({_key(adapter): adapter for adapter in report.adapters} for report in (old, new))
-    found = [_change(before.get(key), after.get(key)) for key in dict.fromkeys([*after, *before])]
-    changes = tuple(change for change in found if change is not None)
+    compared = [_change(before.get(key), after.get(key)) for key in dict.fromkeys([*after, *before])]
+    changes = tuple(change for change in compared if change is not None)
     return Changes(
         changes=changes,
         versions=tuple(_versions(old, new)),
-        unchanged=len(found) - len(changes),
+        unchanged=len(compared) - len(changes),
         complete=new.complete,
     )
 
 
 def _key(adapter: AdapterReport) -> Key:
-    model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base is base/
+    model = adapter.base.model and posixpath.normpath(adapter.base.model)  # ./base and base/ are the same
     return adapter.name, replace(adapter.base, model=model, revision=None)
 
 
@@ -108,7 +110,7 @@ def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
     if old is None:
         return Kind.NEW if passes else Kind.BROKE
     if passes != (old.verdict is Verdict.PASSED):
-        return Kind.MENDED if passes else Kind.BROKE
+        return Kind.FIXED if passes else Kind.BROKE
     before, after = _reasons(old), _reasons(new)
     if after - before:
         return Kind.WORSE
@@ -116,7 +118,7 @@ def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
 
 
 def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
-    """What is wrong with it; an undecided adapter that turns out to be broken has a new reason. Notes are none."""
+    """The reasons against an adapter, without notes. An undecided adapter that turns out broken has a new reason."""
     return frozenset(
         (finding.check, finding.severity) for finding in adapter.findings if finding.severity is not Severity.NOTE
     )
@@ -125,17 +127,17 @@ def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
 def _versions(old: Report, new: Report) -> Iterator[str]:
     pairs = [("merge-gate", old.tool.version, new.tool.version)]
     pairs += [
-        (one.name.replace("_", " "), getattr(old.environment, one.name), getattr(new.environment, one.name))
-        for one in fields(Environment)
-        if one.name != "sandbox"
+        (field.name.replace("_", " "), getattr(old.environment, field.name), getattr(new.environment, field.name))
+        for field in fields(Environment)
+        if field.name != "sandbox"
     ]
     pairs.append(("sandbox", words.sandbox(old.environment), words.sandbox(new.environment)))
     for name, before, after in pairs:
         if before != after:
-            yield f"{name} {_known(before)} → {_known(after)}"
+            yield f"{name} {_version(before)} → {_version(after)}"
 
 
-def _known(version: str | None) -> str:
+def _version(version: str | None) -> str:
     return one_line(version, words.NAME_LIMIT) if version else "absent"
 
 
@@ -156,7 +158,7 @@ def render_text(changes: Changes) -> str:
 
 
 def render_markdown(changes: Changes) -> str:
-    """Return Markdown: a table of what changed, the worst first."""
+    """Return Markdown: a table of the changes, the worst first."""
     rows = [
         f"| {kind} | {code(change.adapter.name, 80)} ({plain(words.precision(change.adapter.base))}) "
         f"| {plain(_verdict(change.old))} → {plain(_verdict(change.new))} | {plain('; '.join(_why(change)))} |"
@@ -172,12 +174,12 @@ def render_markdown(changes: Changes) -> str:
 
 
 def headline(changes: Changes) -> str:
-    """2 adapters broke, 1 was mended, 14 as before."""
+    """One line, such as `2 broke, 1 fixed, 14 unchanged`."""
     counts = [(kind, len(changes.of(kind))) for kind in Kind]
-    said = [f"{words.number(count)} {kind}" for kind, count in counts if count]
-    unchanged = f"{words.number(changes.unchanged)} as before"
+    changed = [f"{words.number(count)} {kind}" for kind, count in counts if count]
+    unchanged = f"{words.number(changes.unchanged)} unchanged"
     unfinished = "" if changes.complete else "the newer run did not finish: "
-    return f"{unfinished}{', '.join([*said, unchanged])}"
+    return f"{unfinished}{', '.join([*changed, unchanged])}"
 
 
 def _verdict(adapter: AdapterReport | None) -> str:
@@ -188,12 +190,12 @@ def _verdict(adapter: AdapterReport | None) -> str:
 
 
 def _why(change: Change) -> list[str]:
-    """What the newer report says that the older did not."""
+    """The findings that are only in the newer report."""
     if change.new is None:
         return []
-    known = _reasons(change.old) if change.old else frozenset()
+    old = _reasons(change.old) if change.old else frozenset()
     return [
         f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
         for finding, _ in words.grouped(change.new.findings)
-        if finding.severity is not Severity.NOTE and (finding.check, finding.severity) not in known
+        if finding.severity is not Severity.NOTE and (finding.check, finding.severity) not in old
     ]

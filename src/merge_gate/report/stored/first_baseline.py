@@ -1,7 +1,6 @@
-"""A first baseline: the failures of a report, as the YAML file that accepts them, once somebody answers for them.
+"""Renders a first baseline: YAML with an entry for each failed adapter and cause of a report.
 
-In: a `records.Report`. Out: YAML of an entry for each adapter and cause; reason and owner are empty, and the gate takes
-no baseline in which they are. Knows no files.
+Reason and owner are empty, and the gate refuses a baseline with empty ones, so someone has to fill them in.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
 DAYS = 90
-"""How long the first baseline holds."""
+"""How many days the entries of a first baseline are valid."""
 
 _HEAD = """\
-# Known failures: each entry accepts one adapter, as its files are now, failing by one cause, until the end of a day.
-# The verdict stays `failed`; the run does not fail by it. Write a reason and an owner for each: without them the gate
-# refuses this file. Name it in the config: `baseline: FILE`.
+# Known failures: each entry accepts one adapter with these files and this cause until the end of a day.
+# The verdict stays `failed`, but does not fail the run. Write a reason and an owner for each entry: without them, the
+# gate refuses this file. Name the file in the config: `baseline: FILE`.
 version: 1
 """
 

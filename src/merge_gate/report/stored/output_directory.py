@@ -1,6 +1,6 @@
-"""The output directory: made, held by one run at a time, and without an earlier report at its top level.
+"""Creates and locks the output directory for one run, and moves earlier reports aside.
 
-In: its path. Out: a directory that is ready for the reports of one run, and the errors of the system in sentences.
+Errors of the system become sentences.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _DISK = frozenset(
 
 @contextlib.contextmanager
 def claimed(directory: str | Path) -> Iterator[EarlierReports]:
-    """Hold `directory` for one run; the reports of earlier runs are moved aside.
+    """Lock `directory` for one run, and move the reports of earlier runs aside.
 
-    The directory is made if it is absent, and removed again if the run wrote nothing.
+    The directory is created if it is missing, and removed again if the run wrote nothing.
 
     Raises:
-        UsageError: it cannot be used, it holds a file of another tool under the name of a report, or another run that
-            has not ended writes to it.
+        UsageError: the directory cannot be used, holds another tool's file under the name of a report, or is in use by
+            another run.
     """
     folder = Path(directory)
-    made = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     make_directory(folder)
     try:
         with contextlib.ExitStack() as stack:
@@ -49,17 +49,17 @@ def claimed(directory: str | Path) -> Iterator[EarlierReports]:
             yield earlier
     finally:
         with contextlib.suppress(OSError):
-            for parent in made:
-                parent.rmdir()  # fails unless it is empty
+            for path in created:
+                path.rmdir()  # fails unless it is empty
 
 
 def make_directory(folder: Path) -> None:
-    """Make the output directory if it is absent; never through a link."""
-    with explained(f"cannot make the output directory {folder}"):
+    """Create the output directory if it is missing. A link is refused."""
+    with explained(f"cannot create the output directory {folder}"):
         if folder.is_symlink():
             raise UsageError(
-                f"the output directory {folder} is a symbolic link and could lead anywhere, expected a directory",
-                hint=f"remove the link, or give --output the directory it points to ({folder.readlink()})",
+                f"the output directory {folder} is a symbolic link, expected a directory",
+                hint=f"remove the link, or give --output the directory that it points to ({folder.readlink()})",
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(
@@ -70,58 +70,58 @@ def make_directory(folder: Path) -> None:
 
 
 def refuse_input(folder: str | Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse an output directory that is one of `inputs`, each a directory and what it is of.
+    """Refuse an output directory that is one of `inputs`: pairs of a directory and what it belongs to.
 
     Raises:
         UsageError: the report would be released with the adapter.
     """
     with contextlib.suppress(OSError):
         own = Path(folder).stat()
-        for directory, what in inputs:
+        for directory, owner in inputs:
             with contextlib.suppress(OSError, ValueError):
-                if os.path.samestat(own, os.stat(directory)):  # noqa: PTH116 - a name that no system takes is none
+                if os.path.samestat(own, os.stat(directory)):  # noqa: PTH116 - an invalid name is no input
                     raise UsageError(
-                        f"the output directory {folder} is that of {what}: the report would lie among its files",
+                        f"the output directory {folder} is that of {owner}: the report would be among its files",
                         hint="choose another directory with --output",
                     )
 
 
 def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str]) -> None:
-    """Refuse to gate the output directory, or one of the files called `names` in it: the run would move them.
+    """Refuse to gate the output directory, or a file in it with one of `names`: the run would move it.
 
     Raises:
-        UsageError: a report was taken for a config or an adapter.
+        UsageError: an input is a report.
     """
     reports = {Path(folder), *(Path(folder, name) for name in names)}
-    for given in inputs:
+    for argument in inputs:
         with contextlib.suppress(OSError, ValueError):
-            if any(os.path.lexists(one) and one.samefile(given) for one in reports):
+            if any(os.path.lexists(path) and path.samefile(argument) for path in reports):
                 raise UsageError(
-                    f"{quoted(given)} is where this run would write its report, in place of what is there",
-                    hint="a run takes a configuration or adapters; to see a report: merge-gate report "
+                    f"this run would write its report to {quoted(argument)}, so it cannot be an input",
+                    hint="name a configuration or adapters; to show a report: merge-gate report "
                     f"{shlex.quote(str(folder))}",
                 )
 
 
-class Written(NamedTuple):
-    """What report.json says of a run."""
+class StoredResult(NamedTuple):
+    """The result of a run in its report.json."""
 
     complete: bool
     result: Result
 
 
-def written(directory: str | Path) -> Written | None:
-    """What the report in `directory` says; None if there is none that can be read."""
+def stored_result(directory: str | Path) -> StoredResult | None:
+    """The result in the report in `directory`; None if there is no readable report."""
     try:
         document = json.loads(Path(directory, "report.json").read_bytes())
-        return Written(complete=document["complete"] is True, result=Result(document["result"]))
+        return StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @contextlib.contextmanager
 def explained(what: str, *, chosen_by: str = " with --output") -> Iterator[None]:
-    """Turn the system's errors into sentences."""
+    """Turn errors of the system into sentences that begin with `what`."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,6 @@
-"""The one door through which reports reach the disk.
+"""Writes reports to disk: one file per format, each whole or not at all. Only this module writes reports.
 
-In: a `records.Report` and the output directory. Out: one file per format, each written whole or not at all. Raises
-`UsageError` where the directory cannot be used, `GateError` where the disk gives out. Knows no format's inside.
+It raises `UsageError` if the directory cannot be used, and `GateError` if the disk fails.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ if TYPE_CHECKING:
     from merge_gate.records.report import Report
 
 FORMATS: Mapping[str, Callable[[Report], str]] = MappingProxyType(
-    {one.name: import_module(f"merge_gate.report.formats.{one.made_by}").render for one in OUTPUT_FILES}
+    {file.name: import_module(f"merge_gate.report.formats.{file.made_by}").render for file in OUTPUT_FILES}
 )
-"""File name and renderer of each format, the one that must not be lost first."""
+"""File name and renderer of each format. The most important file is first."""
 
-WORDS: Mapping[str, str] = MappingProxyType({one.word: one.name for one in OUTPUT_FILES if one.word})
-"""What a person asks for with `merge-gate report --format`, and the file that a run writes of it."""
+WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES if file.word})
+"""The words of `merge-gate report --format`, each with the name of its file."""
 
 
 def write_report(report: Report, directory: str | Path, *, formats: Iterable[str] = tuple(FORMATS)) -> tuple[Path, ...]:
-    """Write `formats` into `directory`, which is made if absent, and return the files' paths.
+    """Write `formats` into `directory`, which is created if it is missing, and return the files' paths.
 
-    A reader sees the old file or the new one, never a part. If a renderer raises, its old file and everything written
-    before it stay as they are.
+    A reader sees the old file or the new file, never a part. If a renderer raises, its old file and all files written
+    before it stay.
     """
     folder = Path(directory)
     make_directory(folder)

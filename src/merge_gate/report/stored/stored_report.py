@@ -1,7 +1,6 @@
-"""Reports on disk → a text for people or programs, and an exit code. No model is loaded, torch is not imported.
+"""Reads one or two stored reports, and returns the text of `merge-gate report` and its exit code.
 
-In: the names of one or two report.json, or of their directories, and a format's word. Out: what `merge-gate report`
-prints. Raises `UsageError` for a file that cannot be read or is no report.
+It loads no model and does not import torch. `UsageError` is raised for a file that cannot be read or is not a report.
 """
 
 from __future__ import annotations
@@ -24,25 +23,27 @@ _COMPARED = {"terminal": compare.render_text, "markdown": compare.render_markdow
 
 
 def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
-    """One report in another format (exit code 0), or what changed between two."""
+    """Render one report in another format (exit code 0), or the changes between two."""
     if len(names) == 1:
         report = stored(names[0])
         return (terminal_text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)), ExitCode.PASS
     if len(names) != 2:  # noqa: PLR2004
-        raise UsageError(f"got {len(names)} reports, expected one, or two to compare", hint="name the older one first")
+        raise UsageError(
+            f"got {len(names)} reports, expected one, or two to compare", hint="name the older report first"
+        )
     if word not in _COMPARED:
         raise UsageError(
-            f"--format {word} shows one report, got two", hint=f"two can be compared as {' or '.join(_COMPARED)}"
+            f"got two reports, but --format {word} shows one", hint=f"compare two as {' or '.join(_COMPARED)}"
         )
     changes = compare.compare(stored(names[0]), stored(names[1]))
     return _COMPARED[word](changes), changes.exit_code
 
 
 def stored(name: str) -> Report:
-    """The report in a file, or in a run's output directory.
+    """Read the report in a file, or in a run's output directory.
 
     Raises:
-        UsageError: it cannot be read, or is none.
+        UsageError: the file cannot be read or is not a report.
     """
     try:
         path = Path(name, "report.json") if Path(name).is_dir() else Path(name)

@@ -1,7 +1,6 @@
-"""Entries of a report of which the same is so, so that it is said once.
+"""Groups entries of a report with identical findings, so that each finding is shown once.
 
-In: entries. Out: the same, by what is to be said of them: of one adapter in several dtypes, and of several adapters.
-Knows no format's syntax.
+Entries of one adapter in several dtypes are grouped, and several adapters with the same findings.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
 
-Told: TypeAlias = "list[list[AdapterReport]]"
-"""Adapters of which the same is said, each in all the dtypes of which it is so."""
+AlikeAdapters: TypeAlias = "list[list[AdapterReport]]"
+"""Adapters with the same findings; each adapter is a list of its entries, one per dtype."""
 
 
-def paragraphs(report: Report) -> list[Told]:
-    """The entries of each adapter that has something to say; of adapters that say the same, together."""
-    found: dict[object, Told] = {}
+def paragraphs(report: Report) -> list[AlikeAdapters]:
+    """The adapters that failed, were not judged, or have warnings, grouped by equal findings."""
+    groups: dict[object, AlikeAdapters] = {}
     for same in by_adapter(words.worst_first(report.adapters)):
-        said = told_once(same, words.others)
+        others = unique_findings(same, words.others)
         adapter = same[0]
-        has_more_than_notes = any(finding.severity is not Severity.NOTE for finding, _, _ in said)
+        has_more_than_notes = any(finding.severity is not Severity.NOTE for finding, _, _ in others)
         if adapter.verdict is not Verdict.PASSED or has_more_than_notes:
             decided = (adapter.verdict, adapter.cause, words.deciding(adapter))
-            key = (*decided, *said, words.precisions(same), *words.marks(_at(adapter, "")))
-            found.setdefault(key, []).append(same)
-    return list(found.values())
+            key = (*decided, *others, words.precisions(same), *words.marks(_at(adapter, "")))
+            groups.setdefault(key, []).append(same)
+    return list(groups.values())
 
 
 def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
-    """Entries of one adapter that the same finding decides in several dtypes, as what its files show."""
+    """Group the entries of one adapter in several dtypes if the same finding decides them."""
     groups: dict[object, list[AdapterReport]] = {}
     for adapter in adapters:
         key = (
@@ -52,38 +51,38 @@ def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
     return list(groups.values())
 
 
-def told_once(
+def unique_findings(
     same: list[AdapterReport], findings: Callable[[AdapterReport], list[Finding]]
 ) -> list[tuple[Finding, int, str]]:
-    """The first of each kind of finding in any of them, how many more, and in which of their dtypes; empty for all."""
+    """The first finding of each kind in any entry, the number of others, and the dtypes (empty for all dtypes)."""
     entries: dict[tuple[Finding, ...], list[AdapterReport]] = {}
     for adapter in same:
         for kind in words.kinds(findings(adapter)):
             entries.setdefault(kind, []).append(adapter)
     return [
-        (kind[0], len(kind) - 1, "" if len(those) == len(same) else words.precisions(those))
-        for kind, those in entries.items()
+        (kind[0], len(kind) - 1, "" if len(having) == len(same) else words.precisions(having))
+        for kind, having in entries.items()
     ]
 
 
-def told_before(adapters: Iterable[AdapterReport]) -> dict[int, dict[Finding, AdapterReport]]:
-    """Which earlier entry of the same adapter, in another dtype, has all that this one has of a kind of finding.
+def earlier_entries(adapters: Iterable[AdapterReport]) -> dict[int, dict[Finding, AdapterReport]]:
+    """Find the earlier entry of the same adapter, in another dtype, that has all findings of a kind.
 
-    By the entry's place in `adapters`, if there is any, and the first finding of that kind.
+    The result maps an entry's index in `adapters`, and the first finding of the kind, to the earlier entry.
     """
     first: dict[object, AdapterReport] = {}
-    found: dict[int, dict[Finding, AdapterReport]] = {}
-    for place, adapter in enumerate(adapters):
+    earlier_by_index: dict[int, dict[Finding, AdapterReport]] = {}
+    for index, adapter in enumerate(adapters):
         for kind in words.kinds(adapter.findings):
             key = (adapter.name, adapter.source, adapter.base.model, kind)
             earlier = first.setdefault(key, adapter)
             if earlier is not adapter:
-                found.setdefault(place, {})[kind[0]] = earlier
-    return found
+                earlier_by_index.setdefault(index, {})[kind[0]] = earlier
+    return earlier_by_index
 
 
 def marks_of(adapters: Sequence[AdapterReport]) -> list[str]:
-    """What marks all of these; of verdicts that were reached at several times, the oldest."""
+    """The marks that all these adapters share. If their verdicts have several times, the oldest is shown."""
     times = sorted({adapter.judged.at for adapter in adapters if adapter.judged})
     return words.marks(
         _at(adapters[0], f"{times[0]} (the oldest)" if times[1:] else times[0]) if times else adapters[0]

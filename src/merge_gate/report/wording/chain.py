@@ -1,7 +1,4 @@
-"""The way of an adapter from base to final dtype, and where it broke: the chain of causes.
-
-In: an `AdapterReport`. Out: its four `Stage`s in order. Knows no format.
-"""
+"""Makes the chain of causes of an adapter: its four `Stage`s from base to final dtype, and how each went."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(StrEnum):
-    """How a stage went; what breaks after something else broke, follows from it."""
+    """How a stage went. A stage that breaks after another broken stage only follows from it."""
 
     SOUND = "sound"
     WARNED = "warned"
@@ -31,7 +28,7 @@ class Outcome(StrEnum):
 
 @record
 class Stage:
-    """One link of the chain. `said` is what is known of it."""
+    """One link of the chain. `said` describes it in a few words."""
 
     name: str
     outcome: Outcome
@@ -61,16 +58,16 @@ def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
 
 
 def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:
-    found = [
+    findings = [
         finding
         for finding in adapter.findings
         if finding.origin in _STAGES[name] and finding.severity is not Severity.NOTE
     ]
-    errors = [finding for finding in found if finding.severity is Severity.ERROR]
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
         return Stage(name=name, outcome=Outcome.BROKEN, said=_checks(errors))
-    if found:
-        return Stage(name=name, outcome=Outcome.WARNED, said=_checks(found))
+    if findings:
+        return Stage(name=name, outcome=Outcome.WARNED, said=_checks(findings))
     return Stage(name=name, outcome=Outcome.SOUND if sound else Outcome.UNKNOWN, said=sound or "not judged")
 
 

@@ -1,6 +1,6 @@
-"""Merged tensors as a map: layers across, target modules down.
+"""Arranges the merged tensors of an adapter as a map: layers across, target modules down.
 
-In: the tensors of one adapter. Out: `Block`s, one per stack of layers, and the state of each tensor. Knows no format.
+The result is a `Block` for each stack of layers, and the state of each tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OUTSIDE = ""
 
 
 class State(StrEnum):
-    """What became of a merged tensor, the worst first."""
+    """The state of a merged tensor, the worst first."""
 
     NAN = "NaN"
     INF = "±Inf"
@@ -33,8 +33,8 @@ class State(StrEnum):
 class Block:
     """A stack of layers, such as `model.layers`, as a rectangle.
 
-    `layers` are the numbers across, `modules` the names down; `places` has, for each tensor of the block, its index
-    among the adapter's tensors, its row and its column. Where no tensor stands, the merge touched nothing.
+    `layers` are the numbers across, `modules` the names down. `places` has the index, row, and column of each tensor.
+    At a place without a tensor, the merge changed nothing.
     """
 
     stack: str
@@ -44,13 +44,13 @@ class Block:
 
 
 def states(merges: Iterable[TensorMerge]) -> list[State]:
-    """The worst that is so of each tensor.
+    """The worst state of each tensor.
 
-    One that kept its bits beside another of its module that did not (a bias beside its weight) was not meant to change.
+    A tensor that did not change is `untouched` if another tensor of its module did (a bias next to its weight).
     """
-    known = tuple(merges)
-    with_effect = {merge.module for merge in known if merge.changed}
-    return [_state(merge, with_effect) for merge in known]
+    tensors = tuple(merges)
+    with_effect = {merge.module for merge in tensors if merge.changed}
+    return [_state(merge, with_effect) for merge in tensors]
 
 
 def _state(merge: TensorMerge, with_effect: set[str]) -> State:
@@ -64,34 +64,34 @@ def _state(merge: TensorMerge, with_effect: set[str]) -> State:
 
 
 def count_states(merges: Iterable[TensorMerge]) -> list[tuple[State, int]]:
-    """How many tensors are in each state, the worst first; states of none are left out."""
-    found = states(merges)
-    return [(one, found.count(one)) for one in State if one in found]
+    """How many tensors are in each state, the worst first. States without tensors are left out."""
+    every = states(merges)
+    return [(state, every.count(state)) for state in State if state in every]
 
 
 def blocks(merges: tuple[TensorMerge, ...]) -> tuple[Block, ...]:
-    """All tensors, each in the block of its stack of layers; those outside of any stand in one without layers."""
+    """The blocks of all tensors. Tensors outside of any stack are in a block without layers."""
     by_stack: dict[str, list[tuple[int, str, str]]] = {}
     for index, merge in enumerate(merges):
         stack, layer, module = _split(merge)
         by_stack.setdefault(stack, []).append((index, layer, module))
-    return tuple(_block(stack, found) for stack, found in by_stack.items())
+    return tuple(_block(stack, tensors) for stack, tensors in by_stack.items())
 
 
-def _block(stack: str, found: list[tuple[int, str, str]]) -> Block:
-    layers = sorted({layer for _, layer, _ in found}, key=lambda layer: (int(layer or 0), layer))
-    modules = list(dict.fromkeys(module for _, _, module in found))
+def _block(stack: str, tensors: list[tuple[int, str, str]]) -> Block:
+    layers = sorted({layer for _, layer, _ in tensors}, key=lambda layer: (int(layer or 0), layer))
+    modules = list(dict.fromkeys(module for _, _, module in tensors))
     row, column = ({name: at for at, name in enumerate(names)} for names in (modules, layers))
     return Block(
         stack=stack,
         layers=tuple(layers),
         modules=tuple(modules),
-        places=tuple((index, row[module], column[layer]) for index, layer, module in found),
+        places=tuple((index, row[module], column[layer]) for index, layer, module in tensors),
     )
 
 
 def _split(merge: TensorMerge) -> tuple[str, str, str]:
-    """model.layers.5.mlp.up_proj → model.layers, 5, mlp.up_proj; a bias or the like has its own name at the end."""
+    """Split model.layers.5.mlp.up_proj into model.layers, 5, mlp.up_proj; a bias keeps its own name at the end."""
     own = merge.stats.name.removeprefix(merge.module).removeprefix(".")
     suffix = f".{own}" if own and own != "weight" else ""
     match = _LAYER.search(merge.module)

@@ -1,7 +1,4 @@
-"""Foreign text in GitHub-flavoured Markdown: it can form no markup, no link and no mention.
-
-In: any `str`. Out: Markdown of one line. Knows nothing of reports.
-"""
+"""Escapes foreign text for GitHub-flavored Markdown, on one line: it cannot form markup, links, or mentions."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ import re
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 
-# What may stand in a backtick span as it is, in a table cell too.
+# Text that needs no escaping in a backtick span, not even in a table cell.
 _PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
-# Markdown and HTML syntax, mathematics, and what GitHub makes links of in Markdown: www. and scheme:.
+# Markdown and HTML syntax, mathematics, and what GitHub turns into links in Markdown: www. and scheme:.
 _SYNTAX = re.compile(r"[`*\\<>&\[\]|~$@#!]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
-# What it makes links of later, in the text: @name and #123. A zero-width space is all that stops it outside of code.
+# What GitHub turns into links later: @name and #123. Outside of code, only a zero-width space prevents it.
 _REFERENCE = re.compile(r"(&#(?:64|35);)(?=\w)")
-# The sign of an e-mail address, which Markdown makes a link of inside of HTML's code too.
+# The sign of an e-mail address, which Markdown turns into a link even inside of HTML's code.
 _ADDRESS = re.compile(r"(?<=[\w.+-])@(?=\w)")
 
 
 def code(text: str, limit: int = words.NAME_LIMIT) -> str:
-    """Return a name in code type. GitHub looks for neither mentions nor links in code."""
+    """Return a name as code. GitHub ignores mentions and links in code."""
     line = one_line(text, limit)
     if _PLAIN_CODE.fullmatch(line):
         return f"`{line}`"
@@ -30,7 +27,7 @@ def code(text: str, limit: int = words.NAME_LIMIT) -> str:
 
 
 def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
-    """Return a sentence as plain text; what stands between backticks becomes code."""
+    """Return a sentence as plain text. Text between backticks becomes code."""
     parts = one_line(text, limit).split("`")
     if len(parts) % 2 == 0:
         parts[-2:] = ["`".join(parts[-2:])]
@@ -38,11 +35,11 @@ def prose(text: str, limit: int = words.MESSAGE_LIMIT) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text on one line that forms no markup."""
+    """Return text of one line that forms no markup."""
     return _REFERENCE.sub(r"\1&#8203;", _SYNTAX.sub(lambda match: _entity(match[0]), text))
 
 
 def _entity(character: str) -> str:
-    """An entity is text to Markdown, never syntax."""
+    """Escape a character as an entity, which Markdown never reads as syntax."""
     is_syntax = character.isascii() and not character.isalnum() and character != " "
     return f"&#{ord(character)};" if is_syntax else character

@@ -1,6 +1,6 @@
-"""The map of merged tensors in characters: for the job summary, where nothing can be drawn.
+"""Draws the map of an adapter's merged tensors in characters, for the job summary.
 
-In: an `AdapterReport`. Out: lines, the first stack of layers in which something is broken. Knows no format.
+It shows the first stack of layers with a broken tensor.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "0", State.FINITE: ".", State.UNTOUCHED: " "}
 LEGEND = "N NaN, I ±Inf, 0 no effect, . finite, blank untouched"
-_WIDEST_NAME = 40
-_MOST_LAYERS = 128
-_MOST_MODULES = 16
+_MAX_NAME = 40
+_MAX_LAYERS = 128
+_MAX_MODULES = 16
 _TICK = 5
 
 
 def text_map(adapter: AdapterReport) -> list[str]:
-    """Layers across, target modules down, those with trouble first where there are many; empty where all is finite."""
+    """The lines of the map; empty if all tensors are finite. If there are many modules, broken ones come first."""
     marks = [MARKS[state] for state in states(adapter.tensors)]
     for block in blocks(adapter.tensors):
         if any(marks[index] in "NI" for index, _, _ in block.places):
@@ -36,21 +36,21 @@ def _drawn(block: Block, marks: list[str]) -> list[str]:
     for index, row, column in block.places:
         cells[row][column] = marks[index]
     rows = list(zip(block.modules, cells, strict=True))
-    if len(rows) > _MOST_MODULES:
+    if len(rows) > _MAX_MODULES:
         rows.sort(key=lambda row: -sum(mark in "NI" for mark in row[1]))
-    shown = [(one_line(name, _WIDEST_NAME), "".join(row[:_MOST_LAYERS])) for name, row in rows[:_MOST_MODULES]]
+    shown = [(one_line(name, _MAX_NAME), "".join(row[:_MAX_LAYERS])) for name, row in rows[:_MAX_MODULES]]
     width = max(len(name) for name, _ in shown)
     lines = [f"  {_head(block):<{width}}  {_ticks(block)}".rstrip()]
     lines += [f"  {name:<{width}}  {row}|" for name, row in shown]
-    if len(rows) > _MOST_MODULES:
-        lines.append(f"  … and {counted(len(rows) - _MOST_MODULES, 'more module')}")
+    if len(rows) > _MAX_MODULES:
+        lines.append(f"  … and {counted(len(rows) - _MAX_MODULES, 'more module')}")
     return lines
 
 
 def _head(block: Block) -> str:
-    return one_line(block.stack, _WIDEST_NAME)
+    return one_line(block.stack, _MAX_NAME)
 
 
 def _ticks(block: Block) -> str:
-    """The number of every fifth layer, above its column."""
-    return "".join(f"{layer:<{_TICK}}"[:_TICK] for layer in block.layers[:_MOST_LAYERS:_TICK])
+    """The number of every fifth layer above its column."""
+    return "".join(f"{layer:<{_TICK}}"[:_TICK] for layer in block.layers[:_MAX_LAYERS:_TICK])

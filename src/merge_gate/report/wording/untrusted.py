@@ -1,7 +1,7 @@
-"""Text from adapters, configs and libraries, made harmless for people to read.
+"""Makes text from adapters, configs, and libraries harmless.
 
-In: any `str`. Out: a `str` without control, bidirectional or invisible characters that no CI runner takes for a
-command. Knows nothing of reports or formats; a format escapes its own syntax on top of this.
+The result has no control, bidirectional, or invisible characters, and no CI runner reads it as a command. Each format
+escapes its own syntax as well.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from merge_gate.text import is_hidden
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
-# Beside what is hidden: characters that are nobody's, or that fonts show as they like.
+# Unassigned and private-use characters, which fonts may show in any way.
 _UNKNOWN_CATEGORIES = frozenset({"Co", "Cn"})
-# Marks that stack on one letter beyond this many are dropped: they would climb over other lines.
+# More combining marks than this on one letter are dropped: they would cover other lines.
 _MARKS_PER_LETTER = 4
 
 _COMMAND = re.compile(r"^(\s*):(?=:)")
@@ -24,10 +24,10 @@ _LEGACY_COMMAND = re.compile(r"#(?=#\[)")
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """Return `text` on a single line, its runs of blanks collapsed, at most `limit` characters long.
+    """Return `text` on a single line with single spaces, at most `limit` characters long.
 
-    A hidden character becomes U+FFFD, so that the reader sees that something was there. A long text loses its
-    middle: names differ in their heads and tails.
+    A hidden character becomes U+FFFD, so that the reader can see it. A long text loses its middle, since names differ
+    at their starts and ends.
     """
     if text.isascii() and text.isprintable() and "  " not in text and text == text.strip(" "):  # nearly all
         line = text
@@ -45,7 +45,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def inert(line: str) -> str:
-    """Break what a GitHub runner would take for a workflow command in one line of log.
+    """Alter text that a GitHub runner would read as a workflow command, in one line of log.
 
     `::name::` counts after leading blanks; the older `##[name]` counts anywhere in a line (actions/runner,
     ActionCommand.cs).
@@ -56,7 +56,7 @@ def inert(line: str) -> str:
 
 
 def safe_text(text: str) -> str:
-    """Return foreign text of any number of lines, fit for a log: visible characters only, no line a command."""
+    """Return foreign text of several lines for a log: with visible characters only, and no line a command."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(inert(_visible(line.replace("\t", "    "))) for line in lines)
 
@@ -71,6 +71,6 @@ def _visible(text: str) -> str:
         if marks > _MARKS_PER_LETTER:
             continue
         hidden = is_hidden(character) or unicodedata.category(character) in _UNKNOWN_CATEGORIES
-        blank = unicodedata.category(character) == "Zs"  # a no-break space and its like are blanks to a reader
+        blank = unicodedata.category(character) == "Zs"  # a no-break space looks like a space
         shown.append(REPLACEMENT if hidden else " " if blank else character)
     return "".join(shown)

@@ -1,7 +1,7 @@
-"""Landlock: the kernel keeps this process, and what it starts, from changing files outside of what it is given.
+"""Restricts writes by Landlock: this process and its children can change only the files that it is given.
 
-In: paths. Out: nothing, or an `OSError` where the kernel has no Landlock. Reading stays as it was. Must be called
-before there is a second thread: one that runs already is not held. https://docs.kernel.org/userspace-api/landlock.html
+Reading is not restricted. Call it before a second thread starts: a running thread is not restricted.
+https://docs.kernel.org/userspace-api/landlock.html
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _REFER = 1 << 13
 _TCP = 1 << 0 | 1 << 1  # bind, connect
 _OUTSIDE = 1 << 0 | 1 << 1  # abstract sockets of others, signals to others
 _SINCE = {"refer": 2, "truncate": 3, "tcp": 4, "scopes": 6}
-"""The versions of Landlock that brought them."""
+"""The version of Landlock that introduced each restriction."""
 
 
 def restrict_writes(allowed: Iterable[Path]) -> None:
-    """From here on nothing can be written, made or removed but `allowed` (files and directories) and what is in them.
+    """Allow writing, creating, and removing only in `allowed` (files and directories, with their contents).
 
     Raises:
-        OSError: this kernel has no Landlock, or it is switched off.
+        OSError: this kernel has no Landlock, or Landlock is disabled.
     """
     version = _call(_CREATE, None, ctypes.c_size_t(0), _VERSION)
     writes = _WRITE_FILE | _MAKE_AND_REMOVE
@@ -37,8 +37,8 @@ def restrict_writes(allowed: Iterable[Path]) -> None:
     writes |= _TRUNCATE if version >= _SINCE["truncate"] else 0
     tcp = _TCP if version >= _SINCE["tcp"] else 0
     scopes = _OUTSIDE if version >= _SINCE["scopes"] else 0
-    asked = struct.pack("=QQQ", writes, tcp, scopes)
-    rules = _call(_CREATE, asked, ctypes.c_size_t(len(asked)), 0)
+    restrictions = struct.pack("=QQQ", writes, tcp, scopes)
+    rules = _call(_CREATE, restrictions, ctypes.c_size_t(len(restrictions)), 0)
     try:
         for path in allowed:
             _allow(rules, path, writes)

@@ -1,7 +1,6 @@
-"""The worker's own directory: made for each worker, and removed afterwards.
+"""Makes a temporary directory for each worker, and removes it, even after a run that was killed.
 
-In: nothing. Out: an empty directory. A run holds the system's lock on its directory. A directory that no process holds
-is of a killed run, and the next run removes it.
+The run locks its directory (`flock`) for as long as it lives. The next run removes directories without a lock.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 PREFIX = "merge-gate-worker-"
 _NAME = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
 _MODE = 0o700
-"""Name and permissions that `tempfile` gives a directory; one that a user made has others."""
+"""The name and permissions that `tempfile` gives a directory. A user's own directory differs."""
 
-_YOUNG_S = 60.0
-"""A directory this young may be one that is being made: its lock is not there yet."""
+_MIN_AGE_S = 60.0
+"""A younger directory may not be locked yet, because it was just made."""
 
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[str]:
-    """A directory of this process's own, gone afterwards; those of dead runs are gone at once."""
+    """Remove the directories of dead runs, and make a directory that is removed at the end."""
     _remove_dead(Path(tempfile.gettempdir()))
     directories = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     with directories as directory, locked_directory(directory):
@@ -46,11 +45,11 @@ def _remove_dead(parent: Path) -> None:
 def _remove_if_dead(directory: Path) -> None:
     with contextlib.suppress(OSError, AlreadyLockedError):
         # 1. Look before locking: its run may be about to lock a young one.
-        found = directory.lstat()
-        is_own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == _MODE
-        if not is_own or time.time() - found.st_mtime <= _YOUNG_S:
+        status = directory.lstat()
+        is_own = status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == _MODE
+        if not is_own or time.time() - status.st_mtime <= _MIN_AGE_S:
             return
         # 2. Remove what no process holds, and what is still there.
         with locked_directory(directory, follow=False) as lock:
-            if lock.is_held and os.path.samestat(found, os.fstat(lock.descriptor)):
+            if lock.is_held and os.path.samestat(status, os.fstat(lock.descriptor)):
                 shutil.rmtree(directory, ignore_errors=True)

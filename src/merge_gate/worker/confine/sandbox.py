@@ -1,8 +1,8 @@
-"""The worker's sandbox: what the kernel keeps it from, whatever code comes to run in it.
+"""Lets the kernel restrict the worker, whatever code runs in it: writes, network, processes, file size, and memory.
 
-In: the worker's own directory; later its job. Out: `Sandbox`: what holds, and why the rest does not. Files are read as
-before; written are its own directory, /dev/null, and what a GPU's driver needs. Neither torch nor threads may be there
-before `confine`: a thread that runs already is not held.
+`Sandbox` lists the restrictions in force, and why others are missing. Files can still be read. The worker can write to
+its own directory, /dev/null, and what a GPU's driver needs. Call `confine` before torch is imported and before any
+thread starts: a running thread is not restricted.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from merge_gate.worker.memory import MemoryGroup, base_bytes
 from merge_gate.worker.protocol import Job
 
 SWITCH = "MERGE_GATE_SANDBOX"
-"""`off` runs the worker without a sandbox, which the report then says."""
+"""`off` runs the worker without a sandbox, and the report says so."""
 
 CACHES = {
     "HF_MODULES_CACHE": "modules",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # made while torch's compiler is imported; the import fails where it cannot
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # the import of torch's compiler fails if it cannot make this directory
     "TRITON_CACHE_DIR": "triton",
     "CUDA_CACHE_PATH": "cuda",
 }
-"""Where libraries write; names of directories in the worker's own."""
+"""Variables for directories that libraries write to, each with its name in the worker's own directory."""
 
 _DEVICES = ("nvidia*", "nvidia-caps/*", "dxg", "kfd", "dri/*")
 _PR_SET_NO_NEW_PRIVS = 38
-_CAPABILITIES_VERSION, _KEPT_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # to read files whatever their modes
+_CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 _SPARE_FILE_BYTES = 1 << 30
 _SPARE_MEMORY_BYTES = 8 << 30
-_WIDEST_CAST = 4  # a byte of the file may be four in memory
+_MAX_CAST_FACTOR = 4  # one byte of a file may become four in memory
 
 
 def caches(directory: str) -> dict[str, str]:
-    """The worker's environment, as far as its directory decides it."""
+    """The environment variables that depend on the worker's directory."""
     return {"TMPDIR": directory, **{name: str(Path(directory, below)) for name, below in CACHES.items()}}
 
 
 def confine(directory: Path) -> Sandbox:
-    """Give up, for good, what merging does not need."""
+    """Give up, permanently, everything that merging does not need."""
     if os.environ.get(SWITCH) == "off":
-        return Sandbox(missing=(f"all of it: {SWITCH} is off",))
+        return Sandbox(missing=(f"everything: {SWITCH} is off",))
     sandbox = Sandbox()
     _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _drop_capabilities()
@@ -58,26 +58,26 @@ def confine(directory: Path) -> Sandbox:
 
 
 def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
-    """Bound what one file, and the memory of the process, can grow to."""
+    """Limit the size of a written file, and the memory of the process."""
     if os.environ.get(SWITCH) == "off":
         return sandbox
-    files = (file for group in job.groups for task in group.tasks for one in task.files for file in one.files)
+    files = (file for group in job.groups for task in group.tasks for member in task.files for file in member.files)
     _lower(resource.RLIMIT_FSIZE, _SPARE_FILE_BYTES + 2 * sum(file.size_bytes for file in files))
     sandbox = replace(sandbox, held=(*sandbox.held, "file size"))
     free_bytes = MemoryGroup().free_bytes()
     if device != "cpu" or free_bytes is None:
-        why = "memory: a card's driver maps more addresses than there is memory"
+        why = "memory: a GPU's driver maps more addresses than there is memory"
         return replace(sandbox, missing=(*sandbox.missing, why))
     stored = sum(base_bytes(group.directory) or 0 for group in job.groups)
-    _lower(resource.RLIMIT_DATA, _SPARE_MEMORY_BYTES + free_bytes + _WIDEST_CAST * stored)
+    _lower(resource.RLIMIT_DATA, _SPARE_MEMORY_BYTES + free_bytes + _MAX_CAST_FACTOR * stored)
     return replace(sandbox, held=(*sandbox.held, "memory"))
 
 
-def _try(sandbox: Sandbox, parts: tuple[str, ...], hold: Callable[[], None], what: str) -> Sandbox:
+def _try(sandbox: Sandbox, parts: tuple[str, ...], restrict: Callable[[], None], mechanism: str) -> Sandbox:
     try:
-        hold()
+        restrict()
     except OSError as error:
-        why = f"{' and '.join(parts)}: {what} is not to be had here ({error.strerror})"
+        why = f"{' and '.join(parts)}: {mechanism} is not available here ({error.strerror})"
         return replace(sandbox, missing=(*sandbox.missing, why))
     return replace(sandbox, held=(*sandbox.held, *parts))
 
@@ -86,24 +86,24 @@ def _writable(directory: Path) -> Iterable[Path]:
     yield directory
     yield Path(os.devnull)
     devices = [path for pattern in _DEVICES for path in Path("/dev").glob(pattern)]
-    if devices:  # CUDA makes files in /dev/shm, and writes the names of its threads
+    if devices:  # CUDA creates files in /dev/shm, and writes thread names to /proc/self
         yield from (path for path in (*devices, Path("/dev/shm"), Path("/proc/self")) if path.exists())  # noqa: S108
 
 
 def _drop_capabilities() -> None:
-    """A worker of root's keeps the right to read any file, and no other."""
+    """Drop root's capabilities, except the right to read any file."""
     header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
     both_halves = ctypes.create_string_buffer(24)
     if _libc().capget(header, both_halves) == 0:
         effective, permitted, *_ = struct.unpack("=6I", both_halves.raw)
-        kept = (effective & _KEPT_CAPABILITIES, permitted & _KEPT_CAPABILITIES)
-        _libc().capset(header, struct.pack("=6I", *kept, 0, 0, 0, 0))
+        reduced = (effective & _READ_CAPABILITIES, permitted & _READ_CAPABILITIES)
+        _libc().capset(header, struct.pack("=6I", *reduced, 0, 0, 0, 0))
 
 
-def _lower(what: int, to_bytes: int) -> None:
-    _, hard = resource.getrlimit(what)
+def _lower(resource_id: int, to_bytes: int) -> None:
+    _, hard = resource.getrlimit(resource_id)
     new = to_bytes if hard == resource.RLIM_INFINITY else min(to_bytes, hard)
-    resource.setrlimit(what, (new, new))
+    resource.setrlimit(resource_id, (new, new))
 
 
 def _libc() -> ctypes.CDLL:

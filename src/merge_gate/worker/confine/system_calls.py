@@ -1,12 +1,12 @@
-"""seccomp: system calls that the worker has no use for, refused by the kernel.
+"""Refuses system calls that the worker does not need, by a seccomp filter.
 
-In: nothing. Out: nothing, or an `OSError` where the kernel or the architecture has no filter. Holds for this thread and
-those that it starts, whatever rights the process has. https://docs.kernel.org/userspace-api/seccomp_filter.html
+The filter applies to this thread and the threads that it starts, whatever rights the process has.
+https://docs.kernel.org/userspace-api/seccomp_filter.html
 
-1. Network: no socket but those of the file system, none of them is connected, no io_uring (which goes around filters).
-2. Processes: threads only; no new program; nobody else's process is traced, read or signalled.
-3. What Landlock leaves open: modes, owners, times and attributes of files. These calls seem to succeed, and do nothing:
-   libraries copy files with their modes.
+1. Network: only Unix sockets, without connecting them, and no io_uring (which bypasses filters).
+2. Processes: only threads. No new program, and no tracing, reading, or signaling of another process.
+3. Files: calls that change modes, owners, times, and attributes, which Landlock does not cover, do nothing and report
+   success. Libraries copy files with their modes, and would fail otherwise.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _X32 = 0x40000000  # a second table of calls on x86-64
 _AF_UNIX, _CLONE_THREAD = 1, 0x10000
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""The kernel's name of each in filters, and its column below."""
+"""The kernel's number of each architecture in filters, and its column in the tables below."""
 
-# name: numbers of the call by architecture; 0 where there is no such call
+# name: numbers of the call by architecture; 0 if the architecture has no such call
 _REFUSED = {
     "connect": (42, 203),
     "io_uring_setup": (425, 425),
@@ -49,7 +49,7 @@ _REFUSED = {
     "setns": (308, 268),
     "truncate": (76, 45),
 }
-_UNKNOWN = {"clone3": (435, 435)}  # its flags are in memory, where a filter cannot look; libraries use clone then
+_UNKNOWN = {"clone3": (435, 435)}  # a filter cannot read its flags, which are in memory; libraries fall back to clone
 _WITHOUT_EFFECT = {
     "chmod": (90, 0),
     "fchmod": (91, 52),
@@ -76,13 +76,13 @@ _SOCKET, _CLONE, _KILL, _TGKILL = (41, 198), (56, 220), (62, 129), (234, 131)
 
 
 def refuse_calls() -> None:
-    """From here on the calls above are refused. Needs that the process can gain no rights (`no_new_privs`).
+    """Refuse the calls above from now on. Requires `no_new_privs`.
 
     Raises:
-        OSError: the kernel has no such filter, or not for this architecture.
+        OSError: the kernel has no such filter, or this architecture is unknown.
     """
     if platform.machine() not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no list of system calls for {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not listed")
     program = b"".join(_program(*_ARCHITECTURES[platform.machine()]))
     buffer = ctypes.create_string_buffer(program, len(program))
     filter_ = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
@@ -119,7 +119,7 @@ def _unless(test: int, value: int, answer: int) -> Iterator[bytes]:
 
 
 def _only_with(number: int, test: int, value: int, answer: int) -> Iterator[bytes]:
-    """The call is allowed where its first argument passes the test."""
+    """Allow the call only if its first argument passes the test."""
     yield _step(_JUMP_EQUAL, number, 0, 4)
     yield _step(_LOAD, _FIRST_ARGUMENT_AT)
     yield from _unless(test, value, answer)
