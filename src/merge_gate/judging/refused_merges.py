@@ -291,6 +291,7 @@ def layer_left_unmerged(fact: LayerLeftUnmerged) -> Finding:
         "of two layers, one inside of the other, PEFT merges the outer one only (target_parameters on a module, "
         "target_modules on a part of it): serve the adapter unmerged, or train it again with one of the two",
         Origin.MERGE,
+        module=fact.module,
     )
 
 
