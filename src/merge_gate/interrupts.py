@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STOP_GRACE_S = 5
-"""A cancelled job has 7.5 s between SIGINT and SIGTERM, and 2.5 s more (actions/runner, ProcessInvoker.cs)."""
+"""A canceled job has 7.5 s between SIGINT and SIGTERM, and 2.5 s more (actions/runner, ProcessInvoker.cs)."""
 TIME_LIMIT_S = 6 * 60 * 60.0
 """The time limit of a job on a hosted runner."""
 
