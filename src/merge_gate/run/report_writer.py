@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from merge_gate.errors import GateError
-from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.report.formats.rendered_adapters import RenderedAdapters
+from merge_gate.report.stored.report_files import FORMATS, REUSING_FORMATS, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +31,13 @@ class ReportWriter:
     """Writes to one directory, or nowhere if it is None.
 
     Only the first and the last report must reach it. A failure in between is reported once, and the next report tries
-    again.
+    again. Each report reuses the texts of adapters that the last report had.
     """
 
     def __init__(self, directory: str | None, notify: Callable[[str], None]) -> None:
         self._directory = directory
         self._notify = notify
+        self._rendered = {name: RenderedAdapters() for name in REUSING_FORMATS}
         self._has_notified = False
         self._pending = False
         self._has_waited = False
@@ -48,7 +50,7 @@ class ReportWriter:
             UsageError: the directory cannot be used.
         """
         if self._directory is not None:
-            write_report(report, self._directory)
+            write_report(report, self._directory, rendered=self._rendered)
         self._pending = False
 
     def write_last(self, report: Report) -> None:
@@ -80,7 +82,7 @@ class ReportWriter:
         self._has_waited |= at_once
         try:
             if self._directory is not None:
-                write_report(current(), self._directory, formats=formats)
+                write_report(current(), self._directory, formats=formats, rendered=self._rendered)
             self._pending = False
         except GateError as error:
             self._notify_once(error)

@@ -23,7 +23,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.report.formats.remembered import Remembered
+from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording import words
 from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.chain import chain
@@ -45,8 +45,8 @@ _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: 
 _MAX_PLACES = 20
 
 
-def render(report: Report) -> str:
-    """Return the HTML of report.html."""
+def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
+    """Return the HTML of report.html. `rendered` holds the rows of the run's last report, which this one reuses."""
     layouts = _Layouts()
     judged = words.worst_first(report.adapters)
     page, _ = _templates()
@@ -55,7 +55,7 @@ def render(report: Report) -> str:
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        rows=_rows(report, judged, layouts),
+        rows=_rows(report, judged, layouts, rendered or RenderedAdapters()),
         layouts=_data(layouts.known),
         failed=report.counts.failed,
         undecided=report.counts.error,
@@ -116,10 +116,12 @@ def _policy() -> str:
 # --- the row of an adapter -----------------------------------------------------------------------------------------
 
 
-def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> list[dict[str, Any]]:
+def _rows(
+    report: Report, judged: list[AdapterReport], layouts: _Layouts, rendered: RenderedAdapters
+) -> list[dict[str, Any]]:
     """The rows. A finding that an earlier row shows, of the same adapter in another dtype, is folded."""
     before = earlier_entries(judged)
-    texts = _TEXTS.texts(
+    texts = rendered.texts(
         _row,
         judged,
         [layouts.number_of(adapter) for adapter in judged],
@@ -130,9 +132,6 @@ def _rows(report: Report, judged: list[AdapterReport], layouts: _Layouts) -> lis
         {"verdict": adapter.verdict, "is_warned": bool(words.warnings(adapter)), "text": Markup(text)}  # noqa: S704 - made below
         for adapter, text in zip(judged, texts, strict=True)
     ]
-
-
-_TEXTS = Remembered()
 
 
 def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:

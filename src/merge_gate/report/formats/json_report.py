@@ -16,7 +16,7 @@ from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load
-from merge_gate.report.formats.remembered import Remembered
+from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import is_hidden
@@ -30,17 +30,17 @@ _NO_ADAPTERS, _ADAPTERS = '\n  "adapters": []', '\n  "adapters": [\n    '
 _ROW = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
 
-def render(report: Report) -> str:
-    """Return report.json. Never raises for what a record may hold: non-finite figures become strings."""
+def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
+    """Return report.json. Never raises for what a record may hold: non-finite figures become strings.
+
+    `rendered` holds the texts of the run's last report, which this one reuses.
+    """
     text = _laid_out(dump_record(report, emptied=("adapters",)))
-    texts = _TEXTS.texts(_adapter_text, report.adapters)
+    texts = (rendered or RenderedAdapters()).texts(_adapter_text, report.adapters)
     if texts:
         before, _, after = text.partition(_NO_ADAPTERS)
         return "".join((before, _ADAPTERS, ",\n    ".join(texts), "\n  ]", after, "\n"))
     return text + "\n"
-
-
-_TEXTS = Remembered()
 
 
 def _adapter_text(adapter: AdapterReport) -> str:
