@@ -96,6 +96,10 @@ def test_a_shard_that_is_a_link_into_the_blobs_of_a_cache_is_followed(tmp_path: 
         ({INDEX: b'{"metadata": {}, "weight_map": []}'}, INCONSISTENT, "weight_map"),
         ({MODEL: b""}, INCOMPLETE, "empty"),
         ({MODEL: safetensors(PLAIN)[:-1]}, INCOMPLETE, "truncated"),
+        ({MODEL: safetensors(PLAIN)[:7]}, INCOMPLETE, "7"),
+        ({MODEL: safetensors(PLAIN)[:40]}, INCOMPLETE, "truncated"),
+        ({MODEL: safetensors(PLAIN) + b"x"}, INCONSISTENT, "1"),
+        ({MODEL: safetensors({"is truncated": ("F32", (1,))}).replace(b"F32", b"F33")}, INCONSISTENT, "is truncated"),
         ({MODEL: b"version https://git-lfs.github.com/spec/v1\nsize 7\n"}, INCOMPLETE, "Git LFS"),
         ({MODEL: b"<!doctype html>"}, INCONSISTENT, "HTML"),
         ({MODEL: safetensors(PLAIN), "config.json": b"{"}, INCONSISTENT, "config.json"),
@@ -114,6 +118,23 @@ def test_files_that_cannot_be_loaded(files: dict[str, bytes], check: str, noun: 
     assert raised.value.check == check
     assert noun in raised.value.message
     assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "check"),
+    [
+        (b"", INCOMPLETE),
+        (bytes(64), INCOMPLETE),
+        (b"PK\x03\x04" + bytes(60), INCOMPLETE),
+        (b"<!doctype html>", INCONSISTENT),
+        (b"\x80\x02cos\nis truncated\nq\x00.", INCONSISTENT),
+    ],
+)
+def test_a_pickled_file_without_its_end_is_incomplete(content: bytes, check: str, tmp_path: Path) -> None:
+    directory = lay(tmp_path, {"pytorch_model.bin": content})
+    with pytest.raises(ResolveError) as raised:
+        read_base(str(directory), name="b", allow_pickle=True)
+    assert raised.value.check == check
 
 
 def test_a_config_with_infinity_is_as_good_as_transformers_takes_it(tmp_path: Path) -> None:

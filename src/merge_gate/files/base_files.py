@@ -30,8 +30,15 @@ from merge_gate.files.base_weights import (
     SAFETENSORS_ENDING,
     WeightFiles,
 )
-from merge_gate.files.headers import CorruptFileError, lfs_pointer, open_regular, parse_places, shown
-from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
+from merge_gate.files.headers import (
+    CorruptFileError,
+    TruncatedFileError,
+    lfs_pointer,
+    open_regular,
+    parse_places,
+    shown,
+)
+from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor, TensorHeader
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import counted, listing
@@ -40,7 +47,6 @@ _LISTED = 6
 _CHUNK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 100_000
 _BASE_IN_CARD = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w.-]+/[\w.-]+)[\"']?[ \t]*$", re.MULTILINE)
-_TRUNCATED_PHRASES = ("is truncated", "is empty", "was cut off", "but zeros", "too few for")
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
 _DTYPE_ALIASES = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"} | {
     f"torch.{name}": name for name in _DTYPES
@@ -192,8 +198,8 @@ def _read_weights(directory: str, file: str, name: str) -> Iterator[_Tensor]:
             size_bytes = os.fstat(opened.fileno()).st_size
             for tensor in read_pickled(opened, size_bytes) or ():
                 yield _Tensor(stored=_stored(tensor, file))
-    except (CorruptFileError, UnsafePickleError) as error:
-        check = INCOMPLETE if any(words in str(error) for words in _TRUNCATED_PHRASES) else INCONSISTENT
+    except CorruptFileError as error:
+        check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
         raise ResolveError(
             f"the base {shown(name)} is broken: {shown(file)} {error}", hint=FETCH_AGAIN, check=check
         ) from error

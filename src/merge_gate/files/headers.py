@@ -46,6 +46,7 @@ _ZIP, _PICKLE, _GGUF = (
     "a Python pickle",
     "a GGUF model",
 )
+ZEROS = "zeros, probably of an interrupted download"
 _PAGE = "an HTML or XML page, probably of a failed download"
 _FORMATS = (
     (re.compile(rb"PK\x03\x04"), _ZIP),
@@ -56,7 +57,7 @@ _FORMATS = (
     (re.compile(rb"\x93NUMPY"), "a NumPy array"),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), _PAGE),
     (re.compile(rb"\s*[{\[]"), "a JSON text"),
-    (re.compile(rb"\x00{16}"), "zeros, probably of an interrupted download"),
+    (re.compile(rb"\x00{16}"), ZEROS),
 )
 
 _SAVED_AS_PICKLE = (
@@ -81,6 +82,10 @@ class CorruptFileError(Exception):
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
+
+
+class TruncatedFileError(CorruptFileError):
+    """The end of the file is missing, as after an interrupted download."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +140,7 @@ def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], .
     # 1. The first eight bytes are the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
     if not size_bytes:
-        raise CorruptFileError("is empty (0 bytes)")
+        raise TruncatedFileError("is empty (0 bytes)")
     file.seek(0)
     prefix = file.read(_PREFIX_BYTES)
     header_bytes = int.from_bytes(prefix, "little")
@@ -145,7 +150,8 @@ def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], .
     # 2. The header is a JSON object with an entry for each tensor.
     raw = file.read(header_bytes)
     if len(raw) < header_bytes:
-        raise CorruptFileError(f"was cut off while it was read: {len(raw):,} of {counted(header_bytes, 'header byte')}")
+        read = f"{len(raw):,} of {counted(header_bytes, 'header byte')}"
+        raise TruncatedFileError(f"was cut off while it was read: {read}")
     entries = _parse_json(raw)
     _check_metadata(entries.pop("__metadata__", None))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries.items()}
@@ -175,13 +181,13 @@ def _refuse_start(file: BufferedReader, header_bytes: int, size_bytes: int) -> N
     if name := other_format(file):
         raise CorruptFileError(f"is not a safetensors file but {name}", _HINTS.get(name, ""))
     if size_bytes < _PREFIX_BYTES:
-        raise CorruptFileError(f"has {counted(size_bytes, 'byte')}, too few for a safetensors file")
+        raise TruncatedFileError(f"has {counted(size_bytes, 'byte')}, too few for a safetensors file")
     if header_bytes > MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"is not a safetensors file: its first 8 bytes claim a header of {header_bytes:,} bytes, "
             f"the format allows {MAX_HEADER_BYTES:,}"
         )
-    raise CorruptFileError(
+    raise TruncatedFileError(
         f"is truncated, or not a safetensors file: the header alone should have {counted(header_bytes, 'byte')}, "
         f"the whole file has {size_bytes:,}"
     )
@@ -267,7 +273,7 @@ def _check_offsets(tensors: dict[str, tuple[TensorHeader, int, int]], *, data_by
         expected = end
     sizes = f"its header describes {counted(expected, 'byte')} of tensor data, the file holds {data_bytes:,}"
     if expected > data_bytes:
-        raise CorruptFileError(f"is truncated: {sizes}")
+        raise TruncatedFileError(f"is truncated: {sizes}")
     if excess := data_bytes - expected:
         belong = "belongs" if excess == 1 else "belong"
         raise CorruptFileError(f"has {counted(excess, 'byte')} that {belong} to no tensor: {sizes}")

@@ -20,7 +20,14 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_gate.files.headers import MAX_HEADER_BYTES, CorruptFileError, other_format, shown
+from merge_gate.files.headers import (
+    MAX_HEADER_BYTES,
+    ZEROS,
+    CorruptFileError,
+    TruncatedFileError,
+    other_format,
+    shown,
+)
 from merge_gate.records.files import TensorHeader
 
 if TYPE_CHECKING:
@@ -73,7 +80,7 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, .
     run something.
     """
     if not size_bytes:
-        raise CorruptFileError("is empty (0 bytes)")
+        raise TruncatedFileError("is empty (0 bytes)")
     file.seek(0)
     start = file.read(len(_ZIP))
     try:
@@ -87,7 +94,8 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, .
         raise CorruptFileError("is not torch's format but safetensors", "give it the name adapter_model.safetensors")
     if (found := other_format(file)) is None:
         _refuse_calls(file)
-    raise CorruptFileError(f"is not torch's format but {found or 'something unknown'}")
+    error = TruncatedFileError if found == ZEROS else CorruptFileError
+    raise error(f"is not torch's format but {found or 'something unknown'}")
 
 
 def _is_safetensors(file: BufferedReader) -> bool:
@@ -110,7 +118,7 @@ def _data_of_archive(file: BufferedReader, size_bytes: int) -> bytes:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's start is the file's
             raise
-        raise CorruptFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
+        raise TruncatedFileError(f"is truncated or damaged: {size_bytes:,} bytes of a zip archive ({error})") from None
     if len(raw) > MAX_HEADER_BYTES:
         raise CorruptFileError(f"has a data.pkl of more than {MAX_HEADER_BYTES:,} bytes, which is no list of tensors")
     return raw
