@@ -518,7 +518,7 @@ def test_peft_witnesses_each_kind_of_layer(shelf: Shelf) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama"))
     shapes = {tuple(model.get_submodule(name).weight.shape) for name in evidence.targeted}
     assert (evidence.layers_in_blocks, evidence.layers_by_peft) == (len(evidence.targeted), 0)
-    assert len(evidence.witnessed) == len(shapes)
+    assert len(evidence.cross_checked) == len(shapes)
     assert evidence.differing == ()
 
 
@@ -534,7 +534,7 @@ def test_extremes_that_pefts_merge_does_not_have_send_the_adapter_through_peft(
     right = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
     monkeypatch.setattr(plan, "measure_merge", nudged)
     evidence = evidence_of(shelf.base("llama"), shelf.adapter("every-projection"), "bfloat16")
-    assert len(evidence.differing) == len(right.witnessed)
+    assert len(evidence.differing) == len(right.cross_checked)
     assert evidence.layers_in_blocks == 0
     by_peft, expected = (
         {one.stats.name: (one.stats.minimum, one.stats.maximum) for one in found.merges} for found in (evidence, right)

@@ -52,8 +52,8 @@ def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:
 
 def comparable(evidence: Evidence) -> str:
     """Its text, since NaN is not equal to NaN. Which layers PEFT cross-checks depends on the adapters before."""
-    assert len(set(evidence.witnessed)) == len(evidence.witnessed)
-    return repr(dataclasses.replace(evidence, seconds=0.0, witnessed=(str(len(evidence.witnessed)),)))
+    assert len(set(evidence.cross_checked)) == len(evidence.cross_checked)
+    return repr(dataclasses.replace(evidence, seconds=0.0, cross_checked=(str(len(evidence.cross_checked)),)))
 
 
 def changed(adapter: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -104,9 +104,9 @@ def test_adapters_are_cross_checked_in_different_layers(shelf: Shelf) -> None:
     first, second = merge_together([request_for(base, adapter)] * 2)
     assert first is not None
     assert second is not None
-    assert first.witnessed != second.witnessed
-    assert len(first.witnessed) == len(second.witnessed) > 1
-    assert merge(request_for(base, adapter)).witnessed == first.witnessed
+    assert first.cross_checked != second.cross_checked
+    assert len(first.cross_checked) == len(second.cross_checked) > 1
+    assert merge(request_for(base, adapter)).cross_checked == first.cross_checked
 
 
 def test_a_weight_is_merged_with_all_adapters_before_the_next_one(

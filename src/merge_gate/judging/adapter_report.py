@@ -172,7 +172,7 @@ def _coverage(evidence: Evidence) -> Coverage:
         parameters_checked=evidence.parameters_checked,
         layers_in_blocks=0 if evidence.differing else evidence.layers_in_blocks,
         layers_by_peft=evidence.layers_by_peft,
-        layers_witnessed=len(evidence.witnessed),
+        layers_witnessed=len(evidence.cross_checked),
         layers_differing=evidence.differing[:10],
         parameters_bounded=evidence.parameters_bounded,
         parameters_total=evidence.parameters_total,

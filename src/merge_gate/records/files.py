@@ -1,11 +1,11 @@
-"""Names that became files, and what the files say without a merge."""
+"""The files of adapters and bases, and what they show without a merge."""
 
 from __future__ import annotations
 
 from dataclasses import field, replace
 
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.terms import Finding, record, told
+from merge_gate.records.terms import Finding, record, reported
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """An adapter's files, as PEFT names them."""
@@ -13,7 +13,7 @@ CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.s
 
 @record
 class Snapshot:
-    """Files on disk. `name` as written, `revision` the commit for a Hub id, None for a directory."""
+    """Files on disk. `name` is as written. `revision` is the commit of a Hub id, and None for a directory."""
 
     name: str
     directory: str
@@ -22,7 +22,7 @@ class Snapshot:
 
 @record
 class FileIdentity:
-    """What tells a file from every other one, and from itself before a write (identity.py)."""
+    """Identifies a file, and changes when something writes to it (identity.py)."""
 
     name: str
     device: int
@@ -34,7 +34,7 @@ class FileIdentity:
 
 @record
 class BaseContent:
-    """What a base holds, as digests: `weights` of its weight files, `settings` of its other files that are read."""
+    """Digests of a base: `weights` covers its weight files, and `settings` the other files that are read."""
 
     weights: str
     settings: str
@@ -44,18 +44,18 @@ class BaseContent:
 class FileRecord:
     """One input file of an adapter. `path` is relative to the adapter's directory.
 
-    `identity` is that of the open file that was hashed; records of the same bytes are equal, whatever it is.
+    `identity` is that of the open file that was hashed. It does not count when two records are compared.
     """
 
-    path: str = told("Relative to the adapter's directory.")
-    size_bytes: int = told("Size in bytes.", key="bytes")
-    sha256: str = told("Digest of its bytes, hex.")
+    path: str = reported("Relative to the adapter's directory.")
+    size_bytes: int = reported("Size in bytes.", key="bytes")
+    sha256: str = reported("Digest of its bytes, hex.")
     identity: FileIdentity | None = field(default=None, compare=False)
 
 
 @record
 class TensorHeader:
-    """A tensor as the weights file describes it. `dtype` in safetensors' words (F32, BF16, …)."""
+    """A tensor as the weights file describes it. `dtype` is safetensors' name for it (F32, BF16, …)."""
 
     name: str
     dtype: str
@@ -74,12 +74,11 @@ class StoredTensor:
 
 @record
 class DeclaredQuantization:
-    """What a base's files say about its quantization. `method` is the declared `quant_method`, or "".
-
-    Of bitsandbytes it is `bitsandbytes_4bit` or `bitsandbytes_8bit`, as transformers' own tables have it.
+    """What a base's files say about its quantization.
 
     Attributes:
-        method: what the file calls the method.
+        method: the declared `quant_method`, or "". bitsandbytes has `bitsandbytes_4bit` and `bitsandbytes_8bit`, as in
+            transformers' own tables.
         file: config.json, or a file next to it that other programs read (quantize_config.json, hf_quant_config.json).
         key: the key in that file, "" if the whole file is the declaration.
         is_read: whether transformers reads this declaration.
@@ -131,7 +130,7 @@ class BaseFiles:
 
 @record
 class Pattern:
-    """A regular expression of an adapter's config: `text` as it stands at `place`, `expression` as PEFT forms it."""
+    """A regular expression of an adapter's config: `text` is written at `place`, and PEFT compiles `expression`."""
 
     place: str
     text: str
@@ -140,10 +139,11 @@ class Pattern:
 
 @record
 class AdapterConfig:
-    """adapter_config.json, read once (files/adapter_config.py): all stages look here, and only PEFT reads it again.
+    """The content of adapter_config.json, read once (files/adapter_config.py). Only PEFT reads the file again.
 
-    A value that is absent, empty or of a wrong type (which is a finding) is None or False. `digest` is that of all that
-    the file says, empty where there is none. `values` are the keys that are set, and how each reads, cut.
+    A value that is absent, empty or of a wrong type (which is a finding) is None or False. `digest` covers the whole
+    content, and is empty if there is no file. `values` are the keys that are set, each with its value as JSON,
+    shortened.
     """
 
     digest: str = ""
@@ -171,7 +171,7 @@ class AdapterConfig:
 class AdapterFiles:
     """What the preflight read of an adapter without torch.
 
-    `tensors` is empty where only torch can tell what pickled weights hold. `weights` is the file PEFT will load,
+    `tensors` is empty if only torch can list the tensors of pickled weights. `weights` is the file that PEFT will load,
     relative to `directory`, or None.
     """
 
@@ -185,9 +185,9 @@ class AdapterFiles:
 
 @record
 class Entry:
-    """One entry of the report to be: an adapter (or combination) in one dtype, and the files that its names stand for.
+    """One adapter (or combination) on one base in one dtype, with the files that its names stand for.
 
-    `problem` says why a name stands for none. `base_files` is None if nothing has read the base's files.
+    `problem` says why a name has no files. `base_files` is None if nothing has read the base's files.
     """
 
     spec: AdapterSpec
@@ -200,13 +200,13 @@ class Entry:
 
     @property
     def files(self) -> AdapterFiles:
-        """The members' files as one; of an ordinary adapter, its own."""
+        """The files of all members together. An adapter that is no combination has one member."""
         if len(self.members) == 1:
             return self.members[0]
         first = self.members[0] if self.members else AdapterFiles(directory="")
         return replace(
             first,
-            tensors=tuple(tensor for one in self.members for tensor in one.tensors),
-            files=tuple(file for one in self.members for file in one.files),
-            findings=tuple(finding for one in self.members for finding in one.findings),
+            tensors=tuple(tensor for member in self.members for tensor in member.tensors),
+            files=tuple(file for member in self.members for file in member.files),
+            findings=tuple(finding for member in self.members for finding in member.findings),
         )

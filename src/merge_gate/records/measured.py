@@ -1,32 +1,34 @@
-"""What the engine measures of bases and merges, and why it could not."""
+"""What the engine measures of bases and merges, or why it could not measure them."""
 
 from __future__ import annotations
 
 import math
 
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.terms import BaseKey, record, told
+from merge_gate.records.terms import BaseKey, record, reported
 
 
 @record
 class TensorStats:
-    """One tensor, measured. `minimum` and `maximum` are over the finite elements, None where there is none.
+    """The measured values of one tensor.
 
-    `dtype` in torch's words without the prefix (bfloat16). Of a quantised weight, the dequantised values.
-    `first_index` is the index of the first non-finite element in row-major order. `is_buffer`: a persistent buffer of
-    the base, no parameter.
+    `minimum` and `maximum` cover the finite elements, and are None if no element is finite. `dtype` is torch's name
+    without the prefix (bfloat16). A quantized weight is measured after dequantization. `first_index` is the index of
+    the first non-finite element in row-major order. `is_buffer`: a persistent buffer of the base, not a parameter.
     """
 
-    name: str = told("Its name in the merged model.")
-    dtype: str = told("Its dtype after the merge, in torch's words; of a quantised weight, of the dequantised values.")
-    shape: tuple[int, ...] = told("Its shape.")
-    numel: int = told("How many elements it has.")
-    minimum: float | None = told("Smallest finite value; null where there is none.", default=None)
-    maximum: float | None = told("Largest finite value; null where there is none.", default=None)
-    nan: int = told("How many elements are NaN.", default=0)
-    posinf: int = told("How many elements are +Infinity.", default=0)
-    neginf: int = told("How many elements are -Infinity.", default=0)
-    first_index: tuple[int, ...] | None = told("Index of the first non-finite element, row-major.", default=None)
+    name: str = reported("Its name in the merged model.")
+    dtype: str = reported(
+        "Its dtype after the merge, in torch's words. A quantized weight has the dtype of its dequantized values."
+    )
+    shape: tuple[int, ...] = reported("Its shape.")
+    numel: int = reported("How many elements it has.")
+    minimum: float | None = reported("Smallest finite value; null if no value is finite.", default=None)
+    maximum: float | None = reported("Largest finite value; null if no value is finite.", default=None)
+    nan: int = reported("How many elements are NaN.", default=0)
+    posinf: int = reported("How many elements are +Infinity.", default=0)
+    neginf: int = reported("How many elements are -Infinity.", default=0)
+    first_index: tuple[int, ...] | None = reported("Index of the first non-finite element, row-major.", default=None)
     is_buffer: bool = False
 
     @property
@@ -42,41 +44,40 @@ class TensorStats:
 class TensorMerge:
     """One parameter of the base as the merge leaves it.
 
-    `stats` is of the merged tensor in its final dtype, named as in the merged model. `module` is the base's module.
-    `dtype_max` is the largest finite value of the dtype. `changed` says whether any value differs from the base's (−0.0
-    is 0.0) by more than the roundings of the merge itself. `base_norm` and `delta_norm` are Frobenius norms of the
-    base's tensor and of the exact delta; `lost_norm` is ‖merged − (W + delta)‖; None where they were not measured.
-    `unchanged_fraction` is the share of elements whose bits the merge left alone.
+    `stats` describes the merged tensor in its final dtype, with its name in the merged model. `module` is the base's
+    module. `dtype_max` is the largest finite value of the dtype. `changed` says whether any value differs from the
+    base's (−0.0 equals 0.0) by more than the roundings of the merge itself. `base_norm` and `delta_norm` are the
+    Frobenius norms of the base's tensor and of the exact delta. `lost_norm` is ‖merged − (W + delta)‖. A norm is None
+    if it was not measured. `unchanged_fraction` is the share of elements whose bits the merge did not change.
 
-    `bounded` counts elements that were not merged one by one. Where there are some, `stats.minimum` and `stats.maximum`
-    are bounds that no element exceeds. `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and, of DoRA,
-    `delta_norm` are estimates by a sample of the rows (engine/merge/plan.py).
+    `bounded` counts elements that were not merged one by one. If it is not 0, `stats.minimum` and `stats.maximum` are
+    bounds that no element exceeds. `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
+    are estimates from a sample of the rows (engine/merge/plan.py).
     """
 
-    module: str = told("Module of the base.")
-    stats: TensorStats = told("The merged tensor in its final dtype.")
-    dtype_max: float = told("Largest finite value of the dtype.")
-    changed: bool = told("Whether any element differs from the base.")
-    base_norm: float | None = told("‖W‖, the Frobenius norm of the base's tensor.", default=None)
-    delta_norm: float | None = told("‖ΔW‖, the Frobenius norm of the exact delta.", default=None)
-    lost_norm: float | None = told(
-        "What rounding took: the norm of the merged tensor less the exact sum W + ΔW.", default=None
+    module: str = reported("Module of the base.")
+    stats: TensorStats = reported("The merged tensor in its final dtype.")
+    dtype_max: float = reported("Largest finite value of the dtype.")
+    changed: bool = reported("Whether any element differs from the base.")
+    base_norm: float | None = reported("‖W‖, the Frobenius norm of the base's tensor.", default=None)
+    delta_norm: float | None = reported("‖ΔW‖, the Frobenius norm of the exact delta.", default=None)
+    lost_norm: float | None = reported(
+        "What rounding lost: the norm of the merged tensor minus the exact sum W + ΔW.", default=None
     )
-    unchanged_fraction: float | None = told("Share of elements whose bits the merge left alone.", default=None)
-    bounded: int = told(
-        "Elements that were not merged one by one; where there are some, `minimum` and `maximum` are bounds that no "
-        "element exceeds.",
+    unchanged_fraction: float | None = reported("Share of elements whose bits the merge did not change.", default=None)
+    bounded: int = reported(
+        "Elements that were not merged one by one. If it is not 0, `minimum` and `maximum` are bounds that no element "
+        "exceeds.",
         default=0,
     )
-    estimated: bool = told(
-        "Whether `base_norm`, `lost_norm`, `unchanged_fraction` and, of DoRA, `delta_norm` are estimated from a "
-        "sample.",
+    estimated: bool = reported(
+        "Whether `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm` are estimated from a sample.",
         default=False,
     )
 
     @property
     def headroom(self) -> float | None:
-        """The largest magnitude as a share of what the dtype holds."""
+        """The largest magnitude as a share of the dtype's largest finite value."""
         return _share(self.stats.max_abs, self.dtype_max)
 
     @property
@@ -86,12 +87,12 @@ class TensorMerge:
 
     @property
     def lost_share(self) -> float | None:
-        """Share of the delta's norm that rounding took."""
+        """Share of the delta's norm that rounding lost."""
         return _share(self.lost_norm, self.delta_norm)
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
-    """None where one is not known, or the share is no number."""
+    """None if a norm is unknown or not finite, or `whole` is 0."""
     if part is None or not whole or not math.isfinite(part) or not math.isfinite(whole):
         return None
     return part / whole
@@ -99,10 +100,11 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 @record
 class Leeway:
-    """What need not be merged or measured, because the checks do not ask for it; none of it by default.
+    """Which figures may be estimated or bounded, because no check needs them exactly. By default none may.
 
-    With `estimates`, norms and losses may be those of a sample of the rows. A `headroom` above 0 lets a bound stand for
-    the merge of a weight, if it proves every value finite and below this share of the dtype's largest (`--quick`).
+    With `estimates`, norms and losses may come from a sample of the rows. With a `headroom` above 0, a bound can
+    replace the merge of a weight (`--quick`). The bound must prove that every value is finite, and below this share of
+    the dtype's largest value.
     """
 
     headroom: float = 0.0
@@ -122,9 +124,9 @@ class FileTensor:
 
 @record
 class UnreadLayer:
-    """A layer whose weight the model reads without calling it, so that its adapter does nothing until it is merged.
+    """A layer whose weight the model reads without calling it. Its adapter does nothing until it is merged.
 
-    `share` is ‖merged − read‖/‖read‖ of its tensors, `read` being what the model reads unmerged. `never_called`: no
+    `share` is ‖merged − read‖/‖read‖ of its tensors; `read` is what the model reads unmerged. `never_called`: no
     release of torch calls it (the output of `nn.MultiheadAttention`). `in_logits`: a forward pass has shown that the
     model's logits depend on it.
     """
@@ -137,12 +139,12 @@ class UnreadLayer:
 
 @record
 class BaseFacts:
-    """The base as it was measured, once. `parameters` counts elements of parameters and persistent buffers.
+    """The measured base. `parameters` counts elements of parameters and persistent buffers.
 
-    `loaded_as` is the class of the model. `replaced` names the tensors of its own head that gave way to the head of
-    another size that the adapters bring. `quantization` and `dtype` are what was loaded; `dtypes` counts the parameters
-    of each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack,
-    `unloaded` stored tensors that are not part of the model.
+    `loaded_as` is the class of the model. `replaced` names the tensors of its own head that the adapters replace by a
+    head of another size. `quantization` and `dtype` are those of the loaded model. `dtypes` counts the parameters of
+    each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack.
+    `unloaded` are stored tensors that are not part of the model.
     """
 
     model: str
@@ -165,22 +167,26 @@ class BaseFacts:
 
 @record
 class Evidence:
-    """Everything that was measured of one adapter on one base: what the checks judge.
+    """Everything that was measured of one adapter on one base. The checks judge it.
 
-    `missing` are tensors the config promises and that did not arrive in the model, `dropped` those of them that are in
-    the file, `unexpected` those in the file that nothing in the merge uses, in the file's own names. `targeted` are
-    the base's modules that the adapter was put on. `shared` pairs a module with the one by whose name its tensor goes,
-    where two modules hold one tensor. `tied` pairs a merged tensor with the module that shares it
-    unmerged. `refused_by_safe_merge` names modules that PEFT's `safe_merge=True` refuses although the merged tensor is
-    finite. `unnamed` are tensors of the base in whose place the file has others, although the config names them
-    nowhere. `initialised` are tensors of the merged model that are in neither the base's files nor the adapter's.
-    `mended` are tensors of the base that are not finite, and in whose place the merged model has finite ones.
-    `instead_of` is the class that the adapter's task type asks for, where its names fit only the class that the base
-    was loaded as. `unread` are layers that do nothing until they are merged.
-
-    `layers_in_blocks` were merged a block of rows at a time, `layers_by_peft` by PEFT itself; `witnessed` are those of
-    the former that PEFT merged as well, with the same bits. Where PEFT's bits were others, `differing` names the
-    layers, and all were merged by PEFT.
+    Attributes:
+        missing: tensors that the config promises and that did not arrive in the model.
+        dropped: those of `missing` that are in the file.
+        unexpected: tensors in the file that nothing in the merge uses, with their names in the file.
+        targeted: the base's modules that have the adapter's layers.
+        shared: pairs of modules that hold one tensor; the tensor has the name of the second.
+        tied: pairs of a merged tensor and the module that shares it unmerged.
+        refused_by_safe_merge: modules that PEFT's `safe_merge=True` refuses although the merged tensor is finite.
+        unnamed: tensors of the base that the file replaces, although the config names them nowhere.
+        initialized: tensors of the merged model that are absent from the base's files and from the adapter's.
+        unread: layers that do nothing until they are merged.
+        replaced_nonfinite: non-finite tensors of the base that the merged model replaces by finite ones.
+        layers_in_blocks: how many layers were merged a block of rows at a time.
+        layers_by_peft: how many layers PEFT itself merged.
+        cross_checked: layers merged in blocks that PEFT merged as well, with the same bits.
+        differing: layers for which PEFT's bits differed. PEFT then merged all layers.
+        instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
+            loaded as.
     """
 
     base: BaseFacts
@@ -195,12 +201,12 @@ class Evidence:
     tied: tuple[tuple[str, str], ...] = ()
     refused_by_safe_merge: tuple[str, ...] = ()
     unnamed: tuple[str, ...] = ()
-    initialised: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
     unread: tuple[UnreadLayer, ...] = ()
-    mended: tuple[str, ...] = ()
+    replaced_nonfinite: tuple[str, ...] = ()
     layers_in_blocks: int = 0
     layers_by_peft: int = 0
-    witnessed: tuple[str, ...] = ()
+    cross_checked: tuple[str, ...] = ()
     differing: tuple[str, ...] = ()
     refusal: Refusal | None = None
     instead_of: str | None = None
@@ -212,7 +218,7 @@ class Evidence:
 
     @property
     def rounded(self) -> tuple[TensorMerge, ...]:
-        """The merges of which it is known what rounding took."""
+        """The merges whose rounding loss was measured."""
         return tuple(
             one
             for one in self.merges
@@ -221,7 +227,7 @@ class Evidence:
 
     @property
     def lost_share(self) -> float | None:
-        """Share of the delta's norm that rounding took, over all of these; None where there are none."""
+        """Share of the delta's norm that rounding lost, over all `rounded` merges; None if there are none."""
         lost, delta = (
             math.hypot(*(norm or 0.0 for norm in norms))
             for norms in ([one.lost_norm for one in self.rounded], [one.delta_norm for one in self.rounded])

@@ -6,7 +6,7 @@ from collections import Counter
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.terms import Acceptance, BaseKey, Finding, Result, Verdict, record, told
+from merge_gate.records.terms import Acceptance, BaseKey, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
 TOOL = "merge-gate"
@@ -20,38 +20,38 @@ class Coverage:
     (engine/blocks/bound.py).
     """
 
-    adapter_tensors: int = told("Tensors in the adapter's file.", default=0)
-    applied: int = told("Tensors of the file that the merge used.", default=0)
-    modules_merged: int = told("Modules of the base that the adapter changes.", default=0)
-    layers_in_blocks: int = told("Layers that were merged in blocks of rows.", default=0)
-    layers_by_peft: int = told("Layers that only PEFT merged.", default=0)
-    layers_witnessed: int = told(
+    adapter_tensors: int = reported("Tensors in the adapter's file.", default=0)
+    applied: int = reported("Tensors of the file that the merge used.", default=0)
+    modules_merged: int = reported("Modules of the base that the adapter changes.", default=0)
+    layers_in_blocks: int = reported("Layers that were merged in blocks of rows.", default=0)
+    layers_by_peft: int = reported("Layers that only PEFT merged.", default=0)
+    layers_witnessed: int = reported(
         "Layers in blocks that PEFT merged too, with the same bits (the cross-check): at least one of each kind.",
         default=0,
     )
-    layers_differing: tuple[str, ...] = told(
+    layers_differing: tuple[str, ...] = reported(
         "The first ten layers with other bits than PEFT's. If there is one, PEFT has merged all layers.", default=()
     )
-    parameters_checked: int = told(
+    parameters_checked: int = reported(
         "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
         default=0,
     )
-    parameters_bounded: int = told(
+    parameters_bounded: int = reported(
         "Checked elements that were not merged one by one, because a bound proves them finite; 0 without `--quick`.",
         default=0,
     )
-    parameters_total: int = told("Elements of the merged model.", default=0)
+    parameters_total: int = reported("Elements of the merged model.", default=0)
 
 
 @record
 class Judged:
     """The time and place of a verdict, and its cache key."""
 
-    key: str = told("Digest of everything that decides the verdict: files, base, settings, versions.")
-    at: str = told("Time of the verdict, in UTC.")
-    place: str = told("The CI run, or the name of the machine.")
-    seconds: float = told("Seconds that the adapter took; null if they were not measured.")
-    seal: str = told(
+    key: str = reported("Digest of everything that decides the verdict: files, base, settings, versions.")
+    at: str = reported("Time of the verdict, in UTC.")
+    place: str = reported("The CI run, or the name of the machine.")
+    seconds: float = reported("Seconds that the adapter took; null if they were not measured.")
+    seal: str = reported(
         "Seal of the verdict, by which a later run recognizes it: an HMAC with `MERGE_GATE_CACHE_KEY` if that is set, "
         "else a digest."
     )
@@ -61,26 +61,26 @@ class Judged:
 class Accepted:
     """The owner and the last day of a known failure."""
 
-    reason: str = told("Why it is accepted.")
-    owner: str = told("Who is responsible for it.")
-    until: str = told("The last day on which it is accepted; after that day the adapter fails the run.")
+    reason: str = reported("Why it is accepted.")
+    owner: str = reported("Who is responsible for it.")
+    until: str = reported("The last day on which it is accepted; after that day the adapter fails the run.")
 
 
 @record
 class BaselineEntry:
     """One acceptance of the baseline, and its outcome in this run."""
 
-    adapter: str = told("Digest of the adapter's files, hex.")
-    cause: str = told("The check that decided.")
-    also: tuple[str, ...] = told("Other checks that may fail the adapter.", default=())
-    reason: str = told("Why it is accepted.")
-    owner: str = told("Who is responsible for it.")
-    until: str = told("The last day on which it is accepted.")
-    outcome: Acceptance = told(
+    adapter: str = reported("Digest of the adapter's files, hex.")
+    cause: str = reported("The check that decided.")
+    also: tuple[str, ...] = reported("Other checks that may fail the adapter.", default=())
+    reason: str = reported("Why it is accepted.")
+    owner: str = reported("Who is responsible for it.")
+    until: str = reported("The last day on which it is accepted.")
+    outcome: Acceptance = reported(
         "`used`; `expired`: its last day is over; `fails otherwise too`: another check failed that it does not name; "
         "`matches nothing` in this run."
     )
-    line: int = told("Its line in the baseline file, counted from 1.")
+    line: int = reported("Its line in the baseline file, counted from 1.")
 
 
 @record
@@ -91,48 +91,48 @@ class AdapterReport:
     combination by a random method, with which a merge gives the same bits again.
     """
 
-    name: str = told("Its name in the configuration.")
-    source: str = told("Its path as written, or its Hub id.")
-    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
-    base: BaseKey = told("The base that it was merged into.")
-    peft_type: str | None = told(
+    name: str = reported("Its name in the configuration.")
+    source: str = reported("Its path as written, or its Hub id.")
+    revision: str | None = reported("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    base: BaseKey = reported("The base that it was merged into.")
+    peft_type: str | None = reported(
         "PEFT's name of the method, such as `LORA`; null if it could not be read.", default=None
     )
-    saved_by: str | None = told(
+    saved_by: str | None = reported(
         "Version of PEFT that saved it, by its adapter_config.json; null if the file does not give it (before PEFT "
         "0.18).",
         default=None,
     )
-    verdict: Verdict = told("`error` if it could not be judged. Only `passed` clears it.")
-    cause: str | None = told(
+    verdict: Verdict = reported("`error` if it could not be judged. Only `passed` clears it.")
+    cause: str | None = reported(
         "Id of the check that decided, nearest to the root; `not-judged` with the verdict `error`; null if it passed.",
         default=None,
     )
-    findings: tuple[Finding, ...] = told("All findings, not only the cause.", default=())
+    findings: tuple[Finding, ...] = reported("All findings, not only the cause.", default=())
     decided_by: int | None = None
-    coverage: Coverage = told("How much was checked.", default=Coverage())
-    files: tuple[FileRecord, ...] = told("The files that were read.", default=())
-    seconds: float = told("Seconds that the adapter took; null if they were not measured.", default=0.0)
-    seed: int | None = told(
+    coverage: Coverage = reported("How much was checked.", default=Coverage())
+    files: tuple[FileRecord, ...] = reported("The files that were read.", default=())
+    seconds: float = reported("Seconds that the adapter took; null if they were not measured.", default=0.0)
+    seed: int | None = reported(
         "The seed of a combination by a random method (`dare_…`); null for any other adapter.", default=None
     )
-    line: int = told("Line of its entry in the configuration file, counted from 1.")
-    column: int = told("Column of its entry, counted from 1.")
-    tensors: tuple[TensorMerge, ...] = told(
+    line: int = reported("Line of its entry in the configuration file, counted from 1.")
+    column: int = reported("Column of its entry, counted from 1.")
+    tensors: tuple[TensorMerge, ...] = reported(
         "Every tensor that the merge touched, after the merge: `rows`, and the names of their `columns`. Figures are "
         "rounded to six significant digits.",
         default=(),
         as_rows=True,
     )
-    judged: Judged | None = told(
+    judged: Judged | None = reported(
         "Time and place of the verdict; null if no later run can reuse it.",
         default=None,
     )
-    cached: bool = told(
+    cached: bool = reported(
         "Whether the verdict of an earlier run was reused (`--cache`, `--resume`); `seconds` is then 0.",
         default=False,
     )
-    accepted: Accepted | None = told(
+    accepted: Accepted | None = reported(
         "The acceptance of the failure, if the baseline has one; the verdict stays `failed`.", default=None
     )
 
@@ -141,22 +141,22 @@ class AdapterReport:
 class BaseReport:
     """One base that was loaded."""
 
-    model: str = told("Directory or Hub id as written.")
-    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.", default=None)
-    dtype: str = told("The dtype that was checked, in torch's words.")
-    quantization: str = told(
+    model: str = reported("Directory or Hub id as written.")
+    revision: str | None = reported("The commit that a Hub id was resolved to; null for a directory.", default=None)
+    dtype: str = reported("The dtype that was checked, in torch's words.")
+    quantization: str = reported(
         "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
         "as `fp8`; for a base that was not loaded, what the config asks for."
     )
-    sha256: str | None = told("Digest of its weights, hex; null if it was not computed.", default=None)
-    parameters: int = told("Elements of all its parameters and persistent buffers.", default=0)
-    findings: tuple[Finding, ...] = told("Findings about the base itself, before any merge.", default=())
-    dtypes: tuple[tuple[str, float], ...] = told(
+    sha256: str | None = reported("Digest of its weights, hex; null if it was not computed.", default=None)
+    parameters: int = reported("Elements of all its parameters and persistent buffers.", default=0)
+    findings: tuple[Finding, ...] = reported("Findings about the base itself, before any merge.", default=())
+    dtypes: tuple[tuple[str, float], ...] = reported(
         "How many parameters have which dtype, if they are mixed; a packed weight has the name of its packing.",
         default=(),
     )
-    loaded_as: str = told("The class of transformers that loaded it.", default="")
-    replaced: tuple[str, ...] = told(
+    loaded_as: str = reported("The class of transformers that loaded it.", default="")
+    replaced: tuple[str, ...] = reported(
         "Tensors of its own head that were replaced, because the adapters have a head with another number of labels.",
         default=(),
     )
@@ -170,48 +170,48 @@ class BaseReport:
 class Sandbox:
     """The restrictions of the worker process (worker/confine/sandbox.py)."""
 
-    held: tuple[str, ...] = told(
+    held: tuple[str, ...] = reported(
         "The restrictions in force: `files` (it writes only its own), `network` (none), `processes` (no other), "
         "`file size`, `memory`; empty if nothing was merged.",
         default=(),
     )
-    missing: tuple[str, ...] = told("The missing restrictions, each with its reason.", default=())
+    missing: tuple[str, ...] = reported("The missing restrictions, each with its reason.", default=())
 
 
 @record
 class Environment:
     """The environment of the run. A version is None if the package is absent or was not needed."""
 
-    python: str = told("Version of Python.")
-    torch: str | None = told("Version of torch; null if it is absent.", default=None)
-    peft: str | None = told("Version of PEFT; null if it is absent.", default=None)
-    transformers: str | None = told("Version of transformers; null if it is absent.", default=None)
-    bitsandbytes: str | None = told("Version of bitsandbytes; null if it is absent.", default=None)
-    device: str = told("`cpu`, `cuda:0`, …", default="cpu")
-    device_name: str = told("The device's own name; may be empty.", default="")
-    sandbox: Sandbox = told("The restrictions of the process that merged.", default=Sandbox())
+    python: str = reported("Version of Python.")
+    torch: str | None = reported("Version of torch; null if it is absent.", default=None)
+    peft: str | None = reported("Version of PEFT; null if it is absent.", default=None)
+    transformers: str | None = reported("Version of transformers; null if it is absent.", default=None)
+    bitsandbytes: str | None = reported("Version of bitsandbytes; null if it is absent.", default=None)
+    device: str = reported("`cpu`, `cuda:0`, …", default="cpu")
+    device_name: str = reported("The device's own name; may be empty.", default="")
+    sandbox: Sandbox = reported("The restrictions of the process that merged.", default=Sandbox())
 
 
 @record
 class Shard:
     """The part of a larger run that a report covers, for `merge-gate report combine` (shards/combined.py)."""
 
-    index: int = told("Its number, counted from 1.")
-    count: int = told("How many shards the run has.")
-    plan_sha256: str = told(
+    index: int = reported("Its number, counted from 1.")
+    count: int = reported("How many shards the run has.")
+    plan_sha256: str = reported(
         "Digest of the plan: configuration, version of merge-gate, options, and the shard of each entry. Shards with "
         "different plans are not of the same run."
     )
-    versions_sha256: str = told(
+    versions_sha256: str = reported(
         "Digest of merge-gate's own code and of the versions of all libraries that decide a verdict."
     )
-    entries: int = told("How many entries (adapters, times dtypes) the run has in all shards.")
-    positions: tuple[int, ...] = told(
+    entries: int = reported("How many entries (adapters, times dtypes) the run has in all shards.")
+    positions: tuple[int, ...] = reported(
         "Positions of this shard's entries in the run, counted from 0, in the order of `adapters`; empty if there are "
         "more shards than adapters.",
         default=(),
     )
-    bases_from: tuple[int, ...] = told(
+    bases_from: tuple[int, ...] = reported(
         "For each of `bases`, the position of the first entry that was merged into it.", default=()
     )
 
@@ -220,25 +220,27 @@ class Shard:
 class Tool:
     """The program that wrote the report."""
 
-    name: str = told("Always `merge-gate`.")
-    version: str = told("Its version.")
+    name: str = reported("Always `merge-gate`.")
+    version: str = reported("Its version.")
 
 
 @record
 class ConfigFile:
     """The configuration file of the run."""
 
-    path: str = told("As named on the command line; `the command line` if the adapters are named there.")
-    sha256: str = told("Digest of its bytes, hex; without a file, the digest of the named adapters, base and dtypes.")
+    path: str = reported("As named on the command line; `the command line` if the adapters are named there.")
+    sha256: str = reported(
+        "Digest of its bytes, hex; without a file, the digest of the named adapters, base and dtypes."
+    )
 
 
 @record
 class Counts:
     """The entries of `adapters` by verdict: one for each adapter, base and dtype."""
 
-    passed: int = told("Entries that passed.")
-    failed: int = told("Entries that failed.")
-    error: int = told("Entries that could not be judged.")
+    passed: int = reported("Entries that passed.")
+    failed: int = reported("Entries that failed.")
+    error: int = reported("Entries that could not be judged.")
 
 
 @record
@@ -249,28 +251,30 @@ class Report:
     also for a combination of shards.
     """
 
-    schema_version: str = told("Version of this format. Readers accept any 1.x.", init=False)
-    complete: bool = told("False during the run, and forever if it was killed.")
-    result: Result = told("The run's result. An unfinished run, or one that judged nothing, never passes.", init=False)
-    counts: Counts = told("Entries of `adapters` by verdict; an adapter has one for each dtype.", init=False)
-    tool: Tool = told("The program that wrote the report.")
-    environment: Environment = told("The environment of the run.")
-    config: ConfigFile = told("The configuration file.")
-    bases: tuple[BaseReport, ...] = told("Every loaded base, once.", default=())
-    adapters: tuple[AdapterReport, ...] = told(
+    schema_version: str = reported("Version of this format. Readers accept any 1.x.", init=False)
+    complete: bool = reported("False during the run, and forever if it was killed.")
+    result: Result = reported(
+        "The run's result. An unfinished run, or one that judged nothing, never passes.", init=False
+    )
+    counts: Counts = reported("Entries of `adapters` by verdict; an adapter has one for each dtype.", init=False)
+    tool: Tool = reported("The program that wrote the report.")
+    environment: Environment = reported("The environment of the run.")
+    config: ConfigFile = reported("The configuration file.")
+    bases: tuple[BaseReport, ...] = reported("Every loaded base, once.", default=())
+    adapters: tuple[AdapterReport, ...] = reported(
         "One entry per adapter, base and dtype, in the order of the file.", default=()
     )
-    shard: Shard | None = told(
+    shard: Shard | None = reported(
         "The part of a larger run (`--shard`); null for a whole run, also for a combination of shards.",
         default=None,
     )
-    accepted: int = told(
+    accepted: int = reported(
         "How many failed entries the baseline accepts. If it accepts all of them, `result` can be `pass`.",
         default=0,
         init=False,
     )
-    baseline: tuple[BaselineEntry, ...] = told("The outcome of each entry of the baseline.", default=())
-    problems: tuple[str, ...] = told(
+    baseline: tuple[BaselineEntry, ...] = reported("The outcome of each entry of the baseline.", default=())
+    problems: tuple[str, ...] = reported(
         "The reasons why the combined shards are not one run. With any, `result` is never `pass`.", default=()
     )
 

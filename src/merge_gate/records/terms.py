@@ -1,4 +1,4 @@
-"""The enumerations that all records share, the decorator `record`, and `told`, `BaseKey`, and `Finding`.
+"""The enumerations that all records share, the decorator `record`, and `reported`, `BaseKey`, and `Finding`.
 
 It imports only the standard library.
 """
@@ -12,18 +12,18 @@ from typing import Any, TypeVar, dataclass_transform
 _T = TypeVar("_T")
 
 
-def told(
-    sentence: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False, init: bool = True
+def reported(
+    description: str, *, default: Any = MISSING, key: str | None = None, as_rows: bool = False, init: bool = True
 ) -> Any:
     """Declare a field of report.json with its description. `key` is its name there, if it differs.
 
     `as_rows`: the field is a tuple of many records, which are written as the rows of a table. `init` False: the record
     computes the field.
     """
-    return field(default=default, init=init, metadata={"told": sentence, "key": key, "as_rows": as_rows})
+    return field(default=default, init=init, metadata={"description": description, "key": key, "as_rows": as_rows})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, told))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, reported))
 def record(cls: type[_T]) -> type[_T]:
     """Make a class a frozen, slotted, keyword-only dataclass. All records are made by it."""
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
@@ -97,10 +97,10 @@ class BaseKey:
     `model` is the name as written, or the directory if only the files matter.
     """
 
-    model: str | None = told("Directory or Hub id as written; null if it is unknown.")
-    revision: str | None = told("The commit that a Hub id was resolved to; null for a directory.")
-    dtype: str = told("The dtype that was checked, in torch's words.")
-    quantization: str = told(
+    model: str | None = reported("Directory or Hub id as written; null if it is unknown.")
+    revision: str | None = reported("The commit that a Hub id was resolved to; null for a directory.")
+    dtype: str = reported("The dtype that was checked, in torch's words.")
+    quantization: str = reported(
         "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
         "as `fp8`; for a base that was not loaded, what the config asks for."
     )
@@ -126,21 +126,21 @@ class Finding:
     `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
     """
 
-    check: str = told("Id of the check.")
-    severity: Severity = told(
+    check: str = reported("Id of the check.")
+    severity: Severity = reported(
         "`error` fails the adapter, `warning` does not; a `note` never changes the verdict or the exit code."
     )
-    message: str = told("What is wrong, where, what the gate got, and what it expected.")
-    hint: str = told("What to do about it; may be empty.", default="")
-    module: str | None = told("Module of the base.", default=None)
-    tensor: str | None = told("Tensor, with its name in the file or model.", default=None)
-    origin: Origin = told("The place of the fault.")
-    nan: int | None = told("How many values of the tensor are NaN.", default=None)
-    posinf: int | None = told("How many values of the tensor are +Infinity.", default=None)
-    neginf: int | None = told("How many values of the tensor are -Infinity.", default=None)
-    numel: int | None = told("How many values the tensor has.", default=None)
-    first_index: tuple[int, ...] | None = told("Index of the first non-finite value, row-major.", default=None)
-    measured: tuple[tuple[str, float], ...] = told(
+    message: str = reported("What is wrong, where, what the gate got, and what it expected.")
+    hint: str = reported("What to do about it; may be empty.", default="")
+    module: str | None = reported("Module of the base.", default=None)
+    tensor: str | None = reported("Tensor, with its name in the file or model.", default=None)
+    origin: Origin = reported("The place of the fault.")
+    nan: int | None = reported("How many values of the tensor are NaN.", default=None)
+    posinf: int | None = reported("How many values of the tensor are +Infinity.", default=None)
+    neginf: int | None = reported("How many values of the tensor are -Infinity.", default=None)
+    numel: int | None = reported("How many values the tensor has.", default=None)
+    first_index: tuple[int, ...] | None = reported("Index of the first non-finite value, row-major.", default=None)
+    measured: tuple[tuple[str, float], ...] = reported(
         "The figures behind the finding, by name. If `estimated` is among them, they are from a sample. "
         'JSON has no infinities; they are written as the strings `"Infinity"`, `"-Infinity"` and `"NaN"`.',
         default=(),

@@ -154,7 +154,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             Origin.BASE,
             evidence(
                 base=base(loaded_as="LlamaForCausalLM", incomplete=("model.norm.weight", "lm_head.weight")),
-                initialised=("model.norm.weight",),
+                initialized=("model.norm.weight",),
             ),
             places={"module": "model.norm", "tensor": "model.norm.weight"},
         ),
@@ -270,13 +270,13 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(
             ("./base", "lm_head.weight"),
             Origin.BASE,
-            evidence(base=base(nonfinite=(broken("lm_head.weight"),)), mended=("lm_head.weight",)),
+            evidence(base=base(nonfinite=(broken("lm_head.weight"),)), replaced_nonfinite=("lm_head.weight",)),
             severity=Severity.WARNING,
         ),
         Fire(
             ("./base", "lm_head.weight.absmax"),
             Origin.BASE,
-            evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), mended=("lm_head.weight",)),
+            evidence(base=base(nonfinite=(broken("lm_head.weight.absmax"),)), replaced_nonfinite=("lm_head.weight",)),
             severity=Severity.WARNING,
         ),
     ),
@@ -416,13 +416,13 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(
             (),
             Origin.ADAPTER,
-            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias",)),
+            evidence(base=base(loaded_as="BertModel"), initialized=("pooler.dense.bias",)),
             places={"module": "pooler.dense", "tensor": "pooler.dense.bias"},
         ),
         Fire(
             (),
             Origin.ADAPTER,
-            evidence(base=base(loaded_as="BertModel"), initialised=("pooler.dense.bias", "pooler.dense.weight")),
+            evidence(base=base(loaded_as="BertModel"), initialized=("pooler.dense.bias", "pooler.dense.weight")),
         ),
     ),
     "not-reproducible": (

@@ -33,7 +33,7 @@ FETCH_AGAIN = (
 def base_incomplete(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
     if evidence.base.incomplete:
-        made_up = tuple(name for name in evidence.base.incomplete if name in evidence.initialised)
+        made_up = tuple(name for name in evidence.base.incomplete if name in evidence.initialized)
         yield incomplete(evidence.base, made_up) if made_up else brought(evidence.base)
 
 

@@ -296,7 +296,7 @@ def _is_wiped(merge: TensorMerge) -> bool:
 ).on_merge
 def untrained_tensors(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    names = tuple(name for name in evidence.initialised if name not in evidence.base.incomplete)
+    names = tuple(name for name in evidence.initialized if name not in evidence.base.incomplete)
     if not names:
         return
     yield untrained_tensors.finding(

@@ -22,17 +22,17 @@ from merge_gate.tensor_names import module_of
     can_be_off=False,
 ).on_merge
 def base_nonfinite(case: MergeCase) -> Iterator[Finding]:
-    yield from findings_of_base(case.evidence.base, case.evidence.mended)
+    yield from findings_of_base(case.evidence.base, case.evidence.replaced_nonfinite)
 
 
-def findings_of_base(base: BaseFacts, mended: tuple[str, ...] = ()) -> Iterator[Finding]:
+def findings_of_base(base: BaseFacts, replaced_nonfinite: tuple[str, ...] = ()) -> Iterator[Finding]:
     """Findings about the base before any merge; the report's list of bases has them too.
 
-    In place of those that are `mended` an adapter brings finite values.
+    The adapter brings finite values in place of the tensors in `replaced_nonfinite`.
     """
     for stats in base.nonfinite:
-        if stats.name in mended or stats.name.rpartition(".")[0] in mended:  # or a scale of one
-            yield _mended(base, stats)
+        if stats.name in replaced_nonfinite or stats.name.rpartition(".")[0] in replaced_nonfinite:  # or a scale of one
+            yield _replaced_by_adapter(base, stats)
             continue
         no_limit = stats.is_buffer and not stats.nan  # some models mean by an infinite buffer that there is no limit
         yield base_nonfinite.finding(
@@ -48,7 +48,7 @@ def findings_of_base(base: BaseFacts, mended: tuple[str, ...] = ()) -> Iterator[
         )
 
 
-def _mended(base: BaseFacts, stats: TensorStats) -> Finding:
+def _replaced_by_adapter(base: BaseFacts, stats: TensorStats) -> Finding:
     return base_nonfinite.finding(
         f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge; the "
         "adapter brings finite values in its place",

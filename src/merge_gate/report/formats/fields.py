@@ -1,7 +1,7 @@
 """The JSON of report.json, read off the records: each field's key, type, and sentence.
 
-In: records whose fields are made by `told`, or JSON of unknown origin. Out: JSON values, records, and `declared`, from
-which schema.py makes the schema and the tables. Knows no particular record.
+In: records whose fields are made by `reported`, or JSON of unknown origin. Out: JSON values, records, and `declared`,
+from which schema.py makes the schema and the tables. Knows no particular record.
 """
 
 # A non-finite float is null. A tuple of pairs is an object, in which such floats are strings. A tuple of records that
@@ -48,7 +48,7 @@ class Declared:
     name: str
     key: str
     kind: Any
-    told: str
+    description: str
     default: Any
     as_rows: bool
     is_derived: bool
@@ -68,13 +68,13 @@ def declared(cls: Any) -> tuple[Declared, ...]:
             name=field.name,
             key=field.metadata["key"] or field.name,
             kind=kinds[field.name],
-            told=field.metadata["told"],
+            description=field.metadata["description"],
             default=field.default,
             as_rows=field.metadata["as_rows"],
             is_derived=not field.init,
         )
         for field in fields(cls)
-        if "told" in field.metadata
+        if "description" in field.metadata
     )
 
 

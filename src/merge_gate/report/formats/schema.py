@@ -53,7 +53,7 @@ def _rules(cls: Any) -> Json:
 
 
 def _record(cls: Any) -> Json:
-    properties = {one.key: {**_field(one), "description": one.told} for one in declared(cls)}
+    properties = {one.key: {**_field(one), "description": one.description} for one in declared(cls)}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -115,13 +115,13 @@ def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
 
 def column_table(cls: Any) -> str:
     """The columns of a table of rows, in their order."""
-    rows = [f"| `{one.key}` | {_said(one)} | {one.told} |" for one in columns(cls)]
+    rows = [f"| `{one.key}` | {_said(one)} | {one.description} |" for one in columns(cls)]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 
 
 def _sentence(one: Declared) -> str:
     inner = one.item if get_origin(one.kind) is tuple else one.kind
-    return f"{one.told} See [below](#{_anchor(inner)})." if inner in _SHARED or one.as_rows else one.told
+    return f"{one.description} See [below](#{_anchor(inner)})." if inner in _SHARED or one.as_rows else one.description
 
 
 def _anchor(cls: Any) -> str:
