@@ -14,7 +14,7 @@ from merge_gate.config import load_config
 from merge_gate.errors import GateError
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.run import flow
-from merge_gate.worker.process import EAGER
+from merge_gate.worker.process import NO_COMPILER
 from tests.support.command import children_of
 from tests.support.reports import EMPTY
 
@@ -103,7 +103,7 @@ def test_a_base_that_is_quantised_gets_a_worker_of_its_own(
     shelf: Shelf, place: Path, meanwhile: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(place, shelf.base("llama"), ", quantization: bnb-8bit")
-    (eager,) = EAGER
+    (eager,) = NO_COMPILER
     environments: list[bytes] = []
 
     def watched(*_: Any) -> None:

@@ -23,6 +23,7 @@ from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import LOCAL, Cluster, LostError, Resources, checked_address, cluster
 from merge_gate.on_ray.ray_task import RayPart, run_part
 from merge_gate.worker.protocol import Idle, Job
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,44 +191,40 @@ def test_a_cluster_that_is_there_is_only_connected_to(address: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("address", "refusal", "said", "hint"),
+    ("address", "refusal"),
     [
-        (
-            LOCAL,
-            ValueError("\n too little memory\nmore"),
-            "on this machine cannot be started: too little",
-            "free memory",
-        ),
-        (LOCAL, OSError(), "cannot be started: OSError", "free memory"),
-        ("auto", ConnectionError("none found"), "no Ray cluster at auto: none found", "start it, or correct ADDRESS"),
+        (LOCAL, ValueError("\n too little memory\nmore")),
+        (LOCAL, OSError()),
+        ("auto", ConnectionError("none found")),
     ],
 )
 def test_a_cluster_that_cannot_be_is_said(
-    address: str, refusal: Exception, said: str, hint: str, monkeypatch: pytest.MonkeyPatch
+    address: str, refusal: Exception, wording: Wording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = Ray(refusal=refusal)
     monkeypatch.setattr(ray_cluster, "_imported", lambda: ray)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(GateError) as caught, cluster(address):
         pytest.fail("there is none")
-    assert said in caught.value.message
-    assert (caught.value.hint or "").startswith(hint)
+    wording(caught.value)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not Path(ray.asked.get("_temp_dir", "/nowhere")).exists()
 
 
-def test_without_ray_what_its_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_what_its_extra_brings_is_named(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(GateError, match="--ray: Ray is not there") as caught, cluster(LOCAL):
+    with pytest.raises(GateError, match="--ray") as caught, cluster(LOCAL):
         pytest.fail("there is none")
+    wording(caught.value.message)
     (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
     assert caught.value.hint == f"pip install '{needed}'"
 
 
 @pytest.mark.parametrize("address", ["fleet.yml", "ray://head:10001", "head", "head:port", "-", "local"])
-def test_what_is_no_address_is_said(address: str) -> None:
-    with pytest.raises(GateError, match="no address of a Ray cluster"):
+def test_what_is_no_address_is_said(address: str, wording: Wording) -> None:
+    with pytest.raises(GateError) as caught:
         checked_address(address)
+    wording(caught.value)
     for fine in ("", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379"):
         assert checked_address(fine) == fine
 
@@ -240,25 +237,29 @@ def listening() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
-def test_where_nobody_listens_is_no_cluster(address: str) -> None:
-    with pytest.raises(GateError, match=f"no Ray cluster at {address}"):
+def test_where_nobody_listens_is_no_cluster(address: str, wording: Wording) -> None:
+    with pytest.raises(GateError, match=address) as caught:
         ray_cluster._reach(address)
+    wording(caught.value)
 
 
-def test_what_listens_and_says_nothing_is_no_cluster(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_listens_and_says_nothing_is_no_cluster(
+    listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
     monkeypatch.setattr(ray_cluster, "_HEALTH_S", 0.1)
-    with pytest.raises(GateError, match="is no Ray cluster that answers"):
+    with pytest.raises(GateError, match=listening) as caught:
         ray_cluster._reach(listening)
+    wording(caught.value)
 
 
 @pytest.mark.parametrize(("program", "healthy"), [("/bin/true", True), ("/bin/false", False)])
 def test_what_ray_says_of_a_clusters_health_decides(
-    program: str, healthy: bool, listening: str, monkeypatch: pytest.MonkeyPatch
+    program: str, healthy: bool, listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
 ) -> None:
     monkeypatch.setattr(sys, "executable", program)
     if healthy:
         ray_cluster._reach(listening)
         return
-    with pytest.raises(GateError, match="is no healthy Ray cluster") as caught:
+    with pytest.raises(GateError, match=listening) as caught:
         ray_cluster._reach(listening)
-    assert "the gate must be able to reach the head node" in (caught.value.hint or "")
+    wording(caught.value)

@@ -16,7 +16,7 @@ from merge_gate.demo import make_demo
 from merge_gate.worker import process
 from merge_gate.worker.confine.private_directory import PREFIX, private_directory
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.process import SECRETS, WAITING, Ending, WorkerProcess, child_environment, describe_exit
+from merge_gate.worker.process import SECRETS, SLEEPING_THREADS, Ending, WorkerProcess, child_environment, describe_exit
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.startup.heap import REUSE
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
@@ -52,9 +52,9 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, mo
     assert "PYTHONPATH" not in child_environment({})
 
 
-@pytest.mark.parametrize("name", [*WAITING, *REUSE])
+@pytest.mark.parametrize("name", [*SLEEPING_THREADS, *REUSE])
 def test_threads_and_memory_are_the_workers_choice_unless_they_are_the_callers(name: str) -> None:
-    assert child_environment({})[name] == {**WAITING, **REUSE}[name]
+    assert child_environment({})[name] == {**SLEEPING_THREADS, **REUSE}[name]
     assert child_environment({name: "other"})[name] == "other"
 
 
@@ -169,7 +169,7 @@ def test_a_child_that_sends_what_is_no_event_is_ended(
 
 
 def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., Ending], monkeypatch) -> None:
-    monkeypatch.setattr(process, "LEAVING_S", 0.1)
+    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.1)
     assert "SIGKILL" in odd_child("line.close(); time.sleep(60)").text
 
 

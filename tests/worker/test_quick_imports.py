@@ -18,7 +18,7 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
-from merge_gate.worker.process import EAGER, OFFLINE, WorkerProcess
+from merge_gate.worker.process import NO_COMPILER, OFFLINE, WorkerProcess
 from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from merge_gate.worker.startup import quick_imports
 from tests.support.command import environment
@@ -88,7 +88,11 @@ print(json.dumps([sorted(filter(is_there, set(used()))), "torch._dynamo.convert_
 
 def said(script: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(**OFFLINE, **EAGER), check=True, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env=environment(**OFFLINE, **NO_COMPILER),
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,1 +1,1 @@
-"""A run on a Ray cluster. `ray_cluster` is the only module that imports Ray."""
+"""Runs the job of a gate on a Ray cluster. Only `ray_cluster` imports Ray."""

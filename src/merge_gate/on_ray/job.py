@@ -1,11 +1,12 @@
-"""A job on a Ray cluster: cut by node and base, spread, listened to, and taken up again where a worker or a node dies.
+"""Runs a job on a Ray cluster: splits it by node and base, and restarts the part of a worker or node that dies.
 
-In: a `Job`, and an address. Out: events, as from `worker/supervisor.py`: every task gets exactly one `Merged` or
-`Undecided`. Knows neither Ray nor reports.
+A `Job` and an address go in. The events of `worker/supervisor.py` come out: every task gets exactly one `Merged` or
+`Undecided`. This module does not import Ray.
 
-1. Each node gets adapters of as few bases as possible; on a node, so does each of its workers.
-2. A worker's part is one task of Ray's, with the cores, the GPU and the memory that it needs.
-3. One that is lost is begun again with what it had not judged yet. An adapter that was under way twice is to blame.
+1. Each node, and each worker on a node, gets adapters of as few bases as possible.
+2. The part of a worker is one Ray task, which requests the cores, the GPU, and the memory that it needs.
+3. A lost part is restarted with the adapters that it had not judged. An adapter that was in progress at two losses is
+   blamed for them.
 """
 
 from __future__ import annotations
@@ -38,30 +39,33 @@ from merge_gate.worker.protocol import (
 )
 
 WORKERS_PER_NODE = 2
-"""On a node without GPUs: while one of them loads a base, the other one merges."""
+"""Workers on a node without GPUs: while one loads a base, the other merges."""
 
 WORKER_BYTES = 1 << 30
-"""What a worker needs besides its base."""
+"""The memory of a worker without its base."""
 
 PATIENCE_S = 0.5
-MOST_LOSSES = 3
-"""How often a worker's part is begun again without anything judged in between."""
+MAX_LOSSES = 3
+"""How many losses in a row, without a verdict in between, end a worker's part."""
 
 
 @dataclass
-class _Worker:
-    """One worker's part, as far as it is known."""
+class _WorkerPart:
+    """The part of one worker, and its progress."""
 
     job: Job
     needs: Resources
-    left: set[int]
-    under_way: int | None = None
-    blamed: Counter[int] = field(default_factory=Counter)
+    remaining: set[int]
+    """Indices of the tasks without a verdict."""
+    in_progress: int | None = None
+    losses_of: Counter[int] = field(default_factory=Counter)
+    """How often the part was lost during each task."""
     losses: int = 0
+    """Losses since the last verdict."""
 
 
 def judge_on_ray(address: str, job: Job, listen: Listener, watch: BaseWatch) -> None:
-    """Run a job on the cluster at `address`, or on one that is started on this machine if that is `LOCAL`.
+    """Run a job on the cluster at `address`, or on a new cluster on this machine if that is `LOCAL`.
 
     Raises:
         GateError: there is no such cluster.
@@ -78,118 +82,121 @@ def judge_on_ray(address: str, job: Job, listen: Listener, watch: BaseWatch) -> 
 def run_on(cluster: Cluster, job: Job, listen: Listener, digest_of: Callable[[str], str | None] | None) -> None:
     """Run a job to its end.
 
-    `digest_of` gives the digest of a base's weights, by which another machine can tell whether it has the same; None
-    where all nodes are this machine.
+    `digest_of` returns the digest of a base's weights, so that another machine can check that it has the same base. It
+    is None if all nodes are this machine.
 
     Raises:
-        GateError: the cluster has no node that could do anything.
+        GateError: the cluster has no usable node.
     """
     nodes = cluster.nodes()
     if not nodes:
-        raise GateError("the Ray cluster has no node with a processor to spare", hint="add a node to it")
+        raise GateError("the Ray cluster has no node with a CPU", hint="add a node to the cluster")
     bases = tuple(_expected(group, digest_of) for group in job.groups)
     running = {}
     try:
-        for worker in _workers(job, nodes):
-            running[_begin(cluster, worker, bases)] = worker
+        # 1 and 2. Split the job, and submit each part.
+        for part in _split(job, nodes):
+            running[_submit(cluster, part, bases)] = part
         while running:
             ready = cluster.ready(list(running), PATIENCE_S)
             if not ready:
                 listen(Idle())
-            for one in ready:
-                _hear(cluster, running, one, bases, listen)
+            for task in ready:
+                _receive(cluster, running, task, bases, listen)
         listen(Finished())
     finally:
-        for one in running:
-            cluster.cancel(one)
+        for task in running:
+            cluster.cancel(task)
 
 
-def _begin(cluster: Cluster, worker: _Worker, bases: tuple[Expected, ...]) -> Any:
+def _submit(cluster: Cluster, part: _WorkerPart, bases: tuple[Expected, ...]) -> Any:
     groups = tuple(
-        replace(group, tasks=tuple(task for task in group.tasks if task.index in worker.left))
-        for group in worker.job.groups
+        replace(group, tasks=tuple(task for task in group.tasks if task.index in part.remaining))
+        for group in part.job.groups
     )
-    job = replace(worker.job, groups=groups)
-    return cluster.submit(RayPart(job=job, bases=bases, versions_sha256=versions()), worker.needs)
+    job = replace(part.job, groups=groups)
+    return cluster.submit(RayPart(job=job, bases=bases, versions_sha256=versions()), part.needs)
 
 
-def _hear(
-    cluster: Cluster, running: dict[Any, _Worker], one: Any, bases: tuple[Expected, ...], listen: Listener
+def _receive(
+    cluster: Cluster, running: dict[Any, _WorkerPart], task: Any, bases: tuple[Expected, ...], listen: Listener
 ) -> None:
-    worker = running[one]
+    part = running[task]
     try:
-        events = cluster.events(one)
-    except LostError as error:
-        del running[one]
-        _settle_loss(worker, str(error), listen)
-        _again(cluster, running, worker, bases, listen)
+        events = cluster.events(task)
+    except LostError as error:  # 3.
+        del running[task]
+        _blame(part, str(error), listen)
+        _restart(cluster, running, part, bases, listen)
         return
     if events is None:
-        del running[one]
-        for index in sorted(worker.left):
-            _undecided(worker, index, "finished without a word about this adapter", listen)
+        del running[task]
+        for index in sorted(part.remaining):
+            _undecided(part, index, "finished without a result for this adapter", listen)
         return
     for event in events:
-        _note(worker, event)
+        _track(part, event)
         listen(event)
 
 
-def _note(worker: _Worker, event: Event) -> None:
+def _track(part: _WorkerPart, event: Event) -> None:
     if isinstance(event, MergeStarted):
-        worker.under_way = event.task if not event.others else None
+        part.in_progress = event.task if not event.others else None
     elif isinstance(event, Merged | Undecided):
-        worker.left.discard(event.task)
-        worker.under_way, worker.losses = None, 0
+        part.remaining.discard(event.task)
+        part.in_progress, part.losses = None, 0
 
 
-def _settle_loss(worker: _Worker, why: str, listen: Listener) -> None:
-    worker.losses += 1
-    if worker.under_way is not None:
-        worker.blamed[worker.under_way] += 1
-        if worker.blamed[worker.under_way] > 1:
-            _undecided(worker, worker.under_way, f"was lost twice while it merged this adapter: {why}", listen)
-            worker.losses = 0
-    worker.under_way = None
-    if worker.losses >= MOST_LOSSES:
-        for index in sorted(worker.left):
-            _undecided(worker, index, f"was lost {MOST_LOSSES} times before it came to this adapter: {why}", listen)
+def _blame(part: _WorkerPart, reason: str, listen: Listener) -> None:
+    """Give up the adapter that was in progress at two losses, or the whole part after too many losses."""
+    part.losses += 1
+    if part.in_progress is not None:
+        part.losses_of[part.in_progress] += 1
+        if part.losses_of[part.in_progress] > 1:
+            _undecided(part, part.in_progress, f"was lost twice while it merged this adapter: {reason}", listen)
+            part.losses = 0
+    part.in_progress = None
+    if part.losses >= MAX_LOSSES:
+        for index in sorted(part.remaining):
+            _undecided(part, index, f"was lost {MAX_LOSSES} times before it reached this adapter: {reason}", listen)
 
 
-def _again(
-    cluster: Cluster, running: dict[Any, _Worker], worker: _Worker, bases: tuple[Expected, ...], listen: Listener
+def _restart(
+    cluster: Cluster, running: dict[Any, _WorkerPart], part: _WorkerPart, bases: tuple[Expected, ...], listen: Listener
 ) -> None:
-    """Begin what is left, on a node that is there."""
-    if not worker.left:
+    """Submit the remaining tasks again, on a node that is up."""
+    if not part.remaining:
         return
-    fit = [node for node in cluster.nodes() if node.gpus >= worker.needs.gpus]
-    if not fit:
-        for index in sorted(worker.left):
-            _undecided(worker, index, "was lost, and the cluster has no other node for it", listen)
+    usable = [node for node in cluster.nodes() if node.gpus >= part.needs.gpus]
+    if not usable:
+        for index in sorted(part.remaining):
+            _undecided(part, index, "was lost, and the cluster has no other node for it", listen)
         return
-    node = next((one for one in fit if one.node == worker.needs.node), fit[0])
-    memory, cpus = min(worker.needs.memory_bytes, node.memory_bytes), min(worker.needs.cpus, node.cpus)
-    worker.needs = replace(worker.needs, node=node.node, cpus=cpus, memory_bytes=memory)
-    running[_begin(cluster, worker, bases)] = worker
+    node = next((node for node in usable if node.node == part.needs.node), usable[0])
+    memory, cpus = min(part.needs.memory_bytes, node.memory_bytes), min(part.needs.cpus, node.cpus)
+    part.needs = replace(part.needs, node=node.node, cpus=cpus, memory_bytes=memory)
+    running[_submit(cluster, part, bases)] = part
 
 
-def _undecided(worker: _Worker, index: int, why: str, listen: Listener) -> None:
-    worker.left.discard(index)
-    hint = "look at the node's log and its memory, and run the gate again"
-    listen(Undecided(task=index, refusal=NotJudged(message=f"a worker on the Ray cluster {why}", hint=hint)))
+def _undecided(part: _WorkerPart, index: int, reason: str, listen: Listener) -> None:
+    part.remaining.discard(index)
+    hint = "check the node's log and its memory, and run the gate again"
+    message = f"a worker on the Ray cluster {reason}"
+    listen(Undecided(task=index, refusal=NotJudged(message=message, hint=hint)))
 
 
-# --- the cut -------------------------------------------------------------------------------------------------------
+# --- the split -----------------------------------------------------------------------------------------------------
 
 
 def _expected(group: Group, digest_of: Callable[[str], str | None] | None) -> Expected:
     try:
         identity = base_identity(group.directory)
-    except OSError:  # the worker says what is wrong with it
+    except OSError:  # the worker reports the problem
         identity = ()
     return Expected(identity=identity, sha256=digest_of(group.directory) if digest_of is not None else None)
 
 
-def _workers(job: Job, nodes: tuple[Resources, ...]) -> list[_Worker]:
+def _split(job: Job, nodes: tuple[Resources, ...]) -> list[_WorkerPart]:
     on_gpus = job.device != "cpu" and any(node.gpus for node in nodes)
     usable = [node for node in nodes if node.gpus or not on_gpus]
     sizes = {index: _base_bytes(group) for index, group in enumerate(job.groups)}
@@ -200,24 +207,24 @@ def _workers(job: Job, nodes: tuple[Resources, ...]) -> list[_Worker]:
         for task in group.tasks
     }
     by_node = assign(costs, len(usable))
-    workers = []
+    parts = []
     for place, node in enumerate(usable):
         count = node.gpus if on_gpus else min(WORKERS_PER_NODE, node.cpus)
-        ours = {index: costs[index] for index in costs if by_node[index] == place}
-        by_worker = assign(ours, count) if ours else {}
+        on_node = {index: costs[index] for index in costs if by_node[index] == place}
+        by_worker = assign(on_node, count) if on_node else {}
         for number in range(count):
-            left = {index for index, worker in by_worker.items() if worker == number}
-            if left:
-                largest = max(sizes[group_of[index]] for index in left)
+            tasks = {index for index, worker in by_worker.items() if worker == number}
+            if tasks:
+                largest = max(sizes[group_of[index]] for index in tasks)
                 needs = Resources(
                     node=node.node,
                     cpus=max(node.cpus // count, 1),
                     gpus=int(on_gpus),
                     memory_bytes=min(WORKER_BYTES + largest, node.memory_bytes // count),
                 )
-                device = "cuda" if on_gpus else job.device  # Ray shows each worker its own one, whatever its number
-                workers.append(_Worker(job=replace(job, device=device), needs=needs, left=left))
-    return workers
+                device = "cuda" if on_gpus else job.device  # Ray shows each worker only its own GPU
+                parts.append(_WorkerPart(job=replace(job, device=device), needs=needs, remaining=tasks))
+    return parts
 
 
 def _cost(task: Task, base_bytes: int, group: int) -> Cost:

@@ -1,7 +1,7 @@
-"""What runs on a node of a Ray cluster: a part of a run's job, in the same supervised, confined worker as everywhere.
+"""Runs one part of a job on a node of a Ray cluster, in a supervised and confined worker. Does not import Ray.
 
-In: a `Part`. Out: events, a few at a time. Whatever lies here must be what the run was planned with: the versions,
-every byte of every adapter, and of each base; where it is not, the tasks concerned are `Undecided`. Imports no Ray.
+A `RayPart` goes in; events come out in batches. The node must have the versions, and every byte of adapters and bases,
+that the run was planned with. Otherwise the tasks concerned are `Undecided`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from merge_gate.records.terms import Origin, record
 from merge_gate.worker.protocol import BaseLoaded, Event, Finished, Group, Idle, Job, MergeProgressed, Task, Undecided
 from merge_gate.worker.supervisor import supervise
 
-MOST_EVENTS = 20
-"""How many events travel at once: one of a merge may hold hundreds of kilobytes."""
+MAX_BATCH = 20
+"""The most events in a batch. The event of a merge may have hundreds of kilobytes."""
 
-_SHARED = "let every node see the same files under the same names: a shared file system, with the Hub's cache on it"
+_SHARED = "give every node the same files at the same paths: use a shared file system, also for the Hub's cache"
 
 
 @record
 class Expected:
-    """The base of one group as the run saw it: the identity of its files there, and their digest where it was taken."""
+    """The base of one group on the machine of the run: the identity of its files, and their digest if it is known."""
 
     identity: tuple[FileIdentity, ...]
     sha256: str | None
@@ -39,7 +39,7 @@ class Expected:
 
 @record
 class RayPart:
-    """What one task of Ray's does. `bases` has an item for each group of the job, which keeps its numbers."""
+    """The work of one Ray task. `bases` has an item for each group of the job."""
 
     job: Job
     bases: tuple[Expected, ...]
@@ -52,25 +52,25 @@ def versions() -> str:
 
 
 def run_part(part: RayPart) -> Iterator[list[Event]]:
-    """Judge a part; every task gets a `Merged` or an `Undecided`."""
+    """Judge a part. Every task gets a `Merged` or an `Undecided`."""
     if versions() != part.versions_sha256:
         refusal = _refusal("has other versions of the libraries, or other code of merge-gate", _VERSIONS)
         yield [Undecided(task=task.index, refusal=refusal) for group in part.job.groups for task in group.tasks]
         return
-    groups, refused = _groups_here(part)
-    if refused:
-        yield refused
+    groups, undecided = _groups_on_node(part)
+    if undecided:
+        yield undecided
     events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
-    bases = _Bases(part, events)
-    threading.Thread(target=_supervised, args=(replace(part.job, groups=groups), bases, events), daemon=True).start()
+    bases = _BaseEvents(part, events)
+    threading.Thread(target=_supervise, args=(replace(part.job, groups=groups), bases, events), daemon=True).start()
     yield from _batches(events)
 
 
 _VERSIONS = "install the same versions on every node"
 
 
-class _Bases:
-    """Hears the events; the identity of a base's files here becomes that of the run, as long as they stay the same."""
+class _BaseEvents:
+    """Passes events on. It replaces the identity of a base's files on this node by the identity that the run knows."""
 
     def __init__(self, part: RayPart, events: queue.SimpleQueue[Event | BaseException | None]) -> None:
         self._part, self._events = part, events
@@ -84,18 +84,18 @@ class _Bases:
             self._events.put(event)
 
     def end(self) -> None:
-        """A base that is no longer what was loaded takes the verdicts on it along: the run hears that it is another."""
+        """Report each base that has changed since it was loaded, so that the run voids the verdicts on it."""
         for event, identity in self._loaded:
             if _identity(self._part.job.groups[event.group].directory) != identity:
                 self._events.put(replace(event, identity=()))
 
 
-def _supervised(job: Job, bases: _Bases, events: queue.SimpleQueue[Event | BaseException | None]) -> None:
+def _supervise(job: Job, bases: _BaseEvents, events: queue.SimpleQueue[Event | BaseException | None]) -> None:
     try:
         supervise(job, bases)
         bases.end()
         events.put(None)
-    except BaseException as error:  # noqa: BLE001 - it is raised again where the run hears it
+    except BaseException as error:  # noqa: BLE001 - `_batches` raises it again
         events.put(error)
 
 
@@ -107,7 +107,7 @@ def _batches(events: queue.SimpleQueue[Event | BaseException | None]) -> Iterato
             if batch and isinstance(batch[-1], MergeProgressed) and isinstance(event, MergeProgressed):
                 batch.pop()
             batch.append(event)
-            if len(batch) == MOST_EVENTS or events.empty():
+            if len(batch) == MAX_BATCH or events.empty():
                 break
             event = events.get()
         if batch:
@@ -118,24 +118,24 @@ def _batches(events: queue.SimpleQueue[Event | BaseException | None]) -> Iterato
             return
 
 
-# --- what lies here ------------------------------------------------------------------------------------------------
+# --- the files on this node ----------------------------------------------------------------------------------------
 
 
-def _groups_here(part: RayPart) -> tuple[tuple[Group, ...], list[Event]]:
-    """The groups as they lie here, and what cannot be judged here."""
+def _groups_on_node(part: RayPart) -> tuple[tuple[Group, ...], list[Event]]:
+    """The groups with the identities of files on this node, and an event for each task that cannot be judged here."""
     groups: list[Group] = []
-    refused: list[Event] = []
+    undecided: list[Event] = []
     for group, expected in zip(part.job.groups, part.bases, strict=True):
-        why = _other_base(group, expected) if group.tasks else None
+        base_refusal = _check_base(group, expected) if group.tasks else None
         tasks = []
         for task in group.tasks:
-            found = why or _task_here(task)
-            if isinstance(found, NotJudged):
-                refused.append(Undecided(task=task.index, refusal=found))
+            checked = base_refusal or _task_on_node(task)
+            if isinstance(checked, NotJudged):
+                undecided.append(Undecided(task=task.index, refusal=checked))
             else:
-                tasks.append(found)
+                tasks.append(checked)
         groups.append(replace(group, tasks=tuple(tasks)))
-    return tuple(groups), refused
+    return tuple(groups), undecided
 
 
 def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
@@ -145,18 +145,18 @@ def _identity(directory: str) -> tuple[FileIdentity, ...] | None:
         return None
 
 
-def _other_base(group: Group, expected: Expected) -> NotJudged | None:
-    """Files with the identity that the run saw are those files. On another machine only their bytes can tell."""
-    here = _identity(group.directory)
-    if here is None:
-        return _refusal(f"does not have base {group.base.name} at the place where the run has it", _SHARED, Origin.BASE)
-    if here == expected.identity:
+def _check_base(group: Group, expected: Expected) -> NotJudged | None:
+    """Check that this node has the base of the run: by the identity of its files, or else by their digest."""
+    identity = _identity(group.directory)
+    if identity is None:
+        return _refusal(f"does not have base {group.base.name} at the path of the run", _SHARED, Origin.BASE)
+    if identity == expected.identity:
         return None
     try:
         digest = digest_directory(group.directory, base_weight_files(group.directory))
-    except Exception as error:  # noqa: BLE001 - whatever lies there, it is not the base that was meant
+    except Exception as error:  # noqa: BLE001 - after any error, the base of the run is not there
         return _refusal(f"cannot read base {group.base.name}: {error}", _SHARED, Origin.BASE)
-    if digest == expected.sha256 and _identity(group.directory) == here:
+    if digest == expected.sha256 and _identity(group.directory) == identity:
         return None
     return _refusal(
         f"has another base {group.base.name}: the SHA-256 of its weights is {digest}, expected {expected.sha256}",
@@ -165,33 +165,33 @@ def _other_base(group: Group, expected: Expected) -> NotJudged | None:
     )
 
 
-def _task_here(task: Task) -> Task | NotJudged:
+def _task_on_node(task: Task) -> Task | NotJudged:
     members = []
     for files in task.files:
         records = []
-        for one in files.files:
-            found = _file_here(files, one)
-            if isinstance(found, NotJudged):
-                return found
-            records.append(found)
+        for expected in files.files:
+            record_on_node = _file_on_node(files, expected)
+            if isinstance(record_on_node, NotJudged):
+                return record_on_node
+            records.append(record_on_node)
         members.append(replace(files, files=tuple(records)))
     return replace(task, files=tuple(members))
 
 
-def _file_here(files: AdapterFiles, expected: FileRecord) -> FileRecord | NotJudged:
+def _file_on_node(files: AdapterFiles, expected: FileRecord) -> FileRecord | NotJudged:
     try:
         with Path(files.directory, expected.path).open("rb") as file:
-            found = identity_of(expected.path, os.fstat(file.fileno()))
-            if found == expected.identity:
+            identity = identity_of(expected.path, os.fstat(file.fileno()))
+            if identity == expected.identity:
                 return expected
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return _refusal(f"cannot read {expected.path} of the adapter: {error.strerror}", _SHARED)
     if digest != expected.sha256:
-        said = f"has another {expected.path} of the adapter: its SHA-256 is {digest}, expected {expected.sha256}"
-        return _refusal(said, _SHARED)
-    return replace(expected, identity=found)
+        problem = f"has another {expected.path} of the adapter: its SHA-256 is {digest}, expected {expected.sha256}"
+        return _refusal(problem, _SHARED)
+    return replace(expected, identity=identity)
 
 
-def _refusal(said: str, hint: str, origin: Origin = Origin.RUNTIME) -> NotJudged:
-    return NotJudged(message=f"node {os.uname().nodename} {said}", hint=hint, origin=origin)
+def _refusal(problem: str, hint: str, origin: Origin = Origin.RUNTIME) -> NotJudged:
+    return NotJudged(message=f"node {os.uname().nodename} {problem}", hint=hint, origin=origin)

@@ -1,10 +1,10 @@
-"""The worker process, as its parent sees it: started, given a job, ended.
+"""Starts the worker process, sends it a job, and ends it.
 
-In: a `Job`. Out: the process's events, and how it ended. The process (child.py) is an interpreter of its own, so that a
-crash in a native library costs the parent nothing.
+A `Job` goes in. The process's events come out, and how it ended. The process runs child.py in its own interpreter, so
+a crash in a native library does not reach the parent.
 
-The process has no token, no network, and never the caller's directory on `sys.path`: a config that names an importable
-module must not find the checkout.
+The process has no token and no network. The caller's directory is never on its `sys.path`, because a config that names
+an importable module must not find the checkout.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Idle threads of torch sleep, so that they do not spin on a core that merges. The caller's own value wins."""
 
-EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 """torch compiles nothing, so that its compiler is not imported (quick_imports.py), which PEFT's own imports would do.
 Only bitsandbytes needs it, to quantize on a CPU."""
 
@@ -58,8 +58,8 @@ TAIL_BYTES = 2000
 IDLE_S = 0.5
 """The listener gets `Idle` after so long without an event."""
 
-LEAVING_S = 10.0
-"""How long a process that has closed its pipe may take to end by itself."""
+EXIT_TIMEOUT_S = 10.0
+"""How long a process may take to exit after it has closed its pipe."""
 
 
 class WorkerProcess:
@@ -71,11 +71,11 @@ class WorkerProcess:
         directory = self._stack.enter_context(private_directory())
         self._memory = MemoryGroup()
         self._kills_before = self._memory.kills()
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        own_socket, child_socket = socket.socketpair()
+        self._channel = Channel(own_socket)
         self._stack.callback(self._channel.close)
-        self._process = _start(theirs, self._output, directory, {} if quantizes else EAGER)
-        theirs.close()
+        self._process = _start(child_socket, self._output, directory, {} if quantizes else NO_COMPILER)
+        child_socket.close()
         self._stack.callback(_stop, self._process)
 
     def __enter__(self) -> Self:
@@ -97,7 +97,7 @@ class WorkerProcess:
             finished = _converse(self._channel, job, listen, is_overdue)
         except GarbledError as error:
             _stop(self._process)
-            return Ending(f"it sent what is no event of the gate's ({error})", _GARBLED)
+            return Ending(f"it sent something that is not an event of the gate ({error})", _GARBLED)
         if finished:
             _exit_code(self._process)
             return None
@@ -119,7 +119,7 @@ class WorkerProcess:
 
 
 class Ending(NamedTuple):
-    """How a process ended, in words, and what to do about it."""
+    """How a process ended, as text, and what to do about it."""
 
     text: str
     hint: str
@@ -144,11 +144,13 @@ If the parent died before that, its process id differs. 2. The package is the pa
 under its name. The other files in its directory shadow nothing, because that directory goes to the end of the path."""
 
 
-def _start(theirs: socket.socket, output: IO[bytes], directory: str, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    child_socket: socket.socket, output: IO[bytes], directory: str, extra: dict[str, str]
+) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(theirs.fileno()), str(os.getpid())],
-        pass_fds=(theirs.fileno(),),
+        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(child_socket.fileno()), str(os.getpid())],
+        pass_fds=(child_socket.fileno(),),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -165,7 +167,7 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept = [entry for entry in entries if here != Path(entry) and here not in Path(entry).parents]
     if kept:
         env["PYTHONPATH"] = os.pathsep.join(kept)
-    return WAITING | REUSE | env | OFFLINE
+    return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
 def _converse(channel: Channel, job: Job, listen: Listener, is_overdue: Callable[[], bool]) -> bool:
@@ -198,9 +200,9 @@ def _send(channel: Channel, job: Job) -> None:
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
-    """The exit code of a process that sends nothing more."""
+    """The exit code of a process that has closed its pipe."""
     try:
-        return child.wait(LEAVING_S)
+        return child.wait(EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         _stop(child)
         return child.wait()
@@ -217,26 +219,26 @@ def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = N
     output.seek(0, os.SEEK_END)
     output.seek(max(0, output.tell() - TAIL_BYTES))
     lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    last_words = f"; its last words: {lines[-1][:300]}" if lines else ""
+    last_line = f"; its last line: {lines[-1][:300]}" if lines else ""
     if code >= 0:
         return Ending(
-            f"exit code {code}{last_words}", _MEMORY if any(word in last_words for word in _NO_MEMORY) else _BUG
+            f"exit code {code}{last_line}", _MEMORY if any(word in last_line for word in _NO_MEMORY) else _BUG
         )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     if -code != signal.SIGKILL:
-        return Ending(f"killed by {name}{last_words}", _HINTS.get(name, _BUG))
+        return Ending(f"killed by {name}{last_line}", _HINTS.get(name, _BUG))
     if out_of_memory is None:
-        return Ending(f"killed by {name}, most likely because the machine is out of memory{last_words}", _MEMORY)
+        return Ending(f"killed by {name}, most likely because the machine is out of memory{last_line}", _MEMORY)
     if out_of_memory:
-        return Ending(f"killed by {name}, out of memory: {out_of_memory}{last_words}", _MEMORY)
-    return Ending(f"killed by {name} from outside: the kernel counts no death for lack of memory{last_words}", _KILLED)
+        return Ending(f"killed by {name}, out of memory: {out_of_memory}{last_line}", _MEMORY)
+    return Ending(f"killed by {name} from outside: the kernel reports no out-of-memory kill{last_line}", _KILLED)
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
 _NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
 """The last lines of a process that a limit on memory (ulimit -v) ended contain one of these."""
-_KILLED = "find out what sent the signal (a limit of the runner, a cancelled job), and run the gate again"
-_GARBLED = "the base's own code, or a library, wrote to the gate's line: use a base without code of its own"
+_KILLED = "find out what sent the signal (a limit of the runner, a canceled job), and run the gate again"
+_GARBLED = "the base's own code, or a library, wrote to the gate's channel: use a base without its own code"
 _BUG = "run the gate again; if it happens again, report it as a bug, with the adapter's config"
 _HINTS = {
     "SIGBUS": "a file was cut short while it was read, or the disk failed: let nothing write to base and adapters "
