@@ -21,6 +21,7 @@ from merge_gate.records.options import RunOptions
 from merge_gate.shards.costs import Cost, Costs
 from merge_gate.shards.partition import assign, part_of, shard_of
 from tests.support.command import merge_gate
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,24 +172,15 @@ def test_a_pod_of_an_indexed_job_knows_its_number() -> None:
     assert shard_of("1/4", {"JOB_COMPLETION_INDEX": "3"}) == (1, 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "index", "said"),
-    [
-        ("5/4", "", "there is no shard 5 of 4"),
-        ("4", "4", "there is no shard 5 of 4"),
-        ("4", "", "JOB_COMPLETION_INDEX is ''"),
-        ("4", "-1", "JOB_COMPLETION_INDEX is '-1'"),
-        ("4", "²", "JOB_COMPLETION_INDEX is '²'"),
-    ],
-)
-def test_a_shard_that_does_not_exist_is_a_usage_error(text: str, index: str, said: str) -> None:
+@pytest.mark.parametrize(("text", "index"), [("5/4", ""), ("4", "4"), ("4", ""), ("4", "-1"), ("4", "²")])
+def test_a_shard_that_does_not_exist_is_a_usage_error(text: str, index: str, wording: Wording) -> None:
     with pytest.raises(UsageError) as raised:
         shard_of(text, {"JOB_COMPLETION_INDEX": index} if index else {})
-    assert said in raised.value.message
+    wording(raised.value)
 
 
 @pytest.mark.parametrize("text", ["0/4", "4/0", "1/", "/4", "one/4", "1/4/4", "-1/4", "1.0/4", ""])
 def test_what_is_no_shard_is_refused(text: str, tmp_path: Path) -> None:
     answer = merge_gate("run", "x.yml", f"--shard={text}", cwd=tmp_path)
     assert answer.code == 2, answer.said
-    assert "expected I/N such as 2/4" in answer.err
+    assert "I/N" in answer.err

