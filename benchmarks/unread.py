@@ -67,7 +67,7 @@ def traced(model: Any, sender: Connection) -> None:
     sender.send(
         {
             "complete": found.complete,
-            "apart": {path: type(model.get_submodule(path)).__name__ for path in sorted(found.apart)},
+            "apart": {path: type(model.get_submodule(path)).__name__ for path in sorted(found.modules)},
             "in_logits": sorted(found.in_logits),
             "attention": sum(type(module).forward is nn.MultiheadAttention.forward for module in model.modules()),
             "seconds": round(time.perf_counter() - started, 2),

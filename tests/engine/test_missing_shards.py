@@ -8,7 +8,7 @@ import peft
 import pytest
 import transformers
 
-from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.errors import Undecidable
 from tests.support import methods
 
@@ -25,8 +25,8 @@ def test_a_model_of_which_the_files_hold_nothing_is_refused() -> None:
     model = tiny()
     names = {name for name, _ in model.named_parameters()}
     with pytest.raises(Undecidable, match=r"BaseOfAnotherClass.*LlamaForCausalLM"):
-        refuse_strangers(model, names, "b")
-    refuse_strangers(model, names - {"lm_head.weight"}, "b")
+        refuse_foreign_weights(model, names, "b")
+    refuse_foreign_weights(model, names - {"lm_head.weight"}, "b")
 
 
 def test_a_model_that_brought_an_adapter_is_refused(tmp_path: Path) -> None:
@@ -35,4 +35,4 @@ def test_a_model_that_brought_an_adapter_is_refused(tmp_path: Path) -> None:
         peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(Undecidable, match="AdapterNextToBase"):
-        refuse_strangers(model, set(), "b")
+        refuse_foreign_weights(model, set(), "b")

@@ -59,9 +59,9 @@ def test_it_is_what_the_files_give(pair: str, dtype: str, shelf: Shelf) -> None:
     assert shared is not None
     assert all(torch.equal(known.tensors[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
     assert shared.facts.loaded_as == second
-    assert shared.initialised == fresh.initialised
+    assert shared.newly_initialized == fresh.newly_initialized
     assert shared.tensors.keys() == fresh.tensors.keys()
-    from_files = fresh.tensors.keys() - fresh.initialised
+    from_files = fresh.tensors.keys() - fresh.newly_initialized
     for name in from_files:
         assert torch.equal(shared.tensors[name].nan_to_num(), fresh.tensors[name].nan_to_num()), name
         assert shared.tensors[name].dtype == fresh.tensors[name].dtype, name

@@ -290,7 +290,7 @@ def test_an_ordinary_lora_is_not_traced(tmp_path: Path) -> None:
     gate = Gate()
     gate.judge(one.adapter, one.base)
     (base,) = gate.loaded.values()
-    assert base.reads is None
+    assert base.direct_reads is None
 
 
 def test_what_ln_tuning_puts_in_a_layers_place_is_merged(tmp_path: Path) -> None:
@@ -329,8 +329,8 @@ def test_a_forward_of_tensors_without_data_shows_what_is_read_apart(model_type: 
     found = direct_reads.trace(model)
     assert found.complete
     ends = APART[model_type]
-    assert all(any(path.endswith(end) for end in ends) for path in found.apart), found
-    assert all(any(path.endswith(end) for path in found.apart) for end in ends), found
+    assert all(any(path.endswith(end) for end in ends) for path in found.modules), found
+    assert all(any(path.endswith(end) for path in found.modules) for end in ends), found
     assert torch.equal(drawn, torch.get_rng_state())
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
@@ -356,7 +356,7 @@ def test_a_model_that_cannot_run_says_what_its_parts_have_shown() -> None:
     model.vision_model.head.__class__ = Broken
     found = direct_reads.trace(model)
     assert (found.complete, found.in_logits) == (False, frozenset())
-    assert found.apart == {"vision_model.head.attention.out_proj"}
+    assert found.modules == {"vision_model.head.attention.out_proj"}
 
 
 def _reads_metadata(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -384,7 +384,7 @@ def test_what_counts_is_what_an_output_depends_on(how: Callable[..., torch.Tenso
 
     Own.__module__ = "transformers.models.llama.modeling_llama"
     found = direct_reads.trace(Own(transformers.LlamaConfig(**TEXT, **IDS)))
-    assert (found.complete, found.apart, found.in_logits) == (True, apart, apart)
+    assert (found.complete, found.modules, found.in_logits) == (True, apart, apart)
 
 
 def test_a_part_that_a_whole_run_did_not_come_to_is_not_taken_for_run() -> None:
@@ -394,7 +394,7 @@ def test_a_part_that_a_whole_run_did_not_come_to_is_not_taken_for_run() -> None:
 
     Own.__module__ = "transformers.models.siglip.modeling_siglip"
     found = direct_reads.trace(Own(_siglip().config))
-    assert (found.complete, found.apart, "text_model.head" in found.ran) == (True, frozenset(), True)
+    assert (found.complete, found.modules, "text_model.head" in found.ran) == (True, frozenset(), True)
     assert not any("vision_model" in path for path in found.ran)
 
 
@@ -404,7 +404,7 @@ def test_code_of_a_bases_own_is_not_run() -> None:
             pytest.fail("it ran")
 
     model = Own(transformers.LlamaConfig(**TEXT, **IDS))
-    assert direct_reads.trace(model) == direct_reads.Reads()
+    assert direct_reads.trace(model) == direct_reads.DirectReads()
 
 
 def test_too_many_calls_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

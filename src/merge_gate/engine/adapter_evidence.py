@@ -311,7 +311,7 @@ def _tokens(loaded: Loaded) -> dict[str, int]:
 
 def _made_up(base: Base, whole: set[str]) -> set[str]:
     """Tensors that the base's files lack and that the adapter does not bring whole: a delta is added to noise."""
-    return set(base.initialised & base.tensors.keys()) - whole
+    return set(base.newly_initialized & base.tensors.keys()) - whole
 
 
 def _enlarged(base: Base, loaded: Loaded) -> set[str]:

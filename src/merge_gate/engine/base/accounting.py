@@ -23,8 +23,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from merge_gate.engine.base.loaded_base import Base, ModelClass, head, loads_as_usual
-from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
+from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
 from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles, BaseFiles
@@ -81,14 +81,14 @@ def account_for(directory: str, shape: ModelClass, label: str, files: BaseFiles 
         return Account()
     try:
         stored = files.tensors if files is not None and files.tensors else stored_tensors(directory)
-        found = tensor_map(model_class, directory, stored, **head(shape))
+        found = tensor_map(model_class, directory, stored, **head_options(shape))
     except NoMapError:
         return Account()
     refuse_left_out(found, label)
     refuse_torn_groups(found, label)
     refuse_codes(found, label)
     if type(found.model).__name__ not in _architectures(found.model, directory):
-        refuse_strangers(found.model, found.missing, label)
+        refuse_foreign_weights(found.model, found.missing, label)
     return Account(
         incomplete=own_missing(found.missing | _partly_stacked(found), found.model, directory),
         unloaded=tuple(name for name in sorted(found.unloaded) if _is_notable(name, found)),
@@ -109,7 +109,7 @@ def settle(base: Base, account: Account, directory: str) -> None:
         if left:
             _refuse_left_out(base.source.label, None, left, type(base.model).__name__)
         unloaded = tuple(name for name in sorted(base.unexpected) if not _STALE.search(name))
-    missing = base.initialised - set(base.facts.replaced)
+    missing = base.newly_initialized - set(base.facts.replaced)
     incomplete = tuple(sorted({*incomplete, *own_missing(missing, base.model, directory)}))
     base.facts = replace(base.facts, incomplete=incomplete, unloaded=unloaded)
 

@@ -1,12 +1,12 @@
-"""Load a base once, measure it once, and make scratches of it. Nothing here, or after it, writes to the base.
+"""Loads and measures a base once, and makes scratch copies of it.
 
-In: a directory, its `ModelClass`, a dtype and a quantisation. Out: `Base`, and from it as many
-scratches as there are adapters. Knows nothing of PEFT.
-
-A scratch has its own modules and its own `Parameter` objects over the base's storage, ties kept: it costs
-milliseconds and no memory. Whoever is about to write to one of its tensors gives it a private copy first
-(adapter_evidence.py).
+In: a directory, its `ModelClass`, a dtype, and a quantization. Out: `Base`, and a scratch copy for each adapter. This
+module imports no PEFT, and no code writes to the base.
 """
+
+# A scratch copy has its own modules and its own `Parameter` objects over the base's storage, and keeps ties. It takes
+# milliseconds and no memory. Code that writes to a tensor of it must give that tensor a private copy first
+# (private_copies.py).
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.engine.base.stored_formats import (
     loaded_dtypes,
     loaded_quantization,
@@ -50,17 +50,18 @@ from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, Remo
 from merge_gate.records.terms import Quantization
 
 if TYPE_CHECKING:
-    from merge_gate.engine.base.direct_reads import Reads
+    from merge_gate.engine.base.direct_reads import DirectReads
 
-_REPORT_ABOVE = re.compile(r"\s*For details look at [^.!]*above report!?")
-"""What transformers' errors say of a table in its log, which the reader of a message does not see."""
+_REFERENCE_TO_LOG = re.compile(r"\s*For details look at [^.!]*above report!?")
+"""transformers' errors refer to a table in its log, which the reader of a message does not see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelClass:
-    """The class that a base is loaded as, and the size of its head: adapters of one class and size share a load.
+    """The class that a base is loaded as, and the size of its head. Adapters of one class and size share a load.
 
-    `instead_of` is the class that the adapter's task type asks for, where its names fit only another (model_class.py).
+    `instead_of` is the class for the adapter's task type, if the names in its file fit only another class
+    (model_class.py).
     """
 
     class_name: str
@@ -70,7 +71,7 @@ class ModelClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What a base is loaded from, and how: `options` are those of `from_pretrained` that every class of it shares."""
+    """Where a base is loaded from, and how. `options` are the arguments of `from_pretrained` that its classes share."""
 
     directory: str
     label: str
@@ -82,14 +83,14 @@ class Source:
 
 @dataclass(slots=True, kw_only=True)
 class Base:
-    """A loaded base. `tensors` and `stats` are by name, a tied tensor under its first name only.
+    """A loaded base.
 
-    `initialised` names tensors that its files do not have, or not in this size. `template` is the scratch that the last
-    adapter left as it was, for the next one (template.py). `reads` is what its forward reads past its layers, once
-    somebody has asked (unread_layers.py).
-    The tensors are in host memory (quantised ones on `device`); `weights` brings them to `device` when they are needed.
-    `aliases` are the other names of tied ones.
-    Those of `hollow` have values only while they are `filled` (other_dtype.py).
+    `tensors` and `stats` are by name, a tied tensor under its first name only. `aliases` maps the other names of tied
+    tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
+    a scratch copy that the last adapter left unchanged, for the next adapter (template.py). `direct_reads` is what the
+    forward reads without calling layers, once it is traced (unread_layers.py). The tensors are in host memory,
+    quantized ones on `device`. `weights` brings them to `device` when they are needed. Tensors in `hollow` have values
+    only while they are `filled` (other_dtype.py).
     """
 
     model: nn.Module
@@ -97,10 +98,10 @@ class Base:
     tensors: dict[str, torch.Tensor]
     stats: dict[str, TensorStats]
     source: Source
-    initialised: frozenset[str]
+    newly_initialized: frozenset[str]
     unexpected: frozenset[str] = frozenset()
     template: Any = None
-    reads: Reads | None = None
+    direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
@@ -108,12 +109,15 @@ class Base:
 
     def __post_init__(self) -> None:
         self.weights = Weights(self.tensors, self.device)
-        first = {id(tensor): name for name, tensor in self.tensors.items()}
-        named = self.model.named_parameters(remove_duplicate=False)
-        self.aliases = {name: first[id(one)] for name, one in named if name not in self.tensors and id(one) in first}
+        first_names = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.aliases = {
+            name: first_names[id(parameter)]
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if name not in self.tensors and id(parameter) in first_names
+        }
 
     def first_name(self, name: str) -> str:
-        """The name under which a tensor is in `tensors` and `stats`: a tied one has more."""
+        """The name of a tensor in `tensors` and `stats`. A tied tensor has more names."""
         return self.aliases.get(name, name)
 
     @property
@@ -124,37 +128,37 @@ class Base:
         """This thread's buffers for merges in blocks."""
         if not hasattr(self._buffers, "own"):
             self._buffers.own = Buffers()
-        found: Buffers = self._buffers.own
-        return found
+        buffers: Buffers = self._buffers.own
+        return buffers
 
     def filled(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """The tensors of these names have values inside of the `with` block."""
+        """Give these tensors values for the `with` block."""
         if self.hollow is None:
             return nullcontext()
         return self.hollow.filled(self.tensors[name] for name in names if name in self.tensors)
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the base as it is in memory: what one that has no values now is cast from."""
+        """The tensor in memory. For a hollow tensor, that is the tensor that it is cast from."""
         return tensor if self.hollow is None else self.hollow.source(tensor)
 
     def was_misread(self) -> bool:
-        """Whether somebody has read a tensor that had no values; it has some from now on."""
+        """Whether some code has read a tensor that had no values. The tensor has values from now on."""
         if self.hollow is None or not self.hollow.fill_touched():
             return False
         self.template = None
         return True
 
     def scratch(self, *, private: bool = False) -> nn.Module:
-        """A copy with its own modules over the base's storage; with `private`, over copies of the tensors."""
-        memo: dict[int, Any] = {}
+        """A scratch copy: own modules over the base's storage. With `private`, over copies of the tensors."""
+        copies: dict[int, Any] = {}
         for module in self.model.modules():
             for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in memo:
-                    memo[id(parameter)] = wrap(parameter, private=private)
+                if parameter is not None and id(parameter) not in copies:
+                    copies[id(parameter)] = wrap(parameter, private=private)
             for buffer in module._buffers.values():
-                if buffer is not None and id(buffer) not in memo:
-                    memo[id(buffer)] = buffer.clone() if private else buffer.detach()
-        return copy.deepcopy(self.model, memo)
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone() if private else buffer.detach()
+        return copy.deepcopy(self.model, copies)  # as its memo, so that deepcopy copies no tensor, and ties stay
 
 
 def wrap(parameter: torch.Tensor, *, private: bool = False) -> torch.Tensor:
@@ -168,12 +172,12 @@ def wrap(parameter: torch.Tensor, *, private: bool = False) -> torch.Tensor:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    """(name, owning module, tensor) of every parameter and persistent buffer; a tied tensor once, by its first name."""
+    """(name, module, tensor) of every parameter and persistent buffer. A tied tensor comes once, by its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        hidden = module._non_persistent_buffers_set
-        own = list(module._parameters.items()) + [(n, b) for n, b in module._buffers.items() if n not in hidden]
-        for name, tensor in own:
+        non_persistent = module._non_persistent_buffers_set
+        buffers = [(name, buffer) for name, buffer in module._buffers.items() if name not in non_persistent]
+        for name, tensor in [*module._parameters.items(), *buffers]:
             if tensor is None or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
@@ -181,7 +185,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tens
 
 
 def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[TensorStats, ...]:
-    """Measure one tensor of a module in its final form: a quantised weight after dequantising, and its scales too."""
+    """Measure one tensor of a module. A quantized weight is dequantized first, and its scales are measured too."""
     if not is_quantized(tensor):
         return (measure(tensor, name),)
     plain = measure(dequantized(module, tensor), name)
@@ -200,9 +204,9 @@ def load_base(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Base:
-    """Load a base from a directory and measure every parameter and persistent buffer of it.
+    """Load a base from a directory, and measure every parameter and persistent buffer.
 
-    Where the dtype asked for is the stored one, transformers memory-maps the weights: no anonymous memory is used.
+    If the stored dtype is requested, transformers maps the weights into memory, and no anonymous memory is used.
 
     Raises:
         Undecidable: the base cannot be loaded, with the library's own reason.
@@ -229,21 +233,22 @@ def load_base(
             source = replace(source, options=options | dequantizing_options(_config(model_class, source)))
         with quantizing(quantization):
             model, loading = _from_pretrained(model_class, source, shape)
-    except Exception as error:  # every library below has its own exceptions; all mean the same here
+    except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
             raise Undecidable(RemoteCodeNeeded(base=label)) from error
         raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=shape.class_name)) from error
     refuse_mismatches(loading, label, shape)
-    refuse_strangers(model, loading.initialised, label)
+    refuse_foreign_weights(model, loading.newly_initialized, label)
     refuse_other_packing(model, source, dtype)
     return measure_base(model, source, loading, known={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """What transformers says of a load: names that the files lack, that the model lacks, and that have another size.
+    """The names that do not fit in a load, as transformers reports them.
 
-    `mismatched` are names, their shapes in the files, and the shapes that the model needs.
+    `missing` are not in the files, and `unexpected` are not in the model. `mismatched` has a name, the shape in the
+    files, and the shape that the model needs.
     """
 
     missing: frozenset[str] = frozenset()
@@ -255,7 +260,7 @@ class Loading:
         return tuple(name for name, _, _ in self.mismatched)
 
     @property
-    def initialised(self) -> frozenset[str]:
+    def newly_initialized(self) -> frozenset[str]:
         return self.missing.union(self.replaced)
 
 
@@ -267,51 +272,54 @@ def _config(model_class: Any, source: Source) -> Any:
 
 
 def _from_pretrained(model_class: Any, source: Source, shape: ModelClass) -> tuple[Any, Loading]:
-    """The model, and what of its checkpoint does not fit: `refuse_mismatches` says which of them may be.
+    """The model, and the names that do not fit, which `refuse_mismatches` judges.
 
-    A class with a `from_pretrained` of its own takes no pair from the one below it, and refuses what does not fit.
+    A class with a `from_pretrained` of its own may return no loading info, and refuses by itself what does not fit.
     """
-    options = {**source.options, **head(shape)}
+    options = {**source.options, **head_options(shape)}
     if not loads_as_usual(model_class) and not _owner(model_class).__module__.startswith("transformers.models.auto."):
         return model_class.from_pretrained(source.directory, **options), Loading()
-    return load_informed(model_class, source.directory, **options)
+    return load_with_info(model_class, source.directory, **options)
 
 
 def loads_as_usual(model_class: Any) -> bool:
-    """Whether a class loads as all of transformers' models do: not by a `from_pretrained` of its own or of an Auto."""
+    """Whether a class uses the `from_pretrained` of all models, and not one of its own or of an Auto class."""
     return _owner(model_class) is transformers.PreTrainedModel
 
 
 def _owner(model_class: Any) -> Any:
-    return next(one for one in model_class.__mro__ if "from_pretrained" in vars(one))
+    """The class that defines `from_pretrained` for this class."""
+    return next(parent for parent in model_class.__mro__ if "from_pretrained" in vars(parent))
 
 
-def load_informed(model_class: Any, directory: str | None, **options: Any) -> tuple[Any, Loading]:
-    """`from_pretrained`, and what transformers says of it."""
-    model, said = model_class.from_pretrained(
+def load_with_info(model_class: Any, directory: str | None, **options: Any) -> tuple[Any, Loading]:
+    """`from_pretrained`, and the names that do not fit."""
+    model, info = model_class.from_pretrained(
         directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    mismatched = tuple(sorted(said["mismatched_keys"]))  # a set
-    missing, unexpected = frozenset(said["missing_keys"]), frozenset(said["unexpected_keys"])
+    mismatched = tuple(sorted(info["mismatched_keys"]))  # sorted, because it is a set
+    missing, unexpected = frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"])
     return model, Loading(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
-def head(shape: ModelClass) -> dict[str, Any]:
-    """What `from_pretrained` is told of a head."""
+def head_options(shape: ModelClass) -> dict[str, Any]:
+    """The argument of `from_pretrained` for the size of a head."""
     return {} if shape.num_labels is None else {"num_labels": shape.num_labels}
 
 
 def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
-    """A head may give way to another number of labels; a detector's has one row more, for what is none of them.
+    """Refuse tensors of another size, except a head that is replaced for another number of labels.
 
     Raises:
         Undecidable: another tensor has another size, so the base is broken.
     """
     for name, stored, expected in loading.mismatched:
         extra = None if shape.num_labels is None else expected[0] - shape.num_labels
+        # A detector's head has one row more, for "no object".
         if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
-            got, needed = tuple(stored), tuple(expected)
-            fact = BaseShapeClash(base=label, class_name=shape.class_name, name=name, got=got, expected=needed)
+            fact = BaseShapeClash(
+                base=label, class_name=shape.class_name, name=name, got=tuple(stored), expected=tuple(expected)
+            )
             raise Undecidable(fact)
 
 
@@ -319,7 +327,7 @@ Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def place_of(tensor: torch.Tensor) -> Place:
-    """Where a tensor's values lie, and how: two tensors of one place are one."""
+    """The address and the layout of a tensor's values. Two tensors with the same place are the same tensor."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
@@ -330,29 +338,29 @@ def measure_base(
     known: Mapping[Place, TensorStats],
     hollow: Hollow | None = None,
 ) -> Base:
-    """Measure every parameter and persistent buffer, but for those of which another load knows the figures."""
+    """Measure every parameter and persistent buffer. `known` has the figures that another load has measured."""
     model.eval()
     model.requires_grad_(requires_grad=False)
 
-    def look(one: tuple[str, nn.Module, torch.Tensor]) -> tuple[TensorStats, ...]:
-        name, module, tensor = one
+    def measured(item: tuple[str, nn.Module, torch.Tensor]) -> tuple[TensorStats, ...]:
+        name, module, tensor = item
         stats = known.get(place_of(tensor))
         return measure_in(module, tensor, name) if stats is None else (replace(stats, name=name),)
 
-    found = list(named_tensors(model))
-    stats = list(spread(look, found))
+    items = list(named_tensors(model))
+    stats = list(spread(measured, items))  # for each item, the tensor and then its scales
     facts = BaseFacts(
         model=source.label,
         revision=source.revision,
         dtype=dtype_name(main_dtype(model)),
         quantization=loaded_quantization(model, source.directory),
-        dtypes=loaded_dtypes(tensor for _, _, tensor in found),
-        parameters=sum(elements(tensor) for _, _, tensor in found),
+        dtypes=loaded_dtypes(tensor for _, _, tensor in items),
+        parameters=sum(elements(tensor) for _, _, tensor in items),
         nonfinite=tuple(
-            replace(one, is_buffer=name.rpartition(".")[2] in module._buffers)
-            for (name, module, _), parts in zip(found, stats, strict=True)
-            for one in parts
-            if not one.finite
+            replace(part, is_buffer=name.rpartition(".")[2] in module._buffers)
+            for (name, module, _), parts in zip(items, stats, strict=True)
+            for part in parts
+            if not part.finite
         ),
         loaded_as=type(model).__name__,
         replaced=loading.replaced,
@@ -360,27 +368,27 @@ def measure_base(
     return Base(
         model=model,
         facts=facts,
-        tensors={name: tensor for name, _, tensor in found},
-        stats={name: parts[0] for (name, _, _), parts in zip(found, stats, strict=True)},
+        tensors={name: tensor for name, _, tensor in items},
+        stats={name: parts[0] for (name, _, _), parts in zip(items, stats, strict=True)},
         source=source,
-        initialised=loading.initialised,
+        newly_initialized=loading.newly_initialized,
         unexpected=loading.unexpected,
         hollow=hollow,
     )
 
 
 def caught(error: BaseException) -> Caught:
-    """A library's exception as a fact."""
-    kinds = tuple(one.__name__ for one in type(error).__mro__)
+    """The record of a library's exception."""
+    kinds = tuple(kind.__name__ for kind in type(error).__mro__)
     return Caught(kinds=kinds, text=first_line(error), detail=str(error)[:2000])
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, cut to a readable length; for messages.
+    """The first line of an error's text that is not empty, cut to a readable length for messages.
 
-    With the next one, if it ends with a colon.
+    If it ends with a colon, the next line follows it.
     """
-    text = _REPORT_ABOVE.sub("", str(error))
+    text = _REFERENCE_TO_LOG.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return (" ".join(lines[:count]) or type(error).__name__)[:400]

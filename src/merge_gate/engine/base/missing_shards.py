@@ -1,6 +1,6 @@
-"""A base of which transformers would load something else than its own tensors.
+"""Refuses a base if transformers would load something other than the base's own tensors.
 
-In: a loaded model, and the names that its files lack. Out: nothing, or an error. Imports no torch.
+In: a loaded model, and the names that its files lack. Out: nothing, or an error. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from merge_gate.errors import Undecidable
 from merge_gate.records.refusals import AdapterNextToBase, BaseOfAnotherClass
 
 
-def refuse_strangers(model: Any, made_up: AbstractSet[str], label: str) -> None:
-    """Transformers makes up whatever the files lack, and adds an adapter that lies beside them.
+def refuse_foreign_weights(model: Any, missing: AbstractSet[str], label: str) -> None:
+    """Refuse what transformers accepts: it initializes missing tensors, and loads an adapter from the base's directory.
 
     Raises:
-        Undecidable: no tensor of the class is in the files, or an adapter lies in the base's directory.
+        Undecidable: the files have no tensor of the class, or an adapter is in the base's directory.
     """
-    if made_up and {name for name, _ in model.named_parameters()} <= made_up:
+    if missing and {name for name, _ in model.named_parameters()} <= missing:
         raise Undecidable(BaseOfAnotherClass(base=label, class_name=type(model).__name__))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise Undecidable(AdapterNextToBase(base=label))

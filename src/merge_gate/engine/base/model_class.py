@@ -1,15 +1,16 @@
-"""Which class an adapter's base is loaded with, and the size of a head that only the adapter's file knows.
+"""Chooses the class that an adapter's base is loaded with, and the size of its head if only the adapter's file has it.
 
-In: a base's directory and what the preflight read of an adapter. Out: `ModelClass`. Loads no weights: models are built
-on torch's meta device, where they have names and shapes only. Knows nothing of PEFT.
+In: a base's directory, and what the preflight read of an adapter. Out: `ModelClass`. This module loads no weights and
+imports no PEFT: models on torch's meta device have names and shapes only.
 
-1. The adapter's task type names the class.
-2. Else its `auto_mapping` names one of transformers.
-3. Else it is the base's own architecture.
-4. A class that does not know the base's configuration gives way to the architecture.
-5. If none of the names in the adapter's file lies in that class, it is another class of the base: one in which all of
-   them lie, and of which the base's files hold tensors. This rule is for files without an `auto_mapping`, and for
-   classes into which transformers loads no names of earlier releases.
+1. The class for the adapter's task type.
+2. If it has no known task type: the class of transformers that its `auto_mapping` names.
+3. If it has neither: the base's own architecture.
+4. If the class does not support the base's configuration: the architecture too.
+5. If the class has none of the names in the adapter's file: another class of the base that has all of them, and that
+   the base's files have tensors of. This rule is for files without an `auto_mapping`. It is also for classes into which
+   transformers loads no names of earlier releases.
+6. The head has as many labels as the head in the adapter's file.
 """
 
 from __future__ import annotations
@@ -39,26 +40,27 @@ TASK_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""PEFT's task types and the Auto class that its `AutoPeftModel…` classes pair with them (peft/auto.py)."""
+"""PEFT's task types, and the Auto class that its `AutoPeftModel…` classes use for each (peft/auto.py)."""
 
 MOST_LABELS = 1 << 20
-"""A config names each of its labels: a file with a hostile shape could have as many as it has bytes."""
+"""A config lists all of its labels, so the shape in a hostile file must not set their number freely."""
 
 
 def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
-    """Choose by the rules above.
+    """Choose by the rules at the top of this file.
 
     Raises:
         Undecidable: the base's config.json cannot be read.
     """
     config = _read_config(directory, trust_remote_code=trust_remote_code)
-    asked = _class_for(config, files, trust_remote_code=trust_remote_code)
-    is_known = files.config.task_type not in TASK_CLASSES and asked == files.config.base_class
-    class_name = asked if is_known else _class_that_fits(config, asked, files, directory)
+    requested = _requested_class(config, files, trust_remote_code=trust_remote_code)
+    has_task_class = files.config.task_type in TASK_CLASSES
+    is_from_mapping = not has_task_class and requested == files.config.base_class
+    class_name = requested if is_from_mapping else _class_that_fits(config, requested, files, directory)
     return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
-        instead_of=asked if files.config.task_type in TASK_CLASSES and class_name != asked else None,
+        instead_of=requested if has_task_class and class_name != requested else None,
     )
 
 
@@ -67,7 +69,7 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
         return transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # OSError, ValueError, KeyError and more, by the kind of damage
+    except Exception as error:  # OSError, ValueError, KeyError, and others, depending on the damage
         if "trust_remote_code" in str(error):
             raise Undecidable(RemoteCodeNeeded()) from error
         raise Undecidable(BaseRaised(base="", error=caught(error))) from error
@@ -76,16 +78,17 @@ def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
 # --- the class -----------------------------------------------------------------------------------------------------
 
 
-def _class_for(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
+def _requested_class(config: Any, files: AdapterFiles, *, trust_remote_code: bool) -> str:
+    """Rules 1 to 4."""
     architecture = _architecture(config)
     remote_map = getattr(config, "auto_map", None) or {} if trust_remote_code else {}
-    wanted = TASK_CLASSES.get(files.config.task_type or "")
-    if wanted is not None:
-        return wanted if wanted in remote_map else _concrete(config, wanted) or architecture
+    task_class = TASK_CLASSES.get(files.config.task_type or "")
+    if task_class is not None:  # 1. and 4.
+        return task_class if task_class in remote_map else _concrete(config, task_class) or architecture
     mapped = files.config.base_class
-    if mapped is not None and _is_model_class(mapped):
+    if mapped is not None and _is_model_class(mapped):  # 2.
         return mapped
-    if not _is_model_class(architecture):
+    if not _is_model_class(architecture):  # 3.
         return next((name for name in remote_map if name.startswith("AutoModel")), architecture)
     return architecture
 
@@ -96,80 +99,85 @@ def _architecture(config: Any) -> str:
 
 
 def _concrete(config: Any, auto_class: str) -> str | None:
-    """The class that an Auto class stands for, so that two names of one class share a load; None where it has none."""
+    """The class that an Auto class selects for this configuration, so that both names share a load.
+
+    None if it selects none.
+    """
     mapping = getattr(transformers, auto_class)._model_mapping
     if type(config) not in mapping:
         return None
-    found = mapping[type(config)]
-    name = getattr(found, "__name__", "")  # some configurations have several classes: the Auto class chooses
+    name = getattr(mapping[type(config)], "__name__", "")  # a tuple of classes has no name: the Auto class chooses
     return name if _is_model_class(name) else auto_class
 
 
 def _is_model_class(name: str) -> bool:
-    found = getattr(transformers, name, None)
-    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    model_class = getattr(transformers, name, None)
+    return isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
 
 
-def _class_that_fits(config: Any, asked: str, files: AdapterFiles, directory: str) -> str:
-    """Rule 5. The first parts of names tell the classes of an architecture apart (`bert.encoder…` and `encoder…`)."""
-    names = [one.name.removeprefix(ADAPTER_PREFIX) for one in files.tensors if one.name.startswith(ADAPTER_PREFIX)]
-    parts = _first_parts(names)
-    if not parts or not _is_model_class(asked) or _looks_usual(config, asked, parts):
-        return asked
-    skeleton = _skeleton(config, asked)
-    if (parts | _first_parts(_renamed(skeleton, names))) & _children(skeleton):
-        return asked
+def _class_that_fits(config: Any, requested: str, files: AdapterFiles, directory: str) -> str:
+    """Rule 5. The first part of a name differs between the classes of one architecture (`bert.encoder`, `encoder`)."""
+    headers = (header for header in files.tensors if header.name.startswith(ADAPTER_PREFIX))
+    names = [header.name.removeprefix(ADAPTER_PREFIX) for header in headers]
+    first_parts = _first_parts(names)
+    if not first_parts or not _is_model_class(requested) or _has_usual_prefix(config, requested, first_parts):
+        return requested
+    skeleton = _skeleton(config, requested)
+    if (first_parts | _first_parts(_current_names(skeleton, names))) & _children(skeleton):
+        return requested
     others = (_architecture(config), *(_concrete(config, auto_class) for auto_class in TASK_CLASSES.values()))
-    fitting = (name for name in others if name and _is_model_class(name) and parts <= _parts(config, name))
-    return next((name for name in fitting if _is_stored(config, name, directory)), asked)
+    fitting = (
+        name for name in others if name and _is_model_class(name) and first_parts <= _children(_skeleton(config, name))
+    )
+    return next((name for name in fitting if _is_stored(config, name, directory)), requested)
 
 
 def _is_stored(config: Any, class_name: str, directory: str) -> bool:
-    """Whether the base's files hold tensors of a class; True if they cannot be read here, as pickled ones."""
+    """Whether the base's files have tensors of a class. True if they cannot be read here, such as pickled files."""
     try:
         stored = stored_names(Path(directory))
-    except Exception:  # the load says what is wrong with the files
+    except Exception:  # the load reports what is wrong with the files
         return True
     skeleton = _skeleton(config, class_name)
     if skeleton is None:
         return True
-    names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
-    held = {*stored, *_renamed(skeleton, stored)}
-    return any({name, prefix + name, name.removeprefix(prefix)} & names for name in held)
+    class_names, prefix = {name for name, _ in skeleton.named_parameters()}, f"{skeleton.base_model_prefix}."
+    file_names = {*stored, *_current_names(skeleton, stored)}
+    return any({name, prefix + name, name.removeprefix(prefix)} & class_names for name in file_names)
 
 
-def _looks_usual(config: Any, class_name: str, parts: set[str]) -> bool:
-    """A model with a head holds the bare one under its prefix; so most names need no model to be built."""
+def _has_usual_prefix(config: Any, class_name: str, first_parts: set[str]) -> bool:
+    """Whether the names have the prefix of a model with a head, or lack it for a bare model.
+
+    This decides for most names, so that no model has to be built.
+    """
     prefix = getattr(transformers, class_name).base_model_prefix
-    return (prefix in parts) != (class_name == _concrete(config, "AutoModel"))
+    return (prefix in first_parts) != (class_name == _concrete(config, "AutoModel"))
 
 
 def _first_parts(names: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _parts(config: Any, class_name: str) -> set[str]:
-    return _children(_skeleton(config, class_name))
-
-
 def _children(skeleton: Any) -> set[str]:
     return {name for name, _ in skeleton.named_children()} if skeleton is not None else set()
 
 
-def _renamed(skeleton: Any, names: Iterable[str]) -> list[str]:
-    """The names as transformers has them today, where it knows earlier ones: PEFT loads a LoRA's by the same list."""
+def _current_names(skeleton: Any, names: Iterable[str]) -> list[str]:
+    """The names in this release of transformers for names of earlier releases. PEFT loads LoRA by the same list."""
     if skeleton is None:
         return []
-    renamings = [one for one in get_model_conversion_mapping(skeleton) if isinstance(one, WeightRenaming)]
+    renamings = [rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)]
     return [rename_source_key(name, renamings, [])[0] for name in names]
 
 
 def _skeleton(config: Any, class_name: str) -> Any:
+    """A model of the class on the meta device. None if the class needs more than names and shapes."""
     with torch.device("meta"):
         try:
-            found = getattr(transformers, class_name)
-            return found(config) if _is_model_class(class_name) else found.from_config(config)
-        except Exception:  # a class that needs more than names and shapes
+            model_class = getattr(transformers, class_name)
+            return model_class(config) if _is_model_class(class_name) else model_class.from_config(config)
+        except Exception:  # a class may raise anything without values
             return None
 
 
@@ -177,29 +185,30 @@ def _skeleton(config: Any, class_name: str) -> Any:
 
 
 def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
-    """How many labels the head has that the adapter's file brings, where that is not the base's own count.
-
-    Rows of a head are those that a model with one more label has more of: a detector's head has more rows than labels.
-    """
-    saved = {
+    """Rule 6: the number of labels of the head in the adapter's file. None if it is the base's own number."""
+    shapes_in_file = {
         header.name.removeprefix(ADAPTER_PREFIX): header.shape
         for header in files.tensors
         if header.shape and header.name.endswith((".weight", ".bias")) and ".lora_" not in header.name
     }
-    own = _shapes(config, class_name) if saved else {}
-    resized = {
-        name: saved[name][0] for name, shape in own.items() if name in saved and _has_other_rows(saved[name], shape)
+    own = _shapes(config, class_name) if shapes_in_file else {}
+    rows_in_file = {
+        name: shapes_in_file[name][0]
+        for name, shape in own.items()
+        if name in shapes_in_file and _has_other_rows(shapes_in_file[name], shape)
     }
-    if not resized:
+    if not rows_in_file:
         return None
-    with_more = copy.deepcopy(config)
-    with_more.num_labels = config.num_labels + 1
-    more = _shapes(with_more, class_name)
-    for name, rows in resized.items():
-        each = more.get(name, own[name])[0] - own[name][0]
-        count, rest = divmod(rows - own[name][0], each) if each > 0 else (0, 1)
-        if not rest and 0 < config.num_labels + count <= MOST_LABELS:
-            return int(config.num_labels + count)
+    # The tensors of a head are those that get more rows with one label more. A detector's head has more rows than
+    # labels, so rows are compared with rows.
+    one_label_more = copy.deepcopy(config)
+    one_label_more.num_labels = config.num_labels + 1
+    larger = _shapes(one_label_more, class_name)
+    for name, rows in rows_in_file.items():
+        rows_per_label = larger.get(name, own[name])[0] - own[name][0]
+        added_labels, rest = divmod(rows - own[name][0], rows_per_label) if rows_per_label > 0 else (0, 1)
+        if not rest and 0 < config.num_labels + added_labels <= MOST_LABELS:
+            return int(config.num_labels + added_labels)
     return None
 
 

@@ -28,15 +28,15 @@ from merge_gate.engine.base.loaded_base import (
     Base,
     Loading,
     ModelClass,
-    head,
-    load_informed,
+    head_options,
+    load_with_info,
     loads_as_usual,
     measure_base,
     named_tensors,
     place_of,
     refuse_mismatches,
 )
-from merge_gate.engine.base.missing_shards import refuse_strangers
+from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.records.terms import Quantization
 
 
@@ -64,23 +64,23 @@ def in_another_class(known: Base, shape: ModelClass) -> Base | None:
 def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loading]:
     # 1.
     directory, on_meta = known.source.directory, {"device_map": "meta"}
-    outline, expected = load_informed(model_class, directory, **known.source.options, **head(shape), **on_meta)
+    outline, expected = load_with_info(model_class, directory, **known.source.options, **head_options(shape), **on_meta)
     refuse_mismatches(expected, known.source.label, shape)
-    refuse_strangers(outline, expected.initialised, known.source.label)
+    refuse_foreign_weights(outline, expected.newly_initialized, known.source.label)
     # 2.
     config = outline.config
-    held = {name: tensor.detach() for name, tensor in known.tensors.items() if name not in known.initialised}
+    held = {name: tensor.detach() for name, tensor in known.tensors.items() if name not in known.newly_initialized}
     again: dict[str, Any] = {"config": config, "dtype": config.dtype, "state_dict": held}
-    lacking = load_informed(model_class, None, **again, **on_meta)[1].initialised - expected.initialised
+    lacking = load_with_info(model_class, None, **again, **on_meta)[1].newly_initialized - expected.newly_initialized
     held |= dict(_stored(Path(directory), lacking, outline.base_model_prefix))
-    model, loading = load_informed(model_class, None, **again)
+    model, loading = load_with_info(model_class, None, **again)
     # 3.
     places = {place_of(tensor) for tensor in known.tensors.values()}
     found = {name: tensor for name, _, tensor in named_tensors(model)}
     anew = {name for name, tensor in found.items() if place_of(tensor) not in places}
     is_same = (
-        loading.initialised == expected.initialised
-        and anew <= expected.initialised | lacking
+        loading.newly_initialized == expected.newly_initialized
+        and anew <= expected.newly_initialized | lacking
         and _outlines(found) == _outlines({name: tensor for name, _, tensor in named_tensors(outline)})
     )
     return (model if is_same else None), expected

@@ -28,8 +28,8 @@ from merge_gate.engine.base.loaded_base import (
     ModelClass,
     Place,
     Source,
-    head,
-    load_informed,
+    head_options,
+    load_with_info,
     loads_as_usual,
     measure_base,
     named_tensors,
@@ -76,25 +76,27 @@ def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
             return False
         if "quantization_config" in config or not loads_as_usual(model_class):
             return False
-        outline, expected = load_informed(
-            model_class, directory, dtype="auto", **options, **head(shape), device_map="meta"
+        outline, expected = load_with_info(
+            model_class, directory, dtype="auto", **options, **head_options(shape), device_map="meta"
         )
         names = stored_names(Path(directory))
     except Exception:  # the load reports what is wrong
         return False
     prefix = f"{outline.base_model_prefix}."
-    wanted = {name for name, _, _ in named_tensors(outline)} - expected.initialised
+    wanted = {name for name, _, _ in named_tensors(outline)} - expected.newly_initialized
     return all(not names.isdisjoint((name, prefix + name, name.removeprefix(prefix))) for name in wanted)
 
 
 def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
     model_class = getattr(transformers, shape.class_name)
     # 2.
-    outline, expected = load_informed(model_class, source.directory, **source.options, **head(shape), device_map="meta")
+    outline, expected = load_with_info(
+        model_class, source.directory, **source.options, **head_options(shape), device_map="meta"
+    )
     refuse_mismatches(expected, source.label, shape)
     wanted = {name: tensor for name, _, tensor in named_tensors(outline)}
-    dtypes = {name: tensor.dtype for name, tensor in wanted.items() if name not in expected.initialised}
-    if expected.initialised != known.initialised or _shapes(wanted) != _shapes(known.tensors):
+    dtypes = {name: tensor.dtype for name, tensor in wanted.items() if name not in expected.newly_initialized}
+    if expected.newly_initialized != known.newly_initialized or _shapes(wanted) != _shapes(known.tensors):
         return None
     # 3.
     sources = {name: known.tensors[name].detach() for name in dtypes}
@@ -106,10 +108,10 @@ def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
     small = {name: sources[name].to(dtypes[name]) for name in cast if name not in large}
     given = {**sources, **small, **hollow.tensors}
     config = outline.config
-    model, loading = load_informed(model_class, None, config=config, dtype=config.dtype, state_dict=dict(given))
+    model, loading = load_with_info(model_class, None, config=config, dtype=config.dtype, state_dict=dict(given))
     found = {name: tensor for name, _, tensor in named_tensors(model)}
     is_same = (
-        loading.initialised == expected.initialised
+        loading.newly_initialized == expected.newly_initialized
         and {name: (one.shape, one.dtype) for name, one in found.items()}
         == {name: (one.shape, one.dtype) for name, one in wanted.items()}
         and all(place_of(found[name]) == place_of(tensor) for name, tensor in given.items())
@@ -153,7 +155,7 @@ def is_mapped(known: Base) -> bool:
     return all(
         any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end for start, end in spans)
         for name, tensor in known.tensors.items()
-        if name not in known.initialised and tensor.numel()
+        if name not in known.newly_initialized and tensor.numel()
     )
 
 

@@ -37,15 +37,15 @@ def unread_layers(base: Base, loaded: Loaded) -> tuple[UnreadLayer, ...]:
     """The layers whose delta the model has only after the merge."""
     if starts_at_no_delta(loaded.config) or base.facts.quantization != Quantization.NONE:
         return ()
-    if base.reads is None:
+    if base.direct_reads is None:
         from merge_gate.engine.base.direct_reads import trace  # noqa: PLC0415 - an ordinary LoRA does not wait for it
 
-        base.reads = trace(base.model)
-    reads = base.reads
+        base.direct_reads = trace(base.model)
+    reads = base.direct_reads
     found = []
     for path, layer in _layers(loaded.model):
         never_called = _is_attention_output(base.model, path)
-        if path in reads.apart or (never_called and path.rpartition(".")[0] not in reads.ran):
+        if path in reads.modules or (never_called and path.rpartition(".")[0] not in reads.ran):
             share = _share(base, loaded, layer)
             if share > max(rounding_share(layer), ROUNDING_SHARE):
                 found.append(
