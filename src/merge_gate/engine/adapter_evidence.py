@@ -1,14 +1,15 @@
-"""Adapter + base → `Evidence`: what was measured of one adapter, assembled. Judges nothing.
+"""Merges adapters into scratch copies of their bases, and measures everything that a verdict needs.
 
-In: a `Base` and what the preflight read. Out: numbers and names, or the `Refusal` that says why there are none.
+In: a `Base`, and what the preflight read of an adapter. Out: `Evidence`, with numbers and names, or with the `Refusal`
+that explains why there are none. This module imports nothing of judging.
 
-1. Read every tensor of the adapter's file, and measure it.            weights.py, measure.py
-2. Load it on a scratch, by PEFT, and see what arrived.                load_adapter.py, arrival.py
-3. Refuse what PEFT merges wrongly.                                    known_defects.py, custom_forward.py
-4. Say of each broken tensor of the file whether a merge reads it.     unused_tensors.py
-5. Say which layers do nothing until they are merged.                  unread_layers.py, direct_reads.py
-6. Merge, layer by layer: in blocks that PEFT cross-checks, or by PEFT. plan.py, one_pass.py, walk.py
-7. Account for every parameter and persistent buffer.                  ledger.py
+1. Read and measure every tensor of the adapter's file.                 weights.py, measure.py
+2. Load the adapter on a scratch copy, and see what arrived.            load_adapter.py, arrival.py
+3. Refuse what PEFT merges wrongly.                                     known_defects.py, custom_forward.py
+4. Find out for each broken tensor of the file if a merge reads it.     unused_tensors.py
+5. Find layers that have no effect until they are merged.               unread_layers.py, direct_reads.py
+6. Merge each layer: in blocks that PEFT cross-checks, or by PEFT.      plan.py, one_pass.py, walk.py
+7. Account for every parameter and persistent buffer.                   ledger.py
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, ModulesToSaveWrapper
 
-from merge_gate.engine.adapter.arrival import promised_tensors
+from merge_gate.engine.adapter.arrival import expected_tensors
 from merge_gate.engine.adapter.combine import combined
-from merge_gate.engine.adapter.inject import written_whole
+from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.weights import read_weights
@@ -36,7 +37,7 @@ from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
 from merge_gate.engine.probes.unread_layers import unread_layers
-from merge_gate.engine.probes.unused_tensors import with_use
+from merge_gate.engine.probes.unused_tensors import mark_used
 from merge_gate.engine.tensors.measure import measure, same_values
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.errors import Refused
@@ -52,8 +53,8 @@ T = TypeVar("T")
 class MergeRequest:
     """One adapter to merge, or a combination of its `members`.
 
-    `base` is loaded, and unchanged afterwards. `leeway` says which figures may be estimated instead of measured.
-    `progress` is called with layers merged, layers in all, and the layer's name.
+    `base` is loaded, and the merge leaves it unchanged. `leeway` says which figures may be estimated. `progress` is
+    called with the number of merged layers, the number of all layers, and the layer's name.
     """
 
     base: Base
@@ -70,7 +71,7 @@ def merge_adapter(
     leeway: Leeway = NO_LEEWAY,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Merge one adapter into a scratch of the base and measure everything.
+    """Merge one adapter into a scratch copy of the base, and measure everything.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
@@ -86,14 +87,14 @@ def merge_combination(
     leeway: Leeway = NO_LEEWAY,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Combine adapters by PEFT's `add_weighted_adapter`, then as `merge_adapter`."""
+    """Combine adapters by PEFT's `add_weighted_adapter`, and merge the result as `merge_adapter` does."""
     return merge(MergeRequest(base=base, members=members, combine=combine, leeway=leeway, progress=progress))
 
 
 def merge(request: MergeRequest) -> Evidence:
-    """Merge one adapter, and again from the start if something read a tensor that had no values (hollow.py).
+    """Merge one adapter. Start again if some code has read a tensor that had no values (hollow.py).
 
-    That tensor has values from then on, so there is an end.
+    That tensor has values from then on, so the loop ends.
     """
     while True:
         (outcome,) = _attempt((request,))
@@ -107,10 +108,11 @@ def merge(request: MergeRequest) -> Evidence:
 def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, ...]:
     """Merge several adapters in one pass over their bases.
 
-    None for an adapter that has to be merged by itself: it raised, or something read a tensor that had no values.
+    None for an adapter that must be merged alone: it raised, or some code read a tensor that had no values.
     """
     outcomes = _attempt(requests)
-    misread = {id(base) for base in {id(one.base): one.base for one in requests}.values() if base.was_misread()}
+    bases = {id(request.base): request.base for request in requests}.values()  # each once: asking changes the base
+    misread = {id(base) for base in bases if base.was_misread()}
     return tuple(
         None if isinstance(outcome, Exception) or id(request.base) in misread else outcome
         for request, outcome in zip(requests, outcomes, strict=True)
@@ -119,26 +121,26 @@ def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, .
 
 def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence | Exception, ...]:
     with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-        # torch trusts the indices of a sparse tensor, and some methods take them from the file
-        warnings.simplefilter("ignore")  # PEFT's warnings are findings here, found by our own comparison
+        # torch trusts the indices of a sparse tensor, and some methods read them from the file
+        warnings.simplefilter("ignore")  # the gate's own comparison finds what PEFT warns about
         attempts = [_Attempt(request) for request in requests]
-        prepared = [_caught(attempt.prepare) for attempt in attempts]
+        prepared = [_result_or_error(attempt.prepare) for attempt in attempts]
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
         started = time.perf_counter()
-        error = _caught(functools.partial(merge_planned, walks))
+        error = _result_or_error(functools.partial(merge_planned, walks))
         seconds = (time.perf_counter() - started) / max(1, len(walks))
         return tuple(
-            ready
-            if isinstance(ready, Exception)
+            walk
+            if isinstance(walk, Exception)
             else error
-            if isinstance(error, Exception) and ready is not None
-            else _caught(functools.partial(attempt.finish, seconds))
-            for attempt, ready in zip(attempts, prepared, strict=True)
+            if isinstance(error, Exception) and walk is not None
+            else _result_or_error(functools.partial(attempt.finish, seconds))
+            for attempt, walk in zip(attempts, prepared, strict=True)
         )
 
 
-def _caught(call: Callable[[], T]) -> T | Exception:
-    """The result, or what was raised: one adapter's exception leaves the others as they are."""
+def _result_or_error(call: Callable[[], T]) -> T | Exception:
+    """The result, or the exception: one adapter's exception must not stop the other adapters."""
     try:
         return call()
     except Exception as error:
@@ -146,33 +148,33 @@ def _caught(call: Callable[[], T]) -> T | Exception:
 
 
 class _Attempt:
-    """One adapter on its way to `Evidence`: prepared (steps 1 to 5), merged in blocks with others, finished."""
+    """One adapter on its way to `Evidence`: `prepare`, the blocks together with other adapters, and `finish`."""
 
     def __init__(self, request: MergeRequest) -> None:
         self._walk: Walk | None = None
         self._request = request
         self._seconds = 0.0
         facts, kind = request.base.facts, request.members[0].config.peft_type
-        self._known = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
+        self._evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
 
     def prepare(self) -> Walk | None:
-        """Steps 1 to 5. None if the adapter is refused."""
+        """Steps 1 to 5, and the plan of step 6. None if the adapter is refused."""
         with self._timed():
             try:
-                self._walk = self._planned()
+                self._walk = self._plan()
             except Refused as refused:
-                self._known = replace(self._known, refusal=refused.refusal)
+                self._evidence = replace(self._evidence, refusal=refused.refusal)
         return self._walk
 
     def finish(self, seconds: float) -> Evidence:
-        """Steps 6 and 7; `seconds` is this adapter's part of the time that its blocks took."""
+        """The rest of step 6, and step 7. `seconds` is this adapter's part of the time that the blocks took."""
         with self._timed():
             try:
                 if self._walk is not None:
                     self._finish(self._walk)
             except Refused as refused:
-                self._known = replace(self._known, refusal=refused.refusal)
-        return replace(self._known, seconds=self._seconds + seconds)
+                self._evidence = replace(self._evidence, refusal=refused.refusal)
+        return replace(self._evidence, seconds=self._seconds + seconds)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -188,26 +190,31 @@ class _Attempt:
             return combined(request.base, request.members, self._weights, request.combine)
         return load_adapter(request.base, request.members[0], self._weights[0])
 
-    def _planned(self) -> Walk:
+    def _plan(self) -> Walk:
         base = self._request.base
+        # 1.
         self._weights = tuple(read_weights(files) for files in self._request.members)
         measured = tuple(measure(tensor, name) for file in self._weights for name, tensor in file.items())
-        self._known = replace(self._known, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
+        self._evidence = replace(self._evidence, file_tensors=tuple(FileTensor(stats=stats) for stats in measured))
+        # 2.
         loaded = self._load()
-        if loaded.is_first:  # no rule asks for values of an adapter
+        # 3. The defects depend on config and names only, which are those of the first adapter of a template.
+        if loaded.is_first:
             refuse_wrong_merges(loaded.model, loaded.config)
         refuse_other_merges(base, loaded)
-        whole = written_whole(loaded.model, loaded.slots, loaded.state)
-        riding = whole | _buffers(base, loaded)
-        brought = set(whole.values())
-        self._brought, self._enlarged = brought, _enlarged(base, loaded) - brought
-        self._tokens = _tokens(loaded) if loaded.sharers else {}
-        self._unnamed = _unnamed(base, loaded, riding) if riding else ()
-        self._known = replace(self._known, file_tensors=with_use(base, loaded, measured))
-        self._known = replace(self._known, unread=unread_layers(base, loaded))
-        return self._walk_on(loaded)
+        # The file may contain tensors of the base: parameters and buffers.
+        parameters = base_tensors_in_file(loaded.model, loaded.slots, loaded.state)
+        in_file = parameters | _base_buffers_in_file(base, loaded)
+        self._parameters_in_file = set(parameters.values())
+        self._enlarged = _enlarged_tensors(base, loaded) - self._parameters_in_file
+        self._token_owners = _token_owners(loaded) if loaded.tied_modules else {}
+        self._unnamed = _unnamed(base, loaded, in_file) if in_file else ()
+        # 4. and 5.
+        self._evidence = replace(self._evidence, file_tensors=mark_used(base, loaded, measured))
+        self._evidence = replace(self._evidence, unread=unread_layers(base, loaded))
+        return self._planned_walk(loaded)
 
-    def _walk_on(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
+    def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self._request
         walk = Walk(
             base=request.base, loaded=loaded, leeway=request.leeway, progress=request.progress, in_blocks=in_blocks
@@ -217,107 +224,117 @@ class _Attempt:
 
     def _finish(self, walk: Walk) -> None:
         base, differing = self._request.base, tuple(walk.differing)
-        if differing:  # PEFT's own merge alone decides
-            walk = self._walk_on(self._load(), in_blocks=False)
+        if differing:  # a cross-check failed, so PEFT itself merges every layer, on a new scratch copy
+            walk = self._planned_walk(self._load(), in_blocks=False)
         walk.finish()
         loaded, merges = walk.loaded, walk.ledger.merges
-        if not walk.layers_by_peft:
+        if not walk.layers_by_peft:  # a merge in blocks leaves the scratch copy unchanged: the next adapter reuses it
             base.template = loaded.template
-        self._known = replace(
-            self._known,
-            file_tensors=tuple(_with_place(one, merges) for one in self._known.file_tensors),
+        without_source = _without_source(base, self._parameters_in_file | (merges.keys() - walk.adapted))
+        self._evidence = replace(
+            self._evidence,
+            file_tensors=tuple(_used_if_copied(tensor, merges) for tensor in self._evidence.file_tensors),
             missing=tuple(name for arrival in loaded.arrivals for name in arrival.missing),
             dropped=tuple(name for arrival in loaded.arrivals for name in arrival.dropped),
             unexpected=tuple(name for arrival in loaded.arrivals for name in arrival.unexpected),
             targeted=loaded.targeted,
             merges=tuple(merges.values()),
-            shared=_shared(loaded),
-            tied=walk.ledger.tied(loaded.sharers, self._tokens),
+            shared=_shared_modules(loaded),
+            tied=walk.ledger.tied(loaded.tied_modules, self._token_owners),
             replaced_nonfinite=tuple(name for name in _not_finite(base) if name not in walk.ledger.left),
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
-            initialized=tuple(sorted(self._enlarged | _made_up(base, self._brought | (merges.keys() - walk.adapted)))),
+            initialized=tuple(sorted(self._enlarged | without_source)),
             cross_checked=tuple(walk.witnessed),
             differing=differing,
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,
             seed=loaded.seed,
             parameters_checked=walk.ledger.checked,
-            parameters_bounded=sum(one.bounded for one in merges.values()),
+            parameters_bounded=sum(merge.bounded for merge in merges.values()),
             parameters_total=walk.ledger.total,
         )
 
 
-def _unnamed(base: Base, loaded: Loaded, whole: Mapping[str, str]) -> tuple[str, ...]:
-    """Of the base's tensors that the file brings whole (parameters and buffers) those that it changes unasked.
+def _unnamed(base: Base, loaded: Loaded, in_file: Mapping[str, str]) -> tuple[str, ...]:
+    """Tensors of the base that the file changes although the config does not name them.
 
-    PEFT saves what the config names (`bias`, `modules_to_save`), and embedding and head (`save_embedding_layers`).
+    PEFT saves what the config names (`bias`, `modules_to_save`), and the embedding and the head
+    (`save_embedding_layers`). `in_file` has the keys of the base's tensors that the file contains, and their names.
     """
-    promised = {
+    expected = {
         key
         for adapter in loaded.model.peft_config
-        for name, (held, _) in promised_tensors(loaded.model, adapter).items()
-        for key in (name, held)
+        for name, (model_key, _) in expected_tensors(loaded.model, adapter).items()
+        for key in (name, model_key)
     }
     model = loaded.model.get_base_model()
     ends = [module for path, module in model.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        ends += [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    ends += _embedding_and_head(model)
     of_ends = {
         loaded.slots.get((id(inner), attribute))
         for end in ends
         for inner in end.modules()
         for attribute in inner._parameters
     }
-    asked = {name for key, name in whole.items() if key in promised} | of_ends
+    named = {name for key, name in in_file.items() if key in expected} | of_ends
     return tuple(
-        sorted({name for key, name in whole.items() if name not in asked and _replaces(base, name, loaded.state[key])})
+        sorted({name for key, name in in_file.items() if name not in named and _differs(base, name, loaded.state[key])})
     )
 
 
-def _buffers(base: Base, loaded: Loaded) -> dict[str, str]:
-    """Of the keys that were loaded those of the base's own buffers, and what the base calls them."""
+def _embedding_and_head(model: Any) -> list[Any]:
+    """Both, if the model has them and can name them."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [module for module in ends if module is not None]
+    return []
+
+
+def _base_buffers_in_file(base: Base, loaded: Loaded) -> dict[str, str]:
+    """The loaded keys of the base's own buffers, and the base's names of these."""
     keys = {key for key, _ in loaded.model.named_buffers() if key in loaded.state}
     return {key: name for key in keys if (name := key.removeprefix(ADAPTER_PREFIX)) in base.tensors}
 
 
-def _replaces(base: Base, name: str, tensor: torch.Tensor) -> bool:
-    known = base.tensors[base.first_name(name)]
-    if is_quantized(known) or known.shape != tensor.shape:
+def _differs(base: Base, name: str, tensor: torch.Tensor) -> bool:
+    """Whether a loaded tensor changes the base's tensor of this name."""
+    name = base.first_name(name)
+    base_tensor = base.tensors[name]
+    if is_quantized(base_tensor) or base_tensor.shape != tensor.shape:
         return True
-    with base.filled([base.first_name(name)]):
-        return not same_values(known.data, tensor.to(known.device, known.dtype))
+    with base.filled([name]):
+        return not same_values(base_tensor.data, tensor.to(base_tensor.device, base_tensor.dtype))
 
 
 def _not_finite(base: Base) -> list[str]:
     return [name for name, stats in base.stats.items() if not stats.finite]
 
 
-def _tokens(loaded: Loaded) -> dict[str, int]:
-    """Whose trained tokens a module of the base carries: PEFT links a head to its embedding's.
+def _token_owners(loaded: Loaded) -> dict[str, int]:
+    """The id of the layer whose trained tokens a module of the base has: PEFT links a head to its embedding's.
 
-    The model's embedding and head are there in any case, with tokens of their own where they carry none.
+    The embedding and the head are always in it. If one of them has no trained tokens, the id is its own.
     """
-    model, found = loaded.model.get_base_model(), {}
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
-        found = {path: id(module) for path, module in model.named_modules() if id(module) in ends}
-    return found | {
+    model = loaded.model.get_base_model()
+    ends = {id(module) for module in _embedding_and_head(model)}
+    owners = {path: id(module) for path, module in model.named_modules() if id(module) in ends}
+    return owners | {
         path.removesuffix(".token_adapter"): id(layer.tied_adapter or layer)
         for path, layer in model.named_modules()
         if isinstance(layer, TrainableTokensLayer)
     }
 
 
-def _made_up(base: Base, whole: set[str]) -> set[str]:
-    """Tensors that the base's files lack and that the adapter does not bring whole: a delta is added to noise."""
-    return set(base.newly_initialized & base.tensors.keys()) - whole
+def _without_source(base: Base, from_adapter: set[str]) -> set[str]:
+    """Tensors that are missing in the base's files and in the adapter, so that a delta is added to random values."""
+    return set(base.newly_initialized & base.tensors.keys()) - from_adapter
 
 
-def _enlarged(base: Base, loaded: Loaded) -> set[str]:
-    """Tensors that got rows for a larger vocabulary, but for those that the adapter has trained whole."""
+def _enlarged_tensors(base: Base, loaded: Loaded) -> set[str]:
+    """Tensors that got rows for a larger vocabulary, except in modules that the adapter has trained fully."""
     modules = list(loaded.model.modules())
-    trained = {
+    fully_trained = {
         id(module)
         for wrapper in modules
         if isinstance(wrapper, ModulesToSaveWrapper)
@@ -328,21 +345,25 @@ def _enlarged(base: Base, loaded: Loaded) -> set[str]:
         for module in modules
         for attribute, tensor in module._parameters.items()
         if (name := loaded.slots.get((id(module), attribute), "")) in base.tensors
-        and id(module) not in trained
+        and id(module) not in fully_trained
         and tensor.dim() == base.tensors[name].dim()
-        and tensor.shape[:1] > base.tensors[name].shape[:1]  # some have no dimension at all
+        and tensor.shape[:1] > base.tensors[name].shape[:1]  # slices, because a tensor may have no dimension
     }
 
 
-def _with_place(one: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:
-    """A broken tensor that stands in the merged model as it is in the file is used, whatever a merge reads."""
-    merge = merges.get(one.stats.name.removeprefix(ADAPTER_PREFIX))
-    return replace(one, used=True) if merge is not None and not merge.stats.finite and not one.stats.finite else one
+def _used_if_copied(tensor: FileTensor, merges: dict[str, TensorMerge]) -> FileTensor:
+    """A broken tensor that the merged model has as it is in the file counts as used, whatever a merge reads."""
+    merge = merges.get(tensor.stats.name.removeprefix(ADAPTER_PREFIX))
+    is_copied = merge is not None and not merge.stats.finite and not tensor.stats.finite
+    return replace(tensor, used=True) if is_copied else tensor
 
 
-def _shared(loaded: Loaded) -> tuple[tuple[str, str], ...]:
-    """Modules of the base that hold a tensor of an earlier one."""
-    firsts = {name: name.rpartition(".")[0] for name in loaded.sharers}
+def _shared_modules(loaded: Loaded) -> tuple[tuple[str, str], ...]:
+    """Modules of the base that share a tensor with an earlier module, and that module."""
+    first_modules = {name: name.rpartition(".")[0] for name in loaded.tied_modules}
     return tuple(
-        (path, firsts[name]) for name, paths in loaded.sharers.items() for path in paths if path != firsts[name]
+        (path, first_modules[name])
+        for name, paths in loaded.tied_modules.items()
+        for path in paths
+        if path != first_modules[name]
     )

@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate.engine.adapter.arrival import Arrival, Tensors
-from merge_gate.engine.adapter.inject import base_slots, fit_vocabulary, inject, written_whole
+from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, load_weights, targeted_modules
-from merge_gate.engine.adapter.peft_config import initialisation_writes_to_base, read_config
+from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.errors import Refused
@@ -40,7 +40,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         Refused: a member does not load, or PEFT cannot combine them (different ranks, methods, fully trained modules).
     """
     scratch = _fitted(base, members)
-    slots, sharers = base_slots(scratch)
+    slots, tied_modules = base_slots(scratch)
     names = tuple(f"member_{position}" for position in range(len(members)))
     configs = [read_config(files) for files in members]
     for name, config in zip(combine.adapters, configs, strict=True):
@@ -53,14 +53,14 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
             model = inject(scratch, config, base, name)
         else:
             _add(model, name, config)
-        injected_anew = partial(_injected, base, members, config, name)
+        inject_again = partial(_injected, base, members, config, name)
         loaded, arrival = load_weights(
             model,
             base,
             files,
             tensors,
             adapter_name=name,
-            injected_anew=injected_anew,
+            inject_again=inject_again,
         )
         brought.append(loaded)
         arrivals.append(arrival)
@@ -87,7 +87,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         arrivals=tuple(arrivals),
         targeted=targeted_modules(model),
         slots=slots,
-        sharers=sharers,
+        tied_modules=tied_modules,
         seed=combine.seed if "dare" in combine.method else None,
     )
 
@@ -115,7 +115,7 @@ def _refuse_lost_settings(name: str, config: Any) -> None:
         "use_bdlora": getattr(config, "use_bdlora", None),
         "kasa_config": getattr(config, "kasa_config", None),
         "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialisation_writes_to_base(config),
+        f"init_lora_weights={getattr(config, 'init_lora_weights', None)}": initialization_writes_to_base(config),
     }
     lost = next((setting for setting, value in settings.items() if value), None)
     if lost is not None:
@@ -130,7 +130,7 @@ def _refuse_unweighted(
     The last one that brings a tensor wins. That is the weighted sum if no other member changes it and its weight is 1.
     Rows for an enlarged vocabulary, which the base lacks, have no weight: all who bring them have to agree.
     """
-    for key, name in written_whole(model, slots, {key for tensors in brought for key in tensors}).items():
+    for key, name in base_tensors_in_file(model, slots, {key for tensors in brought for key in tensors}).items():
         holders = [number for number, tensors in enumerate(brought) if key in tensors]
         ours = base.tensors[name]
         held = [_split(brought[one][key], ours) for one in holders]

@@ -18,7 +18,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from merge_gate.engine.adapter.peft_config import initialisation_reads_base, raised
+from merge_gate.engine.adapter.peft_config import initialization_reads_base, raised
 from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
@@ -60,32 +60,32 @@ def base_slots(scratch: nn.Module) -> tuple[dict[tuple[int, str], str], dict[str
     """Names of the scratch's parameters before PEFT moves them, and for tied ones the modules that share them."""
     first: dict[int, str] = {id(tensor): name for name, _, tensor in named_tensors(scratch)}
     slots: dict[tuple[int, str], str] = {}
-    sharers: dict[str, list[str]] = {}
+    tied_modules: dict[str, list[str]] = {}
     for path, module in scratch.named_modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 canonical = first[id(tensor)]
                 slots[id(module), name] = canonical
-                sharers.setdefault(canonical, []).append(path)
-    return slots, {name: tuple(paths) for name, paths in sharers.items() if len(paths) > 1}
+                tied_modules.setdefault(canonical, []).append(path)
+    return slots, {name: tuple(paths) for name, paths in tied_modules.items() if len(paths) > 1}
 
 
 def leave_out_replaced(
     model: nn.Module,
     paths: Mapping[int, str],
     slots: dict[tuple[int, str], str],
-    sharers: dict[str, tuple[str, ...]],
+    tied_modules: dict[str, tuple[str, ...]],
 ) -> None:
     """Of a shared tensor, take the modules that a trained copy stands in for out of those that a merge changes.
 
-    Their copy is a tensor of its own in the merged model. Where the first of the sharers is one of them, the others'
-    tensor goes by the name of the next one.
+    Their copy is a tensor of its own in the merged model. If the first module that shares the tensor is one of them,
+    the tensor gets the name of the next module.
 
     Args:
         model: with the adapter's layers in place.
         paths: the modules of the scratch before that, by id.
-        slots: as `base_slots` gives them; edited.
-        sharers: likewise.
+        slots: the first result of `base_slots`, which is changed in place.
+        tied_modules: the second one, likewise.
     """
     replaced = {
         id(inner)
@@ -93,23 +93,25 @@ def leave_out_replaced(
         if isinstance(wrapper, ModulesToSaveWrapper)
         for inner in wrapper.original_module.modules()
     }
-    for name in list(sharers):
+    for name in list(tied_modules):
         holders = [key for key, held in slots.items() if held == name]
         left = [key for key in holders if key[0] not in replaced]
         if not left or len(left) == len(holders):
             continue
         places = tuple(paths[module] for module, _ in left)
         if name.rpartition(".")[0] in places:
-            sharers[name] = places
+            tied_modules[name] = places
             continue
         other = f"{places[0]}.{left[0][1]}"
         slots.update(dict.fromkeys(left, other))
         if len(places) > 1:
-            sharers[other] = places
+            tied_modules[other] = places
 
 
-def written_whole(model: nn.Module, slots: Mapping[tuple[int, str], str], keys: Container[str]) -> dict[str, str]:
-    """Of the keys of a PEFT model those of the base's own tensors, and what the base calls them."""
+def base_tensors_in_file(
+    model: nn.Module, slots: Mapping[tuple[int, str], str], keys: Container[str]
+) -> dict[str, str]:
+    """The base's own parameters under the loaded `keys` of a PEFT model: each key, and the base's name."""
     named = {
         f"{path}.{attribute}": slots.get((id(module), attribute), "")
         for path, module in model.named_modules()
@@ -135,7 +137,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        filled = initialisation_reads_base(config) and not blank
+        filled = initialization_reads_base(config) and not blank
         with (
             _targets_filled(base, config) if filled else contextlib.nullcontext(),
             torch.device("meta") if blank else contextlib.nullcontext(),

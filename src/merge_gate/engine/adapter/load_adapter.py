@@ -1,17 +1,19 @@
-"""Adapter files + scratch → a loaded `PeftModel`, with every tensor of the file and of the config accounted for.
+"""Loads an adapter onto a scratch copy of its base, and accounts for every tensor of the file and of the config.
 
-In: what the preflight read, and a scratch of the base. Out: `Loaded`, or `Refused` with the check that says why.
-PEFT is driven as a user drives it: the config by PEFT's own class, the model class by its task type, `load_adapter`
-with PEFT's defaults, since other options change bits and fail good adapters (`low_cpu_mem_usage=True` rounds float32
-factors to the base's dtype).
+In: what the preflight read, the tensors of the file, and a `Base`. Out: `Loaded`, or `Refused` with the check that
+explains it. This module imports nothing of merging.
 
-1. Read the config by PEFT's class for its type; refuse what PEFT would silently ignore.
-2. Fit the scratch to the file: a resized vocabulary (inject.py).
-3. Inject. PEFT chooses the targets (inject.py).
-4. Before the load writes anything: compare shapes, and give a private copy to every tensor of the base that the file
+1. Read the config by PEFT's class for its type, and refuse what PEFT would silently ignore (peft_config.py).
+2. Make a scratch copy, and resize its vocabulary to that of the file (inject.py).
+3. Inject. PEFT chooses the target modules (inject.py).
+4. Before PEFT writes anything, compare shapes. Give a private copy to every tensor of the base that the file
    overwrites (trained biases, saved embeddings), because PEFT copies into the shared parameter.
-5. Load, then see what arrived, both ways (arrival.py).
+5. Load, and compare the model with the file, both ways (arrival.py).
 """
+
+# This module calls PEFT as a user does: the config by PEFT's own class, the model class by the task type, and
+# `load_adapter` with PEFT's defaults. Other options change bits and fail good adapters: `low_cpu_mem_usage=True` rounds
+# float32 factors to the base's dtype.
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ from merge_gate.engine.adapter.arrival import Arrival, Tensors, compare, file_na
 from merge_gate.engine.adapter.inject import base_slots, fit_vocabulary, inject, leave_out_replaced
 from merge_gate.engine.adapter.peft_config import (
     can_start_blank,
-    initialisation_writes_to_base,
+    initialization_writes_to_base,
     read_config,
 )
 from merge_gate.engine.adapter.template import Layout, Template, fill_blanks, kind_of, snapshot
@@ -50,12 +52,14 @@ ADAPTER_NAME = "default"
 
 @dataclass(slots=True, kw_only=True)
 class Loaded:
-    """An adapter on its scratch. `state` is what PEFT loaded, by the model's keys; `arrivals`, by member, what came.
+    """An adapter on its scratch copy.
 
-    `slots` names each parameter of the scratch as the base names it: (id of module, parameter name) → name.
-    `is_first` is false where one of the same config and names was merged on this scratch before.
-    `starts` has, by the id of a layer, what PEFT takes off the base before it loads: factors (PiSSA, OLoRA), or FRoD's
-    lengths.
+    `state` has what PEFT loaded, by the model's keys. `arrivals` has one `Arrival` for each member. `targeted` are the
+    modules that carry the adapter. `slots` gives the base's name of each parameter of the scratch copy, by (id of
+    module, parameter name). `tied_modules` lists the modules that share a tied tensor, by the tensor's name. `is_first`
+    is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
+    what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
+    FRoD's `frod_lambda_l`.
     """
 
     model: Any
@@ -64,106 +68,124 @@ class Loaded:
     arrivals: tuple[Arrival, ...]
     targeted: tuple[str, ...]
     slots: dict[tuple[int, str], str]
-    sharers: dict[str, tuple[str, ...]]
+    tied_modules: dict[str, tuple[str, ...]]
     seed: int | None = None
     is_first: bool = True
     template: Template | None = None
-    starts: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    initial_factors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
-    """Load one adapter onto a new scratch of the base.
+    """Load one adapter onto a scratch copy of the base: the base's template if it fits, otherwise a new one.
 
     Args:
         base: the loaded base.
         files: what the preflight read of the adapter.
-        weights: the tensors of its file, by their names there.
+        weights: the tensors of the adapter's file, by their names in the file.
 
     Raises:
-        Refused: it cannot be loaded, or not all of it would be.
+        Refused: PEFT cannot load the adapter, or would lose some of it.
     """
     template = base.template if base.template is not None and base.template.kind == kind_of(files) else None
-    base.template = None  # it is given back by whoever finds that it can be used again
+    base.template = None  # adapter_evidence.py puts it back after a merge that leaves it unchanged
     if template is not None:
         template.renew()
-    loaded = _loaded(base, files, weights, template or _make_template(base, files, blank=True))
-    if loaded.arrivals[0].missing:  # what is missing has the values of PEFT's initialisation
-        return _loaded(base, files, weights, _make_template(base, files))
+    loaded = _load_onto(template or _make_template(base, files, blank=True), base, files, weights)
+    if loaded.arrivals[0].missing:  # a missing tensor keeps PEFT's initial values, which a blank template lacks
+        return _load_onto(_make_template(base, files), base, files, weights)
     return loaded
 
 
-def _loaded(base: Base, files: AdapterFiles, weights: Tensors, made: Template) -> Loaded:
-    layout = made.layout
+def _load_onto(template: Template, base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
+    """Steps 4 and 5."""
+    layout = template.layout
     if layout is None:
-        refuse_lost_wrappers(made.model, made.config, files)
-    starts = _starts(made.model, made.config)
+        refuse_lost_wrappers(template.model, template.config, files)
+    initial_factors = _initial_factors(template.model, template.config)
     state, arrival = load_weights(
-        made.model,
+        template.model,
         base,
         files,
         weights,
         adapter_name=ADAPTER_NAME,
-        injected_anew=lambda: _make_template(base, files).model,
-        known=None if layout is None else layout.keys,
+        inject_again=lambda: _make_template(base, files).model,
+        expected_keys=None if layout is None else layout.keys,
     )
-    can_serve = layout is not None or (made.holds(set(state)) and all(arrival.promised.values()))
-    made.layout = layout or Layout(keys=arrival.promised, targeted=targeted_modules(made.model))
+    is_reusable = layout is not None or (template.holds(set(state)) and all(arrival.expected.values()))
+    template.layout = layout or Layout(keys=arrival.expected, targeted=targeted_modules(template.model))
     return Loaded(
-        model=made.model,
-        config=made.config,
+        model=template.model,
+        config=template.config,
         state=state,
         arrivals=(arrival,),
-        targeted=made.layout.targeted,
-        slots=made.slots,
-        sharers=made.sharers,
+        targeted=template.layout.targeted,
+        slots=template.slots,
+        tied_modules=template.tied_modules,
         is_first=layout is None,
-        template=made if can_serve else None,
-        starts=starts,
+        template=template if is_reusable else None,
+        initial_factors=initial_factors,
     )
 
 
 def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A and B of a LoRA's layer; None of another's."""
-    embeds = bool(getattr(layer, "lora_embedding_A", None))
-    names = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A", "lora_B")
-    side_a, side_b = (getattr(layer, name, {}) for name in names)
-    if ADAPTER_NAME not in side_a or ADAPTER_NAME not in side_b:
+    """A and B of a LoRA layer. None for a layer of another method."""
+    is_embedding = bool(getattr(layer, "lora_embedding_A", None))
+    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    all_a, all_b = (getattr(layer, name, {}) for name in names)  # by the adapter's name
+    if ADAPTER_NAME not in all_a or ADAPTER_NAME not in all_b:
         return None
-    a, b = (side[ADAPTER_NAME] if embeds else side[ADAPTER_NAME].weight for side in (side_a, side_b))
+    a, b = (
+        factors[ADAPTER_NAME] if is_embedding else factors[ADAPTER_NAME].weight  # an embedding has no modules for them
+        for factors in (all_a, all_b)
+    )
     return a.data, b.data
 
 
-def _starts(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, ...]]:
-    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+def _initial_factors(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, ...]]:
+    """`Loaded.initial_factors`, copied before the load overwrites them."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if config.peft_type == PeftType.FROD:
-        lengths = ((id(layer), layer.frod_lambda_l) for layer in layers if hasattr(layer, "frod_lambda_l"))
-        return {key: (held[ADAPTER_NAME].detach().clone(),) for key, held in lengths if ADAPTER_NAME in held}
-    if not initialisation_writes_to_base(config):
+        lambdas = ((id(layer), layer.frod_lambda_l) for layer in layers if hasattr(layer, "frod_lambda_l"))
+        return {key: (values[ADAPTER_NAME].detach().clone(),) for key, values in lambdas if ADAPTER_NAME in values}
+    if not initialization_writes_to_base(config):
         return {}
-    found = ((id(layer), factors_of(layer)) for layer in layers if isinstance(layer, LoraLayer))
-    return {key: tuple(one.clone() for one in factors) for key, factors in found if factors is not None}
+    factors_by_layer = ((id(layer), factors_of(layer)) for layer in layers if isinstance(layer, LoraLayer))
+    return {
+        key: tuple(factor.clone() for factor in factors) for key, factors in factors_by_layer if factors is not None
+    }
 
 
 def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> Template:
-    """Steps 1 to 3. A `blank` one has NaN in place of PEFT's initial values, where that is sure to be all it lacks."""
+    """Steps 1 to 3.
+
+    A `blank` template has NaN for PEFT's initial values, if it lacks nothing else. Otherwise it has the values.
+    """
+    # 1.
     config = read_config(files)
     blank = blank and can_start_blank(config)
-    scratch = base.scratch(private=initialisation_writes_to_base(config))
+    # 2. An initialization that writes to the base gets its own copy of the tensors.
+    scratch = base.scratch(private=initialization_writes_to_base(config))
     fit_vocabulary(scratch, files)
-    slots, sharers = base_slots(scratch)
-    paths = {id(module): path for path, module in scratch.named_modules()} if sharers else {}
+    slots, tied_modules = base_slots(scratch)
+    paths = {id(module): path for path, module in scratch.named_modules()} if tied_modules else {}
+    # 3.
     try:
         model = inject(scratch, config, base, ADAPTER_NAME, blank=blank)
-        stands = not blank or fill_blanks(model)
+        is_complete = not blank or fill_blanks(model)
     except Exception:
         if not blank:
             raise
-        stands = False  # what is wrong with the adapter, PEFT says again of one with values
-    if not stands:
+        is_complete = False  # if the adapter is at fault, PEFT raises again in the injection with values
+    if not is_complete:
         return _make_template(base, files)
-    leave_out_replaced(model, paths, slots, sharers)
+    leave_out_replaced(model, paths, slots, tied_modules)
     return Template(
-        kind=kind_of(files), model=model, config=config, slots=slots, sharers=sharers, children=snapshot(model)
+        kind=kind_of(files),
+        model=model,
+        config=config,
+        slots=slots,
+        tied_modules=tied_modules,
+        children=snapshot(model),
     )
 
 
@@ -171,24 +193,24 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
 
 
 def refuse_lost_wrappers(model: Any, config: Any, files: AdapterFiles) -> None:
-    """Fully trained modules whose tensors are not in the file: PEFT fails on them with a bare KeyError."""
+    """Refuse fully trained modules whose tensors are not in the file. PEFT fails on them with a bare KeyError."""
     if not files.tensors:
         return
-    present = {header.name for header in files.tensors}
-    lost = [
+    names_in_file = {header.name for header in files.tensors}
+    missing = [
         f"{path}.{key}"
         for path, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(ADAPTER_NAME)
-        if f"{path}.{key}" not in present
+        if f"{path}.{key}" not in names_in_file
     ]
-    if lost and not _converted_names(model):
+    if missing and not _may_rename(model):
         saved = getattr(config, "modules_to_save", None)
-        raise Refused(TensorsMissing(names=tuple(lost), trained_whole=repr(saved) if saved else None))
+        raise Refused(TensorsMissing(names=tuple(missing), trained_whole=repr(saved) if saved else None))
 
 
-def _converted_names(model: Any) -> bool:
-    """Whether transformers or PEFT may rename tensors on load for this model type, so that names need not be equal."""
+def _may_rename(model: Any) -> bool:
+    """Whether transformers or PEFT may rename tensors of this model type on load, so that names may differ."""
     return bool(getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None))
 
 
@@ -199,19 +221,19 @@ def load_weights(
     weights: Tensors,
     *,
     adapter_name: str,
-    injected_anew: Callable[[], Any],
-    known: Mapping[str, str] | None = None,
+    inject_again: Callable[[], Any],
+    expected_keys: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Arrival]:
-    """Load the file by PEFT and see what arrived.
+    """Load the file by PEFT, and compare the model with the file.
 
     Args:
         model: with the adapter's layers in place.
-        base: of which it is a scratch.
+        base: the base that the model is a scratch copy of.
         files: names the directory.
         weights: the file's tensors.
-        adapter_name: PEFT's name for it.
-        injected_anew: makes another such model, to see where marked tensors go (arrival.py).
-        known: what PEFT would save of it (arrival.py), if that has been asked before.
+        adapter_name: PEFT's name of the adapter.
+        inject_again: makes another such model, into which tagged tensors are loaded (arrival.py).
+        expected_keys: what PEFT would save of the model, if an earlier adapter has shown it (arrival.py).
     """
     with _before_load(model, base, adapter_name) as state:
         try:
@@ -220,21 +242,21 @@ def load_weights(
             raise
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever PEFT, safetensors or pickle raise: the file did not load
+        except Exception as error:  # PEFT, safetensors, or pickle: the file did not load
             raise Refused(_load_failed(error)) from error
 
-    def load_marked(marked: Tensors) -> Tensors:
-        other = injected_anew()
+    def load_tagged(tagged: Tensors) -> Tensors:
+        other = inject_again()
         with tempfile.TemporaryDirectory() as directory:
-            save_file({name: tensor.contiguous() for name, tensor in marked.items()}, Path(directory, WEIGHTS_NAME))
+            save_file({name: tensor.contiguous() for name, tensor in tagged.items()}, Path(directory, WEIGHTS_NAME))
             _load(other, directory, adapter_name)
         return dict(other.named_parameters(remove_duplicate=False)) | dict(other.named_buffers(remove_duplicate=False))
 
-    return state, compare(model, weights, state, adapter_name, load_marked, known=known)
+    return state, compare(model, weights, state, adapter_name, load_tagged, expected_keys=expected_keys)
 
 
 def _load(model: Any, directory: str, adapter_name: str) -> None:
-    """As `PeftModel.from_pretrained` does, with its defaults."""
+    """Load as `PeftModel.from_pretrained` does, with its defaults."""
     model.load_adapter(
         directory,
         adapter_name,
@@ -253,46 +275,49 @@ def _load_failed(error: Exception) -> Refusal:
 
 @contextmanager
 def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Step 4, run by torch just before it copies: PEFT has renamed everything, and nothing is written yet."""
-    shared = {tensor.data_ptr() for tensor in base.tensors.values() if tensor.numel()}
+    """Step 4. torch runs it just before it copies: PEFT has renamed everything by then, and has written nothing.
+
+    Yields what PEFT passes to `load_state_dict`, once it has done so.
+    """
+    base_storage = {tensor.data_ptr() for tensor in base.tensors.values() if tensor.numel()}
     state: dict[str, torch.Tensor] = {}
 
-    def check_and_privatise(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
+    def check_and_copy(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         _refuse_shapes(incoming, own, adapter_name)
         for key in incoming:
             tensor = own.get(key)
-            if tensor is not None and tensor.data_ptr() in shared:
+            if tensor is not None and tensor.data_ptr() in base_storage:
                 tensor.data = tensor.data.clone()
         state.update(incoming)
 
-    hook = model.register_load_state_dict_pre_hook(check_and_privatise)
+    hook = model.register_load_state_dict_pre_hook(check_and_copy)
     try:
         yield state
     finally:
         hook.remove()
 
 
-_SAVED = ".modules_to_save."
+_MODULES_TO_SAVE = ".modules_to_save."
 
 
 def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    wrong = [
+    mismatched = [
         (key, tuple(tensor.shape), tuple(own[key].shape))
         for key, tensor in incoming.items()
         if key in own and isinstance(tensor, torch.Tensor) and tensor.shape != own[key].shape
     ]
-    if not wrong:
+    if not mismatched:
         return
-    key, got, expected = wrong[0]
+    key, got, expected = mismatched[0]
     name = file_name(key, adapter_name)
     raise Refused(
         ShapeClash(
             name=name,
             got=got,
             expected=expected,
-            others=len(wrong) - 1,
-            trained_whole=adapter_name not in key.split(".")[-2:] or _SAVED in key,
+            others=len(mismatched) - 1,
+            trained_whole=adapter_name not in key.split(".")[-2:] or _MODULES_TO_SAVE in key,
             of_tokens="trainable_tokens_delta" in key,
         )
     )
@@ -301,24 +326,25 @@ def _refuse_shapes(incoming: Mapping[str, torch.Tensor], own: Mapping[str, torch
 def targeted_modules(model: Any) -> tuple[str, ...]:
     """The base's names of the modules that carry the adapter: tuner layers and fully trained modules.
 
-    A head that is tied to an embedding with trained tokens has none of its own: the embedding carries them. Nor has one
-    whose trained copy is the embedding's (`ensure_weight_tying`).
+    A head that is tied to an embedding with trained tokens is not one of them, because the embedding has the tokens. A
+    head whose trained copy is that of the embedding (`ensure_weight_tying`) is not one either.
     """
-    found: dict[str, None] = {}
-    copies: set[int] = set()
+    targeted: list[str] = []
+    trained_tensors: set[int] = set()  # ids of the tensors of trained copies so far
     outer = None
     for path, module in model.named_modules():
         if outer is not None and path.startswith(f"{outer}."):
-            continue  # what is inside a module follows it
-        own = (
+            continue  # a module inside another one comes right after it
+        trained = (
             {id(tensor) for tensor in module.modules_to_save.parameters()}
             if isinstance(module, ModulesToSaveWrapper)
             else set()
         )
-        if getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None or (own and own <= copies):
+        has_tied_tokens = getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None
+        if has_tied_tokens or (trained and trained <= trained_tensors):
             outer = path
         elif isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper, AuxiliaryTrainingWrapper)):
-            found[path.removeprefix(ADAPTER_PREFIX)] = None
+            targeted.append(path.removeprefix(ADAPTER_PREFIX))
             outer = path
-        copies |= own
-    return tuple(found)
+        trained_tensors |= trained
+    return tuple(targeted)

@@ -76,7 +76,7 @@ def _refuse_ignored_keys(config_class: Any, files: AdapterFiles) -> None:
         raise Refused(IgnoredSettings(settings=tuple(ignored), peft=peft.__version__, saved_by=saved_by))
 
 
-def initialisation_writes_to_base(config: Any) -> bool:
+def initialization_writes_to_base(config: Any) -> bool:
     """Whether PEFT's initialization rewrites base weights at injection (PiSSA, OLoRA, CorDA, LoftQ, …).
 
     OLoRA subtracts in place where the weight is float32 (peft/tuners/lora/layer.py, olora_init), which would reach the
@@ -97,7 +97,7 @@ def starts_at_no_delta(config: Any) -> bool:
     return is_at_zero or str(getattr(config, "init_lora_weights", None)).lower() in NO_DELTA_SCHEMES
 
 
-def initialisation_reads_base(config: Any) -> bool:
+def initialization_reads_base(config: Any) -> bool:
     """Whether PEFT may read a weight of the base as it makes a layer: for LoRA only if some settings ask for it."""
     return not _starts_by_itself(config) or config.use_dora
 

@@ -52,7 +52,7 @@ class Layout:
 class Template:
     """A reusable injection for adapters of one `kind`.
 
-    `children` has the children of each module, which PEFT's unloading replaces. `slots` and `sharers` are those of
+    `children` has the children of each module, which PEFT's unloading replaces. `slots` and `tied_modules` are those of
     `Loaded`. `layout` is None until the first adapter is loaded.
     """
 
@@ -60,7 +60,7 @@ class Template:
     model: Any
     config: Any
     slots: dict[tuple[int, str], str]
-    sharers: dict[str, tuple[str, ...]]
+    tied_modules: dict[str, tuple[str, ...]]
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     layout: Layout | None = None
 

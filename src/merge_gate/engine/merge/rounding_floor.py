@@ -65,8 +65,8 @@ untrained adapters was 1.6 * 2⁻²³. Two adapters of a combination that cancel
 def rounding_share(layer: Any, start: tuple[torch.Tensor, ...] | None = None) -> float:
     """How large a share of the weight a delta can be by rounding alone. It is more for DoRA while its product is zero.
 
-    `start` holds the factors that PEFT took off the weight, so that training began without a delta (`Loaded.starts`).
-    While they are untrained, a merge changes the weight only by rounding.
+    `start` has the factors that PEFT took off the weight, so that training began without a delta
+    (`Loaded.initial_factors`). While they are untrained, a merge changes the weight only by rounding.
     """
     if ADAPTER_NAME in (getattr(layer, "lora_magnitude_vector", None) or ()):
         factors = factors_of(layer)

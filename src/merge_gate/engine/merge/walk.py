@@ -203,7 +203,7 @@ class Walk:
         made = Made(safe=True)
         private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)  # 1.
         with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
-            share = rounding_share(layer, self.loaded.starts.get(id(layer)))  # of the weight before the merge
+            share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             safe = self._tried(by_peft, safe_merge=True)  # 2.
             if not safe or _at_the_edge(slots):
                 copies.renew()

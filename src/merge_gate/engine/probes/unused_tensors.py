@@ -1,7 +1,7 @@
-"""Whether the merge reads a tensor of the adapter's file that is not finite: else it is training state, a warning.
+"""Finds out if a merge reads a tensor of the adapter's file that is not finite. If not, the tensor is training state.
 
-In: an adapter on its scratch, and the measured tensors of its file. Out: `FileTensor`s. Decided by merging, not by a
-table of names, which would be wrong with the next PEFT.
+In: an adapter on its scratch copy, and the measured tensors of its file. Out: `FileTensor`s. The answer comes from
+merging. A table of names would be wrong in the next release of PEFT.
 """
 
 from __future__ import annotations
@@ -23,113 +23,113 @@ from merge_gate.records.measured import FileTensor, TensorStats
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 
-def with_use(base: Base, loaded: Loaded, measured: Iterable[TensorStats]) -> tuple[FileTensor, ...]:
-    """Say of each tensor whether the merge reads it; of a finite one that is not asked."""
+def mark_used(base: Base, loaded: Loaded, measured: Iterable[TensorStats]) -> tuple[FileTensor, ...]:
+    """Mark each tensor of the file as used or not. A finite tensor counts as used without a test."""
     unexpected = {name for arrival in loaded.arrivals for name in (*arrival.unexpected, *arrival.duplicates)}
-    keys = {name: key for arrival in loaded.arrivals for name, key in arrival.model_key.items()}
+    model_keys = {name: key for arrival in loaded.arrivals for name, key in arrival.model_key.items()}
 
-    def used(stats: TensorStats) -> bool:
-        if stats.finite or stats.name not in keys:
+    def is_used(stats: TensorStats) -> bool:
+        if stats.finite or stats.name not in model_keys:
             return stats.finite or stats.name not in unexpected
-        return _is_used(base, loaded, keys[stats.name])
+        return _is_used(base, loaded, model_keys[stats.name])
 
-    return tuple(FileTensor(stats=stats, used=used(stats)) for stats in measured)
+    return tuple(FileTensor(stats=stats, used=is_used(stats)) for stats in measured)
 
 
 def _is_used(base: Base, loaded: Loaded, key: str) -> bool:
-    """Whether a merge reads the tensor that was loaded under `key`: other values there, other merged values.
+    """Whether a merge reads the tensor that was loaded under `key`: other values in it give other merged values.
 
-    The tensor is loaded with two different finite contents, with every other non-finite tensor made finite, and the
-    layers it can reach are merged into private copies each time. Last it is loaded as it is.
+    1. Make every other tensor finite, and merge the layers that the tensor can affect, with two finite contents of it.
+    2. Merge them again with the tensor as it is.
+    3. The tensor is used if the first two results differ, or the third is not finite.
     """
-    layers = _reached(loaded.model, key)
-    if not layers:  # a trained module or a tensor of the base: it is the merged value
+    layers = _affected_layers(loaded.model, key)
+    if not layers:  # a trained module or a tensor of the base is itself the merged value
         return not _is_replaced(loaded, key)
-    finite = {name: _made_finite(_real(value)) for name, value in loaded.state.items() if _numbers(value)}
+    finite = {name: _made_finite(_real_part(tensor)) for name, tensor in loaded.state.items() if _is_floating(tensor)}
     noise = torch.rand(finite[key].shape, generator=torch.Generator().manual_seed(1)).to(finite[key].dtype)
     results = []
     try:
-        for value in (finite[key], finite[key] * 2 + noise, loaded.state[key]):
-            loaded.model.load_state_dict({**finite, key: value}, strict=False)
+        for tensor in (finite[key], finite[key] * 2 + noise, loaded.state[key]):  # 1. and 2.
+            loaded.model.load_state_dict({**finite, key: tensor}, strict=False)
             results.append([merged_once(base, loaded, layer) for layer in layers])
     except Exception:
         return True
     finally:
         loaded.model.load_state_dict(loaded.state, strict=False)
-    first, second, actual = results
-    return any(
-        not torch.isfinite(broken).all() or not same_bits(one, other)
-        for left, right, bad in zip(first, second, actual, strict=True)
-        for one, other, broken in zip(left, right, bad, strict=True)
+    return any(  # 3.
+        not torch.isfinite(actual).all() or not same_bits(first, second)
+        for of_layer in zip(*results, strict=True)
+        for first, second, actual in zip(*of_layer, strict=True)
     )
 
 
 def _is_replaced(loaded: Loaded, key: str) -> bool:
-    """Whether a trained module stands in this one's place in the merged model, and in that of all that share it."""
+    """Whether the merged model has a trained module instead of the tensor's own, and of all modules that share it."""
     path, _, inside = key.rpartition(".original_module.")
     if not inside or not _is_trained(loaded, path):
         return False
-    place, _, attribute = key.rpartition(".")
-    name = loaded.slots.get((id(loaded.model.get_submodule(place)), attribute), "")
-    return all(_is_trained(loaded, f"{ADAPTER_PREFIX}{other}") for other in loaded.sharers.get(name, ()))
+    module, _, attribute = key.rpartition(".")
+    name = loaded.slots.get((id(loaded.model.get_submodule(module)), attribute), "")
+    return all(_is_trained(loaded, f"{ADAPTER_PREFIX}{other}") for other in loaded.tied_modules.get(name, ()))
 
 
 def _is_trained(loaded: Loaded, path: str) -> bool:
     return isinstance(loaded.model.get_submodule(path), ModulesToSaveWrapper)
 
 
-def _numbers(value: Any) -> bool:
+def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _real(value: torch.Tensor) -> torch.Tensor:
-    """What is loaded of a complex tensor."""
-    return value.real if value.is_complex() else value
+def _real_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a complex tensor that PEFT loads."""
+    return tensor.real if tensor.is_complex() else tensor
 
 
-def _made_finite(value: torch.Tensor) -> torch.Tensor:
-    """In float32 where the dtype is narrower than 16 bits: torch has no arithmetic for those."""
-    return torch.nan_to_num(value.float() if value.element_size() == 1 else value, 0.5, 0.5, 0.5)
+def _made_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """With 0.5 for NaN and infinities. 8-bit dtypes become float32, because torch has no arithmetic for them."""
+    return torch.nan_to_num(tensor.float() if tensor.element_size() == 1 else tensor, 0.5, 0.5, 0.5)
 
 
-def _reached(model: Any, key: str) -> list[Any]:
-    """The outermost tuner layers that hold the key; for a tensor shared by the whole model, all of them."""
-    layers = list(_outermost(model))
-    own = [layer for path, layer in layers if key.startswith(f"{path}.")]
-    if own:
-        return own
-    shared = key.count(".") <= 2 or not key.startswith(ADAPTER_PREFIX)  # noqa: PLR2004 - base_model.vera_A.default
-    return [layer for _, layer in layers] if shared else []
+def _affected_layers(model: Any, key: str) -> list[Any]:
+    """The outermost tuner layers that contain the key. For a tensor that all layers share, all of them."""
+    layers = list(_outermost_layers(model))
+    containing = [layer for path, layer in layers if key.startswith(f"{path}.")]
+    if containing:
+        return containing
+    is_shared = key.count(".") <= 2 or not key.startswith(ADAPTER_PREFIX)  # noqa: PLR2004 - base_model.vera_A.default
+    return [layer for _, layer in layers] if is_shared else []
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of PEFT's layers that are not inside another one, but for wrappers of parameters, which nest."""
-    inside: list[str] = []
+def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of PEFT's layers, except layers inside another one. Wrappers of parameters nest, and all count."""
+    outermost: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        if any(path.startswith(f"{outer}.") for outer in inside) and type(module).__name__ != "ParamWrapper":
+        if any(path.startswith(f"{outer}.") for outer in outermost) and type(module).__name__ != "ParamWrapper":
             continue
-        inside.append(path)
+        outermost.append(path)
         yield path, module
 
 
 def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
-    """What a layer's parameters and buffers become when PEFT merges it; nothing is kept."""
+    """A layer's parameters and buffers after a merge by PEFT. The layer stays unmerged."""
     slots = slots_of(layer, loaded.slots)
     before = layer.get_base_layer()
     with PrivateCopies(layer, slots, base):
         layer.merge(safe_merge=False)
         after = layer.get_base_layer()
         if after is before:
-            return [_values(slot) for slot in slots]
-        try:  # the method swaps the whole module in
+            return [_merged_values(slot) for slot in slots]
+        try:  # the method replaces the whole module
             return [tensor.detach().clone() for tensor in (*after.parameters(), *after.buffers())]
         finally:
             layer.unmerge()
 
 
-def _values(slot: Slot) -> torch.Tensor:
+def _merged_values(slot: Slot) -> torch.Tensor:
     tensor = slot.tensor
     assert tensor is not None  # noqa: S101 - a slot is made of a parameter that exists
     return dequantized(slot.module, tensor) if is_quantized(tensor) else tensor.detach().clone()
