@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from tests.support.wording import Wording
 
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -22,21 +23,21 @@ def test_it_reads_what_json_writes(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("raw", "is_syntax"),
     [
-        (b"\xff", "is not UTF-8 (byte 0)"),
-        (b"{", "is not valid JSON"),
-        (b"\xef\xbb\xbf{}", "is not valid JSON"),
-        (b"[" * 100_000, "is nested too deeply"),
-        (b'{"a": 1, "b\\u202e": 2, "b\\u202e": 3}', "has the key 'b\\u202e' twice"),
-        (b"[NaN]", "holds NaN"),
-        (b"[-Infinity]", "holds -Infinity"),
-        (b"9" * 10_000, "more digits"),
+        pytest.param(b"\xff", False, id="not UTF-8"),
+        pytest.param(b"{", True, id="cut off"),
+        pytest.param(b"\xef\xbb\xbf{}", True, id="byte order mark"),
+        pytest.param(b"[" * 100_000, False, id="nested"),
+        pytest.param(b'{"a": 1, "b\\u202e": 2, "b\\u202e": 3}', False, id="twice"),
+        pytest.param(b"[NaN]", False, id="NaN"),
+        pytest.param(b"[-Infinity]", False, id="-Infinity"),
+        pytest.param(b"9" * 10_000, False, id="digits"),
     ],
 )
-def test_everything_else_is_refused_in_printable_words(raw: bytes, says: str) -> None:
+def test_everything_else_is_refused_in_printable_words(raw: bytes, is_syntax: bool, wording: Wording) -> None:
     with pytest.raises(InvalidJsonError) as caught:
         parse_strictly(raw)
-    assert says in str(caught.value)
+    wording(caught.value)
     assert str(caught.value).isprintable()
-    assert caught.value.is_syntax is ("not valid JSON" in says)
+    assert caught.value.is_syntax is is_syntax

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -120,12 +121,13 @@ def test_a_run_gives_exit_code_log_and_report_and_leaves_nothing(run, engine: En
     nothing_is_left(run, engine)
 
 
-def test_a_person_hears_everything_in_the_log(run, engine: Engine) -> None:
+def test_a_person_hears_everything_in_the_log(run, engine: Engine, wording: Wording) -> None:
     engine.wrong["GET /containers/json"] = [(500, {"message": "database is locked"})] * 4
     said: list[bytes] = []
     assert run_in_container(run, said.append) == 1
-    assert b"merge-gate: containers of earlier runs are not looked for: " in b"".join(said)
-    assert b"database is locked" in b"".join(said)
+    first, _, _ = b"".join(said).partition(b"\n")
+    assert first.startswith(b"merge-gate: ")
+    wording(first.decode())
 
 
 def test_a_token_goes_by_standard_input_and_stands_nowhere_else(run, engine: Engine, heard: Heard) -> None:
@@ -196,19 +198,13 @@ def test_a_pull_may_be_asked_for_and_forbidden(run, engine: Engine, heard: Heard
 
 
 @pytest.mark.parametrize(
-    ("says", "message"),
-    [
-        ([{"status": "Pulling"}, {"error": "manifest unknown"}], "cannot be pulled: manifest unknown"),
-        ([{"status": "Pulling"}], "the engine says that it pulled it, and does not have it"),
-    ],
+    "says", [[{"status": "Pulling"}, {"error": "manifest unknown"}], [{"status": "Pulling"}]], ids=["error", "no image"]
 )
-def test_a_pull_that_brings_nothing(
-    run, engine: Engine, heard: Heard, says: list, message: str, wording: Wording
-) -> None:
+def test_a_pull_that_brings_nothing(run, engine: Engine, heard: Heard, says: list, wording: Wording) -> None:
     engine.pull_says = says
-    with pytest.raises(LauncherError, match=message) as raised:
+    with pytest.raises(LauncherError) as raised:
         heard.run(replace(run, image="host/gate:1"))
-    wording(raised.value.hint)
+    wording(raised.value)
     assert engine.made == []
 
 
@@ -225,21 +221,16 @@ def test_a_release_runs_its_own_image(run, engine: Engine, heard: Heard, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ("GET /info", "the container engine cannot describe itself: broken"),
-        ("GET /images/.*", "the engine cannot look up the image merge-gate:test: broken"),
-        ("POST /containers/create", "the container cannot be made: broken"),
-        ("POST /containers/.*/start", "the container cannot be started: broken"),
-        ("POST /containers/.*/wait", "the container was lost: broken"),
-    ],
+    "request_",
+    ["GET /info", "GET /images/.*", "POST /containers/create", "POST /containers/.*/start", "POST /containers/.*/wait"],
 )
 def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(
-    run, engine: Engine, heard: Heard, request_: str, message: str
+    run, engine: Engine, heard: Heard, request_: str, wording: Wording
 ) -> None:
     engine.wrong[request_] = [(500, {"message": "broken"})]
-    with pytest.raises(LauncherError, match=message):
+    with pytest.raises(LauncherError) as raised:
         heard.run(run)
+    wording(raised.value)
     nothing_is_left(run, engine)
 
 
@@ -254,11 +245,13 @@ def test_gpus_that_an_engine_does_not_have(run, engine: Engine, heard: Heard, wo
 
 
 @pytest.mark.parametrize("request_", ["attach", "wait"])
-def test_an_engine_that_goes_away_is_a_sentence(run, engine: Engine, heard: Heard, request_: str) -> None:
+def test_an_engine_that_goes_away_is_a_sentence(
+    run, engine: Engine, heard: Heard, request_: str, wording: Wording
+) -> None:
     engine.wrong[f"POST /containers/.*/{request_}"] = [BREAK_OFF]
-    message = {"attach": "the token cannot be handed to the container", "wait": "the container was lost"}[request_]
-    with pytest.raises(LauncherError, match=message):
+    with pytest.raises(LauncherError) as raised:
         heard.run(replace(run, environ={**run.environ, "HF_TOKEN": TOKEN}))
+    wording(raised.value.message.partition(": ")[0])
     nothing_is_left(run, engine)
 
 
@@ -304,13 +297,14 @@ def test_a_container_whose_launcher_is_gone_is_removed_and_one_that_may_live_is_
     assert list(engine.containers.values()) == [living]
 
 
-def test_an_orphan_that_cannot_be_removed_is_told_and_stops_nobody(run, engine: Engine, heard: Heard) -> None:
+def test_an_orphan_that_cannot_be_removed_is_told_and_stops_nobody(
+    run, engine: Engine, heard: Heard, wording: Wording
+) -> None:
     orphan(engine, **{leftovers._UNTIL: "1"})
     engine.wrong["DELETE /containers/f+"] = [(409, {"message": "removal is in progress"})] * 6
     assert heard.run(run) == 1
     (said,) = heard.warnings
-    assert said.startswith("the container ffffffffffff is still there, the next run will try again: ")
-    assert "removal is in progress" in said
+    wording(said)
 
 
 def test_a_list_that_fails_once_is_asked_for_again(run, engine: Engine, heard: Heard) -> None:
@@ -330,7 +324,9 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(
     nothing_is_left(run, engine)
 
 
-def test_code_inside_that_removes_its_report_directory_costs_the_report(run, engine: Engine, heard: Heard) -> None:
+def test_code_inside_that_removes_its_report_directory_costs_the_report(
+    run, engine: Engine, heard: Heard, wording: Wording
+) -> None:
     def remove(inside: Container) -> int:
         shutil.rmtree(inside.outside(run.output))
         return 0
@@ -338,7 +334,7 @@ def test_code_inside_that_removes_its_report_directory_costs_the_report(run, eng
     engine.run = remove
     assert heard.run(run) == 0
     (said,) = heard.refused
-    assert said.startswith("the report cannot be taken from ")
+    wording(re.sub("[0-9a-f]{16}", "<random>", said))
     assert list(run.output.iterdir()) == []
     nothing_is_left(run, engine)
 

@@ -189,7 +189,7 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
         log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
     assert "merge-gate: runtime docker, report in " in log
-    assert "::warning title=merge-gate::the container ffffffffffff is still there" in log
+    assert "::warning title=merge-gate::the container ffffffffffff " in log
     assert "::error file=gate.yml,line=1" in log
     said = outputs(environ)
     assert (said["result"], said["failed"], said["image"], said["upload"]) == ("fail", '["a"]', "sha256:1", "true")

@@ -26,6 +26,7 @@ from merge_gate.records.files import TensorHeader
 from tests.support.files.headers_of import header_of
 from tests.support.files.pickles import Call, packed
 from tests.support.properties import examples
+from tests.support.wording import Wording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,8 +129,8 @@ def test_a_size_is_a_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shape", [b"]", b"J\xff\xff\xff\xff\x85", b"X\x01\0\0\0a\x85"], ids=["list", "negative", "text"]
 )
-def test_a_shape_that_is_none(tmp_path: Path, shape: bytes) -> None:
-    assert "whose shape is not a tuple of sizes" in refuse(tmp_path / "a.bin", packed(rebuilt(FLOAT, shape)))
+def test_a_shape_that_is_none(tmp_path: Path, shape: bytes, wording: Wording) -> None:
+    wording(refuse(tmp_path / "a.bin", packed(rebuilt(FLOAT, shape))))
 
 
 @pytest.mark.parametrize(
@@ -148,14 +149,14 @@ def test_what_has_no_meaning_here_is_left_to_torch(tmp_path: Path, written: byte
     assert look(tmp_path / "a.bin") is None
 
 
-def test_an_escape_that_is_none_is_no_warning(tmp_path: Path) -> None:
-    assert "does not hold tensors" in refuse(tmp_path / "a.bin", packed(b"\x80\x02S'\\q'\n."))
+def test_an_escape_that_is_none_is_no_warning(tmp_path: Path, wording: Wording) -> None:
+    wording(refuse(tmp_path / "a.bin", packed(b"\x80\x02S'\\q'\n.")))
 
 
-def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path) -> None:
+def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path, wording: Wording) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_001))
-    assert "more than 100,000,000 bytes" in refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes())
+    wording(refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes()))
 
 
 class FailingDisk(io.FileIO):
@@ -227,25 +228,29 @@ def test_a_call_is_named_and_not_made(
     ],
     ids=["INST", "INST-in-a-tuple", "OBJ", "text", "result-dropped", "and-a-set"],
 )
-def test_a_call_is_named_however_it_is_written(tmp_path: Path, written: bytes) -> None:
+def test_a_call_is_named_however_it_is_written(tmp_path: Path, written: bytes, wording: Wording) -> None:
     for content in (packed(written), written):
-        assert "would call 'os.system' when it is loaded" in refuse(tmp_path / "a.bin", content)
+        message = refuse(tmp_path / "a.bin", content)
+        assert "'os.system'" in message
+        wording(message)
 
 
 @pytest.mark.parametrize("ends", [b".", b"\x8f."], ids=["read", "left to torch"])
-def test_a_name_alone_is_imported_by_who_unpickles_it(tmp_path: Path, ends: bytes) -> None:
+def test_a_name_alone_is_imported_by_who_unpickles_it(tmp_path: Path, ends: bytes, wording: Wording) -> None:
     written = b"\x80\x02}X\x01\x00\x00\x00acevil.module\nthing\ns" + ends
-    assert "would import 'evil.module.thing' when it is loaded" in refuse(tmp_path / "a.bin", packed(written))
+    message = refuse(tmp_path / "a.bin", packed(written))
+    assert "'evil.module.thing'" in message
+    wording(message)
 
 
-def test_a_call_among_the_keys_of_storages(tmp_path: Path) -> None:
+def test_a_call_among_the_keys_of_storages(tmp_path: Path, wording: Wording) -> None:
     """The fifth pickle of a file of before torch 1.6, which is unpickled too."""
     torch.save(tensors(), tmp_path / "a.bin", _use_new_zipfile_serialization=False)
     stream = io.BytesIO((tmp_path / "a.bin").read_bytes())
     for _ in range(4):
         collections.deque(pickletools.genops(stream), 0)
     content = stream.getvalue()[: stream.tell()] + pickle.dumps([Call(os.system, "ls")], 2)
-    assert "system' when it is loaded" in refuse(tmp_path / "a.bin", content)
+    wording(refuse(tmp_path / "a.bin", content))
 
 
 @pytest.mark.parametrize("value", [{1, 2}, bytearray(b"a"), b"a", 1j], ids=repr)
@@ -255,13 +260,13 @@ def test_what_is_no_tensor_and_calls_nothing_foreign_is_left_to_torch(tmp_path: 
     assert torch.load(tmp_path / "a.bin", weights_only=True)["more"] == value
 
 
-def test_setattr_is_not_mistaken_for_a_set(tmp_path: Path) -> None:
+def test_setattr_is_not_mistaken_for_a_set(tmp_path: Path, wording: Wording) -> None:
     hostile = pickle.dumps({"a": Call(setattr, "x", "y", 1)}, protocol=2)
-    assert "would call '__builtin__.setattr'" in refuse(tmp_path / "a.bin", packed(hostile))
+    wording(refuse(tmp_path / "a.bin", packed(hostile)))
 
 
-def test_something_else_than_tensors_by_name(tmp_path: Path) -> None:
-    assert "does not hold tensors by name" in refuse(tmp_path / "a.bin", packed(pickle.dumps([1, 2], protocol=2)))
+def test_something_else_than_tensors_by_name(tmp_path: Path, wording: Wording) -> None:
+    wording(refuse(tmp_path / "a.bin", packed(pickle.dumps([1, 2], protocol=2))))
 
 
 @pytest.mark.parametrize(
@@ -298,10 +303,10 @@ def test_safetensors_under_the_name_of_a_pickle(tmp_path: Path) -> None:
     assert "adapter_model.safetensors" in caught.value.hint
 
 
-def test_an_archive_that_torch_did_not_write(tmp_path: Path) -> None:
+def test_an_archive_that_torch_did_not_write(tmp_path: Path, wording: Wording) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("weights/readme.txt", "hello")
-    assert "has no data.pkl" in refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes())
+    wording(refuse(tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes()))
 
 
 @settings(max_examples=examples(300))
@@ -338,11 +343,11 @@ def named(loaded: Any) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(tensor.shape)) for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)]
 
 
-def test_an_archive_whose_directory_points_before_its_start_is_damaged(tmp_path: Path) -> None:
+def test_an_archive_whose_directory_points_before_its_start_is_damaged(tmp_path: Path, wording: Wording) -> None:
     """Not a disk that cannot be read, which would be nobody's fault."""
     whole = bytearray(packed(b"\x80\x02}."))
     place = whole.rindex(b"PK\x01\x02") + 42  # where the first member starts
     whole[place : place + 4] = (1).to_bytes(4, "little")
     end = whole.rindex(b"PK\x05\x06") + 16  # where the directory starts, for a file that lost its first bytes
     whole[end : end + 4] = (len(whole)).to_bytes(4, "little")
-    assert "truncated or damaged" in refuse(tmp_path / "a.bin", bytes(whole))
+    wording(refuse(tmp_path / "a.bin", bytes(whole)).partition(" (")[0])
