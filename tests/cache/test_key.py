@@ -120,13 +120,23 @@ def test_names_places_and_time_limits_do_not() -> None:
         (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"}),
         (CheckSetting, {"check", "severity", "limit"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
-        (Expect, {"peft_type", "r", "lora_alpha", "base", "sha256"}),
-        (Config, {"allow_pickle", "trust_remote_code"} | {"path", "sha256", "adapters", "baseline", "baseline_path"}),
+        (
+            Config,
+            {"allow_pickle", "trust_remote_code"}
+            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path"},
+        ),
     ],
 )
 def test_a_new_setting_is_thought_of_here(cls: type, known: set[str]) -> None:
     """A field that is new must be put into the key, or named above as one that decides nothing."""
     assert {one.name for one in fields(cls)} == known
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Expect)])
+def test_every_fact_that_expect_states_makes_another_key(name: str) -> None:
+    """The value is of no type that the field has: the key takes all fields as they are."""
+    stated = replace(Expect(), **{name: (("a", "b"),) if name == "sha256" else "stated"})
+    assert of(with_spec(expect=stated)) != of(with_spec(expect=Expect()))
 
 
 def test_another_version_or_another_code_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:

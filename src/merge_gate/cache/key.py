@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -121,13 +122,7 @@ def _combine(combine: Combine | None) -> Json:
 def _expect(expect: Expect | None) -> Json:
     if expect is None:
         return None
-    return {
-        "peft_type": expect.peft_type,
-        "r": expect.r,
-        "lora_alpha": expect.lora_alpha,
-        "base": expect.base,
-        "sha256": [list(pair) for pair in expect.sha256],
-    }
+    return asdict(expect) | {"sha256": [list(pair) for pair in expect.sha256]}  # also a key that is new
 
 
 @cache
