@@ -133,9 +133,9 @@ def test_a_base_whose_index_leaves_a_shard_out_is_not_merged_into(keep_file: boo
         judgement = Gate().judge(out, base)
     assert (judgement.verdict, judgement.cause) == (Verdict.ERROR, "base-incomplete")
     assert account.map is not None
-    error = accounting.incomplete("base", account.incomplete, account.map, str(base))
-    assert (lost in error.message) is keep_file
-    assert error.tensor == account.incomplete[0]
+    fact = accounting.not_stored("base", account.incomplete, account.map, str(base))
+    assert (lost in fact.elsewhere) is keep_file
+    assert fact.names == account.incomplete
 
 
 def test_a_shard_that_nothing_needs_may_be_left_out(tmp_path: Path) -> None:
