@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merge_gate.judging.foreign_formats import FORMATS, LONE, RENAMED, by_files, by_keys, by_tensors
+from merge_gate.judging.foreign_formats import FORMATS, SINGLE_FILE, RENAMED, by_files, by_keys, by_tensors
 
 EXAMPLES = (
     ("pytorch_lora_weights.safetensors", "", "unet.down_blocks.0.attentions.0.to_q.lora_A.weight"),
@@ -42,7 +42,7 @@ def test_the_first_row_that_fits_counts() -> None:
     [
         ([], False, None),
         (["README.md"], False, None),
-        (["detail.safetensors"], False, LONE),
+        (["detail.safetensors"], False, SINGLE_FILE),
         (["detail.safetensors"], True, RENAMED),
         (["final.ckpt", "optimizer.pt"], True, RENAMED),
         (["final.ckpt"], False, None),

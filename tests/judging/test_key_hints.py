@@ -22,7 +22,7 @@ from tests.support.wording import Wording
 @pytest.mark.parametrize(
     ("config", "missing", "follows", "hint"),
     [
-        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "initialised", "unwrap"),
+        (LORA_0_12, ("base_model.model.q_proj.lora_A.weight",), "initialized", "unwrap"),
         (LORA_0_12, BIASES, "biases", "0.21"),
         (LORA_0_12 | {"bias": "all"}, BIASES, "biases", "save_pretrained"),
         (LORA_0_9 | {"peft_version": "0.21.2"}, BIASES, "biases", "save_pretrained"),
@@ -61,7 +61,7 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
             ["base_model.model.q.lora_A.weight", "base_model.model.h.1._orig_mod.q.lora_A.weight"],
             "_orig_mod",
         ),
-        (["model.embed_tokens.weight", "model.norm.weight"], "model's"),
+        (["model.embed_tokens.weight", "model.norm.weight"], "full model"),
         (["model.norm.weight"], None),
         (["model.embed_tokens.weight", "base_model.model.q.lora_A.weight"], None),
         ([], None),

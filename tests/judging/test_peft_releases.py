@@ -54,7 +54,7 @@ def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None
         (DORA, (), []),
         (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": True}, (), ["oft-series"]),
         (ALWAYS | {"peft_type": "OFT", "exclude_modules": None, "use_cayley_neumann": False}, (), []),
-        (ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialisation"]),
+        (ALWAYS | {"peft_type": "LORA", "init_lora_weights": "pissa"}, (), ["old-initialization"]),
         (LORA_0_14 | {"init_lora_weights": "pissa", "lora_bias": False}, (), []),
         (ALWAYS | {"peft_type": "LORA", "peft_version": "0.6.0"}, CONVOLUTION, []),
         (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, CONVOLUTION, ["lora-convolution"]),
@@ -139,7 +139,7 @@ def test_the_first_and_the_last_release_concerned(version: str, concerned: bool)
 @pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_4", "olora"])
 def test_initialisations_of_later_releases(scheme: str) -> None:
     config = ALWAYS | {"peft_type": "LORA", "init_lora_weights": scheme}
-    assert [change.name for change, _, _ in changes(recorded(config), ())] == ["old-initialisation"]
+    assert [change.name for change, _, _ in changes(recorded(config), ())] == ["old-initialization"]
     assert not changes(recorded(config | {"init_lora_weights": f"x{scheme}"}), ())
     assert not changes(recorded(config | {"init_lora_weights": "gaussian"}), ())
 

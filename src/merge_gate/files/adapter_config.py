@@ -1,9 +1,11 @@
-"""adapter_config.json: read once into a record for all later stages, and judged before PEFT sees it.
+"""Makes the `AdapterConfig` record from adapter_config.json, and judges the file before PEFT sees it.
 
-In: the object in the file, and the tensors that the weights file holds. Out: `AdapterConfig`, and `Finding`s
-(`config-invalid`, `config-unsafe`). Imports neither torch nor PEFT, so it has no list of PEFT's types: whatever a type
-or a newer version may mean by a value is left to the merge; what is refused here fails for every type.
+In: the object in the file, and the tensors of the weights file. Out: the record, and `Finding`s of `config-invalid` and
+`config-unsafe`; it imports no torch and no PEFT.
 """
+
+# A finding here must be right for every PEFT type and every release. The merge judges values whose meaning depends on
+# the type.
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ KNOWN_LIBRARIES = (
     "accelerate", "diffusers", "lerobot", "megatron-core", "peft", "sentence_transformers", "timm", "torch",
     "torchvision", "transformers", "trl",
 )  # fmt: skip
-"""What `auto_mapping` may name: PEFT's own allow-list (peft/auto.py) and the libraries whose models it often wraps."""
+"""Libraries that `auto_mapping` may name: PEFT's own list (peft/auto.py), and others whose models PEFT often wraps."""
 
 _CODE_OF_BASES = "transformers_modules."
-"""Where transformers keeps code that came with a base. PEFT writes such a name itself, and PeftModel.from_pretrained
-does not read it; whether that code runs is decided by `trust-remote-code`."""
+"""The package in which transformers keeps code that came with a base. PEFT writes such a name itself, and
+PeftModel.from_pretrained does not read it. `trust-remote-code` decides whether that code runs."""
 
 _LORA = "LORA"
 _LORA_BIASES = ("none", "all", "lora_only")
@@ -43,14 +45,14 @@ _LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 _NAMES_SHOWN = 3
 _VALUE_SHOWN = 60
 _NOT_SET: tuple[Any, ...] = (None, False, "", [], {})
-_PATTERNS_COMPILED = 2_000  # of more, the worker looks at the rest, within a time limit
+_MOST_PATTERNS_COMPILED = 2_000  # the worker compiles the others, within a time limit
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
 
 
 def recorded(config: dict[str, Any]) -> AdapterConfig:
-    """What the later stages read of the object."""
+    """The record of the values that later stages read."""
     mapping = config.get("auto_mapping")
     return AdapterConfig(
         digest=hashlib.sha256(json.dumps(config).encode()).hexdigest(),
@@ -118,7 +120,7 @@ def _is_layers(value: Any) -> bool:
 
 def _is_tokens(value: Any) -> bool:
     lists = list(value.values()) if isinstance(value, dict) else [value]
-    return all(isinstance(one, list) and all(_is_integer(item) for item in one) for one in lists)
+    return all(isinstance(indices, list) and all(_is_integer(index) for index in indices) for indices in lists)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -156,23 +158,24 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": _FLAG,
     "use_rslora": _FLAG,
 }
-"""What these keys hold in every PEFT type that has them; null is always allowed."""
+"""The type that a key's value has in every PEFT type with that key. null is always allowed."""
 
 
 # --- judgement -----------------------------------------------------------------------------------------------------
 
 
 def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
-    """An integer of more than 64 bits fits nothing that PEFT or torch make of it."""
+    """PEFT and torch can use no integer of more than 64 bits."""
     for place, value in _walk(config):
         if _is_integer(value) and not -(2**63) <= value < 2**63:
             digits = value.bit_length() * 30_103 // 100_000 + 1
-            what = f"{shown(place)} in {CONFIG_NAME} is an integer of {digits:,} digits"
-            yield invalid(f"{what}, expected one of 64 bits")
+            yield invalid(
+                f"{shown(place)} in {CONFIG_NAME} is an integer of {digits:,} digits, expected at most 64 bits"
+            )
 
 
 def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
-    """Every finding on the config by itself; without any, those on the config against the tensors."""
+    """The findings on the config itself. If there are none, the findings on the config and the tensors together."""
     is_sound = True
     for finding in chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)):
         is_sound = False
@@ -187,7 +190,7 @@ def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Findi
         check="config-invalid",
         severity=Severity.ERROR,
         message=message,
-        hint=hint or "undo any edit of this file, or save the adapter again with save_pretrained, which writes it",
+        hint=hint or "undo your edits of this file, or save the adapter again with save_pretrained",
         origin=Origin.CONFIG,
         tensor=tensor,
     )
@@ -196,9 +199,9 @@ def invalid(message: str, hint: str = "", *, tensor: str | None = None) -> Findi
 def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
     if "peft_type" not in config:
         yield invalid(
-            f"{CONFIG_NAME} has no peft_type, so nothing says which method the tensors belong to",
+            f"{CONFIG_NAME} has no peft_type, so the method of the adapter is unknown",
             by_keys(config)
-            or "check that this is PEFT's config and not the model's (config.json) or another trainer's",
+            or "check that PEFT wrote this file: the model's config.json and other trainers' configs do not fit",
         )
     elif not (isinstance(config["peft_type"], str) and config["peft_type"]):
         yield invalid(
@@ -208,11 +211,11 @@ def _judge_types(config: dict[str, Any]) -> Iterator[Finding]:
         value = config.get(key)
         if value is not None and not is_valid(value):
             yield invalid(f"{key} in {CONFIG_NAME} is {_shown_value(value)}, expected {expected}")
-    for pattern in islice(patterns_of(config), _PATTERNS_COMPILED):
+    for pattern in islice(patterns_of(config), _MOST_PATTERNS_COMPILED):
         if problem := pattern_problem(pattern):
             yield invalid(
                 f"{describe_pattern(pattern)}, which is not a valid regular expression: {problem}",
-                "PEFT reads it as a regular expression; use plain names, for target_modules in a list",
+                "PEFT reads it as a regular expression: use plain names, in a list for target_modules",
             )
 
 
@@ -221,12 +224,12 @@ def _shown_value(value: Any) -> str:
 
 
 def _judge_lora(config: dict[str, Any]) -> Iterator[Finding]:
-    """What is wrong for LoRA only, where the names mean one thing (peft/tuners/lora/config.py)."""
+    """Judges keys that have a fixed meaning in LoRA only (peft/tuners/lora/config.py)."""
     if config.get("peft_type") != _LORA:
         return
     rank, bias = config.get("r"), config.get("bias")
     if "lora_alpha" in config and config["lora_alpha"] is None:
-        yield invalid(f"lora_alpha in {CONFIG_NAME} is null, expected a number: the delta is scaled by it")
+        yield invalid(f"lora_alpha in {CONFIG_NAME} is null, expected a number: PEFT scales the delta by it")
     if isinstance(rank, int) and rank <= 0 and not config.get("rank_pattern"):
         yield invalid(f"r in {CONFIG_NAME} is {rank}, expected a positive rank")
     if isinstance(bias, str) and bias not in _LORA_BIASES:
@@ -252,22 +255,22 @@ def _judge_unsafe(config: dict[str, Any]) -> Iterator[Finding]:
     if config.get("megatron_config"):
         core = config.get("megatron_core", "megatron.core")
         yield _unsafe(
-            f"megatron_config is set in {CONFIG_NAME}: PEFT would import the module {shown(str(core))} from wherever "
-            "Python finds it first",
-            "set megatron_config to null; it is needed for training with Megatron only",
+            f"megatron_config is set in {CONFIG_NAME}: PEFT would import the first module on Python's path that is "
+            f"named {shown(str(core))}",
+            "set megatron_config to null: only training with Megatron needs it",
         )
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if library is not None and not _is_known_library(library):
         yield _unsafe(
-            f"auto_mapping in {CONFIG_NAME} names the module {shown(str(library))} to import the base's class from, "
+            f"auto_mapping in {CONFIG_NAME} imports the base's class from the module {shown(str(library))}, "
             f"expected one of {', '.join(KNOWN_LIBRARIES)}",
             "set task_type (CAUSAL_LM, SEQ_CLS, …) and auto_mapping to null, and name the base in the gate's config",
         )
     if place := _find_remote_code(config):
         yield _unsafe(
-            f"{shown(place)} in {CONFIG_NAME} asks for code from the Hub to be run",
-            "remove it: whether remote code may run is decided by trust-remote-code in the gate's config",
+            f"{shown(place)} in {CONFIG_NAME} asks PEFT to run code from the Hub",
+            "remove it: trust-remote-code in the gate's config decides whether remote code may run",
         )
 
 
@@ -279,21 +282,21 @@ def _is_known_library(name: Any) -> bool:
 
 
 def _find_remote_code(config: dict[str, Any]) -> str | None:
-    """The dotted place of a `trust_remote_code` that is set (PEFT hands tokenizer_kwargs on as they are)."""
-    asking = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
-    return next(asking, None)
+    """The dotted place of a `trust_remote_code` that is set (PEFT passes tokenizer_kwargs to transformers)."""
+    places = (place for place, value in _walk(config) if value and place.rpartition(".")[2] == "trust_remote_code")
+    return next(places, None)
 
 
 def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value, and its dotted place."""
-    waiting: list[tuple[str, Any]] = [("", config)]
-    while waiting:
-        place, value = waiting.pop()
+    """Every value in the config, with its dotted place."""
+    pending: list[tuple[str, Any]] = [("", config)]
+    while pending:
+        place, value = pending.pop()
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in items:
             yield f"{place}{key}", child
             if isinstance(child, dict | list):
-                waiting.append((f"{place}{key}.", child))
+                pending.append((f"{place}{key}.", child))
 
 
 def _unsafe(message: str, hint: str) -> Finding:
@@ -304,24 +307,25 @@ def _unsafe(message: str, hint: str) -> Finding:
 
 
 def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
-    """`r` against the first dimension of every lora_A, where only one reading is possible.
+    """Compare `r` with the first dimension of every lora_A.
 
-    Fused experts (`target_parameters`) stack ranks, patterns give modules their own: then the merge decides.
+    Fused experts (`target_parameters`) stack their ranks, and patterns give modules ranks of their own. Then the merge
+    decides.
     """
     rank = config.get("r")
-    patterned = config.get("rank_pattern") or config.get("target_parameters") or config.get("use_bdlora")
-    if config.get("peft_type") != _LORA or not _is_integer(rank) or patterned:
+    has_other_ranks = config.get("rank_pattern") or config.get("target_parameters") or config.get("use_bdlora")
+    if config.get("peft_type") != _LORA or not _is_integer(rank) or has_other_ranks:
         return
     factors = [tensor for tensor in tensors if _LORA_A.search(tensor.name)]
     if not factors or any(len(tensor.shape) < 2 or tensor.shape[0] in {0, rank} for tensor in factors):  # noqa: PLR2004
         return
-    found = sorted({tensor.shape[0] for tensor in factors})
-    ranks = ", ".join(map(str, found[:_NAMES_SHOWN])) + (", …" if len(found) > _NAMES_SHOWN else "")
+    other_ranks = sorted({tensor.shape[0] for tensor in factors})
+    ranks = ", ".join(map(str, other_ranks[:_NAMES_SHOWN])) + (", …" if len(other_ranks) > _NAMES_SHOWN else "")
     first = factors[0]
-    all_of_them = f"each of the {len(factors):,} lora_A tensors" if len(factors) > 1 else "the lora_A tensor"
+    every_factor = f"each of the {len(factors):,} lora_A tensors" if len(factors) > 1 else "the lora_A tensor"
     yield invalid(
-        f"r in {CONFIG_NAME} is {rank}, but {all_of_them} has another rank ({ranks}): "
+        f"r in {CONFIG_NAME} is {rank}, but {every_factor} has another rank ({ranks}): "
         f"{shown(first.name)} has shape {list(first.shape)}",
-        "config and weights come from different runs, or the config was edited: restore the config of this run",
+        "config and weights come from different runs, or someone edited the config: restore the config of this run",
         tensor=first.name,
     )

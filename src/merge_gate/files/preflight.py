@@ -1,15 +1,14 @@
-"""What can be said of an adapter from its files alone.
+"""Judges an adapter by its files, without loading a tensor.
 
-In: a directory, which is hostile. Out: `AdapterFiles` with a `Finding` for each `file-*`, `pickle-refused` and
-`config-*` check that fires, and for tensors that are visibly not whole. Imports no torch and no PEFT, loads no tensor:
-a thousand small adapters take a second or two.
-
-The order of reading is fixed, and the first cause is the first finding:
-1. The listing: adapter_config.json and a weights file must be there.
-2. adapter_config.json: not an LFS pointer, strict JSON, sound values, nothing that imports code.
-3. The weights: the file PEFT would load (safetensors before .bin), not an LFS pointer, whole.
-4. The tensors in it: there are some, none is an empty shard, ranks are those of the config.
+In: a hostile directory. Out: `AdapterFiles`, with findings of the `file-*`, `pickle-refused`, and `config-*` checks and
+on incomplete tensors; it imports no torch and no PEFT.
 """
+
+# The order of reading is fixed, and the first finding is the cause. The numbers are those of the sections below:
+# 1. The listing: adapter_config.json and a weights file must be present.
+# 2. adapter_config.json: not an LFS pointer, strict JSON, valid values, nothing that imports code.
+# 3. The weights: the file that PEFT would load (safetensors before .bin), not an LFS pointer, complete.
+# 4. The tensors in it: at least one, none of them an empty shard, with the ranks of the config.
 
 from __future__ import annotations
 
@@ -46,17 +45,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from io import BufferedReader
 
-_LISTED = 8
+_MOST_NAMES_SHOWN = 8
 _MAX_ENTRIES = 10_000
-_MAX_FOLDERS = 200  # looked into, of a directory that holds no adapter itself
+_MAX_FOLDERS = 200  # searched in a directory that is not itself an adapter
 _LORA_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
 def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[str, ...] = ()) -> AdapterFiles:
     """Read and judge the files of one adapter.
 
-    `withheld` names files that the adapter's repository has and that were not downloaded. Raises `EngineError` when a
-    file cannot be read at all (permissions, a failing disk), which says nothing about the adapter.
+    `withheld` names files of the adapter's repository that were not downloaded. Raises `EngineError` if a file cannot
+    be read at all (permissions, a failing disk), which says nothing about the adapter.
     """
     listing = _list(snapshot_directory, withheld)
     config = _read_config(snapshot_directory, listing)
@@ -74,7 +73,7 @@ def preflight(snapshot_directory: str, *, allow_pickle: bool, withheld: tuple[st
 
 
 def base_of(directory: str) -> str | None:
-    """The base that an adapter's config names; None where it does not say, or cannot be read."""
+    """The base that an adapter's config names; None if it names none, or cannot be read."""
     present = frozenset({CONFIG_NAME})
     try:
         config = _read_config(directory, _Listing(present=present, withheld=frozenset(), nested=()))
@@ -85,7 +84,7 @@ def base_of(directory: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Listing:
-    """Names in the directory, and of the repository's files that are not on disk (with their folders)."""
+    """Names in the directory, and names (with folders) of the repository's files that are not on disk."""
 
     present: frozenset[str]
     withheld: frozenset[str]
@@ -105,7 +104,7 @@ class _Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Weights:
-    """`is_listed`: the file has told which tensors it holds."""
+    """`is_listed`: the file lists its tensors."""
 
     name: str | None = None
     tensors: tuple[TensorHeader, ...] = ()
@@ -140,7 +139,7 @@ def _list(directory: str, withheld: tuple[str, ...]) -> _Listing:
 
 
 def _below(directory: str, names: set[str]) -> Iterator[str]:
-    """Folders with a config: a checkpoint's, or a run's with its checkpoints."""
+    """Folders with a config: a checkpoint, or the checkpoints of a training run."""
     for name in sorted(names)[:_MAX_FOLDERS]:
         if _is_there(directory, f"{name}/{CONFIG_NAME}"):
             yield name
@@ -159,23 +158,25 @@ def _is_there(directory: str, name: str) -> bool:
     return os.path.lexists(Path(directory, name))
 
 
-def _missing(listing: _Listing, what: str) -> Finding:
+def _missing(listing: _Listing, is_missing: str) -> Finding:
     names = listing.everything
-    some = in_a_sentence(map(shown, sorted(names)), _LISTED)
-    holds = f"the directory holds {some}" if names else "the directory is empty"
-    return _file_finding("file-missing", f"there {what}: {holds}", _advise_missing(listing))
+    some = in_a_sentence(map(shown, sorted(names)), _MOST_NAMES_SHOWN)
+    present = f"the directory contains {some}" if names else "the directory is empty"
+    return _file_finding("file-missing", f"there {is_missing}: {present}", _advise_missing(listing))
 
 
 def _advise_missing(listing: _Listing) -> str:
     if listing.nested:
         *_, latest = ordered = sorted(listing.nested, key=_checkpoint_order)
         if _checkpoint_order(latest)[0] < 0 and len(ordered) > 1:
-            some = in_a_sentence(map(shown, ordered), _LISTED)
-            return f"{len(ordered)} adapters are in subdirectories ({some}): list each that you release by its path"
-        return f"the adapter seems to be in the subdirectory {shown(latest)}: list that one as the adapter's path"
-    strangers = listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}
-    known = foreign_formats.by_files(strangers, has_config=CONFIG_NAME in listing.present)
-    return known or f"list the directory that save_pretrained wrote: it holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+            some = in_a_sentence(map(shown, ordered), _MOST_NAMES_SHOWN)
+            return f"{len(ordered)} adapters are in subdirectories ({some}): list the path of each adapter to check"
+        return f"the adapter seems to be in the subdirectory {shown(latest)}: list that path instead"
+    foreign_names = listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}
+    format_hint = foreign_formats.by_files(foreign_names, has_config=CONFIG_NAME in listing.present)
+    return (
+        format_hint or f"list the directory that save_pretrained wrote, which contains {CONFIG_NAME} and {WEIGHTS_NAME}"
+    )
 
 
 def _checkpoint_order(name: str) -> tuple[int, str]:
@@ -189,8 +190,8 @@ def _checkpoint_order(name: str) -> tuple[int, str]:
 def _read_config(directory: str, listing: _Listing) -> _Config:
     if CONFIG_NAME not in listing.present:
         has_weights = {WEIGHTS_NAME, PICKLE_NAME} & (listing.present | listing.withheld)
-        what = f"is no {CONFIG_NAME}" if has_weights else f"is neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
-        return _Config(findings=(_missing(listing, what),))
+        missing = f"is no {CONFIG_NAME}" if has_weights else f"is no {CONFIG_NAME} and no {WEIGHTS_NAME}"
+        return _Config(findings=(_missing(listing, missing),))
     path = str(Path(directory, CONFIG_NAME))
     try:
         with open_regular(path) as file:
@@ -229,7 +230,7 @@ def _read_weights(directory: str, listing: _Listing, *, allow_pickle: bool) -> _
     if is_pickle_only and not allow_pickle:
         return _Weights(findings=_refuse_pickle(directory, name))
     if name is None:
-        if CONFIG_NAME not in listing.present:  # the finding of that has said so
+        if CONFIG_NAME not in listing.present:  # _read_config has reported that
             return _Weights()
         return _Weights(findings=(_missing(listing, f"are no weights ({WEIGHTS_NAME})"),))
     path = str(Path(directory, name))
@@ -256,14 +257,14 @@ def _judge_weights_file(file: BufferedReader, name: str) -> _Weights:
 
 
 def _record(name: str, file: BufferedReader) -> FileRecord:
-    identity = identity_of(name, os.fstat(file.fileno()))  # before the hash: a write during it must not go unseen
+    identity = identity_of(name, os.fstat(file.fileno()))  # before the hash, so that a write during it is noticed
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path=name, size_bytes=file.tell(), sha256=digest, identity=identity)
 
 
 def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
-    """A pickle that is refused anyway may not even be there (`name` is None), or be worse than others."""
+    """The findings on a pickle. It may be absent (`name` is None), an LFS pointer, or one that calls unsafe code."""
     pointer = None
     try:
         if name is not None:
@@ -277,8 +278,8 @@ def _refuse_pickle(directory: str, name: str | None) -> tuple[Finding, ...]:
         pass
     refused = _pickle_refused(
         f"which can run code when it is loaded; expected {WEIGHTS_NAME}",
-        "save the adapter again as safetensors (PEFT's default), or, if you trust its author, set allow-pickle: true "
-        "in the gate's config",
+        "save the adapter again as safetensors (PEFT's default); if you trust its author, you can set "
+        "allow-pickle: true in the gate's config instead",
     )
     return (_lfs(PICKLE_NAME, size_bytes, pointer.size_bytes), refused) if pointer else (refused,)
 
@@ -288,11 +289,11 @@ def _pickle_refused(does: str, hint: str) -> Finding:
 
 
 def _lfs(name: str, size_bytes: int, target_bytes: int | None) -> Finding:
-    expected = f"of {counted(target_bytes, 'byte')}" if target_bytes is not None else "itself"
+    expected = f"file of {counted(target_bytes, 'byte')}" if target_bytes is not None else "file"
     return _file_finding(
         "file-lfs-pointer",
-        f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the file {expected} that it stands for",
-        "fetch it with `git lfs pull`; in a workflow give actions/checkout `lfs: true`",
+        f"{name} is a Git LFS pointer of {size_bytes} bytes, expected the {expected} that it points to",
+        "fetch the file with `git lfs pull`; in a workflow, set `lfs: true` for actions/checkout",
     )
 
 
@@ -301,7 +302,7 @@ def _corrupt(name: str, error: CorruptFileError) -> Finding:
         "file-corrupt",
         f"{name} {error}",
         error.hint
-        or "copy or download the file again and compare its size; if it is the same there, save the adapter again",
+        or "copy or download the file again and compare its size; if the original is no larger, save the adapter again",
     )
 
 
@@ -316,7 +317,7 @@ def _dangling(name: str) -> Finding:
 def _unreadable(path: str, error: OSError) -> EngineError:
     return EngineError(
         f"{shown(Path(path).name)} cannot be read: {error.strerror or error}",
-        hint="check that the user who runs the gate may read it, and that the disk is healthy",
+        hint="check that the gate's user may read it, and that the disk is healthy",
     )
 
 
@@ -326,11 +327,11 @@ def _unreadable(path: str, error: OSError) -> EngineError:
 def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding]:
     if not weights.is_listed:
         return
-    if not weights.tensors and peft_type != "XLORA":  # its experts lie beside it; the merge refuses it
+    if not weights.tensors and peft_type != "XLORA":  # its experts are in other files; the merge refuses it
         yield Finding(
             check="keys-missing",
             severity=Severity.ERROR,
-            message=f"{weights.name} holds no tensors at all, expected the adapter's weights",
+            message=f"{weights.name} has no tensors, expected the adapter's weights",
             hint=_SHARDS_HINT,
             origin=Origin.ADAPTER,
         )
@@ -339,11 +340,11 @@ def _judge_tensors(peft_type: str | None, weights: _Weights) -> Iterator[Finding
 
 
 _MAY_BE_EMPTY = ("OSF", "FROD")
-"""Methods that leave nothing to train of a layer smaller than their rank; the load compares their shapes."""
+"""Methods whose tensors are empty for a layer smaller than the rank. The load compares their shapes."""
 
 _SHARDS_HINT = (
-    "typical of saving under DeepSpeed ZeRO-3 or FSDP without gathering the parameters first: save through "
-    "Trainer/Accelerate (stage3_gather_16bit_weights_on_model_save, or a full state dict), or gather before "
+    "DeepSpeed ZeRO-3 and FSDP save empty or partial tensors unless the parameters are gathered first: save through "
+    "Trainer or Accelerate (stage3_gather_16bit_weights_on_model_save, or a full state dict), or gather before "
     "save_pretrained"
 )
 

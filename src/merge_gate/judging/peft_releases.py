@@ -1,11 +1,11 @@
-"""Which releases of PEFT can have written a config, and what has changed its meaning since.
+"""Finds the PEFT releases that can have written a config, and later changes of its meaning.
 
-In: an adapter's config, and the tensors of the file. Out: a `Span` of releases; the `Change`s that concern
-this adapter. Plain Python; what each row says was run with those releases (docs/methods.md, "Old releases").
-
-Releases are counted by their minor number: 0.10.0 and 0.10.1 are 10. From 0.18 on PEFT writes `peft_version`. Before
-that the keys tell: PEFT writes every key that it knows, so a key that is there, or is not, bounds the release.
+In: an adapter's config and the tensors of its file. Out: a `Span` of releases, and the `MeaningChange`s that affect the
+adapter; each was verified by running those releases (docs/methods.md, "Old releases").
 """
+
+# A release is its minor number: 0.10.0 and 0.10.1 are 10. Since 0.18 PEFT writes `peft_version`. Older releases follow
+# from the keys: PEFT writes every key that it has, so a present or absent key bounds the release.
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from merge_gate.records.files import AdapterConfig, TensorHeader
 from merge_gate.records.terms import record
 
 NEWEST = 99
-"""Stands for a release that nothing bounds."""
+"""The upper end of a span without a bound."""
 
 _ALWAYS = {"base_model_name_or_path", "inference_mode", "peft_type", "task_type"}
-"""What every release writes: a config that lacks one of them was written by something else, and tells no release."""
+"""Keys that every release writes. If one is absent, another program wrote the config, and its release is unknown."""
 
 _KEYS = {"exclude_modules": 14, "peft_version": 18}
 _LORA_KEYS = {
@@ -28,14 +28,14 @@ _LORA_KEYS = {
     "target_parameters": 17, "use_bdlora": 19, "velora_config": 20, "kasa_config": 21,
 }  # fmt: skip
 _KEYS_OF = {"LORA": _LORA_KEYS, "OFT": {"use_cayley_neumann": 16}}
-"""The release that brought a key: for tuners of every type, and for one."""
+"""The release that added a key: for every PEFT type, and for one type."""
 
 _VERSION = re.compile(r"0\.(\d{1,3})\.\d")
 
 
 @record
 class Span:
-    """Minor numbers of the oldest and the newest release that can have written a config."""
+    """The minor numbers of the oldest and the newest release that can have written a config."""
 
     oldest: int
     newest: int
@@ -49,7 +49,7 @@ class Span:
 
 
 def written_by(config: AdapterConfig) -> Span:
-    """The releases that can have written this config, as far as it tells."""
+    """The releases that can have written this config."""
     if match := _VERSION.match(config.peft_version or ""):
         return Span(oldest=int(match[1]), newest=int(match[1]))
     if not config.keys >= _ALWAYS:
@@ -62,10 +62,10 @@ def written_by(config: AdapterConfig) -> Span:
 
 @record
 class MeaningChange:
-    """Something that PEFT reads otherwise since `release` (a minor number).
+    """A value that PEFT reads differently since `release` (a minor number); `first` is the first release that wrote it.
 
-    `concerns` looks at the config and the tensors, and gives how it shows there, or None. `hint` is for what
-    merging with an older release does not bring back.
+    `concerns` describes the effect on an adapter with this config and these tensors, and returns None if there is
+    none. `hint` is set if a merge with an older release does not restore the old meaning.
     """
 
     name: str
@@ -77,19 +77,19 @@ class MeaningChange:
 
 
 def changes(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> tuple[tuple[MeaningChange, str, Span], ...]:
-    """The rows that concern an adapter which every release that can have written it read otherwise than today's."""
+    """The changes that affect an adapter, whichever release in its span wrote it."""
     span = written_by(config)
-    found = []
+    affecting = []
     for change in CHANGES:
         if change.peft_type == config.peft_type and change.first <= span.newest < change.release:
-            words = change.concerns(config, tensors)
-            if words is not None:
-                found.append((change, words, span))
-    return tuple(found)
+            effect = change.concerns(config, tensors)
+            if effect is not None:
+                affecting.append((change, effect, span))
+    return tuple(affecting)
 
 
 def _ratio(config: AdapterConfig, alpha: float | None) -> float | None:
-    """Alpha / r, or None where that is 1 or not to be told."""
+    """Alpha / r, or None if it is 1 or unknown."""
     if alpha is None or not config.r:
         return None
     ratio = alpha / (config.r**0.5 if config.use_rslora else config.r)
@@ -100,41 +100,39 @@ def _lokr_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> st
     ratio = _ratio(config, config.alpha)
     if ratio is None:
         return None
-    return f"LoKr's delta is scaled by alpha / r since PEFT 0.14: today's merge adds {ratio:g} times as much"
+    return f"PEFT scales LoKr's delta by alpha / r since 0.14: today's merge adds {ratio:g} times as much"
 
 
 def _lora_bias_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
     ratio = _ratio(config, config.lora_alpha)
     if not config.lora_bias or ratio is None:
         return None
-    return f"the bias of lora_B is scaled since PEFT 0.16: today's merge adds {ratio:g} times as much of it"
+    return f"PEFT scales the bias of lora_B since 0.16: today's merge adds {ratio:g} times as much of it"
 
 
 def _dora_embedding(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
     if not config.use_dora or not any(".lora_embedding_A" in tensor.name for tensor in tensors):
         return None
-    return "merging DoRA on an embedding takes in the magnitude since PEFT 0.16: that release left it out"
+    return "since PEFT 0.16 a merge of DoRA on an embedding includes the magnitude, which that release omitted"
 
 
 def _oft_series(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
     if not config.use_cayley_neumann:
         return None
-    return "the last term of OFT's Cayley-Neumann series counts half since PEFT 0.18"
+    return "since PEFT 0.18 the last term of OFT's Cayley-Neumann series is halved"
 
 
-def _old_initialisation(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+def _old_initialization(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
     scheme = config.init_lora_weights
     if scheme is None or not scheme.startswith(("pissa", "olora")):
         return None
-    return (
-        f"init_lora_weights={scheme!r} meant nothing up to PEFT 0.6: today's PEFT takes a part of the base out for it"
-    )
+    return f"PEFT ignored init_lora_weights={scheme!r} up to 0.6: today's PEFT subtracts a part of the base for it"
 
 
 def _convolution(_config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
     if not any(".lora_A" in tensor.name and len(tensor.shape) == 4 for tensor in tensors):  # noqa: PLR2004
         return None
-    return "until PEFT 0.6 LoRA gave a convolution without a bias a random one, trained beside it, and did not save it"
+    return "until PEFT 0.6, LoRA added a random bias to a convolution that had none, trained it, and did not save it"
 
 
 CHANGES = (
@@ -142,7 +140,7 @@ CHANGES = (
     MeaningChange(name="lora-bias-scale", peft_type="LORA", first=14, release=16, concerns=_lora_bias_scale),
     MeaningChange(name="dora-embedding", peft_type="LORA", first=13, release=16, concerns=_dora_embedding),
     MeaningChange(name="oft-series", peft_type="OFT", first=16, release=18, concerns=_oft_series),
-    MeaningChange(name="old-initialisation", peft_type="LORA", first=0, release=7, concerns=_old_initialisation),
+    MeaningChange(name="old-initialization", peft_type="LORA", first=0, release=7, concerns=_old_initialization),
     MeaningChange(
         name="lora-convolution",
         peft_type="LORA",
