@@ -1,6 +1,6 @@
-"""The words that every format for people shares: counts, the headline, the place of a finding.
+"""Words and sentences that the report formats for people share, such as counts and the headline.
 
-In: records. Out: plain sentences, foreign text in them already on one line. Knows no format's syntax.
+In: records. Out: plain sentences in which foreign text is already on one line. It knows no format's syntax.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.records.terms import Acceptance, Origin, Result, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
-from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats take their words from here
+from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MESSAGE_LIMIT = 600
 MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
-_PRECISIONS = 6
+_MOST_PRECISIONS = 6
 
 ORIGINS = {
     Origin.FILE: "in the adapter's files on disk",
@@ -35,7 +35,7 @@ ORIGINS = {
     Origin.MERGE: "in the merge of the two, not in base or adapter alone",
     Origin.RUNTIME: "in the run, not in the adapter",
 }
-"""What each origin means to somebody who has to act on it."""
+"""What each origin means to the person who fixes the problem."""
 
 _ORDER = {Verdict.FAILED: 0, Verdict.ERROR: 1, Verdict.PASSED: 2}
 
@@ -46,7 +46,7 @@ def number(value: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: 0.84 s, 12.3 s, 5 s for a whole number, 4 min 05 s, 1 h 02 min."""
+    """A duration for people: 0.84 s, 12.3 s, 5 s for a whole number, 4 min 05 s, 1 h 02 min."""
     if not 0 <= seconds < math.inf:
         return "unknown time"
     if seconds < 60:  # noqa: PLR2004
@@ -70,7 +70,7 @@ def model_name(base: BaseKey) -> str:
 
 
 def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
-    """Failed before undecided before passed, else in the order of the configuration."""
+    """Failed adapters, then undecided, then passed; each group in the order of the configuration."""
     return sorted(adapters, key=lambda adapter: _ORDER[adapter.verdict])
 
 
@@ -98,14 +98,14 @@ def kinds(findings: Iterable[Finding]) -> list[tuple[Finding, ...]]:
 
 
 def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """The first finding of each check and severity, and how many more there are: a broken file has hundreds."""
+    """The first finding of each check and severity, and how many more there are. A broken file can have hundreds."""
     return [(kind[0], len(kind) - 1) for kind in kinds(findings)]
 
 
 def precisions(adapters: Iterable[AdapterReport]) -> str:
     """float32; bfloat16."""
     named = [precision(adapter.base) for adapter in adapters]
-    return "; ".join(named[:_PRECISIONS]) + ("; …" if len(named) > _PRECISIONS else "")
+    return "; ".join(named[:_MOST_PRECISIONS]) + ("; …" if len(named) > _MOST_PRECISIONS else "")
 
 
 def cause(adapter: AdapterReport) -> str:
@@ -116,7 +116,7 @@ def cause(adapter: AdapterReport) -> str:
 
 
 def place(finding: Finding, *, unless_in: str = "") -> str:
-    """The tensor, and the module if the tensor's name does not hold it. Empty if `unless_in`, a message, names it."""
+    """The tensor, and the module if the tensor's name lacks it. Empty if the message `unless_in` names it."""
     tensor, module = one_line(finding.tensor or "", NAME_LIMIT), one_line(finding.module or "", NAME_LIMIT)
     if (finding.tensor or finding.module or "") in unless_in or (tensor or module) in unless_in:
         return ""
@@ -132,70 +132,74 @@ def deciding_module(adapter: AdapterReport) -> str:
 
 
 def marks(adapter: AdapterReport) -> list[str]:
-    """What has to stand beside the verdict: what a bound proves, who answers for a failure, where it was reached."""
-    said = [bound] if (bound := proved_by_bound(adapter.coverage.parameters_bounded)) else []
-    if (known := adapter.accepted) is not None:
-        owner, reason = one_line(known.owner, NAME_LIMIT), one_line(known.reason, MESSAGE_LIMIT)
-        said.append(f"accepted until {one_line(known.until, NAME_LIMIT)} by {owner}: {reason}")
+    """Remarks that belong next to the verdict: a proof by a bound, an acceptance, and the origin if it is cached."""
+    remarks = [bound] if (bound := proved_by_bound(adapter.coverage.parameters_bounded)) else []
+    if (accepted := adapter.accepted) is not None:
+        owner, reason = one_line(accepted.owner, NAME_LIMIT), one_line(accepted.reason, MESSAGE_LIMIT)
+        remarks.append(f"accepted until {one_line(accepted.until, NAME_LIMIT)} by {owner}: {reason}")
     if adapter.cached:
-        at = adapter.judged
-        when = f", judged {one_line(at.at, NAME_LIMIT)} at {one_line(at.place, NAME_LIMIT)}" if at else ""
-        said.append(f"cached{when}")
-    return said
+        verdict = adapter.judged
+        when = (
+            f", judged {one_line(verdict.at, NAME_LIMIT)} at {one_line(verdict.place, NAME_LIMIT)}" if verdict else ""
+        )
+        remarks.append(f"cached{when}")
+    return remarks
 
 
 def proved_by_bound(elements: int) -> str:
-    """Proved by a bound: 1,234,567 parameters; empty where all were merged."""
+    """Proved by a bound: 1,234,567 parameters. Empty if all were merged."""
     return f"proved by a bound: {counted(elements, 'parameter')}" if elements else ""
 
 
 def baseline(report: Report) -> list[str]:
-    """What the baseline says that is not so (any more); each is a sentence without its full stop."""
-    told = {
-        Acceptance.EXPIRED: "is over since its last day",
+    """The entries of the baseline that accept nothing, each in a sentence without its final period."""
+    reasons = {
+        Acceptance.EXPIRED: "has passed its last day",
         Acceptance.MORE: "does not name all checks that fail the adapter, so it is not accepted",
         Acceptance.UNMATCHED: "matches nothing in this run",
     }
-    off = [one for one in report.baseline if one.outcome in told]
-    said = [
-        f"baseline, line {number(one.line)}: {one_line(one.cause, NAME_LIMIT)} of {one_line(one.adapter, 12)} until "
-        f"{one_line(one.until, NAME_LIMIT)} by {one_line(one.owner, NAME_LIMIT)} {told[one.outcome]}"
-        for one in off[:MOST_PROBLEMS]
+    unused = [entry for entry in report.baseline if entry.outcome in reasons]
+    sentences = [
+        f"baseline, line {number(entry.line)}: {one_line(entry.cause, NAME_LIMIT)} of {one_line(entry.adapter, 12)} "
+        f"until {one_line(entry.until, NAME_LIMIT)} by {one_line(entry.owner, NAME_LIMIT)} {reasons[entry.outcome]}"
+        for entry in unused[:MOST_PROBLEMS]
     ]
-    return (
-        [*said, f"and {counted(len(off) - len(said), 'more entry', 'more entries')}, in report.json"]
-        if len(off) > len(said)
-        else said
-    )
+    more = len(unused) - len(sentences)
+    return [*sentences, f"and {counted(more, 'more entry', 'more entries')}, in report.json"] if more else sentences
 
 
 def cached(report: Report) -> str:
-    """How many verdicts earlier runs reached, in one sentence without its full stop; empty where there is none."""
-    taken = [adapter for adapter in report.adapters if adapter.cached]
-    times = sorted(one_line(one.judged.at, NAME_LIMIT) for one in taken if one.judged is not None)
-    if not taken:
+    """How many verdicts are cached, in a sentence without its final period. Empty if no verdict is cached."""
+    adapters = [adapter for adapter in report.adapters if adapter.cached]
+    times = sorted(one_line(adapter.judged.at, NAME_LIMIT) for adapter in adapters if adapter.judged is not None)
+    if not adapters:
         return ""
     when = f", the oldest {times[0]}" if times else ""
-    return f"{number(len(taken))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
+    return (
+        f"{number(len(adapters))} of {counted(len(report.adapters), 'verdict')} cached: earlier runs reached them{when}"
+    )
 
 
 def judged(report: Report) -> str:
-    """When and where this run reached its verdicts; empty where it merged nothing itself."""
-    own = [adapter.judged for adapter in report.adapters if adapter.judged is not None and not adapter.cached]
-    if not own:
+    """The time and the place of this run's own verdicts. Empty if all verdicts are cached."""
+    verdicts = [adapter.judged for adapter in report.adapters if adapter.judged is not None and not adapter.cached]
+    if not verdicts:
         return ""
-    times, places = sorted(one.at for one in own), list(dict.fromkeys(one.place for one in own))
+    times, places = (
+        sorted(verdict.at for verdict in verdicts),
+        list(dict.fromkeys(verdict.place for verdict in verdicts)),
+    )
     span = [one_line(time, NAME_LIMIT) for time in dict.fromkeys((times[0], times[-1]))]
     return f"{' to '.join(span)}, at {listing(one_line(place, NAME_LIMIT) for place in places)}"
 
 
 def title(adapter: AdapterReport) -> str:
-    """What is said of the adapter, to stand behind its name; for a failed one the cause follows."""
+    """The verdict in words, for use after the adapter's name. A caller adds the cause of a failure."""
     return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
 
 
 def values(finding: Finding) -> str:
-    """1 NaN and 2 +Inf among 16,384 values, the first at [0, 7]; empty where the message says it."""
+    """1 NaN and 2 +Inf among 16,384 values, the first at [0, 7]. Empty if the message says so."""
     among = f"among {counted(finding.numel, 'value')}" if finding.numel is not None else ""
     kinds = ((finding.nan, "NaN"), (finding.posinf, "+Inf"), (finding.neginf, "-Inf"))
     bad = [f"{number(count)} {kind}" for count, kind in kinds if count]
@@ -203,31 +207,31 @@ def values(finding: Finding) -> str:
     if not bad or (among and among in finding.message and index in finding.message):
         return ""
     first = f", the first at {index}" if index else ""
-    *others_, last = bad
-    counts = f"{', '.join(others_)} and {last}" if others_ else last
+    *all_but_last, last = bad
+    counts = f"{', '.join(all_but_last)} and {last}" if all_but_last else last
     return f"{counts} {among}".rstrip() + first
 
 
 def headline(report: Report) -> str:
-    """The result of the run in one sentence, without its full stop."""
+    """The result of the run in a sentence without its final period."""
     if report.complete and report.is_empty_shard:
         return f"{part(report)}has nothing to judge"
-    return part(report) + _said(report)
+    return part(report) + _result(report)
 
 
 def part(report: Report) -> str:
-    """What stands before all that is said of a part of a run: `shard 2 of 4: `; empty for a whole run."""
+    """The start of every sentence about a shard: `shard 2 of 4: `. Empty for a whole run."""
     return f"shard {report.shard.index} of {report.shard.count}: " if report.shard else ""
 
 
 def problems(report: Report) -> list[str]:
-    """What keeps shards from being one run, the first of it; each is a sentence without its full stop."""
-    said = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
-    more = len(report.problems) - len(said)
-    return [*said, f"and {counted(more, 'more problem')}, in report.json"] if more else said
+    """The first reasons why the shards are not one run, each in a sentence without its final period."""
+    sentences = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
+    more = len(report.problems) - len(sentences)
+    return [*sentences, f"and {counted(more, 'more problem')}, in report.json"] if more else sentences
 
 
-def _said(report: Report) -> str:
+def _result(report: Report) -> str:
     unfinished = "" if report.complete else "the run did not finish"
     unfinished = "the shards are not one whole run" if report.problems else unfinished
     if not report.adapters:
@@ -244,44 +248,48 @@ def _said(report: Report) -> str:
 
 def _counts(report: Report, everything: str, whole: str) -> str:
     failed, undecided, total = report.counts.failed, report.counts.error, len(report.adapters)
-    known = f", {number(report.accepted)} of them accepted" if report.accepted else ""
+    accepted = f", {number(report.accepted)} of them accepted" if report.accepted else ""
     if failed == total:
-        known = ", accepted" if known and total == 1 else known
-        return f"{whole} failed{known}"
+        accepted = ", accepted" if accepted and total == 1 else accepted
+        return f"{whole} failed{accepted}"
     if undecided == total:
         return f"{whole} could not be judged"
     if failed and undecided:
-        return f"{number(failed)} of {everything} failed{known}, {number(undecided)} could not be judged"
+        return f"{number(failed)} of {everything} failed{accepted}, {number(undecided)} could not be judged"
     if failed:
-        return f"{number(failed)} of {everything} failed{known}"
+        return f"{number(failed)} of {everything} failed{accepted}"
     if undecided:
         return f"{number(undecided)} of {everything} could not be judged, none failed"
     warned = sum(bool(warnings(adapter)) for adapter in report.adapters)
-    of_them = "" if total == 1 else f"{number(warned)} "
-    return f"{whole} passed, {of_them}with warnings" if warned else f"{whole} passed"
+    how_many = "" if total == 1 else f"{number(warned)} "
+    return f"{whole} passed, {how_many}with warnings" if warned else f"{whole} passed"
 
 
 def advice(report: Report) -> str:
-    """What the result means for whoever waits for it, in one sentence."""
+    """What the result means for a release, in one or two sentences."""
     if report.complete and report.is_empty_shard:
-        return "There are more shards than adapters. Whether the adapters pass is said by the shards that have them."
+        return "There are more shards than adapters. The reports of the other shards have the verdicts."
     if report.problems and report.result is not Result.FAIL:
-        return "Nothing here clears an adapter for release: the shards are not one whole run."
+        return "This report clears no adapter for release: the shards are not one whole run."
     if not report.complete and report.result is not Result.FAIL:
-        return "Nothing here clears an adapter for release: the run ended before its time. Run it again."
+        return "This report clears no adapter for release: the run did not finish. Run it again."
     if report.result is Result.FAIL:
-        return "A failed adapter gives a model that is broken or not the one intended, or none. Do not release it."
+        return "A failed adapter gives a broken model, an unintended model, or no model. Do not release it."
     if report.result is Result.ERROR:
-        return "What could not be judged is not cleared for release; the gate stays closed until it is."
+        return "An adapter that could not be judged is not cleared for release. The gate stays closed."
     bound = proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
     proof = f" ({bound}, not merged one by one)" if bound else ""
     whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
-    known = "What failed is broken, and the baseline accepts it until its last day. " if report.accepted else ""
-    return f"{known}Every parameter of every merged model{whose} is finite{proof}."
+    accepted = (
+        "The baseline accepts the failed adapters until their last day, but they are broken. "
+        if report.accepted
+        else ""
+    )
+    return f"{accepted}Every parameter of every merged model{whose} is finite{proof}."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:
-    """merge-gate 0.1.0, Python 3.11.7, torch 2.13.0, …: what was installed and used."""
+    """merge-gate 0.1.0, Python 3.11.7, torch 2.13.0, …: the versions that the run used."""
     named = (
         ("merge-gate", tool_version),
         ("Python", environment.python),
@@ -300,6 +308,6 @@ def device(environment: Environment) -> str:
 
 
 def sandbox(environment: Environment) -> str:
-    """What the worker was kept from, and what not."""
-    held = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
-    return "; ".join([held or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
+    """The restrictions of the worker, and those that are missing."""
+    restrictions = ", ".join(one_line(part, NAME_LIMIT) for part in environment.sandbox.held)
+    return "; ".join([restrictions or "none", *(f"without {one_line(why)}" for why in environment.sandbox.missing)])
