@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merge_gate.judging.foreign_formats import FORMATS, SINGLE_FILE, RENAMED, by_files, by_keys, by_tensors
+from merge_gate.judging.foreign_formats import FORMATS, RENAMED, SINGLE_FILE, by_files, by_keys, by_tensors
 
 EXAMPLES = (
     ("pytorch_lora_weights.safetensors", "", "unet.down_blocks.0.attentions.0.to_q.lora_A.weight"),

@@ -73,7 +73,7 @@ FORMATS = (
     Format(
         files=r"(Copy of .*|.* \(\d+\)|.* - Copy)(\.\w+)?|(?i:adapter_config\.json|adapter_model\.(safetensors|bin))",
         hint=(
-            "a download or a file manager has renamed the files: rename them to adapter_config.json and "
+            "a download or a file manager has renamed the files: give them the names adapter_config.json and "
             "adapter_model.safetensors, in lower case"
         ),
     ),
@@ -107,9 +107,9 @@ FORMATS = (
 """The first format that fits is used."""
 
 SINGLE_FILE = (
-    "a PEFT adapter has two files, adapter_model.safetensors and adapter_config.json. A single .safetensors file may "
-    "be a LoRA of an image model from kohya's trainers or ComfyUI: check it in diffusers, with "
-    "`pipe.load_lora_weights(FILE)` and `pipe.fuse_lora(safe_fusing=True)`"
+    "a single .safetensors file may be a LoRA of an image model from kohya's trainers or ComfyUI. Check it in "
+    "diffusers, with `pipe.load_lora_weights(FILE)` and `pipe.fuse_lora(safe_fusing=True)`. A PEFT adapter has two "
+    "files, adapter_model.safetensors and adapter_config.json"
 )
 RENAMED = (
     "PEFT loads only weights that are named adapter_model.safetensors (adapter_model.bin, if torch.save wrote them): "
