@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.all_checks import judge_merge, leeway
+from merge_gate.judging.all_checks import judge_merge, measure_options
 from merge_gate.judging.verdict import decide_files
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.config import AdapterSpec, CheckSetting
@@ -64,7 +64,9 @@ class Trial:
         """The verdict, whether the figures are a sample's, and the loss as the gate has it."""
         files = preflight(str(self.adapter), allow_pickle=False)
         evidence = merge_adapter(
-            self.gate.base(self.base, files, dtype="auto"), files, leeway=leeway(with_rounding_loss(severity))
+            self.gate.base(self.base, files, dtype="auto"),
+            files,
+            measure_options=measure_options(with_rounding_loss(severity)),
         )
         verdict, _ = decide_files(judge_merge(with_rounding_loss(severity), files, evidence))
         return verdict, any(merge.estimated for merge in evidence.merges), evidence.lost_share

@@ -21,7 +21,7 @@ from merge_gate.engine.base.model_class import shape_for
 from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.merge import plan
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate, strict_json
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = "adapter_model.safetensors"
-SAMPLED = Leeway(estimates=True)
+SAMPLED = MeasureOptions(estimates=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,11 @@ def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
     return load_base(str(directory), shape=shape, label="base", dtype=dtype)
 
 
-def evidence_of(base: Path, adapter: Path, dtype: str = "auto", *, leeway: Leeway = SAMPLED) -> Evidence:
+def evidence_of(
+    base: Path, adapter: Path, dtype: str = "auto", *, measure_options: MeasureOptions = SAMPLED
+) -> Evidence:
     files = preflight(str(adapter), allow_pickle=False)
-    return merge_adapter(loaded(base, adapter, dtype), files, leeway=leeway)
+    return merge_adapter(loaded(base, adapter, dtype), files, measure_options=measure_options)
 
 
 # --- an untrained adapter has no effect ----------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_rounding_loss_as_an_error_is_measured_where_a_sample_is_mistaken(shelf:
                 tensor[::5].mul_(1e-3)
 
     edit(two_kinds)(tmp_path / "tall")
-    exact = evidence_of(shelf.base("llama-tall"), tmp_path / "tall", "bfloat16", leeway=Leeway())
+    exact = evidence_of(shelf.base("llama-tall"), tmp_path / "tall", "bfloat16", measure_options=MeasureOptions())
     assert not any(merge.estimated for merge in exact.merges)
     weights = load_file(tmp_path / "tall" / WEIGHTS)
     base = transformers.AutoModelForCausalLM.from_pretrained(shelf.base("llama-tall"), dtype=torch.bfloat16)
@@ -575,8 +577,8 @@ def test_an_adapter_is_judged_the_same_after_others_of_its_config(variant: str, 
     together = loaded(directory, tmp_path / "first")
     for name in edits:
         files = preflight(str(tmp_path / name), allow_pickle=False)
-        got = merge_adapter(together, files, leeway=SAMPLED)
-        alone = merge_adapter(loaded(directory, tmp_path / name), files, leeway=SAMPLED)
+        got = merge_adapter(together, files, measure_options=SAMPLED)
+        alone = merge_adapter(loaded(directory, tmp_path / name), files, measure_options=SAMPLED)
         assert repr(without(got)) == repr(without(alone)), name
 
 

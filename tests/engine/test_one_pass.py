@@ -15,7 +15,7 @@ from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import shape_for
 from merge_gate.engine.merge import one_pass, walk
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.measured import Evidence, MeasureOptions
 from tests.support.faults import configure
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 WEIGHTS = "adapter_model.safetensors"
-SAMPLED = Leeway(estimates=True)
+SAMPLED = MeasureOptions(estimates=True)
 
 TOGETHER = (
     "every-projection",
@@ -80,15 +80,19 @@ def adapters(shelf: Shelf, tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("leeway", [SAMPLED, Leeway(estimates=True, headroom=0.5)], ids=["measured", "bounded"])
+@pytest.mark.parametrize(
+    "measure_options", [SAMPLED, MeasureOptions(estimates=True, headroom=0.5)], ids=["measured", "bounded"]
+)
 def test_each_adapter_has_the_evidence_of_a_pass_of_its_own(
-    dtype: str, leeway: Leeway, shelf: Shelf, adapters: list[Path]
+    dtype: str, measure_options: MeasureOptions, shelf: Shelf, adapters: list[Path]
 ) -> None:
     directory = shelf.base("llama")
     base = base_for(directory, adapters[0], dtype)
     before = {name: tensor.clone() for name, tensor in base.tensors.items()}
-    together = merge_together([request_for(base, adapter, leeway=leeway) for adapter in adapters])
-    alone = [merge(request_for(base_for(directory, one, dtype), one, leeway=leeway)) for one in adapters]
+    together = merge_together([request_for(base, adapter, measure_options=measure_options) for adapter in adapters])
+    alone = [
+        merge(request_for(base_for(directory, one, dtype), one, measure_options=measure_options)) for one in adapters
+    ]
     for adapter, one, expected in zip(adapters, together, alone, strict=True):
         assert one is not None
         assert comparable(one) == comparable(expected), adapter.name

@@ -21,7 +21,7 @@ from merge_gate.engine.base.model_class import shape_for
 from merge_gate.engine.base.other_dtype import in_another_dtype
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.child import judge_job
@@ -107,7 +107,7 @@ def test_it_is_what_the_files_give(name: str, dtype: str, architectures: Path) -
 
 def outcome(base: Base, files: AdapterFiles) -> tuple[Evidence, dict[str, torch.Tensor]]:
     with kept() as tensors:
-        evidence = merge_adapter(base, files, leeway=Leeway(estimates=True))
+        evidence = merge_adapter(base, files, measure_options=MeasureOptions(estimates=True))
     names = [merge.stats.name for merge in evidence.merges]  # an attempt that did not count has others
     return replace(evidence, seconds=0.0), {name: tensors[name] for name in names if name in tensors}
 

@@ -19,7 +19,7 @@ from merge_gate.engine.base.model_class import shape_for
 from merge_gate.engine.merge import walk
 from merge_gate.engine.merge.twin import Deltas, Twins
 from merge_gate.files.preflight import preflight
-from merge_gate.records.measured import NO_LEEWAY, Evidence
+from merge_gate.records.measured import MEASURE_ALL, Evidence
 from tests.support import methods
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def loaded_base(base: Path, adapter: Path) -> Base:
 
 
 def evidence_of(base: Path, adapter: Path) -> Evidence:
-    evidence = merge_adapter(loaded_base(base, adapter), preflight(str(adapter), allow_pickle=False), leeway=NO_LEEWAY)
+    evidence = merge_adapter(
+        loaded_base(base, adapter), preflight(str(adapter), allow_pickle=False), measure_options=MEASURE_ALL
+    )
     return dataclasses.replace(evidence, seconds=0.0)
 
 
@@ -167,7 +169,7 @@ def test_merges_that_draw_numbers_draw_them_in_the_order_of_the_walk(
             loaded = load_adapter(loaded_on, files, read_weights(files))
             loaded.model.train()
             torch.manual_seed(0)
-            one = walk.Walk(base=loaded_on, loaded=loaded, leeway=NO_LEEWAY)
+            one = walk.Walk(base=loaded_on, loaded=loaded, measure_options=MEASURE_ALL)
             one.plan()
             one.finish()
         return one.ledger.merges

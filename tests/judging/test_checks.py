@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from merge_gate.judging.all_checks import leeway
+from merge_gate.judging.all_checks import measure_options
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
@@ -19,7 +19,7 @@ from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (
     Evidence,
     FileTensor,
-    Leeway,
+    MeasureOptions,
     TensorStats,
 )
 from merge_gate.records.refusals import LayerLeftUnmerged, NotJudged
@@ -405,19 +405,21 @@ def test_running_out_of_memory_is_no_bug() -> None:
 @pytest.mark.parametrize(
     ("settings", "quick", "expected"),
     [
-        ((), False, Leeway(headroom=0.0, estimates=True)),
-        ((), True, Leeway(headroom=0.5, estimates=True)),
-        ((setting("headroom", Severity.WARNING, 0.25),), True, Leeway(headroom=0.25, estimates=True)),
-        ((setting("headroom", Severity.WARNING, 0.75),), True, Leeway(headroom=0.5, estimates=True)),
-        ((setting("rounding-loss", Severity.ERROR),), False, Leeway(headroom=0.0, estimates=False)),
-        ((setting("delta-norm", Severity.ERROR),), True, Leeway(headroom=0.5, estimates=False)),
-        ((setting("delta-norm", Severity.WARNING),), False, Leeway(headroom=0.0, estimates=True)),
-        ((setting("headroom", Severity.ERROR),), False, Leeway(headroom=0.0, estimates=True)),
+        ((), False, MeasureOptions(headroom=0.0, estimates=True)),
+        ((), True, MeasureOptions(headroom=0.5, estimates=True)),
+        ((setting("headroom", Severity.WARNING, 0.25),), True, MeasureOptions(headroom=0.25, estimates=True)),
+        ((setting("headroom", Severity.WARNING, 0.75),), True, MeasureOptions(headroom=0.5, estimates=True)),
+        ((setting("rounding-loss", Severity.ERROR),), False, MeasureOptions(headroom=0.0, estimates=False)),
+        ((setting("delta-norm", Severity.ERROR),), True, MeasureOptions(headroom=0.5, estimates=False)),
+        ((setting("delta-norm", Severity.WARNING),), False, MeasureOptions(headroom=0.0, estimates=True)),
+        ((setting("headroom", Severity.ERROR),), False, MeasureOptions(headroom=0.0, estimates=True)),
     ],
 )
-def test_an_error_rests_on_a_measurement(settings: tuple[CheckSetting, ...], quick: bool, expected: Leeway) -> None:
-    assert leeway(with_settings(spec(), *settings), quick=quick) == expected
+def test_an_error_rests_on_a_measurement(
+    settings: tuple[CheckSetting, ...], quick: bool, expected: MeasureOptions
+) -> None:
+    assert measure_options(with_settings(spec(), *settings), quick=quick) == expected
 
 
 def test_exactly_is_the_default() -> None:
-    assert leeway(spec()).headroom == 0.0
+    assert measure_options(spec()).headroom == 0.0

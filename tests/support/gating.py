@@ -18,7 +18,7 @@ from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base.model_class import shape_for
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.all_checks import judge_files, judge_merge, leeway
+from merge_gate.judging.all_checks import judge_files, judge_merge, measure_options
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.verdict import decide
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine
@@ -82,13 +82,15 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = adapter_evidence.merge_adapter(loaded, files, leeway=leeway(SPEC))
+        evidence = adapter_evidence.merge_adapter(loaded, files, measure_options=measure_options(SPEC))
         return self._decide((files,), replace(evidence, instead_of=shape_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
-        return self._decide(members, adapter_evidence.merge_combination(loaded, members, combine, leeway=leeway(SPEC)))
+        return self._decide(
+            members, adapter_evidence.merge_combination(loaded, members, combine, measure_options=measure_options(SPEC))
+        )
 
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE

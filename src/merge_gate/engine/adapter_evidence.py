@@ -43,7 +43,7 @@ from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import NO_LEEWAY, Evidence, FileTensor, Leeway, TensorMerge
+from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 T = TypeVar("T")
@@ -53,14 +53,14 @@ T = TypeVar("T")
 class MergeRequest:
     """One adapter to merge, or a combination of its `members`.
 
-    `base` is loaded, and the merge leaves it unchanged. `leeway` says which figures may be estimated. `progress` is
-    called with the number of merged layers, the number of all layers, and the layer's name.
+    `base` is loaded, and the merge leaves it unchanged. `measure_options` says which figures may be estimated.
+    `progress` is called with the number of merged layers, the number of all layers, and the layer's name.
     """
 
     base: Base
     members: tuple[AdapterFiles, ...]
     combine: Combine | None = None
-    leeway: Leeway = NO_LEEWAY
+    measure_options: MeasureOptions = MEASURE_ALL
     progress: Progress | None = None
 
 
@@ -68,7 +68,7 @@ def merge_adapter(
     base: Base,
     files: AdapterFiles,
     *,
-    leeway: Leeway = NO_LEEWAY,
+    measure_options: MeasureOptions = MEASURE_ALL,
     progress: Progress | None = None,
 ) -> Evidence:
     """Merge one adapter into a scratch copy of the base, and measure everything.
@@ -76,7 +76,7 @@ def merge_adapter(
     Raises:
         MemoryError, torch.OutOfMemoryError: the machine is too small.
     """
-    return merge(MergeRequest(base=base, members=(files,), leeway=leeway, progress=progress))
+    return merge(MergeRequest(base=base, members=(files,), measure_options=measure_options, progress=progress))
 
 
 def merge_combination(
@@ -84,11 +84,13 @@ def merge_combination(
     members: tuple[AdapterFiles, ...],
     combine: Combine,
     *,
-    leeway: Leeway = NO_LEEWAY,
+    measure_options: MeasureOptions = MEASURE_ALL,
     progress: Progress | None = None,
 ) -> Evidence:
     """Combine adapters by PEFT's `add_weighted_adapter`, and merge the result as `merge_adapter` does."""
-    return merge(MergeRequest(base=base, members=members, combine=combine, leeway=leeway, progress=progress))
+    return merge(
+        MergeRequest(base=base, members=members, combine=combine, measure_options=measure_options, progress=progress)
+    )
 
 
 def merge(request: MergeRequest) -> Evidence:
@@ -217,7 +219,11 @@ class _Attempt:
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
         request = self._request
         walk = Walk(
-            base=request.base, loaded=loaded, leeway=request.leeway, progress=request.progress, in_blocks=in_blocks
+            base=request.base,
+            loaded=loaded,
+            measure_options=request.measure_options,
+            progress=request.progress,
+            in_blocks=in_blocks,
         )
         walk.plan()
         return walk
@@ -245,7 +251,7 @@ class _Attempt:
             refused_by_safe_merge=tuple(walk.refused),
             unnamed=self._unnamed,
             initialized=tuple(sorted(self._enlarged | without_source)),
-            cross_checked=tuple(walk.witnessed),
+            cross_checked=tuple(walk.cross_checked),
             differing=differing,
             layers_in_blocks=len(walk.blocks),
             layers_by_peft=walk.layers_by_peft,

@@ -18,7 +18,7 @@ from merge_gate.judging.limits import bounded
 from merge_gate.judging.undecided import accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
-from merge_gate.records.measured import Evidence, Leeway
+from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Severity
 
@@ -30,14 +30,14 @@ MEASURE_ABOVE = 0.5
 """Values that may exceed this share of their dtype's largest are merged one by one, whatever `headroom` allows."""
 
 
-def leeway(spec: AdapterSpec, *, quick: bool = False) -> Leeway:
+def measure_options(spec: AdapterSpec, *, quick: bool = False) -> MeasureOptions:
     """What may be estimated: a warning may rest on an estimate, an error rests on a measurement.
 
     With `quick`, a bound may replace a merge, as long as it is below the limit of `headroom`.
     """
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
-    return Leeway(
+    return MeasureOptions(
         headroom=min(limit(settings, effect.headroom), MEASURE_ABOVE) if quick else 0.0,
         estimates=not {effect.rounding_loss.id, effect.delta_norm.id} & errors,
     )

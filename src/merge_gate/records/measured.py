@@ -99,7 +99,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 @record
-class Leeway:
+class MeasureOptions:
     """Which figures may be estimated or bounded, because no check needs them exactly. By default none may.
 
     With `estimates`, norms and losses may come from a sample of the rows. With a `headroom` above 0, a bound can
@@ -111,7 +111,7 @@ class Leeway:
     estimates: bool = False
 
 
-NO_LEEWAY = Leeway()
+MEASURE_ALL = MeasureOptions()
 
 
 @record

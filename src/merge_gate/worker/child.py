@@ -337,7 +337,7 @@ def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[
                 base=base,
                 members=files,
                 combine=task.combine,
-                leeway=task.leeway,
+                measure_options=task.measure_options,
                 progress=functools.partial(add, number),
             )
     merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
@@ -392,8 +392,10 @@ def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) ->
     for files in task.files:
         try_patterns(files.config.patterns, names)
     if task.combine is not None:
-        return adapter_evidence.merge_combination(base, task.files, task.combine, leeway=task.leeway, progress=progress)
-    return adapter_evidence.merge_adapter(base, task.files[0], leeway=task.leeway, progress=progress)
+        return adapter_evidence.merge_combination(
+            base, task.files, task.combine, measure_options=task.measure_options, progress=progress
+        )
+    return adapter_evidence.merge_adapter(base, task.files[0], measure_options=task.measure_options, progress=progress)
 
 
 def _is_of_an_import(error: Exception) -> bool:

@@ -38,7 +38,7 @@ def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
         index=index,
         files=entry.members,
         combine=spec.combine,
-        leeway=all_checks.leeway(spec, quick=quick),
+        measure_options=all_checks.measure_options(spec, quick=quick),
         limit_s=spec.limit_seconds or limit_s,
     )
 

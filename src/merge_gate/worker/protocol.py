@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
-from merge_gate.records.measured import NO_LEEWAY, BaseFacts, Evidence, Leeway
+from merge_gate.records.measured import MEASURE_ALL, BaseFacts, Evidence, MeasureOptions
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
@@ -22,14 +22,14 @@ DEFAULT_LIMIT_S = 600.0
 class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
-    `index` identifies the task in events. `leeway` says what need not be measured. `limit_s` is the time limit of its
-    merge, and of the load of its base.
+    `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
+    of its merge, and of the load of its base.
     """
 
     index: int
     files: tuple[AdapterFiles, ...]
     combine: Combine | None = None
-    leeway: Leeway = NO_LEEWAY
+    measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
 
 

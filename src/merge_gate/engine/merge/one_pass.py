@@ -50,7 +50,7 @@ def _address(item: Item) -> int:
 
 
 def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> Merged:
-    return walk, block, merge_in_blocks(walk.base, block, weight, walk.leeway)
+    return walk, block, merge_in_blocks(walk.base, block, weight, walk.measure_options)
 
 
 def _on_cpu(items: list[Item], checks: _CrossChecks) -> Iterator[Merged]:
@@ -103,7 +103,7 @@ class _CrossChecks:
             self._check_other_layers(walk)
             for block in walk.planned:
                 if id(block) in self._same:
-                    (walk.witnessed if self._same[id(block)] else walk.differing).append(block.path)
+                    (walk.cross_checked if self._same[id(block)] else walk.differing).append(block.path)
 
     def _check_other_layers(self, walk: Walk) -> None:
         """The chosen layer of a kind may be one that PEFT has to merge: then another one is checked."""

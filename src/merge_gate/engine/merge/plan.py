@@ -30,7 +30,7 @@ from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, roun
 from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
-from merge_gate.records.measured import Leeway, TensorMerge, TensorStats
+from merge_gate.records.measured import MeasureOptions, TensorMerge, TensorStats
 
 FAIR_FACTOR = 1.25
 """A sample represents the whole if its share of ‖delta‖ is within this factor of its share of the elements."""
@@ -133,17 +133,19 @@ def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
     return merged_blocks(held, one.update.to(held.device), base.buffers(), row_scales=one.row_scales, dtype=dtype)
 
 
-def merge_in_blocks(base: Base, one: BlockLayer, weight: torch.Tensor, leeway: Leeway) -> TensorMerge | None:
+def merge_in_blocks(
+    base: Base, one: BlockLayer, weight: torch.Tensor, measure_options: MeasureOptions
+) -> TensorMerge | None:
     """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
     `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's.
     """
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
-    sample = _sample(merge, norm) if leeway.estimates else None
+    sample = _sample(merge, norm) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
-    if leeway.headroom and sample is not None:
-        bounded = _bounded(base, one, merge, sample, leeway.headroom * ceiling, norm=norm)
+    if measure_options.headroom and sample is not None:
+        bounded = _bounded(base, one, merge, sample, measure_options.headroom * ceiling, norm=norm)
         if bounded is not None:
             return bounded
     found = measure_merge(merge, figures=sample is None)

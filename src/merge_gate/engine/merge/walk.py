@@ -48,7 +48,7 @@ from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import threads
 from merge_gate.errors import Refused, Undecidable
-from merge_gate.records.measured import Leeway, TensorMerge
+from merge_gate.records.measured import MeasureOptions, TensorMerge
 from merge_gate.records.refusals import NotMeasured, Step
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
@@ -75,19 +75,19 @@ class Made:
 class Walk:
     """One adapter's merge. `refused` has the layers that only safe_merge refuses.
 
-    `witnessed` has the layers that PEFT cross-checked. `differing` has those whose merge in blocks is not PEFT's: the
+    `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
     walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
     in their place.
     """
 
     base: Base
     loaded: Loaded
-    leeway: Leeway
+    measure_options: MeasureOptions
     progress: Progress | None = None
     in_blocks: bool = True
     ledger: Ledger = field(init=False)
     refused: list[str] = field(default_factory=list)
-    witnessed: list[str] = field(default_factory=list)
+    cross_checked: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     adapted: set[str] = field(default_factory=set)
     layers_by_peft: int = 0
