@@ -23,8 +23,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options, loads_as_usual
-from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, NoMapError, TensorMap, stored_tensors, tensor_map
 from merge_gate.errors import Undecidable
 from merge_gate.records.files import AdapterFiles, BaseFiles

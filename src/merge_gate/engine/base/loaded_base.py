@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import nn
 
-from merge_gate.engine.base.missing_shards import refuse_foreign_weights
+from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.stored_formats import (
     loaded_dtypes,
     loaded_quantization,

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
 from merge_gate.engine.base.loaded_base import (
     Base,
     Loading,
@@ -36,7 +37,6 @@ from merge_gate.engine.base.loaded_base import (
     place_of,
     refuse_mismatches,
 )
-from merge_gate.engine.base.missing_shards import refuse_foreign_weights
 from merge_gate.records.terms import Quantization
 
 
