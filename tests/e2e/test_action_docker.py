@@ -84,11 +84,8 @@ def test_every_input_reaches_the_container_and_an_empty_one_has_its_default(
     assert (empty["shelf"], empty["debug"]) == ([], None)
     assert empty["memory"] != every["memory"]
     assert empty["words"][-2:] == ["--device", "auto"]
-    for sentence in (
-        "the time limit of 0.02 min is over", f"localhost/nowhere:{TAG} is not there, and `pull` is never",
-        f"{rogue} is not there and cannot be pulled",
-    ):  # fmt: skip
-        assert sentence in run.text
+    for part in ("0.02 min", f"localhost/nowhere:{TAG}", "`pull` is never", rogue, "cannot be pulled"):
+        assert part in run.text
 
 
 @pytest.mark.usefixtures("image")
@@ -107,7 +104,7 @@ def test_a_gpu_that_is_not_there_is_an_error(
     )
     assert run.code == 1, run.text
     (error,) = [record for record in run.commands("error") if record["kvPairs"].get("title") == "merge-gate"]
-    assert "cannot give the container the GPUs asked for (all)" in error["arg"]
+    assert "GPUs (all)" in error["arg"]
     assert run.outputs("gate")["result"] == "error"
     assert json.loads(run.outputs("gate")["counts"]) == {}
     assert run.artifacts == {}

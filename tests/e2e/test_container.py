@@ -361,7 +361,7 @@ def test_a_request_that_the_engine_ignores_is_an_error(run: ContainerRun, log: L
 
 
 def test_a_gpu_that_the_engine_does_not_have_is_an_error(run: ContainerRun, log: Log) -> None:
-    with pytest.raises(LauncherError, match="cannot give the container the GPUs asked for") as raised:
+    with pytest.raises(LauncherError, match=r"GPUs \(all\)") as raised:
         run_in_container(replace(run, gpus="all"), log)
     assert "NVIDIA Container Toolkit" in raised.value.hint
 
@@ -381,7 +381,7 @@ def test_an_engine_that_does_not_answer(run: ContainerRun, log: Log, tmp_path: P
 
 @pytest.mark.parametrize("name", ["localhost/no-such-image:latest", f"localhost/merge-gate@sha256:{'0' * 64}"])
 def test_an_image_that_is_not_there(run: ContainerRun, log: Log, name: str) -> None:
-    with pytest.raises(LauncherError, match="is not there and cannot be pulled") as raised:
+    with pytest.raises(LauncherError, match="cannot be pulled") as raised:
         run_in_container(replace(run, image=name), log)
     assert name in raised.value.message
     assert "digest" in raised.value.hint

@@ -148,6 +148,6 @@ def test_a_container_that_cannot_be_removed_is_named(run: ContainerRun, launch, 
         said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, "what the gate inside said stands"
     (left,) = left_of(run)
-    assert f"the container {left['Name'].strip('/')} is still there, the next run will try again" in said.decode()
+    assert f"the container {left['Name'].strip('/')} still exists" in said.decode()
     next_run(run)
     assert left_of(run) == []

@@ -59,7 +59,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
     assert run_in_container(run, print, told) == 0
     assert time.monotonic() - before < 60
     (sentence,) = refused
-    assert sentence.startswith(f"{name} was not taken")
+    assert sentence.startswith(name)
     assert says in sentence
     others = {"report.json", "summary.md"} - {name}
     assert {path.name for path in run.output.iterdir()} == others
