@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
-	@echo "make test    the tests, with a sample of each sweep (7 minutes on 2 cores)"
+	@echo "make test    the tests, with a sample of each sweep (6 minutes on 2 cores)"
 	@echo "make test-all the sweeps in full: all methods and bases, Ray, a thousand adapters (7 minutes on 2 cores)"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make e2e     real workflows and containers (needs root on Debian; see .ci/install-e2e.sh)"

@@ -341,6 +341,22 @@ def test_a_child_that_forgets_an_adapter_does_not_make_it_disappear(
     wording(killer.refusal(1))
 
 
+def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    """Code that comes with a base runs in the worker, and could send them."""
+    killer = Killer()
+    attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    refusal = NotJudged(message="m")
+    attempt.receive(Undecided(task=0, refusal=refusal))
+    for task in (0, 7, -1):
+        attempt.receive(MergeStarted(task=task))
+        attempt.receive(Undecided(task=task, refusal=refusal))
+    attempt.receive(MergeStarted(task=1, others=(2, 7)))
+    attempt.receive(BaseLoading(group=4))
+    assert killer.heard == [Undecided(task=0, refusal=refusal)]
+    assert not attempt.is_at_an_adapter
+    assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
+
+
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0))

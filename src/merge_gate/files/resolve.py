@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _LISTED = 6
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
 
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
@@ -211,19 +210,12 @@ def base_setting_files(directory: str) -> tuple[str, ...]:
 def digest_directory(directory: str, names: Iterable[str]) -> str:
     """SHA-256 over one line per file, sorted by name: "<sha256 of the file>  <name>", as sha256sum writes them.
 
-    In the Hub's cache, a Git LFS file is a link to a blob that is named by its SHA-256, which the download verified.
-    That name is used without reading the file, so the digest of a large base costs nothing. Other files are named by a
-    Git hash and are read. This applies only to links inside one `models--*` folder of a cache.
+    Every file is read. The Hub's cache names a Git LFS file by its SHA-256, but its bytes may have changed since.
     """
     lines = sorted((name, _digest_file(Path(directory, name))) for name in names)
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()
 
 
 def _digest_file(path: Path) -> str:
-    repository = next((place.parent for place in path.parents if place.name == "snapshots"), None)
-    if repository is not None and repository.name.startswith("models--") and path.is_symlink():
-        target = path.resolve()
-        if target.parent == (repository / "blobs").resolve() and _SHA256.fullmatch(target.name):
-            return target.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,6 +36,7 @@ from merge_gate.worker.protocol import (
     MergeStarted,
     Task,
     Undecided,
+    concerns,
 )
 
 WORKERS_PER_NODE = 2
@@ -135,8 +136,9 @@ def _receive(
             _undecided(part, index, "finished without a result for this adapter", listen)
         return
     for event in events:
-        _track(part, event)
-        listen(event)
+        if concerns(event, part.remaining, len(part.job.groups)):
+            _track(part, event)
+            listen(event)
 
 
 def _track(part: _WorkerPart, event: Event) -> None:

@@ -152,7 +152,6 @@ class BaseFacts:
     dtype: str
     quantization: str
     dtypes: tuple[tuple[str, float], ...] = ()
-    sha256: str | None = None
     parameters: int = 0
     nonfinite: tuple[TensorStats, ...] = ()
     loaded_as: str = ""

@@ -1,7 +1,7 @@
 """The worker process from inside: loads bases, merges adapters, and sends the measurements.
 
-In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module and the
-engine import torch, transformers, and PEFT.
+In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module, the
+engine, and the demo import torch, transformers, and PEFT.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ All are picklable records. Both sides import this module; it imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
@@ -157,3 +157,18 @@ Event = (
     | Idle
 )
 Listener = Callable[[Event], None]
+
+
+def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
+    """Whether an event of a worker is about tasks that are open, and about one of the job's groups."""
+    match event:
+        case BaseLoading():
+            return 0 <= event.group < groups
+        case BaseLoaded():
+            return 0 <= event.group < groups and event.task in open_tasks
+        case MergeStarted():
+            return {event.task, *event.others} <= set(open_tasks)
+        case MergeProgressed() | Merged() | Undecided():
+            return event.task in open_tasks
+        case _:
+            return True

@@ -36,6 +36,7 @@ from merge_gate.worker.protocol import (
     Task,
     Undecided,
     Waiting,
+    concerns,
 )
 
 FIRST_NOTE_S = 60.0
@@ -141,7 +142,12 @@ class Attempt:
         self._next_note_s = FIRST_NOTE_S
 
     def receive(self, event: Event) -> None:
-        """Record what the process does now, and pass the event on."""
+        """Record what the process does now, and pass the event on.
+
+        An event about anything but an open task is dropped: code that comes with a base could send it.
+        """
+        if not concerns(event, self._open(), len(self._job.groups)):
+            return
         match event:
             case BaseLoading():
                 self._group, self._task, self._progress = event.group, None, ""
