@@ -10,9 +10,9 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import BaseFiles, Entry, FileRecord, TensorHeader
+from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, TensorHeader
 from merge_gate.records.measured import BaseFacts, TensorStats
-from merge_gate.records.refusals import NotJudged, OtherForward
+from merge_gate.records.refusals import NotJudged, OtherForward, ParametersNotStored
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
 from tests.support.judging.cases import evidence, files, spec
@@ -217,7 +217,13 @@ def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
 def test_a_base_in_full() -> None:
     nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
     facts = dataclasses.replace(
-        MADE, sha256="00", parameters=64, nonfinite=(nan,), loaded_as="LlamaForCausalLM", replaced=("score.weight",)
+        MADE,
+        sha256="00",
+        parameters=64,
+        nonfinite=(nan,),
+        loaded_as="LlamaForCausalLM",
+        replaced=("score.weight",),
+        dtypes=(("float16", 60.0), ("float32", 4.0)),
     )
     line = adapter_report.of_base(facts)
     (found,) = line.findings
@@ -231,7 +237,114 @@ def test_a_base_in_full() -> None:
         findings=line.findings,
         loaded_as="LlamaForCausalLM",
         replaced=("score.weight",),
+        dtypes=(("float16", 60.0), ("float32", 4.0)),
     )
     note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="twice", origin=Origin.BASE)
     noted = adapter_report.of_base(facts, BaseFiles(directory="/base", notes=(note,)))
     assert noted == dataclasses.replace(line, findings=(*line.findings, note))
+
+
+def test_missing_parameters_of_a_base_come_before_values_that_are_not_finite() -> None:
+    nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
+    facts = dataclasses.replace(MADE, nonfinite=(nan,), incomplete=("head.weight",), unloaded=("a.weight", "b.weight"))
+    found = adapter_report.of_base(facts).findings
+    assert [(one.check, one.severity, one.tensor) for one in found] == [
+        ("base-incomplete", Severity.ERROR, "head.weight"),
+        ("base-inconsistent", Severity.NOTE, "a.weight"),
+        ("base-nonfinite", Severity.ERROR, "norm.weight"),
+    ]
+
+
+# --- a base that was not loaded --------------------------------------------------------------------------------------
+
+ASKED = BaseKey(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
+NOT_STORED = ParametersNotStored(base="./b", class_name="LlamaModel", names=("model.norm.weight",), read=("a",))
+
+
+def of_base_file(check: str, message: str = "m") -> Finding:
+    return Finding(check=check, severity=Severity.ERROR, message=message, hint="h", origin=Origin.BASE)
+
+
+def test_a_base_that_was_not_loaded_is_the_one_that_was_asked_for() -> None:
+    found = (of_base_file("base-inconsistent"), of_base_file("base-format"))
+    line = adapter_report.of_unloaded_base(ASKED, found)
+    assert line == BaseReport(
+        model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT, findings=found
+    )
+    unnamed = adapter_report.of_unloaded_base(dataclasses.replace(ASKED, model=None), found)
+    assert unnamed == dataclasses.replace(line, model="")
+
+
+def test_a_base_that_its_load_refuses_has_a_line_with_the_reason() -> None:
+    line = adapter_report.of_refused_base(ASKED, NOT_STORED)
+    assert line is not None
+    (found,) = line.findings
+    assert (found.check, found.severity, found.tensor) == ("base-incomplete", Severity.ERROR, "model.norm.weight")
+    assert line == adapter_report.of_unloaded_base(ASKED, (found,))
+
+
+def test_a_long_reason_is_cut() -> None:
+    line = adapter_report.of_refused_base(ASKED, dataclasses.replace(NOT_STORED, base="x" * 3000))
+    assert line is not None
+    assert len(line.findings[0].message) < 2100
+
+
+def test_a_base_that_the_gate_could_not_load_has_no_line() -> None:
+    """It is no fault of the base, so each adapter says it."""
+    assert adapter_report.of_refused_base(ASKED, TOLD) is None
+
+
+# --- what the base's files say of every adapter ----------------------------------------------------------------------
+
+OF_DTYPE = of_base_file("base-format", "no dtype")
+CONTRADICTION = of_base_file("base-inconsistent")
+FP8 = DeclaredQuantization(method="fp8", file="config.json", key="quantization_config")
+BASE_FILES = BaseFiles(directory="/b", quantization=FP8, auto_dtype=OF_DTYPE, findings=(CONTRADICTION,))
+QUANTIZED = spec(base=BaseSpec(model="/b", label="./b", quantization=Quantization.BNB_4BIT))
+ON_BASE = Entry(spec=QUANTIZED, dtype="auto", members=(files(),), base_files=BASE_FILES)
+
+
+def test_a_base_whose_files_were_not_read_has_no_findings() -> None:
+    assert adapter_report.base_findings(dataclasses.replace(ON_BASE, base_files=None)) == ()
+
+
+def test_the_base_the_request_and_the_dtype_may_each_be_wrong() -> None:
+    contradiction, of_request, of_dtype = adapter_report.base_findings(ON_BASE)
+    assert (contradiction, of_dtype) == (CONTRADICTION, OF_DTYPE)
+    assert (of_request.check, of_request.severity) == ("base-format", Severity.ERROR)
+    for word in ("./b", "fp8", "bnb-4bit"):
+        assert word in of_request.message
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", (OF_DTYPE,)), ("float32", ()), ("bfloat16", ())])
+def test_what_keeps_a_base_from_its_own_dtype_keeps_it_from_no_other(dtype: str, expected: tuple[Finding, ...]) -> None:
+    plain = BaseFiles(directory="/b", auto_dtype=OF_DTYPE)
+    assert adapter_report.base_findings(Entry(spec=SPEC, dtype=dtype, base_files=plain)) == expected
+
+
+def test_a_sound_base_has_no_findings_of_its_files() -> None:
+    assert adapter_report.base_findings(Entry(spec=SPEC, dtype="auto", base_files=BaseFiles(directory="/b"))) == ()
+
+
+def test_findings_of_a_base_are_bounded() -> None:
+    many = tuple(of_base_file("base-inconsistent", f"m{number}") for number in range(105))
+    found = adapter_report.base_findings(
+        Entry(spec=SPEC, dtype="auto", base_files=BaseFiles(directory="/b", findings=many))
+    )
+    assert found[:-1] == many[:100]
+    assert found[-1].measured == (("more", 5.0),)
+
+
+def test_a_base_that_cannot_be_loaded_keeps_the_adapter_from_being_judged() -> None:
+    """It is said after all that its own files say."""
+    warning = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
+    asked = dataclasses.replace(
+        ON_BASE,
+        members=(files(findings=(warning,)),),
+        problem=PROBLEM,
+        base_files=dataclasses.replace(BASE_FILES, quantization=None),
+    )
+    report = adapter_report.blocked(asked)
+    assert report is not None
+    assert report.findings == (warning, PROBLEM, CONTRADICTION, OF_DTYPE)
+    assert (report.verdict, report.cause, report.decided_by) == (Verdict.ERROR, "base-inconsistent", 2)
