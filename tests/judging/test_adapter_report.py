@@ -218,7 +218,6 @@ def test_a_base_in_full() -> None:
     nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
     facts = dataclasses.replace(
         MADE,
-        sha256="00",
         parameters=64,
         nonfinite=(nan,),
         loaded_as="LlamaForCausalLM",
