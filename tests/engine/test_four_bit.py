@@ -124,6 +124,7 @@ def test_another_bitsandbytes_is_found_out(monkeypatch) -> None:
         return packed, state
 
     own = bnb.functional.quantize_4bit
+    assert four_bit._proved(64, "nf4", weight().dtype)  # kept for the process: not the result on `another`
     monkeypatch.setattr(four_bit, "_quantize_4bit", lambda: another)
     assert not four_bit._proved.__wrapped__(64, "nf4", torch.bfloat16)
     assert four_bit._in_blocks(weight(), quant_type="nf4") is None
