@@ -196,7 +196,7 @@ CONTRADICTIONS = {
     "a file for a container": (("one", "--container"), ("--container",)),
     "to resume in a container": (("gate.yml", "--container", "--resume"), ("--resume",)),
     "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), ("--ray",)),
-    "to judge anew and to go on": (("gate.yml", "--no-cache", "--resume"), ("--no-cache", "--resume")),
+    "to judge again and to resume": (("gate.yml", "--no-cache", "--resume"), ("--no-cache", "--resume")),
     "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
     "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
     "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
@@ -266,7 +266,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     return says
 
 
-REFUSAL = NotJudged(message="nobody merges here", hint="hire somebody")
+REFUSAL = NotJudged(message="no worker merges here", hint="start one")
 
 
 def report_of(place: Path) -> dict[str, Any]:

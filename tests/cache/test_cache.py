@@ -266,7 +266,7 @@ def test_a_cache_that_is_a_file_is_a_usage_error(fleet: Path) -> None:
 
 
 def test_two_runs_share_a_directory_and_with_no_cache_keep_new_verdicts(copy: Path) -> None:
-    """Two of the verdicts are there already, and `--no-cache` has them judged anew; the third one is gone."""
+    """Two of the verdicts are there already, and `--no-cache` judges them again; the third one is gone."""
     names = ("plain-0", "plain-1", "rslora-0")
     only = [word for name in names for word in ("--only", name)]
     before = {one.name: one.judged for one in stored(copy / "cold").adapters}

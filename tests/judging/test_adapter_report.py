@@ -214,6 +214,12 @@ def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
     )
 
 
+def test_the_reason_of_an_undecided_entry_is_bounded() -> None:
+    long = NotJudged(message="x" * 1_000_000)
+    for report in (adapter_report.undecided(ENTRY, long), adapter_report.withdrawn(ENTRY, long)):
+        assert len(report.findings[0].message) < 10_000
+
+
 def test_a_base_in_full() -> None:
     nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
     facts = dataclasses.replace(

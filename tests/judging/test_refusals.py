@@ -266,6 +266,18 @@ def test_facts_travel() -> None:
 # --- an exception of PEFT --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("saved_by", ["0.²", "0." + "9" * 5_000, "٩.٩", ".", ""])
+def test_a_release_that_is_none_is_not_compared(saved_by: str) -> None:
+    """It comes from adapter_config.json, and `int` raises on some of what `str.isdigit` accepts."""
+    fact = IgnoredSettings(settings=("odd=1",), peft="9.0.0", saved_by=saved_by)
+    assert refused(fact).check in {"config-invalid", NOT_JUDGED}
+
+
+def test_a_fact_that_cannot_be_worded_costs_its_own_adapter_only() -> None:
+    broken = IgnoredSettings(settings=None, peft="9.0.0", saved_by="9.0.0")  # type: ignore[arg-type]
+    assert refused(broken).check == NOT_JUDGED
+
+
 @pytest.mark.parametrize("step", [Step.INJECT, Step.MERGE])
 @pytest.mark.parametrize(
     ("settings", "is_of_adapter"),

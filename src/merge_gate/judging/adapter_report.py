@@ -66,12 +66,12 @@ def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
 
 def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
-    return _judged(entry, (*_file_findings(entry), all_checks.refused(refusal)))
+    return _judged(entry, (*_file_findings(entry), *bounded([all_checks.refused(refusal)])))
 
 
 def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
-    return _judged(entry, (all_checks.refused(refusal),))
+    return _judged(entry, bounded([all_checks.refused(refusal)]))
 
 
 def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:

@@ -92,4 +92,7 @@ def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Findi
 
 def refused(refusal: Refusal) -> Finding:
     """The finding that says why an adapter was not loaded, merged, or judged."""
-    return _WORDS[type(refusal)](refusal)
+    try:
+        return _WORDS[type(refusal)](refusal)
+    except Exception as error:  # noqa: BLE001 - a fact holds text of the adapter, and costs no other adapter its verdict
+        return accident("the reason why it was not merged cannot be worded", error)

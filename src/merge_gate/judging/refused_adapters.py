@@ -35,6 +35,8 @@ _OTHER_RELEASE = "gate the adapter with the version that it was trained with"
 _SETTINGS = 6
 """Ignored settings that one message lists."""
 
+_MOST_DIGITS = 10
+
 # Heads that PEFT's classes for these tasks put into modules_to_save (peft/peft_model.py).
 _SAVED_BY_TASK = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -83,8 +85,9 @@ def ignored_settings(fact: IgnoredSettings) -> Finding:
 
 
 def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a release, none for other text. The adapter states it, and `int` raises on "²" or many digits."""
     parts = text.split(".")[:3]
-    return tuple(int(part) for part in parts) if parts and all(part.isdigit() for part in parts) else ()
+    return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < _MOST_DIGITS for part in parts) else ()
 
 
 # --- the targets -----------------------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loadi
     # 3.
     places = {place_of(tensor) for tensor in known.tensors.values()}
     found = {name: tensor for name, _, tensor in named_tensors(model)}
-    anew = {name for name, tensor in found.items() if place_of(tensor) not in places}
+    newly_placed = {name for name, tensor in found.items() if place_of(tensor) not in places}
     is_same = (
         loading.newly_initialized == expected.newly_initialized
-        and anew <= expected.newly_initialized | lacking
+        and newly_placed <= expected.newly_initialized | lacking
         and _outlines(found) == _outlines({name: tensor for name, _, tensor in named_tensors(outline)})
     )
     return (model if is_same else None), expected
