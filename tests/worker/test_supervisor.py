@@ -357,6 +357,18 @@ def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[Adapt
     assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 
 
+def test_a_death_in_a_pass_leaves_the_passes_of_other_groups(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    groups = tuple(
+        replace(group(shelf.base("llama"), some, first=first), one_pass=True)
+        for first, some in ((0, adapters[:2]), (2, adapters[2:]))
+    )
+    attempt = Attempt(Job(groups=groups), Killer())
+    attempt.receive(MergeStarted(task=0, others=(1,)))
+    assert [one.one_pass for one in attempt.left().groups] == [False, True]
+    attempt.receive(MergeStarted(task=0))
+    assert [one.one_pass for one in attempt.left().groups] == [True, True]
+
+
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     attempt = Attempt(Job(groups=(group(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0))

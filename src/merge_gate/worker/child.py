@@ -54,21 +54,21 @@ from merge_gate.worker.startup.heap import give_back
 from merge_gate.worker.startup.quick_imports import quick_imports
 
 if TYPE_CHECKING:
+    from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
-    from merge_gate.records.files import AdapterFiles
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
 
 ADAPTERS_SHARE = 4
-"""Of the free memory, adapters that are merged together may take one part in so many."""
+"""Adapters that are merged together may take a quarter of the free memory."""
 
 _LOADED_BYTES = 8
 """What PEFT's float32 factors and the file's own take of memory, for each value."""
 
 PROGRESS_S = 0.1
-"""At most one event of progress in so long. To show it takes time on a core that merges."""
+"""The least time between two events of progress: showing one takes time from a core that merges."""
 
 
 def main(descriptor: int) -> None:
@@ -288,7 +288,7 @@ def _in_another_class(base: Base | None, shape: ModelClass) -> Base | None:
 
 
 def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many as a part of the free memory has room for."""
+    """Adapters that are merged together: one, or with `one_pass` as many as a quarter of the free memory holds."""
     room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE if one_pass else 0
     batch: list[ClassedTask] = []
     held = 0
@@ -307,7 +307,10 @@ def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> It
     if len(batch) > 1:
         first, *others = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(others))
-        merged = _merge_together(base, [task for task, _ in batch], progress)
+        try:
+            merged = _merge_together(base, [task for task, _ in batch], progress)
+        except Exception:  # merged by itself, each adapter says what is wrong
+            merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
@@ -329,33 +332,39 @@ def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[
         report(sum(done for done, _ in counts), sum(total for _, total in counts), module)
 
     pinned = [contextlib.ExitStack() for _ in tasks]
-    requests: dict[int, adapter_evidence.MergeRequest] = {}
-    for number, task in enumerate(tasks):
-        with contextlib.suppress(Exception):
-            files = _pinned(task, base, pinned[number])
-            requests[number] = adapter_evidence.MergeRequest(
-                base=base,
-                members=files,
-                combine=task.combine,
-                measure_options=task.measure_options,
-                progress=functools.partial(add, number),
-            )
-    merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
-    for number, stack in enumerate(pinned):
-        try:
-            stack.close()
-        except Exception:  # a file changed during the merge
-            merged[number] = None
-    return tuple(merged.get(number) for number in range(len(tasks)))
+    requests: dict[int, MergeRequest] = {}
+    try:
+        for number, task in enumerate(tasks):
+            with contextlib.suppress(Exception):
+                requests[number] = _request(task, base, pinned[number], functools.partial(add, number))
+        merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
+    finally:
+        changed = {number for number, stack in enumerate(pinned) if not _is_released(stack)}
+    return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
 
 
-def _pinned(task: Task, base: Base, stack: contextlib.ExitStack) -> tuple[AdapterFiles, ...]:
-    """The adapter's files as they were hashed, once its regular expressions have been tried on the base's names."""
-    files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
+def _is_released(pinned: contextlib.ExitStack) -> bool:
+    """Close an adapter's files. False if they changed during the merge."""
+    try:
+        pinned.close()
+    except Exception:
+        return False
+    return True
+
+
+def _request(
+    task: Task, base: Base, pinned: contextlib.ExitStack, progress: Callable[[int, int, str], None]
+) -> MergeRequest:
+    """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
+    from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
+
+    files = tuple(pinned.enter_context(pinned_adapter(one)) for one in task.files)
     names = [name for name, _ in base.model.named_modules()]
     for one in files:
         try_patterns(one.config.patterns, names)
-    return files
+    return adapter_evidence.MergeRequest(
+        base=base, members=files, combine=task.combine, measure_options=task.measure_options, progress=progress
+    )
 
 
 def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
@@ -372,30 +381,17 @@ def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
 
 
 def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
-    report = _paced(progress, task.index)
     try:
-        with contextlib.ExitStack() as stack:
-            files = tuple(stack.enter_context(pinned_adapter(one)) for one in task.files)
-            evidence = _merge(base, replace(task, files=files), report)
+        from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
+
+        with contextlib.ExitStack() as pinned:
+            evidence = adapter_evidence.merge(_request(task, base, pinned, _paced(progress, task.index)))
     except Refused as refused:  # by the trial of its regular expressions, before PEFT
         kind, total = task.files[0].config.peft_type, base.facts.parameters
         evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
-
-
-def _merge(base: Base, task: Task, progress: Callable[[int, int, str], None]) -> Evidence:
-    from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
-
-    names = [name for name, _ in base.model.named_modules()]
-    for files in task.files:
-        try_patterns(files.config.patterns, names)
-    if task.combine is not None:
-        return adapter_evidence.merge_combination(
-            base, task.files, task.combine, measure_options=task.measure_options, progress=progress
-        )
-    return adapter_evidence.merge_adapter(base, task.files[0], measure_options=task.measure_options, progress=progress)
 
 
 def _is_of_an_import(error: Exception) -> bool:

@@ -114,9 +114,8 @@ def _supervise(job: Job, listen: Listener, worker: WorkerSlot) -> None:
             attempt.settle_rest()
             return
         if attempt.is_at_a_batch:
-            job = attempt.left(one_pass=False)  # 4
-            continue
-        if attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
+            pass  # 4: `left` has the adapters of its group one at a time
+        elif attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
             attempt.settle_death(ending)  # 2
         else:
             tried.add(attempt.place)  # 3
@@ -210,12 +209,13 @@ class Attempt:
             refusal = _death(what, ending) if late_s is None else _late(f"{what}{self._progress}", late_s)
             self._listen(Undecided(task=index, refusal=refusal))
 
-    def left(self, *, one_pass: bool = True) -> Job:
-        """The job without the tasks that are settled. Without `one_pass`, the adapters are merged one at a time."""
+    def left(self) -> Job:
+        """The job without the tasks that are settled. The group of a batch that died goes on one adapter at a time."""
+        batch = {self._task} if self.is_at_a_batch else set()
         groups = tuple(
             replace(
                 group,
-                one_pass=group.one_pass and one_pass,
+                one_pass=group.one_pass and batch.isdisjoint(task.index for task in group.tasks),
                 tasks=tuple(task for task in group.tasks if task.index not in self._settled),
             )
             for group in self._job.groups

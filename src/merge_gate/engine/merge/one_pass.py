@@ -120,7 +120,7 @@ class _CrossChecks:
 
 
 def _one_of_each_kind(walk: Walk, part: float) -> Iterator[BlockLayer]:
-    """Of the layers of each kind, the one that lies behind this part of them: 0.0 is the first layer."""
+    """A layer of each kind, at this part of the way through the layers of its kind: 0.0 is the first layer."""
     kinds: dict[tuple[object, ...], list[BlockLayer]] = {}
     for block in walk.planned:
         kinds.setdefault(block.kind, []).append(block)
