@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.action.docker import collect
 from merge_gate.errors import ExitCode, GateError
 from merge_gate.regular_file import read_regular_file
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -80,12 +81,12 @@ def in_words(error: GateError) -> str:
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return the report, or the reason why it cannot be used."""
     try:
-        report = json.loads(read_regular_file(path, collect.LIMITS_BYTES["report.json"]))
+        report = parse_strictly(read_regular_file(path, collect.LIMITS_BYTES["report.json"]))
     except FileNotFoundError:
         return None, "wrote no report"
-    except RecursionError:
-        return None, "wrote a report that cannot be read (it is nested too deeply)"
-    except (OSError, ValueError) as error:
+    except InvalidJsonError as error:
+        return None, f"wrote a report that {error}"
+    except OSError as error:
         return None, f"wrote a report that cannot be read ({type(error).__name__}: {error})"
     problem = _problem_of(report)
     return (None, problem) if problem else (report, "")

@@ -6,8 +6,10 @@ Imports no torch and opens no files.
     blocked     the files alone decide: the adapter is never loaded
     merged      the evidence decides
     undecided   the gate could not judge the adapter
+    withdrawn   the base changed
     checked     the verdict on the files alone (`merge-gate check`)
-    of_base     the entry of a base
+
+The entry of a base comes from `of_base`, `of_refused_base`, or `of_unloaded_base`.
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ class _Run:
         if event.task is None:
             return f"base {event.base}: still loading after {spent}; its time limit is {limit}"
         name = self._tally.entries[event.task].spec.name
-        return f"{name}: nothing heard of it for {spent}; its time limit is {limit}"
+        return f"{name}: no progress for {spent}; its time limit is {limit}"
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self._tally.sandbox.missing:

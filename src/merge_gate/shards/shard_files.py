@@ -21,7 +21,7 @@ from merge_gate.report.wording.untrusted import one_line
 
 REPORT = "report.json"
 LONGEST_BYTES = 256 << 20
-"""The same limit as in action/docker/collect.py. A report.json of 1,000 adapters has about 2 MB."""
+"""The same limit as in output_files.py. A report.json of 1,000 adapters has about 2 MB."""
 MOST_DIRECTORIES = 1_000
 """The most directories that are read in one directory. A matrix of GitHub has at most 256 jobs."""
 

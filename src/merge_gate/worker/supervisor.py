@@ -46,7 +46,7 @@ _MERGING = "while it merged this adapter"
 
 
 class WorkerSlot:
-    """The owner of a run's worker process. There is at most one at a time, and nothing else starts or ends it.
+    """The owner of a run's worker process. There is at most one at a time for its adapters.
 
     1. It is started before the configuration is read, and imports what it needs meanwhile.    `start_early`
     2. It is replaced if a base is quantized, because that needs other variables.              `start`
@@ -225,7 +225,7 @@ class Attempt:
     def settle_rest(self) -> None:
         """Report the tasks that a process finished without as undecided, so that none is missing in the report."""
         for index in self._open():
-            why = "the gate's worker process finished without a word about this adapter"
+            why = "the gate's worker process finished without a result for this adapter"
             self._listen(Undecided(task=index, refusal=NotJudged(message=why, hint="please report this")))
 
     def _tasks(self) -> list[Task]:

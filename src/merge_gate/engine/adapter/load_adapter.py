@@ -1,6 +1,6 @@
 """Loads an adapter onto a scratch copy of its base, and accounts for every tensor of the file and of the config.
 
-In: what the preflight read, the tensors of the file, and a `Base`. Out: `Loaded`, or `Refused` with the check that
+In: what the preflight read, the tensors of the file, and a `Base`. Out: `Loaded`, or `Refused` with the fact that
 explains it. This module imports nothing of merging.
 
 1. Read the config by PEFT's class for its type, and refuse what PEFT would silently ignore (peft_config.py).

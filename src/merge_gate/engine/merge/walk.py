@@ -134,7 +134,7 @@ class Walk:
         """PEFT's merge_and_unload with every layer's merge wrapped.
 
         Raises:
-            Refused: PEFT cannot merge this adapter. The message is PEFT's.
+            Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             Undecidable: a measurement failed, which says nothing about the adapter.
         """
         self._merge_beside([(path, layer) for path, layer in self._layers if id(layer) not in self.blocks])
