@@ -9,7 +9,7 @@ import torch
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
 from tests.support.engine.plain_merge import Tensors, peft_merge
@@ -47,10 +47,10 @@ def load() -> Callable[[Path, Path, str], Base]:
     loaded: dict[Any, Base] = {}
 
     def get(base: Path, adapter: Path, dtype: str) -> Base:
-        shape = shape_for(str(base), preflight(str(adapter), allow_pickle=True))
-        key = (base, dtype, shape)
+        model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True))
+        key = (base, dtype, model_class)
         if key not in loaded:
-            loaded[key] = load_base(str(base), shape=shape, label=base.name, dtype=dtype)
+            loaded[key] = load_base(str(base), model_class=model_class, label=base.name, dtype=dtype)
         return loaded[key]
 
     return get

@@ -16,7 +16,7 @@ from merge_gate.engine.adapter.peft_config import can_start_blank, read_config
 from merge_gate.engine.adapter.template import fill_blanks, parameters_of
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.errors import Refused
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
@@ -37,8 +37,8 @@ def made(name: str, root: Path, dtype: str, quantization: Quantization) -> tuple
         model = methods.load_base(case.base, base)
         methods.save_adapter(case, model, root / "adapter", base_directory=base)
     files = preflight(str(root / "adapter"), allow_pickle=False)
-    shape = shape_for(str(base), files)
-    return load_base(str(base), shape=shape, label="base", dtype="auto", quantization=quantization), files
+    model_class = model_class_for(str(base), files)
+    return load_base(str(base), model_class=model_class, label="base", dtype="auto", quantization=quantization), files
 
 
 def injected(base: Base, files: AdapterFiles, *, blank: bool) -> nn.Module | None:

@@ -9,7 +9,7 @@ import pytest
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base, named_tensors
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Severity
 from tests.support.cases import lay_out
@@ -63,11 +63,13 @@ def test_no_tensor_of_the_base_changes_under_any_case(key: str, dtype: str, shel
         files = preflight(str(tmp_path / case.name), allow_pickle=True)
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             continue
-        shape = shape_for(str(directory), files)
-        if shape not in bases:
-            bases[shape] = load_base(str(directory), shape=shape, label=key, dtype=dtype, allow_pickle=True)
-            first[shape] = digest(bases[shape])
-        merge_adapter(bases[shape], files)
+        model_class = model_class_for(str(directory), files)
+        if model_class not in bases:
+            bases[model_class] = load_base(
+                str(directory), model_class=model_class, label=key, dtype=dtype, allow_pickle=True
+            )
+            first[model_class] = digest(bases[model_class])
+        merge_adapter(bases[model_class], files)
         merged += 1
-        assert digest(bases[shape]) == first[shape], case.name
+        assert digest(bases[model_class]) == first[model_class], case.name
     assert merged or not cases_on(key, dtype)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.blocks.figures import measure_merge
 from merge_gate.engine.merge import plan
 from merge_gate.files.preflight import preflight
@@ -46,8 +46,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def loaded(directory: Path, adapter: Path, dtype: str = "auto") -> Base:
-    shape = shape_for(str(directory), preflight(str(adapter), allow_pickle=False))
-    return load_base(str(directory), shape=shape, label="base", dtype=dtype)
+    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    return load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 
 def evidence_of(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import one_pass, walk
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import Evidence, MeasureOptions
@@ -42,8 +42,8 @@ TOGETHER = (
 
 
 def base_for(directory: Path, adapter: Path, dtype: str) -> Base:
-    shape = shape_for(str(directory), preflight(str(adapter), allow_pickle=False))
-    return load_base(str(directory), shape=shape, label="base", dtype=dtype)
+    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    return load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
 
 
 def request_for(base: Base, adapter: Path, **options: Any) -> MergeRequest:

@@ -40,8 +40,8 @@ PAIRS = {
 
 
 def load(shelf: Shelf, key: str, class_name: str, dtype: str, labels: int | None = None, **options: Any) -> Base:
-    shape = ModelClass(class_name=class_name, num_labels=labels)
-    return load_base(str(shelf.base(key)), shape=shape, label=key, dtype=dtype, **options)
+    model_class = ModelClass(class_name=class_name, num_labels=labels)
+    return load_base(str(shelf.base(key)), model_class=model_class, label=key, dtype=dtype, **options)
 
 
 def places(base: Base) -> set[int]:

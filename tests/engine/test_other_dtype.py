@@ -17,7 +17,7 @@ from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import other_dtype
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.other_dtype import in_another_dtype
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.files.preflight import preflight
@@ -62,7 +62,7 @@ def architectures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(directory: Path, dtype: str, class_name: str) -> Base:
-    return load_base(str(directory), shape=ModelClass(class_name=class_name), label="base", dtype=dtype)
+    return load_base(str(directory), model_class=ModelClass(class_name=class_name), label="base", dtype=dtype)
 
 
 def two(directory: Path, dtype: str, class_name: str) -> tuple[Base | None, Base]:
@@ -117,14 +117,14 @@ def test_every_kind_of_lora_comes_to_the_same(name: str, shelf: Shelf) -> None:
     dtype = "float16"
     directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
     files = preflight(str(adapter), allow_pickle=True)
-    shape = shape_for(str(directory), files)
-    known = load_base(str(directory), shape=shape, label="base")
-    cast = in_another_dtype(known, shape, str(directory), dtype)
+    model_class = model_class_for(str(directory), files)
+    known = load_base(str(directory), model_class=model_class, label="base")
+    cast = in_another_dtype(known, model_class, str(directory), dtype)
     if VARIANTS[name].base == "mixtral":
         assert cast is None
         return
     assert cast is not None
-    fresh = load_base(str(directory), shape=shape, label="base", dtype=dtype)
+    fresh = load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
     (ours, merged), (theirs, expected) = outcome(cast, files), outcome(fresh, files)
     if "six-labels" not in name:  # whose head no file has
         assert ours == theirs

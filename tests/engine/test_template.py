@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence
@@ -69,8 +69,10 @@ def read(directory: Path) -> AdapterFiles:
 
 
 def loaded(root: Path) -> Base:
-    shape = shape_for(str(root / "base"), read(root / "saved"))
-    return load_base(str(root / "base"), shape=shape, label="base", dtype="auto", quantization=Quantization.NONE)
+    model_class = model_class_for(str(root / "base"), read(root / "saved"))
+    return load_base(
+        str(root / "base"), model_class=model_class, label="base", dtype="auto", quantization=Quantization.NONE
+    )
 
 
 @pytest.mark.parametrize("case", ["lora-linear", "lora-dora", "lora-rslora", "lora-conv1d-gpt2"])

@@ -15,7 +15,7 @@ from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.adapter_evidence import merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.merge import walk
 from merge_gate.engine.merge.twin import Deltas, Twins
 from merge_gate.files.preflight import preflight
@@ -60,8 +60,8 @@ def made(case: methods.Case, root: Path) -> tuple[Path, Path]:
 
 
 def loaded_base(base: Path, adapter: Path) -> Base:
-    shape = shape_for(str(base), preflight(str(adapter), allow_pickle=False))
-    return load_base(str(base), shape=shape, label="base")
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False))
+    return load_base(str(base), model_class=model_class, label="base")
 
 
 def evidence_of(base: Path, adapter: Path) -> Evidence:

@@ -16,7 +16,7 @@ import transformers
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base import loaded_base as bases
-from merge_gate.engine.base.model_class import shape_for
+from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_files, judge_merge, measure_options
 from merge_gate.judging.checks.table import CHECKS
@@ -83,7 +83,7 @@ class Gate:
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
         evidence = adapter_evidence.merge_adapter(loaded, files, measure_options=measure_options(SPEC))
-        return self._decide((files,), replace(evidence, instead_of=shape_for(str(base), files).instead_of))
+        return self._decide((files,), replace(evidence, instead_of=model_class_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
@@ -95,12 +95,12 @@ class Gate:
     def base(
         self, directory: Path, files: AdapterFiles, *, dtype: str, quantization: Quantization = Quantization.NONE
     ) -> Base:
-        shape = shape_for(str(directory), files)
-        key = (str(directory), dtype, quantization, shape)
+        model_class = model_class_for(str(directory), files)
+        key = (str(directory), dtype, quantization, model_class)
         if key not in self.loaded:
-            account = accounting.account_for(str(directory), shape, directory.name)
+            account = accounting.account_for(str(directory), model_class, directory.name)
             loaded = bases.load_base(
-                str(directory), shape=shape, label=directory.name, dtype=dtype, quantization=quantization
+                str(directory), model_class=model_class, label=directory.name, dtype=dtype, quantization=quantization
             )
             accounting.settle(loaded, account, str(directory))
             self.loaded[key] = loaded

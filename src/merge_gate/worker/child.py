@@ -139,13 +139,13 @@ class MappedBases:
         self._bases: dict[ModelClass, tuple[Base, tuple[FileIdentity, ...]]] = {}
         self._accounts: dict[ModelClass, Account] = {}
 
-    def account(self, shape: ModelClass, group: Group) -> Account:
+    def account(self, model_class: ModelClass, group: Group) -> Account:
         """The account of the base as this class, before it is loaded. It is the same for every dtype."""
         from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
 
-        if shape not in self._accounts:
-            self._accounts[shape] = account_for(group.directory, shape, group.base.name, group.files)
-        return self._accounts[shape]
+        if model_class not in self._accounts:
+            self._accounts[model_class] = account_for(group.directory, model_class, group.base.name, group.files)
+        return self._accounts[model_class]
 
     def serves(self, group: Group) -> bool:
         """Whether the group differs from this one in dtype and tasks only."""
@@ -154,23 +154,27 @@ class MappedBases:
             == self._group
         )
 
-    def add(self, shape: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
+    def add(self, model_class: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
 
         if base.hollow is None and is_mapped(base):  # a base that is not mapped takes memory
-            self._bases[shape] = base, identity
+            self._bases[model_class] = base, identity
 
-    def cast(self, shape: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
+    def cast(self, model_class: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
         """One of them in the dtype of this group. None if the base has to be loaded."""
         from merge_gate.engine.base.other_dtype import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
 
         is_plain = not group.base.is_quantized and job.device == "cpu"
-        if is_plain and shape not in self._bases and is_mapped_otherwise(group.directory, shape, group.base.dtype):
-            self.add(shape, _load(_in_dtype(group, "auto"), shape, job), identity)
-        base, found = self._bases.get(shape, (None, ()))
+        if (
+            is_plain
+            and model_class not in self._bases
+            and is_mapped_otherwise(group.directory, model_class, group.base.dtype)
+        ):
+            self.add(model_class, _load(_in_dtype(group, "auto"), model_class, job), identity)
+        base, found = self._bases.get(model_class, (None, ()))
         if base is None or found != identity:
             return None
-        return in_another_dtype(base, shape, group.directory, group.base.dtype)
+        return in_another_dtype(base, model_class, group.directory, group.base.dtype)
 
 
 def _in_dtype(group: Group, dtype: str) -> Group:
@@ -207,34 +211,34 @@ def _judge_group(position: int, group: Group, job: Job, progress: Listener, mapp
 
 
 def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases) -> Iterator[Event]:
-    from merge_gate.engine.base.model_class import shape_for  # noqa: PLC0415 - as above
+    from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - as above
 
-    by_shape: dict[ModelClass, list[ClassedTask]] = {}
+    by_class: dict[ModelClass, list[ClassedTask]] = {}
     for task in group.tasks:
         try:
-            shape = shape_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+            model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
         except Exception as error:
             yield Undecided(task=task.index, refusal=_refusal(error, group))
         else:
-            by_shape.setdefault(shape, []).append((task, shape.instead_of))
+            by_class.setdefault(model_class, []).append((task, model_class.instead_of))
     base: Base | None = None
-    for shape, tasks in by_shape.items():
+    for model_class, tasks in by_class.items():
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
-            account = mapped.account(shape, group)
+            account = mapped.account(model_class, group)
             refused = _refused_as_incomplete(tasks, account, group)
             yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
             tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
             if not tasks:
                 continue
-            base = _in_another_class(base, shape)
+            base = _in_another_class(base, model_class)
             if base is None:  # the previous base is released first
                 identity = base_identity(group.directory)
-                base = mapped.cast(shape, group, identity, job) or _load(group, shape, job)
+                base = mapped.cast(model_class, group, identity, job) or _load(group, model_class, job)
             verify_base(group.directory, group.base.name, identity)
             _settle(base, account, group.directory)
-            mapped.add(shape, base, identity)
+            mapped.add(model_class, base, identity)
         except Exception as error:
             base = None
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
@@ -264,13 +268,13 @@ def _settle(base: Base, account: Account, directory: str) -> None:
     accounting.settle(base, account, directory)
 
 
-def _load(group: Group, shape: ModelClass, job: Job) -> Base:
+def _load(group: Group, model_class: ModelClass, job: Job) -> Base:
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
 
     give_back()
     return bases.load_base(
         group.directory,
-        shape=shape,
+        model_class=model_class,
         label=group.base.name,
         revision=group.base.revision,
         dtype=group.base.dtype,
@@ -281,10 +285,10 @@ def _load(group: Group, shape: ModelClass, job: Job) -> Base:
     )
 
 
-def _in_another_class(base: Base | None, shape: ModelClass) -> Base | None:
+def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None:
     from merge_gate.engine.base import other_class  # noqa: PLC0415 - imports torch
 
-    return other_class.in_another_class(base, shape) if base is not None else None
+    return other_class.in_another_class(base, model_class) if base is not None else None
 
 
 def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:

@@ -70,18 +70,18 @@ class Account:
     map: TensorMap | None = None
 
 
-def account_for(directory: str, shape: ModelClass, label: str, files: BaseFiles | None = None) -> Account:
+def account_for(directory: str, model_class: ModelClass, label: str, files: BaseFiles | None = None) -> Account:
     """Account for a base on its headers, which `files` has if they were read before.
 
     Raises:
         Undecidable: its files contradict each other or config.json.
     """
-    model_class = getattr(transformers, shape.class_name, None)
-    if model_class is None or not loads_as_usual(model_class):
+    transformers_class = getattr(transformers, model_class.class_name, None)
+    if transformers_class is None or not loads_as_usual(transformers_class):
         return Account()
     try:
         stored = files.tensors if files is not None and files.tensors else stored_tensors(directory)
-        found = tensor_map(model_class, directory, stored, **head_options(shape))
+        found = tensor_map(transformers_class, directory, stored, **head_options(model_class))
     except NoMapError:
         return Account()
     refuse_left_out(found, label)

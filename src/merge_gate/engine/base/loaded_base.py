@@ -195,7 +195,7 @@ def measure_in(module: nn.Module, tensor: torch.Tensor, name: str) -> tuple[Tens
 def load_base(
     directory: str,
     *,
-    shape: ModelClass,
+    model_class: ModelClass,
     label: str,
     revision: str | None = None,
     dtype: str = "auto",
@@ -227,17 +227,17 @@ def load_base(
         options=options,
     )
     refuse_unknown_format(directory, label)
-    model_class = getattr(transformers, shape.class_name)
+    transformers_class = getattr(transformers, model_class.class_name)
     try:
         if quantization is Quantization.NONE:
-            source = replace(source, options=options | dequantizing_options(_config(model_class, source)))
+            source = replace(source, options=options | dequantizing_options(_config(transformers_class, source)))
         with quantizing(quantization):
-            model, loading = _from_pretrained(model_class, source, shape)
+            model, loading = _from_pretrained(transformers_class, source, model_class)
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
         if "trust_remote_code" in str(error) and not isinstance(error, (MemoryError, ImportError)):
             raise Undecidable(RemoteCodeNeeded(base=label)) from error
-        raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=shape.class_name)) from error
-    refuse_mismatches(loading, label, shape)
+        raise Undecidable(BaseRaised(base=label, error=caught(error), class_name=model_class.class_name)) from error
+    refuse_mismatches(loading, label, model_class)
     refuse_foreign_weights(model, loading.newly_initialized, label)
     refuse_other_packing(model, source, dtype)
     return measure_base(model, source, loading, known={})
@@ -264,37 +264,39 @@ class Loading:
         return self.missing.union(self.replaced)
 
 
-def _config(model_class: Any, source: Source) -> Any:
+def _config(transformers_class: Any, source: Source) -> Any:
     """The base's configuration as `from_pretrained` of a class reads it."""
-    config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
+    config_class = getattr(transformers_class, "config_class", None) or transformers.AutoConfig
     options = {name: source.options[name] for name in ("local_files_only", "trust_remote_code")}
     return config_class.from_pretrained(source.directory, **options)
 
 
-def _from_pretrained(model_class: Any, source: Source, shape: ModelClass) -> tuple[Any, Loading]:
+def _from_pretrained(transformers_class: Any, source: Source, model_class: ModelClass) -> tuple[Any, Loading]:
     """The model, and the names that do not fit, which `refuse_mismatches` judges.
 
     A class with a `from_pretrained` of its own may return no loading info, and refuses by itself what does not fit.
     """
-    options = {**source.options, **head_options(shape)}
-    if not loads_as_usual(model_class) and not _owner(model_class).__module__.startswith("transformers.models.auto."):
-        return model_class.from_pretrained(source.directory, **options), Loading()
-    return load_with_info(model_class, source.directory, **options)
+    options = {**source.options, **head_options(model_class)}
+    if not loads_as_usual(transformers_class) and not _owner(transformers_class).__module__.startswith(
+        "transformers.models.auto."
+    ):
+        return transformers_class.from_pretrained(source.directory, **options), Loading()
+    return load_with_info(transformers_class, source.directory, **options)
 
 
-def loads_as_usual(model_class: Any) -> bool:
+def loads_as_usual(transformers_class: Any) -> bool:
     """Whether a class uses the `from_pretrained` of all models, and not one of its own or of an Auto class."""
-    return _owner(model_class) is transformers.PreTrainedModel
+    return _owner(transformers_class) is transformers.PreTrainedModel
 
 
-def _owner(model_class: Any) -> Any:
+def _owner(transformers_class: Any) -> Any:
     """The class that defines `from_pretrained` for this class."""
-    return next(parent for parent in model_class.__mro__ if "from_pretrained" in vars(parent))
+    return next(parent for parent in transformers_class.__mro__ if "from_pretrained" in vars(parent))
 
 
-def load_with_info(model_class: Any, directory: str | None, **options: Any) -> tuple[Any, Loading]:
+def load_with_info(transformers_class: Any, directory: str | None, **options: Any) -> tuple[Any, Loading]:
     """`from_pretrained`, and the names that do not fit."""
-    model, info = model_class.from_pretrained(
+    model, info = transformers_class.from_pretrained(
         directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     mismatched = tuple(sorted(info["mismatched_keys"]))  # sorted, because it is a set
@@ -302,23 +304,23 @@ def load_with_info(model_class: Any, directory: str | None, **options: Any) -> t
     return model, Loading(missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
-def head_options(shape: ModelClass) -> dict[str, Any]:
+def head_options(model_class: ModelClass) -> dict[str, Any]:
     """The argument of `from_pretrained` for the size of a head."""
-    return {} if shape.num_labels is None else {"num_labels": shape.num_labels}
+    return {} if model_class.num_labels is None else {"num_labels": model_class.num_labels}
 
 
-def refuse_mismatches(loading: Loading, label: str, shape: ModelClass) -> None:
+def refuse_mismatches(loading: Loading, label: str, model_class: ModelClass) -> None:
     """Refuse tensors of another size, except a head that is replaced for another number of labels.
 
     Raises:
         Undecidable: another tensor has another size, so the base is broken.
     """
     for name, stored, expected in loading.mismatched:
-        extra = None if shape.num_labels is None else expected[0] - shape.num_labels
+        extra = None if model_class.num_labels is None else expected[0] - model_class.num_labels
         # A detector's head has one row more, for "no object".
         if extra not in {0, 1} or tuple(stored[1:]) != tuple(expected[1:]):
             fact = BaseShapeClash(
-                base=label, class_name=shape.class_name, name=name, got=tuple(stored), expected=tuple(expected)
+                base=label, class_name=model_class.class_name, name=name, got=tuple(stored), expected=tuple(expected)
             )
             raise Undecidable(fact)
 

@@ -46,7 +46,7 @@ MOST_LABELS = 1 << 20
 """A config lists all of its labels, so the shape in a hostile file must not set their number freely."""
 
 
-def shape_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
+def model_class_for(directory: str, files: AdapterFiles, *, trust_remote_code: bool = False) -> ModelClass:
     """Choose by the rules at the top of this file.
 
     Raises:
@@ -111,8 +111,8 @@ def _concrete(config: Any, auto_class: str) -> str | None:
 
 
 def _is_model_class(name: str) -> bool:
-    model_class = getattr(transformers, name, None)
-    return isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    transformers_class = getattr(transformers, name, None)
+    return isinstance(transformers_class, type) and issubclass(transformers_class, transformers.PreTrainedModel)
 
 
 def _class_that_fits(config: Any, requested: str, files: AdapterFiles, directory: str) -> str:
@@ -175,8 +175,8 @@ def _skeleton(config: Any, class_name: str) -> Any:
     """A model of the class on the meta device. None if the class needs more than names and shapes."""
     with torch.device("meta"):
         try:
-            model_class = getattr(transformers, class_name)
-            return model_class(config) if _is_model_class(class_name) else model_class.from_config(config)
+            transformers_class = getattr(transformers, class_name)
+            return transformers_class(config) if _is_model_class(class_name) else transformers_class.from_config(config)
         except Exception:  # a class may raise anything without values
             return None
 

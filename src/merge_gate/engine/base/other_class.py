@@ -40,18 +40,18 @@ from merge_gate.engine.base.loaded_base import (
 from merge_gate.records.terms import Quantization
 
 
-def in_another_class(known: Base, shape: ModelClass) -> Base | None:
+def in_another_class(known: Base, model_class: ModelClass) -> Base | None:
     """The base in another class.
 
     Args:
         known: the loaded base. It stays unchanged, and may be released: its tensors stay.
-        shape: the other class or number of labels.
+        model_class: the other class or number of labels.
     """
-    model_class = getattr(transformers, shape.class_name)
-    if known.facts.quantization != Quantization.NONE or not loads_as_usual(model_class):
+    transformers_class = getattr(transformers, model_class.class_name)
+    if known.facts.quantization != Quantization.NONE or not loads_as_usual(transformers_class):
         return None
     try:
-        model, loading = _built(known, model_class, shape)
+        model, loading = _built(known, transformers_class, model_class)
     except Exception:  # the load from files reports what is wrong
         return None
     if model is None:
@@ -61,19 +61,23 @@ def in_another_class(known: Base, shape: ModelClass) -> Base | None:
     return None if shared.was_misread() else shared
 
 
-def _built(known: Base, model_class: Any, shape: ModelClass) -> tuple[Any, Loading]:
+def _built(known: Base, transformers_class: Any, model_class: ModelClass) -> tuple[Any, Loading]:
     # 1.
     directory, on_meta = known.source.directory, {"device_map": "meta"}
-    outline, expected = load_with_info(model_class, directory, **known.source.options, **head_options(shape), **on_meta)
-    refuse_mismatches(expected, known.source.label, shape)
+    outline, expected = load_with_info(
+        transformers_class, directory, **known.source.options, **head_options(model_class), **on_meta
+    )
+    refuse_mismatches(expected, known.source.label, model_class)
     refuse_foreign_weights(outline, expected.newly_initialized, known.source.label)
     # 2.
     config = outline.config
     held = {name: tensor.detach() for name, tensor in known.tensors.items() if name not in known.newly_initialized}
     again: dict[str, Any] = {"config": config, "dtype": config.dtype, "state_dict": held}
-    lacking = load_with_info(model_class, None, **again, **on_meta)[1].newly_initialized - expected.newly_initialized
+    lacking = (
+        load_with_info(transformers_class, None, **again, **on_meta)[1].newly_initialized - expected.newly_initialized
+    )
     held |= dict(_stored(Path(directory), lacking, outline.base_model_prefix))
-    model, loading = load_with_info(model_class, None, **again)
+    model, loading = load_with_info(transformers_class, None, **again)
     # 3.
     places = {place_of(tensor) for tensor in known.tensors.values()}
     found = {name: tensor for name, _, tensor in named_tensors(model)}

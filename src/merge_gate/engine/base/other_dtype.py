@@ -45,39 +45,44 @@ from merge_gate.records.terms import Quantization
 Tensors = dict[str, torch.Tensor]
 
 
-def in_another_dtype(known: Base, shape: ModelClass, directory: str, dtype: str) -> Base | None:
+def in_another_dtype(known: Base, model_class: ModelClass, directory: str, dtype: str) -> Base | None:
     """The base as `from_pretrained` gives it in another dtype.
 
     Args:
         known: the loaded base. It stays unchanged.
-        shape: the class and head of the base.
+        model_class: the class and head of the base.
         directory: the files of the base, unchanged since it was loaded.
         dtype: the other dtype, as the configuration spells it.
     """
     source = known.source
     if known.facts.quantization != Quantization.NONE or source.device.type != "cpu" or known.hollow is not None:
         return None
-    if not loads_as_usual(getattr(transformers, shape.class_name)) or not is_mapped(known):
+    if not loads_as_usual(getattr(transformers, model_class.class_name)) or not is_mapped(known):
         return None
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        return _cast(known, shape, replace(source, directory=directory, options={**source.options, "dtype": wanted}))
+        return _cast(
+            known, model_class, replace(source, directory=directory, options={**source.options, "dtype": wanted})
+        )
     except Exception:  # the load from files reports what is wrong
         return None
 
 
-def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
+def is_mapped_otherwise(directory: str, model_class: ModelClass, dtype: str) -> bool:
     """Whether the files hold the base in another dtype and can be mapped, so that this dtype can be cast from them."""
-    model_class, options = getattr(transformers, shape.class_name), {"local_files_only": True, "use_safetensors": True}
+    transformers_class, options = (
+        getattr(transformers, model_class.class_name),
+        {"local_files_only": True, "use_safetensors": True},
+    )
     try:
         config = json.loads(Path(directory, "config.json").read_bytes())
         stored = str(config.get("dtype") or config.get("torch_dtype"))
         if stored == dtype or not {stored, dtype} <= {dtype_name(one) for one in CASTABLE}:
             return False
-        if "quantization_config" in config or not loads_as_usual(model_class):
+        if "quantization_config" in config or not loads_as_usual(transformers_class):
             return False
         outline, expected = load_with_info(
-            model_class, directory, dtype="auto", **options, **head_options(shape), device_map="meta"
+            transformers_class, directory, dtype="auto", **options, **head_options(model_class), device_map="meta"
         )
         names = stored_names(Path(directory))
     except Exception:  # the load reports what is wrong
@@ -87,13 +92,13 @@ def is_mapped_otherwise(directory: str, shape: ModelClass, dtype: str) -> bool:
     return all(not names.isdisjoint((name, prefix + name, name.removeprefix(prefix))) for name in wanted)
 
 
-def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
-    model_class = getattr(transformers, shape.class_name)
+def _cast(known: Base, model_class: ModelClass, source: Source) -> Base | None:
+    transformers_class = getattr(transformers, model_class.class_name)
     # 2.
     outline, expected = load_with_info(
-        model_class, source.directory, **source.options, **head_options(shape), device_map="meta"
+        transformers_class, source.directory, **source.options, **head_options(model_class), device_map="meta"
     )
-    refuse_mismatches(expected, source.label, shape)
+    refuse_mismatches(expected, source.label, model_class)
     wanted = {name: tensor for name, _, tensor in named_tensors(outline)}
     dtypes = {name: tensor.dtype for name, tensor in wanted.items() if name not in expected.newly_initialized}
     if expected.newly_initialized != known.newly_initialized or _shapes(wanted) != _shapes(known.tensors):
@@ -108,7 +113,7 @@ def _cast(known: Base, shape: ModelClass, source: Source) -> Base | None:
     small = {name: sources[name].to(dtypes[name]) for name in cast if name not in large}
     given = {**sources, **small, **hollow.tensors}
     config = outline.config
-    model, loading = load_with_info(model_class, None, config=config, dtype=config.dtype, state_dict=dict(given))
+    model, loading = load_with_info(transformers_class, None, config=config, dtype=config.dtype, state_dict=dict(given))
     found = {name: tensor for name, _, tensor in named_tensors(model)}
     is_same = (
         loading.newly_initialized == expected.newly_initialized

@@ -113,7 +113,12 @@ def _headers(folder: Path, file: str) -> Iterator[StoredTensor]:
 
 
 def tensor_map(
-    model_class: Any, directory: str, stored: tuple[StoredTensor, ...], *, dtype: Any = "auto", **config_options: Any
+    transformers_class: Any,
+    directory: str,
+    stored: tuple[StoredTensor, ...],
+    *,
+    dtype: Any = "auto",
+    **config_options: Any,
 ) -> TensorMap:
     """Record what transformers' loader makes of these headers.
 
@@ -125,10 +130,10 @@ def tensor_map(
     """
     by_name = {one.name: one for one in stored}
     try:
-        config = model_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)
+        config = transformers_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)
         given = {name: _on_meta(one) for name, one in by_name.items()}
         with _quiet(), recorded() as recorder:
-            model, info = model_class.from_pretrained(
+            model, info = transformers_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=given,
