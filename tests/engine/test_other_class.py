@@ -138,7 +138,7 @@ def test_eight_adapters_with_four_heads_read_the_body_once(
         return measure(tensor, name)
 
     def from_files(*directory: str, **settings: Any) -> Base:
-        loads.append(settings["shape"].class_name)
+        loads.append(settings["model_class"].class_name)
         return load(*directory, **settings)
 
     monkeypatch.setattr(bases, "measure", measured)
