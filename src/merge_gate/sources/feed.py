@@ -1,0 +1,108 @@
+"""Pieces of a base's files for the process that merges: the interface of a `Feed`, and the feed of local files.
+
+In: a directory. Out: the bytes of any part of its files, read into memory of the caller. It imports the standard
+library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from merge_gate.errors import EngineError
+from merge_gate.records.terms import record
+
+PIECE_BYTES = 16 << 20
+"""No read of a file asks for more: the system's page cache then drops what was used before it needs more memory."""
+
+
+@record
+class FileSpan:
+    """The bytes from `start` up to `end` of a file, which is named relative to the base's directory."""
+
+    file: str
+    start: int
+    end: int
+
+
+class SourceError(EngineError):
+    """The bytes of a file could not be had: the message has the file, the place, and what was expected."""
+
+
+class Feed(Protocol):
+    """Where the bytes of a base come from. All methods may be called by several threads."""
+
+    def expect(self, spans: Sequence[FileSpan]) -> None:
+        """Announce the spans that will be read, in this order, so that they can be read ahead."""
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of the file from `start` on, announced or not.
+
+        Raises:
+            SourceError: not all of these bytes could be had.
+        """
+
+
+class LocalFeed:
+    """Reads the files of a directory. It maps none of them, and reads nothing ahead: the system does.
+
+    Args:
+        directory: the base's directory.
+        keep: leave the bytes in the system's page cache. False if memory is limited.
+    """
+
+    def __init__(self, directory: str, *, keep: bool = True) -> None:
+        self._directory, self._keep = directory, keep
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for descriptor in self._files.values():
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            self._files.clear()
+
+    def expect(self, spans: Sequence[FileSpan]) -> None:
+        """Nothing to prepare: the system reads ahead."""
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        into = into.cast("B")
+        done = 0
+        try:
+            descriptor = self._opened(file)
+            while done < len(into):
+                count = os.preadv(descriptor, [into[done : done + PIECE_BYTES]], start + done)
+                if not count:
+                    break
+                if not self._keep:
+                    os.posix_fadvise(descriptor, start + done, count, os.POSIX_FADV_DONTNEED)
+                done += count
+        except OSError as error:
+            raise SourceError(
+                f"{file}: the bytes from {start + done:,} could not be read: {error.strerror}",
+                hint="check the disk or the mount that holds the base, then run again",
+            ) from error
+        if done < len(into):
+            raise SourceError(
+                f"{file}: expected {len(into):,} bytes from {start:,}, got {done:,}: the file ends before them",
+                hint="copy or download the base again: the file was cut or replaced while it was read",
+            )
+
+    def _opened(self, file: str) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(Path(self._directory, file), os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[file]
