@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.judging.all_checks import measure_options
+from merge_gate.judging.checks.check import Check, FileCase, Symptom
+from merge_gate.judging.checks.effect import WIPED_SHARE
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
@@ -20,6 +22,7 @@ from merge_gate.records.measured import (
     Evidence,
     FileTensor,
     MeasureOptions,
+    TensorMerge,
     TensorStats,
 )
 from merge_gate.records.refusals import LayerLeftUnmerged, NotJudged
@@ -65,6 +68,15 @@ def judged(fire: Fire, *settings: CheckSetting) -> tuple[Finding, ...]:
     return judge(with_settings(fire.spec, *settings), fire.files, fire.evidence)
 
 
+def small(share: float) -> TensorMerge:
+    """A merged tensor whose norm is at most this share of the base's: 64 values."""
+    most = 2.0 * share / math.sqrt(64)
+    return merged(tensor(minimum=-most, maximum=most), base_norm=2.0, delta_norm=2.0)
+
+
+ZERO = FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0))
+
+
 def of(check: str, findings: tuple[Finding, ...]) -> list[Finding]:
     return [finding for finding in findings if finding.check == check]
 
@@ -74,6 +86,18 @@ def of(check: str, findings: tuple[Finding, ...]) -> list[Finding]:
 
 def test_every_check_has_a_case_that_fires_it() -> None:
     assert list(FIRES) == list(CHECKS)
+
+
+def test_a_check_judges_in_the_phases_that_its_decorator_names() -> None:
+    row = Check(id="odd", severity=Severity.ERROR, summary="s", symptom=Symptom.BAD_FILE)
+
+    def judge_it(_: FileCase) -> Iterator[Finding]:
+        yield from ()
+
+    on_files, on_merge = row.on_files(judge_it), row.on_merge(judge_it)
+    assert on_files == dataclasses.replace(row, of_files=judge_it, of_merge=judge_it)
+    assert on_merge == dataclasses.replace(row, of_merge=judge_it)
+    assert on_merge.of_files is row.of_files
 
 
 def test_the_rows_that_let_an_adapter_through_are_these() -> None:
@@ -140,8 +164,10 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ("merged-nonfinite", evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),))), files(), spec()),
         ("no-effect", evidence(targeted=("lm", MODULE), merges=(merged(), merged(module="lm.head"))), files(), spec()),
         ("no-effect", evidence(refusal=LayerLeftUnmerged(module="m"), merges=()), files(), spec()),
+        ("no-effect", evidence(targeted=("lm_head", MODULE), shared=(("lm_head", MODULE),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.5),)), files(), spec()),
         ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.1), LARGE, LARGE)), files(), spec()),
+        ("rounding-loss", evidence(merges=(lossy(0.9), lossy(0.9), LARGE, LARGE)), files(), spec()),
         ("rounding-loss", evidence(merges=(merged(lost_norm=1.0, delta_norm=0.0),)), files(), spec()),
         ("rounding-loss", evidence(merges=(merged(lost_norm=math.inf, delta_norm=1.0),)), files(), spec()),
         ("headroom", evidence(merges=(merged(tensor(maximum=HALF_MAX / 2)),)), files(), spec()),
@@ -150,6 +176,8 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
         ("headroom", evidence(merges=(merged(broken()),), refused_by_safe_merge=(MODULE,)), files(), spec()),
         ("delta-norm", evidence(merges=(merged(base_norm=1.0, delta_norm=10.0),)), files(), spec()),
         ("delta-norm", evidence(merges=(merged(base_norm=0.0, delta_norm=10.0),)), files(), spec()),
+        ("delta-norm", evidence(merges=(small(1.01 * WIPED_SHARE),)), files(), spec()),
+        ("delta-norm", evidence(file_tensors=(ZERO,), merges=(merged(changed=False),)), files(), spec()),
         ("not-reproducible", evidence(), files(config={"init_lora_weights": "pissa"}), spec()),
         ("not-reproducible", evidence(), files(config={"init_lora_weights": True}), spec()),
         ("meaning-changed", evidence(), files(config=LOKR | {"r": 2, "alpha": 2}), spec()),
@@ -157,6 +185,17 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
 )  # fmt: skip
 def test_a_check_keeps_quiet(check: str, evidence_: Evidence, files_: AdapterFiles, spec_: AdapterSpec) -> None:
     assert of(check, judge(spec_, files_, evidence_)) == []
+
+
+def test_a_module_that_shares_an_unchanged_tensor_is_unchanged_too() -> None:
+    sharing = evidence(targeted=("lm_head", MODULE), shared=(("lm_head", "model.embed_tokens"),))
+    (finding,) = judge(spec(), files(), sharing)
+    assert (finding.check, finding.severity, finding.module) == ("no-effect", Severity.WARNING, "lm_head")
+
+
+def test_a_weight_that_keeps_less_than_float32_rounds_away_is_wiped_out() -> None:
+    (finding,) = judge(spec(), files(), evidence(merges=(small(WIPED_SHARE),)))
+    assert (finding.check, finding.tensor) == ("delta-norm", WEIGHT)
 
 
 def test_a_long_list_of_names_is_cut() -> None:
@@ -197,6 +236,13 @@ def test_an_unread_layer_has_the_same_message_in_several_dtypes() -> None:
 def test_the_base_has_findings_of_its_own() -> None:
     (finding,) = findings_of_base(base(model="acme/llama", nonfinite=(broken("model.norm.weight"),)))
     assert (finding.check, finding.origin, finding.tensor) == ("base-nonfinite", Origin.BASE, "model.norm.weight")
+
+
+def test_a_replaced_tensor_of_the_base_hides_no_other() -> None:
+    tensors = tuple(broken(f"{name}.weight") for name in ("lm_head", "model.norm"))
+    replaced, other = findings_of_base(base(nonfinite=tensors), ("lm_head.weight",))
+    assert (replaced.severity, replaced.tensor) == (Severity.WARNING, "lm_head.weight")
+    assert (other.severity, other.tensor) == (Severity.ERROR, "model.norm.weight")
 
 
 def test_a_combination_without_effect_is_due_to_its_weights(wording: Wording) -> None:

@@ -71,6 +71,7 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "two tensors are missing": lost({}, LORA_A, LORA_B),
     "biases that an old release names otherwise": lost(OLD | {"bias": "all"}, *BIASES),
     "biases that a release lost on saving": lost(LORA_0_12, *BIASES),
+    "four biases of a config that says no release": lost(LORA_0_12 | {"bias": "all"}, *BIASES * 4),
     "biases that nobody trained": lost(LORA_0_9, *BIASES),
     "biases of the release that keeps them": lost(LORA_0_9 | {"peft_version": "0.21.2"}, *BIASES),
     "biases of a config that says no release": lost(LORA_0_12 | {"bias": "all"}, *BIASES),
@@ -78,6 +79,12 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "two of three are lost on loading": (
         evidence(missing=(LORA_A, LORA_B, "x.lora_A.weight"), dropped=(LORA_A, LORA_B)),
         files(),
+    ),
+    "four of four are lost on loading": (evidence(missing=tuple("abcd"), dropped=tuple("abcd")), files()),
+    "two tensors of the base that the config does not name": (evidence(unnamed=("a.weight", "b.weight")), files()),
+    "missing, of a model whose wrapper was saved": (
+        evidence(missing=(LORA_A,)),
+        files(tensors=headers("_orig_mod.base_model.model.q_proj.lora_A.weight")),
     ),
     "missing, and wrapped twice": (
         evidence(missing=(LORA_A,)),
@@ -181,7 +188,7 @@ SITUATIONS: dict[str, tuple[Evidence | None, AdapterFiles]] = {
     "no effect in float32": (evidence(base=base(dtype="float32"), merges=(merged(changed=False),)), files()),
     "a trained KaSA of which a module is not changed": (
         evidence(targeted=(MODULE, SECOND), merges=(merged(), merged(module=SECOND, changed=False))),
-        files(config={"kasa_config": {}}),
+        files(config={"kasa_config": {"beta": 1e-4}}),
     ),
     "rounding, estimated, in two tensors of different size": (
         evidence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merge_gate.judging.checks.phrases import are, describe_pattern, nothing_finite, tensors
+from merge_gate.judging.checks.phrases import are, describe_pattern, figure, nothing_finite, tensors
 from merge_gate.records.files import Pattern
 from tests.support.judging.cases import tensor
 
@@ -27,4 +27,14 @@ def test_an_expression_is_shown_at_its_place_and_cut() -> None:
     short, long = (Pattern(place="target_modules", text=text, expression=text) for text in ("(\n", "x" * 1000))
     assert describe_pattern(short) == 'target_modules in adapter_config.json is "(\\n"'
     assert len(describe_pattern(long)) < 300
-    assert "x" * 199 + "…" in describe_pattern(long)
+    assert f'"{"x" * 199}…"' in describe_pattern(long)
+    exact = Pattern(place="target_modules", text="x" * 200, expression="x" * 200)
+    assert f'"{"x" * 200}"' in describe_pattern(exact)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.25, "0.25"), (999.0, "999"), (1000.0, "1,000"), (-1000.5, "-1,000"), (1e9 - 1, "999,999,999"), (1e9, "1e+09")],
+)
+def test_a_figure_has_three_digits_or_is_whole(value: float, text: str) -> None:
+    assert figure(value) == text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.undecided import undecided
-from merge_gate.judging.verdict import decide
+from merge_gate.judging.verdict import decide, with_decision
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.refusals import NotJudged
@@ -19,6 +19,7 @@ from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.support.judging.cases import REFUSALS, base, files, spec
 from tests.support.properties import examples
+from tests.support.reports import FAILED, PASSED
 from tests.support.wording import Wording
 
 WHOLE = Coverage(adapter_tensors=2, applied=2, modules_merged=1, parameters_checked=64, parameters_total=64)
@@ -116,6 +117,32 @@ def test_nothing_at_all_is_told_without_a_warning_too(wording: Wording) -> None:
     for coverage in (Coverage(), Coverage(parameters_checked=64, parameters_total=64)):
         (finding,) = decided((), coverage)[2]
         wording(finding)
+
+
+# --- a report that was read ------------------------------------------------------------------------------------------
+
+WARNED, FIRST, SECOND = finding("headroom", Severity.WARNING), finding("file-corrupt"), finding("no-effect")
+
+
+@pytest.mark.parametrize(
+    ("cause", "findings", "index"),
+    [
+        pytest.param("no-effect", (WARNED, FIRST, SECOND, SECOND), 2, id="the first error of the cause"),
+        pytest.param("headroom", (WARNED, FIRST, SECOND), 1, id="the first error if the cause is only a warning"),
+        pytest.param("headroom", (WARNED, WARNED), 0, id="the first finding if none is an error"),
+        pytest.param("no-effect", (), None, id="none of none"),
+    ],
+)
+def test_the_finding_that_decided_follows_from_the_cause(
+    cause: str, findings: tuple[Finding, ...], index: int | None
+) -> None:
+    read = dataclasses.replace(FAILED, cause=cause, findings=findings, decided_by=None)
+    assert with_decision(read) == dataclasses.replace(read, decided_by=index)
+
+
+def test_no_finding_decided_that_an_adapter_passes() -> None:
+    read = dataclasses.replace(PASSED, findings=(WARNED,))
+    assert with_decision(read) == read
 
 
 # --- whatever the settings -------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def accept(
     outcomes = dict.fromkeys(baseline, Acceptance.UNMATCHED)
     matched = []
     for adapter in adapters:
-        failure = known.get((adapter_digest(adapter.files) or "", adapter.cause or "")) if known else None
+        failure = known.get((adapter_digest(adapter.files) or "", adapter.cause or ""))
         if failure is not None and adapter.verdict is Verdict.FAILED:
             outcome = _outcome(failure, adapter, today)
             outcomes[failure] = max(outcome, outcomes[failure], key=WORST_LAST.index)

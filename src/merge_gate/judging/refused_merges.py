@@ -114,7 +114,7 @@ def _on_load(fact: PeftRaised) -> Finding:
     hint = f"{_SAVE_AGAIN}; weights must be tensors only"
     if fact.error.kinds[0] in {"SafetensorError", "UnpicklingError", "EOFError"}:
         return FILE_CORRUPT.finding(message, hint, Origin.FILE)
-    if fact.error.is_a("ValueError", "RuntimeError", "NotImplementedError"):
+    if fact.error.is_a("ValueError", "RuntimeError"):
         return CONFIG_INVALID.finding(message, hint, Origin.CONFIG)
     return undecided(message, hint, origin=Origin.CONFIG)
 
