@@ -22,6 +22,7 @@ from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
+from merge_gate.worker import supervisor
 from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
 from tests.support.faults import poison
 from tests.support.small_fleet import BROKEN, same
@@ -189,7 +190,7 @@ def test_where_there_may_be_a_card_torch_is_asked_once_for_the_device(
     assert cached(first) == {"plain-0"}
     assert first.environment.device == "cpu"
     assert len(list((copy / "cache" / "devices").iterdir())) == 1
-    monkeypatch.setattr(device_lookup, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(supervisor, "WorkerProcess", lambda **_: pytest.fail("a worker was started"))
     assert same(run(copy, "plain-0")) == same(first)
 
 

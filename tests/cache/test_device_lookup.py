@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 import pytest
 
 from merge_gate.cache import device_lookup
-from merge_gate.cache.device_lookup import KnownDevices, MergeDevice, ask_worker
-from merge_gate.worker.protocol import DeviceChosen, Event, Idle, Job
+from merge_gate.cache.device_lookup import KnownDevices
 from tests.support.cache.caches import CARD, CPU
 from tests.support.cache.store_writes import store as open_store
 
@@ -76,39 +73,3 @@ def test_a_system_without_a_boot_id(content: str | None, tmp_path: Path, monkeyp
         (tmp_path / "boot_id").write_text(content)
     monkeypatch.setattr(device_lookup, "Path", lambda _: tmp_path / "boot_id")
     assert device_lookup.boot_id() is None
-
-
-# --- asking a worker -------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A worker process that is asked for its device."""
-
-    def __init__(self, *events: Event) -> None:
-        self._events = events
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing was started."""
-
-    def run(self, job: Job, listen: Callable[[Event], None], **_: object) -> None:
-        assert not job.groups, "it is to merge nothing"
-        assert job.device == "cuda:1"
-        for event in self._events:
-            listen(event)
-
-
-@pytest.mark.parametrize(
-    ("events", "device"),
-    [
-        ((Idle(), DeviceChosen(device="cuda:1", device_name="a card")), MergeDevice(device="cuda:1", name="a card")),
-        ((), None),
-    ],
-)
-def test_a_worker_without_adapters_reports_its_device(
-    events: tuple[Event, ...], device: MergeDevice | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_lookup, "WorkerProcess", lambda: Worker(*events))
-    assert ask_worker("cuda:1") == device

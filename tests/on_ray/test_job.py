@@ -394,7 +394,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch, part: RayPart, then: Callable[[]
     facts = BaseFacts(model="./base", revision=None, dtype="float32", quantization=Quantization.NONE)
     identity = base_identity(part.job.groups[0].directory)
 
-    def supervise(job: Job, listen: Callable[[Event], None]) -> None:
+    def supervise(job: Job, listen: Callable[[Event], None], _: object) -> None:
         listen(BaseLoaded(group=0, task=7, facts=facts, identity=identity, seconds=0.1))
         listen(Idle())
         for event in settled(job.groups[0].tasks[0].index):

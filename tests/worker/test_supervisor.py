@@ -246,7 +246,8 @@ def passes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
         {MergeStarted(task=6, others=(7, 8)): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
     )
     groups = tuple(one_pass(base, files[first : first + 3], first=first) for first in (0, 3, 6))
-    supervise(Job(groups=groups), killer)
+    with WorkerSlot() as worker:
+        supervise(Job(groups=groups), killer, worker)
     return killer
 
 
@@ -294,7 +295,8 @@ def test_children_that_die_at_once_are_not_started_forever(
 ) -> None:
     monkeypatch.setattr("merge_gate.worker.process._BOOTSTRAP", "raise SystemExit('no torch here')")
     killer = Killer()
-    supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer)
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Undecided")
     assert "no torch here" in killer.refusal(2).message
     wording(deed(killer.refusal(2)))
@@ -318,7 +320,8 @@ def test_an_expression_without_end_is_the_adapters_fault(shelf: Shelf, adapters:
     """Within its time limit: the trial ends, and says which expression it is."""
     adapters[0] = hang(adapters[0])
     killer = Killer()
-    supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer)
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(group(shelf.base("llama"), adapters[:1]),)), killer, worker)
     (merged,) = [event for event in killer.heard if isinstance(event, Merged)]
     refusal = merged.evidence.refusal
     assert isinstance(refusal, PatternRefused)
@@ -395,8 +398,8 @@ def test_a_broken_pipe_of_the_listener_is_not_taken_for_the_childs(shelf: Shelf,
     def listen(event: Event) -> None:
         raise BrokenPipeError
 
-    with pytest.raises(BrokenPipeError):
-        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen)
+    with pytest.raises(BrokenPipeError), WorkerSlot() as worker:
+        supervise(Job(groups=(group(shelf.base("llama"), adapters),)), listen, worker)
 
 
 def test_a_child_without_a_job_leaves_when_it_is_let_go() -> None:
@@ -434,5 +437,27 @@ def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.Mo
 
 def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:
     killer = Killer()
-    supervise(Job(groups=(group(shelf.base("llama"), []),)), killer)
+    with WorkerSlot() as worker:
+        supervise(Job(groups=(group(shelf.base("llama"), []),)), killer, worker)
+        assert not worker.is_started
     assert killer.heard == []
+
+
+# --- the device without a job ----------------------------------------------------------------------------------------
+
+
+def test_a_process_without_adapters_reports_its_device_and_ends() -> None:
+    with WorkerSlot() as worker:
+        child = process_of(worker)
+        chosen = worker.choose_device("cpu")
+        assert isinstance(chosen, DeviceChosen)
+        assert chosen.device == "cpu"
+        assert child.poll() == 0
+        assert not worker.is_started, "the next job gets a new process"
+
+
+def test_a_process_that_dies_reports_no_device() -> None:
+    with WorkerSlot() as worker:
+        process_of(worker).kill()
+        assert worker.choose_device("cpu") is None
+        assert not worker.is_started

@@ -1,7 +1,7 @@
 """Finds the device that a run would merge on, which is part of every key, without torch if possible.
 
 In: the requested device, the system's files, and the devices that earlier runs stored. Out: a `MergeDevice`, or None if
-only torch can answer; then `ask_worker` starts a worker process.
+only torch can answer; then the run asks its worker.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from merge_gate.cache.key import libraries
 from merge_gate.records.terms import record
 from merge_gate.worker.device import cpu_name, has_card
-from merge_gate.worker.process import WorkerProcess
-from merge_gate.worker.protocol import DeviceChosen, Event, Job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,19 +70,6 @@ class KnownDevices:
         cards = (self._environ.get(variable, "") for variable in _CARD_VARIABLES)
         parts = (start, self._requested, libraries()["torch"] or "", *cards)
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def ask_worker(requested: str) -> MergeDevice | None:
-    """Start a worker process without adapters, which imports torch and reports its device. None if it fails."""
-    chosen: list[MergeDevice] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, DeviceChosen):
-            chosen.append(MergeDevice(device=event.device, name=event.device_name))
-
-    with WorkerProcess() as worker:
-        worker.run(Job(groups=(), device=requested), listen, is_overdue=lambda: False)
-    return chosen[-1] if chosen else None
 
 
 def boot_id() -> str | None:

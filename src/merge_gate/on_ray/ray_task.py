@@ -21,7 +21,7 @@ from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Origin, record
 from merge_gate.worker.protocol import BaseLoaded, Event, Finished, Group, Idle, Job, MergeProgressed, Task, Undecided
-from merge_gate.worker.supervisor import supervise
+from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 MAX_BATCH = 20
 """The most events in a batch. The event of a merge may have hundreds of kilobytes."""
@@ -92,7 +92,8 @@ class _BaseEvents:
 
 def _supervise(job: Job, bases: _BaseEvents, events: queue.SimpleQueue[Event | BaseException | None]) -> None:
     try:
-        supervise(job, bases)
+        with WorkerSlot() as worker:
+            supervise(job, bases, worker)
         bases.end()
         events.put(None)
     except BaseException as error:  # noqa: BLE001 - `_batches` raises it again

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
-from merge_gate.cache.device_lookup import MergeDevice, ask_worker
+from merge_gate.cache.device_lookup import MergeDevice
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
 from merge_gate.config.suggestions import nearest
@@ -199,7 +199,7 @@ class _Run:
         """Settle the entries whose verdicts are cached, and remove them from `to_merge`."""
         if not self._cache.may_hit:
             return
-        device = self._cache.known_device() or ask_worker(self._options.device)  # may start a process
+        device = self._cache.known_device() or self._ask_worker()
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
@@ -218,6 +218,11 @@ class _Run:
                 self._tally.settle(index, cached.adapter)
                 self._writer.changed()
                 self._view.adapter_done(cached.adapter)
+
+    def _ask_worker(self) -> MergeDevice | None:
+        """The device that only torch can tell. The next job gets a new process."""
+        chosen = self._worker.choose_device(self._options.device)
+        return _merge_device(chosen) if chosen is not None else None
 
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
@@ -304,7 +309,7 @@ class _Run:
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self._tally.sandbox.missing:
             self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
-        self._cache.set_device(MergeDevice(device=event.device, name=event.device_name))
+        self._cache.set_device(_merge_device(event))
         self._tally.merged_on(event.device, event.device_name, event.sandbox)
 
     def _judge(self, index: int, evidence: Evidence) -> None:
@@ -368,3 +373,7 @@ class _Run:
         self._finished = True
         self._view.finish(report, self._options.output or "")
         return report
+
+
+def _merge_device(chosen: protocol.DeviceChosen) -> MergeDevice:
+    return MergeDevice(device=chosen.device, name=chosen.device_name)

@@ -46,12 +46,13 @@ _MERGING = "while it merged this adapter"
 
 
 class WorkerSlot:
-    """The owner of a run's worker process. There is at most one at a time for its adapters.
+    """The owner of a run's worker process. There is at most one at a time.
 
     1. It is started before the configuration is read, and imports what it needs meanwhile.    `start_early`
     2. It is replaced if a base is quantized, because that needs other variables.              `start`
     3. It gets a job. After that, or after its death, the next job gets a new process.         `run`
-    4. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
+    4. Without adapters, a job only reports the device. It takes the process like any other.   `choose_device`
+    5. It ends with the `with` block, or earlier if there is nothing to merge.                 `end`
     """
 
     def __init__(self) -> None:
@@ -89,6 +90,18 @@ class WorkerSlot:
         finally:
             self.end()
 
+    def choose_device(self, requested: str) -> DeviceChosen | None:
+        """The device that torch would choose for `requested`, and its name. None if the process fails."""
+        chosen: list[DeviceChosen] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, DeviceChosen):
+                chosen.append(event)
+
+        job = Job(groups=(), device=requested)
+        self.run(job, Attempt(job, listen))
+        return chosen[-1] if chosen else None
+
     def end(self) -> None:
         """End the process, whatever it does. May be called more than once."""
         if self._process is not None:
@@ -96,16 +109,11 @@ class WorkerSlot:
         self._process = None
 
 
-def supervise(job: Job, listen: Listener, worker: WorkerSlot | None = None) -> None:
+def supervise(job: Job, listen: Listener, worker: WorkerSlot) -> None:
     """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the process.
 
     `worker` may hold a process that was started before the job was known.
     """
-    with worker or WorkerSlot() as slot:
-        _supervise(job, listen, slot)
-
-
-def _supervise(job: Job, listen: Listener, worker: WorkerSlot) -> None:
     tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
