@@ -396,5 +396,5 @@ def test_a_directory_that_may_not_be_read(tmp_path: Path) -> None:
 
 def test_resolving_a_base_reads_its_files(tmp_path: Path) -> None:
     resolved = resolve_base(str(lay(tmp_path, {MODEL: safetensors(PLAIN)})), label="./base")
-    assert resolved.base is not None
-    assert resolved.base.weights == (MODEL,)
+    assert resolved.base_files is not None
+    assert resolved.base_files.weights == (MODEL,)

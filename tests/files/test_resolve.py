@@ -64,11 +64,11 @@ for call in json.load(sys.stdin):
         if call.pop("keeps_no_listing", False):
             hub.huggingface_hub = object()  # huggingface_hub 1 cannot be asked what a repository holds
         got = {"adapter": adapter, "base": base}[call.pop("kind")](**call)
-        directory = got.snapshot.directory
+        directory = got.directory
         import os
         names = sorted(os.path.relpath(os.path.join(place, file), directory)
                        for place, _, files in os.walk(directory) for file in files)
-        answers.append({"directory": directory, "commit": got.snapshot.revision, "withheld": got.withheld,
+        answers.append({"directory": directory, "commit": got.revision, "withheld": got.withheld,
                         "names": names, "digest": digest_directory(directory, names), "notes": notes})
     except ResolveError as error:
         answers.append({"error": error.message, "hint": error.hint, "notes": notes})
@@ -134,9 +134,9 @@ def spec(path: Path | None) -> AdapterSpec:
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     resolved = resolve_adapter(spec(tmp_path))
-    assert resolved.snapshot.directory == str(tmp_path)
-    assert resolved.snapshot.name == "./a"
-    assert resolved.snapshot.revision is None
+    assert resolved.directory == str(tmp_path)
+    assert resolved.name == "./a"
+    assert resolved.revision is None
     assert resolved.withheld == ()
 
 
@@ -157,7 +157,7 @@ def test_a_combination_is_no_directory() -> None:
 
 def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
     directory = make_directory(tmp_path / "base", BASE)
-    assert resolve_base(str(directory), label="./base").snapshot.name == "./base"
+    assert resolve_base(str(directory), label="./base").name == "./base"
     assert base_weight_files(str(directory)) == ("model.safetensors",)
 
 
@@ -207,9 +207,9 @@ def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> Non
 
 def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
     sharded = make_directory(tmp_path / "sharded", SHARDS)
-    assert base_weight_files(str(resolve_base(str(sharded)).snapshot.directory)) == tuple(sorted(SHARDS)[1:])[::-1]
+    assert base_weight_files(str(resolve_base(str(sharded)).directory)) == tuple(sorted(SHARDS)[1:])[::-1]
     pickled = make_directory(tmp_path / "pickled", PICKLED_BASE)
-    assert resolve_base(str(pickled), allow_pickle=True).snapshot.directory == str(pickled)
+    assert resolve_base(str(pickled), allow_pickle=True).directory == str(pickled)
 
 
 def test_a_base_whose_file_is_a_link_to_nowhere(tmp_path: Path, wording: Wording) -> None:

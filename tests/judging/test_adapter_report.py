@@ -10,7 +10,7 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, TensorHeader
+from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, Snapshot, TensorHeader
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import NotJudged, OtherForward, ParametersNotStored
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
@@ -305,12 +305,18 @@ OF_DTYPE = of_base_file("base-format", "no dtype")
 CONTRADICTION = of_base_file("base-inconsistent")
 FP8 = DeclaredQuantization(method="fp8", file="config.json", key="quantization_config")
 BASE_FILES = BaseFiles(directory="/b", quantization=FP8, auto_dtype=OF_DTYPE, findings=(CONTRADICTION,))
+
+
+def at_b(base_files: BaseFiles) -> Snapshot:
+    return Snapshot(name="./b", directory="/b", base_files=base_files)
+
+
 QUANTIZED = spec(base=BaseSpec(model="/b", label="./b", quantization=Quantization.BNB_4BIT))
-ON_BASE = Entry(spec=QUANTIZED, dtype="auto", members=(files(),), base_files=BASE_FILES)
+ON_BASE = Entry(spec=QUANTIZED, dtype="auto", members=(files(),), base=at_b(BASE_FILES))
 
 
 def test_a_base_whose_files_were_not_read_has_no_findings() -> None:
-    assert adapter_report.base_findings(dataclasses.replace(ON_BASE, base_files=None)) == ()
+    assert adapter_report.base_findings(dataclasses.replace(ON_BASE, base=None)) == ()
 
 
 def test_the_base_the_request_and_the_dtype_may_each_be_wrong() -> None:
@@ -324,17 +330,17 @@ def test_the_base_the_request_and_the_dtype_may_each_be_wrong() -> None:
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", (OF_DTYPE,)), ("float32", ()), ("bfloat16", ())])
 def test_what_keeps_a_base_from_its_own_dtype_keeps_it_from_no_other(dtype: str, expected: tuple[Finding, ...]) -> None:
     plain = BaseFiles(directory="/b", auto_dtype=OF_DTYPE)
-    assert adapter_report.base_findings(Entry(spec=SPEC, dtype=dtype, base_files=plain)) == expected
+    assert adapter_report.base_findings(Entry(spec=SPEC, dtype=dtype, base=at_b(plain))) == expected
 
 
 def test_a_sound_base_has_no_findings_of_its_files() -> None:
-    assert adapter_report.base_findings(Entry(spec=SPEC, dtype="auto", base_files=BaseFiles(directory="/b"))) == ()
+    assert adapter_report.base_findings(Entry(spec=SPEC, dtype="auto", base=at_b(BaseFiles(directory="/b")))) == ()
 
 
 def test_findings_of_a_base_are_bounded() -> None:
     many = tuple(of_base_file("base-inconsistent", f"m{number}") for number in range(105))
     found = adapter_report.base_findings(
-        Entry(spec=SPEC, dtype="auto", base_files=BaseFiles(directory="/b", findings=many))
+        Entry(spec=SPEC, dtype="auto", base=at_b(BaseFiles(directory="/b", findings=many)))
     )
     assert found[:-1] == many[:100]
     assert found[-1].measured == (("more", 5.0),)
@@ -347,7 +353,7 @@ def test_a_base_that_cannot_be_loaded_keeps_the_adapter_from_being_judged() -> N
         ON_BASE,
         members=(files(findings=(warning,)),),
         problem=PROBLEM,
-        base_files=dataclasses.replace(BASE_FILES, quantization=None),
+        base=at_b(dataclasses.replace(BASE_FILES, quantization=None)),
     )
     report = adapter_report.blocked(asked)
     assert report is not None

@@ -13,10 +13,9 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
-from merge_gate.files.resolve import Resolved
 from merge_gate.judging.undecided import accident, undecided
 from merge_gate.records.config import AdapterSpec, Config
-from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry
+from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import quoted
 
@@ -30,7 +29,7 @@ class Inputs:
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
-        self._bases: dict[tuple[str, str | None], Resolved | GateError] = {}
+        self._bases: dict[tuple[str, str | None], Snapshot | GateError] = {}
 
     def entries(self, spec: AdapterSpec) -> tuple[Entry, ...]:
         """The adapter's files and its base, once for each dtype."""
@@ -59,9 +58,9 @@ class Inputs:
     def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         if spec.name not in self._read:
             allow = self._config.allow_pickle
-            resolved = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
-            files = preflight(resolved.snapshot.directory, allow_pickle=allow, withheld=resolved.withheld)
-            self._read[spec.name] = files, resolved.snapshot.revision
+            snapshot = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
+            files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
+            self._read[spec.name] = files, snapshot.revision
         return self._read[spec.name]
 
     def checked(self, spec: AdapterSpec) -> Entry:
@@ -96,25 +95,25 @@ class Inputs:
         requested = self._requested_base(entry)
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))
-        resolved = self._base(*requested)
-        if isinstance(resolved, GateError):
+        base = self._base(*requested)
+        if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
-            hint = resolved.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {resolved.hint}"
-            return replace(entry, problem=_refused(resolved, hint))
-        return replace(entry, base=resolved.snapshot, base_files=resolved.base)
+            hint = base.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {base.hint}"
+            return replace(entry, problem=_refused(base, hint))
+        return replace(entry, base=base)
 
     def _named_by_adapter(self, name: str) -> str:
         """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
         path = str(Path(self._config.directory, name))
         return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
 
-    def _base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:
+    def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
         key = (model, revision)
         if key not in self._bases:
             self._bases[key] = self._resolved_base(model, revision, label)
         return self._bases[key]
 
-    def _resolved_base(self, model: str, revision: str | None, label: str) -> Resolved | GateError:
+    def _resolved_base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
         try:
             return resolve.resolve_base(
                 model,

@@ -1,6 +1,6 @@
 """Resolves an adapter or a base to a directory. A Hub id is pinned to a commit, and its files are fetched.
 
-`Resolved` or a `ResolveError` comes out. huggingface_hub is imported (by `hub`) only for a Hub id; torch is never
+`Snapshot` or a `ResolveError` comes out. huggingface_hub is imported (by `hub`) only for a Hub id; torch is never
 imported. Only the files that a merge needs are fetched: no second copy of the weights, and no pickle or code unless
 allowed.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, BaseFiles, Snapshot
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
 from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
@@ -28,18 +28,6 @@ _LISTED = 6
 _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
 
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """The files behind a name. `withheld` are the repository's files that were not fetched (with their folders).
-
-    `base` describes the files of a base.
-    """
-
-    snapshot: Snapshot
-    withheld: tuple[str, ...] = ()
-    base: BaseFiles | None = None
 
 
 def _ignore(_: str) -> None:
@@ -55,7 +43,7 @@ def resolve_adapter(
     allow_pickle: bool = False,
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
-) -> Resolved:
+) -> Snapshot:
     """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it."""
     if spec.path is not None:
         return _local(spec.path, "adapter", name=spec.source)
@@ -86,14 +74,14 @@ def resolve_base(
     label: str | None = None,
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
-) -> Resolved:
+) -> Snapshot:
     """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
     """
     name = label or model
     if Path(model).is_absolute():
-        resolved = _local(model, "base", name=name)
+        snapshot = _local(model, "base", name=name)
     else:
         _refuse_local_name(model)
 
@@ -102,14 +90,14 @@ def resolve_base(
                 names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
 
-        resolved = _fetch(model, revision, choose, name=name, token=token, notify=notify)
-    files = base_files.read_base(resolved.snapshot.directory, name=name, allow_pickle=allow_pickle)
-    return replace(resolved, base=files)
+        snapshot = _fetch(model, revision, choose, name=name, token=token, notify=notify)
+    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=allow_pickle)
+    return replace(snapshot, base_files=files)
 
 
-def _local(path: str, what: str, *, name: str) -> Resolved:
+def _local(path: str, what: str, *, name: str) -> Snapshot:
     if Path(path).is_dir():
-        return Resolved(snapshot=Snapshot(name=name, directory=path))
+        return Snapshot(name=name, directory=path)
     reason = "it is a file" if Path(path).exists() else "the path does not exist"
     place, start = (
         ("", "")
@@ -131,7 +119,7 @@ def _fetch(
     token: str | None,
     notify: Callable[[str], None],
     needs: tuple[str, ...] = (),
-) -> Resolved:
+) -> Snapshot:
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
@@ -139,8 +127,7 @@ def _fetch(
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)
-    snapshot = Snapshot(name=name, directory=fetched.directory, revision=fetched.commit)
-    return Resolved(snapshot=snapshot, withheld=fetched.withheld)
+    return Snapshot(name=name, directory=fetched.directory, revision=fetched.commit, withheld=fetched.withheld)
 
 
 def reads_as_path(model: str) -> bool:

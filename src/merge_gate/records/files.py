@@ -12,15 +12,6 @@ CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.s
 
 
 @record
-class Snapshot:
-    """Files on disk. `name` is as written. `revision` is the commit of a Hub id, and None for a directory."""
-
-    name: str
-    directory: str
-    revision: str | None = None
-
-
-@record
 class FileIdentity:
     """Identifies a file, and changes when something writes to it (identity.py)."""
 
@@ -129,6 +120,24 @@ class BaseFiles:
 
 
 @record
+class Snapshot:
+    """The files behind the name of an adapter or a base.
+
+    Attributes:
+        name: the name as written.
+        revision: the commit of a Hub id; None for a directory.
+        withheld: the repository's files that were not fetched (with their folders).
+        base_files: what the files of a base say; None for an adapter.
+    """
+
+    name: str
+    directory: str
+    revision: str | None = None
+    withheld: tuple[str, ...] = ()
+    base_files: BaseFiles | None = None
+
+
+@record
 class Pattern:
     """A regular expression of an adapter's config: `text` is written at `place`, and PEFT compiles `expression`."""
 
@@ -187,7 +196,7 @@ class AdapterFiles:
 class Entry:
     """One adapter (or combination) on one base in one dtype, with the files that its names stand for.
 
-    `problem` says why a name has no files. `base_files` is None if nothing has read the base's files.
+    `problem` says why a name has no files.
     """
 
     spec: AdapterSpec
@@ -195,8 +204,12 @@ class Entry:
     members: tuple[AdapterFiles, ...] = ()
     revision: str | None = None
     base: Snapshot | None = None
-    base_files: BaseFiles | None = None
     problem: Finding | None = None
+
+    @property
+    def base_files(self) -> BaseFiles | None:
+        """What the base's files say; None if nothing has read them."""
+        return self.base.base_files if self.base is not None else None
 
     @property
     def files(self) -> AdapterFiles:
