@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +25,7 @@ def load(place: Path, text: str | None):
 def test_what_is_read(tmp_path: Path) -> None:
     (one,) = load(tmp_path, GOOD + "    also: [headroom]\n").baseline
     assert (one.adapter, one.cause, one.also) == (DIGEST, "no-effect", ("headroom",))
-    assert (one.reason, one.owner, one.until, one.line) == ("a stub", "team-a", dt.date(2026, 12, 31), 3)
+    assert (one.reason, one.owner, one.until, one.line) == ("a stub", "team-a", "2026-12-31", 3)
 
 
 def test_one_that_is_empty_accepts_nothing(tmp_path: Path) -> None:

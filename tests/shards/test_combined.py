@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from merge_gate.errors import GateError
-from merge_gate.records.report import TOOL, BaselineEntry, ConfigFile, Report, Sandbox, Tool
-from merge_gate.records.terms import Acceptance, Result, Verdict
+from merge_gate.records.report import TOOL, ConfigFile, Report, Sandbox, Tool
+from merge_gate.records.terms import Acceptance, BaselineEntry, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
 from merge_gate.report.formats.json_report import read, render

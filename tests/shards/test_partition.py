@@ -7,7 +7,6 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
-from datetime import date
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
-from merge_gate.records.config import Combine, KnownFailure
+from merge_gate.records.config import Combine
 from merge_gate.records.options import RunOptions
+from merge_gate.records.terms import Acceptance, BaselineEntry
 from merge_gate.shards.costs import Cost, Costs
 from merge_gate.shards.partition import assign, part_of, shard_of
 from tests.support.command import merge_gate
@@ -137,7 +137,15 @@ def test_the_plan_is_another_one_when_anything_of_it_is(config: Config, tmp_path
 
     others = [digest(config, 3), digest(config, quick=True), digest(config, most=5)]
     others.append(digest(replace(config, sha256="0" * 64)))
-    known = KnownFailure(adapter="a" * 64, cause="no-effect", reason="r", owner="o", until=date(2030, 1, 1), line=1)
+    known = BaselineEntry(
+        adapter="a" * 64,
+        cause="no-effect",
+        reason="r",
+        owner="o",
+        until="2030-01-01",
+        outcome=Acceptance.UNMATCHED,
+        line=1,
+    )
     others.append(digest(replace(config, baseline=(known,))))
     (tmp_path / "adapters" / "a5" / "adapter_config.json").write_text("{}")  # a base that nobody knows
     others.append(digest(config, 3))

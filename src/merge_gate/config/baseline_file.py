@@ -1,4 +1,4 @@
-"""Validates a baseline file: a YAML document in, `KnownFailure`s or a `ConfigError` with all problems out.
+"""Validates a baseline file: a YAML document in, `BaselineEntry`s or a `ConfigError` with all problems out.
 
 Each entry names exactly one adapter. Patterns are not allowed, so that failures are accepted one by one.
 """
@@ -15,7 +15,7 @@ from merge_gate.config.model import DATE, NEEDED, Digest, Model, Text, Version, 
 from merge_gate.config.problems import read_models
 from merge_gate.config.suggestions import nearest
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.config import KnownFailure
+from merge_gate.records.terms import Acceptance, BaselineEntry
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class BaselineFile(Model):
     accept: list[Accept] = NEEDED
 
 
-def build_baseline(document: YamlDocument) -> tuple[KnownFailure, ...]:
+def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
     """Validate the values of a baseline.
 
     Raises:
         ConfigError: with every problem, in the order of the file.
     """
     file = read_models(document, BaselineFile)
-    known: dict[tuple[str, str], KnownFailure] = {}
+    known: dict[tuple[str, str], BaselineEntry] = {}
     for index, entry in enumerate(file.accept or []):
         loc: Loc = ("accept", index)
         if not (entry and entry.adapter and entry.cause and entry.until):
@@ -63,8 +63,9 @@ def build_baseline(document: YamlDocument) -> tuple[KnownFailure, ...]:
         except ValueError:
             document.report((*loc, "until"), f"{quoted(entry.until)} is not a date", "write a date such as 2026-12-31")
             continue
-        failure = entry.record(KnownFailure, until=until, line=document.value_at(loc).line)
-        if (first := known.setdefault((failure.adapter, failure.cause), failure)) is not failure:
+        line = document.value_at(loc).line
+        known_failure = entry.record(BaselineEntry, until=until.isoformat(), outcome=Acceptance.UNMATCHED, line=line)
+        if (first := known.setdefault((entry.adapter, entry.cause), known_failure)) is not known_failure:
             document.report(loc, "this adapter and cause are already accepted", f"first in line {first.line}")
     document.raise_problems()
     return tuple(known.values())

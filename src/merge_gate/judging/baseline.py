@@ -10,18 +10,17 @@ them, and the outcome of each baseline entry; a failed adapter stays `failed`.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from merge_gate.records.report import Accepted, AdapterReport, BaselineEntry
-from merge_gate.records.terms import Acceptance, Severity, Verdict
+from merge_gate.records.report import Accepted, AdapterReport
+from merge_gate.records.terms import Acceptance, BaselineEntry, Severity, Verdict
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Iterable, Sequence
 
-    from merge_gate.records.config import KnownFailure
     from merge_gate.records.files import FileRecord
 
 WORST_LAST = (Acceptance.UNMATCHED, Acceptance.USED, Acceptance.MORE, Acceptance.EXPIRED)
@@ -40,39 +39,26 @@ def failing_checks(adapter: AdapterReport) -> frozenset[str]:
 
 
 def accept(
-    adapters: Sequence[AdapterReport], baseline: Sequence[KnownFailure], today: dt.date
+    adapters: Sequence[AdapterReport], baseline: Sequence[BaselineEntry], today: dt.date
 ) -> tuple[tuple[AdapterReport, ...], tuple[BaselineEntry, ...]]:
-    """The adapters, each accepted or not, and the outcome of each entry of the baseline."""
-    known = {(failure.adapter, failure.cause): failure for failure in baseline}
+    """The adapters, each accepted or not, and the entries of the baseline with their outcomes."""
+    known = {(entry.adapter, entry.cause): entry for entry in baseline}
     outcomes = dict.fromkeys(baseline, Acceptance.UNMATCHED)
     matched = []
     for adapter in adapters:
-        failure = known.get((adapter_digest(adapter.files) or "", adapter.cause or ""))
-        if failure is not None and adapter.verdict is Verdict.FAILED:
-            outcome = _outcome(failure, adapter, today)
-            outcomes[failure] = max(outcome, outcomes[failure], key=WORST_LAST.index)
+        entry = known.get((adapter_digest(adapter.files) or "", adapter.cause or ""))
+        if entry is not None and adapter.verdict is Verdict.FAILED:
+            outcome = _outcome(entry, adapter, today)
+            outcomes[entry] = max(outcome, outcomes[entry], key=WORST_LAST.index)
             if outcome is Acceptance.USED:
-                accepted = Accepted(reason=failure.reason, owner=failure.owner, until=failure.until.isoformat())
+                accepted = Accepted(reason=entry.reason, owner=entry.owner, until=entry.until)
                 matched.append(replace(adapter, accepted=accepted))
                 continue
         matched.append(adapter)
-    return tuple(matched), tuple(_entry(failure, outcome) for failure, outcome in outcomes.items())
+    return tuple(matched), tuple(replace(entry, outcome=outcome) for entry, outcome in outcomes.items())
 
 
-def _outcome(failure: KnownFailure, adapter: AdapterReport, today: dt.date) -> Acceptance:
-    if today > failure.until:
+def _outcome(entry: BaselineEntry, adapter: AdapterReport, today: dt.date) -> Acceptance:
+    if today > dt.date.fromisoformat(entry.until):
         return Acceptance.EXPIRED
-    return Acceptance.USED if failing_checks(adapter) <= {failure.cause, *failure.also} else Acceptance.MORE
-
-
-def _entry(failure: KnownFailure, outcome: Acceptance) -> BaselineEntry:
-    return BaselineEntry(
-        adapter=failure.adapter,
-        cause=failure.cause,
-        also=failure.also,
-        reason=failure.reason,
-        owner=failure.owner,
-        until=failure.until.isoformat(),
-        outcome=outcome,
-        line=failure.line,
-    )
+    return Acceptance.USED if failing_checks(adapter) <= {entry.cause, *entry.also} else Acceptance.MORE

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime as dt
-
-from merge_gate.records.terms import BaseKey, Quantization, Severity, record
+from merge_gate.records.terms import BaseKey, BaselineEntry, Quantization, Severity, record
 
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
@@ -104,23 +102,6 @@ class AdapterSpec:
 
 
 @record
-class KnownFailure:
-    """A failure that its owner accepts, up to and including a day.
-
-    `adapter` is the digest of the adapter's files. `cause` is the check that decides, `also` are other checks that may
-    fail the adapter. `line` is the entry's line in the baseline file.
-    """
-
-    adapter: str
-    cause: str
-    also: tuple[str, ...] = ()
-    reason: str
-    owner: str
-    until: dt.date
-    line: int
-
-
-@record
 class Config:
     """A valid configuration.
 
@@ -138,7 +119,7 @@ class Config:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     baseline_path: str | None = None
-    baseline: tuple[KnownFailure, ...] = ()
+    baseline: tuple[BaselineEntry, ...] = ()
 
     @property
     def label(self) -> str:

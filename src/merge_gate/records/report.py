@@ -6,7 +6,7 @@ from collections import Counter
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.terms import Acceptance, BaseKey, Finding, Result, Verdict, record, reported
+from merge_gate.records.terms import BaseKey, BaselineEntry, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
 TOOL = "merge-gate"
@@ -64,23 +64,6 @@ class Accepted:
     reason: str = reported("Why it is accepted.")
     owner: str = reported("Who is responsible for it.")
     until: str = reported("The last day on which it is accepted; after that day the adapter fails the run.")
-
-
-@record
-class BaselineEntry:
-    """One acceptance of the baseline, and its outcome in this run."""
-
-    adapter: str = reported("Digest of the adapter's files, hex.")
-    cause: str = reported("The check that decided.")
-    also: tuple[str, ...] = reported("Other checks that may fail the adapter.", default=())
-    reason: str = reported("Why it is accepted.")
-    owner: str = reported("Who is responsible for it.")
-    until: str = reported("The last day on which it is accepted.")
-    outcome: Acceptance = reported(
-        "`used`; `expired`: its last day is over; `fails otherwise too`: another check failed that it does not name; "
-        "`matches nothing` in this run."
-    )
-    line: int = reported("Its line in the baseline file, counted from 1.")
 
 
 @record

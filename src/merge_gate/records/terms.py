@@ -1,4 +1,4 @@
-"""The enumerations that all records share, the decorator `record`, and `reported`, `BaseKey`, and `Finding`.
+"""What all records share: the decorator `record`, `reported`, the enumerations, and small records such as `BaseKey`.
 
 It imports only the standard library.
 """
@@ -145,3 +145,20 @@ class Finding:
         'JSON has no infinities; they are written as the strings `"Infinity"`, `"-Infinity"` and `"NaN"`.',
         default=(),
     )
+
+
+@record
+class BaselineEntry:
+    """One acceptance of the baseline, and its outcome in this run."""
+
+    adapter: str = reported("Digest of the adapter's files, hex.")
+    cause: str = reported("The check that decided.")
+    also: tuple[str, ...] = reported("Other checks that may fail the adapter.", default=())
+    reason: str = reported("Why it is accepted.")
+    owner: str = reported("Who is responsible for it.")
+    until: str = reported("The last day on which it is accepted.")
+    outcome: Acceptance = reported(
+        "`used`; `expired`: its last day is over; `fails otherwise too`: another check failed that it does not name; "
+        "`matches nothing` in this run."
+    )
+    line: int = reported("Its line in the baseline file, counted from 1.")

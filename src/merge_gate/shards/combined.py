@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from merge_gate.errors import GateError
 from merge_gate.judging.baseline import WORST_LAST
-from merge_gate.records.report import BaselineEntry, BaseReport, Environment, Report, Sandbox, Shard
-from merge_gate.records.terms import Acceptance, Result, record
+from merge_gate.records.report import BaseReport, Environment, Report, Sandbox, Shard
+from merge_gate.records.terms import Acceptance, BaselineEntry, Result, record
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.shards.base_order import in_order
 from merge_gate.shards.shard_files import FoundReport
