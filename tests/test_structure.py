@@ -84,14 +84,14 @@ def test_every_sentence_of_a_golden_is_of_a_test() -> None:
         assert {name.partition("[")[0] for name in wording.read(golden)} <= tests, golden
 
 
-def test_what_the_tool_of_mutants_names_exists() -> None:
+def test_files_and_tests_that_the_mutants_tool_names_exist() -> None:
     """A renamed test that the tool leaves out under its old name costs seconds for each mutant."""
     for source, first, every in mutants.PARTS.values():
         assert all([*ROOT.glob(pattern)] for pattern in source), source
         assert all((ROOT / path).exists() for path in (*first, *every)), (first, every)
-    named = (*mutants.SLOW, *mutants.SAME_FILES, *mutants.LAST)
+    named = (*mutants.SLOW, *mutants.SAME_FILES, *mutants.NOT_FIRST)
     assert [test for test in named if test.partition("::")[2] not in functions(test.partition("::")[0])] == []
-    for start in mutants.HOLD_EVERY_WORD:
+    for start in mutants.GOLDEN_TESTS:
         path, _, name = start.partition("::")
         assert any(function.startswith(name) for function in functions(path)), start
 

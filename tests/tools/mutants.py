@@ -1,12 +1,14 @@
-"""A mutation run: is there a test that fails for each small change of the code that judges?
+"""Checks with mutmut whether some test fails for each small change of the code that judges.
 
     python tests/tools/mutants.py judging|preflight|config [--only NAME …] [--show] [--work DIR]
 
-Lays a copy of the tree into a directory, and lets mutmut change it there, one place at a time, and run the tests of
-that part: first those that hold every word, which notice most in a fraction of a second, then all the others for what
-is left. mutmut skips functions with a decorator, and every check has one. So in the copy `@Check(…).on_merge` above a
-function becomes the assignment that it means. Ends with the number of mutants that no test has noticed, and with --show
-the change of each.
+1. Copy the tree into a directory.
+2. Replace decorators in the copy, because mutmut skips functions that have one, and every check has one:
+   `@Check(…).on_merge` above a function becomes the equivalent assignment below it.
+3. Let mutmut change one place at a time and run the tests that compare all messages with a golden. They take a fraction
+   of a second and kill most mutants.
+4. Run all tests of the part against the mutants that survived.
+5. Print the number of survivors, and with --show the change of each.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ PARTS = {
         ["tests/config"],
     ),
 }
-"""What is changed, the tests that look first, and all that must notice."""
+"""For each part: the files that are changed, the tests of the first pass, and the tests of the second pass."""
 
 SLOW = (
     "tests/judging/test_verdict.py::test_what_is_not_finite_never_passes",
@@ -76,7 +78,7 @@ SLOW = (
     "tests/config/test_bounds.py::test_both_parsers_read_the_same",
     "tests/config/test_bounds.py::test_a_file_may_list_ten_thousand_adapters_and_no_more",
 )
-"""Left out: seconds for each mutant. What only they notice counts as not noticed."""
+"""Left out, because they take seconds for each mutant. A mutant that only these tests kill counts as a survivor."""
 
 SAME_FILES = tuple(
     f"tests/config/test_{name}"
@@ -87,83 +89,84 @@ SAME_FILES = tuple(
         "bounds.py::test_without_libyaml_all_is_the_same",
     )
 )
-"""Left out: hundreds of files each. `test_messages.py` reads them as well, and compares every word of the result."""
+"""Left out, because each reads hundreds of files. `test_messages.py` reads the same files and compares each message."""
 
-LAST = ("tests/config/test_messages.py::test_a_fresh_import_makes_the_same_models",)
-"""Left out of the first pass: it takes ten times as long as all others there, and is for what runs on import."""
+NOT_FIRST = ("tests/config/test_messages.py::test_a_fresh_import_makes_the_same_models",)
+"""Left out of the first pass: it takes ten times as long as all other tests of that pass. It tests imports."""
 
 COPIED = ("src", "tests", "docs", "examples", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")
-NOTICED = {"killed", "timeout"}
-HOLD_EVERY_WORD = tuple(f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "files", "config"))
-"""These notice most, at the first case that differs."""
+KILLED = {"killed", "timeout"}
+GOLDEN_TESTS = tuple(f"tests/{part}/test_messages.py::test_messages_of_" for part in ("judging", "files", "config"))
+"""The tests that kill most mutants. They stop at the first message that differs, so they run first."""
 AS_MUTMUT = "as-mutmut"
 MAX_MEMORY = 8 << 30
-"""Bytes of addresses: a change can make a list grow without end."""
+"""Bytes of address space, because a mutant can make a list grow without end."""
 
 
 def main() -> int:
-    words = argparse.ArgumentParser(description="change the code, one place at a time; does a test fail?")
-    words.add_argument("part", choices=PARTS)
-    words.add_argument("--only", nargs="*", default=[], help="mutants of these names, as mutmut has them; may hold *")
-    words.add_argument("--show", action="store_true", help="print the change of each survivor")
-    words.add_argument("--work", type=Path, help="where the copy is laid, and found again by the next run")
-    asked = words.parse_args()
-    if asked.work:
-        asked.work.mkdir(parents=True, exist_ok=True)
-        return run(asked.work, asked.part, asked.only, show=asked.show)
+    parser = argparse.ArgumentParser(description="change the code in one place at a time, and run its tests")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--only", nargs="*", default=[], help="mutmut's names of the mutants to run; * is a wildcard")
+    parser.add_argument("--show", action="store_true", help="print the change of each survivor")
+    parser.add_argument("--work", type=Path, help="the directory of the copy; the next run continues there")
+    options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+        return run(options.work, options.part, options.only, show=options.show)
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        return run(Path(directory), asked.part, asked.only, show=asked.show)
+        return run(Path(directory), options.part, options.only, show=options.show)
 
 
 def run(work: Path, part: str, only: list[str], *, show: bool) -> int:
+    """Run both passes of a part, and print the survivors."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    changed, first, every = PARTS[part]
-    outcomes = tried(work / "first", changed, first, only, without=LAST)
-    left = unnoticed(outcomes)
-    print(f"{part}: {len(outcomes)} mutants, {len(left)} of them for the second pass")
-    if left:
-        outcomes |= tried(work / "every", changed, every, left)
-    left = unnoticed(outcomes)
-    for name in left:
+    changed, first_tests, all_tests = PARTS[part]
+    outcomes = run_pass(work / "first", changed, first_tests, only, without=NOT_FIRST)
+    alive = survivors(outcomes)
+    print(f"{part}: {len(outcomes)} mutants, {len(alive)} of them for the second pass")
+    if alive:
+        outcomes |= run_pass(work / "every", changed, all_tests, alive)
+    alive = survivors(outcomes)
+    for name in alive:
         print(f"{name}: {outcomes[name]}")
         if show:
             print(mutmut(work / "every", "show", name).stdout)
     counted = ", ".join(f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).most_common())
-    print(f"{part}: {len(outcomes)} mutants: {counted}; {len(left) / max(len(outcomes), 1):.1%} not noticed")
+    print(f"{part}: {len(outcomes)} mutants: {counted}; {len(alive) / max(len(outcomes), 1):.1%} survived")
     return 0
 
 
-def unnoticed(outcomes: dict[str, str]) -> list[str]:
-    return sorted(name for name, outcome in outcomes.items() if outcome not in NOTICED)
+def survivors(outcomes: dict[str, str]) -> list[str]:
+    return sorted(name for name, outcome in outcomes.items() if outcome not in KILLED)
 
 
-def tried(
+def run_pass(
     work: Path, changed: list[str], tests: list[str], names: list[str], *, without: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """What came of the mutants of these names, or of all."""
-    lay_out(work, changed, tests, (*SLOW, *SAME_FILES, *without))
-    told = mutmut(work, "run", "--max-children", os.environ.get("MUTANTS_AT_ONCE", "1"), *names, quiet=False)
-    if told.returncode:
-        sys.exit(told.returncode)
+    """The outcome of each of these mutants by name; of all mutants if `names` is empty."""
+    make_copy(work, changed, tests, (*SLOW, *SAME_FILES, *without))
+    done = mutmut(work, "run", "--max-children", os.environ.get("MUTANTS_AT_ONCE", "1"), *names, quiet=False)
+    if done.returncode:
+        sys.exit(done.returncode)
     listed = mutmut(work, "results", "--all", "true").stdout
     outcomes = dict(re.findall(r"^ +(\S+): (.+)$", listed, re.MULTILINE))
     if not names:
         return outcomes
-    return {one: outcome for one, outcome in outcomes.items() if any(fnmatch(one, name) for name in names)}
+    return {name: outcome for name, outcome in outcomes.items() if any(fnmatch(name, pattern) for pattern in names)}
 
 
-def lay_out(work: Path, changed: list[str], tests: list[str], without: tuple[str, ...]) -> None:
+def make_copy(work: Path, changed: list[str], tests: list[str], without: tuple[str, ...]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        there = work / name
+        target = work / name
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copyfile(ROOT / name, there)
+            shutil.copyfile(ROOT / name, target)
     for pattern in changed:
         for path in work.glob(pattern):
             path.write_text(without_decorators(path.read_text(encoding="utf-8")), encoding="utf-8")
-            shutil.copystat(ROOT / path.relative_to(work), path)  # what is as old as before is not changed again
+            shutil.copystat(ROOT / path.relative_to(work), path)  # mutmut skips files that are not newer
     settings = {
         "source_paths": ["src"],
         "only_mutate": changed,
@@ -180,22 +183,23 @@ def lay_out(work: Path, changed: list[str], tests: list[str], without: tuple[str
 
 
 def without_decorators(source: str) -> str:
-    """`@a(…)` above a function `f` becomes `f = a(…)(f)` below it, which is what it means."""
+    """Replace `@a(…)` above a function `f` by the equivalent `f = a(…)(f)` below it."""
     lines = source.split("\n")
-    decorated = [one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.FunctionDef) and one.decorator_list]
-    for node in sorted(decorated, key=lambda one: one.lineno, reverse=True):
-        made = node.name
-        for one in reversed(node.decorator_list):
-            made = f"({ast.get_source_segment(source, one)})({made})"
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    decorated = [node for node in functions if node.decorator_list]
+    for node in sorted(decorated, key=lambda node: node.lineno, reverse=True):
+        value = node.name
+        for decorator in reversed(node.decorator_list):
+            value = f"({ast.get_source_segment(source, decorator)})({value})"
         assert node.end_lineno
-        lines.insert(node.end_lineno, f"{' ' * node.col_offset}{node.name} = {made}")
+        lines.insert(node.end_lineno, f"{' ' * node.col_offset}{node.name} = {value}")
         del lines[node.decorator_list[0].lineno - 1 : node.lineno - 1]
     return "\n".join(lines)
 
 
 def mutmut(work: Path, *words: str, quiet: bool = True) -> subprocess.CompletedProcess[str]:
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environ |= {"CI": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # it would cost each mutant more than its tests
+    environ |= {"CI": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins would take longer than the tests
     out = subprocess.PIPE if quiet else None
     return subprocess.run(
         [sys.executable, __file__, AS_MUTMUT, *words], cwd=work, env=environ, check=False, stdout=out, text=True
@@ -203,53 +207,55 @@ def mutmut(work: Path, *words: str, quiet: bool = True) -> subprocess.CompletedP
 
 
 def as_mutmut(words: list[str]) -> None:
-    """mutmut, but that it collects the tests once: to do it for each mutant takes longer than most tests."""
-    from mutmut.__main__ import cli  # noqa: PLC0415 - it is an extra of the package
+    """Run mutmut, but collect the tests once. Collecting them for each mutant takes longer than most tests."""
+    from mutmut.__main__ import cli  # noqa: PLC0415 - it is installed for this tool only
     from mutmut.runners.harness import PytestRunner  # noqa: PLC0415
 
-    held: list[pytest.Session] = []
+    sessions: list[pytest.Session] = []
 
     def run_tests(self: PytestRunner, *, mutant_name: str | None, tests: Iterable[str]) -> int:
         with contextlib.chdir("mutants"):
-            if mutant_name is not None:  # in a process of its own
-                return outcome(held[0], tests)
-            if not held:
-                held.append(collected([*self._pytest_add_cli_args_test_selection, *self._pytest_add_cli_args]))
-            return in_a_process_of_its_own(lambda: outcome(held[0], tests))
+            if mutant_name is not None:  # mutmut has forked for this mutant
+                return exit_code(sessions[0], tests)
+            if not sessions:
+                sessions.append(collect([*self._pytest_add_cli_args_test_selection, *self._pytest_add_cli_args]))
+            return in_child_process(lambda: exit_code(sessions[0], tests))
 
     PytestRunner.run_tests = run_tests
     cli(words, standalone_mode=False)
-    if held:
+    if sessions:
         with contextlib.chdir("mutants"):
-            if in_a_process_of_its_own(lambda: outcome(held[0], [])):
-                sys.exit("the tests fail without a change as well: the outcomes mean nothing")
+            if in_child_process(lambda: exit_code(sessions[0], [])):
+                sys.exit("the tests fail without a change too, so the outcomes mean nothing")
 
 
-def collected(arguments: list[str]) -> pytest.Session:
-    place = Path("..", "held").resolve()  # where no other run of pytest on this machine tidies up
+def collect(arguments: list[str]) -> pytest.Session:
+    """A session of pytest with the tests that `arguments` select."""
+    place = Path("..", "temporary").resolve()  # other runs of pytest on this machine do not clean up here
     bare = ["--rootdir=.", "--tb=no", "-q", "--capture=no", f"--basetemp={place}"]
     config = _prepareconfig([*bare, "-o", "tmp_path_retention_policy=failed", *arguments])
     session = pytest.Session.from_config(config)
     config._do_configure()
-    hypothesis.settings.load_profile("fast")  # the plugin that `make test` loads it with is switched off here
+    hypothesis.settings.load_profile("fast")  # the plugin that loads it in `make test` is off here
     config.hook.pytest_sessionstart(session=session)
     config.hook.pytest_collection(session=session)
     config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
     return session
 
 
-def in_a_process_of_its_own(asked: Callable[[], int]) -> int:
+def in_child_process(call: Callable[[], int]) -> int:
+    """The result of `call` in a fork of this process."""
     child = os.fork()
     if not child:
-        os._exit(asked())
+        os._exit(call())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def outcome(session: pytest.Session, tests: Iterable[str]) -> int:
-    """1 where one of the tests (none: of all) fails, after which no other is run."""
+def exit_code(session: pytest.Session, tests: Iterable[str]) -> int:
+    """1 after the first test that fails, else 0. Runs all tests of the session if `tests` is empty."""
     by_name = {item.nodeid: item for item in session.items}
     items = [by_name[name] for name in tests] or session.items
-    items.sort(key=lambda item: not item.nodeid.startswith(HOLD_EVERY_WORD))  # within, mutmut has the quick ones first
+    items.sort(key=lambda item: not item.nodeid.startswith(GOLDEN_TESTS))  # mutmut sorted the others by time
     for item, following in zip(items, [*items[1:], None], strict=True):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
