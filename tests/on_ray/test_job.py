@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from merge_gate.cache.key import versions_digest
 from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
@@ -24,7 +25,7 @@ from merge_gate.files.resolve import base_weight_files, digest_directory
 from merge_gate.on_ray import ray_cluster, ray_task
 from merge_gate.on_ray.job import judge_on_ray, run_on
 from merge_gate.on_ray.ray_cluster import LostError, Resources
-from merge_gate.on_ray.ray_task import MAX_BATCH, Expected, RayPart, run_part, versions
+from merge_gate.on_ray.ray_task import MAX_BATCH, Expected, RayPart, run_part
 from merge_gate.records.measured import BaseFacts
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Quantization
@@ -299,7 +300,7 @@ def part(shelf: Shelf, tmp_path: Path) -> RayPart:
     )
     digest = digest_directory(str(base), base_weight_files(str(base)))
     expected = Expected(identity=base_identity(str(base)), sha256=digest)
-    return RayPart(job=Job(groups=(group,), device="cpu"), bases=(expected,), versions_sha256=versions())
+    return RayPart(job=Job(groups=(group,), device="cpu"), bases=(expected,), versions_sha256=versions_digest())
 
 
 def events_of(part: RayPart) -> list[Event]:

@@ -139,6 +139,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def versions_digest() -> str:
+    """The digest of all code that decides a verdict: machines with different ones may disagree."""
+    return key_of([own_code(), libraries()])
+
+
 @cache
 def own_code() -> str:
     """The digest of the gate's own source: two checkouts of one version can reach different verdicts."""

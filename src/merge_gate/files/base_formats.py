@@ -10,7 +10,6 @@ reads codes as weights. A method that it does not know is skipped with a warning
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 from merge_gate.files.base_weights import FORMAT, INCONSISTENT
 from merge_gate.files.headers import shown
+from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import DeclaredQuantization, StoredTensor
 from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.regular_file import open_regular_file
 from merge_gate.text import counted
 
 JUDGED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "mxfp4"}
@@ -56,7 +55,6 @@ _FLOATS = {"F16", "BF16", "F32", "F64"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _PACKED = {"U8", "I8", "I16", "I32"}
-_MAX_JSON_BYTES = 10_000_000
 
 _OWN_FORMATS = (
     ("exl2", re.compile(r".*\.q_weight"), _PACKED),
@@ -97,19 +95,10 @@ def declared_in(directory: str, config: Mapping[str, Any]) -> DeclaredQuantizati
     if isinstance(declared := config.get("compression_config"), dict):
         return _declaration(declared, "config.json", "compression_config", is_read=False, method="compressed-tensors")
     for file, method in _SIDE_FILES:
-        if (content := _object(Path(directory, file))) is not None:
+        if (content := read_as_transformers(Path(directory, file))) is not None:
             inner = content.get("quantization")
             return _declaration(inner if isinstance(inner, dict) else content, file, "", is_read=False, method=method)
     return None
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    try:
-        with open_regular_file(path, follow=True) as file:
-            content = json.loads(file.read(_MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _declaration(

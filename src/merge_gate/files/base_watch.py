@@ -16,6 +16,7 @@ from typing import Protocol
 
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
+from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import BaseContent, Entry, FileIdentity
 
 _Identity = tuple[FileIdentity, ...]
@@ -134,8 +135,8 @@ def _identity_now(directory: str) -> _Identity | None:
 def _settings_digest(directory: str) -> str | None:
     """None if the base runs code of another repository, which no digest here covers."""
     try:
-        config = json.loads(Path(directory, "config.json").read_bytes())
-        if "--" in json.dumps(config.get("auto_map")):
+        config = read_as_transformers(Path(directory, "config.json"))
+        if config is None or "--" in json.dumps(config.get("auto_map")):
             return None
         return resolve.digest_directory(directory, resolve.base_setting_files(directory))
     except Exception:  # noqa: BLE001 - whatever it is, no verdict on this base is stored

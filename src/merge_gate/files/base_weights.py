@@ -32,7 +32,6 @@ FETCH_AGAIN = "fetch or copy the base again and compare the sizes of its files"
 INCOMPLETE, INCONSISTENT, FORMAT = "base-incomplete", "base-inconsistent", "base-format"
 """Ids of the checks of bases (judging/checks/base_checks.py)."""
 
-_MAX_JSON_BYTES = 200_000_000
 _LISTED = 6
 
 
@@ -96,7 +95,7 @@ def read_config(directory: str, name: str) -> dict[str, Any]:
             if pointer := lfs_pointer(file):
                 raise pointer_error(name, "config.json", pointer.size_bytes)
             file.seek(0)
-            raw = file.read(_MAX_JSON_BYTES)
+            raw = file.read(json_object.LONGEST_BYTES)
         config = json.loads(raw.decode("utf-8"))
         what = "" if isinstance(config, dict) else f"holds {json_object.kind(config)}, expected a JSON object"
     except CorruptFileError as error:
@@ -224,7 +223,7 @@ def _read_index(path: Path, index: str, name: str) -> dict[str, str]:
             if pointer := lfs_pointer(file):
                 raise pointer_error(name, index, pointer.size_bytes)
             file.seek(0)
-            content = json_object.parse(file.read(_MAX_JSON_BYTES))
+            content = json_object.parse(file.read(json_object.LONGEST_BYTES))
     except (CorruptFileError, json_object.InvalidObjectError) as error:
         raise _broken_index(f"{index} {error}", name) from error
     except OSError as error:

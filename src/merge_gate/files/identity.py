@@ -5,23 +5,19 @@ A write changes the times. A rename changes the inode or its ctime, which no pro
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import FileIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-from merge_gate.regular_file import open_regular_file
 
 _BASE_FILES = re.compile(r"config\.json|(model|pytorch_model)[-.].*|.*\.(index\.json|py)")
 """Files that make a base, together with the files that an index or config.json names. Other files may change."""
-
-_MAX_JSON_BYTES = 200_000_000
 
 
 def identity_of(name: str, stat: os.stat_result) -> FileIdentity:
@@ -45,6 +41,14 @@ def base_identity(directory: str) -> tuple[FileIdentity, ...]:
     return tuple(sorted(_base_files(directory), key=lambda identity: identity.name))
 
 
+def base_bytes(directory: str) -> int | None:
+    """The size of the files that make a base; None if they cannot be read, which the worker reports."""
+    try:
+        return sum(file.size_bytes for file in base_identity(directory))
+    except OSError:
+        return None
+
+
 def _base_files(directory: str) -> Iterator[FileIdentity]:
     named: set[str] = set()
     with os.scandir(directory) as entries:
@@ -52,23 +56,20 @@ def _base_files(directory: str) -> Iterator[FileIdentity]:
             if _BASE_FILES.fullmatch(entry.name):
                 identity = identity_of(entry.name, entry.stat())
                 if entry.name.endswith((".index.json", "config.json")):
-                    named |= _named_by(entry.path, identity)
+                    named |= _named_by(entry.path)
                 yield identity
     for name in named:
         if "/" in name or not _BASE_FILES.fullmatch(name):
             yield identity_of(name, Path(directory, name).stat())
 
 
-@functools.lru_cache(maxsize=64)
-def _named_by(path: str, identity: FileIdentity) -> frozenset[str]:  # noqa: ARG001 - the cache's key: the same file
+def _named_by(path: str) -> set[str]:
     """Existing weight files in the same directory that an index or config.json names; empty if it is unreadable."""
-    try:
-        with open_regular_file(path, follow=True) as file:
-            content = json.loads(file.read(_MAX_JSON_BYTES))
-        named = {content.get("transformers_weights"), *(content.get("weight_map") or {}).values()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return frozenset()
-    return frozenset(name for name in named if isinstance(name, str) and _is_inside(name, Path(path).parent))
+    content = read_as_transformers(path) or {}
+    index = content.get("weight_map")
+    values = [content.get("transformers_weights"), *(index.values() if isinstance(index, dict) else ())]
+    named = {value for value in values if isinstance(value, str)}
+    return {name for name in named if _is_inside(name, Path(path).parent)}
 
 
 def _is_inside(name: str, directory: Path) -> bool:

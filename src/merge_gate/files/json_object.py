@@ -1,15 +1,22 @@
-"""The JSON object in a file of an adapter or a base, read strictly, and what to do if it is none.
+"""The JSON object in a file of an adapter or a base: read strictly, or as transformers reads it.
 
-In: the bytes of the file. Out: the object, or `InvalidObjectError`. Knows no file's meaning.
+In: the bytes of the file, or its hostile path. Out: the object, or why there is none. Knows no file's meaning.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LONGEST_BYTES = 200_000_000
+"""The most that is read of one file."""
 
 _MARKED = "an editor has put it there: save the file as UTF-8 without BOM"
 _EDITED = "correct the file at that place if it was edited; else save the adapter again with save_pretrained"
@@ -44,6 +51,16 @@ def parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidObjectError(f"holds {kind(value)}, expected a JSON object")
     return value
+
+
+def read_as_transformers(path: str | Path, limit_bytes: int = LONGEST_BYTES) -> dict[str, Any] | None:
+    """The object in a file that may lie behind a link; None if there is none. NaN and repeated keys are allowed."""
+    try:
+        with open_regular_file(path, follow=True) as file:
+            value = json.loads(read_all(file, limit_bytes))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def kind(value: Any) -> str:

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merge_gate.cache.key import versions_digest
 from merge_gate.errors import GateError
 from merge_gate.files.base_watch import BaseWatch
-from merge_gate.files.identity import base_identity
+from merge_gate.files.identity import base_bytes, base_identity
 from merge_gate.on_ray import ray_cluster
 from merge_gate.on_ray.ray_cluster import Cluster, LostError, Resources
-from merge_gate.on_ray.ray_task import Expected, RayPart, versions
+from merge_gate.on_ray.ray_task import Expected, RayPart
 from merge_gate.records.refusals import NotJudged
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
 from merge_gate.shards.partition import assign
@@ -116,7 +117,7 @@ def _submit(cluster: Cluster, part: _WorkerPart, bases: tuple[Expected, ...]) ->
         for group in part.job.groups
     )
     job = replace(part.job, groups=groups)
-    return cluster.submit(RayPart(job=job, bases=bases, versions_sha256=versions()), part.needs)
+    return cluster.submit(RayPart(job=job, bases=bases, versions_sha256=versions_digest()), part.needs)
 
 
 def _receive(
@@ -201,7 +202,7 @@ def _expected(group: Group, digest_of: Callable[[str], str | None] | None) -> Ex
 def _split(job: Job, nodes: tuple[Resources, ...]) -> list[_WorkerPart]:
     on_gpus = job.device != "cpu" and any(node.gpus for node in nodes)
     usable = [node for node in nodes if node.gpus or not on_gpus]
-    sizes = {index: _base_bytes(group) for index, group in enumerate(job.groups)}
+    sizes = {index: base_bytes(group.directory) or 0 for index, group in enumerate(job.groups)}
     group_of = {task.index: number for number, group in enumerate(job.groups) for task in group.tasks}
     costs = {
         task.index: _cost(task, sizes[number], number)
@@ -229,15 +230,8 @@ def _split(job: Job, nodes: tuple[Resources, ...]) -> list[_WorkerPart]:
     return parts
 
 
-def _cost(task: Task, base_bytes: int, group: int) -> Cost:
+def _cost(task: Task, size_bytes: int, group: int) -> Cost:
     own = sum(file.size_bytes for files in task.files for file in files.files)
     return Cost(
-        base=(f"{group:09}", ""), read_bytes=LOAD_BYTES + base_bytes, merge_bytes=MERGE_BYTES + base_bytes + own
+        base=(f"{group:09}", ""), read_bytes=LOAD_BYTES + size_bytes, merge_bytes=MERGE_BYTES + size_bytes + own
     )
-
-
-def _base_bytes(group: Group) -> int:
-    try:
-        return sum(file.size_bytes for file in base_identity(group.directory))
-    except OSError:
-        return 0

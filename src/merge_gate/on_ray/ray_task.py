@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.cache import key
+from merge_gate.cache.key import versions_digest
 from merge_gate.files.identity import base_identity, identity_of
 from merge_gate.files.resolve import base_weight_files, digest_directory
 from merge_gate.records.files import AdapterFiles, FileIdentity, FileRecord
@@ -46,14 +46,9 @@ class RayPart:
     versions_sha256: str
 
 
-def versions() -> str:
-    """The digest of all code that decides a verdict."""
-    return key.key_of([key.own_code(), key.libraries()])
-
-
 def run_part(part: RayPart) -> Iterator[list[Event]]:
     """Judge a part. Every task gets a `Merged` or an `Undecided`."""
-    if versions() != part.versions_sha256:
+    if versions_digest() != part.versions_sha256:
         refusal = _refusal("has other versions of the libraries, or other code of merge-gate", _VERSIONS)
         yield [Undecided(task=task.index, refusal=refusal) for group in part.job.groups for task in group.tasks]
         return

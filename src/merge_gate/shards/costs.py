@@ -6,12 +6,13 @@ adapter_config.json. Files on the Hub count as size 0, because one machine may h
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from merge_gate.files.identity import base_identity
+from merge_gate.files.identity import base_bytes
+from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.terms import record
 
 MERGE_BYTES = 64 << 20
@@ -57,10 +58,7 @@ class Costs:
 
     def _base_bytes(self, directory: str) -> int:
         if directory not in self._bases:
-            try:
-                self._bases[directory] = sum(file.size_bytes for file in base_identity(directory))
-            except OSError:  # the preflight reports it
-                self._bases[directory] = 0
+            self._bases[directory] = base_bytes(directory) or 0
         return self._bases[directory]
 
 
@@ -74,13 +72,8 @@ def _named_base(spec: AdapterSpec, home: Path) -> str:
 
 
 def _read_base_name(directory: str) -> str:
-    try:
-        path = Path(directory, "adapter_config.json")
-        if not path.is_file() or path.stat().st_size > _LONGEST_CONFIG_BYTES:
-            return ""
-        named = json.loads(path.read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):  # the preflight reports it
-        return ""
+    config = read_as_transformers(Path(directory, CONFIG_NAME), _LONGEST_CONFIG_BYTES) or {}
+    named = config.get("base_model_name_or_path")
     return named if isinstance(named, str) else ""
 
 

@@ -87,7 +87,7 @@ def part_of(
         index=index,
         count=count,
         plan_sha256=key.key_of(plan),
-        versions_sha256=key.key_of([key.own_code(), key.libraries()]),
+        versions_sha256=key.versions_digest(),
         entries=entries,
         positions=tuple(positions),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from merge_gate.files.identity import base_identity
+from merge_gate.files.identity import base_bytes
 from merge_gate.judging import all_checks
 from merge_gate.records.files import Entry
 from merge_gate.records.terms import BaseKey
@@ -45,8 +45,4 @@ def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
 
 def _default_limit_s(directory: str) -> float:
     """A time limit that grows with the base: several times what a merge takes on two slow cores."""
-    try:
-        size_bytes = sum(file.size_bytes for file in base_identity(directory))
-    except OSError:  # the worker reports it
-        size_bytes = 0
-    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * size_bytes / 2**30
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * (base_bytes(directory) or 0) / 2**30

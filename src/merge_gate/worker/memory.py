@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_gate.files.identity import base_identity
+from merge_gate.files.identity import base_bytes
 
 _PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # version 1 writes a very large number if there is no limit
@@ -94,14 +94,6 @@ def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple
         f"base {label} has {gibibytes(size_bytes)}, and only {gibibytes(free_bytes)} of memory are free: its adapters "
         "are merged in one pass over its files; in another dtype than the stored one, they may not fit"
     )
-
-
-def base_bytes(directory: str) -> int | None:
-    """The size of a base's files; None if they cannot be read, which the worker reports."""
-    try:
-        return sum(file.size_bytes for file in base_identity(directory))
-    except OSError:
-        return None
 
 
 def _loaded_bytes(directory: str, weights: tuple[str, ...]) -> int | None:

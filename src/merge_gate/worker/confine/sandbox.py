@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate.files.identity import base_bytes
 from merge_gate.records.report import Sandbox
 from merge_gate.worker.confine.landlock import restrict_writes
 from merge_gate.worker.confine.system_calls import refuse_calls
-from merge_gate.worker.memory import MemoryGroup, base_bytes
+from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.protocol import Job
 
 SWITCH = "MERGE_GATE_SANDBOX"
