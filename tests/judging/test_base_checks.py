@@ -30,7 +30,7 @@ def unworded(finding: Finding | None) -> Finding | None:
 
 @COUNTS
 def test_parameters_that_would_be_random_are_an_error(count: int, wording: Wording) -> None:
-    found = base_checks.incomplete(base(loaded_as="LlamaModel"), NAMES[:count])
+    found = base_checks.incomplete("./base", NAMES[:count], "LlamaModel")
     wording(found)
     assert unworded(found) == Finding(
         check="base-incomplete",
@@ -57,7 +57,7 @@ def test_parameters_that_the_adapter_brings_are_a_note(count: int, wording: Word
 
 
 def test_what_is_known_of_the_files_stands_behind_the_names(wording: Wording) -> None:
-    wording(base_checks.describe_incomplete("./base", NAMES[:1], "LlamaModel", " (looked at: a.safetensors)"))
+    wording(base_checks.incomplete("./base", NAMES[:1], "LlamaModel", " (looked at: a.safetensors)").message)
 
 
 # --- the line of a base ----------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_the_line_of_a_base_has_both_and_the_error_first() -> None:
     """An adapter may bring what is missing. The line of the base does not know that, so it has the error."""
     facts = base(loaded_as="LlamaModel", incomplete=NAMES[2:4], unloaded=NAMES[4:6])
     first, second = base_checks.findings_of(facts)
-    assert first == base_checks.incomplete(facts, NAMES[2:4])
+    assert first == base_checks.incomplete(facts.model, NAMES[2:4], facts.loaded_as)
     assert (second.check, second.severity, second.tensor) == ("base-inconsistent", Severity.NOTE, NAMES[4])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
 from merge_gate.judging.checks.fit import SHAPE_MISMATCH, TARGETS_NOT_FOUND, keys_missing
-from merge_gate.judging.checks.phrases import describe_pattern
+from merge_gate.judging.checks.phrases import RESTORE_CONFIG, describe_pattern
 from merge_gate.judging.undecided import undecided
 from merge_gate.records.refusals import (
     IgnoredSettings,
@@ -30,7 +30,6 @@ from merge_gate.records.terms import Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import counted, listing, quoted
 
-_RESTORE = "restore the adapter_config.json that was saved with the adapter"
 _OTHER_RELEASE = "gate the adapter with the version that it was trained with"
 _SETTINGS = 6
 """Ignored settings that one message lists."""
@@ -107,7 +106,7 @@ def targets_not_found(fact: TargetsNotFound) -> Finding:
     if not fact.targets:
         return TARGETS_NOT_FOUND.finding(
             "target_modules in adapter_config.json is empty, and no target_parameters are named",
-            _RESTORE,
+            RESTORE_CONFIG,
             Origin.CONFIG,
         )
     but = f" that exclude_modules ({fact.excluded[:100]}) leaves over" if fact.excluded else ""

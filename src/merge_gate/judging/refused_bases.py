@@ -12,9 +12,7 @@ from typing import Any
 from merge_gate.judging.checks.base_checks import (
     BASE_FORMAT,
     BASE_INCONSISTENT,
-    FETCH_AGAIN,
-    base_incomplete,
-    describe_incomplete,
+    incomplete,
 )
 from merge_gate.judging.refused_merges import INSTALL
 from merge_gate.judging.undecided import undecided
@@ -176,13 +174,7 @@ def parameters_not_stored(fact: ParametersNotStored) -> Finding:
     where = f" (looked at: {listing(fact.read, 3)})"
     if fact.elsewhere:
         where += f"; transformers does not read {listing(fact.elsewhere, 3)}, which would have some of them"
-    return base_incomplete.finding(
-        describe_incomplete(fact.base, fact.names, fact.class_name, where),
-        FETCH_AGAIN,
-        Origin.BASE,
-        module=fact.names[0].rpartition(".")[0],
-        tensor=fact.names[0],
-    )
+    return incomplete(fact.base, fact.names, fact.class_name, where)
 
 
 # --- the gate itself -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
 from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing, not_mergeable
+from merge_gate.judging.checks.phrases import RESTORE_CONFIG
 from merge_gate.judging.undecided import undecided
 from merge_gate.records.refusals import (
     Defect,
@@ -30,7 +31,6 @@ from merge_gate.records.terms import Finding, Origin, Quantization
 from merge_gate.text import listing
 
 INSTALL = "install the package that the message names in the environment that runs the gate"
-_RESTORE = "restore the adapter_config.json that was saved with the adapter"
 _SAVE_AGAIN = "save the adapter again with save_pretrained"
 _OUT_OF_BOUNDS = "is out of bounds for dimension"  # torch's words for an index that points nowhere
 
@@ -58,7 +58,7 @@ def _on_config(fact: PeftRaised) -> Finding:
             "the file is not at fault: merge it with the release that PEFT names, or train it again",
             Origin.CONFIG,
         )
-    return CONFIG_INVALID.finding(f"PEFT rejects adapter_config.json: {_named(fact)}", _RESTORE, Origin.CONFIG)
+    return CONFIG_INVALID.finding(f"PEFT rejects adapter_config.json: {_named(fact)}", RESTORE_CONFIG, Origin.CONFIG)
 
 
 def _on_inject(fact: PeftRaised) -> Finding:
@@ -71,13 +71,13 @@ def _on_inject(fact: PeftRaised) -> Finding:
         return CONFIG_INVALID.finding(
             f"adapter_config.json sets an initialization that PEFT does not know: {text}",
             "it plays no part in a merge unless it names a part of the base (pissa, olora, corda): set it to "
-            f"true, or {_RESTORE}",
+            f"true, or {RESTORE_CONFIG}",
             Origin.CONFIG,
         )
     if "dropout probability" in text:
         return CONFIG_INVALID.finding(
             f"adapter_config.json sets a dropout that PEFT refuses: {text}",
-            f"dropout plays no part in a merge: {_RESTORE}",
+            f"dropout plays no part in a merge: {RESTORE_CONFIG}",
             Origin.CONFIG,
         )
     if "preprocess_corda" in text:
@@ -139,7 +139,7 @@ def _on_combine(fact: PeftRaised) -> Finding:
 def _on_merge(fact: PeftRaised) -> Finding:
     text = fact.error.text
     if fact.trains_tokens and fact.error.is_a("IndexError"):
-        return _unknown_tokens(fact, f"{_RESTORE}, or name the base of the training")
+        return _unknown_tokens(fact, f"{RESTORE_CONFIG}, or name the base of the training")
     if any(words in text for words in ("inconsistent with indices", "sparse_dim", _OUT_OF_BOUNDS)):
         return SHAPE_MISMATCH.finding(
             f"the file's indices name places that the base's weight does not have: {text}",

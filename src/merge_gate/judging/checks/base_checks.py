@@ -17,7 +17,7 @@ from merge_gate.text import counted, listing, quoted
 
 _STORED_AS = {"bitsandbytes_4bit": Quantization.BNB_4BIT, "bitsandbytes_8bit": Quantization.BNB_8BIT}
 
-FETCH_AGAIN = (
+_FETCH_ALL_FILES = (
     "fetch the base again, with its index and all of its shards, and check that config.json belongs to these files"
 )
 
@@ -34,14 +34,15 @@ def base_incomplete(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
     if evidence.base.incomplete:
         made_up = tuple(name for name in evidence.base.incomplete if name in evidence.initialized)
-        yield incomplete(evidence.base, made_up) if made_up else brought(evidence.base)
+        yield incomplete(evidence.base.model, made_up, evidence.base.loaded_as) if made_up else brought(evidence.base)
 
 
-def incomplete(base: BaseFacts, names: tuple[str, ...]) -> Finding:
-    """The finding of parameters that would be random."""
+def incomplete(base: str, names: tuple[str, ...], class_name: str, where: str = "") -> Finding:
+    """The finding of parameters that would be random. `where` names the places that were read for them."""
     return base_incomplete.finding(
-        describe_incomplete(base.model, names, base.loaded_as),
-        FETCH_AGAIN,
+        f"base {base} is incomplete: its files hold no tensor for {counted(len(names), 'parameter')} of {class_name}: "
+        f"{listing(names, 3)}{where}; transformers would fill {'it' if len(names) == 1 else 'them'} with random values",
+        _FETCH_ALL_FILES,
         Origin.BASE,
         module=names[0].rpartition(".")[0],
         tensor=names[0],
@@ -61,18 +62,10 @@ def brought(base: BaseFacts) -> Finding:
     )
 
 
-def describe_incomplete(label: str, names: tuple[str, ...], class_name: str, where: str = "") -> str:
-    """The message of `base-incomplete`. `where` says what is known of the files."""
-    return (
-        f"base {label} is incomplete: its files hold no tensor for {counted(len(names), 'parameter')} of {class_name}: "
-        f"{listing(names, 3)}{where}; transformers would fill {'it' if len(names) == 1 else 'them'} with random values"
-    )
-
-
 def findings_of(base: BaseFacts) -> Iterator[Finding]:
     """What the report's list of bases has of these checks."""
     if base.incomplete:
-        yield incomplete(base, base.incomplete)
+        yield incomplete(base.model, base.incomplete, base.loaded_as)
     if base.unloaded:
         yield BASE_INCONSISTENT.finding(
             f"base {base.model}: {counted(len(base.unloaded), 'stored tensor')} "

@@ -1,6 +1,6 @@
-"""Counts of things in the sentences of the checks.
+"""Parts of sentences that several checks share: counts, figures, and a hint.
 
-In: numbers and lists. Out: parts of sentences. Knows no check.
+In: numbers and lists. Out: text. Knows no check.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sized
 from merge_gate.records.files import Pattern
 from merge_gate.records.measured import TensorStats
 from merge_gate.text import counted, quoted
+
+RESTORE_CONFIG = "restore the adapter_config.json that was saved with the adapter"
 
 
 def describe_nonfinite(stats: TensorStats) -> str:
