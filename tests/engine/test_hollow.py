@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from merge_gate.engine.tensors.hollow import CASTABLE, Hollow
+from merge_gate.engine.tensors.hollow import CASTABLE, Cell, Hollow, cast_from
 
 SHAPES = {"matrix": (40, 33), "vector": (700,), "scalar": (), "pages": (64, 1024)}
 
@@ -21,7 +22,7 @@ def sources(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
 
 
 def hollow(given_: dict[str, torch.Tensor], dtype: torch.dtype = torch.float16) -> Hollow:
-    return Hollow(given_, dict.fromkeys(given_, dtype))
+    return Hollow(cast_from(name, source, dtype) for name, source in given_.items())
 
 
 @given(source=st.sampled_from(CASTABLE), dtype=st.sampled_from(CASTABLE))
@@ -93,4 +94,45 @@ def test_it_stays_filled_as_long_as_one_thread_reads() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(8)))
+    assert not made.fill_touched()
+
+
+def test_the_tensors_of_a_cell_get_their_values_together() -> None:
+    given_, fills = sources(), []
+
+    def fill(tensors: Mapping[str, torch.Tensor]) -> None:
+        fills.append(set(tensors))
+        for name, tensor in tensors.items():
+            tensor.copy_(given_[name])
+
+    cell = Cell(outlines={name: (tensor.shape, tensor.dtype) for name, tensor in given_.items()}, fill=fill)
+    made = Hollow([cell])
+    assert made.cells(["vector"]) == [cell]
+    with made.filled([made.tensors["vector"]]):
+        assert all(torch.equal(made.tensors[name], tensor) for name, tensor in given_.items())
+    assert not made.fill_touched()
+    assert made.kept_bytes() == 0
+    made.tensors["scalar"].item()
+    assert made.fill_touched()
+    assert made.is_kept(made.tensors["matrix"])
+    assert torch.equal(made.tensors["matrix"], given_["matrix"])
+    assert fills == [set(SHAPES)] * 2
+    assert made.kept_bytes() >= sum(tensor.nbytes for tensor in given_.values())
+
+
+def test_values_that_could_not_be_written_leave_nothing_behind() -> None:
+    fails = [True]
+
+    def fill(tensors: Mapping[str, torch.Tensor]) -> None:
+        tensors["one"][:600].fill_(2)
+        if fails:
+            raise OSError
+        tensors["one"].fill_(1)
+
+    made = Hollow([Cell(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
+    with pytest.raises(OSError), made.filled(made.tensors.values()):
+        pytest.fail("it has no values")
+    fails.clear()
+    with made.filled(made.tensors.values()):
+        assert made.tensors["one"].eq(1).all()
     assert not made.fill_touched()

@@ -118,7 +118,8 @@ def _partly_stacked(found: TensorMap) -> frozenset[str]:
     """Tensors that lack some of the stored ones they are stacked of: of experts, those of one are not there."""
     stacked = {target for group in found.groups if "MergeModulelist" in group.conversion for target in group.targets}
     failed = {target for group in found.groups if group.failed for target in group.targets}
-    return (found.mismatched | failed) & stacked
+    mismatched = {name for name, *_ in found.mismatched}
+    return frozenset((failed | mismatched) & stacked)
 
 
 def _is_notable(name: str, found: TensorMap) -> bool:

@@ -48,6 +48,7 @@ from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
+from merge_gate.sources.feed import Feed
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.direct_reads import DirectReads
@@ -89,8 +90,11 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (template.py). `direct_reads` is what the
     forward reads without calling layers, once it is traced (unread_layers.py). The tensors are in host memory,
-    quantized ones on `device`. `weights` brings them to `device` when they are needed. Tensors in `hollow` have values
-    only while they are `filled` (other_dtype.py).
+    quantized ones on `device`. `weights` brings them to `device` when they are needed.
+
+    Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
+    come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
+    `figures`, and read `facts` after `settle`.
     """
 
     model: nn.Module
@@ -103,6 +107,7 @@ class Base:
     template: Any = None
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
+    feed: Feed | None = None
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -136,6 +141,31 @@ class Base:
         if self.hollow is None:
             return nullcontext()
         return self.hollow.filled(self.tensors[name] for name in names if name in self.tensors)
+
+    def figures(self, name: str) -> TensorStats:
+        """The figures of a tensor by its first name. It is measured now if it was not measured before."""
+        found = self.stats.get(name)
+        if found is None:
+            with self.filled([name]):
+                found = self.stats[name] = measure(self.tensors[name], name)
+        return found
+
+    def unmeasured(self) -> list[str]:
+        """The tensors that have no figures yet."""
+        return [name for name in self.tensors if name not in self.stats]
+
+    def settle(self) -> None:
+        """Enter into `facts` what was measured after the load. Every tensor has figures by then."""
+        known = {one.name for one in self.facts.nonfinite}
+        others = [
+            replace(stats, is_buffer=_is_buffer(self.model, name))
+            for name, stats in self.stats.items()
+            if not stats.finite and name not in known
+        ]
+        if others:
+            order = {name: number for number, name in enumerate(self.tensors)}
+            found = sorted((*self.facts.nonfinite, *others), key=lambda one: order.get(one.name, len(order)))
+            self.facts = replace(self.facts, nonfinite=tuple(found))
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in memory. For a hollow tensor, that is the tensor that it is cast from."""
@@ -337,16 +367,29 @@ def measure_base(
     model: nn.Module,
     source: Source,
     loading: Loading,
+    *,
     known: Mapping[Place, TensorStats],
     hollow: Hollow | None = None,
+    feed: Feed | None = None,
 ) -> Base:
-    """Measure every parameter and persistent buffer. `known` has the figures that another load has measured."""
+    """Measure every parameter and persistent buffer that has values.
+
+    Args:
+        model: the loaded model.
+        source: where it comes from.
+        loading: the names that did not fit.
+        known: the figures that another load has measured, by place.
+        hollow: the tensors of the model without values. If `known` lacks one, it is measured when it is filled.
+        feed: where their values come from, if it is not another base.
+    """
     model.eval()
     model.requires_grad_(requires_grad=False)
 
     def measured(item: tuple[str, nn.Module, torch.Tensor]) -> tuple[TensorStats, ...]:
         name, module, tensor = item
         stats = known.get(place_of(tensor))
+        if stats is None and hollow is not None and hollow.holds(tensor):
+            return ()  # it has no values yet
         return measure_in(module, tensor, name) if stats is None else (replace(stats, name=name),)
 
     items = list(named_tensors(model))
@@ -359,8 +402,8 @@ def measure_base(
         dtypes=loaded_dtypes(tensor for _, _, tensor in items),
         parameters=sum(elements(tensor) for _, _, tensor in items),
         nonfinite=tuple(
-            replace(part, is_buffer=name.rpartition(".")[2] in module._buffers)
-            for (name, module, _), parts in zip(items, stats, strict=True)
+            replace(part, is_buffer=_is_buffer(model, name))
+            for (name, _, _), parts in zip(items, stats, strict=True)
             for part in parts
             if not part.finite
         ),
@@ -371,12 +414,18 @@ def measure_base(
         model=model,
         facts=facts,
         tensors={name: tensor for name, _, tensor in items},
-        stats={name: parts[0] for (name, _, _), parts in zip(items, stats, strict=True)},
+        stats={name: parts[0] for (name, _, _), parts in zip(items, stats, strict=True) if parts},
         source=source,
         newly_initialized=loading.newly_initialized,
         unexpected=loading.unexpected,
         hollow=hollow,
+        feed=feed,
     )
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    return attribute in model.get_submodule(path)._buffers
 
 
 def caught(error: BaseException) -> Caught:

@@ -57,7 +57,7 @@ def in_another_class(known: Base, model_class: ModelClass) -> Base | None:
     if model is None:
         return None
     stats = {place_of(tensor): known.stats[name] for name, tensor in known.tensors.items() if tensor.numel()}
-    shared = measure_base(model, known.source, loading, stats, known.hollow)
+    shared = measure_base(model, known.source, loading, known=stats, hollow=known.hollow)
     return None if shared.was_misread() else shared
 
 

@@ -37,7 +37,7 @@ from merge_gate.engine.base.loaded_base import (
     refuse_mismatches,
 )
 from merge_gate.engine.base.other_class import stored_names
-from merge_gate.engine.tensors.hollow import CASTABLE, LEAST_ELEMENTS, Hollow
+from merge_gate.engine.tensors.hollow import CASTABLE, LEAST_ELEMENTS, Hollow, cast_from
 from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.terms import Quantization
@@ -109,7 +109,7 @@ def _cast(known: Base, model_class: ModelClass, source: Source) -> Base | None:
     if any(one.dtype not in CASTABLE for name in cast for one in (sources[name], wanted[name])):
         return None
     large = {name: sources[name] for name in cast if sources[name].numel() >= LEAST_ELEMENTS}
-    hollow = Hollow(large, dtypes)
+    hollow = Hollow(cast_from(name, source, dtypes[name]) for name, source in large.items())
     small = {name: sources[name].to(dtypes[name]) for name in cast if name not in large}
     given = {**sources, **small, **hollow.tensors}
     config = outline.config
@@ -124,7 +124,7 @@ def _cast(known: Base, model_class: ModelClass, source: Source) -> Base | None:
     if not is_same:
         return None
     # 4.
-    base = measure_base(model, source, expected, dict(_stats(known, given, hollow)), hollow)
+    base = measure_base(model, source, expected, known=dict(_stats(known, given, hollow)), hollow=hollow)
     return None if base.was_misread() else base
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,47 @@ class NoMapError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """transformers' own conversion of some stored tensors, which can be repeated with their values.
+
+    Attributes:
+        mapping: transformers' WeightRenaming or WeightConverter, which this recipe alone uses.
+        name: the tensor of the model that transformers names the conversion after.
+        steps: the arguments of `add_tensor` for each stored tensor (the tensor of the model, the stored one, and the
+            pattern that matched), and the dtype that the stored tensor is cast to before the conversion.
+        options: the other arguments of `convert`.
+    """
+
+    mapping: Any
+    name: str
+    steps: tuple[tuple[str, str, str, torch.dtype], ...]
+    options: Mapping[str, Any]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each stored tensor is cast to."""
+        return {source: dtype for _, source, _, dtype in self.steps}
+
+    def carried_out(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the model, from the values of the stored ones. Not for two threads at a time."""
+        for target, source, pattern, dtype in self.steps:
+            self.mapping.add_tensor(target, source, pattern, stored[source].to(dtype))
+        made = self.mapping.convert(self.name, **self.options)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorGroup:
     """Stored tensors that make one or several tensors of the model together.
 
     `conversion` names transformers' operations on them (RENAMED: none). `failed`: on headers alone, these operations
-    gave no result, because they need values or some of the tensors are missing.
+    gave no result, because they need values or some of the tensors are missing. Then there is no `recipe`.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     conversion: str = RENAMED
     failed: bool = False
+    recipe: Recipe | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +101,8 @@ class TensorMap:
     """Unloaded tensors that transformers does not expect to find."""
     missing: frozenset[str]
     """Tensors of the model without a source. Tied tensors have that of their partner."""
-    mismatched: frozenset[str]
-    """Tensors of the model whose stored shape is another."""
+    mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
+    """Tensors of the model whose stored shape is another: the name, the stored shape, and the model's."""
     model: Any
     """The model on the meta device."""
     sources: Mapping[str, tuple[str, ...]] = field(init=False)
@@ -155,7 +185,7 @@ def tensor_map(
         unloaded=unloaded,
         unexpected=frozenset(name for name, renamed in unloaded.items() if _is_expected(renamed, info) is False),
         missing=frozenset(info["missing_keys"]) - made,
-        mismatched=frozenset(name for name, *_ in info["mismatched_keys"]),
+        mismatched=tuple(sorted(info["mismatched_keys"])),  # sorted, because it is a set
         model=model,
     )
 
@@ -190,19 +220,21 @@ class Recorder:
 
     def __init__(self) -> None:
         self.renamed: dict[str, str] = {}
-        self._sources: dict[int, list[str]] = defaultdict(list)
+        self._steps: dict[int, list[tuple[str, str, str, torch.dtype]]] = defaultdict(list)
         self._first: dict[int, str] = {}
+        self._options: dict[int, Mapping[str, Any]] = {}
         self._mappings: dict[int, Any] = {}  # keeps each alive, so that no id is used twice
         self._targets: dict[int, tuple[str, ...]] = {}
         self._failed: set[int] = set()
 
-    def collect(self, mapping: Any, target: str, source: str) -> None:
+    def collect(self, mapping: Any, target: str, source: str, pattern: str, dtype: torch.dtype) -> None:
         self._mappings[id(mapping)] = mapping
-        self._sources[id(mapping)].append(source)
+        self._steps[id(mapping)].append((target, source, pattern, dtype))
         self._first.setdefault(id(mapping), target)
 
-    def convert(self, mapping: Any, realized: Mapping[str, Any]) -> None:
+    def convert(self, mapping: Any, realized: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._targets[id(mapping)] = tuple(realized)
+        self._options[id(mapping)] = {name: value for name, value in options.items() if name != "loading_info"}
 
     def fail(self, mapping: Any) -> str:
         """Note that the conversion gave nothing; the name that its first tensor would have."""
@@ -210,13 +242,16 @@ class Recorder:
         return self._first[id(mapping)]
 
     def groups(self) -> Iterator[TensorGroup]:
-        for key, sources in self._sources.items():
-            operations = getattr(self._mappings[key], "operations", ())
+        for key, steps in self._steps.items():
+            mapping, is_converted = self._mappings[key], key in self._options and key not in self._failed
             yield TensorGroup(
-                sources=tuple(sources),
+                sources=tuple(source for _, source, _, _ in steps),
                 targets=self._targets.get(key) or (self._first[key],),
-                conversion=", ".join(type(operation).__name__ for operation in operations),
+                conversion=", ".join(type(operation).__name__ for operation in getattr(mapping, "operations", ())),
                 failed=key in self._failed,
+                recipe=Recipe(mapping=mapping, name=self._first[key], steps=tuple(steps), options=self._options[key])
+                if is_converted
+                else None,
             )
 
 
@@ -262,7 +297,8 @@ def _renaming(own: Any, recorder: Recorder) -> Any:
 
 def _adding(own: Any, recorder: Recorder) -> Any:
     def add(self: Any, target_key: str, source_key: str, source_pattern: str, future: Any) -> Any:
-        recorder.collect(self, target_key, source_key)
+        held = future() if callable(future) else future.result()
+        recorder.collect(self, target_key, source_key, source_pattern, held.dtype)
         return own(self, target_key, source_key, source_pattern, future)
 
     return add
@@ -280,7 +316,7 @@ def _converting(own: Any, recorder: Recorder) -> Any:
             name = recorder.fail(self)
             info.conversion_errors.pop(layer_name, None)
             realized = {name: _as_it_is(options["model"], name)}
-        recorder.convert(self, realized)
+        recorder.convert(self, realized, options)
         return realized
 
     return convert

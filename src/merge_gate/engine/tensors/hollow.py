@@ -1,10 +1,10 @@
-"""Tensors with addresses and no values: each is cast from another tensor while it is read, and then emptied again.
+"""Tensors with addresses and no memory: each gets its values when it is used, and is emptied again.
 
-In: tensors, and the dtypes that they are wanted in. Out: `Hollow`, whose tensors behave like any other, but cost no
-memory until they are `filled`. Knows nothing of models.
+In: `Cell`s, which are tensors that get their values together. Out: `Hollow`, whose tensors behave like any other, but
+cost no memory until they are `filled`. Knows nothing of models.
 
 1. The system gives addresses, not memory. A page exists from its first read or write.
-2. `filled` casts a tensor into its place, and gives the pages back afterwards (madvise).
+2. `filled` writes the values of a cell into its place, and gives the pages back afterwards (madvise).
 3. So a page that exists outside of `filled` shows that code has read zeros for values, or has written there.
    `fill_touched` asks the system (mincore), and a result that used such a tensor must be computed again.
 """
@@ -15,10 +15,12 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from merge_gate.sources.feed import FileSpan
 
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose casts are element by element and monotone: x ≤ y stays so, and the extremes of a tensor its extremes."""
@@ -28,100 +30,171 @@ LEAST_ELEMENTS = 512
 
 _NO_RESERVE = 0x4000  # MAP_NORESERVE: no memory is set aside for what may never be filled
 
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """Tensors that get their values together.
+
+    Attributes:
+        outlines: the shape and the dtype of each tensor. None is empty: an empty tensor has no address.
+        fill: writes all values of these tensors.
+        spans: the parts of files that `fill` reads, in its order.
+        source: the tensor in memory that the only tensor of the cell is cast from, if there is one.
+    """
+
+    outlines: Mapping[str, tuple[Sequence[int], torch.dtype]]
+    fill: Callable[[Tensors], None]
+    spans: tuple[FileSpan, ...] = ()
+    source: torch.Tensor | None = None
+
+
+def cast_from(name: str, source: torch.Tensor, dtype: torch.dtype) -> Cell:
+    """A cell of one tensor, which is cast from another one that no code writes to."""
+
+    def fill(tensors: Tensors) -> None:
+        tensors[name].copy_(source)
+
+    return Cell(outlines={name: (source.shape, dtype)}, fill=fill, source=source)
+
 
 @dataclass(slots=True, kw_only=True)
 class _Place:
-    """One tensor: its pages from `start` to `end`, and the `source` of its values. `readers` keep it filled."""
+    """One cell: its pages from `start` to `end`, and its tensors. `readers` keep it filled."""
 
     start: int
     end: int
-    tensor: torch.Tensor
-    source: torch.Tensor
+    tensors: Tensors
+    cell: Cell
     readers: int = 0
     kept: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Hollow:
-    """Tensors of the shapes of others, in dtypes of their own.
-
-    Args:
-        sources: tensors of `CASTABLE` dtypes, which no code writes to.
-        dtypes: the dtype of the new tensor for each source.
+    """The tensors of cells, in the cells' order.
 
     Raises:
-        OSError: the system has no such memory.
+        OSError: the system has no such addresses.
     """
 
-    def __init__(self, sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        cells = tuple(cells)
         self.tensors: dict[str, torch.Tensor] = {}
+        self._in_order: list[_Place] = []
         self._places: dict[int, _Place] = {}
         self._touched = False
-        spans = {name: source.numel() * dtypes[name].itemsize for name, source in sources.items()}
-        size = sum(_pages(span) for span in spans.values())
+        size = sum(_pages(_size(outline)) for cell in cells for outline in cell.outlines.values())
         self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         with contextlib.suppress(OSError):  # a kernel without huge pages; they would reach across tensors
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         start = 0
-        for name, source in sources.items():
-            flat = torch.frombuffer(self._memory, dtype=dtypes[name], count=source.numel(), offset=start)
-            tensor = self.tensors[name] = flat.view(source.shape)
-            end = start + _pages(spans[name])
-            self._places[tensor.data_ptr()] = _Place(start=start, end=end, tensor=tensor, source=source)
+        for cell in cells:
+            end = start
+            tensors: dict[str, torch.Tensor] = {}
+            for name, (shape, dtype) in cell.outlines.items():
+                tensors[name] = self._tensor(end, shape, dtype)
+                end += _pages(_size((shape, dtype)))
+            place = _Place(start=start, end=end, tensors=tensors, cell=cell)
             start = end
+            self._in_order.append(place)
+            self._places |= dict.fromkeys((tensor.data_ptr() for tensor in tensors.values()), place)
+            self.tensors |= tensors
+
+    def _tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=torch.Size(shape).numel(), offset=start)
+        return flat.view(tuple(shape))
 
     @contextlib.contextmanager
     def filled(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Inside of the `with` block, the hollow ones of these tensors have their values."""
-        found = {tensor.data_ptr(): tensor for tensor in tensors}
-        places = [self._places[address] for address in found if address in self._places]
-        for place in places:
-            self._fill(place)
-        try:
+        found = (self._places.get(tensor.data_ptr()) for tensor in tensors)
+        with contextlib.ExitStack() as stack:
+            for place in {id(place): place for place in found if place is not None}.values():
+                self._fill(place)
+                stack.callback(self._leave, place)
             yield
-        finally:
-            for place in places:
-                self._leave(place)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it is one of the hollow tensors."""
+        return tensor.data_ptr() in self._places
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a hollow tensor is cast from, in its own dtype. Any other tensor is returned as it is."""
         place = self._places.get(tensor.data_ptr())
-        return tensor if place is None else place.source
+        return tensor if place is None or place.cell.source is None else place.cell.source
+
+    def cells(self, names: Iterable[str]) -> list[Cell]:
+        """The cells that have one of these tensors, in order."""
+        wanted = set(names)
+        return [place.cell for place in self._in_order if not wanted.isdisjoint(place.tensors)]
+
+    def kept_bytes(self) -> int:
+        """The memory of the tensors that have their values for good."""
+        return sum(place.end - place.start for place in self._in_order if place.kept)
+
+    def is_kept(self, tensor: torch.Tensor) -> bool:
+        """Whether it has its values for good. True for a tensor that is not hollow."""
+        place = self._places.get(tensor.data_ptr())
+        return place is None or place.kept
 
     def fill_touched(self) -> bool:
-        """Fill, for good, each tensor that was read or written while it had no values. True if there was one."""
-        for place in self._places.values():
+        """Fill, for good, each cell that was read or written while it had no values. True if there was one."""
+        for place in self._in_order:
             if not place.kept and self._exists(place):
                 self._keep(place)
         touched, self._touched = self._touched, False
         return touched
 
+    def refill(self) -> None:
+        """Write the values of all tensors that are filled for good once more."""
+        for place in self._in_order:
+            if place.kept:
+                place.cell.fill(place.tensors)
+
     def _keep(self, place: _Place) -> None:
+        place.cell.fill(place.tensors)
         place.kept = self._touched = True
-        place.tensor.copy_(place.source)
 
     def _fill(self, place: _Place) -> None:
         with place.lock:
             if not place.readers and not place.kept:
-                if self._exists(place):  # after the copy nothing would show it
+                if self._exists(place):  # after the values are written, nothing would show it
                     self._keep(place)
-                place.tensor.copy_(place.source)
+                else:
+                    self._write(place)
             place.readers += 1
+
+    def _write(self, place: _Place) -> None:
+        try:
+            place.cell.fill(place.tensors)
+        except BaseException:
+            self._empty(place)  # a part of the values must not look like a read
+            raise
 
     def _leave(self, place: _Place) -> None:
         with place.lock:
             place.readers -= 1
             if not place.readers and not place.kept:
-                self._memory.madvise(mmap.MADV_DONTNEED, place.start, place.end - place.start)
+                self._empty(place)
+
+    def _empty(self, place: _Place) -> None:
+        self._memory.madvise(mmap.MADV_DONTNEED, place.start, place.end - place.start)
 
     def _exists(self, place: _Place) -> bool:
         """Whether any page of it exists."""
         size = place.end - place.start
         pages = ctypes.create_string_buffer(size // mmap.PAGESIZE)
-        address = ctypes.c_void_p(place.tensor.data_ptr())
+        address = ctypes.c_void_p(next(iter(place.tensors.values())).data_ptr())
         if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), pages):
             return True  # if the system does not answer, the place counts as touched
         return any(pages.raw)
+
+
+def _size(outline: tuple[Sequence[int], torch.dtype]) -> int:
+    shape, dtype = outline
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def _pages(size_bytes: int) -> int:

@@ -1,0 +1,293 @@
+"""A base whose tensors have addresses and no memory, filled from a `Feed` while they are used.
+
+In: a base's directory and `ModelClass`, the headers of its weight files, and a feed of their bytes. Out: a `Base`, or
+`NoSkeletonError` with the reason. Nothing but headers is read to make it. Knows no PEFT.
+
+1. transformers' loader runs on the headers, and the tensor map records which stored tensors make which tensor of the
+   model, in the wanted dtype, and by which conversion.
+2. Each conversion becomes a cell (hollow.py): its tensors, and how they are filled from the feed. Conversions whose
+   stored tensors are mixed in the files (fused experts) share a cell, so that the files are read in order.
+3. transformers loads the class again, from these hollow tensors.
+4. The proof that this is what `from_pretrained` gives: the same tensors have no source, all names, shapes, and dtypes
+   are those of the outline on the meta device, and each tensor without values is still in its place.
+5. A tensor that the load itself read or wrote (a padding row that transformers sets to zero) gets its values for good,
+   and the load is repeated. The last load must not touch a tensor without values (mincore).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
+from merge_gate.engine.base.loaded_base import (
+    Base,
+    Loading,
+    ModelClass,
+    Source,
+    head_options,
+    load_with_info,
+    loads_as_usual,
+    measure_base,
+    named_tensors,
+    place_of,
+    refuse_mismatches,
+)
+from merge_gate.engine.base.stored_formats import refuse_other_packing
+from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
+from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
+from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
+from merge_gate.errors import EngineError, Undecidable
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.terms import Quantization
+from merge_gate.sources.feed import Feed, SourceError
+
+MOST_BYTES_TOGETHER = 1 << 29
+"""Conversions share a cell up to this size. Beyond, they are filled one by one, and the files are read with jumps."""
+
+CAST_ELEMENTS = 1 << 20
+"""A tensor of another dtype is read and cast in blocks of so many elements."""
+
+MOST_LOADS = 3
+"""A load reads a tensor because of its class, not because of values, so a second load reads what the first did."""
+
+KEPT_SHARE = 4
+LEAST_KEPT_BYTES = 1 << 26
+"""No more than a quarter of a base may be filled for good, or these 64 MiB."""
+
+
+class NoSkeletonError(Exception):
+    """This base, or its class, needs `from_pretrained`. The text says why."""
+
+
+def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed) -> Base:
+    """Make the skeleton of a base.
+
+    Args:
+        source: the base. Of its directory, the headers of the weight files and the other files are read.
+        model_class: the class and head to load it as.
+        stored: the tensors in the headers of the files that transformers loads, in its order.
+        feed: the bytes of these files.
+
+    Raises:
+        NoSkeletonError: it could differ from what `from_pretrained` gives.
+        Undecidable: the base cannot be loaded as this class.
+        SourceError: bytes could not be had.
+    """
+    transformers_class = getattr(transformers, model_class.class_name)
+    if not loads_as_usual(transformers_class):
+        raise NoSkeletonError(f"{model_class.class_name} has a from_pretrained of its own")
+    if source.quantization is not Quantization.NONE:
+        raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
+    try:
+        return _made(transformers_class, source, model_class, stored, feed)
+    except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries have their own exceptions
+        raise NoSkeletonError(f"{type(error).__name__}: {error}"[:400]) from error
+
+
+def _made(
+    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed
+) -> Base:
+    # 1.
+    found = _mapped(transformers_class, source, model_class, stored)
+    loading = Loading(missing=found.missing, unexpected=found.unexpected, mismatched=found.mismatched)
+    refuse_mismatches(loading, source.label, model_class)
+    refuse_foreign_weights(found.model, loading.newly_initialized, source.label)
+    outline = {name: tensor for name, _, tensor in named_tensors(found.model)}
+    # 2.
+    groups = _groups(found, outline, loading.newly_initialized)
+    spans = stored_bytes(source.directory, {name: found.stored[name] for one in groups for name in one.group.sources})
+    hollow = Hollow(_cells(groups, spans, feed))
+    # 3. to 5.
+    most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
+    model = _loaded(transformers_class, found, hollow, loading, most_bytes=most_bytes)
+    refuse_other_packing(model, source, "auto" if source.options["dtype"] == "auto" else _name(source.options["dtype"]))
+    return measure_base(model, source, loading, known={}, hollow=hollow, feed=feed)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- 1. ------------------------------------------------------------------------------------------------------------
+
+
+def _mapped(
+    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor]
+) -> TensorMap:
+    config = transformers_class.config_class.from_pretrained(source.directory, local_files_only=True)
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
+        raise NoSkeletonError("it is stored quantized")
+    dtype = source.options["dtype"]
+    if dtype == "auto" and config.dtype is None:
+        dtype = _only_dtype(source.directory, stored)
+    try:
+        return tensor_map(transformers_class, source.directory, tuple(stored), dtype=dtype, **head_options(model_class))
+    except NoMapError as error:
+        raise NoSkeletonError(f"its headers give no tensor map: {error}") from error
+
+
+def _only_dtype(directory: str, stored: Sequence[StoredTensor]) -> torch.dtype:
+    """What `dtype="auto"` means if the config has no dtype, and transformers looks at the files."""
+    found = {one.dtype for one in stored if one.dtype.startswith(("F", "BF"))}
+    index = Path(directory, SAFE_WEIGHTS_INDEX_NAME)
+    if index.exists() and "dtype" in json.loads(index.read_bytes()).get("metadata", {}):
+        raise NoSkeletonError(f"its config has no dtype, and {SAFE_WEIGHTS_INDEX_NAME} has one")
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    if len(found) != 1 or not found <= dtypes.keys():
+        raise NoSkeletonError(f"its config has no dtype, and its files have {', '.join(sorted(found)) or 'none'}")
+    return dtypes[found.pop()]
+
+
+# --- 2. ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """A conversion, and those of its targets that are tensors of the model: by first name, with the target's own."""
+
+    group: TensorGroup
+    tensors: Mapping[str, str]
+    outlines: Mapping[str, tuple[torch.Size, torch.dtype]]
+
+
+def _groups(found: TensorMap, outline: Tensors, newly_initialized: frozenset[str]) -> list[_Made]:
+    """The conversions that make a tensor of the model."""
+    first_names = {id(tensor): name for name, tensor in outline.items()}
+    named = (
+        *found.model.named_parameters(remove_duplicate=False),
+        *found.model.named_buffers(remove_duplicate=False),
+    )
+    first = {name: first_names[id(tensor)] for name, tensor in named if id(tensor) in first_names}
+    groups = []
+    for group in found.groups:
+        tensors = {
+            first[target]: target for target in group.targets if target in first and target not in newly_initialized
+        }
+        tensors = {name: target for name, target in tensors.items() if outline[name].numel()}
+        if tensors and group.recipe is None:
+            raise NoSkeletonError(f"{group.targets[0]} needs values to be converted ({group.conversion})")
+        outlines = {name: (outline[name].shape, outline[name].dtype) for name in tensors}
+        if tensors:
+            groups.append(_Made(group=group, tensors=tensors, outlines=outlines))
+    twice = [name for name, count in Counter(name for one in groups for name in one.tensors).items() if count > 1]
+    if twice:
+        raise NoSkeletonError(f"{twice[0]} is stored under several names")
+    return groups
+
+
+def _cells(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Iterator[Cell]:
+    """Cells in the order of the files."""
+
+    def places(one: _Made) -> list[tuple[int, int]]:
+        return sorted(spans[name].order for name in one.group.sources)
+
+    def size(one: _Made) -> int:
+        return sum(spans[name].span.end - spans[name].span.start for name in one.group.sources)
+
+    together: list[_Made] = []
+    last, held = (-1, -1), 0
+    for one in sorted(groups, key=places):
+        if together and (places(one)[0] > last or held + size(one) > MOST_BYTES_TOGETHER):
+            yield _cell(together, spans, feed)
+            together, last, held = [], (-1, -1), 0
+        together.append(one)
+        last, held = max(last, places(one)[-1]), held + size(one)
+    if together:
+        yield _cell(together, spans, feed)
+
+
+def _cell(groups: Sequence[_Made], spans: Mapping[str, StoredBytes], feed: Feed) -> Cell:
+    reads = sorted(((spans[name], one) for one in groups for name in one.group.sources), key=lambda read: read[0].order)
+
+    def fill(tensors: Tensors) -> None:
+        values: dict[str, torch.Tensor] = {}
+        for stored, one in reads:
+            if one.group.conversion == RENAMED and len(one.group.sources) == 1:
+                (name,) = one.tensors
+                _read_into(tensors[name], stored, feed)
+                continue
+            values[stored.name] = stored.read(feed)
+            if all(source in values for source in one.group.sources):
+                _convert(one, {source: values.pop(source) for source in one.group.sources}, tensors)
+
+    return Cell(
+        outlines={name: outline for one in groups for name, outline in one.outlines.items()},
+        fill=fill,
+        spans=tuple(stored.span for stored, _ in reads),
+    )
+
+
+def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed) -> None:
+    """Read a stored tensor that keeps its values, except for a cast."""
+    if stored.dtype == tensor.dtype:
+        feed.read(stored.span.file, stored.span.start, bytes_of(tensor))
+        return
+    flat, buffer = tensor.view(-1), torch.empty(min(tensor.numel(), CAST_ELEMENTS), dtype=stored.dtype)
+    for start in range(0, tensor.numel(), CAST_ELEMENTS):
+        block = buffer[: tensor.numel() - start]
+        feed.read(stored.span.file, stored.span.start + start * stored.dtype.itemsize, bytes_of(block))
+        flat[start : start + len(block)].copy_(block)
+
+
+def _convert(one: _Made, stored: Tensors, tensors: Tensors) -> None:
+    recipe = one.group.recipe
+    assert recipe is not None  # noqa: S101 - `_groups` refuses a conversion without one
+    made = recipe.carried_out(stored)
+    for name, target in one.tensors.items():
+        if made[target].shape != tensors[name].shape or made[target].dtype != tensors[name].dtype:
+            raise EngineError(
+                f"{target}: {one.group.conversion} made {tuple(made[target].shape)} of {made[target].dtype}, expected "
+                f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
+            )
+        tensors[name].copy_(made[target])
+
+
+# --- 3. to 5. ------------------------------------------------------------------------------------------------------
+
+
+def _loaded(transformers_class: Any, headers: TensorMap, hollow: Hollow, expected: Loading, *, most_bytes: int) -> Any:
+    config, outline = headers.model.config, {name: tensor for name, _, tensor in named_tensors(headers.model)}
+    without_values = {
+        name: torch.empty(one.shape, dtype=one.dtype)
+        for name, one in outline.items()
+        if not one.numel() and name not in expected.newly_initialized
+    }
+    given = {**hollow.tensors, **without_values}
+    for number in range(MOST_LOADS):
+        if number > 1:
+            hollow.refill()  # what the last load wrote there, this one writes again
+        model, loading = load_with_info(
+            transformers_class, None, config=config, dtype=config.dtype, state_dict=dict(given)
+        )
+        found = {name: tensor for name, _, tensor in named_tensors(model)}
+        if loading.newly_initialized != expected.newly_initialized:
+            names = sorted(loading.newly_initialized ^ expected.newly_initialized)
+            raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
+        if _outlines(found) != _outlines(outline):
+            raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
+        touched = hollow.fill_touched()
+        moved = [name for name, tensor in hollow.tensors.items() if place_of(found[name]) != place_of(tensor)]
+        empty = [name for name in moved if not hollow.is_kept(hollow.tensors[name])]
+        if empty:
+            raise NoSkeletonError(f"transformers replaces {empty[0]} after it was loaded")
+        if not touched:
+            return model
+        if hollow.kept_bytes() > most_bytes:
+            break
+    raise NoSkeletonError("transformers reads or changes too many of its tensors while it loads them")
+
+
+def _outlines(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,251 @@
+"""A base that is filled from a feed is what `from_pretrained` gives, and no weight is read to make it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+
+from merge_gate.engine.base import skeleton
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
+from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
+from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.tensor_map import stored_tensors
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.errors import Undecidable
+from merge_gate.records.terms import Quantization
+from merge_gate.sources.feed import FileSpan, LocalFeed
+from tests.support import methods
+from tests.support.engine import architectures
+from tests.support.models import among_transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+SLICE = ("bert", "chinese_clip", "gpt2", "llama", "marian", "mixtral", "phimoe", "qwen3_moe", "t5", "wav2vec2")
+"""Plain types, fused experts, tied biases and embeddings, computed positions, a padding row, weight norms."""
+
+LLAMA = "LlamaForCausalLM"
+
+
+class Counting(LocalFeed):
+    """A feed that knows what it was asked for."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.reads: list[FileSpan] = []
+
+    def expect(self, spans: Sequence[FileSpan]) -> None:
+        raise AssertionError("nothing is read ahead to make a skeleton")
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        self.reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))
+        super().read(file, start, into)
+
+
+def source(directory: Path, dtype: str = "auto", **changes: Any) -> Source:
+    options = {
+        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    return Source(
+        **{
+            "directory": str(directory),
+            "label": "base",
+            "revision": None,
+            "quantization": Quantization.NONE,
+            "device": torch.device("cpu"),
+            "options": options,
+            **changes,
+        }
+    )
+
+
+def made(directory: Path, class_name: str = LLAMA, dtype: str = "auto", feed: LocalFeed | None = None) -> Base:
+    feed = feed or LocalFeed(str(directory))
+    with methods.quiet():
+        return skeleton_of(
+            source(directory, dtype), ModelClass(class_name=class_name), stored_tensors(str(directory)), feed
+        )
+
+
+def loaded(directory: Path, class_name: str = LLAMA, dtype: str = "auto") -> Base:
+    with methods.quiet():
+        return load_base(str(directory), model_class=ModelClass(class_name=class_name), label="base", dtype=dtype)
+
+
+def differing(base: Base, real: Base) -> list[str]:
+    assert list(base.tensors) == list(real.tensors)
+    wrong = []
+    for name, tensor in real.tensors.items():
+        with base.filled([name]):
+            if not same_bits(base.tensors[name], tensor):
+                wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("model_type", SLICE)
+def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, tmp_path: Path) -> None:
+    class_name = architectures.build(model_type, tmp_path).model_class.__name__
+    for dtype in ("auto", "float16"):
+        base, real = made(tmp_path, class_name, dtype), loaded(tmp_path, class_name, dtype)
+        assert differing(base, real) == []
+        assert not base.was_misread()
+        for name in base.unmeasured():
+            assert base.figures(name) == real.stats[name]
+        base.settle()
+        assert base.facts == real.facts
+        assert base.aliases == real.aliases
+
+
+def test_no_weight_is_read_to_make_it(shelf: Shelf) -> None:
+    directory = shelf.base("llama")
+    feed = Counting(str(directory))
+    base = made(directory, feed=feed)
+    assert base.hollow is not None
+    assert feed.reads == []
+    assert set(base.unmeasured()) == set(base.tensors)
+    cells = base.hollow.cells(base.tensors)
+    for cell in cells:
+        with base.filled(cell.outlines):
+            pass
+    assert feed.reads == [span for cell in cells for span in cell.spans]
+    assert [span.start for span in feed.reads] == sorted(span.start for span in feed.reads)
+
+
+def test_experts_that_are_mixed_in_the_files_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_name = architectures.build("mixtral", tmp_path).model_class.__name__
+    in_order = []
+    for most_bytes in (1 << 29, 0):
+        monkeypatch.setattr(skeleton, "MOST_BYTES_TOGETHER", most_bytes)
+        base = made(tmp_path, class_name)
+        assert base.hollow is not None
+        starts = [span.start for cell in base.hollow.cells(base.tensors) for span in cell.spans]
+        in_order.append(starts == sorted(starts))
+        assert differing(base, loaded(tmp_path, class_name)) == []
+    assert in_order == [True, False]
+
+
+# --- the proof -----------------------------------------------------------------------------------------------------
+
+
+class Scaled(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A load of this class ends with a step that changes a weight."""
+
+    def tie_weights(self, *positional: Any, **named: Any) -> Any:
+        super().tie_weights(*positional, **named)
+        self.model.norm.weight.data.mul_(2.0)
+
+
+class ReadsAll(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A load of this class reads every weight."""
+
+    def tie_weights(self, *positional: Any, **named: Any) -> Any:
+        super().tie_weights(*positional, **named)
+        return sum(float(one.sum()) for one in self.parameters() if not one.is_meta)
+
+
+class Replaces(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A load of this class ends with another tensor in the place of a weight."""
+
+    def tie_weights(self, *positional: Any, **named: Any) -> Any:
+        super().tie_weights(*positional, **named)
+        weight = self.model.norm.weight
+        self.model.norm.weight = torch.nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
+
+
+def test_a_weight_that_the_class_changes_is_changed(shelf: Shelf) -> None:
+    with among_transformers(Scaled) as name:
+        base, real = made(shelf.base("llama"), name), loaded(shelf.base("llama"), name)
+        assert differing(base, real) == []
+    assert base.hollow is not None
+    assert 0 < base.hollow.kept_bytes() < 10_000
+
+
+@pytest.mark.parametrize(("model_class", "words"), [(ReadsAll, "too many"), (Replaces, "model.norm.weight")])
+def test_a_class_that_needs_its_values_is_loaded(
+    model_class: type[Any], words: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skeleton, "LEAST_KEPT_BYTES", 1 << 12)
+    with among_transformers(model_class) as name, pytest.raises(NoSkeletonError, match=words):
+        made(shelf.base("llama"), name)
+
+
+def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) -> None:
+    directory, stored = shelf.base("llama"), stored_tensors(str(shelf.base("llama")))
+    feed = LocalFeed(str(directory))
+    quantized = source(directory, quantization=Quantization.BNB_4BIT)
+    with pytest.raises(NoSkeletonError, match="quantized"):
+        skeleton_of(quantized, ModelClass(class_name=LLAMA), stored, feed)
+    with pytest.raises(NoSkeletonError, match="from_pretrained of its own"):
+        skeleton_of(source(directory), ModelClass(class_name="AutoModelForCausalLM"), stored, feed)
+
+
+def test_a_base_that_does_not_fit_its_class_is_refused_as_it_is_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
+    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    refusals = []
+    for make in (made, loaded):
+        with pytest.raises(Undecidable) as refused:
+            make(directory)
+        refusals.append(refused.value.refusal)
+    assert refusals[0] == refusals[1]
+
+
+# --- the places in the files ---------------------------------------------------------------------------------------
+
+
+def _offsets(change: Callable[[list[int]], None]) -> Callable[[dict[str, Any]], None]:
+    def changed(header: dict[str, Any]) -> None:
+        change(header["model.norm.weight"]["data_offsets"])
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("model.norm.weight"),
+        lambda header: header["model.norm.weight"].update(shape=[16, 2]),
+        lambda header: header["model.norm.weight"].update(data_offsets="0"),
+        _offsets(lambda offsets: offsets.append(1)),
+        _offsets(lambda offsets: offsets.__setitem__(0, 0)),
+        _offsets(lambda offsets: offsets.__setitem__(slice(None), [-64, 0])),
+        _offsets(lambda offsets: offsets.__setitem__(slice(None), [1 << 40, (1 << 40) + 64])),
+        _offsets(lambda offsets: offsets.__setitem__(slice(None), [0.0, 64.0])),
+    ],
+)
+def test_a_header_that_changed_is_an_error(
+    change: Callable[[dict[str, Any]], None], shelf: Shelf, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    stored = {one.name: one for one in stored_tensors(str(directory))}
+    assert stored_bytes(str(directory), stored)
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        stored_bytes(str(directory), stored)
+
+
+def test_a_header_longer_than_its_file_is_an_error(shelf: Shelf, tmp_path: Path) -> None:
+    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    stored = {one.name: one for one in stored_tensors(str(directory))}
+    path = directory / "model.safetensors"
+    path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(ValueError, match="header"):
+        stored_bytes(str(directory), stored)
