@@ -1,7 +1,7 @@
 """A base whose tensors have addresses and no memory, filled from a `Feed` while they are used.
 
 In: a base's directory and `ModelClass`, the headers of its weight files, and a feed of their bytes. Out: a `Base`, or
-`NoSkeletonError` with the reason. Nothing but headers is read to make it. Knows no PEFT.
+`NoSkeletonError` with the reason. Only headers are read to make it. Knows no PEFT.
 
 1. transformers' loader runs on the headers, and the tensor map records which stored tensors make which tensor of the
    model, in the wanted dtype, and by which conversion.
