@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.cache import resume
 from merge_gate.cache.cached_verdict import CachedVerdict, sealed
 from merge_gate.cache.key import key_of
 from merge_gate.cache.resume import ResumedVerdicts, forget
@@ -16,6 +15,7 @@ from merge_gate.earlier_reports import RESUMED, move_aside
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Quantization
 from merge_gate.report.formats.json_report import read, render
+from merge_gate.report.stored import report_files
 from tests.support.reports import SHA256, adapter, report
 from tests.support.wording import Wording
 
@@ -128,5 +128,5 @@ def test_a_damaged_report_is_named_and_costs_no_other(
     assert known(verdicts, "ab") == "a"
     assert str(tmp_path / "report.json") in verdicts.notes[0]
     wording(verdicts.notes[0])
-    monkeypatch.setattr(resume, "LONGEST_BYTES", 100)
+    monkeypatch.setattr(report_files, "LONGEST_BYTES", 100)
     wording(resumed(tmp_path).notes[-1])

@@ -73,7 +73,18 @@ def test_a_limit_on_the_size_of_files_is_the_disks_fault_not_the_callers() -> No
     assert not isinstance(caught.value, UsageError)
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"complete": true}', '{"complete": true, "result": "maybe"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "[]",
+        "{",
+        '{"complete": true}',
+        '{"complete": true, "complete": true, "result": "pass"}',
+        '{"complete": true, "result": "maybe"}',
+    ],
+)
 def test_what_is_not_a_report_says_nothing(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)

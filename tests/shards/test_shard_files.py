@@ -9,6 +9,7 @@ import pytest
 
 from merge_gate.errors import UsageError
 from merge_gate.report.formats.json_report import render
+from merge_gate.report.stored import report_files
 from merge_gate.shards import shard_files
 from merge_gate.shards.shard_files import found_in, refuse_overwriting
 from tests.support.shards.shard_reports import SHARDS
@@ -55,7 +56,7 @@ def test_hostile_content_is_neither_followed_nor_waited_for(
     (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
     (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
     os.mkfifo(downloads / "pipe" / "report.json")
-    monkeypatch.setattr(shard_files, "LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(report_files, "LONGEST_BYTES", 100_000)
     (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
     for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
         wording(f"{place.name} {problem}")

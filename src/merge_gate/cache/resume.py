@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.cache.cached_verdict import CachedVerdict, is_sealed
 from merge_gate.earlier_reports import RESUMED, is_own, places
 from merge_gate.errors import UsageError
-from merge_gate.output_files import OUTPUT_FILES
-from merge_gate.regular_file import read_regular_file
+from merge_gate.regular_file import open_regular_file
 from merge_gate.report.formats import json_report
-from merge_gate.report.stored.report_files import write_text
+from merge_gate.report.stored.report_files import read_report, write_text
 from merge_gate.text import listing
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 Json = Any
 
-LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
 _NOTHING = "nothing to resume: the output directory holds no verdict of an earlier run, so all is judged"
 
 
@@ -104,6 +102,7 @@ def _reports_in(directory: Path) -> Iterator[Path]:
 def _read(path: Path) -> Report | None:
     """The report in a file; None if it is damaged, too large, or not a regular file."""
     try:
-        return json_report.read(read_regular_file(path, LONGEST_BYTES), path.name)
+        with open_regular_file(path) as file:
+            return read_report(file, path.name)
     except (OSError, UsageError):
         return None

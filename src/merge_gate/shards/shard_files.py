@@ -15,13 +15,11 @@ from merge_gate.earlier_reports import is_previous
 from merge_gate.errors import GateError, UsageError
 from merge_gate.records.report import Report
 from merge_gate.records.terms import record
-from merge_gate.regular_file import open_regular_file, read_all
-from merge_gate.report.formats import json_report
+from merge_gate.regular_file import open_regular_file
+from merge_gate.report.stored.report_files import read_report
 from merge_gate.report.wording.untrusted import one_line
 
 REPORT = "report.json"
-LONGEST_BYTES = 256 << 20
-"""The same limit as in output_files.py. A report.json of 1,000 adapters has about 2 MB."""
 MOST_DIRECTORIES = 1_000
 """The most directories that are read in one directory. A matrix of GitHub has at most 256 jobs."""
 
@@ -94,19 +92,13 @@ def _in(directory: Path) -> Iterator[FoundReport]:
 def _read(place: Path) -> FoundReport:
     path = place / REPORT
     try:
-        data, file = _bytes_of(path)
-        report = json_report.read(data, str(path))
+        with open_regular_file(path) as file:
+            status = os.fstat(file.fileno())
+            report = read_report(file, str(path))
     except FileNotFoundError:
         return FoundReport(place=str(place), problem=f"holds no {REPORT}")
     except OSError as error:
         return FoundReport(place=str(place), problem=f"has a {REPORT} that cannot be read: {error.strerror}")
     except GateError as error:
         return FoundReport(place=str(place), problem=f"has a {REPORT} that is none: {one_line(error.message, 300)}")
-    return FoundReport(place=str(place), report=report, file=file)
-
-
-def _bytes_of(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """The bytes of a regular file, and its device and inode."""
-    with open_regular_file(path) as file:
-        status = os.fstat(file.fileno())
-        return read_all(file, LONGEST_BYTES), (status.st_dev, status.st_ino)
+    return FoundReport(place=str(place), report=report, file=(status.st_dev, status.st_ino))

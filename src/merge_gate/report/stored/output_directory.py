@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shlex
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from merge_gate.claimed_directory import claimed_directory
 from merge_gate.earlier_reports import EarlierReports, move_aside
 from merge_gate.errors import GateError, UsageError
+from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.terms import Result
+from merge_gate.regular_file import read_regular_file
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import quoted
 
 if TYPE_CHECKING:
@@ -113,9 +115,10 @@ class StoredResult(NamedTuple):
 def stored_result(directory: str | Path) -> StoredResult | None:
     """The result in the report in `directory`; None if there is no readable report."""
     try:
-        document = json.loads(Path(directory, "report.json").read_bytes())
+        row = OUTPUT_FILES[0]
+        document = parse_strictly(read_regular_file(Path(directory, row.name), row.limit_bytes))
         return StoredResult(complete=document["complete"] is True, result=Result(document["result"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, InvalidJsonError, ValueError, KeyError, TypeError):
         return None
 
 

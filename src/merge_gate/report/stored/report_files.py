@@ -1,6 +1,7 @@
 """Writes reports to disk: one file per format, each whole or not at all. Only this module writes reports.
 
-It raises `UsageError` if the directory cannot be used, and `GateError` if the disk fails.
+Also reads a report.json of unknown origin. Raises `UsageError` if the directory cannot be used, and `GateError` if the
+disk fails.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import refuse_foreign
 from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.regular_file import read_all
+from merge_gate.report.formats import json_report
 from merge_gate.report.stored.output_directory import explained, make_directory
 from merge_gate.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from io import BufferedReader
 
     from merge_gate.records.report import Report
     from merge_gate.report.formats.rendered_adapters import RenderedAdapters
@@ -31,6 +35,9 @@ REUSING_FORMATS = ("report.json", "report.html")
 
 WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES if file.word})
 """The words of `merge-gate report --format`, each with the name of its file."""
+
+LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
+"""The most that is read of a report.json. One of 1,000 adapters has about 2 MB."""
 
 
 def write_report(
@@ -64,3 +71,13 @@ def write_text(path: Path, text: str) -> Path:
     with explained(f"cannot write {path}"), whole_file(path, lasts=True) as file:
         file.write(text.encode("utf-8"))
     return path
+
+
+def read_report(file: BufferedReader, name: str) -> Report:
+    """Read a report.json of unknown origin; `name` is its name in messages.
+
+    Raises:
+        OSError: the file cannot be read, or is too large.
+        UsageError: it is not a report.
+    """
+    return json_report.read(read_all(file, LONGEST_BYTES), name)
