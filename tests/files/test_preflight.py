@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from merge_gate.errors import EngineError
-from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, parse_file
+from merge_gate.files.adapter_config import MAX_BYTES
+from merge_gate.files.headers import DTYPE_BITS, MAX_HEADER_BYTES, CorruptFileError, parse_file, parse_places
 from merge_gate.files.identity import identity_of
 from merge_gate.files.preflight import base_of
 from merge_gate.records.terms import Origin
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from merge_gate.records.files import AdapterFiles
     from merge_gate.records.terms import Finding
     from tests.support.models import Shelf
+    from tests.support.wording import Wording
 
 NEWLINES = {
     name: {"dtype": "F32", "shape": [4, 4], "data_offsets": [at, at + 64]} for name, at in ((LORA_A, 0), (LORA_B, 64))
@@ -216,6 +218,12 @@ def test_a_file_of_the_hub_that_lies_further_down_is_not_what_lies_here(tmp_path
     assert "down.bin" not in message
 
 
+def test_an_adapter_of_the_hub_in_folders_is_named_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    finding = only(look(tmp_path, withheld=("runs/german/adapter_config.json",)), "file-missing")
+    assert "'runs/german'" in finding.hint
+
+
 def test_a_link_to_nowhere(tmp_path: Path) -> None:
     make(tmp_path)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -255,6 +263,13 @@ def test_a_config_that_is_not_taken_has_its_digest(content: bytes, tmp_path: Pat
     record, _ = look(make(tmp_path, content)).files
     assert record.path == CONFIG_NAME
     assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_config_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    raw = json.dumps(CONFIG).encode()
+    files = look(make(tmp_path, raw + b" " * (MAX_BYTES - len(raw))))
+    assert files.findings == ()
+    assert files.config.r == CONFIG["r"]
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -402,12 +417,40 @@ class ShrinkingFile(io.FileIO):
         return super().readinto(memoryview(buffer)[:left])
 
 
-def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "file").write_bytes(WHOLE)
     size = int.from_bytes(WHOLE[:8], "little")
     with io.BufferedReader(ShrinkingFile(tmp_path / "file")) as file, pytest.raises(CorruptFileError) as raised:
         parse_file(file)
     assert re.findall(r"\d+", str(raised.value)) == ["0", str(size)]
+    wording(raised.value)
+
+
+def test_places_are_those_of_the_bytes(tmp_path: Path) -> None:
+    """Tensors may follow each other in another order than their entries, and an empty one shares its place."""
+    entries = {"b": ([1], 2, 6), "empty": ([0], 2, 2), "a": ([2], 0, 2)}
+    header = {
+        name: {"dtype": "F32" if name == "b" else "U8", "shape": shape, "data_offsets": [begin, end]}
+        for name, (shape, begin, end) in entries.items()
+    }
+    (tmp_path / "file").write_bytes(pack(json.dumps(header).encode(), b"aabbbb"))
+    content = (tmp_path / "file").read_bytes()
+    with (tmp_path / "file").open("rb") as file:
+        places = parse_places(file)
+    assert {tensor.name: content[begin:end] for tensor, begin, end in places} == {
+        "b": b"bbbb",
+        "empty": b"",
+        "a": b"aa",
+    }
+
+
+def test_a_header_that_is_longer_than_the_format_allows_is_refused(tmp_path: Path, wording: Wording) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        file.truncate(8 + MAX_HEADER_BYTES + 1)
+    with (tmp_path / "file").open("rb") as file, pytest.raises(CorruptFileError) as raised:
+        parse_file(file)
+    wording(raised.value)
 
 
 def test_two_files_are_found_among_any_number(tmp_path: Path) -> None:

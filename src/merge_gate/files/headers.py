@@ -240,7 +240,7 @@ def _parse_tensor(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
         raise CorruptFileError(f"has a tensor {shown(name)} whose shape or data_offsets are not lists of integers")
     begin, end = offsets
     bits = _count_bits(shape, DTYPE_BITS[dtype])
-    if bits is None or end < begin or (end - begin) * 8 != bits:
+    if (end - begin) * 8 != bits:  # `bits` is never negative, and None is no size
         raise CorruptFileError(
             f"has a tensor {shown(name)} of dtype {dtype} and shape {shown(str(shape))} "
             f"whose data_offsets [{begin}, {end}] do not fit that size"

@@ -143,11 +143,12 @@ def _below(directory: str, names: set[str]) -> Iterator[str]:
     for name in sorted(names)[:_MAX_FOLDERS]:
         if _is_there(directory, f"{name}/{CONFIG_NAME}"):
             yield name
-        elif os.path.isdir(Path(directory, name)):  # noqa: PTH112 (a plain call)
+        else:
             yield from (f"{name}/{inner}" for inner in _folders(directory, name))
 
 
 def _folders(directory: str, name: str) -> Iterator[str]:
+    """Folders with a config in the folder `name`. Empty for a file, and for a folder that cannot be listed."""
     with suppress(OSError), os.scandir(Path(directory, name)) as entries:
         for entry in islice(entries, _MAX_FOLDERS):
             if _is_there(directory, f"{name}/{entry.name}/{CONFIG_NAME}"):
