@@ -11,7 +11,7 @@ from tests.support.reports import CRASHED, FAILED, HALF_FAILED, NAN, PASSED, ada
 
 
 def told(judged: object) -> list[tuple[str, str]]:
-    return [(stage.outcome.value, stage.said) for stage in chain(judged)]  # type: ignore[arg-type]
+    return [(stage.outcome.value, stage.summary) for stage in chain(judged)]  # type: ignore[arg-type]
 
 
 def test_a_passed_adapter_is_sound_all_the_way() -> None:

@@ -274,10 +274,10 @@ class Report:
         object.__setattr__(self, "result", self._result())
 
     def _result(self) -> Result:
-        """A failure that no one accepts outranks an undecided adapter. An empty or unfinished run never passes.
+        """A failure that no one accepts outranks an adapter that was not judged.
 
-        A shard may have nothing to judge if there are more shards than adapters. Then it decides nothing: the
-        combination counts the entries.
+        An empty or unfinished run never passes. A shard may have nothing to judge if there are more shards than
+        adapters. Then it decides nothing: the combination counts the entries.
         """
         if self.counts.failed > self.accepted:
             return Result.FAIL

@@ -58,7 +58,7 @@ def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
         rows=_rows(report, judged, layouts, rendered or RenderedAdapters()),
         layouts=_data(layouts.known),
         failed=report.counts.failed,
-        undecided=report.counts.error,
+        not_judged=report.counts.error,
         passed=report.counts.passed,
         warned=sum(bool(words.warnings(adapter)) for adapter in report.adapters),
     )
@@ -167,7 +167,7 @@ def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
             f"{one_line(name, words.NAME_LIMIT).replace('_', ' ')} {value:g}" for name, value in first.measured
         ],
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
-        "unsaid": max(len(more) - _MAX_PLACES, 0),
+        "omitted": max(len(more) - _MAX_PLACES, 0),
         "count": len(more),
     }
 

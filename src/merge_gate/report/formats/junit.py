@@ -31,8 +31,8 @@ _MAX_GROUPS = 30
 
 def render(report: Report) -> str:
     """Return the XML of junit.xml."""
-    unjudged = _unjudged(report)
-    own = (unjudged or not report.adapters, unjudged)
+    no_verdict = _has_no_verdict(report)
+    own = (no_verdict or not report.adapters, no_verdict)
     root = ET.Element("testsuites", {"name": "merge-gate", **_counts(report.adapters, *own)})
     for name, adapters in _suites(report).items():
         suite = ET.SubElement(root, "testsuite", {"name": name, "skipped": "0", **_counts(adapters)})
@@ -42,25 +42,26 @@ def render(report: Report) -> str:
         before = earlier_entries(adapters)
         for place, adapter in enumerate(adapters):
             _case(suite, name, adapter, before.get(place, {}))
-    if unjudged or not report.adapters:
+    if no_verdict or not report.adapters:
         suite = ET.SubElement(root, "testsuite", {"name": "merge-gate", "skipped": "0", **_counts((), *own)})
-        _run(ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0"), report, unjudged=unjudged)
+        case = ET.SubElement(suite, "testcase", name="run", classname="merge-gate", time="0")
+        _run(case, report, no_verdict=no_verdict)
     ET.indent(root)
     # A GitHub runner obeys `##[` anywhere in a line, also when a step prints this file. To XML, the entity is the same.
     text = ET.tostring(root, encoding="unicode").replace("##[", "#&#35;[")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{GENERATOR_COMMENT}\n{text}\n'
 
 
-def _run(case: ET.Element, report: Report, *, unjudged: bool) -> None:
+def _run(case: ET.Element, report: Report, *, no_verdict: bool) -> None:
     """Add the run itself as a case, for problems that belong to no adapter."""
     why = safe_text("\n".join([words.advice(report), *words.problems(report)]))
-    if unjudged:
+    if no_verdict:
         ET.SubElement(case, "error", type="run", message=words.headline(report)).text = why
     else:
         ET.SubElement(case, "system-out").text = f"{words.headline(report)}\n{why}"
 
 
-def _unjudged(report: Report) -> bool:
+def _has_no_verdict(report: Report) -> bool:
     if report.complete and report.is_empty_shard:
         return False
     return not report.complete or not report.adapters or bool(report.problems)

@@ -118,7 +118,7 @@ def _kind(old: AdapterReport | None, new: AdapterReport | None) -> Kind | None:
 
 
 def _reasons(adapter: AdapterReport) -> frozenset[tuple[str, Severity]]:
-    """The reasons against an adapter, without notes. An undecided adapter that turns out broken has a new reason."""
+    """The reasons against an adapter, without notes. One that was not judged and now fails has a new reason."""
     return frozenset(
         (finding.check, finding.severity) for finding in adapter.findings if finding.severity is not Severity.NOTE
     )

@@ -28,11 +28,11 @@ class Outcome(StrEnum):
 
 @record
 class Stage:
-    """One link of the chain. `said` describes it in a few words."""
+    """One link of the chain. `summary` has a few words."""
 
     name: str
     outcome: Outcome
-    said: str
+    summary: str
 
 
 _STAGES = {
@@ -65,22 +65,22 @@ def _stage(name: str, adapter: AdapterReport, sound: str) -> Stage:
     ]
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
-        return Stage(name=name, outcome=Outcome.BROKEN, said=_checks(errors))
+        return Stage(name=name, outcome=Outcome.BROKEN, summary=_checks(errors))
     if findings:
-        return Stage(name=name, outcome=Outcome.WARNED, said=_checks(findings))
-    return Stage(name=name, outcome=Outcome.SOUND if sound else Outcome.UNKNOWN, said=sound or "not judged")
+        return Stage(name=name, outcome=Outcome.WARNED, summary=_checks(findings))
+    return Stage(name=name, outcome=Outcome.SOUND if sound else Outcome.UNKNOWN, summary=sound or "not judged")
 
 
 def _dtype(adapter: AdapterReport) -> Stage:
     name = words.precision(adapter.base)
     counts = count_states(adapter.tensors)
     if not counts:
-        return Stage(name=name, outcome=Outcome.UNKNOWN, said="nothing was merged")
+        return Stage(name=name, outcome=Outcome.UNKNOWN, summary="nothing was merged")
     broken = [f"{state} in {number}" for state, number in counts if state in {State.NAN, State.INF}]
     total = words.counted(len(adapter.tensors), "tensor")
     if broken:
-        return Stage(name=name, outcome=Outcome.BROKEN, said=f"{', '.join(broken)} of {total}")
-    return Stage(name=name, outcome=Outcome.SOUND, said=f"{total}, all finite")
+        return Stage(name=name, outcome=Outcome.BROKEN, summary=f"{', '.join(broken)} of {total}")
+    return Stage(name=name, outcome=Outcome.SOUND, summary=f"{total}, all finite")
 
 
 def _checks(findings: list[Finding]) -> str:

@@ -70,7 +70,7 @@ def model_name(base: BaseKey) -> str:
 
 
 def worst_first(adapters: Iterable[AdapterReport]) -> list[AdapterReport]:
-    """Failed adapters, then undecided, then passed; each group in the order of the configuration."""
+    """Failed adapters, then not judged, then passed; each group in the order of the configuration."""
     return sorted(adapters, key=lambda adapter: _ORDER[adapter.verdict])
 
 
@@ -247,19 +247,19 @@ def _result(report: Report) -> str:
 
 
 def _counts(report: Report, everything: str, whole: str) -> str:
-    failed, undecided, total = report.counts.failed, report.counts.error, len(report.adapters)
+    failed, not_judged, total = report.counts.failed, report.counts.error, len(report.adapters)
     accepted = f", {number(report.accepted)} of them accepted" if report.accepted else ""
     if failed == total:
         accepted = ", accepted" if accepted and total == 1 else accepted
         return f"{whole} failed{accepted}"
-    if undecided == total:
+    if not_judged == total:
         return f"{whole} could not be judged"
-    if failed and undecided:
-        return f"{number(failed)} of {everything} failed{accepted}, {number(undecided)} could not be judged"
+    if failed and not_judged:
+        return f"{number(failed)} of {everything} failed{accepted}, {number(not_judged)} could not be judged"
     if failed:
         return f"{number(failed)} of {everything} failed{accepted}"
-    if undecided:
-        return f"{number(undecided)} of {everything} could not be judged, none failed"
+    if not_judged:
+        return f"{number(not_judged)} of {everything} could not be judged, none failed"
     warned = sum(bool(warnings(adapter)) for adapter in report.adapters)
     how_many = "" if total == 1 else f"{number(warned)} "
     return f"{whole} passed, {how_many}with warnings" if warned else f"{whole} passed"

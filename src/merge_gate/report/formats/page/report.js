@@ -111,22 +111,22 @@
     const valueOf = (kind, data, layout, index) =>
       kind === "headroom" ? headroom(data, layout, index) : data[kind][index];
 
-    const told = (data, layout, index) => {
+    const describe = (data, layout, index) => {
       const dtype = layout.dtypes[layout.dtype[index]][0];
-      const said = [`${layout.names[index]} (${layout.shapes[index] || "scalar"}, ${dtype}): ${STATES[data.state[index]][1]}`];
+      const parts = [`${layout.names[index]} (${layout.shapes[index] || "scalar"}, ${dtype}): ${STATES[data.state[index]][1]}`];
       const broken = data.broken[index];
       if (broken) {
         const [nan, posinf, neginf, first] = broken;
         const counts = [[nan, "NaN"], [posinf, "+Inf"], [neginf, "-Inf"]].filter(([count]) => count);
-        said.push(counts.map(([count, name]) => `${count.toLocaleString("en")} ${name}`).join(", ") + (first.length ? `, the first at [${first.join(", ")}]` : ""));
+        parts.push(counts.map(([count, name]) => `${count.toLocaleString("en")} ${name}`).join(", ") + (first.length ? `, the first at [${first.join(", ")}]` : ""));
       }
       const bounded = data.bounded.has(index);
-      said.push(`${bounded ? "bounds on the finite values" : "finite values"} ${figure(data.low[index])} to ${figure(data.high[index])}`);
-      said.push(`headroom used ${share(headroom(data, layout, index))}`);
+      parts.push(`${bounded ? "bounds on the finite values" : "finite values"} ${figure(data.low[index])} to ${figure(data.high[index])}`);
+      parts.push(`headroom used ${share(headroom(data, layout, index))}`);
       const how = (value) => (value !== null && data.estimated.has(index) ? ", estimated from a sample" : "");
-      said.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}${how(data.ratio[index])}`);
-      said.push(`rounding loss ${share(data.loss[index])}${how(data.loss[index])}`);
-      return said.join("; ");
+      parts.push(`‖ΔW‖/‖W‖ ${figure(data.ratio[index])}${how(data.ratio[index])}`);
+      parts.push(`rounding loss ${share(data.loss[index])}${how(data.loss[index])}`);
+      return parts.join("; ");
     };
 
     const legend = (list, kind) => {
@@ -193,12 +193,12 @@
           cell.tabIndex = -1;
           if (index === null) {
             const layer = block.layers[across];
-            cell.dataset.said = `${layer ? `layer ${layer}, ` : ""}${block.modules[down]}: untouched by this adapter`;
+            cell.dataset.description = `${layer ? `layer ${layer}, ` : ""}${block.modules[down]}: untouched by this adapter`;
           } else {
             cell.dataset.index = index;
-            cell.dataset.said = told(data, layout, index);
+            cell.dataset.description = describe(data, layout, index);
           }
-          cell.setAttribute("aria-label", cell.dataset.said);
+          cell.setAttribute("aria-label", cell.dataset.description);
           line.append(cell);
         });
         body.append(line);
@@ -211,10 +211,10 @@
     };
 
     const listen = (heat, reader) => {
-      const cellOf = (event) => event.target.closest("td[data-said]");
+      const cellOf = (event) => event.target.closest("td[data-description]");
       const read = (event) => {
         const cell = cellOf(event);
-        if (cell) reader.textContent = cell.dataset.said;
+        if (cell) reader.textContent = cell.dataset.description;
       };
       heat.addEventListener("pointerover", read);
       heat.addEventListener("focusin", read);
