@@ -21,7 +21,7 @@ from merge_gate.cache.cached_verdict import (
     sealed,
 )
 from merge_gate.cache.seal import Seal
-from merge_gate.judging.undecided import undecided
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import Entry
 from merge_gate.records.report import Coverage
 from merge_gate.records.terms import Verdict
@@ -85,7 +85,7 @@ def test_a_sealed_error_is_a_miss(tmp_path: Path) -> None:
     """A verdict that follows from its findings, and says nothing about another run."""
     one = entry(tmp_path)
     verdict = judged(one)
-    finding = undecided("the worker died", "run it again")
+    finding = not_judged("the worker died", "run it again")
     failed = replace(verdict.adapter, verdict=Verdict.ERROR, cause=finding.check, findings=(finding,))
     _, document = stored(replace(verdict, adapter=failed), one)
     assert restored(document, one) is None

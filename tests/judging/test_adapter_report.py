@@ -30,7 +30,7 @@ def entry(check: str, severity: Severity) -> Entry:
 @pytest.mark.parametrize("severity", [Severity.WARNING, Severity.OFF])
 @pytest.mark.parametrize("check", NEVER_LOADED)
 def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severity: Severity) -> None:
-    report = adapter_report.blocked(entry(check, severity))
+    report = adapter_report.blocked_report(entry(check, severity))
     assert report is not None
     assert (report.verdict, report.cause) == (Verdict.ERROR, NOT_JUDGED)
     assert any(check in finding.message for finding in report.findings if finding.check == NOT_JUDGED)
@@ -38,22 +38,22 @@ def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severi
 
 @pytest.mark.parametrize("check", ["config-invalid", "keys-missing", "shape-mismatch"])
 def test_what_the_load_finds_again_may_be_loaded_where_it_is_no_error(check: str) -> None:
-    assert adapter_report.blocked(entry(check, Severity.WARNING)) is None
-    report = adapter_report.blocked(entry(check, Severity.ERROR))
+    assert adapter_report.blocked_report(entry(check, Severity.WARNING)) is None
+    report = adapter_report.blocked_report(entry(check, Severity.ERROR))
     assert report is not None
     assert (report.verdict, report.cause) == (Verdict.FAILED, check)
 
 
 def test_an_adapter_that_is_not_the_expected_one_is_merged_all_the_same() -> None:
     asked = Entry(spec=spec(expect=Expect(r=8)), dtype="bfloat16", members=(files(),))
-    assert [finding.check for finding in adapter_report.checked(asked).findings] == ["expectation-failed"]
-    assert adapter_report.blocked(asked) is None
+    assert [finding.check for finding in adapter_report.files_report(asked).findings] == ["expectation-failed"]
+    assert adapter_report.blocked_report(asked) is None
 
 
 @pytest.mark.parametrize("version", ["0.21.2", None])
 def test_the_release_that_saved_it_is_reported(version: str | None) -> None:
     member = files(config={"peft_version": version} if version else {})
-    report = adapter_report.checked(Entry(spec=spec(), dtype="bfloat16", members=(member,)))
+    report = adapter_report.files_report(Entry(spec=spec(), dtype="bfloat16", members=(member,)))
     assert (report.peft_type, report.saved_by) == ("LORA", version)
 
 
@@ -63,14 +63,14 @@ def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
 ) -> None:
     """Neither one that is not in the table, nor one whose row says nothing of loading."""
     cursed = entry("file-cursed", severity)
-    assert adapter_report.blocked(cursed) is not None
+    assert adapter_report.blocked_report(cursed) is not None
     row = Check(id="file-cursed", severity=Severity.ERROR, summary="It is cursed.", symptom=Symptom.BAD_FILE)
     for module in ("adapter_report", "all_checks"):
         monkeypatch.setattr(f"merge_gate.judging.{module}.CHECKS", {**CHECKS, row.id: row})
-    assert adapter_report.blocked(cursed) is not None
+    assert adapter_report.blocked_report(cursed) is not None
     thought_about = {**CHECKS, row.id: dataclasses.replace(row, allows_loading=True)}
     monkeypatch.setattr("merge_gate.judging.adapter_report.CHECKS", thought_about)
-    assert (adapter_report.blocked(cursed) is None) == (severity is not Severity.ERROR)
+    assert (adapter_report.blocked_report(cursed) is None) == (severity is not Severity.ERROR)
 
 
 # --- the line of the report ------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ NOT_JUDGED_SO = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="gone
 
 
 def test_a_merged_adapter_in_full() -> None:
-    assert adapter_report.merged(ENTRY, MEASURED) == dataclasses.replace(
+    assert adapter_report.merged_report(ENTRY, MEASURED) == dataclasses.replace(
         LINE, base=NOW_ON, coverage=WHOLE, seconds=1.5, seed=11, tensors=MEASURED.merges
     )
 
@@ -134,17 +134,17 @@ def test_a_merged_adapter_in_full() -> None:
 def test_what_the_merge_did_not_use_or_did_otherwise_is_not_counted_as_done() -> None:
     differing = tuple(f"l{number}" for number in range(12))
     one = dataclasses.replace(MEASURED, differing=differing, unexpected=("stray",))
-    line = adapter_report.merged(ENTRY, one)
+    line = adapter_report.merged_report(ENTRY, one)
     assert line.coverage == dataclasses.replace(WHOLE, applied=1, layers_in_blocks=0, layers_differing=differing[:10])
     assert (line.verdict, line.cause) == (Verdict.FAILED, "keys-unexpected")
     refused = dataclasses.replace(MEASURED, refusal=OtherForward(module="m", class_name="Odd", share=1.0), merges=())
-    assert adapter_report.merged(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
+    assert adapter_report.merged_report(ENTRY, refused).coverage == dataclasses.replace(WHOLE, applied=0)
 
 
 def test_an_adapter_that_could_not_be_judged_keeps_what_its_files_say() -> None:
     found = Finding(check="config-invalid", severity=Severity.WARNING, message="m", hint="h", origin=Origin.FILE)
     asked = dataclasses.replace(ENTRY, members=(dataclasses.replace(ENTRY.files, findings=(found,)),))
-    line = adapter_report.undecided(asked, TOLD)
+    line = adapter_report.not_judged_report(asked, TOLD)
     expected = dataclasses.replace(
         LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(found, NOT_JUDGED_SO), decided_by=1
     )
@@ -155,18 +155,18 @@ def test_measurements_that_count_for_nothing_leave_nothing_but_that() -> None:
     expected = dataclasses.replace(
         LINE, verdict=Verdict.ERROR, cause=NOT_JUDGED, findings=(NOT_JUDGED_SO,), decided_by=0
     )
-    assert adapter_report.withdrawn(ENTRY, TOLD) == expected
+    assert adapter_report.withdrawn_report(ENTRY, TOLD) == expected
 
 
 def test_files_alone_in_full() -> None:
-    assert adapter_report.checked(ENTRY) == LINE
+    assert adapter_report.files_report(ENTRY) == LINE
 
 
 PROBLEM = Finding(check=NOT_JUDGED, severity=Severity.ERROR, message="no such repository", origin=Origin.RUNTIME)
 
 
 def test_an_adapter_that_was_not_found_says_that_alone() -> None:
-    line = adapter_report.checked(
+    line = adapter_report.files_report(
         Entry(spec=dataclasses.replace(SPEC, expect=Expect(r=8)), dtype="bfloat16", problem=PROBLEM)
     )
     assert (line.findings, line.peft_type, line.coverage) == ((PROBLEM,), None, Coverage())
@@ -175,8 +175,8 @@ def test_an_adapter_that_was_not_found_says_that_alone() -> None:
 def test_what_files_say_comes_before_what_else_is_wrong() -> None:
     found = Finding(check="file-corrupt", severity=Severity.ERROR, message="m", hint="h", origin=Origin.FILE)
     asked = Entry(spec=SPEC, dtype="bfloat16", members=(files(findings=(found,)),), problem=PROBLEM)
-    assert adapter_report.checked(asked).findings == (found, PROBLEM)
-    assert adapter_report.checked(asked).cause == "file-corrupt"
+    assert adapter_report.files_report(asked).findings == (found, PROBLEM)
+    assert adapter_report.files_report(asked).cause == "file-corrupt"
 
 
 @pytest.mark.parametrize(
@@ -191,16 +191,16 @@ def test_what_files_say_comes_before_what_else_is_wrong() -> None:
 )
 def test_the_base_is_called_as_it_was_asked_for(base: BaseSpec, named: str | None, expected: str | None) -> None:
     asked = Entry(spec=spec(base=base), dtype="bfloat16", members=(files(config={"base_model_name_or_path": named}),))
-    assert adapter_report.checked(asked).base.model == expected
+    assert adapter_report.files_report(asked).base.model == expected
 
 
 def test_a_type_that_is_a_novel_is_cut() -> None:
     asked = Entry(spec=SPEC, dtype="bfloat16", members=(files(config={"peft_type": "x" * 3000}),))
-    assert adapter_report.checked(asked).peft_type == "x" * 2000 + "… (1,000 more)"
+    assert adapter_report.files_report(asked).peft_type == "x" * 2000 + "… (1,000 more)"
 
 
 def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
-    report = adapter_report.blocked(entry("file-corrupt", Severity.WARNING))
+    report = adapter_report.blocked_report(entry("file-corrupt", Severity.WARNING))
     assert report is not None
     lesser, why = report.findings
     assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
@@ -216,7 +216,7 @@ def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
 
 def test_the_reason_of_an_undecided_entry_is_bounded() -> None:
     long = NotJudged(message="x" * 1_000_000)
-    for report in (adapter_report.undecided(ENTRY, long), adapter_report.withdrawn(ENTRY, long)):
+    for report in (adapter_report.not_judged_report(ENTRY, long), adapter_report.withdrawn_report(ENTRY, long)):
         assert len(report.findings[0].message) < 10_000
 
 
@@ -230,7 +230,7 @@ def test_a_base_in_full() -> None:
         replaced=("score.weight",),
         dtypes=(("float16", 60.0), ("float32", 4.0)),
     )
-    line = adapter_report.of_base(facts)
+    line = adapter_report.base_report(facts)
     (found,) = line.findings
     assert (found.check, found.origin, found.nan) == ("base-nonfinite", Origin.BASE, 1)
     assert line == BaseReport(
@@ -245,14 +245,14 @@ def test_a_base_in_full() -> None:
         dtypes=(("float16", 60.0), ("float32", 4.0)),
     )
     note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="twice", origin=Origin.BASE)
-    noted = adapter_report.of_base(facts, BaseFiles(directory="/base", notes=(note,)))
+    noted = adapter_report.base_report(facts, BaseFiles(directory="/base", notes=(note,)))
     assert noted == dataclasses.replace(line, findings=(*line.findings, note))
 
 
 def test_missing_parameters_of_a_base_come_before_values_that_are_not_finite() -> None:
     nan = TensorStats(name="norm.weight", dtype="float16", shape=(2,), numel=2, nan=1)
     facts = dataclasses.replace(MADE, nonfinite=(nan,), incomplete=("head.weight",), unloaded=("a.weight", "b.weight"))
-    found = adapter_report.of_base(facts).findings
+    found = adapter_report.base_report(facts).findings
     assert [(one.check, one.severity, one.tensor) for one in found] == [
         ("base-incomplete", Severity.ERROR, "head.weight"),
         ("base-inconsistent", Severity.NOTE, "a.weight"),
@@ -272,31 +272,31 @@ def of_base_file(check: str, message: str = "m") -> Finding:
 
 def test_a_base_that_was_not_loaded_is_the_one_that_was_asked_for() -> None:
     found = (of_base_file("base-inconsistent"), of_base_file("base-format"))
-    line = adapter_report.of_unloaded_base(ASKED, found)
+    line = adapter_report.unloaded_base_report(ASKED, found)
     assert line == BaseReport(
         model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT, findings=found
     )
-    unnamed = adapter_report.of_unloaded_base(dataclasses.replace(ASKED, model=None), found)
+    unnamed = adapter_report.unloaded_base_report(dataclasses.replace(ASKED, model=None), found)
     assert unnamed == dataclasses.replace(line, model="")
 
 
 def test_a_base_that_its_load_refuses_has_a_line_with_the_reason() -> None:
-    line = adapter_report.of_refused_base(ASKED, NOT_STORED)
+    line = adapter_report.refused_base_report(ASKED, NOT_STORED)
     assert line is not None
     (found,) = line.findings
     assert (found.check, found.severity, found.tensor) == ("base-incomplete", Severity.ERROR, "model.norm.weight")
-    assert line == adapter_report.of_unloaded_base(ASKED, (found,))
+    assert line == adapter_report.unloaded_base_report(ASKED, (found,))
 
 
 def test_a_long_reason_is_cut() -> None:
-    line = adapter_report.of_refused_base(ASKED, dataclasses.replace(NOT_STORED, base="x" * 3000))
+    line = adapter_report.refused_base_report(ASKED, dataclasses.replace(NOT_STORED, base="x" * 3000))
     assert line is not None
     assert len(line.findings[0].message) < 2100
 
 
 def test_a_base_that_the_gate_could_not_load_has_no_line() -> None:
     """It is no fault of the base, so each adapter says it."""
-    assert adapter_report.of_refused_base(ASKED, TOLD) is None
+    assert adapter_report.refused_base_report(ASKED, TOLD) is None
 
 
 # --- what the base's files say of every adapter ----------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_base_that_cannot_be_loaded_keeps_the_adapter_from_being_judged() -> N
         problem=PROBLEM,
         base=at_b(dataclasses.replace(BASE_FILES, quantization=None)),
     )
-    report = adapter_report.blocked(asked)
+    report = adapter_report.blocked_report(asked)
     assert report is not None
     assert report.findings == (warning, PROBLEM, CONTRADICTION, OF_DTYPE)
     assert (report.verdict, report.cause, report.decided_by) == (Verdict.ERROR, "base-inconsistent", 2)

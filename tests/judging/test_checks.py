@@ -15,7 +15,7 @@ from merge_gate.judging.checks.effect import WIPED_SHARE
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.phrases import describe_nonfinite
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.undecided import accident, undecided
+from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.records.config import AdapterSpec, CheckSetting, Combine, Expect
 from merge_gate.records.files import AdapterConfig, AdapterFiles
 from merge_gate.records.measured import (
@@ -358,9 +358,9 @@ def test_a_tensor_that_was_broken_in_the_base_is_not_the_mergers_fault() -> None
 def test_what_the_gate_could_not_do_is_no_check() -> None:
     out_of_memory = NotJudged(message="out of memory", hint="a larger machine")
     (finding,) = judge(spec(), files(), evidence(refusal=out_of_memory, merges=()))
-    assert finding == undecided("out of memory", "a larger machine")
+    assert finding == not_judged("out of memory", "a larger machine")
     assert finding.check == NOT_JUDGED not in CHECKS
-    assert undecided("out of memory").hint == ""
+    assert not_judged("out of memory").hint == ""
 
 
 def test_an_adapter_config_that_is_none_is_no_crash() -> None:

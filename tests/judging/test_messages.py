@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from merge_gate.judging.undecided import accident
+from merge_gate.judging.not_judged import accident
 from merge_gate.records.files import AdapterFiles, TensorHeader
 from merge_gate.records.measured import Evidence, FileTensor
 from merge_gate.records.terms import Finding, Quantization

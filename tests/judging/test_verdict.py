@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from merge_gate.judging.all_checks import judge_merge
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.undecided import undecided
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.judging.verdict import decide, with_decision
 from merge_gate.records.config import CheckSetting
 from merge_gate.records.measured import Evidence, FileTensor, TensorMerge, TensorStats
@@ -55,13 +55,13 @@ def test_a_warning_before_it_is_not_the_cause() -> None:
 
 
 def test_what_could_not_be_judged_is_an_error() -> None:
-    found = (undecided("out of memory"),)
+    found = (not_judged("out of memory"),)
     assert decided(found, WHOLE) == (Verdict.ERROR, NOT_JUDGED, found)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_proven_failure_outranks_what_could_not_be_judged(first: bool) -> None:
-    found = (undecided("out of memory"), finding("no-effect"))
+    found = (not_judged("out of memory"), finding("no-effect"))
     assert decided(found if first else found[::-1], WHOLE)[:2] == (Verdict.FAILED, "no-effect")
 
 
@@ -74,7 +74,7 @@ def test_notes_change_nothing() -> None:
 def test_an_error_of_the_base_is_not_the_adapters_failure(check: str) -> None:
     found = (finding(check),)
     assert decided(found, WHOLE) == (Verdict.ERROR, check, found)
-    assert decided((undecided("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
+    assert decided((not_judged("x"), *found), WHOLE)[:2] == (Verdict.ERROR, check)
 
 
 def test_a_broken_file_fails_the_adapter_on_a_broken_base_too() -> None:

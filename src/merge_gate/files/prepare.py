@@ -13,7 +13,7 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
-from merge_gate.judging.undecided import accident, undecided
+from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -49,7 +49,7 @@ class Inputs:
             try:
                 files, revision = self._files(self._specs[name])
             except GateError as error:
-                return Entry(spec=spec, dtype=dtype, problem=undecided(error.message, error.hint))
+                return Entry(spec=spec, dtype=dtype, problem=not_judged(error.message, error.hint))
             except Exception as error:  # noqa: BLE001 - unexpected input costs only its own adapter
                 return Entry(spec=spec, dtype=dtype, problem=accident("its files could not be read", error))
             members.append(files)
@@ -139,17 +139,17 @@ _NAMED_BY_ADAPTER = (
 
 
 def _refused(error: GateError, hint: str) -> Finding:
-    """The finding for a base that cannot be used: of a check of bases, or undecided."""
+    """The finding for a base that cannot be used: of a check of bases, or `not-judged`."""
     check = error.check if isinstance(error, ResolveError) else None
     if check is None:
-        return undecided(error.message, hint)
+        return not_judged(error.message, hint)
     return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
 
 
 def _no_base(files: AdapterFiles) -> Finding:
     is_there = any(file.path == CONFIG_NAME for file in files.files)
     unnamed = f"{CONFIG_NAME} names no base" if is_there else f"there is no {CONFIG_NAME}"
-    return undecided(
+    return not_judged(
         f"no base to merge into: the config sets no base.model, and {unnamed}",
         "set base: {model: …} in the gate's config, for all adapters or for this one, or give --base",
     )

@@ -3,13 +3,13 @@
 In: an `Entry`, and its `Evidence` or the refusal that explains why there is none. Out: `AdapterReport` or `BaseReport`.
 Imports no torch and opens no files.
 
-    blocked     the files alone decide: the adapter is never loaded
-    merged      the evidence decides
-    undecided   the gate could not judge the adapter
-    withdrawn   the base changed
-    checked     the verdict on the files alone (`merge-gate check`)
+    blocked_report      the files alone decide: the adapter is never loaded
+    merged_report       the evidence decides
+    not_judged_report   the gate could not judge the adapter
+    withdrawn_report    the base changed
+    files_report        the verdict on the files alone (`merge-gate check`)
 
-The entry of a base comes from `of_base`, `of_refused_base`, or `of_unloaded_base`.
+The entry of a base comes from `base_report`, `refused_base_report`, or `unloaded_base_report`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_gate.judging.checks import base_checks
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.limits import bounded, cut
-from merge_gate.judging.undecided import undecided as not_judged
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import Refusal
@@ -29,7 +29,7 @@ from merge_gate.records.report import AdapterReport, BaseReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Severity, Verdict
 
 
-def blocked(entry: Entry) -> AdapterReport | None:
+def blocked_report(entry: Entry) -> AdapterReport | None:
     """The report of an entry that its files alone keep from being merged; None if it may be merged."""
     found = _file_findings(entry)
     if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
@@ -53,7 +53,7 @@ def _allows_loading(finding: Finding) -> bool:
     return finding.check in CHECKS and CHECKS[finding.check].allows_loading
 
 
-def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
+def merged_report(entry: Entry, evidence: Evidence) -> AdapterReport:
     """The report of an entry that was merged, or whose merge was refused."""
     findings = all_checks.judge_merge(entry.spec, entry.files, evidence)
     coverage = _coverage(evidence)
@@ -66,17 +66,17 @@ def merged(entry: Entry, evidence: Evidence) -> AdapterReport:
     )
 
 
-def undecided(entry: Entry, refusal: Refusal) -> AdapterReport:
+def not_judged_report(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry that the gate could not judge."""
     return _judged(entry, (*_file_findings(entry), *bounded([all_checks.refused(refusal)])))
 
 
-def withdrawn(entry: Entry, refusal: Refusal) -> AdapterReport:
+def withdrawn_report(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
     return _judged(entry, bounded([all_checks.refused(refusal)]))
 
 
-def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
+def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     """The line of a base that was loaded, with the notes on its files."""
     notes = files.notes if files is not None else ()
     return BaseReport(
@@ -92,13 +92,13 @@ def of_base(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     )
 
 
-def of_refused_base(asked: BaseKey, refusal: Refusal) -> BaseReport | None:
+def refused_base_report(asked: BaseKey, refusal: Refusal) -> BaseReport | None:
     """The entry of a base that could not be loaded; None if a check of bases did not decide that."""
     finding = all_checks.refused(refusal)
-    return of_unloaded_base(asked, bounded([finding])) if finding.check in CHECKS else None
+    return unloaded_base_report(asked, bounded([finding])) if finding.check in CHECKS else None
 
 
-def of_unloaded_base(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseReport:
+def unloaded_base_report(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseReport:
     """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
     return BaseReport(
         model=asked.model or "",
@@ -109,7 +109,7 @@ def of_unloaded_base(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseRepor
     )
 
 
-def checked(entry: Entry) -> AdapterReport:
+def files_report(entry: Entry) -> AdapterReport:
     """The report on an adapter's files alone; its verdict says nothing of values."""
     findings = _file_findings(entry)
     coverage = Coverage(adapter_tensors=len(entry.files.tensors))

@@ -15,7 +15,7 @@ from merge_gate.judging.checks import effect
 from merge_gate.judging.checks.check import Check, FileCase, MergeCase, limit
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.limits import bounded
-from merge_gate.judging.undecided import accident
+from merge_gate.judging.not_judged import accident
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, MeasureOptions

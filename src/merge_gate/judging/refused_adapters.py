@@ -14,7 +14,7 @@ from typing import Any
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
 from merge_gate.judging.checks.fit import SHAPE_MISMATCH, TARGETS_NOT_FOUND, keys_missing
 from merge_gate.judging.checks.phrases import RESTORE_CONFIG, describe_pattern
-from merge_gate.judging.undecided import undecided
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.refusals import (
     IgnoredSettings,
     ParametersNotFound,
@@ -59,7 +59,7 @@ def pattern_refused(fact: PatternRefused) -> Finding:
 
 
 def unknown_method(fact: UnknownMethod) -> Finding:
-    return undecided(
+    return not_judged(
         f"PEFT {fact.peft} does not know the adapter type {fact.name!r}, so it cannot be merged here",
         f"PEFT writes it {fact.known_as!r}: correct peft_type in adapter_config.json"
         if fact.known_as
@@ -74,7 +74,7 @@ def ignored_settings(fact: IgnoredSettings) -> Finding:
     message = f"adapter_config.json sets {listed}, which PEFT {fact.peft} does not know and would ignore"
     if _release(fact.saved_by) > _release(fact.peft):
         hint = f"the adapter was saved by PEFT {fact.saved_by}: run the gate with that version or newer"
-        return undecided(message, hint, origin=Origin.CONFIG)
+        return not_judged(message, hint, origin=Origin.CONFIG)
     return CONFIG_INVALID.finding(
         message,
         "remove the key if it is a mistake or another trainer's own; if it changes what is computed, "

@@ -14,8 +14,8 @@ from merge_gate.judging.checks.base_checks import (
     BASE_INCONSISTENT,
     incomplete,
 )
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.judging.refused_merges import INSTALL
-from merge_gate.judging.undecided import undecided
 from merge_gate.records.refusals import (
     AdapterNextToBase,
     BaseOfAnotherClass,
@@ -48,17 +48,17 @@ _ONE_COMMIT = (
 def base_raised(fact: BaseRaised) -> Finding:
     named = f"{fact.error.kinds[0]}: {fact.error.text}"
     if not fact.class_name:
-        return undecided(
+        return not_judged(
             f"the base's config.json cannot be read: {named}",
             "the base must be a directory saved by save_pretrained, of a model type that transformers knows",
         )
     if fact.error.is_a("MemoryError", "OutOfMemoryError"):
-        return undecided(
+        return not_judged(
             f"base {fact.base}: out of memory while loading it", "use a machine with more memory, or a smaller dtype"
         )
     if fact.error.is_a("ImportError"):
-        return undecided(f"base {fact.base} needs a package that is not installed: {fact.error.text}", INSTALL)
-    return undecided(
+        return not_judged(f"base {fact.base} needs a package that is not installed: {fact.error.text}", INSTALL)
+    return not_judged(
         f"base {fact.base} cannot be loaded as {fact.class_name}: {named}",
         "check that the directory holds a complete model that transformers can load",
     )
@@ -66,14 +66,14 @@ def base_raised(fact: BaseRaised) -> Finding:
 
 def remote_code_needed(fact: RemoteCodeNeeded) -> Finding:
     what = f"base {fact.base}" if fact.base else "the base's config.json"
-    return undecided(
+    return not_judged(
         f"{what} needs Python code that comes with the base, and the gate's config does not allow it to run",
         "read that code, pin base.revision to the commit that you have read, and set trust-remote-code: true",
     )
 
 
 def base_of_another_class(fact: BaseOfAnotherClass) -> Finding:
-    return undecided(
+    return not_judged(
         f"base {fact.base} holds none of the tensors of {fact.class_name}: transformers would make up all of them",
         "name the base that the adapter was trained on: this one has another class (for text and images, if the "
         "adapter is for text alone), or other names in its files",
@@ -181,39 +181,39 @@ def parameters_not_stored(fact: ParametersNotStored) -> Finding:
 
 
 def tensor_without_values(fact: TensorWithoutValues) -> Finding:
-    return undecided(f"tensor {fact.name} has no values (it is on the meta device), so it cannot be checked")
+    return not_judged(f"tensor {fact.name} has no values (it is on the meta device), so it cannot be checked")
 
 
 def not_measured(fact: NotMeasured) -> Finding:
-    return undecided(f"{fact.module} could not be measured: {fact.error.kinds[0]}: {fact.error.text}")
+    return not_judged(f"{fact.module} could not be measured: {fact.error.kinds[0]}: {fact.error.text}")
 
 
 def worker_raised(fact: WorkerRaised) -> Finding:
     text = fact.error.text
     # torch has no class of its own for a lack of memory on the CPU: a RuntimeError that names its allocator
     if fact.error.is_a("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text:
-        return undecided(
+        return not_judged(
             "out of memory while judging this adapter",
             "use a machine (or a GPU) with more memory, or gate the adapter in a smaller dtype",
         )
     if fact.in_import and fact.error.is_a("OSError", "ImportError"):
-        return undecided(
+        return not_judged(
             f"a library of the gate could not be imported: {text}",
             "the environment that runs the gate is damaged, or changes during the run: install it again",
         )
     if fact.error.is_a("OSError"):
-        return undecided(
+        return not_judged(
             f"a file of the adapter or its base could not be read when it was to be merged: {text}",
             "check that nothing changes these files during a run, and that the disk is sound",
         )
-    return undecided(
+    return not_judged(
         f"the gate could not judge this adapter: {fact.error.kinds[0]}: {text}",
         "if the adapter loads and merges with PEFT itself, please report this as a bug of merge-gate",
     )
 
 
-def not_judged(fact: NotJudged) -> Finding:
-    return undecided(fact.message, fact.hint, origin=fact.origin)
+def already_worded(fact: NotJudged) -> Finding:
+    return not_judged(fact.message, fact.hint, origin=fact.origin)
 
 
 WORDS: Mapping[type, Callable[[Any], Finding]] = MappingProxyType(
@@ -232,7 +232,7 @@ WORDS: Mapping[type, Callable[[Any], Finding]] = MappingProxyType(
         TensorWithoutValues: tensor_without_values,
         NotMeasured: not_measured,
         WorkerRaised: worker_raised,
-        NotJudged: not_judged,
+        NotJudged: already_worded,
     }
 )
 """The finding of each kind of fact."""

@@ -13,7 +13,7 @@ from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.file_checks import CONFIG_INVALID, FILE_CORRUPT
 from merge_gate.judging.checks.fit import SHAPE_MISMATCH, keys_missing, not_mergeable
 from merge_gate.judging.checks.phrases import RESTORE_CONFIG
-from merge_gate.judging.undecided import undecided
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.refusals import (
     Defect,
     KnownDefect,
@@ -47,7 +47,7 @@ def peft_raised(fact: PeftRaised) -> Finding:
         what = (
             "merging needs a package that" if fact.step is Step.MERGE else "a package that this adapter or base needs"
         )
-        return undecided(f"{what} is not installed: {fact.error.text}", INSTALL)
+        return not_judged(f"{what} is not installed: {fact.error.text}", INSTALL)
     return _BY_STEP[fact.step](fact)
 
 
@@ -116,7 +116,7 @@ def _on_load(fact: PeftRaised) -> Finding:
         return FILE_CORRUPT.finding(message, hint, Origin.FILE)
     if fact.error.is_a("ValueError", "RuntimeError"):
         return CONFIG_INVALID.finding(message, hint, Origin.CONFIG)
-    return undecided(message, hint, origin=Origin.CONFIG)
+    return not_judged(message, hint, origin=Origin.CONFIG)
 
 
 def _on_add(fact: PeftRaised) -> Finding:
@@ -187,7 +187,7 @@ def _blamed(fact: PeftRaised, message: str, hint: str, origin: Origin) -> Findin
     if not fact.is_incomplete and (fact.quantization == Quantization.NONE or is_documented):
         return not_mergeable.finding(message, hint, origin)
     kind = "incomplete" if fact.is_incomplete else f"quantized: {fact.quantization}"
-    return undecided(
+    return not_judged(
         f"{message} (the base is {kind})", "gate and merge on the complete, unquantized base", origin=Origin.BASE
     )
 
@@ -266,7 +266,7 @@ DEFECTS: Mapping[Defect, _Words] = MappingProxyType(
 def known_defect(fact: KnownDefect) -> Finding:
     reason, hint, check = DEFECTS[fact.defect]
     if check is None:
-        return undecided(reason, hint, origin=Origin.CONFIG)
+        return not_judged(reason, hint, origin=Origin.CONFIG)
     place = f" (in {listing(fact.modules, 1)})" if fact.modules else ""
     return check.finding(f"{reason}{place}", hint, Origin.CONFIG, module=fact.modules[0] if fact.modules else None)
 

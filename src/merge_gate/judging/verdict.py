@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
-from merge_gate.judging.undecided import undecided
+from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from merge_gate.text import counted
@@ -27,7 +27,7 @@ def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, 
     what, index = decide_files(findings)
     gap = _gap(coverage) if what is Verdict.PASSED else ""
     if gap:
-        return Verdict.ERROR, 0, (undecided(gap, "please report this, with the adapter's config"), *findings)
+        return Verdict.ERROR, 0, (not_judged(gap, "please report this, with the adapter's config"), *findings)
     return what, index, findings
 
 

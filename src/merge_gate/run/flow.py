@@ -106,7 +106,7 @@ def check_files(config: Config, *, view: View | None = None, only: tuple[str, ..
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
     inputs = Inputs(config, (view or SilentView()).note)
     for spec in select(config, only):
-        yield adapter_report.checked(inputs.checked(spec))
+        yield adapter_report.files_report(inputs.checked(spec))
 
 
 def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
@@ -183,13 +183,13 @@ class _Run:
         for spec in self._specs:
             self._tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self._tally.entries):
-            report = adapter_report.blocked(entry)
+            report = adapter_report.blocked_report(entry)
             if report is None:
                 yield index, entry
                 continue
             of_base = adapter_report.base_findings(entry)
             if of_base and entry.base is not None:
-                unloaded = adapter_report.of_unloaded_base(report.base, of_base)
+                unloaded = adapter_report.unloaded_base_report(report.base, of_base)
                 self._tally.use(entry.base.directory, unloaded, index)
             self._settle(index, report)
 
@@ -267,7 +267,7 @@ class _Run:
                 self._view.base_loading(group.base.name, group.base.dtype)
             case protocol.BaseLoaded():
                 group = self._groups[event.group]
-                self._tally.use(group.directory, adapter_report.of_base(event.facts, group.files), event.task)
+                self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
                 self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
                 self._view.base_loaded(event.facts, event.seconds)
             case protocol.MergeStarted():
@@ -294,8 +294,8 @@ class _Run:
 
     def _settle_undecided(self, event: protocol.Undecided) -> None:
         entry = self._tally.entries[event.task]
-        report = adapter_report.undecided(entry, event.refusal)
-        if refused := adapter_report.of_refused_base(report.base, event.refusal):  # the report lists this base too
+        report = adapter_report.not_judged_report(entry, event.refusal)
+        if refused := adapter_report.refused_base_report(report.base, event.refusal):  # the report lists this base too
             self._tally.use(base_directory(entry), refused, event.task)
         self._settle(event.task, report)
 
@@ -314,8 +314,8 @@ class _Run:
 
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
-        report = adapter_report.merged(entry, evidence)
-        base = adapter_report.of_base(evidence.base, entry.base_files)
+        report = adapter_report.merged_report(entry, evidence)
+        base = adapter_report.base_report(evidence.base, entry.base_files)
         self._unstored[index] = CachedVerdict(adapter=report, base=base)
         self._settle(index, report)
 
@@ -355,7 +355,7 @@ class _Run:
             error = base_changed(base.name if base is not None else "")
             refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
             for index in indices:
-                self._tally.settle(index, adapter_report.withdrawn(self._tally.entries[index], refusal))
+                self._tally.settle(index, adapter_report.withdrawn_report(self._tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _finish(self) -> Report:
