@@ -126,7 +126,7 @@ def test_what_a_child_printed_before_it_was_ready_is_none_of_its_last_words(
 ODD = """
 import os, signal, socket, sys, time
 sys.path.insert(0, sys.argv[1])
-line = socket.socket(fileno=int(sys.argv[2]))
+line = socket.socket(fileno=int(sys.argv[3]))
 """
 SENDS_A_JOB = """
 from merge_gate.worker.channel import Channel

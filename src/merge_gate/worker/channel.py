@@ -14,6 +14,7 @@ import struct
 import time
 
 from merge_gate.records import config, files, measured, refusals, report, terms
+from merge_gate.sources.feed import FileSpan
 from merge_gate.worker import protocol
 
 _LENGTH = struct.Struct("!Q")
@@ -27,7 +28,7 @@ _RECORD_CLASSES = {
     for module in (terms, config, files, measured, refusals, report, protocol)
     for cls in vars(module).values()
     if isinstance(cls, type) and cls.__module__ == module.__name__
-}
+} | {(FileSpan.__module__, FileSpan.__qualname__): FileSpan}
 
 
 class GarbledError(Exception):

@@ -32,6 +32,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
+from merge_gate.worker.feed_client import FeedClient
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
@@ -71,7 +72,7 @@ PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, feed_descriptor: int) -> None:
     """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
@@ -91,7 +92,8 @@ def main(descriptor: int) -> None:
     assert isinstance(job, Job)  # noqa: S101 - the parent is ours
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
-    for event in judge_job(job, channel.send, sandbox):
+    feed = FeedClient(socket.socket(fileno=feed_descriptor))
+    for event in judge_job(job, channel.send, sandbox, feed):
         channel.send(event)
     channel.send(Finished())
     channel.close()
@@ -113,8 +115,11 @@ def _leave_with_parent(channel: Channel) -> None:
     os._exit(1)
 
 
-def judge_job(job: Job, progress: Listener, sandbox: Sandbox) -> Iterator[Event]:
-    """Load each base once for each class, and merge each task. An exception costs its own task only."""
+def judge_job(job: Job, progress: Listener, sandbox: Sandbox, feed: FeedClient | None = None) -> Iterator[Event]:  # noqa: ARG001 - the skeletons will use it
+    """Load each base once for each class, and merge each task. An exception costs its own task only.
+
+    `feed` gets the bytes of bases that the parent reads.
+    """
     try:
         chosen = _choose_device(job.device)
     except (EngineError, ImportError, OSError) as error:  # torch itself may fail to import

@@ -24,6 +24,7 @@ from typing import IO, NamedTuple, Self
 from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.confine.sandbox import caches
+from merge_gate.worker.feed_service import Feeds, FeedService
 from merge_gate.worker.memory import MemoryGroup, gibibytes
 from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener
 from merge_gate.worker.startup.heap import REUSE
@@ -74,8 +75,12 @@ class WorkerProcess:
         own_socket, child_socket = socket.socketpair()
         self._channel = Channel(own_socket)
         self._stack.callback(self._channel.close)
-        self._process = _start(child_socket, self._output, directory, {} if quantizes else NO_COMPILER)
-        child_socket.close()
+        self._feed_socket, child_feed = socket.socketpair()
+        self._stack.callback(self._feed_socket.close)
+        sockets = child_socket, child_feed
+        self._process = _start(sockets, self._output, directory, {} if quantizes else NO_COMPILER)
+        for one in sockets:
+            one.close()
         self._stack.callback(_stop, self._process)
 
     def __enter__(self) -> Self:
@@ -88,11 +93,17 @@ class WorkerProcess:
         """End the process, whatever it does. May be called more than once."""
         self._stack.close()
 
-    def run(self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool]) -> Ending | None:
+    def run(
+        self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool], feeds: Feeds | None = None
+    ) -> Ending | None:
         """Send the job and pass on its events. None if the process finished, or how it ended.
 
-        `is_overdue` is called after each event. If it returns true, the process is ended.
+        `is_overdue` is called after each event. If it returns true, the process is ended. `feeds` opens the bases that
+        this process reads for it.
         """
+        service = FeedService(self._feed_socket, lambda position: (feeds or Feeds()).open(job.groups[position]))
+        service.start()
+        self._stack.callback(service.close)
         try:
             finished = _converse(self._channel, job, listen, is_overdue)
         except GarbledError as error:
@@ -131,13 +142,13 @@ try:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 except (OSError, AttributeError):
     pass
-if os.getppid() != int(sys.argv[3]):
+if os.getppid() != int(sys.argv[2]):
     os._exit(1)
 sys.path.insert(0, sys.argv[1])
 import merge_gate
 sys.path.append(sys.path.pop(0))
 from merge_gate.worker.child import main
-main(int(sys.argv[2]))
+main(*map(int, sys.argv[3:]))
 """
 """1. Linux ends this process with its parent (PR_SET_PDEATHSIG), also while a native call blocks every Python thread.
 If the parent died before that, its process id differs. 2. The package is the parent's own, whatever else is installed
@@ -145,12 +156,13 @@ under its name. The other files in its directory shadow nothing, because that di
 
 
 def _start(
-    child_socket: socket.socket, output: IO[bytes], directory: str, extra: dict[str, str]
+    sockets: tuple[socket.socket, ...], output: IO[bytes], directory: str, extra: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
+    descriptors = [one.fileno() for one in sockets]
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(child_socket.fileno()), str(os.getpid())],
-        pass_fds=(child_socket.fileno(),),
+        [sys.executable, "-P", "-c", _BOOTSTRAP, package, str(os.getpid()), *map(str, descriptors)],
+        pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, Evidence, MeasureOptions
-from merge_gate.records.refusals import Refusal
+from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
+from merge_gate.sources.feed import FileSpan
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -37,13 +38,15 @@ class Task:
 class Group:
     """The adapters on one base. `files` is what the base's files contain, if they were read.
 
-    `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files.
+    `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files. `fed`:
+    the parent reads its weight files (feed_service.py).
     """
 
     base: BaseKey
     directory: str
     files: BaseFiles | None = None
     one_pass: bool = False
+    fed: bool = False
     tasks: tuple[Task, ...]
 
 
@@ -172,3 +175,60 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return event.task in open_tasks
         case _:
             return True
+
+
+# --- the feed: the parent reads the weight files of a base, and the worker says which bytes it needs -----------------
+
+
+@record
+class FeedOpened:
+    """From the worker: from now on, it needs the bytes of this group's base."""
+
+    group: int
+
+
+@record
+class SpansExpected:
+    """From the worker: it will need these bytes, in this order. Replaces what it expected before.
+
+    `number` counts these messages.
+    """
+
+    number: int
+    spans: tuple[FileSpan, ...]
+
+
+@record
+class BytesRequested:
+    """From the worker: it needs these bytes now. `number` is negative, and counts these messages down."""
+
+    number: int
+    span: FileSpan
+
+
+@record
+class SlotReleased:
+    """From the worker: it has copied what it needs from the slot of the piece with this request's number."""
+
+    number: int
+    start: int
+
+
+@record
+class PieceArrived:
+    """To the worker: these bytes are in the window from `start` on, which is theirs until they are released.
+
+    `number` is that of the request.
+    """
+
+    number: int
+    span: FileSpan
+    start: int
+
+
+@record
+class FeedEnded:
+    """To the worker: all bytes of a request arrived and were compared with their digests, or `refusal` says why not."""
+
+    number: int
+    refusal: NotJudged | None = None

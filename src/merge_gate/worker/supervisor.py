@@ -19,6 +19,7 @@ from typing import Self, assert_never
 from merge_gate.errors import GateError
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.text import counted
+from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
     DEFAULT_LIMIT_S,
@@ -81,12 +82,12 @@ class WorkerSlot:
         if self._process is None:
             self._process, self._quantizes = WorkerProcess(quantizes=quantizes), quantizes
 
-    def run(self, job: Job, attempt: Attempt) -> Ending | None:
+    def run(self, job: Job, attempt: Attempt, feeds: Feeds | None = None) -> Ending | None:
         """Run a job in the process. None if it finished, or how the process ended."""
         self.start(quantizes=any(group.base.is_quantized for group in job.groups))
         assert self._process is not None  # noqa: S101 - `start` made one
         try:
-            return self._process.run(job, attempt.receive, is_overdue=attempt.is_overdue)
+            return self._process.run(job, attempt.receive, is_overdue=attempt.is_overdue, feeds=feeds)
         finally:
             self.end()
 
@@ -109,15 +110,17 @@ class WorkerSlot:
         self._process = None
 
 
-def supervise(job: Job, listen: Listener, worker: WorkerSlot) -> None:
+def supervise(job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | None = None) -> None:
     """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the process.
 
-    `worker` may hold a process that was started before the job was known.
+    `worker` may hold a process that was started before the job was known. `feeds` opens the bases that this process
+    reads for the worker; without it, they are local.
     """
+    feeds = feeds or Feeds()
     tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
-        ending = worker.run(job, attempt)  # 1
+        ending = worker.run(job, attempt, feeds)  # 1
         if ending is None:
             attempt.settle_rest()
             return
