@@ -50,6 +50,7 @@ PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKS_PAGE = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+DECISIONS = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
 DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -382,13 +383,24 @@ def test_every_folder_is_in_the_architecture_with_modules_that_it_has() -> None:
 
 
 def test_every_module_that_the_architecture_names_is_there() -> None:
-    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", ARCHITECTURE))
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", ARCHITECTURE + DECISIONS))
     assert len(named) > 10
     assert not [name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()]
 
 
 def test_the_architecture_is_read_in_one_sitting() -> None:
     assert ARCHITECTURE.count("\n") <= 300
+
+
+def test_a_maintainer_finds_ten_answers() -> None:
+    rows = re.findall(r"^\| (.+\?.*) \| (.+) \|$", section(ARCHITECTURE, "Questions of a maintainer"), re.MULTILINE)
+    assert len(rows) >= 10
+
+
+def test_every_decision_has_its_date() -> None:
+    records = re.findall(r"^- (.+)$", DECISIONS, re.MULTILINE)
+    assert len(records) > 40
+    assert [record for record in records if not re.match(r"2026-\d\d-\d\d \*\*\S", record)] == []
 
 
 def test_every_format_of_the_report_is_in_the_architecture() -> None:
