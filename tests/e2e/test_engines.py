@@ -171,7 +171,7 @@ def test_tls_that_does_not_agree_is_a_sentence(
     if given == "no authority":
         (folder / "ca.pem").write_bytes((certificates / "client.pem").read_bytes())
     tls = {} if given == "no TLS" else {"DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(folder)}
-    with pytest.raises(LauncherError, match=r"at tcp://.* \(DOCKER_HOST\) does not answer: ") as raised:
+    with pytest.raises(LauncherError, match=r"tcp://.*DOCKER_HOST") as raised:
         run_in_container(replace(run, environ={**run.environ, "DOCKER_HOST": tls_engine, **tls}), print)
     assert raised.value.hint
 
