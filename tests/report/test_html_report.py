@@ -31,8 +31,10 @@ from tests.support.reports import (
     config_file,
     hostile_reports,
     in_two_dtypes,
+    lines_of,
     names_for_shared_words,
     report,
+    runner_obeys,
     tensors,
 )
 
@@ -196,7 +198,9 @@ def test_a_hostile_name_is_only_text(attack: str) -> None:
             revision=f"x{text}",
             tensors=merges,
         )
-        return Page(render(report(evil, config=config_file(text))))
+        html = render(report(evil, config=config_file(text)))
+        assert not any(map(runner_obeys, lines_of(html)))
+        return Page(html)
 
     seen, tame = played(attack.replace("`", "'") or "-"), played("tame")
     assert seen.tags == tame.tags
@@ -208,6 +212,7 @@ def test_a_hostile_name_is_only_text(attack: str) -> None:
 def test_any_report(run: Any) -> None:
     html = render(run)
     html.encode("utf-8")
+    assert not any(map(runner_obeys, lines_of(html)))
     page = Page(html)
     page.data()
     assert [kind for kind, _ in page.raw if kind != "data"] == ["style", "script"]

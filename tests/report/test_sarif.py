@@ -31,8 +31,10 @@ from tests.support.reports import (
     config_file,
     hostile_reports,
     in_two_dtypes,
+    lines_of,
     names_for_shared_words,
     report,
+    runner_obeys,
 )
 from tests.support.wording import Wording
 
@@ -42,6 +44,7 @@ GOLDEN = Path(__file__).parent / "goldens" / "report.sarif"
 def parse(run: Any) -> dict[str, Any]:
     text = render(run)
     assert text.isascii()
+    assert not any(map(runner_obeys, lines_of(text)))
     document = json.loads(text)
     assert (document["version"], len(document["runs"])) == ("2.1.0", 1)
     rules = document["runs"][0]["tool"]["driver"]["rules"]

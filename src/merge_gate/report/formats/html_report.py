@@ -1,7 +1,7 @@
 """Renders report.html: one self-contained page for people.
 
 The page loads nothing. It contains its style and script, and its content security policy allows only these, by hash.
-`one_line` makes hidden characters of foreign text visible, and Jinja escapes it. The data of the maps are JSON that no
+`one_line` makes hidden characters of foreign text visible, and it is escaped. The data of the maps are JSON that no
 tag can end.
 
 1. All text is in the page itself, so that people can search, print, and read it without a script.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
@@ -82,17 +82,20 @@ def _templates() -> tuple[Template, Template]:
 
 
 def _visible(value: Any) -> Any:
-    """Make a value visible before Jinja escapes it. Jinja calls this for every text that a template prints."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return one_line(value, _MAX_LENGTH)
+    """Make a value visible, and escape it. Jinja calls this for every text that a template prints."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else _escaped(value)
 
 
 def _spaced(text: str) -> Markup:
     """A part of a sentence, with its leading and trailing space, which `one_line` removes."""
     return Markup("{}{}{}").format(
-        " " if text[:1].isspace() else "", one_line(text, _MAX_LENGTH), " " if text[1:] and text[-1:].isspace() else ""
+        " " if text[:1].isspace() else "", _escaped(text), " " if text[1:] and text[-1:].isspace() else ""
     )
+
+
+def _escaped(text: str) -> Markup:
+    """Visible text. A GitHub runner obeys `##[` anywhere in a line, also when a step prints this file."""
+    return Markup(str(escape(one_line(text, _MAX_LENGTH))).replace("##[", "#&#35;["))  # noqa: S704 - it is escaped
 
 
 @cache
@@ -234,7 +237,8 @@ def _layout(merges: tuple[TensorMerge, ...]) -> dict[str, Any]:
 
 def _data(value: Any) -> Markup:
     """JSON for a script element. No text in it can end the element."""
-    return htmlsafe_json_dumps(value, separators=(",", ":"), ensure_ascii=False)
+    data = htmlsafe_json_dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return Markup(str(data).replace("##[", "#\\u0023["))  # noqa: S704 - it is safe, and stays so
 
 
 def _name(text: str) -> str:

@@ -54,7 +54,8 @@ def render(report: Report) -> str:
         **_marks(report),
     }
     document = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    # A GitHub runner obeys `##[` anywhere in a line, also if a step prints this file. To JSON, the escape is the same.
+    return json.dumps(document, indent=1, allow_nan=False).replace("##[", "#\\u0023[") + "\n"
 
 
 def _driver(report: Report) -> Json:
