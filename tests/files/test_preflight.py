@@ -267,7 +267,7 @@ def test_a_config_that_is_not_taken_has_its_digest(content: bytes, tmp_path: Pat
 
 def test_a_config_of_the_largest_size_is_read(tmp_path: Path) -> None:
     raw = json.dumps(CONFIG).encode()
-    files = look(make(tmp_path, raw + b" " * (MAX_BYTES - len(raw))))
+    files = look(make(tmp_path, b" " * (MAX_BYTES - len(raw)) + raw))
     assert files.findings == ()
     assert files.config.r == CONFIG["r"]
 
@@ -555,6 +555,14 @@ def test_invalid_configs(case: str, tmp_path: Path) -> None:
     assert message in finding.message
     assert finding.origin is Origin.CONFIG
     assert len(finding.message) < 500
+
+
+def test_only_the_first_two_thousand_expressions_are_compiled_here(tmp_path: Path) -> None:
+    """The worker compiles all of them, within a time limit."""
+    valid = {f"q{number}|": 4 for number in range(2_000)}
+    first, last = ({"(": 4} | valid, valid | {"(": 4})
+    only(look(make(tmp_path, CONFIG | {"rank_pattern": first})), "config-invalid")
+    assert look(make(tmp_path, CONFIG | {"rank_pattern": last})).findings == ()
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
