@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from merge_gate.files.headers import CorruptFileError
 from merge_gate.files.pickle_scan import UnsafePickleError, read_pickled
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 from tests.support.files.headers_of import header_of
 from tests.support.files.pickles import Call, packed
 from tests.support.properties import examples
@@ -47,7 +47,7 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def look(path: Path) -> tuple[TensorHeader, ...] | None:
+def look(path: Path) -> tuple[StoredTensor, ...] | None:
     with path.open("rb") as file:
         return read_pickled(file, path.stat().st_size)
 
@@ -94,8 +94,8 @@ def test_views_have_their_own_shape(tmp_path: Path) -> None:
 def test_a_state_dict_with_its_attributes(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "a.bin")
     assert look(tmp_path / "a.bin") == (
-        TensorHeader(name="weight", dtype="F32", shape=(2, 3)),
-        TensorHeader(name="bias", dtype="F32", shape=(2,)),
+        StoredTensor(name="weight", dtype="F32", shape=(2, 3)),
+        StoredTensor(name="bias", dtype="F32", shape=(2,)),
     )
 
 
@@ -123,7 +123,7 @@ FLOAT = b"torch\nFloatStorage\n"
 
 def test_a_size_is_a_shape(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(packed(rebuilt(FLOAT, b"ctorch\nSize\nK\x02\x85\x85R")))
-    assert look(tmp_path / "a.bin") == (TensorHeader(name="a", dtype="F32", shape=(2,)),)
+    assert look(tmp_path / "a.bin") == (StoredTensor(name="a", dtype="F32", shape=(2,)),)
 
 
 @pytest.mark.parametrize(

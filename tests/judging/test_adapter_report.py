@@ -10,7 +10,7 @@ from merge_gate.judging import adapter_report
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.config import BaseSpec, CheckSetting, Expect
-from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, Snapshot, TensorHeader
+from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, FileRecord, Snapshot, StoredTensor
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import NotJudged, OtherForward, ParametersNotStored
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage
@@ -75,7 +75,7 @@ def test_a_file_check_that_somebody_forgot_lets_nothing_be_loaded(
 
 # --- the line of the report ------------------------------------------------------------------------------------------
 
-HEADER = TensorHeader(name="x", dtype="F32", shape=(1,))
+HEADER = StoredTensor(name="x", dtype="F32", shape=(1,))
 RECORD = FileRecord(path="adapter_model.safetensors", size_bytes=8, sha256="00")
 MADE = BaseFacts(model="./b", revision="r1", dtype="float16", quantization=Quantization.BNB_4BIT)
 SPEC = spec(name="n", source="./n", line=7, column=3, base=BaseSpec(model="/b", label="./b", revision="r0"))

@@ -14,7 +14,7 @@ from merge_gate.judging.key_hints import (
     saved_twice,
     wrapped_twice,
 )
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 from tests.support.judging.keys import BIASES, LORA_0_9, LORA_0_12, OLD
 from tests.support.wording import Wording
 
@@ -42,7 +42,7 @@ def test_biases_that_were_never_trained_are_not_missed() -> None:
 
 @pytest.mark.parametrize("times", [1, 2, 4])
 def test_a_model_wrapped_more_than_once(times: int) -> None:
-    header = TensorHeader(name="base_model.model." * times + "q_proj.lora_A.weight", dtype="F32", shape=(2, 2))
+    header = StoredTensor(name="base_model.model." * times + "q_proj.lora_A.weight", dtype="F32", shape=(2, 2))
     hint = wrapped_twice((header,))
     assert (f"{times} times" in hint) == (times > 1)
 
@@ -68,7 +68,7 @@ def test_a_model_wrapped_more_than_once(times: int) -> None:
     ],
 )
 def test_names_that_no_peft_model_has(names: list[str], hint: str | None) -> None:
-    said = names_of_another_kind(tuple(TensorHeader(name=name, dtype="F32", shape=(2, 2)) for name in names))
+    said = names_of_another_kind(tuple(StoredTensor(name=name, dtype="F32", shape=(2, 2)) for name in names))
     assert (hint in said) if hint else not said
 
 

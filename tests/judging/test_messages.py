@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.judging.not_judged import accident
-from merge_gate.records.files import AdapterFiles, TensorHeader
+from merge_gate.records.files import AdapterFiles, StoredTensor
 from merge_gate.records.measured import Evidence, FileTensor
 from merge_gate.records.terms import Finding, Quantization
 from tests.support.judging.cases import (
@@ -40,8 +40,8 @@ GOLDEN = Path(__file__).with_name("messages.txt")
 SECOND = "model.layers.6.mlp"
 
 
-def headers(*names: str) -> tuple[TensorHeader, ...]:
-    return tuple(TensorHeader(name=name, dtype="F32", shape=(2, 2)) for name in names)
+def headers(*names: str) -> tuple[StoredTensor, ...]:
+    return tuple(StoredTensor(name=name, dtype="F32", shape=(2, 2)) for name in names)
 
 
 def lost(config: dict[str, Any], *names: str) -> tuple[Evidence, AdapterFiles]:

@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.peft_releases import NEWEST, Span, changes, written_by
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 from tests.support.judging.releases import (
     ALWAYS,
     CONVOLUTION,
@@ -62,7 +62,7 @@ def test_the_config_dates_itself(config: dict[str, Any], expected: Span) -> None
     ],
 )
 def test_what_changed_is_known_by_the_config(
-    config: dict[str, Any], tensors: tuple[TensorHeader, ...], expected: list[str]
+    config: dict[str, Any], tensors: tuple[StoredTensor, ...], expected: list[str]
 ) -> None:
     found = changes(recorded(config), tensors)
     assert [change.name for change, _, _ in found] == expected

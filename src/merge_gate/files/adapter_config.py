@@ -21,7 +21,7 @@ from merge_gate.files.regex_fields import patterns_of
 from merge_gate.files.regex_fields import problem as pattern_problem
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.foreign_formats import by_keys
-from merge_gate.records.files import CONFIG_NAME, AdapterConfig, TensorHeader
+from merge_gate.records.files import CONFIG_NAME, AdapterConfig, StoredTensor
 from merge_gate.records.terms import Finding, Origin, Severity
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _judge_numbers(config: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
-def judge(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
+def judge(config: dict[str, Any], tensors: tuple[StoredTensor, ...]) -> Iterator[Finding]:
     """The findings on the config itself. If there are none, the findings on the config and the tensors together."""
     is_sound = True
     for finding in chain(_judge_numbers(config), _judge_types(config), _judge_lora(config), _judge_unsafe(config)):
@@ -306,7 +306,7 @@ def _unsafe(message: str, hint: str) -> Finding:
 # --- config against tensors ----------------------------------------------------------------------------------------
 
 
-def _judge_rank(config: dict[str, Any], tensors: tuple[TensorHeader, ...]) -> Iterator[Finding]:
+def _judge_rank(config: dict[str, Any], tensors: tuple[StoredTensor, ...]) -> Iterator[Finding]:
     """Compare `r` with the first dimension of every lora_A.
 
     Fused experts (`target_parameters`) stack their ranks, and patterns give modules ranks of their own. Then the merge

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from merge_gate.files.headers import (
     shown,
 )
 from merge_gate.files.pickle_scan import read_pickled
-from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor, TensorHeader
+from merge_gate.records.files import CONFIG_NAME, WEIGHTS_NAME, BaseFiles, StoredTensor
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import counted, listing
 
@@ -193,11 +193,11 @@ def _read_weights(directory: str, file: str, name: str) -> Iterator[_Tensor]:
                 raise base_weights.pointer_error(name, file, pointer.size_bytes)
             if file.endswith(SAFETENSORS_ENDING):
                 for tensor, begin, end in parse_places(opened):
-                    yield _Tensor(stored=_stored(tensor, file), begin=begin, end=end)
+                    yield _Tensor(stored=replace(tensor, file=file), begin=begin, end=end)
                 return
             size_bytes = os.fstat(opened.fileno()).st_size
             for tensor in read_pickled(opened, size_bytes) or ():
-                yield _Tensor(stored=_stored(tensor, file))
+                yield _Tensor(stored=replace(tensor, file=file))
     except CorruptFileError as error:
         check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
         raise ResolveError(
@@ -205,10 +205,6 @@ def _read_weights(directory: str, file: str, name: str) -> Iterator[_Tensor]:
         ) from error
     except OSError as error:
         raise base_weights.unreadable(directory, file, name, error) from error
-
-
-def _stored(tensor: TensorHeader, file: str) -> StoredTensor:
-    return StoredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file)
 
 
 def _original(directory: str) -> str | None:
@@ -251,7 +247,7 @@ def _aside(directory: str, chosen: WeightFiles, name: str) -> tuple[StoredTensor
     for file in sorted(others):
         try:
             with open_regular(str(Path(directory, file))) as opened:
-                tensors.extend(_stored(tensor, file) for tensor, _, _ in parse_places(opened))
+                tensors.extend(replace(tensor, file=file) for tensor, _, _ in parse_places(opened))
         except (OSError, CorruptFileError):  # transformers does not open it either
             continue
     return tuple(tensors)

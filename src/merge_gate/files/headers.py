@@ -1,6 +1,6 @@
 """Reads weight files without loading them: safetensors headers, Git LFS pointers, other formats by their first bytes.
 
-A hostile file goes in; `TensorHeader`s or a `CorruptFileError` come out. No tensor data is read.
+A hostile file goes in; `StoredTensor`s or a `CorruptFileError` come out. No tensor data is read.
 
 The reader refuses everything that the safetensors library refuses, and also repeated names and unknown fields. It
 accepts everything that the library writes.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.judging.foreign_formats import by_files
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 from merge_gate.regular_file import NotRegularFileError, open_regular_file
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 from merge_gate.text import counted, quoted
@@ -125,7 +125,7 @@ def other_format(file: BufferedReader) -> str | None:
     return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
 
 
-def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
+def parse_file(file: BufferedReader) -> tuple[StoredTensor, ...]:
     """Return the tensors of a safetensors file, in the order of its header.
 
     Raises:
@@ -135,7 +135,7 @@ def parse_file(file: BufferedReader) -> tuple[TensorHeader, ...]:
     return tuple(tensor for tensor, _, _ in parse_places(file))
 
 
-def parse_places(file: BufferedReader) -> tuple[tuple[TensorHeader, int, int], ...]:
+def parse_places(file: BufferedReader) -> tuple[tuple[StoredTensor, int, int], ...]:
     """Like `parse_file`, with the offsets in the file of each tensor's first byte and of the byte after its last."""
     # 1. The first eight bytes are the header's length, little-endian.
     size_bytes = os.fstat(file.fileno()).st_size
@@ -229,7 +229,7 @@ def _check_unicode(text: str) -> None:
         raise CorruptFileError(f"has a header with a lone surrogate in {shown(text)}") from None
 
 
-def _parse_tensor(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
+def _parse_tensor(name: str, entry: Any) -> tuple[StoredTensor, int, int]:
     _check_unicode(name)
     if not isinstance(entry, dict) or set(entry) != _TENSOR_FIELDS:
         raise CorruptFileError(f"has a header whose entry {shown(name)} is not {{dtype, shape, data_offsets}}")
@@ -245,7 +245,7 @@ def _parse_tensor(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
             f"has a tensor {shown(name)} of dtype {dtype} and shape {shown(str(shape))} "
             f"whose data_offsets [{begin}, {end}] do not fit that size"
         )
-    return TensorHeader(name=name, dtype=dtype, shape=tuple(shape)), begin, end
+    return StoredTensor(name=name, dtype=dtype, shape=tuple(shape)), begin, end
 
 
 def _is_integers(value: Any) -> bool:
@@ -262,7 +262,7 @@ def _count_bits(shape: list[int], bits: int) -> int | None:
     return count
 
 
-def _check_offsets(tensors: dict[str, tuple[TensorHeader, int, int]], *, data_bytes: int) -> None:
+def _check_offsets(tensors: dict[str, tuple[StoredTensor, int, int]], *, data_bytes: int) -> None:
     expected = 0
     for tensor, begin, end in sorted(tensors.values(), key=lambda item: item[1:]):
         if begin != expected:

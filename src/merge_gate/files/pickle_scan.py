@@ -1,6 +1,6 @@
 """Pickled weights, read without unpickling: names, dtypes and shapes of what torch.save wrote.
 
-In: an open file, which is hostile. Out: `TensorHeader`s; None if the file holds what only torch's own restricted loader
+In: an open file, which is hostile. Out: `StoredTensor`s; None if the file holds what only torch's own restricted loader
 can judge; or `CorruptFileError`. No torch and no unpickler: nothing is imported, and nothing is called.
 """
 
@@ -28,7 +28,7 @@ from merge_gate.files.headers import (
     other_format,
     shown,
 )
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ class _BeyondThisReaderError(Exception):
     """Not broken as far as can be seen; torch has to say what it is."""
 
 
-def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[TensorHeader, ...] | None:
+def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[StoredTensor, ...] | None:
     """The tensors that a file of torch.save holds, in its order; None where that cannot be told without torch.
 
     Raises `CorruptFileError` for what torch's restricted loader would refuse as well, `UnsafePickleError` if that would
@@ -144,11 +144,11 @@ def _refuse_calls(file: BufferedReader) -> None:
         return
 
 
-def _headers(value: Any) -> tuple[TensorHeader, ...]:
+def _headers(value: Any) -> tuple[StoredTensor, ...]:
     if not isinstance(value, dict):
         raise CorruptFileError("does not hold tensors by name (torch.save of something else than a state dict)")
     return tuple(
-        TensorHeader(name=name, dtype=tensor.dtype, shape=tensor.shape)
+        StoredTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
         for name, tensor in value.items()
         if isinstance(tensor, _Tensor)
     )

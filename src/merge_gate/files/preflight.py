@@ -35,7 +35,7 @@ from merge_gate.records.files import (
     AdapterConfig,
     AdapterFiles,
     FileRecord,
-    TensorHeader,
+    StoredTensor,
 )
 from merge_gate.records.terms import Finding, Origin, Severity
 from merge_gate.text import counted
@@ -107,7 +107,7 @@ class _Weights:
     """`is_listed`: the file lists its tensors."""
 
     name: str | None = None
-    tensors: tuple[TensorHeader, ...] = ()
+    tensors: tuple[StoredTensor, ...] = ()
     is_listed: bool = False
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
@@ -350,7 +350,7 @@ _SHARDS_HINT = (
 )
 
 
-def _judge_shards(tensors: Iterable[TensorHeader], *, is_lora: bool) -> Iterator[Finding]:
+def _judge_shards(tensors: Iterable[StoredTensor], *, is_lora: bool) -> Iterator[Finding]:
     """ZeRO-3 leaves tensors of shape [0], FSDP flat one-dimensional shards."""
     broken = [tensor for tensor in tensors if _is_shard(tensor, is_lora=is_lora)]
     if not broken:
@@ -368,7 +368,7 @@ def _judge_shards(tensors: Iterable[TensorHeader], *, is_lora: bool) -> Iterator
     )
 
 
-def _is_shard(tensor: TensorHeader, *, is_lora: bool) -> bool:
+def _is_shard(tensor: StoredTensor, *, is_lora: bool) -> bool:
     if tensor.shape == (0,):
         return True
     return is_lora and bool(_LORA_FACTOR.search(tensor.name)) and (len(tensor.shape) == 1 or 0 in tensor.shape)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from merge_gate.judging.foreign_formats import by_tensors
 from merge_gate.judging.peft_releases import written_by
-from merge_gate.records.files import AdapterConfig, TensorHeader
+from merge_gate.records.files import AdapterConfig, StoredTensor
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 _SAVE_ALL = "save the adapter again with save_pretrained and upload all of it"
@@ -39,7 +39,7 @@ def missing_words(config: AdapterConfig, missing: Sequence[str]) -> tuple[str, s
     return f"{_BASE_STAYS}: PEFT 0.10 to 0.20 train them with bias='lora_only' and lose them on saving", hint
 
 
-def names_of_another_kind(tensors: tuple[TensorHeader, ...]) -> str:
+def names_of_another_kind(tensors: tuple[StoredTensor, ...]) -> str:
     """The hint for names of another format, of a wrapped model, or of a full model; empty for other names."""
     names = [tensor.name for tensor in tensors]
     return by_tensors(names) or wrapped_twice(tensors) or _wrapped(names) or _of_a_full_model(names)
@@ -113,7 +113,7 @@ def _of_a_full_model(names: Sequence[str]) -> str:
     )
 
 
-def wrapped_twice(tensors: tuple[TensorHeader, ...]) -> str:
+def wrapped_twice(tensors: tuple[StoredTensor, ...]) -> str:
     """The hint for a model that PEFT wrapped more than once before it was saved; empty for other models."""
     deep = max((_count_prefixes(tensor.name) for tensor in tensors), default=0)
     if deep <= 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from merge_gate.records.files import AdapterConfig, TensorHeader
+from merge_gate.records.files import AdapterConfig, StoredTensor
 from merge_gate.records.terms import record
 
 NEWEST = 99
@@ -72,11 +72,11 @@ class MeaningChange:
     peft_type: str
     release: int
     first: int
-    concerns: Callable[[AdapterConfig, tuple[TensorHeader, ...]], str | None]
+    concerns: Callable[[AdapterConfig, tuple[StoredTensor, ...]], str | None]
     hint: str = ""
 
 
-def changes(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> tuple[tuple[MeaningChange, str, Span], ...]:
+def changes(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> tuple[tuple[MeaningChange, str, Span], ...]:
     """The changes that affect an adapter, whichever release in its span wrote it."""
     span = written_by(config)
     affecting = []
@@ -96,40 +96,40 @@ def _ratio(config: AdapterConfig, alpha: float | None) -> float | None:
     return ratio if ratio != 1 else None
 
 
-def _lokr_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+def _lokr_scale(config: AdapterConfig, _tensors: tuple[StoredTensor, ...]) -> str | None:
     ratio = _ratio(config, config.alpha)
     if ratio is None:
         return None
     return f"PEFT scales LoKr's delta by alpha / r since 0.14: today's merge adds {ratio:g} times as much"
 
 
-def _lora_bias_scale(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+def _lora_bias_scale(config: AdapterConfig, _tensors: tuple[StoredTensor, ...]) -> str | None:
     ratio = _ratio(config, config.lora_alpha)
     if not config.lora_bias or ratio is None:
         return None
     return f"PEFT scales the bias of lora_B since 0.16: today's merge adds {ratio:g} times as much of it"
 
 
-def _dora_embedding(config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
+def _dora_embedding(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> str | None:
     if not config.use_dora or not any(".lora_embedding_A" in tensor.name for tensor in tensors):
         return None
     return "since PEFT 0.16 a merge of DoRA on an embedding includes the magnitude, which that release omitted"
 
 
-def _oft_series(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+def _oft_series(config: AdapterConfig, _tensors: tuple[StoredTensor, ...]) -> str | None:
     if not config.use_cayley_neumann:
         return None
     return "since PEFT 0.18 the last term of OFT's Cayley-Neumann series is halved"
 
 
-def _old_initialization(config: AdapterConfig, _tensors: tuple[TensorHeader, ...]) -> str | None:
+def _old_initialization(config: AdapterConfig, _tensors: tuple[StoredTensor, ...]) -> str | None:
     scheme = config.init_lora_weights
     if scheme is None or not scheme.startswith(("pissa", "olora")):
         return None
     return f"PEFT ignored init_lora_weights={scheme!r} up to 0.6: today's PEFT subtracts a part of the base for it"
 
 
-def _convolution(_config: AdapterConfig, tensors: tuple[TensorHeader, ...]) -> str | None:
+def _convolution(_config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> str | None:
     if not any(".lora_A" in tensor.name and len(tensor.shape) == 4 for tensor in tensors):  # noqa: PLR2004
         return None
     return "until PEFT 0.6, LoRA added a random bias to a convolution that had none, trained it, and did not save it"

@@ -45,22 +45,17 @@ class FileRecord:
 
 
 @record
-class TensorHeader:
-    """A tensor as the weights file describes it. `dtype` is safetensors' name for it (F32, BF16, …)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@record
 class StoredTensor:
-    """A tensor in a base's weight files. `dtype` is safetensors' name for it; `file` is relative to the directory."""
+    """A tensor as the header of a weights file describes it.
+
+    `dtype` is safetensors' name for it (F32, BF16, …). `file` is relative to the base's directory, and empty for an
+    adapter, which has one weights file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: str
+    file: str = ""
 
 
 @record
@@ -187,7 +182,7 @@ class AdapterFiles:
     directory: str
     config: AdapterConfig = AdapterConfig()
     weights: str | None = None
-    tensors: tuple[TensorHeader, ...] = ()
+    tensors: tuple[StoredTensor, ...] = ()
     files: tuple[FileRecord, ...] = ()
     findings: tuple[Finding, ...] = ()
 

@@ -9,9 +9,9 @@ from merge_gate.files.headers import open_regular, parse_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merge_gate.records.files import TensorHeader
+    from merge_gate.records.files import StoredTensor
 
 
-def header_of(path: Path) -> tuple[TensorHeader, ...]:
+def header_of(path: Path) -> tuple[StoredTensor, ...]:
     with open_regular(str(path)) as file:
         return parse_file(file)

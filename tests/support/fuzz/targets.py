@@ -29,7 +29,7 @@ from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.files.pickle_scan import read_pickled
 from merge_gate.judging import limits
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import compare
 from merge_gate.report.stored.report_files import FORMATS
@@ -42,7 +42,7 @@ FRAMED = b"F"
 
 _LARGEST_FINDINGS = 200_000
 _TENSORS = tuple(
-    TensorHeader(name=f"base_model.model.layers.0.q_proj.lora_{side}.weight", dtype="F32", shape=shape)
+    StoredTensor(name=f"base_model.model.layers.0.q_proj.lora_{side}.weight", dtype="F32", shape=shape)
     for side, shape in (("A", (8, 16)), ("B", (16, 8)))
 )
 
@@ -79,7 +79,7 @@ def _opened(data: bytes) -> Iterator[BufferedReader]:
             yield reader
 
 
-def _sound(tensors: tuple[TensorHeader, ...]) -> None:
+def _sound(tensors: tuple[StoredTensor, ...]) -> None:
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     assert all(type(size) is int and size >= 0 for tensor in tensors for size in tensor.shape)
 

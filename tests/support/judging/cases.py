@@ -14,7 +14,7 @@ from merge_gate.judging.checks import base_checks as of_base
 from merge_gate.judging.checks import file_checks as of_files
 from merge_gate.judging.checks.check import Check, Symptom
 from merge_gate.records.config import AdapterSpec, BaseSpec, Expect
-from merge_gate.records.files import AdapterFiles, FileRecord, TensorHeader
+from merge_gate.records.files import AdapterFiles, FileRecord, StoredTensor
 from merge_gate.records.measured import (
     BaseFacts,
     Evidence,
@@ -189,7 +189,7 @@ FIRES: dict[str, tuple[Fire, ...]] = {
         Fire(
             (LORA_A,),
             Origin.ADAPTER,
-            files=files(tensors=(TensorHeader(name=LORA_A, dtype="C64", shape=(2, 2)),)),
+            files=files(tensors=(StoredTensor(name=LORA_A, dtype="C64", shape=(2, 2)),)),
             places={"module": MODULE, "tensor": LORA_A},
             severity=Severity.WARNING,
         ),

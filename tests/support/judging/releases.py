@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.files import TensorHeader
+from merge_gate.records.files import StoredTensor
 
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}
 EARLY = ALWAYS | {
@@ -14,7 +14,7 @@ EARLY = ALWAYS | {
 LORA_0_9 = EARLY | {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
 LOKR = ALWAYS | {"peft_type": "LOKR", "r": 2, "alpha": 4}
 DORA = LORA_0_9 | {"layer_replication": None, "use_dora": True}
-CONVOLUTION = (TensorHeader(name="base_model.model.conv.lora_A.weight", dtype="F32", shape=(2, 4, 3, 3)),)
-LINEAR = (TensorHeader(name="base_model.model.fc.lora_A.weight", dtype="F32", shape=(2, 4)),)
-EMBEDDING = (TensorHeader(name="base_model.model.embed_tokens.lora_embedding_A", dtype="F32", shape=(2, 4)),)
+CONVOLUTION = (StoredTensor(name="base_model.model.conv.lora_A.weight", dtype="F32", shape=(2, 4, 3, 3)),)
+LINEAR = (StoredTensor(name="base_model.model.fc.lora_A.weight", dtype="F32", shape=(2, 4)),)
+EMBEDDING = (StoredTensor(name="base_model.model.embed_tokens.lora_embedding_A", dtype="F32", shape=(2, 4)),)
 LORA_0_14 = LORA_0_9 | {"layer_replication": None, "exclude_modules": None, "lora_bias": True, "r": 2, "lora_alpha": 4}
