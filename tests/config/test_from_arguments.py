@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
@@ -153,7 +154,7 @@ def test_a_missing_config_in_a_directory_that_may_not_be_listed(wording: Wording
     wording(str(caught.value).replace(str(closed), "<closed>").rpartition(" (")[2])
 
 
-def test_a_config_is_told_from_adapters(here: Path) -> None:
+def test_a_config_is_told_from_adapters(here: Path, wording: Wording) -> None:
     (here / "list").write_text("version: 1")
     assert names_a_file(["gate.yml"])
     assert names_a_file(["list"])
@@ -161,8 +162,16 @@ def test_a_config_is_told_from_adapters(here: Path) -> None:
     with pytest.raises(UsageError, match=re.escape('"gate.yml"')):
         names_a_file(["support", "gate.yml"])
     (here / "support.zip").touch()
-    with pytest.raises(UsageError, match=re.escape('"support.zip"')):
+    with pytest.raises(UsageError, match=re.escape('"support.zip"')) as caught:
         names_a_file(["support.zip"])
+    wording(caught.value)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_name_that_is_not_utf_8_is_refused() -> None:
+    """A glob finds such a directory (tests/test_cli.py)."""
+    with pytest.raises(UsageError, match=r'"caf\\udce9"'):
+        config_of([os.fsdecode(b"caf\xe9")])
 
 
 def test_a_first_config_lists_what_lies_there_and_is_valid(here: Path) -> None:
@@ -186,6 +195,64 @@ def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
     assert (config.name, config.source) == ("ü 😀", "ü 😀")
     with pytest.raises(UsageError, match=r'"a\\u202eb"'):
         config_of(["a\u202eb"])
+
+
+@pytest.mark.parametrize(
+    ("current", "named", "listed"),
+    [("support", ".", "."), ("support/inner", "..", ".."), (".", "<here>/support", "./support")],
+)
+def test_a_first_config_names_directories_from_here(
+    current: str, named: str, listed: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "support/inner").mkdir()
+    monkeypatch.chdir(here / current)
+    text = first_config([named.replace("<here>", str(here))], base_of)
+    assert yaml.safe_load(text)["adapters"] == [listed]
+
+
+@pytest.mark.parametrize("base", ["acme/base", "gpt2"])
+@pytest.mark.usefixtures("here")
+def test_a_first_config_takes_a_base_of_the_hub_as_it_is(base: str, wording: Wording) -> None:
+    text = first_config(["support"], lambda _: base)
+    assert yaml.safe_load(text)["base"] == {"model": base}
+    wording(next(line for line in text.splitlines() if base in line))
+
+
+def test_a_base_is_a_directory_above_the_adapter_or_a_model_that_was_found(here: Path, wording: Wording) -> None:
+    """A model has a config and weights; a directory above the adapter need not, since the adapter names it."""
+    (here / "teams/data/base/tiny").mkdir(parents=True)
+    text = first_config(["teams"], lambda _: "data/base/tiny")
+    assert yaml.safe_load(text)["base"] == {"model": "./teams/data/base/tiny"}
+    wording(next(line for line in text.splitlines() if "data/base/tiny" in line))
+    for name, files in (("x", ["config.json"]), ("y", ["model.safetensors"]), ("z", ["config.json", "model.bin"])):
+        (here / name / "tiny").mkdir(parents=True)
+        for file in files:
+            (here / name / "tiny" / file).touch()
+    text = first_config(["."], lambda _: "/elsewhere/tiny")
+    assert yaml.safe_load(text)["base"] == {"model": "./z/tiny"}
+
+
+def test_a_checkpoint_has_the_name_of_its_run(here: Path) -> None:
+    for name in ("checkpoint-5", "X/checkpoint-5"):
+        (here / name).mkdir(parents=True)
+        (here / name / "adapter_config.json").write_text("{}")
+    assert yaml.safe_load(first_config(["checkpoint-5"], base_of))["adapters"] == ["./checkpoint-5"]
+    listed = {"name": "X-checkpoint-5", "path": "./X/checkpoint-5"}
+    assert yaml.safe_load(first_config(["X"], base_of))["adapters"] == [listed]
+
+
+def test_a_first_config_cuts_long_names(here: Path) -> None:
+    long = "/" + "x" * 200
+    cut = f'"{long[:199]}…"'
+    assert cut in first_config(["support"], lambda _: long)
+    text = first_config(["support", "teams"], lambda place: long if "support" in place else f"{long}x")
+    assert text.count(cut) == 2
+    run = f"{'r' * 99}/{'s' * 99}"
+    for step in (1, 2):
+        (here / run / f"checkpoint-{step}").mkdir(parents=True)
+        (here / run / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    assert len(f"./{run}") == 201
+    assert f'"./{run[:197]}…"' in first_config([run.partition("/")[0]], base_of)
 
 
 def test_adapters_of_one_name_get_two(here: Path) -> None:
