@@ -38,8 +38,8 @@ def words(**changed: str) -> list[str]:
 
 def test_the_defaults_are_good(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(), environ)
-    assert inputs.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
-    assert inputs.output.parent.parent == Path(environ["RUNNER_TEMP"])
+    assert inputs.run.config == Path(environ["GITHUB_WORKSPACE"], "gate.yml")
+    assert inputs.run.output.parent.parent == Path(environ["RUNNER_TEMP"])
     assert inputs.upload_report is True
     assert re.fullmatch(r"merge-gate-report-release-gate-[0-9a-f]{6}", inputs.artifact_name)
 
@@ -59,20 +59,20 @@ def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -
     first, second = (action.read_inputs(words(), {**environ, "MERGE_GATE_JOB_INDEX": "3"}) for _ in range(2))
     assert first.artifact_name != second.artifact_name
     assert first.artifact_name.startswith("merge-gate-report-release-gate-3-")
-    assert first.output != second.output
+    assert first.run.output != second.run.output
 
 
 def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(cache="kept", args="--no-cache"), environ)
     kept = Path(environ["GITHUB_WORKSPACE"], "kept").resolve()
-    assert inputs.cache == kept
-    assert inputs.arguments == ("--cache", str(kept), "--no-cache")
-    assert action.read_inputs(words(cache=""), environ).cache is None
+    assert inputs.run.cache == kept
+    assert inputs.run.arguments == ("--cache", str(kept), "--no-cache")
+    assert action.read_inputs(words(cache=""), environ).run.cache is None
 
 
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(shard="2/4", args="--quick"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
-    assert inputs.arguments == ("--shard", "2/4", "--quick")
+    assert inputs.run.arguments == ("--shard", "2/4", "--quick")
     assert inputs.artifact_name.startswith("merge-gate-report-release-gate-shard-2-of-4-")
 
 
@@ -81,8 +81,8 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
     directory.mkdir()
     (directory / "a=b.yml").touch()
     inputs = action.read_inputs(words(config="--output=x y/a=b.yml", args="--only 'a b' --only=c"), environ)
-    assert inputs.config.name == "a=b.yml"
-    assert inputs.arguments == ("--only", "a b", "--only=c")
+    assert inputs.run.config.name == "a=b.yml"
+    assert inputs.run.arguments == ("--only", "a b", "--only=c")
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
     given = action.read_inputs(
         [f"--{name}={'gate.yml' if name == 'config' else ''}" for name, _, _ in action.RULES], environ
     )
-    assert (given.runtime, given.gpus, given.device, given.pull) == ("auto", "auto", "auto", "missing")
+    assert (given.runtime, given.run.gpus, given.run.device, given.run.pull) == ("auto", "auto", "auto", "missing")
     assert (given.upload_report, given.retention_days) == (True, 0)
-    assert given.time_limit_s == TIME_LIMIT_S
-    assert (given.mounts, given.hf_cache) == ((), None)
+    assert given.run.time_limit_s == TIME_LIMIT_S
+    assert (given.run.mounts, given.run.hf_cache) == ((), None)
 
 
 def test_limits_and_mounts(environ: dict[str, str], tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_limits_and_mounts(environ: dict[str, str], tmp_path: Path) -> None:
     given = action.read_inputs(
         words(mounts=mounts, memory="16g", shm_size="512m", cpus="1.5", timeout_minutes="0.5", pull="never"), environ
     )
-    assert given.mounts == (tmp_path / "bases", Path("/srv/adapters"))
-    assert (given.limits.memory, given.limits.shm_size, given.limits.cpus) == ("16g", "512m", "1.5")
-    assert given.time_limit_s == 30
-    assert given.pull == "never"
+    assert given.run.mounts == (tmp_path / "bases", Path("/srv/adapters"))
+    assert (given.run.limits.memory, given.run.limits.shm_size, given.run.limits.cpus) == ("16g", "512m", "1.5")
+    assert given.run.time_limit_s == 30
+    assert given.run.pull == "never"
 
 
 def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) -> None:
@@ -166,9 +166,9 @@ def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) 
     inner.mkdir(parents=True)
     (inner / "gate.yml").touch()
     given = action.read_inputs(words(working_directory="a/b", output="out", hf_cache="../cache"), environ)
-    assert given.config == inner / "gate.yml"
-    assert given.output == inner / "out"
-    assert given.hf_cache == inner.parent / "cache"
+    assert given.run.config == inner / "gate.yml"
+    assert given.run.output == inner / "out"
+    assert given.run.hf_cache == inner.parent / "cache"
 
 
 @pytest.mark.parametrize("name", ["config", "output", "hf-cache"])
@@ -176,7 +176,7 @@ def test_the_home_directory_has_its_sign(environ, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x").touch() if name == "config" else None
     given = action.read_inputs(words(**{name.replace("-", "_"): "~/x"}), environ)
-    assert getattr(given, name.replace("-", "_")) == tmp_path / "x"
+    assert getattr(given.run, name.replace("-", "_")) == tmp_path / "x"
 
 
 def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_path: Path) -> None:
@@ -188,15 +188,15 @@ def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_pat
         "RUNNER_TEMP": str(tmp_path / "_work" / "temp"),
     }
     for config in ("gate.yml", str(tmp_path / "_work" / "work" / "gate.yml"), str(tmp_path / "work" / "gate.yml")):
-        assert action.read_inputs(words(config=config), linked).config == tmp_path / "work" / "gate.yml"
+        assert action.read_inputs(words(config=config), linked).run.config == tmp_path / "work" / "gate.yml"
     for output in (f"{linked['RUNNER_TEMP']}/out", f"{tmp_path}/temp/out"):
-        given = action.read_inputs(words(output=output), linked).output
+        given = action.read_inputs(words(output=output), linked).run.output
         assert given == given.resolve() == tmp_path / "temp" / "out"
 
 
 def test_a_link_of_the_checkout_is_left_for_the_launcher_to_refuse(environ: dict[str, str], tmp_path: Path) -> None:
     link = Path(environ["GITHUB_WORKSPACE"], "reports")
     link.symlink_to(tmp_path)
-    assert action.read_inputs(words(output="reports"), environ).output == link
-    assert action.read_inputs(words(output="reports/x"), environ).output == link / "x"
+    assert action.read_inputs(words(output="reports"), environ).run.output == link
+    assert action.read_inputs(words(output="reports/x"), environ).run.output == link / "x"
     assert os.path.lexists(link)

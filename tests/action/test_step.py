@@ -311,11 +311,11 @@ def test_a_server_without_artifacts_keeps_the_report(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
-    inputs.output.mkdir()
+    inputs.run.output.mkdir()
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
     assert action._publish(inputs, StepOutcome("pass", report("pass")), action._RunMessages(), on_premises) == 0
     assert outputs(environ)["upload"] == "false"
-    assert outputs(environ)["report-path"] == str(inputs.output)
+    assert outputs(environ)["report-path"] == str(inputs.run.output)
     (warning,) = annotations("warning", capsys.readouterr().out)
     assert "github.acme.example" in warning
 

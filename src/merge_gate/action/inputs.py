@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_gate.action.docker.container import Limits
+from merge_gate.action.docker.container import ContainerRun, Limits
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
 
@@ -57,24 +57,13 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class ActionInputs:
-    """The checked inputs. Paths are absolute."""
+    """The checked inputs: the run that they ask for, without its environment, and where and how it runs."""
 
-    config: Path
+    run: ContainerRun
     runtime: str
-    gpus: str
-    device: str
-    image: str
-    pull: str
-    hf_cache: Path | None
-    cache: Path | None
-    mounts: tuple[Path, ...]
-    limits: Limits
-    time_limit_s: float
     upload_report: bool
     artifact_name: str
     retention_days: int
-    output: Path
-    arguments: tuple[str, ...]
 
 
 def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
@@ -97,27 +86,31 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
         raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/action.md describes them")
-    return ActionInputs(
+    run = ContainerRun(
         config=config,
-        runtime=given["runtime"],
-        gpus=given["gpus"],
-        device=given["device"],
+        output=output,
+        workspace=workspace_of(environ),
         image=given["image"],
         pull=given["pull"],
-        hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
-        cache=cache,
-        mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
-        limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
-        time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
-        upload_report=given["upload-report"] == "true",
-        artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
-        retention_days=int(given["retention-days"]),
-        output=output,
+        device=given["device"],
+        gpus=given["gpus"],
         arguments=(
             *(["--shard", given["shard"]] if given["shard"] else []),
             *(["--cache", str(cache)] if cache else []),
             *arguments,
         ),
+        hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
+        cache=cache,
+        mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
+        limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
+        time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
+    )
+    return ActionInputs(
+        run=run,
+        runtime=given["runtime"],
+        upload_report=given["upload-report"] == "true",
+        artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
+        retention_days=int(given["retention-days"]),
     )
 
 

@@ -11,8 +11,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merge_gate.action import native, outcome, workflow
@@ -99,12 +98,13 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages) -> StepOutcome:
-    run, path = _run_of(inputs, environ), inputs.output / "report.json"
+    run = replace(inputs.run, environ=environ)
+    path = run.output / "report.json"
     log = workflow.Log(sys.stdout.buffer, secret=environ.get("HF_TOKEN", ""), config=config_word(run))
-    with collect.claimed(inputs.output) as earlier:  # an earlier report must not be mistaken for the report of this run
+    with collect.claimed(run.output) as earlier:  # an earlier report must not be mistaken for the report of this run
         messages.earlier = earlier
         runtime = choose_runtime(inputs.runtime, environ)
-    _say(f"merge-gate: runtime {runtime}, report in {inputs.output}")
+    _say(f"merge-gate: runtime {runtime}, report in {run.output}")
     log.open()
     try:
         code = _run(runtime, run, log.write, messages)  # the run claims the directory itself
@@ -112,29 +112,10 @@ def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessa
         return outcome.interrupted_by(error, path)
     finally:
         log.close()
-    file = workflow.file_in_workspace(inputs.config, run.workspace)
+    file = workflow.file_in_workspace(run.config, run.workspace)
     for line in workflow.annotate_config(log.places if code == ExitCode.USAGE else (), file):
         _say(line)
     return outcome.decide(code, path, log.tail, messages.refused)
-
-
-def _run_of(inputs: ActionInputs, environ: Mapping[str, str]) -> ContainerRun:
-    return ContainerRun(
-        config=inputs.config,
-        output=inputs.output,
-        workspace=Path(environ["GITHUB_WORKSPACE"]),
-        image=inputs.image,
-        pull=inputs.pull,
-        device=inputs.device,
-        gpus=inputs.gpus,
-        arguments=inputs.arguments,
-        hf_cache=inputs.hf_cache,
-        cache=inputs.cache,
-        mounts=inputs.mounts,
-        limits=inputs.limits,
-        environ=environ,
-        time_limit_s=inputs.time_limit_s,
-    )
 
 
 def _run(runtime: str, run: ContainerRun, log: Callable[[bytes], None], messages: _RunMessages) -> int:
@@ -180,7 +161,7 @@ def _publish(
     if result.problem:
         _say(workflow.command("error", result.problem, title="merge-gate"))
     if report and inputs:
-        file = workflow.file_in_workspace(inputs.config, workspace_of(environ))
+        file = workflow.file_in_workspace(inputs.run.config, inputs.run.workspace)
         for line in workflow.annotate(report, file):
             _say(line)
     try:
@@ -202,10 +183,10 @@ def _outputs(inputs: ActionInputs | None, result: StepOutcome, image: str, *, up
         "result": result.result,
         "failed": json.dumps(list(dict.fromkeys(failed))),
         "counts": json.dumps(report["counts"] if report else {}),
-        "report-path": str(inputs.output) if report and inputs else "",
+        "report-path": str(inputs.run.output) if report and inputs else "",
         "image": image,
         "upload": str(uploads).lower(),
-        "upload-path": workflow.literal_patterns(collect.files(inputs.output)) if report and inputs else "",
+        "upload-path": workflow.literal_patterns(collect.files(inputs.run.output)) if report and inputs else "",
         "artifact-name": inputs.artifact_name if inputs else "",
         "retention-days": str(inputs.retention_days) if inputs else "",
     }
@@ -217,7 +198,7 @@ def _summary(inputs: ActionInputs | None, result: StepOutcome) -> str:
     if inputs and result.report:
         with contextlib.suppress(OSError):
             name = "summary.md"
-            text = read_regular_file(inputs.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+            text = read_regular_file(inputs.run.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
     if not result.problem:
         return text
     quoted = "\n".join(f"    {line}" for line in result.problem.splitlines())
