@@ -103,6 +103,13 @@ MORE = {
     "a value that contains itself, beside others": "version: 1\nadapters: &a [*a, 5, *a]\nbase: &b {model: 5, x: *b}\n",
     "a name of two combinations without a method": HEAD
     + "  - ./a/x\n  - &c {name: q, combine: {adapters: [x], weights: [1]}}\n  - {<<: *c}\n",
+    "a check of bases that is switched off": LIST + "checks: {base-incomplete: off}\n",
+    "broken links": HEAD + "  - ./a/broken\n  - ./a/broken/\n  - a/broken\n  - ./a/long\n",
+    "a broken link with the name of a Hub id": HEAD + "  - {path: a/broken, revision: v1}\n",
+    "a path of Windows": HEAD + "  - 'c:\\models\\x'\n  - 'models\\x'\n",
+    "a Hub id with two marks of a revision": HEAD + "  - acme/x@v1@2\n",
+    "a base of one part with a revision": LIST + "base: gpt2@v1\n",
+    "a directory whose name has a hidden character": HEAD + "  - ./a/odd*\n",
     "the same adapter beside a name": HEAD + "  - {path: ./a/x, name: y}\n  - {path: acme/z, name: y}\n",
 }
 READ = {
@@ -154,6 +161,9 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for name in (*DIRECTORIES, "n" * 201):
             (place / name).mkdir(parents=True)
         (place / "adapters/weights.safetensors").touch()
+        (place / "a/odd\u202e").mkdir()
+        for name, target in (("broken", "none"), ("long", "z" * 201)):
+            (place / "a" / name).symlink_to(target)
         monkeypatch.setenv("HOME", short)
         yield place
 
