@@ -1,7 +1,7 @@
 """A verdict as it is stored and read back: what is read must be what this run would report for the same entry.
 
-In: a verdict, and the material of its key. Out: a sealed verdict and its document. Back: a document or the line of an
-earlier report, and today's entry; out comes today's line of the report, or None if the verdict does not hold for it.
+In: a verdict, and the material of its key. Out: a sealed verdict and its document. Back: a document or the entry of an
+earlier report, and today's `Entry`; out comes today's entry of the report, or None if the verdict does not hold for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CI_RUNS = (
 
 @record
 class CachedVerdict:
-    """The line of an adapter in the report, and that of the base it was judged on."""
+    """An adapter's entry in the report, and that of the base it was judged on."""
 
     adapter: AdapterReport
     base: BaseReport
@@ -130,7 +130,7 @@ def from_document(document: Json, seal: str, material: Json) -> CachedVerdict | 
 
 
 def for_entry(judged: CachedVerdict, entry: Entry) -> CachedVerdict | None:
-    """The verdict as the line of today's entry: its names, its place in the config. None if it does not hold for it."""
+    """The verdict as today's entry of the report, with its names and its place. None if it does not hold."""
     if not _is_plausible(judged.adapter) or not _fits(judged, entry):
         return None
     spec = entry.spec

@@ -33,7 +33,7 @@ _NOTHING = "nothing to resume: the output directory holds no verdict of an earli
 class ResumedVerdicts:
     """The verdicts in the earlier reports of one output directory.
 
-    A line of a report names its base, and several bases can have one name. The seal tells which of them is meant.
+    An entry of a report names its base, and several bases can have one name. The seal shows which of them is meant.
     """
 
     def __init__(self, directory: str, seal: Seal) -> None:

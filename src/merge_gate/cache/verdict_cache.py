@@ -110,7 +110,7 @@ class Cache:
         self._devices.store(device)
 
     def lookup(self, entry: Entry, base: BaseContent) -> CachedVerdict | None:
-        """The verdict of an earlier run on the same bytes, as today's line of the report; None is a miss."""
+        """The verdict of an earlier run on the same bytes, as today's entry of the report; None is a miss."""
         rests_on = self._material(entry, base)
         if rests_on is None:
             return None

@@ -77,7 +77,7 @@ def withdrawn_report(entry: Entry, refusal: Refusal) -> AdapterReport:
 
 
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
-    """The line of a base that was loaded, with the notes on its files."""
+    """The entry of a base that was loaded, with the notes on its files."""
     notes = files.notes if files is not None else ()
     return BaseReport(
         model=facts.model,
@@ -99,7 +99,7 @@ def refused_base_report(asked: BaseKey, refusal: Refusal) -> BaseReport | None:
 
 
 def unloaded_base_report(asked: BaseKey, findings: tuple[Finding, ...]) -> BaseReport:
-    """The line of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
+    """The entry of a base that its files keep from being loaded; `dtype` and `quantization` are the requested ones."""
     return BaseReport(
         model=asked.model or "",
         revision=asked.revision,
