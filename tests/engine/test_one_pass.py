@@ -159,9 +159,9 @@ def test_a_cross_check_that_differs_sends_its_adapter_alone_through_peft(
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
     own, walks = walk.Walk.cross_check, list[walk.Walk]()
 
-    def cross_check(self: walk.Walk, block: Any) -> bool:
+    def cross_check(self: walk.Walk, block: Any, merged: Any) -> bool:
         walks.append(self)
-        return own(self, block) and self is not walks[0]
+        return own(self, block, merged) and self is not walks[0]
 
     right = merge(request_for(base, adapter))
     monkeypatch.setattr(walk.Walk, "cross_check", cross_check)

@@ -11,20 +11,21 @@ import torch
 import transformers
 
 from merge_gate.engine.base import skeleton
-from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
+from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import stored_tensors
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.errors import Undecidable
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import FileSpan, LocalFeed
+from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.models import among_transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support.models import Shelf
@@ -33,41 +34,6 @@ SLICE = ("bert", "chinese_clip", "gpt2", "llama", "marian", "mixtral", "phimoe",
 """Plain types, fused experts, tied biases and embeddings, computed positions, a padding row, weight norms."""
 
 LLAMA = "LlamaForCausalLM"
-
-
-class Counting(LocalFeed):
-    """A feed that knows what it was asked for."""
-
-    def __init__(self, directory: str) -> None:
-        super().__init__(directory)
-        self.reads: list[FileSpan] = []
-
-    def expect(self, spans: Sequence[FileSpan]) -> None:
-        raise AssertionError("nothing is read ahead to make a skeleton")
-
-    def read(self, file: str, start: int, into: memoryview) -> None:
-        self.reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))
-        super().read(file, start, into)
-
-
-def source(directory: Path, dtype: str = "auto", **changes: Any) -> Source:
-    options = {
-        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-    }
-    return Source(
-        **{
-            "directory": str(directory),
-            "label": "base",
-            "revision": None,
-            "quantization": Quantization.NONE,
-            "device": torch.device("cpu"),
-            "options": options,
-            **changes,
-        }
-    )
 
 
 def made(directory: Path, class_name: str = LLAMA, dtype: str = "auto", feed: LocalFeed | None = None) -> Base:
@@ -109,10 +75,11 @@ def test_it_has_the_bits_of_the_files_in_every_dtype(model_type: str, tmp_path: 
 
 def test_no_weight_is_read_to_make_it(shelf: Shelf) -> None:
     directory = shelf.base("llama")
-    feed = Counting(str(directory))
+    feed = CountingFeed(str(directory))
     base = made(directory, feed=feed)
     assert base.hollow is not None
     assert feed.reads == []
+    assert feed.expected == []
     assert set(base.unmeasured()) == set(base.tensors)
     cells = base.hollow.cells(base.tensors)
     for cell in cells:

@@ -44,9 +44,13 @@ from merge_gate.errors import Refused
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, FileTensor, MeasureOptions, TensorMerge
+from merge_gate.sources.feed import SourceError
 from merge_gate.tensor_names import ADAPTER_PREFIX
 
 T = TypeVar("T")
+
+MOST_PASSES = 3
+"""A tensor that was read without values has them in the next pass. Code that reads another one each time is odd."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +111,29 @@ def merge(request: MergeRequest) -> Evidence:
         return outcome
 
 
-def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, ...]:
-    """Merge several adapters in one pass over their bases.
+def measure_wholly(base: Base) -> None:
+    """Measure the tensors of a base that no merge has measured."""
+    with torch.no_grad():
+        merge_planned((), (base,))
 
-    None for an adapter that must be merged alone: it raised, or some code read a tensor that had no values.
+
+def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, ...]:
+    """Merge several adapters in one pass over their bases. Repeat it if some code has read a tensor without values.
+
+    None for an adapter that must be merged alone: it raised, or the last repetition read such a tensor too.
+
+    Raises:
+        SourceError: the bytes of a base could not be had, so no adapter can be merged into it.
     """
-    outcomes = _attempt(requests)
     bases = {id(request.base): request.base for request in requests}.values()  # each once: asking changes the base
-    misread = {id(base) for base in bases if base.was_misread()}
+    for _ in range(MOST_PASSES):
+        outcomes = _attempt(requests)
+        misread = {id(base) for base in bases if base.was_misread()}
+        if not misread:
+            break
+    for outcome in outcomes:
+        if isinstance(outcome, SourceError):
+            raise outcome
     return tuple(
         None if isinstance(outcome, Exception) or id(request.base) in misread else outcome
         for request, outcome in zip(requests, outcomes, strict=True)
@@ -129,13 +148,14 @@ def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence | Exception, ..
         prepared = [_result_or_error(attempt.prepare) for attempt in attempts]
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
         started = time.perf_counter()
-        error = _result_or_error(functools.partial(merge_planned, walks))
+        bases = [request.base for request in requests]
+        error = _result_or_error(functools.partial(merge_planned, walks, bases))
         seconds = (time.perf_counter() - started) / max(1, len(walks))
         return tuple(
             walk
             if isinstance(walk, Exception)
             else error
-            if isinstance(error, Exception) and walk is not None
+            if isinstance(error, Exception) and (walk is not None or attempt.base.unmeasured())
             else _result_or_error(functools.partial(attempt.finish, seconds))
             for attempt, walk in zip(attempts, prepared, strict=True)
         )
@@ -159,6 +179,10 @@ class _Attempt:
         facts, kind = request.base.facts, request.members[0].config.peft_type
         self._evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
 
+    @property
+    def base(self) -> Base:
+        return self._request.base
+
     def prepare(self) -> Walk | None:
         """Steps 1 to 5, and the plan of step 6. None if the adapter is refused."""
         with self._timed():
@@ -176,7 +200,7 @@ class _Attempt:
                     self._finish(self._walk)
             except Refused as refused:
                 self._evidence = replace(self._evidence, refusal=refused.refusal)
-        return replace(self._evidence, seconds=self._seconds + seconds)
+        return replace(self._evidence, base=self.base.facts, seconds=self._seconds + seconds)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

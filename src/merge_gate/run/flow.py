@@ -258,7 +258,7 @@ class _Run:
             trust_remote_code=self._config.trust_remote_code,
         )
 
-    def _on_event(self, event: Event) -> None:  # noqa: C901 - a case for each event
+    def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         match event:
             case protocol.DeviceChosen():
                 self._know_worker(event)
@@ -267,9 +267,13 @@ class _Run:
                 self._view.base_loading(group.base.name, group.base.dtype)
             case protocol.BaseLoaded():
                 group = self._groups[event.group]
-                self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
+                if event.measured:
+                    self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
                 self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
                 self._view.base_loaded(event.facts, event.seconds)
+            case protocol.BaseMeasured():
+                group = self._groups[event.group]
+                self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()
                 entry = self._tally.entries[event.task]

@@ -18,9 +18,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError, Refused, Undecidable
 from merge_gate.files.identity import base_identity
@@ -29,6 +29,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Quantization
+from merge_gate.sources.feed import Feed, LocalFeed, SourceError
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
@@ -38,6 +39,7 @@ from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_ba
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
+    BaseMeasured,
     DeviceChosen,
     Event,
     Finished,
@@ -115,7 +117,7 @@ def _leave_with_parent(channel: Channel) -> None:
     os._exit(1)
 
 
-def judge_job(job: Job, progress: Listener, sandbox: Sandbox, feed: FeedClient | None = None) -> Iterator[Event]:  # noqa: ARG001 - the skeletons will use it
+def judge_job(job: Job, progress: Listener, sandbox: Sandbox, feed: FeedClient | None = None) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
     `feed` gets the bytes of bases that the parent reads.
@@ -133,7 +135,7 @@ def judge_job(job: Job, progress: Listener, sandbox: Sandbox, feed: FeedClient |
     for position, group in enumerate(job.groups):
         if group.tasks:
             mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
-            yield from _judge_group(position, group, job, progress, mapped)
+            yield from _judge_group(position, group, job, progress, mapped, feed=feed)
 
 
 class MappedBases:
@@ -207,15 +209,46 @@ def _choose_device(wanted: str) -> DeviceChosen:
     return DeviceChosen(device="cpu", device_name=cpu_name())
 
 
-def _judge_group(position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases) -> Iterator[Event]:
+def _judge_group(
+    position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases, *, feed: FeedClient | None = None
+) -> Iterator[Event]:
     try:
-        with pinned_directory(group.directory) as directory:
-            yield from _judge_pinned(position, replace(group, directory=directory), job, progress, mapped)
-    except OSError as error:
+        with pinned_directory(group.directory) as directory, LocalFeed(directory, keep=False) as local:
+            source = feed.open(position) if group.fed and feed is not None else local
+            bases = _Bases(group=replace(group, directory=directory), job=job, mapped=mapped, feed=source)
+            yield from _judge_pinned(position, bases.group, job, progress, bases)
+    except (OSError, SourceError) as error:
         yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
 
 
-def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases) -> Iterator[Event]:
+@dataclass(slots=True, kw_only=True)
+class _Bases:
+    """The bases of a group, one class at a time. `feed` has the bytes of their files, which are those of `identity`."""
+
+    group: Group
+    job: Job
+    mapped: MappedBases
+    feed: Feed
+    base: Base | None = None
+    identity: tuple[FileIdentity, ...] = ()
+
+    def load(self, model_class: ModelClass, account: Account) -> None:
+        """Make `base` this class: of the base in the class before, if that is possible."""
+        group, held, self.base = self.group, self.base, None
+        base = _in_another_class(held, model_class)
+        del held  # a base that is not needed is released before the next one is loaded
+        if base is None:
+            self.identity = base_identity(group.directory)
+            base = _skeleton(group, model_class, self.job, self.feed)
+            base = base or self.mapped.cast(model_class, group, self.identity, self.job)
+            base = base or _load(group, model_class, self.job)
+        verify_base(group.directory, group.base.name, self.identity)
+        _settle(base, account, group.directory)
+        self.mapped.add(model_class, base, self.identity)
+        self.base = base
+
+
+def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, bases: _Bases) -> Iterator[Event]:
     from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - as above
 
     by_class: dict[ModelClass, list[ClassedTask]] = {}
@@ -226,34 +259,54 @@ def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, map
             yield Undecided(task=task.index, refusal=_refusal(error, group))
         else:
             by_class.setdefault(model_class, []).append((task, model_class.instead_of))
-    base: Base | None = None
     for model_class, tasks in by_class.items():
         yield BaseLoading(group=position)
         started = time.perf_counter()
         try:
-            account = mapped.account(model_class, group)
+            account = bases.mapped.account(model_class, group)
             refused = _refused_as_incomplete(tasks, account, group)
             yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
             tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
             if not tasks:
                 continue
-            base = _in_another_class(base, model_class)
-            if base is None:  # the previous base is released first
-                identity = base_identity(group.directory)
-                base = mapped.cast(model_class, group, identity, job) or _load(group, model_class, job)
-            verify_base(group.directory, group.base.name, identity)
-            _settle(base, account, group.directory)
-            mapped.add(model_class, base, identity)
+            bases.load(model_class, account)
         except Exception as error:
-            base = None
             yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
             continue
         seconds = time.perf_counter() - started
-        first = tasks[0][0].index
-        yield BaseLoaded(group=position, task=first, facts=base.facts, identity=identity, seconds=seconds)
-        for batch in _batches(tasks, one_pass=group.one_pass):
-            yield from _judge_batch(base, batch, progress)
-        base.template = None  # release its memory for the next class
+        yield from _judge_tasks(position, bases, tasks, progress, seconds)
+
+
+def _judge_tasks(
+    position: int, bases: _Bases, tasks: list[ClassedTask], progress: Listener, seconds: float
+) -> Iterator[Event]:
+    """Merge the adapters of one class. No other code holds the base, so that it is released before the next load."""
+    base = bases.base
+    assert base is not None  # noqa: S101 - it was just loaded
+    loaded = BaseLoaded(
+        group=position,
+        task=tasks[0][0].index,
+        facts=base.facts,
+        identity=bases.identity,
+        measured=not base.unmeasured(),
+        seconds=seconds,
+    )
+    yield loaded
+    batches = _batches(tasks, one_pass=bases.group.one_pass)
+    merged = (event for batch in batches for event in _judge_batch(base, batch, progress))
+    yield from merged if loaded.measured else _with_facts(position, base, merged)
+    base.template = None  # release its memory for the next class
+
+
+def _with_facts(position: int, base: Base, events: Iterator[Event]) -> Iterator[Event]:
+    """The events, and the facts of a base that was measured meanwhile, ahead of the first adapter's evidence."""
+    for event in events:
+        if isinstance(event, Merged):
+            yield BaseMeasured(group=position, task=event.task, facts=base.facts)
+            yield event
+            break
+        yield event
+    yield from events
 
 
 def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Group) -> list[tuple[Task, Refusal]]:
@@ -273,21 +326,39 @@ def _settle(base: Base, account: Account, directory: str) -> None:
     accounting.settle(base, account, directory)
 
 
+def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> Base | None:
+    """A base without memory, if its files must not be mapped, or are larger than the memory. None if it is loaded."""
+    from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
+    from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of  # noqa: PLC0415 - imports torch
+    from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors  # noqa: PLC0415 - imports torch
+
+    if not group.one_pass and not group.fed:
+        return None
+    source = bases.source_of(group.directory, **_how_to_load(group, job))
+    try:
+        stored = group.files.tensors if group.files is not None else ()
+        return skeleton_of(source, model_class, stored or stored_tensors(group.directory), feed)
+    except (NoSkeletonError, NoMapError):
+        return None
+
+
 def _load(group: Group, model_class: ModelClass, job: Job) -> Base:
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
 
     give_back()
-    return bases.load_base(
-        group.directory,
-        model_class=model_class,
-        label=group.base.name,
-        revision=group.base.revision,
-        dtype=group.base.dtype,
-        quantization=Quantization(group.base.quantization),
-        device=job.device,
-        trust_remote_code=job.trust_remote_code,
-        allow_pickle=job.allow_pickle,
-    )
+    return bases.load_base(group.directory, model_class=model_class, **_how_to_load(group, job))
+
+
+def _how_to_load(group: Group, job: Job) -> dict[str, Any]:
+    return {
+        "label": group.base.name,
+        "revision": group.base.revision,
+        "dtype": group.base.dtype,
+        "quantization": Quantization(group.base.quantization),
+        "device": job.device,
+        "trust_remote_code": job.trust_remote_code,
+        "allow_pickle": job.allow_pickle,
+    }
 
 
 def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None:
@@ -318,6 +389,9 @@ def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> It
         yield MergeStarted(task=first, others=tuple(others))
         try:
             merged = _merge_together(base, [task for task, _ in batch], progress)
+        except SourceError as error:  # of no use to any adapter
+            yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in batch)
+            return
         except Exception:  # merged by itself, each adapter says what is wrong
             merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
@@ -394,10 +468,14 @@ def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listen
         from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
 
         with contextlib.ExitStack() as pinned:
-            evidence = adapter_evidence.merge(_request(task, base, pinned, _paced(progress, task.index)))
-    except Refused as refused:  # by the trial of its regular expressions, before PEFT
-        kind, total = task.files[0].config.peft_type, base.facts.parameters
-        evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
+            try:
+                request = _request(task, base, pinned, _paced(progress, task.index))
+            except Refused as refused:  # by the trial of its regular expressions, before PEFT
+                adapter_evidence.measure_wholly(base)
+                kind, total = task.files[0].config.peft_type, base.facts.parameters
+                evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
+            else:
+                evidence = adapter_evidence.merge(request)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))

@@ -83,14 +83,25 @@ class BaseLoading:
 class BaseLoaded:
     """A base is loaded. `facts` are its measurements, and `identity` is that of its files before they were read.
 
-    `task` is the first task that is merged into it.
+    `task` is the first task that is merged into it. `measured` False: the values are measured while the first adapters
+    are merged, so the facts are not final. `BaseMeasured` follows with those.
     """
 
     group: int
     task: int
     facts: BaseFacts
     identity: tuple[FileIdentity, ...] = ()
+    measured: bool = True
     seconds: float
+
+
+@record
+class BaseMeasured:
+    """All values of a base have been read, with the first adapters that were merged into it. `task` is one of them."""
+
+    group: int
+    task: int
+    facts: BaseFacts
 
 
 @record
@@ -151,6 +162,7 @@ Event = (
     DeviceChosen
     | BaseLoading
     | BaseLoaded
+    | BaseMeasured
     | MergeStarted
     | MergeProgressed
     | Merged
@@ -167,7 +179,7 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
     match event:
         case BaseLoading():
             return 0 <= event.group < groups
-        case BaseLoaded():
+        case BaseLoaded() | BaseMeasured():
             return 0 <= event.group < groups and event.task in open_tasks
         case MergeStarted():
             return {event.task, *event.others} <= set(open_tasks)

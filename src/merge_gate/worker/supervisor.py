@@ -25,6 +25,7 @@ from merge_gate.worker.protocol import (
     DEFAULT_LIMIT_S,
     BaseLoaded,
     BaseLoading,
+    BaseMeasured,
     DeviceChosen,
     Event,
     Finished,
@@ -178,7 +179,7 @@ class Attempt:
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
                 self._report_silence()
-            case DeviceChosen() | Finished() | Waiting():
+            case DeviceChosen() | BaseMeasured() | Finished() | Waiting():
                 pass
             case _:
                 assert_never(event)

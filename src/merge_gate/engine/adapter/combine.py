@@ -95,7 +95,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
 def _fitted(base: Base, members: tuple[AdapterFiles, ...]) -> Any:
     """A scratch with the vocabulary of the first member that brings another one; PEFT refuses members of two sizes."""
     scratch = base.scratch()
-    any(fit_vocabulary(scratch, files) for files in members)
+    any(fit_vocabulary(scratch, files, base) for files in members)
     return scratch
 
 

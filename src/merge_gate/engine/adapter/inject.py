@@ -15,10 +15,14 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from merge_gate.engine.adapter.peft_config import initialization_reads_base, raised
+from merge_gate.engine.adapter.peft_config import (
+    initialization_reads_base,
+    initialization_writes_to_base,
+    raised,
+)
 from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.errors import Refused
 from merge_gate.records.files import AdapterFiles
@@ -29,7 +33,7 @@ _UNDER_LAYERS = ("base_layer.weight", "token_adapter.base_layer.weight")
 """Under what PEFT saves an enlarged embedding, or head, that carries a LoRA or trained tokens."""
 
 
-def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> bool:
+def fit_vocabulary(scratch: nn.Module, files: AdapterFiles, base: Base) -> bool:
     """Resize the embeddings to the rows that the file brings, as a user does before loading (peft#2290).
 
     False where they have as many, or the file brings none.
@@ -51,7 +55,9 @@ def fit_vocabulary(scratch: nn.Module, files: AdapterFiles) -> bool:
     for header in files.tensors:
         rows = header.shape[0] if header.name in wanted and len(header.shape) == 2 else 0  # noqa: PLR2004
         if rows and rows != embedding.num_embeddings and header.shape[1] == embedding.embedding_dim:
-            model.resize_token_embeddings(rows, mean_resizing=False)
+            held = [*embedding.parameters(), *(head.parameters() if isinstance(head, nn.Module) else ())]
+            with base.hollow.filled(held) if base.hollow is not None else contextlib.nullcontext():
+                model.resize_token_embeddings(rows, mean_resizing=False)
             return True
     return False
 
@@ -140,6 +146,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
         filled = initialization_reads_base(config) and not blank
         with (
             _targets_filled(base, config) if filled else contextlib.nullcontext(),
+            _copies_filled(base),
             torch.device("meta") if blank else contextlib.nullcontext(),
         ):
             return model_class(scratch, config, adapter_name)
@@ -159,8 +166,10 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
 def _targets_filled(base: Base, config: Any) -> Iterator[None]:
     """The weights of a module have values while PEFT makes its layer: DoRA, among others, reads them then (hollow.py).
 
-    Only for memory: what is read elsewhere is noticed, cast for good, and loaded again.
+    Only for memory: what is read elsewhere is noticed, filled for good, and loaded again. If PEFT also writes to these
+    weights, they get copies of their own for the rest of the adapter's life.
     """
+    private = initialization_writes_to_base(config)
     tuner, hollow, name = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), base.hollow, "_create_and_replace"
     own: Any = vars(tuner).get(name) if tuner is not None else None
     if hollow is None or own is None:
@@ -170,6 +179,8 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
     def with_values(self: Any, peft_config: Any, adapter: str, target: Any, *others: Any, **named: Any) -> Any:
         held = list(target.parameters()) if isinstance(target, nn.Module) else []
         with hollow.filled(held):
+            for parameter in held if private else ():
+                parameter.data = parameter.data.clone()
             return own(self, peft_config, adapter, target, *others, **named)
 
     setattr(tuner, name, with_values)
@@ -177,6 +188,25 @@ def _targets_filled(base: Base, config: Any) -> Iterator[None]:
         yield
     finally:
         setattr(tuner, name, own)
+
+
+@contextlib.contextmanager
+def _copies_filled(base: Base) -> Iterator[None]:
+    """The weights of a module have values while PEFT copies them or some of their rows (modules_to_save, tokens)."""
+    hollow, own = base.hollow, AuxiliaryTrainingWrapper.__init__
+    if hollow is None:
+        yield
+        return
+
+    def with_values(self: Any, module_to_save: Any, *others: Any, **named: Any) -> None:
+        with hollow.filled([*module_to_save.parameters(), *module_to_save.buffers()]):
+            own(self, module_to_save, *others, **named)
+
+    AuxiliaryTrainingWrapper.__init__ = with_values
+    try:
+        yield
+    finally:
+        AuxiliaryTrainingWrapper.__init__ = own
 
 
 _WITHOUT_TARGETS = ("not found in the base model", "No modules were targeted")

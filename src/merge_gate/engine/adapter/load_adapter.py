@@ -163,9 +163,9 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
     # 1.
     config = read_config(files)
     blank = blank and can_start_blank(config)
-    # 2. An initialization that writes to the base gets its own copy of the tensors.
-    scratch = base.scratch(private=initialization_writes_to_base(config))
-    fit_vocabulary(scratch, files)
+    # 2. An initialization that writes to the base gets its own copy of the tensors; of hollow ones, in step 3.
+    scratch = base.scratch(private=initialization_writes_to_base(config) and base.hollow is None)
+    fit_vocabulary(scratch, files, base)
     slots, tied_modules = base_slots(scratch)
     paths = {id(module): path for path, module in scratch.named_modules()} if tied_modules else {}
     # 3.
@@ -288,7 +288,7 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
         for key in incoming:
             tensor = own.get(key)
             if tensor is not None and tensor.data_ptr() in base_storage:
-                tensor.data = tensor.data.clone()
+                tensor.data = _overwritten(base, tensor)
         state.update(incoming)
 
     hook = model.register_load_state_dict_pre_hook(check_and_copy)
@@ -296,6 +296,13 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
         yield state
     finally:
         hook.remove()
+
+
+def _overwritten(base: Base, tensor: torch.Tensor) -> torch.Tensor:
+    """New memory for a tensor that the load is about to overwrite. Values of a hollow tensor are not read for that."""
+    if base.hollow is None or not base.hollow.holds(tensor) or not tensor.is_floating_point():
+        return tensor.data.clone()
+    return torch.full_like(tensor.data, torch.nan)
 
 
 _MODULES_TO_SAVE = ".modules_to_save."

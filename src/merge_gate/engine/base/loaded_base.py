@@ -241,26 +241,22 @@ def load_base(
     Raises:
         Undecidable: the base cannot be loaded, with the library's own reason.
     """
-    options: dict[str, Any] = {
-        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": True,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": None if allow_pickle else True,
-    }
-    options |= loading_options(quantization, dtype, device)
-    source = Source(
-        directory=directory,
+    source = source_of(
+        directory,
         label=label,
         revision=revision,
+        dtype=dtype,
         quantization=quantization,
-        device=torch.device(device),
-        options=options,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     refuse_unknown_format(directory, label)
     transformers_class = getattr(transformers, model_class.class_name)
     try:
         if quantization is Quantization.NONE:
-            source = replace(source, options=options | dequantizing_options(_config(transformers_class, source)))
+            dequantizing = dequantizing_options(_config(transformers_class, source))
+            source = replace(source, options={**source.options, **dequantizing})
         with quantizing(quantization):
             model, loading = _from_pretrained(transformers_class, source, model_class)
     except Exception as error:  # each library has its own exceptions, and all mean that the base cannot be loaded
@@ -271,6 +267,35 @@ def load_base(
     refuse_foreign_weights(model, loading.newly_initialized, label)
     refuse_other_packing(model, source, dtype)
     return measure_base(model, source, loading, known={})
+
+
+def source_of(
+    directory: str,
+    *,
+    label: str,
+    revision: str | None,
+    dtype: str,
+    quantization: Quantization,
+    device: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> Source:
+    """The place of a base, with the arguments for `from_pretrained`."""
+    options: dict[str, Any] = {
+        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
+        "local_files_only": True,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": None if allow_pickle else True,
+    }
+    options |= loading_options(quantization, dtype, device)
+    return Source(
+        directory=directory,
+        label=label,
+        revision=revision,
+        quantization=quantization,
+        device=torch.device(device),
+        options=options,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

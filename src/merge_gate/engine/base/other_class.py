@@ -48,7 +48,9 @@ def in_another_class(known: Base, model_class: ModelClass) -> Base | None:
         model_class: the other class or number of labels.
     """
     transformers_class = getattr(transformers, model_class.class_name)
-    if known.facts.quantization != Quantization.NONE or not loads_as_usual(transformers_class):
+    if known.facts.quantization != Quantization.NONE or known.feed is not None:
+        return None  # a skeleton of the other class takes no memory either
+    if not loads_as_usual(transformers_class):
         return None
     try:
         model, loading = _built(known, transformers_class, model_class)

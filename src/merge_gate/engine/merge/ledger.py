@@ -78,8 +78,10 @@ class Ledger:
 
     def _measured(self, name: str) -> TensorStats | None:
         """The measurement under this name, from the merge or else from the base."""
-        merge = self.merges.get(name)
-        return merge.stats if merge is not None else self.base.stats.get(self.base.first_name(name))
+        merge, first = self.merges.get(name), self.base.first_name(name)
+        if merge is not None:
+            return merge.stats
+        return self.base.figures(first) if first in self.base.tensors else None
 
     def tied(self, sharers: Mapping[str, tuple[str, ...]], tokens: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
         """Tensors that a layer changed for one module, while another module shares them without that adapter.

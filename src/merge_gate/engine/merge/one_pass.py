@@ -1,12 +1,14 @@
 """One pass over the weights of a base: each is merged with all adapters that are loaded, and measured.
 
-In: `Walk`s of adapters, planned. Out: the same walks with their planned layers measured and cross-checked by PEFT. A
-base that does not fit in memory is read from its files once for all of these adapters, not once for each.
+In: `Walk`s of adapters, planned, and their bases. Out: the same walks with their planned layers measured and
+cross-checked by PEFT. A base that does not fit in memory is read from its files once for all of these adapters.
 
 1. The planned layers of all adapters are ordered by the place of their weights in the files.
 2. On a CPU each core merges whole weights. On a card the next weight is copied while this one is merged.
 3. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
    of different adapters are spread over the model, so that their weights are still in memory.
+4. A base that is filled from a feed (skeleton.py) is not measured yet. The pass goes over all of its tensors, and does
+   everything that needs a tensor while the tensor has values: its figures, its merges, and its cross-checks.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.plan import BlockLayer, merge_in_blocks
 from merge_gate.engine.merge.walk import Walk
 from merge_gate.engine.tensors.threads import spread, threads
@@ -31,8 +34,18 @@ Item = tuple[Walk, BlockLayer]
 Merged = tuple[Walk, BlockLayer, TensorMerge | None]
 
 
-def merge_planned(walks: Sequence[Walk]) -> None:
-    """Merge and measure the planned layers of all walks. What a walk does not get is left to PEFT's own merge."""
+def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
+    """Merge and measure the planned layers of all walks. What a walk does not get is left to PEFT's own merge.
+
+    Afterwards all of the `bases`, and those of the walks, are measured.
+    """
+    fed = {id(base): base for base in (*bases, *(walk.base for walk in walks)) if base.feed is not None}
+    for base in fed.values():
+        _pass_over(base, [walk for walk in walks if walk.base is base])  # 4.
+    _merge_mapped([walk for walk in walks if id(walk.base) not in fed])
+
+
+def _merge_mapped(walks: Sequence[Walk]) -> None:
     items = sorted(((walk, block) for walk in walks for block in walk.planned), key=_address)  # 1.
     checks = _CrossChecks(walks)
     merge = _on_cpu if all(walk.base.device.type == "cpu" for walk in walks) else _on_card  # 2.
@@ -73,16 +86,63 @@ def _on_card(items: list[Item], _: _CrossChecks) -> Iterator[Merged]:
             yield from (_merged(walk, block, weight) for walk, block in group)
 
 
+def _pass_over(base: Base, walks: Sequence[Walk]) -> None:
+    """Step 4. Each core fills whole cells; a card takes one weight at a time."""
+    assert base.hollow is not None  # noqa: S101 - a base with a feed is a skeleton
+    assert base.feed is not None  # noqa: S101 - as above
+    blocks: dict[str, list[Item]] = {}
+    for walk in walks:
+        for block in walk.planned:
+            blocks.setdefault(block.slot.name, []).append((walk, block))
+    names = {*base.unmeasured(), *blocks}
+    cells = base.hollow.cells(names)
+    with_memory = names - {name for cell in cells for name in cell.outlines}
+    base.feed.expect([span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans])
+    checks, is_over = _CrossChecks(walks, spread_kinds=True), threading.Event()
+
+    def visit(names: Sequence[str]) -> list[Merged]:
+        if is_over.is_set():
+            return []
+        try:
+            with base.filled(names):
+                return [merged for name in names for merged in _visited(base, name, blocks.get(name, ()), checks)]
+        except BaseException:
+            is_over.set()  # the cells that were begun ahead are of no use
+            raise
+
+    visits = [*(list(cell.outlines) for cell in cells), *([name] for name in sorted(with_memory))]
+    on_cpu = base.device.type == "cpu"
+    for results in spread(visit, visits) if on_cpu else map(visit, visits):
+        for walk, block, result in results:
+            if result is not None:
+                walk.add(block, result)
+    base.settle()
+    checks.finish()
+
+
+def _visited(base: Base, name: str, items: Iterable[Item], checks: _CrossChecks) -> Iterator[Merged]:
+    """All that is done with one tensor while it has values."""
+    is_finite = base.figures(name).finite
+    weight = base.tensors[name].detach().to(base.device) if items else None
+    for walk, block in items:
+        merged = _merged(walk, block, weight) if is_finite and weight is not None else (walk, block, None)
+        if merged[2] is not None:
+            checks.check_now(walk, block, merged[2])
+        yield merged
+
+
 class _CrossChecks:
     """Which layers PEFT merges too, and which of them are due.
 
     PEFT's merge takes several times a weight's memory, so no more run at a time than half as many as there are cores.
+    With `spread_kinds` the layers of one adapter are spread over the model, too.
     """
 
-    def __init__(self, walks: Sequence[Walk]) -> None:
+    def __init__(self, walks: Sequence[Walk], *, spread_kinds: bool = False) -> None:
         self._walks = walks
         parts = ((walk, number / len(walks)) for number, walk in enumerate(walks))
-        self._chosen = {id(block) for walk, part in parts for block in _one_of_each_kind(walk, part)}
+        width = 1 / len(walks) if walks and spread_kinds else 0.0
+        self._chosen = {id(block) for walk, part in parts for block in _one_of_each_kind(walk, part, width)}
         self._due: deque[Item] = deque()
         self._same: dict[int, bool] = {}
         self._room = threading.Semaphore(max(1, threads() // 2))
@@ -90,6 +150,11 @@ class _CrossChecks:
     def merged(self, walk: Walk, block: BlockLayer) -> None:
         if id(block) in self._chosen and id(block.layer) in walk.blocks:
             self._due.append((walk, block))
+
+    def check_now(self, walk: Walk, block: BlockLayer, merged: TensorMerge) -> None:
+        """Cross-check a layer that was just merged, if it is one of the chosen."""
+        if id(block) in self._chosen:
+            self._check((walk, block), merged)
 
     def next(self) -> Callable[[], None] | None:
         """A cross-check that is due."""
@@ -113,15 +178,19 @@ class _CrossChecks:
                 done.add(block.kind)
                 self._check((walk, block))
 
-    def _check(self, item: Item) -> None:
+    def _check(self, item: Item, merged: TensorMerge | None = None) -> None:
         walk, block = item
         with self._room:
-            self._same[id(block)] = walk.cross_check(block)
+            self._same[id(block)] = walk.cross_check(block, merged or walk.blocks[id(block.layer)][1])
 
 
-def _one_of_each_kind(walk: Walk, part: float) -> Iterator[BlockLayer]:
-    """A layer of each kind, at this part of the way through the layers of its kind: 0.0 is the first layer."""
+def _one_of_each_kind(walk: Walk, part: float, width: float) -> Iterator[BlockLayer]:
+    """A layer of each kind, at this part of the way through the layers of its kind: 0.0 is the first layer.
+
+    The parts of the kinds are spread over this `width`.
+    """
     kinds: dict[tuple[object, ...], list[BlockLayer]] = {}
     for block in walk.planned:
         kinds.setdefault(block.kind, []).append(block)
-    yield from (blocks[int(part * len(blocks))] for blocks in kinds.values())
+    for number, blocks in enumerate(kinds.values()):
+        yield blocks[int((part + width * number / len(kinds)) * len(blocks))]

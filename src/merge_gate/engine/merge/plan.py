@@ -60,7 +60,10 @@ def _planned(base: Base, path: str, layer: Any, names: Names, turns: Turns) -> B
     if update is None or slot is None or not turns.is_alone(slot):
         return None
     known = base.tensors.get(slot.name)
-    if known is None or not shares_storage(known, slot.data) or not base.stats[slot.name].finite:
+    if known is None or not shares_storage(known, slot.data):
+        return None
+    stats = base.stats.get(slot.name)
+    if stats is not None and not stats.finite:  # if it is not measured yet, the pass will see (one_pass.py)
         return None
     weight = slot.parameter if is_quantized(slot.parameter) else slot.data
     found = row_scales(slot.module, weight)
@@ -162,7 +165,7 @@ def _bounded(
 
     A bound cannot show a change, so rows are merged until one of them changes.
     """
-    bound = merged_bound(base.stats[one.slot.name].max_abs, one.update, merge.dtype)
+    bound = merged_bound(base.figures(one.slot.name).max_abs, one.update, merge.dtype)
     if merge.quantized or sample.numel == merge.of or not bound <= limit:  # a sample of everything needs no bound
         return None
     if not any(bool((block.merged != merge.base(block.rows)).any()) for block in merge.blocks()):

@@ -42,9 +42,22 @@ def of_tensor(
         exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
         rounding_share: a delta that is at most this share of the weight is only rounding.
     """
+    with base.filled([base.first_name(name)]):
+        return _compared(base, module, name, tensor, exact, rounding_share=rounding_share)
+
+
+def _compared(
+    base: Base,
+    module: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    exact: torch.Tensor | None,
+    *,
+    rounding_share: float,
+) -> TensorMerge:
     place = name.rpartition(".")[0]
     if is_the_bases(base, name, tensor):
-        stats = replace(base.stats[base.first_name(name)], name=name)
+        stats = replace(base.figures(base.first_name(name)), name=name)
         return TensorMerge(module=place, stats=stats, dtype_max=dtype_max(tensor.dtype), changed=False)
     stats, *scales = measure_in(module, tensor, name)
     broken = next((scale for scale in scales if not scale.finite), None)
@@ -53,7 +66,11 @@ def of_tensor(
     values = dequantized(module, tensor) if is_quantized(tensor) else tensor.data
     ceiling = dtype_max(values.dtype)
     known = base.tensors.get(base.first_name(name))
-    if known is None or known.shape != tensor.shape or not (stats.finite and base.stats[base.first_name(name)].finite):
+    if (
+        known is None
+        or known.shape != tensor.shape
+        or not (stats.finite and base.figures(base.first_name(name)).finite)
+    ):
         return TensorMerge(module=place, stats=stats, dtype_max=ceiling, changed=True)
     was = (dequantized(base.model.get_submodule(place), known) if is_quantized(known) else known.data).to(values.device)
     base_norm = distance(was)
@@ -76,7 +93,8 @@ def is_the_bases(base: Base, name: str, tensor: torch.Tensor) -> bool:
     known = base.tensors.get(base.first_name(name))
     if known is None or type(known) is not type(tensor) or is_quantized(tensor):
         return False
-    return same_bits(known, tensor.to(known.device))
+    with base.filled([base.first_name(name)]):
+        return same_bits(known, tensor.to(known.device))
 
 
 def shares_storage(known: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -118,8 +118,8 @@ class Walk:
         self.blocks[id(block.layer)] = block, merge
         self._progressed(block.path)
 
-    def cross_check(self, block: BlockLayer) -> bool:
-        """Whether PEFT merges the layer to the same bits, on one thread like the blocks."""
+    def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
+        """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
         slots = slots_of(block.layer, self.loaded.slots)
         with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
             try:
@@ -128,7 +128,7 @@ class Walk:
                 raise
             except Exception:
                 return False  # PEFT gives the reason when it merges the whole adapter
-            return agrees(self.base, block, self.blocks[id(block.layer)][1])
+            return agrees(self.base, block, merged)
 
     def finish(self) -> None:
         """PEFT's merge_and_unload with every layer's merge wrapped.

@@ -134,6 +134,10 @@ class Hollow:
         """The memory of the tensors that have their values for good."""
         return sum(place.end - place.start for place in self._in_order if place.kept)
 
+    def is_filled(self, cell: Cell) -> bool:
+        """Whether its tensors have their values for good."""
+        return all(map(self.is_kept, (self.tensors[name] for name in cell.outlines)))
+
     def is_kept(self, tensor: torch.Tensor) -> bool:
         """Whether it has its values for good. True for a tensor that is not hollow."""
         place = self._places.get(tensor.data_ptr())

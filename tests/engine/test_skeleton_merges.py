@@ -1,0 +1,246 @@
+"""Adapters on a base that is filled from a feed have the evidence and the bits that they have on a loaded base."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
+from merge_gate.engine.base import skeleton
+from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
+from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.tensor_map import stored_tensors
+from merge_gate.engine.merge import walk
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.engine.tensors.threads import AHEAD
+from merge_gate.files.preflight import preflight
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey
+from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.worker.child import judge_job
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.protocol import BaseLoaded, DeviceChosen, Group, Job, Merged, MergeStarted, Task
+from tests.support import methods
+from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.faults import configure
+from tests.support.merged import kept
+from tests.support.models import VARIANTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.measured import Evidence
+    from tests.support.models import Shelf
+
+VARIANTS_IN_SLICE = (
+    "every-projection", "dora-all-linear", "embedding", "modules-to-save", "lora-bias", "pissa", "bias-all",
+    "resized-vocabulary", "token-rows", "rslora", "per-expert",
+)  # fmt: skip
+
+METHODS_IN_SLICE = (
+    "lora-dora", "lora-olora", "lora-kasa", "lora-tokens", "lora-lm-head-saved", "lora-conv1d-gpt2", "lora-experts",
+    "lora-experts-qwen", "lora-tied-tokens", "lora-mha", "osf-linear", "psoft-linear", "ln-norm",
+)  # fmt: skip
+
+
+def bases(directory: Path, model_class: ModelClass, dtype: str) -> tuple[Base, Base]:
+    """The skeleton, and the loaded base."""
+    feed, stored = LocalFeed(str(directory)), stored_tensors(str(directory))
+    with methods.quiet():
+        ours = skeleton_of(source(directory, dtype), model_class, stored, feed)
+        return ours, load_base(str(directory), model_class=model_class, label="base", dtype=dtype)
+
+
+def outcome(base: Base, adapter: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The evidence as text, because NaN is not NaN, and the merged tensors."""
+    with kept() as tensors:
+        evidence = merge(MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),)))
+    names = [merge.stats.name for merge in evidence.merges]  # an attempt that did not count has others
+    return comparable(evidence), {name: tensors[name] for name in names if name in tensors}
+
+
+def comparable(evidence: Evidence) -> str:
+    """Which layers are cross-checked may differ, not how many."""
+    return repr(replace(evidence, seconds=0.0, cross_checked=(str(len(evidence.cross_checked)),)))
+
+
+def assert_same(ours: Base, theirs: Base, adapter: Path) -> None:
+    (text, merged), (expected_text, expected) = outcome(ours, adapter), outcome(theirs, adapter)
+    assert text == expected_text
+    assert merged.keys() == expected.keys()
+    assert [name for name, tensor in merged.items() if not same_bits(tensor, expected[name])] == []
+    assert not ours.was_misread()
+    assert ours.stats == theirs.stats
+
+
+@pytest.mark.parametrize("name", VARIANTS_IN_SLICE)
+def test_a_variant_of_lora_comes_to_the_same(name: str, shelf: Shelf) -> None:
+    directory, adapter = shelf.base(VARIANTS[name].base), shelf.adapter(name)
+    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=True))
+    assert_same(*bases(directory, model_class, "bfloat16"), adapter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", METHODS_IN_SLICE)
+def test_a_method_comes_to_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+    case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "a"
+    methods.save_base(case.base, base)
+    methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
+    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=True))
+    assert_same(*bases(base, model_class, dtype), adapter)
+
+
+# --- one pass ------------------------------------------------------------------------------------------------------
+
+
+def fed(directory: Path, adapter: Path, feed: LocalFeed) -> Base:
+    model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
+    with methods.quiet():
+        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(str(directory)), feed)
+
+
+def request(base: Base, adapter: Path) -> MergeRequest:
+    return MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=False),))
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    adapters = [shelf.adapter(name) for name in ("every-projection", "dora-all-linear", "plain")]
+    directory = shelf.base("llama")
+    feed = CountingFeed(str(directory))
+    base = fed(directory, adapters[0], feed)
+    merged = merge_together([request(base, adapter) for adapter in adapters])
+    stored = {one.name: one for one in stored_tensors(str(directory))}
+    spans = sorted((one.span for one in stored_bytes(str(directory), stored).values()), key=lambda one: one.start)
+    assert feed.expected == [spans]
+    assert set(feed.reads) == set(spans)
+    twice = [span for span, count in Counter(feed.reads).items() if count > 1]
+    assert max(span.end - span.start for span in twice) <= 128  # biases next to a cross-checked weight
+    assert [one is not None and one.layers_in_blocks > 0 and one.refusal is None for one in merged] == [True] * 3
+    assert not base.unmeasured()
+    feed.reads.clear()
+    assert merge(request(base, adapters[0])).layers_in_blocks  # a second batch reads what it merges
+    assert 0 < len(feed.reads) < len(spans)
+    assert feed.expected[1] == [span for span in spans if span in feed.reads and span not in twice]
+
+
+def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -> None:
+    adapters = [shelf.adapter(name) for name in ("every-projection", "pissa", "modules-to-save", "resized-vocabulary")]
+    directory = shelf.base("llama")
+    base = fed(directory, adapters[0], LocalFeed(str(directory)))
+    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
+    together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
+    assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
+
+
+def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_path: Path) -> None:
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 5] = math.nan
+        model.lm_head.weight[0, 0] = math.inf
+    model.save_pretrained(tmp_path)
+    adapter = shelf.adapter("every-projection")
+    base = fed(tmp_path, adapter, LocalFeed(str(tmp_path)))
+    assert base.facts.nonfinite == ()
+    _, real = bases(tmp_path, ModelClass(class_name="LlamaForCausalLM"), "auto")
+    assert len(real.facts.nonfinite) == 2
+    assert comparable(merge(request(base, adapter))) == comparable(merge(request(real, adapter)))
+    assert base.facts == real.facts
+
+
+def test_a_refused_adapter_has_a_base_that_was_measured(shelf: Shelf, tmp_path: Path) -> None:
+    adapter = shutil.copytree(shelf.adapter("plain"), tmp_path / "elsewhere")
+    configure(target_modules=["absent"])(adapter)
+    directory = shelf.base("llama")
+    base = fed(directory, adapter, LocalFeed(str(directory)))
+    assert merge(request(base, adapter)).refusal is not None
+    assert base.unmeasured() == []
+
+
+def test_bytes_that_cannot_be_had_are_an_error_for_all_adapters(shelf: Shelf) -> None:
+    class Ends(LocalFeed):
+        reads = 0
+
+        def read(self, file: str, start: int, into: memoryview) -> None:
+            self.reads += 1
+            if self.reads > 6:
+                raise SourceError("gone")
+            super().read(file, start, into)
+
+    adapters, directory = [shelf.adapter(name) for name in ("every-projection", "plain")], shelf.base("llama")
+    feed = Ends(str(directory))
+    base = fed(directory, adapters[0], feed)
+    with pytest.raises(SourceError, match="gone"):
+        merge_together([request(base, adapter) for adapter in adapters])
+    with pytest.raises(SourceError, match="gone"):
+        merge(request(base, adapters[0]))
+    assert feed.reads <= 6 + 2 * AHEAD
+
+
+def test_a_tensor_that_is_read_without_values_gets_them_and_the_pass_is_repeated(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, directory = [shelf.adapter(name) for name in ("every-projection", "plain")], shelf.base("llama")
+    base = fed(directory, adapters[0], LocalFeed(str(directory)))
+    sums: list[float] = []
+    own = walk.Walk.finish
+
+    def finish(self: walk.Walk) -> None:
+        sums.append(float(base.tensors["model.norm.weight"].float().abs().sum()))
+        own(self)
+
+    monkeypatch.setattr(walk.Walk, "finish", finish)
+    assert None not in merge_together([request(base, adapter) for adapter in adapters])
+    assert sums[:2] == [0.0, 0.0]
+    assert len(sums) == 4
+    assert min(sums[2:]) > 0
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_reports_the_facts_once_they_are_known(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(shelf.base("llama"), dtype="auto")
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    model.save_pretrained(tmp_path)
+    files = [preflight(str(shelf.adapter(name)), allow_pickle=False) for name in ("every-projection", "plain")]
+    tasks = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
+    of_pass: dict[bool, list[Any]] = {}
+    for one_pass in (True, False):
+        group = Group(base=key, directory=str(tmp_path), tasks=tasks, one_pass=one_pass)
+        events = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
+        of_pass[one_pass] = [event for event in events if not isinstance(event, DeviceChosen | MergeStarted)]
+    names = [type(event).__name__ for event in of_pass[True]]
+    assert names == ["BaseLoading", "BaseLoaded", "BaseMeasured", "Merged", "Merged"]
+    loaded, measured, *merged = of_pass[True][1:]
+    _, loaded_whole, *merged_whole = of_pass[False]
+    assert (loaded.measured, loaded_whole.measured) == (False, True)
+    assert measured.facts == loaded_whole.facts != loaded.facts
+    assert [comparable(one.evidence) for one in merged] == [comparable(one.evidence) for one in merged_whole]
+
+
+def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
+    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
+    tasks = (Task(index=0, files=(files,)),)
+    group = Group(base=key, directory=str(shelf.base("llama")), tasks=tasks, one_pass=True)
+    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+    assert [event.measured for event in events if isinstance(event, BaseLoaded)] == [True]
+    assert isinstance(events[-1], Merged)

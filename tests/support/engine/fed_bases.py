@@ -1,0 +1,51 @@
+"""What a skeleton is made of (engine/base/skeleton.py): the source of a base, and a feed that counts its reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from merge_gate.engine.base.loaded_base import Source
+from merge_gate.records.terms import Quantization
+from merge_gate.sources.feed import FileSpan, LocalFeed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+class CountingFeed(LocalFeed):
+    """A feed that knows what it was asked for."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.reads: list[FileSpan] = []
+        self.expected: list[list[FileSpan]] = []
+
+    def expect(self, spans: Sequence[FileSpan]) -> None:
+        self.expected.append(list(spans))
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        self.reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))
+        super().read(file, start, into)
+
+
+def source(directory: Path, dtype: str = "auto", **changes: Any) -> Source:
+    options = {
+        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    return Source(
+        **{
+            "directory": str(directory),
+            "label": "base",
+            "revision": None,
+            "quantization": Quantization.NONE,
+            "device": torch.device("cpu"),
+            "options": options,
+            **changes,
+        }
+    )
