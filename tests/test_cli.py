@@ -201,6 +201,19 @@ def test_only_gates_the_adapters_named(place: Path) -> None:
     assert verdicts(report_of(place)) == {"lfs-pointer": ("failed", "file-lfs-pointer")}
 
 
+def test_without_a_name_the_usual_config_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    configure(place, "good").rename("merge-gate.yml")
+    codes, texts = [], []
+    for words in ((), ("merge-gate.yml",)):
+        codes.append(main(["check", *words]))
+        texts.append(capsys.readouterr().out)
+    assert codes[0] == codes[1]
+    assert texts[0] == texts[1] != ""
+
+
 def nothing(_: Path) -> None:
     """The command line alone does it."""
 
@@ -220,6 +233,12 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "near-a-command": (nothing, ("chek", "gate.yml"), '"check"'),
     "near-no-command": (nothing, ("zzz",), '"zzz"'),
     "near-an-option": (nothing, ("--verison",), '"--version"'),
+    "no-default-config": (nothing, ("run", "--quick"), "merge-gate.yml"),
+    "an-abbreviation": (nothing, ("run", "gate.yml", "--quic"), '"--quick"'),
+    "report-without-a-command": (nothing, ("report", "out/report.json"), "`merge-gate report show out/report.json`"),
+    "two-reports-without-a-command": (nothing, ("report", "a/", "b/"), "`merge-gate report diff a/ b/`"),
+    "report-with-another-command": (nothing, ("report", "shwo"), '"show"'),
+    "report-alone": (nothing, ("report",), "report show"),
     "near-no-option": (nothing, ("-q",), '"-q"'),
     "near-an-option-of-run": (nothing, ("run", "gate.yml", "--ouptut=x"),
                               '"--output"'),
@@ -285,6 +304,8 @@ WORDED = {
     "near-a-command",
     "near-no-command",
     "near-no-option",
+    "no-default-config",
+    "report-with-another-command",
     "empty-base",
     "option-of-run",
     "list-with-a-blank",

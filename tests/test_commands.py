@@ -196,7 +196,7 @@ CONTRADICTIONS = {
     "a file for a container": (("one", "--container"), ("--container",)),
     "to resume in a container": (("gate.yml", "--container", "--resume"), ("--resume",)),
     "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), ("--ray",)),
-    "to judge again and to resume": (("gate.yml", "--no-cache", "--resume"), ("--no-cache", "--resume")),
+    "to judge again and to resume": (("gate.yml", "--refresh", "--resume"), ("--refresh", "--resume")),
     "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
     "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
     "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
@@ -223,7 +223,7 @@ def test_what_cannot_be_had_together_is_wrong_usage(
     ("words", "inside"),
     [
         ((), ()),
-        (("--shard", "2/4", "--no-cache", "--only", "one"), ("--only", "one", "--no-cache", "--shard", "2/4")),
+        (("--shard", "2/4", "--refresh", "--only", "one"), ("--only", "one", "--refresh", "--shard", "2/4")),
         (("--quick",), ("--quick",)),
     ],
 )
@@ -415,15 +415,15 @@ def test_a_demo_that_is_judged_otherwise_is_no_demo(
 
 def test_a_stored_report_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(FAIL, place / "out")
-    assert main(["report", "out/report.json", "--format", "junit"]) == 0
+    assert main(["report", "show", "out/report.json", "--format", "junit"]) == 0
     assert capsys.readouterr().out == (place / "out" / "junit.xml").read_text()
 
 
 def test_what_broke_since_another_report_is_an_exit_code(place: Path) -> None:
     write_report(PASS, place / "before")
     write_report(FAIL, place / "after")
-    assert main(["report", "before/report.json", "after/report.json"]) == 1
-    assert main(["report", "after/report.json", "after/report.json"]) == 0
+    assert main(["report", "diff", "before/report.json", "after/report.json"]) == 1
+    assert main(["report", "diff", "after/report.json", "after/report.json"]) == 0
 
 
 def test_no_shards_make_no_green_report(place: Path) -> None:

@@ -251,7 +251,7 @@ MISTAKES = (
     typo("a config with an unknown key", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadaptors: []\n"))),
     typo("a config that lists nothing", *RUN, arrange=both(earlier, text("gate.yml", "version: 1\nadapters: []\n"))),
     typo("`--only` with a name that the config does not list", *RUN, "--only", "tow", says="--only tow"),
-    typo("options that contradict each other: `--resume --no-cache`", *RUN, "--resume", "--no-cache"),
+    typo("options that contradict each other: `--resume --refresh`", *RUN, "--resume", "--refresh"),
     typo("an option that needs another one: `--gpus 0`", *RUN, "--gpus", "0"),
     typo("a shard that does not exist: `--shard 3/2`", *RUN, "--shard", "3/2"),
     typo("`--cache` names a file", *RUN, "--cache", "one/adapter_config.json", says="one/adapter_config.json"),

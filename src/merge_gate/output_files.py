@@ -21,7 +21,7 @@ _COMMENT = re.escape(GENERATOR_COMMENT.encode())
 
 
 class OutputFile(NamedTuple):
-    """One format. `word` selects it (`merge-gate report --format`); `made_by` is the module with its `render`.
+    """One format. `word` selects it (`merge-gate report show --format`); `made_by` is the module with its `render`.
 
     `tag` matches the first bytes of a file that merge-gate wrote, and never text further down. A file larger than
     `limit_bytes` is not copied out of a container.

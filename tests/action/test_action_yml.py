@@ -112,7 +112,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     assert known - set(action.RESERVED_OPTIONS) - of_named_adapters == {
         "--only",
         "--quick",
-        "--no-cache",
+        "--refresh",
         "--resume",
         "--ray",
     }, "a new option: give it an input, or allow it in `args` here"

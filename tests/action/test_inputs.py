@@ -63,10 +63,10 @@ def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -
 
 
 def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(cache="kept", args="--no-cache"), environ)
+    inputs = action.read_inputs(words(cache="kept", args="--refresh"), environ)
     kept = Path(environ["GITHUB_WORKSPACE"], "kept").resolve()
     assert inputs.run.cache == kept
-    assert inputs.run.arguments == ("--cache", str(kept), "--no-cache")
+    assert inputs.run.arguments == ("--cache", str(kept), "--refresh")
     assert action.read_inputs(words(cache=""), environ).run.cache is None
 
 

@@ -266,8 +266,8 @@ def test_a_cache_that_is_a_file_is_a_usage_error(fleet: Path) -> None:
     assert "MERGE_GATE_CACHE_KEY has 5 bytes" in answer.err
 
 
-def test_two_runs_share_a_directory_and_with_no_cache_keep_new_verdicts(copy: Path) -> None:
-    """Two of the verdicts are there already, and `--no-cache` judges them again; the third one is gone."""
+def test_two_runs_share_a_directory_and_with_refresh_keep_new_verdicts(copy: Path) -> None:
+    """Two of the verdicts are there already, and `--refresh` judges them again; the third one is gone."""
     names = ("plain-0", "plain-1", "rslora-0")
     only = [word for name in names for word in ("--only", name)]
     before = {one.name: one.judged for one in stored(copy / "cold").adapters}
@@ -275,8 +275,8 @@ def test_two_runs_share_a_directory_and_with_no_cache_keep_new_verdicts(copy: Pa
         if path.name == before["rslora-0"].key:
             path.unlink()
     shutil.rmtree(copy / "cache" / "bases")  # both make it again
-    first = start("run", "fleet.yml", *only, "--cache", "cache", "--no-cache", "--output", "a", cwd=copy)
-    answer = merge_gate("run", "fleet.yml", *only, "--cache", "cache", "--no-cache", "--output", "b", cwd=copy)
+    first = start("run", "fleet.yml", *only, "--cache", "cache", "--refresh", "--output", "a", cwd=copy)
+    answer = merge_gate("run", "fleet.yml", *only, "--cache", "cache", "--refresh", "--output", "b", cwd=copy)
     assert first.wait(PATIENCE_S) == answer.code == 1
     reports = [stored(copy / directory) for directory in ("a", "b")]
     assert same(reports[0]) == same(reports[1])
@@ -352,6 +352,6 @@ def test_nothing_to_resume_and_what_contradicts(fleet: Path, tmp_path: Path) -> 
     assert answer.code == 2
     assert "report.json" in answer.err
     assert (tmp_path / "new" / "report.json").read_text() == "{}"
-    answer = merge_gate("run", str(fleet / "fleet.yml"), "--resume", "--no-cache", cwd=tmp_path)
+    answer = merge_gate("run", str(fleet / "fleet.yml"), "--resume", "--refresh", cwd=tmp_path)
     assert answer.code == 2
-    assert "--no-cache" in answer.err
+    assert "--refresh" in answer.err

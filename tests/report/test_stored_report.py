@@ -11,7 +11,7 @@ import pytest
 from merge_gate.errors import ExitCode, UsageError
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored.report_files import FORMATS, WORDS, write_report
-from merge_gate.report.stored.stored_report import show
+from merge_gate.report.stored.stored_report import compared, shown
 from tests.support.reports import FAIL, PASS
 from tests.support.wording import Wording
 
@@ -22,48 +22,40 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("word", WORDS)
 def test_every_format_is_rendered_again_as_the_run_wrote_it(tmp_path: Path, word: str) -> None:
     write_report(FAIL, tmp_path)
-    shown, code = show([str(tmp_path / "report.json")], word)
-    assert (shown, code) == ((tmp_path / WORDS[word]).read_text(encoding="utf-8"), ExitCode.PASS)
+    assert shown(str(tmp_path / "report.json"), word) == (tmp_path / WORDS[word]).read_text(encoding="utf-8")
 
 
 def test_the_terminal_shows_the_end_of_the_run(tmp_path: Path) -> None:
     write_report(FAIL, tmp_path)
-    assert show([str(tmp_path / "report.json")], "terminal")[0] == terminal_text.render(FAIL, "")
+    assert shown(str(tmp_path / "report.json"), "terminal") == terminal_text.render(FAIL, "")
 
 
 def test_every_file_but_the_report_itself_has_a_word() -> None:
     assert set(WORDS.values()) == set(FORMATS) - {"report.json"}
 
 
-def test_two_are_compared(tmp_path: Path, wording: Wording) -> None:
+def test_two_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json_report.render(PASS), encoding="utf-8")
     (tmp_path / "b.json").write_text(json_report.render(FAIL), encoding="utf-8")
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
-    shown, code = show([a, b], "terminal")
-    assert (shown.splitlines()[-1], code) == ("3 broke, 2 unchanged.", ExitCode.FAIL)
-    assert show([b, a], "markdown") == (
-        "## 3 vanished, 2 unchanged\n\n" + show([b, a], "markdown")[0].split("\n\n", 1)[1],
-        ExitCode.PASS,
-    )
-    with pytest.raises(UsageError) as caught:
-        show([a, b], "html")
-    wording(caught.value)
-    with pytest.raises(UsageError, match="got 3 reports"):
-        show([a, b, a], "terminal")
+    text, code = compared(a, b, "terminal")
+    assert (text.splitlines()[-1], code) == ("3 broke, 2 unchanged.", ExitCode.FAIL)
+    text, code = compared(b, a, "markdown")
+    assert (text.splitlines()[0], code) == ("## 3 vanished, 2 unchanged", ExitCode.PASS)
 
 
 def test_what_cannot_be_read_is_a_usage_error(tmp_path: Path, wording: Wording) -> None:
     with pytest.raises(UsageError) as caught:
-        show([str(tmp_path / "none.json")], "html")
+        shown(str(tmp_path / "none.json"), "html")
     wording(caught.value)
     with pytest.raises(UsageError) as caught:
-        show([str(tmp_path)], "html")
+        shown(str(tmp_path), "html")
     wording(caught.value)
 
 
 def test_a_directory_stands_for_the_report_in_it(tmp_path: Path) -> None:
     write_report(FAIL, tmp_path)
-    assert show([str(tmp_path)], "markdown") == show([str(tmp_path / "report.json")], "markdown")
+    assert shown(str(tmp_path), "markdown") == shown(str(tmp_path / "report.json"), "markdown")
 
 
 def test_the_command_prints_it_without_torch(tmp_path: Path) -> None:
@@ -72,7 +64,7 @@ def test_the_command_prints_it_without_torch(tmp_path: Path) -> None:
         "import sys; from merge_gate.cli.dispatch import main; code = main(sys.argv[1:]);"
         "sys.exit(9 if 'torch' in sys.modules else code)"
     )
-    command = [sys.executable, "-c", code, "report", str(tmp_path / "report.json")]
+    command = [sys.executable, "-c", code, "report", "show", str(tmp_path / "report.json")]
     env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     for word, name in WORDS.items():
         ended = subprocess.run([*command, "--format", word], check=False, capture_output=True, env=env)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 DEFAULT_OUTPUT = "merge-gate-report"
+DEFAULT_CONFIG = "merge-gate.yml"
 
 
 def exit_codes(*lines: str) -> str:
@@ -23,18 +25,27 @@ EXIT_CODES = exit_codes(
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that knows no abbreviations: a later option could give `--out` another meaning."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def add_names(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "names",
-        nargs="+",
+        nargs="*",
         type=given,
         metavar="CONFIG|ADAPTER",
-        help="the YAML file that lists the adapters, or adapters: directories, globs, Hub ids",
+        help="the YAML file that lists the adapters, or adapters: directories, globs, Hub ids "
+        f"(default: {DEFAULT_CONFIG})",
     )
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
+        "-o",
         "--output",
         default=DEFAULT_OUTPUT,
         type=_directory,

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 
-from merge_gate.cli.arguments import Commands, add_names, exit_codes
+from merge_gate.cli.arguments import CommandParser, Commands, add_names, exit_codes
 from merge_gate.cli.gating import requested_config
 from merge_gate.errors import ExitCode
 from merge_gate.run.streams import tell
@@ -20,7 +20,7 @@ EXIT_CODES_OF_CHECK = exit_codes(
 )
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[CommandParser]) -> None:
     check = commands.add_parser(
         "check",
         help="check config and files only",

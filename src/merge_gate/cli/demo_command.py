@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from merge_gate.cli.arguments import DEFAULT_OUTPUT, Commands
+from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands
 from merge_gate.cli.gating import gate_adapters
 from merge_gate.cli.output import claimed_output, exit_code
 from merge_gate.errors import ExitCode, GateError
@@ -14,7 +14,7 @@ from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[CommandParser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="see what the gate catches",

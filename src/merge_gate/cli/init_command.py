@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import IO
 
-from merge_gate.cli.arguments import Commands
+from merge_gate.cli.arguments import CommandParser, Commands
 from merge_gate.errors import ExitCode, UsageError
 from merge_gate.run.streams import tell
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[CommandParser]) -> None:
     init = commands.add_parser(
         "init",
         help="write a first config",

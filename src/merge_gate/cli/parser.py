@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from merge_gate import __version__
 from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
-from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
-from merge_gate.cli.report_command import BASELINE, COMBINE
+from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output
+from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.text import one_of, quoted
 
 _LONGEST = 40
@@ -24,7 +24,7 @@ _LONGEST = 40
 def commanded(argv: Sequence[str]) -> list[str]:
     """The words of the command line, with the words of a command joined: `report combine`."""
     first = " ".join(argv[:2])
-    return [first, *argv[2:]] if first in {COMBINE, BASELINE} else list(argv)
+    return [first, *argv[2:]] if first in REPORT_COMMANDS else list(argv)
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,13 +35,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         top.print_help(sys.stderr)
         top.exit(2)
     if words[0] not in commands.choices:
-        if _is_place(words[0]):
-            meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
-            top.error(f"the command is missing; did you mean {meant}?")
-        options = ["-h", *_options(top), "--help"]
-        if not any(option.startswith(words[0]) for option in options):
-            kind, known = ("option", options) if words[0].startswith("-") else ("command", [*commands.choices])
-            top.error(f"there is no {kind} {quoted(words[0])}{_meant(words[0], known)}")
+        _explain_word(top, words, [*commands.choices])
     values, rest = top.parse_known_args(words)
     if rest:
         command = commands.choices[values.command]
@@ -53,7 +47,41 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
                 )
             command.error(f"there is no option {quoted(option)}{_meant(option, _options(command))}")
         command.error(f"{quoted(rest[0])} stands alone: names come before the options, and a list has no blanks in it")
+    if values.command in {"run", "check"} and not values.names:
+        if not os.path.isfile(DEFAULT_CONFIG):  # noqa: PTH113 (False where pathlib raises)
+            command = commands.choices[values.command]
+            command.error(f"name a configuration or adapters: there is no {DEFAULT_CONFIG} here")
+        values.names = [DEFAULT_CONFIG]
     return values
+
+
+def _explain_word(top: argparse.ArgumentParser, words: Sequence[str], known: Sequence[str]) -> None:
+    """End with an error, unless the first word is an option of `merge-gate` itself."""
+    if words[0] == REPORT:
+        _refuse_report(top, words[1:])
+    if _is_place(words[0]):
+        meant = quoted(f"merge-gate run {shlex.quote(words[0])}", 200, "`")
+        top.error(f"the command is missing; did you mean {meant}?")
+    options = _options(top)
+    if words[0] not in options:
+        kind, names = ("option", options) if words[0].startswith("-") else ("command", known)
+        top.error(f"there is no {kind} {quoted(words[0])}{_meant(words[0], names)}")
+
+
+def _refuse_report(top: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
+    """`merge-gate report` alone, or with a word that is none of its commands."""
+    second = words[0] if words else ""
+    if _is_place(second):
+        meant = f"{REPORT} show" if len(words) == 1 else f"{REPORT} diff"
+        command = " ".join(["merge-gate", meant, *map(shlex.quote, words)])
+        top.error(f"the command is missing; did you mean {quoted(command, 200, '`')}?")
+    known = [name.partition(" ")[2] for name in REPORT_COMMANDS]
+    if not second or second in {"-h", "--help"}:
+        lines = [f"  merge-gate {name} --help" for name in REPORT_COMMANDS]
+        text = "\n".join(["the commands of `merge-gate report`:", *lines, ""])
+        (sys.stdout if second else sys.stderr).write(text)
+        sys.exit(0 if second else 2)
+    top.error(f"there is no command {quoted(f'{REPORT} {second}')}{_meant(second, known)}")
 
 
 def output_of(argv: Sequence[str]) -> str | None:
@@ -77,18 +105,16 @@ def output_of(argv: Sequence[str]) -> str | None:
 
 
 def _may_mean_output(word: str, command: argparse.ArgumentParser) -> bool:
-    """Whether this is `--output` mistyped, or an abbreviation of it that is not clear."""
+    """Whether this is `--output` mistyped."""
     name, known = word.partition("=")[0], _options(command)
-    if not name.startswith("--"):
-        return name.startswith("-o")
-    meant = [option for option in known if option.startswith(name)]
-    if name in known or len(meant) == 1:
+    if not name.startswith("--") or name in known:
         return False
-    return "--output" in meant or name.startswith("--out") or _nearest(name, known) == "--output"
+    return name.startswith("--o") or _nearest(name, known) == "--output"
 
 
 def _options(command: argparse.ArgumentParser) -> list[str]:
-    return re.findall(r"--[a-z][a-z-]*", command.format_usage())
+    actions = command._actions  # noqa: SLF001 - argparse has no public name for them
+    return [option for action in actions for option in action.option_strings]
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
@@ -117,22 +143,23 @@ def parser() -> argparse.ArgumentParser:
     return _parsers()[0]
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, Commands[argparse.ArgumentParser]]:
-    top = argparse.ArgumentParser(
+def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
+    top = CommandParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
         "is finite, and name what is broken.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"merge-gate {__version__}")
+    top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (
         run_command.add,
         check_command.add,
         init_command.add,
         demo_command.add,
-        report_command.add,
+        report_command.add_show,
+        report_command.add_diff,
         report_command.add_combine,
         report_command.add_baseline,
         schema_command.add,

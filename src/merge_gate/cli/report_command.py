@@ -7,30 +7,41 @@ import os
 import sys
 from contextlib import closing
 
-from merge_gate.cli.arguments import EXIT_CODES, Commands, add_output
+from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_output
 from merge_gate.cli.output import claimed_output, exit_code, print_document
 from merge_gate.output_files import OUTPUT_FILES
 
-COMBINE, BASELINE = "report combine", "report baseline"
-"""Commands of two words, which argparse hears as one; a report of such a name is given as ./combine."""
+REPORT = "report"
+SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
+REPORT_COMMANDS = (SHOW, DIFF, COMBINE, BASELINE)
+"""Commands of two words, which argparse hears as one."""
+
+_REPORT_HELP = "the report.json of a run, or its directory"
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser(
-        "report",
-        help="show a report again, or what changed",
-        description="Show a stored report, or what changed from one to another (exit code 1 if something broke or got "
-        "worse, 3 if nothing did but the newer run is not complete).",
-        epilog=f"see also: merge-gate {COMBINE} --help, merge-gate {BASELINE} --help",
+def add_show(commands: Commands[CommandParser]) -> None:
+    show = commands.add_parser(
+        SHOW, prog=f"merge-gate {SHOW}", help="show a report again", description="Show a stored report again."
     )
-    report.add_argument(
-        "reports", nargs="+", metavar="REPORT", help="the report.json of a run, or its directory; two are compared"
-    )
+    show.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
     formats = ("terminal", *(one.word for one in OUTPUT_FILES if one.word))
-    report.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
+    show.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
 
 
-def add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_diff(commands: Commands[CommandParser]) -> None:
+    diff = commands.add_parser(
+        DIFF,
+        prog=f"merge-gate {DIFF}",
+        help="show what changed between two reports",
+        description="Show what changed from one report to another. Exit code 1 if something broke or got worse, 3 if "
+        "nothing did but the newer run is not complete.",
+    )
+    diff.add_argument("old", metavar="OLD", help=_REPORT_HELP)
+    diff.add_argument("new", metavar="NEW", help="the same of a later run")
+    diff.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="default: terminal")
+
+
+def add_combine(commands: Commands[CommandParser]) -> None:
     combine = commands.add_parser(
         COMBINE,
         prog=f"merge-gate {COMBINE}",
@@ -49,7 +60,7 @@ def add_combine(commands: Commands[argparse.ArgumentParser]) -> None:
     add_output(combine)
 
 
-def add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_baseline(commands: Commands[CommandParser]) -> None:
     baseline = commands.add_parser(
         BASELINE,
         prog=f"merge-gate {BASELINE}",
@@ -57,13 +68,19 @@ def add_baseline(commands: Commands[argparse.ArgumentParser]) -> None:
         description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
         "and an owner for each, and name the file in the config: `baseline: FILE`.",
     )
-    baseline.add_argument("report", metavar="REPORT", help="the report.json of a run, or its directory")
+    baseline.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.report.stored.stored_report import show
+def show(arguments: argparse.Namespace) -> int:
+    from merge_gate.report.stored.stored_report import shown
 
-    return print_document(*show(arguments.reports, arguments.format))
+    return print_document(shown(arguments.report, arguments.format))
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    from merge_gate.report.stored.stored_report import compared
+
+    return print_document(*compared(arguments.old, arguments.new, arguments.format))
 
 
 def combine(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from merge_gate.cli.arguments import EXIT_CODES, Commands, add_names, add_output, given
+from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, given
 from merge_gate.cli.gating import gate_adapters, requested_config
 from merge_gate.cli.output import claimed_output, exit_code, say_place
 from merge_gate.errors import UsageError
@@ -17,7 +17,7 @@ from merge_gate.records.terms import Quantization
 from merge_gate.text import one_of
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[CommandParser]) -> None:
     run = commands.add_parser(
         "run",
         help="gate adapters, named here or in a config",
@@ -52,7 +52,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     reused = run.add_argument_group("verdicts of earlier runs", "reused if everything that decides them is the same")
     reused.add_argument("--cache", metavar="DIR", help="store verdicts in DIR, and reuse those that are there")
-    reused.add_argument("--no-cache", action="store_true", help="reuse nothing; --cache stores the new verdicts")
+    reused.add_argument(
+        "--refresh", action="store_true", help="judge everything again; --cache stores the new verdicts"
+    )
     reused.add_argument("--resume", action="store_true", help="continue from the report of a killed run in --output")
     cluster = run.add_argument_group("on a Ray cluster", "needs the extra `ray`")
     cluster.add_argument(
@@ -99,7 +101,7 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
     """
     if arguments.container or arguments.ray is not None:
         return False
-    may_hit = arguments.resume or (arguments.cache and not arguments.no_cache)
+    may_hit = arguments.resume or (arguments.cache and not arguments.refresh)
     return not may_hit or len(os.sched_getaffinity(0)) > 1
 
 
@@ -128,7 +130,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
     if arguments.ray is not None:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
-    more += [option for option, asked in (("--quick", arguments.quick), ("--no-cache", arguments.no_cache)) if asked]
+    more += [option for option, asked in (("--quick", arguments.quick), ("--refresh", arguments.refresh)) if asked]
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
     run = local_run(
@@ -150,8 +152,8 @@ def _in_container(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> RunOptions:
-    if arguments.resume and arguments.no_cache:
-        raise UsageError("--no-cache reuses no verdict, and --resume does", hint="give one of them")
+    if arguments.resume and arguments.refresh:
+        raise UsageError("--refresh reuses no verdict, and --resume does", hint="give one of them")
     return RunOptions(
         device=arguments.device,
         output=arguments.output,
@@ -161,7 +163,7 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         ray=_ray(arguments),
         cache=CacheOptions(
             directory=arguments.cache,
-            reuse=not arguments.no_cache,
+            reuse=not arguments.refresh,
             resume=arguments.output if arguments.resume else None,
         ),
     )

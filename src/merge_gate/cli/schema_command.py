@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from merge_gate.cli.arguments import Commands
+from merge_gate.cli.arguments import CommandParser, Commands
 from merge_gate.cli.output import print_document
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[CommandParser]) -> None:
     schema = commands.add_parser(
         "schema", help="print a JSON Schema", description="Print the JSON Schema of the config or of report.json."
     )

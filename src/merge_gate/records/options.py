@@ -11,7 +11,7 @@ class CacheOptions:
 
     Attributes:
         directory: The cache directory (`--cache`); None for none.
-        reuse: Whether the verdicts in it are reused. If not, it is only written to (`--no-cache`).
+        reuse: Whether the verdicts in it are reused. If not, it is only written to (`--refresh`).
         resume: An output directory whose earlier reports are another source of verdicts (`--resume`); None for none.
     """
 

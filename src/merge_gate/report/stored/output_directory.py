@@ -100,7 +100,7 @@ def refuse_report(folder: str | Path, names: Iterable[str], inputs: Iterable[str
             if any(os.path.lexists(path) and path.samefile(argument) for path in reports):
                 raise UsageError(
                     f"this run would write its report to {quoted(argument)}, so it cannot be an input",
-                    hint="name a configuration or adapters; to show a report: merge-gate report "
+                    hint="name a configuration or adapters; to show a report: merge-gate report show "
                     f"{shlex.quote(str(folder))}",
                 )
 

@@ -1,4 +1,4 @@
-"""Reads one or two stored reports, and returns the text of `merge-gate report` and its exit code.
+"""Reads stored reports, and returns the texts of `merge-gate report show` and `merge-gate report diff`.
 
 It loads no model and does not import torch. `UsageError` is raised for a file that cannot be read or is not a report.
 """
@@ -6,6 +6,7 @@ It loads no model and does not import torch. `UsageError` is raised for a file t
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from merge_gate.earlier_reports import PREVIOUS, is_own
@@ -15,28 +16,22 @@ from merge_gate.report.stored import compare
 from merge_gate.report.stored.report_files import FORMATS, WORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from merge_gate.records.report import Report
 
-_COMPARED = {"terminal": compare.render_text, "markdown": compare.render_markdown}
+DIFF_FORMATS = MappingProxyType({"terminal": compare.render_text, "markdown": compare.render_markdown})
+"""The words of `merge-gate report diff --format`, each with its renderer."""
 
 
-def show(names: Sequence[str], word: str) -> tuple[str, ExitCode]:
-    """Render one report in another format (exit code 0), or the changes between two."""
-    if len(names) == 1:
-        report = stored(names[0])
-        return (terminal_text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)), ExitCode.PASS
-    if len(names) != 2:  # noqa: PLR2004
-        raise UsageError(
-            f"got {len(names)} reports, expected one, or two to compare", hint="name the older report first"
-        )
-    if word not in _COMPARED:
-        raise UsageError(
-            f"got two reports, but --format {word} shows one", hint=f"compare two as {' or '.join(_COMPARED)}"
-        )
-    changes = compare.compare(stored(names[0]), stored(names[1]))
-    return _COMPARED[word](changes), changes.exit_code
+def shown(name: str, word: str) -> str:
+    """The report in another format."""
+    report = stored(name)
+    return terminal_text.render(report, "") if word == "terminal" else FORMATS[WORDS[word]](report)
+
+
+def compared(old: str, new: str, word: str) -> tuple[str, ExitCode]:
+    """The changes from one report to another, and the exit code that they ask for."""
+    changes = compare.compare(stored(old), stored(new))
+    return DIFF_FORMATS[word](changes), changes.exit_code
 
 
 def stored(name: str) -> Report:
