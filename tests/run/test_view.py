@@ -167,6 +167,12 @@ def test_a_base_that_is_not_finite_says_so() -> None:
     assert err.text == "base b (bfloat16): 0 parameters, 1 tensor not finite, 2 s\n"
 
 
+def test_a_base_that_is_not_measured_yet_is_not_called_finite() -> None:
+    err = Stream()
+    PlainView(Stream(), err).base_loaded(FACTS, 2, measured=False)
+    assert "finite" not in err.text
+
+
 def test_an_adapter_that_never_started_is_counted() -> None:
     err = Stream()
     view = PlainView(Stream(), err)

@@ -270,7 +270,7 @@ class _Run:
                 if event.measured:
                     self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
                 self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
-                self._view.base_loaded(event.facts, event.seconds)
+                self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
             case protocol.BaseMeasured():
                 group = self._groups[event.group]
                 self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)

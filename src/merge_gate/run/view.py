@@ -45,7 +45,7 @@ class View:
         """`merge_count` is larger than `adapter_count` if adapters are merged in several dtypes."""
 
     def base_loading(self, model: str, dtype: str) -> None: ...
-    def base_loaded(self, facts: BaseFacts, seconds: float) -> None: ...
+    def base_loaded(self, facts: BaseFacts, seconds: float, *, measured: bool = True) -> None: ...
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         """`index` counts from 1."""
 
@@ -86,8 +86,8 @@ class PlainView(View):
     def base_loading(self, model: str, dtype: str) -> None:
         self._write(_loading(model, dtype))
 
-    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
-        self._write(_loaded(facts, seconds))
+    def base_loaded(self, facts: BaseFacts, seconds: float, *, measured: bool = True) -> None:
+        self._write(_loaded(facts, seconds, measured=measured))
 
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         self._state.begin(name, index, total, dtype)
@@ -150,8 +150,8 @@ class RichView(View):
     def base_loading(self, model: str, dtype: str) -> None:
         self._foot.wait_for(_loading(model, dtype))
 
-    def base_loaded(self, facts: BaseFacts, seconds: float) -> None:
-        self._print(((_loaded(facts, seconds), Style.FAINT),))
+    def base_loaded(self, facts: BaseFacts, seconds: float, *, measured: bool = True) -> None:
+        self._print(((_loaded(facts, seconds, measured=measured), Style.FAINT),))
 
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         self._state.begin(name, index, total, dtype)
@@ -255,10 +255,11 @@ def _loading(model: str, dtype: str) -> str:
     return f"loading base {_name(model)} ({_name(dtype)})"
 
 
-def _loaded(facts: BaseFacts, seconds: float) -> str:
+def _loaded(facts: BaseFacts, seconds: float, *, measured: bool) -> str:
     state = f"{words.counted(len(facts.nonfinite), 'tensor')} not finite" if facts.nonfinite else "all finite"
-    measured = f"{words.counted(facts.parameters, 'parameter')}, {state}"
-    return f"base {_name(facts.model)} ({_name(facts.dtype)}): {measured}, {words.duration(seconds)}"
+    state = state if measured else "to be measured as they are merged"
+    parameters = f"{words.counted(facts.parameters, 'parameter')}, {state}"
+    return f"base {_name(facts.model)} ({_name(facts.dtype)}): {parameters}, {words.duration(seconds)}"
 
 
 def _done(adapter: AdapterReport) -> tuple[str, str]:

@@ -64,11 +64,11 @@ if TYPE_CHECKING:
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
 
-ADAPTERS_SHARE = 4
-"""Adapters that are merged together may take a quarter of the free memory."""
+ADAPTERS_SHARE = 3
+"""Adapters that are merged together may take a third of the free memory."""
 
-_LOADED_BYTES = 8
-"""What PEFT's float32 factors and the file's own take of memory, for each value."""
+_LOADED_BYTES = 4
+"""What PEFT's float32 factors take of memory, for each value. The file's own tensors are mapped."""
 
 PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
@@ -368,7 +368,7 @@ def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None
 
 
 def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many as a quarter of the free memory holds."""
+    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds."""
     room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE if one_pass else 0
     batch: list[ClassedTask] = []
     held = 0
