@@ -48,9 +48,10 @@ class KnownDevices:
         if self._is_cpu:
             return MergeDevice(device="cpu", name=cpu_name())
         name = self._name()
-        found = self._store.get(_KIND, name) if self._store is not None and name is not None else None
-        if isinstance(found, dict) and isinstance(found.get("device"), str) and isinstance(found.get("name"), str):
-            return MergeDevice(device=found["device"], name=found["name"])
+        document = self._store.get(_KIND, name) if self._store is not None and name is not None else None
+        match document:
+            case {"device": str(device), "name": str(name)}:
+                return MergeDevice(device=device, name=name)
         return None
 
     def store(self, device: MergeDevice) -> None:

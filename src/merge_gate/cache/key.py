@@ -73,23 +73,23 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
         "allow-pickle": circumstances.allow_pickle,
         "trust-remote-code": circumstances.trust_remote_code,
         "base": _base(entry, base),
-        "members": [_files(one) for one in entry.members],
+        "members": [_files(member) for member in entry.members],
         "combine": _combine(spec.combine),
-        "checks": [[one.check, str(one.severity), one.limit] for one in spec.checks],
+        "checks": [[setting.check, str(setting.severity), setting.limit] for setting in spec.checks],
         "expect": _expect(spec.expect),
     }
 
 
 def _base(entry: Entry, content: BaseContent) -> Json:
     """`asked` is what `base-mismatch` compares: the last part of a path only, since a checkout may be anywhere."""
-    spec, found = entry.spec.base, entry.base
+    spec, base = entry.spec.base, entry.base
     return {
         "weights": content.weights,
         "settings": content.settings,
         "dtype": entry.dtype,
         "quantization": str(spec.quantization),
-        "label": fields.text(found.name) if found else None,
-        "revision": found.revision if found else None,
+        "label": fields.text(base.name) if base else None,
+        "revision": base.revision if base else None,
         "asked": {
             "model": fields.text(spec.model.rstrip("/").rpartition("/")[2]) if spec.model is not None else None,
             "label": fields.text(spec.label) if spec.label is not None else None,
@@ -98,11 +98,11 @@ def _base(entry: Entry, content: BaseContent) -> Json:
     }
 
 
-def _files(one: AdapterFiles) -> Json:
+def _files(adapter: AdapterFiles) -> Json:
     """What PEFT reads of an adapter, and what the preflight reports about it."""
     return {
-        "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in one.files],
-        "findings": fields.dump(one.findings),
+        "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in adapter.files],
+        "findings": fields.dump(adapter.findings),
     }
 
 

@@ -68,14 +68,16 @@ class ResumedVerdicts:
         """
         if self.is_empty:
             return
-        adapters = dict.fromkeys(one for report in self._reports for one in report.adapters if one.judged is not None)
+        adapters = dict.fromkeys(
+            adapter for report in self._reports for adapter in report.adapters if adapter.judged is not None
+        )
         bases = dict.fromkeys(base for report in self._reports for base in report.bases)
         union = replace(self._reports[0], complete=False, adapters=tuple(adapters), bases=tuple(bases))
         write_text(self._directory / RESUMED, json_report.render(union))
 
     def _add(self, report: Report) -> bool:
         """Whether the report contains a verdict that can be reused."""
-        adapters = [one for one in report.adapters if one.judged is not None]
+        adapters = [adapter for adapter in report.adapters if adapter.judged is not None]
         for adapter in adapters:
             if adapter.judged is not None:
                 on = [CachedVerdict(adapter=adapter, base=base) for base in report.bases if adapter.base == base.key]

@@ -92,8 +92,8 @@ class Store:
 
     def get(self, kind: str, name: str) -> Json | None:
         """The document, or None."""
-        found = self.get_sealed(kind, name)
-        return found.document if found is not None else None
+        sealed = self.get_sealed(kind, name)
+        return sealed.document if sealed is not None else None
 
     def get_sealed(self, kind: str, name: str) -> SealedDocument | None:
         """The document with its seal, or None."""

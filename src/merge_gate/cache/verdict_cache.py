@@ -51,8 +51,8 @@ class StoredVerdicts:
         return self._store.is_empty(KIND)
 
     def find(self, key: str, material: Json) -> Iterator[CachedVerdict]:
-        found = self._store.get_sealed(KIND, key)
-        judged = cached_verdict.from_document(found.document, found.seal, material) if found else None
+        sealed = self._store.get_sealed(KIND, key)
+        judged = cached_verdict.from_document(sealed.document, sealed.seal, material) if sealed else None
         if judged is not None:
             yield judged
 
@@ -87,7 +87,8 @@ class Cache:
         for note in self.resumed.notes if self.resumed else ():
             notify(note)
         stored = StoredVerdicts(self._store) if self._store and options.reuse else None
-        self._sources: tuple[VerdictSource, ...] = tuple(one for one in (self.resumed, stored) if one is not None)
+        sources: tuple[VerdictSource | None, ...] = (self.resumed, stored)
+        self._sources = tuple(source for source in sources if source is not None)
 
     def close(self) -> None:
         """Release the cache directory."""

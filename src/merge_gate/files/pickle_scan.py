@@ -92,10 +92,10 @@ def read_pickled(file: BufferedReader, size_bytes: int) -> tuple[StoredTensor, .
         return None
     if _is_safetensors(file):
         raise CorruptFileError("is not torch's format but safetensors", "give it the name adapter_model.safetensors")
-    if (found := other_format(file)) is None:
+    if (format_name := other_format(file)) is None:
         _refuse_calls(file)
-    error = TruncatedFileError if found == ZEROS else CorruptFileError
-    raise error(f"is not torch's format but {found or 'something unknown'}")
+    error = TruncatedFileError if format_name == ZEROS else CorruptFileError
+    raise error(f"is not torch's format but {format_name or 'something unknown'}")
 
 
 def _is_safetensors(file: BufferedReader) -> bool:

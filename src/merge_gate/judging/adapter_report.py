@@ -31,9 +31,9 @@ from merge_gate.records.terms import BaseKey, Finding, Severity, Verdict
 
 def blocked_report(entry: Entry) -> AdapterReport | None:
     """The report of an entry that its files alone keep from being merged; None if it may be merged."""
-    found = _file_findings(entry)
-    if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in found):
-        return _judged(entry, found)
+    findings = _file_findings(entry)
+    if any(finding.severity is Severity.ERROR and not _allows_merging(finding) for finding in findings):
+        return _judged(entry, findings)
     unsafe = [finding for finding in entry.files.findings if not _allows_loading(finding)]
     if not unsafe:
         return None
@@ -41,7 +41,7 @@ def blocked_report(entry: Entry) -> AdapterReport | None:
         f"not merged, since {unsafe[0].check} was found (its severity in the config does not make it loadable)",
         unsafe[0].hint,
     )
-    return _judged(entry, (*found, why))
+    return _judged(entry, (*findings, why))
 
 
 def _allows_merging(finding: Finding) -> bool:
@@ -132,7 +132,7 @@ def base_findings(entry: Entry) -> tuple[Finding, ...]:
         return ()
     asked = base_checks.of_request(entry.spec.base, files)
     of_dtype = files.auto_dtype if entry.dtype == "auto" else None
-    return bounded([*files.findings, *(one for one in (asked, of_dtype) if one is not None)])
+    return bounded([*files.findings, *(finding for finding in (asked, of_dtype) if finding is not None)])
 
 
 def _judged(entry: Entry, findings: tuple[Finding, ...]) -> AdapterReport:

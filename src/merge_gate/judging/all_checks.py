@@ -52,10 +52,10 @@ def judge_files(spec: AdapterSpec, files: AdapterFiles) -> tuple[Finding, ...]:
 def judge_merge(spec: AdapterSpec, files: AdapterFiles, evidence: Evidence) -> tuple[Finding, ...]:
     """All findings about a merged adapter and its files, causes first, with the configured severities."""
     case = MergeCase(spec=spec, files=files, evidence=evidence, settings=_settings(spec))
-    found = _yielded(lambda check: check.of_merge(case))
+    findings = _yielded(lambda check: check.of_merge(case))
     if evidence.refusal is not None:
-        found.append(refused(evidence.refusal))
-    return _in_order((*files.findings, *bounded(found)), case.settings)
+        findings.append(refused(evidence.refusal))
+    return _in_order((*files.findings, *bounded(findings)), case.settings)
 
 
 def _settings(spec: AdapterSpec) -> Mapping[str, CheckSetting]:
@@ -63,19 +63,19 @@ def _settings(spec: AdapterSpec) -> Mapping[str, CheckSetting]:
 
 
 def _yielded(judge: Callable[[Check], Iterator[Finding]]) -> list[Finding]:
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in CHECKS.values():
         try:
-            found.extend(judge(check))
+            findings.extend(judge(check))
         except Exception as error:  # noqa: BLE001 - this check has no answer; the others still have theirs
-            found.append(accident(f"the check {check.id} failed", error))
-    return found
+            findings.append(accident(f"the check {check.id} failed", error))
+    return findings
 
 
 def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting]) -> tuple[Finding, ...]:
-    configured = [one for one in (_configured(finding, settings) for finding in findings) if one is not None]
+    configured = [with_severity for each in findings if (with_severity := _configured(each, settings)) is not None]
     order = {name: position for position, name in enumerate((NOT_JUDGED, *CHECKS))}
-    return tuple(sorted(configured, key=lambda one: (_WEIGHT[one.severity], order.get(one.check, 0))))
+    return tuple(sorted(configured, key=lambda finding: (_WEIGHT[finding.severity], order.get(finding.check, 0))))
 
 
 def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:

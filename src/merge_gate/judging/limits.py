@@ -31,7 +31,7 @@ def bounded(findings: Iterable[Finding]) -> tuple[Finding, ...]:
             kept.append(_cut(finding))
         else:
             left_out.setdefault(key, finding)
-    return (*kept, *(_rest(one, counts[key] - MOST_FINDINGS) for key, one in left_out.items()))
+    return (*kept, *(_rest(finding, counts[key] - MOST_FINDINGS) for key, finding in left_out.items()))
 
 
 def _rest(example: Finding, count: int) -> Finding:

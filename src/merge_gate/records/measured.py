@@ -219,9 +219,9 @@ class Evidence:
     def rounded(self) -> tuple[TensorMerge, ...]:
         """The merges whose rounding loss was measured."""
         return tuple(
-            one
-            for one in self.merges
-            if one.lost_norm is not None and one.delta_norm and math.isfinite(one.lost_norm + one.delta_norm)
+            merge
+            for merge in self.merges
+            if merge.lost_norm is not None and merge.delta_norm and math.isfinite(merge.lost_norm + merge.delta_norm)
         )
 
     @property
@@ -229,6 +229,6 @@ class Evidence:
         """Share of the delta's norm that rounding lost, over all `rounded` merges; None if there are none."""
         lost, delta = (
             math.hypot(*(norm or 0.0 for norm in norms))
-            for norms in ([one.lost_norm for one in self.rounded], [one.delta_norm for one in self.rounded])
+            for norms in ([merge.lost_norm for merge in self.rounded], [merge.delta_norm for merge in self.rounded])
         )
         return lost / delta if delta else None

@@ -206,13 +206,14 @@ def _baseline(parts: list[_ShardReport]) -> tuple[BaselineEntry, ...]:
 
 def _environment(environments: Sequence[Environment]) -> Environment:
     """The environment of the shards that merged: all devices, what all sandboxes held, and what any lacked."""
-    merged = [one for one in environments if one.sandbox != Sandbox()] or list(environments[:1])
-    held = [part for part in merged[0].sandbox.held if all(part in one.sandbox.held for one in merged)]
+    merged = [each for each in environments if each.sandbox != Sandbox()] or list(environments[:1])
+    held = [part for part in merged[0].sandbox.held if all(part in each.sandbox.held for each in merged)]
+    missing = _once(why for each in merged for why in each.sandbox.missing)
     return replace(
         merged[0],
-        device=", ".join(_once(one.device for one in merged)),
-        device_name=", ".join(_once(one.device_name for one in merged if one.device_name)),
-        sandbox=Sandbox(held=tuple(held), missing=tuple(_once(why for one in merged for why in one.sandbox.missing))),
+        device=", ".join(_once(each.device for each in merged)),
+        device_name=", ".join(_once(each.device_name for each in merged if each.device_name)),
+        sandbox=Sandbox(held=tuple(held), missing=tuple(missing)),
     )
 
 

@@ -39,23 +39,23 @@ class FoundReport:
 def found_in(directories: Sequence[str]) -> tuple[FoundReport, ...]:
     """Every report in these directories and directly below them, each file once, in the order of their names."""
     seen: set[tuple[int, int]] = set()
-    found: list[FoundReport] = []
+    reports: list[FoundReport] = []
     for directory in directories:
         for place in _in(Path(directory)):
             if place.file is None or place.file not in seen:
-                found.append(place)
+                reports.append(place)
             if place.file is not None:
                 seen.add(place.file)
-    return tuple(found)
+    return tuple(reports)
 
 
-def refuse_overwriting(found: Sequence[FoundReport], output: str) -> None:
+def refuse_overwriting(reports: Sequence[FoundReport], output: str) -> None:
     """Refuse to replace a report that was read.
 
     Raises:
         UsageError: the output directory is the directory of a shard.
     """
-    for place in found:
+    for place in reports:
         if place.report is not None and Path(place.place).resolve() == Path(output).resolve():
             raise UsageError(
                 f"--output {output} is the directory of a shard, whose report would be lost",

@@ -98,7 +98,7 @@ class Check:
             stats: the tensor, if the report needs its counts of NaN and infinities; replaces `tensor`.
             measured: the figures behind the finding, by name.
         """
-        found = Finding(
+        finding = Finding(
             check=self.id,
             severity=severity or self.severity,
             message=message,
@@ -109,9 +109,9 @@ class Check:
             measured=measured,
         )
         if stats is None:
-            return found
+            return finding
         return replace(
-            found,
+            finding,
             tensor=stats.name,
             nan=stats.nan,
             posinf=stats.posinf,

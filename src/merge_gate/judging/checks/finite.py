@@ -67,14 +67,14 @@ def _replaced_by_adapter(base: BaseFacts, stats: TensorStats) -> Finding:
     symptom=Symptom.NONFINITE,
 ).on_merge
 def adapter_nonfinite(case: MergeCase) -> Iterator[Finding]:
-    for one in case.evidence.file_tensors:
-        if not one.stats.finite:
-            yield _broken_file_tensor(one)
+    for tensor in case.evidence.file_tensors:
+        if not tensor.stats.finite:
+            yield _broken_file_tensor(tensor)
 
 
-def _broken_file_tensor(one: FileTensor) -> Finding:
-    stats = one.stats
-    if one.used:
+def _broken_file_tensor(tensor: FileTensor) -> Finding:
+    stats = tensor.stats
+    if tensor.used:
         hint = (
             "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
             "earlier checkpoint"
@@ -85,10 +85,10 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
         hint = "nothing for this release; do not train on from this file"
     return adapter_nonfinite.finding(
         f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
-        + ("" if one.used else "; the merge does not use this tensor, so the merged model is sound"),
+        + ("" if tensor.used else "; the merge does not use this tensor, so the merged model is sound"),
         hint,
         Origin.ADAPTER,
-        severity=Severity.ERROR if one.used else Severity.WARNING,
+        severity=Severity.ERROR if tensor.used else Severity.WARNING,
         module=module_of(stats.name),
         stats=stats,
     )
@@ -103,10 +103,11 @@ def _broken_file_tensor(one: FileTensor) -> Finding:
 ).on_merge
 def merged_nonfinite(case: MergeCase) -> Iterator[Finding]:
     of_base = {stats.name for stats in case.evidence.base.nonfinite}
-    sick = [module_of(one.stats.name) for one in case.evidence.file_tensors if not one.stats.finite and one.used]
+    used = [tensor.stats for tensor in case.evidence.file_tensors if tensor.used]
+    damaged = [module_of(stats.name) for stats in used if not stats.finite]
     for merge in case.evidence.merges:
         if not merge.stats.finite and merge.stats.name not in of_base:
-            follows = any(_same_place(module, merge) for module in sick)
+            follows = any(_same_place(module, merge) for module in damaged)
             yield _broken_merge(merge, follows=follows)
 
 

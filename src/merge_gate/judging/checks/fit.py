@@ -46,11 +46,11 @@ def _not_in_the_file(case: MergeCase, missing: tuple[str, ...]) -> tuple[str, st
     follows, hint = key_hints.missing_words(case.files.config, missing)
     if not follows:
         return None
-    said = f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file"
+    what = f"{tensors(missing)} that adapter_config.json promises {are(missing)} not in the file"
     return (
-        f"{said}, so {follows}: {listing(missing, _NAMES)}"
+        f"{what}, so {follows}: {listing(missing, _NAMES)}"
         if follows == key_hints.FRESH
-        else f"{said}: {listing(missing, _NAMES)}; {follows}",
+        else f"{what}: {listing(missing, _NAMES)}; {follows}",
         key_hints.names_of_another_kind(case.files.tensors)
         or key_hints.of_another_model(missing, case.evidence.unexpected)
         or hint,
@@ -59,11 +59,11 @@ def _not_in_the_file(case: MergeCase, missing: tuple[str, ...]) -> tuple[str, st
 
 def _lost_on_loading(evidence: Evidence) -> tuple[str, str]:
     missing, dropped = evidence.missing, evidence.dropped
-    found = "it is" if len(missing) == 1 else f"{len(dropped):,} of them {are(dropped)}"
+    which_are = "it is" if len(missing) == 1 else f"{len(dropped):,} of them {are(dropped)}"
     return (
         (
             f"{tensors(missing)} that adapter_config.json promises did not arrive in the model: "
-            f"{listing(missing, _NAMES)}; {found} in the file, and PEFT loses "
+            f"{listing(missing, _NAMES)}; {which_are} in the file, and PEFT loses "
             f"{'it' if len(missing) == 1 else 'them'} on loading"
         ),
         (
@@ -160,23 +160,23 @@ def not_mergeable(case: MergeCase) -> Iterator[Finding]:
     unread = case.evidence.unread
     if not unread:
         return
-    one = len(unread) == 1
+    is_single = len(unread) == 1
     worst = max(unread, key=lambda layer: layer.share)
     share = f"{worst.share:.2g}"
     layers, them, those = (
-        ("a layer", "it", "that layer") if one else (f"{len(unread):,} layers", "them", "those layers")
+        ("a layer", "it", "that layer") if is_single else (f"{len(unread):,} layers", "them", "those layers")
     )
     yield not_mergeable.finding(
         f"the model reads the weight of {layers} without calling {them}: "
         f"{listing(tuple(layer.module for layer in unread))}; the adapter does nothing there, in training too, until "
-        f"it is merged, and the merge changes {'that weight by' if one else 'those weights by up to'} "
+        f"it is merged, and the merge changes {'that weight by' if is_single else 'those weights by up to'} "
         f"{share} times its norm",
         f"serve the adapter unmerged, as it was trained; or take {those} out of target_modules (exclude_modules) "
         "and train again",
         Origin.CONFIG,
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
-        measured=(("layers", float(len(unread))), ("share", float(share))),  # as said: it is so of all dtypes
+        measured=(("layers", float(len(unread))), ("share", float(share))),  # rounded, so that all dtypes have the same
     )
 
 
@@ -255,8 +255,8 @@ def expectation_failed(case: FileCase) -> Iterator[Finding]:
     for key in (field.name for field in fields(Expect) if field.name != "sha256"):
         wanted, got = getattr(expect, key), getattr(case.files.config, _IN_CONFIG.get(key, key))
         if wanted is not None and wanted != got:
-            found = "does not say" if got is None else f"has {_plain(got)}"
-            yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {found}")
+            stated = "does not say" if got is None else f"has {_plain(got)}"
+            yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {stated}")
     digests = {file.path: file.sha256 for file in case.files.files}
     for path, wanted in expect.sha256:
         got = digests.get(path)

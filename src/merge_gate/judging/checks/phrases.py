@@ -33,19 +33,19 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"  # noqa: PLR2004 - where zeros are counted
 
 
-def above(found: Sized) -> str:
+def above(items: Sized) -> str:
     """`; 3 tensors are above it`; of one nothing, for it has been named."""
-    return f"; {tensors(found)} are above it" if len(found) > 1 else ""
+    return f"; {tensors(items)} are above it" if len(items) > 1 else ""
 
 
-def tensors(found: Sized) -> str:
+def tensors(items: Sized) -> str:
     """`1 tensor`, `2 tensors`."""
-    return counted(len(found), "tensor")
+    return counted(len(items), "tensor")
 
 
-def are(found: Sized) -> str:
+def are(items: Sized) -> str:
     """The verb that goes with so many."""
-    return "are" if len(found) != 1 else "is"
+    return "are" if len(items) != 1 else "is"
 
 
 def describe_pattern(pattern: Pattern) -> str:

@@ -53,14 +53,14 @@ def _rules(cls: Any) -> Json:
 
 
 def _record(cls: Any) -> Json:
-    properties = {one.key: {**_field(one), "description": one.description} for one in declared(cls)}
+    properties = {field.key: {**_field(field), "description": field.description} for field in declared(cls)}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _field(one: Declared) -> Json:
-    if one.key == "schema_version":
+def _field(field: Declared) -> Json:
+    if field.key == "schema_version":
         return {"type": "string", "pattern": r"^1\.[0-9]+$"}
-    return _table(one.item) if one.as_rows else _kind(one.kind)
+    return _table(field.item) if field.as_rows else _kind(field.kind)
 
 
 def _kind(kind: Any) -> Json:
@@ -80,9 +80,9 @@ def _kind(kind: Any) -> Json:
 
 def _table(cls: Any) -> Json:
     """Rows whose cells stand in the order of `columns`; a later 1.x adds columns at the end."""
-    keys = [one.key for one in columns(cls)]
+    keys = [field.key for field in columns(cls)]
     head = {"type": "array", "items": {"type": "string"}, "prefixItems": [{"const": key} for key in keys]}
-    row = {"type": "array", "prefixItems": [_kind(one.kind) for one in columns(cls)], "minItems": len(keys)}
+    row = {"type": "array", "prefixItems": [_kind(field.kind) for field in columns(cls)], "minItems": len(keys)}
     rows = {"type": "array", "items": row}
     return {
         "type": "object",
@@ -96,32 +96,34 @@ def _table(cls: Any) -> Json:
 
 def field_table(cls: Any) -> str:
     """The fields of a record as a Markdown table: key, type, sentence. Records inside of it stand in their place."""
-    rows = [f"| `{name}` | {_said(one)} | {_sentence(one)} |" for name, one in _listed(cls, "")]
+    rows = [f"| `{name}` | {_kind_in_words(field)} | {_sentence(field)} |" for name, field in _listed(cls, "")]
     return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 
 def _listed(cls: Any, prefix: str) -> list[tuple[str, Declared]]:
     listed = []
-    for one in declared(cls):
-        name = f"{prefix}{one.key}"
-        listed.append((name, one))
-        inner, _ = optional(one.kind)
+    for field in declared(cls):
+        name = f"{prefix}{field.key}"
+        listed.append((name, field))
+        inner, _ = optional(field.kind)
         if is_record(inner):
             listed += _listed(inner, f"{name}.")
-        elif get_origin(one.kind) is tuple and is_record(one.item) and one.item not in _SHARED and not one.as_rows:
-            listed += _listed(one.item, f"{name}[].")
+        is_list = get_origin(field.kind) is tuple and not field.as_rows
+        if is_list and is_record(field.item) and field.item not in _SHARED:
+            listed += _listed(field.item, f"{name}[].")
     return listed
 
 
 def column_table(cls: Any) -> str:
     """The columns of a table of rows, in their order."""
-    rows = [f"| `{one.key}` | {_said(one)} | {one.description} |" for one in columns(cls)]
+    rows = [f"| `{field.key}` | {_kind_in_words(field)} | {field.description} |" for field in columns(cls)]
     return "\n".join(["| column | type | meaning |", "|---|---|---|", *rows])
 
 
-def _sentence(one: Declared) -> str:
-    inner = one.item if get_origin(one.kind) is tuple else one.kind
-    return f"{one.description} See [below](#{_anchor(inner)})." if inner in _SHARED or one.as_rows else one.description
+def _sentence(field: Declared) -> str:
+    inner = field.item if get_origin(field.kind) is tuple else field.kind
+    see = f" See [below](#{_anchor(inner)})." if inner in _SHARED or field.as_rows else ""
+    return field.description + see
 
 
 def _anchor(cls: Any) -> str:
@@ -132,10 +134,10 @@ def _anchor(cls: Any) -> str:
 _NAMES = {str: "text", bool: "boolean", int: "integer", float: "number or null", FIGURES: "object of numbers"}
 
 
-def _said(one: Declared) -> str:
-    inner, may_be_null = optional(one.kind)
+def _kind_in_words(field: Declared) -> str:
+    inner, may_be_null = optional(field.kind)
     if get_origin(inner) is tuple and inner != FIGURES:
-        name = "table" if one.as_rows else "array"
+        name = "table" if field.as_rows else "array"
     elif is_record(inner):
         name = "object"
     elif inner not in _NAMES:
