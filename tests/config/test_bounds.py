@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from merge_gate.config.from_arguments import config_of
 from merge_gate.config.load_config import load_config
 from merge_gate.config.model import MAX_ADAPTERS
-from merge_gate.config.yaml_document import MAX_LISTED, MAX_REREAD, MAX_VALUES, read_yaml
+from merge_gate.config.yaml_document import MAX_DEPTH, MAX_LISTED, MAX_REREAD, MAX_VALUES, read_yaml
 from merge_gate.errors import ConfigError, UsageError
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
@@ -60,6 +60,22 @@ def test_values_are_bounded(tmp_path: Path, wording: Wording) -> None:
 def test_as_many_values_as_may_be_are_read() -> None:
     text = "[" + "a," * (MAX_VALUES - 1) + "]"
     assert len(read_yaml(text, "x").data) == MAX_VALUES - 1
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")], ids=["lists", "mappings"])
+def test_as_many_levels_as_may_be_are_read(opening: str, closing: str) -> None:
+    """The value inside is a level too, and an alias has the levels of what it stands for."""
+    most = MAX_DEPTH - 1
+
+    def nested(levels: int, value: str = "x") -> str:
+        return opening * levels + value + closing * levels
+
+    assert read_yaml(nested(most), "x").problems == {}
+    with pytest.raises(ConfigError, match=r"\b32\b"):
+        read_yaml(nested(most + 1), "x")
+    alias = f"a: &a {nested(16)}\nb: "
+    assert read_yaml(alias + nested(most - 16, "*a"), "x").problems == {}
+    assert len(read_yaml(alias + nested(most - 15, "*a"), "x").problems) == 1
 
 
 def test_aliases_expand_to_as_many_values_as_may_be(tmp_path: Path, wording: Wording) -> None:

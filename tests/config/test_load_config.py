@@ -384,6 +384,11 @@ def test_encodings(place: Path) -> None:
     assert all("0xff" in problem and "UTF-8" in problem for problem in (latin, wide))
 
 
+def test_the_largest_file_is_read(place: Path) -> None:
+    text = LIST.encode() + b"#"
+    assert load(place, text + b"#" * (MAX_BYTES - len(text))).adapters
+
+
 def test_too_large(place: Path) -> None:
     assert "1,048,576" in problems(place, b"#" * (MAX_BYTES + 1))[0]
 

@@ -106,6 +106,9 @@ MORE = {
     "a check of bases that is switched off": LIST + "checks: {base-incomplete: off}\n",
     "broken links": HEAD + "  - ./a/broken\n  - ./a/broken/\n  - a/broken\n  - ./a/long\n",
     "a broken link with the name of a Hub id": HEAD + "  - {path: a/broken, revision: v1}\n",
+    "digits, as many as are read": LIST + f"checks: {{headroom: {{limit: {'9' * 300}}}}}\n",
+    "a Hub id with a revision, below a directory": HEAD + "  - adapters/x@v1\n",
+    "a revision without its base": LIST + "base: {model: ~, revision: v1}\n",
     "a path of Windows": HEAD + "  - 'c:\\models\\x'\n  - 'models\\x'\n",
     "a Hub id with two marks of a revision": HEAD + "  - acme/x@v1@2\n",
     "a base of one part with a revision": LIST + "base: gpt2@v1\n",
@@ -218,6 +221,17 @@ def test_messages_of_configurations(laid: Path) -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         GOLDEN.write_text("\n".join(told(laid)), encoding="utf-8")
     hold(told(laid))
+
+
+@pytest.mark.parametrize("target", ["none", "z" * 201])
+def test_a_file_that_is_a_broken_link(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gate.yml").symlink_to(target)
+    with pytest.raises(ConfigError) as caught:
+        load_config("gate.yml")
+    wording(caught.value)
 
 
 @pytest.fixture

@@ -102,5 +102,5 @@ def _text(raw: bytes, path: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode("utf-8", "replace")
+        before = error.object[: error.start].decode()
         refuse(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8", "save the file as UTF-8", *end_of(before))
