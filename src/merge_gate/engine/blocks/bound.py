@@ -48,6 +48,6 @@ def merged_bound(weight_max: float, update: LowRankUpdate, dtype: torch.dtype) -
     product = rank * max(-low_a, high_a) * max(-low_b, high_b)  # 1.
     delta = product * abs(update.scaling)
     merged = weight_max + delta
-    held = ((abs(update.scaling), own), (product, own), (delta, own), (delta, dtype), (merged, dtype))
-    fits = all(ROUNDINGS * size < torch.finfo(held_in).max for size, held_in in held)  # 3. False for NaN.
+    steps = ((abs(update.scaling), own), (product, own), (delta, own), (delta, dtype), (merged, dtype))
+    fits = all(ROUNDINGS * size < torch.finfo(held_in).max for size, held_in in steps)  # 3. False for NaN.
     return ROUNDINGS * merged + torch.finfo(dtype).tiny if fits else math.inf

@@ -128,7 +128,7 @@ class _Norms:
             assert isinstance(values, DenseValues)  # noqa: S101 - no quantised weight is transposed
             self._norms = _column_norms(values, update, buffers)
         elif not _provable(values, blocks, transposed=False):
-            self._norms = _norms_of(torch.cat([values.rows(one) + delta.block(one) for one in blocks]))
+            self._norms = _norms_of(torch.cat([values.rows(rows) + delta.block(rows) for rows in blocks]))
 
     def factor(self, rows: slice, summed: torch.Tensor) -> torch.Tensor:
         if self._norms is None:
@@ -151,7 +151,7 @@ def _column_norms(values: DenseValues, update: LowRankUpdate, buffers: Buffers) 
     if not _provable(values, columns, transposed=True):
         columns = (slice(0, values.shape[1]),)
     delta = Delta(straight, columns, buffers)
-    return torch.cat([_norms_of(values.columns(one).T + delta.block(one)) for one in columns])
+    return torch.cat([_norms_of(values.columns(part).T + delta.block(part)) for part in columns])
 
 
 def _provable(values: Values, blocks: tuple[slice, ...], *, transposed: bool) -> bool:
@@ -177,11 +177,11 @@ def _norms_proved(
     if transposed:
         delta = _pattern(columns, rows)
         whole = _norms_of(weight.T + delta)
-        made = [_norms_of(weight[:, one].contiguous().T + delta[one]) for one in blocks]
+        made = [_norms_of(weight[:, part].contiguous().T + delta[part]) for part in blocks]
     else:
         delta = _pattern(rows, columns)
         whole = _norms_of(weight + delta)
-        made = [_norms_of(weight[one] + delta[one]) for one in blocks]
+        made = [_norms_of(weight[part] + delta[part]) for part in blocks]
     return torch.equal(torch.cat(made), whole)
 
 

@@ -38,15 +38,15 @@ import torch
 
 from merge_gate.engine.blocks.delta import HALVES, Factors, LowRankUpdate
 from merge_gate.engine.blocks.screen import (
+    LARGEST_FLUSHED,
+    LARGEST_SHARE,
     LEAST,
     LEAST_BLOCKS,
     MOST,
     MOST_RANK,
-    ROOM,
-    SLACK,
+    ROUNDING_MARGIN,
     UNIT,
-    VANISHED,
-    WORTH,
+    WIDEST_REACH,
     Candidates,
     lengths,
     multiplies_bfloat16,
@@ -110,31 +110,31 @@ class DoraBound:
             cast=unit(dtype) if is_cast else 0.0,
             narrow=unit(torch.bfloat16) if in_bfloat16 else 0.0,
             lost=2 * rank * LEAST * (1 + a + b + scaling) + (torch.finfo(dtype).tiny if is_cast else 0.0),
-            ceiling=ROOM * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
+            ceiling=LARGEST_SHARE * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max),
         )
 
     def largest(self, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> torch.Tensor | None:
         """Step 5 for rows, from their largest |t| and their ‖t‖. None if there is no proof."""
         peaks, norms = peaks.double(), norms.double()
         product, row_product, root = self.products[rows], self.row_products[rows], math.sqrt(self.columns)
-        reach = self._reach(peaks, product) + SLACK * self.lost  # 2.
+        reach = self._reach(peaks, product) + ROUNDING_MARGIN * self.lost  # 2.
         share = (self.columns + 8) * UNIT
-        most = norms * (1 + 2 * (share + self.narrow)) + root * VANISHED
-        row_reach = self._reach(most, row_product) + SLACK * root * self.lost  # 3.
-        least = (norms * (1 - share - self.narrow) - row_reach) * (1 - share) - root * VANISHED  # 4.
+        most = norms * (1 + 2 * (share + self.narrow)) + root * LARGEST_FLUSHED
+        row_reach = self._reach(most, row_product) + ROUNDING_MARGIN * root * self.lost  # 3.
+        least = (norms * (1 - share - self.narrow) - row_reach) * (1 - share) - root * LARGEST_FLUSHED  # 4.
         factor = self.magnitude[rows] / least
-        largest = SLACK_OF_A_ROW * factor * (peaks + reach) + LEAST * (1 + peaks)  # 5.
+        largest = ROW_MARGIN * factor * (peaks + reach) + LEAST * (1 + peaks)  # 5.
         proved = (2 * least > norms) & (peaks + product <= self.ceiling) & (factor <= MOST) & (largest <= self.ceiling)
         return largest if bool(proved.all()) else None
 
     def _reach(self, sums: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         """D from values, or E from norms: how far PEFT's sums can be from `sums`."""
         weight = 2 * (sums + product)  # at least every |W|, or ‖W‖
-        in_bfloat16 = SLACK * 3 * self.narrow * product + self.narrow * sums
-        return SLACK * (2 * self.share * (weight + product) + self.cast * weight + in_bfloat16)
+        in_bfloat16 = ROUNDING_MARGIN * 3 * self.narrow * product + self.narrow * sums
+        return ROUNDING_MARGIN * (2 * self.share * (weight + product) + self.cast * weight + in_bfloat16)
 
 
-SLACK_OF_A_ROW = 1 + 2.0**-20
+ROW_MARGIN = 1 + 2.0**-20
 """Factor for the roundings of a quotient and of a product in float32."""
 
 
@@ -177,10 +177,10 @@ class DoraScreen:
             torch.amax(sums.abs_().view(integers), dim=1, out=peaks[rows].view(integers))
             if rows.start == 0 and self._is_wide(bound, rows, peaks[rows], norms[rows]):
                 return None
-        found = bound.largest(slice(None), peaks, norms)
-        if found is None:
+        largest = bound.largest(slice(None), peaks, norms)
+        if largest is None:
             return None
-        reaches = [float(found[rows].max()) for rows in self._slices]
+        reaches = [float(largest[rows].max()) for rows in self._slices]
         return Candidates([(0.0, 0.0)] * len(reaches), reaches, rounding_to(self._dtype))
 
     def _rows(self) -> torch.Tensor:
@@ -189,4 +189,6 @@ class DoraScreen:
     def _is_wide(self, bound: DoraBound, rows: slice, peaks: torch.Tensor, norms: torch.Tensor) -> bool:
         """Whether most blocks would remain candidates, or there is no proof."""
         largest = bound.largest(rows, peaks, norms)
-        return largest is None or bool(largest.sum() > (1 + WORTH) * (bound.magnitude[rows] * peaks / norms).sum())
+        return largest is None or bool(
+            largest.sum() > (1 + WIDEST_REACH) * (bound.magnitude[rows] * peaks / norms).sum()
+        )

@@ -156,7 +156,7 @@ class _Tally:
             moves, delta_sq, lost_sq, base_sq = torch.stack(self.sums).sum(0).tolist()
             unchanged, changed = self.numel - int(moves), moves > 0
             figures = Figures(unchanged=unchanged, delta_sq=delta_sq, lost_sq=lost_sq, base_sq=base_sq)
-        scales = tuple((name, *torch.stack(torch.aminmax(one)).tolist()) for name, one in self.merge.scales.items())
+        scales = tuple((name, *torch.stack(torch.aminmax(part)).tolist()) for name, part in self.merge.scales.items())
         return Measured(
             numel=self.numel,
             of=self.merge.of,

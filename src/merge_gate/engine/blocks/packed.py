@@ -197,11 +197,11 @@ class Int4Values:
 class _Int4Again(Int4Values):
     def put(self, rows: slice, values: torch.Tensor) -> None:
         blocksize, quant_type = self._settings.blocksize, self._settings.quant_type
-        found = quantized(values, blocksize, quant_type)
-        if found is None:
+        parts = quantized(values, blocksize, quant_type)
+        if parts is None:
             packed, state = bnb().quantize_4bit(values.contiguous(), blocksize=blocksize, quant_type=quant_type)
-            found = packed, state.absmax
-        self._packed[rows], self._scales[rows] = (one.view(len(values), -1) for one in found)
+            parts = packed, state.absmax
+        self._packed[rows], self._scales[rows] = (part.view(len(values), -1) for part in parts)
 
     def settle(self) -> Scales:
         scales, kept = self._settings.settled(self._scales.flatten())
@@ -233,10 +233,10 @@ def _quantized_ends(
     ends: torch.Tensor, scales: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """(2, n) values that define `n` scales, after bitsandbytes has quantized them and dequantized them with `used`."""
-    found = codes(torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1), quant_type)
-    pairs = found[0] << 4 | found[1]
+    halves = codes(torch.clamp(ends * (1.0 / scales.clamp(min=LEAST_SCALE)), -1, 1), quant_type)
+    pairs = halves[0] << 4 | halves[1]
     some = [slice(start, start + ENDS_AT_ONCE) for start in range(0, len(used), ENDS_AT_ONCE)]
-    return torch.cat([_pair_values(pairs[one], used[one], quant_type, dtype) for one in some], 1)
+    return torch.cat([_pair_values(pairs[part], used[part], quant_type, dtype) for part in some], 1)
 
 
 def _pair_values(pairs: torch.Tensor, used: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
@@ -259,5 +259,5 @@ def _ends_proved(quant_type: str, blocksize: int, dtype: torch.dtype) -> bool:
     made = bnb().dequantize_4bit(packed, state).view(values.shape)
     ends = torch.stack((values.amin(1), values.amax(1))).float()
     scales = ends.abs().amax(0)
-    found = _quantized_ends(ends, scales, scales, quant_type, dtype)
-    return torch.equal(scales, state.absmax) and torch.equal(found, torch.stack((made.amin(1), made.amax(1))))
+    quantized_ends = _quantized_ends(ends, scales, scales, quant_type, dtype)
+    return torch.equal(scales, state.absmax) and torch.equal(quantized_ends, torch.stack((made.amin(1), made.amax(1))))

@@ -41,7 +41,7 @@ import torch
 from merge_gate.engine.blocks.delta import HALVES, Factors, LowRankUpdate
 from merge_gate.engine.tensors.buffers import Buffers
 
-SLACK = 1.01
+ROUNDING_MARGIN = 1.01
 """Factor for the rounding errors in P and in the bound itself. It is many times larger than they are."""
 
 UNIT = 2.0**-24
@@ -53,7 +53,7 @@ LEAST = 2.0**-120
 MOST = 2.0**120
 """Factors and products up to this size stay far from float32's limit in any order of multiplication."""
 
-VANISHED = 2.0**-60
+LARGEST_FLUSHED = 2.0**-60
 """More than the root of any square that float32 flushes to zero."""
 
 MOST_RANK = 1 << 15
@@ -61,13 +61,13 @@ MOST_RANK = 1 << 15
 LEAST_BLOCKS = 8
 """With fewer blocks, too large a share of them remains, and the bound costs as much as one block."""
 
-ROOM = 0.25
+LARGEST_SHARE = 0.25
 """Values may reach this share of the largest value of their dtype."""
 
-WORTH = 1 / 8
+WIDEST_REACH = 1 / 8
 """If the reach is more than this share of the values' range, most blocks remain candidates."""
 
-TOGETHER = 4
+BLOCKS_PER_PRODUCT = 4
 """Number of blocks in one bfloat16 product: they are half as large as in float32, and a call costs more."""
 
 Ends = tuple[float, float]
@@ -109,14 +109,14 @@ class Bound:
         sizes = (a, b, abs(scaling), a * b, a * abs(scaling), b * abs(scaling), a * b * abs(scaling))
         if not all(size <= MOST for size in sizes) or abs(scaling) < 1 / MOST:  # also true for NaN
             return None
-        product = abs(scaling) * a * b * SLACK
+        product = abs(scaling) * a * b * ROUNDING_MARGIN
         rounded = [dtype] if factors.rounded_to is None else [dtype, factors.rounded_to]
         share = (4 * rank + 32) * UNIT
         casts = [] if stored == dtype else [dtype]
-        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(one).tiny for one in (*casts, *rounded))
+        lost = rank * LEAST * (1 + a + b + abs(scaling)) + sum(torch.finfo(each).tiny for each in (*casts, *rounded))
         narrow = unit(torch.bfloat16) if in_bfloat16 else 0.0
-        fixed = SLACK * (sum(map(unit, rounded)) + 3 * narrow) * product + lost
-        ceiling = ROOM * min(torch.finfo(one).max for one in (*rounded, torch.float32))
+        fixed = ROUNDING_MARGIN * (sum(map(unit, rounded)) + 3 * narrow) * product + lost
+        ceiling = LARGEST_SHARE * min(torch.finfo(each).max for each in (*rounded, torch.float32))
         return cls(product, share, sum(map(unit, casts)), fixed, ceiling, narrow)
 
     def reach(self, ends: Ends) -> float | None:
@@ -126,7 +126,7 @@ class Bound:
             return None
         weight = 2 * (largest + self.product)  # not less than any |W|
         in_float32 = 2 * self.share * (weight + self.product)
-        return SLACK * (self.fixed + in_float32 + self.cast * weight + self.rounding * largest)
+        return ROUNDING_MARGIN * (self.fixed + in_float32 + self.cast * weight + self.rounding * largest)
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -136,7 +136,7 @@ def unit(dtype: torch.dtype) -> float:
 
 def lengths(vectors: torch.Tensor, dim: int) -> torch.Tensor:
     """At least the norm of each vector, in float64. It allows for squares that vanish in float32."""
-    return vectors.square().sum(dim).double().sqrt() * SLACK + math.sqrt(vectors.shape[dim]) * VANISHED
+    return vectors.square().sum(dim).double().sqrt() * ROUNDING_MARGIN + math.sqrt(vectors.shape[dim]) * LARGEST_FLUSHED
 
 
 def _ends(sums: torch.Tensor) -> Ends:
@@ -156,7 +156,7 @@ def summed(
     """Step 1: a few blocks at a time and their sums. The next sums overwrite them."""
     left, right, alpha, together, dtype = factors.left, factors.right, scaling, 1, torch.float32
     if in_bfloat16:
-        left, right, alpha, together = (left * scaling).bfloat16(), right.bfloat16(), 1.0, TOGETHER
+        left, right, alpha, together = (left * scaling).bfloat16(), right.bfloat16(), 1.0, BLOCKS_PER_PRODUCT
         dtype = torch.bfloat16
     for first in range(0, len(slices), together):
         blocks = slices[first : first + together]
@@ -195,17 +195,17 @@ class Screen:
         bound = self._bound
         if bound is None:
             return None
-        found: list[Ends] = []
+        ends: list[Ends] = []
         for blocks, sums in self._summed:
             for rows in blocks:
                 start = blocks[0].start
                 least, greatest = _ends(sums[rows.start - start : rows.stop - start])
                 reach = bound.reach((least, greatest))
-                if reach is None or (not found and reach > WORTH * (greatest - least)):
+                if reach is None or (not ends and reach > WIDEST_REACH * (greatest - least)):
                     return None
-                found.append((least, greatest))
-        reach = bound.reach((min(low for low, _ in found), max(high for _, high in found)))
-        return None if reach is None else Candidates(found, [reach] * len(found), rounding_to(self._dtype))
+                ends.append((least, greatest))
+        reach = bound.reach((min(low for low, _ in ends), max(high for _, high in ends)))
+        return None if reach is None else Candidates(ends, [reach] * len(ends), rounding_to(self._dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +225,19 @@ class Candidates:
         known: dict[int, Ends] = {}
         for sign, end in ((1.0, 1), (-1.0, 0)):  # the greatest; the least is the greatest of -x
             sums = [sign * ends[end] for ends in self.ends]
-            most = [one + reach for one, reach in zip(sums, self.reaches, strict=True)]
+            most = [value + reach for value, reach in zip(sums, self.reaches, strict=True)]
             best = -math.inf
             for number in sorted(range(len(most)), key=most.__getitem__, reverse=True):
                 if self.rounded(most[number]) <= best:
                     break
                 if number not in known:
                     known[number] = merged(number)
-                found = sign * known[number][end]
-                if not self.rounded(sums[number] - self.reaches[number]) <= found <= self.rounded(most[number]):
+                value = sign * known[number][end]
+                if not self.rounded(sums[number] - self.reaches[number]) <= value <= self.rounded(most[number]):
                     for other in set(range(len(sums))) - known.keys():
                         merged(other)
                     return
-                best = max(best, found)
+                best = max(best, value)
 
 
 def rounding_to(dtype: torch.dtype) -> Callable[[float], float]:
