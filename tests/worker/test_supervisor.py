@@ -29,6 +29,7 @@ from merge_gate.worker.protocol import (
     Finished,
     Group,
     Idle,
+    InProgress,
     Job,
     Merged,
     MergeStarted,
@@ -95,7 +96,7 @@ class Killer:
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Idle):
             self.heard.append(event)
-        if isinstance(event, BaseLoading | MergeStarted) and self._when.get(event):
+        if isinstance(event, BaseLoading | MergeStarted | InProgress) and self._when.get(event):
             (child,) = children_of(os.getpid())
             os.kill(child, self._when[event].pop(0))
 
@@ -234,16 +235,16 @@ def one_pass(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Gro
 
 @pytest.fixture(scope="module")
 def passes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
-    """Three passes: all adapters are sound, adapter 4 cannot be read, and the child is killed in the third pass.
+    """Three passes: all adapters are sound, adapter 4 cannot be read, and the child is killed at adapter 7.
 
-    Another child merges the adapters of the third pass one by one, and is killed at adapter 7.
+    Another child merges the others of the third pass in a pass, and is killed when it merges adapter 7 alone.
     """
     files, base = sound(9, shelf, tmp_path_factory.mktemp("passes")), shelf.base("llama")
     broken = replace(files[4].files[0], sha256="0" * 64)
     files[4] = replace(files[4], files=(broken, *files[4].files[1:]))
     files[7] = hang(files[7])
     killer = Killer(
-        {MergeStarted(task=6, others=(7, 8)): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
+        {InProgress(task=7): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
     )
     groups = tuple(one_pass(base, files[first : first + 3], first=first) for first in (0, 3, 6))
     with WorkerSlot() as worker:
@@ -277,7 +278,7 @@ def test_an_adapter_that_cannot_be_read_costs_the_others_no_verdict(passes: Kill
 
 def test_a_death_within_a_pass_costs_the_adapter_at_fault_only(passes: Killer) -> None:
     assert [passes.outcomes()[task] for task in (6, 7, 8)] == ["Merged", "Undecided", "Merged"]
-    assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, ()), (7, ()), (8, ())]
+    assert started(passes, 6, 7, 8) == [(6, (7, 8)), (6, (8,)), (7, ())]
 
 
 def test_a_pass_has_the_time_of_its_adapters_together(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
@@ -360,16 +361,45 @@ def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[Adapt
     assert [task.index for one in attempt.left().groups for task in one.tasks] == [1, 2]
 
 
+def alone_after(attempt: Attempt) -> set[int]:
+    return {task.index for one in attempt.left().groups for task in one.tasks if task.alone}
+
+
+def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
+    shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
+    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    assert alone_after(attempt) == {0, 1, 2}, "before any of them was begun, all of them are suspects"
+    attempt.receive(InProgress(task=0))
+    assert alone_after(attempt) == {0}
+    attempt.receive(InProgress(task=1, thread=11))
+    attempt.receive(InProgress(task=2, thread=12))
+    assert alone_after(attempt) == {1, 2}
+    attempt.receive(InProgress(task=0, thread=12))
+    assert alone_after(attempt) == {0, 1}
+    attempt.receive(InProgress(task=2))
+    assert alone_after(attempt) == {2}
+    attempt.receive(InProgress(task=7, thread=13))
+    assert alone_after(attempt) == {2}, "there is no such task"
+    attempt.receive(MergeStarted(task=1))
+    assert alone_after(attempt) == set()
+
+
+def test_the_threads_of_a_pass_are_bounded(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
+    attempt.receive(MergeStarted(task=0, others=(1, 2)))
+    for thread in range(2 * supervisor.MOST_THREADS):
+        attempt.receive(InProgress(task=0 if thread < supervisor.MOST_THREADS else 1, thread=thread))
+    assert alone_after(attempt) == {0}
+
+
 def test_a_death_in_a_pass_leaves_the_passes_of_other_groups(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
-    groups = tuple(
-        replace(group(shelf.base("llama"), some, first=first), one_pass=True)
-        for first, some in ((0, adapters[:2]), (2, adapters[2:]))
-    )
+    groups = one_pass(shelf.base("llama"), adapters[:2]), one_pass(shelf.base("llama"), adapters[2:], first=2)
     attempt = Attempt(Job(groups=groups), Killer())
     attempt.receive(MergeStarted(task=0, others=(1,)))
-    assert [one.one_pass for one in attempt.left().groups] == [False, True]
-    attempt.receive(MergeStarted(task=0))
-    assert [one.one_pass for one in attempt.left().groups] == [True, True]
+    assert alone_after(attempt) == {0, 1}
+    assert all(one.one_pass for one in attempt.left().groups)
 
 
 def test_a_death_between_two_adapters_costs_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

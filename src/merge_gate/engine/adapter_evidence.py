@@ -58,7 +58,8 @@ class MergeRequest:
     """One adapter to merge, or a combination of its `members`.
 
     `base` is loaded, and the merge leaves it unchanged. `measure_options` says which figures may be estimated.
-    `progress` is called with the number of merged layers, the number of all layers, and the layer's name.
+    `progress` is called with the number of merged layers, the number of all layers, and the layer's name. Each thread
+    that begins to work on the adapter calls `on_work`.
     """
 
     base: Base
@@ -66,6 +67,7 @@ class MergeRequest:
     combine: Combine | None = None
     measure_options: MeasureOptions = MEASURE_ALL
     progress: Progress | None = None
+    on_work: Callable[[], None] = lambda: None
 
 
 def merge_adapter(
@@ -185,6 +187,7 @@ class _Attempt:
 
     def prepare(self) -> Walk | None:
         """Steps 1 to 5, and the plan of step 6. None if the adapter is refused."""
+        self._request.on_work()
         with self._timed():
             try:
                 self._walk = self._plan()
@@ -194,6 +197,7 @@ class _Attempt:
 
     def finish(self, seconds: float) -> Evidence:
         """The rest of step 6, and step 7. `seconds` is this adapter's part of the time that the blocks took."""
+        self._request.on_work()
         with self._timed():
             try:
                 if self._walk is not None:
@@ -247,6 +251,7 @@ class _Attempt:
             loaded=loaded,
             measure_options=request.measure_options,
             progress=request.progress,
+            on_work=request.on_work,
             in_blocks=in_blocks,
         )
         walk.plan()

@@ -11,6 +11,7 @@ import pickle
 import select
 import socket
 import struct
+import threading
 import time
 
 from merge_gate.records import config, files, measured, refusals, report, terms
@@ -41,6 +42,7 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._received = bytearray()
+        self._sending = threading.Lock()
 
     def close(self) -> None:
         self._socket.close()
@@ -52,7 +54,8 @@ class Channel:
             OSError: the other side is gone.
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-        self._socket.sendall(_LENGTH.pack(len(data)) + data)
+        with self._sending:  # several threads report what they work on
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self, patience_s: float | None) -> object | None:
         """Return the next message, or None if it is not complete in time (None: no limit). A partial message is kept.

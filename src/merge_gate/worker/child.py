@@ -44,6 +44,7 @@ from merge_gate.worker.protocol import (
     Event,
     Finished,
     Group,
+    InProgress,
     Job,
     Listener,
     Merged,
@@ -368,11 +369,15 @@ def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None
 
 
 def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds."""
+    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds.
+
+    Those that are merged alone come last.
+    """
+    alone = [one for one in tasks if one[0].alone]
     room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE if one_pass else 0
     batch: list[ClassedTask] = []
     held = 0
-    for one in tasks:
+    for one in (one for one in tasks if not one[0].alone):
         size_bytes = sum(_LOADED_BYTES * math.prod(part.shape) for file in one[0].files for part in file.tensors)
         if batch and held + size_bytes > room:
             yield batch
@@ -381,6 +386,7 @@ def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[Class
         held += size_bytes
     if batch:
         yield batch
+    yield from ([one] for one in alone)
 
 
 def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> Iterator[Event]:
@@ -418,12 +424,21 @@ def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[
     requests: dict[int, MergeRequest] = {}
     try:
         for number, task in enumerate(tasks):
+            on_work = functools.partial(_report_work, progress, task.index)
+            on_work()
             with contextlib.suppress(Exception):
-                requests[number] = _request(task, base, pinned[number], functools.partial(add, number))
+                request = _request(task, base, pinned[number], functools.partial(add, number))
+                requests[number] = replace(request, on_work=on_work)
         merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
     finally:
         changed = {number for number, stack in enumerate(pinned) if not _is_released(stack)}
     return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
+
+
+def _report_work(report: Listener, task: int) -> None:
+    """Tell the parent what this thread works on: if the process dies, it is one of these adapters."""
+    is_main = threading.current_thread() is threading.main_thread()
+    report(InProgress(task=task, thread=None if is_main else threading.get_ident()))
 
 
 def _is_released(pinned: contextlib.ExitStack) -> bool:

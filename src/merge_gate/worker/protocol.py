@@ -24,7 +24,8 @@ class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
-    of its merge, and of the load of its base.
+    of its merge, and of the load of its base. `alone`: it is merged in no pass with other adapters, because it was in
+    progress when such a pass died.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Task:
     combine: Combine | None = None
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
+    alone: bool = False
 
 
 @record
@@ -113,6 +115,17 @@ class MergeStarted:
 
 
 @record
+class InProgress:
+    """In a pass over several adapters, the worker begins to work on this one.
+
+    `thread` identifies the thread that does, until it sends the next of these events. None: no other thread works now.
+    """
+
+    task: int
+    thread: int | None = None
+
+
+@record
 class MergeProgressed:
     """`done` of `total` modules are merged, `module` is next."""
 
@@ -164,6 +177,7 @@ Event = (
     | BaseLoaded
     | BaseMeasured
     | MergeStarted
+    | InProgress
     | MergeProgressed
     | Merged
     | Undecided
@@ -183,7 +197,7 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return 0 <= event.group < groups and event.task in open_tasks
         case MergeStarted():
             return {event.task, *event.others} <= set(open_tasks)
-        case MergeProgressed() | Merged() | Undecided():
+        case InProgress() | MergeProgressed() | Merged() | Undecided():
             return event.task in open_tasks
         case _:
             return True

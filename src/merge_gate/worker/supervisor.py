@@ -6,7 +6,8 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
 2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
 3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
-4. If it dies while it merges several adapters in one pass, a new process merges them one at a time.
+4. If it dies while it merges several adapters in one pass, a new process merges those that were in progress one at a
+   time, and the others in one pass as before.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from merge_gate.worker.protocol import (
     Event,
     Finished,
     Idle,
+    InProgress,
     Job,
     Listener,
     Merged,
@@ -40,6 +42,9 @@ from merge_gate.worker.protocol import (
     Waiting,
     concerns,
 )
+
+MOST_THREADS = 64
+"""A worker that names more threads than this is not the gate's own code; the others are ignored."""
 
 FIRST_NOTE_S = 60.0
 """A note names an adapter or a loading base after so long without an event, and again after twice as long."""
@@ -126,7 +131,7 @@ def supervise(job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | Non
             attempt.settle_rest()
             return
         if attempt.is_at_a_batch:
-            pass  # 4: `left` has the adapters of its group one at a time
+            pass  # 4: `left` has its suspects one at a time
         elif attempt.is_at_an_adapter or attempt.place in tried or attempt.is_overdue():
             attempt.settle_death(ending)  # 2
         else:
@@ -143,6 +148,7 @@ class Attempt:
         self._settled: set[int] = set()
         self._task: int | None = None
         self._others: tuple[int, ...] = ()
+        self._in_progress: dict[int | None, int] = {}  # by thread
         self._group: int | None = None
         self._progress = ""
         self._begin(DEFAULT_LIMIT_S)
@@ -168,8 +174,11 @@ class Attempt:
                 self._begin(DEFAULT_LIMIT_S)
             case MergeStarted():
                 self._task, self._others, self._progress = event.task, event.others, ""
+                self._in_progress = {}
                 merging = {event.task, *event.others}
                 self._begin(sum(task.limit_s for task in self._tasks() if task.index in merging))
+            case InProgress():
+                self._note_in_progress(event)
             case MergeProgressed():
                 self._progress = f" (at {event.done:,} of {counted(event.total, 'module')}, {event.module})"
                 self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
@@ -185,6 +194,13 @@ class Attempt:
                 assert_never(event)
         self._listen(event)
 
+    def _note_in_progress(self, event: InProgress) -> None:
+        if event.thread is None:
+            self._in_progress.clear()
+        self._in_progress.pop(None, None)
+        if event.thread in self._in_progress or len(self._in_progress) < MOST_THREADS:
+            self._in_progress[event.thread] = event.task
+
     def _report_silence(self) -> None:
         silent_s = time.monotonic() - self._last_event_s
         base = self._job.groups[self._group].base.name if self._group is not None else ""
@@ -198,7 +214,7 @@ class Attempt:
 
     @property
     def is_at_a_batch(self) -> bool:
-        """Whether several adapters are being merged together: one at a time, the one at fault is found."""
+        """Whether several adapters are being merged together."""
         return bool(self._others)
 
     @property
@@ -222,17 +238,25 @@ class Attempt:
             self._listen(Undecided(task=index, refusal=refusal))
 
     def left(self) -> Job:
-        """The job without the tasks that are settled. The group of a batch that died goes on one adapter at a time."""
-        batch = {self._task} if self.is_at_a_batch else set()
+        """The job without the tasks that are settled. After the death of a pass, its suspects are merged alone."""
+        suspects = self._suspects() if self.is_at_a_batch else frozenset()
         groups = tuple(
             replace(
                 group,
-                one_pass=group.one_pass and batch.isdisjoint(task.index for task in group.tasks),
-                tasks=tuple(task for task in group.tasks if task.index not in self._settled),
+                tasks=tuple(
+                    replace(task, alone=task.alone or task.index in suspects)
+                    for task in group.tasks
+                    if task.index not in self._settled
+                ),
             )
             for group in self._job.groups
         )
         return replace(self._job, groups=groups)
+
+    def _suspects(self) -> frozenset[int]:
+        """The adapters that were in progress, or the whole pass if it was none of its adapters' own work."""
+        batch = frozenset(self._others if self._task is None else (self._task, *self._others))
+        return batch.intersection(self._in_progress.values()) or batch
 
     def settle_rest(self) -> None:
         """Report the tasks that a process finished without as undecided, so that none is missing in the report."""

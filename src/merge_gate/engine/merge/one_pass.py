@@ -63,6 +63,7 @@ def _address(item: Item) -> int:
 
 
 def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> Merged:
+    walk.on_work()
     return walk, block, merge_in_blocks(walk.base, block, weight, walk.measure_options)
 
 
@@ -180,6 +181,7 @@ class _CrossChecks:
 
     def _check(self, item: Item, merged: TensorMerge | None = None) -> None:
         walk, block = item
+        walk.on_work()
         with self._room:
             self._same[id(block)] = walk.cross_check(block, merged or walk.blocks[id(block.layer)][1])
 

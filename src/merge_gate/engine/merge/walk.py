@@ -84,6 +84,7 @@ class Walk:
     loaded: Loaded
     measure_options: MeasureOptions
     progress: Progress | None = None
+    on_work: Callable[[], None] = lambda: None
     in_blocks: bool = True
     ledger: Ledger = field(init=False)
     refused: list[str] = field(default_factory=list)
