@@ -36,9 +36,10 @@ from tests.support.merged import kept
 from tests.support.models import VARIANTS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.measured import Evidence
+    from merge_gate.records.measured import Evidence, TensorStats
     from tests.support.models import Shelf
 
 VARIANTS_IN_SLICE = (
@@ -102,10 +103,11 @@ def test_a_method_comes_to_the_same(name: str, dtype: str, tmp_path: Path) -> No
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 
-def fed(directory: Path, adapter: Path, feed: LocalFeed) -> Base:
+def fed(directory: Path, adapter: Path, feed: LocalFeed, known: Mapping[str, TensorStats] | None = None) -> Base:
     model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
     with methods.quiet():
-        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(str(directory)), feed)
+        stored = stored_tensors(str(directory))
+        return skeleton_of(source(directory, "auto"), model_class, stored, feed, known=known)
 
 
 def request(base: Base, adapter: Path) -> MergeRequest:
@@ -134,6 +136,48 @@ def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pyt
     assert feed.expected[1] == [span for span in spans if span in feed.reads and span not in twice]
 
 
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_layers_that_peft_merges_are_read_once_too(
+    threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    directory = tmp_path / "base"
+    methods.save_base("llama", directory)
+    adapters = [tmp_path / name for name in ("loha-linear", "ia3-linear", "oft-linear", "lora-linear")]
+    for adapter in adapters:
+        model = methods.load_base("llama", directory)
+        methods.save_adapter(methods.find(adapter.name), model, adapter, base_directory=directory)
+    feed = CountingFeed(str(directory))
+    base = fed(directory, adapters[0], feed)
+    together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
+    assert len(feed.reads) == len(set(feed.reads)) == len(base.tensors)
+    assert [one.layers_by_peft > 0 for one in together] == [True, True, True, False]
+    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
+    assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
+
+
+def test_a_merge_that_draws_random_numbers_runs_in_the_order_of_its_walk(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, directory = shelf.adapter("lora-bias"), shelf.base("llama")
+    base = fed(directory, adapter, LocalFeed(str(directory)))
+    _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
+    numbers: list[float] = []
+    own = walk.Walk._made
+
+    def made(self: walk.Walk, *layer: Any, **named: Any) -> walk.Made:
+        numbers.append(float(torch.rand(())))
+        return own(self, *layer, **named)
+
+    monkeypatch.setattr(walk.Walk, "_made", made)
+    torch.manual_seed(0)
+    ours = comparable(merge(request(base, adapter)))
+    drawn = numbers[len(numbers) // 2 :]
+    numbers.clear()
+    assert ours == comparable(merge(request(real, adapter)))
+    assert numbers[-len(drawn) :] == drawn
+
+
 def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -> None:
     adapters = [shelf.adapter(name) for name in ("every-projection", "pissa", "modules-to-save", "resized-vocabulary")]
     directory = shelf.base("llama")
@@ -141,6 +185,46 @@ def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -
     _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
     together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
     assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
+
+
+def test_tensors_with_recorded_figures_are_read_only_if_an_adapter_is_merged_into_them(shelf: Shelf) -> None:
+    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
+    feed = CountingFeed(str(directory))
+    base = fed(directory, adapter, feed)
+    expected = comparable(merge(request(base, adapter)))
+    known = dict(base.stats)
+    read = len(feed.reads)
+    feed.reads.clear()
+    again = fed(directory, adapter, feed, known)
+    assert again.unmeasured() == []
+    assert again.facts == base.facts
+    assert comparable(merge(request(again, adapter))) == expected
+    assert 0 < len(feed.reads) < read / 2
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_record_of_other_values_is_an_error_if_they_are_read(name: str, shelf: Shelf) -> None:
+    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
+    feed = LocalFeed(str(directory))
+    known = dict(bases(directory, ModelClass(class_name="LlamaForCausalLM"), "auto")[1].stats)
+    base = fed(directory, adapter, feed, known | {name: replace(known[name], maximum=7.0)})
+    if "norm" in name:  # nothing reads it
+        assert merge(request(base, adapter)).refusal is None
+    else:
+        with pytest.raises(SourceError, match="q_proj"):
+            merge(request(base, adapter))
+
+
+def test_recorded_figures_of_another_shape_or_dtype_are_not_used(shelf: Shelf) -> None:
+    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
+    known = dict(bases(directory, ModelClass(class_name="LlamaForCausalLM"), "auto")[1].stats)
+    wrong = {
+        "model.norm.weight": replace(known["model.norm.weight"], dtype="float16"),
+        "lm_head.weight": replace(known["lm_head.weight"], shape=(1, 2)),
+        "absent.weight": known["model.norm.weight"],
+    }
+    base = fed(directory, adapter, LocalFeed(str(directory)), known | wrong)
+    assert set(base.unmeasured()) == {"model.norm.weight", "lm_head.weight"}
 
 
 def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_path: Path) -> None:

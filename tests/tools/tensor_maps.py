@@ -1,7 +1,7 @@
-"""Check the tensor map of every model type against a real load, and write the result: `make tensor-maps`.
+"""Check tensor map and skeleton of every model type against a real load, and write the result: `make tensor-maps`.
 
 Each type is saved as a tiny random model. Its map is recorded on headers alone and filled with the stored values, which
-must give every parameter that `from_pretrained` gives, bit for bit.
+must give every parameter that `from_pretrained` gives, bit for bit. So must its skeleton, in two dtypes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def sweep(model_types: Sequence[str]) -> list[tensor_maps.Checked]:
             except multiprocessing.TimeoutError:
                 checked = tensor_maps.Checked(model_type=model_type, skipped=f"not done in {LONGEST_S} s")
             found.append(checked)
-            said = "; ".join(checked.wrong) or checked.skipped or "right"
+            said = "; ".join(checked.wrong) or checked.skipped or checked.loaded or "right"
             print(f"{number:4} of {len(model_types)}  {model_type}: {said}", file=sys.stderr, flush=True)
     return found
 
@@ -69,6 +69,18 @@ def document(found: list[tensor_maps.Checked]) -> str:
         f"are compared bit for bit, except those of {computed}. transformers computes some of them after the load, so "
         f"only names are compared there. Conversions occur in {sum(bool(one.conversions) for one in mapped)} types."
     )
+    loaded = [one for one in mapped if one.loaded]
+    skeletons = (
+        f"{len(mapped) - len(loaded)} types can be filled from a feed while they are merged "
+        "(`engine/base/skeleton.py`). Every tensor of these skeletons has the bits of `from_pretrained`, in bfloat16 "
+        "and in float16. The other types are loaded as usual."
+    )
+    table_of_loaded = [
+        "| loaded as usual | why |",
+        "|---|---|",
+        *(f"| `{one.model_type}` | {one.loaded} |" for one in loaded),
+        "",
+    ]
     table_of_wrong = [
         "| wrong | what |",
         "|---|---|",
@@ -82,11 +94,14 @@ def document(found: list[tensor_maps.Checked]) -> str:
         "",
         textwrap.fill(result, 120),
         "",
+        textwrap.fill(skeletons, 120),
+        "",
         "| conversion | types |",
         "|---|---|",
         *(f"| `{name}` | {count} |" for name, count in conversions.most_common()),
         "",
         *(table_of_wrong if wrong else ()),
+        *(table_of_loaded if loaded else ()),
         "| no map | types |",
         "|---|---|",
         *(f"| {reason} | {count} |" for reason, count in reasons.most_common()),

@@ -333,7 +333,7 @@ def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> Ba
     from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of  # noqa: PLC0415 - imports torch
     from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors  # noqa: PLC0415 - imports torch
 
-    if not group.one_pass and not group.fed:
+    if not group.fed and not (group.one_pass and job.device == "cpu"):
         return None
     source = bases.source_of(group.directory, **_how_to_load(group, job))
     try:

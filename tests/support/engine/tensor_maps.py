@@ -1,7 +1,8 @@
-"""A model type, saved tiny, and its tensor map against a real load: which names agree, and which values.
+"""A model type, saved tiny, and its tensor map and skeleton against a real load: which names agree, and which values.
 
 In: a model type. Out: `Checked`. The map is right if filling it with the stored values gives every parameter of
-`from_pretrained`, bit for bit: a renamed tensor as it is, a converted one by transformers' own operations.
+`from_pretrained`, bit for bit: a renamed tensor as it is, a converted one by transformers' own operations. A skeleton
+(engine/base/skeleton.py) has to give every tensor of the model, in the stored dtype and in another one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from safetensors import safe_open
 from transformers import core_model_loading
 
 from merge_gate.engine.base.accounting import account_for
-from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual
-from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded
+from merge_gate.engine.base.loaded_base import ModelClass, loads_as_usual, named_tensors
+from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
+from merge_gate.engine.base.tensor_map import RENAMED, TensorMap, recorded, stored_tensors
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine import architectures
+from tests.support.engine.fed_bases import source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +39,10 @@ COMPUTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """`skipped` says why there is no map to check; `wrong` names what the map says otherwise than the load."""
+    """`skipped` says why there is no map to check; `wrong` names what the map or the skeleton has otherwise.
+
+    `loaded` says why there is no skeleton, and the base is loaded as usual.
+    """
 
     model_type: str
     parameters: int = 0
@@ -42,6 +50,7 @@ class Checked:
     conversions: frozenset[str] = frozenset()
     unloaded: tuple[str, ...] = ()
     skipped: str = ""
+    loaded: str = ""
     wrong: tuple[str, ...] = ()
 
 
@@ -60,6 +69,11 @@ def check(model_type: str, directory: Path) -> Checked:
     with methods.quiet():
         model, info = model_class.from_pretrained(directory, output_loading_info=True, dtype=torch.bfloat16)
     wrong = list(_names(account.map, model, info)) + list(_values(account.map, model, directory, model_class))
+    loaded = ""
+    try:
+        wrong += [f"skeleton: {name}" for name in _of_skeleton(directory, model_class, model)]
+    except NoSkeletonError as error:
+        loaded = str(error)[:120]
     converted = [group for group in account.map.groups if group.conversion != RENAMED]
     return Checked(
         model_type=model_type,
@@ -67,9 +81,36 @@ def check(model_type: str, directory: Path) -> Checked:
         converted=sum(len(group.targets) for group in converted),
         conversions=frozenset(group.conversion for group in converted),
         unloaded=account.unloaded,
+        loaded=loaded,
         wrong=tuple(wrong if model_type not in COMPUTED else [one for one in wrong if not one.startswith("values")])
         + tuple(f"incomplete: {name}" for name in account.incomplete if name not in info["missing_keys"]),
     )
+
+
+def _of_skeleton(directory: Path, model_class: Any, model: Any) -> list[str]:
+    """The tensors of a skeleton that differ from those of a load, in two dtypes. `model` is loaded in bfloat16."""
+    with methods.quiet():
+        reals = {"bfloat16": model, "float16": model_class.from_pretrained(directory, dtype=torch.float16)}
+    wrong = []
+    for dtype, real in reals.items():
+        with methods.quiet():
+            base = skeleton_of(
+                source(directory, dtype),
+                ModelClass(class_name=model_class.__name__),
+                stored_tensors(str(directory)),
+                LocalFeed(str(directory)),
+            )
+        expected = {name: tensor for name, _, tensor in named_tensors(real)}
+        if list(expected) != list(base.tensors):
+            wrong.append(f"names in {dtype}")
+            continue
+        for name in expected.keys() - base.newly_initialized:
+            with base.filled([name]):
+                if not same_bits(base.tensors[name], expected[name]):
+                    wrong.append(f"{name} in {dtype}")
+        if base.was_misread():
+            wrong.append(f"a read without values in {dtype}")
+    return wrong
 
 
 def _names(found: TensorMap, model: Any, info: Mapping[str, Any]) -> list[str]:

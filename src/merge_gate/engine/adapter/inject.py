@@ -126,7 +126,9 @@ def base_tensors_in_file(
     return {key: name for key, name in named.items() if name and key in keys}
 
 
-def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, blank: bool = False) -> Any:
+def inject(
+    scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, blank: bool = False, filled: bool = True
+) -> Any:
     """Let PEFT put the adapter's layers on the scratch.
 
     Args:
@@ -136,6 +138,7 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
         adapter_name: PEFT's name for the adapter.
         blank: the adapter's tensors have no values yet (template.py) in place of those that training starts from:
             that saves most of an injection, and for DoRA a product and a norm of every layer.
+        filled: the weights of a hollow base have values while PEFT makes layers over them, if the method reads them.
 
     Raises:
         Refused: no such modules (`targets-not-found`), or a layer that the method cannot adapt (`not-mergeable`).
@@ -143,9 +146,9 @@ def inject(scratch: nn.Module, config: Any, base: Base, adapter_name: str, *, bl
     torch.manual_seed(0)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        filled = initialization_reads_base(config) and not blank
+        is_read = filled and initialization_reads_base(config) and not blank
         with (
-            _targets_filled(base, config) if filled else contextlib.nullcontext(),
+            _targets_filled(base, config) if is_read else contextlib.nullcontext(),
             _copies_filled(base),
             torch.device("meta") if blank else contextlib.nullcontext(),
         ):

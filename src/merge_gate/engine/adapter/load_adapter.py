@@ -155,14 +155,16 @@ def _initial_factors(model: Any, config: Any) -> dict[int, tuple[torch.Tensor, .
     }
 
 
-def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> Template:
+def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, filled: bool = False) -> Template:
     """Steps 1 to 3.
 
-    A `blank` template has NaN for PEFT's initial values, if it lacks nothing else. Otherwise it has the values.
+    A `blank` template has NaN for PEFT's initial values, if it lacks nothing else. Otherwise it has these values. If
+    PEFT has computed them from hollow weights, the next template has these weights `filled` meanwhile.
     """
     # 1.
     config = read_config(files)
     blank = blank and can_start_blank(config)
+    filled = filled or base.feed is None or initialization_writes_to_base(config)
     # 2. An initialization that writes to the base gets its own copy of the tensors; of hollow ones, in step 3.
     scratch = base.scratch(private=initialization_writes_to_base(config) and base.hollow is None)
     fit_vocabulary(scratch, files, base)
@@ -170,14 +172,16 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False) -> T
     paths = {id(module): path for path, module in scratch.named_modules()} if tied_modules else {}
     # 3.
     try:
-        model = inject(scratch, config, base, ADAPTER_NAME, blank=blank)
+        model = inject(scratch, config, base, ADAPTER_NAME, blank=blank, filled=filled)
         is_complete = not blank or fill_blanks(model)
     except Exception:
-        if not blank:
+        if not blank and filled:
             raise
         is_complete = False  # if the adapter is at fault, PEFT raises again in the injection with values
+    if not filled and base.hollow is not None and base.hollow.forget_touched():
+        return _make_template(base, files, filled=True)
     if not is_complete:
-        return _make_template(base, files)
+        return _make_template(base, files, filled=not blank)
     leave_out_replaced(model, paths, slots, tied_modules)
     return Template(
         kind=kind_of(files),

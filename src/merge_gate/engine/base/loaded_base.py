@@ -48,7 +48,7 @@ from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed
+from merge_gate.sources.feed import Feed, SourceError
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.direct_reads import DirectReads
@@ -94,7 +94,7 @@ class Base:
 
     Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
     come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
-    `figures`, and read `facts` after `settle`.
+    `figures`, and read `facts` after `settle`. `recorded` are figures of an earlier run, whose values need not pass by.
     """
 
     model: nn.Module
@@ -108,6 +108,7 @@ class Base:
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: Feed | None = None
+    recorded: dict[str, TensorStats] = field(default_factory=dict)
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -149,6 +150,32 @@ class Base:
             with self.filled([name]):
                 found = self.stats[name] = measure(self.tensors[name], name)
         return found
+
+    def record(self, known: Mapping[str, TensorStats]) -> None:
+        """Use figures that an earlier run has measured, for tensors of the same shape and dtype."""
+        for name, stats in known.items():
+            tensor = self.tensors.get(name)
+            if tensor is None or name in self.stats:
+                continue
+            if (stats.name, stats.dtype, stats.shape) == (name, dtype_name(tensor.dtype), tuple(tensor.shape)):
+                self.stats[name] = self.recorded[name] = stats
+        self.settle()
+
+    def confirm(self, name: str) -> None:
+        """Measure a filled tensor if its figures are those of an earlier run.
+
+        Raises:
+            SourceError: the values have other figures, so the record is not of these files.
+        """
+        recorded = self.recorded.pop(name, None)
+        if recorded is None:
+            return
+        found = measure(self.tensors[name], name)
+        if replace(found, is_buffer=recorded.is_buffer) != recorded:
+            raise SourceError(
+                f"{name}: the values in the files have other figures than the record of an earlier run",
+                hint="run again with --read whole: the record is of other files, or was changed",
+            )
 
     def unmeasured(self) -> list[str]:
         """The tensors that have no figures yet."""

@@ -47,6 +47,7 @@ from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, 
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import TensorStats
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, SourceError
 
@@ -68,7 +69,14 @@ class NoSkeletonError(Exception):
     """This base, or its class, needs `from_pretrained`. The text says why."""
 
 
-def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed) -> Base:
+def skeleton_of(
+    source: Source,
+    model_class: ModelClass,
+    stored: Sequence[StoredTensor],
+    feed: Feed,
+    *,
+    known: Mapping[str, TensorStats] | None = None,
+) -> Base:
     """Make the skeleton of a base.
 
     Args:
@@ -76,6 +84,8 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
         model_class: the class and head to load it as.
         stored: the tensors in the headers of the files that transformers loads, in its order.
         feed: the bytes of these files.
+        known: figures of tensors by their names, from an earlier run on the same files. These tensors are read only if
+            an adapter is merged into them.
 
     Raises:
         NoSkeletonError: it could differ from what `from_pretrained` gives.
@@ -88,11 +98,13 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
     if source.quantization is not Quantization.NONE:
         raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
     try:
-        return _made(transformers_class, source, model_class, stored, feed)
+        base = _made(transformers_class, source, model_class, stored, feed)
     except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
         raise NoSkeletonError(f"{type(error).__name__}: {error}"[:400]) from error
+    base.record(known or {})
+    return base
 
 
 def _made(

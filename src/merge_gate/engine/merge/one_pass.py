@@ -17,13 +17,15 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.plan import BlockLayer, merge_in_blocks
-from merge_gate.engine.merge.walk import Walk
+from merge_gate.engine.merge.walk import Walk, peft_threads
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.measured import TensorMerge
 
@@ -87,49 +89,81 @@ def _on_card(items: list[Item], _: _CrossChecks) -> Iterator[Merged]:
             yield from (_merged(walk, block, weight) for walk, block in group)
 
 
+# --- 4. ------------------------------------------------------------------------------------------------------------
+
+
 def _pass_over(base: Base, walks: Sequence[Walk]) -> None:
-    """Step 4. Each core fills whole cells; a card takes one weight at a time."""
+    """Each core fills whole cells; a card takes one weight at a time."""
     assert base.hollow is not None  # noqa: S101 - a base with a feed is a skeleton
     assert base.feed is not None  # noqa: S101 - as above
-    blocks: dict[str, list[Item]] = {}
-    for walk in walks:
-        for block in walk.planned:
-            blocks.setdefault(block.slot.name, []).append((walk, block))
-    names = {*base.unmeasured(), *blocks}
-    cells = base.hollow.cells(names)
-    with_memory = names - {name for cell in cells for name in cell.outlines}
-    base.feed.expect([span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans])
-    checks, is_over = _CrossChecks(walks, spread_kinds=True), threading.Event()
+    drawn = torch.get_rng_state()
+    on_cpu = base.device.type == "cpu"
+    with peft_threads(1) as peft:
+        visits = _Visits(base, walks, peft if on_cpu else None)
+        cells = base.hollow.cells(visits.names)
+        in_memory = visits.names - {name for cell in cells for name in cell.outlines}
+        base.feed.expect([span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans])
+        order = [*(list(cell.outlines) for cell in cells), *([name] for name in sorted(in_memory))]
+        for results in spread(visits.visit, order) if on_cpu else map(visits.visit, order):
+            for report in results:
+                report()
+    base.settle()
+    visits.checks.finish()
+    if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of each walk
+        torch.set_rng_state(drawn)
+        for walk in walks:
+            walk.forget_beside()
 
-    def visit(names: Sequence[str]) -> list[Merged]:
-        if is_over.is_set():
+
+class _Visits:
+    """What is done with each tensor while it has values: figures, blocks, cross-checks, and PEFT's own merges.
+
+    PEFT merges on a thread of its own (`peft`), one layer at a time. Without it, the walk does that later.
+    """
+
+    def __init__(self, base: Base, walks: Sequence[Walk], peft: ThreadPoolExecutor | None) -> None:
+        self.checks = _CrossChecks(walks, spread_kinds=True)
+        self._base, self._peft = base, peft
+        self._blocks: dict[str, list[Item]] = {}
+        self._apart: dict[str, list[tuple[Walk, str, Any]]] = {}
+        for walk in walks:
+            for block in walk.planned:
+                self._blocks.setdefault(block.slot.name, []).append((walk, block))
+            for name, layers in walk.apart().items() if peft is not None else ():
+                self._apart.setdefault(name, []).extend((walk, path, layer) for path, layer in layers)
+        self._is_over = threading.Event()
+        self.names = {*base.unmeasured(), *self._blocks, *self._apart}
+
+    def visit(self, names: Sequence[str]) -> list[Callable[[], None]]:
+        """Fill these tensors, and do all that. The results are to be reported from the thread that began the pass."""
+        if self._is_over.is_set():
             return []
         try:
-            with base.filled(names):
-                return [merged for name in names for merged in _visited(base, name, blocks.get(name, ()), checks)]
+            with self._base.filled(names):
+                return [report for name in names for report in self._visit(name)]
         except BaseException:
-            is_over.set()  # the cells that were begun ahead are of no use
+            self._is_over.set()  # the cells that were begun ahead are of no use
             raise
 
-    visits = [*(list(cell.outlines) for cell in cells), *([name] for name in sorted(with_memory))]
-    on_cpu = base.device.type == "cpu"
-    for results in spread(visit, visits) if on_cpu else map(visit, visits):
-        for walk, block, result in results:
-            if result is not None:
-                walk.add(block, result)
-    base.settle()
-    checks.finish()
+    def _visit(self, name: str) -> Iterator[Callable[[], None]]:
+        items = self._blocks.get(name, ())
+        self._base.confirm(name)
+        is_finite = self._base.figures(name).finite
+        weight = self._base.tensors[name].detach().to(self._base.device) if items else None
+        left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get(name, ())}
+        for walk, block in items:
+            merged = _merged(walk, block, weight)[2] if is_finite and weight is not None else None
+            if merged is not None:
+                left.pop(id(block.layer), None)
+                self.checks.check_now(walk, block, merged)
+                yield functools.partial(walk.add, block, merged)
+        for walk, path, layer in left.values():
+            made = self._peft.submit(walk.merge_beside, layer).result() if self._peft is not None else None
+            if made is not None:
+                yield functools.partial(walk.add_beside, path, layer, made)
 
 
-def _visited(base: Base, name: str, items: Iterable[Item], checks: _CrossChecks) -> Iterator[Merged]:
-    """All that is done with one tensor while it has values."""
-    is_finite = base.figures(name).finite
-    weight = base.tensors[name].detach().to(base.device) if items else None
-    for walk, block in items:
-        merged = _merged(walk, block, weight) if is_finite and weight is not None else (walk, block, None)
-        if merged[2] is not None:
-            checks.check_now(walk, block, merged[2])
-        yield merged
+# --- 3. ------------------------------------------------------------------------------------------------------------
 
 
 class _CrossChecks:

@@ -24,9 +24,10 @@ After PEFT has unloaded, every parameter and persistent buffer of its result is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,6 +70,16 @@ class Made:
     safe: bool
     merges: tuple[tuple[TensorMerge, Any], ...] = ()
     adapted: frozenset[str] = frozenset()
+
+
+@contextlib.contextmanager
+def peft_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for PEFT's merges: each has as many torch threads as this one, because the bits depend on that."""
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +149,7 @@ class Walk:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             Undecidable: a measurement failed, which says nothing about the adapter.
         """
-        self._merge_beside([(path, layer) for path, layer in self._layers if id(layer) not in self.blocks])
+        self._merge_beside()
         for path, layer in self._layers:
             layer.merge = self._wrapped(path, layer, layer.merge)
         try:
@@ -204,6 +215,8 @@ class Walk:
         made = Made(safe=True)
         private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)  # 1.
         with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
+            for slot in slots:
+                self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             safe = self._tried(by_peft, safe_merge=True)  # 2.
             if not safe or _at_the_edge(slots):
@@ -222,39 +235,50 @@ class Walk:
             self._put_back(slot, tensor, data)  # 4.
         return replace(made, safe=safe)
 
-    def _merge_beside(self, layers: list[tuple[str, Any]]) -> None:
-        """Merge layers that share nothing with others, a few at a time. The walk repeats and reports a failed merge.
+    def apart(self) -> dict[str, list[tuple[str, Any]]]:
+        """The layers that share nothing with others, and that PEFT has to merge: by a tensor of theirs."""
+        left = [(path, layer) for path, layer in self._layers if id(layer) not in self.blocks]
+        inside = {id(inner) for _, layer in left for inner in layer.modules() if inner is not layer}
+        found: dict[str, list[tuple[str, Any]]] = {}
+        for path, layer in left:
+            if id(layer) not in inside and id(layer) not in self._beside and self._is_apart(layer):
+                largest = max(slots_of(layer, self.loaded.slots), key=lambda slot: slot.data.numel())
+                found.setdefault(largest.name, []).append((path, layer))
+        return found
 
-        Each merge has as many torch threads as in the walk, because the bits depend on that.
-        """
-        inside = {id(inner) for _, layer in layers for inner in layer.modules() if inner is not layer}
-        apart = [(path, layer) for path, layer in layers if id(layer) not in inside and self._is_apart(layer)]
+    def merge_beside(self, layer: Any) -> Made | None:
+        """PEFT's merge of a layer that is apart. None if it failed: the walk repeats it, and reports it."""
+        try:
+            with torch.no_grad():
+                return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            return None
+
+    def add_beside(self, path: str, layer: Any, made: Made) -> None:
+        """Keep the result of `merge_beside` for the walk."""
+        self._beside[id(layer)] = made
+        self._progressed(path)
+
+    def forget_beside(self) -> None:
+        """Forget these results: a merge has drawn random numbers, and has to run in the order of the walk."""
+        self._done -= len(self._beside)
+        self._beside.clear()
+
+    def _merge_beside(self) -> None:
+        """Merge layers that share nothing with others, a few at a time."""
+        apart = [one for layers in self.apart().values() for one in layers]
         if self.base.device.type != "cpu" or threads() == 1 or len(apart) < AT_A_TIME:
             return
-
-        def merge(one: tuple[str, Any]) -> Made | None:
-            _, layer = one
-            try:
-                with torch.no_grad():
-                    return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                return None
-
-        drawn, done = torch.get_rng_state(), self._done
-        pool = ThreadPoolExecutor(AT_A_TIME, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-        try:
-            for (path, layer), made in zip(apart, pool.map(merge, apart), strict=True):
+        drawn = torch.get_rng_state()
+        with peft_threads(AT_A_TIME) as pool:
+            for (path, layer), made in zip(apart, pool.map(self.merge_beside, (one for _, one in apart)), strict=True):
                 if made is not None:
-                    self._beside[id(layer)] = made
-                    self._progressed(path)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of the walk
+                    self.add_beside(path, layer, made)
+        if not torch.equal(drawn, torch.get_rng_state()):
             torch.set_rng_state(drawn)
-            self._beside.clear()
-            self._done = done
+            self.forget_beside()
 
     def _is_apart(self, layer: Any) -> bool:
         """Whether a layer merges only into tensors of the base, and no other layer uses these."""

@@ -151,6 +151,13 @@ class Hollow:
         touched, self._touched = self._touched, False
         return touched
 
+    def forget_touched(self) -> bool:
+        """Empty each cell that was read or written while it had no values. True if there was one."""
+        touched = [one for one in self._in_order if not one.kept and not one.readers and self._exists(one)]
+        for place in touched:
+            self._empty(place)
+        return bool(touched)
+
     def refill(self) -> None:
         """Write the values of all tensors that are filled for good once more."""
         for place in self._in_order:
