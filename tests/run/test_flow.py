@@ -72,7 +72,7 @@ class Watcher:
         self._on = on
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        return self._on.get(name, lambda *_: None)
+        return self._on.get(name, lambda *_, **__: None)
 
 
 # --- one run over many settings --------------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ def meddled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         (place / "new").replace(file)
 
     def meddle(moment: str) -> Callable[..., None]:
-        def at_the_moment(*about: Any) -> None:
+        def at_the_moment(*about: Any, **_: Any) -> None:
             model = about[0] if isinstance(about[0], str) else getattr(about[0], "model", None) or about[0].base.model
             base = Path(model).name
             weights = place / base / "model.safetensors"
@@ -620,7 +620,7 @@ def test_no_verdict_is_stored_under_the_digest_of_another_base(
     lay(tmp_path, shelf, "good")
     weights, exchanged, start_hashing = tmp_path / "base" / "model.safetensors", threading.Event(), BaseWatch._hash
 
-    def exchange(*_: object) -> None:
+    def exchange(*_: object, **__: object) -> None:
         shutil.copy(weights, tmp_path / "new")
         (tmp_path / "new").replace(weights)
         exchanged.set()
