@@ -26,7 +26,7 @@ from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.stored.report_files import write_report
-from merge_gate.run import flow
+from merge_gate.run import fed_bases, flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
 from tests.support.reports import FAIL, PASS, adapter, report
@@ -199,6 +199,7 @@ CONTRADICTIONS = {
     "to judge again and to resume": (("gate.yml", "--refresh", "--resume"), ("--refresh", "--resume")),
     "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
     "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
+    "Ray and a stream": (("gate.yml", "--ray", "auto", "--access", "stream"), ("--ray", "access")),
     "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
     "more parts than there are": (("gate.yml", "--shard", "3/2"), ("3/2",)),
 }
@@ -224,7 +225,7 @@ def test_what_cannot_be_had_together_is_wrong_usage(
     [
         ((), ()),
         (("--shard", "2/4", "--refresh", "--only", "one"), ("--only", "one", "--refresh", "--shard", "2/4")),
-        (("--quick",), ("--quick",)),
+        (("--quick", "--access", "stream"), ("--quick", "--access", "stream")),
     ],
 )
 def test_a_run_in_a_container_is_told_what_this_one_was(
@@ -254,7 +255,7 @@ def worker(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     (place / "base" / "model.safetensors").write_bytes(weights())
     says: list[Event] = []
 
-    def supervise(job: Job, on_event: Callable[[Event], None], _: object) -> None:
+    def supervise(job: Job, on_event: Callable[[Event], None], *_: object) -> None:
         for event in says:
             on_event(event)
         for group in job.groups:
@@ -284,7 +285,7 @@ def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
 def test_a_base_that_is_larger_than_the_memory_is_told_before_it_is_loaded(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(flow.MemoryGroup, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(fed_bases.MemoryGroup, "free_bytes", lambda _: 100)
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     assert str(too_large("./base", str(place / "base"), 100)) in said.out + said.err

@@ -35,7 +35,7 @@ from merge_gate.config.yaml_document import read_yaml
 from merge_gate.errors import ConfigError, ExitCode
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import AdapterSpec, Config, Problem
-from merge_gate.records.terms import DTYPES, Quantization, Severity
+from merge_gate.records.terms import DTYPES, Access, Quantization, Severity
 from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, ROOT, SCHEMA_FILE, WRONG
 from tests.support.generated import held
 from tests.support.properties import examples
@@ -134,7 +134,13 @@ allow-pickle: true
 def test_the_default_base_is_what_the_adapter_names(place: Path) -> None:
     base = one(place, "./adapters/support").base
     assert (base.model, base.label, base.revision) == (None, None, None)
-    assert (base.dtypes, base.quantization) == (("auto",), Quantization.NONE)
+    assert (base.dtypes, base.quantization, base.access) == (("auto",), Quantization.NONE, Access.AUTO)
+
+
+def test_an_adapter_may_read_its_base_in_another_way(place: Path) -> None:
+    text = "version: 1\nbase: {access: stream}\nadapters:\n  - ./adapters/support\n"
+    config = load(place, text + "  - {path: ./adapters/team-a, base: {access: download}}\n")
+    assert [spec.base.access for spec in config.adapters] == [Access.STREAM, Access.DOWNLOAD]
 
 
 @pytest.mark.parametrize(
@@ -663,4 +669,5 @@ def test_the_words_are_those_of_the_other_stages() -> None:
     assert get_args(Dtype) == ("auto", *DTYPES)
     quantizations = config_schema()["$defs"]["BaseEntry"]["properties"]["quantization"]["enum"]
     assert quantizations == [member.value for member in Quantization]
+    assert config_schema()["$defs"]["BaseEntry"]["properties"]["access"]["enum"] == [member.value for member in Access]
     assert set(METHODS) == set(get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"]))

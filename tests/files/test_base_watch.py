@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -228,3 +229,56 @@ def test_an_entry_without_a_base_is_a_bug(tmp_path: Path) -> None:
     assert base_directory(one) == str(tmp_path / "base")
     with pytest.raises(AssertionError):
         base_directory(replace(one, base=None))
+
+
+# --- bytes that passed through this process --------------------------------------------------------------------------
+
+
+def sha256_of(base: str) -> dict[str, str]:
+    return {"model.safetensors": hashlib.sha256(Path(base, "model.safetensors").read_bytes()).hexdigest()}
+
+
+def test_a_base_whose_bytes_passed_is_not_hashed_again(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(base)
+    watch = BaseWatch()
+    watch.passed(base, base_identity(base), sha256_of(base))
+    monkeypatch.setattr(base_watch.resolve, "digest_directory", pytest.fail)
+    watch.start(base)
+    assert not watch.is_hashing
+    assert watch.digest(base) == weights
+    watch.loaded(base, base_identity(base), [1])
+    assert watch.void() == {}
+    Path(base, "config.json").write_text("{ }")
+    assert watch.void() == {base: [1]}
+
+
+def test_digests_of_files_that_are_gone_do_not_count(base: str) -> None:
+    watch = BaseWatch()
+    identity, digests = base_identity(base), sha256_of(base)
+    Path(base, "model.safetensors").unlink()
+    watch.passed(base, identity, digests)
+    assert watch.digest(base) is None
+
+
+def test_a_streamed_base_has_content_at_once_and_a_digest_when_its_bytes_passed(base: str) -> None:
+    weights, digests = weights_of(base), sha256_of(base)
+    watch = BaseWatch()
+    watch.listed(base, base_identity(base), digests)
+    watch.start(base)
+    assert not watch.is_hashing
+    content = watch.content(base)
+    assert content is not None
+    assert content.weights == weights
+    assert watch.digest(base) is None
+    watch.passed(base, base_identity(base), {"model.safetensors": "0" * 64})
+    assert watch.digest(base) is None, "other bytes than the Hub lists"
+    watch.passed(base, base_identity(base), digests)
+    assert watch.digest(base) == weights
+
+
+def test_a_cached_verdict_on_a_streamed_base_names_its_digest(base: str) -> None:
+    watch = BaseWatch()
+    watch.listed(base, base_identity(base), sha256_of(base))
+    watch.reused(base, 0)
+    assert watch.digest(base) == weights_of(base)
+    assert watch.void() == {}

@@ -56,6 +56,7 @@ class Damage:
 
     `stall`: the first half, and no more. `cut`: the first half, and the end of the connection. `short`: the first half,
     said to be all of it. `other`: as many bytes, of which the last is another. `silence`: not even a status line.
+    `whole`: a requested range is ignored. `shifted`: the range is another one than requested.
     """
 
     pattern: str
@@ -273,16 +274,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_content(self, content: bytes, headers: dict[str, str]) -> None:
         asked = self.headers.get("Range") or ""
         self.hub.ranges += [asked] if asked else []
-        start = re.fullmatch(r"bytes=(\d+)-", asked)
-        begin = int(start[1]) if start else 0
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+        begin, end = 0, len(content)
         status, place = 200, {"Accept-Ranges": "bytes"}
-        if start:
-            status, place = 206, {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
         kind = self.hub.next_damage(urlsplit(self.path).path) if self.command == "GET" else ""
-        if kind:
-            self._send_damaged(kind, status, content[begin:], headers | place)
+        if found and kind != "whole":
+            begin, end = int(found[1]), min(int(found[2]) + 1, end) if found[2] else end
+            status, place = 206, {"Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
+        if kind == "shifted":
+            place = {"Content-Range": f"bytes {begin + 1}-{end}/{len(content)}"}
+        if kind and kind not in {"whole", "shifted"}:
+            self._send_damaged(kind, status, content[begin:end], headers | place)
         else:
-            self._send(status, content[begin:], headers | place)
+            self._send(status, content[begin:end], headers | place)
 
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

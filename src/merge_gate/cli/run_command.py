@@ -13,7 +13,7 @@ from merge_gate.cli.gating import gate_adapters, requested_config
 from merge_gate.cli.output import claimed_output, exit_code, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
-from merge_gate.records.terms import Quantization
+from merge_gate.records.terms import Access, Quantization
 from merge_gate.text import one_of
 
 
@@ -37,6 +37,12 @@ def add(commands: Commands[CommandParser]) -> None:
     named.add_argument("--quantization", type=given, metavar="Q", help=one_of(Quantization))
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
     add_output(run)
+    run.add_argument(
+        "--access",
+        choices=list(Access),
+        help="read the weights of a base on the Hub by a download, by ranges and without the disk (stream), or by "
+        "ranges if the disk is too small (auto); default: as the config says, or auto",
+    )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
         "--quick",
@@ -131,6 +137,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += [option for option, asked in (("--quick", arguments.quick), ("--refresh", arguments.refresh)) if asked]
+    more += ["--access", arguments.access] if arguments.access else []
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
     run = local_run(
@@ -159,6 +166,7 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         output=arguments.output,
         only=tuple(arguments.only),
         quick=arguments.quick,
+        access=arguments.access and Access(arguments.access),
         shard=_shard(arguments),
         ray=_ray(arguments),
         cache=CacheOptions(

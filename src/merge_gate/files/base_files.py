@@ -100,8 +100,8 @@ def _chosen(directory: str, config: Mapping[str, Any], *, name: str, allow_pickl
     )
 
 
-def read_base(directory: str, *, name: str, allow_pickle: bool = False) -> BaseFiles:
-    """All that a base's files say.
+def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_values: bool = True) -> BaseFiles:
+    """All that a base's files say. If `has_values` is False, the weight files are stubs with headers alone.
 
     Raises:
         ResolveError: a file is absent, a Git LFS pointer, cut off, or not what its name claims.
@@ -125,7 +125,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False) -> BaseF
     # 2. Index and headers.
     ghosts = tuple((n, file) for n, file in (chosen.listed or {}).items() if n not in contents.first)
     aside = _aside(directory, chosen, name)
-    note = _Notes(directory, name)
+    note = _Notes(directory, name, has_values=has_values)
     different = note.compare(contents)
     # 3. Formats.
     declared = base_formats.declared_in(directory, config)
@@ -147,6 +147,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False) -> BaseF
         auto_dtype=_auto_dtype(config, name),
         findings=(*different, *of_formats),
         notes=tuple(note.findings),
+        is_streamed=not has_values,
     )
 
 
@@ -267,12 +268,14 @@ def _listed_elsewhere(directory: str) -> set[str]:
 class _Notes:
     """Findings about a base that do not keep it from being loaded."""
 
-    def __init__(self, directory: str, name: str) -> None:
-        self._directory, self._name = directory, name
+    def __init__(self, directory: str, name: str, *, has_values: bool) -> None:
+        self._directory, self._name, self._has_values = directory, name, has_values
         self.findings: list[Finding] = []
 
     def compare(self, contents: _Contents) -> list[Finding]:
         """One name in two files: the same bytes are a note, other bytes are a contradiction."""
+        if contents.again and not self._has_values:
+            return [self._not_compared(contents.again[0].stored.name)]
         same: list[StoredTensor] = []
         for tensor in contents.again:
             first = contents.first[tensor.stored.name]
@@ -291,6 +294,13 @@ class _Notes:
                 same[0].name,
             )
         return []
+
+    def _not_compared(self, tensor: str) -> Finding:
+        message = (
+            f"the base {shown(self._name)} cannot be judged while it is streamed: its tensor {shown(tensor)} is in two "
+            "files, and their values were not compared"
+        )
+        return self._finding(INCONSISTENT, Severity.ERROR, message, "set access: download for this base", tensor)
 
     def ghosts(self, ghosts: tuple[tuple[str, str], ...], chosen: WeightFiles) -> None:
         if ghosts:
@@ -324,7 +334,7 @@ class _Notes:
 
     def tied(self, contents: _Contents, config: Mapping[str, Any]) -> None:
         """The config ties the head to the embedding, and the files hold two tensors that differ."""
-        if config.get("tie_word_embeddings") is not True:
+        if config.get("tie_word_embeddings") is not True or not self._has_values:
             return
         head = next((tensor for name, tensor in contents.first.items() if name.endswith("lm_head.weight")), None)
         embeddings = [tensor for name, tensor in contents.first.items() if name.endswith(_EMBEDDINGS)]

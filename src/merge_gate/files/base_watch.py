@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -40,17 +40,38 @@ class BaseWatch:
         self._threads: dict[str, threading.Thread] = {}
         self._hashed: dict[str, _Identity] = {}
         self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
+        self._listed: dict[str, tuple[str, str | None]] = {}
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
 
     # --- digests ---------------------------------------------------------------------------------------------------
 
     def start(self, directory: str) -> None:
         """Start to hash the base in `directory`, unless it was started before."""
-        if directory not in self._threads:
+        if directory not in self._threads and directory not in self._digests and directory not in self._listed:
             thread = threading.Thread(target=self._hash, args=(directory,), daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread is available: the report lacks this digest
                 thread.start()
                 self._threads[directory] = thread
+
+    def listed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
+        """The Hub lists these digests of the weight files of a base that is streamed; `identity` is that of its stubs.
+
+        The base has no digest of its own until all of its bytes have passed.
+        """
+        self._hashed[directory] = identity
+        self._listed[directory] = _weights_digest(directory, sha256), _settings_digest(directory)
+
+    def passed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
+        """All bytes of a base's weight files passed through this process, with these digests.
+
+        Other digests than the Hub lists do not count.
+        """
+        with contextlib.suppress(Exception):  # then the base is hashed
+            weights = _weights_digest(directory, sha256)
+            if directory in self._listed and weights != self._listed[directory][0]:
+                return
+            self._hashed.setdefault(directory, identity)
+            self._digests.setdefault(directory, (weights, _settings_digest(directory)))
 
     def wait(self) -> None:
         """Wait until every base that was started is hashed."""
@@ -67,7 +88,8 @@ class BaseWatch:
 
     def content(self, directory: str) -> BaseContent | None:
         """The digests of all that the base contains; None if one is missing, or if the files have changed since."""
-        weights, settings = self._digests.get(directory, (None, None))
+        known = self._digests.get(directory) or self._listed.get(directory)
+        weights, settings = known or (None, None)
         if weights is None or settings is None or not self._is_as_hashed(directory):
             return None
         return BaseContent(weights=weights, settings=settings)
@@ -81,6 +103,8 @@ class BaseWatch:
 
     def reused(self, directory: str, entry: int) -> None:
         """The cached verdict on this entry depends on the files that were hashed."""
+        if directory in self._listed:
+            self._digests.setdefault(directory, self._listed[directory])
         self.loaded(directory, self._hashed[directory], (entry,))
 
     def is_unchanged(self, entry: int) -> bool:
@@ -130,6 +154,13 @@ def _identity_now(directory: str) -> _Identity | None:
         return base_identity(directory)
     except OSError:
         return None
+
+
+def _weights_digest(directory: str, sha256: Mapping[str, str]) -> str:
+    """The digest of a base's weights, if those of its weight files are known. An index is read."""
+    names = resolve.base_weight_files(directory)
+    read = {name: resolve.digest_file(Path(directory, name)) for name in names if name not in sha256}
+    return resolve.digest_of_digests(read | {name: sha256[name] for name in names if name in sha256})
 
 
 def _settings_digest(directory: str) -> str | None:

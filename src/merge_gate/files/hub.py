@@ -18,8 +18,9 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,12 +30,14 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from merge_gate.errors import ResolveError
 from merge_gate.files import hub_errors
+from merge_gate.files.base_weights import SAFETENSORS_ENDING
 from merge_gate.files.headers import shown
 from merge_gate.files.hub_errors import CHECK_ENDPOINT, host, translate
+from merge_gate.records.terms import Access
 from merge_gate.text import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from huggingface_hub.hf_api import RepoSibling
 
@@ -50,6 +53,9 @@ _REQUEST_TIMEOUT_S = 10.0
 _DOWNLOAD_TIMEOUT_S = 8
 """Seconds without a byte. huggingface_hub gives up after six attempts, so in less than a minute."""
 
+SPARE_DISK_BYTES = 2_000_000_000
+"""With access `auto`, a base is streamed if a download would leave less of the disk free."""
+
 _LISTED = 6
 _DIGEST_CHARACTERS = 16
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\x00-\x1f~^:?*\[][^\s\\\x00-\x1f~^:?*\[]*", re.ASCII)
@@ -61,25 +67,37 @@ class Fetched:
     """A snapshot in the cache. `withheld` are the repository's files that were not chosen (with their folders).
 
     If `is_listed` is False, the repository's files are unknown: it could not be asked, and the cache has no list.
+    `chosen` are the files in `directory`, and `streamable` those that were not fetched, to be read by ranges.
     """
 
     directory: str
     commit: str
     withheld: tuple[str, ...]
     is_listed: bool = True
+    chosen: tuple[str, ...] = ()
+    streamable: tuple[str, ...] = ()
 
 
 def fetch(
-    repo_id: str, revision: str | None, choose: Choose, *, token: str | None, notify: Callable[[str], None]
+    repo_id: str,
+    revision: str | None,
+    choose: Choose,
+    *,
+    token: str | None,
+    notify: Callable[[str], None],
+    access: Access = Access.DOWNLOAD,
 ) -> Fetched:
-    """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived."""
+    """Fetch the files that `choose` selects from the repository's file names. Returns when all have arrived.
+
+    With another `access` than a download, safetensors files may be left to be read by ranges.
+    """
     _set_up_library()
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ResolveError(
             f"{shown(revision)} is not the name of a revision of {shown(repo_id)}",
             hint="name a branch, a tag or a commit",
         )
-    repository = _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify)
+    repository = _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify, access=access)
     return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
 
 
@@ -91,6 +109,7 @@ class _Repository:
     revision: str | None
     token: str | None
     notify: Callable[[str], None]
+    access: Access = Access.DOWNLOAD
 
     def from_network(self, choose: Choose) -> Fetched:
         # 1. Resolve the revision to a commit, and list its files.
@@ -107,6 +126,9 @@ class _Repository:
         # 2. Let the caller choose.
         names = frozenset(files)
         chosen = choose(names, lambda name: self._fetch_first(files[name], commit))
+        withheld = names - set(chosen)
+        streamable = self._streamable(files, chosen, commit)
+        chosen = tuple(name for name in chosen if name not in streamable)
         new = [name for name in chosen if not self._is_cached(name, commit)]
         # 3. Fetch at that commit. The first call writes the revision's ref into the cache, for offline runs. If the
         #    revision has moved since step 1, the second call goes back to the commit.
@@ -117,11 +139,35 @@ class _Repository:
         directory = self._ask(lambda: self._download(self.revision, chosen), is_patient=True)
         if Path(directory).name != commit:
             directory = self._ask(lambda: self._download(commit, chosen), is_patient=True)
-        fetched = self._check(directory, chosen, withheld=names - set(chosen))
+        fetched = self._check(directory, chosen, withheld=withheld)
         # 4. Compare the new files with the digests that the Hub lists.
         for name in new:
             self._compare(Path(directory, name), files[name])
-        return fetched
+        return replace(fetched, chosen=chosen, streamable=streamable)
+
+    def _streamable(self, files: Mapping[str, RepoSibling], chosen: Sequence[str], commit: str) -> tuple[str, ...]:
+        """The weight files that are to be read by ranges: all of them, or none if the cache has them already.
+
+        With access `auto`, they are streamed if those that are absent do not fit on the disk.
+        """
+        weights = tuple(name for name in chosen if name.endswith(SAFETENSORS_ENDING))
+        absent = [name for name in weights if not self._is_cached(name, commit)]
+        if self.access is Access.STREAM and (pickles := [name for name in chosen if name.endswith(".bin")]):
+            raise ResolveError(
+                f"{self.what} has pickled weights only ({shown(pickles[0])}), which cannot be streamed",
+                hint="set access: download, or use a revision with safetensors weights",
+            )
+        if self.access is Access.DOWNLOAD or not absent:
+            return ()
+        if self.access is Access.AUTO:
+            size_bytes, free_bytes = sum(files[name].size or 0 for name in absent), _free_bytes(constants.HF_HUB_CACHE)
+            if free_bytes is None or size_bytes <= free_bytes - SPARE_DISK_BYTES:
+                return ()
+            self.notify(
+                f"{self.what}: {_shown_bytes(size_bytes)} do not fit on the disk, which has {_shown_bytes(free_bytes)} "
+                "free: they are streamed"
+            )
+        return weights
 
     def _fetch_first(self, file: RepoSibling, commit: str) -> Path:
         """Fetch a file that the choice depends on."""
@@ -247,6 +293,12 @@ def _set_up_library() -> None:
         disable_progress_bars()
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = _DOWNLOAD_TIMEOUT_S
+
+
+def _free_bytes(directory: str) -> int | None:
+    """The free space on the disk of a directory that may not exist yet."""
+    place = next((one for one in (Path(directory), *Path(directory).parents) if one.exists()), None)
+    return shutil.disk_usage(place).free if place is not None else None
 
 
 def _shown_bytes(count: int) -> str:

@@ -54,7 +54,7 @@ def is_passing(error: Exception, *, transport: bool) -> bool:
     links = _chain(error)
     statuses = [status for link in links if (status := _status(link)) is not None]
     passing = any(code in {408, 429} or code >= _SERVER_ERROR for code in statuses) or any(map(_is_incomplete, links))
-    passing = passing or (transport and any(map(_is_transport, links)))
+    passing = passing or (transport and any(map(is_transport, links)))
     return passing and not any(map(_is_distrust, links))
 
 
@@ -92,7 +92,7 @@ def _has_status(number: int) -> Callable[[BaseException], bool]:
 def _why(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
-    if _is_transport(error) or not isinstance(error, OSError):
+    if is_transport(error) or not isinstance(error, OSError):
         return type(error).__name__
     return error.strerror or (os.strerror(error.errno) if error.errno else type(error).__name__)
 
@@ -106,7 +106,7 @@ def _of_the_disk(numbers: set[int]) -> Callable[[BaseException], bool]:
     return lambda error: isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno in numbers
 
 
-def _is_transport(error: BaseException) -> bool:
+def is_transport(error: BaseException) -> bool:
     """Whether the connection failed. Compared by name, since huggingface_hub 1 uses httpx and 2 uses httpx2."""
     names = {cls.__name__ for cls in type(error).__mro__}
     failures = {"TransportError", "ConnectionError", "TimeoutError", "SSLError"}
@@ -114,7 +114,7 @@ def _is_transport(error: BaseException) -> bool:
 
 
 def _is_transport_with(word: str) -> Callable[[BaseException], bool]:
-    return lambda error: _is_transport(error) and word in type(error).__name__.lower()
+    return lambda error: is_transport(error) and word in type(error).__name__.lower()
 
 
 def _is_incomplete(error: BaseException) -> bool:
@@ -196,7 +196,7 @@ _ROWS = (
         "run again: the files that have arrived are kept; check any proxy",
     ),
     _Row(
-        _is_transport,
+        is_transport,
         "{host} cannot be reached to fetch {what} ({why})",
         "check the network and any proxy; with a filled cache, HF_HUB_OFFLINE=1 needs no network",
     ),

@@ -13,23 +13,42 @@ from pathlib import Path
 from merge_gate.errors import GateError, ResolveError
 from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
+from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
-from merge_gate.records.terms import Finding, Origin, Severity
+from merge_gate.records.terms import Access, Finding, Origin, Quantization, Severity
 from merge_gate.text import quoted
+
+_BaseRequest = tuple[str, str | None, Access]
+"""The model, the revision, and how its weights are read."""
 
 
 class Inputs:
-    """The files of one config's adapters and bases. `notify` receives a line about each slow step (a download)."""
+    """The files of one config's adapters and bases.
 
-    def __init__(self, config: Config, notify: Callable[[str], None]) -> None:
+    Args:
+        config: the adapters and their bases.
+        notify: receives a line about each slow step (a download).
+        access: how the weights of bases on the Hub are read, instead of what the config says.
+        lay_out: makes a directory for a base that is streamed. Without it, none is.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        notify: Callable[[str], None],
+        *,
+        access: Access | None = None,
+        lay_out: Callable[[Streamable], str] | None = None,
+    ) -> None:
         self._config = config
         self._notify = notify
+        self._access, self._lay_out = access, lay_out
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
-        self._bases: dict[tuple[str, str | None], Snapshot | GateError] = {}
+        self._bases: dict[_BaseRequest, Snapshot | GateError] = {}
 
     def entries(self, spec: AdapterSpec) -> tuple[Entry, ...]:
         """The adapter's files and its base, once for each dtype."""
@@ -95,11 +114,16 @@ class Inputs:
         requested = self._requested_base(entry)
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))
-        base = self._base(*requested)
+        model, revision, label = requested
+        access = self._access_of(entry.spec)
+        base = self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {base.hint}"
             return replace(entry, problem=_refused(base, hint))
+        is_streamed = base.base_files is not None and base.base_files.is_streamed
+        if is_streamed and entry.spec.base.quantization is not Quantization.NONE:
+            return replace(entry, problem=_not_streamed(label))
         return replace(entry, base=base)
 
     def _named_by_adapter(self, name: str) -> str:
@@ -107,13 +131,18 @@ class Inputs:
         path = str(Path(self._config.directory, name))
         return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
 
-    def _base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
-        key = (model, revision)
-        if key not in self._bases:
-            self._bases[key] = self._resolved_base(model, revision, label)
-        return self._bases[key]
+    def _access_of(self, spec: AdapterSpec) -> Access:
+        """How the base's weights are read. A base that is quantized while it is loaded is not streamed by itself."""
+        access = self._access or spec.base.access
+        is_quantized = spec.base.quantization is not Quantization.NONE
+        return Access.DOWNLOAD if is_quantized and access is Access.AUTO else access
 
-    def _resolved_base(self, model: str, revision: str | None, label: str) -> Snapshot | GateError:
+    def _base(self, request: _BaseRequest, label: str) -> Snapshot | GateError:
+        if request not in self._bases:
+            self._bases[request] = self._resolved_base(*request, label)
+        return self._bases[request]
+
+    def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
         try:
             return resolve.resolve_base(
                 model,
@@ -122,6 +151,8 @@ class Inputs:
                 allow_pickle=self._config.allow_pickle,
                 label=label,
                 notify=self._notify,
+                access=access,
+                lay_out=self._lay_out,
             )
         except GateError as error:
             return error
@@ -144,6 +175,13 @@ def _refused(error: GateError, hint: str) -> Finding:
     if check is None:
         return not_judged(error.message, hint)
     return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
+
+
+def _not_streamed(label: str) -> Finding:
+    return not_judged(
+        f"the base {quoted(label, 200)} is quantized while it is loaded, and a streamed base is not loaded",
+        "set access: download for this base",
+    )
 
 
 def _no_base(files: AdapterFiles) -> Finding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +19,28 @@ from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
 from merge_gate.records.config import AdapterSpec
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
+from merge_gate.records.terms import Access
 from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 _LISTED = 6
 _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
 
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streamable:
+    """A base on the Hub whose weights were not fetched. `others` are its small files, which are in `directory`."""
+
+    repo_id: str
+    commit: str
+    directory: str
+    others: tuple[str, ...]
+    weights: tuple[str, ...]
+    token: str | None
 
 
 def _ignore(_: str) -> None:
@@ -54,7 +67,7 @@ def resolve_adapter(
         pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
         return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles) if name in names)
 
-    return _fetch(
+    snapshot, _ = _fetch(
         spec.hub_id,
         spec.revision,
         choose,
@@ -63,6 +76,7 @@ def resolve_adapter(
         notify=notify,
         needs=(CONFIG_NAME, WEIGHTS_NAME),
     )
+    return snapshot
 
 
 def resolve_base(
@@ -74,12 +88,17 @@ def resolve_base(
     label: str | None = None,
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
+    access: Access = Access.DOWNLOAD,
+    lay_out: Callable[[Streamable], str] | None = None,
 ) -> Snapshot:
     """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
+    `lay_out` makes a directory with stubs of the weight files, if `access` leaves them on the Hub. Without it, they are
+    downloaded.
     """
     name = label or model
+    streamable: Streamable | None = None
     if Path(model).is_absolute():
         snapshot = _local(model, "base", name=name)
     else:
@@ -90,8 +109,12 @@ def resolve_base(
                 names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
 
-        snapshot = _fetch(model, revision, choose, name=name, token=token, notify=notify)
-    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=allow_pickle)
+        access = access if lay_out is not None else Access.DOWNLOAD
+        snapshot, streamable = _fetch(model, revision, choose, name=name, token=token, notify=notify, access=access)
+    if streamable is not None and lay_out is not None:
+        snapshot = replace(snapshot, directory=lay_out(streamable))
+    has_values = streamable is None
+    files = base_files.read_base(snapshot.directory, name=name, allow_pickle=allow_pickle, has_values=has_values)
     return replace(snapshot, base_files=files)
 
 
@@ -119,15 +142,27 @@ def _fetch(
     token: str | None,
     notify: Callable[[str], None],
     needs: tuple[str, ...] = (),
-) -> Snapshot:
+    access: Access = Access.DOWNLOAD,
+) -> tuple[Snapshot, Streamable | None]:
     """Fetch from the Hub. If the repository's files are unknown, the absence of `needs` is blamed on the cache."""
     from merge_gate.files import hub  # noqa: PLC0415 (a run without Hub ids does not pay for the import)
 
-    fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify)
+    fetched = hub.fetch(repo_id, revision, choose, token=token, notify=notify, access=access)
     absent = [needed for needed in needs if not Path(fetched.directory, needed).exists()]
     if absent and not fetched.is_listed:
         raise hub.incomplete(shown(repo_id), absent)
-    return Snapshot(name=name, directory=fetched.directory, revision=fetched.commit, withheld=fetched.withheld)
+    streamable = Streamable(
+        repo_id=repo_id,
+        commit=fetched.commit,
+        directory=fetched.directory,
+        others=fetched.chosen,
+        weights=fetched.streamable,
+        token=token,
+    )
+    return (
+        Snapshot(name=name, directory=fetched.directory, revision=fetched.commit, withheld=fetched.withheld),
+        streamable if fetched.streamable else None,
+    )
 
 
 def reads_as_path(model: str) -> bool:
@@ -199,10 +234,16 @@ def digest_directory(directory: str, names: Iterable[str]) -> str:
 
     Every file is read. The Hub's cache names a Git LFS file by its SHA-256, but its bytes may have changed since.
     """
-    lines = sorted((name, _digest_file(Path(directory, name))) for name in names)
+    return digest_of_digests({name: digest_file(Path(directory, name)) for name in names})
+
+
+def digest_of_digests(files: Mapping[str, str]) -> str:
+    """The same, if the digests of the files are known."""
+    lines = sorted(files.items())
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

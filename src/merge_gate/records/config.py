@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import BaseKey, BaselineEntry, Quantization, Severity, record
+from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Severity, record
 
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
@@ -33,6 +33,7 @@ class BaseSpec:
         revision: a commit, tag, or branch of a Hub id.
         dtypes: `auto` or names of `DTYPES`. Each one is checked.
         quantization: how the base is quantized when it is loaded.
+        access: how its weights are read, if it is on the Hub.
     """
 
     model: str | None = None
@@ -40,6 +41,7 @@ class BaseSpec:
     revision: str | None = None
     dtypes: tuple[str, ...] = ("auto",)
     quantization: Quantization = Quantization.NONE
+    access: Access = Access.AUTO
 
     def key(self, dtype: str = "auto") -> BaseKey:
         """The base in one of its dtypes, as the configuration asks for it."""

@@ -100,6 +100,7 @@ class BaseFiles:
         findings: what keeps adapters from being judged on this base: `base-inconsistent`, `base-incomplete`,
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
+        is_streamed: whether the weight files in the directory are stubs, with headers and without data.
     """
 
     directory: str
@@ -112,6 +113,7 @@ class BaseFiles:
     auto_dtype: Finding | None = None
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
+    is_streamed: bool = False
 
 
 @record

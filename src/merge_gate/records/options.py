@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import record
+from merge_gate.records.terms import Access, record
 
 
 @record
@@ -31,6 +31,7 @@ class RunOptions:
         quick: Whether a bound may replace the merge of a weight (engine/blocks/bound.py).
         shard: (I, N), the I-th of N parts of the run; None for all of it.
         ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
+        access: How the weights of bases on the Hub are read (`--access`); None reads them as the configuration says.
         cache: Which verdicts of earlier runs are reused, and where new ones are stored.
     """
 
@@ -40,4 +41,5 @@ class RunOptions:
     quick: bool = False
     shard: tuple[int, int] | None = None
     ray: str | None = None
+    access: Access | None = None
     cache: CacheOptions = CacheOptions()

@@ -86,6 +86,14 @@ class Quantization(StrEnum):
     BNB_4BIT = "bnb-4bit"
 
 
+class Access(StrEnum):
+    """How the weights of a base on the Hub are read: downloaded, by ranges, or by ranges if the disk is too small."""
+
+    AUTO = "auto"
+    DOWNLOAD = "download"
+    STREAM = "stream"
+
+
 QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
 """The package that quantizes."""
 

@@ -16,7 +16,6 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
@@ -35,9 +34,10 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report, Shard
-from merge_gate.records.terms import Origin, Quantization
+from merge_gate.records.terms import Access, Origin, Quantization
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
+from merge_gate.run.fed_bases import FedBases
 from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
@@ -46,7 +46,6 @@ from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
-from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.pinned import base_changed
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
@@ -79,6 +78,7 @@ def run_gate(
     specs = select(config, options.only)
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
+    _refuse_streams_on_ray(specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
     circumstances = Circumstances(
@@ -92,6 +92,11 @@ def run_gate(
             cache.resumed.preserve()
         begins()
         return run.run()
+
+
+def _refuse_streams_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+    if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
+        raise UsageError("--ray merges on other machines, which cannot stream a base", hint="set access: download")
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
@@ -143,6 +148,7 @@ class _Run:
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
         self._tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
+        self._fed = FedBases(self._watch, view.note, is_remote=options.ray is not None)
         self._worker = worker or WorkerSlot()
         self._writer = ReportWriter(options.output, view.note)
         self._hourly = HourlyLog()
@@ -152,7 +158,7 @@ class _Run:
     def run(self) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            with self._worker:
+            with self._fed, self._worker:
                 self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)
@@ -179,7 +185,8 @@ class _Run:
 
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
-        inputs = Inputs(self._config, self._view.note)
+        lay_out = self._fed.lay_out if self._options.ray is None else None
+        inputs = Inputs(self._config, self._view.note, access=self._options.access, lay_out=lay_out)
         for spec in self._specs:
             self._tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self._tally.entries):
@@ -228,25 +235,14 @@ class _Run:
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
         groups = group_by_base(to_merge.items(), quick=self._options.quick)
-        for group in groups:
-            self._watch.start(group.directory)
-        self._groups = tuple(self._in_one_pass(group) for group in groups)
+        self._groups = tuple(map(self._fed.schedule, groups))
         self._hourly.merging_begins(self._tally.judged)
-
-    def _in_one_pass(self, group: Group) -> Group:
-        """If the base is larger than the memory, its adapters are merged in one pass over its files."""
-        weights = group.files.weights if group.files is not None else ()
-        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
-        if note is None:
-            return group
-        self._view.note(note)
-        return replace(group, one_pass=True)
 
     def _merge(self) -> None:
         if not self._groups:
             self._worker.end()
         if self._options.ray is None:
-            supervise(self._job(), self._on_event, self._worker)
+            supervise(self._job(), self._on_event, self._worker, self._fed.feeds)
         elif self._groups:
             judge_on_ray(self._options.ray, self._job(), self._on_event, self._watch)
 
@@ -318,6 +314,11 @@ class _Run:
 
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
+        directory = base_directory(entry)
+        if (unproven := self._fed.unproven(directory)) is not None:
+            self._settle_undecided(protocol.Undecided(task=index, refusal=unproven))
+            return
+        self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
         self._unstored[index] = CachedVerdict(adapter=report, base=base)

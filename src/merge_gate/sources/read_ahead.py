@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from merge_gate.records.files import FileIdentity
 from merge_gate.sources.digests import Digests, widened
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan
 from merge_gate.sources.window import Window, WindowSlot
@@ -25,6 +26,10 @@ class BaseBytes(Protocol):
     @property
     def sha256(self) -> Mapping[str, str]:
         """The digests that are expected, for files for which they are known."""
+
+    @property
+    def identity(self) -> tuple[FileIdentity, ...]:
+        """The identity of the files in the base's directory, before the first byte was read."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the file's bytes from `start` on, or raise a `SourceError`."""

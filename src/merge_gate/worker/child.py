@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError, Refused, Undecidable
-from merge_gate.files.identity import base_identity
+from merge_gate.files.identity import base_bytes, base_identity
 from merge_gate.records.files import FileIdentity
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
@@ -34,7 +34,7 @@ from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
 from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.memory import MemoryGroup, gibibytes
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
 from merge_gate.worker.protocol import (
     BaseLoaded,
@@ -346,6 +346,7 @@ def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> Ba
 def _load(group: Group, model_class: ModelClass, job: Job) -> Base:
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
 
+    _refuse_stubs(group, model_class)
     give_back()
     return bases.load_base(group.directory, model_class=model_class, **_how_to_load(group, job))
 
@@ -360,6 +361,21 @@ def _how_to_load(group: Group, job: Job) -> dict[str, Any]:
         "trust_remote_code": job.trust_remote_code,
         "allow_pickle": job.allow_pickle,
     }
+
+
+def _refuse_stubs(group: Group, model_class: ModelClass) -> None:
+    """The weight files of a streamed base are stubs, with headers and without values. Nothing may load them.
+
+    Raises:
+        EngineError: the base is streamed.
+    """
+    if group.files is not None and group.files.is_streamed:
+        stored = gibibytes(base_bytes(group.directory) or 0)
+        raise EngineError(
+            f"base {group.base.name} cannot be streamed: {model_class.class_name} has to be loaded by transformers "
+            f"itself, from {stored} of files",
+            hint="set access: download for this base",
+        )
 
 
 def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None:

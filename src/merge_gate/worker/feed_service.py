@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 
 from merge_gate.errors import GateError
 from merge_gate.files.base_files import loaded_files
+from merge_gate.records.files import FileIdentity
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.digests import Digests, widened
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan
@@ -60,16 +61,16 @@ class FedBase:
 class Feeds:
     """The bases of one run that are fed: those with known `files` (by directory), and others as local directories.
 
-    `on_complete` is called with the directory, the files, and the digest of each file, when all bytes of a base have
-    passed, by a thread of the service.
+    `on_complete` is called when all bytes of a base have passed, by a thread of the service: with the directory, the
+    identity of its files, and the digest of each weight file.
     """
 
     def __init__(
         self,
         files: Mapping[str, BaseBytes] | None = None,
-        on_complete: Callable[[str, BaseBytes, Mapping[str, str]], None] = lambda *_: None,
+        on_complete: Callable[[str, tuple[FileIdentity, ...], Mapping[str, str]], None] = lambda *_: None,
     ) -> None:
-        self._files, self._on_complete = files or {}, on_complete
+        self._files, self._on_complete = files if files is not None else {}, on_complete
         self._bases: dict[str, FedBase] = {}
 
     def open(self, group: Group) -> FedBase:
@@ -80,8 +81,10 @@ class Feeds:
         """
         directory = group.directory
         if directory not in self._bases:
+            if directory not in self._files and group.files is not None and group.files.is_streamed:
+                raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
             files = self._files.get(directory) or _local(group)
-            self._bases[directory] = FedBase(files, lambda known: self._on_complete(directory, files, known))
+            self._bases[directory] = FedBase(files, lambda known: self._on_complete(directory, files.identity, known))
         return self._bases[directory]
 
 

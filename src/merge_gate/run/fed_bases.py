@@ -1,0 +1,80 @@
+"""The bases of a run whose weight files this process reads for the worker, because the worker should not map them.
+
+In: bases on the Hub that are not downloaded, and the groups of the run. Out: groups that say how their base is read,
+and whether all bytes of a streamed base had the digests that the Hub lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from merge_gate.files.base_watch import BaseWatch
+from merge_gate.records.refusals import NotJudged
+from merge_gate.sources.mounts import network_file_system
+from merge_gate.worker.confine.private_directory import private_directory
+from merge_gate.worker.feed_service import Feeds
+from merge_gate.worker.memory import MemoryGroup, too_large
+from merge_gate.worker.protocol import Group
+
+if TYPE_CHECKING:
+    from merge_gate.files.resolve import Streamable
+    from merge_gate.sources.read_ahead import BaseBytes
+
+
+class FedBases:
+    """Use it in a `with` block: leaving it removes what was laid out.
+
+    `is_remote`: the adapters are merged on other machines, so this process feeds no worker.
+    """
+
+    def __init__(self, watch: BaseWatch, notify: Callable[[str], None], *, is_remote: bool = False) -> None:
+        self._watch, self._notify, self._is_remote = watch, notify, is_remote
+        self._stack = contextlib.ExitStack()
+        self._parent: str | None = None
+        self._streamed: dict[str, BaseBytes] = {}
+        self.feeds = Feeds(self._streamed, watch.passed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stack.close()
+
+    def lay_out(self, base: Streamable) -> str:
+        """Make a directory with the small files of a base on the Hub, and with a stub of each weight file."""
+        from merge_gate.sources.streamed_bases import lay_out  # noqa: PLC0415 - imports huggingface_hub
+
+        if self._parent is None:
+            self._parent = self._stack.enter_context(private_directory())
+        directory, files = lay_out(base, self._parent)
+        self._streamed[directory] = files
+        self._watch.listed(directory, files.identity, files.sha256)
+        return directory
+
+    def schedule(self, group: Group) -> Group:
+        """Decide how a group's base is read, and hash it if its bytes do not pass through this process."""
+        weights = group.files.weights if group.files is not None else ()
+        if group.directory in self._streamed:
+            return replace(group, one_pass=True, fed=True)
+        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
+        if note is not None:
+            self._notify(note)
+        is_on_network = network_file_system([Path(group.directory, name) for name in weights]) is not None
+        is_fed = (note is not None or is_on_network) and not self._is_remote
+        if not is_fed:
+            self._watch.start(group.directory)
+        return replace(group, one_pass=note is not None, fed=is_fed)
+
+    def unproven(self, directory: str) -> NotJudged | None:
+        """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""
+        if directory not in self._streamed or self._watch.digest(directory) is not None:
+            return None
+        return NotJudged(
+            message="the weights of the streamed base were not read to their end, so their SHA-256 is not known",
+            hint="run the gate again, or set access: download",
+        )

@@ -1,0 +1,145 @@
+"""A base on the Hub is judged without a download: same verdicts as from the disk, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.command import Answer, merge_gate, strict_json
+from tests.support.faults import poison
+from tests.support.hub import LoopbackHub
+from tests.support.models import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from tests.support.models import Shelf
+
+BASE, TOKEN = "acme/llama", "hf_loopback"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+REPORT = Path("merge-gate-report", "report.json")
+
+
+@dataclass
+class Place:
+    """A directory with adapters, a Hub that has their base, and what was on the disk during the runs."""
+
+    directory: Path
+    hub: LoopbackHub
+    commit: str
+    blocks: dict[str, int] = field(default_factory=dict)
+    """The blocks that each stub took on the disk while bytes of the base were requested."""
+
+    def run(self, *words: str, base: str = BASE, **keys: str) -> tuple[Answer, dict[str, Any]]:
+        config = {
+            "version": 1,
+            "base": {"model": base} | keys,
+            "adapters": ["./adapters/*"],
+            "checks": {"base-mismatch": "off"},
+        }
+        (self.directory / "gate.yml").write_text(json.dumps(config))
+        temporary = self.directory / "tmp"
+        temporary.mkdir(exist_ok=True)
+
+        def look(path: str) -> None:
+            if path.startswith("/cdn/"):
+                stubs = temporary.glob("merge-gate-worker-*/base-*/*.safetensors")
+                self.blocks |= {stub.name: stub.stat().st_blocks for stub in stubs}
+
+        self.hub.on_request = look
+        answer = merge_gate(
+            "run",
+            "gate.yml",
+            *words,
+            cwd=self.directory,
+            HF_ENDPOINT=self.hub.url,
+            HF_HOME=str(self.directory / "cache"),
+            HF_HUB_OFFLINE="0",
+            HF_TOKEN=TOKEN,
+            TMPDIR=str(temporary),
+        )
+        return answer, strict_json(self.directory / REPORT)
+
+
+def lay_base(shelf: Shelf, directory: Path) -> None:
+    """The tiny base in two shards."""
+    directory.mkdir()
+    tensors = read_tensors(shelf.base("llama"), "model.safetensors")
+    shutil.copy(shelf.base("llama") / "config.json", directory)
+    names = sorted(tensors)
+    listed = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    for shard in SHARDS:
+        write_tensors(directory, {name: tensors[name] for name in names if listed[name] == shard}, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+
+
+@pytest.fixture(scope="module")
+def served(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    directory = tmp_path_factory.mktemp("streamed")
+    lay_base(shelf, directory / "base")
+    for name, break_ in (("good", None), ("nan", poison("lora_B", where="last"))):
+        shutil.copytree(shelf.adapter("plain"), directory / "adapters" / name)
+        if break_ is not None:
+            break_(directory / "adapters" / name)
+    with LoopbackHub() as hub:
+        files = {file.name: file.read_bytes() for file in (directory / "base").iterdir()}
+        commit = hub.add_repo(BASE, files, private=True, token=TOKEN)
+        yield Place(directory=directory, hub=hub, commit=commit)
+
+
+@pytest.fixture
+def place(served: Place) -> Iterator[Place]:
+    served.hub.requests.clear()
+    served.hub.damages.clear()
+    served.hub.failures.clear()
+    yield served
+    shutil.rmtree(served.directory / "cache", ignore_errors=True)
+
+
+def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the report says of the adapters, without times, and without the name of the base."""
+    keys = ("name", "verdict", "cause", "findings", "coverage", "files", "largest", "layers")
+    return [{key: one.get(key) for key in keys} for one in report["adapters"]]
+
+
+def stored(place: Place) -> list[str]:
+    """The weight files of the base on the disk."""
+    return [path.name for path in (place.directory / "cache").rglob("*.safetensors")]
+
+
+def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Place) -> None:
+    local, from_disk = place.run(base="./base")
+    answer, streamed = place.run(access="stream")
+    assert (local.code, answer.code) == (1, 1), answer.said
+    assert [one["verdict"] for one in streamed["adapters"]] == ["passed", "failed"], answer.said
+    assert compared(streamed) == compared(from_disk)
+    (of_disk,), (of_stream,) = from_disk["bases"], streamed["bases"]
+    assert of_stream["sha256"] == of_disk["sha256"]
+    assert of_stream["revision"] == place.commit
+    assert of_stream["parameters"] == of_disk["parameters"]
+
+
+def test_no_weight_is_on_the_disk_and_the_token_goes_to_the_hub_alone(place: Place) -> None:
+    answer, _ = place.run("--access", "stream")
+    assert answer.code == 1, answer.said
+    assert stored(place) == []
+    assert set(place.blocks) == set(SHARDS)
+    assert max(place.blocks.values()) * 512 <= 8192, "the header, and no data"
+    assert not list((place.directory / "tmp").iterdir())
+    assert {one.token for one in place.hub.requests if one.path.startswith("/cdn/")} == {None}
+    assert {one.token for one in place.hub.requests if "/resolve/" in one.path} == {TOKEN}
+    resolved = [one.path for one in place.hub.requests if "/resolve/" in one.path and one.path.endswith(SHARDS)]
+    assert len(resolved) == len(SHARDS), "one resolver call for each file"
+
+
+@pytest.mark.parametrize("kind", ["other", "whole", "shifted"])
+def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -> None:
+    place.hub.damage("/cdn/", kind)
+    answer, report = place.run("--access", "stream")
+    assert answer.code == 3, answer.said
+    assert {one["verdict"] for one in report["adapters"]} == {"error"}
+    assert stored(place) == []

@@ -1,0 +1,162 @@
+"""Ranges of a file on a Hub on the loopback interface, spoken to by the real huggingface_hub, with faults."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+from huggingface_hub import constants
+
+from merge_gate.sources import hub_file
+from merge_gate.sources.feed import SourceError
+from merge_gate.sources.hub_file import MOST_TRIES, HubFile, refuse_private
+from tests.support.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONTENT = random.Random(0).randbytes(100_000)
+REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
+        yield hub
+
+
+@pytest.fixture
+def commit(hub: LoopbackHub) -> str:
+    return hub.add_repo(REPOSITORY, {NAME: CONTENT, "config.json": b"{}"}, gated=True, token=TOKEN)
+
+
+def read(file: HubFile, start: int, size_bytes: int) -> bytes:
+    buffer = bytearray(size_bytes)
+    file.read_into(start, memoryview(buffer))
+    return bytes(buffer)
+
+
+def opened(commit: str, name: str = NAME) -> HubFile:
+    return HubFile(REPOSITORY, commit, name, token=TOKEN)
+
+
+def test_any_range_has_the_bytes_of_the_file(commit: str) -> None:
+    file = opened(commit)
+    assert file.size_bytes == len(CONTENT)
+    assert file.sha256 is not None
+    for start, size_bytes in ((0, 1), (0, len(CONTENT)), (99_999, 1), (12_345, 54_321)):
+        assert read(file, start, size_bytes) == CONTENT[start : start + size_bytes]
+
+
+def test_the_resolver_is_asked_once_and_the_token_goes_to_the_hub_alone(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    for start in range(0, 50_000, 10_000):
+        read(file, start, 10_000)
+    resolved = [request for request in hub.requests if "/resolve/" in request.path]
+    served = [request for request in hub.requests if request.path.startswith("/cdn/")]
+    assert [request.token for request in resolved] == [TOKEN]
+    assert [request.token for request in served] == [None] * 5
+
+
+def test_a_file_that_the_hub_serves_itself_needs_the_token(hub: LoopbackHub, commit: str) -> None:
+    assert read(opened(commit, "config.json"), 0, 2) == b"{}"
+    assert {request.token for request in hub.requests} == {TOKEN}
+
+
+@pytest.mark.parametrize("kind", ["cut", "short"])
+def test_a_read_that_breaks_off_goes_on_where_it_stopped(kind: str, hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.damage("/cdn/", kind, times=3)
+    assert read(file, 1_000, 80_000) == CONTENT[1_000:81_000]
+    starts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in hub.ranges]
+    assert starts == sorted(starts)
+    assert len(set(starts)) == 4
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_failure_is_tried_again_after_the_pause_that_the_server_asks_for(
+    status: int, hub: LoopbackHub, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 60.0)
+    pauses: list[float] = []
+    file = HubFile(REPOSITORY, commit, NAME, token=TOKEN, sleep=pauses.append)
+    hub.fail("/cdn/", status, times=2, Retry_After="7")
+    assert read(file, 0, 10) == CONTENT[:10]
+    assert pauses == [7.0, 7.0]
+    hub.fail("/cdn/", status, times=2)
+    assert read(file, 0, 10) == CONTENT[:10]
+    assert pauses[2:] == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_failure_that_lasts_is_an_error(status: int, hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.fail("/cdn/", status)
+    with pytest.raises(SourceError) as raised:
+        read(file, 0, 10)
+    assert str(status) in raised.value.message
+    assert len([path for path in hub.paths("GET") if path.startswith("/cdn/")]) == MOST_TRIES
+
+
+def test_an_address_that_has_expired_is_asked_for_again(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.fail("/cdn/", 403, times=1)
+    assert read(file, 0, 10) == CONTENT[:10]
+    assert len([path for path in hub.paths("HEAD") if "/resolve/" in path]) == 2
+
+
+@pytest.mark.parametrize("kind", ["whole", "shifted"])
+def test_bytes_that_were_not_asked_for_are_refused(kind: str, hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.damage("/cdn/", kind)
+    with pytest.raises(SourceError):
+        read(file, 10, 10)
+    assert len(hub.paths("GET")) == 1, "no second try of what cannot become right"
+
+
+def test_a_redirect_of_the_bytes_is_refused(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.fail("/cdn/", 302, Location=hub.url + "/elsewhere")
+    with pytest.raises(SourceError):
+        read(file, 0, 10)
+    assert "/elsewhere" not in hub.paths()
+
+
+def test_a_file_that_is_replaced_is_refused(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    read(file, 0, 10)
+    hub.repos[REPOSITORY].commits[commit][NAME] = CONTENT[::-1]
+    hub.fail("/cdn/", 403, times=1)
+    with pytest.raises(SourceError):
+        read(file, 0, 10)
+
+
+def test_another_commit_is_refused(hub: LoopbackHub, commit: str) -> None:
+    repo = hub.repos[REPOSITORY]
+    repo.refs["0" * 40] = commit
+    with pytest.raises(SourceError):
+        opened("0" * 40)
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "refused"),
+    [
+        ("http://169.254.169.254/latest/meta-data", "https://8.8.8.8", True),
+        ("http://[::1]/x", "https://8.8.8.8", True),
+        ("http://10.0.0.7/x", "https://8.8.8.8", True),
+        ("https://8.8.4.4/x", "https://8.8.8.8", False),
+        ("http://10.0.0.7/x", "http://10.0.0.1", False),
+    ],
+)
+def test_an_address_in_a_private_network_is_for_private_mirrors(url: str, endpoint: str, refused: bool) -> None:
+    if not refused:
+        refuse_private(url, endpoint)
+        return
+    with pytest.raises(SourceError):
+        refuse_private(url, endpoint)
