@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections import Counter
@@ -25,7 +26,7 @@ from merge_gate.engine.tensors.threads import AHEAD
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
-from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.sources.feed import FileSpan, LocalFeed, SourceError
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.confine import sandbox
 from merge_gate.worker.protocol import BaseLoaded, DeviceChosen, Group, Job, Merged, MergeStarted, Task
@@ -33,7 +34,7 @@ from tests.support import methods
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.faults import configure
 from tests.support.merged import kept
-from tests.support.models import VARIANTS
+from tests.support.models import VARIANTS, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -149,7 +150,10 @@ def test_layers_that_peft_merges_are_read_once_too(
         methods.save_adapter(methods.find(adapter.name), model, adapter, base_directory=directory)
     feed = CountingFeed(str(directory))
     base = fed(directory, adapters[0], feed)
-    together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
+    worked: list[str] = []
+    requests = [replace(request(base, one), on_work=functools.partial(worked.append, one.name)) for one in adapters]
+    together = [one for one in merge_together(requests) if one is not None]
+    assert worked.count("loha-linear") == 2 + together[0].layers_by_peft
     assert len(feed.reads) == len(set(feed.reads)) == len(base.tensors)
     assert [one.layers_by_peft > 0 for one in together] == [True, True, True, False]
     _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
@@ -316,6 +320,39 @@ def test_a_worker_reports_the_facts_once_they_are_known(
     assert (loaded.measured, loaded_whole.measured) == (False, True)
     assert measured.facts == loaded_whole.facts != loaded.facts
     assert [comparable(one.evidence) for one in merged] == [comparable(one.evidence) for one in merged_whole]
+
+
+def test_a_second_class_is_measured_with_the_first_one(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Heads of a fleet: each class is a skeleton of its own, and of the body only merged tensors are read again."""
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    directory = shelf.base("llama")
+    classifier = shutil.copytree(shelf.adapter("plain"), tmp_path / "classifier")
+    configure(task_type="SEQ_CLS")(classifier)
+    head = {"base_model.model.score.weight": torch.ones(3, 32)}
+    write_tensors(classifier, read_tensors(classifier) | head)
+    reads: list[FileSpan] = []
+    own = LocalFeed.read
+
+    def read(self: LocalFeed, file: str, start: int, into: memoryview) -> None:
+        reads.append(FileSpan(file=file, start=start, end=start + into.nbytes))
+        own(self, file, start, into)
+
+    monkeypatch.setattr(LocalFeed, "read", read)
+    files = [preflight(str(adapter), allow_pickle=False) for adapter in (shelf.adapter("plain"), classifier)]
+    tasks = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
+    group = Group(base=key, directory=str(directory), tasks=tasks, one_pass=True)
+    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+    loaded = [event for event in events if isinstance(event, BaseLoaded)]
+    assert [event.measured for event in loaded] == [False, True]
+    assert len({event.facts.loaded_as for event in loaded}) == 2
+    assert [event.evidence.refusal for event in events if isinstance(event, Merged)] == [None, None]
+    assert len(reads) < 2 * len(set(reads))
+    whole = judge_job(Job(groups=(replace(group, one_pass=False),), device="cpu"), lambda _: None, Sandbox())
+    evidence = [[comparable(one.evidence) for one in found if isinstance(one, Merged)] for found in (events, whole)]
+    assert evidence[0] == evidence[1]
 
 
 def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
+    from merge_gate.engine.base.skeleton import FiguresBySpan
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
@@ -237,10 +238,13 @@ class _Bases:
         """Make `base` this class: of the base in the class before, if that is possible."""
         group, held, self.base = self.group, self.base, None
         base = _in_another_class(held, model_class)
+        figures = _figures(held)
         del held  # a base that is not needed is released before the next one is loaded
         if base is None:
-            self.identity = base_identity(group.directory)
+            before, self.identity = self.identity, base_identity(group.directory)
             base = _skeleton(group, model_class, self.job, self.feed)
+            if base is not None and before == self.identity:
+                _reuse(base, figures)
             base = base or self.mapped.cast(model_class, group, self.identity, self.job)
             base = base or _load(group, model_class, self.job)
         verify_base(group.directory, group.base.name, self.identity)
@@ -341,6 +345,19 @@ def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> Ba
         return skeleton_of(source, model_class, stored or stored_tensors(group.directory), feed)
     except (NoSkeletonError, NoMapError):
         return None
+
+
+def _figures(base: Base | None) -> FiguresBySpan:
+    """What is known of the files' tensors, if the base has no memory; {} otherwise."""
+    from merge_gate.engine.base.skeleton import figures_by_span  # noqa: PLC0415 - imports torch
+
+    return figures_by_span(base) if base is not None else {}
+
+
+def _reuse(base: Base, figures: FiguresBySpan) -> None:
+    from merge_gate.engine.base.skeleton import reuse_figures  # noqa: PLC0415 - imports torch
+
+    reuse_figures(base, figures)
 
 
 def _load(group: Group, model_class: ModelClass, job: Job) -> Base:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,12 @@ from merge_gate.engine.base.stored_formats import refuse_other_packing
 from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
+from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed, SourceError
+from merge_gate.sources.feed import Feed, FileSpan, SourceError
 
 MOST_BYTES_TOGETHER = 1 << 29
 """Conversions share a cell up to this size. Beyond, they are filled one by one, and the files are read with jumps."""
@@ -123,12 +124,36 @@ def _made(
     # 3. to 5.
     most_bytes = max(LEAST_KEPT_BYTES, sum(one.span.end - one.span.start for one in spans.values()) // KEPT_SHARE)
     model = _loaded(transformers_class, found, hollow, loading, most_bytes=most_bytes)
-    refuse_other_packing(model, source, "auto" if source.options["dtype"] == "auto" else _name(source.options["dtype"]))
+    refuse_other_packing(
+        model, source, "auto" if source.options["dtype"] == "auto" else dtype_name(source.options["dtype"])
+    )
     return measure_base(model, source, loading, known={}, hollow=hollow, feed=feed)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+FiguresBySpan = Mapping[tuple[FileSpan, ...], TensorStats]
+
+
+def figures_by_span(base: Base) -> FiguresBySpan:
+    """The figures of a skeleton's tensors by what each is read from, for the same files in another class."""
+    return {spans: base.stats[name] for name, spans in _alone(base) if name in base.stats}
+
+
+def reuse_figures(base: Base, known: FiguresBySpan) -> None:
+    """Use figures of another skeleton of the same files, so that only tensors with merges are read again."""
+    for name, spans in _alone(base):
+        stats, tensor = known.get(spans), base.tensors[name]
+        if stats is not None and (stats.dtype, stats.shape) == (dtype_name(tensor.dtype), tuple(tensor.shape)):
+            base.stats[name] = replace(stats, name=name)
+    base.settle()
+
+
+def _alone(base: Base) -> Iterator[tuple[str, tuple[FileSpan, ...]]]:
+    """Tensors that are read from one stored tensor each. One that a load has changed is not among them."""
+    if base.feed is None or base.hollow is None:
+        return
+    for cell in base.hollow.cells(base.tensors):
+        if len(cell.outlines) == len(cell.spans) == 1 and not base.hollow.is_filled(cell):
+            yield from ((name, cell.spans) for name in cell.outlines)
 
 
 # --- 1. ------------------------------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ class Walk:
 
     def merge_beside(self, layer: Any) -> Made | None:
         """PEFT's merge of a layer that is apart. None if it failed: the walk repeats it, and reports it."""
+        self.on_work()
         try:
             with torch.no_grad():
                 return self._made(layer, functools.partial(layer.merge, adapter_names=None), keep_marks=False)
