@@ -37,10 +37,9 @@ from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from merge_gate.records.measured import Evidence, TensorStats
+    from merge_gate.records.measured import Evidence
     from tests.support.models import Shelf
 
 VARIANTS_IN_SLICE = (
@@ -104,11 +103,10 @@ def test_a_method_comes_to_the_same(name: str, dtype: str, tmp_path: Path) -> No
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 
-def fed(directory: Path, adapter: Path, feed: LocalFeed, known: Mapping[str, TensorStats] | None = None) -> Base:
+def fed(directory: Path, adapter: Path, feed: LocalFeed) -> Base:
     model_class = model_class_for(str(directory), preflight(str(adapter), allow_pickle=False))
     with methods.quiet():
-        stored = stored_tensors(str(directory))
-        return skeleton_of(source(directory, "auto"), model_class, stored, feed, known=known)
+        return skeleton_of(source(directory, "auto"), model_class, stored_tensors(str(directory)), feed)
 
 
 def request(base: Base, adapter: Path) -> MergeRequest:
@@ -189,46 +187,6 @@ def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -
     _, real = bases(directory, ModelClass(class_name=type(base.model).__name__), "auto")
     together = [one for one in merge_together([request(base, adapter) for adapter in adapters]) if one is not None]
     assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
-
-
-def test_tensors_with_recorded_figures_are_read_only_if_an_adapter_is_merged_into_them(shelf: Shelf) -> None:
-    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
-    feed = CountingFeed(str(directory))
-    base = fed(directory, adapter, feed)
-    expected = comparable(merge(request(base, adapter)))
-    known = dict(base.stats)
-    read = len(feed.reads)
-    feed.reads.clear()
-    again = fed(directory, adapter, feed, known)
-    assert again.unmeasured() == []
-    assert again.facts == base.facts
-    assert comparable(merge(request(again, adapter))) == expected
-    assert 0 < len(feed.reads) < read / 2
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
-def test_a_record_of_other_values_is_an_error_if_they_are_read(name: str, shelf: Shelf) -> None:
-    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
-    feed = LocalFeed(str(directory))
-    known = dict(bases(directory, ModelClass(class_name="LlamaForCausalLM"), "auto")[1].stats)
-    base = fed(directory, adapter, feed, known | {name: replace(known[name], maximum=7.0)})
-    if "norm" in name:  # nothing reads it
-        assert merge(request(base, adapter)).refusal is None
-    else:
-        with pytest.raises(SourceError, match="q_proj"):
-            merge(request(base, adapter))
-
-
-def test_recorded_figures_of_another_shape_or_dtype_are_not_used(shelf: Shelf) -> None:
-    adapter, directory = shelf.adapter("plain"), shelf.base("llama")
-    known = dict(bases(directory, ModelClass(class_name="LlamaForCausalLM"), "auto")[1].stats)
-    wrong = {
-        "model.norm.weight": replace(known["model.norm.weight"], dtype="float16"),
-        "lm_head.weight": replace(known["lm_head.weight"], shape=(1, 2)),
-        "absent.weight": known["model.norm.weight"],
-    }
-    base = fed(directory, adapter, LocalFeed(str(directory)), known | wrong)
-    assert set(base.unmeasured()) == {"model.norm.weight", "lm_head.weight"}
 
 
 def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_path: Path) -> None:

@@ -143,3 +143,27 @@ def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -
     assert answer.code == 3, answer.said
     assert {one["verdict"] for one in report["adapters"]} == {"error"}
     assert stored(place) == []
+
+
+# --- read: touched -------------------------------------------------------------------------------------------------
+
+
+def test_a_later_run_reads_what_adapters_touch(place: Place) -> None:
+    cache = ("--cache", "records")
+    answer, _ = place.run("--access", "stream", "--read", "touched", *cache)
+    assert answer.code == 2, answer.said
+    runs = []
+    for words in (("--only", "good"), ("--only", "nan"), ("--only", "nan", "--read", "touched", "--refresh")):
+        answer, report = place.run("--access", "stream", *words, *cache)
+        runs.append((answer.code, report))
+    (whole_code, whole), (touched_code, touched), (fresh_code, _) = runs
+    assert (whole_code, touched_code, fresh_code) == (0, 1, 2)
+    (first,), (second,) = whole["adapters"], touched["adapters"]
+    assert first["coverage"]["parameters_from_record"] == 0
+    coverage = second["coverage"]
+    assert 0 < coverage["parameters_from_record"] < coverage["parameters_checked"] == coverage["parameters_total"]
+    assert second["cause"] == "adapter-nonfinite"
+    (of_whole,), (of_touched,) = whole["bases"], touched["bases"]
+    assert of_whole["record"] is None
+    assert of_touched["record"].keys() == {"at", "place"}
+    assert of_touched["parameters"] == of_whole["parameters"]

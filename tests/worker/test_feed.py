@@ -97,7 +97,7 @@ def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
 ) -> None:
     client = ends.client.open(0)
     spans = spans_of(content, seed)
-    client.expect(spans)
+    client.expect(spans, whole=True)
     for span in spans:
         assert read(client, span) == expected(content, span)
     assert ends.base.digests.known == ends.base.files.sha256, "complete when the last read returns"
@@ -106,7 +106,7 @@ def test_spans_that_are_read_in_order_have_the_bytes_of_the_files(
 def test_several_threads_read_in_any_order_and_in_parts(ends: Ends, content: dict[str, bytes]) -> None:
     client = ends.client.open(0)
     spans = spans_of(content)
-    client.expect(spans)
+    client.expect(spans, whole=True)
     halves = [
         FileSpan(file=span.file, start=start, end=end)
         for span in spans
@@ -122,7 +122,7 @@ def test_several_threads_read_in_any_order_and_in_parts(ends: Ends, content: dic
 
 def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Ends, content: dict[str, bytes]) -> None:
     client = ends.client.open(0)
-    client.expect(spans_of(content))  # and no one reads them: the window fills up
+    client.expect(spans_of(content), whole=True)  # and no one reads them: the window fills up
     for start, end in ((0, 1), (PAGE + 3, 19 * PAGE), (20 * PAGE, 20 * PAGE + 7)):
         span = FileSpan(file="0.safetensors", start=start, end=end)
         with ThreadPoolExecutor(3) as pool:
@@ -133,7 +133,7 @@ def test_bytes_that_were_not_announced_come_past_a_full_window(ends: Ends, conte
 def test_announced_bytes_that_are_skipped_do_not_block_later_ones(ends: Ends, content: dict[str, bytes]) -> None:
     client = ends.client.open(0)
     spans = spans_of(content)
-    client.expect(spans)
+    client.expect(spans, whole=True)
     assert read(client, spans[-1]) == expected(content, spans[-1])
     assert read(client, spans[0]) == expected(content, spans[0])
 
@@ -141,7 +141,7 @@ def test_announced_bytes_that_are_skipped_do_not_block_later_ones(ends: Ends, co
 def test_a_second_pass_reads_what_it_needs_and_no_more(ends: Ends, content: dict[str, bytes], tmp_path: Path) -> None:
     client = ends.client.open(0)
     for spans in (spans_of(content), spans_of(content, 1)[3:6]):
-        client.expect(spans)
+        client.expect(spans, whole=True)
         assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
     assert ends.base.digests.are_complete
 
@@ -150,7 +150,7 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[st
     client = ends.client.open(0)
     for seed in range(6):
         spans = spans_of(content, seed)
-        client.expect(spans)
+        client.expect(spans, whole=True)
         for span in spans[: 5 if seed < 5 else None]:
             assert read(client, span) == expected(content, span)
     assert ends.base.digests.are_complete
@@ -162,7 +162,7 @@ def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str
     data[0] ^= 1
     (tmp_path / "2.safetensors").write_bytes(data)
     client = ends.client.open(0)
-    client.expect(spans)
+    client.expect(spans, whole=True)
     with pytest.raises(SourceError):
         read_all(client, spans)
     with pytest.raises(SourceError):
@@ -175,7 +175,7 @@ def test_bytes_that_differ_when_they_are_read_again_are_refused(
 ) -> None:
     client = ends.client.open(0)
     spans = spans_of(content)
-    client.expect(spans)
+    client.expect(spans, whole=True)
     for span in spans:
         read(client, span)
     data = bytearray(content["0.safetensors"])
@@ -193,7 +193,7 @@ def test_a_file_that_is_cut_off_is_an_error_for_both_kinds_of_reads(
     client = ends.client.open(0)
     with pytest.raises(SourceError):
         read(client, FileSpan(file="2.safetensors", start=0, end=9 * PAGE))
-    client.expect(spans_of(content))
+    client.expect(spans_of(content), whole=True)
     with pytest.raises(SourceError):
         read_all(client, spans_of(content))
 
@@ -211,7 +211,7 @@ def test_a_base_that_cannot_be_opened_is_an_error(ends: Ends) -> None:
 
 def test_a_service_that_ends_is_an_error_and_no_hang(ends: Ends, content: dict[str, bytes]) -> None:
     client = ends.client.open(0)
-    client.expect(spans_of(content))
+    client.expect(spans_of(content), whole=True)
     waiting = threading.Timer(0.2, ends.service.close)
     waiting.start()
     with pytest.raises(SourceError):
@@ -229,8 +229,8 @@ SPAN = FileSpan(file="0.safetensors", start=0, end=PAGE)
         BytesRequested(number=-1, span=FileSpan(file="../secret", start=0, end=1)),
         BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=0, end=SIZES[0] + 1)),
         BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=-1, end=1)),
-        SpansExpected(number=1, spans=(SPAN, FileSpan(file="x", start=0, end=1))),
-        SpansExpected(number=1, spans=("0.safetensors",)),  # type: ignore[arg-type]
+        SpansExpected(number=1, spans=(SPAN, FileSpan(file="x", start=0, end=1)), whole=True),
+        SpansExpected(number=1, spans=("0.safetensors",), whole=True),  # type: ignore[arg-type]
         SlotReleased(number=1, start=0),
         Idle(),
     ],

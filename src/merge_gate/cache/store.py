@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Json = Any
 
-KINDS = ("verdicts", "bases", "devices")
+KINDS = ("verdicts", "bases", "devices", "base-records")
 LONGEST_BYTES = 1 << 26
 """A longer file is not read."""
 ABANDONED_S = 86_400.0

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_gate.cache import cached_verdict
+from merge_gate.cache.base_records import BaseRecords
 from merge_gate.cache.cached_verdict import KIND, CachedVerdict
 from merge_gate.cache.device_lookup import KnownDevices, MergeDevice
 from merge_gate.cache.key import Circumstances, key_of, material
@@ -63,6 +64,7 @@ class Cache:
     Attributes:
         resumed: the verdicts in earlier reports; None without `--resume`.
         seen_bases: digests of bases that earlier runs stored; None without a cache directory.
+        base_records: figures of whole bases that earlier runs measured; None without a cache directory.
 
     Raises:
         UsageError: the cache directory cannot be used, or `MERGE_GATE_CACHE_KEY` is too short.
@@ -82,6 +84,7 @@ class Cache:
         self._place = cached_verdict.current_place(environ)
         self._store = Store(options.directory, self._seal, notify) if options.directory is not None else None
         self._devices = KnownDevices(device, self._store, environ)
+        self.base_records = BaseRecords(self._store, self._place, fresh=not options.reuse) if self._store else None
         self.seen_bases = SeenBases(self._store, fresh=not options.reuse) if self._store else None
         self.resumed = ResumedVerdicts(options.resume, self._seal) if options.resume is not None else None
         for note in self.resumed.notes if self.resumed else ():

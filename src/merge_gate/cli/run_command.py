@@ -13,7 +13,7 @@ from merge_gate.cli.gating import gate_adapters, requested_config
 from merge_gate.cli.output import claimed_output, exit_code, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
-from merge_gate.records.terms import Access, Quantization
+from merge_gate.records.terms import Access, Quantization, Read
 from merge_gate.text import one_of
 
 
@@ -42,6 +42,12 @@ def add(commands: Commands[CommandParser]) -> None:
         choices=list(Access),
         help="read the weights of a base on the Hub by a download, by ranges and without the disk (stream), or by "
         "ranges if the disk is too small (auto); default: as the config says, or auto",
+    )
+    run.add_argument(
+        "--read",
+        choices=list(Read),
+        help="read every tensor of a base (whole), or what adapters touch, if a run in --cache has read it whole "
+        "(touched), or what is possible (auto); default: as the config says, or auto",
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
@@ -138,6 +144,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
     more = [word for name in arguments.only for word in ("--only", name)]
     more += [option for option, asked in (("--quick", arguments.quick), ("--refresh", arguments.refresh)) if asked]
     more += ["--access", arguments.access] if arguments.access else []
+    more += ["--read", arguments.read] if arguments.read else []
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
     run = local_run(
@@ -167,6 +174,7 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         only=tuple(arguments.only),
         quick=arguments.quick,
         access=arguments.access and Access(arguments.access),
+        read=arguments.read and Read(arguments.read),
         shard=_shard(arguments),
         ray=_ray(arguments),
         cache=CacheOptions(

@@ -19,7 +19,7 @@ from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
-from merge_gate.records.terms import Access, Quantization, Severity
+from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
 _DEFAULTS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
@@ -213,8 +213,13 @@ class _Build:
         for index in _repeated(entry.dtype):
             self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
         quantization = Quantization(entry.quantization or spec.quantization)
-        access = Access(entry.access or spec.access)
-        return replace(spec, dtypes=tuple(entry.dtype or spec.dtypes), quantization=quantization, access=access)
+        return replace(
+            spec,
+            dtypes=tuple(entry.dtype or spec.dtypes),
+            quantization=quantization,
+            access=Access(entry.access or spec.access),
+            read=Read(entry.read or spec.read),
+        )
 
     def _setting(self, loc: Loc, checks: Any, default: CheckSetting) -> CheckSetting:
         entry: CheckEntry | None = getattr(checks, default.check)

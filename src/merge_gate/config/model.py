@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError, ValidationError, core_schema
 from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.terms import DTYPES, Access, Quantization
+from merge_gate.records.terms import DTYPES, Access, Quantization, Read
 from merge_gate.text import one_of
 
 
@@ -61,6 +61,7 @@ METHODS_WITH = {
 
 Dtype: TypeAlias = Literal[("auto", *DTYPES)]  # type: ignore[valid-type] # mypy cannot read words from a tuple
 QuantizationWord: TypeAlias = Literal[tuple(map(str, Quantization))]  # type: ignore[valid-type] # or from an Enum
+ReadWord: TypeAlias = Literal[tuple(map(str, Read))]  # type: ignore[valid-type] # as above
 AccessWord: TypeAlias = Literal[tuple(map(str, Access))]  # type: ignore[valid-type] # as above
 
 
@@ -208,6 +209,12 @@ class BaseEntry(Model):
         description=f"How the weights of a base on the Hub are read: {one_of(Access)}. download puts them into the "
         "cache, stream reads them by ranges and writes none to disk, auto streams if they do not fit on the disk. "
         "Default: auto.",
+    )
+    read: ReadWord | None = Field(
+        None,
+        description=f"How much of the base is read: {one_of(Read)}. whole reads and measures every tensor, touched "
+        "reads what adapters touch and takes the other figures from a run in --cache that read it whole, auto does so "
+        "if there is such a run. Default: auto.",
     )
 
 

@@ -288,6 +288,7 @@ class _Attempt:
             parameters_checked=walk.ledger.checked,
             parameters_bounded=sum(merge.bounded for merge in merges.values()),
             parameters_total=walk.ledger.total,
+            parameters_from_record=sum(base.stats[name].numel for name in base.recorded - merges.keys()),
         )
 
 

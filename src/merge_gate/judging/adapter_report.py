@@ -88,6 +88,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
         loaded_as=facts.loaded_as,
         replaced=facts.replaced,
         dtypes=facts.dtypes,
+        record=facts.record,
         findings=bounded([*base_checks.findings_of(facts), *findings_of_base(facts), *notes]),
     )
 
@@ -177,5 +178,6 @@ def _coverage(evidence: Evidence) -> Coverage:
         layers_witnessed=len(evidence.cross_checked),
         layers_differing=evidence.differing[:10],
         parameters_bounded=evidence.parameters_bounded,
+        parameters_from_record=evidence.parameters_from_record,
         parameters_total=evidence.parameters_total,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Severity, record
+from merge_gate.records.terms import Access, BaseKey, BaselineEntry, Quantization, Read, Severity, record
 
 COMMAND_LINE = "the command line"
 """What a configuration is called if the adapters are named on the command line."""
@@ -34,6 +34,7 @@ class BaseSpec:
         dtypes: `auto` or names of `DTYPES`. Each one is checked.
         quantization: how the base is quantized when it is loaded.
         access: how its weights are read, if it is on the Hub.
+        read: how much of its weights is read.
     """
 
     model: str | None = None
@@ -42,6 +43,7 @@ class BaseSpec:
     dtypes: tuple[str, ...] = ("auto",)
     quantization: Quantization = Quantization.NONE
     access: Access = Access.AUTO
+    read: Read = Read.AUTO
 
     def key(self, dtype: str = "auto") -> BaseKey:
         """The base in one of its dtypes, as the configuration asks for it."""

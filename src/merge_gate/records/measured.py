@@ -138,13 +138,22 @@ class UnreadLayer:
 
 
 @record
+class RecordedRun:
+    """The run that measured a whole base."""
+
+    at: str = reported("Time of the run, in UTC.")
+    place: str = reported("The CI run, or the name of the machine.")
+
+
+@record
 class BaseFacts:
     """The measured base. `parameters` counts elements of parameters and persistent buffers.
 
     `loaded_as` is the class of the model. `replaced` names the tensors of its own head that the adapters replace by a
     head of another size. `quantization` and `dtype` are those of the loaded model. `dtypes` counts the parameters of
     each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack.
-    `unloaded` are stored tensors that are not part of the model.
+    `unloaded` are stored tensors that are not part of the model. `record` names the earlier run that measured the
+    tensors that this one does not read.
     """
 
     model: str
@@ -158,10 +167,38 @@ class BaseFacts:
     replaced: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
+    record: RecordedRun | None = None
 
     @property
     def key(self) -> BaseKey:
         return BaseKey(model=self.model, revision=self.revision, dtype=self.dtype, quantization=self.quantization)
+
+
+@record
+class BaseRecord:
+    """The figures of every tensor of a base that its files hold, from a run that read the base whole.
+
+    `model_class` names the class and the size of its head (`LlamaForCausalLM`, `BertForTokenClassification/7`).
+    """
+
+    model_class: str = reported("The class of transformers that the base was loaded as, and the size of its head.")
+    figures: tuple[TensorStats, ...] = reported("The figures of each tensor.")
+    run: RecordedRun | None = reported("The run that measured them.", default=None)
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether each tensor comes once, and its figures do not contradict its size."""
+        names = [one.name for one in self.figures]
+        return len(names) == len(set(names)) and all(_is_plausible(one) for one in self.figures)
+
+
+def _is_plausible(stats: TensorStats) -> bool:
+    broken = stats.nan + stats.posinf + stats.neginf
+    if min(stats.nan, stats.posinf, stats.neginf, *stats.shape, 0) < 0 or stats.numel != math.prod(stats.shape):
+        return False
+    if stats.minimum is None or stats.maximum is None:
+        return stats.minimum is stats.maximum and broken == stats.numel
+    return stats.minimum <= stats.maximum and broken < stats.numel
 
 
 @record
@@ -184,6 +221,7 @@ class Evidence:
         layers_by_peft: how many layers PEFT itself merged.
         cross_checked: layers merged in blocks that PEFT merged as well, with the same bits.
         differing: layers for which PEFT's bits differed. PEFT then merged all layers.
+        parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
     """
@@ -213,6 +251,7 @@ class Evidence:
     parameters_checked: int = 0
     parameters_bounded: int = 0
     parameters_total: int = 0
+    parameters_from_record: int = 0
     seconds: float = 0.0
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_gate.records.terms import Access, record
+from merge_gate.records.terms import Access, Read, record
 
 
 @record
@@ -32,6 +32,7 @@ class RunOptions:
         shard: (I, N), the I-th of N parts of the run; None for all of it.
         ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
         access: How the weights of bases on the Hub are read (`--access`); None reads them as the configuration says.
+        read: How much of the bases is read (`--read`); None reads as much as the configuration says.
         cache: Which verdicts of earlier runs are reused, and where new ones are stored.
     """
 
@@ -42,4 +43,5 @@ class RunOptions:
     shard: tuple[int, int] | None = None
     ray: str | None = None
     access: Access | None = None
+    read: Read | None = None
     cache: CacheOptions = CacheOptions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from merge_gate.records.files import FileRecord
-from merge_gate.records.measured import TensorMerge
+from merge_gate.records.measured import RecordedRun, TensorMerge
 from merge_gate.records.terms import BaseKey, BaselineEntry, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
@@ -38,6 +38,10 @@ class Coverage:
     )
     parameters_bounded: int = reported(
         "Checked elements that were not merged one by one, because a bound proves them finite; 0 without `--quick`.",
+        default=0,
+    )
+    parameters_from_record: int = reported(
+        "Checked elements that an earlier run measured, and that this run did not read; 0 if the base was read whole.",
         default=0,
     )
     parameters_total: int = reported("Elements of the merged model.", default=0)
@@ -142,6 +146,10 @@ class BaseReport:
     replaced: tuple[str, ...] = reported(
         "Tensors of its own head that were replaced, because the adapters have a head with another number of labels.",
         default=(),
+    )
+    record: RecordedRun | None = reported(
+        "The earlier run that measured the tensors that this run did not read; null if the base was read whole.",
+        default=None,
     )
 
     @property

@@ -94,6 +94,14 @@ class Access(StrEnum):
     STREAM = "stream"
 
 
+class Read(StrEnum):
+    """How much of a base is read: all of it, or what adapters touch if an earlier run has read all of it."""
+
+    AUTO = "auto"
+    WHOLE = "whole"
+    TOUCHED = "touched"
+
+
 QUANTIZED_BY = {Quantization.BNB_8BIT: "bitsandbytes", Quantization.BNB_4BIT: "bitsandbytes"}
 """The package that quantizes."""
 

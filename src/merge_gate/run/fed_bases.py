@@ -13,8 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.records.refusals import NotJudged
+from merge_gate.records.terms import Read
 from merge_gate.sources.mounts import network_file_system
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.feed_service import Feeds
@@ -22,18 +24,30 @@ from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import Group
 
 if TYPE_CHECKING:
+    from merge_gate.cache.base_records import BaseRecords
     from merge_gate.files.resolve import Streamable
+    from merge_gate.records.measured import BaseRecord
     from merge_gate.sources.read_ahead import BaseBytes
 
 
 class FedBases:
     """Use it in a `with` block: leaving it removes what was laid out.
 
-    `is_remote`: the adapters are merged on other machines, so this process feeds no worker.
+    `records` are figures of bases that earlier runs measured. `is_remote`: the adapters are merged on other machines,
+    so this process feeds no worker.
     """
 
-    def __init__(self, watch: BaseWatch, notify: Callable[[str], None], *, is_remote: bool = False) -> None:
+    def __init__(
+        self,
+        watch: BaseWatch,
+        notify: Callable[[str], None],
+        *,
+        records: BaseRecords | None = None,
+        is_remote: bool = False,
+    ) -> None:
         self._watch, self._notify, self._is_remote = watch, notify, is_remote
+        self._records = records if not is_remote else None
+        self._measured: list[tuple[Group, BaseRecord]] = []
         self._stack = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
@@ -56,8 +70,47 @@ class FedBases:
         self._watch.listed(directory, files.identity, files.sha256)
         return directory
 
-    def schedule(self, group: Group) -> Group:
-        """Decide how a group's base is read, and hash it if its bytes do not pass through this process."""
+    def schedule(self, group: Group, read: Read = Read.AUTO) -> Group:
+        """Decide how a group's base is read, and hash it if its bytes do not pass through this process.
+
+        Raises:
+            UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
+        """
+        records = self._recorded(group, read)
+        scheduled = self._scheduled(group, always=read is Read.TOUCHED)
+        if not scheduled.one_pass and not scheduled.fed:
+            records = ()  # the base is mapped, and measuring it costs little
+        return replace(scheduled, records=records, keeps_record=self._records is not None and not records)
+
+    def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
+        if self._records is None or read is Read.WHOLE:
+            found: tuple[BaseRecord, ...] = ()
+        else:
+            self._watch.recall(group.directory)
+            content = self._watch.content(group.directory)
+            found = self._records.lookup(group.base, content) if content is not None else ()
+        if not found and read is Read.TOUCHED:
+            raise UsageError(
+                f"--read touched needs a run that has read the whole base {group.base.name} ({group.base.dtype}), with "
+                "the same versions, and its record in --cache: there is none",
+                hint="run once with --read whole and the same --cache; a base in a directory is known again only while "
+                "its files are unchanged and the machine was not restarted",
+            )
+        return found
+
+    def measured(self, group: Group, record: BaseRecord) -> None:
+        """This run has measured the whole base of a group."""
+        self._measured.append((group, record))
+
+    def store_records(self) -> None:
+        """Store what this run measured of bases whose bytes have a digest."""
+        for group, record in self._measured:
+            content = self._watch.content(group.directory)
+            if self._records is not None and content is not None and self._watch.digest(group.directory) is not None:
+                self._records.store(group.base, content, record)
+
+    def _scheduled(self, group: Group, *, always: bool) -> Group:
+        """`always`: the base is read in a pass, whatever its size."""
         weights = group.files.weights if group.files is not None else ()
         if group.directory in self._streamed:
             return replace(group, one_pass=True, fed=True)
@@ -68,7 +121,7 @@ class FedBases:
         is_fed = (note is not None or is_on_network) and not self._is_remote
         if not is_fed:
             self._watch.start(group.directory)
-        return replace(group, one_pass=note is not None, fed=is_fed)
+        return replace(group, one_pass=note is not None or always, fed=is_fed)
 
     def unproven(self, directory: str) -> NotJudged | None:
         """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""

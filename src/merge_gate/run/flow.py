@@ -34,7 +34,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report, Shard
-from merge_gate.records.terms import Access, Origin, Quantization
+from merge_gate.records.terms import Access, Origin, Quantization, Read
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.run.fed_bases import FedBases
@@ -148,7 +148,7 @@ class _Run:
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
         self._tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._fed = FedBases(self._watch, view.note, is_remote=options.ray is not None)
+        self._fed = FedBases(self._watch, view.note, records=cache.base_records, is_remote=options.ray is not None)
         self._worker = worker or WorkerSlot()
         self._writer = ReportWriter(options.output, view.note)
         self._hourly = HourlyLog()
@@ -235,8 +235,13 @@ class _Run:
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
         groups = group_by_base(to_merge.items(), quick=self._options.quick)
-        self._groups = tuple(map(self._fed.schedule, groups))
+        self._groups = tuple(self._fed.schedule(group, self._read_of(group)) for group in groups)
         self._hourly.merging_begins(self._tally.judged)
+
+    def _read_of(self, group: Group) -> Read:
+        """How much of a group's base is read: as much as any of its adapters asks for."""
+        asked = {self._options.read or self._tally.entries[task.index].spec.base.read for task in group.tasks}
+        return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)
 
     def _merge(self) -> None:
         if not self._groups:
@@ -269,6 +274,8 @@ class _Run:
                 self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
             case protocol.BaseMeasured():
                 group = self._groups[event.group]
+                if event.record is not None:
+                    self._fed.measured(group, event.record)
                 self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()
@@ -315,7 +322,7 @@ class _Run:
     def _judge(self, index: int, evidence: Evidence) -> None:
         entry = self._tally.entries[index]
         directory = base_directory(entry)
-        if (unproven := self._fed.unproven(directory)) is not None:
+        if evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
             self._settle_undecided(protocol.Undecided(task=index, refusal=unproven))
             return
         self._watch.start(directory)  # unless its bytes passed through this process
@@ -368,6 +375,7 @@ class _Run:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
         self._store_verdicts()
+        self._fed.store_records()
         self._withdraw_void()
         report = self._tally.report(complete=True)
         try:

@@ -37,8 +37,11 @@ class SourceError(EngineError):
 class Feed(Protocol):
     """Where the bytes of a base come from. All methods may be called by several threads."""
 
-    def expect(self, spans: Sequence[FileSpan]) -> None:
-        """Announce the spans that will be read, in this order, so that they can be read ahead."""
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Announce the spans that will be read, in this order, so that they can be read ahead.
+
+        With `whole`, the rest of the files is read too, so that their digests are known.
+        """
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the file from `start` on, announced or not.
@@ -75,7 +78,7 @@ class LocalFeed:
                     os.close(descriptor)
             self._files.clear()
 
-    def expect(self, spans: Sequence[FileSpan]) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to prepare: the system reads ahead."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:

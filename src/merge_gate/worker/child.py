@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.errors import EngineError, Refused, Undecidable
 from merge_gate.files.identity import base_bytes, base_identity
 from merge_gate.records.files import FileIdentity
-from merge_gate.records.measured import Evidence
+from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import Quantization
@@ -232,6 +232,7 @@ class _Bases:
     mapped: MappedBases
     feed: Feed
     base: Base | None = None
+    model_class: ModelClass | None = None
     identity: tuple[FileIdentity, ...] = ()
 
     def load(self, model_class: ModelClass, account: Account) -> None:
@@ -249,8 +250,17 @@ class _Bases:
             base = base or _load(group, model_class, self.job)
         verify_base(group.directory, group.base.name, self.identity)
         _settle(base, account, group.directory)
+        record = next((one for one in group.records if one.model_class == model_class.label), None)
+        if record is not None and base.feed is not None:
+            base.adopt(record)
         self.mapped.add(model_class, base, self.identity)
-        self.base = base
+        self.base, self.model_class = base, model_class
+
+    def record(self) -> BaseRecord | None:
+        """The figures of a base that was read whole, if the group keeps them."""
+        if not self.group.keeps_record or self.base is None or self.model_class is None:
+            return None
+        return self.base.record(self.model_class)
 
 
 def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, bases: _Bases) -> Iterator[Event]:
@@ -297,17 +307,19 @@ def _judge_tasks(
         seconds=seconds,
     )
     yield loaded
+    if loaded.measured and (record := bases.record()) is not None:
+        yield BaseMeasured(group=position, task=loaded.task, facts=base.facts, record=record)
     batches = _batches(tasks, one_pass=bases.group.one_pass)
     merged = (event for batch in batches for event in _judge_batch(base, batch, progress))
-    yield from merged if loaded.measured else _with_facts(position, base, merged)
+    yield from merged if loaded.measured else _with_facts(position, bases, base, merged)
     base.template = None  # release its memory for the next class
 
 
-def _with_facts(position: int, base: Base, events: Iterator[Event]) -> Iterator[Event]:
+def _with_facts(position: int, bases: _Bases, base: Base, events: Iterator[Event]) -> Iterator[Event]:
     """The events, and the facts of a base that was measured meanwhile, ahead of the first adapter's evidence."""
     for event in events:
         if isinstance(event, Merged):
-            yield BaseMeasured(group=position, task=event.task, facts=base.facts)
+            yield BaseMeasured(group=position, task=event.task, facts=base.facts, record=bases.record())
             yield event
             break
         yield event

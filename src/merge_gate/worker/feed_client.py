@@ -78,7 +78,7 @@ class FeedClient:
             os.close(window)
         self._windows = ()
 
-    def expect(self, spans: Sequence[FileSpan]) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Announce the spans that will be read, in this order. They replace those that were announced before."""
         self._forget()
         spans = [span for span in spans if span.start < span.end]
@@ -88,7 +88,7 @@ class FeedClient:
                 self._expected.add(span.file, span.start, span.end)
             number = self._number
         if spans:
-            self._send(SpansExpected(number=number, spans=tuple(spans)))
+            self._send(SpansExpected(number=number, spans=tuple(spans), whole=whole))
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the file's bytes from `start` on.

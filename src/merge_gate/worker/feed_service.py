@@ -141,8 +141,8 @@ class FeedService:
         match request:
             case FeedOpened(group=int(group)):
                 self._open(group)
-            case SpansExpected(number=int(number), spans=tuple(spans)):
-                self._read_ahead(number, tuple(self._checked(span) for span in spans))
+            case SpansExpected(number=int(number), spans=tuple(spans), whole=bool(whole)):
+                self._read_ahead(number, tuple(self._checked(span) for span in spans), whole=whole)
             case BytesRequested(number=int(), span=span):
                 self._checked(span)
                 self._requests.put(request)
@@ -188,14 +188,14 @@ class FeedService:
 
     # --- read ahead ------------------------------------------------------------------------------------------------
 
-    def _read_ahead(self, number: int, spans: tuple[FileSpan, ...]) -> None:
+    def _read_ahead(self, number: int, spans: tuple[FileSpan, ...], *, whole: bool) -> None:
         if self._base is None or self._windows is None:
             raise _UnfitError
         if self._ahead is not None:
             self._ahead.cancel()
         base = self._base
         base.digests.begin()
-        pieces = plan(spans, base.files.sizes, base.digests.known)
+        pieces = plan(spans, base.files.sizes, base.digests.known if whole else base.files.sizes)
         receiver = _Receiver(self, number, base)
         self._ahead = ReadAhead(base.files, pieces, self._windows[0], base.digests, receiver, connections=CONNECTIONS)
         self._ahead.start()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
-from merge_gate.records.measured import MEASURE_ALL, BaseFacts, Evidence, MeasureOptions
+from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, record
@@ -41,7 +41,9 @@ class Group:
     """The adapters on one base. `files` is what the base's files contain, if they were read.
 
     `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files. `fed`:
-    the parent reads its weight files (feed_service.py).
+    the parent reads its weight files (feed_service.py). `records` are what earlier runs measured of the base: tensors
+    that no adapter touches are then not read. `keeps_record`: the parent keeps the figures of a base that is read
+    whole.
     """
 
     base: BaseKey
@@ -49,6 +51,8 @@ class Group:
     files: BaseFiles | None = None
     one_pass: bool = False
     fed: bool = False
+    records: tuple[BaseRecord, ...] = ()
+    keeps_record: bool = False
     tasks: tuple[Task, ...]
 
 
@@ -99,11 +103,15 @@ class BaseLoaded:
 
 @record
 class BaseMeasured:
-    """All values of a base have been read, with the first adapters that were merged into it. `task` is one of them."""
+    """The base is measured, with the first adapters that were merged into it. `task` is one of them.
+
+    `record` has the figures of a base that was read whole, if the group keeps them.
+    """
 
     group: int
     task: int
     facts: BaseFacts
+    record: BaseRecord | None = None
 
 
 @record
@@ -217,11 +225,12 @@ class FeedOpened:
 class SpansExpected:
     """From the worker: it will need these bytes, in this order. Replaces what it expected before.
 
-    `number` counts these messages.
+    `number` counts these messages. `whole`: the rest of the files is to be read and hashed, too.
     """
 
     number: int
     spans: tuple[FileSpan, ...]
+    whole: bool
 
 
 @record

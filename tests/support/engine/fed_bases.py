@@ -23,7 +23,7 @@ class CountingFeed(LocalFeed):
         self.reads: list[FileSpan] = []
         self.expected: list[list[FileSpan]] = []
 
-    def expect(self, spans: Sequence[FileSpan]) -> None:
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         self.expected.append(list(spans))
 
     def read(self, file: str, start: int, into: memoryview) -> None:

@@ -45,7 +45,7 @@ from merge_gate.engine.tensors.quantized import (
 from merge_gate.engine.tensors.stream import Weights
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.errors import Undecidable
-from merge_gate.records.measured import BaseFacts, TensorStats
+from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, SourceError
@@ -68,6 +68,11 @@ class ModelClass:
     class_name: str
     num_labels: int | None = None
     instead_of: str | None = field(default=None, compare=False)
+
+    @property
+    def label(self) -> str:
+        """Its name in records of bases: `BertForTokenClassification/7`."""
+        return self.class_name if self.num_labels is None else f"{self.class_name}/{self.num_labels}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,8 @@ class Base:
 
     Tensors in `hollow` have values only while they are `filled`. They are cast from another base (other_dtype.py), or
     come from `feed` (skeleton.py). In the second case `stats` lacks a tensor until its values have passed by: use
-    `figures`, and read `facts` after `settle`. `recorded` are figures of an earlier run, whose values need not pass by.
+    `figures`, and read `facts` after `settle`. `recorded` names tensors whose figures an earlier run measured; a tensor
+    that is read is measured again.
     """
 
     model: nn.Module
@@ -108,7 +114,7 @@ class Base:
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
     feed: Feed | None = None
-    recorded: dict[str, TensorStats] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -151,38 +157,51 @@ class Base:
                 found = self.stats[name] = measure(self.tensors[name], name)
         return found
 
-    def record(self, known: Mapping[str, TensorStats]) -> None:
-        """Use figures that an earlier run has measured, for tensors of the same shape and dtype."""
-        for name, stats in known.items():
-            tensor = self.tensors.get(name)
-            if tensor is None or name in self.stats:
+    def adopt(self, record: BaseRecord) -> None:
+        """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
+
+        A tensor that was not finite is read again: no adapter fails by a record.
+        """
+        for figures in record.figures:
+            tensor = self.tensors.get(figures.name)
+            if tensor is None or figures.name in self.stats or figures.name in self.newly_initialized:
                 continue
-            if (stats.name, stats.dtype, stats.shape) == (name, dtype_name(tensor.dtype), tuple(tensor.shape)):
-                self.stats[name] = self.recorded[name] = stats
-        self.settle()
+            if figures.finite and (figures.shape, figures.dtype) == (tuple(tensor.shape), dtype_name(tensor.dtype)):
+                self.stats[figures.name] = figures
+                self.recorded.add(figures.name)
+        self.facts = replace(self.facts, record=record.run)
+
+    def record(self, model_class: ModelClass) -> BaseRecord | None:
+        """What this run measured of all tensors in the files; None if it did not measure all, or quantized them."""
+        if self.recorded or self.unmeasured() or self.facts.record or self.source.quantization is not Quantization.NONE:
+            return None
+        figures = tuple(one for name, one in self.stats.items() if name not in self.newly_initialized)
+        return BaseRecord(model_class=model_class.label, figures=figures)
 
     def confirm(self, name: str) -> None:
-        """Measure a filled tensor if its figures are those of an earlier run.
+        """Measure a tensor, which has values now, if its figures are those of an earlier run.
 
         Raises:
-            SourceError: the values have other figures, so the record is not of these files.
+            SourceError: it has other figures, so the record is not of these files.
         """
-        recorded = self.recorded.pop(name, None)
-        if recorded is None:
+        if name not in self.recorded:
             return
-        found = measure(self.tensors[name], name)
-        if replace(found, is_buffer=recorded.is_buffer) != recorded:
+        measured = measure(self.tensors[name], name)
+        if measured != self.stats[name]:
             raise SourceError(
-                f"{name}: the values in the files have other figures than the record of an earlier run",
-                hint="run again with --read whole: the record is of other files, or was changed",
+                f"the record of base {self.source.label} does not fit: {name} has other values than when an earlier "
+                "run read the whole base",
+                hint="run with `--read whole`, which replaces the record; if MERGE_GATE_CACHE_KEY is not set, others "
+                "who can write to the cache directory can write such a record",
             )
+        self.recorded.discard(name)
 
     def unmeasured(self) -> list[str]:
         """The tensors that have no figures yet."""
         return [name for name in self.tensors if name not in self.stats]
 
     def settle(self) -> None:
-        """Enter into `facts` what was measured after the load. Every tensor has figures by then."""
+        """Enter into `facts` what was measured after the load."""
         known = {one.name for one in self.facts.nonfinite}
         others = [
             replace(stats, is_buffer=_is_buffer(self.model, name))

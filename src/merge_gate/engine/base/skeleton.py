@@ -70,14 +70,7 @@ class NoSkeletonError(Exception):
     """This base, or its class, needs `from_pretrained`. The text says why."""
 
 
-def skeleton_of(
-    source: Source,
-    model_class: ModelClass,
-    stored: Sequence[StoredTensor],
-    feed: Feed,
-    *,
-    known: Mapping[str, TensorStats] | None = None,
-) -> Base:
+def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed) -> Base:
     """Make the skeleton of a base.
 
     Args:
@@ -85,8 +78,6 @@ def skeleton_of(
         model_class: the class and head to load it as.
         stored: the tensors in the headers of the files that transformers loads, in its order.
         feed: the bytes of these files.
-        known: figures of tensors by their names, from an earlier run on the same files. These tensors are read only if
-            an adapter is merged into them.
 
     Raises:
         NoSkeletonError: it could differ from what `from_pretrained` gives.
@@ -99,13 +90,11 @@ def skeleton_of(
     if source.quantization is not Quantization.NONE:
         raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
     try:
-        base = _made(transformers_class, source, model_class, stored, feed)
+        return _made(transformers_class, source, model_class, stored, feed)
     except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
         raise NoSkeletonError(f"{type(error).__name__}: {error}"[:400]) from error
-    base.record(known or {})
-    return base
 
 
 def _made(
@@ -134,8 +123,8 @@ FiguresBySpan = Mapping[tuple[FileSpan, ...], TensorStats]
 
 
 def figures_by_span(base: Base) -> FiguresBySpan:
-    """The figures of a skeleton's tensors by what each is read from, for the same files in another class."""
-    return {spans: base.stats[name] for name, spans in _alone(base) if name in base.stats}
+    """The figures that this run measured of a skeleton's tensors, by what each is read from, for another class."""
+    return {spans: base.stats[name] for name, spans in _alone(base) if name in base.stats.keys() - base.recorded}
 
 
 def reuse_figures(base: Base, known: FiguresBySpan) -> None:

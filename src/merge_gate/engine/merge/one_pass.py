@@ -102,7 +102,8 @@ def _pass_over(base: Base, walks: Sequence[Walk]) -> None:
         visits = _Visits(base, walks, peft if on_cpu else None)
         cells = base.hollow.cells(visits.names)
         in_memory = visits.names - {name for cell in cells for name in cell.outlines}
-        base.feed.expect([span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans])
+        spans = [span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans]
+        base.feed.expect(spans, whole=base.facts.record is None)
         order = [*(list(cell.outlines) for cell in cells), *([name] for name in sorted(in_memory))]
         for results in spread(visits.visit, order) if on_cpu else map(visits.visit, order):
             for report in results:
