@@ -53,3 +53,10 @@ def test_a_problem_names_its_place(tmp_path: Path, text: str | None, named: str)
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     assert named in str(caught.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    load(tmp_path, GOOD)
+    (tmp_path / "known.yml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"known\.yml:1:1"):
+        load_config(str(tmp_path / "gate.yml"))
