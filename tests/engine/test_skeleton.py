@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
@@ -145,6 +146,31 @@ def test_a_class_that_needs_its_values_is_loaded(
     monkeypatch.setattr(skeleton, "LEAST_KEPT_BYTES", 1 << 12)
     with among_transformers(model_class) as name, pytest.raises(NoSkeletonError, match=words):
         made(shelf.base("llama"), name)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_tied_tensors_that_are_both_stored_are_tied_if_they_are_equal(
+    factor: float, shelf: Shelf, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    base, real = made(directory), loaded(directory)
+    assert ("lm_head.weight" in real.tensors) == (factor != 1)
+    assert differing(base, real) == []
+    assert base.aliases == real.aliases
+
+
+def test_an_adapter_in_the_directory_is_refused_as_it_is_by_a_load(shelf: Shelf, tmp_path: Path) -> None:
+    directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    shutil.copytree(shelf.adapter("plain"), directory, dirs_exist_ok=True)
+    with pytest.raises(NoSkeletonError, match="an adapter"):
+        made(directory)
+    with pytest.raises(Undecidable):
+        loaded(directory)
 
 
 def test_a_base_that_is_quantized_or_has_another_loader_is_loaded(shelf: Shelf) -> None:

@@ -47,7 +47,7 @@ from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, 
 from merge_gate.engine.tensors.hollow import Cell, Hollow, Tensors
 from merge_gate.engine.tensors.measure import dtype_name
 from merge_gate.errors import EngineError, Undecidable
-from merge_gate.records.files import StoredTensor
+from merge_gate.records.files import CONFIG_NAME, StoredTensor
 from merge_gate.records.measured import TensorStats
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, FileSpan, SourceError
@@ -62,8 +62,8 @@ MOST_LOADS = 3
 """A load reads a tensor because of its class, not because of values, so a second load reads what the first did."""
 
 KEPT_SHARE = 4
-LEAST_KEPT_BYTES = 1 << 26
-"""No more than a quarter of a base may be filled for good, or these 64 MiB."""
+LEAST_KEPT_BYTES = 3 << 28
+"""No more than a quarter of a base may be filled for good, or these 768 MiB: an embedding and a head."""
 
 
 class NoSkeletonError(Exception):
@@ -151,6 +151,8 @@ def _alone(base: Base) -> Iterator[tuple[str, tuple[FileSpan, ...]]]:
 def _mapped(
     transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor]
 ) -> TensorMap:
+    if Path(source.directory, CONFIG_NAME).exists():
+        raise NoSkeletonError("an adapter is in its directory, which transformers loads too")
     config = transformers_class.config_class.from_pretrained(source.directory, local_files_only=True)
     text = config.get_text_config(decoder=True)
     if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
@@ -297,22 +299,27 @@ def _loaded(transformers_class: Any, headers: TensorMap, hollow: Hollow, expecte
         model, loading = load_with_info(
             transformers_class, None, config=config, dtype=config.dtype, state_dict=dict(given)
         )
-        found = {name: tensor for name, _, tensor in named_tensors(model)}
-        if loading.newly_initialized != expected.newly_initialized:
-            names = sorted(loading.newly_initialized ^ expected.newly_initialized)
-            raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
-        if _outlines(found) != _outlines(outline):
-            raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
-        touched = hollow.fill_touched()
-        moved = [name for name, tensor in hollow.tensors.items() if place_of(found[name]) != place_of(tensor)]
-        empty = [name for name in moved if not hollow.is_kept(hollow.tensors[name])]
-        if empty:
-            raise NoSkeletonError(f"transformers replaces {empty[0]} after it was loaded")
-        if not touched:
+        if not hollow.fill_touched():
+            _refuse_another_model(model, loading, expected, outline, hollow)
             return model
         if hollow.kept_bytes() > most_bytes:
             break
     raise NoSkeletonError("transformers reads or changes too many of its tensors while it loads them")
+
+
+def _refuse_another_model(model: Any, loading: Loading, expected: Loading, outline: Tensors, hollow: Hollow) -> None:
+    """Step 4. A tensor that has its values may be tied to another one, or be replaced, as in any load."""
+    found = {name: tensor for name, _, tensor in named_tensors(model)}
+    if loading.newly_initialized != expected.newly_initialized:
+        names = sorted(loading.newly_initialized ^ expected.newly_initialized)
+        raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
+    with_values = {name for name, tensor in hollow.tensors.items() if hollow.is_kept(tensor)}
+    tied = with_values - found.keys()
+    if _outlines(found) != _outlines({name: tensor for name, tensor in outline.items() if name not in tied}):
+        raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
+    for name in hollow.tensors.keys() - with_values:
+        if place_of(found[name]) != place_of(hollow.tensors[name]):
+            raise NoSkeletonError(f"transformers replaces {name} after it was loaded")
 
 
 def _outlines(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
