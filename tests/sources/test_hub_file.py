@@ -111,7 +111,7 @@ def test_an_address_that_has_expired_is_asked_for_again(hub: LoopbackHub, commit
     assert len([path for path in hub.paths("HEAD") if "/resolve/" in path]) == 2
 
 
-@pytest.mark.parametrize("kind", ["whole", "shifted"])
+@pytest.mark.parametrize("kind", ["whole", "shifted", "excess", "packed"])
 def test_bytes_that_were_not_asked_for_are_refused(kind: str, hub: LoopbackHub, commit: str) -> None:
     file = opened(commit)
     hub.damage("/cdn/", kind)
@@ -160,3 +160,69 @@ def test_an_address_in_a_private_network_is_for_private_mirrors(url: str, endpoi
         return
     with pytest.raises(SourceError):
         refuse_private(url, endpoint)
+
+
+@pytest.mark.parametrize("kind", ["stall", "silence"])
+def test_a_server_that_stops_is_asked_again(
+    kind: str, hub: LoopbackHub, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_file, "TIMEOUT_S", 0.2)
+    file = opened(commit)
+    hub.damage("/cdn/", kind, times=1)
+    assert read(file, 0, 1000) == CONTENT[:1000]
+
+
+def test_two_files_behind_one_address_are_refused(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    hub.cdn_headers = {"ETag": '"first"'}
+    read(file, 0, 10)
+    hub.cdn_headers = {"ETag": '"second"'}
+    with pytest.raises(SourceError):
+        read(file, 10, 10)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_resolver_that_fails_for_a_while_is_asked_again(status: int, hub: LoopbackHub, commit: str) -> None:
+    hub.fail("/resolve/", status, times=2)
+    assert opened(commit).size_bytes == len(CONTENT)
+
+
+@pytest.mark.parametrize(("status", "requests"), [(404, 1), (503, MOST_TRIES)])
+def test_a_resolver_that_refuses_is_an_error(status: int, requests: int, hub: LoopbackHub, commit: str) -> None:
+    hub.fail("/resolve/", status)
+    with pytest.raises(SourceError):
+        opened(commit)
+    assert len(hub.paths("HEAD")) == requests
+
+
+def test_a_resolver_without_a_size_is_an_error(hub: LoopbackHub, commit: str) -> None:
+    hub.fail("/resolve/", 302, Location=hub.cdn_url + "/cdn/x", ETag='"x"')
+    with pytest.raises(SourceError):
+        opened(commit)
+
+
+def test_a_defect_is_not_hidden_as_a_network_problem(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_file, "get_hf_file_metadata", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opened(commit)
+
+
+def test_a_defect_while_bytes_are_read_is_not_hidden_either(commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = opened(commit)
+    monkeypatch.setattr(hub_file, "get_session", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(file, 0, 10)
+
+
+def test_a_name_that_only_a_proxy_can_resolve_is_not_private() -> None:
+    refuse_private("https://bytes.invalid/x", "https://8.8.8.8")
+
+
+def test_several_threads_renew_an_expired_address_once(hub: LoopbackHub, commit: str) -> None:
+    file = opened(commit)
+    expired = file._address
+    file._renew(expired)
+    renewed = file._address
+    file._renew(expired)
+    assert file._address is renewed
+    assert len(hub.paths("HEAD")) == 2

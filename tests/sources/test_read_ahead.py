@@ -197,6 +197,7 @@ def test_bytes_that_are_read_again_must_be_the_same() -> None:
     passed.compare("a", PAGE // 2, memoryview(content)[PAGE // 2 :])
     content[-1] ^= 1
     passed.compare("a", 0, memoryview(content)[: 2 * PAGE])
+    passed.compare("a", 2 * PAGE, memoryview(content)[2 * PAGE : -200])  # the last chunk is not whole
     with pytest.raises(SourceError):
         passed.compare("a", 2 * PAGE, memoryview(content)[2 * PAGE :])
 
@@ -227,6 +228,12 @@ def test_the_other_process_cannot_write_into_the_window() -> None:
         with pytest.raises(PermissionError):
             write()
     assert os.pread(window.descriptor, 1, 0) == b"\0"
+
+
+@pytest.mark.parametrize("size_bytes", [0, PAGE + 1])
+def test_a_slot_has_whole_pages(size_bytes: int) -> None:
+    with pytest.raises(ValueError, match=str(PAGE)):
+        Window(size_bytes, 1)
 
 
 @pytest.mark.parametrize("size_bytes", [0, PAGE + 1])

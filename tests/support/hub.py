@@ -56,7 +56,8 @@ class Damage:
 
     `stall`: the first half, and no more. `cut`: the first half, and the end of the connection. `short`: the first half,
     said to be all of it. `other`: as many bytes, of which the last is another. `silence`: not even a status line.
-    `whole`: a requested range is ignored. `shifted`: the range is another one than requested.
+    `whole`: a requested range is ignored. `shifted`: the range is another one than requested. `excess`: more bytes than
+    the range has. `packed`: said to be compressed.
     """
 
     pattern: str
@@ -85,6 +86,8 @@ class LoopbackHub:
         self.on_request: Callable[[str], object] = lambda path: path
         self.unsaid: set[str] = set()
         """Keys that a repository's description lacks here, as on a mirror that knows less than the real Hub."""
+        self.cdn_headers: dict[str, str] = {}
+        """More headers of files in Git LFS."""
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -215,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._send_file(match[1], unquote(match[2]), unquote(match[3]))
         elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-            self._send_content(self.hub.repos[match[1]].commits[match[2]][unquote(match[3])], {})
+            self._send_content(self.hub.repos[match[1]].commits[match[2]][unquote(match[3])], self.hub.cdn_headers)
         else:
             raise _RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
 
@@ -283,7 +286,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, place = 206, {"Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
         if kind == "shifted":
             place = {"Content-Range": f"bytes {begin + 1}-{end}/{len(content)}"}
-        if kind and kind not in {"whole", "shifted"}:
+        if kind == "packed":
+            place["Content-Encoding"] = "gzip"
+        if kind == "excess":
+            self._send(status, content[begin : end + 10], headers | place)
+        elif kind and kind not in {"whole", "shifted", "packed"}:
             self._send_damaged(kind, status, content[begin:end], headers | place)
         else:
             self._send(status, content[begin:end], headers | place)

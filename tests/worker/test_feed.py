@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import mmap
@@ -9,20 +10,34 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from merge_gate.records.files import BaseFiles
+from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources import digests, read_ahead
 from merge_gate.sources.feed import FileSpan, SourceError
 from merge_gate.sources.local_files import LocalFiles
+from merge_gate.sources.window import Window
 from merge_gate.worker import feed_client, feed_service
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.feed_service import FedBase, FeedService
-from merge_gate.worker.protocol import BytesRequested, FeedEnded, FeedOpened, Idle, SlotReleased, SpansExpected
+from merge_gate.worker.feed_service import FedBase, Feeds, FeedService
+from merge_gate.worker.protocol import (
+    BytesRequested,
+    FeedEnded,
+    FeedOpened,
+    Group,
+    Idle,
+    PieceArrived,
+    SlotReleased,
+    SpansExpected,
+)
 
 PAGE = mmap.PAGESIZE
 SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
@@ -198,6 +213,13 @@ def test_a_file_that_is_cut_off_is_an_error_for_both_kinds_of_reads(
         read_all(client, spans_of(content))
 
 
+def test_another_base_may_be_opened_while_one_is_read_ahead(ends: Ends, content: dict[str, bytes]) -> None:
+    for _ in range(3):
+        client = ends.client.open(0)
+        client.expect(spans_of(content), whole=True)
+    assert read(client, SPAN) == expected(content, SPAN)
+
+
 def test_a_base_that_cannot_be_opened_is_an_error(ends: Ends) -> None:
     def refuse(_: int) -> FedBase:
         raise SourceError("no such mount")
@@ -229,6 +251,9 @@ SPAN = FileSpan(file="0.safetensors", start=0, end=PAGE)
         BytesRequested(number=-1, span=FileSpan(file="../secret", start=0, end=1)),
         BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=0, end=SIZES[0] + 1)),
         BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=-1, end=1)),
+        BytesRequested(number=-1, span=FileSpan(file="0.safetensors", start=0, end=2 * PAGE + 1)),
+        BytesRequested(number=1, span=SPAN),
+        SpansExpected(number=0, spans=(SPAN,), whole=True),
         SpansExpected(number=1, spans=(SPAN, FileSpan(file="x", start=0, end=1)), whole=True),
         SpansExpected(number=1, spans=("0.safetensors",), whole=True),  # type: ignore[arg-type]
         SlotReleased(number=1, start=0),
@@ -267,3 +292,148 @@ def test_a_request_before_a_base_is_open_ends_the_service(number: int) -> None:
         channel.receive(10)
     service.close()
     channel.close()
+
+
+# --- a parent that is gone, or that has another base -----------------------------------------------------------------
+
+
+class Parent:
+    """The other end of a client, which a test plays. It has a window of one page for each kind of read."""
+
+    def __init__(self) -> None:
+        self.end, other = socket.socketpair()
+        self.channel = Channel(self.end)
+        self.client = FeedClient(other)
+        self.window = Window(PAGE, 1)
+
+    def open(self) -> None:
+        socket.send_fds(self.end, [(1).to_bytes(4, "big")], [self.window.descriptor] * 2)
+        self.channel.send(FeedEnded(number=0))
+        self.client.open(0)
+        assert self.channel.receive(10) == FeedOpened(group=0)
+
+    def close(self) -> None:
+        self.end.shutdown(socket.SHUT_RDWR)
+        self.channel.close()
+        self.client.close()
+        self.window.close()
+
+
+@pytest.fixture
+def parent() -> Iterator[Parent]:
+    played = Parent()
+    yield played
+    with contextlib.suppress(OSError):
+        played.close()
+
+
+def test_a_parent_that_ends_before_a_base_is_open_is_an_error(parent: Parent) -> None:
+    parent.end.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(SourceError):
+        parent.client.open(0)
+
+
+def test_a_parent_that_sends_no_window_is_an_error(parent: Parent) -> None:
+    parent.end.sendall(bytes(4))
+    with pytest.raises(SourceError):
+        parent.client.open(0)
+
+
+def test_a_parent_that_ends_while_it_opens_a_base_is_an_error(parent: Parent) -> None:
+    socket.send_fds(parent.end, [(1).to_bytes(4, "big")], [parent.window.descriptor] * 2)
+    ending = threading.Timer(0.2, parent.end.shutdown, (socket.SHUT_RDWR,))
+    ending.start()
+    with pytest.raises(SourceError):
+        parent.client.open(0)
+
+
+def test_a_parent_that_ends_while_bytes_are_awaited_is_an_error(parent: Parent) -> None:
+    parent.open()
+    parent.client.expect([SPAN], whole=True)
+    ending = threading.Timer(0.2, parent.end.shutdown, (socket.SHUT_RDWR,))
+    ending.start()
+    with pytest.raises(SourceError):
+        read(parent.client, SPAN)
+    with pytest.raises(SourceError):
+        read(parent.client, FileSpan(file="0.safetensors", start=PAGE, end=PAGE + 1))
+
+
+def test_a_parent_that_sends_something_else_is_an_error(parent: Parent) -> None:
+    parent.open()
+    parent.client.expect([SPAN], whole=True)
+    parent.channel.send(Idle())
+    with pytest.raises(SourceError):
+        read(parent.client, SPAN)
+
+
+def test_a_place_outside_of_the_window_is_an_error(parent: Parent) -> None:
+    parent.open()
+    parent.client.expect([SPAN], whole=True)
+    parent.channel.send(PieceArrived(number=1, span=SPAN, start=PAGE))
+    with pytest.raises(SourceError):
+        read(parent.client, SPAN)
+
+
+def test_a_piece_of_an_earlier_expectation_is_released_at_once(parent: Parent) -> None:
+    parent.open()
+    parent.client.expect([SPAN], whole=True)
+    parent.client.expect([SPAN], whole=True)
+    parent.channel.send(PieceArrived(number=1, span=SPAN, start=0))
+    assert [parent.channel.receive(10) for _ in range(3)][-1] == SlotReleased(number=1, start=0)
+
+
+def test_nothing_is_sent_for_nothing(parent: Parent) -> None:
+    parent.open()
+    parent.client.expect([], whole=True)
+    parent.client.read("0.safetensors", 0, memoryview(b"").cast("B"))
+    assert parent.channel.receive(0.05) is None
+
+
+def group(directory: Path, **files: Any) -> Group:
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE)
+    return Group(base=key, directory=str(directory), files=BaseFiles(directory=str(directory), **files), tasks=())
+
+
+def test_a_base_is_opened_once_and_reported_when_it_has_passed(tmp_path: Path, content: dict[str, bytes]) -> None:
+    seen: list[tuple[str, Mapping[str, str]]] = []
+    feeds = Feeds(on_complete=lambda directory, _, known: seen.append((directory, dict(known))))
+    base = feeds.open(group(tmp_path, weights=tuple(content)))
+    assert feeds.open(group(tmp_path)) is base
+    both = Ends(base)
+    both.client.open(0)
+    spans = spans_of(content)
+    both.client.expect(spans, whole=True)
+    read_all(both.client, spans)
+    assert read(both.client, SPAN) == expected(content, SPAN)
+    both.service.close()
+    both.client.close()
+    assert seen == [(str(tmp_path), {name: hashlib.sha256(data).hexdigest() for name, data in content.items()})]
+
+
+def test_the_files_of_a_base_whose_files_were_not_read_are_found(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert Feeds().open(replace(group(tmp_path), files=None)).files.sizes == {"model.safetensors": 7}
+
+
+def test_no_stub_is_read_as_a_local_file(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        Feeds().open(group(tmp_path, weights=("model.safetensors",), is_streamed=True))
+
+
+def test_a_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        Feeds().open(group(tmp_path / "gone", weights=("model.safetensors",)))
+
+
+def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ends.client.open(0)
+    monkeypatch.setattr(ends.base.files, "read", lambda *_: 1 / 0)
+    with pytest.raises(SourceError, match="ZeroDivisionError"):
+        read(client, SPAN)
+
+
+def test_the_window_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 32), (2400 << 20, 18)):
+        monkeypatch.setattr(feed_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
+        assert feed_service._slots() == slots

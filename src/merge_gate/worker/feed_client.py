@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from merge_gate.records.refusals import NotJudged
 from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
-from merge_gate.worker.channel import Channel
+from merge_gate.worker.channel import Channel, GarbledError
 from merge_gate.worker.protocol import (
     BytesRequested,
     FeedEnded,
@@ -142,6 +142,8 @@ class FeedClient:
             piece = next((one for one in self._pieces if one.holds(file, place)), None)
             if piece is not None:
                 return piece
+            if self._is_lost:
+                raise _lost()
             if len(self._pieces) >= self._slots and not any(one.readers for one in self._pieces):
                 # No one reads what fills the window, so this piece would never come: the oldest was skipped.
                 oldest = self._pieces[0]
@@ -150,8 +152,6 @@ class FeedClient:
                 self._release(self._used_up())
             else:
                 self._changed.wait()
-                if self._is_lost:
-                    raise _lost()
 
     def _used_up(self) -> list[_Piece]:
         """Take out the pieces that no one needs any more."""
@@ -258,6 +258,8 @@ class FeedClient:
                     left = self._expected.count(span.file, span.start, span.end) if is_current else 0
                     self._pieces.append(_Piece(span=span, start=message.start, number=message.number, left=left))
                     released = self._used_up()
+                case _:
+                    raise GarbledError(type(message).__name__)
             self._changed.notify_all()
         self._release(released)
 

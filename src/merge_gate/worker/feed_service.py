@@ -105,7 +105,7 @@ class FeedService:
         self._base: FedBase | None = None
         self._ahead: ReadAhead | None = None
         self._lent: dict[tuple[bool, int], WindowSlot] = {}
-        self._requests: queue.SimpleQueue[BytesRequested | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[FedBase, BytesRequested] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._serve, daemon=True)]
 
     def start(self) -> None:
@@ -141,11 +141,10 @@ class FeedService:
         match request:
             case FeedOpened(group=int(group)):
                 self._open(group)
-            case SpansExpected(number=int(number), spans=tuple(spans), whole=bool(whole)):
+            case SpansExpected(number=int(number), spans=tuple(spans), whole=bool(whole)) if number > 0:
                 self._read_ahead(number, tuple(self._checked(span) for span in spans), whole=whole)
-            case BytesRequested(number=int(), span=span):
-                self._checked(span)
-                self._requests.put(request)
+            case BytesRequested(number=int(number), span=span) if number < 0 and _is_in_one_piece(self._checked(span)):
+                self._requests.put((self._opened(), request))
             case SlotReleased(number=int(number), start=int(start)):
                 self._release(number, start)
             case _:
@@ -155,9 +154,14 @@ class FeedService:
         """A span of one of the base's files. The worker may run code of the base, and ask for anything."""
         match span:
             case FileSpan(file=str(file), start=int(start), end=int(end)):
-                if self._base is not None and 0 <= start < end <= self._base.files.sizes.get(file, 0):
+                if 0 <= start < end <= self._opened().files.sizes.get(file, 0):
                     return span
         raise _UnfitError
+
+    def _opened(self) -> FedBase:
+        if self._base is None:
+            raise _UnfitError
+        return self._base
 
     def _open(self, group: int) -> None:
         if self._windows is None:
@@ -167,7 +171,10 @@ class FeedService:
             )
             count = self._windows[0].slots.to_bytes(4, "big")
             socket.send_fds(self._socket, [count], [window.descriptor for window in self._windows])
-            self._threads += [threading.Thread(target=self._read_at_once, daemon=True) for _ in range(_AT_ONCE)]
+            at_once = self._windows[1]
+            self._threads += [
+                threading.Thread(target=self._read_at_once, args=(at_once,), daemon=True) for _ in range(_AT_ONCE)
+            ]
             for thread in self._threads[1:]:
                 thread.start()
         if self._ahead is not None:
@@ -189,11 +196,10 @@ class FeedService:
     # --- read ahead ------------------------------------------------------------------------------------------------
 
     def _read_ahead(self, number: int, spans: tuple[FileSpan, ...], *, whole: bool) -> None:
-        if self._base is None or self._windows is None:
-            raise _UnfitError
         if self._ahead is not None:
             self._ahead.cancel()
-        base = self._base
+        base = self._opened()
+        assert self._windows is not None  # noqa: S101 - they were made when the base was opened
         base.digests.begin()
         pieces = plan(spans, base.files.sizes, base.digests.known if whole else base.files.sizes)
         receiver = _Receiver(self, number, base)
@@ -215,30 +221,25 @@ class FeedService:
 
     # --- at once ---------------------------------------------------------------------------------------------------
 
-    def _read_at_once(self) -> None:
-        while (request := self._requests.get()) is not None:
-            base, window = self._base, self._windows and self._windows[1]
-            if base is None or not window:
-                return
+    def _read_at_once(self, window: Window) -> None:
+        for base, request in iter(self._requests.get, None):
             files, span = base.files, request.span
             if span.file in files.sha256:
                 start, end = widened(span.start, span.end, files.sizes[span.file])
                 span = FileSpan(file=span.file, start=start, end=end)
-            try:
-                slot = window.acquire(span.end - span.start)
-            except ValueError as error:
-                self.finish(request.number, error)
-                continue
-            if slot is None:
-                return
-            try:
-                files.read(span.file, span.start, window.view(slot))
-                base.digests.compare(span.file, span.start, window.view(slot))
-            except Exception as error:  # noqa: BLE001 - the worker gets it
-                window.release(slot)
-                self.finish(request.number, error)
-            else:
-                self.lend(request.number, span, slot)
+            slot = window.acquire(span.end - span.start)
+            if slot is not None:  # else the service is closed
+                self._lend_at_once(base, request.number, span, slot, window)
+
+    def _lend_at_once(self, base: FedBase, number: int, span: FileSpan, slot: WindowSlot, window: Window) -> None:
+        try:
+            base.files.read(span.file, span.start, window.view(slot))
+            base.digests.compare(span.file, span.start, window.view(slot))
+        except Exception as error:  # noqa: BLE001 - the worker gets it
+            window.release(slot)
+            self.finish(number, error)
+        else:
+            self.lend(number, span, slot)
 
 
 class _UnfitError(Exception):
@@ -263,6 +264,10 @@ class _Receiver:
 def _slots() -> int:
     room = (MemoryGroup().free_bytes() or 0) // _WINDOW_SHARE // PIECE_BYTES
     return min(max(room, _LEAST_SLOTS), _MOST_SLOTS)
+
+
+def _is_in_one_piece(span: FileSpan) -> bool:
+    return span.start // PIECE_BYTES == (span.end - 1) // PIECE_BYTES
 
 
 def _refusal(error: Exception) -> NotJudged:
