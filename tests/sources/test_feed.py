@@ -27,7 +27,7 @@ def test_a_read_has_exactly_the_bytes(directory: Path, keep: bool, monkeypatch: 
     buffers = [bytearray(size) for size in (0, 1, 100, 1001)]
     with LocalFeed(str(directory), keep=keep) as local:
         feed: Feed = local
-        feed.expect(())
+        feed.expect((), whole=True)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda one: feed.read("part/one.safetensors", 17, memoryview(one)), buffers))
     assert [bytes(one) for one in buffers] == [CONTENT[17 : 17 + len(one)] for one in buffers]
