@@ -136,3 +136,14 @@ def test_values_that_could_not_be_written_leave_nothing_behind() -> None:
     with made.filled(made.tensors.values()):
         assert made.tensors["one"].eq(1).all()
     assert not made.fill_touched()
+
+
+def test_values_are_written_whatever_the_default_device_is() -> None:
+    """PEFT makes layers under `torch.device("meta")`, and a fill may need memory of its own."""
+
+    def fill(tensors: Mapping[str, torch.Tensor]) -> None:
+        tensors["one"].copy_(torch.ones(5000))
+
+    made = Hollow([Cell(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
+    with torch.device("meta"), made.filled(made.tensors.values()):
+        assert made.tensors["one"].eq(1).all()

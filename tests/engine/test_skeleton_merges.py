@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from merge_gate.engine.adapter import load_adapter as load_adapter_module
 from merge_gate.engine.adapter_evidence import MergeRequest, merge, merge_together
 from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base
@@ -202,6 +203,24 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
     assert len(real.facts.nonfinite) == 2
     assert comparable(merge(request(base, adapter))) == comparable(merge(request(real, adapter)))
     assert base.facts == real.facts
+
+
+def test_a_module_is_copied_under_the_meta_device_in_another_dtype(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies of a trained module are made while PEFT's factors are made on the meta device."""
+    adapter, directory = shelf.adapter("modules-to-save"), shelf.base("llama")
+    ours, _ = bases(directory, ModelClass(class_name="LlamaForCausalLM"), "float16")
+    templates: list[bool] = []
+    own = load_adapter_module._make_template
+
+    def make(base: Base, files: Any, *, blank: bool = False, filled: bool = False) -> Any:
+        templates.append(blank)
+        return own(base, files, blank=blank, filled=filled)
+
+    monkeypatch.setattr(load_adapter_module, "_make_template", make)
+    assert merge(request(ours, adapter)).refusal is None
+    assert templates == [True]
 
 
 def test_a_refused_adapter_has_a_base_that_was_measured(shelf: Shelf, tmp_path: Path) -> None:

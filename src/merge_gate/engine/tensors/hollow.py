@@ -162,10 +162,10 @@ class Hollow:
         """Write the values of all tensors that are filled for good once more."""
         for place in self._in_order:
             if place.kept:
-                place.cell.fill(place.tensors)
+                _fill(place)
 
     def _keep(self, place: _Place) -> None:
-        place.cell.fill(place.tensors)
+        _fill(place)
         place.kept = self._touched = True
 
     def _fill(self, place: _Place) -> None:
@@ -179,7 +179,7 @@ class Hollow:
 
     def _write(self, place: _Place) -> None:
         try:
-            place.cell.fill(place.tensors)
+            _fill(place)
         except BaseException:
             self._empty(place)  # a part of the values must not look like a read
             raise
@@ -201,6 +201,11 @@ class Hollow:
         if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), pages):
             return True  # if the system does not answer, the place counts as touched
         return any(pages.raw)
+
+
+def _fill(place: _Place) -> None:
+    with torch.device("cpu"):  # PEFT makes layers without values under `torch.device("meta")`
+        place.cell.fill(place.tensors)
 
 
 def _size(outline: tuple[Sequence[int], torch.dtype]) -> int:
