@@ -38,6 +38,7 @@ from tests.support.merged import kept
 from tests.support.models import VARIANTS, read_tensors, write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from merge_gate.records.measured import Evidence
@@ -203,6 +204,28 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
     assert len(real.facts.nonfinite) == 2
     assert comparable(merge(request(base, adapter))) == comparable(merge(request(real, adapter)))
     assert base.facts == real.facts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(torch.nan),
+        lambda tensors: [tensor.fill_(1e25) for tensor in tensors.values()],
+        lambda tensors: [tensor.zero_() for tensor in tensors.values()],
+        lambda tensors: tensors.pop(next(iter(tensors))),
+        lambda tensors: tensors.update(odd=torch.ones(2)),
+    ],
+    ids=["nan", "large", "zero", "lacking", "unexpected"],
+)
+@pytest.mark.parametrize("name", ["every-projection", "dora-all-linear", "modules-to-save"])
+def test_a_broken_adapter_comes_to_the_same(
+    name: str, change: Callable[[dict[str, torch.Tensor]], object], shelf: Shelf, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(shelf.adapter(name), tmp_path / "broken")
+    tensors = read_tensors(adapter)
+    change(tensors)
+    write_tensors(adapter, tensors)
+    assert_same(*bases(shelf.base("llama"), ModelClass(class_name="LlamaForCausalLM"), "bfloat16"), adapter)
 
 
 def test_a_module_is_copied_under_the_meta_device_in_another_dtype(
