@@ -220,6 +220,19 @@ def test_another_base_may_be_opened_while_one_is_read_ahead(ends: Ends, content:
     assert read(client, SPAN) == expected(content, SPAN)
 
 
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_a_read_that_fails_in_the_worker_keeps_no_slot(
+    is_expected: bool, ends: Ends, content: dict[str, bytes]
+) -> None:
+    client = ends.client.open(0)
+    span = FileSpan(file="0.safetensors", start=0, end=20 * PAGE)
+    for _ in range(8):
+        client.expect([span] if is_expected else [], whole=True)
+        with pytest.raises((BufferError, TypeError)):
+            client.read(span.file, span.start, memoryview(bytes(20 * PAGE)))
+    assert read(client, span) == expected(content, span)
+
+
 def test_a_base_that_cannot_be_opened_is_an_error(ends: Ends) -> None:
     def refuse(_: int) -> FedBase:
         raise SourceError("no such mount")

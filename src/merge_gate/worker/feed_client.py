@@ -46,6 +46,7 @@ class FeedClient:
         self._expected = _Ranges()
         self._pieces: list[_Piece] = []  # in the order in which they arrived
         self._answers: dict[int, PieceArrived] = {}
+        self._abandoned: set[int] = set()
         self._ended: dict[int, NotJudged | None] = {}
 
     def open(self, group: int) -> FeedClient:
@@ -177,20 +178,25 @@ class FeedClient:
         """
         spans = list(_on_grid(file, place, place + len(into)))[::-1]
         requested: dict[int, FileSpan] = {}
-        error: SourceError | None = None
-        while requested or (spans and error is None):
-            while spans and error is None and len(requested) < _REQUESTS_AT_ONCE:
-                span = spans.pop()
-                requested[self._request(span)] = span
-            number = self._wait_for_any(requested)
-            span = requested.pop(number)
-            try:
+        try:
+            while spans or requested:
+                while spans and len(requested) < _REQUESTS_AT_ONCE:
+                    span = spans.pop()
+                    requested[self._request(span)] = span
+                number = self._wait_for_any(requested)
+                span = requested.pop(number)
                 self._take(number, span, into[span.start - place : span.end - place])
-            except SourceError as raised:
-                error = raised
-        if error is not None:
-            raise error
+        finally:
+            self._abandon(requested)
         return len(into)
+
+    def _abandon(self, requested: Collection[int]) -> None:
+        """Release the slots of these requests, now or when they arrive: a read that fails must not keep them."""
+        with self._changed:
+            answers = [self._answers.pop(number) for number in requested if number in self._answers]
+            self._abandoned |= set(requested) - {answer.number for answer in answers}
+        for answer in answers:
+            self._send(SlotReleased(number=answer.number, start=answer.start))
 
     def _request(self, span: FileSpan) -> int:
         with self._changed:
@@ -208,8 +214,10 @@ class FeedClient:
         with self._changed:
             self._raise_if_refused(number)
             answer = self._answers.pop(number)
-        self._copy(self._windows[1], answer.start + span.start - answer.span.start, into)
-        self._send(SlotReleased(number=number, start=answer.start))
+        try:
+            self._copy(self._windows[1], answer.start + span.start - answer.span.start, into)
+        finally:
+            self._send(SlotReleased(number=number, start=answer.start))
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
@@ -251,6 +259,8 @@ class FeedClient:
             match message:
                 case FeedEnded():
                     self._ended[message.number] = message.refusal
+                case PieceArrived(number=number) if number in self._abandoned:
+                    released = [_Piece(span=message.span, start=message.start, number=number, left=0)]
                 case PieceArrived(number=number) if number < 0:
                     self._answers[number] = message
                 case PieceArrived():
