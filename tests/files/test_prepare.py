@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -172,3 +173,25 @@ def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place:
     found = prepared(place, "./odd", "./one")
     assert found["odd"].problem is not None
     assert found["one"].problem is None
+
+
+# --- a mount that does not answer ------------------------------------------------------------------------------------
+
+
+def limited(place: Path, limit_s: float | None) -> Entry:
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": ["./one"]}))
+    config = load_config(str(place / "gate.yml"))
+    return Inputs(config, pytest.fail, limit_s=lambda _: limit_s).prepare(config.adapters[0])
+
+
+def test_headers_that_arrive_in_time_are_read(place: Path) -> None:
+    assert limited(place, 60.0).problem is None
+    (place / "base" / "model.safetensors").write_bytes(b"")
+    assert why(limited(place, 60.0), "base-incomplete") == why(limited(place, None), "base-incomplete")
+
+
+def test_a_base_whose_mount_does_not_answer_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = threading.Event()
+    monkeypatch.setattr(prepare.resolve.base_files, "read_base", lambda *_, **__: ends.wait(60))
+    assert "0.1 s" in why(limited(place, 0.1))
+    ends.set()

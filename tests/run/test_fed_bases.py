@@ -83,3 +83,11 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_its_bytes_have_passed(
         watch.passed(base, base_identity(base), digests)
         assert fed.unproven(base) is None
     assert not Path(parents[0]).exists()
+
+
+@pytest.mark.parametrize(("system", "limit_s"), [(None, None), ("nfs4", fed_bases.HEADERS_LIMIT_S)])
+def test_headers_on_a_network_have_a_time_limit(
+    system: str | None, limit_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fed_bases, "network_file_system", lambda _: system)
+    assert fed_bases.headers_limit_s("/base") == limit_s

@@ -6,6 +6,7 @@ A `Config` and its `AdapterSpec`s go in; `Entry` comes out. A problem becomes a 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class Inputs:
         notify: receives a line about each slow step (a download).
         access: how the weights of bases on the Hub are read, instead of what the config says.
         lay_out: makes a directory for a base that is streamed. Without it, none is.
+        limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Inputs:
         *,
         access: Access | None = None,
         lay_out: Callable[[Streamable], str] | None = None,
+        limit_s: Callable[[str], float | None] = lambda _: None,
     ) -> None:
         self._config = config
         self._notify = notify
-        self._access, self._lay_out = access, lay_out
+        self._access, self._lay_out, self._limit_s = access, lay_out, limit_s
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
@@ -143,16 +146,21 @@ class Inputs:
         return self._bases[request]
 
     def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
+        limit_s = self._limit_s(model) if Path(model).is_absolute() else None
         try:
-            return resolve.resolve_base(
-                model,
-                revision,
-                trust_remote_code=self._config.trust_remote_code,
-                allow_pickle=self._config.allow_pickle,
-                label=label,
-                notify=self._notify,
-                access=access,
-                lay_out=self._lay_out,
+            return _within(
+                limit_s,
+                label,
+                lambda: resolve.resolve_base(
+                    model,
+                    revision,
+                    trust_remote_code=self._config.trust_remote_code,
+                    allow_pickle=self._config.allow_pickle,
+                    label=label,
+                    notify=self._notify,
+                    access=access,
+                    lay_out=self._lay_out,
+                ),
             )
         except GateError as error:
             return error
@@ -161,6 +169,35 @@ class Inputs:
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
+
+
+def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> Snapshot:
+    """Read a base, for at most this time. A read that hangs keeps its thread, and no one waits for it.
+
+    Raises:
+        GateError: what `read` raises, or the time is over.
+    """
+    if limit_s is None:
+        return read()
+    done: list[Snapshot | Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(read())
+        except Exception as error:  # noqa: BLE001 - it is raised again by the thread that waits
+            done.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not done:
+        raise ResolveError(
+            f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not answer",
+            hint="check the network file system that holds the base, then run again",
+        )
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
 
 
 _NAMED_BY_ADAPTER = (

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from merge_gate.sources.read_ahead import BaseBytes
 
 
+HEADERS_LIMIT_S = 60.0
+"""How long the headers of a base on a network file system may take. One that does not answer would end no run."""
+
+
+def headers_limit_s(directory: str) -> float | None:
+    """The time limit for reading the headers of a base; None for one on a local disk."""
+    return HEADERS_LIMIT_S if network_file_system([Path(directory)]) is not None else None
+
+
 class FedBases:
     """Use it in a `with` block: leaving it removes what was laid out.
 

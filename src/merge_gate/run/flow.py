@@ -37,7 +37,7 @@ from merge_gate.records.report import AdapterReport, Report, Shard
 from merge_gate.records.terms import Access, Origin, Quantization, Read
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
-from merge_gate.run.fed_bases import FedBases
+from merge_gate.run.fed_bases import FedBases, headers_limit_s
 from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
@@ -109,7 +109,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
 
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
-    inputs = Inputs(config, (view or SilentView()).note)
+    inputs = Inputs(config, (view or SilentView()).note, limit_s=headers_limit_s)
     for spec in select(config, only):
         yield adapter_report.files_report(inputs.checked(spec))
 
@@ -186,7 +186,9 @@ class _Run:
     def _judge_files(self) -> Iterator[tuple[int, Entry]]:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
         lay_out = self._fed.lay_out if self._options.ray is None else None
-        inputs = Inputs(self._config, self._view.note, access=self._options.access, lay_out=lay_out)
+        inputs = Inputs(
+            self._config, self._view.note, access=self._options.access, lay_out=lay_out, limit_s=headers_limit_s
+        )
         for spec in self._specs:
             self._tally.entries.extend(inputs.entries(spec))
         for index, entry in enumerate(self._tally.entries):
