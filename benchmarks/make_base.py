@@ -20,9 +20,11 @@ SIZES = {
     "0.1b": {"hidden": 768, "inter": 2048, "layers": 12, "heads": 12, "kv_heads": 12, "vocab": 16000},
     "1.1b": {"hidden": 2048, "inter": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "7b": {"hidden": 4096, "inter": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
+    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
+    "70b": {"hidden": 8192, "inter": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }
-"""TinyLlama 1.1B and Llama 2 7B by their published dimensions; `0.1b` is for the table of methods, `tiny` for smoke
-runs, `pico` for many adapters."""
+"""TinyLlama 1.1B, Llama 2 7B, Llama 3 8B and 70B by their published dimensions; `0.1b` is for the table of methods,
+`tiny` for smoke runs, `pico` for many adapters."""
 
 SHARD_LAYERS = 4
 POOL_ELEMENTS = 1 << 24
