@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from merge_gate.engine.tensors.hollow import CASTABLE, Cell, Hollow, cast_from
+from merge_gate.engine.tensors.hollow import CASTABLE, HUGE_BYTES, Cell, Hollow, cast_from
 
 SHAPES = {"matrix": (40, 33), "vector": (700,), "scalar": (), "pages": (64, 1024)}
 
@@ -147,3 +147,29 @@ def test_values_are_written_whatever_the_default_device_is() -> None:
     made = Hollow([Cell(outlines={"one": ((5000,), torch.float32)}, fill=fill)])
     with torch.device("meta"), made.filled(made.tensors.values()):
         assert made.tensors["one"].eq(1).all()
+
+
+@pytest.mark.parametrize("touched", ["small", "large", "larger", "last"])
+def test_a_touch_of_a_large_tensor_is_found_and_is_of_that_tensor_alone(touched: str) -> None:
+    """Large cells use huge pages, which the system makes and reports as a whole."""
+    sizes = {"small": 700, "large": (5 << 20) // 4 + 3, "larger": 3 << 20, "last": 1000}
+    made = Hollow(cast_from(name, torch.ones(size), torch.float16) for name, size in sizes.items())
+    assert not made.fill_touched()
+    assert not made.tensors[touched][sizes[touched] // 2].item()  # read
+    assert made.fill_touched()
+    assert [name for name, tensor in made.tensors.items() if made.is_kept(tensor)] == [touched]
+    with made.filled(made.tensors.values()):
+        assert all(tensor.eq(1).all() for tensor in made.tensors.values())
+    assert not made.fill_touched()
+
+
+def test_large_cells_begin_at_huge_pages() -> None:
+    sizes = {"one": 700, "two": HUGE_BYTES, "three": 1, "four": HUGE_BYTES + 5, "five": 3}
+    made = Hollow(cast_from(name, torch.ones(size), torch.bfloat16) for name, size in sizes.items())
+    addresses = {name: tensor.data_ptr() for name, tensor in made.tensors.items()}
+    assert [name for name, one in addresses.items() if one % HUGE_BYTES == 0 and sizes[name] >= HUGE_BYTES // 2] == [
+        "two",
+        "four",
+    ]
+    ends = [addresses[name] + 2 * size for name, size in sizes.items()]
+    assert all(end <= start for end, start in zip(ends, list(addresses.values())[1:], strict=False))
