@@ -214,6 +214,7 @@ def _choose_device(wanted: str) -> DeviceChosen:
 def _judge_group(
     position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases, *, feed: FeedClient | None = None
 ) -> Iterator[Event]:
+    yield BaseLoading(group=position)  # from the first file on, the time limit is that of the base
     try:
         with pinned_directory(group.directory) as directory, LocalFeed(directory, keep=False) as local:
             source = feed.open(position) if group.fed and feed is not None else local
@@ -266,16 +267,20 @@ class _Bases:
 def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, bases: _Bases) -> Iterator[Event]:
     from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - as above
 
+    is_announced = True
     by_class: dict[ModelClass, list[ClassedTask]] = {}
     for task in group.tasks:
         try:
             model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
         except Exception as error:
+            is_announced = False
             yield Undecided(task=task.index, refusal=_refusal(error, group))
         else:
             by_class.setdefault(model_class, []).append((task, model_class.instead_of))
     for model_class, tasks in by_class.items():
-        yield BaseLoading(group=position)
+        if not is_announced:
+            yield BaseLoading(group=position)
+        is_announced = False
         started = time.perf_counter()
         try:
             account = bases.mapped.account(model_class, group)
