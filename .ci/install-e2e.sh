@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make e2e` needs on a Debian or Ubuntu machine that has neither Docker nor a container registry:
 # podman, Node.js, a Debian base image made with debootstrap, act, gh, the linters of workflows and Dockerfile, Chromium,
-# and the schema of SARIF.
+# the schema of SARIF, and FUSE.
 #
 #   sudo .ci/install-e2e.sh            # then: make e2e
 #
@@ -20,7 +20,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 declare -A packages=(
   [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
   [git]=git [chromium]=chromium [npm]=npm [newuidmap]=uidmap [openssl]=openssl [gh]=gh [jq]=jq
-  [debsecan]=debsecan
+  [debsecan]=debsecan [fusermount3]=fuse3
 )
 missing=()
 for command in "${!packages[@]}"; do

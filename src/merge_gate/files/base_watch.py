@@ -18,8 +18,12 @@ from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import BaseContent, Entry, FileIdentity
+from merge_gate.time_limit import within
 
 _Identity = tuple[FileIdentity, ...]
+
+ANSWER_LIMIT_S = 30.0
+"""How long the file system may take to tell the size and the times of a base's files."""
 
 
 class RememberedDigests(Protocol):
@@ -42,6 +46,7 @@ class BaseWatch:
         self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
         self._listed: dict[str, tuple[str, str | None]] = {}
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
+        self._silent: set[str] = set()
 
     # --- digests ---------------------------------------------------------------------------------------------------
 
@@ -123,11 +128,11 @@ class BaseWatch:
         if entry not in self._loads:
             return False
         directory, identities = self._loads[entry]
-        return self._is_same(directory, identities, _identity_now(directory))
+        return self._is_same(directory, identities, self._identity_now(directory))
 
     def void(self) -> dict[str, list[int]]:
         """The entries whose verdicts are void, by the directory of the base that changed. Call `wait` first."""
-        now = {directory: _identity_now(directory) for directory, _ in self._loads.values()}
+        now = {directory: self._identity_now(directory) for directory, _ in self._loads.values()}
         void: dict[str, list[int]] = {}
         for entry, (directory, identities) in self._loads.items():
             if not self._is_same(directory, identities, now[directory]):
@@ -138,7 +143,19 @@ class BaseWatch:
         return {*identities, self._hashed.get(directory, now)} == {now}
 
     def _is_as_hashed(self, directory: str) -> bool:
-        return self._hashed[directory] == _identity_now(directory)
+        return self._hashed[directory] == self._identity_now(directory)
+
+    def _identity_now(self, directory: str) -> _Identity | None:
+        """None if the files cannot be read, or their mount does not answer."""
+        if directory in self._silent:
+            return None
+        try:
+            return within(ANSWER_LIMIT_S, lambda: base_identity(directory))
+        except TimeoutError:
+            self._silent.add(directory)
+            return None
+        except OSError:
+            return None
 
     def _hash(self, directory: str) -> None:
         with contextlib.suppress(Exception):  # the worker reads the same files, and reports what is wrong with them
@@ -158,13 +175,6 @@ def base_directory(entry: Entry) -> str:
     if entry.base is None:
         raise AssertionError("an entry without a base is settled before its base is used")
     return entry.base.directory
-
-
-def _identity_now(directory: str) -> _Identity | None:
-    try:
-        return base_identity(directory)
-    except OSError:
-        return None
 
 
 def _weights_digest(directory: str, sha256: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@ A `Config` and its `AdapterSpec`s go in; `Entry` comes out. A problem becomes a 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Access, Finding, Origin, Quantization, Severity
 from merge_gate.text import quoted
+from merge_gate.time_limit import within
 
 _BaseRequest = tuple[str, str | None, Access]
 """The model, the revision, and how its weights are read."""
@@ -172,32 +172,20 @@ class Inputs:
 
 
 def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> Snapshot:
-    """Read a base, for at most this time. A read that hangs keeps its thread, and no one waits for it.
+    """Read a base, for at most this time.
 
     Raises:
         GateError: what `read` raises, or the time is over.
     """
     if limit_s is None:
         return read()
-    done: list[Snapshot | Exception] = []
-
-    def run() -> None:
-        try:
-            done.append(read())
-        except Exception as error:  # noqa: BLE001 - it is raised again by the thread that waits
-            done.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if not done:
+    try:
+        return within(limit_s, read)
+    except TimeoutError as error:
         raise ResolveError(
             f"the headers of base {quoted(label, 200)} could not be read in {limit_s:g} s: its mount does not answer",
             hint="check the network file system that holds the base, then run again",
-        )
-    if isinstance(done[0], Exception):
-        raise done[0]
-    return done[0]
+        ) from error
 
 
 _NAMED_BY_ADAPTER = (
