@@ -310,6 +310,7 @@ def kill_after(place: Path, count: int, *words: str) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_is_the_whole_run_but_for_marks(fleet: Path) -> None:
     kill_after(fleet, 3)
     left = provisional(fleet / "killed")

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.cache.base_records import BaseRecords
+from merge_gate.cache.seal import Seal
+from merge_gate.cache.store import Store
+from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.files.resolve import Streamable
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.terms import BaseKey, Quantization
+from merge_gate.records.measured import BaseRecord, TensorStats
+from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import FedBases
 from merge_gate.sources import streamed_bases
@@ -91,3 +96,42 @@ def test_headers_on_a_network_have_a_time_limit(
 ) -> None:
     monkeypatch.setattr(fed_bases, "network_file_system", lambda _: system)
     assert fed_bases.headers_limit_s("/base") == limit_s
+
+
+# --- records of whole bases ------------------------------------------------------------------------------------------
+
+
+FIGURES = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
+
+
+@pytest.mark.parametrize(
+    ("read", "is_large", "is_used"),
+    [(Read.AUTO, False, False), (Read.AUTO, True, True), (Read.TOUCHED, False, True), (Read.WHOLE, True, False)],
+)
+def test_a_record_is_used_where_it_saves_reading(
+    read: Read, is_large: bool, is_used: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fed_bases, "too_large", lambda *_: "too large" if is_large else None)
+    monkeypatch.setattr(fed_bases, "network_file_system", lambda _: None)
+    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
+    watch = BaseWatch()
+    with FedBases(watch, lambda _: None, records=records) as fed:
+        with pytest.raises(UsageError):
+            fed.schedule(group(base), Read.TOUCHED)
+        assert fed.schedule(group(base), Read.WHOLE).keeps_record
+        watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
+        fed.measured(group(base), BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.store_records()
+        scheduled = fed.schedule(group(base), read)
+    assert [one.model_class for one in scheduled.records] == (["A"] if is_used else [])
+    assert scheduled.keeps_record == (not is_used)
+    assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
+
+
+def test_a_base_without_a_digest_leaves_no_record(base: str, tmp_path: Path) -> None:
+    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
+    with FedBases(BaseWatch(), pytest.fail, records=records) as fed:
+        fed.measured(group(base), BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.store_records()
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))

@@ -117,7 +117,8 @@ def test_bytes_that_were_not_asked_for_are_refused(kind: str, hub: LoopbackHub, 
     hub.damage("/cdn/", kind)
     with pytest.raises(SourceError):
         read(file, 10, 10)
-    assert len(hub.paths("GET")) == 1, "no second try of what cannot become right"
+    tries = [path for path in hub.paths("GET") if path.startswith("/cdn/")]
+    assert len(tries) == 1, "no second try of what cannot become right"
 
 
 def test_a_redirect_of_the_bytes_is_refused(hub: LoopbackHub, commit: str) -> None:

@@ -447,6 +447,6 @@ def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Ends, monkeypatc
 
 def test_the_window_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 32), (2400 << 20, 18)):
+    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 16), (1800 << 20, 14)):
         monkeypatch.setattr(feed_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
         assert feed_service._slots() == slots

@@ -103,6 +103,7 @@ def printed(script: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_libraries_are_what_they_are_without() -> None:
     plain, quick = said(PLAIN + IMPORTS + SAID), said(QUICK + IMPORTS + SAID)
     assert quick[1] == plain[1]
