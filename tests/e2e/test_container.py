@@ -395,7 +395,7 @@ def test_mounts_that_are_empty(run: ContainerRun, log: Log, podman_environment: 
     with serving(podman_environment, address, *before):
         run = replace(run, hf_cache=cache, environ={**run.environ, "DOCKER_HOST": f"unix://{address}"})
         assert run_in_container(run, log) == 3, log.text
-    assert "canary-" in log.text
+    assert run.config.name in log.text
     assert "runtime: native" in log.text
     assert not (run.output / "report.json").exists()
 
