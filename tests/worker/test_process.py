@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -250,3 +251,27 @@ def test_the_directory_of_a_dead_run_is_removed_and_that_of_a_living_one_is_not(
             assert Path(living).is_dir()
             assert Path(other).is_dir()
     assert {one.name for one in tmp_path.iterdir()} == {*(one.name for one in users), young.name}
+
+
+class _Unkillable:
+    """A process in an uninterruptible wait of the kernel: signals do not end it."""
+
+    returncode = None
+    kills = 0
+
+    def poll(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.kills += 1
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert timeout is not None, "no one waits for it without a limit"
+        raise subprocess.TimeoutExpired("worker", timeout)
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
+    child: Any = _Unkillable()
+    assert process._exit_code(child) == -signal.SIGKILL
+    assert child.kills == 1

@@ -212,18 +212,20 @@ def _send(channel: Channel, job: Job) -> None:
 
 
 def _exit_code(child: subprocess.Popen[bytes]) -> int:
-    """The exit code of a process that has closed its pipe."""
+    """The exit code of a process that has closed its pipe. One that cannot be ended counts as killed."""
     try:
         return child.wait(EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         _stop(child)
-        return child.wait()
+        return child.returncode if child.returncode is not None else -signal.SIGKILL
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Kill a process. One that waits for a mount that does not answer cannot be killed: no one waits for it."""
     if child.poll() is None:
         child.kill()
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(EXIT_TIMEOUT_S)
 
 
 def describe_exit(code: int, output: IO[bytes], *, out_of_memory: str | None = None) -> Ending:
