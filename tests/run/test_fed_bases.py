@@ -119,6 +119,7 @@ def test_a_record_is_used_where_it_saves_reading(
         with pytest.raises(UsageError):
             fed.schedule(group(base), Read.TOUCHED)
         assert fed.schedule(group(base), Read.WHOLE).keeps_record
+        watch.wait()
         watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
         fed.measured(group(base), BaseRecord(model_class="A", figures=(FIGURES,)))
         fed.store_records()
