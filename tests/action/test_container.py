@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -161,3 +162,19 @@ def test_other_exit_codes_are_no_verdict(code: int, killed: bool, says: str) -> 
         return
     with pytest.raises(LauncherError, match=says):
         container.exit_code(code, killed)
+
+
+def test_the_main_thread_stays_free_for_signals_while_the_container_runs() -> None:
+    waited: list[threading.Thread] = []
+
+    class Ending:
+        def wait(self, timeout: float | None) -> dict[str, int]:
+            waited.append(threading.current_thread())
+            if len(waited) > 1:
+                raise OSError("the engine is gone")
+            return {"StatusCode": 3}
+
+    assert container._waited_for(Ending()) == {"StatusCode": 3}
+    with pytest.raises(OSError, match="gone"):
+        container._waited_for(Ending())
+    assert threading.main_thread() not in waited

@@ -6,7 +6,9 @@ is passed on as it comes. The launcher removes the container.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import signal
 import threading
 from dataclasses import dataclass, field
@@ -31,6 +33,9 @@ _HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_pr
 _AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 """Variables that name a file of certificate authorities, in the order of preference."""
 AUTHORITIES_INSIDE = "/opt/merge-gate-authorities.pem"
+
+SIGNALS_EVERY_S = 0.5
+"""How often signals are handled while the container runs."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def supervise(
     with docker_api.translated("the container was lost", hint=hint):
         try:
             with signals.interruptible():
-                status = container.wait(timeout=None)
+                status = _waited_for(container)
         except Interrupted as interruption:
             log(f"merge-gate: {interruption}; stopping the container\n".encode())
             container.stop(timeout=STOP_GRACE_S)
@@ -229,6 +234,29 @@ def supervise(
             reader.join(STOP_GRACE_S)
         container.reload()
         return exit_code(int(status["StatusCode"]), bool(container.attrs.get("State", {}).get("OOMKilled")))
+
+
+def _waited_for(container: Any) -> dict[str, Any]:
+    """What the engine says when the container has ended.
+
+    A thread waits for it. A signal that arrives just before a blocking read is not handled until the read returns, and
+    this read may take hours.
+    """
+    outcome: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            outcome.put(container.wait(timeout=None))
+        except Exception as error:  # noqa: BLE001 - the main thread raises it again
+            outcome.put(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            ended = outcome.get(timeout=SIGNALS_EVERY_S)
+            if isinstance(ended, Exception):
+                raise ended
+            return ended
 
 
 def exit_code(status: int, out_of_memory: bool) -> int:
