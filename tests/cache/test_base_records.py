@@ -122,6 +122,17 @@ def test_figures_that_contradict_themselves_are_no_record(
 
 @pytest.mark.parametrize("records_json", [None, {}, [1], [{"model_class": "x"}], [{"model_class": 1, "figures": []}]])
 def test_a_document_of_another_form_is_no_record(store: Store, records: BaseRecords, records_json: object) -> None:
-    rests_on = base_records._material(BASE, CONTENT)
+    rests_on = base_records._material(BASE, CONTENT, ())
     store.put(KIND, base_records.key_of(rests_on), {"material": rests_on, "records": records_json})
+    assert records.lookup(BASE, CONTENT) == ()
+
+
+def test_a_run_that_trusts_more_has_records_of_its_own(store: Store, records: BaseRecords) -> None:
+    """Code of a base may forge them."""
+    BaseRecords(store, "x", trusts=("trust-remote-code",)).store(BASE, CONTENT, RECORD)
+    assert records.lookup(BASE, CONTENT) == ()
+
+
+def test_figures_of_many_dimensions_are_no_record(records: BaseRecords) -> None:
+    records.store(BASE, CONTENT, replace(RECORD, figures=(replace(WEIGHT, shape=(1,) * 64 + (2, 4)),)))
     assert records.lookup(BASE, CONTENT) == ()

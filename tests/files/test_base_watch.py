@@ -282,3 +282,11 @@ def test_a_cached_verdict_on_a_streamed_base_names_its_digest(base: str) -> None
     watch.reused(base, 0)
     assert watch.digest(base) == weights_of(base)
     assert watch.void() == {}
+
+
+def test_a_verdict_that_is_reused_does_not_say_that_bytes_have_passed(base: Path) -> None:
+    watch = BaseWatch()
+    watch.listed(str(base), base_identity(str(base)), {})
+    watch.reused(str(base), 0)
+    assert watch.digest(str(base)) is not None
+    assert watch.is_only_listed(str(base))

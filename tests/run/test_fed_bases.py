@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from merge_gate.run import fed_bases
 from merge_gate.run.fed_bases import FedBases
 from merge_gate.sources import streamed_bases
 from merge_gate.sources.local_files import LocalFiles
-from merge_gate.worker.protocol import Group
+from merge_gate.worker.protocol import Group, Task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,14 +102,19 @@ def test_headers_on_a_network_have_a_time_limit(
 # --- records of whole bases ------------------------------------------------------------------------------------------
 
 
+def asked(directory: str) -> Group:
+    """A group whose record is kept, with one task."""
+    return replace(group(directory), keeps_record=True, tasks=(Task(index=0, files=()),))
+
+
 FIGURES = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
 
 
 @pytest.mark.parametrize(
     ("read", "is_large", "is_used"),
-    [(Read.AUTO, False, False), (Read.AUTO, True, True), (Read.TOUCHED, False, True), (Read.WHOLE, True, False)],
+    [(Read.AUTO, False, True), (Read.AUTO, True, True), (Read.TOUCHED, False, True), (Read.WHOLE, True, False)],
 )
-def test_a_record_is_used_where_it_saves_reading(
+def test_the_worker_gets_the_records_of_a_base_that_need_not_be_read_whole(
     read: Read, is_large: bool, is_used: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fed_bases, "too_large", lambda *_: "too large" if is_large else None)
@@ -121,18 +127,37 @@ def test_a_record_is_used_where_it_saves_reading(
         assert fed.schedule(group(base), Read.WHOLE).keeps_record
         watch.wait()
         watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
-        fed.measured(group(base), BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.measured(asked(base), 0, BaseRecord(model_class="A", figures=(FIGURES,)))
         fed.store_records()
         scheduled = fed.schedule(group(base), read)
     assert [one.model_class for one in scheduled.records] == (["A"] if is_used else [])
-    assert scheduled.keeps_record == (not is_used)
+    assert scheduled.keeps_record, "another class may have no record"
     assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
 def test_a_base_without_a_digest_leaves_no_record(base: str, tmp_path: Path) -> None:
     records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
     with FedBases(BaseWatch(), pytest.fail, records=records) as fed:
-        fed.measured(group(base), BaseRecord(model_class="A", figures=(FIGURES,)))
+        fed.measured(asked(base), 0, BaseRecord(model_class="A", figures=(FIGURES,)))
         fed.store_records()
     assert not list((tmp_path / "cache").rglob("*.*"))
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("task", "keeps_record", "figures"),
+    [(7, True, (FIGURES,)), (0, False, (FIGURES,)), (0, True, (FIGURES, FIGURES)), (0, True, 5), (0, True, (1,))],
+)
+def test_a_record_that_the_worker_was_not_asked_for_is_not_stored(
+    task: int, keeps_record: bool, figures: Any, base: str, tmp_path: Path
+) -> None:
+    """Code of a base runs in the worker, and can send any."""
+    records = BaseRecords(Store(str(tmp_path / "cache"), Seal(), pytest.fail), "a run")
+    watch = BaseWatch()
+    watch.passed(base, base_identity(base), {WEIGHTS: "0" * 64})
+    with FedBases(watch, pytest.fail, records=records) as fed:
+        fed.measured(
+            replace(asked(base), keeps_record=keeps_record), task, BaseRecord(model_class="A", figures=figures)
+        )
+        fed.store_records()
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))

@@ -21,6 +21,7 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import NotJudged, PatternRefused
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
+from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -381,9 +382,25 @@ def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
     attempt.receive(InProgress(task=2))
     assert alone_after(attempt) == {2}
     attempt.receive(InProgress(task=7, thread=13))
+    attempt.receive(InProgress(task=0, thread=[]))  # type: ignore[arg-type]
     assert alone_after(attempt) == {2}, "there is no such task"
     attempt.receive(MergeStarted(task=1))
     assert alone_after(attempt) == set()
+
+
+def test_a_pass_of_adapters_that_are_merged_alone_is_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    """A worker could name one again and again, and die each time."""
+    only = one_pass(shelf.base("llama"), adapters[:1])
+    attempt = Attempt(Job(groups=(replace(only, tasks=(replace(only.tasks[0], alone=True),)),)), Killer())
+    attempt.receive(MergeStarted(task=0, others=(0,)))
+    assert not attempt.is_at_a_batch
+    assert attempt.is_at_an_adapter
+
+
+def test_an_event_of_odd_types_is_garbled(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
+    attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
+    with pytest.raises(GarbledError):
+        attempt.receive(MergeStarted(task=[0]))  # type: ignore[arg-type]
 
 
 def test_the_threads_of_a_pass_are_bounded(shelf: Shelf, adapters: list[AdapterFiles]) -> None:

@@ -27,21 +27,24 @@ MOST_CLASSES = 16
 
 
 class BaseRecords:
-    """The records of one cache directory. With `fresh`, they are only written. `place` names this run."""
+    """The records of one cache directory. With `fresh`, they are only written.
 
-    def __init__(self, store: Store, place: str, *, fresh: bool = False) -> None:
-        self._store, self._place, self._fresh = store, place, fresh
+    `place` names this run. A run that trusts more (pickles, a base's own code) has records of its own: `trusts`.
+    """
+
+    def __init__(self, store: Store, place: str, *, fresh: bool = False, trusts: tuple[str, ...] = ()) -> None:
+        self._store, self._place, self._fresh, self._trusts = store, place, fresh, trusts
 
     def lookup(self, base: BaseKey, content: BaseContent) -> tuple[BaseRecord, ...]:
         """What earlier runs measured of a base of this content, loaded in this dtype."""
         if self._fresh:
             return ()
-        rests_on = _material(base, content)
+        rests_on = _material(base, content, self._trusts)
         return _from_document(self._store.get(KIND, key_of(rests_on)), rests_on)
 
     def store(self, base: BaseKey, content: BaseContent, found: BaseRecord) -> None:
         """Add a record of this run, in place of an earlier one of the same class and head."""
-        rests_on = _material(base, content)
+        rests_on = _material(base, content, self._trusts)
         key = key_of(rests_on)
         others = [
             one for one in _from_document(self._store.get(KIND, key), rests_on) if one.model_class != found.model_class
@@ -51,7 +54,7 @@ class BaseRecords:
         self._store.put(KIND, key, {"material": rests_on, "records": dump(tuple(records))})
 
 
-def _material(base: BaseKey, content: BaseContent) -> Json:
+def _material(base: BaseKey, content: BaseContent, trusts: tuple[str, ...]) -> Json:
     """Everything that the figures depend on. The base's name is not part of it: a base may move."""
     return {
         "format": FORMAT,
@@ -61,6 +64,7 @@ def _material(base: BaseKey, content: BaseContent) -> Json:
         "settings": content.settings,
         "dtype": base.dtype,
         "quantization": base.quantization,
+        "trusts": list(trusts),
     }
 
 

@@ -84,7 +84,14 @@ class Cache:
         self._place = cached_verdict.current_place(environ)
         self._store = Store(options.directory, self._seal, notify) if options.directory is not None else None
         self._devices = KnownDevices(device, self._store, environ)
-        self.base_records = BaseRecords(self._store, self._place, fresh=not options.reuse) if self._store else None
+        trusted = {
+            "allow-pickle": circumstances.allow_pickle,
+            "trust-remote-code": circumstances.trust_remote_code,
+        }
+        trusts = tuple(name for name, is_trusted in trusted.items() if is_trusted)
+        self.base_records = (
+            BaseRecords(self._store, self._place, fresh=not options.reuse, trusts=trusts) if self._store else None
+        )
         self.seen_bases = SeenBases(self._store, fresh=not options.reuse) if self._store else None
         self.resumed = ResumedVerdicts(options.resume, self._seal) if options.resume is not None else None
         for note in self.resumed.notes if self.resumed else ():

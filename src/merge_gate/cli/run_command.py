@@ -46,8 +46,8 @@ def add(commands: Commands[CommandParser]) -> None:
     run.add_argument(
         "--read",
         choices=list(Read),
-        help="read every tensor of a base (whole), or what adapters touch, if a run in --cache has read it whole "
-        "(touched), or what is possible (auto); default: as the config says, or auto",
+        help="read every tensor of a base (whole), or only what adapters touch, if a run in --cache has read it whole "
+        "(touched); auto does so for a base that is not mapped; default: as the config says, or auto",
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(

@@ -212,9 +212,10 @@ class BaseEntry(Model):
     )
     read: ReadWord | None = Field(
         None,
-        description=f"How much of the base is read: {one_of(Read)}. whole reads and measures every tensor, touched "
-        "reads what adapters touch and takes the other figures from a run in --cache that read it whole, auto does so "
-        "if there is such a run. Default: auto.",
+        description=f"How much of the base is read: {one_of(Read)}. With whole, every tensor is read and measured. "
+        "With touched, only what adapters touch is read, and the other figures come from a run in --cache that read it "
+        "whole. With auto, that is so if there is such a run, and the base is streamed, larger than the memory, or on "
+        "a network mount. Default: auto.",
     )
 
 

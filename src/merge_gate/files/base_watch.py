@@ -46,6 +46,7 @@ class BaseWatch:
         self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
         self._listed: dict[str, tuple[str, str | None]] = {}
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
+        self._passed: set[str] = set()
         self._silent: set[str] = set()
 
     # --- digests ---------------------------------------------------------------------------------------------------
@@ -82,12 +83,19 @@ class BaseWatch:
 
         Other digests than the Hub lists do not count.
         """
+        if directory in self._passed:
+            return
         with contextlib.suppress(Exception):  # then the base is hashed
             weights = _weights_digest(directory, sha256)
             if directory in self._listed and weights != self._listed[directory][0]:
                 return
+            self._passed.add(directory)
             self._hashed.setdefault(directory, identity)
             self._digests.setdefault(directory, (weights, _settings_digest(directory)))
+
+    def is_only_listed(self, directory: str) -> bool:
+        """Whether the Hub lists the digests of a base, and not all of its bytes have passed through this process."""
+        return directory in self._listed and directory not in self._passed
 
     def wait(self) -> None:
         """Wait until every base that was started is hashed."""
@@ -118,7 +126,7 @@ class BaseWatch:
             self._loads.setdefault(entry, (directory, set()))[1].add(identity)
 
     def reused(self, directory: str, entry: int) -> None:
-        """The cached verdict on this entry depends on the files that were hashed."""
+        """The cached verdict on this entry depends on the files that were hashed, or that the Hub lists."""
         if directory in self._listed:
             self._digests.setdefault(directory, self._listed[directory])
         self.loaded(directory, self._hashed[directory], (entry,))

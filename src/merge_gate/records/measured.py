@@ -7,6 +7,9 @@ import math
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import BaseKey, record, reported
 
+MOST_DIMENSIONS = 64
+"""torch's own limit."""
+
 
 @record
 class TensorStats:
@@ -193,6 +196,8 @@ class BaseRecord:
 
 
 def _is_plausible(stats: TensorStats) -> bool:
+    if len(stats.shape) > MOST_DIMENSIONS:
+        return False
     broken = stats.nan + stats.posinf + stats.neginf
     if min(stats.nan, stats.posinf, stats.neginf, *stats.shape, 0) < 0 or stats.numel != math.prod(stats.shape):
         return False

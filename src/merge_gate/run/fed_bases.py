@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from merge_gate.errors import UsageError
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.terms import Read
+from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.feed_service import Feeds
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from merge_gate.sources.read_ahead import BaseBytes
 
 
+LONGEST_CLASS = 200
+"""Characters of the name of a model class."""
+
 HEADERS_LIMIT_S = 60.0
-"""How long the headers of a base on a network file system may take. One that does not answer would end no run."""
+"""How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
 
 
 def headers_limit_s(directory: str) -> float | None:
@@ -56,7 +59,7 @@ class FedBases:
     ) -> None:
         self._watch, self._notify, self._is_remote = watch, notify, is_remote
         self._records = records if not is_remote else None
-        self._measured: list[tuple[Group, BaseRecord]] = []
+        self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseRecord]] = {}
         self._stack = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
@@ -87,9 +90,7 @@ class FedBases:
         """
         records = self._recorded(group, read)
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
-        if not scheduled.one_pass and not scheduled.fed:
-            records = ()  # the base is mapped, and measuring it costs little
-        return replace(scheduled, records=records, keeps_record=self._records is not None and not records)
+        return replace(scheduled, records=records, keeps_record=self._records is not None)
 
     def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
         if self._records is None or read is Read.WHOLE:
@@ -107,16 +108,25 @@ class FedBases:
             )
         return found
 
-    def measured(self, group: Group, record: BaseRecord) -> None:
-        """This run has measured the whole base of a group."""
-        self._measured.append((group, record))
+    def measured(self, group: Group, task: int, record: BaseRecord) -> None:
+        """This run has measured the whole base of a group.
+
+        The first record of a class counts, if the worker was asked for it: code of a base could send others.
+        """
+        is_asked_for = group.keeps_record and any(one.index == task for one in group.tasks)
+        with contextlib.suppress(Exception):  # its fields may have any type
+            if is_asked_for and record.is_plausible and len(record.model_class) <= LONGEST_CLASS:
+                self._measured.setdefault((group.directory, group.base, record.model_class), (group, record))
 
     def store_records(self) -> None:
         """Store what this run measured of bases whose bytes have a digest."""
-        for group, record in self._measured:
+        for group, record in self._measured.values():
             content = self._watch.content(group.directory)
-            if self._records is not None and content is not None and self._watch.digest(group.directory) is not None:
-                self._records.store(group.base, content, record)
+            has_digest = self._watch.digest(group.directory) is not None
+            is_proven = has_digest and self.unproven(group.directory) is None
+            if self._records is not None and content is not None and is_proven:
+                with contextlib.suppress(Exception):  # a record that is not stored costs a later run its time
+                    self._records.store(group.base, content, record)
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""
@@ -134,7 +144,7 @@ class FedBases:
 
     def unproven(self, directory: str) -> NotJudged | None:
         """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""
-        if directory not in self._streamed or self._watch.digest(directory) is not None:
+        if not self._watch.is_only_listed(directory):
             return None
         return NotJudged(
             message="the weights of the streamed base were not read to their end, so their SHA-256 is not known",

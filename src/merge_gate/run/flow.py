@@ -78,7 +78,7 @@ def run_gate(
     specs = select(config, options.only)
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
-    _refuse_streams_on_ray(specs, options)
+    _refuse_on_ray(specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
     circumstances = Circumstances(
@@ -94,7 +94,9 @@ def run_gate(
         return run.run()
 
 
-def _refuse_streams_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+    if options.ray is not None and Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
+        raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
     if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
         raise UsageError("--ray merges on other machines, which cannot stream a base", hint="set access: download")
 
@@ -277,7 +279,7 @@ class _Run:
             case protocol.BaseMeasured():
                 group = self._groups[event.group]
                 if event.record is not None:
-                    self._fed.measured(group, event.record)
+                    self._fed.measured(group, event.task, event.record)
                 self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
             case protocol.MergeStarted():
                 self._catch_up()
@@ -377,8 +379,8 @@ class _Run:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
         self._store_verdicts()
-        self._fed.store_records()
         self._withdraw_void()
+        self._fed.store_records()
         report = self._tally.report(complete=True)
         try:
             self._writer.write_last(report)

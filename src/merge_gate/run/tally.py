@@ -79,10 +79,16 @@ class Tally:
         position = self._shard.positions[index] if self._shard is not None else index
         self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
 
+    def _sha256(self, directory: str, base: BaseReport) -> str | None:
+        """None if this run has read a part of a base, and the Hub lists the digests of the whole."""
+        if base.record is not None and self._watch.is_only_listed(directory):
+            return None
+        return self._watch.digest(directory)
+
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
         bases = in_order(
-            (replace(base, sha256=self._watch.digest(directory)), position)
+            (replace(base, sha256=self._sha256(directory, base)), position)
             for (directory, base), position in self._bases.items()
         )
         adapters = tuple(self._reports[index] for index in sorted(self._reports))

@@ -46,7 +46,7 @@ class Digests:
         return len(self.known) == len(self._sizes)
 
     def add(self, file: str, start: int, content: memoryview) -> None:
-        """Add the next bytes of a file. Bytes out of order, or of a file that is known, only are compared.
+        """Add the next bytes of a file. Bytes out of order, or of a file that is known, are only compared.
 
         Raises:
             SourceError: the file has another digest than expected, or its bytes changed.

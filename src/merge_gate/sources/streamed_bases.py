@@ -22,6 +22,9 @@ from merge_gate.sources.hub_file import HubFile
 _FIRST_READ_BYTES = 1 << 20
 _PREFIX_BYTES = 8
 
+MOST_HEADER_BYTES = 1 << 28
+"""The headers of all files of a base are kept during the run. Those of a 405 B base have a few megabytes."""
+
 
 class HubFiles:
     """The weight files of one base on the Hub.
@@ -37,7 +40,14 @@ class HubFiles:
         self.sizes: Mapping[str, int] = {name: file.size_bytes for name, file in files.items()}
         self.sha256: Mapping[str, str] = {name: file.sha256 for name, file in files.items() if file.sha256}
         self.identity: tuple[FileIdentity, ...] = ()
-        self._heads = {name: _head(file) for name, file in files.items()}
+        self._heads: dict[str, bytes] = {}
+        for name, file in files.items():
+            self._heads[name] = _head(file)
+            if sum(map(len, self._heads.values())) > MOST_HEADER_BYTES:
+                raise SourceError(
+                    f"{file.label}: the headers of the base's weight files have more than {MOST_HEADER_BYTES:,} bytes",
+                    hint="check the base: a header of a large model has some hundred kilobytes",
+                )
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the file's bytes from `start` on. Of a header, these are the bytes that were laid out.

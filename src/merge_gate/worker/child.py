@@ -157,11 +157,10 @@ class MappedBases:
         return self._accounts[model_class]
 
     def serves(self, group: Group) -> bool:
-        """Whether the group differs from this one in dtype and tasks only."""
-        return (
-            replace(group, base=replace(group.base, dtype=self._group.base.dtype), tasks=self._group.tasks)
-            == self._group
-        )
+        """Whether the group differs from this one in dtype, tasks, and records only."""
+        own = self._group
+        base = replace(group.base, dtype=own.base.dtype)
+        return replace(group, base=base, tasks=own.tasks, records=own.records) == own
 
     def add(self, model_class: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
         from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
@@ -258,8 +257,11 @@ class _Bases:
         self.base, self.model_class = base, model_class
 
     def record(self) -> BaseRecord | None:
-        """The figures of a base that was read whole, if the group keeps them."""
+        """The figures of a base that was read whole, if the group keeps them and has none of this class."""
+        known = {one.model_class for one in self.group.records}
         if not self.group.keeps_record or self.base is None or self.model_class is None:
+            return None
+        if self.model_class.label in known:
             return None
         return self.base.record(self.model_class)
 

@@ -46,6 +46,9 @@ _WINDOW_SHARE = 8
 _LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 16
 """The window takes an eighth of the free memory, between 192 and 256 MiB."""
 
+MOST_SPANS, MOST_REQUESTS = 1 << 20, 1 << 12
+"""A worker that lists more spans, or has more requests open, is not the gate's own code."""
+
 _AT_ONCE = 4
 """Pieces that are read at a time because the worker waits for them."""
 
@@ -142,8 +145,12 @@ class FeedService:
             case FeedOpened(group=int(group)):
                 self._open(group)
             case SpansExpected(number=int(number), spans=tuple(spans), whole=bool(whole)) if number > 0:
+                if len(spans) > MOST_SPANS:
+                    raise _UnfitError
                 self._read_ahead(number, tuple(self._checked(span) for span in spans), whole=whole)
             case BytesRequested(number=int(number), span=span) if number < 0 and _is_in_one_piece(self._checked(span)):
+                if self._requests.qsize() > MOST_REQUESTS:
+                    raise _UnfitError
                 self._requests.put((self._opened(), request))
             case SlotReleased(number=int(number), start=int(start)):
                 self._release(number, start)

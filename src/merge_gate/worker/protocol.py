@@ -40,10 +40,10 @@ class Task:
 class Group:
     """The adapters on one base. `files` is what the base's files contain, if they were read.
 
-    `one_pass`: the base is larger than the memory, so several adapters are merged in one pass over its files. `fed`:
-    the parent reads its weight files (feed_service.py). `records` are what earlier runs measured of the base: tensors
-    that no adapter touches are then not read. `keeps_record`: the parent keeps the figures of a base that is read
-    whole.
+    `one_pass`: several adapters are merged in one pass over the base's files, because it is streamed, larger than the
+    memory, or read only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records`
+    are what earlier runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the
+    parent keeps the figures of a base that is read whole.
     """
 
     base: BaseKey
@@ -103,9 +103,9 @@ class BaseLoaded:
 
 @record
 class BaseMeasured:
-    """The base is measured, with the first adapters that were merged into it. `task` is one of them.
+    """The base is measured: at its load, if its record is kept, or in the pass of its first adapters.
 
-    `record` has the figures of a base that was read whole, if the group keeps them.
+    `task` is one of its tasks. `record` has the figures of a base that was read whole, if the group keeps them.
     """
 
     group: int
@@ -205,7 +205,9 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return 0 <= event.group < groups and event.task in open_tasks
         case MergeStarted():
             return {event.task, *event.others} <= set(open_tasks)
-        case InProgress() | MergeProgressed() | Merged() | Undecided():
+        case InProgress():
+            return event.task in open_tasks and isinstance(event.thread, int | None)
+        case MergeProgressed() | Merged() | Undecided():
             return event.task in open_tasks
         case _:
             return True

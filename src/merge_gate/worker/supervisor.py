@@ -6,8 +6,8 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
 2. If it dies or exceeds a time limit while it merges an adapter, that adapter is `error`. A new process continues.
 3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
-4. If it dies while it merges several adapters in one pass, a new process merges those that were in progress one at a
-   time, and the others in one pass as before.
+4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
+   were in progress one at a time, and the others in one pass as before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Self, assert_never
 from merge_gate.errors import GateError
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.text import counted
+from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
@@ -163,7 +164,7 @@ class Attempt:
 
         An event about anything but an open task is dropped: code that comes with a base could send it.
         """
-        if not concerns(event, self._open(), len(self._job.groups)):
+        if not self._concerns(event):
             return
         match event:
             case BaseLoading():
@@ -194,6 +195,12 @@ class Attempt:
                 assert_never(event)
         self._listen(event)
 
+    def _concerns(self, event: Event) -> bool:
+        try:
+            return concerns(event, self._open(), len(self._job.groups))
+        except TypeError as error:  # its fields have other types
+            raise GarbledError(str(error)[:200]) from error
+
     def _note_in_progress(self, event: InProgress) -> None:
         if event.thread is None:
             self._in_progress.clear()
@@ -215,7 +222,8 @@ class Attempt:
     @property
     def is_at_a_batch(self) -> bool:
         """Whether several adapters are being merged together."""
-        return bool(self._others)
+        batch = {self._task, *self._others}
+        return bool(self._others) and any(task.index in batch and not task.alone for task in self._tasks())
 
     @property
     def is_at_an_adapter(self) -> bool:

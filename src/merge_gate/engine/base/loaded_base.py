@@ -426,6 +426,11 @@ def refuse_mismatches(loading: Loading, label: str, model_class: ModelClass) -> 
             raise Undecidable(fact)
 
 
+def outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and the dtype of each tensor, by name."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 

@@ -14,7 +14,7 @@ nothing of PEFT.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from merge_gate.engine.base.loaded_base import (
     loads_as_usual,
     measure_base,
     named_tensors,
+    outlines,
     place_of,
     refuse_mismatches,
 )
@@ -87,7 +88,7 @@ def _built(known: Base, transformers_class: Any, model_class: ModelClass) -> tup
     is_same = (
         loading.newly_initialized == expected.newly_initialized
         and newly_placed <= expected.newly_initialized | lacking
-        and _outlines(found) == _outlines({name: tensor for name, _, tensor in named_tensors(outline)})
+        and outlines(found) == outlines({name: tensor for name, _, tensor in named_tensors(outline)})
     )
     return (model if is_same else None), expected
 
@@ -123,7 +124,3 @@ def _files(directory: Path) -> list[Path]:
         return [directory / index]
     shards, _ = get_checkpoint_shard_files(str(directory), str(directory / index))
     return [Path(shard) for shard in shards]
-
-
-def _outlines(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -33,6 +33,7 @@ from merge_gate.engine.base.loaded_base import (
     loads_as_usual,
     measure_base,
     named_tensors,
+    outlines,
     place_of,
     refuse_mismatches,
 )
@@ -117,8 +118,7 @@ def _cast(known: Base, model_class: ModelClass, source: Source) -> Base | None:
     found = {name: tensor for name, _, tensor in named_tensors(model)}
     is_same = (
         loading.newly_initialized == expected.newly_initialized
-        and {name: (one.shape, one.dtype) for name, one in found.items()}
-        == {name: (one.shape, one.dtype) for name, one in wanted.items()}
+        and outlines(found) == outlines(wanted)
         and all(place_of(found[name]) == place_of(tensor) for name, tensor in given.items())
     )
     if not is_same:

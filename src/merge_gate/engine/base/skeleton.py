@@ -38,6 +38,7 @@ from merge_gate.engine.base.loaded_base import (
     loads_as_usual,
     measure_base,
     named_tensors,
+    outlines,
     place_of,
     refuse_mismatches,
 )
@@ -315,12 +316,8 @@ def _refuse_another_model(model: Any, loading: Loading, expected: Loading, outli
         raise NoSkeletonError(f"{names[0]} has a source in one load and not in another")
     with_values = {name for name, tensor in hollow.tensors.items() if hollow.is_kept(tensor)}
     tied = with_values - found.keys()
-    if _outlines(found) != _outlines({name: tensor for name, tensor in outline.items() if name not in tied}):
+    if outlines(found) != outlines({name: tensor for name, tensor in outline.items() if name not in tied}):
         raise NoSkeletonError("its tensors have other names, shapes, or dtypes than its headers say")
     for name in hollow.tensors.keys() - with_values:
         if place_of(found[name]) != place_of(hollow.tensors[name]):
             raise NoSkeletonError(f"transformers replaces {name} after it was loaded")
-
-
-def _outlines(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
