@@ -26,8 +26,8 @@ def peft_merge(base: Path, adapter: Path, dtype: str, *, safe_merge: bool = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load_for_training(base, read_config(adapter).get("task_type"), **settings)
-        if name.startswith("resized"):
-            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
         before = {key: value.clone() for key, value in model.state_dict().items()}
+        if name.startswith("resized"):  # the new rows are random: by chance they could be those of the adapter
+            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe_merge)
     return before, merged.state_dict()
