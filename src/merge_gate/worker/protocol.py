@@ -25,7 +25,8 @@ class Task:
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
     of its merge, and of the load of its base. `alone`: it is merged in no pass with other adapters, because it was in
-    progress when such a pass died.
+    progress when such a pass died. `publishes`: the merged tensors are sent, too. It is `preserve`, or the dtype that
+    all floating tensors are cast to.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Task:
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
     alone: bool = False
+    publishes: str | None = None
 
 
 @record
@@ -268,4 +270,62 @@ class FeedEnded:
     """To the worker: all bytes of a request arrived and were compared with their digests, or `refusal` says why not."""
 
     number: int
+    refusal: NotJudged | None = None
+
+
+# --- publishing: the worker sends the stored tensors of a merged model, and the parent writes them -------------------
+
+
+@record
+class PlannedTensor:
+    """A stored tensor that a merge has changed. `dtype` is safetensors' name of it (`BF16`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@record
+class PublicationPlanned:
+    """From the worker: it will send these stored tensors of a task, as far as it knows; others may follow.
+
+    To the first of these messages, the parent answers with the window: its size in 8 bytes, most significant first, and
+    its descriptor.
+    """
+
+    task: int
+    tensors: tuple[PlannedTensor, ...]
+
+
+@record
+class TensorPart:
+    """From the worker: bytes of a stored tensor, from `offset` of the tensor on, are in the window from `start` on.
+
+    They stay there until `PartTaken`. A tensor may be sent again: then its last bytes count.
+    """
+
+    task: int
+    name: str
+    offset: int
+    start: int
+    size_bytes: int
+
+
+@record
+class PartTaken:
+    """To the worker: the part of the window from `start` on was copied."""
+
+    start: int
+
+
+@record
+class PublicationSent:
+    """From the worker: all tensors of a task were sent and taken, or `refusal` says why they must not be published.
+
+    `tensors` are those that count, with their final dtypes and shapes. All of their bytes were sent. The message comes
+    before the task's `Merged`, on its own connection.
+    """
+
+    task: int
+    tensors: tuple[PlannedTensor, ...] = ()
     refusal: NotJudged | None = None
