@@ -6,6 +6,7 @@ GateError                 the gate cannot go on; carries a message and a hint
 ├── UsageError            a wrong command line or input                    exit 2
 ├── ResolveError          a name cannot be resolved to files               verdict `error`
 ├── EngineError           this adapter or base could not be judged         verdict `error`
+├── NotPublishedError     this merge passed and cannot be published        verdict `error`
 └── LauncherError         the container could not be started, or was lost  exit 3
 ```
 
@@ -88,6 +89,10 @@ class ResolveError(GateError):
 
 class EngineError(GateError):
     """This adapter or this base could not be judged (an unreadable file, no such device)."""
+
+
+class NotPublishedError(GateError):
+    """The adapter passed, and its merge cannot be published."""
 
 
 class Refused(Exception):  # noqa: N818 - not an error of the gate: it carries a fact about the adapter

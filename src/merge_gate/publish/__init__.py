@@ -1,0 +1,1 @@
+"""Publishing: merged models, written from the base's own files and from the tensors that were judged."""

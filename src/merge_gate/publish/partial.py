@@ -1,0 +1,171 @@
+"""A directory of a model that is being written, and that has no name yet.
+
+In: a directory and the name that the model will have. Out: `DIR/.NAME.partial`, locked, with the model's files in
+`model/`. It gets its name whole, or is removed. The system ends the lock with the process, so that a later run removes
+what a killed one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate.errors import NotPublishedError
+from merge_gate.text import quoted
+
+_ENDING = ".partial"
+_MARKER = "written-by-merge-gate"
+_MODEL = "model"
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+
+
+def partial_name(name: str) -> str:
+    """The name of the directory in which the model `name` is written."""
+    return f".{name}{_ENDING}"
+
+
+class PartialDirectory:
+    """`.NAME.partial` in `parent`, new and empty. What a killed run left there is removed.
+
+    Raises:
+        NotPublishedError: another run writes to it, or it holds files of someone else.
+        OSError: it cannot be created.
+    """
+
+    def __init__(self, parent: Path, name: str) -> None:
+        self.name, self._parent = name, parent
+        self._place = parent / partial_name(name)
+        self.model = self._place / _MODEL
+        self._stack = contextlib.ExitStack()
+        with self._stack:
+            self._lock()
+            if not is_leftover(self._place):
+                raise NotPublishedError(
+                    f"{quoted(str(self._place), 200)} holds files that merge-gate did not write",
+                    hint="move that directory away, or publish to another one",
+                )
+            (self._place / _MARKER).touch()
+            _remove(self.model)
+            self.model.mkdir()
+            self._stack = self._stack.pop_all()
+
+    def _lock(self) -> None:
+        while True:
+            self._place.mkdir(exist_ok=True)
+            try:
+                lock = self._stack.enter_context(locked_directory(self._place, follow=False))
+            except FileNotFoundError:  # another run has just given it its name, or removed it
+                continue
+            except AlreadyLockedError:
+                raise NotPublishedError(
+                    f"another run of merge-gate is writing the model {quoted(self.name, 200)} to "
+                    f"{quoted(str(self._parent), 200)}",
+                    hint="wait for it, or publish to another directory",
+                ) from None
+            if not lock.is_held and os.listdir(self._place):  # noqa: PTH208 - names are all that is wanted
+                raise NotPublishedError(
+                    f"{quoted(str(self._place), 200)} exists, and its file system has no locks: another run may be "
+                    "writing to it",
+                    hint="if none is, remove that directory",
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):
+                    return
+            self._stack.close()
+
+    def publish(self, *, replace: bool) -> None:
+        """Give the model its name. With `replace`, a directory of that name is exchanged for it, and removed.
+
+        Raises:
+            NotPublishedError: something has that name, and may not be replaced.
+            OSError: the directory cannot be renamed.
+        """
+        target = self._parent / self.name
+        _sync(self.model)
+        if replace and target.is_dir() and not target.is_symlink():
+            _rename(self.model, target, _RENAME_EXCHANGE)
+        else:
+            try:
+                _rename(self.model, target, _RENAME_NOREPLACE)
+            except FileExistsError:
+                raise NotPublishedError(
+                    f"{quoted(str(target), 200)} has appeared while the model was written",
+                    hint="let only one program write to that directory",
+                ) from None
+        _sync(self._parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the directory, with all that was written. May be called more than once."""
+        remove_leftover(self._place)
+        self._stack.close()
+
+
+def is_leftover(place: Path) -> bool:
+    """Whether a directory holds what a run of merge-gate writes into a partial directory, or nothing."""
+    names = set(os.listdir(place))  # noqa: PTH208 - names are all that is wanted
+    return not names or (_MARKER in names and names <= {_MARKER, _MODEL})
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the partial directories of dead runs. What cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        places = [Path(entry.path) for entry in os.scandir(parent) if _is_partial(entry)]
+        for place in places:
+            with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(place, follow=False) as lock:
+                if lock.is_held and is_leftover(place):
+                    remove_leftover(place)
+
+
+def _is_partial(entry: os.DirEntry[str]) -> bool:
+    is_named_so = entry.name.startswith(".") and entry.name.endswith(_ENDING)
+    return is_named_so and entry.is_dir(follow_symlinks=False)
+
+
+def remove_leftover(place: Path) -> None:
+    """The marker goes last: a directory that a second kill left half removed still has it."""
+    _remove(place / _MODEL)
+    with contextlib.suppress(OSError):
+        (place / _MARKER).unlink()
+        place.rmdir()
+
+
+def _remove(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(directory.stat(follow_symlinks=False).st_mode):
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            directory.unlink()
+
+
+def _sync(directory: Path) -> None:
+    """Some file systems cannot sync a directory."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _rename(source: Path, target: Path, flag: int) -> None:
+    """renameat2 of Linux 3.15. `os.rename` would replace an empty directory, and cannot exchange two."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag)
+    if code == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in {errno.EINVAL, errno.ENOSYS}:
+        raise OSError(number, os.strerror(number), str(target))
+    # The file system cannot do that (NFS, old overlayfs).
+    if flag == _RENAME_EXCHANGE:
+        shutil.rmtree(target)
+    elif os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
