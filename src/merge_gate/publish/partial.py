@@ -21,7 +21,7 @@ from merge_gate.text import quoted
 
 _ENDING = ".partial"
 _MARKER = "written-by-merge-gate"
-_MODEL = "model"
+_MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
 
@@ -52,6 +52,7 @@ class PartialDirectory:
                 )
             (self._place / _MARKER).touch()
             _remove(self.model)
+            _remove(self._place / _REPLACED)
             self.model.mkdir()
             self._stack = self._stack.pop_all()
 
@@ -110,7 +111,7 @@ class PartialDirectory:
 def is_leftover(place: Path) -> bool:
     """Whether a directory holds what a run of merge-gate writes into a partial directory, or nothing."""
     names = set(os.listdir(place))  # noqa: PTH208 - names are all that is wanted
-    return not names or (_MARKER in names and names <= {_MARKER, _MODEL})
+    return not names or (_MARKER in names and names <= {_MARKER, _MODEL, _REPLACED})
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -131,6 +132,7 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 def remove_leftover(place: Path) -> None:
     """The marker goes last: a directory that a second kill left half removed still has it."""
     _remove(place / _MODEL)
+    _remove(place / _REPLACED)
     with contextlib.suppress(OSError):
         (place / _MARKER).unlink()
         place.rmdir()
@@ -155,17 +157,23 @@ def _sync(directory: Path) -> None:
 
 
 def _rename(source: Path, target: Path, flag: int) -> None:
-    """renameat2 of Linux 3.15. `os.rename` would replace an empty directory, and cannot exchange two."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag)
-    if code == 0:
+    """`os.rename` would replace an empty directory, and cannot exchange two."""
+    if _renameat2(source, target, flag):
         return
-    number = ctypes.get_errno()
-    if number not in {errno.EINVAL, errno.ENOSYS}:
-        raise OSError(number, os.strerror(number), str(target))
     # The file system cannot do that (NFS, old overlayfs).
     if flag == _RENAME_EXCHANGE:
-        shutil.rmtree(target)
+        target.rename(source.with_name(_REPLACED))
     elif os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     source.rename(target)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """The system call of Linux 3.15. False if the file system does not know the flag."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in {errno.EINVAL, errno.ENOSYS}:
+        return False
+    raise OSError(number, os.strerror(number), str(target))

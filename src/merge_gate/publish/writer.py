@@ -81,6 +81,10 @@ class ModelWriter:
                 raise ValueError(f"{name}: more than {MOST_PARTS} parts")
             parts[offset] = _Part(size_bytes=len(content), digest=digest)
 
+    def forget(self, place: Place) -> None:
+        """Parts of this tensor that were written do not count."""
+        self._parts.pop((place.tensor.file, place.start), None)
+
     def is_written(self, place: Place) -> bool:
         """Whether every byte of a tensor was written."""
         parts = self._parts.get((place.tensor.file, place.start), {})

@@ -76,7 +76,7 @@ PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
 
 
-def main(descriptor: int, feed_descriptor: int) -> None:
+def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None:  # noqa: ARG001 - not yet used
     """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())

@@ -60,6 +60,21 @@ class FedBase:
         self.files, self.on_complete = files, on_complete
         self.digests = Digests(files.sizes, files.sha256)
 
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of a file from `start` on. Bytes that passed before must be the same.
+
+        Raises:
+            SourceError: they could not be had, or have changed.
+        """
+        if file not in self.files.sha256:
+            self.files.read(file, start, into)
+            return
+        first, last = widened(start, start + len(into), self.files.sizes[file])
+        chunks = memoryview(bytearray(last - first))
+        self.files.read(file, first, chunks)
+        self.digests.compare(file, first, chunks)
+        into[:] = chunks[start - first : start - first + len(into)]
+
 
 class Feeds:
     """The bases of one run that are fed: those with known `files` (by directory), and others as local directories.

@@ -5,7 +5,7 @@ In: entries. Out: `Group`s for the worker, in the order of the configuration. It
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from merge_gate.files.identity import base_bytes
@@ -17,8 +17,13 @@ from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 LIMIT_PER_GIB_S = 180.0
 
 
-def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple[Group, ...]:
-    """Group entries by the key of their base. Each comes with the index of its task."""
+def group_by_base(
+    entries: Iterable[tuple[int, Entry]], *, quick: bool, publishes: Mapping[int, str] | None = None
+) -> tuple[Group, ...]:
+    """Group entries by the key of their base. Each comes with the index of its task.
+
+    `publishes` has the dtype of each entry that is published.
+    """
     groups: dict[BaseKey, Group] = {}
     for index, entry in entries:
         files = entry.base
@@ -28,6 +33,7 @@ def group_by_base(entries: Iterable[tuple[int, Entry]], *, quick: bool) -> tuple
         key = replace(base, model=files.directory)  # a directory may be written in several ways
         group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
         task = _task(index, entry, limit_s=_default_limit_s(files.directory), quick=quick)
+        task = replace(task, publishes=(publishes or {}).get(index))
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
 

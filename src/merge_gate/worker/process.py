@@ -27,6 +27,7 @@ from merge_gate.worker.confine.sandbox import caches
 from merge_gate.worker.feed_service import Feeds, FeedService
 from merge_gate.worker.memory import MemoryGroup, gibibytes
 from merge_gate.worker.protocol import Event, Finished, Idle, Job, Listener
+from merge_gate.worker.publish_service import Publisher, PublishService
 from merge_gate.worker.startup.heap import REUSE
 
 SECRETS = (
@@ -77,7 +78,9 @@ class WorkerProcess:
         self._stack.callback(self._channel.close)
         self._feed_socket, child_feed = socket.socketpair()
         self._stack.callback(self._feed_socket.close)
-        sockets = child_socket, child_feed
+        self._publish_socket, child_publish = socket.socketpair()
+        self._stack.callback(self._publish_socket.close)
+        sockets = child_socket, child_feed, child_publish
         self._process = _start(sockets, self._output, directory, {} if quantizes else NO_COMPILER)
         for one in sockets:
             one.close()
@@ -94,13 +97,25 @@ class WorkerProcess:
         self._stack.close()
 
     def run(
-        self, job: Job, listen: Listener, *, is_overdue: Callable[[], bool], feeds: Feeds | None = None
+        self,
+        job: Job,
+        listen: Listener,
+        *,
+        is_overdue: Callable[[], bool],
+        feeds: Feeds | None = None,
+        publisher: Publisher | None = None,
     ) -> Ending | None:
         """Send the job and pass on its events. None if the process finished, or how it ended.
 
         `is_overdue` is called after each event. If it returns true, the process is ended. `feeds` opens the bases that
-        this process reads for it.
+        this process reads for it. `publisher` gets the tensors of the merges that are published.
         """
+        published = [task.index for group in job.groups for task in group.tasks if task.publishes is not None]
+        publishing = None
+        if publisher is not None and published:
+            publishing = PublishService(self._publish_socket, publisher, published)
+            publishing.start()
+            self._stack.callback(publishing.close)
         service = FeedService(self._feed_socket, lambda position: (feeds or Feeds()).open(job.groups[position]))
         service.start()
         self._stack.callback(service.close)
@@ -109,12 +124,13 @@ class WorkerProcess:
         except GarbledError as error:
             _stop(self._process)
             return Ending(f"it sent something that is not an event of the gate ({error})", _GARBLED)
-        if finished:
-            _exit_code(self._process)
-            return None
-        if is_overdue():
+        if is_overdue() and not finished:
             _stop(self._process)
         code = _exit_code(self._process)
+        if publishing is not None:
+            publishing.drain()
+        if finished:
+            return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
 
     def _memory_ran_out(self, code: int) -> str | None:

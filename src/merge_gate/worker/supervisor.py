@@ -43,6 +43,7 @@ from merge_gate.worker.protocol import (
     Waiting,
     concerns,
 )
+from merge_gate.worker.publish_service import Publisher
 
 MOST_THREADS = 64
 """A worker that names more threads than this is not the gate's own code; the others are ignored."""
@@ -89,12 +90,16 @@ class WorkerSlot:
         if self._process is None:
             self._process, self._quantizes = WorkerProcess(quantizes=quantizes), quantizes
 
-    def run(self, job: Job, attempt: Attempt, feeds: Feeds | None = None) -> Ending | None:
+    def run(
+        self, job: Job, attempt: Attempt, feeds: Feeds | None = None, publisher: Publisher | None = None
+    ) -> Ending | None:
         """Run a job in the process. None if it finished, or how the process ended."""
         self.start(quantizes=any(group.base.is_quantized for group in job.groups))
         assert self._process is not None  # noqa: S101 - `start` made one
         try:
-            return self._process.run(job, attempt.receive, is_overdue=attempt.is_overdue, feeds=feeds)
+            return self._process.run(
+                job, attempt.receive, is_overdue=attempt.is_overdue, feeds=feeds, publisher=publisher
+            )
         finally:
             self.end()
 
@@ -117,17 +122,19 @@ class WorkerSlot:
         self._process = None
 
 
-def supervise(job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | None = None) -> None:
+def supervise(
+    job: Job, listen: Listener, worker: WorkerSlot, feeds: Feeds | None = None, publisher: Publisher | None = None
+) -> None:
     """Run a job to its end. Every task gets exactly one `Merged` or `Undecided`, whatever happens to the process.
 
     `worker` may hold a process that was started before the job was known. `feeds` opens the bases that this process
-    reads for the worker; without it, they are local.
+    reads for the worker; without it, they are local. `publisher` gets the tensors of the merges that are published.
     """
     feeds = feeds or Feeds()
     tried: set[tuple[str, int]] = set()
     while any(group.tasks for group in job.groups):
         attempt = Attempt(job, listen)
-        ending = worker.run(job, attempt, feeds)  # 1
+        ending = worker.run(job, attempt, feeds, publisher)  # 1
         if ending is None:
             attempt.settle_rest()
             return

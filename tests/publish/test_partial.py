@@ -1,0 +1,116 @@
+"""A partial directory: whole under its name, or gone; locked while it is written; foreign ones stay."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from merge_gate.errors import NotPublishedError
+from merge_gate.publish import partial as partial_module
+from merge_gate.publish.partial import PartialDirectory, remove_leftovers
+
+
+def filled(parent: Path, name: str = "one") -> PartialDirectory:
+    partial = PartialDirectory(parent, name)
+    (partial.model / "model.safetensors").write_bytes(b"new")
+    return partial
+
+
+def names(parent: Path) -> set[str]:
+    return {path.name for path in parent.iterdir()}
+
+
+def test_it_gets_its_name_whole(tmp_path: Path) -> None:
+    partial = filled(tmp_path)
+    assert names(tmp_path) == {".one.partial"}
+    partial.publish(replace=False)
+    assert names(tmp_path) == {"one"}
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == b"new"
+
+
+def test_it_is_removed_with_all_that_it_holds(tmp_path: Path) -> None:
+    partial = filled(tmp_path)
+    partial.remove()
+    partial.remove()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_what_has_taken_the_name_meanwhile_stays(tmp_path: Path, is_empty: bool) -> None:
+    partial = filled(tmp_path)
+    (tmp_path / "one").mkdir()
+    if not is_empty:
+        (tmp_path / "one" / "mine").touch()
+    with pytest.raises(NotPublishedError):
+        partial.publish(replace=False)
+    partial.remove()
+    assert names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == (set() if is_empty else {"mine"})
+
+
+@pytest.mark.parametrize("has_renameat2", [True, False])
+def test_an_earlier_publication_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_renameat2: bool
+) -> None:
+    if not has_renameat2:
+        monkeypatch.setattr(partial_module, "_renameat2", lambda *_: False)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "old").touch()
+    filled(tmp_path).publish(replace=True)
+    assert names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == {"model.safetensors"}
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    first = filled(tmp_path)
+    with pytest.raises(NotPublishedError):
+        PartialDirectory(tmp_path, "one")
+    remove_leftovers(tmp_path)
+    assert (first.model / "model.safetensors").read_bytes() == b"new"
+    PartialDirectory(tmp_path, "two").remove()
+    first.remove()
+    PartialDirectory(tmp_path, "one").remove()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from merge_gate.publish.partial import PartialDirectory
+partial = PartialDirectory(Path(sys.argv[1]), "one")
+(partial.model / "model.safetensors").write_bytes(b"half")
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("by", ["the same name", "another name"])
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, by: str) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert names(tmp_path) == {".one.partial"}
+    if by == "the same name":
+        partial = PartialDirectory(tmp_path, "one")
+        assert names(partial.model) == set()
+        partial.remove()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_a_foreign_directory_of_that_name_stays(tmp_path: Path) -> None:
+    place = tmp_path / ".one.partial"
+    place.mkdir()
+    (place / "mine").touch()
+    with pytest.raises(NotPublishedError):
+        PartialDirectory(tmp_path, "one")
+    remove_leftovers(tmp_path)
+    assert names(place) == {"mine"}
+
+
+def test_a_link_of_that_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".one.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"."):
+        PartialDirectory(tmp_path, "one")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path / "elsewhere") == set()

@@ -1,0 +1,117 @@
+"""The writer: any order of parts, every byte accounted for, and nothing passes that the disk has otherwise."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from merge_gate.errors import NotPublishedError
+from merge_gate.publish import writer as writer_module
+from merge_gate.publish.layout import base_layout, merged_layout
+from merge_gate.publish.writer import ModelWriter
+from merge_gate.records.files import StoredTensor
+from tests.support.publish import lay_shards
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> dict[str, bytes]:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "model").mkdir()
+    return lay_shards(tmp_path / "base")
+
+
+def new_writer(place: Path) -> ModelWriter:
+    return ModelWriter(place / "model", base_layout(str(place / "base")))
+
+
+def test_the_bytes_of_the_base_give_its_files(base: dict[str, bytes], tmp_path: Path) -> None:
+    writer = new_writer(tmp_path)
+    for name, content in reversed(base.items()):
+        middle = len(content) // 2
+        writer.write(name, middle, memoryview(content)[middle:])
+        assert name in {place.tensor.name for place in writer.missing()}
+        writer.write(name, 0, memoryview(content)[:middle])
+    assert list(writer.missing()) == []
+    for record in writer.read_back():
+        own = (tmp_path / "base" / record.path).read_bytes()
+        assert (tmp_path / "model" / record.path).read_bytes() == own
+        assert (record.size_bytes, record.sha256) == (len(own), hashlib.sha256(own).hexdigest())
+
+
+def test_what_is_written_again_replaces_every_part_that_it_overlaps(base: dict[str, bytes], tmp_path: Path) -> None:
+    writer = new_writer(tmp_path)
+    content = memoryview(base["layer.weight"])
+    for start, end in ((0, 8), (8, 32), (4, 12)):
+        writer.write("layer.weight", start, content[start:end])
+    (place,) = writer.places("layer.weight")
+    assert not writer.is_written(place)
+    writer.write("layer.weight", 0, content)
+    assert writer.is_written(place)
+    writer.forget(place)
+    assert not writer.is_written(place)
+
+
+def test_a_tensor_in_two_files_is_written_to_both(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "base").mkdir()
+    lay_shards(tmp_path / "base")
+    layout = base_layout(str(tmp_path / "base"))
+    twice = merged_layout(layout, {"embed.weight": StoredTensor(name="embed.weight", dtype="BF16", shape=(4, 4))})
+    first, second = twice.files
+    again = second.places[0].tensor
+    writer = ModelWriter(tmp_path / "model", twice)
+    assert again.name == "layer.weight"
+    assert len(writer.places("embed.weight")) == 1
+    assert writer.places("unknown") == ()
+    assert first.size_bytes == (tmp_path / "model" / first.name).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "size"), [("unknown", 0, 4), ("embed.weight", 76, 8), ("embed.weight", -4, 4)]
+)
+def test_bytes_outside_of_the_layout_are_refused(
+    base: dict[str, bytes], tmp_path: Path, name: str, offset: int, size: int
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        new_writer(tmp_path).write(name, offset, memoryview(bytes(size)))
+
+
+@pytest.mark.parametrize("place", [3, -1, "short", "long"])
+def test_a_disk_with_other_bytes_is_found(base: dict[str, bytes], tmp_path: Path, place: int | str) -> None:
+    writer = new_writer(tmp_path)
+    for name, content in base.items():
+        writer.write(name, 0, memoryview(content))
+    path = tmp_path / "model" / "model-00001-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    if isinstance(place, int):
+        content[place] ^= 1
+    path.write_bytes(content[:-1] if place == "short" else bytes(content) + b"x" if place == "long" else content)
+    with pytest.raises(NotPublishedError):
+        writer.read_back()
+
+
+def test_a_full_disk_is_an_error(base: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = new_writer(tmp_path)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer_module.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        writer.write("layer.weight", 0, memoryview(base["layer.weight"]))
+
+
+def test_other_files_are_written_once_and_read_back(base: dict[str, bytes], tmp_path: Path) -> None:
+    writer = new_writer(tmp_path)
+    record = writer.add_file("sub/config.json", b"{}")
+    assert (record.path, record.size_bytes, record.sha256) == ("sub/config.json", 2, hashlib.sha256(b"{}").hexdigest())
+    assert (tmp_path / "model" / "sub" / "config.json").read_bytes() == b"{}"
+    with pytest.raises(FileExistsError):
+        writer.add_file("sub/config.json", b"[]")
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        writer.add_file("link", b"{}")
