@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish.layout import Layout, base_layout, cast, compare_written, merged_layout
+from merge_gate.publish.layout import ModelLayout, base_layout, cast, compare_written, merged_layout
 from merge_gate.records.files import StoredTensor
 from tests.support.publish import SHARDS, lay_base, lay_shards
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Layout:
+def base(tmp_path: Path) -> ModelLayout:
     lay_shards(tmp_path)
     return base_layout(str(tmp_path))
 
@@ -23,12 +23,12 @@ def changed(name: str, dtype: str, *shape: int) -> dict[str, StoredTensor]:
     return {name: StoredTensor(name=name, dtype=dtype, shape=shape)}
 
 
-def test_without_changes_every_byte_of_headers_and_index_stays(base: Layout, tmp_path: Path) -> None:
+def test_without_changes_every_byte_of_headers_and_index_stays(base: ModelLayout, tmp_path: Path) -> None:
     assert merged_layout(base, {}) == base
     assert base.size_bytes == sum(path.stat().st_size for path in tmp_path.glob("model*"))
 
 
-def test_a_changed_shape_gives_its_file_a_new_header_and_leaves_the_others(base: Layout) -> None:
+def test_a_changed_shape_gives_its_file_a_new_header_and_leaves_the_others(base: ModelLayout) -> None:
     layout = merged_layout(base, changed("embed.weight", "BF16", 12, 4))
     assert layout.files[1] == base.files[1]
     assert layout.files[0].head != base.files[0].head
@@ -42,7 +42,7 @@ def test_a_changed_shape_gives_its_file_a_new_header_and_leaves_the_others(base:
     ) - len(layout.index.content)
 
 
-def test_wider_dtypes_come_first_in_a_new_file(base: Layout) -> None:
+def test_wider_dtypes_come_first_in_a_new_file(base: ModelLayout) -> None:
     layout = merged_layout(base, changed("embed.weight", "BF16", 9, 3))
     widths = [{"F32": 4, "BF16": 2, "I64": 8}[place.tensor.dtype] for place in layout.files[0].places]
     assert widths == sorted(widths, reverse=True)
@@ -50,14 +50,14 @@ def test_wider_dtypes_come_first_in_a_new_file(base: Layout) -> None:
     assert all((place.start - data) % width == 0 for place, width in zip(layout.files[0].places, widths, strict=True))
 
 
-def test_a_tensor_that_the_base_does_not_store_goes_to_the_last_file(base: Layout) -> None:
+def test_a_tensor_that_the_base_does_not_store_goes_to_the_last_file(base: ModelLayout) -> None:
     layout = merged_layout(base, changed("score.weight", "F32", 2, 4))
     assert layout.files[-1].places[0].tensor.name == "score.weight"
     assert layout.index is not None
     assert json.loads(layout.index.content)["weight_map"]["score.weight"] == layout.files[-1].name
 
 
-def test_a_cast_changes_floating_tensors_only(base: Layout) -> None:
+def test_a_cast_changes_floating_tensors_only(base: ModelLayout) -> None:
     layout = merged_layout(base, cast(base, "float32"))
     assert {tensor.name: tensor.dtype for tensor in layout.tensors} == {
         "steps": "I64",
@@ -69,7 +69,7 @@ def test_a_cast_changes_floating_tensors_only(base: Layout) -> None:
 
 
 @pytest.mark.parametrize(("limit", "files"), [(1, 5), (100, 3), (10_000, 1)])
-def test_shards_have_at_most_the_limit_or_one_tensor(base: Layout, limit: int, files: int) -> None:
+def test_shards_have_at_most_the_limit_or_one_tensor(base: ModelLayout, limit: int, files: int) -> None:
     layout = merged_layout(base, {}, limit)
     assert len(layout.files) == files
     for file in layout.files:
@@ -108,7 +108,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         base_layout(str(tmp_path))
 
 
-def test_written_files_are_compared_with_the_plan(base: Layout, tmp_path: Path) -> None:
+def test_written_files_are_compared_with_the_plan(base: ModelLayout, tmp_path: Path) -> None:
     compare_written(tmp_path, base)
     with pytest.raises(NotPublishedError):
         compare_written(tmp_path, merged_layout(base, changed("embed.weight", "BF16", 12, 4)))

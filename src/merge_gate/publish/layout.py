@@ -1,6 +1,6 @@
 """Where each tensor of a published model is stored: the base's own files, with other tensors in their places.
 
-In: the headers of a base, and the dtypes and shapes that the merge changes. Out: a `Layout`: file names, header bytes,
+In: the headers of a base, and the dtypes and shapes that the merge changes. Out: a `ModelLayout`: file names, header bytes,
 places of tensors, and the index. Reads headers and the index, no values.
 
 1. A file keeps its name, its order, and its header bytes if all its tensors keep their dtypes and shapes.
@@ -70,7 +70,7 @@ class IndexFile:
 
 
 @record
-class Layout:
+class ModelLayout:
     """The weight files of a model, and their index if there is one."""
 
     files: tuple[FileLayout, ...]
@@ -93,7 +93,7 @@ class Layout:
         return places
 
 
-def base_layout(directory: str) -> Layout:
+def base_layout(directory: str) -> ModelLayout:
     """The layout of a base in a directory.
 
     Raises:
@@ -111,7 +111,7 @@ def base_layout(directory: str) -> Layout:
             f"the base stores its weights in {shown(pickled[0])}, expected safetensors files",
             hint="convert the base to safetensors, and publish from that copy",
         )
-    return Layout(files=files, index=index or None)
+    return ModelLayout(files=files, index=index or None)
 
 
 def _read(directory: str, name: str) -> FileLayout:
@@ -129,7 +129,7 @@ def _read(directory: str, name: str) -> FileLayout:
     )
 
 
-def cast(base: Layout, dtype: str) -> dict[str, StoredTensor]:
+def cast(base: ModelLayout, dtype: str) -> dict[str, StoredTensor]:
     """The floating tensors of a base that another dtype changes, as they are after the cast."""
     return {
         tensor.name: replace(tensor, dtype=FLOATING[dtype])
@@ -138,7 +138,9 @@ def cast(base: Layout, dtype: str) -> dict[str, StoredTensor]:
     }
 
 
-def merged_layout(base: Layout, changes: Mapping[str, StoredTensor], shard_limit_bytes: int | None = None) -> Layout:
+def merged_layout(
+    base: ModelLayout, changes: Mapping[str, StoredTensor], shard_limit_bytes: int | None = None
+) -> ModelLayout:
     """The layout of a published model.
 
     Args:
@@ -153,10 +155,10 @@ def merged_layout(base: Layout, changes: Mapping[str, StoredTensor], shard_limit
         files = list(_changed_files(base, changes))
     else:
         files = list(_resharded(base, changes, shard_limit_bytes))
-    return Layout(files=tuple(files), index=_index(base, files))
+    return ModelLayout(files=tuple(files), index=_index(base, files))
 
 
-def _changed_files(base: Layout, changes: Mapping[str, StoredTensor]) -> Iterator[FileLayout]:
+def _changed_files(base: ModelLayout, changes: Mapping[str, StoredTensor]) -> Iterator[FileLayout]:
     known = {tensor.name for tensor in base.tensors}
     added = [tensor for name, tensor in changes.items() if name not in known]
     for number, file in enumerate(base.files):
@@ -167,7 +169,7 @@ def _changed_files(base: Layout, changes: Mapping[str, StoredTensor]) -> Iterato
         yield file if is_same else _new_file(file.name, tensors, _metadata(file))
 
 
-def _resharded(base: Layout, changes: Mapping[str, StoredTensor], limit_bytes: int) -> Iterator[FileLayout]:
+def _resharded(base: ModelLayout, changes: Mapping[str, StoredTensor], limit_bytes: int) -> Iterator[FileLayout]:
     tensors = {tensor.name: changes.get(tensor.name, tensor) for tensor in base.tensors} | dict(changes)
     shards: list[list[StoredTensor]] = [[]]
     filled = 0
@@ -184,7 +186,7 @@ def _resharded(base: Layout, changes: Mapping[str, StoredTensor], limit_bytes: i
         yield _new_file(name, [replace(tensor, file=name) for tensor in shard], metadata)
 
 
-def _shard_name(base: Layout, number: int, count: int) -> str:
+def _shard_name(base: ModelLayout, number: int, count: int) -> str:
     """Shards are named as transformers names them, after the file or the index that it loads."""
     first = base.index.name.removesuffix(INDEX_ENDING) if base.index else base.files[0].name
     if count == 1 and (base.index is None or base.index.name == MODEL_INDEX):
@@ -244,7 +246,7 @@ def tensor_bytes(tensor: StoredTensor) -> int:
 # --- the index -------------------------------------------------------------------------------------------------------
 
 
-def _index(base: Layout, files: list[FileLayout]) -> IndexFile | None:
+def _index(base: ModelLayout, files: list[FileLayout]) -> IndexFile | None:
     """The index of these files. The base's own bytes stay if they say the same."""
     is_needed = len(files) > 1 or (base.index is not None and files[0].name != MODEL)
     if not is_needed:
@@ -281,7 +283,7 @@ def _is_true(index: Mapping[str, Any], files: Iterable[FileLayout]) -> bool:
     )
 
 
-def compare_written(directory: Path, layout: Layout) -> None:
+def compare_written(directory: Path, layout: ModelLayout) -> None:
     """Compare the headers and the index on disk with the layout, both ways.
 
     Raises:

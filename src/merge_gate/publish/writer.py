@@ -20,7 +20,7 @@ from pathlib import Path
 
 from merge_gate.errors import NotPublishedError
 from merge_gate.files.headers import shown
-from merge_gate.publish.layout import FileLayout, Layout, Place
+from merge_gate.publish.layout import FileLayout, ModelLayout, Place
 from merge_gate.records.files import FileRecord
 from merge_gate.records.terms import record
 
@@ -42,7 +42,7 @@ class _Part:
 class ModelWriter:
     """The weight files of one model. One thread at a time may use it. No file stays open between two calls."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: ModelLayout) -> None:
         self.layout = layout
         self._directory = directory
         self._places = layout.places()
