@@ -1,7 +1,7 @@
 """Where each tensor of a published model is stored: the base's own files, with other tensors in their places.
 
-In: the headers of a base, and the dtypes and shapes that the merge changes. Out: a `ModelLayout`: file names, header bytes,
-places of tensors, and the index. Reads headers and the index, no values.
+In: the headers of a base, and the dtypes and shapes that the merge changes. Out: a `ModelLayout`: file names, header
+bytes, places of tensors, and the index. Reads headers and the index, no values.
 
 1. A file keeps its name, its order, and its header bytes if all its tensors keep their dtypes and shapes.
 2. If one changes, the file has a new header, and the same order of tensors.
