@@ -295,6 +295,22 @@ def test_an_adapter_is_pinned_fetched_and_found_again_offline(hub: LoopbackHub, 
     assert len(hub.requests) == asked
 
 
+def test_the_files_next_to_the_weights_are_fetched_for_a_publication(hub: LoopbackHub, client: Client) -> None:
+    more = {"tokenizer.json": b"{}", "LICENSE": b"free", "modeling.py": b"", "tokenizer.model": b"x"}
+    hub.add_repo("acme/support", ADAPTER | more)
+    hub.add_repo("acme/base", BASE | more)
+    adapter, base = (
+        answer["names"]
+        for answer in client.ask(
+            {"kind": "adapter", "id": "acme/support", "with_companions": True},
+            {"kind": "base", "id": "acme/base", "with_companions": True},
+        )
+    )
+    published = {"tokenizer.json", "LICENSE", "tokenizer.model"}
+    assert {*adapter} == {"adapter_config.json", "adapter_model.safetensors"} | published
+    assert {*base} == {*BASE} - {"README.md"} | published
+
+
 def test_tags_branches_and_commits_are_pinned(hub: LoopbackHub, client: Client) -> None:
     old = hub.add_repo("acme/lora", ADAPTER, refs=("main", "v1"))
     new = hub.add_repo("acme/lora", ADAPTER | {"adapter_config.json": b'{"peft_type": "LORA", "r": 4}'})

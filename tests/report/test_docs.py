@@ -13,6 +13,7 @@ import pytest
 from merge_gate.errors import ExitCode
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.records.measured import TensorMerge
+from merge_gate.records.publication import Manifest, Predicate
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding
 from merge_gate.report.formats.schema import column_table, field_table
@@ -31,18 +32,20 @@ def file_table() -> str:
 
 
 @pytest.mark.parametrize(
-    ("block", "table"),
+    ("block", "table", "page"),
     [
-        ("files of a run", file_table()),
-        ("fields of Report", field_table(Report)),
-        ("fields of BaseReport", field_table(BaseReport)),
-        ("fields of AdapterReport", field_table(AdapterReport)),
-        ("fields of Finding", field_table(Finding)),
-        ("columns of TensorMerge", column_table(TensorMerge)),
+        ("files of a run", file_table(), "report.md"),
+        ("fields of Report", field_table(Report), "report.md"),
+        ("fields of BaseReport", field_table(BaseReport), "report.md"),
+        ("fields of AdapterReport", field_table(AdapterReport), "report.md"),
+        ("fields of Finding", field_table(Finding), "report.md"),
+        ("columns of TensorMerge", column_table(TensorMerge), "report.md"),
+        ("fields of Manifest", field_table(Manifest), "attestations.md"),
+        ("fields of Predicate", field_table(Predicate), "attestations.md"),
     ],
 )
-def test_the_tables_of_fields_are_what_the_records_say(block: str, table: str) -> None:
-    path = Path(__file__).parents[2] / "docs" / "report.md"
+def test_the_tables_of_fields_are_what_the_records_say(block: str, table: str, page: str) -> None:
+    path = Path(__file__).parents[2] / "docs" / page
     docs = path.read_text(encoding="utf-8")
     head, end = f"<!-- {block} -->\n", "<!-- end -->"
     before, after = docs.split(head)

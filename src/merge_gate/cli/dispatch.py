@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
+from merge_gate.cli import (
+    attest_command,
+    check_command,
+    demo_command,
+    init_command,
+    report_command,
+    run_command,
+    schema_command,
+)
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
 from merge_gate.cli.parser import output_of, parsed
 from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
@@ -101,5 +109,6 @@ _COMMANDS = {
     report_command.DIFF: report_command.diff,
     report_command.COMBINE: report_command.combine,
     report_command.BASELINE: report_command.baseline,
+    "attest": attest_command.run,
     "schema": schema_command.run,
 }

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from merge_gate import __version__
-from merge_gate.cli import check_command, demo_command, init_command, report_command, run_command, schema_command
+from merge_gate.cli import (
+    attest_command,
+    check_command,
+    demo_command,
+    init_command,
+    report_command,
+    run_command,
+    schema_command,
+)
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
 from merge_gate.text import one_of, quoted
@@ -162,6 +170,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         report_command.add_diff,
         report_command.add_combine,
         report_command.add_baseline,
+        attest_command.add,
         schema_command.add,
     ):
         add(commands)

@@ -34,6 +34,7 @@ class Inputs:
         access: how the weights of bases on the Hub are read, instead of what the config says.
         lay_out: makes a directory for a base that is streamed. Without it, none is.
         limit_s: the seconds that reading the headers of a base in a directory may take. None has no limit.
+        with_companions: whether tokenizers, licenses, and the like are fetched from the Hub too, for a publication.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Inputs:
         access: Access | None = None,
         lay_out: Callable[[Streamable], str] | None = None,
         limit_s: Callable[[str], float | None] = lambda _: None,
+        with_companions: bool = False,
     ) -> None:
         self._config = config
         self._notify = notify
         self._access, self._lay_out, self._limit_s = access, lay_out, limit_s
+        self._with_companions = with_companions
         self._specs = {spec.name: spec for spec in config.adapters}
         self._read: dict[str, tuple[AdapterFiles, str | None]] = {}
         self._left_out: set[str] = set()
@@ -80,7 +83,9 @@ class Inputs:
     def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         if spec.name not in self._read:
             allow = self._config.allow_pickle
-            snapshot = resolve.resolve_adapter(spec, allow_pickle=allow, notify=self._notify)
+            snapshot = resolve.resolve_adapter(
+                spec, allow_pickle=allow, notify=self._notify, with_companions=self._with_companions
+            )
             files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
             self._read[spec.name] = files, snapshot.revision
         return self._read[spec.name]
@@ -160,6 +165,7 @@ class Inputs:
                     notify=self._notify,
                     access=access,
                     lay_out=self._lay_out,
+                    with_companions=self._with_companions,
                 ),
             )
         except GateError as error:

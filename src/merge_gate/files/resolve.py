@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
@@ -56,8 +57,12 @@ def resolve_adapter(
     allow_pickle: bool = False,
     token: str | None = None,
     notify: Callable[[str], None] = _ignore,
+    with_companions: bool = False,
 ) -> Snapshot:
-    """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it."""
+    """Resolve an adapter to its directory. A pickle that is not allowed is not fetched, and `withheld` names it.
+
+    `with_companions`: also fetch the files that a published model has next to its weights.
+    """
     if spec.path is not None:
         return _local(spec.path, "adapter", name=spec.source)
     if spec.hub_id is None:
@@ -65,7 +70,8 @@ def resolve_adapter(
 
     def choose(names: frozenset[str], _: Callable[[str], Path]) -> tuple[str, ...]:
         pickles = (PICKLE_NAME,) if allow_pickle and WEIGHTS_NAME not in names else ()
-        return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles) if name in names)
+        more = companions(names) if with_companions else ()
+        return tuple(name for name in (CONFIG_NAME, WEIGHTS_NAME, *pickles, *more) if name in names)
 
     snapshot, _ = _fetch(
         spec.hub_id,
@@ -90,12 +96,13 @@ def resolve_base(
     notify: Callable[[str], None] = _ignore,
     access: Access = Access.DOWNLOAD,
     lay_out: Callable[[Streamable], str] | None = None,
+    with_companions: bool = False,
 ) -> Snapshot:
     """Resolve a base to its directory. An absolute `model` is a directory, anything else is a Hub id.
 
     The files that transformers will load must exist and be complete. `label` is the name in messages and the report.
     `lay_out` makes a directory with stubs of the weight files, if `access` leaves them on the Hub. Without it, they are
-    downloaded.
+    downloaded. `with_companions`: also fetch the files that a published model has next to its weights.
     """
     name = label or model
     streamable: Streamable | None = None
@@ -105,9 +112,10 @@ def resolve_base(
         _refuse_local_name(model)
 
         def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
-            return _choose_base(
+            chosen = _choose_base(
                 names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
+            return (*chosen, *sorted(companions(names) - {*chosen})) if with_companions else chosen
 
         access = access if lay_out is not None else Access.DOWNLOAD
         snapshot, streamable = _fetch(model, revision, choose, name=name, token=token, notify=notify, access=access)
@@ -203,6 +211,11 @@ def _choose_base(
     configs = {n for n in names if n.endswith(".json") and "/" not in n and not n.endswith(".index.json")}
     code = {n for n in names if n.endswith(".py") and "/" not in n} if trust_remote_code else set()
     return tuple(sorted({*chosen.all_files, *(configs - _TOKENIZER), *code}))
+
+
+def companions(names: frozenset[str]) -> frozenset[str]:
+    """The files of a repository that a published model has next to its weights, without config.json."""
+    return frozenset(name for name in names if companion_kind(name) not in {None, Companion.CONFIG})
 
 
 def _explicit(names: frozenset[str], path_of: Callable[[str], Path], name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Attestations: in-toto statements about verdicts and published models, signed and checked."""

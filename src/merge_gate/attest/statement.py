@@ -1,0 +1,198 @@
+"""In-toto statements about an adapter's verdict: made of a report or of a published directory, and read back.
+
+In: a `Report`, or a directory with merge-gate.json, or bytes of unknown origin. Out: a `Statement`, and its bytes. It
+knows no signatures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from merge_gate import __version__
+from merge_gate.errors import UsageError
+from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, is_inside
+from merge_gate.records.publication import Manifest, Predicate, PublishedAdapter, PublishedBase, Versions
+from merge_gate.records.report import TOOL, AdapterReport, Report, Tool
+from merge_gate.records.terms import Severity, record
+from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
+
+if TYPE_CHECKING:
+    from merge_gate.records.files import FileRecord
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:merge-gate:verdict:1"
+MOST_SUBJECTS = 1024
+"""What actions/attest allows, as well as the limit on the size (`MOST_BYTES`)."""
+
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class InvalidStatementError(Exception):
+    """Bytes that are not a statement of merge-gate. The message continues a sentence that begins with their name."""
+
+
+@record
+class Subject:
+    """A file that a statement is about. Its name is relative to the directory."""
+
+    name: str
+    sha256: str
+
+
+@record
+class Statement:
+    """One in-toto statement."""
+
+    subjects: tuple[Subject, ...]
+    predicate: Predicate
+
+
+def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Statement:
+    """The statement about a published directory. The caller has compared its files with the manifest."""
+    return Statement(
+        subjects=(*map(_subject, manifest.files), Subject(name=MANIFEST_NAME, sha256=manifest_sha256)),
+        predicate=Predicate(
+            attested_at=_time(now),
+            published=True,
+            tool=Tool(name=TOOL, version=__version__),
+            name=manifest.name,
+            verdict=manifest.verdict,
+            warnings=manifest.warnings,
+            parameters=manifest.parameters,
+            peft_type=manifest.peft_type,
+            dtype=manifest.dtype,
+            base=manifest.base,
+            adapters=manifest.adapters,
+            config=manifest.config,
+            versions=manifest.versions,
+        ),
+    )
+
+
+def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
+    """The statement about one entry of a report. Its subjects are the adapter's own files."""
+    digests = {base.key: base.sha256 for base in report.bases}
+    environment = report.environment
+    return Statement(
+        subjects=tuple(map(_subject, adapter.files)),
+        predicate=Predicate(
+            attested_at=_time(now),
+            published=False,
+            tool=Tool(name=TOOL, version=__version__),
+            name=adapter.name,
+            verdict=adapter.verdict,
+            cause=adapter.cause,
+            warnings=tuple(
+                dict.fromkeys(found.check for found in adapter.findings if found.severity is Severity.WARNING)
+            ),
+            parameters=adapter.coverage.parameters_checked,
+            peft_type=adapter.peft_type,
+            dtype=None,
+            base=PublishedBase(
+                model=adapter.base.model or "",
+                revision=adapter.base.revision,
+                dtype=adapter.base.dtype,
+                quantization=adapter.base.quantization,
+                sha256=digests.get(adapter.base) or "",
+            ),
+            adapters=(
+                PublishedAdapter(
+                    name=adapter.name, source=adapter.source, revision=adapter.revision, files=adapter.files
+                ),
+            ),
+            config=report.config,
+            versions=Versions(
+                python=environment.python,
+                torch=environment.torch,
+                peft=environment.peft,
+                transformers=environment.transformers,
+                bitsandbytes=environment.bitsandbytes,
+                device=environment.device,
+            ),
+        ),
+    )
+
+
+def render(statement: Statement) -> bytes:
+    """The bytes of a statement, on one line of ASCII.
+
+    Raises:
+        UsageError: it has no subjects, or more than a statement may have, or is too large.
+    """
+    name = one_line(statement.predicate.name, 80)
+    if not statement.subjects:
+        raise UsageError(
+            f"the adapter {name} has no files in the report, so a statement about it would be about nothing",
+            hint="choose the adapters to attest with --only",
+        )
+    if len(statement.subjects) > MOST_SUBJECTS:
+        raise UsageError(
+            f"the model {name} has {len(statement.subjects):,} files, and a statement has at most {MOST_SUBJECTS:,}",
+            hint="publish it with a larger --max-shard-size",
+        )
+    document = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": one.name, "digest": {"sha256": one.sha256}} for one in statement.subjects],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": dump_record(statement.predicate),
+    }
+    data = json.dumps(document, allow_nan=False).encode("ascii")
+    if len(data) > MOST_BYTES:
+        raise UsageError(
+            f"the statement about {name} would have {len(data):,} bytes, and a statement has at most {MOST_BYTES:,}"
+        )
+    return data
+
+
+def read(data: bytes) -> Statement:
+    """The statement in these bytes.
+
+    Raises:
+        InvalidStatementError: they are not a statement of merge-gate, or it has no subjects.
+    """
+    try:
+        if len(data) > MOST_BYTES:
+            raise InvalidStatementError(f"has {len(data):,} bytes, expected at most {MOST_BYTES:,}")
+        document = parse_strictly(data)
+        if not isinstance(document, dict):
+            raise InvalidStatementError("is not a JSON object")
+        for key, expected in (("_type", STATEMENT_TYPE), ("predicateType", PREDICATE_TYPE)):
+            if document.get(key) != expected:
+                raise InvalidStatementError(f"has {key} {one_line(str(document.get(key)), 80)}, expected {expected}")
+        subjects = _subjects(document.get("subject"))
+        return Statement(subjects=subjects, predicate=load(Predicate, document.get("predicate"), "predicate"))
+    except (InvalidJsonError, UnreadableError) as error:
+        raise InvalidStatementError(str(error)) from error
+
+
+def _subjects(listed: Any) -> tuple[Subject, ...]:
+    if not isinstance(listed, list) or not listed:
+        raise InvalidStatementError("has no subjects")
+    if len(listed) > MOST_SUBJECTS:
+        raise InvalidStatementError(f"has {len(listed):,} subjects, expected at most {MOST_SUBJECTS:,}")
+    subjects = []
+    for value in listed:
+        name, digest = (value.get("name"), value.get("digest")) if isinstance(value, dict) else (None, None)
+        sha256 = digest.get("sha256") if isinstance(digest, dict) else None
+        if not isinstance(name, str) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise InvalidStatementError("has a subject without a name or a SHA-256")
+        if not is_inside(name):
+            raise InvalidStatementError(f"has the subject {one_line(name, 120)!r}, which is outside of the directory")
+        subjects.append(Subject(name=name, sha256=sha256))
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise InvalidStatementError("has two subjects of one name")
+    return tuple(subjects)
+
+
+def _subject(file: FileRecord) -> Subject:
+    return Subject(name=file.path, sha256=file.sha256)
+
+
+def _time(now: datetime) -> str:
+    return now.astimezone(UTC).strftime(TIME_FORMAT)

@@ -1,0 +1,43 @@
+"""The names of the files that a published model may have next to its weights: the allow-list, and what each file is.
+
+In: the name of a file, relative to its directory. Out: its kind, or None for a file that is not published.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates that have a name of their own."""
+
+
+class Companion(StrEnum):
+    """What a file next to the weights is for."""
+
+    CONFIG = "config"
+    GENERATION = "generation"
+    TOKENIZER = "tokenizer"
+    TEMPLATE = "chat template"
+    PROCESSOR = "processor"
+    LICENSE = "license"
+
+
+_NAMES = {
+    Companion.CONFIG: r"config\.json",
+    Companion.GENERATION: r"generation_config\.json",
+    Companion.TOKENIZER: r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|tekken\.json|([a-z_]+_)?vocab(-src|-tgt)?\.json|vocab\.(txt|bpe)|merges\.txt|encoder\.json|bpe\.codes|dict\.txt"
+    r"|(spiece|sentencepiece(\.bpe)?|spm|spm_char|tiktoken)\.model|(source|target)\.spm|[\w-]+\.tiktoken"
+    r"|normalizer\.json|emoji\.json|byte_maps\.json|word_(shape|pronunciation)\.json",
+    Companion.TEMPLATE: rf"chat_template\.(jinja|json)|{TEMPLATES}/[\w-]+\.jinja",
+    Companion.PROCESSOR: r"((image_|video_|audio_)?pre)?processor_config\.json",
+    Companion.LICENSE: r"(?i:licen[cs]e|notice|copying|(acceptable_)?use_policy|third[-_]party[-_]notices?)"
+    r"([-_][\w-]+)?(\.(txt|md|rst|pdf|html))?",
+}
+_PATTERNS = {kind: re.compile(pattern, re.ASCII) for kind, pattern in _NAMES.items()}
+
+
+def companion_kind(name: str) -> Companion | None:
+    """What the file is for; None if a file of this name is not published."""
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.fullmatch(name)), None)

@@ -1,0 +1,332 @@
+"""Chooses the files next to the weights of a published model: config, tokenizer, chat template, processor, license.
+
+In: the directories of base and adapters, which are hostile, and what the merge changed. Out: the bytes of each file,
+and findings. Files are copied, and config.json is changed only where the tensors have changed.
+
+1. Read the files whose names are on the allow-list (companion_names.py).
+2. The adapter's own copy replaces that of the base, except config.json. Tokenizer and chat template are replaced as a
+   whole: half of a tokenizer would be worse than either.
+3. Change in the text of config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
+   References to code are removed, because code is not published.
+4. Compare the stop tokens, and the tokenizer with the embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.errors import NotPublishedError
+from merge_gate.files.base_files import loaded_files
+from merge_gate.files.headers import shown
+from merge_gate.publish import json_text
+from merge_gate.publish.companion_files import CompanionFiles, read_companions
+from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.json_text import Member
+from merge_gate.publish.layout import FLOATING_STORED
+from merge_gate.publish.manifest import manifest_of
+from merge_gate.publish.model_card import CARD_NAME, model_card
+from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
+from merge_gate.records.terms import Finding, Origin, Severity, record
+from merge_gate.text import counted, listing
+
+PUBLISHED_FILES = "published-files"
+"""The check of notes about files that were not published."""
+
+_CODE = ("auto_map", "custom_pipelines")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_QUANTIZATIONS = ("quantization_config", "compression_config")
+_ADAPTER_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME})
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_LISTED = 8
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@record
+class MergedModel:
+    """What is published, as far as the files next to the weights depend on it.
+
+    Attributes:
+        base_shapes: the shapes of the base's stored tensors, by name; of a quantized base, those that are not packed.
+        shapes: the shapes of the stored tensors that are published.
+        dtype: the dtype that every floating tensor was cast to; None if each tensor keeps its own.
+        is_dequantized: whether the base is quantized, and the published tensors are not.
+        runs_code: whether the base may have been loaded by code in its own directory.
+    """
+
+    base_shapes: Shapes
+    shapes: Shapes
+    dtype: str | None = None
+    is_dequantized: bool = False
+    runs_code: bool = False
+
+
+@record
+class CompanionFile:
+    """One file to be published. `origin` is `base`, `adapter`, or `merge-gate`."""
+
+    name: str
+    data: bytes
+    origin: str = "base"
+
+
+@record
+class Companions:
+    """The files next to the weights, in the order of their names, and what there is to say about them."""
+
+    files: tuple[CompanionFile, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+def companions_of(base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts) -> Companions:
+    """The files that belong next to the weights of a published model, with a model card.
+
+    Raises:
+        NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
+    """
+    is_cast = facts.dtype != PRESERVE
+    is_dequantized = is_cast and facts.report.base.is_quantized
+    model = MergedModel(
+        base_shapes={
+            tensor.name: tensor.shape
+            for tensor in facts.base_tensors
+            if not is_dequantized or tensor.dtype in FLOATING_STORED
+        },
+        shapes={tensor.name: tensor.shape for tensor in facts.tensors},
+        dtype=facts.dtype if is_cast else None,
+        is_dequantized=is_dequantized,
+        runs_code=facts.config.trust_remote_code,
+    )
+    chosen = files_of(base_directory, adapter_directories, model)
+    card = CompanionFile(name=CARD_NAME, data=model_card(manifest_of(facts)), origin="merge-gate")
+    return replace(chosen, files=(*chosen.files, card))
+
+
+def files_of(base_directory: str, adapter_directories: tuple[str, ...], model: MergedModel) -> Companions:
+    """The files of base and adapter that belong next to the weights of a published model.
+
+    Args:
+        base_directory: the base's directory.
+        adapter_directories: the directory of the adapter, or of each member of a combination.
+        model: what is published.
+
+    Raises:
+        NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
+    """
+    # 1. Read.
+    base = read_companions(base_directory, "the base")
+    adapters = [read_companions(directory, "the adapter") for directory in adapter_directories]
+    own, notes = _common(adapters)
+    # 2. The adapter's own files.
+    files = {name: CompanionFile(name=name, data=data) for name, data in base.files.items()}
+    files.pop("config.json", None)
+    notes += _replace(files, own)
+    # 3. Texts that would no longer be true.
+    files["config.json"] = CompanionFile(name="config.json", data=_config(base.files.get("config.json"), model))
+    notes += _remove_code(files)
+    notes += _left_out(base_directory, base, adapters)
+    # 4. Comparisons.
+    contents = {name: content for name, file in files.items() if isinstance(content := _parsed(file), dict)}
+    replaced = base.files.get("generation_config.json") if "generation_config.json" in own else None
+    of_base = _object(replaced) if replaced is not None else None
+    rows = config_section(contents["config.json"]).get("vocab_size")
+    warnings = [*disagreements(contents, of_base), *oversized(contents, rows if type(rows) is int else None)]
+    return Companions(files=tuple(files[name] for name in sorted(files)), findings=(*warnings, *notes))
+
+
+# --- 2. --------------------------------------------------------------------------------------------------------------
+
+
+def _common(adapters: Iterable[CompanionFiles]) -> tuple[dict[str, bytes], list[Finding]]:
+    """The adapter's own files. Those of a combination count only if all members have the same ones."""
+    first, *others = [_without_inputs(adapter.files) for adapter in adapters]
+    if all(other == first for other in others):
+        return first, []
+    return {}, [_note("the members of the combination have different files next to their weights: the base's are used")]
+
+
+def _without_inputs(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if companion_kind(name) is not Companion.CONFIG}
+
+
+def _replace(files: dict[str, CompanionFile], own: Mapping[str, bytes]) -> list[Finding]:
+    """Put the adapter's own files into `files`, and return notes about the base's files that they replace."""
+    dropped: set[str] = set()
+    if any(name in own for name in _VOCABULARIES):
+        dropped |= _of_kind(files, Companion.TOKENIZER)
+    if any(companion_kind(name) is Companion.TEMPLATE for name in own) or _has_template(own):
+        dropped |= _of_kind(files, Companion.TEMPLATE)
+    for name in dropped:
+        del files[name]
+    for name, data in own.items():
+        if companion_kind(name) is Companion.LICENSE and name in files and files[name].data != data:
+            name = f"adapter-{name}"  # noqa: PLW2901 - the license of the base stays
+        files[name] = CompanionFile(name=name, data=data, origin="adapter")
+    gone = sorted(dropped - set(own))
+    if not gone:
+        return []
+    message = "the adapter has a tokenizer or chat template of its own, so these files of the base were left out"
+    return [_note(f"{message}: {listing(map(shown, gone), _LISTED)}")]
+
+
+def _of_kind(names: Iterable[str], kind: Companion) -> set[str]:
+    return {name for name in names if companion_kind(name) is kind}
+
+
+def _has_template(files: Mapping[str, bytes]) -> bool:
+    content = _object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else None
+    return bool(content and content.get("chat_template"))
+
+
+def _left_out(base_directory: str, base: CompanionFiles, adapters: Iterable[CompanionFiles]) -> list[Finding]:
+    """Notes about the files that are not on the allow-list."""
+    expected = {*loaded_files(base_directory).all_files, CARD_NAME}
+    of_base = sorted(set(base.others) - expected)
+    of_adapter = sorted({name for adapter in adapters for name in adapter.others} - _ADAPTER_FILES - {CARD_NAME})
+    return [
+        _note(f"not published: {counted(len(names), 'file')} of {owner} ({listing(map(shown, names), _LISTED)})")
+        for owner, names in (("the base", of_base), ("the adapter", of_adapter))
+        if names
+    ]
+
+
+# --- 3. --------------------------------------------------------------------------------------------------------------
+
+
+def _config(data: bytes | None, model: MergedModel) -> bytes:
+    """config.json, changed where the tensors have changed. Without a change, these are the base's bytes."""
+    if data is None or (config := _object(data)) is None:
+        raise NotPublishedError(
+            "config.json of the base cannot be read as a JSON object", hint="fetch the base again, or correct the file"
+        )
+    if model.runs_code and any("auto_map" in section for section in (config, config_section(config))):
+        raise NotPublishedError(
+            "the base is loaded by code of its own (`auto_map` in config.json), and code is not published",
+            hint="if transformers has this architecture itself, set trust-remote-code: false",
+        )
+    text = data.decode("utf-8")
+    rows = _resized_rows(model, config)
+    if rows is not None:
+        places = _vocabulary_places(text, rows[0])
+        text = json_text.replaced(text, lambda member: member.path in places, rows[1])
+    if model.dtype is not None:
+        text = json_text.replaced(text, _names_dtype, model.dtype)
+    if model.is_dequantized:
+        text = json_text.without(text, lambda member: member.path[-1] in _QUANTIZATIONS)
+    return text.encode("utf-8")
+
+
+def _resized_rows(model: MergedModel, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows of the embedding before and after, if the merge has changed them.
+
+    Raises:
+        NotPublishedError: other tensors have other shapes, or the base does not store them.
+    """
+    names = [name for name in model.shapes if name in model.base_shapes or not model.is_dequantized]
+    added = [name for name in names if name not in model.base_shapes]
+    if added:
+        raise NotPublishedError(
+            f"the merge has {counted(len(added), 'tensor')} that the base does not store "
+            f"({listing(map(shown, added), _LISTED)}), so the base's config.json describes another model "
+            f"(architectures: {shown(str(config.get('architectures')))})",
+            hint="gate the adapter on a base that has this head, saved by transformers with the labels of the adapter",
+        )
+    changed = {name: (model.base_shapes[name], model.shapes[name]) for name in names}
+    changed = {name: shapes for name, shapes in changed.items() if shapes[0] != shapes[1]}
+    if not changed:
+        return None
+    rows = {(old[:1], new[:1]) for old, new in changed.values()}
+    if len(rows) == 1 and all(old[1:] == new[1:] for old, new in changed.values()):
+        ((before, after),) = rows
+        if before and after and before[0] in _sizes(config):
+            return before[0], after[0]
+    raise NotPublishedError(
+        f"the merge changes the shape of {listing([_reshaped(name, *changed[name]) for name in changed], 3)}, and the "
+        "base's config.json does not say how: it has no vocab_size of that many rows",
+        hint="gate the adapter on a base whose shapes it keeps, or save the base with the new shapes first",
+    )
+
+
+def _reshaped(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    return f"{shown(name)} ({list(old)} to {list(new)})"
+
+
+def _sizes(config: Mapping[str, Any]) -> set[Any]:
+    return {config.get("vocab_size"), config_section(config).get("vocab_size")}
+
+
+def _vocabulary_places(text: str, rows: int) -> set[tuple[str, ...]]:
+    """The members of config.json that hold the old size of the vocabulary: its own, and that of the language model.
+
+    Raises:
+        NotPublishedError: another part of the model has the same size, and its tensors may have kept it.
+    """
+    places = {
+        member.path for member in json_text.members(text) if member.path[-1] == "vocab_size" and member.value == rows
+    }
+    others = [path for path in places if len(path) > 1 and path[:-1] not in {(name,) for name in TEXT_SECTIONS}]
+    if others:
+        raise NotPublishedError(
+            f"the merge changes the size of the vocabulary, and config.json has it in several parts of the model "
+            f"({listing(['.'.join(path) for path in sorted(others)])})",
+            hint="save the base with the new vocabulary first, and gate the adapter on that",
+        )
+    return places
+
+
+def _names_dtype(member: Member) -> bool:
+    """Whether this is the dtype of the model or of a part of it."""
+    is_dtype = member.path[-1] in _DTYPE_KEYS and isinstance(member.value, str)
+    return is_dtype and not any(name in _QUANTIZATIONS for name in member.path)
+
+
+def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
+    """Remove the references to code from the configurations: the code itself is not published."""
+    changed = []
+    for name, file in files.items():
+        if not name.endswith("config.json") or not any(key.encode() in file.data for key in _CODE):
+            continue
+        if not isinstance(_parsed(file), dict):
+            continue
+        text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
+        if text.encode() != file.data:
+            files[name] = CompanionFile(name=name, data=text.encode(), origin=file.origin)
+            changed.append(name)
+    return [_note(f"the reference to code was removed from {listing(map(shown, sorted(changed)))}")] if changed else []
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _parsed(file: CompanionFile) -> Any:
+    """The content of a JSON file; None for any other file.
+
+    Raises:
+        NotPublishedError: the file is not JSON.
+    """
+    if not file.name.endswith(".json"):
+        return None
+    try:
+        return json.loads(file.data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise NotPublishedError(
+            f"{shown(file.name)} of the {file.origin} is not valid JSON: {str(error)[:120]}",
+            hint="fetch it again, or remove it if the model does not need it",
+        ) from error
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _note(message: str) -> Finding:
+    return Finding(check=PUBLISHED_FILES, severity=Severity.NOTE, message=message, origin=Origin.FILE)

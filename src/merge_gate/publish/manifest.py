@@ -1,0 +1,232 @@
+"""merge-gate.json: written into a published directory, read back, and compared with the directory's files.
+
+In: the facts of a publication, or a directory of unknown origin. Out: a `Manifest`, its bytes, and the differences
+between the manifest and the files. The manifest lists every file except itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate import __version__
+from merge_gate.errors import UsageError
+from merge_gate.files.resolve import digest_file
+from merge_gate.records.files import FileRecord
+from merge_gate.records.publication import (
+    MANIFEST_VERSION,
+    Manifest,
+    PublishedAdapter,
+    PublishedBase,
+    PublishedCombination,
+    Versions,
+)
+from merge_gate.records.report import TOOL, ConfigFile, Tool
+from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.regular_file import read_regular_file
+from merge_gate.report.formats.fields import UnreadableError, dump_record, load
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.strict_json import InvalidJsonError, parse_strictly
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merge_gate.publish.facts import PublicationFacts
+
+MANIFEST_NAME = "merge-gate.json"
+MOST_BYTES = 16 * 1024 * 1024
+
+
+class Difference(StrEnum):
+    """How a file of a directory differs from the manifest."""
+
+    MISSING = "missing"
+    ADDED = "added"
+    CHANGED = "changed"
+    NO_FILE = "no regular file"
+
+
+@record
+class FileDifference:
+    """One file that is not as the manifest lists it."""
+
+    path: str
+    kind: Difference
+
+
+# --- written ---------------------------------------------------------------------------------------------------------
+
+
+def manifest_of(facts: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> Manifest:
+    """The manifest of a publication. `files` are all files of the directory, with their digests."""
+    adapter, base, spec = facts.report, facts.base, facts.entry.spec
+    if base is None:
+        raise AssertionError("a merge that passed has a base")
+    return Manifest(
+        tool=Tool(name=TOOL, version=__version__),
+        name=adapter.name,
+        verdict=adapter.verdict,
+        warnings=tuple(dict.fromkeys(found.check for found in adapter.findings if found.severity is Severity.WARNING)),
+        parameters=adapter.coverage.parameters_checked,
+        peft_type=adapter.peft_type,
+        dtype=facts.dtype,
+        max_shard_bytes=facts.shard_limit_bytes,
+        base=PublishedBase(
+            model=base.model,
+            revision=base.revision,
+            dtype=base.dtype,
+            quantization=base.quantization,
+            sha256=base.sha256 or "",
+        ),
+        adapters=_adapters(facts),
+        combination=None
+        if spec.combine is None
+        else PublishedCombination(
+            method=spec.combine.method,
+            weights=spec.combine.weights,
+            density=spec.combine.density,
+            majority_sign_method=spec.combine.majority_sign_method,
+            seed=spec.combine.seed,
+        ),
+        allow_pickle=facts.config.allow_pickle,
+        trust_remote_code=facts.config.trust_remote_code,
+        config=ConfigFile(path=facts.config.label, sha256=facts.config.sha256),
+        versions=Versions(
+            python=facts.environment.python,
+            torch=facts.environment.torch,
+            peft=facts.environment.peft,
+            transformers=facts.environment.transformers,
+            bitsandbytes=facts.environment.bitsandbytes if adapter.base.is_quantized else None,
+            device=facts.environment.device,
+        ),
+        files=tuple(sorted(files, key=lambda file: file.path)),
+    )
+
+
+def _adapters(facts: PublicationFacts) -> tuple[PublishedAdapter, ...]:
+    spec, members = facts.entry.spec, facts.entry.members
+    if spec.combine is None:
+        return (
+            PublishedAdapter(
+                name=spec.name, source=spec.source, revision=facts.entry.revision, files=facts.entry.files.files
+            ),
+        )
+    listed = {adapter.name: adapter for adapter in facts.config.adapters}
+    return tuple(
+        PublishedAdapter(name=name, source=listed[name].source, revision=listed[name].revision, files=member.files)
+        for name, member in zip(spec.combine.adapters, members, strict=True)
+    )
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of merge-gate.json. They are ASCII, so no name in it hides or reorders text."""
+    return (json.dumps(dump_record(manifest), allow_nan=False, indent=2) + "\n").encode("ascii")
+
+
+# --- read back -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read a merge-gate.json of unknown origin, or the one in a directory.
+
+    Raises:
+        UsageError: it cannot be read, is not a manifest of version 1, or contradicts itself.
+    """
+    place = Path(path, MANIFEST_NAME) if Path(path).is_dir() else Path(path)
+    try:
+        return parse_manifest(read_regular_file(place, MOST_BYTES), str(place))
+    except OSError as error:
+        raise UsageError(
+            f"{one_line(str(place))} cannot be read: {error.strerror or error}",
+            hint=f"name a directory that `merge-gate run --publish` made, or its {MANIFEST_NAME}",
+        ) from error
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """The manifest in these bytes; `name` is the file's, for messages.
+
+    Raises:
+        UsageError: it is not a manifest of version 1, or contradicts itself.
+    """
+    try:
+        manifest: Manifest = load(Manifest, parse_strictly(data), "")
+        _refuse_contradictions(manifest)
+    except (InvalidJsonError, UnreadableError) as error:
+        what = f"it {error}" if isinstance(error, InvalidJsonError) else error
+        raise UsageError(
+            f"{one_line(name)} is not a {MANIFEST_NAME} of merge-gate: {what}",
+            hint="publish the adapter again with `merge-gate run --publish DIR`",
+        ) from error
+    return replace(manifest, schema_version=MANIFEST_VERSION)
+
+
+def _refuse_contradictions(manifest: Manifest) -> None:
+    """Refuse what a run cannot have written."""
+    if manifest.schema_version.split(".")[0] != "1":
+        raise UnreadableError(f"schema_version is {one_line(manifest.schema_version, 20)}, expected 1.x")
+    if manifest.tool.name != TOOL:
+        raise UnreadableError(f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}")
+    if manifest.verdict is not Verdict.PASSED:
+        raise UnreadableError(f"verdict is {manifest.verdict}, expected {Verdict.PASSED}")
+    if not manifest.files:
+        raise UnreadableError("files is empty, expected every file of the directory")
+    if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):
+        raise UnreadableError("adapters has the wrong number of entries")
+    names = [file.path for file in manifest.files]
+    outside = next((name for name in names if not is_inside(name) or name == MANIFEST_NAME), None)
+    if outside is not None:
+        raise UnreadableError(f"files names {one_line(outside, 120)!r}, expected a file inside of the directory")
+    if len(set(names)) < len(names):
+        raise UnreadableError("files names a file twice")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name stays inside of its directory, and has one spelling only."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\\" not in name and "\0" not in name
+
+
+# --- compared with the files -----------------------------------------------------------------------------------------
+
+
+def differences(directory: str | Path, manifest: Manifest) -> tuple[FileDifference, ...]:
+    """The files of a directory that are not as the manifest lists them. Every byte is read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = set(names_below(directory)) - {MANIFEST_NAME}
+    return tuple(sorted(_compared(Path(directory), manifest, found), key=lambda difference: difference.path))
+
+
+def _compared(folder: Path, manifest: Manifest, found: set[str]) -> Iterator[FileDifference]:
+    listed = {file.path: file for file in manifest.files}
+    yield from (FileDifference(path=name, kind=Difference.ADDED) for name in found - set(listed))
+    for name, file in listed.items():
+        if name not in found:
+            yield FileDifference(path=name, kind=Difference.MISSING)
+        elif not is_regular(folder / name):
+            yield FileDifference(path=name, kind=Difference.NO_FILE)
+        elif (folder / name).stat().st_size != file.size_bytes or digest_file(folder / name) != file.sha256:
+            yield FileDifference(path=name, kind=Difference.CHANGED)
+
+
+def names_below(directory: str | Path) -> list[str]:
+    """Everything below a directory except folders, by its relative name. Links are listed and not followed."""
+    names = []
+    for place, folders, files in os.walk(directory, onerror=_raise):
+        linked = [name for name in folders if Path(place, name).is_symlink()]
+        names += [Path(place, name).relative_to(directory).as_posix() for name in (*files, *linked)]
+    return sorted(names)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a regular file is there, and not a link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _raise(error: OSError) -> None:
+    raise error

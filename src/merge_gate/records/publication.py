@@ -1,0 +1,103 @@
+"""The record of merge-gate.json, the file in a published directory that says what it is and how it was made."""
+
+from __future__ import annotations
+
+from merge_gate.records.files import FileRecord
+from merge_gate.records.report import ConfigFile, Tool
+from merge_gate.records.terms import Verdict, record, reported
+
+MANIFEST_VERSION = "1.0"
+
+
+@record
+class PublishedBase:
+    """The base of a published merge."""
+
+    model: str = reported("Directory or Hub id as written.")
+    revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
+    dtype: str = reported("The dtype that it was loaded and merged in.")
+    quantization: str = reported("How the loaded base is quantized; `none` if it is not.")
+    sha256: str = reported("Digest of its weights, hex, as in report.json.")
+
+
+@record
+class PublishedAdapter:
+    """An adapter of a published merge; a combination has several."""
+
+    name: str = reported("Its name in the configuration.")
+    source: str = reported("Its path as written, or its Hub id.")
+    revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
+    files: tuple[FileRecord, ...] = reported("The files that were read.")
+
+
+@record
+class PublishedCombination:
+    """How PEFT combined several adapters."""
+
+    method: str = reported("PEFT's `combination_type`, such as `ties`.")
+    weights: tuple[float, ...] = reported("The weight of each adapter.")
+    density: float | None = reported("The share of values that the method keeps.", default=None)
+    majority_sign_method: str | None = reported("How the method elects signs.", default=None)
+    seed: int = reported("The seed of a random method.", default=0)
+
+
+@record
+class Versions:
+    """The versions that made a merge. A version is null if the package was not used."""
+
+    python: str = reported("Version of Python.")
+    torch: str | None = reported("Version of torch.", default=None)
+    peft: str | None = reported("Version of PEFT.", default=None)
+    transformers: str | None = reported("Version of transformers.", default=None)
+    bitsandbytes: str | None = reported("Version of bitsandbytes.", default=None)
+    device: str = reported("Where the merge was computed: `cpu`, `cuda:0`, …", default="cpu")
+
+
+@record
+class Manifest:
+    """merge-gate.json: what a published directory holds, and what it was made of. It has no time and no host name.
+
+    `schema_version` follows from the version of merge-gate.
+    """
+
+    schema_version: str = reported("Version of this format. Readers accept any 1.x.", default=MANIFEST_VERSION)
+    tool: Tool = reported("The program that published the merge.")
+    name: str = reported("The adapter's name in the configuration.")
+    verdict: Verdict = reported("Always `passed`.")
+    warnings: tuple[str, ...] = reported("The checks with warnings, by id.", default=())
+    parameters: int = reported("How many parameters of the merged model were checked: all of them.")
+    peft_type: str | None = reported("PEFT's name of the method, such as `LORA`.", default=None)
+    dtype: str = reported("`preserve` if every tensor has the dtype of the base's file; else the dtype of the cast.")
+    max_shard_bytes: int | None = reported(
+        "The largest size of a shard that was asked for; null if the shards are those of the base.", default=None
+    )
+    base: PublishedBase = reported("The base.")
+    adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.")
+    combination: PublishedCombination | None = reported("How the members were combined.", default=None)
+    allow_pickle: bool = reported("Whether pickled weights were allowed.", default=False)
+    trust_remote_code: bool = reported("Whether code of the base was allowed to run.", default=False)
+    config: ConfigFile = reported("The configuration file.")
+    versions: Versions = reported("The versions that made the merge.")
+    files: tuple[FileRecord, ...] = reported("Every file of the directory except merge-gate.json itself.", default=())
+
+
+@record
+class Predicate:
+    """The predicate of an in-toto statement: a verdict, and what it rests on (docs/attestations.md)."""
+
+    attested_at: str = reported("When the statement was made, in UTC: `2026-11-27T20:15:00Z`.")
+    published: bool = reported(
+        "True if the subjects are the files of a published model; false if they are the adapter's own files."
+    )
+    tool: Tool = reported("The program that made the statement.")
+    name: str = reported("The adapter's name in the configuration.")
+    verdict: Verdict = reported("The verdict on the merge.")
+    cause: str | None = reported("Id of the check that decided; null if the adapter passed.", default=None)
+    warnings: tuple[str, ...] = reported("The checks with warnings, by id.", default=())
+    parameters: int = reported("How many parameters of the merged model were checked.")
+    peft_type: str | None = reported("PEFT's name of the method, such as `LORA`.", default=None)
+    dtype: str | None = reported("The dtype of the published tensors, or `preserve`; null if nothing was published.")
+    base: PublishedBase = reported("The base.")
+    adapters: tuple[PublishedAdapter, ...] = reported("The adapter, or the members of a combination.", default=())
+    config: ConfigFile = reported("The configuration file.")
+    versions: Versions = reported("The versions that made the merge.")

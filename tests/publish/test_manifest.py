@@ -1,0 +1,157 @@
+"""merge-gate.json: written, read back strictly, and compared with the files; and the model card made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import cmarkgfm
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_gate.errors import UsageError
+from merge_gate.publish.manifest import (
+    MANIFEST_NAME,
+    Difference,
+    differences,
+    is_inside,
+    manifest_of,
+    parse_manifest,
+    read_manifest,
+    render,
+)
+from merge_gate.publish.model_card import model_card
+from merge_gate.records.config import Combine
+from tests.support import published, reports
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    adapter = reports.adapter(findings=(reports.ROUNDING,), revision="abc")
+    written = published.publish(tmp_path, adapter=adapter, shard_limit_bytes=5_000_000_000)
+    assert read_manifest(tmp_path) == read_manifest(tmp_path / MANIFEST_NAME) == written
+    assert written.warnings == ("rounding-loss",)
+    assert written.adapters[0].revision == "abc"
+    assert [file.path for file in written.files] == sorted(published.FILES)
+    assert differences(tmp_path, written) == ()
+
+
+def test_a_manifest_has_no_time_and_no_machine(tmp_path: Path) -> None:
+    text = render(published.publish(tmp_path)).decode()
+    assert str(tmp_path) not in text
+    assert render(published.publish(tmp_path)).decode() == text
+
+
+def test_a_combination_lists_its_members() -> None:
+    combine = Combine(method="ties", adapters=("one", "two"), weights=(0.5, 1.0), density=0.5)
+    manifest = manifest_of(published.facts(combine=combine))
+    assert [adapter.name for adapter in manifest.adapters] == ["one", "two"]
+    assert manifest.combination is not None
+    assert manifest.combination.weights == (0.5, 1.0)
+
+
+def test_every_difference_has_its_kind(tmp_path: Path) -> None:
+    manifest = published.publish(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"[]")
+    (tmp_path / "more.py").write_bytes(b"")
+    (tmp_path / "additional_chat_templates" / "x.jinja").unlink()
+    (tmp_path / "model.safetensors").rename(tmp_path.parent / "elsewhere")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path.parent / "elsewhere")
+    assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [
+        ("additional_chat_templates/x.jinja", Difference.MISSING),
+        ("config.json", Difference.CHANGED),
+        ("model.safetensors", Difference.NO_FILE),
+        ("more.py", Difference.ADDED),
+    ]
+
+
+def test_a_folder_behind_a_link_is_a_difference(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    manifest = published.publish(folder)
+    (folder / "additional_chat_templates").rename(tmp_path / "elsewhere")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    assert [one.kind for one in differences(folder, manifest)] == [Difference.ADDED, Difference.MISSING]
+
+
+_WRONG: dict[str, Any] = {
+    "verdict": "failed",
+    "files": [],
+    "schema_version": "2.0",
+    "adapters": [],
+    "tool": {"name": "other", "version": "1"},
+    "combination": {"method": "ties", "weights": []},
+    "dtype": 3,
+}
+
+
+@pytest.mark.parametrize("key", _WRONG)
+def test_what_a_run_cannot_have_written_is_refused(tmp_path: Path, key: str) -> None:
+    document = json.loads(render(published.publish(tmp_path)))
+    with pytest.raises(UsageError):
+        parse_manifest(json.dumps(document | {key: _WRONG[key]}).encode(), "x")
+    assert parse_manifest(json.dumps(document | {"a later key": 1, "schema_version": "1.9"}).encode(), "x")
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"a": NaN}', b"\xff"])
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(UsageError):
+        parse_manifest(data, "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../x", "a//x", "./x", "a\\x", "a/", "", ".", "a\0", MANIFEST_NAME]
+)
+def test_a_name_outside_of_the_directory_is_refused(tmp_path: Path, name: str) -> None:
+    manifest = published.publish(tmp_path)
+    moved = replace(manifest, files=(replace(manifest.files[0], path=name), *manifest.files[1:]))
+    with pytest.raises(UsageError):
+        parse_manifest(render(moved), "x")
+
+
+def test_a_name_listed_twice_is_refused(tmp_path: Path) -> None:
+    manifest = published.publish(tmp_path)
+    with pytest.raises(UsageError):
+        parse_manifest(render(replace(manifest, files=manifest.files * 2)), "x")
+
+
+@given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), max_size=4).map("/".join))
+def test_a_name_that_is_inside_has_one_spelling(name: str) -> None:
+    inside = os.path.normpath(f"/top/{name}")
+    assert is_inside(name) == (inside == f"/top/{name}" and inside != "/top")
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+_HOSTILE = st.text(alphabet=st.sampled_from("<>&|`[]()!*_#@:\n-\u202e\u200b ab'\"\\{}/"), max_size=40)
+
+
+@given(name=_HOSTILE, source=_HOSTILE)
+def test_foreign_names_form_no_markup_in_the_card(name: str, source: str) -> None:
+    card = model_card(manifest_of(published.facts(reports.adapter(name, source=source)))).decode()
+    head, front, text = card.split("---\n", 2)
+    assert head == ""
+    assert front == "library_name: transformers\ntags: [merge-gate, peft]\n"
+    html = cmarkgfm.github_flavored_markdown_to_html(text)
+    assert html.count("<tr>") == 7
+    assert html.count("<h1>") == 1
+    assert not {"<a ", "<img", "<script", "<em>", "\u202e"} & {
+        tag for tag in ("<a ", "<img", "<script", "<em>", "\u202e") if tag in html
+    }
+
+
+def test_the_card_names_a_base_of_the_hub_for_the_hub() -> None:
+    base = replace(reports.report(reports.adapter()).bases[0], model="acme/base-1b", revision="0123abc")
+    card = model_card(manifest_of(published.facts(base=base))).decode()
+    assert 'base_model: "acme/base-1b"\n' in card.split("---\n")[1]
+
+
+def test_the_card_states_a_cast_and_the_warnings() -> None:
+    adapter = reports.adapter(findings=(reports.ROUNDING,))
+    card = model_card(manifest_of(published.facts(adapter, dtype="bfloat16"))).decode()
+    assert "| dtype | all floating tensors cast to `bfloat16` |" in card
+    assert "| warnings | `rounding-loss` |" in card

@@ -1,0 +1,73 @@
+"""A published directory without a merge: a few small files, and a merge-gate.json that lists them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from merge_gate.publish.facts import PublicationFacts
+from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, names_below, render
+from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config
+from merge_gate.records.files import AdapterFiles, Entry, FileRecord
+from merge_gate.records.report import AdapterReport
+from tests.support import reports
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merge_gate.records.publication import Manifest
+
+FILES = {"model.safetensors": b"\x00weights", "config.json": b"{}", "additional_chat_templates/x.jinja": b"x"}
+
+
+def facts(adapter: AdapterReport | None = None, **more: object) -> PublicationFacts:
+    """The facts of a publication of one adapter, or of a combination of two if `combine` is given."""
+    adapter = adapter or reports.adapter()
+    combine = more.pop("combine", None)
+    assert combine is None or isinstance(combine, Combine)
+    names = combine.adapters if combine else ()
+    member = AdapterFiles(directory="/adapters/support", files=adapter.files)
+
+    def spec(name: str, combine: Combine | None = None) -> AdapterSpec:
+        return AdapterSpec(
+            name=name, source=f"./{name}", path=None if combine else f"/{name}", combine=combine, base=BaseSpec(),
+            checks=(), line=1, column=1,
+        )  # fmt: skip
+
+    own = spec(adapter.name, combine)
+    values = {
+        "entry": Entry(spec=own, dtype="auto", members=(member,) * (len(names) or 1), revision=adapter.revision),
+        "report": adapter,
+        "base": reports.report(adapter).bases[0],
+        "environment": reports.ENVIRONMENT,
+        "config": Config(
+            path="merge-gate.yml", directory="/", sha256=reports.SHA256, adapters=(own, *map(spec, names))
+        ),
+        "dtype": "preserve",
+        "tensors": (),
+        "base_tensors": (),
+        "shard_limit_bytes": None,
+    }
+    return PublicationFacts(**(values | more))  # type: ignore[arg-type]
+
+
+def publish(folder: Path, **more: object) -> Manifest:
+    """Write the files, and the manifest that lists them."""
+    for name, data in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    manifest = manifest_of(facts(**more), records(folder))  # type: ignore[arg-type]
+    (folder / MANIFEST_NAME).write_bytes(render(manifest))
+    return manifest
+
+
+def records(folder: Path) -> tuple[FileRecord, ...]:
+    return tuple(
+        FileRecord(
+            path=name,
+            size_bytes=(folder / name).stat().st_size,
+            sha256=hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+        )
+        for name in names_below(folder)
+        if name != MANIFEST_NAME
+    )
