@@ -5,6 +5,7 @@ tests/test_cli.py runs the real command.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import jsonschema
 import pytest
 
 from merge_gate import __main__, demo
@@ -25,7 +27,8 @@ from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
-from merge_gate.report.stored.report_files import write_report
+from merge_gate.report.formats.schema import report_schema
+from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import fed_bases, flow
 from merge_gate.worker import protocol, supervisor
 from merge_gate.worker.memory import too_large
@@ -333,6 +336,97 @@ def test_a_cluster_is_asked_where_there_is_something_to_merge(
         cut(place)
     assert main(["run", "gate.yml", "--ray", "auto"]) == (3 if sound else 1)
     assert asked == (["auto"] if sound else [])
+
+
+# --- run and check: --report -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_run_writes_the_copies_of_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard output there is nothing else; what a person reads is on standard error."""
+    assert main(["run", "gate.yml", "--report", "sarif=new/own.sarif", "--report", "json=-"]) == 3
+    said = capsys.readouterr()
+    written = place / "merge-gate-report"
+    assert said.out == (written / "report.json").read_text()
+    assert (place / "new" / "own.sarif").read_text() == (written / "report.sarif").read_text()
+    assert "could not be judged" in said.err
+
+
+def test_a_run_without_a_verdict_leaves_no_old_copy(place: Path) -> None:
+    write_report(PASS, place / "old")
+    shutil.copy(place / "old" / "junit.xml", place / "tests.xml")
+    cut(place)
+    (place / "gate.yml").write_text("version: 1\n")
+    assert main(["run", "gate.yml", "--report", "junit=tests.xml"]) == 2
+    assert not (place / "tests.xml").exists()
+
+
+REFUSED_COPIES = {
+    "not a format": ("yaml=x", "yaml=x"),
+    "no file": ("json=", "json="),
+    "another tool's file": ("junit=other.xml", "other.xml"),
+    "another format's file": ("html=old/report.json", "report.json"),
+    "a link": ("json=link.json", "link.json"),
+    "a directory": ("json=one", "one"),
+    "a file of the output directory": ("html=merge-gate-report/junit.xml", "junit.xml"),
+    "below a file": ("html=other.xml/page.html", "other.xml"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_COPIES)
+def test_a_copy_replaces_nothing_that_the_gate_did_not_write(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    word, named = REFUSED_COPIES[name]
+    (place / "other.xml").write_text("<testsuites/>")
+    write_report(PASS, place / "old")
+    (place / "link.json").symlink_to("old/report.json")
+    with contextlib.suppress(SystemExit):
+        assert main(["run", "gate.yml", "--report", word]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    wording(said.rpartition("error: ")[2])
+    assert (place / "other.xml").read_text() == "<testsuites/>"
+    assert (place / "old" / "report.json").exists()
+
+
+def test_two_copies_have_two_places(capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
+    assert main(["check", "one", "--report", "json=-", "--report", "sarif=-"]) == 2
+    wording(capsys.readouterr().err)
+
+
+def test_a_check_has_a_report_that_claims_no_merge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lay_base(place)
+    copies = [f"--report={word}=check.{word}" for word in WORDS if word != "json"]
+    assert main(["check", "gate.yml", "--report", "json=-", *copies]) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    jsonschema.Draft202012Validator(report_schema()).validate(document)
+    assert (document["files_only"], document["result"]) == (True, "pass")
+    assert [one["name"] for one in document["adapters"]] == ["one"]
+    assert "sound" in said.err
+    for word in ("markdown", "html", "sarif"):
+        assert "files only: the only adapter passed" in (place / f"check.{word}").read_text()
+    cut(place)
+    assert main(["check", "gate.yml", "--report", "json=-"]) == 1
+    assert json.loads(capsys.readouterr().out)["adapters"][0]["cause"] == "file-corrupt"
+
+
+@pytest.mark.parametrize("is_report_there", [True, False])
+def test_copies_are_made_of_the_report_that_came_out_of_a_container(
+    is_report_there: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: ContainerRun, log: Callable[[bytes], None]) -> int:
+        log(b"from the inside\n")
+        if is_report_there:
+            write_report(FAIL, place / "merge-gate-report")
+        return 1
+
+    monkeypatch.setattr(launcher, "run_in_container", run)
+    assert main(["run", "gate.yml", "--container", "--report", "junit=-"]) == 1
+    said = capfd.readouterr()
+    assert said.err == "from the inside\n"
+    assert said.out == ((place / "merge-gate-report" / "junit.xml").read_text() if is_report_there else "")
 
 
 # --- check, init, demo ---------------------------------------------------------------------------------------------

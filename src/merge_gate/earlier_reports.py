@@ -100,14 +100,14 @@ def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = 
         path = directory / name
         if os.path.lexists(path) and not is_own(path):
             raise UsageError(
-                f"{path} is {_kind(path)}, expected a report of merge-gate or nothing; it stays as it is",
+                f"{path} is {kind_of(path)}, expected a report of merge-gate or nothing; it stays as it is",
                 hint=f"choose another directory with {chosen_by}, or move that file elsewhere",
             )
 
 
-def is_own(path: Path) -> bool:
-    """Whether merge-gate wrote this file: a regular file that begins with the tag of its name."""
-    return _carries_tag(path)
+def is_own(path: Path, report: str = "") -> bool:
+    """Whether merge-gate wrote this file: a regular file that begins with the tag of its name, or of `report`'s."""
+    return _carries_tag(path, report=report)
 
 
 def places(directory: Path) -> Iterator[Path]:
@@ -135,8 +135,8 @@ def _slots(directory: Path) -> Iterator[Path]:
         number += 1
 
 
-def _carries_tag(path: Path, folder: int | None = None) -> bool:
-    tag = _TAGS.get(path.name)
+def _carries_tag(path: Path, folder: int | None = None, *, report: str = "") -> bool:
+    tag = _TAGS.get(report or path.name)
     if tag is None:
         return False
     try:
@@ -165,7 +165,8 @@ def _is_free(slot: Path) -> bool:
         os.close(folder)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """What a file that is not a report of merge-gate is, in words."""
     if path.is_symlink():
         return "a symbolic link"
     if path.is_dir():

@@ -39,7 +39,7 @@ class OutputFile(NamedTuple):
 OUTPUT_FILES = (
     OutputFile(
         "report.json",
-        "",
+        "json",
         "json_report",
         "programs",
         "all results in strict JSON, described below",

@@ -26,8 +26,7 @@ SECTIONS = dict(zip(*[iter(re.split(r"^#+ (.*)$", DOCS, flags=re.MULTILINE)[1:])
 
 def file_table() -> str:
     """The formats, as docs/report.md has them."""
-    words = {one.name: f"`{one.word}`" if one.word else "" for one in OUTPUT_FILES}
-    rows = [f"| `{one.name}` | {words[one.name]} | {one.readers} | {one.content} |" for one in OUTPUT_FILES]
+    rows = [f"| `{one.name}` | `{one.word}` | {one.readers} | {one.content} |" for one in OUTPUT_FILES]
     return "\n".join(["| file | `--format` | for | what it is |", "|---|---|---|---|", *rows])
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
-RESERVED_OPTIONS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache")
+RESERVED_OPTIONS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report")
 """Options of `merge-gate run` that the action sets itself, mostly from an input."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.text import one_of
+
+if TYPE_CHECKING:
+    from merge_gate.report.stored.report_copies import ReportCopy
 
 DEFAULT_OUTPUT = "merge-gate-report"
 DEFAULT_CONFIG = "merge-gate.yml"
+FORMATS = tuple(file.word for file in OUTPUT_FILES)
+"""The formats of a report, by the words of the command line."""
 
 
 def exit_codes(*lines: str) -> str:
@@ -52,6 +60,27 @@ def add_output(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"where the report goes (default: {DEFAULT_OUTPUT})",
     )
+
+
+def add_reports(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--report",
+        action="append",
+        default=[],
+        type=_copy,
+        metavar="FORMAT=FILE",
+        help=f"write the report to FILE as well, or to standard output if FILE is `-`; FORMAT is {one_of(FORMATS)}; "
+        "repeatable",
+    )
+
+
+def _copy(text: str) -> ReportCopy:
+    from merge_gate.report.stored.report_copies import ReportCopy
+
+    word, equals, place = text.partition("=")
+    if word not in FORMATS or not equals or not place:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT=FILE, with {one_of(FORMATS)}")
+    return ReportCopy(word, place)
 
 
 def _directory(text: str) -> str:

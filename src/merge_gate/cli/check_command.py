@@ -7,9 +7,9 @@ import os
 import sys
 from contextlib import closing
 
-from merge_gate.cli.arguments import CommandParser, Commands, add_names, exit_codes
+from merge_gate.cli.arguments import CommandParser, Commands, add_names, add_reports, exit_codes
 from merge_gate.cli.gating import requested_config
-from merge_gate.errors import ExitCode
+from merge_gate.cli.output import deliver
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(
@@ -30,30 +30,34 @@ def add(commands: Commands[CommandParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_names(check)
+    add_reports(check)
     check.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from merge_gate.records.terms import Verdict
     from merge_gate.report.formats.terminal_text import file_lines
+    from merge_gate.report.stored.report_copies import is_any_printed, withdraw
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
+    from merge_gate.run.tally import report_on_files
     from merge_gate.run.view import make_view
 
+    withdraw(arguments.report)
     config = requested_config(arguments)
-    counts = dict.fromkeys(Verdict, 0)
-    with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+    stream = sys.stderr if is_any_printed(arguments.report) else sys.stdout
+    adapters = []
+    with closing(make_view(stream, sys.stderr, env=os.environ)) as view:
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
-            counts[adapter.verdict] += 1
+            adapters.append(adapter)
             for line in file_lines(adapter, of=len(config.adapters)):
-                tell(line)
+                tell(line, stream)
+    report = report_on_files(config, adapters)
+    counts = report.counts
     tell(
-        f"{counted(sum(counts.values()), 'adapter')}: the files of {counts[Verdict.PASSED]:,} are sound, "
-        f"{counts[Verdict.FAILED]:,} failed, {counts[Verdict.ERROR]:,} could not be judged. Nothing was merged: "
-        "`merge-gate run` does that."
+        f"{counted(len(adapters), 'adapter')}: the files of {counts.passed:,} are sound, {counts.failed:,} failed, "
+        f"{counts.error:,} could not be judged. Nothing was merged: `merge-gate run` does that.",
+        stream,
     )
-    if counts[Verdict.FAILED]:
-        return ExitCode.FAIL
-    return ExitCode.ERROR if counts[Verdict.ERROR] else ExitCode.PASS
+    return deliver(report, arguments.report)

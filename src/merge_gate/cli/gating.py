@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from merge_gate.errors import UsageError
 
@@ -42,9 +42,11 @@ def gate_adapters(
     *,
     worker: WorkerSlot | None = None,
     begins: Callable[[], object] = lambda: None,
+    shows_on: TextIO | None = None,
 ) -> Report:
+    """Gate the adapters, with a view. The result is shown on `shows_on`, by default on standard output."""
     from merge_gate.run.flow import run_gate
     from merge_gate.run.view import make_view
 
-    with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+    with closing(make_view(shows_on or sys.stdout, sys.stderr, env=os.environ)) as view:
         return run_gate(config, options, view=view, worker=worker, begins=begins)

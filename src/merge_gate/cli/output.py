@@ -10,10 +10,11 @@ from merge_gate.errors import ExitCode, GateError
 from merge_gate.run.streams import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from merge_gate.earlier_reports import EarlierReports
     from merge_gate.records.report import Report
+    from merge_gate.report.stored.report_copies import ReportCopy
 
 EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
@@ -38,6 +39,14 @@ def say_place(earlier: EarlierReports) -> None:
 def exit_code(report: Report) -> ExitCode:
     """The exit code that a finished report asks for."""
     return EXIT_CODE_OF[report.result.value]
+
+
+def deliver(report: Report, copies: Sequence[ReportCopy]) -> ExitCode:
+    """Write the copies of a finished report, and return its exit code."""
+    from merge_gate.report.stored.report_copies import write_copies
+
+    text = write_copies(report, copies)
+    return print_document(text, exit_code(report)) if text else exit_code(report)
 
 
 def print_document(text: str, code: ExitCode = ExitCode.PASS) -> ExitCode:

@@ -7,9 +7,8 @@ import os
 import sys
 from contextlib import closing
 
-from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_output
+from merge_gate.cli.arguments import EXIT_CODES, FORMATS, CommandParser, Commands, add_output
 from merge_gate.cli.output import claimed_output, exit_code, print_document
-from merge_gate.output_files import OUTPUT_FILES
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
@@ -24,7 +23,7 @@ def add_show(commands: Commands[CommandParser]) -> None:
         SHOW, prog=f"merge-gate {SHOW}", help="show a report again", description="Show a stored report again."
     )
     show.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
-    formats = ("terminal", *(one.word for one in OUTPUT_FILES if one.word))
+    formats = ("terminal", *FORMATS)
     show.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
 
 

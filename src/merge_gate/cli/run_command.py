@@ -8,9 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, given
+from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports, given
 from merge_gate.cli.gating import gate_adapters, requested_config
-from merge_gate.cli.output import claimed_output, exit_code, say_place
+from merge_gate.cli.output import claimed_output, deliver, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Quantization, Read
@@ -37,6 +37,7 @@ def add(commands: Commands[CommandParser]) -> None:
     named.add_argument("--quantization", type=given, metavar="Q", help=one_of(Quantization))
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
     add_output(run)
+    add_reports(run)
     run.add_argument(
         "--access",
         choices=list(Access),
@@ -91,9 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
             worker.start_early()
         from merge_gate.cache.resume import forget
         from merge_gate.report.stored.output_directory import refuse_report
+        from merge_gate.report.stored.report_copies import is_any_printed, withdraw
         from merge_gate.report.stored.report_files import FORMATS
 
         refuse_report(arguments.output, FORMATS, arguments.names)
+        withdraw(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
         with claimed_output(arguments.output) as earlier:
@@ -101,9 +104,15 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            report = gate_adapters(config, _options(arguments), worker=worker, begins=earlier.replace_previous)
+            report = gate_adapters(
+                config,
+                _options(arguments),
+                worker=worker,
+                begins=earlier.replace_previous,
+                shows_on=sys.stderr if is_any_printed(arguments.report) else sys.stdout,
+            )
             forget(arguments.output)
-            return exit_code(report)
+            return deliver(report, arguments.report)
 
 
 def _starts_early(arguments: argparse.Namespace) -> bool:
@@ -119,12 +128,16 @@ def _starts_early(arguments: argparse.Namespace) -> bool:
 
 def _run_in_container(arguments: argparse.Namespace) -> int:
     """Run in a container. The launcher claims the output directory itself, so this claim ends before it starts."""
-    from merge_gate.report.stored.output_directory import claimed
+    from merge_gate.report.stored.output_directory import claimed, stored_result
+    from merge_gate.report.stored.stored_report import stored
 
     with claimed(arguments.output) as earlier:
         pass
     try:
-        return _in_container(arguments)
+        code = _in_container(arguments)
+        if arguments.report and stored_result(arguments.output) is not None:
+            deliver(stored(arguments.output), arguments.report)
+        return code
     finally:
         if os.path.lexists(Path(arguments.output, "report.json")):
             earlier.replace_previous()
@@ -133,6 +146,7 @@ def _run_in_container(arguments: argparse.Namespace) -> int:
 
 def _in_container(arguments: argparse.Namespace) -> int:
     from merge_gate.action.docker.launcher import local_run, run_in_container
+    from merge_gate.report.stored.report_copies import is_any_printed
 
     requested_config(arguments)
     if arguments.resume:
@@ -158,9 +172,11 @@ def _in_container(arguments: argparse.Namespace) -> int:
         environ=os.environ,
     )
 
+    stream = sys.stderr if is_any_printed(arguments.report) else sys.stdout
+
     def write(log: bytes) -> None:
-        sys.stdout.buffer.write(log)
-        sys.stdout.buffer.flush()
+        stream.buffer.write(log)
+        stream.buffer.flush()
 
     return run_in_container(run, write)
 

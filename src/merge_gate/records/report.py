@@ -251,6 +251,11 @@ class Report:
     tool: Tool = reported("The program that wrote the report.")
     environment: Environment = reported("The environment of the run.")
     config: ConfigFile = reported("The configuration file.")
+    files_only: bool = reported(
+        "True for `merge-gate check`, which merges nothing: a `passed` adapter has sound files, and its values are "
+        "unknown.",
+        default=False,
+    )
     bases: tuple[BaseReport, ...] = reported("Every loaded base, once.", default=())
     adapters: tuple[AdapterReport, ...] = reported(
         "One entry per adapter, base and dtype, in the order of the file.", default=()

@@ -17,8 +17,9 @@ def say(line: str) -> None:
     write(sys.stderr, safe_text(line) + "\n")
 
 
-def tell(line: str) -> None:
-    write(sys.stdout, inert(line) + "\n")
+def tell(line: str, stream: IO[str] | None = None) -> None:
+    """Write a line to `stream`, by default to standard output."""
+    write(stream or sys.stdout, inert(line) + "\n")
 
 
 def mend_streams() -> None:

@@ -32,6 +32,8 @@ from merge_gate.records.terms import Verdict
 from merge_gate.shards.base_order import in_order
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
     from merge_gate.records.files import Entry
@@ -103,6 +105,18 @@ class Tally:
             shard=self._shard and replace(self._shard, bases_from=tuple(bases.values())),
             baseline=baseline,
         )
+
+
+def report_on_files(config: Config, adapters: Sequence[AdapterReport]) -> Report:
+    """The report of `merge-gate check`, which merges nothing and accepts no failure."""
+    return Report(
+        complete=True,
+        tool=Tool(name=TOOL, version=__version__),
+        environment=_environment("cpu"),
+        config=ConfigFile(path=config.label, sha256=config.sha256),
+        files_only=True,
+        adapters=tuple(adapters),
+    )
 
 
 def _environment(device: str) -> Environment:

@@ -33,8 +33,8 @@ FORMATS: Mapping[str, Callable[..., str]] = MappingProxyType(
 REUSING_FORMATS = ("report.json", "report.html")
 """The formats whose renderer can reuse the texts of adapters, as its argument `rendered`."""
 
-WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES if file.word})
-"""The words of `merge-gate report show --format`, each with the name of its file."""
+WORDS: Mapping[str, str] = MappingProxyType({file.word: file.name for file in OUTPUT_FILES})
+"""The words of `--report` and `merge-gate report show --format`, each with the name of its file."""
 
 LONGEST_BYTES = OUTPUT_FILES[0].limit_bytes
 """The most that is read of a report.json. One of 1,000 adapters has about 2 MB."""

@@ -220,7 +220,9 @@ def headline(report: Report) -> str:
 
 
 def part(report: Report) -> str:
-    """The start of every sentence about a shard: `shard 2 of 4: `. Empty for a whole run."""
+    """The start of the headline of a check (`files only: `) or of a shard (`shard 2 of 4: `). Else empty."""
+    if report.files_only:
+        return "files only: "
     return f"shard {report.shard.index} of {report.shard.count}: " if report.shard else ""
 
 
@@ -277,6 +279,13 @@ def advice(report: Report) -> str:
         return "A failed adapter gives a broken model, an unintended model, or no model. Do not release it."
     if report.result is Result.ERROR:
         return "An adapter that could not be judged is not cleared for release. The gate stays closed."
+    return _of_passed(report)
+
+
+def _of_passed(report: Report) -> str:
+    """What it proves that the run passed."""
+    if report.files_only:
+        return "The files are sound. Nothing was merged, so the values are unknown: `merge-gate run` checks them."
     bound = proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
     proof = f" ({bound}, not merged one by one)" if bound else ""
     whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")

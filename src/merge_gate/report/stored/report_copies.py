@@ -1,0 +1,95 @@
+"""Writes the copies of a report that `--report FORMAT=FILE` asks for, outside of the output directory.
+
+A copy is written once, at the end. Its earlier file is removed at the start: a killed run leaves no old verdict.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from merge_gate.earlier_reports import is_own, kind_of
+from merge_gate.errors import UsageError
+from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.report.stored.output_directory import explained
+from merge_gate.report.stored.report_files import FORMATS, WORDS
+from merge_gate.text import quoted
+from merge_gate.whole_file import whole_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from merge_gate.records.report import Report
+
+STANDARD_OUTPUT = "-"
+
+
+class ReportCopy(NamedTuple):
+    """One `--report`: the word of a format, and a file or `-`, which is standard output."""
+
+    word: str
+    place: str
+
+    @property
+    def is_printed(self) -> bool:
+        return self.place == STANDARD_OUTPUT
+
+
+def is_any_printed(copies: Iterable[ReportCopy]) -> bool:
+    return any(copy.is_printed for copy in copies)
+
+
+def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
+    """Check that every copy can be written, and remove the files that earlier runs wrote.
+
+    Args:
+        copies: what was asked for.
+        output: the output directory, whose files are written without being asked for.
+
+    Raises:
+        UsageError: merge-gate did not write a file, or two reports would have one place. Nothing was removed.
+    """
+    places = [STANDARD_OUTPUT if copy.is_printed else os.path.realpath(copy.place) for copy in copies]
+    taken = {os.path.realpath(Path(output, file.name)) for file in OUTPUT_FILES} if output is not None else set()
+    for copy, place in zip(copies, places, strict=True):
+        if places.count(place) > 1:
+            raise UsageError(
+                f"--report names {quoted(copy.place)} twice", hint="give each report a file of its own, or `-` for one"
+            )
+        if place in taken:
+            raise UsageError(
+                f"--report names {quoted(copy.place)}, which is a file of the output directory",
+                hint="name another file; the output directory has every format anyway",
+            )
+    files = [(Path(copy.place), WORDS[copy.word]) for copy in copies if not copy.is_printed]
+    for path, name in files:
+        if os.path.lexists(path) and not is_own(path, name):
+            raise UsageError(
+                f"--report names {quoted(str(path), 200)}, {kind_of(path)}, expected a report of that format or "
+                "nothing; it stays as it is",
+                hint="name another file, or move that one elsewhere",
+            )
+    for path, _ in files:
+        with explained(f"cannot write {path}", chosen_by=" with --report"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def write_copies(report: Report, copies: Iterable[ReportCopy]) -> str:
+    """Write the files, and return the text of the copy that is printed; empty if there is none.
+
+    Raises:
+        UsageError: a directory cannot be written to.
+        GateError: the disk fails.
+    """
+    printed = ""
+    for copy in copies:
+        text = FORMATS[WORDS[copy.word]](report)
+        if copy.is_printed:
+            printed = text
+            continue
+        cannot = f"cannot write {copy.place}"
+        with explained(cannot, chosen_by=" with --report"), whole_file(Path(copy.place), lasts=True) as file:
+            file.write(text.encode("utf-8"))
+    return printed
