@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from merge_gate.engine.adapter_evidence import merge_adapter
+from merge_gate.engine import adapter_evidence
+from merge_gate.engine.adapter_evidence import MergeRequest, merge_adapter
 from merge_gate.engine.base.loaded_base import Base, load_base
 from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.merge.sink import WholeTensors
 from merge_gate.files.preflight import preflight
 from tests.support.cases import lay_out
 from tests.support.engine.plain_merge import Tensors, peft_merge
@@ -56,6 +59,17 @@ def load() -> Callable[[Path, Path, str], Base]:
     return get
 
 
+def passed_on(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
+    """The tensors that a sink gets."""
+    seen: Tensors = {}
+    sink = WholeTensors(seen.__setitem__)
+    evidence = adapter_evidence.merge(
+        MergeRequest(base=base, members=(preflight(str(adapter), allow_pickle=True),), sink=sink)
+    )
+    assert sink.names <= seen.keys()
+    return {name: tensor for name, tensor in seen.items() if name in sink.names}, evidence
+
+
 def gate_merge(base: Base, adapter: Path) -> tuple[Tensors, Evidence]:
     with kept() as seen:
         evidence = merge_adapter(base, preflight(str(adapter), allow_pickle=True))
@@ -84,6 +98,11 @@ def test_the_measured_tensors_are_those_of_peft(
     said = {merge.stats.name: merge for merge in evidence.merges}
     assert {name for name in seen if said[name].changed} == changed & seen.keys()
     assert evidence.parameters_checked == evidence.parameters_total == count(after)
+
+    given, again = passed_on(load(base, adapter, dtype), adapter)
+    assert changed - aliases(after, given) <= given.keys()
+    assert [name for name, tensor in given.items() if not same(tensor, after[name])] == []
+    assert replace(again, seconds=0.0) == replace(evidence, seconds=0.0)
 
 
 def aliases(after: Tensors, seen: Tensors) -> set[str]:

@@ -34,6 +34,7 @@ from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.one_pass import merge_planned
+from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
 from merge_gate.engine.probes.unread_layers import unread_layers
@@ -59,7 +60,7 @@ class MergeRequest:
 
     `base` is loaded, and the merge leaves it unchanged. `measure_options` says which figures may be estimated.
     `progress` is called with the number of merged layers, the number of all layers, and the layer's name. Each thread
-    that begins to work on the adapter calls `on_work`.
+    that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors.
     """
 
     base: Base
@@ -68,6 +69,7 @@ class MergeRequest:
     measure_options: MeasureOptions = MEASURE_ALL
     progress: Progress | None = None
     on_work: Callable[[], None] = lambda: None
+    sink: TensorSink | None = None
 
 
 def merge_adapter(
@@ -253,8 +255,11 @@ class _Attempt:
             progress=request.progress,
             on_work=request.on_work,
             in_blocks=in_blocks,
+            sink=request.sink,
         )
         walk.plan()
+        if request.sink is not None:
+            request.sink.expect(walk.can_change(self._parameters_in_file))
         return walk
 
     def _finish(self, walk: Walk) -> None:

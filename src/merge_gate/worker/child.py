@@ -53,6 +53,7 @@ from merge_gate.worker.protocol import (
     Task,
     Undecided,
 )
+from merge_gate.worker.publish_client import PublishClient
 from merge_gate.worker.regex_trial import try_patterns
 from merge_gate.worker.startup.heap import give_back
 from merge_gate.worker.startup.quick_imports import quick_imports
@@ -76,7 +77,7 @@ PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
 
 
-def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None:  # noqa: ARG001 - not yet used
+def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None:
     """Entry point of the process: confine itself, import, read a job, send events, exit with 0."""
     channel = Channel(socket.socket(fileno=descriptor))
     sandbox = confine(Path.cwd())
@@ -97,7 +98,8 @@ def main(descriptor: int, feed_descriptor: int, publish_descriptor: int) -> None
     _forget_output()
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
     feed = FeedClient(socket.socket(fileno=feed_descriptor))
-    for event in judge_job(job, channel.send, sandbox, feed):
+    connection = PublishClient(socket.socket(fileno=publish_descriptor))
+    for event in judge_job(job, channel.send, sandbox, feed, connection):
         channel.send(event)
     channel.send(Finished())
     channel.close()
@@ -119,11 +121,18 @@ def _leave_with_parent(channel: Channel) -> None:
     os._exit(1)
 
 
-def judge_job(job: Job, progress: Listener, sandbox: Sandbox, feed: FeedClient | None = None) -> Iterator[Event]:
+def judge_job(
+    job: Job,
+    progress: Listener,
+    sandbox: Sandbox,
+    feed: FeedClient | None = None,
+    connection: PublishClient | None = None,
+) -> Iterator[Event]:
     """Load each base once for each class, and merge each task. An exception costs its own task only.
 
-    `feed` gets the bytes of bases that the parent reads.
+    `feed` gets the bytes of bases that the parent reads. Merged models that are published go out by `connection`.
     """
+    del connection  # no task is published yet
     try:
         chosen = _choose_device(job.device)
     except (EngineError, ImportError, OSError) as error:  # torch itself may fail to import

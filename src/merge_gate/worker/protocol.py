@@ -278,7 +278,7 @@ class FeedEnded:
 
 @record
 class PlannedTensor:
-    """A stored tensor that a merge has changed. `dtype` is safetensors' name of it (`BF16`)."""
+    """A stored tensor of a merged model. `dtype` is safetensors' name of it (`BF16`)."""
 
     name: str
     dtype: str
@@ -287,10 +287,11 @@ class PlannedTensor:
 
 @record
 class PublicationPlanned:
-    """From the worker: it will send these stored tensors of a task, as far as it knows; others may follow.
+    """From the worker: it begins to send a merged model, and forgets what it sent of this task before.
 
-    To the first of these messages, the parent answers with the window: its size in 8 bytes, most significant first, and
-    its descriptor.
+    `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
+    can change. Others may follow, with the base's dtype and shape. The parent answers the first of these messages with
+    the window: its size in 8 bytes, most significant first, and its descriptor.
     """
 
     task: int
@@ -322,8 +323,8 @@ class PartTaken:
 class PublicationSent:
     """From the worker: all tensors of a task were sent and taken, or `refusal` says why they must not be published.
 
-    `tensors` are those that count, with their final dtypes and shapes. All of their bytes were sent. The message comes
-    before the task's `Merged`, on its own connection.
+    `tensors` are all that were sent, with their final dtypes and shapes. The message comes before the task's `Merged`,
+    on its own connection.
     """
 
     task: int

@@ -65,13 +65,20 @@ class Measured:
 
 
 @torch.no_grad()
-def measure_merge(merge: BlockMerge, *, figures: bool = False) -> Measured:
+def measure_merge(
+    merge: BlockMerge, *, figures: bool = False, receive: Callable[[MergedRows], None] | None = None
+) -> Measured:
     """Merge every row and measure it. The figures cost more than the merge.
 
     Without figures, the rows of a 16-bit weight that cannot hold an extreme are merged and measured in one product
-    (screen.py).
+    (screen.py). With `receive`, each row is merged with PEFT's roundings, measured, and passed on.
     """
     tally = _Tally(merge, figures=figures)
+    if receive is not None:
+        for block in merge.blocks(with_change=figures):
+            receive(block)
+            tally.add(block)
+        return tally.result()
     extremes = None if figures else merge.extremes()
     if extremes is not None and extremes[1]:
         tally.add_extremes(extremes[0])

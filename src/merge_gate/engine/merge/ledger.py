@@ -8,10 +8,11 @@ measurements of the base and of the merges. Judges nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -19,7 +20,8 @@ from torch import nn
 
 from merge_gate.engine.base.loaded_base import Base, named_tensors
 from merge_gate.engine.merge import tensor_result
-from merge_gate.engine.tensors.quantized import elements
+from merge_gate.engine.merge.sink import TensorSink
+from merge_gate.engine.tensors.quantized import dequantized, elements, is_quantized
 from merge_gate.errors import Refused
 from merge_gate.records.measured import TensorMerge, TensorStats
 from merge_gate.records.refusals import LayerLeftUnmerged, ResultLacksTensors
@@ -29,7 +31,8 @@ from merge_gate.records.refusals import LayerLeftUnmerged, ResultLacksTensors
 class Ledger:
     """`merges` by the base's names, and the `layers` that changed each. `total` and `checked` count elements.
 
-    `left` names the tensors of the base that are not finite in the merged model.
+    `left` names the tensors of the base that are not finite in the merged model. `passed_on` names the tensors that the
+    `sink` got.
     """
 
     base: Base
@@ -38,6 +41,8 @@ class Ledger:
     checked: int = 0
     total: int = 0
     left: set[str] = field(default_factory=set)
+    sink: TensorSink | None = None
+    passed_on: set[str] = field(default_factory=set)
 
     def book(self, merge: TensorMerge, layer: Any | None = None) -> None:
         """Enter a merged tensor. `layer` is the layer that changed it; None if the merge changed nothing."""
@@ -54,8 +59,8 @@ class Ledger:
         left = next((path for path, module in merged.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if left is not None:
             raise Refused(LayerLeftUnmerged(module=left))
-        named = (*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False))
-        gone = sorted(self.base.tensors.keys() - {name for name, _ in named})
+        named = dict((*merged.named_parameters(remove_duplicate=False), *merged.named_buffers(remove_duplicate=False)))
+        gone = sorted(self.base.tensors.keys() - named.keys())
         if gone:
             wrapped = any(isinstance(module, ModulesToSaveWrapper) for module in merged.modules())
             raise Refused(ResultLacksTensors(names=tuple(gone), in_wrapper=wrapped))
@@ -65,10 +70,24 @@ class Ledger:
             own = known is not None and tensor_result.shares_storage(known, tensor)
             if not own and not tensor_result.is_the_bases(self.base, name, tensor):
                 self._book_anew(tensor_result.of_tensor(self.base, module, name, tensor))
+                self.pass_on(module, name, tensor)
             stats = self._measured(name)
             self.checked += stats.numel if stats is not None else 0
             if stats is None or not stats.finite:
                 self.left.add(self.base.first_name(name))
+        if self.sink is not None:
+            self.sink.settle(frozenset(self.passed_on), tuple(self._untied(named)))
+
+    def pass_on(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Hand a merged tensor to the sink. A quantized one is dequantized."""
+        if self.sink is not None:
+            self.sink.put(name, dequantized(module, tensor) if is_quantized(tensor) else tensor.data)
+            self.passed_on.add(name)
+
+    def _untied(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        for name, first in self.base.aliases.items():
+            if name in named and not tensor_result.shares_storage(named[first], named[name]):
+                yield name, first
 
     def _book_anew(self, merge: TensorMerge) -> None:
         """Enter a tensor of the result, unless it is as its layer left it: that entry knows the loss by rounding."""

@@ -66,7 +66,7 @@ def _address(item: Item) -> int:
 
 def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> Merged:
     walk.on_work()
-    return walk, block, merge_in_blocks(walk.base, block, weight, walk.measure_options)
+    return walk, block, merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink)
 
 
 def _on_cpu(items: list[Item], checks: _CrossChecks) -> Iterator[Merged]:

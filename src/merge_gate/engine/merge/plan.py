@@ -10,6 +10,7 @@ same (one_pass.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,12 +22,13 @@ from peft.tuners import lora
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, factors_of
 from merge_gate.engine.adapter.template import DORA
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.blocks.block_merge import BlockMerge, merged_blocks, supports
+from merge_gate.engine.blocks.block_merge import BlockMerge, MergedRows, merged_blocks, supports
 from merge_gate.engine.blocks.bound import merged_bound
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.engine.blocks.figures import Figures, Measured, measure_merge
 from merge_gate.engine.merge.private_copies import Names, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import DENSE, PACKED, is_start, rounding_share
+from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.tensor_result import ROUNDED, shares_storage
 from merge_gate.engine.tensors.measure import dtype_max, dtype_name, measure, same_bits
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, row_scales, scales
@@ -137,25 +139,35 @@ def _merge(base: Base, one: BlockLayer, weight: torch.Tensor) -> BlockMerge:
 
 
 def merge_in_blocks(
-    base: Base, one: BlockLayer, weight: torch.Tensor, measure_options: MeasureOptions
+    base: Base,
+    one: BlockLayer,
+    weight: torch.Tensor,
+    measure_options: MeasureOptions,
+    sink: TensorSink | None = None,
 ) -> TensorMerge | None:
     """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
-    `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's.
+    `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's. With
+    a `sink`, every element is merged as PEFT merges it, and the extremes are those of the values that the sink gets.
     """
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
-    if measure_options.headroom and sample is not None:
+    if measure_options.headroom and sample is not None and sink is None:
         bounded = _bounded(base, one, merge, sample, measure_options.headroom * ceiling, norm=norm)
         if bounded is not None:
             return bounded
-    found = measure_merge(merge, figures=sample is None)
+    receive = functools.partial(_pass_on, sink, one) if sink is not None else None
+    found = measure_merge(merge, figures=sample is None, receive=receive)
     if not found.finite or found.max_abs >= ceiling:
         return None
     extremes = found.minimum, found.maximum
     return _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
+
+
+def _pass_on(sink: TensorSink, one: BlockLayer, block: MergedRows) -> None:
+    sink.put_rows(one.slot.name, block.merged, start=block.rows.start, shape=one.update.shape)
 
 
 def _bounded(

@@ -27,13 +27,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
@@ -44,6 +45,7 @@ from merge_gate.engine.merge.ledger import Ledger
 from merge_gate.engine.merge.plan import BlockLayer, agrees, plan_blocks
 from merge_gate.engine.merge.private_copies import PrivateCopies, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
+from merge_gate.engine.merge.sink import Outline, TensorSink
 from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
@@ -88,7 +90,7 @@ class Walk:
 
     `cross_checked` has the layers that PEFT confirmed. `differing` has those whose merge in blocks is not PEFT's: the
     walk then has to run again, without blocks. `adapted` has the base's names of tensors under layers that were merged
-    in their place.
+    in their place. `sink` gets every tensor that the merge gives a value of its own.
     """
 
     base: Base
@@ -97,6 +99,7 @@ class Walk:
     progress: Progress | None = None
     on_work: Callable[[], None] = lambda: None
     in_blocks: bool = True
+    sink: TensorSink | None = None
     ledger: Ledger = field(init=False)
     refused: list[str] = field(default_factory=list)
     cross_checked: list[str] = field(default_factory=list)
@@ -114,7 +117,7 @@ class Walk:
     _depth: int = 0
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.base)
+        self.ledger = Ledger(self.base, sink=self.sink)
 
     def plan(self) -> None:
         """Find the layers that are merged in blocks: `planned`, in the model's order."""
@@ -124,6 +127,26 @@ class Walk:
         self._turns = Turns(slot for _, layer in layers for slot in slots_of(layer, self.loaded.slots))
         if self.in_blocks:
             self.planned = plan_blocks(self.base, layers, self.loaded.slots, self._turns)
+
+    def can_change(self, in_file: Collection[str]) -> dict[str, Outline]:
+        """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
+
+        They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized.
+        """
+        slots = [slot for _, layer in self._layers for slot in slots_of(layer, self.loaded.slots)]
+        below = {slot.name for slot in slots} | set(in_file)
+        wrappers = [one for one in self.loaded.model.modules() if isinstance(one, ModulesToSaveWrapper)]
+        copied = {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
+        outlines: dict[str, Outline] = {}
+        for module in self.loaded.model.modules():
+            for attribute, tensor in module._parameters.items():
+                name = self.base.first_name(self.loaded.slots.get((id(module), attribute), ""))
+                known = self.base.tensors.get(name)
+                if tensor is None or known is None:
+                    continue
+                if name in below or id(module) in copied or tensor.shape != known.shape:
+                    outlines[name] = tensor.shape, known.dtype
+        return outlines
 
     def add(self, block: BlockLayer, merge: TensorMerge) -> None:
         """A planned layer was merged in blocks and measured. Layers without this call are left to PEFT's own merge."""
@@ -230,6 +253,7 @@ class Walk:
                 else:
                     exact = self._exact(layer, slots, changed, by_peft, deltas)
                 made = self._measured(layer, slots, changed, exact, share)  # 3.
+                self._pass_on(slots, changed)
             merged = [(slot, slot.tensor, slot.parameter.data) for slot in slots]
         for slot, tensor, data in merged:
             self._put_back(slot, tensor, data)  # 4.
@@ -327,6 +351,7 @@ class Walk:
         block.layer.merged_adapters.append(ADAPTER_NAME)
         self._turns.end(block.slot)
         self.ledger.book(merge, block.layer)
+        self.ledger.passed_on.add(block.slot.name)
         self.adapted.update(slot.name for slot in slots_of(block.layer, self.loaded.slots))
 
     # --- step 3 ---
@@ -355,6 +380,12 @@ class Walk:
             for slot, tensor in _held(slots)
         )
         return Made(safe=True, merges=merges, adapted=frozenset(slot.name for slot, _ in _held(slots)))
+
+    def _pass_on(self, slots: list[Slot], changed: list[tuple[Slot, torch.Tensor]]) -> None:
+        """Hand out what the layer changed, and again what a layer before it had changed."""
+        for slot, tensor in _held(slots):
+            if slot.name in self.ledger.passed_on or any(slot is one for one, _ in changed):
+                self.ledger.pass_on(slot.module, slot.name, tensor)
 
     def _is_the_bases(self, slot: Slot, tensor: torch.Tensor) -> bool:
         return tensor_result.is_the_bases(self.base, slot.name, tensor)

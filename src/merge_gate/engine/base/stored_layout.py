@@ -1,0 +1,209 @@
+"""The tensor map, reversed: which stored tensors a tensor of the model is written to, and with which values.
+
+In: a base's tensor map, its loaded tensors, and a feed of its files. Out: stored tensors by the base's own stored
+names, or `NotPublishedError` with the reason. Knows no PEFT, and writes no files.
+
+1. A stored tensor that was renamed at most has the values of its tensor of the model.
+2. Other conversions (fused experts, split projections) are reversed by transformers. The result counts if
+   transformers' own conversion makes exactly the given tensors of it. For the first group of each kind, the base's
+   own tensors also have to give the stored bytes again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import core_model_loading
+
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
+from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
+from merge_gate.engine.tensors.measure import dtype_name, same_bits
+from merge_gate.errors import NotPublishedError
+from merge_gate.records.files import StoredTensor
+from merge_gate.sources.feed import Feed
+
+STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
+"""torch's names of dtypes, and safetensors'."""
+
+READ_BYTES = 1 << 24
+"""A stored tensor that the model does not have is read in blocks of this size."""
+
+_AT_RUN_TIME = "load the adapter on its base at run time, or save the merge with another tool"
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredLayout:
+    """How a base is stored. `places` has every stored tensor. One layout serves several threads."""
+
+    map: TensorMap
+    base: Base
+    feed: Feed
+    places: Mapping[str, StoredBytes]
+    _groups: dict[str, tuple[TensorGroup, ...]] = field(init=False)
+    _proved: dict[tuple[object, ...], bool] = field(default_factory=dict)
+    _one_conversion_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        groups: dict[str, list[TensorGroup]] = {}
+        for group in self.map.groups:
+            for name in dict.fromkeys(map(self.base.first_name, group.targets)):
+                groups.setdefault(name, []).append(group)
+        self._groups = {name: tuple(found) for name, found in groups.items()}
+
+    def groups(self, name: str) -> tuple[TensorGroup, ...]:
+        """The conversions that make the base's tensor of this name; several if it is stored under several names."""
+        return self._groups.get(name, ())
+
+    def checked_groups(self, name: str) -> tuple[TensorGroup, ...]:
+        """The same.
+
+        Raises:
+            NotPublishedError: nothing is stored for this tensor, or its conversion is unknown.
+        """
+        groups = self.groups(name)
+        if not groups or name in self.base.newly_initialized:
+            raise NotPublishedError(
+                f"the base stores no tensor for {name}, which the merge changes: {type(self.base.model).__name__} "
+                "initializes it",
+                hint=_AT_RUN_TIME,
+            )
+        for group in groups:
+            if group.failed or (group.recipe is None and not is_renamed(group)):
+                raise NotPublishedError(
+                    f"{group.sources[0]} is converted to {name} in a way that the gate cannot repeat "
+                    f"({group.conversion or 'unknown'})",
+                    hint=_AT_RUN_TIME,
+                )
+        return groups
+
+    def outline(self, source: str) -> StoredTensor:
+        """The header of a stored tensor."""
+        return self.map.stored[source]
+
+    def loaded_groups(self) -> Iterator[TensorGroup]:
+        """The conversions whose tensors are all in the loaded base."""
+        for group in self.map.groups:
+            if not group.failed and all(self.base.first_name(one) in self.base.tensors for one in group.targets):
+                yield group
+
+    def unloaded(self) -> Iterator[StoredTensor]:
+        """Floating stored tensors that no tensor of the loaded base has the values of, in the order of the files."""
+        covered = {source for group in self.loaded_groups() for source in group.sources}
+        for name in sorted(self.places.keys() - covered, key=lambda one: self.places[one].order):
+            if self.places[name].dtype.is_floating_point:
+                yield self.map.stored[name]
+
+    def blocks(self, source: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The values of a stored tensor from the base's files, in blocks: the index of the first one, and all."""
+        place = self.places[source]
+        count = torch.Size(place.shape).numel()
+        step = READ_BYTES // place.dtype.itemsize
+        for start in range(0, count, step):
+            block = torch.empty(min(step, count - start), dtype=place.dtype)
+            self.feed.read(place.span.file, place.span.start + start * place.dtype.itemsize, bytes_of(block))
+            yield start, block
+
+    def reversed(self, group: TensorGroup, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The stored tensors of a group, from those of the model. `values` has all targets of the group.
+
+        Raises:
+            NotPublishedError: transformers' reverse conversion is not exact.
+        """
+        if is_renamed(group):
+            return {group.sources[0]: values[group.targets[0]]}
+        with self._one_conversion_at_a_time:
+            self._prove(group)
+            made = self._reversed(group, values)
+            self._refuse_inexact(group, self._forward(group, made), values)
+        return made
+
+    # --- 2. --------------------------------------------------------------------------------------------------------
+
+    def _prove(self, group: TensorGroup) -> None:
+        """Whether the base's own tensors give the stored bytes, once for each kind of conversion."""
+        kind = (group.conversion, len(group.sources), len(group.targets))
+        if self._proved.get(kind):
+            return
+        names = [self.base.first_name(target) for target in group.targets]
+        with self.base.filled(names):
+            own = {target: self.base.tensors[name].detach() for target, name in zip(group.targets, names, strict=True)}
+            made = self._reversed(group, own)
+            stored = {source: self.places[source].read(self.feed).to(made[source].dtype) for source in group.sources}
+            self._refuse_inexact(group, made, stored)
+        self._proved[kind] = True
+
+    def _reversed(self, group: TensorGroup, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        try:
+            made = core_model_loading.revert_weight_conversion(self.map.model, dict(values))
+        except Exception as error:  # each operation has its own exceptions
+            raise _inexact(group, f"transformers raises {type(error).__name__}: {str(error)[:200]}") from error
+        named = _named_as_stored(made, group.sources)
+        if named is None:
+            raise _inexact(group, f"transformers names the result {', '.join(sorted(made)[:3])}")
+        for source, tensor in named.items():
+            if tuple(tensor.shape) != self.places[source].shape:
+                raise _inexact(
+                    group, f"{source} would have shape {tuple(tensor.shape)}, expected {self.places[source].shape}"
+                )
+        return named
+
+    @staticmethod
+    def _forward(group: TensorGroup, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert group.recipe is not None  # noqa: S101 - checked_groups refuses a conversion without one
+        try:
+            return group.recipe.carried_out(stored)
+        except Exception as error:  # as above
+            raise _inexact(group, f"transformers raises {type(error).__name__}: {str(error)[:200]}") from error
+
+    @staticmethod
+    def _refuse_inexact(
+        group: TensorGroup, made: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, tensor in expected.items():
+            if name not in made or not same_bits(made[name], tensor):
+                raise _inexact(group, f"{name} has other values after it was converted there and back")
+
+
+def is_renamed(group: TensorGroup) -> bool:
+    """Whether a stored tensor keeps its values when it is loaded."""
+    return group.conversion == RENAMED and len(group.sources) == len(group.targets) == 1
+
+
+def layout_of(base: Base, found: TensorMap, feed: Feed) -> StoredLayout:
+    """The layout of a base whose tensor map was made in the dtype that it was loaded in.
+
+    Raises:
+        ValueError, OSError: a header is not what it was.
+    """
+    return StoredLayout(map=found, base=base, feed=feed, places=stored_bytes(base.source.directory, found.stored))
+
+
+def stored_dtype(dtype: torch.dtype) -> str:
+    """The name that safetensors has for a dtype."""
+    return STORED_DTYPES[dtype_name(dtype)]
+
+
+def _named_as_stored(made: Mapping[str, torch.Tensor], sources: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
+    """The tensors by their stored names, which may have a prefix more or less; None if they do not fit."""
+    named: dict[str, Any] = {}
+    for name, tensor in made.items():
+        fitting = [one for one in sources if one == name] or [
+            one for one in sources if one.endswith(f".{name}") or name.endswith(f".{one}")
+        ]
+        if len(fitting) != 1 or fitting[0] in named:
+            return None
+        named[fitting[0]] = tensor
+    return named if named.keys() == set(sources) else None
+
+
+def _inexact(group: TensorGroup, reason: str) -> NotPublishedError:
+    return NotPublishedError(
+        f"{group.sources[0]} cannot be written in the base's own layout: transformers converts it to "
+        f"{group.targets[0]} ({group.conversion}), and the way back is not exact: {reason}",
+        hint=_AT_RUN_TIME,
+    )

@@ -1,0 +1,287 @@
+"""The stored tensors of one merged model, handed out while its adapter is merged and measured.
+
+In: merged tensors, as a sink gets them (sink.py), and the base's layout (stored_layout.py). Out: bytes of stored
+tensors, for an `Outlet`, and at the end the list of them, or the reason why the model must not be published. Judges
+nothing, and writes no files.
+
+1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
+2. `put`, `put_rows`: the merged values go out, converted to the stored layout if necessary.
+3. `finish`: what was expected and did not change goes out as the base has it. In another dtype than the stored one,
+   so does every other floating tensor. Tensors that transformers does not load are measured here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from merge_gate.engine.base.stored_layout import StoredLayout, is_renamed, stored_dtype
+from merge_gate.engine.base.stored_spans import bytes_of
+from merge_gate.engine.base.tensor_map import TensorGroup
+from merge_gate.engine.merge.sink import Outline
+from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.records.files import StoredTensor
+
+PRESERVE = "preserve"
+"""Each tensor keeps the dtype that the base stores it in."""
+
+ROWS_BYTES = 1 << 22
+"""Rows are sent in parts of about this size."""
+
+
+class Outlet(Protocol):
+    """Takes the bytes of stored tensors. Several threads may call these methods, for different tensors."""
+
+    def plan(self, tensors: Sequence[StoredTensor]) -> None:
+        """The merge begins, perhaps again: these stored tensors will be sent, with these dtypes and shapes."""
+
+    def send(self, name: str, offset: int, values: memoryview) -> None:
+        """Bytes of a stored tensor, from `offset` of the tensor on."""
+
+
+class PublicationSink:
+    """A sink for one adapter. `dtype` is `preserve`, or the dtype that the base was loaded in, for a cast."""
+
+    def __init__(self, layout: StoredLayout, outlet: Outlet, dtype: str = PRESERVE) -> None:
+        self._layout, self._outlet = layout, outlet
+        self._cast: torch.dtype | None = None if dtype == PRESERVE else getattr(torch, dtype)
+        self._problem: GateError | None = None
+        self._planned: dict[str, StoredTensor] = {}
+        self._expected: frozenset[str] = frozenset()
+        self._sent: dict[str, StoredTensor] = {}
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}  # by a group's first stored tensor
+        self._rows = threading.local()
+        self._lock = threading.Lock()
+
+    # --- 1. --------------------------------------------------------------------------------------------------------
+
+    def expect(self, outlines: Mapping[str, Outline]) -> None:
+        self._problem = None
+        self._sent.clear()
+        self._waiting.clear()
+        self._expected = frozenset(outlines)
+        try:
+            self._refuse_base()
+            planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
+            if self._cast is not None:
+                planned = {**{one.name: one for one in self._all_cast()}, **planned}
+            self._planned = planned
+            self._outlet.plan(tuple(planned.values()))
+        except GateError as error:
+            self._problem = error
+
+    def _refuse_base(self) -> None:
+        base = self._layout.base
+        if base.facts.quantization != "none":
+            raise NotPublishedError(
+                f"the base is quantized ({base.facts.quantization}): its merge cannot be written in its own format "
+                "without quantizing it again",
+                hint="publish the merge into the unquantized base",
+            )
+        if self._cast is not None and base.facts.dtype != dtype_name(self._cast):
+            raise NotPublishedError(
+                f"the adapter was merged in {base.facts.dtype}, expected {dtype_name(self._cast)}, which is to be "
+                "published",
+                hint=f"set base.dtype to {dtype_name(self._cast)}",
+            )
+
+    def _stored(self, name: str, outline: Outline) -> Iterator[StoredTensor]:
+        """The stored tensors that a changed tensor of the model is written to."""
+        shape, dtype = outline
+        for group in self._layout.checked_groups(name):
+            for source in group.sources:
+                header = self._layout.outline(source)
+                written = stored_dtype(dtype)
+                if self._cast is None and header.dtype != written:
+                    stored = dtype_name(self._layout.places[source].dtype)
+                    raise NotPublishedError(
+                        f"{source} is stored in {stored}, and was merged in {dtype_name(dtype)}: `preserve` writes "
+                        "each tensor in the dtype that it is stored in",
+                        hint=f"set base.dtype to {stored}, or publish.dtype to {dtype_name(dtype)}",
+                    )
+                if is_renamed(group):
+                    yield StoredTensor(name=source, dtype=written, shape=tuple(shape), file=header.file)
+                elif shape != self._layout.base.tensors[name].shape:
+                    raise NotPublishedError(
+                        f"{name} was resized to {tuple(shape)}, and is stored in another layout ({group.conversion})",
+                        hint="load the adapter on its base at run time",
+                    )
+                else:
+                    yield StoredTensor(name=source, dtype=written, shape=header.shape, file=header.file)
+
+    def _all_cast(self) -> Iterator[StoredTensor]:
+        """Every floating stored tensor, in the dtype that it will have."""
+        for group in self._layout.loaded_groups():
+            loaded = self._layout.base.tensors[self._layout.base.first_name(group.targets[0])]
+            for source in group.sources:
+                header, place = self._layout.outline(source), self._layout.places[source]
+                if loaded.is_floating_point() and place.dtype.is_floating_point:
+                    yield StoredTensor(
+                        name=source, dtype=stored_dtype(loaded.dtype), shape=header.shape, file=header.file
+                    )
+        assert self._cast is not None  # noqa: S101 - only for a cast
+        for one in self._layout.unloaded():
+            yield StoredTensor(name=one.name, dtype=stored_dtype(self._cast), shape=one.shape, file=one.file)
+
+    # --- 2. --------------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, values: torch.Tensor) -> None:
+        if self._problem is None:
+            try:
+                self._put(name, values.detach().cpu().contiguous())
+            except Exception as error:  # the merge itself goes on
+                self._fail(error, name)
+
+    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
+        if self._problem is None:
+            try:
+                self._put_rows(name, rows, start, tuple(shape))
+            except Exception as error:  # as above
+                self._fail(error, name)
+
+    def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
+        for name, first in untied:
+            self._problem = NotPublishedError(
+                f"the merge separates {name} from {first}, and they are one tensor in the base",
+                hint="train both, or set tie_word_embeddings to false in a copy of the base that stores both tensors",
+            )
+        unsent = [name for name in names if self._problem is None and not self._is_sent(name)]
+        if unsent:
+            self._problem = NotPublishedError(f"{unsent[0]} was merged, and its values were not handed out")
+
+    def _is_sent(self, name: str) -> bool:
+        return all(
+            group.sources[0] in self._sent or group.sources[0] in self._waiting for group in self._layout.groups(name)
+        )
+
+    def _fail(self, error: Exception, name: str) -> None:
+        if isinstance(error, GateError):
+            self._problem = error
+            return
+        self._problem = NotPublishedError(
+            f"{name} could not be made ready for writing: {type(error).__name__}: {str(error)[:200]}"
+        )
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        self._check_plan(name, (values.shape, values.dtype))
+        for group in self._layout.checked_groups(name):
+            if is_renamed(group):
+                self._send_whole(group.sources[0], values)
+            else:
+                self._collect(group, name, values)
+
+    def _put_rows(self, name: str, rows: torch.Tensor, start: int, shape: tuple[int, ...]) -> None:
+        held = self._rows
+        if start == 0:
+            self._check_plan(name, (torch.Size(shape), rows.dtype))
+            groups = self._layout.checked_groups(name)
+            whole = not all(map(is_renamed, groups))
+            count = shape[0] if whole else min(shape[0], max(ROWS_BYTES // (rows[0].nbytes or 1), len(rows)))
+            held.buffer = torch.empty((count, *shape[1:]), dtype=rows.dtype)
+            held.sources = () if whole else tuple(group.sources[0] for group in groups)
+            held.first, held.filled = 0, 0
+        if held.filled + len(rows) > len(held.buffer):
+            self._send_rows()
+        if len(rows) > len(held.buffer):
+            held.buffer = torch.empty((len(rows), *shape[1:]), dtype=rows.dtype)
+        held.buffer[held.filled : held.filled + len(rows)].copy_(rows)
+        held.filled += len(rows)
+        if start + len(rows) < shape[0]:
+            return
+        if not held.sources:
+            self._put(name, held.buffer)
+            return
+        self._send_rows()
+        for source in held.sources:
+            self._sent[source] = self._as_written(source, torch.Size(shape), rows.dtype)
+
+    def _send_rows(self) -> None:
+        held = self._rows
+        part = held.buffer[: held.filled]
+        row_bytes = part[0].nbytes if len(part) else 0
+        for source in held.sources:
+            self._outlet.send(source, held.first * row_bytes, bytes_of(part))
+        held.first, held.filled = held.first + held.filled, 0
+
+    def _check_plan(self, name: str, outline: Outline) -> None:
+        """What was not expected has to have the stored dtype and shape. What was expected, those of the plan."""
+        for one in self._stored(name, outline):
+            planned = self._planned.get(one.name, self._layout.outline(one.name))
+            if (one.dtype, one.shape) != (planned.dtype, planned.shape):
+                raise NotPublishedError(
+                    f"{one.name} is {one.dtype} of shape {one.shape} after the merge, expected {planned.dtype} of "
+                    f"shape {planned.shape}"
+                )
+
+    def _collect(self, group: TensorGroup, name: str, values: torch.Tensor) -> None:
+        """Keep a tensor until the merge has given all others of its group, or has ended."""
+        with self._lock:
+            waiting = self._waiting.setdefault(group.sources[0], {})
+            for target in group.targets:
+                if self._layout.base.first_name(target) == name:
+                    waiting[target] = values if len(group.targets) == 1 else values.clone()
+            if len(waiting) < len(group.targets):
+                return
+            del self._waiting[group.sources[0]]
+        self._send_group(group, waiting)
+
+    def _send_group(self, group: TensorGroup, values: Mapping[str, torch.Tensor]) -> None:
+        for source, tensor in self._layout.reversed(group, values).items():
+            self._send_whole(source, tensor)
+
+    def _send_whole(self, source: str, values: torch.Tensor) -> None:
+        values = values.contiguous()
+        if values.numel():
+            self._outlet.send(source, 0, bytes_of(values))
+        self._sent[source] = self._as_written(source, values.shape, values.dtype)
+
+    def _as_written(self, source: str, shape: torch.Size, dtype: torch.dtype) -> StoredTensor:
+        file = self._layout.outline(source).file
+        return StoredTensor(name=source, dtype=stored_dtype(dtype), shape=tuple(shape), file=file)
+
+    # --- 3. --------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> tuple[StoredTensor, ...]:
+        """Send what is left. All stored tensors that were sent; the others are as in the base.
+
+        Raises:
+            GateError: the merged model must not be published.
+        """
+        if self._problem is not None:
+            raise self._problem
+        for group in self._layout.map.groups:
+            if group.sources[0] in self._waiting or (
+                group.sources[0] in self._planned and group.sources[0] not in self._sent
+            ):
+                self._send_group(group, self._with_base(group))
+        for one in self._layout.unloaded():
+            self._finish_unloaded(one)
+        return tuple(self._sent.values())
+
+    def _with_base(self, group: TensorGroup) -> dict[str, torch.Tensor]:
+        """All tensors of a group: those that the merge has given, and the base's."""
+        base, values = self._layout.base, dict(self._waiting.pop(group.sources[0], {}))
+        names = {target: base.first_name(target) for target in group.targets if target not in values}
+        with base.filled(names.values()):
+            return values | {target: base.tensors[name].detach().clone() for target, name in names.items()}
+
+    def _finish_unloaded(self, one: StoredTensor) -> None:
+        """Measure a tensor that transformers does not load, in the dtype in which it is written."""
+        dtype = self._cast or self._layout.places[one.name].dtype
+        for start, stored in self._layout.blocks(one.name):
+            values = stored.to(dtype)
+            stats = measure(values, one.name)
+            if not stats.finite:
+                raise NotPublishedError(
+                    f"{one.name}, which transformers does not load, has values that are not finite in "
+                    f"{dtype_name(dtype)}: {stats.nan} NaN, {stats.posinf + stats.neginf} infinite",
+                    hint="repair the base: other programs load this tensor",
+                )
+            if self._cast is not None:
+                self._outlet.send(one.name, start * dtype.itemsize, bytes_of(values))
+        if self._cast is not None:
+            self._sent[one.name] = self._as_written(one.name, torch.Size(one.shape), dtype)

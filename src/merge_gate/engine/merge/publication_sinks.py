@@ -1,0 +1,91 @@
+"""The publications of the adapters on one base: a sink for each, and what is sent after its merge.
+
+In: a loaded base, the feed of its files, and the connection to the process that writes. Out: sinks for merges, and for
+each task the list of its tensors, or the reason why they must not be published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import transformers
+
+from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
+from merge_gate.engine.base.stored_layout import StoredLayout, layout_of
+from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors, tensor_map
+from merge_gate.engine.merge.publication_sink import Outlet, PublicationSink
+from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import NotJudged
+from merge_gate.sources.feed import Feed
+
+
+class Connection(Protocol):
+    """The connection to the process that writes (worker/publish_client.py)."""
+
+    def outlet(self, task: int) -> Outlet:
+        """The connection for the tensors of one task."""
+
+    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+        """All tensors of a task were sent, or it must not be published."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PublicationSinks:
+    """The publications on one loaded base. `stored` are the headers of its files, if they were read before."""
+
+    base: Base
+    model_class: ModelClass
+    stored: Sequence[StoredTensor]
+    feed: Feed
+    connection: Connection
+    _layout: StoredLayout | None = None
+    _problems: dict[int, GateError] = field(default_factory=dict)
+    _open: dict[int, PublicationSink] = field(default_factory=dict)
+
+    def sink(self, task: int, dtype: str) -> PublicationSink | None:
+        """A sink for a task. None if this base allows no publication: `finish` says why."""
+        try:
+            if self._layout is None:
+                self._layout = self._made_layout()
+        except GateError as error:
+            self._problems[task] = error
+            return None
+        self._open[task] = PublicationSink(self._layout, self.connection.outlet(task), dtype)
+        return self._open[task]
+
+    def finish(self, task: int, evidence: Evidence) -> None:
+        """Send what is left of a task, and the list of its tensors."""
+        publication, problem = self._open.pop(task, None), self._problems.pop(task, None)
+        tensors: Sequence[StoredTensor] = ()
+        try:
+            if evidence.refusal is not None:
+                problem = NotPublishedError("the adapter was not merged")
+            elif publication is not None:
+                tensors = publication.finish()
+        except GateError as error:
+            problem = error
+        refusal = NotJudged(message=problem.message, hint=problem.hint) if problem is not None else None
+        self.connection.finish(task, tensors, refusal)
+
+    def _made_layout(self) -> StoredLayout:
+        source = self.base.source
+        transformers_class = getattr(transformers, self.model_class.class_name)
+        try:
+            found = tensor_map(
+                transformers_class,
+                source.directory,
+                tuple(self.stored) or stored_tensors(source.directory),
+                dtype=source.options["dtype"],
+                **head_options(self.model_class),
+            )
+            return layout_of(self.base, found, self.feed)
+        except (NoMapError, ValueError, OSError) as error:
+            raise NotPublishedError(
+                f"the base's headers do not say which stored tensors make {type(self.base.model).__name__}: "
+                f"{str(error)[:300]}",
+                hint="publish needs a base in safetensors files that transformers loads by its own classes",
+            ) from error

@@ -1,0 +1,173 @@
+"""What is sent for publishing makes the model that PEFT's own merge makes, tensor by tensor and bit by bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import bases, methods
+from tests.support.engine.plain_merge import peft_merge
+from tests.support.engine.published import configured, in_dtype, sent_by, write_model
+from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+VARIANTS_PUBLISHED = (
+    "rslora", "patterns", "bias-all", "modules-to-save", "token-rows", "tied-tokens", "tied-base", "dora-all-linear",
+    "lora-bias", "saved-embedding", "resized-tied", "resized-target", "conv1d", "conv1d-saved", "fused-experts",
+    "per-expert", "sharded-base", "embedding", "classifier", "opt",
+)  # fmt: skip
+IN_ALL_DTYPES = ("every-projection", "dora", "conv1d", "fused-experts")
+METHODS = ("loha-linear", "oft-linear", "ia3-linear", "lora-experts-qwen", "lora-tied-tokens", "ln-norm")
+
+
+def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that do not have the same bits in both."""
+    return [name for name in left.keys() | right.keys() if not is_same(left.get(name), right.get(name))]
+
+
+def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or one.dtype is not other.dtype or one.shape != other.shape:
+        return False
+    ours, theirs = (
+        tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]) for tensor in (one, other)
+    )
+    return torch.equal(ours, theirs)
+
+
+def published(base: Path, adapter: Path, directory: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """The state of the published model as transformers loads it."""
+    sent = sent_by(base, adapter, **options)
+    assert sent.refusal is None, sent.refusal
+    assert {one.name for one in sent.planned} == {one.name for one in sent.tensors}
+    assert set(sent.tensors) <= set(sent.planned)
+    write_model(base, directory, sent)
+    if adapter.name.startswith("resized"):
+        configured(directory, vocab_size=VARIANTS[adapter.name].save["rows"])
+    with methods.quiet():
+        return load_for_training(directory, read_config(adapter).get("task_type")).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        *((variant, "bfloat16") for variant in VARIANTS_PUBLISHED),
+        *((variant, dtype) for variant in IN_ALL_DTYPES for dtype in ("float32", "bfloat16", "float16")),
+    ],
+)
+def test_a_published_model_is_pefts_merge(variant: str, dtype: str, shelf: Shelf, tmp_path: Path) -> None:
+    base, adapter = in_dtype(shelf.base(VARIANTS[variant].base), tmp_path / "base", dtype), shelf.adapter(variant)
+    theirs = peft_merge(base, adapter, "auto")[1]
+    assert different(published(base, adapter, tmp_path / "published"), theirs) == []
+
+
+@pytest.mark.parametrize("variant", ["every-projection", "modules-to-save", "token-rows", "fused-experts", "embedding"])
+def test_a_base_that_is_filled_from_a_feed_publishes_the_same(variant: str, shelf: Shelf, tmp_path: Path) -> None:
+    base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
+    ours, theirs = sent_by(base, adapter, hollow=True), sent_by(base, adapter)
+    assert ours.refusal is theirs.refusal is None
+    assert different(ours.values(), theirs.values()) == []
+    assert set(ours.tensors) == set(theirs.tensors) != set()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_are_published_as_peft_merges_them(name: str, tmp_path: Path) -> None:
+    case, base, adapter = methods.find(name), tmp_path / "base", tmp_path / "adapter"
+    methods.save_base(case.base, base)
+    methods.save_adapter(case, methods.load_base(case.base, base), adapter, base_directory=base)
+    with methods.quiet():
+        theirs = methods.load_adapter(methods.load_base(case.base, base), adapter).merge_and_unload(safe_merge=True)
+    sent = sent_by(base, adapter)
+    assert sent.refusal is None
+    assert len(sent.tensors) > 0
+    ours = methods.load_base(case.base, write_model(base, tmp_path / "published", sent))
+    assert different(ours.state_dict(), theirs.state_dict()) == []
+
+
+# --- tensors that transformers does not load ------------------------------------------------------------------------
+
+
+def qwen3_5(directory: Path, head: torch.Tensor) -> tuple[Path, Path]:
+    """A base with a head of multi-token prediction, in shards as Qwen3.5 names them, and an adapter of it."""
+    draft = bases.qwen3_5().plus({"mtp.fc.weight": head})
+    draft.sharded(2, "model.safetensors-{number:05d}-of-{count:05d}.safetensors").write(directory / "base")
+    bases.ADAPTERS["second-layer"](directory / "adapter")
+    return directory / "base", directory / "adapter"
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_head_of_multi_token_prediction_stays(tmp_path: Path) -> None:
+    base, adapter = qwen3_5(tmp_path, torch.ones(32, 64, dtype=torch.bfloat16))
+    theirs = peft_merge(base, adapter, "auto")[1]
+    assert different(published(base, adapter, tmp_path / "published"), theirs) == []
+    before, after = stored(base), stored(tmp_path / "published")
+    assert different(before, after) == ["model.layers.1.self_attn.v_proj.weight"]
+
+
+@pytest.mark.parametrize(("publish", "value"), [("preserve", torch.nan), ("float16", 1e6)])
+def test_a_broken_tensor_that_is_not_loaded_prevents_publishing(publish: str, value: float, tmp_path: Path) -> None:
+    head = torch.ones(32, 64, dtype=torch.bfloat16)
+    head[3, 5] = value
+    base, adapter = qwen3_5(tmp_path, head)
+    sent = sent_by(base, adapter, publish=publish, dtype="auto" if publish == "preserve" else publish)
+    assert sent.refusal is not None
+    assert "mtp.fc.weight" in sent.refusal.message
+    assert sent.tensors == ()
+
+
+# --- in another dtype -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hollow", [False, True])
+@pytest.mark.parametrize("variant", ["every-projection", "modules-to-save", "fused-experts", "tied-tokens"])
+def test_every_floating_tensor_is_cast(variant: str, hollow: bool, shelf: Shelf, tmp_path: Path) -> None:
+    base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
+    theirs = peft_merge(base, adapter, "bfloat16")[1]
+    sent = sent_by(base, adapter, publish="bfloat16", dtype="bfloat16", hollow=hollow)
+    assert sent.refusal is None
+    assert {one.name for one in sent.tensors} == stored(base).keys()
+    assert {one.dtype for one in sent.tensors} == {"BF16"}
+    configured(write_model(base, tmp_path / "published", sent), dtype="bfloat16")
+    with methods.quiet():
+        ours = load_for_training(tmp_path / "published", "CAUSAL_LM").state_dict()
+    assert different(ours, theirs) == []
+
+
+def test_a_tensor_that_is_not_loaded_is_cast_too(tmp_path: Path) -> None:
+    base, adapter = qwen3_5(tmp_path, torch.full((32, 64), 0.7, dtype=torch.bfloat16))
+    sent = sent_by(base, adapter, publish="float32", dtype="float32")
+    assert sent.refusal is None
+    before = {name: tensor.float() for name, tensor in stored(base).items()}
+    assert different(sent.values(), before) == ["model.layers.1.self_attn.v_proj.weight"]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "names"),
+    [
+        ("bfloat16-base", {"dtype": "float32"}, ("q_proj.weight", "bfloat16", "float32")),
+        ("plain", {"publish": "bfloat16"}, ("float32", "bfloat16")),
+        ("six-labels", {}, ("classifier",)),
+        ("saved-tied-embedding", {}, ("lm_head.weight", "model.embed_tokens.weight")),
+    ],
+)
+def test_what_cannot_be_published_is_refused(
+    variant: str, options: dict[str, str], names: tuple[str, ...], shelf: Shelf
+) -> None:
+    sent = sent_by(shelf.base(VARIANTS[variant].base), shelf.adapter(variant), **options)
+    assert sent.refusal is not None
+    assert sent.refusal.hint
+    assert [name for name in names if name not in sent.refusal.message] == []
+    assert sent.evidence is not None
+    assert sent.evidence.refusal is None  # the merge itself is judged

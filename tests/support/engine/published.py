@@ -1,0 +1,118 @@
+"""A merged model put together from the stored tensors that a merge sends, without the process that writes files.
+
+In: a base's directory, and what a `PublicationSink` sends. Out: a directory that transformers loads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from merge_gate.engine.adapter_evidence import MergeRequest, merge
+from merge_gate.engine.base.loaded_base import load_base
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.base.skeleton import skeleton_of
+from merge_gate.engine.base.tensor_map import DTYPES, stored_tensors
+from merge_gate.engine.merge.publication_sink import PRESERVE
+from merge_gate.engine.merge.publication_sinks import PublicationSinks
+from merge_gate.files.preflight import preflight
+from merge_gate.sources.feed import LocalFeed
+from tests.support import methods
+from tests.support.engine.fed_bases import source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from merge_gate.records.files import StoredTensor
+    from merge_gate.records.measured import Evidence
+    from merge_gate.records.refusals import NotJudged
+
+
+@dataclass
+class Sent:
+    """What a merge sends: the bytes of stored tensors, and the list of those that count."""
+
+    planned: tuple[StoredTensor, ...] = ()
+    data: dict[str, bytearray] = field(default_factory=dict)
+    tensors: tuple[StoredTensor, ...] = ()
+    refusal: NotJudged | None = None
+    evidence: Evidence | None = None
+
+    def outlet(self, task: int) -> Sent:
+        assert task == 0
+        return self
+
+    def plan(self, tensors: Sequence[StoredTensor]) -> None:
+        self.planned = tuple(tensors)
+        self.data.clear()
+
+    def send(self, name: str, offset: int, values: memoryview) -> None:
+        whole = self.data.setdefault(name, bytearray())
+        whole.extend(bytes(max(0, offset + len(values) - len(whole))))
+        whole[offset : offset + len(values)] = values
+
+    def finish(self, task: int, tensors: Sequence[StoredTensor], refusal: NotJudged | None) -> None:
+        assert task == 0
+        self.tensors, self.refusal = tuple(tensors), refusal
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The tensors that count."""
+        return {
+            one.name: torch.frombuffer(self.data[one.name], dtype=getattr(torch, DTYPES[one.dtype])).view(one.shape)
+            for one in self.tensors
+        }
+
+
+def sent_by(
+    directory: Path, adapter: Path, *, publish: str = PRESERVE, hollow: bool = False, dtype: str = "auto", **load: Any
+) -> Sent:
+    """Merge an adapter into a base in this process, and publish it."""
+    files = preflight(str(adapter), allow_pickle=True)
+    model_class = model_class_for(str(directory), files)
+    feed, stored = LocalFeed(str(directory)), stored_tensors(str(directory))
+    with methods.quiet():
+        base = (
+            skeleton_of(source(directory, dtype), model_class, stored, feed)
+            if hollow
+            else load_base(str(directory), model_class=model_class, label="base", dtype=dtype, **load)
+        )
+        sent = Sent()
+        sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=sent)
+        sent.evidence = merge(MergeRequest(base=base, members=(files,), sink=sinks.sink(0, publish)))
+        sinks.finish(0, sent.evidence)
+        return sent
+
+
+def write_model(base: Path, directory: Path, sent: Sent) -> Path:
+    """The base's files with the tensors that were sent in their places."""
+    shutil.copytree(base, directory)
+    changed = sent.values()
+    for file in directory.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        save_file({name: changed.get(name, tensor) for name, tensor in tensors.items()}, file, metadata)
+    return directory
+
+
+def configured(directory: Path, **changes: Any) -> Path:
+    """Change config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def in_dtype(base: Path, directory: Path, dtype: str) -> Path:
+    """The base, stored in another dtype."""
+    shutil.copytree(base, directory)
+    for file in directory.glob("*.safetensors"):
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    return configured(directory, dtype=dtype)
