@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from merge_gate.records.terms import Quantization
 from tests.support import bases, methods
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import configured, in_dtype, sent_by, write_model
@@ -171,3 +172,11 @@ def test_what_cannot_be_published_is_refused(
     assert [name for name in names if name not in sent.refusal.message] == []
     assert sent.evidence is not None
     assert sent.evidence.refusal is None  # the merge itself is judged
+
+
+def test_a_quantized_base_is_not_quantized_again(shelf: Shelf) -> None:
+    base, adapter = shelf.base("llama"), shelf.adapter("plain")
+    sent = sent_by(base, adapter, quantization=Quantization.BNB_8BIT)
+    assert sent.refusal is not None
+    assert "bnb-8bit" in sent.refusal.message
+    assert sent.planned == ()

@@ -6,8 +6,8 @@ nothing, and writes no files.
 
 1. `expect`: the merge begins. Each tensor that it can change has to have a stored one, in the dtype of the merge.
 2. `put`, `put_rows`: the merged values go out, converted to the stored layout if necessary.
-3. `finish`: what was expected and did not change goes out as the base has it. In another dtype than the stored one,
-   so does every other floating tensor. Tensors that transformers does not load are measured here.
+3. `finish`: what was expected and did not change goes out as the base has it. For a cast, so does every other floating
+   tensor that is stored in another dtype. Tensors that transformers does not load are measured here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PublicationSink:
         self._waiting.clear()
         self._expected = frozenset(outlines)
         try:
-            self._refuse_base()
+            self._refuse_other_dtype()
             planned = {one.name: one for name, outline in outlines.items() for one in self._stored(name, outline)}
             if self._cast is not None:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
@@ -74,18 +74,11 @@ class PublicationSink:
         except GateError as error:
             self._problem = error
 
-    def _refuse_base(self) -> None:
-        base = self._layout.base
-        if base.facts.quantization != "none":
+    def _refuse_other_dtype(self) -> None:
+        loaded = self._layout.base.facts.dtype
+        if self._cast is not None and loaded != dtype_name(self._cast):
             raise NotPublishedError(
-                f"the base is quantized ({base.facts.quantization}): its merge cannot be written in its own format "
-                "without quantizing it again",
-                hint="publish the merge into the unquantized base",
-            )
-        if self._cast is not None and base.facts.dtype != dtype_name(self._cast):
-            raise NotPublishedError(
-                f"the adapter was merged in {base.facts.dtype}, expected {dtype_name(self._cast)}, which is to be "
-                "published",
+                f"the adapter was merged in {loaded}, expected {dtype_name(self._cast)}, which is to be published",
                 hint=f"set base.dtype to {dtype_name(self._cast)}",
             )
 
@@ -114,18 +107,23 @@ class PublicationSink:
                     yield StoredTensor(name=source, dtype=written, shape=header.shape, file=header.file)
 
     def _all_cast(self) -> Iterator[StoredTensor]:
-        """Every floating stored tensor, in the dtype that it will have."""
+        """Every floating stored tensor whose dtype changes, in the dtype that it will have.
+
+        That is the dtype of the loaded tensor, because transformers keeps some in float32.
+        """
+        assert self._cast is not None  # noqa: S101 - only for a cast
         for group in self._layout.loaded_groups():
             loaded = self._layout.base.tensors[self._layout.base.first_name(group.targets[0])]
             for source in group.sources:
-                header, place = self._layout.outline(source), self._layout.places[source]
-                if loaded.is_floating_point() and place.dtype.is_floating_point:
-                    yield StoredTensor(
-                        name=source, dtype=stored_dtype(loaded.dtype), shape=header.shape, file=header.file
-                    )
-        assert self._cast is not None  # noqa: S101 - only for a cast
+                if loaded.is_floating_point() and self._is_cast(source):
+                    yield self._as_written(source, torch.Size(self._layout.places[source].shape), loaded.dtype)
         for one in self._layout.unloaded():
-            yield StoredTensor(name=one.name, dtype=stored_dtype(self._cast), shape=one.shape, file=one.file)
+            if self._is_cast(one.name):
+                yield self._as_written(one.name, torch.Size(one.shape), self._cast)
+
+    def _is_cast(self, source: str) -> bool:
+        dtype = self._layout.places[source].dtype
+        return self._cast is not None and dtype.is_floating_point and dtype != self._cast
 
     # --- 2. --------------------------------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class PublicationSink:
                     f"{dtype_name(dtype)}: {stats.nan} NaN, {stats.posinf + stats.neginf} infinite",
                     hint="repair the base: other programs load this tensor",
                 )
-            if self._cast is not None:
+            if self._is_cast(one.name):
                 self._outlet.send(one.name, start * dtype.itemsize, bytes_of(values))
-        if self._cast is not None:
+        if self._is_cast(one.name):
             self._sent[one.name] = self._as_written(one.name, torch.Size(one.shape), dtype)

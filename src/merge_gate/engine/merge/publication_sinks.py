@@ -20,6 +20,7 @@ from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
+from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
 
@@ -72,7 +73,13 @@ class PublicationSinks:
         self.connection.finish(task, tensors, refusal)
 
     def _made_layout(self) -> StoredLayout:
-        source = self.base.source
+        source, quantization = self.base.source, self.base.facts.quantization
+        if quantization != Quantization.NONE:
+            raise NotPublishedError(
+                f"the base is quantized ({quantization}): its merge cannot be written in that format without "
+                "quantizing it again",
+                hint="merge the adapter into the unquantized base, and publish that",
+            )
         transformers_class = getattr(transformers, self.model_class.class_name)
         try:
             found = tensor_map(
