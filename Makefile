@@ -104,7 +104,7 @@ tensor-maps: $(STAMPS)/test
 
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test
-	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_the_models" \
+	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_the_models or stored_explanations" \
 		tests/config tests/report/test_docs.py tests/report/test_json_report.py tests/test_docs.py
 
 clean:

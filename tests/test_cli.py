@@ -596,7 +596,15 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     assert set(parser().format_help().split()) >= {"run", "check", "demo", "schema", "--version"}
 
 
-WITHOUT_TORCH = ("--help", "run --help", "--version", "check gate.yml", "run broken.yml", "schema report")
+WITHOUT_TORCH = (
+    "--help",
+    "run --help",
+    "--version",
+    "check gate.yml",
+    "run broken.yml",
+    "schema report",
+    "explain no-effect",
+)
 COMMANDS_IN_TURN = """
 import sys
 from merge_gate.cli.dispatch import main

@@ -25,6 +25,7 @@ from merge_gate.action.docker import launcher
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.config.yaml_document import MAX_LISTED
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox, Shard
 from merge_gate.report.formats.schema import report_schema
@@ -544,6 +545,17 @@ def test_a_first_baseline_accepts_each_failure(place: Path, capsys: pytest.Captu
     assert main(["report", "baseline", "out/report.json"]) == 0
     said = capsys.readouterr().out
     assert all(f"{one.name}" in said for one in FAIL.adapters if one.verdict == "failed")
+
+
+def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
+    assert main(["explain", "no-effect"]) == 0
+    assert capsys.readouterr().out.startswith("no-effect\n\n")
+    assert main(["explain"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[: len(CHECKS)]] == [*CHECKS]
+    for unknown in ("no-efect", "zzz"):
+        assert main(["explain", unknown]) == 2
+        wording(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("document", ["config", "report"])

@@ -32,6 +32,7 @@ from merge_gate.judging.checks.check import Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.report.wording.explanations import STORED, explanation, to_store
 from tests.support.cases import lay_out
 from tests.support.documents import CODE_BLOCK, blocks, without_numbers
 from tests.support.engine.plain_merge import peft_merge
@@ -263,6 +264,28 @@ def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, 
 
 def test_every_check_has_a_section_in_the_order_of_blame() -> None:
     assert re.findall(r"^## (.+)$", CHECKS_PAGE, re.MULTILINE) == [*CHECKS, NOT_JUDGED]
+
+
+def test_the_stored_explanations_are_those_of_the_page() -> None:
+    stored = to_store(CHECKS_PAGE)
+    if os.environ.get("UPDATE_GOLDENS"):
+        STORED.write_text(stored, encoding="utf-8")
+        return
+    assert STORED.read_text(encoding="utf-8") == stored, "run make schemas"
+
+
+@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
+def test_a_check_is_explained_in_text_without_marks(check: str) -> None:
+    width = 72
+    text = explanation(check, width)
+    (example,) = blocks(section(CHECKS_PAGE, check), "text")
+    assert text.startswith(f"{check}\n\nDefault" if check != NOT_JUDGED else check)
+    for part in ("Fires when", "Why it matters.", "What to do.", "It happened.", "https://github.com/"):
+        assert part in text
+    assert all(f"\n    {line}\n" in text for line in example.splitlines())
+    wide = [line for line in text.splitlines() if len(line) > width]
+    assert all(line.startswith("    ") for line in wide)
+    assert not re.search(r"\*\*|```|\]\(|^Cases:", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -282,18 +282,19 @@ def test_each_adapter_of_a_report_has_its_own_statement(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapters", "complete", "only"),
+    ("adapters", "fields", "only"),
     [
-        ((), True, ()),
-        ((reports.adapter(),), False, ()),
-        ((reports.adapter(),), True, ("other",)),
-        ((reports.adapter(files=()),), True, ()),
+        ((), {}, ()),
+        ((reports.adapter(),), {"complete": False}, ()),
+        ((reports.adapter(),), {"files_only": True}, ()),
+        ((reports.adapter(),), {}, ("other",)),
+        ((reports.adapter(files=()),), {}, ()),
     ],
 )
 def test_a_report_without_anything_to_attest_is_refused(
-    tmp_path: Path, adapters: Any, complete: bool, only: tuple[str, ...]
+    tmp_path: Path, adapters: Any, fields: dict[str, bool], only: tuple[str, ...]
 ) -> None:
-    (tmp_path / "report.json").write_text(json_report.render(reports.report(*adapters, complete=complete)))
+    (tmp_path / "report.json").write_text(json_report.render(reports.report(*adapters, **fields)))
     with pytest.raises(UsageError):
         statements_of(str(tmp_path), only, NOW)
 

@@ -62,6 +62,10 @@ def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]
     report = stored(source)
     if not report.complete:
         raise UsageError("the report is not complete: its run did not finish", hint="run the gate again")
+    if report.files_only:
+        raise UsageError(
+            "the report is from `merge-gate check`, which merges nothing", hint="attest the report of `merge-gate run`"
+        )
     if not report.adapters:
         raise UsageError("the report has no adapters, so there is nothing to attest")
     unknown = sorted(set(only) - {adapter.name for adapter in report.adapters})

@@ -18,6 +18,7 @@ from merge_gate.cli import (
     attest_command,
     check_command,
     demo_command,
+    explain_command,
     init_command,
     report_command,
     run_command,
@@ -110,5 +111,6 @@ _COMMANDS = {
     report_command.COMBINE: report_command.combine,
     report_command.BASELINE: report_command.baseline,
     "attest": attest_command.run,
+    "explain": explain_command.run,
     "schema": schema_command.run,
 }

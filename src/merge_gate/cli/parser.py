@@ -17,6 +17,7 @@ from merge_gate.cli import (
     attest_command,
     check_command,
     demo_command,
+    explain_command,
     init_command,
     report_command,
     run_command,
@@ -171,6 +172,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         report_command.add_combine,
         report_command.add_baseline,
         attest_command.add,
+        explain_command.add,
         schema_command.add,
     ):
         add(commands)

@@ -1,0 +1,55 @@
+"""The explanation of each check, from the package's own copy of docs/checks.md.
+
+In: the id of a check. Out: its section as Markdown, or as text for a terminal. `make schemas` writes the copy.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from merge_gate.report.wording.columns import wrap
+
+STORED = Path(__file__).parents[2] / "explanations.md"
+_HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+_FENCE = "```"
+_LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+
+
+@cache
+def explanations() -> dict[str, str]:
+    """The Markdown of every check by its id, without its heading, and that of `not-judged`."""
+    _, *parts = _HEADING.split(STORED.read_text(encoding="utf-8"))
+    return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def to_store(page: str) -> str:
+    """What the package stores of docs/checks.md: its sections, without links to other pages and names of tests."""
+    sections = page[page.index("\n## ") + 1 :]
+    sections = re.sub(r"\n\nCases: [^\n]+(\n[^\n]+)*", "", sections)
+    return _LINK.sub(lambda link: link[0] if link[2].startswith("https://") else link[1], sections)
+
+
+def explanation(check: str, width: int) -> str:
+    """The explanation of a check as text, at most `width` columns wide except for examples."""
+    lines = [check, ""]
+    for block in re.split(r"\n\n+", explanations()[check]):
+        if block.startswith(_FENCE):
+            lines += [f"    {line}" for line in block.splitlines()[1:-1]]
+        else:
+            paragraph, *items = re.split(r"(?:^|\n)- ", block)
+            lines += wrap(_plain(paragraph), width) if paragraph else []
+            lines += [line for item in items for line in _item(_plain(item), width)]
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _item(text: str, width: int) -> list[str]:
+    first, *rest = wrap(text, width - 2)
+    return [f"- {first}", *(f"  {line}" for line in rest)]
+
+
+def _plain(text: str) -> str:
+    """Markdown without its marks. The address of a link follows its text."""
+    return _LINK.sub(r"\1 (\2)", text).replace("**", "")
