@@ -23,7 +23,9 @@ import pytest
 import yaml
 
 from merge_gate.report.stored.report_files import FORMATS
+from tests.support import published
 from tests.support.command import environment, shell, wait_until
+from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -209,3 +211,55 @@ def test_what_is_not_set_is_named() -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (1, "not set: HUB_REPOS, GITHUB_TOKEN\n")
+
+
+# --- the upload to the Hub -------------------------------------------------------------------------------------------
+
+HUB_TOKEN = "hf_may_write"
+OLD = {".gitattributes": b"*", "model-00001-of-00002.safetensors": b"old", "config.json": b"old", "old/x.py": b""}
+
+
+def upload(hub: LoopbackHub, model: Path, parent: str, place: Path, token: str = HUB_TOKEN) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-P", RECIPES / "hub_upload.py", str(model), "acme/support", parent],
+        env=environment(HF_ENDPOINT=hub.url, HF_HOME=str(place / "hf"), HF_TOKEN=token, HF_HUB_OFFLINE="0"),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert HUB_TOKEN not in done.stdout + done.stderr
+    return done.returncode, done.stdout.strip() or done.stderr
+
+
+def test_a_published_model_replaces_the_repository_in_one_commit_or_not_at_all(tmp_path: Path) -> None:
+    model = tmp_path / "support"
+    published.publish(model)
+    files = {name: (model / name).read_bytes() for name in (*published.FILES, "merge-gate.json")}
+    with LoopbackHub() as hub:
+        parent = hub.add_repo("acme/support", OLD, token=HUB_TOKEN)
+        repo = hub.repos["acme/support"]
+        # 1. Nothing is sent with a file that is not as listed, with another token, or on top of another commit.
+        (model / "more.py").write_bytes(b"")
+        code, said = upload(hub, model, parent, tmp_path)
+        assert (code, "more.py" in said) == (1, True)
+        (model / "more.py").unlink()
+        code, said = upload(hub, model, parent, tmp_path, token="hf_other")
+        assert (code, "401" in said) == (1, True)
+        later = hub.add_repo("acme/support", OLD | {"x": b""}, token=HUB_TOKEN)
+        code, said = upload(hub, model, parent, tmp_path)
+        assert (code, "412" in said) == (1, True)
+        assert repo.refs["main"] == later
+        # 2. One commit, without a trace of the old model.
+        code, commit = upload(hub, model, later, tmp_path)
+        assert (code, commit) == (0, repo.refs["main"]), commit
+        assert len(repo.commits) == 3
+        assert repo.commits[commit] == files | {".gitattributes": b"*"}
+        # 3. A file that the Hub left out is an error.
+        hub.ignored = {"config.json"}
+        (model / "config.json").write_bytes(b"{ }")
+        published.publish(model, dtype="bfloat16")
+        (model / "config.json").write_bytes(b"{}")
+        hub.add_repo("acme/support", {".gitattributes": b"*"}, token=HUB_TOKEN)
+        code, said = upload(hub, model, repo.refs["main"], tmp_path)
+        assert code == 1
+        assert "config.json" in said

@@ -10,6 +10,7 @@ one.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -86,6 +87,8 @@ class LoopbackHub:
         self.on_request: Callable[[str], object] = lambda path: path
         self.unsaid: set[str] = set()
         """Keys that a repository's description lacks here, as on a mirror that knows less than the real Hub."""
+        self.ignored: set[str] = set()
+        """Files that an upload leaves out, as those that a .gitignore names."""
         self.cdn_headers: dict[str, str] = {}
         """More headers of files in Git LFS."""
         self._lock = threading.Lock()
@@ -195,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._respond()
 
+    def do_POST(self) -> None:
+        self._respond()
+
     def _respond(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(Request(self.command, path, self._token()))
@@ -206,7 +212,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(failure.status, b"", failure.headers)
             return
         try:
-            self._route(path)
+            if self.command == "POST":
+                self._route_post(path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            else:
+                self._route(path)
         except _RefusalError as refusal:
             self._send(refusal.status, b"", refusal.headers)
 
@@ -221,6 +230,36 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_content(self.hub.repos[match[1]].commits[match[2]][unquote(match[3])], self.hub.cdn_headers)
         else:
             raise _RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _route_post(self, path: str, body: bytes) -> None:
+        if path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": name in self.hub.ignored} for name in names
+            ]
+            self._send_json({"files": modes})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(match[1], [json.loads(line) for line in body.splitlines() if line])
+        else:
+            raise _RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _commit(self, repo_id: str, lines: list[dict[str, Any]]) -> None:
+        repo, head = self._find(repo_id, "main")
+        if not repo.token or self._token() != repo.token:
+            raise _RefusalError(401, "", "Invalid credentials")
+        files = dict(repo.commits[head])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit") not in {None, head}:
+                raise _RefusalError(412, "", "A commit has happened since. Please refresh and try again.")
+            if line["key"] == "deletedFile":
+                del files[value["path"]]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+        commit = self.hub.add_repo(repo_id, files, token=repo.token)
+        self._send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}", "commitOid": commit})
 
     def _token(self) -> str | None:
         scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")

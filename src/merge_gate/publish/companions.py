@@ -103,7 +103,9 @@ def companions_of(base_directory: str, adapter_directories: tuple[str, ...], fac
         runs_code=facts.config.trust_remote_code,
     )
     chosen = files_of(base_directory, adapter_directories, model)
-    card = CompanionFile(name=CARD_NAME, data=model_card(manifest_of(facts)), origin="merge-gate")
+    card = CompanionFile(
+        name=CARD_NAME, data=model_card(manifest_of(facts, findings=chosen.findings)), origin="merge-gate"
+    )
     return replace(chosen, files=(*chosen.files, card))
 
 

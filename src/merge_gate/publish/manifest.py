@@ -26,7 +26,7 @@ from merge_gate.records.publication import (
     Versions,
 )
 from merge_gate.records.report import TOOL, ConfigFile, Tool
-from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.records.terms import Finding, Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
@@ -61,8 +61,16 @@ class FileDifference:
 # --- written ---------------------------------------------------------------------------------------------------------
 
 
-def manifest_of(facts: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> Manifest:
-    """The manifest of a publication. `files` are all files of the directory, with their digests."""
+def manifest_of(
+    facts: PublicationFacts, files: tuple[FileRecord, ...] = (), findings: tuple[Finding, ...] = ()
+) -> Manifest:
+    """The manifest of a publication.
+
+    Args:
+        facts: the merge, and what it was made of.
+        files: all files of the directory, with their digests.
+        findings: what there is to say about the files next to the weights.
+    """
     adapter, base, spec = facts.report, facts.base, facts.entry.spec
     if base is None:
         raise AssertionError("a merge that passed has a base")
@@ -70,7 +78,9 @@ def manifest_of(facts: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> 
         tool=Tool(name=TOOL, version=__version__),
         name=adapter.name,
         verdict=adapter.verdict,
-        warnings=tuple(dict.fromkeys(found.check for found in adapter.findings if found.severity is Severity.WARNING)),
+        warnings=tuple(
+            dict.fromkeys(found.check for found in (*adapter.findings, *findings) if found.severity is Severity.WARNING)
+        ),
         parameters=adapter.coverage.parameters_checked,
         peft_type=adapter.peft_type,
         dtype=facts.dtype,
@@ -80,6 +90,8 @@ def manifest_of(facts: PublicationFacts, files: tuple[FileRecord, ...] = ()) -> 
             revision=base.revision,
             dtype=base.dtype,
             quantization=base.quantization,
+            requested_dtype=facts.entry.dtype,
+            requested_quantization=spec.base.quantization,
             sha256=base.sha256 or "",
         ),
         adapters=_adapters(facts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.report import ConfigFile, Tool
-from merge_gate.records.terms import Verdict, record, reported
+from merge_gate.records.terms import Quantization, Verdict, record, reported
 
 MANIFEST_VERSION = "1.0"
 
@@ -17,6 +17,8 @@ class PublishedBase:
     revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
     dtype: str = reported("The dtype that it was loaded and merged in.")
     quantization: str = reported("How the loaded base is quantized; `none` if it is not.")
+    requested_dtype: str = reported("The dtype that was asked for: `auto`, or a name.", default="auto")
+    requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
     sha256: str = reported("Digest of its weights, hex, as in report.json.")
 
 
