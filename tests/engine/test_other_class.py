@@ -15,7 +15,8 @@ from merge_gate.engine.base.loaded_base import Base, ModelClass, load_base, name
 from merge_gate.engine.base.other_class import in_another_class
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.worker.child import MappedBases, _judge_group
+from merge_gate.worker.child import _judge_groups
+from merge_gate.worker.group_bases import MappedBases
 from merge_gate.worker.protocol import BaseLoaded, BaseLoading, Group, Job, Merged, Task
 from tests.support.merged import kept
 from tests.support.models import among_transformers, save_adapter
@@ -144,7 +145,7 @@ def test_eight_adapters_with_four_heads_read_the_body_once(
     monkeypatch.setattr(bases, "measure", measured)
     monkeypatch.setattr(bases, "load_base", from_files)
     group = fleet(shelf, tmp_path)
-    for event in _judge_group(0, group, Job(groups=(group,), device="cpu"), lambda _: None, MappedBases(group)):
+    for event in _judge_groups([0], Job(groups=(group,), device="cpu"), lambda _: None, MappedBases(group)):
         events.append(event)
         if isinstance(event, (BaseLoading, BaseLoaded)):
             read.append(0)

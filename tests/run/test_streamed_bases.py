@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class Place:
     blocks: dict[str, int] = field(default_factory=dict)
     """The blocks that each stub took on the disk while bytes of the base were requested."""
 
-    def run(self, *words: str, base: str = BASE, **keys: str) -> tuple[Answer, dict[str, Any]]:
+    def run(self, *words: str, base: str = BASE, **keys: Any) -> tuple[Answer, dict[str, Any]]:
         config = {
             "version": 1,
             "base": {"model": base} | keys,
@@ -140,6 +141,35 @@ def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -
     assert answer.code == 3, answer.said
     assert {one["verdict"] for one in report["adapters"]} == {"error"}
     assert stored(place) == []
+
+
+def test_two_dtypes_of_a_streamed_base_are_read_once(place: Place) -> None:
+    dtypes = ["bfloat16", "float16"]
+    _, from_disk = place.run("--only", "good", base="./base", dtype=dtypes)
+    place.hub.requests.clear()
+    answer, streamed = place.run("--only", "good", "--access", "stream", dtype=dtypes)
+    assert [one["verdict"] for one in streamed["adapters"]] == ["passed", "passed"], answer.said
+    assert compared(streamed) == compared(from_disk)
+    assert [one["sha256"] for one in streamed["bases"]] == [one["sha256"] for one in from_disk["bases"]]
+    of_biases = len(dtypes)  # next to a cross-checked weight, they are asked for by themselves
+    assert reads(place) == dict.fromkeys(SHARDS, 2 + of_biases)
+
+
+@pytest.mark.slow
+def test_a_base_is_quantized_while_it_is_streamed(place: Place) -> None:
+    _, from_disk = place.run(base="./base", quantization="bnb-4bit")
+    place.hub.requests.clear()
+    answer, streamed = place.run("--access", "stream", quantization="bnb-4bit")
+    assert [one["verdict"] for one in streamed["adapters"]] == ["passed", "failed"], answer.said
+    assert compared(streamed) == compared(from_disk)
+    assert stored(place) == []
+    assert streamed["bases"][0]["sha256"] == from_disk["bases"][0]["sha256"]
+    assert reads(place) == dict.fromkeys(SHARDS, 2)
+
+
+def reads(place: Place) -> Counter[str]:
+    """How often each weight file was asked for: once for its header, and once for its bytes, which are one piece."""
+    return Counter(Path(one.path).name for one in place.hub.requests if one.path.startswith("/cdn/"))
 
 
 # --- read: touched -------------------------------------------------------------------------------------------------

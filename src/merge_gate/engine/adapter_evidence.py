@@ -31,6 +31,7 @@ from merge_gate.engine.adapter.combine import combined
 from merge_gate.engine.adapter.inject import base_tensors_in_file
 from merge_gate.engine.adapter.known_defects import refuse_wrong_merges
 from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
+from merge_gate.engine.adapter.mapped_factors import map_factors
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.one_pass import merge_planned
@@ -60,7 +61,8 @@ class MergeRequest:
 
     `base` is loaded, and the merge leaves it unchanged. `measure_options` says which figures may be estimated.
     `progress` is called with the number of merged layers, the number of all layers, and the layer's name. Each thread
-    that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors.
+    that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
+    if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
     """
 
     base: Base
@@ -70,6 +72,7 @@ class MergeRequest:
     progress: Progress | None = None
     on_work: Callable[[], None] = lambda: None
     sink: TensorSink | None = None
+    free_bytes: int | None = None
 
 
 def merge_adapter(
@@ -107,7 +110,7 @@ def merge(request: MergeRequest) -> Evidence:
     That tensor has values from then on, so the loop ends.
     """
     while True:
-        (outcome,) = _attempt((request,))
+        (outcome,) = _attempt((request,), (request.base,))
         if request.base.was_misread():
             continue
         if isinstance(outcome, Exception):
@@ -121,18 +124,19 @@ def measure_wholly(base: Base) -> None:
         merge_planned((), (base,))
 
 
-def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, ...]:
+def merge_together(requests: Sequence[MergeRequest], others: Sequence[Base] = ()) -> tuple[Evidence | None, ...]:
     """Merge several adapters in one pass over their bases. Repeat it if some code has read a tensor without values.
 
-    None for an adapter that must be merged alone: it raised, or the last repetition read such a tensor too.
+    `others` are bases that are measured in the same pass. None for an adapter that must be merged alone: it raised, or
+    the last repetition read such a tensor too.
 
     Raises:
         SourceError: the bytes of a base could not be had, so no adapter can be merged into it.
     """
-    bases = {id(request.base): request.base for request in requests}.values()  # each once: asking changes the base
+    bases = {id(base): base for base in (*others, *(one.base for one in requests))}  # each once: asking changes it
     for _ in range(MOST_PASSES):
-        outcomes = _attempt(requests)
-        misread = {id(base) for base in bases if base.was_misread()}
+        outcomes = _attempt(requests, tuple(bases.values()))
+        misread = {key for key, base in bases.items() if base.was_misread()}
         if not misread:
             break
     for outcome in outcomes:
@@ -144,15 +148,17 @@ def merge_together(requests: Sequence[MergeRequest]) -> tuple[Evidence | None, .
     )
 
 
-def _attempt(requests: Sequence[MergeRequest]) -> tuple[Evidence | Exception, ...]:
+def _attempt(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> tuple[Evidence | Exception, ...]:
     with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         # torch trusts the indices of a sparse tensor, and some methods read them from the file
         warnings.simplefilter("ignore")  # the gate's own comparison finds what PEFT warns about
         attempts = [_Attempt(request) for request in requests]
         prepared = [_result_or_error(attempt.prepare) for attempt in attempts]
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
+        errors = [error for error in prepared if isinstance(error, Exception)]
+        if errors and len(errors) == len(prepared):
+            return tuple(errors)
         started = time.perf_counter()
-        bases = [request.base for request in requests]
         error = _result_or_error(functools.partial(merge_planned, walks, bases))
         seconds = (time.perf_counter() - started) / max(1, len(walks))
         return tuple(
@@ -244,6 +250,8 @@ class _Attempt:
         # 4. and 5.
         self._evidence = replace(self._evidence, file_tensors=mark_used(base, loaded, measured))
         self._evidence = replace(self._evidence, unread=unread_layers(base, loaded))
+        if base.feed is not None and len(loaded.arrivals) == 1:  # the adapter waits for the pass
+            loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
         return self._planned_walk(loaded)
 
     def _planned_walk(self, loaded: Loaded, *, in_blocks: bool = True) -> Walk:
@@ -260,6 +268,8 @@ class _Attempt:
         walk.plan()
         if request.sink is not None:
             request.sink.expect(walk.can_change(self._parameters_in_file))
+        if request.base.feed is not None and request.free_bytes is not None:
+            walk.refuse_too_large(request.free_bytes)
         return walk
 
     def _finish(self, walk: Walk) -> None:

@@ -17,7 +17,7 @@ from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
-from merge_gate.records.terms import Access, Finding, Origin, Quantization, Severity
+from merge_gate.records.terms import Access, Finding, Origin, Severity
 from merge_gate.text import quoted
 from merge_gate.time_limit import within
 
@@ -123,27 +123,18 @@ class Inputs:
         if requested is None:
             return replace(entry, problem=_no_base(entry.files))
         model, revision, label = requested
-        access = self._access_of(entry.spec)
+        access = self._access or entry.spec.base.access
         base = self._base((model, revision, access), label)
         if isinstance(base, GateError):
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else f"{_NAMED_BY_ADAPTER}; {base.hint}"
             return replace(entry, problem=_refused(base, hint))
-        is_streamed = base.base_files is not None and base.base_files.is_streamed
-        if is_streamed and entry.spec.base.quantization is not Quantization.NONE:
-            return replace(entry, problem=_not_streamed(label))
         return replace(entry, base=base)
 
     def _named_by_adapter(self, name: str) -> str:
         """A base from adapter_config.json: a directory relative to the gate's config if it exists, or a Hub id."""
         path = str(Path(self._config.directory, name))
         return path if os.path.isdir(path) else name  # noqa: PTH112 (pathlib raises for an invalid name)
-
-    def _access_of(self, spec: AdapterSpec) -> Access:
-        """How the base's weights are read. A base that is quantized while it is loaded is not streamed by itself."""
-        access = self._access or spec.base.access
-        is_quantized = spec.base.quantization is not Quantization.NONE
-        return Access.DOWNLOAD if is_quantized and access is Access.AUTO else access
 
     def _base(self, request: _BaseRequest, label: str) -> Snapshot | GateError:
         if request not in self._bases:
@@ -206,13 +197,6 @@ def _refused(error: GateError, hint: str) -> Finding:
     if check is None:
         return not_judged(error.message, hint)
     return Finding(check=check, severity=Severity.ERROR, message=error.message, hint=hint, origin=Origin.BASE)
-
-
-def _not_streamed(label: str) -> Finding:
-    return not_judged(
-        f"the base {quoted(label, 200)} is quantized while it is loaded, and a streamed base is not loaded",
-        "set access: download for this base",
-    )
 
 
 def _no_base(files: AdapterFiles) -> Finding:

@@ -156,7 +156,8 @@ class BaseFacts:
     head of another size. `quantization` and `dtype` are those of the loaded model. `dtypes` counts the parameters of
     each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack.
     `unloaded` are stored tensors that are not part of the model. `record` names the earlier run that measured the
-    tensors that this one does not read.
+    tensors that this one does not read. `no_skeleton` says why `from_pretrained` loaded a base that is otherwise filled
+    from a feed (engine/base/skeleton.py); it is empty for any other base.
     """
 
     model: str
@@ -171,6 +172,7 @@ class BaseFacts:
     incomplete: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
     record: RecordedRun | None = None
+    no_skeleton: str = ""
 
     @property
     def key(self) -> BaseKey:

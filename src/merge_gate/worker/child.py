@@ -1,7 +1,7 @@
 """The worker process from inside: loads bases, merges adapters, and sends the measurements.
 
-In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module, the
-engine, and the demo import torch, transformers, and PEFT.
+In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module,
+group_bases.py, the engine, and the demo use torch, transformers, and PEFT.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merge_gate.errors import EngineError, Refused, Undecidable
-from merge_gate.files.identity import base_bytes, base_identity
-from merge_gate.records.files import FileIdentity
-from merge_gate.records.measured import BaseRecord, Evidence
+from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import BaseRaised, Caught, NotJudged, Refusal, WorkerRaised
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed, LocalFeed, SourceError
+from merge_gate.sources.feed import LocalFeed, SourceError
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
 from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.memory import MemoryGroup, gibibytes
-from merge_gate.worker.pinned import pinned_adapter, pinned_directory, verify_base
+from merge_gate.worker.group_bases import GroupBase, GroupBases, MappedBases, rounds
+from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.pinned import pinned_adapter, pinned_directory
 from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
@@ -55,20 +53,21 @@ from merge_gate.worker.protocol import (
 )
 from merge_gate.worker.publish_client import PublishClient
 from merge_gate.worker.regex_trial import try_patterns
-from merge_gate.worker.startup.heap import give_back
 from merge_gate.worker.startup.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
-    from merge_gate.engine.base.skeleton import FiguresBySpan
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
 
 ADAPTERS_SHARE = 3
 """Adapters that are merged together may take a third of the free memory."""
+
+SKELETONS_SHARE = 4
+"""What several skeletons of a pass hold for good may take a quarter of it."""
 
 _LOADED_BYTES = 4
 """What PEFT's float32 factors take of memory, for each value. The file's own tensors are mapped."""
@@ -143,59 +142,10 @@ def judge_job(
     yield replace(chosen, sandbox=limit(sandbox, job, chosen.device))
     job = replace(job, device=chosen.device)
     mapped: MappedBases | None = None
-    for position, group in enumerate(job.groups):
-        if group.tasks:
-            mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
-            yield from _judge_group(position, group, job, progress, mapped, feed=feed)
-
-
-class MappedBases:
-    """The bases that are mapped from the files of a group, for the same base in another dtype."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-        self._bases: dict[ModelClass, tuple[Base, tuple[FileIdentity, ...]]] = {}
-        self._accounts: dict[ModelClass, Account] = {}
-
-    def account(self, model_class: ModelClass, group: Group) -> Account:
-        """The account of the base as this class, before it is loaded. It is the same for every dtype."""
-        from merge_gate.engine.base.accounting import account_for  # noqa: PLC0415 - imports torch
-
-        if model_class not in self._accounts:
-            self._accounts[model_class] = account_for(group.directory, model_class, group.base.name, group.files)
-        return self._accounts[model_class]
-
-    def serves(self, group: Group) -> bool:
-        """Whether the group differs from this one in dtype, tasks, and records only."""
-        own = self._group
-        base = replace(group.base, dtype=own.base.dtype)
-        return replace(group, base=base, tasks=own.tasks, records=own.records) == own
-
-    def add(self, model_class: ModelClass, base: Base, identity: tuple[FileIdentity, ...]) -> None:
-        from merge_gate.engine.base.other_dtype import is_mapped  # noqa: PLC0415 - imports torch
-
-        if base.hollow is None and is_mapped(base):  # a base that is not mapped takes memory
-            self._bases[model_class] = base, identity
-
-    def cast(self, model_class: ModelClass, group: Group, identity: tuple[FileIdentity, ...], job: Job) -> Base | None:
-        """One of them in the dtype of this group. None if the base has to be loaded."""
-        from merge_gate.engine.base.other_dtype import in_another_dtype, is_mapped_otherwise  # noqa: PLC0415 - imports torch
-
-        is_plain = not group.base.is_quantized and job.device == "cpu"
-        if (
-            is_plain
-            and model_class not in self._bases
-            and is_mapped_otherwise(group.directory, model_class, group.base.dtype)
-        ):
-            self.add(model_class, _load(_in_dtype(group, "auto"), model_class, job), identity)
-        base, found = self._bases.get(model_class, (None, ()))
-        if base is None or found != identity:
-            return None
-        return in_another_dtype(base, model_class, group.directory, group.base.dtype)
-
-
-def _in_dtype(group: Group, dtype: str) -> Group:
-    return replace(group, base=replace(group.base, dtype=dtype))
+    for positions in rounds(job.groups):
+        group = job.groups[positions[0]]
+        mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
+        yield from _judge_groups(positions, job, progress, mapped, feed=feed)
 
 
 def _choose_device(wanted: str) -> DeviceChosen:
@@ -219,127 +169,139 @@ def _choose_device(wanted: str) -> DeviceChosen:
     return DeviceChosen(device="cpu", device_name=cpu_name())
 
 
-def _judge_group(
-    position: int, group: Group, job: Job, progress: Listener, mapped: MappedBases, *, feed: FeedClient | None = None
+def _judge_groups(
+    positions: list[int], job: Job, progress: Listener, mapped: MappedBases, *, feed: FeedClient | None = None
 ) -> Iterator[Event]:
-    yield BaseLoading(group=position)  # from the first file on, the time limit is that of the base
+    """Judge the groups at these positions, which have one base, in several dtypes."""
+    first = job.groups[positions[0]]
+    yield BaseLoading(group=positions[0])  # from the first file on, the time limit is that of the base
     try:
-        with pinned_directory(group.directory) as directory, LocalFeed(directory, keep=False) as local:
-            source = feed.open(position) if group.fed and feed is not None else local
-            bases = _Bases(group=replace(group, directory=directory), job=job, mapped=mapped, feed=source)
-            yield from _judge_pinned(position, bases.group, job, progress, bases)
+        with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=False) as local:
+            source = feed.open(positions[0]) if first.fed and feed is not None else local
+            bases = GroupBases(job=job, mapped=mapped, feed=source)
+            groups = {position: replace(job.groups[position], directory=directory) for position in positions}
+            yield from _judge_pinned(groups, job, progress, bases)
     except (OSError, SourceError) as error:
-        yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in group.tasks)
+        tasks = [task for position in positions for task in job.groups[position].tasks]
+        yield from (Undecided(task=task.index, refusal=_refusal(error)) for task in tasks)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Bases:
-    """The bases of a group, one class at a time. `feed` has the bytes of their files, which are those of `identity`."""
+class _ToLoad:
+    """The tasks of a group that need the base as one class."""
 
+    position: int
     group: Group
-    job: Job
-    mapped: MappedBases
-    feed: Feed
-    base: Base | None = None
-    model_class: ModelClass | None = None
-    identity: tuple[FileIdentity, ...] = ()
-
-    def load(self, model_class: ModelClass, account: Account) -> None:
-        """Make `base` this class: of the base in the class before, if that is possible."""
-        group, held, self.base = self.group, self.base, None
-        base = _in_another_class(held, model_class)
-        figures = _figures(held)
-        del held  # a base that is not needed is released before the next one is loaded
-        if base is None:
-            before, self.identity = self.identity, base_identity(group.directory)
-            base = _skeleton(group, model_class, self.job, self.feed)
-            if base is not None and before == self.identity:
-                _reuse(base, figures)
-            base = base or self.mapped.cast(model_class, group, self.identity, self.job)
-            base = base or _load(group, model_class, self.job)
-        verify_base(group.directory, group.base.name, self.identity)
-        _settle(base, account, group.directory)
-        record = next((one for one in group.records if one.model_class == model_class.label), None)
-        if record is not None and base.feed is not None:
-            base.adopt(record)
-        self.mapped.add(model_class, base, self.identity)
-        self.base, self.model_class = base, model_class
-
-    def record(self) -> BaseRecord | None:
-        """The figures of a base that was read whole, if the group keeps them and has none of this class."""
-        known = {one.model_class for one in self.group.records}
-        if not self.group.keeps_record or self.base is None or self.model_class is None:
-            return None
-        if self.model_class.label in known:
-            return None
-        return self.base.record(self.model_class)
+    model_class: ModelClass
+    tasks: list[ClassedTask]
 
 
-def _judge_pinned(position: int, group: Group, job: Job, progress: Listener, bases: _Bases) -> Iterator[Event]:
-    from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - as above
-
-    is_announced = True
-    by_class: dict[ModelClass, list[ClassedTask]] = {}
-    for task in group.tasks:
-        try:
-            model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
-        except Exception as error:
-            is_announced = False
-            yield Undecided(task=task.index, refusal=_refusal(error, group))
-        else:
-            by_class.setdefault(model_class, []).append((task, model_class.instead_of))
-    for model_class, tasks in by_class.items():
-        if not is_announced:
-            yield BaseLoading(group=position)
-        is_announced = False
+def _judge_pinned(groups: dict[int, Group], job: Job, progress: Listener, bases: GroupBases) -> Iterator[Event]:
+    to_load, undecided = _by_class(groups, job)
+    yield from undecided
+    announced = next(iter(groups)) if not undecided else None
+    skeletons: list[_LoadedBase] = []
+    for one in to_load:
+        if announced != one.position:
+            yield BaseLoading(group=one.position)
+        announced = None
         started = time.perf_counter()
         try:
-            account = bases.mapped.account(model_class, group)
-            refused = _refused_as_incomplete(tasks, account, group)
+            account = bases.mapped.account(one.model_class, one.group)
+            refused = _refused_as_incomplete(one.tasks, account, one.group)
             yield from (Undecided(task=task.index, refusal=refusal) for task, refusal in refused)
-            tasks = [one for one in tasks if one[0] not in {task for task, _ in refused}]  # noqa: PLW2901 - those left
-            if not tasks:
+            one.tasks = [classed for classed in one.tasks if classed[0] not in {task for task, _ in refused}]
+            if not one.tasks:
                 continue
-            bases.load(model_class, account)
+            loaded = _LoadedBase(found=bases.load(one.position, one.group, one.model_class, account), tasks=one.tasks)
         except Exception as error:
-            yield from (Undecided(task=task.index, refusal=_refusal(error, group)) for task, _ in tasks)
+            yield from (Undecided(task=task.index, refusal=_refusal(error, one.group)) for task, _ in one.tasks)
             continue
-        seconds = time.perf_counter() - started
-        yield from _judge_tasks(position, bases, tasks, progress, seconds)
+        yield from _announce(loaded, time.perf_counter() - started)
+        if not loaded.found.is_skeleton:
+            yield from _judge_tasks([loaded], bases, progress)
+        elif skeletons and not _fit(skeletons, loaded):
+            yield from _judge_tasks(skeletons, bases, progress)
+            skeletons = [loaded]
+        else:
+            skeletons.append(loaded)
+        del loaded  # nothing here may keep a base that takes memory
+    if skeletons:
+        yield from _judge_tasks(skeletons, bases, progress)
 
 
-def _judge_tasks(
-    position: int, bases: _Bases, tasks: list[ClassedTask], progress: Listener, seconds: float
-) -> Iterator[Event]:
-    """Merge the adapters of one class. No other code holds the base, so that it is released before the next load."""
-    base = bases.base
-    assert base is not None  # noqa: S101 - it was just loaded
-    loaded = BaseLoaded(
-        group=position,
-        task=tasks[0][0].index,
-        facts=base.facts,
-        identity=bases.identity,
-        measured=not base.unmeasured(),
+def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[_ToLoad], list[Undecided]]:
+    """The loads that the groups need, and the tasks whose class is not known."""
+    from merge_gate.engine.base.model_class import model_class_for  # noqa: PLC0415 - imports torch
+
+    found: dict[tuple[int, ModelClass], _ToLoad] = {}
+    undecided: list[Undecided] = []
+    for position, group in groups.items():
+        for task in group.tasks:
+            try:
+                model_class = model_class_for(group.directory, task.files[0], trust_remote_code=job.trust_remote_code)
+            except Exception as error:
+                undecided.append(Undecided(task=task.index, refusal=_refusal(error, group)))
+                continue
+            one = _ToLoad(position=position, group=group, model_class=model_class, tasks=[])
+            found.setdefault((position, model_class), one).tasks.append((task, model_class.instead_of))
+    return list(found.values()), undecided
+
+
+@dataclass(slots=True, kw_only=True)
+class _LoadedBase:
+    """A base and the tasks that are merged into it. `is_measured`: its facts were sent."""
+
+    found: GroupBase
+    tasks: list[ClassedTask]
+    is_measured: bool = False
+
+
+def _announce(loaded: _LoadedBase, seconds: float) -> Iterator[Event]:
+    found, task = loaded.found, loaded.tasks[0][0].index
+    loaded.is_measured = not found.base.unmeasured()
+    yield BaseLoaded(
+        group=found.position,
+        task=task,
+        facts=found.base.facts,
+        identity=found.identity,
+        measured=loaded.is_measured,
         seconds=seconds,
     )
-    yield loaded
-    if loaded.measured and (record := bases.record()) is not None:
-        yield BaseMeasured(group=position, task=loaded.task, facts=base.facts, record=record)
-    batches = _batches(tasks, one_pass=bases.group.one_pass)
-    merged = (event for batch in batches for event in _judge_batch(base, batch, progress))
-    yield from merged if loaded.measured else _with_facts(position, bases, base, merged)
-    base.template = None  # release its memory for the next class
+    if loaded.is_measured and (record := found.record()) is not None:
+        yield BaseMeasured(group=found.position, task=task, facts=found.base.facts, record=record)
 
 
-def _with_facts(position: int, bases: _Bases, base: Base, events: Iterator[Event]) -> Iterator[Event]:
-    """The events, and the facts of a base that was measured meanwhile, ahead of the first adapter's evidence."""
-    for event in events:
-        if isinstance(event, Merged):
-            yield BaseMeasured(group=position, task=event.task, facts=base.facts, record=bases.record())
+def _measured(loaded: _LoadedBase, task: int) -> BaseMeasured:
+    found, loaded.is_measured = loaded.found, True
+    return BaseMeasured(group=found.position, task=task, facts=found.base.facts, record=found.record())
+
+
+def _fit(skeletons: list[_LoadedBase], another: _LoadedBase) -> bool:
+    """Whether another skeleton may be in the same pass: tensors that have values for good take memory."""
+    room = (MemoryGroup().free_bytes() or 0) // SKELETONS_SHARE
+    all_of_them = (one.found.base.hollow for one in (*skeletons, another))
+    return sum(hollow.kept_bytes() for hollow in all_of_them if hollow is not None) <= room
+
+
+def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listener) -> Iterator[Event]:
+    """Merge the adapters of these bases, and send the facts of a base ahead of its first evidence.
+
+    No other code may keep a base that takes memory, so that it is released before the next load.
+    """
+    base_of = {task.index: one for one in loaded for task, _ in one.tasks}
+    tasks = [classed for one in loaded for classed in one.tasks]
+    skeletons = [one.found.base for one in loaded if one.found.is_skeleton]
+    for batch in _batches(tasks, one_pass=loaded[0].found.group.one_pass):
+        of_batch = {task.index: base_of[task.index].found.base for task, _ in batch}
+        for event in _judge_batch(of_batch, batch, skeletons, progress):
+            if isinstance(event, Merged) and not base_of[event.task].is_measured:
+                yield _measured(base_of[event.task], event.task)
             yield event
-            break
-        yield event
-    yield from events
+    for one in loaded:
+        one.found.base.template = None  # release its memory for the next class
+        if one.found.is_skeleton:
+            bases.keep_figures(one.found.base)
 
 
 def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Group) -> list[tuple[Task, Refusal]]:
@@ -351,82 +313,6 @@ def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Gr
     lacking = [task for task, _ in tasks if not accounting.brings_all(task.files, account.incomplete)]
     fact = accounting.not_stored(group.base.name, account.incomplete, account.map, group.directory)
     return [(task, fact) for task in lacking]
-
-
-def _settle(base: Base, account: Account, directory: str) -> None:
-    from merge_gate.engine.base import accounting  # noqa: PLC0415 - imports torch
-
-    accounting.settle(base, account, directory)
-
-
-def _skeleton(group: Group, model_class: ModelClass, job: Job, feed: Feed) -> Base | None:
-    """A base without memory, if its files must not be mapped, or are larger than the memory. None if it is loaded."""
-    from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
-    from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of  # noqa: PLC0415 - imports torch
-    from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors  # noqa: PLC0415 - imports torch
-
-    if not group.fed and not (group.one_pass and job.device == "cpu"):
-        return None
-    source = bases.source_of(group.directory, **_how_to_load(group, job))
-    try:
-        stored = group.files.tensors if group.files is not None else ()
-        return skeleton_of(source, model_class, stored or stored_tensors(group.directory), feed)
-    except (NoSkeletonError, NoMapError):
-        return None
-
-
-def _figures(base: Base | None) -> FiguresBySpan:
-    """What is known of the files' tensors, if the base has no memory; {} otherwise."""
-    from merge_gate.engine.base.skeleton import figures_by_span  # noqa: PLC0415 - imports torch
-
-    return figures_by_span(base) if base is not None else {}
-
-
-def _reuse(base: Base, figures: FiguresBySpan) -> None:
-    from merge_gate.engine.base.skeleton import reuse_figures  # noqa: PLC0415 - imports torch
-
-    reuse_figures(base, figures)
-
-
-def _load(group: Group, model_class: ModelClass, job: Job) -> Base:
-    from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
-
-    _refuse_stubs(group, model_class)
-    give_back()
-    return bases.load_base(group.directory, model_class=model_class, **_how_to_load(group, job))
-
-
-def _how_to_load(group: Group, job: Job) -> dict[str, Any]:
-    return {
-        "label": group.base.name,
-        "revision": group.base.revision,
-        "dtype": group.base.dtype,
-        "quantization": Quantization(group.base.quantization),
-        "device": job.device,
-        "trust_remote_code": job.trust_remote_code,
-        "allow_pickle": job.allow_pickle,
-    }
-
-
-def _refuse_stubs(group: Group, model_class: ModelClass) -> None:
-    """The weight files of a streamed base are stubs, with headers and without values. Nothing may load them.
-
-    Raises:
-        EngineError: the base is streamed.
-    """
-    if group.files is not None and group.files.is_streamed:
-        stored = gibibytes(base_bytes(group.directory) or 0)
-        raise EngineError(
-            f"base {group.base.name} cannot be streamed: {model_class.class_name} has to be loaded by transformers "
-            f"itself, from {stored} of files",
-            hint="set access: download for this base",
-        )
-
-
-def _in_another_class(base: Base | None, model_class: ModelClass) -> Base | None:
-    from merge_gate.engine.base import other_class  # noqa: PLC0415 - imports torch
-
-    return other_class.in_another_class(base, model_class) if base is not None else None
 
 
 def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
@@ -450,12 +336,15 @@ def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[Class
     yield from ([one] for one in alone)
 
 
-def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> Iterator[Event]:
-    if len(batch) > 1:
-        first, *others = (task.index for task, _ in batch)
-        yield MergeStarted(task=first, others=tuple(others))
+def _judge_batch(
+    bases: dict[int, Base], batch: list[ClassedTask], others: list[Base], progress: Listener
+) -> Iterator[Event]:
+    """Merge these tasks into their `bases`, by index. A pass over several adapters measures `others` as well."""
+    if len(batch) > 1 or (len(others) > 1 and not batch[0][0].alone):
+        first, *further = (task.index for task, _ in batch)
+        yield MergeStarted(task=first, others=tuple(further))
         try:
-            merged = _merge_together(base, [task for task, _ in batch], progress)
+            merged = _merge_together(bases, [task for task, _ in batch], others, progress)
         except SourceError as error:  # of no use to any adapter
             yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in batch)
             return
@@ -467,10 +356,12 @@ def _judge_batch(base: Base, batch: list[ClassedTask], progress: Listener) -> It
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
-        yield _judge_task(base, task, instead_of, progress)
+        yield _judge_task(bases[task.index], task, instead_of, progress)
 
 
-def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[Evidence | None, ...]:
+def _merge_together(
+    bases: dict[int, Base], tasks: list[Task], others: list[Base], progress: Listener
+) -> tuple[Evidence | None, ...]:
     """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
     from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
 
@@ -488,9 +379,10 @@ def _merge_together(base: Base, tasks: list[Task], progress: Listener) -> tuple[
             on_work = functools.partial(_report_work, progress, task.index)
             on_work()
             with contextlib.suppress(Exception):
-                request = _request(task, base, pinned[number], functools.partial(add, number))
+                request = _request(task, bases[task.index], pinned[number], functools.partial(add, number))
                 requests[number] = replace(request, on_work=on_work)
-        merged = dict(zip(requests, adapter_evidence.merge_together(tuple(requests.values())), strict=True))
+        evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
+        merged = dict(zip(requests, evidence, strict=True))
     finally:
         changed = {number for number, stack in enumerate(pinned) if not _is_released(stack)}
     return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
@@ -522,7 +414,12 @@ def _request(
     for one in files:
         try_patterns(one.config.patterns, names)
     return adapter_evidence.MergeRequest(
-        base=base, members=files, combine=task.combine, measure_options=task.measure_options, progress=progress
+        base=base,
+        members=files,
+        combine=task.combine,
+        measure_options=task.measure_options,
+        progress=progress,
+        free_bytes=MemoryGroup().left_bytes(),
     )
 
 

@@ -43,6 +43,23 @@ class MemoryGroup:
         limits = (_available_bytes(self._meminfo), self.limit_bytes())
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def left_bytes(self) -> int | None:
+        """The memory that is left now: what the machine has available, and what the group has not taken of its limit.
+
+        Pages of files do not count as taken: the kernel drops them.
+        """
+        limit, taken = self.limit_bytes(), self._taken_bytes()
+        left = limit - taken if limit is not None and taken is not None else limit
+        known = [one for one in (_available_bytes(self._meminfo), left) if one is not None]
+        return max(0, min(known)) if known else None
+
+    def _taken_bytes(self) -> int | None:
+        """Anonymous and shared memory of the group."""
+        names = ("anon", "shmem") if self._version == 2 else ("total_rss", "total_shmem")  # noqa: PLR2004
+        counts = dict(line.split(" ", 1) for line in self._text("memory.stat").splitlines() if " " in line)
+        found = [int(counts[name]) for name in names if counts.get(name, "").isdecimal()]
+        return sum(found) if found else None
+
     def _number(self, name: str) -> int | None:
         text = self._text(name).strip()
         return int(text) if text.isdecimal() else None

@@ -59,7 +59,7 @@ class Loaded:
     module, parameter name). `tied_modules` lists the modules that share a tied tensor, by the tensor's name. `is_first`
     is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
     what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
-    FRoD's `frod_lambda_l`.
+    FRoD's `frod_lambda_l`. `mapped` has the ids of the factors that are views of the file (mapped_factors.py).
     """
 
     model: Any
@@ -73,6 +73,7 @@ class Loaded:
     is_first: bool = True
     template: Template | None = None
     initial_factors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    mapped: frozenset[int] = frozenset()
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:

@@ -73,7 +73,7 @@ class Template:
         for layer in self._layers():
             layer.merged_adapters.clear()
             for _, _, factor in parameters_of(layer):
-                factor.data.fill_(torch.nan)
+                factor.data = torch.full_like(factor.data, torch.nan)  # its memory may be a file's (mapped_factors.py)
 
     def holds(self, keys: set[str]) -> bool:
         """Whether all of these keys of the model are factors of the adapter, and none is a tensor of the base."""

@@ -23,6 +23,7 @@ import transformers
 from torch import nn
 
 from merge_gate.engine.base.foreign_weights import refuse_foreign_weights
+from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.stored_formats import (
     loaded_dtypes,
     loaded_quantization,
@@ -48,7 +49,7 @@ from merge_gate.errors import Undecidable
 from merge_gate.records.measured import BaseFacts, BaseRecord, TensorStats
 from merge_gate.records.refusals import BaseRaised, BaseShapeClash, Caught, RemoteCodeNeeded
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed, SourceError
+from merge_gate.sources.feed import SourceError
 
 if TYPE_CHECKING:
     from merge_gate.engine.base.direct_reads import DirectReads
@@ -113,7 +114,7 @@ class Base:
     template: Any = None
     direct_reads: DirectReads | None = None
     hollow: Hollow | None = None
-    feed: Feed | None = None
+    feed: SharedReads | None = None
     recorded: set[str] = field(default_factory=set)
     weights: Weights = field(init=False)
     aliases: dict[str, str] = field(init=False)
@@ -446,7 +447,7 @@ def measure_base(
     *,
     known: Mapping[Place, TensorStats],
     hollow: Hollow | None = None,
-    feed: Feed | None = None,
+    feed: SharedReads | None = None,
 ) -> Base:
     """Measure every parameter and persistent buffer that has values.
 

@@ -42,6 +42,7 @@ from merge_gate.engine.base.loaded_base import (
     place_of,
     refuse_mismatches,
 )
+from merge_gate.engine.base.shared_reads import SharedReads
 from merge_gate.engine.base.stored_formats import refuse_other_packing
 from merge_gate.engine.base.stored_spans import StoredBytes, bytes_of, stored_bytes
 from merge_gate.engine.base.tensor_map import RENAMED, NoMapError, TensorGroup, TensorMap, tensor_map
@@ -78,7 +79,7 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
         source: the base. Of its directory, the headers of the weight files and the other files are read.
         model_class: the class and head to load it as.
         stored: the tensors in the headers of the files that transformers loads, in its order.
-        feed: the bytes of these files.
+        feed: the bytes of these files. Skeletons with the same `SharedReads` are filled in one pass.
 
     Raises:
         NoSkeletonError: it could differ from what `from_pretrained` gives.
@@ -90,8 +91,9 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
         raise NoSkeletonError(f"{model_class.class_name} has a from_pretrained of its own")
     if source.quantization is not Quantization.NONE:
         raise NoSkeletonError(f"it is quantized while it is loaded ({source.quantization})")
+    shared = feed if isinstance(feed, SharedReads) else SharedReads(feed)
     try:
-        return _made(transformers_class, source, model_class, stored, feed)
+        return _made(transformers_class, source, model_class, stored, shared)
     except (NoSkeletonError, Undecidable, SourceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries have their own exceptions
@@ -99,10 +101,10 @@ def skeleton_of(source: Source, model_class: ModelClass, stored: Sequence[Stored
 
 
 def _made(
-    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: Feed
+    transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor], feed: SharedReads
 ) -> Base:
     # 1.
-    found = _mapped(transformers_class, source, model_class, stored)
+    found = mapped_headers(transformers_class, source, model_class, stored)
     loading = Loading(missing=found.missing, unexpected=found.unexpected, mismatched=found.mismatched)
     refuse_mismatches(loading, source.label, model_class)
     refuse_foreign_weights(found.model, loading.newly_initialized, source.label)
@@ -120,19 +122,25 @@ def _made(
     return measure_base(model, source, loading, known={}, hollow=hollow, feed=feed)
 
 
-FiguresBySpan = Mapping[tuple[FileSpan, ...], TensorStats]
+FiguresBySpan = dict[tuple[tuple[FileSpan, ...], str], TensorStats]
+"""The figures of tensors by what each is read from, and by its dtype."""
 
 
 def figures_by_span(base: Base) -> FiguresBySpan:
-    """The figures that this run measured of a skeleton's tensors, by what each is read from, for another class."""
-    return {spans: base.stats[name] for name, spans in _alone(base) if name in base.stats.keys() - base.recorded}
+    """The figures that this run measured of a skeleton's tensors, for another skeleton of the same files."""
+    return {
+        (spans, dtype_name(base.tensors[name].dtype)): base.stats[name]
+        for name, spans in _alone(base)
+        if name in base.stats.keys() - base.recorded
+    }
 
 
 def reuse_figures(base: Base, known: FiguresBySpan) -> None:
     """Use figures of another skeleton of the same files, so that only tensors with merges are read again."""
     for name, spans in _alone(base):
-        stats, tensor = known.get(spans), base.tensors[name]
-        if stats is not None and (stats.dtype, stats.shape) == (dtype_name(tensor.dtype), tuple(tensor.shape)):
+        tensor = base.tensors[name]
+        stats = known.get((spans, dtype_name(tensor.dtype)))
+        if stats is not None and stats.shape == tuple(tensor.shape):
             base.stats[name] = replace(stats, name=name)
     base.settle()
 
@@ -149,9 +157,14 @@ def _alone(base: Base) -> Iterator[tuple[str, tuple[FileSpan, ...]]]:
 # --- 1. ------------------------------------------------------------------------------------------------------------
 
 
-def _mapped(
+def mapped_headers(
     transformers_class: Any, source: Source, model_class: ModelClass, stored: Sequence[StoredTensor]
 ) -> TensorMap:
+    """The tensor map of a base in the wanted dtype.
+
+    Raises:
+        NoSkeletonError: it is stored quantized, has an adapter in its directory, or its headers give no map.
+    """
     if Path(source.directory, CONFIG_NAME).exists():
         raise NoSkeletonError("an adapter is in its directory, which transformers loads too")
     config = transformers_class.config_class.from_pretrained(source.directory, local_files_only=True)

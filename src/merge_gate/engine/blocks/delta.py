@@ -77,6 +77,11 @@ class LowRankUpdate:
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return replace(self, lora_a=self.lora_a.to(device), lora_b=self.lora_b.to(device), magnitude=magnitude)
 
+    def aligned(self) -> LowRankUpdate:
+        """The same update, with copies of tensors that torch's allocator has not made."""
+        magnitude = None if self.magnitude is None else _aligned(self.magnitude)
+        return replace(self, lora_a=_aligned(self.lora_a), lora_b=_aligned(self.lora_b), magnitude=magnitude)
+
     def sampled(self, step: int) -> LowRankUpdate:
         """The update of every `step`-th row of the stored weight."""
         a, b = (self.lora_a[:, ::step], self.lora_b) if self.transposed else (self.lora_a, self.lora_b[::step])

@@ -8,7 +8,8 @@ cross-checked by PEFT. A base that does not fit in memory is read from its files
 3. Of each kind of layer of each adapter, PEFT merges one too, and must give the same bits: the cross-check. The layers
    of different adapters are spread over the model, so that their weights are still in memory.
 4. A base that is filled from a feed (skeleton.py) is not measured yet. The pass goes over all of its tensors, and does
-   everything that needs a tensor while the tensor has values: its figures, its merges, and its cross-checks.
+   everything that needs a tensor while the tensor has values: its figures, its merges, and its cross-checks. Skeletons
+   over one feed (dtypes and classes of one base) are filled together, so that each stored tensor is read once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.plan import BlockLayer, merge_in_blocks
+from merge_gate.engine.merge.stops import Stop, stops_of
 from merge_gate.engine.merge.walk import Walk, peft_threads
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.measured import TensorMerge
@@ -42,8 +44,12 @@ def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
     Afterwards all of the `bases`, and those of the walks, are measured.
     """
     fed = {id(base): base for base in (*bases, *(walk.base for walk in walks)) if base.feed is not None}
+    by_feed: dict[int, list[Base]] = {}
     for base in fed.values():
-        _pass_over(base, [walk for walk in walks if walk.base is base])  # 4.
+        by_feed.setdefault(id(base.feed), []).append(base)
+    for together in by_feed.values():
+        ids = {id(base) for base in together}
+        _pass_over(together, [walk for walk in walks if id(walk.base) in ids])  # 4.
     _merge_mapped([walk for walk in walks if id(walk.base) not in fed])
 
 
@@ -92,23 +98,22 @@ def _on_card(items: list[Item], _: _CrossChecks) -> Iterator[Merged]:
 # --- 4. ------------------------------------------------------------------------------------------------------------
 
 
-def _pass_over(base: Base, walks: Sequence[Walk]) -> None:
+def _pass_over(bases: Sequence[Base], walks: Sequence[Walk]) -> None:
     """Each core fills whole cells; a card takes one weight at a time."""
-    assert base.hollow is not None  # noqa: S101 - a base with a feed is a skeleton
-    assert base.feed is not None  # noqa: S101 - as above
+    feed = bases[0].feed
+    assert feed is not None  # noqa: S101 - these bases are skeletons
     drawn = torch.get_rng_state()
-    on_cpu = base.device.type == "cpu"
+    on_cpu = bases[0].device.type == "cpu"
     with peft_threads(1) as peft:
-        visits = _Visits(base, walks, peft if on_cpu else None)
-        cells = base.hollow.cells(visits.names)
-        in_memory = visits.names - {name for cell in cells for name in cell.outlines}
-        spans = [span for cell in cells if not base.hollow.is_filled(cell) for span in cell.spans]
-        base.feed.expect(spans, whole=base.facts.record is None)
-        order = [*(list(cell.outlines) for cell in cells), *([name] for name in sorted(in_memory))]
-        for results in spread(visits.visit, order) if on_cpu else map(visits.visit, order):
+        visits = _Visits(bases, walks, peft if on_cpu else None)
+        stops = visits.stops()
+        spans = [span for stop in stops for span in stop.spans]
+        feed.expect(spans, whole=any(base.facts.record is None for base in bases))
+        for results in spread(visits.visit, stops) if on_cpu else map(visits.visit, stops):
             for report in results:
                 report()
-    base.settle()
+    for base in bases:
+        base.settle()
     visits.checks.finish()
     if not torch.equal(drawn, torch.get_rng_state()):  # random merges have to run in the order of each walk
         torch.set_rng_state(drawn)
@@ -122,36 +127,48 @@ class _Visits:
     PEFT merges on a thread of its own (`peft`), one layer at a time. Without it, the walk does that later.
     """
 
-    def __init__(self, base: Base, walks: Sequence[Walk], peft: ThreadPoolExecutor | None) -> None:
+    def __init__(self, bases: Sequence[Base], walks: Sequence[Walk], peft: ThreadPoolExecutor | None) -> None:
         self.checks = _CrossChecks(walks, spread_kinds=True)
-        self._base, self._peft = base, peft
-        self._blocks: dict[str, list[Item]] = {}
-        self._apart: dict[str, list[tuple[Walk, str, Any]]] = {}
+        self._bases, self._peft = bases, peft
+        self._blocks: dict[tuple[int, str], list[Item]] = {}
+        self._apart: dict[tuple[int, str], list[tuple[Walk, str, Any]]] = {}
         for walk in walks:
             for block in walk.planned:
-                self._blocks.setdefault(block.slot.name, []).append((walk, block))
+                self._blocks.setdefault((id(walk.base), block.slot.name), []).append((walk, block))
             for name, layers in walk.apart().items() if peft is not None else ():
-                self._apart.setdefault(name, []).extend((walk, path, layer) for path, layer in layers)
+                of_name = self._apart.setdefault((id(walk.base), name), [])
+                of_name.extend((walk, path, layer) for path, layer in layers)
         self._is_over = threading.Event()
-        self.names = {*base.unmeasured(), *self._blocks, *self._apart}
 
-    def visit(self, names: Sequence[str]) -> list[Callable[[], None]]:
+    def stops(self) -> list[Stop]:
+        """Where the pass goes, in the order of the files."""
+        merged = {*self._blocks, *self._apart}
+        touched = [(base, {name for key, name in merged if key == id(base)}) for base in self._bases]
+        return stops_of(touched)
+
+    def visit(self, stop: Stop) -> list[Callable[[], None]]:
         """Fill these tensors, and do all that. The results are to be reported from the thread that began the pass."""
         if self._is_over.is_set():
             return []
         try:
-            with self._base.filled(names):
-                return [report for name in names for report in self._visit(name)]
+            with stop.shared():
+                done = [report for part in stop.parts for report in self._visit_part(part.base, part.names)]
         except BaseException:
             self._is_over.set()  # the cells that were begun ahead are of no use
             raise
+        stop.reuse_figures()
+        return done
 
-    def _visit(self, name: str) -> Iterator[Callable[[], None]]:
-        items = self._blocks.get(name, ())
-        self._base.confirm(name)
-        is_finite = self._base.figures(name).finite
-        weight = self._base.tensors[name].detach().to(self._base.device) if items else None
-        left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get(name, ())}
+    def _visit_part(self, base: Base, names: Sequence[str]) -> list[Callable[[], None]]:
+        with base.filled(names):
+            return [report for name in names for report in self._visit(base, name)]
+
+    def _visit(self, base: Base, name: str) -> Iterator[Callable[[], None]]:
+        items = self._blocks.get((id(base), name), ())
+        base.confirm(name)
+        is_finite = base.figures(name).finite
+        weight = base.tensors[name].detach().to(base.device) if items else None
+        left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get((id(base), name), ())}
         for walk, block in items:
             merged = _merged(walk, block, weight)[2] if is_finite and weight is not None else None
             if merged is not None:

@@ -115,6 +115,7 @@ def agrees(base: Base, one: BlockLayer, measured: TensorMerge) -> bool:
     theirs = one.slot.tensor
     if theirs is None:
         return False
+    one = replace(one, update=one.update.aligned())
     merge = _merge(base, one, base.stored(one.slot.data).to(base.device))
     quantized = is_quantized(theirs)
     values = dequantized(one.slot.module, theirs) if quantized else theirs.data
@@ -150,6 +151,7 @@ def merge_in_blocks(
     `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's. With
     a `sink`, every element is merged as PEFT merges it, and the extremes are those of the values that the sink gets.
     """
+    one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
     sample = _sample(merge, norm) if measure_options.estimates else None

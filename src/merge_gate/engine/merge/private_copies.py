@@ -6,7 +6,7 @@ block. A tensor that another layer still has to merge into keeps the result of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
+from merge_gate.engine.adapter.mapped_factors import in_memory
 from merge_gate.engine.base.loaded_base import Base, wrap
 from merge_gate.engine.tensors.quantized import is_quantized
 
@@ -99,6 +100,7 @@ class PrivateCopies:
         base: the base that they belong to. The copies are on its device.
         dtype: the dtype of the copies. None keeps each tensor's own.
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
+        mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
     """
 
     def __init__(
@@ -109,15 +111,18 @@ class PrivateCopies:
         *,
         dtype: torch.dtype | None = None,
         keep_marks: bool = False,
+        mapped: Collection[int] = (),
     ) -> None:
         self._layer, self._slots, self._device, self._dtype = layer, slots, base.device, dtype
         self._keep_marks = keep_marks
         self._found = [(slot.tensor, slot.parameter.data) for slot in slots]
         self._filled = base.filled(slot.name for slot in slots)
+        self._factors = in_memory(layer, mapped)
         self._merged = {id(inner): list(inner.merged_adapters) for inner in self._tuners()}
 
     def __enter__(self) -> Self:
         self._filled.__enter__()
+        self._factors.__enter__()
         self.renew()
         return self
 
@@ -125,6 +130,7 @@ class PrivateCopies:
         """Put back what hung there before."""
         for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
             slot.put(tensor, data)
+        self._factors.__exit__(None, None, None)
         self._filled.__exit__(None, None, None)
         if not self._keep_marks:
             for inner in self._tuners():

@@ -37,20 +37,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.merge import tensor_result
 from merge_gate.engine.merge.ledger import Ledger
 from merge_gate.engine.merge.plan import BlockLayer, agrees, plan_blocks
-from merge_gate.engine.merge.private_copies import PrivateCopies, Slot, Turns, slots_of
+from merge_gate.engine.merge.private_copies import Names, PrivateCopies, Slot, Turns, slots_of
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.merge.sink import Outline, TensorSink
 from merge_gate.engine.merge.twin import Deltas, Twins, exact_quantized, sums
 from merge_gate.engine.tensors.measure import dtype_max, measure
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import threads
-from merge_gate.errors import Refused, Undecidable
+from merge_gate.errors import EngineError, Refused, Undecidable
 from merge_gate.records.measured import MeasureOptions, TensorMerge
 from merge_gate.records.refusals import NotMeasured, Step
 from merge_gate.tensor_names import ADAPTER_PREFIX
@@ -148,6 +148,24 @@ class Walk:
                     outlines[name] = tensor.shape, known.dtype
         return outlines
 
+    def refuse_too_large(self, free_bytes: int) -> None:
+        """Refuse to begin if PEFT's own merge of a layer does not fit in memory: each kind of layer needs one.
+
+        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice.
+
+        Raises:
+            EngineError: it does not fit.
+        """
+        most, path = max(
+            ((_peft_bytes(layer, self.loaded.slots), path) for path, layer in self._layers), default=(0, "")
+        )
+        if most > free_bytes:
+            raise EngineError(
+                f"PEFT's merge of {path} takes at least {most / 2**30:.1f} GiB of memory, and only "
+                f"{free_bytes / 2**30:.1f} GiB are free: the base was not read",
+                hint="run the gate with more memory, or raise the memory limit of its container or job",
+            )
+
     def add(self, block: BlockLayer, merge: TensorMerge) -> None:
         """A planned layer was merged in blocks and measured. Layers without this call are left to PEFT's own merge."""
         self.blocks[id(block.layer)] = block, merge
@@ -156,7 +174,7 @@ class Walk:
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
         slots = slots_of(block.layer, self.loaded.slots)
-        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base):
+        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base, mapped=self.loaded.mapped):
             try:
                 block.layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
@@ -236,7 +254,7 @@ class Walk:
             self._turns.begin(slot)
         before = layer.get_base_layer()
         made = Made(safe=True)
-        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks)  # 1.
+        private = PrivateCopies(layer, slots, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
         with private as copies, Deltas(layer) as deltas, sums(slots) as packed:
             for slot in slots:
                 self.base.confirm(slot.name)
@@ -410,6 +428,15 @@ class Walk:
             raise
         except Exception:
             return {}  # the loss by rounding is then not reported; it is only a warning
+
+
+def _peft_bytes(layer: Any, names: Names) -> int:
+    slots = slots_of(layer, names)
+    if any(is_quantized(slot.parameter) for slot in slots):
+        return 0  # it is in memory, and its merge takes a few times as much
+    factors, largest = factors_of(layer), max((slot.data.numel() for slot in slots), default=0)
+    stored = max((slot.data.nbytes for slot in slots), default=0)
+    return 3 * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
 
 
 def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:

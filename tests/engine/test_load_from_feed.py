@@ -1,0 +1,183 @@
+"""A base that is loaded into memory from a feed is the base that transformers loads from its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from merge_gate.engine.base import load_from_feed as loading
+from merge_gate.engine.base.load_from_feed import load_from_feed
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
+from merge_gate.engine.base.skeleton import NoSkeletonError
+from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.tensor_map import stored_tensors
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.engine.tensors.quantized import is_quantized, scales
+from merge_gate.errors import EngineError, Undecidable
+from merge_gate.files.preflight import preflight
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey, Quantization
+from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.worker.child import judge_job
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.protocol import BaseLoaded, Group, Job, Merged, Task, Undecided
+from tests.support import methods
+from tests.support.engine.fed_bases import CountingFeed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+LLAMA = ModelClass(class_name="LlamaForCausalLM")
+QUANTIZED = (Quantization.BNB_4BIT, Quantization.BNB_8BIT)
+
+
+def from_feed(
+    directory: Path, feed: LocalFeed, quantization: Quantization, *, dtype: str = "bfloat16", free: int | None = None
+) -> Base:
+    source = source_for(directory, quantization, dtype)
+    with methods.quiet():
+        return load_from_feed(source, LLAMA, stored_tensors(str(directory)), feed, free_bytes=free)
+
+
+def source_for(directory: Path, quantization: Quantization, dtype: str) -> Source:
+    return source_of(
+        str(directory),
+        label="base",
+        revision=None,
+        dtype=dtype,
+        quantization=quantization,
+        device="cpu",
+        trust_remote_code=False,
+        allow_pickle=False,
+    )
+
+
+def differing(ours: Base, theirs: Base) -> list[str]:
+    """The tensors whose bits or scales are others."""
+    assert list(ours.tensors) == list(theirs.tensors)
+    return [name for name in ours.tensors if not all(map(same_bits, bits(ours, name), bits(theirs, name)))]
+
+
+def bits(base: Base, name: str) -> list[torch.Tensor]:
+    tensor = base.tensors[name]
+    module = base.model.get_submodule(name.rpartition(".")[0])
+    return [tensor.data, *(scale for _, scale in (scales(module, tensor) if is_quantized(tensor) else ()))]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_a_base_is_quantized_as_it_passes(quantization: Quantization, dtype: str, shelf: Shelf) -> None:
+    directory = shelf.base("llama")
+    feed = CountingFeed(str(directory))
+    ours = from_feed(directory, feed, quantization, dtype=dtype)
+    theirs = load_base(str(directory), model_class=LLAMA, label="base", dtype=dtype, quantization=quantization)
+    assert sum(map(is_quantized, ours.tensors.values())) >= 14
+    assert differing(ours, theirs) == []
+    assert (ours.stats, ours.facts) == (theirs.stats, theirs.facts)
+    stored = {one.name: one for one in stored_tensors(str(directory))}
+    spans = sorted((one.span for one in stored_bytes(str(directory), stored).values()), key=lambda one: one.start)
+    assert feed.reads == spans, "each stored tensor is read once, in the order of the file"
+    assert feed.expected == [spans]
+
+
+def test_experts_are_converted_in_the_order_of_transformers(tmp_path: Path) -> None:
+    methods.save_base("mixtral", tmp_path)
+    mixtral = ModelClass(class_name="MixtralForCausalLM")
+    source = source_for(tmp_path, Quantization.BNB_4BIT, "float16")
+    feed = CountingFeed(str(tmp_path))
+    with methods.quiet():
+        ours = load_from_feed(source, mixtral, stored_tensors(str(tmp_path)), feed, free_bytes=None)
+        theirs = load_base(
+            str(tmp_path), model_class=mixtral, label="base", dtype="float16", quantization=Quantization.BNB_4BIT
+        )
+    assert differing(ours, theirs) == []
+    assert feed.reads == feed.expected[0]
+
+
+def test_a_class_without_a_skeleton_is_loaded_whole(shelf: Shelf) -> None:
+    directory = shelf.base("llama")
+    ours = from_feed(directory, LocalFeed(str(directory)), Quantization.NONE, dtype="float32")
+    theirs = load_base(str(directory), model_class=LLAMA, label="base", dtype="float32")
+    assert differing(ours, theirs) == []
+    assert (ours.stats, ours.facts) == (theirs.stats, theirs.facts)
+
+
+@pytest.mark.parametrize(("quantization", "share"), [(Quantization.NONE, 0.9), (Quantization.BNB_4BIT, 0.5)])
+def test_a_base_that_does_not_fit_is_refused_before_a_byte_is_read(
+    quantization: Quantization, share: float, shelf: Shelf
+) -> None:
+    directory = shelf.base("llama")
+    feed = CountingFeed(str(directory))
+    size_bytes = sum(one.nbytes for one in from_feed(directory, feed, quantization).tensors.values())
+    feed.reads.clear()
+    with pytest.raises(EngineError, match="LlamaForCausalLM"):
+        from_feed(directory, feed, quantization, free=int(size_bytes * share))
+    assert feed.reads == []
+    from_feed(directory, feed, quantization, free=int(size_bytes * 1.5))
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.BNB_4BIT])
+def test_bytes_that_cannot_be_had_are_an_error_and_end_the_load(quantization: Quantization, shelf: Shelf) -> None:
+    class Ends(LocalFeed):
+        reads = 0
+
+        def read(self, file: str, start: int, into: memoryview) -> None:
+            self.reads += 1
+            if self.reads > 6:
+                raise SourceError("gone")
+            super().read(file, start, into)
+
+    directory = shelf.base("llama")
+    feed = Ends(str(directory))
+    with pytest.raises(SourceError, match="gone"):
+        from_feed(directory, feed, quantization)
+    assert feed.reads <= 6 + 4, "four threads of transformers may be at it"
+
+
+def test_a_load_that_lacks_other_tensors_does_not_count(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = loading.load_with_info
+
+    def lacks(*given: Any, **named: Any) -> Any:
+        model, info = own(*given, **named)
+        return model, replace(info, missing=info.missing | {"lm_head.weight"})
+
+    monkeypatch.setattr(loading, "load_with_info", lacks)
+    with pytest.raises(NoSkeletonError, match="lm_head"):
+        from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
+
+
+def test_a_load_that_fails_is_of_the_base(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(loading, "load_with_info", fails)
+    with pytest.raises(Undecidable):
+        from_feed(shelf.base("llama"), LocalFeed(str(shelf.base("llama"))), Quantization.NONE)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_a_worker_quantizes_a_fed_base(
+    quantization: Quantization, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    key = BaseKey(model="base", revision=None, dtype="float16", quantization=quantization)
+    files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
+    tasks = tuple(Task(index=index, files=(files,)) for index in range(2))
+    evidence = {}
+    for fed in (True, False):
+        group = Group(base=key, directory=str(shelf.base("llama")), tasks=tasks, one_pass=fed, fed=fed)
+        events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))
+        assert [one.measured for one in events if isinstance(one, BaseLoaded)] == [True]
+        assert [one for one in events if isinstance(one, Undecided)] == []
+        evidence[fed] = [one.evidence for one in events if isinstance(one, Merged)]
+        assert [bool(one.base.no_skeleton) for one in evidence[fed]] == [fed, fed]
+    same = [
+        [replace(one, seconds=0.0, cross_checked=(), base=replace(one.base, no_skeleton="")) for one in of_base]
+        for of_base in evidence.values()
+    ]
+    assert repr(same[0]) == repr(same[1])
