@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import jsonschema
 import pytest
+import torch
 
 from merge_gate import __main__, demo
 from merge_gate.action.docker import launcher
@@ -197,6 +198,12 @@ def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFix
 
 CONTRADICTIONS = {
     "a base for a file": (("gate.yml", "--base", "./base"), ("--base",)),
+    "a severity for a file": (("gate.yml", "--set", "no-effect=off"), ("--set",)),
+    "pickles for a file": (("gate.yml", "--allow-pickle"), ("--allow-pickle",)),
+    "no severity": (("one", "--set", "no-effect"), ("no-effect",)),
+    "a limit that is no number": (("one", "--set", "headroom=error:much"), ("headroom=error:much",)),
+    "two severities of one check": (("one", "--set", "no-effect=off", "--set", "no-effect=on"), ("no-effect",)),
+    "nothing expected": (("one", "--expect", "r="), ("'r='",)),
     "a file for a container": (("one", "--container"), ("--container",)),
     "to resume in a container": (("gate.yml", "--container", "--resume"), ("--resume",)),
     "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), ("--ray",)),
@@ -337,6 +344,38 @@ def test_a_cluster_is_asked_where_there_is_something_to_merge(
         cut(place)
     assert main(["run", "gate.yml", "--ray", "auto"]) == (3 if sound else 1)
     assert asked == (["auto"] if sound else [])
+
+
+# --- check: options for adapters named on the command line ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "checks"),
+    [
+        ((), 0, []),
+        (("--expect", "r=4", "--expect", "peft_type=lora", "--expect", "lora_alpha=8"), 0, []),
+        (("--expect", "r=16"), 1, ["expectation-failed"]),
+        (("--expect", "sha256:adapter_model.safetensors=" + "0" * 64), 1, ["expectation-failed"]),
+        (("--expect", "r=16", "--set", "expectation-failed=warning"), 0, ["expectation-failed"]),
+        (("--base", "elsewhere", "--set", "base-mismatch=error"), 1, ["base-mismatch"]),
+    ],
+)
+def test_options_judge_adapters_as_a_config_does(
+    words: tuple[str, ...], code: int, checks: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay_base(place)
+    shutil.copytree(place / "base", place / "elsewhere")
+    assert main(["check", "one", "--report", "json=-", *words]) == code
+    (one,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert [finding["check"] for finding in one["findings"]] == checks
+
+
+def test_pickled_weights_are_read_on_request(place: Path) -> None:
+    lay_base(place)
+    (place / "one" / "adapter_model.safetensors").unlink()
+    torch.save({name: torch.ones(shape) for name, shape in SHAPES.items()}, place / "one" / "adapter_model.bin")
+    assert main(["check", "one"]) == 1
+    assert main(["check", "one", "--allow-pickle"]) == 0
 
 
 # --- run and check: --report -------------------------------------------------------------------------------------

@@ -108,7 +108,15 @@ def test_the_report_survives_and_the_verdict_is_always_given() -> None:
 def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     run = parser().parse_args(["run", "x"])
     known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--command", "--names"}
-    of_named_adapters = {"--base", "--dtype", "--quantization"}
+    of_named_adapters = {
+        "--base",
+        "--dtype",
+        "--quantization",
+        "--revision",
+        "--set",
+        "--expect",
+        "--allow-pickle",
+    }
     assert known - set(action.RESERVED_OPTIONS) - of_named_adapters == {
         "--only",
         "--quick",

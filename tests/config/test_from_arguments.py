@@ -77,6 +77,25 @@ def test_names_give_the_config_that_a_file_gives(here: Path) -> None:
     assert (direct.path, direct.label, direct.directory) == (None, COMMAND_LINE, str(Path.cwd()))
 
 
+def test_checks_and_expectations_are_those_of_a_file(here: Path) -> None:
+    (here / "gate.yml").write_text(
+        "version: 1\nallow-pickle: true\nchecks: {no-effect: warning, headroom: {severity: error, limit: 0.9}}\n"
+        "adapters: [{path: acme/lora, revision: v3, expect: {r: 16, sha256: {adapter_model.safetensors: "
+        + "a" * 64
+        + "}}}]\n"
+    )
+    direct = config_of(
+        ["acme/lora"],
+        revision="v3",
+        checks={"no-effect": "warning", "headroom": {"severity": "error", "limit": 0.9}},
+        expect={"r": 16, "sha256": {"adapter_model.safetensors": "a" * 64}},
+        allow_pickle=True,
+    )
+    assert placeless(direct) == placeless(load_config("gate.yml"))
+    assert direct.allow_pickle
+    assert config_of(["support"]).sha256 != config_of(["support"], allow_pickle=True).sha256
+
+
 def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
     (adapter,) = config_of(["support"]).adapters
     assert adapter.base.model is None
@@ -90,6 +109,9 @@ def test_without_a_base_the_adapters_name_theirs(here: Path) -> None:
         (["support"], {"dtypes": ["fp16"]}, "float16"),
         (["support"], {"quantization": "int3"}, "bnb-8bit"),
         (["support"], {"base": "./nothing"}, "./nothing"),
+        (["support"], {"revision": "v3"}, "revision"),
+        (["support"], {"checks": {"no-efect": "off"}}, "no-effect"),
+        (["support"], {"expect": {"r": "many"}}, "many"),
     ],
 )
 @pytest.mark.usefixtures("here")

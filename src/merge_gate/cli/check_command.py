@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 
 from merge_gate.cli.arguments import CommandParser, Commands, add_names, add_reports, exit_codes
-from merge_gate.cli.gating import requested_config
+from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import deliver
 from merge_gate.run.streams import tell
 
@@ -30,6 +30,7 @@ def add(commands: Commands[CommandParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_names(check)
+    add_named_options(check, merges=False)
     add_reports(check)
     check.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"

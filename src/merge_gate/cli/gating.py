@@ -1,14 +1,11 @@
-"""What the commands that gate adapters share: the configuration that they ask for, and the run with its view."""
+"""The run of a command that gates adapters, with its view."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, TextIO
-
-from merge_gate.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,23 +14,6 @@ if TYPE_CHECKING:
     from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report
     from merge_gate.worker.supervisor import WorkerSlot
-
-
-def requested_config(arguments: argparse.Namespace) -> Config:
-    """The configuration in the file, or that of the adapters named on the command line."""
-    from merge_gate.config.from_arguments import config_of, names_a_file
-    from merge_gate.config.load_config import load_config
-
-    options = {name: getattr(arguments, name, None) for name in ("base", "dtype", "quantization")}
-    if names_a_file(arguments.names):
-        given = [f"--{name}" for name, value in options.items() if value]
-        if given:
-            raise UsageError(f"{given[0]} is for adapters that are named here", hint="write it into the config instead")
-        return load_config(arguments.names[0])
-    if getattr(arguments, "container", False):
-        raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
-    dtypes = [word.strip() for word in (options["dtype"] or "").split(",") if word.strip()]
-    return config_of(arguments.names, base=options["base"], dtypes=dtypes, quantization=options["quantization"])
 
 
 def gate_adapters(

@@ -8,13 +8,13 @@ import re
 import sys
 from pathlib import Path
 
-from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports, given
-from merge_gate.cli.gating import gate_adapters, requested_config
+from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports
+from merge_gate.cli.gating import gate_adapters
+from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
-from merge_gate.records.terms import Access, Quantization, Read
-from merge_gate.text import one_of
+from merge_gate.records.terms import Access, Read
 
 
 def add(commands: Commands[CommandParser]) -> None:
@@ -27,14 +27,7 @@ def add(commands: Commands[CommandParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_names(run)
-    named = run.add_argument_group("for adapters that are named here; a config has its own")
-    named.add_argument(
-        "--base", type=given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
-    )
-    named.add_argument(
-        "--dtype", type=given, metavar="LIST", help="auto, float32, bfloat16, float16, or several: bfloat16,float16"
-    )
-    named.add_argument("--quantization", type=given, metavar="Q", help=one_of(Quantization))
+    add_named_options(run)
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
     add_output(run)
     add_reports(run)

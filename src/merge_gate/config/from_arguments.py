@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from merge_gate.errors import ConfigError, UsageError
@@ -80,7 +81,15 @@ def distinguishing_names(directories: Sequence[str]) -> dict[str, str]:
 
 
 def config_of(
-    names: Sequence[str], *, base: str | None = None, dtypes: Sequence[str] = (), quantization: str | None = None
+    names: Sequence[str],
+    *,
+    base: str | None = None,
+    dtypes: Sequence[str] = (),
+    quantization: str | None = None,
+    revision: str | None = None,
+    checks: Mapping[str, object] = MappingProxyType({}),
+    expect: Mapping[str, object] = MappingProxyType({}),
+    allow_pickle: bool = False,
 ) -> Config:
     """Build the configuration that lists these adapters. Relative names start in the current directory.
 
@@ -89,6 +98,10 @@ def config_of(
         base: a directory or a Hub id. If None, each adapter's adapter_config.json names its base.
         dtypes: `auto` or names of dtypes. Each is checked.
         quantization: a word of `Quantization`.
+        revision: a commit, tag or branch of the adapters, if they are on the Hub.
+        checks: severities, or mappings with severity and limit, by the ids of checks, as a file has them.
+        expect: facts that every adapter must match, as a file has them.
+        allow_pickle: load pickled weights, with weights_only.
 
     Raises:
         UsageError: with every problem.
@@ -100,14 +113,20 @@ def config_of(
     for place in places:
         _refuse_parent_directory(place)
     own_names = distinguishing_names([place for place in places if os.path.isdir(place)])  # noqa: PTH112 (as above)
+    facts: dict[str, Any] = {"revision": revision} if revision else {}
+    facts |= {"expect": dict(expect)} if expect else {}
     entries = [
-        {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {})
+        {"path": _as_utf8(place)} | ({"name": _as_utf8(own_names[place])} if place in own_names else {}) | facts
         for place in places
     ]
     options = {"model": base, "dtype": list(dtypes), "quantization": quantization}
     file: dict[str, Any] = {"version": 1, "adapters": entries}
     if any(options.values()):
         file["base"] = {key: value for key, value in options.items() if value}
+    if checks:
+        file["checks"] = dict(checks)
+    if allow_pickle:
+        file["allow-pickle"] = True
     text = yaml_text(file, indent=1)
     try:
         document, digest = read_yaml(text, COMMAND_LINE), hashlib.sha256(text.encode()).hexdigest()
