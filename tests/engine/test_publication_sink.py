@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from merge_gate.records.terms import Quantization
+from merge_gate.files.preflight import preflight
+from merge_gate.records.report import Sandbox
+from merge_gate.records.terms import BaseKey, Quantization
+from merge_gate.sources.feed import LocalFeed
+from merge_gate.worker.child import judge_job
+from merge_gate.worker.confine import sandbox
+from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import bases, methods
 from tests.support.engine.plain_merge import peft_merge
-from tests.support.engine.published import configured, in_dtype, sent_by, write_model
+from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
+from tests.support.faults import configure
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from merge_gate.records.refusals import NotJudged
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 VARIANTS_PUBLISHED = (
@@ -180,3 +191,72 @@ def test_a_quantized_base_is_not_quantized_again(shelf: Shelf) -> None:
     assert sent.refusal is not None
     assert "bnb-8bit" in sent.refusal.message
     assert sent.planned == ()
+
+
+# --- in the worker ---------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """Both sides of the connection: what each task sends, and the order of ends and events."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[int, Sent] = {}
+        self.order: list[tuple[str, int]] = []
+
+    def outlet(self, task: int) -> Sent:
+        return self.tasks.setdefault(task, Sent())
+
+    def finish(self, task: int, tensors: Any, refusal: NotJudged | None) -> None:
+        sent = self.outlet(task)
+        sent.tensors, sent.refusal = tuple(tensors), refusal
+        self.order.append(("sent", task))
+
+
+@pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_worker_sends_each_model_before_its_evidence(
+    one_pass: bool, publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    directory = shelf.base("llama")
+    refused = shutil.copytree(shelf.adapter("plain"), tmp_path / "refused")
+    configure(target_modules=["absent"])(refused)
+    adapters = [shelf.adapter("every-projection"), shelf.adapter("modules-to-save"), refused, shelf.adapter("plain")]
+    tasks = tuple(
+        Task(index=index, files=(preflight(str(one), allow_pickle=False),), publishes=None if index == 3 else publish)
+        for index, one in enumerate(adapters)
+    )
+    dtype = "auto" if publish == "preserve" else publish
+    key = BaseKey(model="base", revision=None, dtype=dtype, quantization="none")
+    group = Group(base=key, directory=str(directory), tasks=tasks, one_pass=one_pass)
+    connection: Any = Connection()
+    reads = counted_reads(monkeypatch)
+    for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=connection):
+        if isinstance(event, Merged):
+            connection.order.append(("merged", event.task))
+    read_bytes = sum(reads)
+    for task in (0, 1, 2):
+        assert connection.order.index(("sent", task)) < connection.order.index(("merged", task))
+    assert ("sent", 3) not in connection.order
+    assert connection.tasks[2].refusal is not None
+    for task in (0, 1):
+        alone = sent_by(directory, adapters[task], publish=publish, dtype=dtype)
+        assert connection.tasks[task].refusal is None
+        assert different(connection.tasks[task].values(), alone.values()) == []
+    if one_pass:
+        reads.clear()
+        plain = replace(group, tasks=tuple(replace(task, publishes=None) for task in tasks))
+        assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
+        assert read_bytes <= sum(reads)
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    reads: list[int] = []
+    own = LocalFeed.read
+
+    def read(self: LocalFeed, file: str, start: int, into: memoryview) -> None:
+        reads.append(into.nbytes)
+        own(self, file, start, into)
+
+    monkeypatch.setattr(LocalFeed, "read", read)
+    return reads

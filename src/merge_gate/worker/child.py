@@ -59,9 +59,13 @@ if TYPE_CHECKING:
     from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
+    from merge_gate.engine.merge.publication_sinks import PublicationSinks
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
+
+SinksByTask = dict[int, "PublicationSinks"]
+"""What takes the merged tensors of tasks that are published."""
 
 ADAPTERS_SHARE = 3
 """Adapters that are merged together may take a third of the free memory."""
@@ -131,7 +135,6 @@ def judge_job(
 
     `feed` gets the bytes of bases that the parent reads. Merged models that are published go out by `connection`.
     """
-    del connection  # no task is published yet
     try:
         chosen = _choose_device(job.device)
     except (EngineError, ImportError, OSError) as error:  # torch itself may fail to import
@@ -145,7 +148,7 @@ def judge_job(
     for positions in rounds(job.groups):
         group = job.groups[positions[0]]
         mapped = mapped if mapped is not None and mapped.serves(group) else MappedBases(group)
-        yield from _judge_groups(positions, job, progress, mapped, feed=feed)
+        yield from _judge_groups(positions, job, progress, mapped, feed=feed, connection=connection)
 
 
 def _choose_device(wanted: str) -> DeviceChosen:
@@ -170,7 +173,13 @@ def _choose_device(wanted: str) -> DeviceChosen:
 
 
 def _judge_groups(
-    positions: list[int], job: Job, progress: Listener, mapped: MappedBases, *, feed: FeedClient | None = None
+    positions: list[int],
+    job: Job,
+    progress: Listener,
+    mapped: MappedBases,
+    *,
+    feed: FeedClient | None,
+    connection: PublishClient | None,
 ) -> Iterator[Event]:
     """Judge the groups at these positions, which have one base, in several dtypes."""
     first = job.groups[positions[0]]
@@ -178,7 +187,7 @@ def _judge_groups(
     try:
         with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=False) as local:
             source = feed.open(positions[0]) if first.fed and feed is not None else local
-            bases = GroupBases(job=job, mapped=mapped, feed=source)
+            bases = GroupBases(job=job, mapped=mapped, feed=source, connection=connection)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             yield from _judge_pinned(groups, job, progress, bases)
     except (OSError, SourceError) as error:
@@ -292,9 +301,10 @@ def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listene
     base_of = {task.index: one for one in loaded for task, _ in one.tasks}
     tasks = [classed for one in loaded for classed in one.tasks]
     skeletons = [one.found.base for one in loaded if one.found.is_skeleton]
+    sinks = {task.index: found for one in loaded if (found := bases.sinks(one.found)) for task, _ in one.tasks}
     for batch in _batches(tasks, one_pass=loaded[0].found.group.one_pass):
         of_batch = {task.index: base_of[task.index].found.base for task, _ in batch}
-        for event in _judge_batch(of_batch, batch, skeletons, progress):
+        for event in _judge_batch(of_batch, batch, skeletons, progress, sinks):
             if isinstance(event, Merged) and not base_of[event.task].is_measured:
                 yield _measured(base_of[event.task], event.task)
             yield event
@@ -337,14 +347,14 @@ def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[Class
 
 
 def _judge_batch(
-    bases: dict[int, Base], batch: list[ClassedTask], others: list[Base], progress: Listener
+    bases: dict[int, Base], batch: list[ClassedTask], others: list[Base], progress: Listener, sinks: SinksByTask
 ) -> Iterator[Event]:
     """Merge these tasks into their `bases`, by index. A pass over several adapters measures `others` as well."""
     if len(batch) > 1 or (len(others) > 1 and not batch[0][0].alone):
         first, *further = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(further))
         try:
-            merged = _merge_together(bases, [task for task, _ in batch], others, progress)
+            merged = _merge_together(bases, [task for task, _ in batch], others, progress, sinks)
         except SourceError as error:  # of no use to any adapter
             yield from (Undecided(task=task.index, refusal=_refusal(error)) for task, _ in batch)
             return
@@ -352,15 +362,22 @@ def _judge_batch(
             merged = (None,) * len(batch)
         for (task, instead_of), evidence in zip(batch, merged, strict=True):
             if evidence is not None:
+                _finish_publication(task, evidence, sinks)
                 yield Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
-        yield _judge_task(bases[task.index], task, instead_of, progress)
+        yield _judge_task(bases[task.index], task, instead_of, progress, sinks)
+
+
+def _finish_publication(task: Task, evidence: Evidence, sinks: SinksByTask) -> None:
+    """Send what is left of a merged model, before its evidence."""
+    if task.publishes is not None and task.index in sinks:
+        sinks[task.index].finish(task.index, evidence)
 
 
 def _merge_together(
-    bases: dict[int, Base], tasks: list[Task], others: list[Base], progress: Listener
+    bases: dict[int, Base], tasks: list[Task], others: list[Base], progress: Listener, sinks: SinksByTask
 ) -> tuple[Evidence | None, ...]:
     """The evidence of each task; None for one that raises: merged by itself, it says what is wrong with it."""
     from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
@@ -379,7 +396,7 @@ def _merge_together(
             on_work = functools.partial(_report_work, progress, task.index)
             on_work()
             with contextlib.suppress(Exception):
-                request = _request(task, bases[task.index], pinned[number], functools.partial(add, number))
+                request = _request(task, bases[task.index], pinned[number], functools.partial(add, number), sinks)
                 requests[number] = replace(request, on_work=on_work)
         evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
         merged = dict(zip(requests, evidence, strict=True))
@@ -404,7 +421,11 @@ def _is_released(pinned: contextlib.ExitStack) -> bool:
 
 
 def _request(
-    task: Task, base: Base, pinned: contextlib.ExitStack, progress: Callable[[int, int, str], None]
+    task: Task,
+    base: Base,
+    pinned: contextlib.ExitStack,
+    progress: Callable[[int, int, str], None],
+    sinks: SinksByTask,
 ) -> MergeRequest:
     """The task on the files that were hashed, once its regular expressions have been tried on the base's names."""
     from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
@@ -413,6 +434,7 @@ def _request(
     names = [name for name, _ in base.model.named_modules()]
     for one in files:
         try_patterns(one.config.patterns, names)
+    of_base = sinks.get(task.index) if task.publishes is not None else None
     return adapter_evidence.MergeRequest(
         base=base,
         members=files,
@@ -420,6 +442,7 @@ def _request(
         measure_options=task.measure_options,
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
+        sink=of_base.sink(task.index, task.publishes or "") if of_base is not None else None,
     )
 
 
@@ -436,19 +459,20 @@ def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
     return report
 
 
-def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener) -> Event:
+def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener, sinks: SinksByTask) -> Event:
     try:
         from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
 
         with contextlib.ExitStack() as pinned:
             try:
-                request = _request(task, base, pinned, _paced(progress, task.index))
+                request = _request(task, base, pinned, _paced(progress, task.index), sinks)
             except Refused as refused:  # by the trial of its regular expressions, before PEFT
                 adapter_evidence.measure_wholly(base)
                 kind, total = task.files[0].config.peft_type, base.facts.parameters
                 evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
             else:
                 evidence = adapter_evidence.merge(request)
+        _finish_publication(task, evidence, sinks)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))

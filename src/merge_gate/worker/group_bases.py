@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.engine.base.skeleton import FiguresBySpan
+    from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.worker.publish_client import PublishClient
 
 
 def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
@@ -122,13 +124,14 @@ class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads.
 
     It keeps the last one that takes memory, for the next class, and the figures of tensors of skeletons. So no other
-    code may keep such a base.
+    code may keep such a base. `connection` takes the merged models that are published.
     """
 
     job: Job
     mapped: MappedBases
     feed: Feed
     """Shared by all skeletons, so that they are filled in one pass."""
+    connection: PublishClient | None = None
     _held: GroupBase | None = None
     _identity: tuple[FileIdentity, ...] = ()
     _figures: FiguresBySpan = field(default_factory=dict)
@@ -169,6 +172,21 @@ class GroupBases:
         base = base or _load(group, model_class, self.job, why_not)
         base.facts = replace(base.facts, no_skeleton=why_not.replace(group.directory, group.base.name))
         return base
+
+    def sinks(self, loaded: GroupBase) -> PublicationSinks | None:
+        """What publishes the merges into a base; None if none of them is published."""
+        from merge_gate.engine.merge.publication_sinks import PublicationSinks  # noqa: PLC0415 - imports torch
+
+        group = loaded.group
+        if self.connection is None or all(task.publishes is None for task in group.tasks):
+            return None
+        return PublicationSinks(
+            base=loaded.base,
+            model_class=loaded.model_class,
+            stored=group.files.tensors if group.files is not None else (),
+            feed=self.feed,
+            connection=self.connection,
+        )
 
     def keep_figures(self, base: Base) -> None:
         """Keep what was measured of a skeleton, for another class."""

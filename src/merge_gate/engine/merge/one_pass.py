@@ -26,6 +26,7 @@ import torch
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.plan import BlockLayer, merge_in_blocks
+from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.stops import Stop, stops_of
 from merge_gate.engine.merge.walk import Walk, peft_threads
 from merge_gate.engine.tensors.threads import spread, threads
@@ -132,7 +133,10 @@ class _Visits:
         self._bases, self._peft = bases, peft
         self._blocks: dict[tuple[int, str], list[Item]] = {}
         self._apart: dict[tuple[int, str], list[tuple[Walk, str, Any]]] = {}
+        self._sinks: dict[int, list[TensorSink]] = {}
         for walk in walks:
+            if walk.sink is not None:
+                self._sinks.setdefault(id(walk.base), []).append(walk.sink)
             for block in walk.planned:
                 self._blocks.setdefault((id(walk.base), block.slot.name), []).append((walk, block))
             for name, layers in walk.apart().items() if peft is not None else ():
@@ -166,6 +170,8 @@ class _Visits:
     def _visit(self, base: Base, name: str) -> Iterator[Callable[[], None]]:
         items = self._blocks.get((id(base), name), ())
         base.confirm(name)
+        for sink in self._sinks.get(id(base), ()):
+            sink.pass_by(name, base.tensors[name])
         is_finite = base.figures(name).finite
         weight = base.tensors[name].detach().to(base.device) if items else None
         left = {id(layer): (walk, path, layer) for walk, path, layer in self._apart.get((id(base), name), ())}

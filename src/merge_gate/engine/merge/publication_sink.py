@@ -54,6 +54,7 @@ class PublicationSink:
         self._expected: frozenset[str] = frozenset()
         self._sent: dict[str, StoredTensor] = {}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}  # by a group's first stored tensor
+        self._given: dict[str, set[str]] = {}  # likewise
         self._rows = threading.local()
         self._lock = threading.Lock()
 
@@ -63,6 +64,7 @@ class PublicationSink:
         self._problem = None
         self._sent.clear()
         self._waiting.clear()
+        self._given.clear()
         self._expected = frozenset(outlines)
         try:
             self._refuse_other_dtype()
@@ -141,6 +143,16 @@ class PublicationSink:
             except Exception as error:  # as above
                 self._fail(error, name)
 
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        """Cast what the merge does not change while it has values, so that the base is read once."""
+        if self._problem is None and self._cast is not None and name not in self._expected:
+            try:
+                for group in self._layout.groups(name):
+                    if any(source in self._planned for source in group.sources):
+                        self._collect(group, name, values.detach())
+            except Exception as error:  # as above
+                self._fail(error, name)
+
     def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         for name, first in untied:
             self._problem = NotPublishedError(
@@ -167,10 +179,7 @@ class PublicationSink:
     def _put(self, name: str, values: torch.Tensor) -> None:
         self._check_plan(name, (values.shape, values.dtype))
         for group in self._layout.checked_groups(name):
-            if is_renamed(group):
-                self._send_whole(group.sources[0], values)
-            else:
-                self._collect(group, name, values)
+            self._collect(group, name, values)
 
     def _put_rows(self, name: str, rows: torch.Tensor, start: int, shape: tuple[int, ...]) -> None:
         held = self._rows
@@ -218,6 +227,9 @@ class PublicationSink:
     def _collect(self, group: TensorGroup, name: str, values: torch.Tensor) -> None:
         """Keep a tensor until the merge has given all others of its group, or has ended."""
         with self._lock:
+            if self._given.setdefault(group.sources[0], set()) - {name} and group.sources[0] in self._sent:
+                raise NotPublishedError(f"{name} was merged again, after {group.sources[0]} had been made of it")
+            self._given[group.sources[0]].add(name)
             waiting = self._waiting.setdefault(group.sources[0], {})
             for target in group.targets:
                 if self._layout.base.first_name(target) == name:

@@ -30,6 +30,9 @@ class TensorSink(Protocol):
     def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
         """Some rows of a tensor of this `shape`, from row `start` on. They come in order, and the last ones follow."""
 
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        """A tensor of the base, which is read from its files. The merge may still change it."""
+
     def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         """The merge is complete, and only the tensors with these `names` differ from the base.
 
@@ -59,6 +62,9 @@ class WholeTensors:
         whole[start : start + len(rows)].copy_(rows)
         if start + len(rows) == shape[0]:
             self._receive(name, self._begun.pop(name))
+
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        """Nothing to keep."""
 
     def settle(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         self.names, self.untied = frozenset(names), frozenset(untied)

@@ -133,8 +133,9 @@ class Walk:
 
         They are below a layer, or have a trained copy, or are in the adapter's file (`in_file`), or were resized.
         """
-        slots = [slot for _, layer in self._layers for slot in slots_of(layer, self.loaded.slots)]
-        below = {slot.name for slot in slots} | set(in_file)
+        in_blocks = {id(block.layer): [block.slot] for block in self.planned}
+        slots = [in_blocks.get(id(layer)) or slots_of(layer, self.loaded.slots) for _, layer in self._layers]
+        below = {slot.name for of_layer in slots for slot in of_layer} | set(in_file)
         wrappers = [one for one in self.loaded.model.modules() if isinstance(one, ModulesToSaveWrapper)]
         copied = {id(module) for wrapper in wrappers for module in wrapper.original_module.modules()}
         outlines: dict[str, Outline] = {}
