@@ -29,7 +29,7 @@ from merge_gate.config.load_config import config_schema
 from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.terms import Result
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.report.wording.explanations import STORED, explanation, to_store
@@ -263,7 +263,7 @@ def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, 
 
 
 def test_every_check_has_a_section_in_the_order_of_blame() -> None:
-    assert re.findall(r"^## (.+)$", CHECKS_PAGE, re.MULTILINE) == [*CHECKS, NOT_JUDGED]
+    assert re.findall(r"^## (.+)$", CHECKS_PAGE, re.MULTILINE) == [*CHECKS, NOT_JUDGED, NOT_PUBLISHED]
 
 
 def test_the_stored_explanations_are_those_of_the_page() -> None:
@@ -297,7 +297,7 @@ def test_a_section_states_the_default(check: str) -> None:
     assert said in section(CHECKS_PAGE, check).splitlines()
 
 
-@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
+@pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED, NOT_PUBLISHED])
 def test_a_section_answers_three_questions(check: str) -> None:
     for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
         assert f"\n{question}" in section(CHECKS_PAGE, check)

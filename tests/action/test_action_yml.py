@@ -124,6 +124,8 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
         "--resume",
         "--access",
         "--read",
+        "--publish",
+        "--max-shard-size",
         "--ray",
     }, "a new option: give it an input, or allow it in `args` here"
     parse = parser().parse_args

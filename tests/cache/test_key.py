@@ -123,7 +123,7 @@ def test_names_places_and_time_limits_do_not() -> None:
         (
             Config,
             {"allow_pickle", "trust_remote_code"}
-            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path"},
+            | {"path", "directory", "sha256", "adapters", "baseline", "baseline_path", "publish"},
         ),
     ],
 )

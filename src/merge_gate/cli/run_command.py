@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports
+from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports, given
 from merge_gate.cli.gating import gate_adapters
 from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, say_place
@@ -42,6 +42,19 @@ def add(commands: Commands[CommandParser]) -> None:
         choices=list(Read),
         help="read every tensor of a base (whole), or only what adapters touch, if a run in --cache has read it whole "
         "(touched); auto does so for a base that is not mapped; default: as the config says, or auto",
+    )
+    published = run.add_argument_group("publish the merged models")
+    published.add_argument(
+        "--publish",
+        type=given,
+        metavar="DIR",
+        help="write the merged model of each adapter that passes to DIR/NAME (default: as the config says)",
+    )
+    published.add_argument(
+        "--max-shard-size",
+        type=_size_argument,
+        metavar="SIZE",
+        help="the most bytes of tensors in one file, such as 5GB (default: the files of the base)",
     )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
@@ -146,6 +159,8 @@ def _in_container(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
         )
+    if arguments.publish or arguments.max_shard_size:
+        raise UsageError("--publish is for a run that is not in a container", hint="omit --container")
     if arguments.ray is not None:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
@@ -184,6 +199,8 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
         quick=arguments.quick,
         access=arguments.access and Access(arguments.access),
         read=arguments.read and Read(arguments.read),
+        publish=arguments.publish,
+        max_shard_bytes=arguments.max_shard_size,
         shard=_shard(arguments),
         ray=_ray(arguments),
         cache=CacheOptions(
@@ -210,6 +227,15 @@ def _shard_argument(text: str) -> str:
     if re.fullmatch(r"([1-9]\d{0,4}/)?[1-9]\d{0,4}", text, re.ASCII):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is no shard, expected I/N such as 2/4, counted from 1")
+
+
+def _size_argument(text: str) -> int:
+    from merge_gate.config.sizes import size_bytes
+
+    try:
+        return size_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one such as 5GB or 500MiB") from None
 
 
 def _device_argument(text: str) -> str:

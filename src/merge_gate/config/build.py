@@ -12,13 +12,23 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merge_gate.config.model import MAX_NAME, METHODS_WITH, AdapterEntry, BaseEntry, CheckEntry, CombineEntry, FileEntry
+from merge_gate.config.model import (
+    MAX_NAME,
+    METHODS_WITH,
+    AdapterEntry,
+    BaseEntry,
+    CheckEntry,
+    CombineEntry,
+    FileEntry,
+    PublishEntry,
+)
 from merge_gate.config.paths import InvalidName, ResolvedName, is_glob, resolve_name
 from merge_gate.config.problems import read_models
+from merge_gate.config.sizes import size_bytes
 from merge_gate.config.suggestions import nearest
 from merge_gate.config.yaml_document import Loc, YamlDocument
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
 from merge_gate.records.terms import Access, Quantization, Read, Severity
 from merge_gate.text import counted, has_hidden, listing, quoted
 
@@ -52,6 +62,16 @@ def build_config(document: YamlDocument, sha256: str, *, path: str | None, direc
         adapters=adapters,
         baseline_path=baseline,
         baseline=(),
+        publish=_publish(file.publish, directory) if file.publish else None,
+    )
+
+
+def _publish(entry: PublishEntry, directory: Path) -> PublishSpec:
+    return PublishSpec(
+        directory=str(directory / (entry.directory or "")),
+        label=entry.directory or "",
+        dtype=entry.dtype or PublishSpec.dtype,
+        max_shard_bytes=size_bytes(entry.max_shard_size) if entry.max_shard_size else None,
     )
 
 

@@ -18,6 +18,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, WithJsonSc
 from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
+from merge_gate.config.sizes import SIZE
 from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
@@ -45,6 +46,7 @@ PATTERNS = {
     HEX_64: "64 hexadecimal digits, as sha256sum prints them",
     DATE: "a date such as 2026-12-31",
     PEFT_TYPE: "a PEFT type such as LORA",
+    SIZE: "a size such as 5GB or 500MiB",
 }
 """The patterns of the models, and each one in words."""
 
@@ -339,6 +341,18 @@ class AdapterEntry(Model):
 Adapter = Annotated[AdapterEntry, _source("path", "A directory, a glob or a Hub id."), WrapValidator(or_hole)]
 
 
+class PublishEntry(Model):
+    """Where merged models are published, and how."""
+
+    directory: Text = NEEDED
+    """The directory of all models (relative to this file). Each adapter that passes gets a directory in it."""
+    dtype: Literal[("preserve", *DTYPES)] = "preserve"  # type: ignore[valid-type] # as above
+    """preserve keeps the dtype of each stored tensor. With a dtype, every floating tensor is cast to it, and
+    the merge in that dtype is judged. Default: preserve."""
+    max_shard_size: Annotated[str, Field(pattern=SIZE)] | None = Field(None, alias="max-shard-size")
+    """The most bytes of tensors in one file, such as 5GB. Default: the files of the base."""
+
+
 class FileEntry(Model):
     """Configuration of merge-gate."""
 
@@ -354,6 +368,18 @@ class FileEntry(Model):
     """Severity of each check (error, warning or off), or a mapping with severity and limit."""
     limits: LimitsEntry | None = None
     """Limits on the judging of each adapter."""
+    publish: (
+        Annotated[
+            PublishEntry,
+            ShortForm(
+                "directory",
+                "a directory or a mapping",
+                {"type": "string", "pattern": TEXT, "description": "A directory."},
+            ),
+        ]
+        | None
+    ) = None
+    """Publish the merged model of each adapter that passes. Default: publish nothing."""
     allow_pickle: bool = Field(False, alias="allow-pickle")
     """Load pickled weights (.bin), with weights_only. Default: false, which refuses them."""
     trust_remote_code: bool = Field(False, alias="trust-remote-code")
@@ -363,7 +389,14 @@ class FileEntry(Model):
     `merge-gate report baseline` writes a first version. Default: none."""
 
 
-_INSIDE = {"base": BaseEntry, "checks": Checks, "limits": LimitsEntry, "expect": ExpectEntry, "combine": CombineEntry}
+_INSIDE = {
+    "base": BaseEntry,
+    "publish": PublishEntry,
+    "checks": Checks,
+    "limits": LimitsEntry,
+    "expect": ExpectEntry,
+    "combine": CombineEntry,
+}
 
 
 def place_of_key(key: str, known: Container[str]) -> str:

@@ -3,11 +3,13 @@
 In: an `Entry`, and its `Evidence` or the refusal that explains why there is none. Out: `AdapterReport` or `BaseReport`.
 Imports no torch and opens no files.
 
-    blocked_report      the files alone decide: the adapter is never loaded
-    merged_report       the evidence decides
-    not_judged_report   the gate could not judge the adapter
-    withdrawn_report    the base changed
-    files_report        the verdict on the files alone (`merge-gate check`)
+- `blocked_report`: the files alone decide, and the adapter is never loaded.
+- `merged_report`: the evidence decides.
+- `not_judged_report`: the gate could not judge the adapter.
+- `withdrawn_report`: the base changed.
+- `published_report`: the adapter passed, and its merge is in a directory.
+- `unpublished_report`: the adapter passed, and its merge could not be published.
+- `files_report`: the verdict on the files alone (`merge-gate check`).
 
 The entry of a base comes from `base_report`, `refused_base_report`, or `unloaded_base_report`.
 """
@@ -19,14 +21,14 @@ from dataclasses import replace
 from merge_gate.judging import all_checks, verdict
 from merge_gate.judging.checks import base_checks
 from merge_gate.judging.checks.finite import findings_of_base
-from merge_gate.judging.checks.table import CHECKS
+from merge_gate.judging.checks.table import CHECKS, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import Refusal
-from merge_gate.records.report import AdapterReport, BaseReport, Coverage
-from merge_gate.records.terms import BaseKey, Finding, Severity, Verdict
+from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
+from merge_gate.records.terms import BaseKey, Finding, Origin, Severity, Verdict
 
 
 def blocked_report(entry: Entry) -> AdapterReport | None:
@@ -74,6 +76,30 @@ def not_judged_report(entry: Entry, refusal: Refusal) -> AdapterReport:
 def withdrawn_report(entry: Entry, refusal: Refusal) -> AdapterReport:
     """The report of an entry whose measurements turned out to count for nothing, good or bad."""
     return _judged(entry, bounded([all_checks.refused(refusal)]))
+
+
+def published_report(report: AdapterReport, model: PublishedModel, findings: tuple[Finding, ...]) -> AdapterReport:
+    """The report of an entry whose merge was published. `findings` are notes and warnings on the published files."""
+    return replace(report, published=model, findings=(*report.findings, *bounded(findings)))
+
+
+def unpublished_report(report: AdapterReport, message: str, hint: str) -> AdapterReport:
+    """The report of an entry that passed, and whose merge could not be published."""
+    why = Finding(
+        check=NOT_PUBLISHED,
+        severity=Severity.ERROR,
+        message=f"the merge passed, and was not published: {message}",
+        hint=hint,
+        origin=Origin.RUNTIME,
+    )
+    what, index, findings = verdict.decide((*bounded([why]), *report.findings), report.coverage)
+    return replace(
+        report,
+        verdict=what,
+        cause=None if index is None else findings[index].check,
+        decided_by=index,
+        findings=findings,
+    )
 
 
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from merge_gate.text import counted
+
+_UNDECIDED = frozenset({NOT_JUDGED, NOT_PUBLISHED})
+"""Findings that make the verdict `error`."""
 
 
 def decide(findings: tuple[Finding, ...], coverage: Coverage) -> tuple[Verdict, int | None, tuple[Finding, ...]]:
@@ -38,7 +41,7 @@ def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, int | None]:
     proven = [
         index
         for index in errors
-        if findings[index].check != NOT_JUDGED
+        if findings[index].check not in _UNDECIDED
         and not _is_of_base(findings[index])
         and not (of_base and findings[index].origin in {Origin.BASE, Origin.MERGE})
     ]
@@ -46,8 +49,8 @@ def decide_files(findings: tuple[Finding, ...]) -> tuple[Verdict, int | None]:
         return Verdict.FAILED, proven[0]
     if not errors:
         return Verdict.PASSED, None
-    not_judged = [index for index in errors if findings[index].check == NOT_JUDGED]
-    return Verdict.ERROR, [*of_base, *not_judged][0]
+    undecided = [index for index in errors if findings[index].check in _UNDECIDED]
+    return Verdict.ERROR, [*of_base, *undecided][0]
 
 
 def with_decision(adapter: AdapterReport) -> AdapterReport:

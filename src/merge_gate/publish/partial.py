@@ -50,10 +50,14 @@ class PartialDirectory:
                     f"{quoted(str(self._place), 200)} holds files that merge-gate did not write",
                     hint="move that directory away, or publish to another one",
                 )
-            (self._place / _MARKER).touch()
-            _remove(self.model)
-            _remove(self._place / _REPLACED)
-            self.model.mkdir()
+            try:
+                (self._place / _MARKER).touch()
+                _remove(self.model)
+                _remove(self._place / _REPLACED)
+                self.model.mkdir()
+            except BaseException:
+                remove_leftover(self._place)
+                raise
             self._stack = self._stack.pop_all()
 
     def _lock(self) -> None:

@@ -106,6 +106,23 @@ class AdapterSpec:
 
 
 @record
+class PublishSpec:
+    """How merged models are published, and to which directory.
+
+    Attributes:
+        directory: the directory of all models, absolute or relative to the current one.
+        label: the directory as written, for the report.
+        dtype: `preserve` keeps the dtype of each stored tensor; else the dtype that all floating tensors are cast to.
+        max_shard_bytes: the most bytes of tensors in a file; None keeps the base's files.
+    """
+
+    directory: str
+    label: str
+    dtype: str = "preserve"
+    max_shard_bytes: int | None = None
+
+
+@record
 class Config:
     """A valid configuration.
 
@@ -113,6 +130,7 @@ class Config:
         path: the file as the user named it; None if the adapters are named on the command line.
         directory: where relative names start: the file's directory, or the current one. Absolute.
         sha256: the digest of the file's bytes.
+        publish: how the merged models of adapters that pass are published; None publishes none.
         baseline_path: the file that `baseline` was read from.
     """
 
@@ -124,6 +142,7 @@ class Config:
     trust_remote_code: bool = False
     baseline_path: str | None = None
     baseline: tuple[BaselineEntry, ...] = ()
+    publish: PublishSpec | None = None
 
     @property
     def label(self) -> str:

@@ -33,6 +33,10 @@ class RunOptions:
         ray: The address of the Ray cluster that merges (on_ray/ray_cluster.py); None merges on this machine.
         access: How the weights of bases on the Hub are read (`--access`); None reads them as the configuration says.
         read: How much of the bases is read (`--read`); None reads as much as the configuration says.
+        publish: The directory for the merged models of adapters that pass (`--publish`); None as the configuration has
+            it.
+        max_shard_bytes: The most bytes of tensors in a published file (`--max-shard-size`); None as the configuration
+            says, or as the base's files are.
         cache: Which verdicts of earlier runs are reused, and where new ones are stored.
     """
 
@@ -44,4 +48,6 @@ class RunOptions:
     ray: str | None = None
     access: Access | None = None
     read: Read | None = None
+    publish: str | None = None
+    max_shard_bytes: int | None = None
     cache: CacheOptions = CacheOptions()

@@ -71,6 +71,15 @@ class Accepted:
 
 
 @record
+class PublishedModel:
+    """The directory that an adapter's merged model was published to."""
+
+    directory: str = reported("The directory, as the option or the configuration names it, with the model's name.")
+    dtype: str = reported("`preserve`, or the dtype that all floating tensors were cast to.")
+    files: tuple[FileRecord, ...] = reported("Every file in it.")
+
+
+@record
 class AdapterReport:
     """One adapter on one base in one dtype. `line` and `column` are the entry's place in the YAML file.
 
@@ -118,6 +127,9 @@ class AdapterReport:
     cached: bool = reported(
         "Whether the verdict of an earlier run was reused (`--cache`, `--resume`); `seconds` is then 0.",
         default=False,
+    )
+    published: PublishedModel | None = reported(
+        "The published model (`--publish`); null if it was not asked for, or could not be published.", default=None
     )
     accepted: Accepted | None = reported(
         "The acceptance of the failure, if the baseline has one; the verdict stays `failed`.", default=None

@@ -7,7 +7,8 @@ one, so that a killed run leaves a true report. This module imports no torch: on
 2. Reuse the verdicts that earlier runs reached on the same bytes.    cache/verdict_cache.py
 3. Group the rest by base.                                            worker/grouping.py
 4. Merge in the worker, and judge the evidence of each adapter.       worker/supervisor.py, judging/adapter_report.py
-5. Withdraw the verdicts on bases that changed, and write the report. files/base_watch.py, tally.py
+5. Withdraw the verdicts on bases that changed, publish models, and write the report.
+                                                                      files/base_watch.py, publish/publications.py
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, assert_never
 
 from merge_gate.cache.cached_verdict import CachedVerdict
@@ -23,18 +26,21 @@ from merge_gate.cache.device_lookup import MergeDevice
 from merge_gate.cache.key import Circumstances
 from merge_gate.cache.verdict_cache import Cache
 from merge_gate.config.suggestions import nearest
-from merge_gate.errors import GateError, UsageError
+from merge_gate.errors import GateError, NotPublishedError, UsageError
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.on_ray.job import judge_on_ray
-from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.publish.facts import PublicationFacts
+from merge_gate.publish.one_publication import Publication
+from merge_gate.publish.publications import Publications
+from merge_gate.records.config import AdapterSpec, Config, PublishSpec
 from merge_gate.records.files import Entry
 from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.report import AdapterReport, Report, Shard
-from merge_gate.records.terms import Access, Origin, Quantization, Read
+from merge_gate.records.report import AdapterReport, BaseReport, Report, Shard
+from merge_gate.records.terms import Access, Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
@@ -52,6 +58,9 @@ from merge_gate.worker.supervisor import WorkerSlot, supervise
 
 if TYPE_CHECKING:
     from merge_gate.run.view import View
+
+WAIT_S = 1.0
+"""While models are completed, the report is written so often if something changed."""
 
 
 def run_gate(
@@ -78,7 +87,9 @@ def run_gate(
     specs = select(config, options.only)
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
+    wanted = _publish_spec(config, options)
     _refuse_on_ray(specs, options)
+    _refuse_with_publish(wanted, specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
     circumstances = Circumstances(
@@ -87,7 +98,10 @@ def run_gate(
     with contextlib.closing(
         Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=view.note)
     ) as cache:
-        run = _Run(config, options, specs, shard=shard, cache=cache, worker=worker, view=view)
+        publications = Publications(wanted, specs, inputs=_inputs(config))
+        run = _Run(
+            config, options, specs, shard=shard, cache=cache, worker=worker, view=view, publications=publications
+        )
         if cache.resumed is not None:
             cache.resumed.preserve()
         begins()
@@ -99,6 +113,31 @@ def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
         raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
     if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
         raise UsageError("--ray merges on other machines, which cannot stream a base", hint="set access: download")
+
+
+def _publish_spec(config: Config, options: RunOptions) -> PublishSpec | None:
+    """Where models are published: the command line's directory replaces that of the configuration."""
+    wanted = config.publish
+    if options.publish is not None:
+        wanted = replace(
+            wanted or PublishSpec(directory="", label=""), directory=options.publish, label=options.publish
+        )
+    if options.max_shard_bytes is None:
+        return wanted
+    if wanted is None:
+        raise UsageError("--max-shard-size needs --publish", hint="add --publish DIR")
+    return replace(wanted, max_shard_bytes=options.max_shard_bytes)
+
+
+def _refuse_with_publish(wanted: PublishSpec | None, specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+    if wanted is None:
+        return
+    if options.ray is not None:
+        raise UsageError("--ray merges on other machines, which cannot publish models", hint="omit --publish or --ray")
+    if Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
+        raise UsageError(
+            "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
+        )
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
@@ -145,6 +184,7 @@ class _Run:
         cache: Cache,
         worker: WorkerSlot | None,
         view: View,
+        publications: Publications,
     ) -> None:
         self._config, self._options, self._specs, self._view = config, options, specs, view
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
@@ -152,6 +192,8 @@ class _Run:
         self._unstored: dict[int, CachedVerdict] = {}
         self._fed = FedBases(self._watch, view.note, records=cache.base_records, is_remote=options.ray is not None)
         self._worker = worker or WorkerSlot()
+        self._publications, self._published = publications, dict[int, str]()
+        self._loaded: dict[int, BaseReport] = {}
         self._writer = ReportWriter(options.output, view.note)
         self._hourly = HourlyLog()
         self._groups: tuple[Group, ...] = ()
@@ -160,11 +202,12 @@ class _Run:
     def run(self) -> Report:
         self._writer.write_first(self._tally.report())
         try:
-            with self._fed, self._worker:
+            with self._publications, self._fed, self._worker:
                 self._start_worker()
                 merges = sum(len(spec.base.dtypes) for spec in self._specs)
                 self._view.start(self._config.label, len(self._specs), merges)
                 to_merge = dict(self._judge_files())  # 1
+                self._published = self._publications.choose(to_merge)
                 self._reuse(to_merge)  # 2
                 self._group(to_merge)  # 3
                 self._merge()  # 4
@@ -189,7 +232,12 @@ class _Run:
         """Settle the entries that their files alone decide, and yield the others: they have to be merged."""
         lay_out = self._fed.lay_out if self._options.ray is None else None
         inputs = Inputs(
-            self._config, self._view.note, access=self._options.access, lay_out=lay_out, limit_s=headers_limit_s
+            self._config,
+            self._view.note,
+            access=self._options.access,
+            lay_out=lay_out,
+            limit_s=headers_limit_s,
+            with_companions=self._publications.is_wanted,
         )
         for spec in self._specs:
             self._tally.entries.extend(inputs.entries(spec))
@@ -214,10 +262,11 @@ class _Run:
         if device is None:
             return  # the run's own worker reports why
         self._cache.set_device(device)
-        for entry in to_merge.values():
+        reusable = {index: entry for index, entry in to_merge.items() if not self._publications.wants(index)}
+        for entry in reusable.values():
             self._watch.start(base_directory(entry))
         self._watch.wait()
-        for index, entry in list(to_merge.items()):
+        for index, entry in reusable.items():
             directory = base_directory(entry)
             content = self._watch.content(directory)
             cached = self._cache.lookup(entry, content) if content is not None else None
@@ -238,12 +287,14 @@ class _Run:
     # --- 3 and 4: the merge ------------------------------------------------------------------------------------------
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
-        groups = group_by_base(to_merge.items(), quick=self._options.quick)
+        groups = group_by_base(to_merge.items(), quick=self._options.quick, publishes=self._published)
         self._groups = tuple(self._fed.schedule(group, self._read_of(group)) for group in groups)
         self._hourly.merging_begins(self._tally.judged)
 
     def _read_of(self, group: Group) -> Read:
-        """How much of a group's base is read: as much as any of its adapters asks for."""
+        """How much of a group's base is read: as much as any of its adapters asks for, and all of it to publish."""
+        if any(task.publishes is not None for task in group.tasks):
+            return Read.WHOLE
         asked = {self._options.read or self._tally.entries[task.index].spec.base.read for task in group.tasks}
         return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)
 
@@ -251,7 +302,7 @@ class _Run:
         if not self._groups:
             self._worker.end()
         if self._options.ray is None:
-            supervise(self._job(), self._on_event, self._worker, self._fed.feeds)
+            supervise(self._job(), self._on_event, self._worker, self._fed.feeds, self._publications)
         elif self._groups:
             judge_on_ray(self._options.ray, self._job(), self._on_event, self._watch)
 
@@ -308,6 +359,7 @@ class _Run:
         report = adapter_report.not_judged_report(entry, event.refusal)
         if refused := adapter_report.refused_base_report(report.base, event.refusal):  # the report lists this base too
             self._tally.use(base_directory(entry), refused, event.task)
+        self._publications.discard(event.task)
         self._settle(event.task, report)
 
     def _still_at(self, event: protocol.Waiting) -> str:
@@ -333,6 +385,11 @@ class _Run:
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
         self._unstored[index] = CachedVerdict(adapter=report, base=base)
+        if report.verdict is Verdict.PASSED:
+            self._loaded[index] = base
+            self._publications.passed(index, lambda: self._fed.feeds.open(self._group_of(index)))
+        else:
+            self._publications.discard(index)
         self._settle(index, report)
 
     def _settle(self, index: int, report: AdapterReport) -> None:
@@ -362,6 +419,9 @@ class _Run:
             if report is not None:
                 self._tally.settle(index, report)
 
+    def _group_of(self, index: int) -> Group:
+        return next(group for group in self._groups if any(task.index == index for task in group.tasks))
+
     # --- 5: the report -----------------------------------------------------------------------------------------------
 
     def _withdraw_void(self) -> None:
@@ -374,12 +434,52 @@ class _Run:
                 self._tally.settle(index, adapter_report.withdrawn_report(self._tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
+    def _publish(self) -> None:
+        """Give the models of adapters that passed their names. From here on, their bases are no longer read."""
+        for index in self._publications.wanted:
+            report = self._tally.of(index)
+            if report is None or report.verdict is not Verdict.PASSED:
+                self._publications.discard(index)
+                continue
+            try:
+                published = self._publications.publish(index, partial(self._facts, index))
+            except NotPublishedError as error:
+                self._tally.settle(index, adapter_report.unpublished_report(report, error.message, error.hint))
+                self._view.note(f"{report.name}: not published: {error.message}")
+            else:
+                self._tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
+                self._view.note(f"{report.name}: published to {published.model.directory}")
+
+    def _facts(self, index: int, model: Publication) -> PublicationFacts:
+        entry, report = self._tally.entries[index], self._tally.of(index)
+        directory = base_directory(entry)
+        if report is None or index not in self._loaded or not self._watch.is_unchanged(index):
+            raise NotPublishedError(
+                "the digest of the base's files is not known",
+                hint="let nothing write to the base during the run, and run the gate again",
+            )
+        return PublicationFacts(
+            entry=entry,
+            report=report,
+            base=replace(self._loaded[index], sha256=self._watch.digest(directory)),
+            environment=self._tally.environment,
+            config=self._config,
+            dtype=model.place.dtype,
+            tensors=model.tensors,
+            base_tensors=model.base_tensors,
+            shard_limit_bytes=model.place.shard_limit_bytes,
+        )
+
     def _finish(self) -> Report:
         if self._watch.is_hashing:
             self._catch_up(at_once=True)  # a large base may take minutes
             self._watch.wait()
+        while self._publications.is_completing:
+            self._catch_up(at_once=True)
+            self._publications.wait(WAIT_S)
         self._store_verdicts()
         self._withdraw_void()
+        self._publish()
         self._fed.store_records()
         report = self._tally.report(complete=True)
         try:

@@ -63,6 +63,10 @@ class Tally:
         return sum(report.verdict is Verdict.FAILED for report in self._reports.values())
 
     @property
+    def environment(self) -> Environment:
+        return self._environment
+
+    @property
     def sandbox(self) -> Sandbox:
         return self._environment.sandbox
 
@@ -75,6 +79,10 @@ class Tally:
     def settle(self, index: int, report: AdapterReport) -> None:
         """Set or replace the report of an entry."""
         self._reports[index] = report
+
+    def of(self, index: int) -> AdapterReport | None:
+        """The report of an entry, if it has one."""
+        return self._reports.get(index)
 
     def use(self, directory: str, base: BaseReport, index: int) -> None:
         """List a base, which this entry is merged into."""

@@ -16,6 +16,9 @@ from merge_gate.judging.checks.check import Check
 NOT_JUDGED = "not-judged"
 """Id of the finding that says why an adapter has no verdict; not a check, so it has no setting."""
 
+NOT_PUBLISHED = "not-published"
+"""Id of the finding that says why an adapter that passed was not published; not a check either."""
+
 CHECKS: Mapping[str, Check] = MappingProxyType(
     {
         row.id: row

@@ -15,7 +15,7 @@ import posixpath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.report import AdapterReport
@@ -34,7 +34,8 @@ MAX_RESULTS = 5_000
 """GitHub keeps at most this many results of a run."""
 
 _SUMMARIES = {check: row.summary for check, row in CHECKS.items()} | {
-    NOT_JUDGED: "The adapter could not be judged, so it is not cleared."
+    NOT_JUDGED: "The adapter could not be judged, so it is not cleared.",
+    NOT_PUBLISHED: "The adapter passed, and its merged model could not be published.",
 }
 _LEVELS = [str(level) for level in (Severity.ERROR, Severity.WARNING, Severity.NOTE)]
 _EXIT_CODES = {Result.PASS: 0, Result.FAIL: 1, Result.ERROR: 3}

@@ -1,0 +1,302 @@
+"""One model that is being published: from the plan of its merge to the directory under its name.
+
+In: the tensors that the worker sends, the base's own files, and the verdict. Out: a directory, or `NotPublishedError`.
+
+1. `plan`: the layout, and the files with their headers.            worker's plan
+2. `write`: the merged tensors, in any order.                       worker's parts
+3. `sent`: which of them count.                                     worker's end
+4. `complete`: all other tensors from the base; read back.          the adapter passed
+5. `publish`: the files next to the weights; the name.              the base is unchanged
+
+The worker is not trusted. Each of 1 to 3 only records what is wrong, and `complete` raises it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.files.headers import DTYPE_BITS, shown
+from merge_gate.publish.companions import companions_of
+from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.layout import FLOATING, FLOATING_STORED, ModelLayout, cast, compare_written, merged_layout
+from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
+from merge_gate.publish.partial import PartialDirectory
+from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
+from merge_gate.records.files import FileRecord, StoredTensor
+from merge_gate.records.terms import Finding, record
+from merge_gate.text import quoted
+from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+
+SENT_LIMIT_S = 300.0
+"""How long the disk may take for what the worker has sent, after the adapter's verdict."""
+
+_MORE_BYTES = 1 << 30
+"""A plan may need twice the size of the base, and so much more."""
+
+_FOREIGN = "please report this: the gate's worker sent something that does not fit the base"
+
+
+class BaseReader(Protocol):
+    """Reads the base's own files."""
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of a file from `start` on, or raise a `SourceError`."""
+
+
+@record
+class PublicationPlace:
+    """Where and how one model is published: as `name` in `parent`."""
+
+    parent: Path
+    name: str
+    dtype: str
+    shard_limit_bytes: int | None
+
+    @property
+    def directory(self) -> Path:
+        return self.parent / self.name
+
+
+class CanceledError(Exception):
+    """The run ends."""
+
+
+class Publication:
+    """One model. Its methods may be called by several threads."""
+
+    def __init__(self, place: PublicationPlace, base: ModelLayout) -> None:
+        self.place = place
+        self._base = base
+        self._stored = {tensor.name: tensor for tensor in base.tensors}
+        self._lock = threading.RLock()
+        self._sent = threading.Event()
+        self._partial: PartialDirectory | None = None
+        self._writer: ModelWriter | None = None
+        self._weights: tuple[FileRecord, ...] = ()
+        self._error: NotPublishedError | None = None
+        self._is_canceled = self._is_closed = False
+
+    @property
+    def expected(self) -> ModelLayout:
+        """The layout, as far as it is known without the adapter."""
+        return merged_layout(self._base, self._cast(), self.place.shard_limit_bytes)
+
+    def _cast(self) -> dict[str, StoredTensor]:
+        return {} if self.place.dtype == PRESERVE else cast(self._base, self.place.dtype)
+
+    # --- 1 to 3: the worker ----------------------------------------------------------------------------------------
+
+    def plan(self, tensors: Iterable[PlannedTensor]) -> None:
+        """Begin to write the model, and forget what was written before."""
+        with self._lock:
+            if not self._is_closed and not self._is_canceled:
+                self._reset()
+                self._attempt(lambda: self._begin(tensors))
+
+    def _begin(self, tensors: Iterable[PlannedTensor]) -> None:
+        changes = self._cast()
+        for tensor in tensors:
+            changes[tensor.name] = self._checked(tensor)
+        changes = {name: tensor for name, tensor in changes.items() if not self._is_stored_so(tensor)}
+        layout = merged_layout(self._base, changes, self.place.shard_limit_bytes)
+        if layout.size_bytes > 2 * self.expected.size_bytes + _MORE_BYTES:
+            raise NotPublishedError(
+                f"the merged model would have {layout.size_bytes:,} bytes, expected about {self.expected.size_bytes:,}",
+                hint=_FOREIGN,
+            )
+        self._partial = PartialDirectory(self.place.parent, self.place.name)
+        self._writer = ModelWriter(self._partial.model, layout)
+
+    def _checked(self, tensor: PlannedTensor) -> StoredTensor:
+        """A tensor that the worker plans, if its dtype is the one that is to be published."""
+        stored = self._stored.get(tensor.name)
+        expected = stored.dtype if stored is not None else tensor.dtype
+        if self.place.dtype != PRESERVE and expected in FLOATING_STORED:
+            expected = FLOATING[self.place.dtype]
+        if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not _is_utf8(tensor.name):
+            raise NotPublishedError(
+                f"the merged tensor {shown(tensor.name)} has dtype {shown(tensor.dtype)}, expected {expected}",
+                hint=_FOREIGN,
+            )
+        file = stored.file if stored is not None else ""
+        return StoredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file)
+
+    def _is_stored_so(self, tensor: StoredTensor) -> bool:
+        stored = self._stored.get(tensor.name)
+        return stored is not None and (stored.dtype, stored.shape) == (tensor.dtype, tensor.shape)
+
+    def write(self, name: str, offset: int, content: memoryview) -> None:
+        """Write bytes of a merged tensor."""
+        with self._lock:
+            writer = self._writer
+            if writer is not None and not self._is_closed:
+                self._attempt(lambda: writer.write(name, offset, content))
+
+    def sent(self, message: PublicationSent) -> None:
+        """The worker has sent all that it wants to send."""
+        with self._lock:
+            if self._is_closed:
+                return
+            if message.refusal is not None:
+                self._fail(NotPublishedError(message.refusal.message, hint=message.refusal.hint))
+            elif self._error is None:
+                self._attempt(lambda: self._count(message.tensors))
+            self._sent.set()
+
+    def _count(self, tensors: Iterable[PlannedTensor]) -> None:
+        """The tensors that count must have arrived whole. Of all others, the base's bytes are published."""
+        if self._writer is None:
+            raise NotPublishedError("the gate's worker sent no plan of the merged model", hint=_FOREIGN)
+        final = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        layout = self._writer.layout
+        for tensor in layout.tensors:
+            if tensor.name in final and final.pop(tensor.name) != (tensor.dtype, tensor.shape):
+                raise _misfit(tensor.name, "with another dtype or shape than planned")
+        if final:
+            raise _misfit(next(iter(final)), "without a plan")
+        counts = {tensor.name for tensor in tensors}
+        for file in layout.files:
+            for place in file.places:
+                if place.tensor.name not in counts:
+                    self._writer.forget(place)
+                    if not self._is_stored_so(place.tensor):
+                        raise _misfit(place.tensor.name, "never, and the base's own bytes do not fit")
+                elif not self._writer.is_written(place):
+                    raise _misfit(place.tensor.name, "in part")
+
+    def _attempt(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except NotPublishedError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(self._disk(error))
+        except (ValueError, MemoryError) as error:
+            self._fail(NotPublishedError(f"the merged model does not fit the base: {str(error)[:200]}", hint=_FOREIGN))
+
+    def _fail(self, error: NotPublishedError) -> None:
+        """The first error counts. The disk is freed at once."""
+        self._remove()
+        self._error = self._error or error
+
+    def _disk(self, error: OSError) -> NotPublishedError:
+        return NotPublishedError(
+            f"the model cannot be written to {quoted(str(self.place.directory), 200)}: {error.strerror or error}",
+            hint="free some space there, or publish to another disk",
+        )
+
+    # --- 4 and 5: the adapter passed -------------------------------------------------------------------------------
+
+    def complete(self, base: BaseReader) -> None:
+        """Copy the tensors that the merge left alone, and read everything back. What the worker sends now is ignored.
+
+        Raises:
+            NotPublishedError: the model cannot be published.
+            CanceledError: the run ends.
+        """
+        self._sent.wait(SENT_LIMIT_S)
+        with self._lock:
+            self._is_closed = True
+            if self._error is not None:
+                raise self._error
+            if self._writer is None or not self._sent.is_set():
+                raise NotPublishedError("the gate's worker did not send the merged model", hint=_FOREIGN)
+            writer = self._writer
+        try:
+            self._copy(base, writer)
+            if writer.layout.index is not None:
+                self._weights = (writer.add_file(writer.layout.index.name, writer.layout.index.content),)
+            self._weights += writer.read_back(self._go_on)
+        except OSError as error:
+            raise self._disk(error) from error
+
+    def _copy(self, base: BaseReader, writer: ModelWriter) -> None:
+        sources = self._base.places()
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        for place in list(writer.missing()):
+            source = sources[place.tensor.name][-1]
+            for offset in range(0, place.size_bytes, CHUNK_BYTES):
+                self._go_on()
+                piece = buffer[: min(CHUNK_BYTES, place.size_bytes - offset)]
+                try:
+                    base.read(source.tensor.file, source.start + offset, piece)
+                except GateError as error:
+                    raise NotPublishedError(error.message, hint=error.hint) from error
+                writer.write(place.tensor.name, offset, piece)
+
+    def _go_on(self) -> None:
+        if self._is_canceled:
+            raise CanceledError
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Every tensor as it is written."""
+        return self._writer.layout.tensors if self._writer is not None else ()
+
+    @property
+    def base_tensors(self) -> tuple[StoredTensor, ...]:
+        return self._base.tensors
+
+    def publish(self, facts: PublicationFacts, *, replaces: bool) -> tuple[tuple[FileRecord, ...], tuple[Finding, ...]]:
+        """Write the files next to the weights, compare the whole with the plan, and give the directory its name.
+
+        Returns the files of the directory, and what there is to say about them.
+
+        `replaces`: a directory of this name was published by an earlier run, and may be replaced.
+
+        Raises:
+            NotPublishedError: the model cannot be published.
+        """
+        writer, partial = self._writer, self._partial
+        if writer is None or partial is None or not self._weights:
+            raise AssertionError("the model was not completed")
+        try:
+            base = facts.entry.base
+            adapters = tuple(member.directory for member in facts.entry.members)
+            more = companions_of(base.directory if base is not None else "", adapters, facts)
+            files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
+            files = tuple(sorted(files, key=lambda file: file.path))
+            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files)))
+            compare_written(partial.model, writer.layout)
+            partial.publish(replace=replaces)
+        except OSError as error:
+            raise self._disk(error) from error
+        return (*files, manifest), more.findings
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Write no more. `discard` removes what was written."""
+        self._is_canceled = True
+
+    def discard(self) -> None:
+        """Remove what was written, unless it has its name."""
+        with self._lock:
+            self._reset()
+
+    def _reset(self) -> None:
+        self._remove()
+        self._weights, self._error = (), None
+        self._sent.clear()
+
+    def _remove(self) -> None:
+        self._writer = None
+        if self._partial is not None:
+            self._partial.remove()
+        self._partial = None
+
+
+def _misfit(name: str, how: str) -> NotPublishedError:
+    return NotPublishedError(f"the merged tensor {shown(name)} arrived {how}", hint=_FOREIGN)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

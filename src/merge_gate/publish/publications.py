@@ -1,0 +1,245 @@
+"""All models that one run publishes: one for each adapter, from the plan of the run to the directories.
+
+In: the entries of a run, and what the worker sends about them. Out: directories of models, or why there is none. It is
+the `Publisher` of the worker's tensors (worker/publish_service.py).
+
+1. `choose` decides which entries are published, and checks directory and disk before the first merge.
+2. Tensors arrive on a thread of the service.
+3. `completing` copies the rest and reads all back, on a thread of its own, while the next adapter is merged.
+4. `publish` gives a model its name. The caller knows by then that the base has not changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.publish import targets
+from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
+from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
+from merge_gate.records.config import AdapterSpec, PublishSpec
+from merge_gate.records.files import Entry
+from merge_gate.records.report import PublishedModel
+from merge_gate.records.terms import Finding, record
+from merge_gate.text import quoted
+from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+
+END_LIMIT_S = 10.0
+"""How long a disk may take for the piece that is being written when the run is interrupted."""
+
+
+@record
+class Published:
+    """A published model, and what there is to say about its files."""
+
+    model: PublishedModel
+    findings: tuple[Finding, ...]
+
+
+def model_name(adapter: str, dtype: str) -> str:
+    """The directory of an adapter's model."""
+    return adapter if dtype == PRESERVE else f"{adapter}-{dtype}"
+
+
+class Publications:
+    """Use it in a `with` block: leaving it removes every model that has no name yet."""
+
+    def __init__(
+        self, wanted: PublishSpec | None, specs: Iterable[AdapterSpec], *, inputs: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        self._wanted = wanted
+        if wanted is not None:
+            targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
+        names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
+        self._parent = targets.prepared(wanted.directory, names) if wanted is not None else Path()
+        self._models: dict[int, Publication] = {}
+        self._refused: dict[int, NotPublishedError] = {}
+        self._bases: dict[str, ModelLayout | NotPublishedError] = {}
+        self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
+        self._pending: set[int] = set()
+        self._is_over = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for model in self._models.values():
+            model.cancel()
+        self.wait(END_LIMIT_S)
+        for model in self._models.values():
+            model.discard()
+
+    # --- 1 ---------------------------------------------------------------------------------------------------------
+
+    def choose(self, entries: Mapping[int, Entry]) -> dict[int, str]:
+        """Decide which of the entries to merge are published, and in which dtype.
+
+        An adapter has one model. If it is merged in several dtypes, the one that is published is the named one, or the
+        one that the base is stored in.
+
+        Raises:
+            UsageError: the directory of a model is inside a base, or would replace an input.
+            GateError: the disk is too small.
+        """
+        if self._wanted is None:
+            return {}
+        inputs = [*_inputs(entries.values())]
+        targets.refuse_inside(self._parent, inputs)
+        for index, entry in self._one_of_each(entries).items():
+            self._add(index, entry, self._wanted)
+        targets.refuse_over((model.place.directory for model in self._models.values()), inputs)
+        targets.refuse_small_disk(self._parent, sum(model.expected.size_bytes for model in self._models.values()))
+        return dict.fromkeys(self._models, self._wanted.dtype)
+
+    def _one_of_each(self, entries: Mapping[int, Entry]) -> dict[int, Entry]:
+        assert self._wanted is not None  # noqa: S101 - the caller has checked it
+        wanted = self._wanted.dtype
+        chosen: dict[str, tuple[int, int, Entry]] = {}
+        for index, entry in entries.items():
+            fitting = ("auto", _stored_dtype(entry)) if wanted == PRESERVE else (wanted, "auto")
+            rank = fitting.index(entry.dtype) if entry.dtype in fitting else len(fitting)
+            name = entry.spec.name
+            if name not in chosen or rank < chosen[name][0]:
+                chosen[name] = rank, index, entry
+        return {index: entry for _, index, entry in chosen.values()}
+
+    def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
+        directory = entry.base.directory if entry.base is not None else ""
+        if directory not in self._bases:
+            try:
+                self._bases[directory] = base_layout(directory)
+            except NotPublishedError as error:
+                self._bases[directory] = error
+        base = self._bases[directory]
+        try:
+            if isinstance(base, NotPublishedError):
+                raise base
+            place = PublicationPlace(
+                parent=self._parent,
+                name=model_name(entry.spec.name, wanted.dtype),
+                dtype=wanted.dtype,
+                shard_limit_bytes=wanted.max_shard_bytes,
+            )
+            model = Publication(place, base)
+            model.expected  # noqa: B018 - raises if the shards cannot be so small
+        except NotPublishedError as error:
+            self._refused[index] = error
+        else:
+            self._models[index] = model
+
+    # --- 2: the worker ---------------------------------------------------------------------------------------------
+
+    def planned(self, task: int, tensors: tuple[PlannedTensor, ...]) -> None:
+        self._models[task].plan(tensors)
+
+    def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
+        self._models[task].write(name, offset, content)
+
+    def sent(self, message: PublicationSent) -> None:
+        self._models[message.task].sent(message)
+
+    # --- 3 and 4: the verdict --------------------------------------------------------------------------------------
+
+    def passed(self, index: int, base: Callable[[], BaseReader]) -> None:
+        """The adapter passed: complete its model. `base` opens the base's own files."""
+        if index in self._models:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._complete, daemon=True)
+                self._thread.start()
+            self._pending.add(index)
+            self._to_complete.put((index, base))
+
+    def discard(self, index: int) -> None:
+        """The adapter did not pass."""
+        if (model := self._models.get(index)) is not None:
+            model.discard()
+
+    def _complete(self) -> None:
+        for index, base in iter(self._to_complete.get, None):
+            with contextlib.suppress(CanceledError):
+                try:
+                    self._models[index].complete(base())
+                except NotPublishedError as error:
+                    self._refused[index] = error
+                except GateError as error:
+                    self._refused[index] = NotPublishedError(error.message, hint=error.hint)
+                except CanceledError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - it costs this model only
+                    self._refused[index] = NotPublishedError(
+                        f"the model could not be written: unexpected {type(error).__name__}: {str(error)[:200]}",
+                        hint="this is a bug of merge-gate: please report it",
+                    )
+            self._pending.discard(index)
+
+    @property
+    def is_completing(self) -> bool:
+        """Whether a model is being completed."""
+        return self._thread is not None and self._thread.is_alive() and bool(self._pending)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until every model is completed, or for so long."""
+        if self._thread is not None:
+            if not self._is_over:
+                self._to_complete.put(None)
+            self._is_over = True
+            self._thread.join(timeout_s)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is to be published."""
+        return self._wanted is not None
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """The entries that are to be published, in their order."""
+        return tuple(sorted({*self._models, *self._refused}))
+
+    def wants(self, index: int) -> bool:
+        """Whether an entry is to be published."""
+        return index in self._models or index in self._refused
+
+    def publish(self, index: int, facts_of: Callable[[Publication], PublicationFacts]) -> Published:
+        """Give a model its name.
+
+        Raises:
+            NotPublishedError: it cannot be published.
+        """
+        assert self._wanted is not None  # noqa: S101 - there is an entry to publish
+        if index in self._refused:
+            raise self._refused[index]
+        model = self._models[index]
+        try:
+            is_own = targets.is_own_publication(model.place.directory)
+            files, findings = model.publish(facts_of(model), replaces=is_own)
+        except NotPublishedError:
+            model.discard()
+            raise
+        directory = str(Path(self._wanted.label, model.place.name))
+        published = PublishedModel(directory=directory, dtype=model.place.dtype, files=files)
+        return Published(model=published, findings=findings)
+
+
+def _stored_dtype(entry: Entry) -> str:
+    """The dtype of most floating tensors of the base's files."""
+    names = {stored: name for name, stored in FLOATING.items()}
+    tensors = entry.base_files.tensors if entry.base_files is not None else ()
+    counts = Counter(names[tensor.dtype] for tensor in tensors if tensor.dtype in names)
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
+    for entry in entries:
+        if entry.base is not None:
+            yield entry.base.directory, f"the base {quoted(entry.base.name, 200)}"
+        for member in entry.members:
+            yield member.directory, f"the adapter {quoted(entry.spec.name, 200)}"

@@ -1,0 +1,144 @@
+"""Checks the directory that models are published to, before anything is merged.
+
+In: the directory, the names that the models will have, and the directories of bases and adapters. Out: the directory,
+created, or a sentence that says why it cannot be used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate.errors import GateError, UsageError
+from merge_gate.publish.manifest import MANIFEST_NAME, read_manifest
+from merge_gate.publish.partial import is_leftover, partial_name, remove_leftovers
+from merge_gate.report.stored.output_directory import explained
+from merge_gate.text import quoted
+
+_CHOSEN_BY = " with --publish"
+_MOST_NAME_BYTES = 255
+_GIB = 1 << 30
+
+
+def prepared(directory: str, names: Iterable[str]) -> Path:
+    """Create the directory, and remove what killed runs left in it.
+
+    Raises:
+        UsageError: the directory cannot be used, or one of the names cannot be a directory in it.
+        GateError: the disk is full.
+    """
+    target = Path(directory).resolve()
+    for name in names:
+        _refuse_name(name)
+    with explained(f"cannot publish to {quoted(directory, 200)}", chosen_by=_CHOSEN_BY):
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"cannot publish to {quoted(directory, 200)}: it is not writable",
+                hint=f"choose a directory that you may write to{_CHOSEN_BY}",
+            )
+        remove_leftovers(target)
+        for name in names:
+            _refuse_existing(target, name)
+    return target
+
+
+def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
+    """Refuse a directory that is inside an input, or holds one. `inputs` pairs directories and what they belong to.
+
+    Raises:
+        UsageError: an input would change.
+    """
+    for directory, owner in inputs:
+        if not os.path.isdir(directory):  # noqa: PTH112 - a name with a zero byte is no directory
+            continue
+        own = Path(directory).resolve()
+        weights = {path.resolve().parent for path in own.glob("*.safetensors")}  # a snapshot has links to its files
+        if any(target == place or place in target.parents for place in {own, *weights}):
+            raise UsageError(
+                f"the directory to publish to, {quoted(str(target), 200)}, is inside {owner}",
+                hint=f"choose a directory elsewhere{_CHOSEN_BY}",
+            )
+
+
+def refuse_over(places: Iterable[Path], inputs: Iterable[tuple[str, str]]) -> None:
+    """Refuse to publish a model in the place of an input, or of a directory that holds one.
+
+    Raises:
+        UsageError: an input would be replaced.
+    """
+    owners = [(Path(directory).resolve(), owner) for directory, owner in inputs if os.path.isdir(directory)]  # noqa: PTH112 - as above
+    for place in places:
+        for directory, owner in owners:
+            if place == directory or place in directory.parents:
+                raise UsageError(
+                    f"{owner} is in {quoted(str(place), 200)}, and this run would publish a model there",
+                    hint=f"choose another directory{_CHOSEN_BY}",
+                )
+
+
+def refuse_small_disk(target: Path, needed_bytes: int) -> None:
+    """Refuse a disk that cannot hold the models.
+
+    Raises:
+        GateError: there is too little space.
+    """
+    with explained(f"cannot publish to {quoted(str(target), 200)}", chosen_by=_CHOSEN_BY):
+        disk = os.statvfs(target)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < needed_bytes:
+        raise GateError(
+            f"the models to publish need {needed_bytes / _GIB:,.1f} GiB in {quoted(str(target), 200)}, and "
+            f"{free_bytes / _GIB:,.1f} GiB are free",
+            hint="free some space, choose another disk with --publish, or publish fewer adapters with --only",
+        )
+
+
+def _refuse_name(name: str) -> None:
+    bad = "/" in name or "\0" in name or name.startswith(".") or name != name.strip()
+    if bad or len(os.fsencode(partial_name(name))) > _MOST_NAME_BYTES:
+        raise UsageError(
+            f"a model cannot be published as {quoted(name, 200)}, which is no name for a directory",
+            hint='give the adapter a "name" of at most 200 bytes, without / and without a dot at its start',
+        )
+
+
+def _refuse_existing(target: Path, name: str) -> None:
+    place = target / name
+    if os.path.lexists(place) and not is_own_publication(place):
+        raise UsageError(
+            f"{quoted(str(place), 200)} exists, and is not a directory that merge-gate has published unchanged",
+            hint=f"move it away, or choose another directory{_CHOSEN_BY}",
+        )
+    partial = target / partial_name(name)
+    if not os.path.lexists(partial):
+        return
+    try:
+        with locked_directory(partial, follow=False) as lock:
+            is_free = lock.is_held and is_leftover(partial)
+    except AlreadyLockedError as error:
+        raise UsageError(
+            f"another run of merge-gate is writing the model {quoted(name, 200)} to {quoted(str(target), 200)}",
+            hint=f"wait for it, or choose another directory{_CHOSEN_BY}",
+        ) from error
+    if not is_free:
+        raise UsageError(
+            f"{quoted(str(partial), 200)} exists, and merge-gate cannot tell whether another run uses it",
+            hint=f"if none does, remove it; or choose another directory{_CHOSEN_BY}",
+        )
+
+
+def is_own_publication(place: Path) -> bool:
+    """Whether merge-gate has published a directory, and its files still have the listed names and sizes."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    try:
+        listed = {file.path: file.size_bytes for file in read_manifest(place).files}
+        paths = [path for path in place.rglob("*") if path.is_symlink() or not path.is_dir()]
+        sizes = {str(path.relative_to(place)): path.lstat().st_size for path in paths if not path.is_symlink()}
+    except (OSError, GateError):
+        return False
+    sizes.pop(MANIFEST_NAME, None)
+    return len(paths) == len(sizes) + 1 and sizes == listed

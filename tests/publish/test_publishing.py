@@ -1,0 +1,311 @@
+"""Whole runs that publish, with a played worker: what is in the directory, and when there is none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_gate.publish import one_publication, targets
+from merge_gate.records.refusals import NotJudged
+from merge_gate.worker.protocol import PlannedTensor, PublicationSent
+from merge_gate.worker.publish_service import Publisher
+from tests.support.judging.cases import broken
+from tests.support.judging.cases import merged as merged_tensor
+from tests.support.played_merges import LAYERS, MERGED, lay, merged, play, send_all, stored
+
+NAMES = [MERGED.format(layer) for layer in range(LAYERS)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a base and one adapter."""
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, names=["one"])
+    return tmp_path
+
+
+def state(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def adapters_of(place: Path) -> list[dict[str, Any]]:
+    adapters: list[dict[str, Any]] = json.loads((place / "merge-gate-report" / "report.json").read_text())["adapters"]
+    return adapters
+
+
+def expected(base: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: merged(content) if name in NAMES else content for name, content in base.items()}
+
+
+# --- what is published -----------------------------------------------------------------------------------------------
+
+
+def test_a_published_model_is_the_base_with_the_merged_tensors(place: Path) -> None:
+    before = state(place / "base")
+    assert play(place, "--publish", "merged") == 0
+    assert state(place / "base") == before
+    model = place / "merged" / "one"
+    assert stored(model) == expected(stored(place / "base"))
+    assert (model / "model.safetensors.index.json").read_bytes() == (
+        place / "base" / "model.safetensors.index.json"
+    ).read_bytes()
+    assert [path.name for path in (place / "merged").iterdir()] == ["one"]
+    (adapter,) = adapters_of(place)
+    assert (adapter["published"]["directory"], adapter["published"]["dtype"]) == ("merged/one", "preserve")
+    assert {file["path"]: file["sha256"] for file in adapter["published"]["files"]} == state(model)
+
+
+def test_the_configuration_can_ask_for_it_and_for_smaller_files(place: Path) -> None:
+    (place / "gate").mkdir()
+    config = {
+        "version": 1,
+        "base": "../base",
+        "adapters": [{"path": "../one", "name": "first"}],
+        "publish": {"directory": "merged", "max-shard-size": "1KB"},
+    }
+    (place / "gate" / "gate.yml").write_text(json.dumps(config))
+    assert play(place, adapters=["gate/gate.yml"]) == 0
+    model = place / "gate" / "merged" / "first"
+    assert stored(model) == expected(stored(place / "base"))
+    assert [path.name for path in model.glob("model*")] == ["model.safetensors"]
+    with pytest.raises(SystemExit, match="2"):
+        play(place, "--publish", "elsewhere", "--max-shard-size", "0.2KB", adapters=["gate/gate.yml"])
+    assert play(place, "--publish", "elsewhere", "--max-shard-size", "1KB", adapters=["gate/gate.yml"]) == 0
+    assert stored(place / "elsewhere" / "first") == stored(model)
+
+
+def test_an_entry_to_publish_is_merged_again_although_its_verdict_is_cached(place: Path) -> None:
+    assert play(place, "--cache", "cache") == 0
+    assert play(place, "--cache", "cache", "--publish", "merged") == 0
+    assert (place / "merged" / "one").is_dir()
+    assert adapters_of(place)[0]["cached"] is False
+
+
+# --- no directory ----------------------------------------------------------------------------------------------------
+
+
+def nothing_published(place: Path) -> bool:
+    return not any((place / "merged").iterdir())
+
+
+def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
+    broken_merge = {"merges": (merged_tensor(broken()),)}
+    assert play(place, "--publish", "merged", changes=broken_merge) == 1
+    assert nothing_published(place)
+    assert adapters_of(place)[0]["published"] is None
+
+
+def plan_of(tensors: Mapping[str, bytes], dtype: str = "BF16", columns: int = 8) -> tuple[PlannedTensor, ...]:
+    return tuple(PlannedTensor(name=name, dtype=dtype, shape=(8, columns)) for name in NAMES)
+
+
+def refuses(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    send_all(publisher, task, tensors)
+    publisher.planned(task, plan_of(tensors))
+    publisher.sent(PublicationSent(task=task, refusal=NotJudged(message="no way back", hint="none")))
+
+
+def sends_half(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, plan_of(tensors))
+    for name in NAMES:
+        publisher.part(task, name, 0, memoryview(tensors[name])[:64])
+    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors)))
+
+
+def plans_another_dtype(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, plan_of(tensors, "F32"))
+    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors, "F32")))
+
+
+def sends_another_shape_than_planned(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    send_all(publisher, task, tensors)
+    publisher.planned(task, plan_of(tensors))
+    for name in NAMES:
+        publisher.part(task, name, 0, memoryview(tensors[name]))
+    publisher.sent(PublicationSent(task=task, tensors=plan_of(tensors, columns=4)))
+
+
+def sends_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, plan_of(tensors))
+    publisher.part(task, NAMES[0], 120, memoryview(bytes(16)))
+    publisher.sent(PublicationSent(task=task))
+
+
+def plans_far_too_much(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, (PlannedTensor(name="new", dtype="F32", shape=(1 << 40,)),))
+    publisher.sent(PublicationSent(task=task))
+
+
+def names_what_it_did_not_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, ())
+    publisher.sent(PublicationSent(task=task, tensors=(PlannedTensor(name="new", dtype="F32", shape=(1,)),)))
+
+
+def plans_a_shape_and_sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, (PlannedTensor(name="embed.weight", dtype="BF16", shape=(9, 8)),))
+    publisher.sent(PublicationSent(task=task))
+
+
+def sends_no_end(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, plan_of(tensors))
+
+
+def sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    pass
+
+
+SENDERS = [
+    refuses,
+    sends_half,
+    plans_another_dtype,
+    sends_another_shape_than_planned,
+    sends_too_much,
+    plans_far_too_much,
+    names_what_it_did_not_plan,
+    plans_a_shape_and_sends_nothing,
+    sends_no_end,
+    sends_nothing,
+]
+
+
+@pytest.mark.parametrize("send", SENDERS)
+def test_what_the_worker_sends_must_fit_the_base(send: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_publication, "SENT_LIMIT_S", 0.1)
+    assert play(place, "--publish", "merged", send=send) == 3
+    assert nothing_published(place)
+    (adapter,) = adapters_of(place)
+    assert (adapter["verdict"], adapter["cause"], adapter["published"]) == ("error", "not-published", None)
+    assert adapter["findings"][0]["origin"] == "runtime"
+
+
+def test_what_the_worker_sends_after_its_verdict_is_ignored(place: Path) -> None:
+    later: list[Any] = []
+
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        send_all(publisher, task, tensors)
+        later.append(publisher)
+
+    assert play(place, "--publish", "merged", send=send) == 0
+    before = state(place / "merged")
+    sends_half(later[0], 0, stored(place / "base"))
+    assert state(place / "merged") == before
+
+
+def test_a_second_attempt_replaces_the_first(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        publisher.planned(task, plan_of(tensors))
+        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
+        send_all(publisher, task, tensors)
+
+    assert play(place, "--publish", "merged", send=send) == 0
+    assert stored(place / "merged" / "one") == expected(stored(place / "base"))
+
+
+def test_a_planned_tensor_that_does_not_count_has_the_bases_bytes(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        publisher.planned(task, plan_of(tensors))
+        publisher.part(task, NAMES[0], 0, memoryview(bytes(128)))
+        publisher.sent(PublicationSent(task=task))
+
+    assert play(place, "--publish", "merged", send=send) == 0
+    assert stored(place / "merged" / "one") == stored(place / "base")
+
+
+def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        send_all(publisher, task, tensors)
+        path = place / "base" / "model-00002-of-00002.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    assert play(place, "--publish", "merged", send=send) == 3
+    assert nothing_published(place)
+    assert adapters_of(place)[0]["published"] is None
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_directory_is_refused_and_stays(place: Path) -> None:
+    (place / "merged" / "one").mkdir(parents=True)
+    (place / "merged" / "one" / "mine").write_text("mine")
+    assert play(place, "--publish", "merged") == 2
+    assert state(place / "merged") == {"one/mine": hashlib.sha256(b"mine").hexdigest()}
+
+
+@pytest.mark.parametrize("change", ["none", "another file", "a file less", "a longer file", "a link"])
+def test_only_an_earlier_publication_that_is_unchanged_is_replaced(place: Path, change: str) -> None:
+    assert play(place, "--publish", "merged") == 0
+    model = place / "merged" / "one"
+    match change:
+        case "another file":
+            (model / "mine").touch()
+        case "a file less":
+            (model / "README.md").unlink()
+        case "a longer file":
+            (model / "README.md").write_text("longer" * 1000)
+        case "a link":
+            model.rename(place / "elsewhere")
+            model.symlink_to(place / "elsewhere")
+    before = state(place)
+    assert play(place, "--publish", "merged", "-o", "second") == (0 if change == "none" else 2)
+    shutil.rmtree(place / "second", ignore_errors=True)
+    if change == "none":
+        assert stored(model) == expected(stored(place / "base"))
+        assert [path.name for path in (place / "merged").iterdir()] == ["one"]
+    else:
+        assert state(place) == before
+
+
+@pytest.mark.parametrize("target", ["base", "base/merged", ".", "one/merged"])
+def test_no_input_is_written_to_or_replaced(place: Path, target: str) -> None:
+    before = state(place)
+    assert play(place, "--publish", target, "-o", "report") == 2
+    shutil.rmtree(place / "report", ignore_errors=True)
+    assert state(place) == before
+
+
+def test_a_base_that_was_published_before_is_not_replaced_by_its_own_merge(place: Path) -> None:
+    assert play(place, "--publish", "merged") == 0
+    before = state(place / "merged")
+    assert play(place, "--publish", "merged", "-o", "second", base="merged/one") == 2
+    assert state(place / "merged") == before
+
+
+@pytest.mark.parametrize("target", ["/proc/merged", "base/config.json", "base/config.json/merged"])
+def test_a_target_that_cannot_be_written_is_refused(place: Path, target: str) -> None:
+    assert play(place, "--publish", target) == 2
+
+
+@pytest.mark.parametrize("name", [".one", "a/b", "x" * 250])
+def test_a_name_that_is_no_directory_is_refused(place: Path, name: str) -> None:
+    config = {"version": 1, "base": "base", "adapters": [{"path": "one", "name": name[:200]}], "publish": "merged"}
+    (place / "gate.yml").write_text(json.dumps(config))
+    assert play(place, adapters=["gate.yml"]) == (0 if name.startswith("x") else 2)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(place)
+    full = os.statvfs_result((*real[:4], 0, *real[5:]))
+    monkeypatch.setattr(targets.os, "statvfs", lambda _: full)
+    assert play(place, "--publish", "merged", send=lambda *_: pytest.fail("nothing is merged")) == 3
+    assert nothing_published(place)
+
+
+@pytest.mark.parametrize("words", [["--ray", "auto"], ["--read", "touched", "--cache", "cache"]])
+def test_options_that_do_not_go_together(place: Path, words: list[str]) -> None:
+    assert play(place, "--publish", "merged", *words) == 2
+    assert not (place / "merged").exists()
+
+
+def test_a_limit_on_the_files_needs_a_directory(place: Path) -> None:
+    assert play(place, "--max-shard-size", "5GB") == 2

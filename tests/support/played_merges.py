@@ -1,0 +1,142 @@
+"""Runs that publish, with a played worker: everything of the parent is real, and nothing imports torch.
+
+In: a directory. Out: a base, adapters, and runs on them, in this process or in one that can be killed:
+
+    python -m tests.support.played_merges PLACE TARGET [OPTION...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from merge_gate.cli.dispatch import main
+from merge_gate.files.identity import base_identity
+from merge_gate.run import flow
+from merge_gate.worker import protocol, supervisor
+from merge_gate.worker.protocol import Event, Group, Job, PlannedTensor, PublicationPlanned, PublicationSent
+from merge_gate.worker.publish_service import Publisher
+from tests.support.judging.cases import base as base_facts
+from tests.support.judging.cases import evidence
+from tests.support.publish import Shapes, lay_base
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
+MERGED = "layers.{}.q.weight"
+LAYERS = 4
+
+
+def lay(place: Path, *, names: Sequence[str] = ("one", "two"), rows: int = 8) -> dict[str, bytes]:
+    """A base in two shards, and adapters. Returns the bytes of the base's tensors."""
+    base = place / "base"
+    base.mkdir()
+    first: Shapes = {"embed.weight": ("BF16", (rows, 8))} | {
+        MERGED.format(layer): ("BF16", (rows, 8)) for layer in range(LAYERS // 2)
+    }
+    second: Shapes = {MERGED.format(layer): ("BF16", (rows, 8)) for layer in range(LAYERS // 2, LAYERS)} | {
+        "mtp.weight": ("BF16", (rows, 8))
+    }
+    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
+    tensors = lay_base(base, files)
+    listed = {tensor: file for file, shapes in files.items() for tensor in shapes}
+    index = {"metadata": {"total_size": sum(map(len, tensors.values()))}, "weight_map": listed}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows, "dtype": "bfloat16"}))
+    for name in names:
+        (place / name).mkdir()
+        shapes = {f"base_model.model.q.lora_{letter}.weight": ("F32", (4, 8)) for letter in "AB"}
+        lay_base(place / name, {"adapter_model.safetensors": shapes})
+        (place / name / "config.json").unlink()
+        (place / name / "adapter_config.json").write_text(json.dumps(CONFIG))
+    return tensors
+
+
+def merged(content: bytes) -> bytes:
+    """The bytes of a tensor after the played merge."""
+    return bytes(reversed(content))
+
+
+def play(
+    place: Path,
+    *words: str,
+    send: Callable[[Publisher, int, Mapping[str, bytes]], None] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    adapters: Sequence[str] = (),
+    base: str = "base",
+) -> int:
+    """`merge-gate run ADAPTERS --base BASE WORDS` in `place`, which is the current directory. Returns its exit code.
+
+    `send` sends the tensors of a task instead of `send_all`. `changes` are fields of each adapter's evidence.
+    `adapters` may name a configuration; by default they are those in `place`.
+    """
+    tensors = stored(place / base)
+    sends = send or send_all
+
+    def supervise(
+        job: Job, on_event: Callable[[Event], None], _worker: object, _feeds: object, publisher: Publisher
+    ) -> None:
+        for number, group in enumerate(job.groups):
+            _play_group(number, group, on_event, lambda task: sends(publisher, task, tensors), changes or {})
+
+    named = ["--base", base] if not adapters else []
+    adapters = adapters or sorted(path.parent.name for path in place.glob("*/adapter_config.json"))
+    with (
+        mock.patch.object(flow, "supervise", supervise),
+        mock.patch.object(supervisor.WorkerSlot, "start", return_value=None),
+    ):
+        return main(["run", *adapters, *named, *words])
+
+
+def stored(base: Path) -> dict[str, bytes]:
+    """The bytes of each tensor in a directory of weight files."""
+    tensors: dict[str, bytes] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        header.pop("__metadata__", None)
+        data = raw[8 + length :]
+        tensors |= {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    return tensors
+
+
+def _play_group(
+    number: int,
+    group: Group,
+    on_event: Callable[[Event], None],
+    send: Callable[[int], None],
+    changes: Mapping[str, Any],
+) -> None:
+    facts = base_facts(model=group.base.model, dtype="bfloat16")
+    for task in group.tasks:
+        identity = base_identity(group.directory)
+        loaded = protocol.BaseLoaded(group=number, task=task.index, facts=facts, identity=identity, seconds=0.0)
+        on_event(loaded)
+        on_event(protocol.MergeStarted(task=task.index))
+        if task.publishes is not None:  # on a thread, as the service does
+            sending = threading.Thread(target=send, args=(task.index,), daemon=True)
+            sending.start()
+            sending.join()
+        on_event(protocol.Merged(task=task.index, evidence=evidence(**({"base": facts} | changes))))
+
+
+def send_all(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    """What a worker sends of a merge that changes the layers."""
+    names = [MERGED.format(layer) for layer in range(LAYERS)]
+    planned = tuple(PlannedTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
+    plan = PublicationPlanned(task=task, tensors=planned)
+    publisher.planned(plan.task, plan.tensors)
+    for name in names:
+        content = memoryview(merged(tensors[name]))
+        half = len(content) // 2
+        publisher.part(task, name, half, content[half:])
+        publisher.part(task, name, 0, content[:half])
+    publisher.sent(PublicationSent(task=task, tensors=planned))
+
+
+if __name__ == "__main__":
+    sys.exit(play(Path.cwd(), *sys.argv[1:]))

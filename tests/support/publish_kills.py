@@ -1,0 +1,112 @@
+"""Runs that publish and are killed, and what they may leave: whole models under their names, and an unchanged base.
+
+In: a directory with a base and adapters. Out: whether everything in the target is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support.command import COMMAND, environment
+
+ROOT = Path(__file__).parents[2]
+PLAYED = (sys.executable, "-m", "tests.support.played_merges")
+PATIENCE_S = 120.0
+
+
+class KilledRuns:
+    """One directory, and an undisturbed run in it. `adapters` are words of the real command; empty plays the worker."""
+
+    def __init__(self, place: Path, dice: random.Random, adapters: tuple[str, ...] = ()) -> None:
+        self.place, self.dice = place, dice
+        self.target = place / "merged"
+        run = (*COMMAND, "run", *adapters, "--base", "base", "--device", "cpu") if adapters else PLAYED
+        self.command = (*run, "--publish", "merged")
+        self.base = digests(place / "base")
+        began_s = time.monotonic()
+        process = self.start()
+        self.wait_for_partial(process)
+        first_s = time.monotonic()
+        assert process.wait(PATIENCE_S) == 0, (place / "log").read_text()
+        self.length_s, self.writing_s = time.monotonic() - began_s, time.monotonic() - first_s
+        self.models = set(self.named())
+        assert self.models
+
+    def start(self, *prefix: str) -> subprocess.Popen[bytes]:
+        with (self.place / "log").open("wb") as log:
+            return subprocess.Popen(
+                [*prefix, *self.command],
+                cwd=self.place,
+                env=environment(PYTHONPATH=str(ROOT)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def partials(self) -> list[str]:
+        return (
+            [path.name for path in self.target.iterdir() if path.name.startswith(".")] if self.target.exists() else []
+        )
+
+    def named(self) -> list[str]:
+        return [path.name for path in self.target.iterdir() if not path.name.startswith(".")]
+
+    def wait_for_partial(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the run writes a model. What an earlier run left does not count: it is removed first."""
+        leftovers = {name: (self.target / name).stat().st_ino for name in self.partials()}
+        deadline_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline_s and process.poll() is None:
+            for name in self.partials():
+                try:
+                    if (self.target / name).stat().st_ino != leftovers.get(name):
+                        return
+                except FileNotFoundError:
+                    continue
+            time.sleep(0.001)
+
+    def kill_once(self) -> str:
+        """Kill a run and its worker while it publishes, and look at what is left. Returns how far it came."""
+        process = self.start()
+        self.wait_for_partial(process)
+        time.sleep(self.dice.uniform(0, self.writing_s))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE_S)
+        self.check()
+        return "killed" if process.returncode == -signal.SIGKILL else "finished"
+
+    def check(self) -> None:
+        """Everything that has a name is whole, and the base is unchanged."""
+        for name in self.named():
+            check_whole(self.target / name)
+        assert digests(self.place / "base") == self.base
+
+    def finish(self) -> None:
+        """An undisturbed run publishes every model, and leaves nothing else."""
+        process = self.start()
+        assert process.wait(PATIENCE_S) == 0, (self.place / "log").read_text()
+        self.check()
+        assert (set(self.named()), self.partials()) == (self.models, [])
+
+
+def check_whole(model: Path) -> None:
+    """Every file of a published directory is as its manifest says, and there is no other."""
+    listed = {file["path"]: file["sha256"] for file in json.loads((model / "merge-gate.json").read_bytes())["files"]}
+    found = digests(model)
+    found.pop("merge-gate.json")
+    assert found == listed, model
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
