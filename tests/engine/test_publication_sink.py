@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from merge_gate.files.preflight import preflight
@@ -36,6 +38,7 @@ VARIANTS_PUBLISHED = (
     "per-expert", "sharded-base", "embedding", "classifier", "opt",
 )  # fmt: skip
 IN_ALL_DTYPES = ("every-projection", "dora", "conv1d", "fused-experts")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 METHODS = ("loha-linear", "oft-linear", "ia3-linear", "lora-experts-qwen", "lora-tied-tokens", "ln-norm")
 
 
@@ -250,6 +253,23 @@ def test_the_worker_sends_each_model_before_its_evidence(
         assert read_bytes <= sum(reads)
 
 
+def test_the_worker_publishes_a_quantized_base_with_plain_weights(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    directory, adapter = shelf.base("llama"), shelf.adapter("plain")
+    task = Task(index=0, files=(preflight(str(adapter), allow_pickle=False),), publishes="bfloat16")
+    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
+    group = Group(base=key, directory=str(directory), tasks=(task,))
+    connection: Any = Connection()
+    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), connection=connection))
+    merged = next(event for event in events if isinstance(event, Merged))
+    assert merged.evidence.base.quantization == "bnb-8bit"
+    assert {merge.stats.dtype for merge in merged.evidence.merges} == {"bfloat16"}
+    assert connection.tasks[0].refusal is None
+    assert {one.name for one in connection.tasks[0].tensors} == stored(directory).keys()
+
+
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
     own = LocalFeed.read
@@ -260,3 +280,34 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(LocalFeed, "read", read)
     return reads
+
+
+@pytest.mark.parametrize(
+    ("variant", "quantization"),
+    [("every-projection", Quantization.BNB_4BIT), ("dora", Quantization.BNB_8BIT), ("conv1d", Quantization.BNB_4BIT)],
+)
+def test_a_base_that_was_quantized_is_published_with_plain_weights(
+    variant: str, quantization: Quantization, shelf: Shelf, tmp_path: Path
+) -> None:
+    """The merge that transformers recommends for QLoRA: `dequantize`, and then PEFT's merge."""
+    base, adapter = shelf.base(VARIANTS[variant].base), shelf.adapter(variant)
+    in_4bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    packing = transformers.BitsAndBytesConfig(**in_4bit if "4" in quantization else {"load_in_8bit": True})
+    load = {"dtype": torch.bfloat16, "quantization_config": packing, "device_map": "cpu"}
+    with methods.quiet():
+        plain = load_for_training(base, "CAUSAL_LM", **load).dequantize(torch.bfloat16)
+        if variant == "conv1d":  # transformers leaves it with transposed weights
+            values, plain = plain.state_dict(), load_for_training(base, "CAUSAL_LM", dtype=torch.bfloat16)
+            for name, tensor in plain.state_dict().items():
+                tensor.copy_(values[name].T if name.endswith(TRANSPOSED) else values[name])
+        theirs = PeftModel.from_pretrained(plain, adapter).merge_and_unload(safe_merge=True).state_dict()
+    options = {"publish": "bfloat16", "dtype": "bfloat16", "quantization": quantization}
+    sent = sent_by(base, adapter, dequantized=True, **options)
+    assert sent.refusal is None
+    assert sent.evidence is not None
+    assert (sent.evidence.base.quantization, sent.evidence.base.dtype) == (quantization, "bfloat16")
+    assert {one.name for one in sent.tensors} == stored(base).keys()
+    configured(write_model(base, tmp_path / "published", sent), dtype="bfloat16")
+    with methods.quiet():
+        ours = load_for_training(tmp_path / "published", "CAUSAL_LM").state_dict()
+    assert different(ours, theirs) == []

@@ -150,7 +150,7 @@ class GroupBases:
             before, self._identity = self._identity, base_identity(group.directory)
             if before != self._identity:
                 self._figures.clear()
-            base = self._read(group, model_class)
+            base = _as_published(self._read(group, model_class), group)
         verify_base(group.directory, group.base.name, self._identity)
         _settle(base, account, group.directory)
         record = next((one for one in group.records if one.model_class == model_class.label), None)
@@ -260,6 +260,17 @@ def _how_to_load(group: Group, job: Job) -> dict[str, Any]:
         "trust_remote_code": job.trust_remote_code,
         "allow_pickle": job.allow_pickle,
     }
+
+
+def _as_published(base: Base, group: Group) -> Base:
+    """A quantized base is published with plain weights, if all merges of the group are published in a named dtype."""
+    from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
+
+    dtypes = {task.publishes for task in group.tasks}
+    (dtype,) = dtypes if len(dtypes) == 1 else (None,)
+    if dtype in (None, "preserve") or not group.base.is_quantized or base.hollow is not None:
+        return base
+    return bases.dequantized_base(base, dtype)
 
 
 def _is_streamed(group: Group) -> bool:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
-from merge_gate.engine.base.loaded_base import load_base
+from merge_gate.engine.base.loaded_base import dequantized_base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.tensor_map import DTYPES, stored_tensors
@@ -71,7 +71,14 @@ class Sent:
 
 
 def sent_by(
-    directory: Path, adapter: Path, *, publish: str = PRESERVE, hollow: bool = False, dtype: str = "auto", **load: Any
+    directory: Path,
+    adapter: Path,
+    *,
+    publish: str = PRESERVE,
+    hollow: bool = False,
+    dtype: str = "auto",
+    dequantized: bool = False,
+    **load: Any,
 ) -> Sent:
     """Merge an adapter into a base in this process, and publish it."""
     files = preflight(str(adapter), allow_pickle=True)
@@ -83,6 +90,8 @@ def sent_by(
             if hollow
             else load_base(str(directory), model_class=model_class, label="base", dtype=dtype, **load)
         )
+        if dequantized:
+            base = dequantized_base(base, publish)
         sent = Sent()
         sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=sent)
         sent.evidence = merge(MergeRequest(base=base, members=(files,), sink=sinks.sink(0, publish)))

@@ -34,6 +34,7 @@ from merge_gate.engine.base.stored_formats import (
 from merge_gate.engine.tensors.buffers import Buffers
 from merge_gate.engine.tensors.hollow import Hollow
 from merge_gate.engine.tensors.measure import dtype_name, measure
+from merge_gate.engine.tensors.plain_layers import with_plain_layers
 from merge_gate.engine.tensors.quantized import (
     dequantized,
     dequantizing_options,
@@ -78,7 +79,10 @@ class ModelClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a base is loaded from, and how. `options` are the arguments of `from_pretrained` that its classes share."""
+    """Where a base is loaded from, and how. `options` are the arguments of `from_pretrained` that its classes share.
+
+    `dequantized`: its weights were packed, and are plain again.
+    """
 
     directory: str
     label: str
@@ -86,6 +90,7 @@ class Source:
     quantization: Quantization
     device: torch.device
     options: Mapping[str, Any]
+    dequantized: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -314,6 +319,15 @@ def load_base(
     refuse_foreign_weights(model, loading.newly_initialized, label)
     refuse_other_packing(model, source, dtype)
     return measure_base(model, source, loading, known={})
+
+
+def dequantized_base(packed: Base, dtype: str) -> Base:
+    """The base with plain weights of this dtype, which have the packed values. `packed` cannot be used any more."""
+    source = replace(packed.source, dequantized=True)
+    loading = Loading(missing=packed.newly_initialized, unexpected=packed.unexpected)
+    base = measure_base(with_plain_layers(packed.model, getattr(torch, dtype)), source, loading, known={})
+    base.facts = replace(base.facts, quantization=packed.facts.quantization, replaced=packed.facts.replaced)
+    return base
 
 
 def source_of(

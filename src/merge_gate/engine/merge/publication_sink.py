@@ -109,7 +109,7 @@ class PublicationSink:
                     yield StoredTensor(name=source, dtype=written, shape=header.shape, file=header.file)
 
     def _all_cast(self) -> Iterator[StoredTensor]:
-        """Every floating stored tensor whose dtype changes, in the dtype that it will have.
+        """Every floating stored tensor whose dtype changes, in the dtype that it will have; all of a dequantized base.
 
         That is the dtype of the loaded tensor, because transformers keeps some in float32.
         """
@@ -124,8 +124,8 @@ class PublicationSink:
                 yield self._as_written(one.name, torch.Size(one.shape), self._cast)
 
     def _is_cast(self, source: str) -> bool:
-        dtype = self._layout.places[source].dtype
-        return self._cast is not None and dtype.is_floating_point and dtype != self._cast
+        dtype, is_other_base = self._layout.places[source].dtype, self._layout.base.source.dequantized
+        return self._cast is not None and dtype.is_floating_point and (is_other_base or dtype != self._cast)
 
     # --- 2. --------------------------------------------------------------------------------------------------------
 
@@ -261,16 +261,22 @@ class PublicationSink:
         Raises:
             GateError: the merged model must not be published.
         """
+        if self._problem is None:
+            try:
+                self._finish()
+            except Exception as error:  # as above
+                self._fail(error, "the rest of the model")
         if self._problem is not None:
             raise self._problem
+        return tuple(self._sent.values())
+
+    def _finish(self) -> None:
         for group in self._layout.map.groups:
-            if group.sources[0] in self._waiting or (
-                group.sources[0] in self._planned and group.sources[0] not in self._sent
-            ):
+            first = group.sources[0]
+            if first in self._waiting or (first in self._planned and first not in self._sent):
                 self._send_group(group, self._with_base(group))
         for one in self._layout.unloaded():
             self._finish_unloaded(one)
-        return tuple(self._sent.values())
 
     def _with_base(self, group: TensorGroup) -> dict[str, torch.Tensor]:
         """All tensors of a group: those that the merge has given, and the base's."""

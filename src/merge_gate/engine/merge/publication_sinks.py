@@ -6,6 +6,7 @@ each task the list of its tensors, or the reason why they must not be published.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import transformers
 
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
+from merge_gate.engine.base.stored_formats import declared
 from merge_gate.engine.base.stored_layout import StoredLayout, layout_of
 from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors, tensor_map
 from merge_gate.engine.merge.publication_sink import Outlet, PublicationSink
@@ -70,15 +72,17 @@ class PublicationSinks:
         except GateError as error:
             problem = error
         refusal = NotJudged(message=problem.message, hint=problem.hint) if problem is not None else None
-        self.connection.finish(task, tensors, refusal)
+        with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
+            self.connection.finish(task, tensors, refusal)
 
     def _made_layout(self) -> StoredLayout:
         source, quantization = self.base.source, self.base.facts.quantization
-        if quantization != Quantization.NONE:
+        if quantization != Quantization.NONE and not (source.dequantized and declared(source.directory) is None):
             raise NotPublishedError(
                 f"the base is quantized ({quantization}): its merge cannot be written in that format without "
                 "quantizing it again",
-                hint="merge the adapter into the unquantized base, and publish that",
+                hint="if bitsandbytes quantizes the base while it is loaded, set publish.dtype; else publish the merge "
+                "into the unquantized base",
             )
         transformers_class = getattr(transformers, self.model_class.class_name)
         try:
