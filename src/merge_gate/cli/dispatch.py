@@ -23,6 +23,7 @@ from merge_gate.cli import (
     report_command,
     run_command,
     schema_command,
+    verify_command,
 )
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
 from merge_gate.cli.parser import output_of, parsed
@@ -113,4 +114,5 @@ _COMMANDS = {
     "attest": attest_command.run,
     "explain": explain_command.run,
     "schema": schema_command.run,
+    "verify": verify_command.run,
 }

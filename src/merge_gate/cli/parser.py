@@ -22,6 +22,7 @@ from merge_gate.cli import (
     report_command,
     run_command,
     schema_command,
+    verify_command,
 )
 from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
@@ -173,6 +174,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         report_command.add_baseline,
         attest_command.add,
         explain_command.add,
+        verify_command.add,
         schema_command.add,
     ):
         add(commands)

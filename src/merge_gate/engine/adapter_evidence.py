@@ -63,6 +63,7 @@ class MergeRequest:
     `progress` is called with the number of merged layers, the number of all layers, and the layer's name. Each thread
     that begins to work on the adapter calls `on_work`. `sink` gets the merged tensors. `free_bytes` is the free memory,
     if it is known: nothing of a base that is read in a pass is read if PEFT's merge does not fit in it.
+    Without `safe_merge`, the sink gets what PEFT gives without it: W + delta is rounded once instead of twice.
     """
 
     base: Base
@@ -73,6 +74,7 @@ class MergeRequest:
     on_work: Callable[[], None] = lambda: None
     sink: TensorSink | None = None
     free_bytes: int | None = None
+    safe_merge: bool = True
 
 
 def merge_adapter(
@@ -263,6 +265,7 @@ class _Attempt:
             progress=request.progress,
             on_work=request.on_work,
             in_blocks=in_blocks,
+            safe_merge=request.safe_merge,
             sink=request.sink,
         )
         walk.plan()

@@ -133,7 +133,8 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     own = [tensor.stored for tensor in contents.first.values()]
     of_formats = base_formats.findings_of(own, declared, config, label=name, original=original)
     note.ghosts(ghosts, chosen)
-    note.unlisted(contents, chosen)
+    unlisted = _unlisted(contents, chosen)
+    note.unlisted(unlisted, chosen)
     note.second_set(aside, chosen)
     note.tied(contents, config)
     return BaseFiles(
@@ -141,6 +142,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
         weights=chosen.files,
         tensors=tuple(contents.tensors),
         ghosts=ghosts,
+        unlisted=unlisted,
         aside=aside,
         quantization=declared,
         original=original,
@@ -265,6 +267,12 @@ def _listed_elsewhere(directory: str) -> set[str]:
     return set(chosen.files)
 
 
+def _unlisted(contents: _Contents, chosen: WeightFiles) -> tuple[str, ...]:
+    """Tensors that the index does not list. transformers loads all tensors of a file."""
+    listed = chosen.listed
+    return () if listed is None else tuple(name for name in contents.first if name not in listed)
+
+
 class _Notes:
     """Findings about a base that do not keep it from being loaded."""
 
@@ -310,15 +318,12 @@ class _Notes:
                 ghosts[0][0],
             )
 
-    def unlisted(self, contents: _Contents, chosen: WeightFiles) -> None:
-        if chosen.listed is None:
-            return
-        unlisted = [name for name in contents.first if name not in chosen.listed]
+    def unlisted(self, unlisted: tuple[str, ...], chosen: WeightFiles) -> None:
         if unlisted:
             self._add(
                 f"{counted(len(unlisted), 'tensor')} in the files of the base {shown(self._name)} "
                 f"{_are(len(unlisted))} not listed in {chosen.index}; transformers loads all tensors of a file: "
-                f"{_names_of(unlisted)}",
+                f"{_names_of(list(unlisted))}",
                 unlisted[0],
             )
 

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 
-from merge_gate.records import config, files, measured, refusals, report, terms
+from merge_gate.records import comparison, config, files, measured, refusals, report, terms
 from merge_gate.sources.feed import FileSpan
 from merge_gate.worker import protocol
 
@@ -26,7 +26,7 @@ MAX_BYTES = 1 << 28
 
 _RECORD_CLASSES = {
     (cls.__module__, cls.__qualname__): cls
-    for module in (terms, config, files, measured, refusals, report, protocol)
+    for module in (terms, config, files, measured, comparison, refusals, report, protocol)
     for cls in vars(module).values()
     if isinstance(cls, type) and cls.__module__ == module.__name__
 } | {(FileSpan.__module__, FileSpan.__qualname__): FileSpan}

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
+    Compared,
     DeviceChosen,
     Event,
     Finished,
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.engine.merge.publication_sinks import PublicationSinks
+
+Merger = Callable[["MergeRequest"], Evidence]
+"""Merges one adapter; for a finished model, with a comparison."""
 
 ClassedTask = tuple[Task, str | None]
 """A task, and the class that its adapter asks for if it is loaded as another one."""
@@ -302,9 +306,15 @@ def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listene
     tasks = [classed for one in loaded for classed in one.tasks]
     skeletons = [one.found.base for one in loaded if one.found.is_skeleton]
     sinks = {task.index: found for one in loaded if (found := bases.sinks(one.found)) for task, _ in one.tasks}
+    comparing = {
+        task.index: functools.partial(_compared, bases, one.found, task, progress)
+        for one in loaded
+        for task, _ in one.tasks
+        if task.compares is not None
+    }
     for batch in _batches(tasks, one_pass=loaded[0].found.group.one_pass):
         of_batch = {task.index: base_of[task.index].found.base for task, _ in batch}
-        for event in _judge_batch(of_batch, batch, skeletons, progress, sinks):
+        for event in _judge_batch(of_batch, batch, skeletons, progress, sinks, comparing=comparing):
             if isinstance(event, Merged) and not base_of[event.task].is_measured:
                 yield _measured(base_of[event.task], event.task)
             yield event
@@ -347,7 +357,13 @@ def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[Class
 
 
 def _judge_batch(
-    bases: dict[int, Base], batch: list[ClassedTask], others: list[Base], progress: Listener, sinks: SinksByTask
+    bases: dict[int, Base],
+    batch: list[ClassedTask],
+    others: list[Base],
+    progress: Listener,
+    sinks: SinksByTask,
+    *,
+    comparing: Mapping[int, Merger],
 ) -> Iterator[Event]:
     """Merge these tasks into their `bases`, by index. A pass over several adapters measures `others` as well."""
     if len(batch) > 1 or (len(others) > 1 and not batch[0][0].alone):
@@ -367,7 +383,7 @@ def _judge_batch(
         batch = [one for one, evidence in zip(batch, merged, strict=True) if evidence is None]
     for task, instead_of in batch:
         yield MergeStarted(task=task.index)
-        yield _judge_task(bases[task.index], task, instead_of, progress, sinks)
+        yield _judge_task(bases[task.index], task, instead_of, progress, sinks, compared=comparing.get(task.index))
 
 
 def _finish_publication(task: Task, evidence: Evidence, sinks: SinksByTask) -> None:
@@ -459,7 +475,9 @@ def _paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:
     return report
 
 
-def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listener, sinks: SinksByTask) -> Event:
+def _judge_task(
+    base: Base, task: Task, instead_of: str | None, progress: Listener, sinks: SinksByTask, *, compared: Merger | None
+) -> Event:
     try:
         from merge_gate.engine import adapter_evidence  # noqa: PLC0415 - imports torch and PEFT
 
@@ -471,11 +489,18 @@ def _judge_task(base: Base, task: Task, instead_of: str | None, progress: Listen
                 kind, total = task.files[0].config.peft_type, base.facts.parameters
                 evidence = Evidence(base=base.facts, peft_type=kind, refusal=refused.refusal, parameters_total=total)
             else:
-                evidence = adapter_evidence.merge(request)
+                evidence = (compared or adapter_evidence.merge)(request)
         _finish_publication(task, evidence, sinks)
     except Exception as error:
         return Undecided(task=task.index, refusal=_refusal(error))
     return Merged(task=task.index, evidence=replace(evidence, instead_of=instead_of))
+
+
+def _compared(bases: GroupBases, base: GroupBase, task: Task, progress: Listener, request: MergeRequest) -> Evidence:
+    """Merge an adapter, compare each tensor with a finished model's, and send the comparison."""
+    evidence, comparison = bases.compare(base, task, request)
+    progress(Compared(task=task.index, comparison=comparison))
+    return evidence
 
 
 def _is_of_an_import(error: Exception) -> bool:

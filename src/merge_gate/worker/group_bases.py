@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_bytes, base_identity
+from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity
-from merge_gate.records.measured import BaseRecord
+from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.terms import Quantization
-from merge_gate.sources.feed import Feed
+from merge_gate.sources.feed import Feed, LocalFeed
 from merge_gate.worker.memory import MemoryGroup, gibibytes
-from merge_gate.worker.pinned import verify_base
-from merge_gate.worker.protocol import Group, Job
+from merge_gate.worker.pinned import pinned_directory, verify_base
+from merge_gate.worker.protocol import Group, Job, Task
 from merge_gate.worker.startup.heap import give_back
 
 if TYPE_CHECKING:
+    from merge_gate.engine.adapter_evidence import MergeRequest
     from merge_gate.engine.base.accounting import Account
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.engine.base.skeleton import FiguresBySpan
@@ -187,6 +189,30 @@ class GroupBases:
             feed=self.feed,
             connection=self.connection,
         )
+
+    def compare(self, loaded: GroupBase, task: Task, request: MergeRequest) -> tuple[Evidence, Comparison]:
+        """Merge the task's adapter, and compare each tensor with the finished model's.
+
+        Raises:
+            EngineError: the finished model's files changed meanwhile.
+            Undecidable: they cannot be loaded as the base's class.
+        """
+        from merge_gate.engine import finished_model  # noqa: PLC0415 - imports torch and PEFT
+        from merge_gate.engine.base.tensor_map import stored_tensors  # noqa: PLC0415 - imports torch
+
+        snapshot, group = task.compares, loaded.group
+        assert snapshot is not None  # noqa: S101 - the caller has looked
+        account = self.mapped.account(loaded.model_class, group)
+        stored = (group.files.tensors if group.files is not None else ()) or stored_tensors(group.directory)
+        own = finished_model.Files(directory=group.directory, stored=stored, feed=self.feed)
+        with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as feed:
+            identity = base_identity(directory)
+            found = snapshot.base_files.tensors if snapshot.base_files is not None else ()
+            files = finished_model.Files(directory=directory, stored=found or stored_tensors(directory), feed=feed)
+            merged = finished_model.load_merged(files, snapshot.name, loaded.model_class, request.base, own)
+            compared = finished_model.compare(request, merged, files, own, account.map)
+            verify_base(directory, snapshot.name, identity)
+        return compared
 
     def keep_figures(self, base: Base) -> None:
         """Keep what was measured of a skeleton, for another class."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Combine
-from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity
+from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snapshot
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
@@ -26,7 +27,7 @@ class Task:
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
     of its merge, and of the load of its base. `alone`: it is merged in no pass with other adapters, because it was in
     progress when such a pass died. `publishes`: the merged tensors are sent, too. It is `preserve`, or the dtype that
-    all floating tensors are cast to.
+    all floating tensors are cast to. `compares`: a finished model that is compared with the merge.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Task:
     limit_s: float = DEFAULT_LIMIT_S
     alone: bool = False
     publishes: str | None = None
+    compares: Snapshot | None = None
 
 
 @record
@@ -154,6 +156,14 @@ class Merged:
 
 
 @record
+class Compared:
+    """A task's merge was compared with a finished model. Sent before its `Merged`."""
+
+    task: int
+    comparison: Comparison
+
+
+@record
 class Undecided:
     """A task that could not be judged."""
 
@@ -190,6 +200,7 @@ Event = (
     | InProgress
     | MergeProgressed
     | Merged
+    | Compared
     | Undecided
     | Finished
     | Waiting
@@ -209,7 +220,7 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
             return {event.task, *event.others} <= set(open_tasks)
         case InProgress():
             return event.task in open_tasks and isinstance(event.thread, int | None)
-        case MergeProgressed() | Merged() | Undecided():
+        case MergeProgressed() | Merged() | Compared() | Undecided():
             return event.task in open_tasks
         case _:
             return True

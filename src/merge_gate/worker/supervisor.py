@@ -28,6 +28,7 @@ from merge_gate.worker.protocol import (
     BaseLoaded,
     BaseLoading,
     BaseMeasured,
+    Compared,
     DeviceChosen,
     Event,
     Finished,
@@ -196,7 +197,7 @@ class Attempt:
                 self._begin(DEFAULT_LIMIT_S)
             case Idle():
                 self._report_silence()
-            case DeviceChosen() | BaseMeasured() | Finished() | Waiting():
+            case DeviceChosen() | BaseMeasured() | Compared() | Finished() | Waiting():
                 pass
             case _:
                 assert_never(event)

@@ -73,7 +73,11 @@ def _address(item: Item) -> int:
 
 def _merged(walk: Walk, block: BlockLayer, weight: torch.Tensor) -> Merged:
     walk.on_work()
-    return walk, block, merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink)
+    return (
+        walk,
+        block,
+        merge_in_blocks(walk.base, block, weight, walk.measure_options, walk.sink, once=not walk.safe_merge),
+    )
 
 
 def _on_cpu(items: list[Item], checks: _CrossChecks) -> Iterator[Merged]:

@@ -145,11 +145,14 @@ def merge_in_blocks(
     weight: torch.Tensor,
     measure_options: MeasureOptions,
     sink: TensorSink | None = None,
+    *,
+    once: bool = False,
 ) -> TensorMerge | None:
     """Merge and measure one layer. None if a value is not finite or at the limit of its dtype: PEFT merges it then.
 
     `weight` is the base's, on the device that computes. BlockMerge casts it if its dtype differs from the base's. With
     a `sink`, every element is merged as PEFT merges it, and the extremes are those of the values that the sink gets.
+    With `once`, the sink gets what PEFT gives without safe_merge: W + delta is rounded once.
     """
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
     merge = _merge(base, one, weight)
@@ -160,16 +163,22 @@ def merge_in_blocks(
         bounded = _bounded(base, one, merge, sample, measure_options.headroom * ceiling, norm=norm)
         if bounded is not None:
             return bounded
-    receive = functools.partial(_pass_on, sink, one) if sink is not None else None
-    found = measure_merge(merge, figures=sample is None, receive=receive)
+    receive = None
+    if sink is not None:
+        receive = functools.partial(_pass_on, sink, one, merge if once else None)
+    found = measure_merge(merge, figures=once or sample is None, receive=receive)
     if not found.finite or found.max_abs >= ceiling:
         return None
     extremes = found.minimum, found.maximum
     return _as_record(one, extremes, sample or found, norm=norm, changed=found.changed, merge=merge)
 
 
-def _pass_on(sink: TensorSink, one: BlockLayer, block: MergedRows) -> None:
-    sink.put_rows(one.slot.name, block.merged, start=block.rows.start, shape=one.update.shape)
+def _pass_on(sink: TensorSink, one: BlockLayer, once: BlockMerge | None, block: MergedRows) -> None:
+    """Hand out rows. `once` makes the base's rows, to which the delta is added with one rounding."""
+    rows = block.merged
+    if once is not None and block.change is not None and not once.quantized and one.update.magnitude is None:
+        rows = (once.base(block.rows).to(block.change.dtype) + block.change).to(rows.dtype)
+    sink.put_rows(one.slot.name, rows, start=block.rows.start, shape=one.update.shape)
 
 
 def _bounded(

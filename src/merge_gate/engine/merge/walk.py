@@ -100,6 +100,7 @@ class Walk:
     on_work: Callable[[], None] = lambda: None
     in_blocks: bool = True
     sink: TensorSink | None = None
+    safe_merge: bool = True
     ledger: Ledger = field(init=False)
     refused: list[str] = field(default_factory=list)
     cross_checked: list[str] = field(default_factory=list)
@@ -260,7 +261,7 @@ class Walk:
             for slot in slots:
                 self.base.confirm(slot.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
-            safe = self._tried(by_peft, safe_merge=True)  # 2.
+            safe = self._tried(by_peft, safe_merge=self.safe_merge)  # 2.
             if not safe or _at_the_edge(slots):
                 copies.renew()
                 packed.clear()

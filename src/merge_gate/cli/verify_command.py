@@ -1,0 +1,104 @@
+"""`merge-gate verify`: name what a finished model is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from merge_gate.cli.arguments import CommandParser, Commands, add_output, exit_codes, given
+from merge_gate.cli.output import claimed_output, exit_code
+from merge_gate.errors import UsageError
+from merge_gate.records.terms import Severity
+from merge_gate.run.streams import tell
+from merge_gate.verify.kinds import ALLOWED, KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merge_gate.records.report import Report
+    from merge_gate.records.terms import Finding
+
+NAME_LIMIT, MESSAGE_LIMIT = 200, 600
+
+EXIT_CODES_OF_VERIFY = exit_codes(
+    "0  the directory is the merge: bit for bit, in PEFT's other order of rounding, or within one rounding",
+    "1  it is not; the report names what it is",
+    "2  usage error: nothing was compared",
+    "3  it could not be compared: the adapter or the base cannot be read or merged",
+)
+
+
+def add(commands: Commands[CommandParser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="compare a merged model with its base and adapter",
+        description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE, and name what "
+        "it is: the merge, the base, an adapter applied twice or at another strength, another base, and more.",
+        epilog=EXIT_CODES_OF_VERIFY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
+    verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")
+    verify.add_argument("--adapter", type=given, metavar="ADAPTER", help="the adapter: a directory or a Hub id")
+    verify.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        type=given,
+        metavar="ADAPTER",
+        help="another adapter that may have been merged by mistake; repeatable",
+    )
+    verify.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=ALLOWED,
+        metavar="KIND",
+        help=f"do not fail for this kind; repeatable: {', '.join(ALLOWED)}",
+    )
+    add_output(verify)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from merge_gate.config.from_arguments import config_of
+    from merge_gate.report.stored.output_directory import refuse_report
+    from merge_gate.report.stored.report_files import FORMATS
+    from merge_gate.run.verify_flow import VerifyOptions, verify
+    from merge_gate.run.view import make_view
+    from merge_gate.worker.supervisor import WorkerSlot
+
+    if arguments.adapter is None:
+        raise UsageError("--adapter is missing", hint="give --adapter, and --base unless the adapter names its base")
+    refuse_report(arguments.output, FORMATS, [arguments.merged])
+    with WorkerSlot() as worker:
+        worker.start_early()
+        with claimed_output(arguments.output) as earlier:
+            names = [arguments.adapter, *arguments.candidate]
+            config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
+            options = VerifyOptions(
+                merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output, device="cpu"
+            )
+            with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+                report = verify(config, options, view=view, worker=worker, begins=earlier.replace_previous)
+            for line in answers(report):
+                tell(line)
+            return exit_code(report)
+
+
+def answers(report: Report) -> Iterator[str]:
+    """What the directory is, in a line for each finding of `verify`."""
+    from merge_gate.report.wording.untrusted import one_line
+
+    for entry in report.adapters:
+        name = one_line(entry.name, NAME_LIMIT)
+        for found in entry.findings:
+            if found.check in KINDS:
+                message = one_line(found.message, MESSAGE_LIMIT)
+                yield f"{name}: {found.check}{_mark(found)}: {message}"
+
+
+def _mark(found: Finding) -> str:
+    return " (allowed)" if found.severity is Severity.NOTE and not KINDS[found.check].is_good else ""

@@ -1,0 +1,334 @@
+"""Compares a finished model with the merge of an adapter, tensor by tensor, while both have values.
+
+In: a request to merge, and the finished model's files. Out: the evidence of the merge, and a `Comparison`. Judges
+nothing.
+
+1. The finished model is loaded as a skeleton of the same class, in its own dtype. Its values come from its files.
+2. PEFT merges the adapter. Each merged tensor is compared as it passes: bits first, figures only if they differ.
+3. The other tensors are compared with the base's, and then those that transformers does not load.
+4. If a merged tensor differs, the adapter is merged again in PEFT's other order of rounding, and compared with that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from merge_gate.engine import adapter_evidence
+from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base
+from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
+from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
+from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, tensor_map
+from merge_gate.engine.merge.sink import WholeTensors
+from merge_gate.engine.tensors.deviation import deviation, requantized
+from merge_gate.engine.tensors.measure import dtype_name, same_bits
+from merge_gate.engine.tensors.quantized import is_quantized
+from merge_gate.engine.tensors.threads import spread
+from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import Evidence
+from merge_gate.sources.feed import Feed
+
+MOST_REQUANTIZED = 4
+"""The other quantization of a base is tried on so many tensors that differ from all else."""
+
+MOST_VALUES_REQUANTIZED = 1 << 22
+"""Of these tensors, so many values are quantized: whole rows from the first one on."""
+
+_LOADED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_IRRELEVANT = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "vocab_size", "tie_word_embeddings"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"}
+)
+"""Keys of config.json that say nothing of the model, or that are compared by other means."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """A directory's stored tensors, and the feed of their bytes."""
+
+    directory: str
+    stored: tuple[StoredTensor, ...]
+    feed: Feed
+
+    def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
+        by_name = {one.name: one for one in self.stored}
+        return stored_bytes(self.directory, {name: by_name[name] for name in names})
+
+
+def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, base_files: Files) -> Base:
+    """Step 1. If no skeleton can be made, transformers loads the model itself.
+
+    Raises:
+        Undecidable: the directory cannot be loaded as this class.
+    """
+    options = dict(base.source.options)
+    dtype = _dtype(files, base_files) or base.facts.dtype
+    source = Source(
+        directory=files.directory,
+        label=label,
+        revision=None,
+        quantization=base.source.quantization,
+        device=torch.device("cpu"),
+        options={**options, "dtype": getattr(torch, dtype)},
+    )
+    try:
+        return skeleton_of(source, model_class, files.stored, files.feed)
+    except NoSkeletonError:
+        return load_base(files.directory, model_class=model_class, label=label, dtype=dtype)
+
+
+def _dtype(files: Files, base_files: Files) -> str | None:
+    """The dtype of a finished model, if it is stored in another one than the base."""
+    own, others = _main_dtype(files.stored), _main_dtype(base_files.stored)
+    return _LOADED_DTYPES.get(own) if own != others else None
+
+
+def _main_dtype(stored: Sequence[StoredTensor]) -> str:
+    """The floating dtype of most values."""
+    counts: dict[str, int] = defaultdict(int)
+    for one in stored:
+        if one.dtype in _LOADED_DTYPES:
+            counts[one.dtype] += torch.Size(one.shape).numel()
+    return max(counts, key=counts.__getitem__, default="")
+
+
+def compare(
+    request: MergeRequest, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None
+) -> tuple[Evidence, Comparison]:
+    """Steps 2 to 4. Without evidence of a merge, the comparison is empty."""
+    base = request.base
+    found = _Found(base=base, merged=merged)
+    sink = WholeTensors(found.put)
+    evidence = adapter_evidence.merge(replace(request, sink=sink))
+    if evidence.refusal is not None:
+        return evidence, Comparison()
+    for _ in spread(found.compare_untouched, found.untouched()):
+        pass
+    if base.was_misread() or merged.was_misread():  # as good as never: the load reads what its class reads
+        for _ in spread(found.compare_untouched, found.untouched()):
+            pass
+    others = tuple(_unloaded(files, base_files, base_map))
+    differing = [name for name, one in found.facts.items() if one.touched and one.has_figures]
+    if differing:
+        order = _OtherOrder(found, frozenset(differing))
+        again = replace(request, sink=WholeTensors(order.put), safe_merge=False, progress=None)
+        adapter_evidence.merge(again)
+        found.settle(order.same)
+    tensors = [one for one in (*found.facts.values(), *others) if one.touched or not one.same]
+    return evidence, Comparison(
+        tensors=tuple(tensors),
+        compared=len(found.facts) + len(others),
+        base_keys=_keys(base, base_map),
+        merged_keys=_keys(merged, _map_of(merged, files)),
+        is_other_class=type(base.model).__name__ not in (_config(base).architectures or ()),
+        untied=tuple(name for name, _ in sink.untied),
+        settings=tuple(_settings(_expected_settings(base), _config(merged).to_dict())),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """A sink for merged tensors: compares each with the finished model's, and keeps the facts."""
+
+    base: Base
+    merged: Base
+    facts: dict[str, TensorComparison] = field(default_factory=dict)
+    _partners: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    _untied: set[str] = field(default_factory=set)
+    _tried: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for name in self.merged.tensors:
+            if name not in self.merged.newly_initialized:
+                self._partners[self.base.first_name(name)].append(name)
+        for name in self.base.tensors:  # tied in the finished model only
+            first = self.merged.first_name(name)
+            if first != name and first in self.merged.tensors:
+                self._partners[name].append(first)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """A merged tensor passes, in its final dtype. The last one of a name counts.
+
+        If the merge unties a tensor, its own name is none of the base's first names.
+        """
+        if name not in self.base.tensors:
+            self._untied.add(name)
+        self._compare(name, tensor, touched=True)
+
+    def untouched(self) -> list[str]:
+        return [name for name in self.base.tensors if not any(one in self.facts for one in self.partners(name))]
+
+    def partners(self, name: str) -> tuple[str, ...]:
+        """The tensors of the finished model that have to be like this one."""
+        if name in self._untied:
+            return (self.merged.first_name(name),)
+        return tuple(one for one in self._partners.get(name, ()) if one not in self._untied)
+
+    def compare_untouched(self, name: str) -> None:
+        with torch.no_grad(), self.base.filled([name]):
+            self._compare(name, self.base.tensors[name].detach(), touched=False)
+
+    def _compare(self, name: str, expected: torch.Tensor, *, touched: bool) -> None:
+        if is_quantized(expected):
+            return
+        for partner in self.partners(name):
+            facts = self._compared(name, partner, expected, touched=touched)
+            with self._lock:
+                self.facts[partner] = facts
+
+    def _compared(self, name: str, partner: str, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
+        with torch.no_grad(), self.merged.filled([partner]):
+            actual = self.merged.tensors[partner].detach()
+            facts = outlined(partner, actual, expected, touched=touched)
+            if facts.same or facts.shape != facts.expected_shape:
+                return facts
+            own = self.base.tensors.get(name)
+            own = own.detach() if own is not None and own.shape == actual.shape and not is_quantized(own) else None
+            with self.base.filled([name]):
+                return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
+
+    def settle(self, same_in_other_order: frozenset[str]) -> None:
+        for name in same_in_other_order:
+            self.facts[name] = replace(self.facts[name], in_other_order=True)
+
+    def _requantized(
+        self, facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None
+    ) -> TensorComparison:
+        """Try to explain a difference that is no factor of the delta by another quantization of the base."""
+        is_explained = facts.same_as_base or facts.is_along_delta
+        if base is None or base.dim() != 2 or is_explained or facts.dtype != facts.expected_dtype:  # noqa: PLR2004
+            return facts
+        with self._lock:
+            if self._tried >= MOST_REQUANTIZED:
+                return facts
+            self._tried += 1
+        rows = slice(0, max(1, MOST_VALUES_REQUANTIZED // max(1, base.shape[1])))
+        return replace(facts, requantized=requantized(actual[rows], expected[rows], base[rows]))
+
+
+class _OtherOrder:
+    """A sink that holds merged tensors against the finished ones that differ from the usual merge."""
+
+    def __init__(self, found: _Found, wanted: frozenset[str]) -> None:
+        self._found, self._wanted = found, wanted
+        self._same: dict[str, bool] = {}
+
+    @property
+    def same(self) -> frozenset[str]:
+        return frozenset(name for name, is_same in self._same.items() if is_same)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        merged = self._found.merged
+        for partner in self._found.partners(name):
+            if partner in self._wanted:
+                with torch.no_grad(), merged.filled([partner]):
+                    actual = merged.tensors[partner].detach()
+                    self._same[partner] = same_bits(actual, tensor.detach().to(actual.dtype))
+
+
+def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched: bool) -> TensorComparison:
+    """Whether two tensors have the same bits, and their outlines."""
+    has_one_shape = actual.shape == expected.shape
+    return TensorComparison(
+        name=name,
+        touched=touched,
+        same=has_one_shape and same_bits(actual, expected.detach().to(actual.device, actual.dtype)),
+        dtype=dtype_name(actual.dtype),
+        expected_dtype=dtype_name(expected.dtype),
+        shape=tuple(actual.shape),
+        expected_shape=tuple(expected.shape),
+        numel=actual.numel(),
+    )
+
+
+def figures(
+    facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None
+) -> TensorComparison:
+    """The facts with the figures of tensors of one shape."""
+    measured = deviation(actual, expected.detach().to(actual.device), base)
+    return replace(
+        facts,
+        same_as_base=base is not None and same_bits(actual, base.to(actual.dtype)),
+        changed=measured.changed,
+        units=measured.units,
+        delta_sq=measured.delta_sq,
+        cross=measured.cross,
+        actual_sq=measured.actual_sq,
+        rounding_sq=measured.rounding_sq,
+        nonfinite=measured.nonfinite,
+    )
+
+
+# --- what transformers does not load ---------------------------------------------------------------------------------
+
+
+def _unloaded(files: Files, base_files: Files, base_map: TensorMap | None) -> Iterator[TensorComparison]:
+    """Stored tensors that the base's load leaves out, and that the finished directory stores too."""
+    if base_map is None:
+        return
+    own = {one.name: one for one in files.stored}
+    names = [name for name in base_map.unloaded if name in own]
+    theirs, ours = base_files.bytes_of(names), files.bytes_of(names)
+    for name in names:
+        expected, actual = theirs[name].read(base_files.feed), ours[name].read(files.feed)
+        facts = outlined(name, actual, expected, touched=False)
+        if not facts.same and facts.shape == facts.expected_shape:
+            facts = figures(facts, actual, expected, expected)
+        yield facts
+
+
+# --- names and settings ----------------------------------------------------------------------------------------------
+
+
+def _map_of(merged: Base, files: Files) -> TensorMap | None:
+    try:
+        return tensor_map(type(merged.model), files.directory, files.stored, dtype=_config(merged).dtype)
+    except NoMapError:
+        return None
+
+
+def _keys(base: Base, found: TensorMap | None) -> LoadedKeys:
+    if found is None:
+        return LoadedKeys(without_source=tuple(sorted(base.newly_initialized)), ties=tuple(base.aliases.items()))
+    return LoadedKeys(
+        targets=tuple(found.targets().items()),
+        unloaded=tuple(found.unloaded),
+        without_source=tuple(sorted(base.newly_initialized)),
+        ties=tuple(base.aliases.items()),
+    )
+
+
+def _settings(expected: Any, actual: Any) -> Iterator[tuple[str, str, str]]:
+    """Settings of both configurations that differ, as transformers reads them."""
+    first, second = dict(_flat(expected)), dict(_flat(actual))
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key) and _IRRELEVANT.isdisjoint(key.split(".")):
+            yield key, str(first.get(key))[:80], str(second.get(key))[:80]
+
+
+def _config(base: Base) -> Any:
+    return base.model.config
+
+
+def _expected_settings(base: Base) -> dict[str, Any]:
+    """The base's configuration. If the adapter needs another class than the base's own, that class is named there."""
+    settings: dict[str, Any] = _config(base).to_dict()
+    name = type(base.model).__name__
+    return settings | {"architectures": [name]} if name not in (settings.get("architectures") or ()) else settings
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

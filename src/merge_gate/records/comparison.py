@@ -1,0 +1,123 @@
+"""How a finished directory differs from the merge that is expected: facts of the worker, before they are classified."""
+
+from __future__ import annotations
+
+from merge_gate.records.terms import record
+
+
+@record
+class TensorComparison:
+    """One tensor of the finished model, compared with the tensor that the merge gives.
+
+    Let W be the base's values, E the expected ones, and A the actual ones. A tensor with the same bits has no figures.
+
+    Attributes:
+        name: the name in the model, or the stored name if transformers does not load the tensor.
+        touched: whether the merge gives the tensor a value of its own.
+        same: whether A has the bits of E. If the dtypes differ, of E in the dtype of A.
+        same_as_base: the same for W.
+        in_other_order: whether A has the bits of PEFT's other order of rounding.
+        dtype, expected_dtype: torch's words.
+        shape, expected_shape: the tensor has no figures if they differ.
+        numel: the number of values.
+        changed: in how many values E differs from W.
+        units: the largest |A - E|, in units of the last place of the larger of |W| and |E|.
+        delta_sq: the sum of (E - W)².
+        cross: the sum of (A - W)(E - W).
+        actual_sq: the sum of (A - W)².
+        rounding_sq: the sum of the squares of these units.
+        nonfinite: how many values of A are not finite although E's are.
+        requantized: a quantization of the base that explains A - E, and the share that it explains; None if none does.
+    """
+
+    name: str
+    touched: bool
+    same: bool
+    same_as_base: bool = False
+    in_other_order: bool = False
+    dtype: str
+    expected_dtype: str
+    shape: tuple[int, ...]
+    expected_shape: tuple[int, ...]
+    numel: int
+    changed: int = 0
+    units: float = 0.0
+    delta_sq: float = 0.0
+    cross: float = 0.0
+    actual_sq: float = 0.0
+    rounding_sq: float = 0.0
+    nonfinite: int = 0
+    requantized: tuple[str, float] | None = None
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether the values could be compared one by one."""
+        return not self.same and self.shape == self.expected_shape and self.rounding_sq > 0
+
+    @property
+    def factor(self) -> float:
+        """The k for which W + k(E - W) is nearest to A, by least squares. 1 is the merge, 0 the base."""
+        return self.cross / self.delta_sq if self.delta_sq else 0.0
+
+    @property
+    def residual_sq(self) -> float:
+        """What is left of A - W with this factor, as the square of a norm."""
+        return max(0.0, self.actual_sq - self.factor * self.cross)
+
+    @property
+    def distance_sq(self) -> float:
+        """The square of the norm of A - E."""
+        return max(0.0, self.actual_sq - 2 * self.cross + self.delta_sq)
+
+    @property
+    def is_along_delta(self) -> bool:
+        """Whether A is W + k(E - W) for some k, except for rounding."""
+        return is_along(self.factor, self.residual_sq, delta_sq=self.delta_sq, rounding_sq=self.rounding_sq)
+
+
+LOST = 1e-3
+"""Factors in 16 bits change the square of a delta's norm by less than this share."""
+
+
+def is_along(factor: float, residual_sq: float, *, delta_sq: float, rounding_sq: float) -> bool:
+    """Whether a residual is only rounding: of A and of E to the unit of the last place, and of the delta's factors."""
+    return residual_sq <= 2 * (1 + factor**2) * rounding_sq + LOST * factor**2 * delta_sq
+
+
+@record
+class LoadedKeys:
+    """What transformers makes of the stored tensors of one directory.
+
+    Attributes:
+        targets: each stored tensor that is loaded, and the tensors of the model that it is part of.
+        unloaded: stored tensors that are not loaded.
+        without_source: tensors of the model that no stored tensor makes.
+        ties: a name of a tied tensor, and its first name.
+    """
+
+    targets: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    unloaded: tuple[str, ...] = ()
+    without_source: tuple[str, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
+
+
+@record
+class Comparison:
+    """A finished directory, compared with the merge of one adapter.
+
+    Attributes:
+        tensors: the tensors that the merge touches, and the others that differ.
+        compared: how many tensors were compared, with those that transformers does not load.
+        base_keys, merged_keys: what transformers makes of both directories.
+        is_other_class: whether the adapter's task needs another class than the base's own, with other stored names.
+        untied: names of tensors that the merge itself unties.
+        settings: keys of config.json, as transformers reads it, with different values: key, expected, and actual value.
+    """
+
+    tensors: tuple[TensorComparison, ...] = ()
+    compared: int = 0
+    base_keys: LoadedKeys = LoadedKeys()
+    merged_keys: LoadedKeys = LoadedKeys()
+    is_other_class: bool = False
+    untied: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str, str], ...] = ()

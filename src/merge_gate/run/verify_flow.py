@@ -1,0 +1,217 @@
+"""The whole flow of `merge-gate verify` on one page: a finished directory and the names of base and adapter ▶ `Report`.
+
+In: what the command line asks for, and a view. Out: a report with one entry, which is about the directory. Imports no
+torch: only the worker process does.
+
+1. Resolve the names, and read the headers of the directory.          files/resolve.py, files/prepare.py
+2. Merge the adapter and each candidate, and compare each merge.      worker/supervisor.py, engine/finished_model.py
+3. Name what the directory is.                                        verify/
+4. Write the report.                                                  run/report_writer.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from merge_gate.errors import ResolveError, UsageError
+from merge_gate.files import resolve
+from merge_gate.files.base_watch import BaseWatch
+from merge_gate.files.prepare import Inputs
+from merge_gate.judging import adapter_report
+from merge_gate.records.comparison import Comparison
+from merge_gate.records.config import Config
+from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.measured import Evidence
+from merge_gate.records.refusals import NotJudged
+from merge_gate.records.report import AdapterReport, Report
+from merge_gate.records.terms import Origin, Read, record
+from merge_gate.run.fed_bases import FedBases, headers_limit_s
+from merge_gate.run.report_writer import ReportWriter
+from merge_gate.run.tally import Tally
+from merge_gate.run.view import View
+from merge_gate.text import quoted
+from merge_gate.verify import answer
+from merge_gate.verify.stored_names import unreadable
+from merge_gate.worker import protocol
+from merge_gate.worker.grouping import group_by_base
+from merge_gate.worker.pinned import base_changed
+from merge_gate.worker.protocol import Event, Group, Job
+from merge_gate.worker.supervisor import WorkerSlot, supervise
+
+
+@record
+class VerifyOptions:
+    """What one verification is asked for.
+
+    Attributes:
+        merged: the directory or Hub id of the finished model.
+        allowed: kinds that do not fail it.
+        output: the directory that the reports go to; None writes none.
+        device: `cpu`, `cuda`, or `auto`. Other devices than the CPU may round otherwise.
+    """
+
+    merged: str
+    allowed: tuple[str, ...] = ()
+    output: str | None = None
+    device: str = "cpu"
+
+
+def verify(
+    config: Config,
+    options: VerifyOptions,
+    *,
+    view: View | None = None,
+    worker: WorkerSlot | None = None,
+    begins: Callable[[], object] = lambda: None,
+) -> Report:
+    """Compare a finished model with the merge of the first adapter of `config`. The others are candidates.
+
+    Raises:
+        UsageError: there is no such directory, or the output directory cannot be used.
+        GateError: the report cannot be written.
+    """
+    return _Verification(config, options, view or View(), worker or WorkerSlot(), begins).run()
+
+
+class _Verification:
+    def __init__(
+        self, config: Config, options: VerifyOptions, view: View, worker: WorkerSlot, begins: Callable[[], object]
+    ) -> None:
+        self._config, self._options, self._view, self._worker, self._begins = config, options, view, worker, begins
+        self._watch = BaseWatch()
+        self._tally = Tally(config, None, device=options.device, watch=self._watch)
+        self._fed = FedBases(self._watch, view.note)
+        self._writer = ReportWriter(options.output, view.note)
+        self._groups: tuple[Group, ...] = ()
+        self._comparisons: dict[int, Comparison] = {}
+        self._evidence: dict[int, Evidence] = {}
+        self._refusals: dict[int, protocol.Undecided] = {}
+        self._entries: list[Entry] = []
+
+    def run(self) -> Report:
+        merged = self._merged()
+        self._begins()
+        self._writer.write_first(self._tally.report())
+        with self._fed, self._worker:
+            self._view.start(self._config.label, 1, 1)
+            report = self._judged(merged)
+            self._watch.wait()
+            report = self._unless_changed(report)
+        self._tally.settle(0, report)
+        self._view.adapter_done(report)
+        whole = self._tally.report(complete=True)
+        self._writer.write_last(whole)
+        self._view.finish(whole, self._options.output or "")
+        return whole
+
+    # --- 1. ----------------------------------------------------------------------------------------------------------
+
+    def _merged(self) -> Snapshot | ResolveError:
+        """The finished directory, or why its files cannot be read as a model's."""
+        name = self._options.merged
+        is_here = Path(name).is_dir()
+        if not is_here and resolve.reads_as_path(name):
+            raise UsageError(
+                f"{quoted(name, 200)} is not a directory here", hint="name the directory of the merged model"
+            )
+        model = str(Path(name).absolute()) if is_here else name
+        try:
+            return resolve.resolve_base(model, label=name, notify=self._view.note)
+        except ResolveError as error:
+            if is_here or error.check is not None:
+                return error
+            raise
+
+    def _resolved(self) -> list[Entry]:
+        inputs = Inputs(self._config, self._view.note, lay_out=self._fed.lay_out, limit_s=headers_limit_s)
+        return [inputs.prepare(spec) for spec in self._config.adapters]
+
+    # --- 2. ----------------------------------------------------------------------------------------------------------
+
+    def _judged(self, merged: Snapshot | ResolveError) -> AdapterReport:
+        self._entries = self._resolved()
+        entry = self._entries[0]
+        blocked = adapter_report.blocked_report(entry)
+        if isinstance(merged, ResolveError):
+            gated = blocked or adapter_report.files_report(entry)
+            snapshot = Snapshot(name=self._options.merged, directory=self._options.merged)
+            found = [unreadable(merged.message, merged.hint)]
+            return answer.decided(snapshot, gated, found, self._options.allowed)
+        if blocked is not None:
+            return answer.without_merge(merged, blocked)
+        self._merge(merged)
+        if (undecided := self._refusals.get(0)) is not None:
+            return answer.without_merge(merged, adapter_report.not_judged_report(entry, undecided.refusal))
+        return self._named(merged, entry)
+
+    def _merge(self, merged: Snapshot) -> None:
+        mergeable = [
+            (index, one) for index, one in enumerate(self._entries) if adapter_report.blocked_report(one) is None
+        ]
+        groups = group_by_base(mergeable, quick=False)
+        self._groups = tuple(self._fed.schedule(_comparing(group, merged), Read.WHOLE) for group in groups)
+        job = Job(
+            groups=self._groups,
+            device=self._options.device,
+            allow_pickle=self._config.allow_pickle,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+        supervise(job, self._on_event, self._worker, self._fed.feeds)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case protocol.DeviceChosen():
+                self._tally.merged_on(event.device, event.device_name, event.sandbox)
+            case protocol.BaseLoading():
+                base = self._groups[event.group].base
+                self._view.base_loading(base.name, base.dtype)
+            case protocol.BaseLoaded():
+                directory = self._groups[event.group].directory
+                self._watch.loaded(directory, event.identity, (task.index for task in self._groups[event.group].tasks))
+                self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
+            case protocol.MergeStarted():
+                self._view.adapter_started(self._entries[event.task].spec.name, 1, 1, self._entries[event.task].dtype)
+            case protocol.MergeProgressed():
+                self._view.adapter_progress(event.done, event.total, event.module)
+            case protocol.Compared():
+                self._comparisons[event.task] = event.comparison
+            case protocol.Merged():
+                self._merged_one(event)
+            case protocol.Undecided():
+                self._refusals[event.task] = event
+            case _:
+                pass
+
+    def _merged_one(self, event: protocol.Merged) -> None:
+        entry = self._entries[event.task]
+        directory = entry.base.directory if entry.base is not None else ""
+        if event.evidence.base.record is None and (unproven := self._fed.unproven(directory)) is not None:
+            self._refusals[event.task] = protocol.Undecided(task=event.task, refusal=unproven)
+            return
+        self._evidence[event.task] = event.evidence
+        self._watch.start(directory)
+        self._tally.use(directory, adapter_report.base_report(event.evidence.base, entry.base_files), event.task)
+
+    # --- 3. ----------------------------------------------------------------------------------------------------------
+
+    def _named(self, merged: Snapshot, entry: Entry) -> AdapterReport:
+        comparison = self._comparisons.get(0, Comparison())
+        candidates = {self._entries[index].spec.source: one for index, one in self._comparisons.items() if index > 0}
+        findings = answer.findings_of(merged, entry, comparison, candidates)
+        return answer.compared_report(merged, entry, self._evidence[0], findings, self._options.allowed)
+
+    def _unless_changed(self, report: AdapterReport) -> AdapterReport:
+        """The report, or an error if the base was written to meanwhile."""
+        if not any(0 in indices for indices in self._watch.void().values()):
+            return report
+        entry = self._entries[0]
+        error = base_changed(entry.base.name if entry.base is not None else "")
+        refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
+        return replace(adapter_report.withdrawn_report(entry, refusal), name=report.name, source=report.source)
+
+
+def _comparing(group: Group, merged: Snapshot) -> Group:
+    """The group with each of its adapters compared, one at a time."""
+    return replace(group, tasks=tuple(replace(task, compares=merged, alone=True) for task in group.tasks))

@@ -1,0 +1,1 @@
+"""What a finished directory is: the merge, another merge, the base, or something else."""

@@ -1,0 +1,545 @@
+"""Finished models, right and wrong, made by PEFT or by hand: what `merge-gate verify` has to name.
+
+In: a `Scene`, which makes each base, adapter, and merge once. Out: `RIGHT` and `WRONG`, recipes that each write one
+directory. It does not know merge_gate: the names are facts about how a directory was made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import (
+    VARIANTS,
+    Shelf,
+    Tensors,
+    load_for_training,
+    make_adapter,
+    read_config,
+    read_tensors,
+    write_config,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+MTP = {f"mtp.layers.0.{name}.weight": (32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "norm", "head")}
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def weights_of(directory: Path) -> Tensors:
+    """All tensors of the files that the index names, or of the one file."""
+    if (directory / WEIGHTS).exists():
+        return load_file(directory / WEIGHTS)
+    files = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
+
+
+def write_weights(directory: Path, tensors: Tensors) -> None:
+    """The tensors in one file, and no others."""
+    for old in directory.glob("*.safetensors"):
+        old.unlink()
+    (directory / INDEX).unlink(missing_ok=True)
+    save_file({name: one.contiguous().clone() for name, one in tensors.items()}, directory / WEIGHTS, {"format": "pt"})
+
+
+def write_shards(directory: Path, tensors: Tensors, count: int = 2) -> None:
+    """The tensors in several files with an index."""
+    for old in directory.glob("*.safetensors"):
+        old.unlink()
+    names, shard_of = sorted(tensors), {}
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name].contiguous().clone() for name in names[number::count]}
+        save_file(part, directory / file, {"format": "pt"})
+        shard_of |= dict.fromkeys(part, file)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    values = json.loads(path.read_text()) if path.exists() else {}
+    values |= changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+# --- the scene -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """Bases, adapters, and merges of one session. What it hands out is shared: copy before editing."""
+
+    shelf: Shelf
+    root: Path
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        if name not in self._made:
+            directory = self.root / name
+            make(directory)
+            self._made[name] = directory
+        return self._made[name]
+
+    def base(self, variant: str) -> Path:
+        return self.shelf.base(VARIANTS[variant].base)
+
+    def adapter(self, variant: str) -> Path:
+        return self.shelf.adapter(variant)
+
+    def merge(self, variant: str, **how: Any) -> Path:
+        """PEFT's merge of a variant into its base."""
+        name = "-".join(["merge", variant, *(f"{key}-{value}".rpartition(".")[2] for key, value in how.items())])
+        return self.once(name, lambda out: peft_merge(self.base(variant), self.adapter(variant), out, **how))
+
+
+def peft_merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: Any = "auto",
+    safe_merge: bool = True,
+    max_shard_size: str = "1GB",
+    autocast: bool = True,
+    times: int = 1,
+) -> None:
+    """What most scripts do: load, merge, save."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name, settings = adapter.name, {"num_labels": 6} if adapter.name == "six-labels" else {}
+        model = load_for_training(base, read_config(adapter).get("task_type"), dtype=dtype, **settings)
+        if name.startswith("resized"):
+            model.resize_token_embeddings(VARIANTS[name].save["rows"], mean_resizing=False)
+        for _ in range(times):
+            wrapped = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=autocast)
+            model = wrapped.merge_and_unload(safe_merge=safe_merge)
+        model.save_pretrained(out, max_shard_size=max_shard_size)
+
+
+def deltas(adapter: Path, scaling: float | None = None) -> Tensors:
+    """B @ A of each layer of a LoRA adapter, in float32, under the name of the base's weight."""
+    config, tensors = read_config(adapter), read_tensors(adapter)
+    divisor = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    factor = config["lora_alpha"] / divisor if scaling is None else scaling
+    found: Tensors = {}
+    for name, a in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[f"{path}.weight"] = b.float() @ a.float() * factor
+    return found
+
+
+def by_hand(
+    base: Path, adapter: Path, out: Path, *, factor: float = 1.0, scaling: float | None = None, part: str = ""
+) -> None:
+    """The base's own files, with a delta added in float32 and rounded once. `part` selects layers."""
+    shutil.copytree(base, out)
+    tensors = weights_of(base)
+    for name, delta in deltas(adapter, scaling).items():
+        if part in name:
+            tensors[name] = (tensors[name].float() + factor * delta).to(tensors[name].dtype)
+    write_weights(out, tensors)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A finished directory: `kind` names what it is, `also` the other findings.
+
+    `base` and `adapter` replace those of the variant.
+    """
+
+    name: str
+    kind: str
+    make: Callable[[Scene, Path], None]
+    variant: str = "bfloat16-base"
+    also: tuple[str, ...] = ()
+    base: Callable[[Scene], Path] | None = None
+    adapter: Callable[[Scene], Path] | None = None
+    candidates: Callable[[Scene], tuple[Path, ...]] = lambda _: ()
+
+    def base_of(self, scene: Scene) -> Path:
+        return self.base(scene) if self.base is not None else scene.base(self.variant)
+
+    def adapter_of(self, scene: Scene) -> Path:
+        return self.adapter(scene) if self.adapter is not None else scene.adapter(self.variant)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _merged(variant: str, **how: Any) -> Callable[[Scene, Path], None]:
+    return lambda scene, out: _copy(scene.merge(variant, **how), out)
+
+
+def _copy(source: Path, out: Path) -> None:
+    shutil.copytree(source, out, dirs_exist_ok=True)
+
+
+def _edited(change: Callable[[Tensors], None], variant: str = "bfloat16-base") -> Callable[[Scene, Path], None]:
+    """PEFT's merge with some tensors changed."""
+
+    def make(scene: Scene, out: Path) -> None:
+        _copy(scene.merge(variant), out)
+        tensors = weights_of(out)
+        change(tensors)
+        write_weights(out, tensors)
+
+    return make
+
+
+def _with_files(change: Callable[[Path], None], variant: str = "bfloat16-base") -> Callable[[Scene, Path], None]:
+    """PEFT's merge with some files changed."""
+
+    def make(scene: Scene, out: Path) -> None:
+        _copy(scene.merge(variant), out)
+        change(out)
+
+    return make
+
+
+def _hand(variant: str = "bfloat16-base", **how: Any) -> Callable[[Scene, Path], None]:
+    return lambda scene, out: by_hand(scene.base(variant), scene.adapter(variant), out, **how)
+
+
+# --- a base with a tokenizer, a chat template, and MTP heads ---------------------------------------------------------
+
+TOKENS = {f"t{number}": number for number in range(60)} | {"<s>": 60, "</s>": 61, "<end>": 62, "<unk>": 63}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def dressed(base: Path, out: Path) -> None:
+    """A base with all that a model directory has."""
+    _copy(base, out)
+    tensors = weights_of(base)
+    generator = torch.Generator().manual_seed(5)
+    mtp = {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in MTP.items()}
+    write_weights(out, tensors | mtp)
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [{"id": 62, "content": "<end>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": TOKENS, "unk_token": "<unk>"},
+    }
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit_json(out / "tokenizer_config.json", eos_token="</s>", bos_token="<s>", chat_template=TEMPLATE)
+    edit_json(out / "generation_config.json", eos_token_id=[61, 62], bos_token_id=60)
+
+
+def _dressed_base(scene: Scene) -> Path:
+    return scene.once("dressed", lambda out: dressed(scene.base("bfloat16-base"), out))
+
+
+def _dressed_merge(scene: Scene) -> Path:
+    def make(out: Path) -> None:
+        base = _dressed_base(scene)
+        by_hand(base, scene.adapter("bfloat16-base"), out)
+        tensors = weights_of(base) | weights_of(scene.merge("bfloat16-base"))
+        write_weights(out, tensors)
+
+    return scene.once("dressed-merge", make)
+
+
+def _dressed(change: Callable[[Path], None]) -> Callable[[Scene, Path], None]:
+    def make(scene: Scene, out: Path) -> None:
+        _copy(_dressed_merge(scene), out)
+        change(out)
+
+    return make
+
+
+def _of_dressed(name: str, kind: str, change: Callable[[Path], None], *also: str) -> Recipe:
+    return Recipe(name, kind, _dressed(change), base=_dressed_base, also=also)
+
+
+def _nothing(_: Path) -> None:
+    """The merge as it is."""
+
+
+def _resaved(out: Path) -> None:
+    """As other releases write the same tokenizer: other keys, other order, the template in a file of its own."""
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer |= {"truncation": {"max_length": 16}, "padding": None}
+    tokenizer["model"]["continuing_subword_prefix"] = None
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2, sort_keys=True))
+    edit_json(out / "tokenizer_config.json", eos_token={"content": "</s>", "lstrip": False}, chat_template=...)
+    (out / "chat_template.jinja").write_text(TEMPLATE + "\n")
+
+
+def _without_mtp(out: Path) -> None:
+    write_weights(out, {name: one for name, one in weights_of(out).items() if not name.startswith("mtp.")})
+
+
+def _other_vocabulary(out: Path) -> None:
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"t3": 4, "t4": 3}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+# --- bases and adapters of their own ---------------------------------------------------------------------------------
+
+
+def _other_adapter(scene: Scene) -> Path:
+    return scene.once("another", lambda out: make_adapter(scene.base("bfloat16-base"), out, seed=9))
+
+
+def _merge_of_another(scene: Scene) -> Path:
+    return scene.once(
+        "merge-of-another", lambda out: peft_merge(scene.base("bfloat16-base"), _other_adapter(scene), out)
+    )
+
+
+def _other_revision(scene: Scene) -> Path:
+    def make(out: Path) -> None:
+        _copy(scene.base("bfloat16-base"), out)
+        generator = torch.Generator().manual_seed(3)
+        tensors = weights_of(out)
+        write_weights(
+            out,
+            {name: one + (torch.randn(one.shape, generator=generator) * 0.02).to(one) for name, one in tensors.items()},
+        )
+
+    return scene.once("other-revision", make)
+
+
+def _into_quantized(scene: Scene, out: Path) -> None:
+    """As QLoRA scripts do: the base goes through 4 bits, and the delta is added to what is left."""
+    from bitsandbytes import functional  # noqa: PLC0415
+
+    by_hand(scene.base("wide"), scene.adapter("wide"), out, factor=0)
+    tensors, added = weights_of(out), deltas(scene.adapter("wide"))
+    for name, one in tensors.items():
+        if name.startswith("model.layers") and one.dim() == 2:
+            packed, state = functional.quantize_4bit(one, blocksize=64, quant_type="nf4")
+            tensors[name] = functional.dequantize_4bit(packed, state).to(one.dtype) + added.get(name, 0)
+    write_weights(out, tensors)
+
+
+def _scaled_before(scene: Scene, out: Path) -> None:
+    """(scaling · B) @ A, summed from the last row to the first: the same delta, rounded otherwise."""
+    by_hand(scene.base("plain"), scene.adapter("plain"), out, factor=0)
+    tensors, factors = weights_of(out), read_tensors(scene.adapter("plain"))
+    for name in deltas(scene.adapter("plain")):
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (factors[f"{path}.lora_{part}.weight"] * scale for part, scale in (("A", 1 / 3), ("B", 6.0)))
+        tensors[name] += (b.flip(1) @ a.flip(0)).contiguous()
+    write_weights(out, tensors)
+
+
+def _rslora_scaling(scene: Scene, out: Path) -> None:
+    config = read_config(scene.adapter("bfloat16-base"))
+    by_hand(
+        scene.base("bfloat16-base"),
+        scene.adapter("bfloat16-base"),
+        out,
+        scaling=config["lora_alpha"] / math.sqrt(config["r"]),
+    )
+
+
+def _rank_eight(scene: Scene) -> Path:
+    """α/r and √r differ from 2: the reason of a factor is then unambiguous."""
+    return scene.once("rank-eight", lambda out: make_adapter(scene.base("bfloat16-base"), out, r=16, lora_alpha=48))
+
+
+def _rank_eight_by(**how: Any) -> Callable[[Scene, Path], None]:
+    return lambda scene, out: by_hand(scene.base("bfloat16-base"), _rank_eight(scene), out, **how)
+
+
+def _strength(name: str, **how: Any) -> Recipe:
+    return Recipe(name, "other-strength", _rank_eight_by(**how), adapter=_rank_eight)
+
+
+def _layers(tensors: Tensors, part: str, source: Tensors) -> None:
+    for name in tensors:
+        if part in name:
+            tensors[name] = source[name]
+
+
+def _partly(part: str) -> Callable[[Scene, Path], None]:
+    return lambda scene, out: by_hand(scene.base("bfloat16-base"), scene.adapter("bfloat16-base"), out, part=part)
+
+
+def _set(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[name] = value(tensors[name].clone())
+
+    return change
+
+
+def _nan(one: torch.Tensor) -> torch.Tensor:
+    one[3, 5] = torch.nan
+    return one
+
+
+def _drop(*parts: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name]
+
+    return change
+
+
+def _cast(dtype: torch.dtype) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+def _stale(out: Path) -> None:
+    tensors = weights_of(out)
+    write_shards(out, tensors)
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, out / "model-00001-of-00009.safetensors")
+
+
+def _ghost(out: Path) -> None:
+    write_shards(out, weights_of(out))
+    index = json.loads((out / INDEX).read_text())
+    index["weight_map"]["mtp.head.weight"] = "model-00001-of-00002.safetensors"
+    (out / INDEX).write_text(json.dumps(index))
+
+
+def _unlisted(out: Path) -> None:
+    write_shards(out, weights_of(out))
+    index = json.loads((out / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (out / INDEX).write_text(json.dumps(index))
+
+
+def _missing_shard(out: Path) -> None:
+    write_shards(out, weights_of(out))
+    (out / "model-00002-of-00002.safetensors").unlink()
+
+
+def _cut_off(out: Path) -> None:
+    content = (out / WEIGHTS).read_bytes()
+    (out / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def _adapter_left(out: Path) -> None:
+    write_config(out, {"peft_type": "LORA", "base_model_name_or_path": "x"})
+
+
+def _untied(out: Path) -> None:
+    tensors = weights_of(out)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5
+    write_weights(out, tensors)
+    edit_json(out / "config.json", tie_word_embeddings=False)
+
+
+def _renamed(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def _shards_of(count: int) -> Callable[[Path], None]:
+    return lambda out: write_shards(out, weights_of(out), count)
+
+
+EXACT = [
+    "all-linear", "rslora", "patterns", "dora", "lora-bias", "bias-all", "modules-to-save", "token-rows", "embedding",
+    "saved-embedding", "resized-vocabulary", "conv1d", "fused-experts", "tied-base", "tied-tokens",
+    "sharded-base", "float16-base", "six-labels", "opt",
+]  # fmt: skip
+"""Variants whose merge by PEFT, saved by transformers, is exact."""
+
+RIGHT = [
+    *(Recipe(f"PEFT {variant}", "exact", _merged(variant), variant=variant) for variant in EXACT),
+    Recipe("PEFT bfloat16", "exact", _merged("bfloat16-base")),
+    Recipe("PEFT in shards", "exact", _merged("bfloat16-base", max_shard_size="20KB")),
+    Recipe("in three shards", "exact", _with_files(_shards_of(3))),
+    Recipe("PEFT without safe_merge", "other-order", _merged("bfloat16-base", safe_merge=False)),
+    Recipe(
+        "PEFT without safe_merge in float16", "other-order", _merged("float16-base", safe_merge=False), "float16-base"
+    ),
+    Recipe("by hand", "other-order", _hand()),
+    Recipe("by hand in float32", "exact", _hand("plain"), "plain"),
+    Recipe("another order of the product", "rounding", _scaled_before, "plain"),
+    _of_dressed("all files", "exact", _nothing),
+    _of_dressed("a tokenizer saved again", "exact", _resaved),
+]
+
+WRONG = [
+    Recipe("factors in bfloat16", "imprecise", _merged("bfloat16-base", autocast=False)),
+    Recipe("the base", "not-applied", lambda scene, out: _copy(scene.base("bfloat16-base"), out)),
+    Recipe("the base in float32", "not-applied", lambda scene, out: _copy(scene.base("plain"), out), "plain"),
+    Recipe("one layer only", "applied-in-part", _partly("layers.1.")),
+    Recipe("one projection only", "applied-in-part", _partly("q_proj")),
+    Recipe("merged twice", "applied-twice", _merged("bfloat16-base", times=2)),
+    Recipe("merged twice in float32", "applied-twice", _merged("plain", times=2), "plain"),
+    _strength("scaled by alpha", scaling=48.0),
+    _strength("scaled by alpha / √r", scaling=48 / 4),
+    _strength("not scaled", scaling=1.0),
+    _strength("at half", factor=0.5),
+    _strength("subtracted", factor=-1.0),
+    Recipe(
+        "another candidate",
+        "other-candidate",
+        lambda scene, out: _copy(_merge_of_another(scene), out),
+        candidates=lambda scene: (_other_adapter(scene),),
+    ),
+    Recipe("another adapter", "unexplained", lambda scene, out: _copy(_merge_of_another(scene), out)),
+    Recipe("a base in 4 bits", "wrong-base", _into_quantized, "wide"),
+    Recipe(
+        "another revision",
+        "wrong-base",
+        lambda scene, out: peft_merge(_other_revision(scene), scene.adapter("bfloat16-base"), out),
+    ),
+    Recipe("a norm changed", "base-changed", _edited(_set("model.norm.weight", lambda one: one + 0.5))),
+    Recipe("a head of zeros", "base-changed", _edited(_set("lm_head.weight", torch.zeros_like))),
+    _of_dressed("MTP heads dropped", "not-carried", _without_mtp),
+    Recipe("a head dropped", "not-carried", _edited(_drop("lm_head"))),
+    Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
+    Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
+    Recipe("other names", "renamed", _edited(_renamed)),
+    Recipe("a head untied", "tied", _with_files(_untied, "tied-base"), "tied-base"),
+    Recipe("a second set of shards", "stale-shards", _with_files(_stale)),
+    Recipe("a ghost in the index", "ghost-index", _with_files(_ghost)),
+    Recipe("a tensor that the index lacks", "ghost-index", _with_files(_unlisted)),
+    Recipe("cast to float16", "dtype-changed", _edited(_cast(torch.float16))),
+    Recipe("cast to float32", "dtype-changed", _edited(_cast(torch.float32))),
+    Recipe("merged in float32", "dtype-changed", _merged("bfloat16-base", dtype=torch.float32)),
+    Recipe("NaN in a merged tensor", "nonfinite", _edited(_set("model.layers.0.self_attn.q_proj.weight", _nan))),
+    Recipe("NaN elsewhere", "nonfinite", _edited(_set("lm_head.weight", _nan))),
+    Recipe("a shard missing", "broken-files", _with_files(_missing_shard)),
+    Recipe("a file cut off", "broken-files", _with_files(_cut_off)),
+    Recipe("an adapter left behind", "broken-files", _with_files(_adapter_left)),
+    Recipe(
+        "another rope",
+        "config-differs",
+        _with_files(lambda out: edit_json(out / "config.json", rope_theta=5.0, rope_parameters=...)),
+    ),
+    _of_dressed("another vocabulary", "tokenizer-differs", _other_vocabulary),
+    _of_dressed("no tokenizer", "tokenizer-differs", lambda out: (out / "tokenizer.json").unlink()),
+    _of_dressed(
+        "no chat template",
+        "chat-template-differs",
+        lambda out: edit_json(out / "tokenizer_config.json", chat_template=...),
+    ),
+    _of_dressed(
+        "a stop token lost",
+        "stop-tokens-differ",
+        lambda out: edit_json(out / "generation_config.json", eos_token_id=61),
+    ),
+    _of_dressed("no generation config", "stop-tokens-differ", lambda out: (out / "generation_config.json").unlink()),
+]
+"""Each with one thing wrong."""

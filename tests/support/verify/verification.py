@@ -1,0 +1,79 @@
+"""`merge-gate verify` in this process: the engine's comparison and the words for it, without the worker process.
+
+In: directories. Out: the report's entry on the finished one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from merge_gate.engine import finished_model
+from merge_gate.engine.adapter_evidence import MergeRequest
+from merge_gate.engine.base import accounting
+from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.errors import ResolveError
+from merge_gate.files.preflight import preflight
+from merge_gate.files.resolve import resolve_base
+from merge_gate.judging import adapter_report
+from merge_gate.records.files import Entry, Snapshot
+from merge_gate.sources.feed import LocalFeed
+from merge_gate.verify import answer
+from merge_gate.verify.stored_names import unreadable
+from tests.support.gating import SPEC, Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from merge_gate.records.comparison import Comparison
+    from merge_gate.records.measured import Evidence
+    from merge_gate.records.report import AdapterReport
+
+
+@dataclass
+class Verifier:
+    """Keeps the bases that it has loaded."""
+
+    gate: Gate = field(default_factory=Gate)
+
+    def report(
+        self, merged: Path, base: Path, adapter: Path, *candidates: Path, allowed: tuple[str, ...] = ()
+    ) -> AdapterReport:
+        files = preflight(str(adapter), allow_pickle=False)
+        entry = Entry(spec=SPEC, dtype="auto", members=(files,), base=resolve_base(str(base)))
+        try:
+            finished = resolve_base(str(merged), label="merged")
+        except ResolveError as error:
+            gated, found = adapter_report.files_report(entry), [unreadable(error.message, error.hint)]
+            return answer.decided(Snapshot(name="merged", directory=str(merged)), gated, found, allowed)
+        evidence, comparison = self.compared(finished, base, adapter)
+        others = {path.name: self.compared(finished, base, path)[1] for path in candidates}
+        return self.named(finished, entry, evidence, comparison, others, allowed)
+
+    @staticmethod
+    def named(
+        finished: Snapshot,
+        entry: Entry,
+        evidence: Evidence,
+        comparison: Comparison,
+        others: Mapping[str, Comparison],
+        allowed: tuple[str, ...],
+    ) -> AdapterReport:
+        findings = answer.findings_of(finished, entry, comparison, others)
+        return answer.compared_report(finished, entry, evidence, findings, allowed)
+
+    def compared(self, finished: Snapshot, base: Path, adapter: Path) -> tuple[Evidence, Comparison]:
+        files = preflight(str(adapter), allow_pickle=False)
+        loaded = self.gate.base(base, files, dtype="auto")
+        model_class = model_class_for(str(base), files)
+        account = accounting.account_for(str(base), model_class, base.name)
+        of_base = resolve_base(str(base)).base_files
+        assert of_base is not None
+        assert finished.base_files is not None
+        with LocalFeed(str(base)) as base_feed, LocalFeed(finished.directory) as feed:
+            own = finished_model.Files(directory=str(base), stored=of_base.tensors, feed=base_feed)
+            others = finished_model.Files(directory=finished.directory, stored=finished.base_files.tensors, feed=feed)
+            merged = finished_model.load_merged(others, finished.name, model_class, loaded, own)
+            request = MergeRequest(base=loaded, members=(files,))
+            return finished_model.compare(request, merged, others, own, account.map)

@@ -1,0 +1,29 @@
+"""Merges that other exporters made. tests/tools/make_exports.py made the base, the adapter, and each merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merge_gate.records.terms import Severity, Verdict
+from tests.support.gating import one_thread
+from tests.support.verify.verification import Verifier
+
+EXPORTS = Path(__file__).parent / "exports"
+
+
+@pytest.mark.parametrize(("exporter", "kind"), [("mergekit", "other-order"), ("mlx", "exact")])
+def test_a_merge_by_another_exporter_is_named(exporter: str, kind: str) -> None:
+    with one_thread():
+        report = Verifier().report(EXPORTS / exporter, EXPORTS / "base", EXPORTS / "adapter")
+    told = "\n".join(f"{one.severity} {one.check}: {one.message}" for one in report.findings)
+    assert report.verdict is Verdict.PASSED, told
+    assert [one.check for one in report.findings if one.severity is Severity.NOTE] == [kind], told
+
+
+def test_each_export_says_how_it_was_made() -> None:
+    notes = json.loads((EXPORTS / "exports.json").read_text())
+    assert notes.keys() == {"inputs", "mergekit", "mlx"}
+    assert all(note["date"] and note["versions"] for note in notes.values())

@@ -1,0 +1,67 @@
+"""Each right merge is named right, and each wrong one by what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.records.terms import Severity, Verdict
+from tests.support.gating import one_thread
+from tests.support.verify.merges import RIGHT, WRONG, Recipe, Scene
+from tests.support.verify.verification import Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from merge_gate.records.report import AdapterReport
+    from tests.support.models import Shelf
+
+GOOD = {"exact", "other-order", "rounding"}
+
+
+@pytest.fixture(scope="module")
+def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with one_thread():
+        yield Scene(shelf, tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    return Verifier()
+
+
+def reported(recipe: Recipe, scene: Scene, verifier: Verifier, out: Path, *allowed: str) -> AdapterReport:
+    recipe.make(scene, out)
+    return verifier.report(
+        out, recipe.base_of(scene), recipe.adapter_of(scene), *recipe.candidates(scene), allowed=allowed
+    )
+
+
+def told(report: AdapterReport) -> str:
+    return "\n".join(f"{one.severity} {one.check}: {one.message}" for one in report.findings)
+
+
+def errors(report: AdapterReport) -> list[str]:
+    return [one.check for one in report.findings if one.severity is Severity.ERROR]
+
+
+@pytest.mark.parametrize("recipe", RIGHT, ids=str)
+def test_a_right_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    report = reported(recipe, scene, verifier, tmp_path / "merged")
+    assert report.verdict is Verdict.PASSED, told(report)
+    assert [one.check for one in report.findings if one.check in GOOD] == [recipe.kind], told(report)
+
+
+@pytest.mark.parametrize("recipe", WRONG, ids=str)
+def test_a_wrong_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
+    report = reported(recipe, scene, verifier, tmp_path / "merged")
+    assert report.verdict is Verdict.FAILED, told(report)
+    assert errors(report) == [recipe.kind, *recipe.also], told(report)
+    assert report.cause == recipe.kind
+
+
+def test_there_are_enough_of_both() -> None:
+    assert len(RIGHT) >= 25
+    assert len({recipe.name for recipe in WRONG}) >= 25

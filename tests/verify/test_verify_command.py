@@ -1,0 +1,73 @@
+"""`merge-gate verify` as a user runs it: whole processes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.command import merge_gate
+from tests.support.gating import one_thread
+from tests.support.verify.merges import Scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.models import Shelf
+
+VARIANT = "bfloat16-base"
+
+
+@pytest.fixture(scope="module")
+def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    with one_thread():
+        made = Scene(shelf, tmp_path_factory.mktemp("scene"))
+        made.merge(VARIANT)
+        made.merge(VARIANT, times=2)
+        return made
+
+
+def entry(place: Path) -> dict[str, object]:
+    report = json.loads((place / "merge-gate-report" / "report.json").read_text())
+    assert report["complete"]
+    (found,) = report["adapters"]
+    return found
+
+
+def test_the_merge_passes(scene: Scene, tmp_path: Path) -> None:
+    merged, base, adapter = scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)
+    answer = merge_gate("verify", merged, "--base", base, "--adapter", adapter, cwd=tmp_path)
+    assert answer.code == 0, answer.said
+    assert "exact" in answer.out
+    found = entry(tmp_path)
+    assert (found["verdict"], found["cause"], found["source"]) == ("passed", None, str(merged))
+
+
+def test_another_model_fails_unless_its_kind_is_allowed(scene: Scene, tmp_path: Path) -> None:
+    words = (scene.merge(VARIANT, times=2), "--base", scene.base(VARIANT), "--adapter", scene.adapter(VARIANT))
+    answer = merge_gate("verify", *words, cwd=tmp_path)
+    assert answer.code == 1, answer.said
+    assert entry(tmp_path)["cause"] == "applied-twice"
+    assert {path.name for path in (tmp_path / "merge-gate-report").iterdir()} >= {"report.html", "junit.xml"}
+    allowed = merge_gate("verify", *words, "--allow", "applied-twice", cwd=tmp_path)
+    assert allowed.code == 0, allowed.said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("./nowhere", "--adapter", "x/y"), (".",), (".", "--adapter", "x/y", "--allow", "exact")],
+    ids=["no directory", "no adapter", "a kind that is good"],
+)
+def test_a_usage_error_compares_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
+    answer = merge_gate("verify", *words, cwd=tmp_path)
+    assert answer.code == 2, answer.said
+
+
+def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    answer = merge_gate(
+        "verify", scene.merge(VARIANT), "--base", scene.base(VARIANT), "--adapter", broken, cwd=tmp_path
+    )
+    assert answer.code == 3, answer.said
