@@ -123,8 +123,7 @@ def test_the_help_lists_every_exit_code(text: str) -> None:
 @pytest.mark.parametrize(("words", "merges"), [(["run"], True), (["check"], False), (["report combine"], True)])
 def test_the_help_of_a_command_that_merges_nothing_says_so(words: list[str], *, merges: bool) -> None:
     (commands,) = (one for one in parser()._actions if one.dest == "command")
-    told = commands.choices[words[0]].epilog
-    assert (told == EXIT_CODES) == merges
+    assert commands.choices[words[0]].epilog.endswith(EXIT_CODES) == merges
 
 
 @dataclass(frozen=True)

@@ -138,18 +138,18 @@ def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str, wording: Wordi
 
 @pytest.fixture(scope="module")
 def without_a_directory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
-    """`merge-gate demo`, started in an empty directory, with a place of its own for what passes."""
+    """`merge-gate demo`, started in an empty directory."""
     place = tmp_path_factory.mktemp("bare")
-    (place / "scratch").mkdir()
-    return place, merge_gate("demo", cwd=place, TMPDIR=str(place / "scratch"))
+    return place, merge_gate("demo", cwd=place)
 
 
-def test_the_demo_leaves_nothing_behind_unless_asked(without_a_directory: tuple[Path, Answer]) -> None:
+def test_the_demo_keeps_its_report_and_ends_with_its_page(without_a_directory: tuple[Path, Answer]) -> None:
     place, answer = without_a_directory
     assert answer.code == 0, answer.said
-    assert list((place / "scratch").iterdir()) == []
-    assert [path.name for path in place.iterdir()] == ["scratch"]
-    assert str(place / "scratch") not in answer.out, "it must not point to files that are gone"
+    assert [path.name for path in place.iterdir()] == ["merge-gate-demo"]
+    label, _, page = answer.out.splitlines()[-1].partition(" ")
+    assert label == "Report:"
+    assert (place / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_the_readme_has_an_excerpt_of_what_the_demo_prints(without_a_directory: tuple[Path, Answer]) -> None:

@@ -127,6 +127,9 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
         "--publish",
         "--max-shard-size",
         "--ray",
+        "--quiet",
+        "--verbose",
+        "--color",
     }, "a new option: give it an input, or allow it in `args` here"
     parse = parser().parse_args
     for arguments in (

@@ -115,6 +115,8 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("args", "--only 'a"),
         ("args", "--output x"),
         ("args", "--out=x"),
+        ("args", "-ox"),
+        ("args", "-qo x"),
         ("args", "--device cpu"),
         ("args", "--container"),
         ("args", "--shard 1/2"),

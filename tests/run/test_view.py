@@ -22,7 +22,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.columns import cells
-from merge_gate.run.view import PlainView, RichView, SilentView, make_view
+from merge_gate.run.view import Appearance, PlainView, RichView, SilentView, make_view
 from tests.support.played_run import FACTS, play
 from tests.support.reports import (
     CRASHED,
@@ -81,6 +81,47 @@ class Clock:
 )
 def test_the_view_suits_streams_and_environment(tty: bool, env: dict[str, str], kind: type) -> None:
     assert type(make_view(Stream(tty=tty), Stream(tty=tty), env=env)) is kind
+
+
+@pytest.mark.parametrize(
+    ("tty", "env", "asked", "colored"),
+    [
+        (True, {}, "auto", True),
+        (False, {}, "auto", False),
+        (False, {"FORCE_COLOR": "1"}, "auto", True),
+        (True, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, "auto", False),
+        (True, {"NO_COLOR": "1"}, "always", True),
+        (False, {"CI": "true"}, "always", True),
+        (True, {"FORCE_COLOR": "1"}, "never", False),
+        (True, {"TERM": "dumb"}, "auto", False),
+    ],
+)
+def test_the_result_is_colored_as_asked(tty: bool, env: dict[str, str], asked: str, colored: bool) -> None:
+    out, err = Stream(tty=tty), Stream(tty=tty)
+    play(make_view(out, err, env={"TERM": "xterm"} | env, appearance=Appearance(color=asked)))
+    assert ("\x1b[" in out.text) == colored
+    plain = Stream(tty=False)
+    play(PlainView(plain, Stream(tty=False)))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", out.text).split() == plain.text.split() or tty
+
+
+def test_a_quiet_run_shows_notes_and_the_result() -> None:
+    out, err = Stream(tty=True), Stream(tty=True)
+    view = make_view(out, err, env={"TERM": "xterm"}, appearance=Appearance(quiet=True))
+    play(view)
+    view.note("the base changed")
+    assert err.text == "a note\nthe base changed\n"
+    assert "FAIL: 2 of 5 adapters failed" in out.text
+
+
+def test_a_verbose_run_names_each_merge_that_starts() -> None:
+    err = Stream(tty=True)
+    play(make_view(Stream(tty=True), err, env={"TERM": "xterm"}, appearance=Appearance(verbose=True)))
+    usual = Stream(tty=False)
+    play(PlainView(Stream(tty=False), usual))
+    more = [line for line in err.text.splitlines() if line not in usual.text.splitlines()]
+    assert more
+    assert all(line.endswith(": merging") for line in more)
 
 
 def test_plain_does_without_rich() -> None:

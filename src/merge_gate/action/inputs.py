@@ -162,7 +162,7 @@ def _arguments(text: str) -> tuple[tuple[str, ...], str]:
     except ValueError as error:
         return (), f"args: got {text!r}, expected words as for a shell ({error})"
     for word in split:
-        name = word.partition("=")[0]
+        name = "--output" if re.match("-[qv]*o", word) else word.partition("=")[0]
         reserved = next(
             (option for option in RESERVED_OPTIONS if len(name) > len("--") and option.startswith(name)), ""
         )

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import re
+import shutil
+import textwrap
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate.output_files import OUTPUT_FILES
 from merge_gate.text import one_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from merge_gate.report.stored.report_copies import ReportCopy
 
 DEFAULT_OUTPUT = "merge-gate-report"
 DEFAULT_CONFIG = "merge-gate.yml"
+_WIDEST_HELP = 100
 FORMATS = tuple(file.word for file in OUTPUT_FILES)
 """The formats of a report, by the words of the command line."""
 
 
 def exit_codes(*lines: str) -> str:
-    """The end of a help text."""
-    return "".join(f"{line}\n" for line in ("exit codes:", *(f"  {line}" for line in lines)))
+    """The last part of a help text."""
+    return _part("exit codes:", lines)
+
+
+def examples(*lines: str) -> str:
+    """The part of a help text before the exit codes."""
+    return _part("examples:", lines) + "\n"
+
+
+def _part(title: str, lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in (title, *(f"  {line}" for line in lines)))
 
 
 EXIT_CODES = exit_codes(
-    "0  pass: no adapter failed, except failures that a baseline accepts. Every adapter was merged, and every",
-    "   parameter of the result checked, with --quick some by a bound instead of a merge",
-    "1  fail: at least one adapter is broken; the report says which and why",
+    "0  pass: no adapter failed, except failures that a baseline accepts. Every adapter was merged, and every "
+    "parameter of the result checked, with --quick some by a bound instead of a merge",
+    "1  fail: at least one adapter failed; the report says which and why",
     "2  usage or configuration error: nothing was judged",
     "3  error: no adapter failed, but at least one could not be judged",
 )
@@ -33,11 +48,58 @@ EXIT_CODES = exit_codes(
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 
+class HelpText(argparse.HelpFormatter):
+    """Wraps the description, and each line of the epilog for itself, to the width of the terminal."""
+
+    _HANGING = 3
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, **{"width": min(columns, _WIDEST_HELP) - 2, "max_help_position": 28, **options})
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, Commands):
+            self._action_max_length += self._HANGING  # argparse forgets their indentation
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for line in text.splitlines():
+            first = indent + " " * (len(line) - len(line.lstrip()))
+            rest = first + " " * (self._HANGING if first else 0)
+            lines += textwrap.wrap(line.strip(), width, initial_indent=first, subsequent_indent=rest) or [""]
+        return "\n".join(lines)
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser that knows no abbreviations: a later option could give `--out` another meaning."""
+    """A parser that knows no abbreviations: a later option could give `--out` another meaning.
+
+    `from_environment` has the options that come from variables, so that an error names the variable.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(**{"allow_abbrev": False, **options, "formatter_class": HelpText})
+        self.from_environment: dict[str, str] = {}
+
+    def error(self, message: str) -> NoReturn:
+        named = re.match(r"argument (\S+?): ", message)
+        options = named[1].split("/") if named else []
+        variables = [self.from_environment[option] for option in options if option in self.from_environment]
+        super().error(f"{message} (from the variable {variables[0]})" if variables else message)
+
+
+def add_appearance(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what is shown")
+    group.add_argument("-q", "--quiet", action="store_true", help="show the result only, and no progress")
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="also show each start of a merge, and details of crashes"
+    )
+    group.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="color the result: auto (default) does on a terminal, and follows NO_COLOR and FORCE_COLOR",
+    )
 
 
 def add_names(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from merge_gate.cli.arguments import CommandParser, Commands, exit_codes
+from merge_gate.cli.arguments import CommandParser, Commands, examples, exit_codes
 from merge_gate.cli.output import print_document
 
 
@@ -14,11 +14,11 @@ def add(commands: Commands[CommandParser]) -> None:
         help="write an in-toto statement",
         description="Print an in-toto statement about a directory that `merge-gate run --publish` made, or about each "
         "adapter of a report: one statement on each line. With --key, each line is a signed DSSE envelope.",
-        epilog=exit_codes(
+        epilog=examples("merge-gate attest merge-gate-report --key gate.pem")
+        + exit_codes(
             "0  the statements were printed",
             "2  usage error, or a directory that is not as its merge-gate.json lists it: nothing was printed",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     attest.add_argument("source", metavar="REPORT|DIR", help="a published directory, or the report of a run")
     attest.add_argument(

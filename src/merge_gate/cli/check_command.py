@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from contextlib import closing
 
-from merge_gate.cli.arguments import CommandParser, Commands, add_names, add_reports, exit_codes
+from merge_gate.cli.arguments import (
+    CommandParser,
+    Commands,
+    add_appearance,
+    add_names,
+    add_reports,
+    examples,
+    exit_codes,
+)
 from merge_gate.cli.named_adapters import add_named_options, requested_config
-from merge_gate.cli.output import deliver
+from merge_gate.cli.output import deliver, view_of
 from merge_gate.run.streams import tell
 
 EXIT_CODES_OF_CHECK = exit_codes(
@@ -26,8 +31,9 @@ def add(commands: Commands[CommandParser]) -> None:
         help="check config and files only",
         description="Check CONFIG and the adapters' files, or the files of the adapters that are named: formats, "
         "headers, adapter_config.json, expectations. Loads no model; a clean check says nothing about values.",
-        epilog=EXIT_CODES_OF_CHECK,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [CONFIG | ADAPTER ...] [options]",
+        epilog=examples("merge-gate check", "merge-gate check ./my-adapter --expect r=16 --report sarif=-")
+        + EXIT_CODES_OF_CHECK,
     )
     add_names(check)
     add_named_options(check, merges=False)
@@ -35,23 +41,24 @@ def add(commands: Commands[CommandParser]) -> None:
     check.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="check this adapter only; repeatable"
     )
+    add_appearance(check)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.formats.terminal_text import file_lines
-    from merge_gate.report.stored.report_copies import is_any_printed, withdraw
+    from merge_gate.report.stored.report_copies import withdraw
     from merge_gate.report.wording.words import counted
     from merge_gate.run.flow import check_files
     from merge_gate.run.tally import report_on_files
-    from merge_gate.run.view import make_view
 
     withdraw(arguments.report)
     config = requested_config(arguments)
-    stream = sys.stderr if is_any_printed(arguments.report) else sys.stdout
     adapters = []
-    with closing(make_view(stream, sys.stderr, env=os.environ)) as view:
+    with view_of(arguments) as (view, stream):
         for adapter in check_files(config, view=view, only=tuple(arguments.only)):
             adapters.append(adapter)
+            if arguments.quiet and not adapter.findings:
+                continue
             for line in file_lines(adapter, of=len(config.adapters)):
                 tell(line, stream)
     report = report_on_files(config, adapters)

@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
+import shlex
 from pathlib import Path
 
-from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands
-from merge_gate.cli.gating import gate_adapters
-from merge_gate.cli.output import claimed_output, exit_code
+from merge_gate.cli.arguments import DEFAULT_OUTPUT, CommandParser, Commands, add_appearance, examples
+from merge_gate.cli.output import claimed_output, exit_code, gate_adapters
 from merge_gate.errors import ExitCode, GateError
 from merge_gate.records.options import RunOptions
 from merge_gate.run.streams import tell
+
+DEFAULT_DIRECTORY = "merge-gate-demo"
 
 
 def add(commands: Commands[CommandParser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="see what the gate catches",
-        description="Make a tiny base and a handful of good and broken adapters in DIR, and gate them for real.",
+        description="Make a tiny base and a handful of good and broken adapters in DIR, and gate them for real. Files "
+        "and report stay in DIR.",
+        epilog=examples("merge-gate demo", "merge-gate demo ./try"),
     )
-    demo.add_argument("directory", nargs="?", metavar="DIR", help="a new directory (default: a temporary one)")
+    demo.add_argument(
+        "directory",
+        nargs="?",
+        default=DEFAULT_DIRECTORY,
+        metavar="DIR",
+        help=f"a new directory (default: {DEFAULT_DIRECTORY})",
+    )
+    add_appearance(demo)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.directory is not None:
-        _run_demo(arguments.directory, Path(arguments.directory, DEFAULT_OUTPUT))
-        tell(f"Its files are yours to play with: merge-gate run {Path(arguments.directory, 'merge-gate.yml')}")
-    else:
-        with tempfile.TemporaryDirectory(prefix="merge-gate-demo-") as directory:
-            _run_demo(directory, None)
-        tell("To keep the files and the report, name a new directory: merge-gate demo DIR")
-    return ExitCode.PASS
-
-
-def _run_demo(directory: str, output: Path | None) -> None:
     from merge_gate.config.load_config import load_config
     from merge_gate.demo import make_demo, misjudged
+    from merge_gate.report.formats.terminal_text import page_to_open
 
-    config = load_config(make_demo(directory))
-    if output is None:
-        report = gate_adapters(config, RunOptions(device="cpu"))
-    else:
-        with claimed_output(str(output)) as earlier:
-            report = gate_adapters(
-                config, RunOptions(device="cpu", output=str(output)), begins=earlier.replace_previous
-            )
+    output = str(Path(arguments.directory, DEFAULT_OUTPUT))
+    config = load_config(make_demo(arguments.directory))
+    with claimed_output(output) as claim:
+        report = gate_adapters(config, RunOptions(device="cpu", output=output), arguments, begins=claim.begin)
     if wrong := misjudged(report):
         raise GateError(
             f"the gate did not judge the demo as it should: {', '.join(wrong)}",
             hint="this installation of merge-gate cannot be trusted; please report this, with the output of `pip list`",
         )
     tell(
-        f"\nThe gate judged all {len(report.adapters)} entries of the demo as it should. Its own exit code is "
+        f"\nThe gate judged all {len(report.adapters)} merges of the demo as it should. Its own exit code is "
         f"{int(exit_code(report))}: in a workflow, this release would stop here."
     )
+    tell(f"Change its files and run it again: merge-gate run {shlex.quote(config.label)}")
+    tell("Now yours: merge-gate run ./my-adapter --base ./my-base")
+    tell(page_to_open(output))
+    return ExitCode.PASS

@@ -18,15 +18,14 @@ from merge_gate.cli import (
     attest_command,
     check_command,
     demo_command,
-    explain_command,
     init_command,
+    print_command,
     report_command,
     run_command,
-    schema_command,
     verify_command,
 )
 from merge_gate.cli.output import EXIT_CODE_OF, claimed_output
-from merge_gate.cli.parser import output_of, parsed
+from merge_gate.cli.parser import output_of, parsed, parser_of_words
 from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
@@ -48,13 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments. If they are wrong, earlier reports move aside, so that they do not look like this run's."""
     try:
-        return parsed(argv)
+        arguments = parsed(argv)
     except SystemExit as leaving:
         output = output_of(argv) if leaving.code == ExitCode.USAGE else None
         if output is not None and Path(output).is_dir():
             with suppress(GateError), claimed_output(output):
                 pass
         raise
+    if arguments.variables:
+        say(f"merge-gate: options from the environment: {', '.join(arguments.variables.values())}")
+    return arguments
 
 
 def _obey(arguments: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ def _obey(arguments: argparse.Namespace) -> int:
             return ExitCode.ERROR
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
-        if os.environ.get("MERGE_GATE_DEBUG"):
+        if os.environ.get("MERGE_GATE_DEBUG") or getattr(arguments, "verbose", False):
             say(traceback.format_exc().rstrip())  # raised, it would end with 1: an adapter failed
         return ExitCode.ERROR
 
@@ -102,6 +104,10 @@ def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:
     return ExitCode.ERROR
 
 
+def _completion(arguments: argparse.Namespace) -> int:
+    return print_command.completion(arguments, parser_of_words())
+
+
 _COMMANDS = {
     "run": run_command.run,
     "check": check_command.run,
@@ -112,7 +118,8 @@ _COMMANDS = {
     report_command.COMBINE: report_command.combine,
     report_command.BASELINE: report_command.baseline,
     "attest": attest_command.run,
-    "explain": explain_command.run,
-    "schema": schema_command.run,
     "verify": verify_command.run,
+    "explain": print_command.explain,
+    "schema": print_command.schema,
+    "completion": _completion,
 }

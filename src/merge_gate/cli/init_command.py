@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import IO
 
-from merge_gate.cli.arguments import CommandParser, Commands
+from merge_gate.cli.arguments import CommandParser, Commands, examples
 from merge_gate.errors import ExitCode, UsageError
 from merge_gate.run.streams import tell
 
@@ -17,6 +17,7 @@ def add(commands: Commands[CommandParser]) -> None:
         help="write a first config",
         description="Write merge-gate.yml, with comments, into the current directory, for the adapters in DIR and up "
         "to four levels below it. An existing one stays.",
+        epilog=examples("merge-gate init ./adapters"),
     )
     init.add_argument("directories", nargs="+", metavar="DIR", help="a directory with adapters")
 

@@ -58,10 +58,11 @@ def requested_config(arguments: argparse.Namespace) -> Config:
 
     values: dict[str, Any] = {name: getattr(arguments, name, None) for name in _OPTIONS}
     if names_a_file(arguments.names):
-        options = [f"--{name.replace('_', '-')}" for name, value in values.items() if value]
-        if options:
+        for option in (f"--{name.replace('_', '-')}" for name, value in values.items() if value):
+            variable = arguments.variables.get(option)
+            source = f" (from the variable {variable})" if variable else ""
             raise UsageError(
-                f"{options[0]} is for adapters that are named here", hint="write it into the config instead"
+                f"{option}{source} is for adapters that are named here", hint="write it into the config instead"
             )
         return load_config(arguments.names[0])
     if getattr(arguments, "container", False):

@@ -1,34 +1,83 @@
-"""Results of a command: the claimed output directory, a document on standard output, the exit code."""
+"""The output of a command: its view, its output directory, a document on standard output, the exit code."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, TextIO
 
 from merge_gate.errors import ExitCode, GateError
 from merge_gate.run.streams import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from merge_gate.earlier_reports import EarlierReports
+    from merge_gate.records.config import Config
+    from merge_gate.records.options import RunOptions
     from merge_gate.records.report import Report
     from merge_gate.report.stored.report_copies import ReportCopy
+    from merge_gate.run.view import View
+    from merge_gate.worker.supervisor import WorkerSlot
 
 EXIT_CODE_OF = {"pass": ExitCode.PASS, "fail": ExitCode.FAIL, "error": ExitCode.ERROR}
 
 
 @contextmanager
-def claimed_output(output: str) -> Iterator[EarlierReports]:
-    """Hold the output directory; at the end, say where the reports of earlier runs are."""
+def view_of(arguments: argparse.Namespace) -> Iterator[tuple[View, TextIO]]:
+    """The view that the options ask for, and the stream of its result: standard error if a report is printed."""
+    from merge_gate.report.stored.report_copies import is_any_printed
+    from merge_gate.run.view import Appearance, make_view
+
+    stream = sys.stderr if is_any_printed(getattr(arguments, "report", ())) else sys.stdout
+    appearance = Appearance(quiet=arguments.quiet, verbose=arguments.verbose, color=arguments.color)
+    with closing(make_view(stream, sys.stderr, env=os.environ, appearance=appearance)) as view:
+        yield view, stream
+
+
+def gate_adapters(
+    config: Config,
+    options: RunOptions,
+    arguments: argparse.Namespace,
+    *,
+    worker: WorkerSlot | None = None,
+    begins: Callable[[], object] = lambda: None,
+) -> Report:
+    """Gate adapters with the view that the options ask for."""
+    from merge_gate.run.flow import run_gate
+
+    with view_of(arguments) as (view, _):
+        return run_gate(config, options, view=view, worker=worker, begins=begins)
+
+
+class Claim:
+    """An output directory that this run holds, and the earlier reports that were in it."""
+
+    def __init__(self, earlier: EarlierReports) -> None:
+        self._earlier = earlier
+        self.has_begun = False
+
+    def begin(self) -> None:
+        """Let the earlier reports replace `previous/`, and say where they are."""
+        self.has_begun = True
+        self._earlier.replace_previous()
+        say_place(self._earlier)
+
+
+@contextmanager
+def claimed_output(output: str) -> Iterator[Claim]:
+    """Hold the output directory. If the run never begins, say where the reports of earlier runs are."""
     from merge_gate.report.stored.output_directory import claimed
 
     with claimed(output) as earlier:
+        claim = Claim(earlier)
         try:
-            yield earlier
+            yield claim
         finally:
-            say_place(earlier)
+            if not claim.has_begun:
+                say_place(earlier)
 
 
 def say_place(earlier: EarlierReports) -> None:

@@ -17,15 +17,15 @@ from merge_gate.cli import (
     attest_command,
     check_command,
     demo_command,
-    explain_command,
     init_command,
+    print_command,
     report_command,
     run_command,
-    schema_command,
     verify_command,
 )
-from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output
+from merge_gate.cli.arguments import DEFAULT_CONFIG, EXIT_CODES, CommandParser, Commands, add_output, examples
 from merge_gate.cli.report_command import COMBINE, REPORT, REPORT_COMMANDS
+from merge_gate.cli.variables import show_variables, words_of
 from merge_gate.text import one_of, quoted
 
 _LONGEST = 40
@@ -40,13 +40,19 @@ def commanded(argv: Sequence[str]) -> list[str]:
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The values of the command line. If only the command is missing, the error suggests `run`."""
     top, commands = _parsers()
-    words = commanded(argv)
+    words = commanded(_without_help(argv))
     if not words:
         top.print_help(sys.stderr)
         top.exit(2)
     if words[0] not in commands.choices:
         _explain_word(top, words, [*commands.choices])
-    values, rest = top.parse_known_args(words)
+        variables: dict[str, str] = {}
+    else:
+        more, variables = words_of(commands.choices[words[0]], words[1:], os.environ)
+        commands.choices[words[0]].from_environment = variables
+        end = words.index("--") if "--" in words else len(words)
+        words[end:end] = more
+    values, rest = top.parse_known_args(words, argparse.Namespace(variables=variables))
     if rest:
         command = commands.choices[values.command]
         option = next((word.partition("=")[0] for word in rest if word.startswith("-")), "")
@@ -63,6 +69,13 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
             command.error(f"name a configuration or adapters: there is no {DEFAULT_CONFIG} here")
         values.names = [DEFAULT_CONFIG]
     return values
+
+
+def _without_help(argv: Sequence[str]) -> Sequence[str]:
+    """The words with `help` and `version` as the options that they stand for."""
+    if argv and argv[0] == "help":
+        return [*argv[1:], "--help"]
+    return ["--version"] if list(argv) == ["version"] else argv
 
 
 def _explain_word(top: argparse.ArgumentParser, words: Sequence[str], known: Sequence[str]) -> None:
@@ -108,8 +121,9 @@ def output_of(argv: Sequence[str]) -> str | None:
         return None
     output = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     add_output(output)
+    more, _ = words_of(output, words[1:], os.environ)
     try:
-        return str(output.parse_known_args(words[1:])[0].output)
+        return str(output.parse_known_args([*words[1:], *more])[0].output)
     except argparse.ArgumentError:
         return None
 
@@ -153,16 +167,29 @@ def parser() -> argparse.ArgumentParser:
     return _parsers()[0]
 
 
+def parser_of_words() -> argparse.ArgumentParser:
+    """The command line for a shell's completion, in which a command of two words is a command in a command."""
+    top = CommandParser(prog="merge-gate", description="A CI gate for PEFT adapters.")
+    commands = top.add_subparsers(metavar="COMMAND")
+    inner = commands.add_parser(REPORT, help="show, compare and combine reports").add_subparsers(metavar="COMMAND")
+    for name, command in _parsers()[1].choices.items():
+        first, _, second = name.partition(" ")
+        place = inner if second else commands
+        place.add_parser(second or first, parents=[command], add_help=False, help=command.description)
+    return top
+
+
 def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
     top = CommandParser(
         prog="merge-gate",
         description="Merge LoRA and other PEFT adapters into a scratch copy of their base, check that every parameter "
         "is finite, and name what is broken.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s COMMAND [arguments]",
+        epilog=examples("merge-gate demo", "merge-gate run ./my-adapter --base ./my-base", "merge-gate help run")
+        + EXIT_CODES,
     )
     top.add_argument("-V", "--version", action="version", version=f"merge-gate {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
     for add in (
         run_command.add,
         check_command.add,
@@ -173,9 +200,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, Commands[CommandParser]]:
         report_command.add_combine,
         report_command.add_baseline,
         attest_command.add,
-        explain_command.add,
         verify_command.add,
-        schema_command.add,
+        print_command.add_explain,
+        print_command.add_schema,
+        print_command.add_completion,
     ):
         add(commands)
+    for command in commands.choices.values():
+        show_variables(command)
     return top, commands

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from contextlib import closing
 
-from merge_gate.cli.arguments import EXIT_CODES, FORMATS, CommandParser, Commands, add_output
-from merge_gate.cli.output import claimed_output, exit_code, print_document
+from merge_gate.cli.arguments import EXIT_CODES, FORMATS, CommandParser, Commands, add_appearance, add_output, examples
+from merge_gate.cli.output import claimed_output, exit_code, print_document, view_of
+from merge_gate.text import one_of
 
 REPORT = "report"
 SHOW, DIFF, COMBINE, BASELINE = (f"{REPORT} {word}" for word in ("show", "diff", "combine", "baseline"))
@@ -20,11 +18,17 @@ _REPORT_HELP = "the report.json of a run, or its directory"
 
 def add_show(commands: Commands[CommandParser]) -> None:
     show = commands.add_parser(
-        SHOW, prog=f"merge-gate {SHOW}", help="show a report again", description="Show a stored report again."
+        SHOW,
+        prog=f"merge-gate {SHOW}",
+        help="show a report again",
+        description="Show a stored report again.",
+        epilog=examples("merge-gate report show merge-gate-report --format html > report.html"),
     )
     show.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
     formats = ("terminal", *FORMATS)
-    show.add_argument("--format", choices=formats, default="terminal", help="default: terminal")
+    show.add_argument(
+        "--format", choices=formats, default="terminal", metavar="FORMAT", help=f"{one_of(formats)}; default: terminal"
+    )
 
 
 def add_diff(commands: Commands[CommandParser]) -> None:
@@ -34,6 +38,7 @@ def add_diff(commands: Commands[CommandParser]) -> None:
         help="show what changed between two reports",
         description="Show what changed from one report to another. Exit code 1 if something broke or got worse, 3 if "
         "nothing did but the newer run is not complete.",
+        epilog=examples("merge-gate report diff monday/report.json friday/report.json"),
     )
     diff.add_argument("old", metavar="OLD", help=_REPORT_HELP)
     diff.add_argument("new", metavar="NEW", help="the same of a later run")
@@ -47,8 +52,7 @@ def add_combine(commands: Commands[CommandParser]) -> None:
         help="make one report of all shards",
         description="Make one report of the reports of all shards of a run (`merge-gate run --shard I/N`). A shard "
         "that is missing, doubled, incomplete, or of another config, version or set leaves no verdict: exit code 3.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=examples("merge-gate report combine shards --output merge-gate-report") + EXIT_CODES,
     )
     combine.add_argument(
         "directories",
@@ -57,6 +61,7 @@ def add_combine(commands: Commands[CommandParser]) -> None:
         help="a shard's output directory, or one that holds several, as artifacts are downloaded",
     )
     add_output(combine)
+    add_appearance(combine)
 
 
 def add_baseline(commands: Commands[CommandParser]) -> None:
@@ -66,6 +71,7 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
         help="write a first baseline",
         description="Print a baseline that accepts the failures of a report, one by one, for 90 days. Write a reason "
         "and an owner for each, and name the file in the config: `baseline: FILE`.",
+        epilog=examples("merge-gate report baseline merge-gate-report > baseline.yml"),
     )
     baseline.add_argument("report", metavar="REPORT", help=_REPORT_HELP)
 
@@ -85,16 +91,15 @@ def diff(arguments: argparse.Namespace) -> int:
 def combine(arguments: argparse.Namespace) -> int:
     """The shards are read before earlier reports in the output directory are moved aside."""
     from merge_gate.report.stored.report_files import write_report
-    from merge_gate.run.view import make_view
     from merge_gate.shards.combined import combined
     from merge_gate.shards.shard_files import found_in, refuse_overwriting
 
     found = found_in(arguments.directories)
     refuse_overwriting(found, arguments.output)
-    with claimed_output(arguments.output) as earlier:
+    with claimed_output(arguments.output) as claim:
         report = combined(found)
-        earlier.replace_previous()
-        with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
+        claim.begin()
+        with view_of(arguments) as (view, _):
             write_report(report, arguments.output)
             view.finish(report, arguments.output)
     return exit_code(report)

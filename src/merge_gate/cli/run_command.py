@@ -8,10 +8,19 @@ import re
 import sys
 from pathlib import Path
 
-from merge_gate.cli.arguments import EXIT_CODES, CommandParser, Commands, add_names, add_output, add_reports, given
-from merge_gate.cli.gating import gate_adapters
+from merge_gate.cli.arguments import (
+    EXIT_CODES,
+    CommandParser,
+    Commands,
+    add_appearance,
+    add_names,
+    add_output,
+    add_reports,
+    examples,
+    given,
+)
 from merge_gate.cli.named_adapters import add_named_options, requested_config
-from merge_gate.cli.output import claimed_output, deliver, say_place
+from merge_gate.cli.output import claimed_output, deliver, gate_adapters, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Read
@@ -23,8 +32,14 @@ def add(commands: Commands[CommandParser]) -> None:
         help="gate adapters, named here or in a config",
         description="Gate every adapter that CONFIG lists, or the adapters that are named: directories, globs or Hub "
         "ids. Writes report.json, and the same for people and other tools, to the output directory.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [CONFIG | ADAPTER ...] [options]",
+        epilog=examples(
+            "merge-gate run",
+            "merge-gate run ./my-adapter --base ./my-base --dtype bfloat16,float16",
+            "merge-gate run 'adapters/*' --cache .cache --report junit=tests.xml",
+            "merge-gate run merge-gate.yml --only support --shard 2/4",
+        )
+        + EXIT_CODES,
     )
     add_names(run)
     add_named_options(run)
@@ -84,6 +99,7 @@ def add(commands: Commands[CommandParser]) -> None:
         help="merge on the cluster at HOST:PORT, or the one that `auto` finds. Without ADDRESS, as the last argument, "
         "start one on this machine for this run",
     )
+    add_appearance(run)
     container = run.add_argument_group("in a container", "needs a Docker or Podman engine, and the extra `launcher`")
     container.add_argument("--container", action="store_true", help="run inside the released image, not here")
     container.add_argument("--image", default="", metavar="REF", help="another image (default: this version's own)")
@@ -98,25 +114,19 @@ def run(arguments: argparse.Namespace) -> int:
             worker.start_early()
         from merge_gate.cache.resume import forget
         from merge_gate.report.stored.output_directory import refuse_report
-        from merge_gate.report.stored.report_copies import is_any_printed, withdraw
+        from merge_gate.report.stored.report_copies import withdraw
         from merge_gate.report.stored.report_files import FORMATS
 
         refuse_report(arguments.output, FORMATS, arguments.names)
         withdraw(arguments.report, arguments.output)
         if arguments.container:
             return _run_in_container(arguments)
-        with claimed_output(arguments.output) as earlier:
+        with claimed_output(arguments.output) as claim:
             config = requested_config(arguments)
             if arguments.image or arguments.gpus != "auto":
                 hint = "add --container, or use --device"
                 raise UsageError("--image and --gpus belong to --container", hint=hint)
-            report = gate_adapters(
-                config,
-                _options(arguments),
-                worker=worker,
-                begins=earlier.replace_previous,
-                shows_on=sys.stderr if is_any_printed(arguments.report) else sys.stdout,
-            )
+            report = gate_adapters(config, _options(arguments), arguments, worker=worker, begins=claim.begin)
             forget(arguments.output)
             return deliver(report, arguments.report)
 

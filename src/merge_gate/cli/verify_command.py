@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from contextlib import closing
 from typing import TYPE_CHECKING
 
-from merge_gate.cli.arguments import CommandParser, Commands, add_output, exit_codes, given
-from merge_gate.cli.output import claimed_output, exit_code
+from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
+from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
 from merge_gate.records.terms import Severity
 from merge_gate.run.streams import tell
@@ -37,8 +34,7 @@ def add(commands: Commands[CommandParser]) -> None:
         help="compare a merged model with its base and adapter",
         description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE, and name what "
         "it is: the merge, the base, an adapter applied twice or at another strength, another base, and more.",
-        epilog=EXIT_CODES_OF_VERIFY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=examples("merge-gate verify ./merged --base ./my-base --adapter ./my-adapter") + EXIT_CODES_OF_VERIFY,
     )
     verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
     verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")
@@ -60,6 +56,7 @@ def add(commands: Commands[CommandParser]) -> None:
         help=f"do not fail for this kind; repeatable: {', '.join(ALLOWED)}",
     )
     add_output(verify)
+    add_appearance(verify)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
     from merge_gate.run.verify_flow import VerifyOptions, verify
-    from merge_gate.run.view import make_view
     from merge_gate.worker.supervisor import WorkerSlot
 
     if arguments.adapter is None:
@@ -75,14 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_report(arguments.output, FORMATS, [arguments.merged])
     with WorkerSlot() as worker:
         worker.start_early()
-        with claimed_output(arguments.output) as earlier:
+        with claimed_output(arguments.output) as claim:
             names = [arguments.adapter, *arguments.candidate]
             config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
             options = VerifyOptions(
                 merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output, device="cpu"
             )
-            with closing(make_view(sys.stdout, sys.stderr, env=os.environ)) as view:
-                report = verify(config, options, view=view, worker=worker, begins=earlier.replace_previous)
+            with view_of(arguments) as (view, _):
+                report = verify(config, options, view=view, worker=worker, begins=claim.begin)
             for line in answers(report):
                 tell(line)
             return exit_code(report)

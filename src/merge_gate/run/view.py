@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Verdict, record
 from merge_gate.report.formats import terminal_text
 from merge_gate.report.formats.terminal_text import Style
 from merge_gate.report.wording import words
@@ -20,7 +20,7 @@ from merge_gate.report.wording.untrusted import inert, one_line, safe_text
 from merge_gate.run.streams import is_ascii, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from merge_gate.records.measured import BaseFacts
     from merge_gate.records.report import AdapterReport, Report
@@ -33,6 +33,8 @@ WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal is."""
 QUIET_S = 30.0
 """How long `PlainView` writes nothing during a merge."""
+_DUMB = ("dumb", "unknown")
+"""Values of TERM of terminals without colors."""
 
 
 class View:
@@ -60,18 +62,53 @@ SilentView = View
 """Shows nothing: for a run that no one watches."""
 
 
-def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str]) -> View:
-    """Return the view that suits the streams and the environment (NO_COLOR, TERM, CI, GITHUB_ACTIONS)."""
+@record
+class Appearance:
+    """What the user asked to see: `--quiet`, `--verbose`, `--color`."""
+
+    quiet: bool = False
+    verbose: bool = False
+    color: str = "auto"
+
+
+_USUAL = Appearance()
+
+
+def make_view(stdout: TextIO, stderr: TextIO, *, env: Mapping[str, str], appearance: Appearance = _USUAL) -> View:
+    """Return the view that suits the streams, the environment (TERM, CI, GITHUB_ACTIONS), and the user."""
     in_ci = any(env.get(name, "").lower() not in {"", "0", "false"} for name in ("CI", "GITHUB_ACTIONS"))
-    if in_ci or env.get("TERM") in {"dumb", "unknown"} or not stderr.isatty():
-        return PlainView(stdout, stderr)
-    return RichView(stdout, stderr, color=not env.get("NO_COLOR"))
+    color = _uses_color(stdout, env, appearance.color)
+    if in_ci or env.get("TERM") in _DUMB or appearance.quiet or appearance.verbose or not stderr.isatty():
+        return PlainView(stdout, stderr, appearance=appearance, color=color)
+    return RichView(stdout, stderr, color=_uses_color(stderr, env, appearance.color), colors_result=color)
+
+
+def _uses_color(stream: TextIO, env: Mapping[str, str], asked: str) -> bool:
+    """Whether text on a stream is colored: as asked, else by NO_COLOR and FORCE_COLOR, else on a terminal."""
+    if asked != "auto":
+        return asked == "always"
+    if env.get("NO_COLOR"):
+        return False
+    return bool(env.get("FORCE_COLOR")) or (stream.isatty() and env.get("TERM") not in _DUMB)
 
 
 class PlainView(View):
-    """Lines without escape codes: for logs, pipes, and terminals that support nothing else."""
+    """Lines without escape codes, except in a result that is colored: for logs, pipes, and simple terminals.
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, *, clock: Clock = time.monotonic) -> None:
+    If `appearance` is quiet, only notes and the result are written.
+    """
+
+    def __init__(
+        self,
+        stdout: TextIO,
+        stderr: TextIO,
+        *,
+        appearance: Appearance = _USUAL,
+        color: bool = False,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._appearance = appearance
+        self._color = color
         self._stdout = stdout
         self._stderr = stderr
         self._clock = clock
@@ -92,6 +129,8 @@ class PlainView(View):
     def adapter_started(self, name: str, index: int, total: int, dtype: str) -> None:
         self._state.begin(name, index, total, dtype)
         self._pace.begin()
+        if self._appearance.verbose:
+            self._write(f"{self._state.label} {self._state.name} ({self._state.dtype}): merging")
 
     def adapter_progress(self, done: int, total: int, module: str) -> None:
         if self._clock() - self._written_at < QUIET_S:
@@ -110,34 +149,45 @@ class PlainView(View):
 
     def note(self, message: str) -> None:
         for line in safe_text(message).split("\n"):
-            self._write(line)
+            self._write(line, is_note=True)
 
     def finish(self, report: Report, output_dir: str) -> None:
-        write(
-            self._stdout, terminal_text.render(report, output_dir, width=PLAIN_WIDTH, ascii_only=is_ascii(self._stdout))
-        )
+        lines = terminal_text.lines(report, output_dir, width=PLAIN_WIDTH, ascii_only=is_ascii(self._stdout))
+        if self._color:
+            _print_colored(lines, self._stdout)
+        else:
+            write(self._stdout, terminal_text.joined(lines))
 
     def close(self) -> None:
         """There is nothing to restore."""
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str, *, is_note: bool = False) -> None:
         self._written_at = self._clock()
+        if self._appearance.quiet and not is_note:
+            return
         write(self._stderr, inert(line) + "\n")
 
 
 class RichView(View):
     """A live view at the foot of the terminal, which the result replaces at the end."""
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, *, color: bool = True, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        stdout: TextIO,
+        stderr: TextIO,
+        *,
+        color: bool = True,
+        colors_result: bool | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         from rich.console import Console  # noqa: PLC0415 - only this view pays for importing rich
 
         from merge_gate.run.foot import Foot, styled  # noqa: PLC0415
 
-        def console(stream: TextIO) -> Console:
-            return Console(file=stream, no_color=True if not color else None, highlight=False, markup=False)
-
-        self._stdout, self._stderr, self._color, self._styled = stdout, stderr, color, styled
-        self._out, self._console = console(stdout), console(stderr)
+        self._stdout, self._stderr, self._styled = stdout, stderr, styled
+        self._colors_result = color and stdout.isatty() if colors_result is None else colors_result
+        self._out = Console(file=stdout)
+        self._console = Console(file=stderr, no_color=not color, highlight=False, markup=False)
         self._foot = Foot(self._console, clock)
         self._state = _State()
 
@@ -182,11 +232,10 @@ class RichView(View):
         on_terminal = self._stdout.isatty()
         width = min(self._out.width, WIDEST) if on_terminal else PLAIN_WIDTH
         lines = terminal_text.lines(report, output_dir, width=width, ascii_only=is_ascii(self._stdout))
-        if on_terminal and self._color:
-            for line in lines:
-                self._out.print(self._styled(line, self._stdout), soft_wrap=True)
-            return
-        write(self._stdout, terminal_text.joined(lines))
+        if self._colors_result:
+            _print_colored(lines, self._stdout)
+        else:
+            write(self._stdout, terminal_text.joined(lines))
         if not on_terminal:
             self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
 
@@ -195,6 +244,18 @@ class RichView(View):
 
     def _print(self, line: Line) -> None:
         self._console.print(self._styled(line, self._stderr), overflow="fold")
+
+
+def _print_colored(lines: Iterable[Line], stream: TextIO) -> None:
+    from rich.console import Console  # noqa: PLC0415 - a plain log does without rich
+
+    from merge_gate.run.foot import styled  # noqa: PLC0415 - imports rich
+
+    console = Console(
+        file=stream, force_terminal=True, color_system="standard", no_color=False, highlight=False, markup=False
+    )
+    for line in lines:
+        console.print(styled(line, stream), soft_wrap=True)
 
 
 @dataclass(slots=True)

@@ -279,7 +279,7 @@ def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     if cached := words.cached(report):
         shown += _plain(f"{cached}.", width)
     if output_dir:
-        shown += [((part, Style.FAINT),) for part in wrap(f"Report: {_reports(output_dir)}", width)]
+        shown.append(((page_to_open(output_dir), Style.FAINT),))
     return shown
 
 
@@ -296,8 +296,9 @@ def _plain(text: str, width: int) -> list[Line]:
     return [((part, Style.PLAIN),) for part in wrap(text, width)]
 
 
-def _reports(output_dir: str) -> str:
-    return f"report.html for people, report.json for programs, in {one_line(output_dir)}"
+def page_to_open(output_dir: str) -> str:
+    """The last line of a run, with a path that a terminal can open. It is never wrapped."""
+    return f"Report: {one_line(output_dir)}/report.html"
 
 
 # --- files alone ---------------------------------------------------------------------------------------------------

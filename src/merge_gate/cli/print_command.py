@@ -1,0 +1,89 @@
+"""Commands that print what the package knows: a JSON Schema, the explanation of a check, a shell's completion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+
+from merge_gate.cli.arguments import CommandParser, Commands, examples
+from merge_gate.cli.output import print_document
+from merge_gate.errors import UsageError
+
+WIDEST = 100
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_explain(commands: Commands[CommandParser]) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="explain a check",
+        description="Explain a check: when it fires, why it matters, what to do, and to whom it happened. Without "
+        "CHECK, list all checks.",
+        epilog=examples("merge-gate explain rounding-loss"),
+    )
+    explain.add_argument("check", nargs="?", metavar="CHECK", help="the id of a check, as reports show it")
+
+
+def add_schema(commands: Commands[CommandParser]) -> None:
+    schema = commands.add_parser(
+        "schema",
+        help="print a JSON Schema",
+        description="Print the JSON Schema of the config or of report.json.",
+        epilog=examples("merge-gate schema config > merge-gate.schema.json"),
+    )
+    schema.add_argument("document", choices=("config", "report"), help="which one")
+
+
+def add_completion(commands: Commands[CommandParser]) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print a shell's completion",
+        description="Print a script that completes commands and options of merge-gate in a shell. It needs the extra "
+        "`completion` when it is made, and not when it is used.",
+        epilog=examples('eval "$(merge-gate completion bash)"'),
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    from merge_gate.config.suggestions import nearest
+    from merge_gate.report.wording.explanations import explanation, explanations
+    from merge_gate.text import quoted
+
+    if arguments.check is None:
+        return print_document(_checks())
+    if arguments.check not in explanations():
+        hint = nearest(arguments.check, explanations()) or "`merge-gate explain` lists all checks"
+        raise UsageError(f"there is no check {quoted(arguments.check)}", hint=hint)
+    width = min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST) if sys.stdout.isatty() else WIDEST
+    return print_document(explanation(arguments.check, width))
+
+
+def _checks() -> str:
+    from merge_gate.judging.checks.table import CHECKS
+
+    widest = max(map(len, CHECKS))
+    rows = [f"{check:<{widest}}  {row.summary}" for check, row in CHECKS.items()]
+    return "\n".join([*rows, "", "For one of them: merge-gate explain CHECK", ""])
+
+
+def schema(arguments: argparse.Namespace) -> int:
+    if arguments.document == "config":
+        from merge_gate.config.load_config import config_schema as document
+    else:
+        from merge_gate.report.formats.schema import report_schema as document
+    return print_document(json.dumps(document(), indent=2) + "\n")
+
+
+def completion(arguments: argparse.Namespace, commands: argparse.ArgumentParser) -> int:
+    """Print the script for `commands`, the parser of the whole command line."""
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise UsageError(
+            "the package shtab is not installed, which makes the script",
+            hint="install the extra `completion`: pip install 'merge-gate[completion]'",
+        ) from None
+    return print_document(shtab.complete(commands, shell=arguments.shell))

@@ -1,0 +1,193 @@
+"""The command line before a command runs: variables for options, help texts, completion, and what is shown."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from merge_gate.cli.dispatch import main
+from merge_gate.cli.named_adapters import requested_config
+from merge_gate.cli.parser import parsed, parser
+from merge_gate.cli.variables import WITHOUT_VARIABLE
+from merge_gate.errors import UsageError
+
+if TYPE_CHECKING:
+    from tests.support.wording import Wording
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (one for one in parser()._actions if one.dest == "command")
+    return found.choices
+
+
+@pytest.fixture(autouse=True)
+def usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Help texts are 80 columns wide, and a configuration is there."""
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "merge-gate.yml").write_text("version: 1\nadapters: [acme/one]\n")
+    monkeypatch.chdir(tmp_path)
+
+
+# --- variables -----------------------------------------------------------------------------------------------------
+
+
+def test_a_variable_stands_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGE_GATE_DEVICE", "cuda:1")
+    monkeypatch.setenv("MERGE_GATE_QUICK", "true")
+    monkeypatch.setenv("MERGE_GATE_REFRESH", "0")
+    monkeypatch.setenv("MERGE_GATE_CACHE", "")
+    values = parsed(["run", "gate.yml"])
+    assert (values.device, values.quick, values.refresh, values.cache) == ("cuda:1", True, False, None)
+    assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--quick": "MERGE_GATE_QUICK"}
+
+
+@pytest.mark.parametrize("words", [["--output", "b"], ["--output=b"], ["-o", "b"], ["-ob"]])
+def test_a_flag_goes_before_its_variable(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGE_GATE_OUTPUT", "a")
+    values = parsed(["run", "gate.yml", *words])
+    assert (values.output, values.variables) == ("b", {})
+    assert parsed(["run", "gate.yml"]).output == "a"
+    assert parsed(["run", "--", "gate.yml"]).output == "a"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {action for action in commands()[command]._actions if "[env: " in str(action.help)}
+    options = {option for action in shown for option in action.option_strings}
+    assert not options & (WITHOUT_VARIABLE | {"--set", "--expect", "--only", "--report", "--allow"})
+    assert not any(isinstance(action, argparse._AppendAction) for action in shown)
+    monkeypatch.setenv("MERGE_GATE_ALLOW_PICKLE", "1")
+    monkeypatch.setenv("MERGE_GATE_IMAGE", "cpu")
+    if command == "run":
+        values = parsed(["run", "x"])
+        assert (values.allow_pickle, values.image, values.variables) == (False, "", {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("DEVICE", "tpu"), ("ACCESS", "guess"), ("QUICK", "maybe"), ("OUTPUT", "gate.yml")]
+)
+def test_a_wrong_variable_is_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    Path("gate.yml").write_text("")
+    monkeypatch.setenv(f"MERGE_GATE_{variable}", value)
+    with pytest.raises(SystemExit):
+        sys.exit(main(["run", "merge-gate.yml"]))
+    said = capsys.readouterr().err
+    assert f"MERGE_GATE_{variable}" in said
+    wording(said.rpartition("error: ")[2])
+
+
+def test_a_variable_is_refused_where_its_option_would_be(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
+    monkeypatch.setenv("MERGE_GATE_DTYPE", "float16")
+    with pytest.raises(UsageError, match="MERGE_GATE_DTYPE") as caught:
+        requested_config(parsed(["run", "merge-gate.yml"]))
+    wording(caught.value)
+
+
+def test_the_variables_that_were_used_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    monkeypatch.setenv("MERGE_GATE_COLOR", "never")
+    assert main(["check", "nowhere.yml"]) == 2
+    wording(capsys.readouterr().err.splitlines()[0])
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_fits_80_columns_and_cuts_no_word(command: str) -> None:
+    asked = commands()[command]
+    text = asked.format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^examples:\n  .*merge-gate ", text, re.MULTILINE)
+    for written in (asked.description, asked.epilog):
+        assert set(str(written).split()) <= set(text.split())
+
+
+def test_every_example_can_be_typed() -> None:
+    for name, command in commands().items():
+        text = str(command.epilog).partition("exit codes:")[0]
+        lines = [line.strip() for line in text.splitlines() if line.startswith("  merge-gate ")]
+        for line in lines:
+            words = subprocess.run(
+                ["bash", "-c", f"printf '%s\\n' {line.partition(' > ')[0].removeprefix('merge-gate ')}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split("\n")[:-1]
+            assert parsed(words).command == name
+
+
+@pytest.mark.parametrize(
+    ("words", "same"), [(["help"], ["--help"]), (["help", "run"], ["run", "--help"]), (["version"], ["--version"])]
+)
+def test_help_and_version_are_words_too(words: list[str], same: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for asked in (words, same):
+        with pytest.raises(SystemExit) as left:
+            main(asked)
+        assert left.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
+# --- completion ----------------------------------------------------------------------------------------------------
+
+ASK = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_merge_gate; echo "${COMPREPLY[*]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "merge-gate.bash"
+    written, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    try:
+        assert main(["completion", "bash"]) == 0
+        path.write_bytes(sys.stdout.buffer.getvalue())
+    finally:
+        sys.stdout = written
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ([""], {name.split()[0] for name in commands()}),
+        (["report", ""], {"show", "diff", "combine", "baseline"}),
+        (["run", "--qui"], {"--quick", "--quiet"}),
+        (["report", "show", "--format", ""], {"terminal", "json", "markdown", "html", "junit", "sarif"}),
+    ],
+)
+def test_bash_completes_commands_and_options(words: list[str], offered: set[str], script: Path) -> None:
+    asked = ["bash", "-c", ASK, "bash", str(script), "merge-gate", *words]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert set(answer.stdout.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_get_a_script_too(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert "merge-gate" in text
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=text, text=True, check=True)
+
+
+def test_without_shtab_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    wording(capsys.readouterr().err)
