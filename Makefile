@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all lint e2e bench fuzz mutants coverage tensor-maps schemas clean help
+.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -16,6 +16,7 @@ help:
 	@echo "make mutants small changes of the code that judges: does a test fail? (an hour)"
 	@echo "make coverage branches that the tests take (an hour)"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
+	@echo "make publish-kills 200 kills while models are published (ten minutes)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
 	@echo "make schemas writes anew what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make clean   removes $(VENV) and all output"
@@ -98,6 +99,9 @@ coverage: $(STAMPS)/coverage
 	$(BIN)/coverage run -m pytest -q -m "not cuda" --ignore=tests/on_ray/test_ray.py --ignore=tests/run/test_thousand.py $(MEASURED)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+publish-kills: $(STAMPS)/test
+	$(BIN)/python -m tests.tools.publish_kills --kills 200
 
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write

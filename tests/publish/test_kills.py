@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.support.played_merges import lay
-from tests.support.publish_kills import KilledRuns
+from tests.support.publish_kills import KilledRuns, lay_real
 
 KILLS = 20
 ROWS = 50_000
@@ -27,6 +28,15 @@ def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
     outcomes = [runs.kill_once() for _ in range(KILLS)]
     assert outcomes.count("killed") >= KILLS // 2
     runs.finish()
+
+
+@pytest.mark.slow
+def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
+    adapters = lay_real(tmp_path / "place")
+    real = KilledRuns(tmp_path / "place", random.Random(1), adapters)
+    for _ in range(3):
+        real.kill_once()
+    real.finish()
 
 
 def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: KilledRuns) -> None:

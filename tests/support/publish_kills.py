@@ -110,3 +110,14 @@ def check_whole(model: Path) -> None:
 def digests(directory: Path) -> dict[str, str]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def lay_real(place: Path) -> tuple[str, ...]:
+    """A base of 6 million parameters and two adapters. Returns the adapters' names."""
+    from tests.support.models import llama, make_adapter  # noqa: PLC0415 - imports torch
+
+    place.mkdir()
+    llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=2).save_pretrained(place / "base")
+    for seed, name in enumerate(("one", "two")):
+        make_adapter(place / "base", place / name, seed=seed)
+    return ("one", "two")
