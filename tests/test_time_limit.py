@@ -42,5 +42,6 @@ def test_a_mount_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPa
         watch.loaded("/mnt/base", (), [entry])
     assert watch.void() == {"/mnt/base": [0, 1, 2]}
     assert not watch.is_unchanged(0)
+    assert watch.is_silent("/mnt/base")
     assert asked == ["/mnt/base"]
     never.set()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.command import merge_gate
+from tests.support.command import merge_gate, start, strict_json, wait_until
 from tests.support.e2e.fuse_mount import mounted
 
 if TYPE_CHECKING:
@@ -65,3 +65,22 @@ def test_a_mount_that_fails_is_an_error_and_no_hang(
     assert {one["verdict"] for one in report["adapters"]} == {"error"}
     assert "SIGBUS" not in said
     assert "Traceback" not in said
+
+
+def test_a_mount_that_hangs_costs_each_adapter_its_time_limit_and_no_more(demo: Path, tmp_path: Path) -> None:
+    """The reason of an error stays in the report, though the files cannot be compared at the end.
+
+    The process ends when the server of the mount does: until then, the kernel keeps the threads that read.
+    """
+    config, report = tmp_path / "merge-gate.yml", tmp_path / "merge-gate-report" / "report.json"
+    config.write_text(SETTINGS.format(base=tmp_path / "mount", adapters=demo / "adapters"), encoding="utf-8")
+    started = time.monotonic()
+    with mounted(demo / "base", tmp_path / "mount", fails="hangs", after_bytes=60_000):
+        process = start("run", config.name, cwd=tmp_path)
+        wait_until(lambda: report.exists() and strict_json(report)["complete"], process)
+        assert time.monotonic() - started < ENDS_WITHIN_S
+    assert process.wait(ENDS_WITHIN_S) == 3
+    found = strict_json(report)["adapters"]
+    assert {one["verdict"] for one in found} == {"error"}
+    for one in found:
+        assert "time limit of 20 s" in one["findings"][0]["message"], one

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_a_digest_is_remembered(base: str) -> None:
 def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_and_hash(directory: str, names: tuple[str, ...]) -> str:
+    def write_and_hash(directory: str, names: tuple[str, ...], _: object) -> str:
         (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
         return digest_directory(directory, names)
 
@@ -150,6 +151,32 @@ def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
     watch = hashed(base, BaseWatch(memory))
     assert memory.stored == []
     assert watch.content(base) is None
+
+
+def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(base_watch.resolve, "digest_directory", lambda *_: never.wait())
+    monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.05)
+    monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
+    watch = BaseWatch()
+    watch.start(base)
+    watch.wait()
+    assert watch.digest(base) is None
+    assert not watch.is_silent(base), "only the comparison at the end decides about verdicts"
+    never.set()
+
+
+def test_slow_bytes_are_waited_for(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_slowly(_directory: str, _names: tuple[str, ...], on_read: Callable[[], object]) -> str:
+        for _ in range(20):
+            on_read()
+            time.sleep(0.05)
+        return "0" * 64
+
+    monkeypatch.setattr(base_watch.resolve, "digest_directory", hash_slowly)
+    monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.5)
+    monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
+    assert hashed(base).digest(base) == "0" * 64
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------

@@ -645,6 +645,8 @@ def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(meddled:
     assert [one.verdict for one in on_it] == [Verdict.ERROR, Verdict.ERROR]
     for one in on_it:
         assert "memory" not in " ".join(finding.hint for finding in one.findings), told(one)
+    reasons = " ".join(finding.message for one in on_it for finding in one.findings)
+    assert "SIGBUS" in reasons, f"an entry without a verdict keeps its reason: {reasons}"
 
 
 def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path: Path) -> None:

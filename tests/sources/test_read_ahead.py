@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
 import queue
@@ -16,7 +17,7 @@ import pytest
 from merge_gate.sources import digests, read_ahead
 from merge_gate.sources.digests import Digests
 from merge_gate.sources.feed import FileSpan, SourceError
-from merge_gate.sources.read_ahead import ReadAhead, plan
+from merge_gate.sources.read_ahead import MOST_BASE_BYTES, ReadAhead, plan, refuse_excess
 from merge_gate.sources.window import Window, WindowSlot
 
 PAGE = mmap.PAGESIZE
@@ -137,6 +138,20 @@ def test_canceling_ends_the_threads_and_frees_the_slots() -> None:
     assert len([window.acquire(1) for _ in range(5)]) == 5
 
 
+def test_canceling_ends_threads_that_wait_for_a_slot() -> None:
+    """The receiver may keep all slots, so none is ever free."""
+    files, window, deliveries = Files(64 * PAGE), Window(PAGE, 3), Deliveries()
+    ahead = ReadAhead(files, whole(files), window, Digests(files.sizes, {}), deliveries, connections=2)
+    ahead.start()
+    kept = [slot for _, slot in itertools.islice(deliveries, 3)]
+    assert not ahead.join(0.1)
+    ahead.cancel()
+    assert ahead.join(10)
+    for slot in kept:
+        window.release(slot)
+    assert len([window.acquire(1) for _ in range(3)]) == 3, "none was lost"
+
+
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +255,9 @@ def test_a_slot_has_whole_pages(size_bytes: int) -> None:
 def test_what_does_not_fit_is_refused(size_bytes: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         Window(PAGE, 1).acquire(size_bytes)
+
+
+def test_a_size_that_no_model_has_is_refused() -> None:
+    refuse_excess({"a": MOST_BASE_BYTES // 2, "b": MOST_BASE_BYTES // 2})
+    with pytest.raises(SourceError, match="together"):
+        refuse_excess({"a": 1 << 62, "b": 1})

@@ -145,6 +145,19 @@ def test_a_tensor_in_two_files_is_not_compared(server: LoopbackHub, tmp_path: Pa
     assert [one.check for one in base.base_files.findings] == ["base-inconsistent"]
 
 
+def test_a_size_that_no_model_has_is_refused_before_anything_is_read() -> None:
+    """A mirror can state any size, and the list of pieces grows with it."""
+
+    class Stated:
+        size_bytes, sha256 = 1 << 62, "0" * 64
+
+        def read_into(self, *_: object) -> None:
+            pytest.fail("nothing is read")
+
+    with pytest.raises(SourceError, match="together"):
+        HubFiles({MODEL: Stated()})  # type: ignore[dict-item]
+
+
 def test_a_file_without_a_digest_is_refused(
     server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,13 @@ def read_all(client: FeedClient, spans: Iterable[FileSpan]) -> None:
         read(client, span)
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def expected(content: dict[str, bytes], span: FileSpan) -> bytes:
     return content[span.file][span.start : span.end]
 
@@ -169,6 +177,33 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[st
         for span in spans[: 5 if seed < 5 else None]:
             assert read(client, span) == expected(content, span)
     assert ends.base.digests.are_complete
+
+
+def test_expectations_that_are_replaced_leave_no_threads(ends: Ends, content: dict[str, bytes]) -> None:
+    """The worker may list what it expects again and again, and release nothing."""
+    client = ends.client.open(0)
+    client.expect(spans_of(content), whole=True)
+    read(client, FileSpan(file="0.safetensors", start=0, end=1))
+    before = threading.active_count()
+    for number in range(2, 40):
+        spans = (FileSpan(file="2.safetensors", start=0, end=PAGE),)
+        client._send(SpansExpected(number=number, spans=spans, whole=True))
+    wait_until(lambda: threading.active_count() <= before)
+
+
+def test_replaced_expectations_whose_reads_hang_leave_a_thread_for_each_slot(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    client = ends.client.open(0)
+    before = threading.active_count()
+    monkeypatch.setattr(ends.base.files, "read", lambda *_: may_end.wait())
+    for number in range(1, 40):
+        spans = (FileSpan(file="2.safetensors", start=0, end=PAGE),)
+        client._send(SpansExpected(number=number, spans=spans, whole=True))
+    slots, last = 4, feed_service.CONNECTIONS + 1
+    wait_until(lambda: threading.active_count() <= before + slots + last)
+    may_end.set()
 
 
 def test_a_file_with_another_digest_never_finishes(ends: Ends, content: dict[str, bytes], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ class _Tensor:
 class _Contents:
     """What the weight files hold. `first` has the first tensor of each name, `again` the later ones."""
 
+    size_bytes: int = 0
+    """Of the files together."""
+
     tensors: list[StoredTensor] = field(default_factory=list)
     first: dict[str, _Tensor] = field(default_factory=dict)
     again: list[_Tensor] = field(default_factory=list)
@@ -120,8 +123,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     _refuse_absent(directory, chosen, name)
     contents = _Contents()
     for file in chosen.files:
-        for tensor in _read_weights(directory, file, name):
-            contents.add(tensor)
+        _read_weights(directory, file, name, contents)
     # 2. Index and headers.
     ghosts = tuple((n, file) for n, file in (chosen.listed or {}).items() if n not in contents.first)
     aside = _aside(directory, chosen, name)
@@ -140,6 +142,7 @@ def read_base(directory: str, *, name: str, allow_pickle: bool = False, has_valu
     return BaseFiles(
         directory=directory,
         weights=chosen.files,
+        weight_bytes=contents.size_bytes,
         tensors=tuple(contents.tensors),
         ghosts=ghosts,
         unlisted=unlisted,
@@ -188,19 +191,20 @@ def _refuse_absent(directory: str, chosen: WeightFiles, name: str) -> None:
         )
 
 
-def _read_weights(directory: str, file: str, name: str) -> Iterator[_Tensor]:
-    """The tensors of one file, which must be whole."""
+def _read_weights(directory: str, file: str, name: str, contents: _Contents) -> None:
+    """Add the tensors of one file, which must be whole."""
     try:
         with open_regular(str(Path(directory, file))) as opened:
             if pointer := lfs_pointer(opened):
                 raise base_weights.pointer_error(name, file, pointer.size_bytes)
+            size_bytes = os.fstat(opened.fileno()).st_size
+            contents.size_bytes += size_bytes
             if file.endswith(SAFETENSORS_ENDING):
                 for tensor, begin, end in parse_places(opened):
-                    yield _Tensor(stored=replace(tensor, file=file), begin=begin, end=end)
+                    contents.add(_Tensor(stored=replace(tensor, file=file), begin=begin, end=end))
                 return
-            size_bytes = os.fstat(opened.fileno()).st_size
             for tensor in read_pickled(opened, size_bytes) or ():
-                yield _Tensor(stored=replace(tensor, file=file))
+                contents.add(_Tensor(stored=replace(tensor, file=file)))
     except CorruptFileError as error:
         check = INCOMPLETE if isinstance(error, TruncatedFileError) else INCONSISTENT
         raise ResolveError(

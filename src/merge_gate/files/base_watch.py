@@ -26,6 +26,12 @@ ANSWER_LIMIT_S = 30.0
 """How long the file system may take to tell the size and the times of a base's files."""
 
 
+SILENCE_LIMIT_S = 120.0
+"""How long the file system may take to give the next bytes of a base that is hashed, before no one waits for them."""
+
+_ASKED_EVERY_S = 1.0
+
+
 class RememberedDigests(Protocol):
     """Digests that earlier runs computed, of files that cannot have changed since."""
 
@@ -42,6 +48,7 @@ class BaseWatch:
     def __init__(self, remembered: RememberedDigests | None = None) -> None:
         self._remembered = remembered
         self._threads: dict[str, threading.Thread] = {}
+        self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
         self._hashed: dict[str, _Identity] = {}
         self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
         self._listed: dict[str, tuple[str, str | None]] = {}
@@ -55,6 +62,7 @@ class BaseWatch:
         """Start to hash the base in `directory`, unless it was started before."""
         if directory not in self._threads and directory not in self._digests and directory not in self._listed:
             thread = threading.Thread(target=self._hash, args=(directory,), daemon=True)
+            self._heard_s[directory] = time.monotonic()
             with contextlib.suppress(RuntimeError):  # no thread is available: the report lacks this digest
                 thread.start()
                 self._threads[directory] = thread
@@ -64,11 +72,12 @@ class BaseWatch:
         if self._remembered is None or directory in self._threads or directory in self._digests:
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
-            identity = base_identity(directory)
+            identity = within(ANSWER_LIMIT_S, lambda: base_identity(directory))
             weights = self._remembered.lookup(directory, identity)
             if weights is not None:
+                settings = within(ANSWER_LIMIT_S, lambda: _settings_digest(directory))
                 self._hashed[directory] = identity
-                self._digests[directory] = weights, _settings_digest(directory)
+                self._digests[directory] = weights, settings
 
     def listed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
         """The Hub lists these digests of the weight files of a base that is streamed; `identity` is that of its stubs.
@@ -98,9 +107,10 @@ class BaseWatch:
         return directory in self._listed and directory not in self._passed
 
     def wait(self) -> None:
-        """Wait until every base that was started is hashed."""
-        for thread in self._threads.values():
-            thread.join()
+        """Wait until every base that was started is hashed. One whose mount gives no more bytes has no digest."""
+        for directory, thread in self._threads.items():
+            while thread.is_alive() and time.monotonic() - self._heard_s[directory] < SILENCE_LIMIT_S:
+                thread.join(_ASKED_EVERY_S)
 
     @property
     def is_hashing(self) -> bool:
@@ -147,6 +157,10 @@ class BaseWatch:
                 void.setdefault(directory, []).append(entry)
         return void
 
+    def is_silent(self, directory: str) -> bool:
+        """Whether the mount of a base did not answer when its files were to be compared."""
+        return directory in self._silent
+
     def _is_same(self, directory: str, identities: set[_Identity], now: _Identity | None) -> bool:
         return {*identities, self._hashed.get(directory, now)} == {now}
 
@@ -172,7 +186,11 @@ class BaseWatch:
             self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
             weights = self._remembered.lookup(directory, identity) if self._remembered else None
             if weights is None:
-                weights = resolve.digest_directory(directory, resolve.base_weight_files(directory))
+                weights = resolve.digest_directory(
+                    directory,
+                    resolve.base_weight_files(directory),
+                    lambda: self._heard_s.update({directory: time.monotonic()}),
+                )
                 if self._remembered and self._is_as_hashed(directory):
                     self._remembered.store(directory, identity, weights, began_ns)
             self._digests[directory] = weights, _settings_digest(directory)

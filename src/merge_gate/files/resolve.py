@@ -25,6 +25,7 @@ from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from io import BufferedReader
 
 _LISTED = 6
 _USUAL = re.compile(r"model\.safetensors(\.index\.json)?|model\b.*-of-\d+\.safetensors")
@@ -242,12 +243,13 @@ def base_setting_files(directory: str) -> tuple[str, ...]:
 # --- digests -------------------------------------------------------------------------------------------------------
 
 
-def digest_directory(directory: str, names: Iterable[str]) -> str:
+def digest_directory(directory: str, names: Iterable[str], on_read: Callable[[], object] = lambda: None) -> str:
     """SHA-256 over one line per file, sorted by name: "<sha256 of the file>  <name>", as sha256sum writes them.
 
     Every file is read. The Hub's cache names a Git LFS file by its SHA-256, but its bytes may have changed since.
+    `on_read` is called before each read of some bytes.
     """
-    return digest_of_digests({name: digest_file(Path(directory, name)) for name in names})
+    return digest_of_digests({name: digest_file(Path(directory, name), on_read) for name in names})
 
 
 def digest_of_digests(files: Mapping[str, str]) -> str:
@@ -256,7 +258,21 @@ def digest_of_digests(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in lines).encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
+def digest_file(path: Path, on_read: Callable[[], object] = lambda: None) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(_Observed(file, on_read), "sha256").hexdigest()
+
+
+class _Observed:
+    """A file that calls `on_read` before each read, so that another thread can tell a slow read from one that hangs."""
+
+    def __init__(self, file: BufferedReader, on_read: Callable[[], object]) -> None:
+        self._file, self._on_read = file, on_read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        self._on_read()
+        return self._file.readinto(buffer)

@@ -91,6 +91,7 @@ class BaseFiles:
     Attributes:
         directory: the base's directory.
         weights: the weight files that transformers loads, in its order, relative to the directory.
+        weight_bytes: the size of these files together.
         tensors: every tensor in those files, in that order. The last of several with one name is the one that counts.
         ghosts: names that the index lists and the files do not hold, with the file that the index names.
         unlisted: tensors in those files that the index does not list.
@@ -106,6 +107,7 @@ class BaseFiles:
 
     directory: str
     weights: tuple[str, ...] = ()
+    weight_bytes: int = 0
     tensors: tuple[StoredTensor, ...] = ()
     ghosts: tuple[tuple[str, str], ...] = ()
     unlisted: tuple[str, ...] = ()

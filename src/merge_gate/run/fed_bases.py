@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from merge_gate.errors import UsageError
-from merge_gate.files.base_watch import BaseWatch
+from merge_gate.files.base_watch import ANSWER_LIMIT_S, BaseWatch
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey, Read
 from merge_gate.sources.mounts import network_file_system
+from merge_gate.time_limit import within
 from merge_gate.worker.confine.private_directory import private_directory
 from merge_gate.worker.feed_service import Feeds
 from merge_gate.worker.memory import MemoryGroup, too_large
@@ -39,7 +40,15 @@ HEADERS_LIMIT_S = 60.0
 
 def headers_limit_s(directory: str) -> float | None:
     """The time limit for reading the headers of a base; None for one on a local disk."""
-    return HEADERS_LIMIT_S if network_file_system([Path(directory)]) is not None else None
+    return HEADERS_LIMIT_S if is_on_network([Path(directory)]) else None
+
+
+def is_on_network(paths: list[Path]) -> bool:
+    """Whether one of these files is on a network file system. A mount that does not answer counts as one."""
+    try:
+        return within(ANSWER_LIMIT_S, lambda: network_file_system(paths)) is not None
+    except TimeoutError:
+        return True
 
 
 class FedBases:
@@ -88,11 +97,16 @@ class FedBases:
         Raises:
             UsageError: only touched tensors are to be read, and no earlier run has read the whole base.
         """
-        records = self._recorded(group, read)
+        records = self.recorded(group, read)
         scheduled = self._scheduled(group, always=read is Read.TOUCHED)
         return replace(scheduled, records=records, keeps_record=self._records is not None)
 
-    def _recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
+    def recorded(self, group: Group, read: Read) -> tuple[BaseRecord, ...]:
+        """What earlier runs measured of a group's base, unless all of it is to be read.
+
+        Raises:
+            UsageError: only touched tensors are to be read, and there is no record.
+        """
         if self._records is None or read is Read.WHOLE:
             found: tuple[BaseRecord, ...] = ()
         else:
@@ -130,14 +144,14 @@ class FedBases:
 
     def _scheduled(self, group: Group, *, always: bool) -> Group:
         """`always`: the base is read in a pass, whatever its size."""
-        weights = group.files.weights if group.files is not None else ()
         if group.directory in self._streamed:
             return replace(group, one_pass=True, fed=True)
-        note = too_large(group.base.name, group.directory, MemoryGroup().free_bytes(), weights)
+        weights, size_bytes = (group.files.weights, group.files.weight_bytes) if group.files is not None else ((), 0)
+        note = too_large(group.base.name, size_bytes, MemoryGroup().free_bytes())
         if note is not None:
             self._notify(note)
-        is_on_network = network_file_system([Path(group.directory, name) for name in weights]) is not None
-        is_fed = (note is not None or is_on_network) and not self._is_remote
+        is_network = is_on_network([Path(group.directory, name) for name in weights])
+        is_fed = (note is not None or is_network) and not self._is_remote
         if not is_fed:
             self._watch.start(group.directory)
         return replace(group, one_pass=note is not None or always, fed=is_fed)

@@ -52,7 +52,7 @@ from merge_gate.shards.partition import part_of
 from merge_gate.text import counted, listing, quoted
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
-from merge_gate.worker.pinned import base_changed
+from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
@@ -88,7 +88,7 @@ def run_gate(
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
     wanted = _publish_spec(config, options)
-    _refuse_on_ray(specs, options)
+    refuse_on_ray(specs, options)
     _refuse_with_publish(wanted, specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
@@ -108,7 +108,12 @@ def run_gate(
         return run.run()
 
 
-def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+def refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
+    """Refuse what merges on other machines cannot do.
+
+    Raises:
+        UsageError: a base is to be streamed, or read in part.
+    """
     if options.ray is not None and Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
         raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
     if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:
@@ -425,12 +430,16 @@ class _Run:
     # --- 5: the report -----------------------------------------------------------------------------------------------
 
     def _withdraw_void(self) -> None:
-        """Replace the verdicts on bases that changed during the run."""
-        for indices in self._watch.void().values():
-            base = self._tally.entries[indices[0]].base
-            error = base_changed(base.name if base is not None else "")
+        """Replace the verdicts on bases that changed during the run. An entry without a verdict keeps its reason."""
+        for directory, indices in self._watch.void().items():
+            judged = [index for index in indices if self._tally.is_judged(index)]
+            if not judged:
+                continue
+            base = self._tally.entries[judged[0]].base
+            reason = base_silent if self._watch.is_silent(directory) else base_changed
+            error = reason(base.name if base is not None else "")
             refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
-            for index in indices:
+            for index in judged:
                 self._tally.settle(index, adapter_report.withdrawn_report(self._tally.entries[index], refusal))
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 

@@ -58,6 +58,10 @@ class Tally:
     def judged(self) -> int:
         return len(self._reports)
 
+    def is_judged(self, index: int) -> bool:
+        """Whether an entry has a verdict: it passed or failed."""
+        return index in self._reports and self._reports[index].verdict is not Verdict.ERROR
+
     @property
     def failed(self) -> int:
         return sum(report.verdict is Verdict.FAILED for report in self._reports.values())

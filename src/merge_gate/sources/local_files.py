@@ -7,10 +7,14 @@ from pathlib import Path
 
 from merge_gate.files.identity import base_identity
 from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.sources.read_ahead import refuse_excess
 
 
 class LocalFiles(LocalFeed):
     """Files of a directory.
+
+    Raises:
+        SourceError: they cannot be read, or are too large for any model.
 
     Attributes:
         sizes: the size of each file in bytes.
@@ -29,3 +33,4 @@ class LocalFiles(LocalFeed):
                 f"the base's files cannot be read: {error.strerror}",
                 hint="check the disk or the mount that holds the base, then run again",
             ) from error
+        refuse_excess(self.sizes)

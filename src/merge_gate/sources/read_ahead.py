@@ -12,7 +12,7 @@ from typing import Protocol
 
 from merge_gate.records.files import FileIdentity
 from merge_gate.sources.digests import Digests, widened
-from merge_gate.sources.feed import PIECE_BYTES, FileSpan
+from merge_gate.sources.feed import PIECE_BYTES, FileSpan, SourceError
 from merge_gate.sources.window import Window, WindowSlot
 
 
@@ -83,6 +83,7 @@ class ReadAhead:
             self._is_over = True
             slots, self._slots = self._slots, {}
             self._changed.notify_all()
+        self._window.wake()
         for slot in slots.values():
             self._window.release(slot)
 
@@ -108,7 +109,7 @@ class ReadAhead:
             if self._is_over or self._error is not None or self._next >= len(self._pieces):
                 return None
             piece = self._pieces[self._next]
-            slot = self._window.acquire(piece.end - piece.start)
+            slot = self._window.acquire(piece.end - piece.start, is_over=lambda: self._is_over)
             if slot is None:
                 return None
             number, self._next = self._next, self._next + 1
@@ -150,6 +151,24 @@ class ReadAhead:
         if not self._is_over:
             self._receiver.finish(error)
         self.cancel()
+
+
+MOST_BASE_BYTES = 1 << 44
+"""A million pieces. The largest models have a tenth of that; a sparse file, or a hostile server, can state any size."""
+
+
+def refuse_excess(sizes: Mapping[str, int]) -> None:
+    """Refuse a base whose list of pieces would take more memory than there is.
+
+    Raises:
+        SourceError: the files are too large.
+    """
+    total = sum(sizes.values())
+    if total > MOST_BASE_BYTES:
+        raise SourceError(
+            f"the base's weight files have {total:,} bytes together, more than {MOST_BASE_BYTES:,}",
+            hint="check the base: no model has files of that size",
+        )
 
 
 def plan(spans: Iterable[FileSpan], sizes: Mapping[str, int], known: Iterable[str]) -> tuple[FileSpan, ...]:

@@ -18,6 +18,7 @@ from merge_gate.files.resolve import Streamable
 from merge_gate.records.files import FileIdentity
 from merge_gate.sources.feed import SourceError
 from merge_gate.sources.hub_file import HubFile
+from merge_gate.sources.read_ahead import refuse_excess
 
 _FIRST_READ_BYTES = 1 << 20
 _PREFIX_BYTES = 8
@@ -39,6 +40,7 @@ class HubFiles:
         self._files = files
         self.sizes: Mapping[str, int] = {name: file.size_bytes for name, file in files.items()}
         self.sha256: Mapping[str, str] = {name: file.sha256 for name, file in files.items() if file.sha256}
+        refuse_excess(self.sizes)
         self.identity: tuple[FileIdentity, ...] = ()
         self._heads: dict[str, bytes] = {}
         for name, file in files.items():

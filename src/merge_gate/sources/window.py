@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from merge_gate.records.terms import record
 
@@ -55,17 +56,25 @@ class Window:
         self._poison = poison
         self._is_closed = False
 
-    def acquire(self, size_bytes: int) -> WindowSlot | None:
-        """A slot that no one else has; waits until one is free. None once the window is closed."""
+    def acquire(self, size_bytes: int, *, is_over: Callable[[], bool] = lambda: False) -> WindowSlot | None:
+        """A slot that no one else has; waits until one is free. None once the window is closed, or once `is_over`.
+
+        Call `wake` when `is_over` becomes true.
+        """
         if not 0 < size_bytes <= self.slot_bytes:
             raise ValueError(f"{size_bytes} bytes do not fit in a slot of {self.slot_bytes}")
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._is_closed)
-            if self._is_closed:
+            self._changed.wait_for(lambda: self._free or self._is_closed or is_over())
+            if self._is_closed or is_over():
                 return None
             start = self._free.popleft()
             self._owned.add(start)
             return WindowSlot(start=start, size_bytes=size_bytes)
+
+    def wake(self) -> None:
+        """Let every thread that waits for a slot ask again whether its wait is over."""
+        with self._changed:
+            self._changed.notify_all()
 
     def view(self, slot: WindowSlot) -> memoryview:
         """The bytes of a slot, for its owner."""
@@ -83,7 +92,7 @@ class Window:
                 self._view[slot.start : slot.start + self.slot_bytes] = POISON * self.slot_bytes
             self._owned.remove(slot.start)
             self._free.append(slot.start)
-            self._changed.notify()
+            self._changed.notify_all()  # one alone could be a thread whose wait is over
 
     def close(self) -> None:
         """End all waits, and close the descriptor. Slots in use stay readable until the last view is gone."""

@@ -288,6 +288,11 @@ def _slots() -> int:
     return min(max(room, _LEAST_SLOTS), _MOST_SLOTS)
 
 
+def window_bytes() -> int:
+    """The memory of the window that the bytes of a base pass through."""
+    return (_slots() + _AT_ONCE) * PIECE_BYTES
+
+
 def _is_in_one_piece(span: FileSpan) -> bool:
     return span.start // PIECE_BYTES == (span.end - 1) // PIECE_BYTES
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from merge_gate.files.identity import base_bytes
 from merge_gate.judging import all_checks
-from merge_gate.records.files import Entry
+from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.protocol import DEFAULT_LIMIT_S, Group, Task
 
@@ -32,7 +31,7 @@ def group_by_base(
         base = replace(entry.spec.base.key(entry.dtype), model=files.name, revision=files.revision)
         key = replace(base, model=files.directory)  # a directory may be written in several ways
         group = groups.get(key) or Group(base=base, directory=files.directory, files=entry.base_files, tasks=())
-        task = _task(index, entry, limit_s=_default_limit_s(files.directory), quick=quick)
+        task = _task(index, entry, limit_s=_default_limit_s(entry.base_files), quick=quick)
         task = replace(task, publishes=(publishes or {}).get(index))
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
@@ -49,6 +48,9 @@ def _task(index: int, entry: Entry, *, limit_s: float, quick: bool) -> Task:
     )
 
 
-def _default_limit_s(directory: str) -> float:
-    """A time limit that grows with the base: several times what a merge takes on two slow cores."""
-    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * (base_bytes(directory) or 0) / 2**30
+def _default_limit_s(files: BaseFiles | None) -> float:
+    """A time limit that grows with the base: several times what a merge takes on two slow cores.
+
+    The size is the one that the files had when their headers were read: now, their mount may not answer.
+    """
+    return DEFAULT_LIMIT_S + LIMIT_PER_GIB_S * (files.weight_bytes if files is not None else 0) / 2**30

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_gate.files.identity import base_bytes
-
 _PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # version 1 writes a very large number if there is no limit
 
@@ -99,25 +97,14 @@ def _available_bytes(meminfo: Path) -> int | None:
     return int(kibibytes) * 1024 if kibibytes is not None else None
 
 
-def too_large(label: str, directory: str, free_bytes: int | None, weights: tuple[str, ...] = ()) -> str | None:
-    """A note on a base whose files are larger than the free memory; None if they are not.
-
-    `weights` are the files that are loaded, if they are known: a directory may hold others.
-    """
-    size_bytes = _loaded_bytes(directory, weights) if weights else base_bytes(directory)
-    if size_bytes is None or free_bytes is None or size_bytes <= free_bytes:
+def too_large(label: str, size_bytes: int, free_bytes: int | None) -> str | None:
+    """A note on a base whose weight files are larger than the free memory; None if they are not."""
+    if free_bytes is None or size_bytes <= free_bytes:
         return None
     return (
         f"base {label} has {gibibytes(size_bytes)}, and only {gibibytes(free_bytes)} of memory are free: its adapters "
         "are merged in one pass over its files; in another dtype than the stored one, they may not fit"
     )
-
-
-def _loaded_bytes(directory: str, weights: tuple[str, ...]) -> int | None:
-    try:
-        return sum(Path(directory, name).stat().st_size for name in weights)
-    except OSError:
-        return None
 
 
 def gibibytes(count: int) -> str:

@@ -114,3 +114,11 @@ def base_changed(label: str) -> EngineError:
         f"base {label} changed while it was used: its files differ from those before it was loaded",
         hint="make sure that nothing writes to the base during the run, and run the gate again",
     )
+
+
+def base_silent(label: str) -> EngineError:
+    """The error for measurements on a base whose files could not be compared afterwards."""
+    return EngineError(
+        f"the files of base {label} could not be compared at the end of the run: their mount does not answer",
+        hint="check the network file system that holds the base, then run again",
+    )

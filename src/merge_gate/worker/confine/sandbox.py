@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.files.identity import base_bytes
 from merge_gate.records.report import Sandbox
 from merge_gate.worker.confine.landlock import restrict_writes
 from merge_gate.worker.confine.system_calls import refuse_calls
@@ -39,6 +38,7 @@ _CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_D
 _SPARE_FILE_BYTES = 1 << 30
 _SPARE_MEMORY_BYTES = 8 << 30
 _MAX_CAST_FACTOR = 4  # one byte of a file may become four in memory
+_MOST_LIMIT_BYTES = 1 << 62  # the kernel's numbers are signed; a sparse file can have any size
 
 
 def caches(directory: str) -> dict[str, str]:
@@ -69,7 +69,7 @@ def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
     if device != "cpu" or free_bytes is None:
         why = "memory: a GPU's driver maps more addresses than there is memory"
         return replace(sandbox, missing=(*sandbox.missing, why))
-    stored = sum(base_bytes(group.directory) or 0 for group in job.groups)
+    stored = sum(group.files.weight_bytes for group in job.groups if group.files is not None)
     _lower(resource.RLIMIT_DATA, _SPARE_MEMORY_BYTES + free_bytes + _MAX_CAST_FACTOR * stored)
     return replace(sandbox, held=(*sandbox.held, "memory"))
 
@@ -103,7 +103,7 @@ def _drop_capabilities() -> None:
 
 def _lower(resource_id: int, to_bytes: int) -> None:
     _, hard = resource.getrlimit(resource_id)
-    new = to_bytes if hard == resource.RLIM_INFINITY else min(to_bytes, hard)
+    new = min(to_bytes, _MOST_LIMIT_BYTES if hard == resource.RLIM_INFINITY else hard)
     resource.setrlimit(resource_id, (new, new))
 
 
