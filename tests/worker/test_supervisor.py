@@ -22,7 +22,8 @@ from merge_gate.records.refusals import NotJudged, PatternRefused
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
-from merge_gate.worker.process import WorkerProcess
+from merge_gate.worker.memory import batches
+from merge_gate.worker.process import Ending, WorkerProcess
 from merge_gate.worker.protocol import (
     BaseLoading,
     DeviceChosen,
@@ -247,7 +248,10 @@ def passes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Killer:
     killer = Killer(
         {InProgress(task=7): [signal.SIGKILL], MergeStarted(task=7): [signal.SIGKILL]},
     )
-    groups = tuple(one_pass(base, files[first : first + 3], first=first) for first in (0, 3, 6))
+    bases = [shutil.copytree(base, tmp_path_factory.mktemp("base") / "llama") for _ in range(3)]
+    groups = tuple(
+        one_pass(one, files[first : first + 3], first=first) for first, one in zip((0, 3, 6), bases, strict=True)
+    )
     with WorkerSlot() as worker:
         supervise(Job(groups=groups), killer, worker)
     return killer
@@ -363,7 +367,7 @@ def test_events_about_other_tasks_are_dropped(shelf: Shelf, adapters: list[Adapt
 
 
 def alone_after(attempt: Attempt) -> set[int]:
-    return {task.index for one in attempt.left().groups for task in one.tasks if task.alone}
+    return {task.index for one in attempt.left().groups for task in one.tasks if task.most_together == 1}
 
 
 def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
@@ -371,7 +375,8 @@ def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
 ) -> None:
     attempt = Attempt(Job(groups=(one_pass(shelf.base("llama"), adapters),)), Killer())
     attempt.receive(MergeStarted(task=0, others=(1, 2)))
-    assert alone_after(attempt) == {0, 1, 2}, "before any of them was begun, all of them are suspects"
+    together = [task.most_together for one in attempt.left().groups for task in one.tasks]
+    assert together == [2, 2, 2], "before any of them was begun, all of them are suspects"
     attempt.receive(InProgress(task=0))
     assert alone_after(attempt) == {0}
     attempt.receive(InProgress(task=1, thread=11))
@@ -388,10 +393,40 @@ def test_after_a_death_in_a_pass_what_was_in_progress_is_merged_alone(
     assert alone_after(attempt) == set()
 
 
+@pytest.mark.parametrize(("count", "culprit", "passes"), [(8, 5, 7), (7, 0, 7), (3, 2, 5), (2, 1, 3)])
+def test_a_death_that_names_no_adapter_halves_the_pass(
+    count: int, culprit: int, passes: int, shelf: Shelf, adapters: list[AdapterFiles]
+) -> None:
+    """Each pass reads the base again, so that one pass for each adapter would cost more."""
+    job = Job(groups=(one_pass(shelf.base("llama"), [adapters[0]] * count),))
+    started, undecided = 0, set()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Undecided):
+            undecided.add(event.task)
+
+    while job.groups[0].tasks:
+        attempt = Attempt(job, listen)
+        for batch in batches([(task, None) for task in job.groups[0].tasks], one_pass=True):
+            started += 1
+            first, *others = (task.index for task, _ in batch)
+            attempt.receive(MergeStarted(task=first, others=tuple(others)))
+            if culprit in {first, *others}:
+                break
+            for index in (first, *others):
+                attempt.receive(Undecided(task=index, refusal=NotJudged(message="done")))
+        if not attempt.is_at_a_batch and attempt.is_at_an_adapter:
+            assert attempt._task == culprit
+            attempt.settle_death(Ending("killed", "hint"))
+        job = attempt.left()
+    assert undecided == set(range(count))
+    assert started <= passes
+
+
 def test_a_pass_of_adapters_that_are_merged_alone_is_none(shelf: Shelf, adapters: list[AdapterFiles]) -> None:
     """A worker could name one again and again, and die each time."""
     only = one_pass(shelf.base("llama"), adapters[:1])
-    attempt = Attempt(Job(groups=(replace(only, tasks=(replace(only.tasks[0], alone=True),)),)), Killer())
+    attempt = Attempt(Job(groups=(replace(only, tasks=(replace(only.tasks[0], most_together=1),)),)), Killer())
     attempt.receive(MergeStarted(task=0, others=(0,)))
     assert not attempt.is_at_a_batch
     assert attempt.is_at_an_adapter

@@ -214,4 +214,4 @@ class _Verification:
 
 def _comparing(group: Group, merged: Snapshot) -> Group:
     """The group with each of its adapters compared, one at a time."""
-    return replace(group, tasks=tuple(replace(task, compares=merged, alone=True) for task in group.tasks))
+    return replace(group, tasks=tuple(replace(task, compares=merged, most_together=1) for task in group.tasks))

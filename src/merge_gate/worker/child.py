@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import math
 import os
 import signal
 import socket
@@ -32,7 +31,7 @@ from merge_gate.worker.confine.sandbox import confine, limit
 from merge_gate.worker.device import cpu_name
 from merge_gate.worker.feed_client import FeedClient
 from merge_gate.worker.group_bases import GroupBase, GroupBases, MappedBases, rounds
-from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.memory import ClassedTask, MemoryGroup, batches
 from merge_gate.worker.pinned import pinned_adapter, pinned_directory
 from merge_gate.worker.protocol import (
     BaseLoaded,
@@ -65,20 +64,11 @@ if TYPE_CHECKING:
 Merger = Callable[["MergeRequest"], Evidence]
 """Merges one adapter; for a finished model, with a comparison."""
 
-ClassedTask = tuple[Task, str | None]
-"""A task, and the class that its adapter asks for if it is loaded as another one."""
-
 SinksByTask = dict[int, "PublicationSinks"]
 """What takes the merged tensors of tasks that are published."""
 
-ADAPTERS_SHARE = 3
-"""Adapters that are merged together may take a third of the free memory."""
-
 SKELETONS_SHARE = 4
-"""What several skeletons of a pass hold for good may take a quarter of it."""
-
-_LOADED_BYTES = 4
-"""What PEFT's float32 factors take of memory, for each value. The file's own tensors are mapped."""
+"""What several skeletons of a pass hold for good may take a quarter of the free memory."""
 
 PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
@@ -312,7 +302,7 @@ def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listene
         for task, _ in one.tasks
         if task.compares is not None
     }
-    for batch in _batches(tasks, one_pass=loaded[0].found.group.one_pass):
+    for batch in batches(tasks, one_pass=loaded[0].found.group.one_pass):
         of_batch = {task.index: base_of[task.index].found.base for task, _ in batch}
         for event in _judge_batch(of_batch, batch, skeletons, progress, sinks, comparing=comparing):
             if isinstance(event, Merged) and not base_of[event.task].is_measured:
@@ -335,27 +325,6 @@ def _refused_as_incomplete(tasks: list[ClassedTask], account: Account, group: Gr
     return [(task, fact) for task in lacking]
 
 
-def _batches(tasks: list[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
-    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds.
-
-    Those that are merged alone come last.
-    """
-    alone = [one for one in tasks if one[0].alone]
-    room = (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE if one_pass else 0
-    batch: list[ClassedTask] = []
-    held = 0
-    for one in (one for one in tasks if not one[0].alone):
-        size_bytes = sum(_LOADED_BYTES * math.prod(part.shape) for file in one[0].files for part in file.tensors)
-        if batch and held + size_bytes > room:
-            yield batch
-            batch, held = [], 0
-        batch.append(one)
-        held += size_bytes
-    if batch:
-        yield batch
-    yield from ([one] for one in alone)
-
-
 def _judge_batch(
     bases: dict[int, Base],
     batch: list[ClassedTask],
@@ -366,7 +335,7 @@ def _judge_batch(
     comparing: Mapping[int, Merger],
 ) -> Iterator[Event]:
     """Merge these tasks into their `bases`, by index. A pass over several adapters measures `others` as well."""
-    if len(batch) > 1 or (len(others) > 1 and not batch[0][0].alone):
+    if len(batch) > 1 or (len(others) > 1 and batch[0][0].most_together != 1):
         first, *further = (task.index for task, _ in batch)
         yield MergeStarted(task=first, others=tuple(further))
         try:

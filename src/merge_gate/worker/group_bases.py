@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_gate.errors import EngineError
-from merge_gate.files.identity import base_bytes, base_identity
+from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import FileIdentity
 from merge_gate.records.measured import BaseRecord, Evidence
@@ -309,8 +309,8 @@ def _refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
     Raises:
         EngineError: the base is streamed.
     """
-    if _is_streamed(group):
-        stored = gibibytes(base_bytes(group.directory) or 0)
+    if group.files is not None and group.files.is_streamed:
+        stored = gibibytes(group.files.weight_bytes)
         reason = f" ({why_not})" if why_not else ""
         raise EngineError(
             f"base {group.base.name} cannot be streamed: {model_class.class_name} has to be loaded by transformers "

@@ -1,11 +1,17 @@
 """Reads memory counters of the kernel: whether a process was killed for lack of memory, and how much there is.
 
+Cuts the adapters on a base into passes by it: those that are merged together, while the base's files are read once.
+
 The counters are those of the process's cgroup (version 2 or 1). Without them, and outside of Linux, the result is None.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from merge_gate.worker.protocol import Task
 
 _PROC, _ROOT, _MEMINFO = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNLIMITED = 1 << 60  # version 1 writes a very large number if there is no limit
@@ -110,3 +116,47 @@ def too_large(label: str, size_bytes: int, free_bytes: int | None) -> str | None
 def gibibytes(count: int) -> str:
     """A number of bytes in GiB."""
     return f"{count / 2**30:.1f} GiB"
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+ClassedTask = tuple[Task, str | None]
+"""A task, and the class that its adapter asks for if it is loaded as another one."""
+
+ADAPTERS_SHARE = 3
+"""Adapters that are merged together may take a third of the free memory."""
+
+_LOADED_BYTES, _MAPPED_BYTES = 4, 1
+"""What PEFT's float32 factors take of memory, for each value. Those that the file has in float32 are mapped from it."""
+
+
+def batches(tasks: Sequence[ClassedTask], *, one_pass: bool) -> Iterator[list[ClassedTask]]:
+    """Adapters that are merged together: one, or with `one_pass` as many as a third of the free memory holds.
+
+    The smaller the passes that an adapter may be in, the later it comes.
+    """
+    room = room_bytes() if one_pass else 0
+    batch: list[ClassedTask] = []
+    held = most = 0
+    for one in sorted(tasks, key=lambda one: -(one[0].most_together or len(tasks) + 1)):
+        size_bytes = factor_bytes(one[0])
+        is_other = one[0].most_together != most
+        if batch and (is_other or held + size_bytes > room or len(batch) == most):
+            yield batch
+            batch, held = [], 0
+        most = one[0].most_together
+        batch.append(one)
+        held += size_bytes
+    if batch:
+        yield batch
+
+
+def room_bytes() -> int:
+    """The memory that the adapters of one pass may take."""
+    return (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE
+
+
+def factor_bytes(task: Task) -> int:
+    """What an adapter takes of memory once PEFT has loaded it."""
+    tensors = [part for file in task.files for part in file.tensors]
+    return sum((_MAPPED_BYTES if part.dtype == "F32" else _LOADED_BYTES) * math.prod(part.shape) for part in tensors)

@@ -25,9 +25,10 @@ class Task:
     """One adapter to merge, or a combination: then `combine` is set, and `files` has an item for each member.
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `limit_s` is the time limit
-    of its merge, and of the load of its base. `alone`: it is merged in no pass with other adapters, because it was in
-    progress when such a pass died. `publishes`: the merged tensors are sent, too. It is `preserve`, or the dtype that
-    all floating tensors are cast to. `compares`: a finished model that is compared with the merge.
+    of its merge, and of the load of its base. `most_together`: it is merged in a pass of at most so many adapters, 0
+    for any number. 1 if it was in progress when a pass died, half of the pass if none was. `publishes`: the merged
+    tensors are sent, too. It is `preserve`, or the dtype that all floating tensors are cast to.
+    `compares`: a finished model that is compared with the merge.
     """
 
     index: int
@@ -35,7 +36,7 @@ class Task:
     combine: Combine | None = None
     measure_options: MeasureOptions = MEASURE_ALL
     limit_s: float = DEFAULT_LIMIT_S
-    alone: bool = False
+    most_together: int = 0
     publishes: str | None = None
     compares: Snapshot | None = None
 

@@ -7,7 +7,7 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
 3. If it dies elsewhere (imports, the load of a base, between two adapters), a new process tries the same again, once.
    Then the adapters that waited for it are `error`. A load that exceeds its limit is not tried again.
 4. If it dies or exceeds its time limit while it merges several adapters in one pass, a new process merges those that
-   were in progress one at a time, and the others in one pass as before.
+   were in progress one at a time, and the others in one pass as before. If none was, it merges them in two passes.
 """
 
 from __future__ import annotations
@@ -229,9 +229,8 @@ class Attempt:
 
     @property
     def is_at_a_batch(self) -> bool:
-        """Whether several adapters are being merged together."""
-        batch = {self._task, *self._others}
-        return bool(self._others) and any(task.index in batch and not task.alone for task in self._tasks())
+        """Whether several adapters are being merged together, and fewer of them would make a difference."""
+        return bool(self._smaller_passes())
 
     @property
     def is_at_an_adapter(self) -> bool:
@@ -254,13 +253,13 @@ class Attempt:
             self._listen(Undecided(task=index, refusal=refusal))
 
     def left(self) -> Job:
-        """The job without the tasks that are settled. After the death of a pass, its suspects are merged alone."""
-        suspects = self._suspects() if self.is_at_a_batch else frozenset()
+        """The job without the tasks that are settled. After the death of a pass, its suspects are in smaller ones."""
+        smaller = self._smaller_passes()
         groups = tuple(
             replace(
                 group,
                 tasks=tuple(
-                    replace(task, alone=task.alone or task.index in suspects)
+                    replace(task, most_together=smaller.get(task.index, task.most_together))
                     for task in group.tasks
                     if task.index not in self._settled
                 ),
@@ -269,10 +268,22 @@ class Attempt:
         )
         return replace(self._job, groups=groups)
 
-    def _suspects(self) -> frozenset[int]:
-        """The adapters that were in progress, or the whole pass if it was none of its adapters' own work."""
+    def _smaller_passes(self) -> dict[int, int]:
+        """How many adapters the next passes of the suspects may have, if that is fewer than before.
+
+        Suspects are the adapters that were in progress, each alone, or else both halves of the pass.
+        """
         batch = frozenset(self._others if self._task is None else (self._task, *self._others))
-        return batch.intersection(self._in_progress.values()) or batch
+        if len(batch) < 2:  # noqa: PLR2004 - a pass of several
+            return {}
+        in_progress = batch.intersection(self._in_progress.values())
+        most = 1 if in_progress else (len(batch) + 1) // 2
+        suspects = in_progress or batch
+        return {
+            task.index: most
+            for task in self._tasks()
+            if task.index in suspects and (most < task.most_together or not task.most_together)
+        }
 
     def settle_rest(self) -> None:
         """Report the tasks that a process finished without as undecided, so that none is missing in the report."""
