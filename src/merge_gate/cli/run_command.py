@@ -20,10 +20,11 @@ from merge_gate.cli.arguments import (
     given,
 )
 from merge_gate.cli.named_adapters import add_named_options, requested_config
-from merge_gate.cli.output import claimed_output, deliver, gate_adapters, say_place
+from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, say_place
 from merge_gate.errors import UsageError
 from merge_gate.records.options import CacheOptions, RunOptions
 from merge_gate.records.terms import Access, Read
+from merge_gate.run.streams import say
 
 
 def add(commands: Commands[CommandParser]) -> None:
@@ -71,6 +72,11 @@ def add(commands: Commands[CommandParser]) -> None:
         metavar="SIZE",
         help="the most bytes of tensors in one file, such as 5GB (default: the files of the base)",
     )
+    run.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what the run would read, download, and write, and end: nothing is merged",
+    )
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="gate this adapter only; repeatable")
     run.add_argument(
         "--quick",
@@ -107,6 +113,8 @@ def add(commands: Commands[CommandParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.plan:
+        return _plan(arguments)
     from merge_gate.worker.supervisor import WorkerSlot
 
     with WorkerSlot() as worker:
@@ -129,6 +137,14 @@ def run(arguments: argparse.Namespace) -> int:
             report = gate_adapters(config, _options(arguments), arguments, worker=worker, begins=claim.begin)
             forget(arguments.output)
             return deliver(report, arguments.report)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from merge_gate.run.planned_run import plan_run
+
+    if arguments.container:
+        raise UsageError("--plan is for a run that is not in a container", hint="omit --container: nothing is loaded")
+    return print_document(plan_run(requested_config(arguments), _options(arguments), lambda line: say(f"  {line}")))
 
 
 def _starts_early(arguments: argparse.Namespace) -> bool:

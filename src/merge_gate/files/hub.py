@@ -78,6 +78,35 @@ class Fetched:
     streamable: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFetch:
+    """What `fetch` would do. `sizes` are those of the chosen files in bytes, and `absent` the files not in the cache.
+
+    `streamable` are the files that would be read by ranges, and not be fetched. `free_bytes` is the free space on the
+    disk of the cache; None if it is not known.
+    """
+
+    commit: str
+    sizes: Mapping[str, int]
+    absent: tuple[str, ...]
+    streamable: tuple[str, ...]
+    free_bytes: int | None = None
+
+
+def planned(
+    repo_id: str,
+    revision: str | None,
+    choose: Choose,
+    *,
+    notify: Callable[[str], None],
+    access: Access = Access.DOWNLOAD,
+) -> PlannedFetch:
+    """What `fetch` would do with the same arguments. Only small files that `choose` reads are fetched."""
+    _set_up_library()
+    repository = _repository(repo_id, revision, token=None, notify=notify, access=access)
+    return repository.plan_from_cache(choose) if constants.HF_HUB_OFFLINE else repository.plan_from_network(choose)
+
+
 def fetch(
     repo_id: str,
     revision: str | None,
@@ -92,13 +121,19 @@ def fetch(
     With another `access` than a download, safetensors files may be left to be read by ranges.
     """
     _set_up_library()
+    repository = _repository(repo_id, revision, token=token, notify=notify, access=access)
+    return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
+
+
+def _repository(
+    repo_id: str, revision: str | None, *, token: str | None, notify: Callable[[str], None], access: Access
+) -> _Repository:
     if revision is not None and not _REVISION.fullmatch(revision):
         raise ResolveError(
             f"{shown(revision)} is not the name of a revision of {shown(repo_id)}",
             hint="name a branch, a tag or a commit",
         )
-    repository = _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify, access=access)
-    return repository.from_cache(choose) if constants.HF_HUB_OFFLINE else repository.from_network(choose)
+    return _Repository(repo_id=repo_id, revision=revision, token=token, notify=notify, access=access)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +147,10 @@ class _Repository:
     access: Access = Access.DOWNLOAD
 
     def from_network(self, choose: Choose) -> Fetched:
-        # 1. Resolve the revision to a commit, and list its files.
-        api = HfApi(token=self.token, library_name="merge-gate")
-        info = self._ask(
-            lambda: api.model_info(
-                self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
-            )
-        )
-        commit = info.sha
-        if not commit:
-            raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
-        files = {file.rfilename: file for file in info.siblings or ()}
-        # 2. Let the caller choose.
-        names = frozenset(files)
-        chosen = choose(names, lambda name: self._fetch_first(files[name], commit))
-        withheld = names - set(chosen)
+        # 1. and 2. Resolve the revision to a commit, list its files, and let the caller choose.
+        commit, files = self._listed()
+        chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
+        withheld = frozenset(files) - set(chosen)
         streamable = self._streamable(files, chosen, commit)
         chosen = tuple(name for name in chosen if name not in streamable)
         new = [name for name in chosen if not self._is_cached(name, commit)]
@@ -144,6 +168,35 @@ class _Repository:
         for name in new:
             self._compare(Path(directory, name), files[name])
         return replace(fetched, chosen=chosen, streamable=streamable)
+
+    def plan_from_network(self, choose: Choose) -> PlannedFetch:
+        commit, files = self._listed()
+        chosen = choose(frozenset(files), lambda name: self._fetch_first(files[name], commit))
+        return PlannedFetch(
+            commit=commit,
+            sizes={name: files[name].size or 0 for name in chosen},
+            absent=tuple(name for name in chosen if not self._is_cached(name, commit)),
+            streamable=self._streamable(files, chosen, commit),
+            free_bytes=_free_bytes(constants.HF_HUB_CACHE),
+        )
+
+    def plan_from_cache(self, choose: Choose) -> PlannedFetch:
+        fetched = self.from_cache(choose)
+        sizes = {name: Path(fetched.directory, name).stat().st_size for name in fetched.chosen}
+        return PlannedFetch(commit=fetched.commit, sizes=sizes, absent=(), streamable=())
+
+    def _listed(self) -> tuple[str, dict[str, RepoSibling]]:
+        """The commit of the revision, and its files."""
+        api = HfApi(token=self.token, library_name="merge-gate")
+        info = self._ask(
+            lambda: api.model_info(
+                self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT_S
+            )
+        )
+        commit = info.sha
+        if not commit:
+            raise ResolveError(f"{host()} answered without a commit for {self.what}", hint=CHECK_ENDPOINT)
+        return commit, {file.rfilename: file for file in info.siblings or ()}
 
     def _streamable(self, files: Mapping[str, RepoSibling], chosen: Sequence[str], commit: str) -> tuple[str, ...]:
         """The weight files that are to be read by ranges: all of them, or none if the cache has them already.
@@ -191,7 +244,8 @@ class _Repository:
             return path
 
         chosen = choose(names, cached)
-        return self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
+        fetched = self._check(directory, chosen, withheld=names - set(chosen), is_listed=listing is not None)
+        return replace(fetched, chosen=chosen)
 
     def _check(
         self, directory: str, chosen: Sequence[str], *, withheld: Iterable[str], is_listed: bool = True

@@ -82,13 +82,15 @@ class Inputs:
 
     def _files(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
         if spec.name not in self._read:
-            allow = self._config.allow_pickle
-            snapshot = resolve.resolve_adapter(
-                spec, allow_pickle=allow, notify=self._notify, with_companions=self._with_companions
-            )
-            files = preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld)
-            self._read[spec.name] = files, snapshot.revision
+            self._read[spec.name] = self._read_adapter(spec)
         return self._read[spec.name]
+
+    def _read_adapter(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        allow = self._config.allow_pickle
+        snapshot = resolve.resolve_adapter(
+            spec, allow_pickle=allow, notify=self._notify, with_companions=self._with_companions
+        )
+        return preflight(snapshot.directory, allow_pickle=allow, withheld=snapshot.withheld), snapshot.revision
 
     def checked(self, spec: AdapterSpec) -> Entry:
         """The adapter's files, and its base if that is a directory here. A base on the Hub is not fetched."""
@@ -144,21 +146,7 @@ class Inputs:
     def _resolved_base(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot | GateError:
         limit_s = self._limit_s(model) if Path(model).is_absolute() else None
         try:
-            return _within(
-                limit_s,
-                label,
-                lambda: resolve.resolve_base(
-                    model,
-                    revision,
-                    trust_remote_code=self._config.trust_remote_code,
-                    allow_pickle=self._config.allow_pickle,
-                    label=label,
-                    notify=self._notify,
-                    access=access,
-                    lay_out=self._lay_out,
-                    with_companions=self._with_companions,
-                ),
-            )
+            return _within(limit_s, label, lambda: self._resolve(model, revision, access, label))
         except GateError as error:
             return error
         except Exception as error:  # noqa: BLE001 - the name comes from an adapter and may be anything
@@ -166,6 +154,19 @@ class Inputs:
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
+
+    def _resolve(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot:
+        return resolve.resolve_base(
+            model,
+            revision,
+            trust_remote_code=self._config.trust_remote_code,
+            allow_pickle=self._config.allow_pickle,
+            label=label,
+            notify=self._notify,
+            access=access,
+            lay_out=self._lay_out,
+            with_companions=self._with_companions,
+        )
 
 
 def _within(limit_s: float | None, label: str, read: Callable[[], Snapshot]) -> Snapshot:

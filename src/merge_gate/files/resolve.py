@@ -110,10 +110,10 @@ def resolve_base(
     if Path(model).is_absolute():
         snapshot = _local(model, "base", name=name)
     else:
-        _refuse_local_name(model)
+        refuse_local_name(model)
 
         def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
-            chosen = _choose_base(
+            chosen = choose_base(
                 names, path_of, name=name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
             return (*chosen, *sorted(companions(names) - {*chosen})) if with_companions else chosen
@@ -179,7 +179,7 @@ def reads_as_path(model: str) -> bool:
     return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
 
 
-def _refuse_local_name(model: str) -> None:
+def refuse_local_name(model: str) -> None:
     """Refuse a path of the machine that trained the adapter: the Hub's answer to it would mislead."""
     if reads_as_path(model):
         raise ResolveError(
@@ -191,7 +191,7 @@ def _refuse_local_name(model: str) -> None:
 # --- a base's files ------------------------------------------------------------------------------------------------
 
 
-def _choose_base(
+def choose_base(
     names: frozenset[str],
     path_of: Callable[[str], Path],
     *,

@@ -87,9 +87,7 @@ def run_gate(
     specs = select(config, options.only)
     if options.output is not None:
         refuse_input(options.output, _inputs(config))
-    wanted = _publish_spec(config, options)
-    refuse_on_ray(specs, options)
-    _refuse_with_publish(wanted, specs, options)
+    wanted = checked_options(config, specs, options)
     specs, shard = part_of(config, specs, options)
     view = view or SilentView()
     circumstances = Circumstances(
@@ -108,12 +106,19 @@ def run_gate(
         return run.run()
 
 
-def refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
-    """Refuse what merges on other machines cannot do.
+def checked_options(config: Config, specs: tuple[AdapterSpec, ...], options: RunOptions) -> PublishSpec | None:
+    """Where models are published, if they are.
 
     Raises:
-        UsageError: a base is to be streamed, or read in part.
+        UsageError: options that contradict each other, or the configuration.
     """
+    wanted = _publish_spec(config, options)
+    _refuse_on_ray(specs, options)
+    _refuse_with_publish(wanted, specs, options)
+    return wanted
+
+
+def _refuse_on_ray(specs: tuple[AdapterSpec, ...], options: RunOptions) -> None:
     if options.ray is not None and Read.TOUCHED in {options.read or spec.base.read for spec in specs}:
         raise UsageError("--ray reads each base whole, and uses no record of it", hint="set read: auto")
     if options.ray is not None and Access.STREAM in {options.access or spec.base.access for spec in specs}:

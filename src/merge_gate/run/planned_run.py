@@ -1,0 +1,274 @@
+"""What a run would read, download, and write (`--plan`), from the files' headers and the Hub's lists.
+
+In: a configuration, and the options of a run. Out: text. Nothing is merged, torch is not imported, and the only
+downloads are small files that name a base or its weight files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.cache.key import Circumstances
+from merge_gate.cache.verdict_cache import Cache
+from merge_gate.files import resolve
+from merge_gate.files.base_watch import BaseWatch
+from merge_gate.files.preflight import preflight
+from merge_gate.files.prepare import Inputs
+from merge_gate.judging import adapter_report
+from merge_gate.output_files import OUTPUT_FILES
+from merge_gate.records.config import AdapterSpec, Config, PublishSpec
+from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, AdapterFiles, BaseFiles, Entry, Snapshot
+from merge_gate.records.options import RunOptions
+from merge_gate.records.terms import Access, Quantization, Read
+from merge_gate.report.wording.untrusted import inert, one_line
+from merge_gate.run.fed_bases import FedBases, headers_limit_s, is_on_network
+from merge_gate.run.flow import checked_options, select
+from merge_gate.shards.partition import part_of
+from merge_gate.text import counted, listing
+from merge_gate.worker.feed_service import window_bytes
+from merge_gate.worker.grouping import group_by_base
+from merge_gate.worker.memory import MemoryGroup, batches, factor_bytes, too_large
+
+if TYPE_CHECKING:
+    from merge_gate.files.hub import PlannedFetch
+    from merge_gate.worker.protocol import Group, Task
+
+_NAME_CHARACTERS = 120
+_MOST_NAMES = 8
+_LABEL_WIDTH = 10
+
+
+def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None]) -> str:
+    """The plan of a run, as lines of text.
+
+    Raises:
+        UsageError: what `run_gate` refuses.
+    """
+    specs = select(config, options.only)
+    publish = checked_options(config, specs, options)
+    specs, _ = part_of(config, specs, options)
+    circumstances = Circumstances(
+        quick=options.quick, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+    )
+    cache = Cache(options.cache, circumstances, device=options.device, environ=os.environ, notify=notify)
+    with contextlib.closing(cache):
+        return "".join(
+            f"{inert(line)}\n" for line in _Plan(config, options, specs, cache, notify, publish=publish).lines()
+        )
+
+
+class PlannedInputs(Inputs):
+    """The same as `Inputs`, but what is on the Hub and not in the cache stays there.
+
+    Attributes:
+        bases: what would be fetched of each base on the Hub, by the directory that its snapshot names.
+        adapters: the same for each adapter, by its name.
+    """
+
+    def __init__(self, config: Config, notify: Callable[[str], None], *, access: Access | None) -> None:
+        super().__init__(config, notify, access=access, limit_s=headers_limit_s)
+        self.bases: dict[str, PlannedFetch] = {}
+        self.adapters: dict[str, PlannedFetch] = {}
+
+    def _read_adapter(self, spec: AdapterSpec) -> tuple[AdapterFiles, str | None]:
+        if spec.hub_id is None:
+            return super()._read_adapter(spec)
+        from merge_gate.files import hub  # noqa: PLC0415 - a run without Hub ids does not pay for the import
+
+        directories: list[str] = []
+
+        def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
+            directories.extend([str(path_of(CONFIG_NAME).parent)] if CONFIG_NAME in names else [])
+            weights = WEIGHTS_NAME if WEIGHTS_NAME in names else PICKLE_NAME
+            return tuple(name for name in (CONFIG_NAME, weights) if name in names)
+
+        fetch = hub.planned(spec.hub_id, spec.revision, choose, notify=self._notify)
+        if not fetch.absent or not directories:
+            return super()._read_adapter(spec)
+        self.adapters[spec.name] = fetch
+        found = preflight(directories[0], allow_pickle=False, withheld=fetch.absent)
+        return AdapterFiles(directory=found.directory, config=found.config), fetch.commit
+
+    def _resolve(self, model: str, revision: str | None, access: Access, label: str) -> Snapshot:
+        if Path(model).is_absolute():
+            return super()._resolve(model, revision, access, label)
+        from merge_gate.files import hub  # noqa: PLC0415 - as above
+
+        resolve.refuse_local_name(model)
+
+        def choose(names: frozenset[str], path_of: Callable[[str], Path]) -> tuple[str, ...]:
+            return resolve.choose_base(
+                names,
+                path_of,
+                name=label,
+                trust_remote_code=self._config.trust_remote_code,
+                allow_pickle=self._config.allow_pickle,
+            )
+
+        fetch = hub.planned(model, revision, choose, notify=self._notify, access=access)
+        if not fetch.absent:
+            return super()._resolve(model, revision, access, label)
+        weights = tuple(name for name in fetch.sizes if name.endswith((".safetensors", ".bin")))
+        place = f"{model}@{fetch.commit}"
+        self.bases[place] = fetch
+        files = BaseFiles(
+            directory=place,
+            weights=weights,
+            weight_bytes=sum(fetch.sizes[name] for name in weights),
+            is_streamed=bool(fetch.streamable),
+        )
+        return Snapshot(name=label, directory=place, revision=fetch.commit, base_files=files)
+
+
+class _Plan:
+    def __init__(
+        self,
+        config: Config,
+        options: RunOptions,
+        specs: tuple[AdapterSpec, ...],
+        cache: Cache,
+        notify: Callable[[str], None],
+        *,
+        publish: PublishSpec | None,
+    ) -> None:
+        self._publish = publish
+        self._config, self._options, self._specs = config, options, specs
+        self._inputs = PlannedInputs(config, notify, access=options.access)
+        self._fed = FedBases(BaseWatch(cache.seen_bases), notify, records=cache.base_records)
+        self._free_bytes = MemoryGroup().free_bytes()
+        self._entries: list[Entry] = []
+
+    def lines(self) -> Iterator[str]:
+        for spec in self._specs:
+            self._entries.extend(self._inputs.entries(spec))
+        blocked = {
+            index: report
+            for index, entry in enumerate(self._entries)
+            if (report := adapter_report.blocked_report(entry)) is not None
+        }
+        to_merge = [(index, entry) for index, entry in enumerate(self._entries) if index not in blocked]
+        groups = group_by_base(to_merge, quick=self._options.quick)
+        yield (
+            f"plan for {_shown(self._config.label)}: {counted(len(self._specs), 'adapter')}, "
+            f"{counted(len(to_merge), 'merge')}, {counted(len(groups), 'load')} of a base"
+        )
+        for group in groups:
+            yield ""
+            yield from self._lines_of(group)
+        others = [*self._lines_of_adapters(), *self._lines_of_output(), *self._lines_of_models(groups)]
+        yield from ["", "besides", *others] if others else []
+        if blocked:
+            yield ""
+            yield f"{counted(len(blocked), 'entry', 'entries')} without a merge, since the files alone decide:"
+        for report in blocked.values():
+            yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {report.verdict}, {report.cause}"
+
+    def _lines_of(self, group: Group) -> Iterator[str]:
+        files = group.files or BaseFiles(directory=group.directory)
+        base, fetch = group.base, self._inputs.bases.get(group.directory)
+        revision = f" at {base.revision[:12]}" if base.revision else ""
+        how = base.dtype if base.quantization is Quantization.NONE else f"{base.dtype}, {base.quantization}"
+        yield f"base {_shown(base.name)}{revision} ({_shown(how)})"
+        size, count = _shown_bytes(files.weight_bytes), counted(len(files.weights), "file")
+        yield _row("weights", f"{size} in {count}, {_place_of(fetch)}")
+        if fetch is not None:
+            yield _row("access", _access_of(fetch))
+        is_large = too_large(base.name, files.weight_bytes, self._free_bytes) is not None
+        on_network = fetch is None and is_on_network([Path(group.directory, name) for name in files.weights])
+        is_fed = files.is_streamed or is_large or on_network
+        yield _row("read", self._read(group, is_fed=is_fed, on_network=on_network))
+        yield _row("memory", self._memory(group, is_fed=is_fed))
+        names = dict.fromkeys(_shown(self._entries[task.index].spec.name) for task in group.tasks)
+        yield _row("adapters", listing(names, _MOST_NAMES))
+
+    def _read(self, group: Group, *, is_fed: bool, on_network: bool) -> str:
+        asked = {self._options.read or self._entries[task.index].spec.base.read for task in group.tasks}
+        read = next((one for one in (Read.WHOLE, Read.TOUCHED) if one in asked), Read.AUTO)
+        if group.directory in self._inputs.bases:
+            what = "what adapters touch" if read is Read.TOUCHED else "whole"
+            more = ", or what adapters touch if --cache has its record" if read is Read.AUTO else ""
+        else:
+            recorded = self._fed.recorded(group, read) if is_fed or read is Read.TOUCHED else ()
+            what = "what adapters touch: --cache has its record" if recorded else "whole"
+            more = ""
+        if not is_fed:
+            return f"{what}{more}, mapped from its files"
+        passes = sum(1 for _ in batches([(task, None) for task in group.tasks], one_pass=True))
+        why = "it is streamed" if group.files is not None and group.files.is_streamed else ""
+        why = why or ("it is on a network mount" if on_network else "it is larger than the free memory")
+        return f"{what}{more}, in {counted(passes, 'pass', 'passes')} over its files, since {why}"
+
+    def _memory(self, group: Group, *, is_fed: bool) -> str:
+        sizes = [self._factor_bytes(task) for task in group.tasks]
+        factors = sum(sizes) if is_fed else max(sizes, default=0)
+        of_adapters = (
+            f"{_shown_bytes(factors)} for the adapters of a pass"
+            if is_fed
+            else f"{_shown_bytes(factors)} for an adapter"
+        )
+        parts = [f"{_shown_bytes(window_bytes())} for the base's bytes"] if is_fed else []
+        free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
+        return f"{' and '.join([*parts, of_adapters])}, torch and the largest layer besides{free}"
+
+    def _factor_bytes(self, task: Task) -> int:
+        """What an adapter takes once it is loaded. Of one that was not fetched, only the size of its file is known."""
+        spec = self._entries[task.index].spec
+        names = spec.combine.adapters if spec.combine is not None else (spec.name,)
+        fetches = [self._inputs.adapters[name] for name in names if name in self._inputs.adapters]
+        return factor_bytes(task) + sum(sum(fetch.sizes.values()) for fetch in fetches)
+
+    def _lines_of_adapters(self) -> Iterator[str]:
+        fetches = [*self._inputs.adapters.values()]
+        if fetches:
+            size = sum(fetch.sizes[name] for fetch in fetches for name in fetch.absent)
+            yield _row("download", f"{_shown_bytes(size)} of {counted(len(fetches), 'adapter')} on the Hub")
+
+    def _lines_of_output(self) -> Iterator[str]:
+        if self._options.output is not None:
+            names = listing((one.name for one in OUTPUT_FILES), len(OUTPUT_FILES))
+            yield _row("write", f"{_shown(self._options.output)}: {names}")
+        if self._options.cache.directory is not None:
+            yield _row("cache", f"{_shown(self._options.cache.directory)}: verdicts that it has need no merge")
+
+    def _lines_of_models(self, groups: tuple[Group, ...]) -> Iterator[str]:
+        if self._publish is not None:
+            size = sum(len(group.tasks) * (group.files.weight_bytes if group.files else 0) for group in groups)
+            models = counted(sum(len(group.tasks) for group in groups), "model")
+            yield _row("publish", f"{_shown(self._publish.label)}: {models} at most, about {_shown_bytes(size)}")
+
+
+def _place_of(fetch: PlannedFetch | None) -> str:
+    if fetch is None:
+        return "on this machine"
+    present = len(fetch.sizes) - len(fetch.absent)
+    return "on the Hub" if not present else "on the Hub, a part of them in the cache"
+
+
+def _access_of(fetch: PlannedFetch) -> str:
+    if fetch.streamable:
+        size = sum(fetch.sizes[name] for name in fetch.streamable)
+        return f"stream: {_shown_bytes(size)} by ranges, none of them to the disk"
+    size = sum(fetch.sizes[name] for name in fetch.absent)
+    free = fetch.free_bytes
+    warning = ", which is not enough" if free is not None and free < size else ""
+    rest = f"; the disk has {_shown_bytes(free)} free{warning}" if free is not None else ""
+    return f"download: {_shown_bytes(size)} to the Hub's cache{rest}"
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
+
+
+def _shown(text: str) -> str:
+    return one_line(text, _NAME_CHARACTERS)
+
+
+def _shown_bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB" if count >= 1000 else counted(count, "byte")  # noqa: PLR2004

@@ -1,0 +1,148 @@
+"""What `--plan` says: how each base would be read, what would be downloaded and written. Nothing of that is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from huggingface_hub import constants
+
+from merge_gate.config.load_config import load_config
+from merge_gate.errors import UsageError
+from merge_gate.files import hub
+from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.terms import Access, Read
+from merge_gate.run import fed_bases
+from merge_gate.run.planned_run import plan_run
+from merge_gate.worker import feed_service
+from merge_gate.worker.memory import MemoryGroup
+from tests.support.command import environment, merge_gate
+from tests.support.faults import LFS_POINTER, overwrite
+from tests.support.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.models import Shelf
+    from tests.support.wording import Wording
+
+BASE = "acme/llama"
+
+
+@pytest.fixture
+def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two adapters that can be merged, one that cannot, and a base. There are 3 GiB of memory."""
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    for name in ("a", "b", "c"):
+        shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / name)
+    overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
+    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
+    monkeypatch.setattr(feed_service, "_slots", lambda: 12)
+    return tmp_path
+
+
+@pytest.fixture
+def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "_free_bytes", lambda _: 5_000_000_000)
+        for name, directory in ((BASE, place / "base"), ("acme/lora", place / "adapters" / "a")):
+            server.add_repo(name, {file.name: file.read_bytes() for file in directory.iterdir()})
+        yield server
+
+
+def planned(place: Path, options: RunOptions = RunOptions(), **config: Any) -> str:  # noqa: B008 - it is frozen
+    path = place / "gate.yml"
+    path.write_text(json.dumps({"version": 1, "base": "./base", "adapters": ["./adapters/*"]} | config))
+    return plan_run(load_config(str(path)), options, lambda _: None).replace(str(place), "PLACE")
+
+
+def fetched(place: Path) -> set[str]:
+    return {path.name for path in (place / "cache").rglob("*") if path.is_symlink() or path.suffix == ".safetensors"}
+
+
+def test_a_base_in_a_directory(place: Path, wording: Wording) -> None:
+    options = RunOptions(output="report", publish="models", cache=CacheOptions(directory=str(place / "verdicts")))
+    text = planned(place, options, base={"model": "./base", "dtype": ["float32", "bfloat16"]})
+    wording(text)
+    assert not (place / "report").exists()
+
+
+def test_a_base_that_the_worker_does_not_map(place: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(fed_bases, "network_file_system", lambda _: "nfs4")
+        wording(planned(place))
+    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 4000)
+    wording(planned(place))
+
+
+@pytest.mark.parametrize(("free_bytes", "access"), [(5_000_000_000, None), (2_000_000_000, None), (10, "download")])
+def test_a_base_and_an_adapter_on_the_hub(
+    free_bytes: int, access: str | None, server: LoopbackHub, place: Path, wording: Wording,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No weights are fetched."""
+    monkeypatch.setattr(hub, "_free_bytes", lambda _: free_bytes)
+    options = RunOptions(access=access and Access(access))
+    text = planned(place, options, base=BASE, adapters=["acme/lora", "./adapters/b"])
+    wording(text)
+    assert fetched(place) <= {"adapter_config.json", "config.json"}
+    assert not any("/cdn/" in path for path in server.paths())
+
+
+def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Path) -> None:
+    plain = planned(place, base="./base", adapters=["./adapters/a"])
+    hub.fetch(BASE, None, lambda names, _: tuple(names), token=None, notify=lambda _: None)
+    cached = planned(place, base=BASE, adapters=["./adapters/a"])
+    assert cached.splitlines()[3:] == plain.splitlines()[3:]
+    assert "mapped" in cached
+
+
+def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place: Path) -> None:
+    text = planned(place, base="acme/nothing")
+    assert "0 loads of a base" in text
+    assert "a (auto): error" in text
+
+
+def test_a_record_lets_a_run_read_what_adapters_touch(place: Path) -> None:
+    cache = CacheOptions(directory=str(place / "verdicts"))
+    with pytest.raises(UsageError):
+        planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
+    answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--only", "b", cwd=place)
+    assert answer.code == 0, answer.said
+    assert "its record" in planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
+
+
+WITHOUT_TORCH = """
+import sys
+from merge_gate.cli.dispatch import main
+code = main(["run", "gate.yml", "--plan"])
+print(code, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+def test_the_command_prints_the_plan_without_torch_and_without_a_report(place: Path) -> None:
+    text = planned(place)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", WITHOUT_TORCH], cwd=place, env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    *lines, last = done.stdout.decode().splitlines()
+    assert last == "0 False False"
+    assert lines[0] == text.splitlines()[0].replace("PLACE/", "")
+    assert not (place / "merge-gate-report").exists()
+
+
+def test_a_plan_in_a_container_is_refused(place: Path) -> None:
+    planned(place)
+    answer = merge_gate("run", "gate.yml", "--plan", "--container", cwd=place)
+    assert answer.code == 2, answer.said
+    assert "--plan" in answer.err
