@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from merge_gate.errors import EngineError
 from merge_gate.files.preflight import preflight
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
@@ -139,6 +140,32 @@ def test_a_broken_tensor_that_is_not_loaded_prevents_publishing(publish: str, va
     assert sent.tensors == ()
 
 
+# --- other names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["tied-tokens", "resized-tied"])
+def test_a_tied_tensor_that_is_stored_twice_is_written_under_both_names(
+    variant: str, shelf: Shelf, tmp_path: Path
+) -> None:
+    base, adapter = shutil.copytree(shelf.base("llama-tied"), tmp_path / "base"), shelf.adapter(variant)
+    tensors = stored(base)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / bases.WEIGHTS)
+    theirs = peft_merge(base, adapter, "auto")[1]
+    assert different(published(base, adapter, tmp_path / "published"), theirs) == []
+    after = stored(tmp_path / "published")
+    assert is_same(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not is_same(after["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_a_body_keeps_the_prefix_and_the_head_that_its_files_have(shelf: Shelf, tmp_path: Path) -> None:
+    base, adapter = shelf.base("bert-classifier"), shelf.adapter("feature-extraction")
+    sent = sent_by(base, adapter)
+    assert sent.refusal is None
+    assert len(sent.tensors) == 4
+    assert all(one.name.startswith("bert.encoder.layer.") for one in sent.tensors)
+    assert stored(base).keys() >= sent.values().keys()
+
+
 # --- in another dtype -----------------------------------------------------------------------------------------------
 
 
@@ -186,6 +213,31 @@ def test_what_cannot_be_published_is_refused(
     assert [name for name in names if name not in sent.refusal.message] == []
     assert sent.evidence is not None
     assert sent.evidence.refusal is None  # the merge itself is judged
+
+
+class Broken(Sent):
+    """A connection that fails in the middle of a merge."""
+
+    def send(self, name: str, offset: int, values: memoryview) -> None:
+        if len(self.data) == 3:
+            raise self.error
+        super().send(name, offset, values)
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+@pytest.mark.parametrize("error", [EngineError("the disk is full"), RuntimeError("odd")], ids=["known", "unknown"])
+def test_an_error_while_a_model_is_sent_costs_the_publication_only(error: Exception, shelf: Shelf) -> None:
+    base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
+    broken = sent_by(base, adapter, sent=Broken(error))
+    assert broken.refusal is not None
+    assert str(error) in broken.refusal.message
+    expected = sent_by(base, adapter).evidence
+    assert expected is not None
+    assert broken.evidence is not None
+    assert replace(broken.evidence, seconds=0.0) == replace(expected, seconds=0.0)
 
 
 def test_a_quantized_base_is_not_quantized_again(shelf: Shelf) -> None:

@@ -78,6 +78,7 @@ def sent_by(
     hollow: bool = False,
     dtype: str = "auto",
     dequantized: bool = False,
+    sent: Sent | None = None,
     **load: Any,
 ) -> Sent:
     """Merge an adapter into a base in this process, and publish it."""
@@ -92,7 +93,7 @@ def sent_by(
         )
         if dequantized:
             base = dequantized_base(base, publish)
-        sent = Sent()
+        sent = sent or Sent()
         sinks = PublicationSinks(base=base, model_class=model_class, stored=stored, feed=feed, connection=sent)
         sent.evidence = merge(MergeRequest(base=base, members=(files,), sink=sinks.sink(0, publish)))
         sinks.finish(0, sent.evidence)

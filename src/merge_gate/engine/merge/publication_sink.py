@@ -73,8 +73,8 @@ class PublicationSink:
                 planned = {**{one.name: one for one in self._all_cast()}, **planned}
             self._planned = planned
             self._outlet.plan(tuple(planned.values()))
-        except GateError as error:
-            self._problem = error
+        except Exception as error:  # the merge itself goes on
+            self._fail(error, "the plan")
 
     def _refuse_other_dtype(self) -> None:
         loaded = self._layout.base.facts.dtype
@@ -133,7 +133,7 @@ class PublicationSink:
         if self._problem is None:
             try:
                 self._put(name, values.detach().cpu().contiguous())
-            except Exception as error:  # the merge itself goes on
+            except Exception as error:  # as above
                 self._fail(error, name)
 
     def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
@@ -244,7 +244,7 @@ class PublicationSink:
             self._send_whole(source, tensor)
 
     def _send_whole(self, source: str, values: torch.Tensor) -> None:
-        values = values.contiguous()
+        values = values.cpu().contiguous()
         if values.numel():
             self._outlet.send(source, 0, bytes_of(values))
         self._sent[source] = self._as_written(source, values.shape, values.dtype)
