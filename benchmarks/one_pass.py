@@ -33,7 +33,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`adapters` LoRA on a base of `size` within `limit_bytes`. `targets` are all linear layers if it is empty."""
+    """`adapters` LoRA on a base of `size` within `limit_bytes`, in the stored dtype or in several.
+
+    `targets` are all linear layers if it is empty.
+    """
 
     size: str
     adapters: int
@@ -41,11 +44,13 @@ class Row:
     streams: bool = False
     rate: float = 0.0
     targets: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     warm: bool = False
 
 
 ROWS = {
     "local-1.1b-8": Row(size="1.1b", adapters=8, limit_bytes=3 * GIB // 2),
+    "local-1.1b-4-dtypes": Row(size="1.1b", adapters=4, limit_bytes=3 * GIB // 2, dtypes=("bfloat16", "float16")),
     "local-7b-4": Row(size="7b", adapters=4, limit_bytes=8 * GIB),
     "local-7b-4-small": Row(size="7b", adapters=4, limit_bytes=4 * GIB),
     "stream-1.1b-1": Row(size="1.1b", adapters=1, limit_bytes=6 * GIB, streams=True, rate=200),
@@ -77,7 +82,8 @@ def hub(size: str, rate: float) -> Iterator[str]:
 
 
 def config(row: Row, base: str, adapters: list[Path]) -> str:
-    settings = {"model": base} | ({"access": "stream"} if row.streams else {})
+    settings: dict[str, object] = {"model": base} | ({"access": "stream"} if row.streams else {})
+    settings |= {"dtype": list(row.dtypes)} if row.dtypes else {}
     return json.dumps({"version": 1, "base": settings, "adapters": [str(one) for one in adapters]})
 
 

@@ -271,7 +271,8 @@ class _Attempt:
         walk.plan()
         if request.sink is not None:
             request.sink.expect(walk.can_change(self._parameters_in_file))
-        if request.base.feed is not None and request.free_bytes is not None:
+        is_read_now = request.base.feed is not None and request.base.device.type == "cpu"
+        if is_read_now and request.free_bytes is not None:
             walk.refuse_too_large(request.free_bytes)
         return walk
 
