@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -452,8 +453,13 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
     assert [event.facts for event in measured] == [facts[one.group, one.facts.loaded_as] for one in measured]
 
 
+RANDOM_HEAD = re.compile(r"(module='score', .*?)base_norm=[^,]*, delta_norm=[^,]*")
+"""A head that is not in the base's files has random values, so the norms of what the adapter changes are random."""
+
+
 def merged_of(events: list[Event]) -> dict[int, str]:
-    return {one.task: comparable(one.evidence) for one in events if isinstance(one, Merged)}
+    merged = {one.task: comparable(one.evidence) for one in events if isinstance(one, Merged)}
+    return {task: RANDOM_HEAD.sub(r"\1", text) for task, text in merged.items()}
 
 
 def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
