@@ -292,6 +292,8 @@ def test_a_check_is_explained_in_text_without_marks(check: str) -> None:
 def test_a_section_states_the_default(check: str) -> None:
     row = CHECKS[check]
     limit = "no limit" if row.limit is None else f"limit {row.limit:g}"
+    if row.has_error_limit:
+        limit += ", no `error-limit`" if row.error_limit is None else f", `error-limit` {row.error_limit:,.0f}"
     can = "can" if row.can_be_off else "cannot"
     said = f"Default `{row.severity.value}`, {limit}, {can} be switched off."
     assert said in section(CHECKS_PAGE, check).splitlines()

@@ -57,6 +57,9 @@ EXPECTED: Mapping[tuple[str, str], tuple[Verdict, str | None]] = {
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, RANK = 256, 64, 128, 2, 4, 4
 TARGETS = ("q_proj", "v_proj")
+OVERFLOWING = f"model.layers.{LAYERS - 1}.self_attn.v_proj.weight"
+OUTLIER = 30_000.0
+"""Less than half of 65,504, the largest value that float16 holds."""
 LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
     b"oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\nsize 151123\n"
@@ -169,7 +172,7 @@ ADAPTER_CONFIG: Mapping[str, object] = {
 
 
 def _base_tensors() -> Tensors:
-    """A Llama of 0.1 M parameters. Its weights have the spread of a trained model."""
+    """A Llama of 0.1 M parameters. Its weights have the spread of a trained model, and one row of outliers."""
     import torch  # noqa: PLC0415 - takes a second, which `merge-gate --help` does not need
 
     generator = torch.Generator().manual_seed(0)
@@ -182,6 +185,7 @@ def _base_tensors() -> Tensors:
         shapes[f"{layer}.mlp.down_proj.weight"] = down
         norms += [f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"]
     weights = {name: torch.randn(shape, generator=generator).mul(0.02).half() for name, shape in shapes.items()}
+    weights[OVERFLOWING][0] = OUTLIER
     return weights | {name: torch.ones(HIDDEN, dtype=torch.float16) for name in norms}
 
 
@@ -193,7 +197,7 @@ def _adapters() -> dict[str, Tensors]:
     last_b = [name for name in good if "lora_B" in name][-1]
     nan, overflow = good[last_b].clone(), good[last_b].clone()
     nan[-1, -1] = torch.nan
-    overflow[0] = 1e6  # times lora_A (0.1) and the scaling (2): beyond 65,504, far below bfloat16's 3.4e38
+    overflow[0] = 1e5  # times lora_A (0.1) and the scaling (2): as large as the outliers, and their sum exceeds 65,504
     return {
         "good": good,
         "nan": good | {last_b: nan},

@@ -117,8 +117,8 @@ def test_names_places_and_time_limits_do_not() -> None:
             {"base", "checks", "combine", "expect"}
             | {"name", "source", "path", "hub_id", "revision", "limit_seconds", "line", "column"},
         ),
-        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read"}),
-        (CheckSetting, {"check", "severity", "limit"}),
+        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names"}),
+        (CheckSetting, {"check", "severity", "limit", "error_limit"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
         (
             Config,

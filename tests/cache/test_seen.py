@@ -14,7 +14,7 @@ from merge_gate.cache.seen import SeenBases
 from merge_gate.cache.store import Store
 from merge_gate.files.identity import base_identity
 
-DIGEST = "d" * 64
+DIGEST = {"model.safetensors": "d" * 64}
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def learn(bases: SeenBases, base: Path, *, later_s: float = 3.0) -> None:
     bases.store(str(base), base_identity(str(base)), DIGEST, time.time_ns() + round(later_s * 1e9))
 
 
-def known(bases: SeenBases, base: Path) -> str | None:
+def known(bases: SeenBases, base: Path) -> dict[str, str] | None:
     return bases.lookup(str(base), base_identity(str(base)))
 
 
@@ -112,8 +112,9 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: SeenBases, base:
     store = Store(str(tmp_path / "cache"), Seal(), pytest.fail)
     good = store.get("bases", name)
     assert good is not None
-    short, wrong_type = good | {"sha256": DIGEST[1:]}, good | {"sha256": 1}
-    for bad in ([], {}, "x", short, wrong_type, good | {"offset_s": "0"}, good | {"files": None}):
+    short, wrong_type = good | {"sha256": {"model.safetensors": "d"}}, good | {"sha256": {"model.safetensors": 1}}
+    of_all, empty = good | {"sha256": "d" * 64}, good | {"sha256": {}}
+    for bad in ([], {}, "x", short, wrong_type, of_all, empty, good | {"offset_s": "0"}, good | {"files": None}):
         store.put("bases", name, bad)
         assert known(bases, base) is None
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"

@@ -188,6 +188,36 @@ checks: {headroom: {severity: error, limit: 0.9}, delta-norm: error}
     assert (severity(spec, "delta-norm"), limit(spec, "delta-norm")) == (Severity.ERROR, 0.001)
 
 
+def test_an_error_limit_is_read_and_inherited(place: Path) -> None:
+    text = """\
+version: 1
+adapters:
+  - {path: ./adapters/support, checks: {delta-norm: {limit: 5}, rounding-loss: error}}
+checks: {rounding-loss: {error-limit: 0.9}, delta-norm: {error-limit: 50}}
+"""
+    (spec,) = load(place, text).adapters
+    limits = {setting.check: (setting.limit, setting.error_limit) for setting in spec.checks}
+    assert limits["delta-norm"] == (5.0, 50.0)
+    assert limits["rounding-loss"] == (0.5, 0.9)
+    assert limits["headroom"] == (0.5, None)
+
+
+def test_the_names_of_a_base_belong_to_its_model(place: Path) -> None:
+    text = """\
+version: 1
+base: {model: acme/base, names: [acme/base-1b, base-v2]}
+adapters:
+  - ./adapters/support
+  - {path: ./a/x, base: {dtype: float16}}
+  - {path: ./adapters/billing, base: acme/other}
+"""
+    assert [spec.base.names for spec in load(place, text).adapters] == [
+        ("acme/base-1b", "base-v2"),
+        ("acme/base-1b", "base-v2"),
+        (),
+    ]
+
+
 def test_an_adapters_limit_stands_in_place_of_the_files(place: Path) -> None:
     text = "version: 1\nadapters: [./a/x, {path: ./adapters/billing, limits: {seconds: 2.5}}]\n"
     assert [spec.limit_seconds for spec in load(place, text).adapters] == [None, 2.5]
@@ -559,6 +589,7 @@ def test_no_mapping_of_the_schema_takes_unknown_keys() -> None:
 
 
 BEYOND_SCHEMA = {
+    "error limit below the limit",
     # directories, names and digests of the file system and of other entries
     "path below its entry", "no directory", "no directory, nothing near", "no parent", "windows path", "home", "home of nobody",
     "mistyped, not the Hub", "no Hub id", "too many parts", "variable", "backslashes", "revision in the name", "URL", "a file", "no match", "only files match",
@@ -613,6 +644,8 @@ def checks_table() -> str:
     rows = ["| check | default | limit | can be off | fires when |", "|---|---|---|---|---|"]
     for check, default in CHECKS.items():
         bound = "none" if default.limit is None else f"{default.limit:g}"
+        if default.has_error_limit:
+            bound += f"; `error-limit` {'none' if default.error_limit is None else f'{default.error_limit:,.0f}'}"
         off = "yes" if default.can_be_off else "**no**"
         rows.append(f"| `{check}` | {default.severity} | {bound} | {off} | {default.summary} |")
     return "\n".join(rows)
@@ -660,6 +693,8 @@ def test_the_tables_rules() -> None:
     ]
     limits = {check: row.limit for check, row in CHECKS.items() if row.limit is not None}
     assert limits == {"rounding-loss": 0.5, "headroom": 0.5, "delta-norm": 10.0}
+    error_limits = {check: row.error_limit for check, row in CHECKS.items() if row.has_error_limit}
+    assert error_limits == {"rounding-loss": None, "delta-norm": 1000.0}
     assert all(row.summary.endswith(".") for row in CHECKS.values())
     with pytest.raises(TypeError):
         CHECKS["new"] = CHECKS["headroom"]  # type: ignore[index]

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,13 @@ import pytest
 from merge_gate.files import base_watch
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.identity import base_identity
-from merge_gate.files.resolve import base_setting_files, base_weight_files, digest_directory
+from merge_gate.files.resolve import (
+    base_setting_files,
+    base_weight_files,
+    digest_directory,
+    digest_files,
+    digest_of_digests,
+)
 from merge_gate.records.files import BaseContent, FileIdentity
 from tests.support.cache.verdicts import based_entry
 
@@ -40,15 +46,20 @@ def hashed(base: str, watch: BaseWatch | None = None) -> BaseWatch:
 class Memory:
     """What an earlier run stored about one base, or nothing."""
 
-    def __init__(self, digest: str | None = None) -> None:
-        self.digest = digest
-        self.stored: list[str] = []
+    def __init__(self, digests: Mapping[str, str] | None = None) -> None:
+        self.digests = digests
+        self.stored: list[Mapping[str, str]] = []
 
-    def lookup(self, _directory: str, _identity: tuple[FileIdentity, ...]) -> str | None:
-        return self.digest
+    def lookup(self, _directory: str, _identity: tuple[FileIdentity, ...]) -> Mapping[str, str] | None:
+        return self.digests
 
-    def store(self, _directory: str, _identity: tuple[FileIdentity, ...], digest: str, _began_ns: int) -> None:
-        self.stored.append(digest)
+    def store(
+        self, _directory: str, _identity: tuple[FileIdentity, ...], digests: Mapping[str, str], _began_ns: int
+    ) -> None:
+        self.stored.append(digests)
+
+
+ZEROS = {"model.safetensors": "0" * 64}
 
 
 def weights_of(base: str) -> str:
@@ -74,7 +85,7 @@ def test_a_base_is_hashed_once(base: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_watch_is_hashing_until_the_digest_is_known(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
-    monkeypatch.setattr(base_watch.resolve, "digest_directory", lambda *_: may_end.wait(60) and "0" * 64)
+    monkeypatch.setattr(base_watch.resolve, "digest_files", lambda *_: may_end.wait(60) and ZEROS)
     watch = BaseWatch()
     assert not watch.is_hashing
     watch.start(base)
@@ -83,7 +94,10 @@ def test_a_watch_is_hashing_until_the_digest_is_known(base: str, monkeypatch: py
     may_end.set()
     watch.wait()
     assert not watch.is_hashing
-    assert watch.digest(base) == "0" * 64
+    assert watch.digest(base) == digest_of_digests(ZEROS)
+    assert [(file.path, file.size_bytes, file.sha256) for file in watch.files(base)] == [
+        ("model.safetensors", len(b"weights"), "0" * 64)
+    ]
 
 
 def test_a_base_that_changes_after_it_was_hashed_has_no_content(base: str, tmp_path: Path) -> None:
@@ -126,9 +140,9 @@ def test_without_a_thread_the_run_goes_on_without_the_digest(base: str, monkeypa
 
 
 def test_a_remembered_base_is_not_hashed_again(base: str) -> None:
-    memory = Memory("d" * 64)
+    memory = Memory(ZEROS)
     watch = hashed(base, BaseWatch(memory))
-    assert watch.digest(base) == "d" * 64
+    assert watch.digest(base) == digest_of_digests(ZEROS)
     assert watch.content(base) is not None
     assert memory.stored == []
 
@@ -136,17 +150,17 @@ def test_a_remembered_base_is_not_hashed_again(base: str) -> None:
 def test_a_digest_is_remembered(base: str) -> None:
     memory = Memory()
     assert hashed(base, BaseWatch(memory)).digest(base) == weights_of(base)
-    assert memory.stored == [weights_of(base)]
+    assert memory.stored == [digest_files(base, base_weight_files(base))]
 
 
 def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_and_hash(directory: str, names: tuple[str, ...], _: object) -> str:
+    def write_and_hash(directory: str, names: tuple[str, ...], _: object) -> dict[str, str]:
         (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
-        return digest_directory(directory, names)
+        return digest_files(directory, names)
 
-    monkeypatch.setattr(base_watch.resolve, "digest_directory", write_and_hash)
+    monkeypatch.setattr(base_watch.resolve, "digest_files", write_and_hash)
     memory = Memory()
     watch = hashed(base, BaseWatch(memory))
     assert memory.stored == []
@@ -155,7 +169,7 @@ def test_a_digest_of_files_that_changed_meanwhile_is_not_remembered(
 
 def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(base_watch.resolve, "digest_directory", lambda *_: never.wait())
+    monkeypatch.setattr(base_watch.resolve, "digest_files", lambda *_: never.wait())
     monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.05)
     monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
     watch = BaseWatch()
@@ -167,16 +181,16 @@ def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str, monkeyp
 
 
 def test_slow_bytes_are_waited_for(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hash_slowly(_directory: str, _names: tuple[str, ...], on_read: Callable[[], object]) -> str:
-        for _ in range(20):
+    def hash_slowly(_directory: str, names: tuple[str, ...], on_read: Callable[[], object]) -> dict[str, str]:
+        for _ in range(20 if "model.safetensors" in names else 0):
             on_read()
             time.sleep(0.05)
-        return "0" * 64
+        return ZEROS
 
-    monkeypatch.setattr(base_watch.resolve, "digest_directory", hash_slowly)
+    monkeypatch.setattr(base_watch.resolve, "digest_files", hash_slowly)
     monkeypatch.setattr(base_watch, "SILENCE_LIMIT_S", 0.5)
     monkeypatch.setattr(base_watch, "_ASKED_EVERY_S", 0.01)
-    assert hashed(base).digest(base) == "0" * 64
+    assert hashed(base).digest(base) == digest_of_digests(ZEROS)
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------
@@ -269,7 +283,7 @@ def test_a_base_whose_bytes_passed_is_not_hashed_again(base: str, monkeypatch: p
     weights = weights_of(base)
     watch = BaseWatch()
     watch.passed(base, base_identity(base), sha256_of(base))
-    monkeypatch.setattr(base_watch.resolve, "digest_directory", pytest.fail)
+    monkeypatch.setattr(base_watch.resolve, "digest_files", pytest.fail)
     watch.start(base)
     assert not watch.is_hashing
     assert watch.digest(base) == weights

@@ -147,6 +147,18 @@ def test_what_it_says_is_a_sentence(check: str, fire: Fire) -> None:
             spec(base=NAMED),
         ),
         ("base-mismatch", evidence(), files(config={"base_model_name_or_path": "acme/mistral"}), spec()),
+        (
+            "base-mismatch",
+            evidence(),
+            files(config={"base_model_name_or_path": "acme/mistral"}),
+            spec(base=NAMED, expect=Expect(base="acme/mistral")),
+        ),
+        (
+            "base-mismatch",
+            evidence(),
+            files(config={"base_model_name_or_path": "Acme/Mistral"}),
+            spec(base=dataclasses.replace(NAMED, names=("acme/phi", "acme/mistral"))),
+        ),
         ("base-mismatch", evidence(), files(), spec(base=NAMED)),
         (
             "base-mismatch",
@@ -268,6 +280,8 @@ def test_severity_is_what_the_config_says(check: str, fire: Fire, severity: Seve
     default = CHECKS[check]
     if not default.can_be_off:
         assert [finding.severity for finding in findings] == [fire.severity or Severity.ERROR]
+    elif fire.severity is Severity.NOTE:
+        assert [finding.severity for finding in findings] == [Severity.NOTE]
     elif severity is Severity.OFF:
         assert findings == ()
     elif fire.severity is Severity.WARNING:  # the lesser case of a check stays one
@@ -316,6 +330,65 @@ def test_a_limit_is_what_the_config_says(check: str, limit: float, evidence_: Ev
     (finding,) = judge(with_settings(spec(), lower), files(), evidence_)
     assert finding.severity is Severity.ERROR
     assert dict(finding.measured)["limit"] == limit / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio", "shape", "severity"),
+    [
+        ((), 1000.0, (8, 8), Severity.WARNING),
+        ((), 1001.0, (8, 8), Severity.ERROR),
+        ((), 1001.0, (64,), Severity.WARNING),
+        (
+            (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=10.0, error_limit=20.0),),
+            21.0,
+            (8, 8),
+            Severity.ERROR,
+        ),
+        (
+            (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=10.0, error_limit=1e6),),
+            5000.0,
+            (8, 8),
+            Severity.WARNING,
+        ),
+        (
+            (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=2000.0),),
+            5000.0,
+            (8, 8),
+            Severity.WARNING,
+        ),
+        ((CheckSetting(check="delta-norm", severity=Severity.ERROR, limit=10.0),), 11.0, (8, 8), Severity.ERROR),
+        ((CheckSetting(check="delta-norm", severity=Severity.OFF, limit=10.0, error_limit=20.0),), 1e9, (8, 8), None),
+    ],
+)
+def test_a_delta_above_the_error_limit_fails(
+    settings: tuple[CheckSetting, ...], ratio: float, shape: tuple[int, ...], severity: Severity | None
+) -> None:
+    merge = merged(dataclasses.replace(tensor(), shape=shape), base_norm=1.0, delta_norm=ratio)
+    found = judge(with_settings(spec(), *settings), files(), evidence(merges=(merge,)))
+    assert [finding.severity for finding in of("delta-norm", found)] == ([severity] if severity else [])
+
+
+def test_a_bias_above_the_error_limit_does_not_fail_a_matrix_below_it() -> None:
+    bias = merged(dataclasses.replace(tensor(), shape=(64,)), base_norm=1.0, delta_norm=5000.0)
+    matrix = merged(dataclasses.replace(tensor(), shape=(8, 8)), base_norm=1.0, delta_norm=20.0)
+    (finding,) = of("delta-norm", judge(spec(), files(), evidence(merges=(bias, matrix))))
+    assert finding.severity is Severity.WARNING
+
+
+def test_a_weight_of_zeros_has_no_ratio_to_fail_by() -> None:
+    merge = merged(dataclasses.replace(tensor(), shape=(8, 8)), base_norm=0.0, delta_norm=1e9)
+    assert not of("delta-norm", judge(spec(), files(), evidence(merges=(merge,))))
+
+
+@pytest.mark.parametrize(
+    ("error_limit", "severity"), [(None, Severity.WARNING), (0.9, Severity.ERROR), (0.99, Severity.WARNING)]
+)
+def test_rounding_fails_only_where_the_config_says_so(error_limit: float | None, severity: Severity) -> None:
+    chosen = with_settings(
+        spec(), CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=0.5, error_limit=error_limit)
+    )
+    (finding,) = of("rounding-loss", judge(chosen, files(), evidence(merges=(lossy(0.95),))))
+    assert finding.severity is severity
 
 
 # --- blame -----------------------------------------------------------------------------------------------------------
@@ -451,14 +524,48 @@ def test_running_out_of_memory_is_no_bug() -> None:
 @pytest.mark.parametrize(
     ("settings", "quick", "expected"),
     [
-        ((), False, MeasureOptions(headroom=0.0, estimates=True)),
-        ((), True, MeasureOptions(headroom=0.5, estimates=True)),
-        ((setting("headroom", Severity.WARNING, 0.25),), True, MeasureOptions(headroom=0.25, estimates=True)),
-        ((setting("headroom", Severity.WARNING, 0.75),), True, MeasureOptions(headroom=0.5, estimates=True)),
-        ((setting("rounding-loss", Severity.ERROR),), False, MeasureOptions(headroom=0.0, estimates=False)),
-        ((setting("delta-norm", Severity.ERROR),), True, MeasureOptions(headroom=0.5, estimates=False)),
-        ((setting("delta-norm", Severity.WARNING),), False, MeasureOptions(headroom=0.0, estimates=True)),
-        ((setting("headroom", Severity.ERROR),), False, MeasureOptions(headroom=0.0, estimates=True)),
+        ((), False, MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0)),
+        ((), True, MeasureOptions(headroom=0.5, estimates=True, estimated_ratio=250.0)),
+        (
+            (setting("headroom", Severity.WARNING, 0.25),),
+            True,
+            MeasureOptions(headroom=0.25, estimates=True, estimated_ratio=250.0),
+        ),
+        (
+            (setting("headroom", Severity.WARNING, 0.75),),
+            True,
+            MeasureOptions(headroom=0.5, estimates=True, estimated_ratio=250.0),
+        ),
+        (
+            (setting("rounding-loss", Severity.ERROR),),
+            False,
+            MeasureOptions(headroom=0.0, estimates=False, estimated_ratio=250.0),
+        ),
+        (
+            (setting("delta-norm", Severity.ERROR),),
+            True,
+            MeasureOptions(headroom=0.5, estimates=False, estimated_ratio=250.0),
+        ),
+        (
+            (setting("delta-norm", Severity.WARNING),),
+            False,
+            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0),
+        ),
+        (
+            (CheckSetting(check="rounding-loss", severity=Severity.WARNING, limit=0.5, error_limit=0.9),),
+            False,
+            MeasureOptions(headroom=0.0, estimates=False, estimated_ratio=250.0),
+        ),
+        (
+            (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=10.0, error_limit=40.0),),
+            False,
+            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=10.0),
+        ),
+        (
+            (setting("headroom", Severity.ERROR),),
+            False,
+            MeasureOptions(headroom=0.0, estimates=True, estimated_ratio=250.0),
+        ),
     ],
 )
 def test_an_error_rests_on_a_measurement(

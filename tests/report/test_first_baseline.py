@@ -18,7 +18,7 @@ from merge_gate.report.formats.json_report import read
 from merge_gate.report.formats.terminal_text import render as terminal
 from merge_gate.report.stored.first_baseline import render
 from merge_gate.report.stored.report_files import FORMATS
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from tests.support.reports import ATTACKS, FAIL, FAILED, PASS, PASSED, report
 from tests.support.wording import Wording
 
@@ -80,7 +80,7 @@ def test_what_is_accepted_stands_in_every_output_and_is_never_said_to_pass(name:
     assert "known" in text
     assert Acceptance.UNMATCHED in text or ending(found) in " ".join(text.split())
     assert "adapter-nonfinite" in text
-    assert words.headline(report(PASSED, replace(PASSED, name="other"))) not in text
+    assert run_result.headline(report(PASSED, replace(PASSED, name="other"))) not in text
     back = read(FORMATS["report.json"](found).encode(), "report.json")
     assert back.adapters[0].verdict == "failed"
     assert back.accepted == 1

@@ -18,7 +18,7 @@ from hypothesis import given
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats.html_report import render
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
     EMPTY,
@@ -112,7 +112,7 @@ def test_nothing_is_loaded_and_nothing_leads_away() -> None:
 def test_the_page_says_what_is_wrong_where_and_what_to_do() -> None:
     text = " ".join(Page(render(FAIL)).text.split())
     for said in (
-        f"FAIL {words.headline(FAIL)}",
+        run_result.verdict_line(FAIL),
         NAN.message,
         NAN.hint,
         words.ORIGINS[NAN.origin],
@@ -176,7 +176,7 @@ def test_500_adapters_of_32_layers_stay_below_10_mb() -> None:
 
 
 def test_an_empty_run_has_a_page() -> None:
-    assert words.headline(EMPTY) in render(EMPTY)
+    assert run_result.headline(EMPTY) in render(EMPTY)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

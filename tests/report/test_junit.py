@@ -16,7 +16,7 @@ from merge_gate.records.report import Shard
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import junit
 from merge_gate.report.formats.junit import render
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result
 from tests.support.reports import (
     ATTACKS,
     EMPTY,
@@ -100,7 +100,7 @@ def test_a_shard_without_adapters_is_green_when_it_is_done() -> None:
     shard = Shard(index=2, count=2, plan_sha256="p", versions_sha256="v", entries=1, positions=())
     root = parse(report(shard=shard))
     assert (root.get("tests"), root.get("errors")) == ("1", "0")
-    assert words.headline(report(shard=shard)) in str(root.findtext(".//system-out"))
+    assert run_result.headline(report(shard=shard)) in str(root.findtext(".//system-out"))
     assert parse(report(shard=shard, complete=False)).get("errors") == "1"
 
 

@@ -15,7 +15,7 @@ from merge_gate.errors import ExitCode, GateError, UsageError
 from merge_gate.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
 from merge_gate.report.stored import report_files
 from merge_gate.report.stored.report_files import FORMATS, write_report
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result
 from tests.support.reports import EMPTY, FAIL, PASS, UNDECIDED
 from tests.support.wording import Wording
 
@@ -48,7 +48,7 @@ def test_a_later_run_replaces_an_earlier_one(tmp_path: Path) -> None:
     write_report(PASS, tmp_path)
     write_report(EMPTY, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["complete"] is False
-    assert words.headline(EMPTY) in (tmp_path / "summary.md").read_text("utf-8")
+    assert run_result.headline(EMPTY) in (tmp_path / "summary.md").read_text("utf-8")
 
 
 def test_only_the_formats_asked_for(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from merge_gate.records.report import Report
 from merge_gate.records.terms import Origin, Verdict
 from merge_gate.report.formats.summary import render
 from merge_gate.report.stored.compare import compare, render_markdown
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.markdown import code, prose
 from merge_gate.report.wording.textmap import text_map
 from merge_gate.report.wording.untrusted import one_line
@@ -141,7 +141,7 @@ def test_the_footer_says_how_many_elements_a_bound_stands_for() -> None:
 
 @pytest.mark.parametrize(("run", "mark"), [(PASS, "✅"), (FAIL, "❌"), (UNDECIDED, "⚠️"), (EMPTY, "⚠️")])
 def test_the_headline_has_the_result(run: Report, mark: str) -> None:
-    assert render(run).startswith(f"{GENERATOR_COMMENT}\n\n## {mark} merge-gate: ")
+    assert render(run).startswith(f"{GENERATOR_COMMENT}\n\n## {mark} merge-gate {run_result.verdict_line(run)}\n")
 
 
 def test_the_blocked_come_first_and_the_warnings_are_folded() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import BaseKey, Quantization, Verdict
 from merge_gate.report.formats.terminal_text import Style, file_lines, lines, render
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.columns import cells
 from tests.support.reports import (
     EMPTY,
@@ -148,8 +148,8 @@ def test_golden(width: int) -> None:
 
 
 def test_the_result_is_the_last_thing_on_the_screen() -> None:
-    for run, result, place in ((PASS, "PASS", -4), (FAIL, "FAIL", -4), (EMPTY, "ERROR", -3)):
-        assert render(run, "out").splitlines()[place].startswith(f"{result}: {words.headline(run)[:20]}")
+    for run, place in ((PASS, -4), (FAIL, -4), (EMPTY, -3)):
+        assert render(run, "out").splitlines()[place].startswith(run_result.verdict_line(run)[:20])
 
 
 def test_without_files_no_report_is_named() -> None:

@@ -7,59 +7,28 @@ import html
 
 import pytest
 
-from merge_gate.records.report import Accepted, Judged, Report, Shard
+from merge_gate.records.report import Accepted, Judged
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity, Verdict
 from merge_gate.report.formats import html_report, junit, summary
 from merge_gate.report.wording import words
 from tests.support.reports import (
     BASE,
     CRASHED,
-    EMPTY,
     FAIL,
     FAILED,
-    HALF,
     HALF_FAILED,
     MERGED_NAN,
     NAN,
     OVERFLOW,
     PASS,
     PASSED,
-    UNDECIDED,
     WARNED,
     adapter,
     report,
 )
 from tests.support.wording import Wording
 
-SHARD = Shard(index=2, count=4, plan_sha256="p", versions_sha256="v", entries=1, positions=())
 KNOWN = Accepted(owner="ml", until="2027-01-01", reason="known")
-RUNS: dict[str, Report] = {
-    "passed": PASS,
-    "one-passed": report(PASSED),
-    "one-warned": report(WARNED),
-    "fleet-passed": report(*(adapter(f"a{n}") for n in range(1200))),
-    "failed": FAIL,
-    "one-failed": report(FAILED),
-    "one-undecided": report(CRASHED),
-    "both-failed": report(FAILED, HALF_FAILED),
-    "unfinished-failed": report(FAILED, complete=False),
-    "unfinished-passed": report(PASSED, WARNED, complete=False),
-    "undecided": UNDECIDED,
-    "dtypes": report(PASSED, adapter(base=HALF), WARNED),
-    "empty": EMPTY,
-    "none": report(),
-    "unfinished-one-failed": report(PASSED, FAILED, complete=False),
-    "accepted": report(PASSED, dataclasses.replace(FAILED, accepted=KNOWN)),
-    "one-accepted": report(dataclasses.replace(FAILED, accepted=KNOWN)),
-    "empty-shard": report(shard=SHARD),
-    "shards-passed": report(PASSED, problems=("shard 2 of 3 is missing",)),
-    "shards-failed": report(FAILED, problems=("shard 2 of 3 is missing",)),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_headline_and_advice(name: str, wording: Wording) -> None:
-    wording(f"{words.headline(RUNS[name])}\n> {words.advice(RUNS[name])}")
 
 
 def test_what_stands_beside_a_verdict(wording: Wording) -> None:
@@ -82,13 +51,6 @@ def test_a_report_says_when_and_where_its_verdicts_were_reached(wording: Wording
     assert f"| judged | {said} |" in html.unescape(summary.render(run))
     assert f"<dt>judged</dt><dd>{said}</dd>" in html_report.render(run)
     assert f'<property name="judged" value="{said}" />' in junit.render(run)
-
-
-def test_only_a_pass_is_cleared_for_release() -> None:
-    runs = (PASS, FAIL, UNDECIDED, EMPTY, report(PASSED, complete=False), RUNS["shards-passed"])
-    assert [run for run in runs if words.advice(run) == words.advice(report(PASSED))] == [PASS]
-    for run in (report(FAILED, complete=False), RUNS["shards-failed"]):
-        assert words.advice(run) == words.advice(FAIL)
 
 
 def test_the_cause_decides_not_the_first_symptom() -> None:

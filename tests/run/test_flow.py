@@ -125,7 +125,9 @@ def judged(place: Path) -> dict[tuple[str, str], AdapterReport]:
         entry("nan"),
         entry("nan-unchecked", "nan", checks=off),
         entry("nan-warned", "nan", checks={"adapter-nonfinite": "warning"}),
-        entry("dtypes", "overflow", base=base | {"dtype": ["float32", "bfloat16", "float16"]}),
+        entry(
+            "dtypes", "overflow", base=base | {"dtype": ["float32", "bfloat16", "float16"]}, checks={"delta-norm": OFF}
+        ),
         *(entry(f"{check}-off", check, checks={check: OFF}) for check in UNLOADABLE),
         *(entry(f"{check}-warned", check, checks={check: "warning"}) for check in UNLOADABLE),
         {"name": "names-its-base", "path": "./adapters/names-its-base"},
@@ -279,7 +281,7 @@ def combination_alone(place: Path) -> Report:
         base={"model": "./bases/llama"},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "digest_directory", fail)
+        patch.setattr(resolve, "digest_files", fail)
         return run_gate(load_config(str(config)), RunOptions(device="cpu", only=("sum",)))
 
 
@@ -421,16 +423,19 @@ def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
 ) -> None:
     seen: list[bool] = []
 
-    def slow(*_: object) -> str:
+    zeros = {"model.safetensors": "0" * 64}
+
+    def slow(*_: object) -> dict[str, str]:
         wait_until(lambda: len(strict_json(tmp_path / "report.json")["adapters"]) == 2)
         seen.append(strict_json(tmp_path / "report.json")["complete"])
-        return "0" * 64
+        return zeros
 
-    monkeypatch.setattr(resolve, "digest_directory", slow)
+    monkeypatch.setattr(resolve, "digest_files", slow)
     monkeypatch.setattr(report_writer, "PAUSE_RATIO", 1e9)
     report = run_gate(small(place, "good", "nan"), RunOptions(device="cpu", output=str(tmp_path)))
     assert seen[0] is False
-    assert [base.sha256 for base in report.bases] == ["0" * 64]
+    assert [base.sha256 for base in report.bases] == [resolve.digest_of_digests(zeros)]
+    assert [file.sha256 for base in report.bases for file in base.files] == ["0" * 64]
 
 
 def test_an_output_that_disappears_is_told(place: Path, tmp_path: Path) -> None:
@@ -707,7 +712,10 @@ def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], she
         edit(tmp_path / name)
     strict = [{"name": "strict", "path": "./good", "checks": {"headroom": {"severity": "warning", "limit": 1e-9}}}]
     config = write(
-        tmp_path, *({"path": f"./{name}"} for name in edits), *strict, base={"model": "./base", "dtype": "float16"}
+        tmp_path,
+        *({"path": f"./{name}", "checks": {"delta-norm": OFF}} for name in edits),
+        *strict,
+        base={"model": "./base", "dtype": "float16"},
     )
     answer = merge_gate("run", config, "--output", "out", *words, cwd=tmp_path)
     assert answer.code == 1, answer.said

@@ -20,7 +20,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization, Verdict
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.columns import cells
 from merge_gate.run.view import Appearance, PlainView, RichView, SilentView, make_view
 from tests.support.played_run import FACTS, play
@@ -173,7 +173,7 @@ def test_plain_says_one_line_per_event() -> None:
         "[5/5] translate-de (bfloat16): error, not-judged, 0.84 s",
         "a note",
     ]
-    assert f"FAIL: {words.headline(FAIL)}." in out.text
+    assert f"{run_result.verdict_line(FAIL)}." in out.text
     assert "\x1b" not in out.text + err.text
 
 

@@ -44,7 +44,7 @@ def stored(directory: Path) -> Report:
 def test_three_machines_make_the_report_of_one(parts: Path) -> None:
     answer = merge_gate("report", "combine", "shards", "--output", "combined", cwd=parts)
     assert answer.code == 1, answer.said
-    assert "of 16 merges failed" in answer.out
+    assert "of 16 merges)" in answer.out
     assert {path.name for path in (parts / "combined").iterdir()} == set(FORMATS)
     whole = stored(parts / "cold")
     assert same(stored(parts / "combined")) == same(whole)

@@ -476,6 +476,7 @@ def vain_merges() -> tuple[Case, ...]:
             tensor="v_proj.weight",
             entry={"checks": {"adapter-nonfinite": "off"}},
         ),
+        Case("large-delta", break_=LARGE_DELTA, cause="delta-norm", tensor="v_proj.weight"),
         Case(
             "mismatch-as-error",
             break_=configure(base_model_name_or_path="acme/another-base"),
@@ -602,7 +603,13 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("other-base-in-config", "plain", break_=another, warnings=("base-mismatch",)),
         healthy("some-lora-B-zero", "plain", break_=zero(V_B), warnings=("no-effect",)),
         healthy("lopsided-float16", "lopsided", dtype="float16"),
-        healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",)),
+        healthy(
+            "large-but-float32",
+            "plain",
+            break_=LARGE_DELTA,
+            warnings=("delta-norm",),
+            entry={"checks": {"delta-norm": {"error-limit": 1e9}}},
+        ),
         healthy("complex-factors", "plain", break_=edit(complex_factors), warnings=("keys-unexpected",)),
         healthy(
             "norm-that-no-config-names",

@@ -25,7 +25,7 @@ from merge_gate.records.report import (
     Tool,
 )
 from merge_gate.records.terms import BaseKey, Finding, Origin, Quantization, Severity, Verdict
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -234,7 +234,9 @@ def names_for_shared_words() -> Iterator[Report]:
         return stand_in
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("headline", "advice", "cached", "judged", "title", "values", "marks"):
+        for name in ("verdict_line", "after_result", "headline", "advice"):
+            patch.setattr(run_result, name, named(name.replace("_", " "), getattr(run_result, name)))
+        for name in ("cached", "judged", "title", "values", "marks"):
             patch.setattr(words, name, named(name, getattr(words, name)))
         patch.setattr(words, "ORIGINS", {origin: f"origin {origin}" for origin in Origin})
         yield replace(FAIL, adapters=tuple(replace(one) for one in FAIL.adapters))

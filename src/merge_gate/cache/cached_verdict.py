@@ -110,7 +110,7 @@ def document_of(judged: CachedVerdict, material: Json, reached: Judged) -> Json:
         "place": reached.place,
         "seconds": reached.seconds,
         "adapter": dump(adapter),
-        "base": dump(replace(judged.base, sha256=None)),
+        "base": dump(replace(judged.base, sha256=None, files=())),
     }
 
 
@@ -150,7 +150,7 @@ def for_entry(judged: CachedVerdict, entry: Entry) -> CachedVerdict | None:
         cached=True,
         accepted=None,
     )
-    return CachedVerdict(adapter=adapter, base=replace(judged.base, sha256=None))
+    return CachedVerdict(adapter=adapter, base=replace(judged.base, sha256=None, files=()))
 
 
 def _with(judged: CachedVerdict, reached: Judged) -> CachedVerdict:

@@ -75,7 +75,9 @@ def material(entry: Entry, base: BaseContent, circumstances: Circumstances) -> J
         "base": _base(entry, base),
         "members": [_files(member) for member in entry.members],
         "combine": _combine(spec.combine),
-        "checks": [[setting.check, str(setting.severity), setting.limit] for setting in spec.checks],
+        "checks": [
+            [setting.check, str(setting.severity), setting.limit, setting.error_limit] for setting in spec.checks
+        ],
         "expect": _expect(spec.expect),
     }
 
@@ -94,6 +96,7 @@ def _base(entry: Entry, content: BaseContent) -> Json:
             "model": fields.text(spec.model.rstrip("/").rpartition("/")[2]) if spec.model is not None else None,
             "label": fields.text(spec.label) if spec.label is not None else None,
             "revision": spec.revision,
+            "names": [fields.text(name) for name in spec.names],
         },
     }
 

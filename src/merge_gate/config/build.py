@@ -217,13 +217,13 @@ class _Build:
     # --- base, checks, expect --------------------------------------------------------------------------------------
 
     def _base(self, loc: Loc, entry: BaseEntry | None, spec: BaseSpec) -> BaseSpec:
-        """Override `spec` with the keys given at `loc`. A new model drops the revision of the old one."""
+        """Override `spec` with the keys given at `loc`. A new model drops the revision and the names of the old one."""
         if not entry:
             return spec
         if entry.model and entry.model != spec.label:
             resolved = self._resolved((*loc, "model"), entry.model, on_hub=bool(entry.revision), is_base=True)
             model = next((path or hub_id for _, path, hub_id in resolved), entry.model)
-            spec = replace(spec, model=model, label=entry.model, revision=None)
+            spec = replace(spec, model=model, label=entry.model, revision=None, names=())
         if entry.revision:
             spec = replace(spec, revision=entry.revision)
             if spec.model and Path(spec.model).is_absolute():
@@ -232,6 +232,8 @@ class _Build:
                 self.report(loc, '"revision" needs "model"', "name the base that has this revision", key="revision")
         for index in _repeated(entry.dtype):
             self.report((*loc, "dtype", index), f"the dtype {(entry.dtype or ())[index]} is listed twice", "remove one")
+        for index in _repeated(entry.names):
+            self.report((*loc, "names", index), f"{quoted((entry.names or ())[index])} is listed twice", "remove one")
         quantization = Quantization(entry.quantization or spec.quantization)
         return replace(
             spec,
@@ -239,6 +241,7 @@ class _Build:
             quantization=quantization,
             access=Access(entry.access or spec.access),
             read=Read(entry.read or spec.read),
+            names=tuple(entry.names or spec.names),
         )
 
     def _setting(self, loc: Loc, checks: Any, default: CheckSetting) -> CheckSetting:
@@ -258,7 +261,16 @@ class _Build:
         if entry.limit and row.limit is None:
             limited = ", ".join(check for check, row in CHECKS.items() if row.limit is not None)
             self.report(loc, f"{quoted(default.check)} has no limit", f"checks with a limit: {limited}", key="limit")
-        return replace(default, severity=severity, limit=entry.limit or default.limit)
+        if entry.error_limit and not row.has_error_limit:
+            limited = ", ".join(check for check, row in CHECKS.items() if row.has_error_limit)
+            hint = f"checks with an error-limit: {limited}"
+            self.report(loc, f"{quoted(default.check)} has no error-limit", hint, key="error-limit")
+        limit, error_limit = entry.limit or default.limit, entry.error_limit or default.error_limit
+        if entry.error_limit and limit and entry.error_limit < limit:
+            message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
+            hint = "above its limit a check warns, and above its error-limit it fails the adapter"
+            self.report(loc, message, hint, key="error-limit")
+        return replace(default, severity=severity, limit=limit, error_limit=error_limit)
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
         for name in names:

@@ -219,6 +219,9 @@ class BaseEntry(Model):
         "whole. With auto, that is so if there is such a run, and the base is streamed, larger than the memory, or on "
         "a network mount. Default: auto.",
     )
+    names: Annotated[list[Text], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] | None = None
+    """Other names of the same base, such as the Hub id of a local copy. An adapter_config.json that gives one of them
+    does not fire base-mismatch."""
 
 
 Base = Annotated[BaseEntry, _source("model", "A directory or a Hub id.")]
@@ -231,6 +234,7 @@ class CheckEntry(Model):
 
     severity: SeverityWord | None = None
     limit: Positive | None = None
+    error_limit: Positive | None = Field(None, alias="error-limit")
 
 
 def _check_field(row: Check) -> Any:
@@ -239,6 +243,9 @@ def _check_field(row: Check) -> Any:
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
     limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {row.limit}."}
     both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
+    if row.has_error_limit:
+        default = "none" if row.error_limit is None else f"{row.error_limit:g}"
+        both["error-limit"] = limit | {"description": f"A warning above this is an error. Default: {default}."}
     long = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": both}
     expected = "error, warning or off, or a mapping with severity and limit"
     entry = Annotated[CheckEntry, ShortForm("severity", expected, {"enum": words}, long, (str, bool))]

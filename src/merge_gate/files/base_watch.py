@@ -1,7 +1,8 @@
 """Watches the bases of a run: hashes each one in a thread, and names the verdicts that are void because a base changed.
 
-In: directories of bases, and the identity of the files that each base was loaded from. Out: the SHA-256 of each base,
-or None if it could not be computed, and at the end the entries whose base is not the one that was hashed and loaded.
+In: directories of bases, and the identity of the files that each base was loaded from. Out: the SHA-256 of each base
+and of its weight files, or None if it could not be computed. At the end: the
+entries whose base is not the one that was hashed and loaded.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
-from merge_gate.records.files import BaseContent, Entry, FileIdentity
+from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
 from merge_gate.time_limit import within
 
 _Identity = tuple[FileIdentity, ...]
@@ -35,11 +37,25 @@ _ASKED_EVERY_S = 1.0
 class RememberedDigests(Protocol):
     """Digests that earlier runs computed, of files that cannot have changed since."""
 
-    def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> str | None:
-        """The digest of the weights in `directory`, if its files still have this identity."""
+    def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> Mapping[str, str] | None:
+        """The digests of the weight files in `directory`, if its files still have this identity."""
 
-    def store(self, directory: str, identity: tuple[FileIdentity, ...], digest: str, began_ns: int) -> None:
-        """Remember a digest. Hashing began at `began_ns`, when the files had this identity."""
+    def store(
+        self, directory: str, identity: tuple[FileIdentity, ...], digests: Mapping[str, str], began_ns: int
+    ) -> None:
+        """Remember the digests. Hashing began at `began_ns`, when the files had this identity."""
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """The digests of a base: of each weight file, by name, and of the settings; None if these have no digest."""
+
+    files: Mapping[str, str]
+    settings: str | None
+
+    @property
+    def weights(self) -> str:
+        return resolve.digest_of_digests(self.files)
 
 
 class BaseWatch:
@@ -50,8 +66,8 @@ class BaseWatch:
         self._threads: dict[str, threading.Thread] = {}
         self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
         self._hashed: dict[str, _Identity] = {}
-        self._digests: dict[str, tuple[str, str | None]] = {}  # of the weights, and of the settings
-        self._listed: dict[str, tuple[str, str | None]] = {}
+        self._digests: dict[str, _Digests] = {}
+        self._listed: dict[str, _Digests] = {}
         self._loads: dict[int, tuple[str, set[_Identity]]] = {}
         self._passed: set[str] = set()
         self._silent: set[str] = set()
@@ -73,11 +89,11 @@ class BaseWatch:
             return
         with contextlib.suppress(OSError):  # the worker reads the same files, and reports what is wrong with them
             identity = within(ANSWER_LIMIT_S, lambda: base_identity(directory))
-            weights = self._remembered.lookup(directory, identity)
-            if weights is not None:
+            files = self._remembered.lookup(directory, identity)
+            if files is not None:
                 settings = within(ANSWER_LIMIT_S, lambda: _settings_digest(directory))
                 self._hashed[directory] = identity
-                self._digests[directory] = weights, settings
+                self._digests[directory] = _Digests(files, settings)
 
     def listed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
         """The Hub lists these digests of the weight files of a base that is streamed; `identity` is that of its stubs.
@@ -85,7 +101,7 @@ class BaseWatch:
         The base has no digest of its own until all of its bytes have passed.
         """
         self._hashed[directory] = identity
-        self._listed[directory] = _weights_digest(directory, sha256), _settings_digest(directory)
+        self._listed[directory] = _Digests(_weight_digests(directory, sha256), _settings_digest(directory))
 
     def passed(self, directory: str, identity: _Identity, sha256: Mapping[str, str]) -> None:
         """All bytes of a base's weight files passed through this process, with these digests.
@@ -95,12 +111,12 @@ class BaseWatch:
         if directory in self._passed:
             return
         with contextlib.suppress(Exception):  # then the base is hashed
-            weights = _weights_digest(directory, sha256)
-            if directory in self._listed and weights != self._listed[directory][0]:
+            files = _weight_digests(directory, sha256)
+            if directory in self._listed and files != self._listed[directory].files:
                 return
             self._passed.add(directory)
             self._hashed.setdefault(directory, identity)
-            self._digests.setdefault(directory, (weights, _settings_digest(directory)))
+            self._digests.setdefault(directory, _Digests(files, _settings_digest(directory)))
 
     def is_only_listed(self, directory: str) -> bool:
         """Whether the Hub lists the digests of a base, and not all of its bytes have passed through this process."""
@@ -118,15 +134,25 @@ class BaseWatch:
 
     def digest(self, directory: str) -> str | None:
         """The digest of the weights, if it is known by now."""
-        return self._digests[directory][0] if directory in self._digests else None
+        return self._digests[directory].weights if directory in self._digests else None
+
+    def files(self, directory: str) -> tuple[FileRecord, ...]:
+        """The weight files with their sizes and digests, by name; empty if they are not known by now."""
+        if directory not in self._digests:
+            return ()
+        sizes = {file.name: file.size_bytes for file in self._hashed[directory]}
+        return tuple(
+            FileRecord(path=name, size_bytes=sizes[name], sha256=digest)
+            for name, digest in sorted(self._digests[directory].files.items())
+            if name in sizes
+        )
 
     def content(self, directory: str) -> BaseContent | None:
         """The digests of all that the base contains; None if one is missing, or if the files have changed since."""
         known = self._digests.get(directory) or self._listed.get(directory)
-        weights, settings = known or (None, None)
-        if weights is None or settings is None or not self._is_as_hashed(directory):
+        if known is None or known.settings is None or not self._is_as_hashed(directory):
             return None
-        return BaseContent(weights=weights, settings=settings)
+        return BaseContent(weights=known.weights, settings=known.settings)
 
     # --- changes ---------------------------------------------------------------------------------------------------
 
@@ -184,16 +210,16 @@ class BaseWatch:
             began_ns = time.time_ns()
             identity = base_identity(directory)
             self._hashed[directory] = identity  # first, so that a change during the hashing shows at the end
-            weights = self._remembered.lookup(directory, identity) if self._remembered else None
-            if weights is None:
-                weights = resolve.digest_directory(
+            files = self._remembered.lookup(directory, identity) if self._remembered else None
+            if files is None:
+                files = resolve.digest_files(
                     directory,
                     resolve.base_weight_files(directory),
                     lambda: self._heard_s.update({directory: time.monotonic()}),
                 )
                 if self._remembered and self._is_as_hashed(directory):
-                    self._remembered.store(directory, identity, weights, began_ns)
-            self._digests[directory] = weights, _settings_digest(directory)
+                    self._remembered.store(directory, identity, files, began_ns)
+            self._digests[directory] = _Digests(files, _settings_digest(directory))
 
 
 def base_directory(entry: Entry) -> str:
@@ -203,11 +229,11 @@ def base_directory(entry: Entry) -> str:
     return entry.base.directory
 
 
-def _weights_digest(directory: str, sha256: Mapping[str, str]) -> str:
-    """The digest of a base's weights, if those of its weight files are known. An index is read."""
+def _weight_digests(directory: str, sha256: Mapping[str, str]) -> dict[str, str]:
+    """The digests of a base's weight files, if those of the large ones are known. An index is read."""
     names = resolve.base_weight_files(directory)
-    read = {name: resolve.digest_file(Path(directory, name)) for name in names if name not in sha256}
-    return resolve.digest_of_digests(read | {name: sha256[name] for name in names if name in sha256})
+    read = resolve.digest_files(directory, (name for name in names if name not in sha256))
+    return read | {name: sha256[name] for name in names if name in sha256}
 
 
 def _settings_digest(directory: str) -> str | None:

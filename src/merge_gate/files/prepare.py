@@ -15,7 +15,7 @@ from merge_gate.files import resolve
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import Streamable
 from merge_gate.judging.not_judged import accident, not_judged
-from merge_gate.records.config import AdapterSpec, Config
+from merge_gate.records.config import AdapterSpec, Config, reads_as_path
 from merge_gate.records.files import CONFIG_NAME, AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Access, Finding, Origin, Severity
 from merge_gate.text import quoted
@@ -99,7 +99,7 @@ class Inputs:
         if requested is None:
             return entry
         model, _, label = requested
-        if not resolve.reads_as_path(model):
+        if not reads_as_path(model):
             self._leave_out(label)
             return entry
         return self._with_base(entry)

@@ -18,7 +18,7 @@ from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import ResolveError
 from merge_gate.files import base_files, base_weights
 from merge_gate.files.headers import shown
-from merge_gate.records.config import AdapterSpec
+from merge_gate.records.config import AdapterSpec, reads_as_path
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, Snapshot
 from merge_gate.records.terms import Access
 from merge_gate.text import counted, listing
@@ -174,11 +174,6 @@ def _fetch(
     )
 
 
-def reads_as_path(model: str) -> bool:
-    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
-    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
-
-
 def refuse_local_name(model: str) -> None:
     """Refuse a path of the machine that trained the adapter: the Hub's answer to it would mislead."""
     if reads_as_path(model):
@@ -249,7 +244,12 @@ def digest_directory(directory: str, names: Iterable[str], on_read: Callable[[],
     Every file is read. The Hub's cache names a Git LFS file by its SHA-256, but its bytes may have changed since.
     `on_read` is called before each read of some bytes.
     """
-    return digest_of_digests({name: digest_file(Path(directory, name), on_read) for name in names})
+    return digest_of_digests(digest_files(directory, names, on_read))
+
+
+def digest_files(directory: str, names: Iterable[str], on_read: Callable[[], object] = lambda: None) -> dict[str, str]:
+    """The SHA-256 of each file, by name. `on_read` is called before each read of some bytes."""
+    return {name: digest_file(Path(directory, name), on_read) for name in names}
 
 
 def digest_of_digests(files: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from merge_gate.judging import all_checks, verdict
-from merge_gate.judging.checks import base_checks
+from merge_gate.judging.checks import base_checks, fit
 from merge_gate.judging.checks.finite import findings_of_base
 from merge_gate.judging.checks.table import CHECKS, NOT_PUBLISHED
 from merge_gate.judging.limits import bounded, cut
@@ -28,7 +28,7 @@ from merge_gate.records.files import BaseFiles, Entry
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
-from merge_gate.records.terms import BaseKey, Finding, Origin, Severity, Verdict
+from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
 
 
 def blocked_report(entry: Entry) -> AdapterReport | None:
@@ -149,7 +149,12 @@ def _file_findings(entry: Entry) -> tuple[Finding, ...]:
         return (entry.problem,)
     judged = all_checks.judge_files(entry.spec, entry.files)
     problems = () if entry.problem is None else (entry.problem,)
-    return (*judged, *problems, *base_findings(entry))
+    of_base = base_findings(entry)
+    if problems or any(finding.severity is Severity.ERROR for finding in of_base):
+        # The question is not whether a base that cannot be read has the right name.
+        mismatch = fit.base_mismatch.id
+        judged = tuple(each for each in judged if each.check != mismatch or each.severity is Severity.ERROR)
+    return (*judged, *problems, *of_base)
 
 
 def base_findings(entry: Entry) -> tuple[Finding, ...]:
@@ -182,6 +187,7 @@ def _report(
         saved_by=cut(files.config.peft_version) if files.config.peft_version else None,
         verdict=what,
         cause=None if index is None else findings[index].check,
+        failure=_failure(findings[index].check) if index is not None and what is Verdict.FAILED else None,
         findings=findings,
         decided_by=index,
         coverage=coverage,
@@ -189,6 +195,10 @@ def _report(
         line=spec.line,
         column=spec.column,
     )
+
+
+def _failure(cause: str) -> FailureKind:
+    return CHECKS[cause].failure if cause in CHECKS else FailureKind.BROKEN
 
 
 def _coverage(evidence: Evidence) -> Coverage:

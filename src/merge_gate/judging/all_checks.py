@@ -6,13 +6,14 @@ and opens no files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from merge_gate.judging import refused_adapters, refused_bases, refused_merges
 from merge_gate.judging.checks import effect
-from merge_gate.judging.checks.check import Check, FileCase, MergeCase, limit
+from merge_gate.judging.checks.check import Check, FileCase, MergeCase, error_limit, limit
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import accident
@@ -29,6 +30,9 @@ _WORDS = {**refused_adapters.WORDS, **refused_merges.WORDS, **refused_bases.WORD
 MEASURE_ABOVE = 0.5
 """Values that may exceed this share of their dtype's largest are merged one by one, whatever `headroom` allows."""
 
+ESTIMATED_BELOW = 0.25
+"""A ratio of norms above this share of the error limit is measured, because an error must not rest on an estimate."""
+
 
 def measure_options(spec: AdapterSpec, *, quick: bool = False) -> MeasureOptions:
     """What may be estimated: a warning may rest on an estimate, an error rests on a measurement.
@@ -37,9 +41,12 @@ def measure_options(spec: AdapterSpec, *, quick: bool = False) -> MeasureOptions
     """
     settings = {setting.check: setting for setting in spec.checks}
     errors = {setting.check for setting in spec.checks if setting.severity is Severity.ERROR}
+    if math.isfinite(error_limit(settings, effect.rounding_loss)):
+        errors.add(effect.rounding_loss.id)
     return MeasureOptions(
         headroom=min(limit(settings, effect.headroom), MEASURE_ABOVE) if quick else 0.0,
         estimates=not {effect.rounding_loss.id, effect.delta_norm.id} & errors,
+        estimated_ratio=error_limit(settings, effect.delta_norm) * ESTIMATED_BELOW,
     )
 
 
@@ -79,12 +86,18 @@ def _in_order(findings: Iterable[Finding], settings: Mapping[str, CheckSetting])
 
 
 def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Finding | None:
-    """Apply the configured severity. A check's own warning stays one: it marks the lesser case. A note stays a note."""
+    """Apply the configured severity.
+
+    A check's own warning stays one: it marks the lesser case. A note stays a note. A warning above its error limit
+    stays an error.
+    """
     check, setting = CHECKS.get(finding.check), settings.get(finding.check)
     if check is None or setting is None or not check.can_be_off or finding.severity is Severity.NOTE:
         return finding
     if setting.severity is Severity.OFF:
         return None
+    if check.has_error_limit and finding.severity is Severity.ERROR:
+        return finding
     if setting.severity is Severity.ERROR and finding.severity is Severity.WARNING is not check.severity:
         return finding
     return replace(finding, severity=setting.severity)

@@ -23,6 +23,11 @@ class Problem:
         return f"{text} ({self.hint})" if self.hint else text
 
 
+def reads_as_path(model: str) -> bool:
+    """Whether a base's name is a path (/data/x, ./out, a drive letter) and cannot be a Hub id."""
+    return model.startswith((".", "~", "/")) or "\\" in model or model.endswith("/") or model.count("/") > 1
+
+
 @record
 class BaseSpec:
     """Which base to merge into.
@@ -35,6 +40,7 @@ class BaseSpec:
         quantization: how the base is quantized when it is loaded.
         access: how its weights are read, if it is on the Hub.
         read: how much of its weights is read.
+        names: other names that adapters may give for this base.
     """
 
     model: str | None = None
@@ -44,6 +50,7 @@ class BaseSpec:
     quantization: Quantization = Quantization.NONE
     access: Access = Access.AUTO
     read: Read = Read.AUTO
+    names: tuple[str, ...] = ()
 
     def key(self, dtype: str = "auto") -> BaseKey:
         """The base in one of its dtypes, as the configuration asks for it."""
@@ -52,11 +59,12 @@ class BaseSpec:
 
 @record
 class CheckSetting:
-    """Severity of one check, and its limit if the check has one."""
+    """Severity of one check, and its limits if the check has any. Above `error_limit`, a warning is an error."""
 
     check: str
     severity: Severity
     limit: float | None = None
+    error_limit: float | None = None
 
 
 @record

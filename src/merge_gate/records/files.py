@@ -33,12 +33,12 @@ class BaseContent:
 
 @record
 class FileRecord:
-    """One input file of an adapter. `path` is relative to the adapter's directory.
+    """One input file of an adapter or of a base. `path` is relative to the directory.
 
     `identity` is that of the open file that was hashed. It does not count when two records are compared.
     """
 
-    path: str = reported("Relative to the adapter's directory.")
+    path: str = reported("Relative to the directory of the adapter or base.")
     size_bytes: int = reported("Size in bytes.", key="bytes")
     sha256: str = reported("Digest of its bytes, hex.")
     identity: FileIdentity | None = field(default=None, compare=False)

@@ -107,11 +107,12 @@ class MeasureOptions:
 
     With `estimates`, norms and losses may come from a sample of the rows. With a `headroom` above 0, a bound can
     replace the merge of a weight (`--quick`). The bound must prove that every value is finite, and below this share of
-    the dtype's largest value.
+    the dtype's largest value. If an estimated ‖ΔW‖/‖W‖ is above `estimated_ratio`, all rows are measured.
     """
 
     headroom: float = 0.0
     estimates: bool = False
+    estimated_ratio: float = math.inf
 
 
 MEASURE_ALL = MeasureOptions()

@@ -6,7 +6,7 @@ from collections import Counter
 
 from merge_gate.records.files import FileRecord
 from merge_gate.records.measured import RecordedRun, TensorMerge
-from merge_gate.records.terms import BaseKey, BaselineEntry, Finding, Result, Verdict, record, reported
+from merge_gate.records.terms import BaseKey, BaselineEntry, FailureKind, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
 TOOL = "merge-gate"
@@ -104,6 +104,12 @@ class AdapterReport:
         "Id of the check that decided, nearest to the root; `not-judged` with the verdict `error`; null if it passed.",
         default=None,
     )
+    failure: FailureKind | None = reported(
+        "What the failure means: `broken` (the merged model is broken or wrong), `refused` (it was not loaded, because "
+        "it is not safe), `not-mergeable`, or `unexpected` (it is not the one that was expected); null unless it "
+        "failed.",
+        default=None,
+    )
     findings: tuple[Finding, ...] = reported("All findings, not only the cause.", default=())
     decided_by: int | None = None
     coverage: Coverage = reported("How much was checked.", default=Coverage())
@@ -147,7 +153,15 @@ class BaseReport:
         "How the loaded base is quantized: `none`, `bnb-8bit`, `bnb-4bit`, or the method that the base declares, such "
         "as `fp8`; for a base that was not loaded, what the config asks for."
     )
-    sha256: str | None = reported("Digest of its weights, hex; null if it was not computed.", default=None)
+    sha256: str | None = reported(
+        "Digest of all its weight files: of the lines that sha256sum writes for `files`, hex; null if it was not "
+        "computed.",
+        default=None,
+    )
+    files: tuple[FileRecord, ...] = reported(
+        "Its weight files, each with the digest that sha256sum and the Hub show; empty if they were not hashed.",
+        default=(),
+    )
     parameters: int = reported("Elements of all its parameters and persistent buffers.", default=0)
     findings: tuple[Finding, ...] = reported("Findings about the base itself, before any merge.", default=())
     dtypes: tuple[tuple[str, float], ...] = reported(
@@ -234,6 +248,12 @@ class ConfigFile:
     path: str = reported("As named on the command line; `the command line` if the adapters are named there.")
     sha256: str = reported(
         "Digest of its bytes, hex; without a file, the digest of the named adapters, base and dtypes."
+    )
+    read_at: str | None = reported("Time at which the run read it, in UTC.", default=None)
+    commit: str | None = reported(
+        "Commit of the checkout, as CI names it (`MERGE_GATE_COMMIT`, `GITHUB_SHA`, `CI_COMMIT_SHA`, `GIT_COMMIT`, or "
+        "`BUILD_SOURCEVERSION`); null elsewhere.",
+        default=None,
     )
 
 

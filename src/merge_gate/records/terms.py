@@ -33,6 +33,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that the config can request for a base, besides `auto`."""
 
 
+class FailureKind(StrEnum):
+    """What a failure means."""
+
+    BROKEN = "broken"
+    REFUSED = "refused"
+    NOT_MERGEABLE = "not-mergeable"
+    UNEXPECTED = "unexpected"
+
+
 class Severity(StrEnum):
     """The severity of a finding. An error fails the adapter. A note changes nothing, and cannot be configured."""
 

@@ -10,7 +10,9 @@ In: entries, their verdicts as they are reached, bases as they are loaded, and t
 from __future__ import annotations
 
 import datetime as dt
+import os
 import platform
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ from merge_gate.records.terms import Verdict
 from merge_gate.shards.base_order import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from merge_gate.files.base_watch import BaseWatch
     from merge_gate.records.config import Config
@@ -45,6 +47,7 @@ class Tally:
     def __init__(self, config: Config, shard: Shard | None, *, device: str, watch: BaseWatch) -> None:
         self._config, self._shard, self._watch = config, shard, watch
         self._today = dt.datetime.now(dt.UTC).date()
+        self._config_file = config_file(config, os.environ)
         self._environment = _environment(device)
         self._reports: dict[int, AdapterReport] = {}
         self._bases: dict[tuple[str, BaseReport], int] = {}
@@ -93,17 +96,16 @@ class Tally:
         position = self._shard.positions[index] if self._shard is not None else index
         self._bases[directory, base] = min(position, self._bases.get((directory, base), position))
 
-    def _sha256(self, directory: str, base: BaseReport) -> str | None:
-        """None if this run has read a part of a base, and the Hub lists the digests of the whole."""
+    def _with_digests(self, directory: str, base: BaseReport) -> BaseReport:
+        """Without digests if this run has read a part of a base, and the Hub lists the digests of the whole."""
         if base.record is not None and self._watch.is_only_listed(directory):
-            return None
-        return self._watch.digest(directory)
+            return base
+        return replace(base, sha256=self._watch.digest(directory), files=self._watch.files(directory))
 
     def report(self, *, complete: bool = False) -> Report:
         """The report so far; `complete` at the end of the run."""
         bases = in_order(
-            (replace(base, sha256=self._sha256(directory, base)), position)
-            for (directory, base), position in self._bases.items()
+            (self._with_digests(directory, base), position) for (directory, base), position in self._bases.items()
         )
         adapters = tuple(self._reports[index] for index in sorted(self._reports))
         adapters, baseline = accept(adapters, self._config.baseline, self._today)
@@ -111,7 +113,7 @@ class Tally:
             complete=complete,
             tool=Tool(name=TOOL, version=__version__),
             environment=self._environment,
-            config=ConfigFile(path=self._config.label, sha256=self._config.sha256),
+            config=self._config_file,
             bases=tuple(bases),
             adapters=adapters,
             shard=self._shard and replace(self._shard, bases_from=tuple(bases.values())),
@@ -125,9 +127,25 @@ def report_on_files(config: Config, adapters: Sequence[AdapterReport]) -> Report
         complete=True,
         tool=Tool(name=TOOL, version=__version__),
         environment=_environment("cpu"),
-        config=ConfigFile(path=config.label, sha256=config.sha256),
+        config=config_file(config, os.environ),
         files_only=True,
         adapters=tuple(adapters),
+    )
+
+
+COMMIT_VARIABLES = ("MERGE_GATE_COMMIT", "GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOURCEVERSION")
+"""Variables that name the commit: the action's, GitHub's (and Gitea's), GitLab's, Jenkins', and Azure's."""
+_COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
+
+
+def config_file(config: Config, environ: Mapping[str, str]) -> ConfigFile:
+    """The configuration of a run that starts now."""
+    commits = (environ.get(name, "") for name in COMMIT_VARIABLES)
+    return ConfigFile(
+        path=config.label,
+        sha256=config.sha256,
+        read_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit=next((commit for commit in commits if _COMMIT.fullmatch(commit)), None),
     )
 
 

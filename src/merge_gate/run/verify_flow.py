@@ -21,7 +21,7 @@ from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.config import Config
+from merge_gate.records.config import Config, reads_as_path
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
@@ -112,7 +112,7 @@ class _Verification:
         """The finished directory, or why its files cannot be read as a model's."""
         name = self._options.merged
         is_here = Path(name).is_dir()
-        if not is_here and resolve.reads_as_path(name):
+        if not is_here and reads_as_path(name):
             raise UsageError(
                 f"{quoted(name, 200)} is not a directory here", hint="name the directory of the merged model"
             )

@@ -15,7 +15,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict, record
 from merge_gate.report.formats import terminal_text
 from merge_gate.report.formats.terminal_text import Style
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.untrusted import inert, one_line, safe_text
 from merge_gate.run.streams import is_ascii, write
 
@@ -237,7 +237,7 @@ class RichView(View):
         else:
             write(self._stdout, terminal_text.joined(lines))
         if not on_terminal:
-            self._print(((f"{report.result.upper()}: {words.headline(report)}.", Style.STRONG),))
+            self._print(((f"{run_result.verdict_line(report)}.", Style.STRONG),))
 
     def close(self) -> None:
         self._foot.stop()

@@ -241,6 +241,20 @@ FIRES: dict[str, tuple[Fire, ...]] = {
             spec=spec(base=NAMED),
         ),
         Fire(
+            ("'/home/alice/mistral'", "'./models/llama'"),
+            Origin.CONFIG,
+            files=files(config={"base_model_name_or_path": "/home/alice/mistral"}),
+            spec=spec(base=NAMED),
+            severity=Severity.NOTE,
+        ),
+        Fire(
+            ("'unsloth/llama-bnb-4bit'", "'./models/llama'"),
+            Origin.CONFIG,
+            files=files(config={"base_model_name_or_path": "unsloth/llama-bnb-4bit"}),
+            spec=spec(base=NAMED),
+            severity=Severity.NOTE,
+        ),
+        Fire(
             ("'v1'", "'c0ffee'"),
             Origin.CONFIG,
             evidence(base=base(revision="c0ffee")),

@@ -157,7 +157,7 @@ def merge_in_blocks(
     one = replace(one, update=one.update.aligned())  # its factors may be those of the file (mapped_factors.py)
     merge = _merge(base, one, weight)
     norm = one.update.delta_norm() if one.update.magnitude is None else None  # one pass, for both uses below
-    sample = _sample(merge, norm) if measure_options.estimates else None
+    sample = _sample(merge, norm, measure_options.estimated_ratio) if measure_options.estimates else None
     ceiling = dtype_max(merge.dtype)
     if measure_options.headroom and sample is not None and sink is None:
         bounded = _bounded(base, one, merge, sample, measure_options.headroom * ceiling, norm=norm)
@@ -197,13 +197,17 @@ def _bounded(
     return replace(record, bounded=merge.of - sample.numel)
 
 
-def _sample(merge: BlockMerge, delta_norm: float | None) -> Measured | None:
-    """Figures of some rows; None if they do not represent the others (a delta in few rows)."""
+def _sample(merge: BlockMerge, delta_norm: float | None, largest_ratio: float) -> Measured | None:
+    """Figures of some rows; None if they do not represent the others (a delta in few rows), or must be exact."""
     rows = merge.sampled()
     if rows is None:
         return None
     found = measure_merge(rows, figures=True)
-    if found.figures is None or delta_norm is None:
+    if found.figures is None:
+        return found
+    if found.figures.delta_sq > largest_ratio**2 * found.figures.base_sq:
+        return None
+    if delta_norm is None:
         return found
     held, expected = math.sqrt(found.figures.delta_sq), delta_norm * math.sqrt(found.numel / found.of)
     return found if expected / FAIR_FACTOR <= held <= expected * FAIR_FACTOR else None

@@ -14,9 +14,9 @@ from enum import StrEnum
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import Evidence, TensorStats
-from merge_gate.records.terms import Finding, Origin, Severity, record
+from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, record
 
-ERROR, WARNING = Severity.ERROR, Severity.WARNING
+ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 
 class Symptom(StrEnum):
@@ -43,9 +43,12 @@ class Check:
         id: its name in configurations and reports.
         severity: the severity of its findings if the configuration sets none.
         limit: the figure above which it fires by default; None: it has none.
+        has_error_limit: whether a configuration may set a second limit, above which its warning is an error.
+        error_limit: that limit by default; None: there is none.
         summary: one sentence that says when it fires.
         symptom: what a user sees.
         can_be_off: whether a configuration may switch it off or lower it to a warning.
+        failure: what a failure by it means.
         is_of_base: its errors are not the adapter's fault: the verdict is `error`, not `failed`.
         allows_merging: the adapter is merged and judged further although this check found an error in its files.
         allows_loading: PEFT may load the adapter although its files have this finding, if the configuration makes it
@@ -59,7 +62,10 @@ class Check:
     summary: str
     symptom: Symptom
     limit: float | None = None
+    has_error_limit: bool = False
+    error_limit: float | None = None
     can_be_off: bool = True
+    failure: FailureKind = FailureKind.BROKEN
     is_of_base: bool = False
     allows_merging: bool = False
     allows_loading: bool = False
@@ -139,9 +145,24 @@ class MergeCase(FileCase):
     def limit(self, of: Check) -> float:
         return limit(self.settings, of)
 
+    def error_limit(self, of: Check) -> float:
+        return error_limit(self.settings, of)
+
 
 def limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
     """The figure above which a check fires; infinite if it has none."""
     setting = settings.get(of.id)
     chosen = setting.limit if setting is not None and setting.limit is not None else of.limit
     return math.inf if chosen is None else chosen
+
+
+def error_limit(settings: Mapping[str, CheckSetting], of: Check) -> float:
+    """The figure above which a warning of a check is an error; infinite if there is none.
+
+    A default counts only above the limit: a configuration that allows more than the default means what it says.
+    """
+    setting = settings.get(of.id)
+    if setting is not None and setting.error_limit is not None:
+        return setting.error_limit
+    default = math.inf if of.error_limit is None else of.error_limit
+    return default if default > limit(settings, of) else math.inf

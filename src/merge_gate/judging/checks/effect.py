@@ -140,12 +140,14 @@ _UNQUANTIZED = (
     ),
     symptom=Symptom.NO_EFFECT,
     limit=0.5,
+    has_error_limit=True,
 ).on_merge
 def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     share = case.evidence.lost_share
     if share is None:
         return
-    merges, limit = case.evidence.rounded, case.limit(rounding_loss)
+    merges, limit, error_limit = case.evidence.rounded, case.limit(rounding_loss), case.error_limit(rounding_loss)
+    allowed = f"error-limit {error_limit:.0%}" if share > error_limit else f"limit {limit:.0%}"
     compared = [merge for merge in merges if merge.unchanged_fraction is not None]
     size = sum(merge.stats.numel for merge in compared)
     unchanged = sum((merge.unchanged_fraction or 0.0) * merge.stats.numel for merge in compared)
@@ -166,11 +168,12 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     estimated = any(merge.estimated for merge in merges)
     sampled = "; estimated from a sample" if estimated else ""
     yield rounding_loss.finding(
-        f"{share:.1%} of the delta's norm is lost {how_lost} (limit {limit:.0%}){same}{sampled}"
+        f"{share:.1%} of the delta's norm is lost {how_lost} ({allowed}){same}{sampled}"
         if share > limit
         else f"{of_most}{sampled}",
         instead,
         Origin.MERGE,
+        severity=ERROR if share > error_limit else None,
         module=worst.module,
         tensor=worst.stats.name,
         measured=(
@@ -236,6 +239,8 @@ def headroom(case: MergeCase) -> Iterator[Finding]:
     summary="‖ΔW‖/‖W‖ of a module is above this.",
     symptom=Symptom.EXTREME_VALUES,
     limit=10.0,
+    has_error_limit=True,
+    error_limit=1000.0,
 ).on_merge
 def delta_norm(case: MergeCase) -> Iterator[Finding]:
     limit = case.limit(delta_norm)
@@ -247,12 +252,17 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
     large = [(ratio, merge) for ratio, merge in ratios if ratio > limit]
     if large:
         ratio, worst = max(large, key=lambda pair: pair[0])
+        # Only matrices fail: a bias or a norm can be close to zero in a good base, and training may multiply it.
+        error_limit = case.error_limit(delta_norm)
+        is_error = any(ratio > error_limit and len(merge.stats.shape) > 1 for ratio, merge in large)
+        allowed = f"error-limit {figure(error_limit)}" if is_error else f"limit {figure(limit)}"
         estimated = any(merge.estimated for _, merge in large)
         yield delta_norm.finding(
             f"the delta of {worst.stats.name} is {figure(float(f'{ratio:.3g}'))} times as large as the weight it is "
-            f"added to (limit {figure(limit)}){above(large)}{'; estimated from a sample' if estimated else ''}",
+            f"added to ({allowed}){above(large)}{'; estimated from a sample' if estimated else ''}",
             "check lora_alpha, use_rslora and the learning rate: such a merge replaces the base instead of adapting it",
             Origin.MERGE,
+            severity=ERROR if is_error else None,
             module=worst.module,
             tensor=worst.stats.name,
             measured=(("ratio", ratio), ("limit", limit), *(ESTIMATED if estimated else ())),

@@ -6,6 +6,7 @@ In: nothing: they have no function. Out: their rows.
 from __future__ import annotations
 
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
+from merge_gate.records.terms import FailureKind
 
 FILE_MISSING = Check(
     id="file-missing",
@@ -30,6 +31,7 @@ PICKLE_REFUSED = Check(
     severity=ERROR,
     summary="There are only pickled weights (.bin), and allow-pickle is false.",
     symptom=Symptom.BAD_FILE,
+    failure=FailureKind.REFUSED,
 )
 CONFIG_INVALID = Check(
     id="config-invalid",
@@ -43,4 +45,5 @@ CONFIG_UNSAFE = Check(
     severity=ERROR,
     summary="adapter_config.json would make PEFT import code.",
     symptom=Symptom.BAD_CONFIG,
+    failure=FailureKind.REFUSED,
 )

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from merge_gate.judging import key_hints
-from merge_gate.judging.checks.check import ERROR, WARNING, Check, FileCase, MergeCase, Symptom
+from merge_gate.judging.checks.check import ERROR, NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import are, tensors
-from merge_gate.records.config import Expect
+from merge_gate.records.config import Expect, reads_as_path
 from merge_gate.records.measured import Evidence, UnreadLayer
-from merge_gate.records.terms import Finding, Origin
+from merge_gate.records.terms import FailureKind, Finding, Origin
 from merge_gate.tensor_names import module_of
 from merge_gate.text import listing
 
@@ -154,6 +154,7 @@ EXTRACTED = frozenset({"LORA", "ADALORA", "LOHA", "LOKR"})
     severity=ERROR,
     summary="The method cannot be merged into weights, or its merge is known to be wrong.",
     symptom=Symptom.UNTRAINED_MERGE,
+    failure=FailureKind.NOT_MERGEABLE,
 ).on_merge
 def not_mergeable(case: MergeCase) -> Iterator[Finding]:
     """Besides, the engine's refusals are findings of it."""
@@ -192,6 +193,7 @@ def _is_proved(case: FileCase, layer: UnreadLayer) -> bool:
     severity=WARNING,
     summary="adapter_config.json names another base or revision than the one used.",
     symptom=Symptom.WRONG_PAIR,
+    failure=FailureKind.UNEXPECTED,
     of_files=lambda case: _names_another_base(case, case.spec.base.revision),
 ).on_merge
 def base_mismatch(case: MergeCase) -> Iterator[Finding]:
@@ -204,19 +206,42 @@ def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
     named, used = case.files.config.base_name, case.spec.base.model
     if not named or used is None:
         return
-    label = case.spec.base.label or used
-    if _last(named) not in {_last(used), _last(label)}:
-        yield base_mismatch.finding(
-            f"adapter_config.json names base {named!r}, but the base of this run is {label!r}",
-            "if both are the same weights, set `base-mismatch: off` under the adapter's `checks` in the gate's config; "
-            "else name the right base",
-            Origin.CONFIG,
-        )
+    yield from _other_name(case, named, case.spec.base.label or used)
     revision = case.files.config.base_revision
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield base_mismatch.finding(
             f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
             f"set base.revision to {revision!r}, or release with the revision that the gate used",
+            Origin.CONFIG,
+        )
+
+
+def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
+    """Names are compared by their last parts. A met `expect.base` settles the question."""
+    base, expect = case.spec.base, case.spec.expect
+    known = {_last(name) for name in (label, base.model or label, *base.names)}
+    if _last(named) in known or (expect is not None and expect.base == named):
+        return
+    names = f"adapter_config.json names base {named!r}"
+    if reads_as_path(named):
+        yield base_mismatch.finding(
+            f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
+            "a path does not say which weights it held: make sure that these are the same",
+            Origin.CONFIG,
+            severity=NOTE,
+        )
+    elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
+        yield base_mismatch.finding(
+            f"{names}, a copy in 4 bits of {label!r}, the base of this run",
+            "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit",
+            Origin.CONFIG,
+            severity=NOTE,
+        )
+    else:
+        yield base_mismatch.finding(
+            f"{names}, but the base of this run is {label!r}",
+            f"if both are the same weights, list {named!r} under `base.names` in merge-gate.yml; else name the right "
+            "base",
             Origin.CONFIG,
         )
 
@@ -237,6 +262,9 @@ def _last(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
 
+_QUANTIZED_COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit")
+"""The ends of the names that unsloth gives to its copies of a base."""
+
 _IN_CONFIG = {"base": "base_name"}
 """What is expected under another name than its field of `AdapterConfig`."""
 
@@ -246,6 +274,7 @@ _IN_CONFIG = {"base": "base_name"}
     severity=ERROR,
     summary="Something stated under expect is not so.",
     symptom=Symptom.WRONG_PAIR,
+    failure=FailureKind.UNEXPECTED,
     allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
 ).on_files
 def expectation_failed(case: FileCase) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from markupsafe import Markup, escape
 
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.chain import chain
 from merge_gate.report.wording.grid import State, blocks, count_states, states
@@ -75,7 +75,7 @@ def _templates() -> tuple[Template, Template]:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.globals["words"] = words
+    environment.globals |= {"words": words, "run_result": run_result}
     environment.filters["number"] = words.number
     environment.filters["spaced"] = _spaced
     return environment.get_template("report.html"), environment.get_template("row.html")

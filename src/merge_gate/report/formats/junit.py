@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from merge_gate.output_files import GENERATOR_COMMENT
-from merge_gate.records.terms import Verdict
-from merge_gate.report.wording import words
+from merge_gate.records.terms import FailureKind, Verdict
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.untrusted import one_line, safe_text
 
@@ -54,11 +54,11 @@ def render(report: Report) -> str:
 
 def _run(case: ET.Element, report: Report, *, no_verdict: bool) -> None:
     """Add the run itself as a case, for problems that belong to no adapter."""
-    why = safe_text("\n".join([words.advice(report), *words.problems(report)]))
+    why = safe_text("\n".join([run_result.advice(report), *words.problems(report)]))
     if no_verdict:
-        ET.SubElement(case, "error", type="run", message=words.headline(report)).text = why
+        ET.SubElement(case, "error", type="run", message=run_result.headline(report)).text = why
     else:
-        ET.SubElement(case, "system-out").text = f"{words.headline(report)}\n{why}"
+        ET.SubElement(case, "system-out").text = f"{run_result.headline(report)}\n{why}"
 
 
 def _has_no_verdict(report: Report) -> bool:
@@ -111,6 +111,9 @@ def _case(suite: ET.Element, classname: str, adapter: AdapterReport, before: Map
     finding = words.deciding(adapter)
     if adapter.verdict is not Verdict.PASSED:
         message = one_line(finding.message, words.MESSAGE_LIMIT) if finding else "no finding was recorded"
+        kind = words.failure(adapter)
+        if kind is not None and kind is not FailureKind.BROKEN:
+            message = f"{words.FAILURES[kind]}: {message}"
         element = ET.SubElement(case, _TAGS[adapter.verdict], type=words.cause(adapter), message=message)
         element.text = _text([*([finding] if finding else []), *words.others(adapter)], before)
     has_warnings = adapter.findings and adapter.verdict is Verdict.PASSED

@@ -20,7 +20,7 @@ from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import unique_findings
 from merge_gate.report.wording.untrusted import one_line
 
@@ -84,7 +84,7 @@ def _rule(check: str, summary: str) -> Json:
 def _invocation(report: Report, *, left_out: int) -> Json:
     notifications = []
     if not report.complete:
-        notifications.append({"level": "error", "message": {"text": words.advice(report)}})
+        notifications.append({"level": "error", "message": {"text": run_result.advice(report)}})
     notifications += [{"level": "error", "message": {"text": _plain(problem)}} for problem in words.problems(report)]
     if left_out:
         more = f"{words.counted(left_out, 'more result')} left out; report.json has all findings."
@@ -92,7 +92,7 @@ def _invocation(report: Report, *, left_out: int) -> Json:
     return {
         "executionSuccessful": report.complete and report.result is not Result.ERROR,
         "exitCode": _EXIT_CODES[report.result],
-        "exitCodeDescription": words.headline(report),
+        "exitCodeDescription": run_result.verdict_line(report),
         **({"toolExecutionNotifications": notifications} if notifications else {}),
     }
 
@@ -133,6 +133,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
     """One kind of finding."""
     name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
+    failure = words.failure(judged) if isinstance(judged, AdapterReport) else None
     check = one_line(finding.check, words.NAME_LIMIT)
     result: Json = {
         "ruleId": check,
@@ -150,6 +151,7 @@ def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding
             "base": words.model_name(base),
             "dtype": dtypes,
             "origin": str(finding.origin),
+            **({"failure": str(failure)} if failure else {}),
             **({"marks": marks} if marks else {}),
             "measured": {one_line(key, 80): value for key, value in finding.measured if math.isfinite(value)},
         },

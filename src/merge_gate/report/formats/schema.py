@@ -67,6 +67,8 @@ def _kind(kind: Any) -> Json:
     inner, may_be_null = optional(kind)
     if may_be_null:
         schema = _kind(inner)
+        if "enum" in schema:
+            return {"enum": [*schema["enum"], None]}
         return schema if isinstance(schema["type"], list) else {**schema, "type": [schema["type"], "null"]}
     if is_record(kind):
         return {"$ref": f"#/$defs/{_SHARED[kind]}"} if kind in _SHARED else _record(kind)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import Result, Verdict
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.textmap import LEGEND, text_map
@@ -42,8 +42,8 @@ def render(report: Report) -> str:
     table = _table(shown)
     blocks = [
         GENERATOR_COMMENT,
-        f"## {_RESULT_MARK[report.result]} merge-gate: {words.headline(report)}",
-        words.advice(report),
+        f"## {_RESULT_MARK[report.result]} merge-gate {run_result.verdict_line(report)}",
+        run_result.advice(report),
         *_problems(report),
         *table,
         *_sections(report),
@@ -234,8 +234,10 @@ def _base_row(base: BaseReport) -> str:
     ]
     if base.revision:
         parts.append(f"revision {code(base.revision, 80)}")
-    if base.sha256:
-        parts.append(f"sha256 {code(base.sha256, 80)}")
+    if len(base.files) == 1:
+        parts.append(f"{code(base.files[0].path, 80)} with sha256 {code(base.files[0].sha256, 80)}")
+    elif base.sha256:
+        parts.append(f"sha256 of all files {code(base.sha256, 80)}")
     return f"| base | {', '.join(parts)} |"
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from merge_gate.records.terms import Result, Severity, Verdict
-from merge_gate.report.wording import words
+from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.columns import cells, cut, cut_front, fit, pad, wrap
 from merge_gate.report.wording.untrusted import inert, one_line
@@ -267,11 +267,11 @@ def _base_findings(report: Report, width: int) -> list[Line]:
 
 def _result(report: Report, output_dir: str, width: int) -> list[Line]:
     style = _RESULT_STYLES[report.result]
-    headline = f"{report.result.value.upper()}: {words.headline(report)}."
+    headline = f"{run_result.verdict_line(report)}."
     shown: list[Line] = [((part, style),) for part in wrap(headline, width)]
     if causes := _causes(report):
         shown += _plain(causes, width)
-    shown += _plain(words.advice(report), width)
+    shown += _plain(run_result.advice(report), width)
     for problem in words.problems(report):
         shown += [((part, Style.DOUBT),) for part in wrap(f"- {problem}", width)]
     for sentence in words.baseline(report):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from merge_gate.judging.checks.table import NOT_JUDGED
-from merge_gate.records.terms import Acceptance, Origin, Result, Severity, Verdict
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
 from merge_gate.text import listing
@@ -193,8 +193,30 @@ def judged(report: Report) -> str:
     return f"{' to '.join(span)}, at {listing(one_line(place, NAME_LIMIT) for place in places)}"
 
 
+def failure(adapter: AdapterReport) -> FailureKind | None:
+    """What a failure means; None for another verdict. A report of an earlier version has only the cause."""
+    if adapter.verdict is not Verdict.FAILED:
+        return None
+    if adapter.failure is not None:
+        return adapter.failure
+    check = CHECKS.get(adapter.cause or "")
+    return check.failure if check else FailureKind.BROKEN
+
+
+FAILURES = {
+    FailureKind.BROKEN: "broken",
+    FailureKind.REFUSED: "refused",
+    FailureKind.NOT_MERGEABLE: "cannot be merged",
+    FailureKind.UNEXPECTED: "not what was expected",
+}
+"""Each kind of failure in a list."""
+
+
 def title(adapter: AdapterReport) -> str:
     """The verdict in words, for use after the adapter's name. A caller adds the cause of a failure."""
+    kind = failure(adapter)
+    if kind is not None and kind is not FailureKind.BROKEN:
+        return f"failed ({FAILURES[kind]})"
     return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
 
 
@@ -212,13 +234,6 @@ def values(finding: Finding) -> str:
     return f"{counts} {among}".rstrip() + first
 
 
-def headline(report: Report) -> str:
-    """The result of the run in a sentence without its final period."""
-    if report.complete and report.is_empty_shard:
-        return f"{part(report)}has nothing to judge"
-    return part(report) + _result(report)
-
-
 def part(report: Report) -> str:
     """The start of the headline of a check (`files only: `) or of a shard (`shard 2 of 4: `). Else empty."""
     if report.files_only:
@@ -231,70 +246,6 @@ def problems(report: Report) -> list[str]:
     sentences = [one_line(problem, MESSAGE_LIMIT) for problem in report.problems[:MOST_PROBLEMS]]
     more = len(report.problems) - len(sentences)
     return [*sentences, f"and {counted(more, 'more problem')}, in report.json"] if more else sentences
-
-
-def _result(report: Report) -> str:
-    unfinished = "" if report.complete else "the run did not finish"
-    unfinished = "the shards are not one whole run" if report.problems else unfinished
-    if not report.adapters:
-        return f"{unfinished} and no adapter was judged" if unfinished else "no adapter was judged"
-    total = len(report.adapters)
-    names = {adapter.name for adapter in report.adapters}
-    noun = "adapter" if len(names) == total else "merge"
-    everything = counted(total, noun)
-    if unfinished:
-        return f"{unfinished}; so far {_counts(report, everything, everything)}"
-    whole = f"both {noun}s" if total == 2 else f"all {everything}" if total > 1 else f"the only {noun}"  # noqa: PLR2004
-    return _counts(report, everything, whole)
-
-
-def _counts(report: Report, everything: str, whole: str) -> str:
-    failed, not_judged, total = report.counts.failed, report.counts.error, len(report.adapters)
-    accepted = f", {number(report.accepted)} of them accepted" if report.accepted else ""
-    if failed == total:
-        accepted = ", accepted" if accepted and total == 1 else accepted
-        return f"{whole} failed{accepted}"
-    if not_judged == total:
-        return f"{whole} could not be judged"
-    if failed and not_judged:
-        return f"{number(failed)} of {everything} failed{accepted}, {number(not_judged)} could not be judged"
-    if failed:
-        return f"{number(failed)} of {everything} failed{accepted}"
-    if not_judged:
-        return f"{number(not_judged)} of {everything} could not be judged, none failed"
-    warned = sum(bool(warnings(adapter)) for adapter in report.adapters)
-    how_many = "" if total == 1 else f"{number(warned)} "
-    return f"{whole} passed, {how_many}with warnings" if warned else f"{whole} passed"
-
-
-def advice(report: Report) -> str:
-    """What the result means for a release, in one or two sentences."""
-    if report.complete and report.is_empty_shard:
-        return "There are more shards than adapters. The reports of the other shards have the verdicts."
-    if report.problems and report.result is not Result.FAIL:
-        return "This report clears no adapter for release: the shards are not one whole run."
-    if not report.complete and report.result is not Result.FAIL:
-        return "This report clears no adapter for release: the run did not finish. Run it again."
-    if report.result is Result.FAIL:
-        return "A failed adapter gives a broken model, an unintended model, or no model. Do not release it."
-    if report.result is Result.ERROR:
-        return "An adapter that could not be judged is not cleared for release. The gate stays closed."
-    return _of_passed(report)
-
-
-def _of_passed(report: Report) -> str:
-    """What it proves that the run passed."""
-    if report.files_only:
-        return "The files are sound. Nothing was merged, so the values are unknown: `merge-gate run` checks them."
-    bound = proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
-    proof = f" ({bound}, not merged one by one)" if bound else ""
-    whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
-    accepted = (
-        "The baseline accepts the failed adapters until their last day, but they are broken. "
-        if report.accepted
-        else ""
-    )
-    return f"{accepted}Every parameter of every merged model{whose} is finite{proof}."
 
 
 def versions(environment: Environment, tool_version: str) -> list[str]:

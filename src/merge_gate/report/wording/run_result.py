@@ -1,0 +1,235 @@
+"""Words the result of a run: its headline, and what it means for a release.
+
+In: a report. Out: plain sentences. They count adapters first and merges second: an adapter has a merge for each dtype.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from merge_gate.judging.checks import effect
+from merge_gate.records.terms import FailureKind, Result, Verdict, record
+from merge_gate.report.wording import words
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.text import counted, listing
+
+if TYPE_CHECKING:
+    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.terms import Finding
+
+HARDLY_CHANGED = 0.9
+"""A merge that loses more than this share of its delta hardly differs from the base."""
+
+_MOST_CHECKS = 3
+
+
+class AdapterState(StrEnum):
+    """What a run says of an adapter, in all its dtypes: the worst comes first."""
+
+    FAILED = "failed"
+    ERROR = "error"
+    ACCEPTED = "accepted"
+    PASSED = "passed"
+
+
+@record
+class Adapter:
+    """The entries of one adapter, one for each dtype."""
+
+    name: str
+    entries: tuple[AdapterReport, ...]
+
+    @property
+    def state(self) -> AdapterState:
+        """The worst state of its entries."""
+        return min(map(_state, self.entries), key=list(AdapterState).index)
+
+    @property
+    def failure(self) -> FailureKind | None:
+        """The first kind of failure that the baseline does not accept."""
+        kinds = [words.failure(entry) for entry in self.entries if _state(entry) is AdapterState.FAILED]
+        return min(filter(None, kinds), key=list(FailureKind).index, default=None)
+
+    @property
+    def warnings(self) -> tuple[tuple[AdapterReport, Finding], ...]:
+        """The warnings of all entries, each with its entry."""
+        return tuple((entry, finding) for entry in self.entries for finding in words.warnings(entry))
+
+
+def _state(entry: AdapterReport) -> AdapterState:
+    if entry.verdict is Verdict.FAILED:
+        return AdapterState.ACCEPTED if entry.accepted is not None else AdapterState.FAILED
+    return AdapterState.ERROR if entry.verdict is Verdict.ERROR else AdapterState.PASSED
+
+
+def adapters_of(report: Report) -> list[Adapter]:
+    """The adapters of a report, in its order. A configuration gives each adapter a name of its own."""
+    entries: dict[str, list[AdapterReport]] = {}
+    for entry in report.adapters:
+        entries.setdefault(entry.name, []).append(entry)
+    return [Adapter(name=name, entries=tuple(several)) for name, several in entries.items()]
+
+
+# --- the headline --------------------------------------------------------------------------------------------------
+
+
+def verdict_line(report: Report) -> str:
+    """The result and the headline, without a final period: `FAIL: 2 of 6 adapters failed`, or `PASS, but …`."""
+    return report.result.value.upper() + after_result(report)
+
+
+def after_result(report: Report) -> str:
+    """The part of `verdict_line` after the result."""
+    adapters = adapters_of(report)
+    reservation = _reservation(adapters) if report.result is Result.PASS else ""
+    if not reservation:
+        return f": {headline(report)}"
+    with_counts = len(adapters) > 1 or report.accepted or report.shard is not None
+    return f", but {reservation}" + (f"; {headline(report)}" if with_counts else "")
+
+
+def headline(report: Report) -> str:
+    """The counts of the run in a sentence without its final period."""
+    if report.complete and report.is_empty_shard:
+        return f"{words.part(report)}no adapter is in this shard"
+    return words.part(report) + _result(report)
+
+
+def _result(report: Report) -> str:
+    unfinished = "" if report.complete else "the run did not finish"
+    unfinished = "the shards are not one whole run" if report.problems else unfinished
+    if not report.adapters:
+        return f"{unfinished} and no adapter was judged" if unfinished else "no adapter was judged"
+    adapters = adapters_of(report)
+    everything = counted(len(adapters), "adapter")
+    if unfinished:
+        return f"{unfinished}; so far {_counts(report, adapters, everything)}"
+    whole = {1: "the only adapter", 2: "both adapters"}.get(len(adapters), f"all {everything}")
+    return _counts(report, adapters, whole)
+
+
+def _counts(report: Report, adapters: list[Adapter], whole: str) -> str:
+    states = Counter(adapter.state for adapter in adapters)
+    failed, errors, passed = (states[state] for state in (AdapterState.FAILED, AdapterState.ERROR, AdapterState.PASSED))
+    total = len(adapters)
+    of_all = f"of {counted(total, 'adapter')}"
+    merges = _merges(report, total)
+    parts = []
+    if failed:
+        parts.append(_failed(adapters, whole if failed == total else f"{failed:,} {of_all}", merges))
+    if errors:
+        who = whole if errors == total else f"{errors:,}" if failed else f"{errors:,} {of_all}"
+        parts.append(f"{who} could not be judged{'' if failed else merges}")
+        parts += [] if failed or errors == total or states[AdapterState.ACCEPTED] else ["none failed"]
+    if not failed and not errors and passed:
+        parts.append(f"{whole if passed == total else counted(passed, 'adapter')} passed{merges}")
+    return ", ".join(filter(None, [*parts, _accepted(adapters)]))
+
+
+def _failed(adapters: list[Adapter], who: str, merges: str) -> str:
+    """`2 of 6 adapters failed: 1 broken, 1 refused`. Broken is what a reader expects of a failure."""
+    kinds = Counter(adapter.failure for adapter in adapters if adapter.failure and adapter.state is AdapterState.FAILED)
+    if set(kinds) == {FailureKind.BROKEN}:
+        return f"{who} failed{merges}"
+    in_words = [f"{kinds[kind]:,} {words.FAILURES[kind]}" for kind in FailureKind if kinds[kind]]
+    if len(in_words) == 1:
+        return f"{who} failed ({words.FAILURES[next(iter(filter(None, kinds)))]}){merges}"
+    return f"{who} failed{merges}: {', '.join(in_words)}"
+
+
+def _merges(report: Report, adapters: int) -> str:
+    """The same count in merges, if there are more of them than adapters."""
+    total = len(report.adapters)
+    if total == adapters:
+        return ""
+    failed, errors = report.counts.failed - report.accepted, report.counts.error
+    if failed or errors:
+        return f" ({failed or errors:,} of {counted(total, 'merge')})"
+    return f" ({report.counts.passed:,} of {counted(total, 'merge')})" if report.accepted else f" ({total:,} merges)"
+
+
+def _accepted(adapters: list[Adapter]) -> str:
+    accepted = [adapter for adapter in adapters if adapter.state is AdapterState.ACCEPTED]
+    ends = sorted(entry.accepted.until for adapter in accepted for entry in adapter.entries if entry.accepted)
+    if not accepted:
+        return ""
+    first = f"{'first ' if len(set(ends)) > 1 else ''}ends {one_line(ends[0], words.NAME_LIMIT)}"
+    return f"{counted(len(accepted), 'known failure')} accepted ({first})"
+
+
+# --- the reservation of a pass -------------------------------------------------------------------------------------
+
+
+def _reservation(adapters: list[Adapter]) -> str:
+    """What is to be said against a run that passed, most serious first; empty if there is no warning."""
+    warned = [adapter for adapter in adapters if adapter.state is AdapterState.PASSED and adapter.warnings]
+    for check, is_so, phrase in (
+        (effect.rounding_loss.id, _is_hardly_changed, "hardly {differ} from {its} base in {dtypes}"),
+        (effect.delta_norm.id, bool, "{replace} weights of {its} base instead of adapting them"),
+        (effect.rounding_loss.id, bool, "{lose} much of {its} delta in {dtypes}"),
+    ):
+        having = {
+            adapter.name: [entry for entry, finding in adapter.warnings if finding.check == check and is_so(finding)]
+            for adapter in warned
+        }
+        named = {name: entries for name, entries in having.items() if entries}
+        if named:
+            rest = len(warned) - len(named)
+            more = f", and {rest:,} more {'has' if rest == 1 else 'have'} warnings" if rest else ""
+            return f"{counted(len(named), 'adapter')} {_inflected(phrase, named)}{more}"
+    if not warned:
+        return ""
+    checks = dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for each in warned for _, finding in each.warnings)
+    have = "has" if len(warned) == 1 else "have"
+    return f"{counted(len(warned), 'adapter')} {have} warnings ({listing(checks, _MOST_CHECKS)})"
+
+
+def _inflected(phrase: str, named: dict[str, list[AdapterReport]]) -> str:
+    s, its = ("s", "its") if len(named) == 1 else ("", "their")
+    entries = {words.precision(entry.base): entry for several in named.values() for entry in several}
+    return phrase.format(
+        differ=f"differ{s}", replace=f"replace{s}", lose=f"lose{s}", its=its, dtypes=words.precisions(entries.values())
+    )
+
+
+def _is_hardly_changed(finding: Finding) -> bool:
+    return dict(finding.measured).get("lost_share", 0.0) > HARDLY_CHANGED
+
+
+# --- the advice ----------------------------------------------------------------------------------------------------
+
+_ADVICE = {
+    FailureKind.BROKEN: "Do not release a broken adapter: its merged model is broken, wrong, or cannot be made.",
+    FailureKind.REFUSED: "A refused adapter is not safe to load: follow its hint, and gate it again.",
+    FailureKind.NOT_MERGEABLE: "An adapter that cannot be merged may be served unmerged: leave it out of this gate.",
+    FailureKind.UNEXPECTED: "An adapter that is not what was expected may be the wrong one: find out before a release.",
+}
+
+
+def advice(report: Report) -> str:
+    """What the result means for a release, in a few sentences."""
+    if report.complete and report.is_empty_shard:
+        return "There are more shards than adapters. The reports of the other shards have the verdicts."
+    if report.problems and report.result is not Result.FAIL:
+        return "This report clears no adapter for release: the shards are not one whole run."
+    if not report.complete and report.result is not Result.FAIL:
+        return "This report clears no adapter for release: the run did not finish. Run it again."
+    if report.result is Result.FAIL:
+        kinds = {adapter.failure for adapter in adapters_of(report)}
+        return " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
+    if report.result is Result.ERROR:
+        return "An adapter that could not be judged is not cleared for release. The gate stays closed."
+    return _of_passed(report)
+
+
+def _of_passed(report: Report) -> str:
+    """What a pass proves."""
+    if report.files_only:
+        return "The files are sound. Nothing was merged, so the values are unknown: `merge-gate run` checks them."
+    bound = words.proved_by_bound(sum(adapter.coverage.parameters_bounded for adapter in report.adapters))
+    proof = f" ({bound}, not merged one by one)" if bound else ""
+    whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
+    accepted = "The baseline accepts the known failures until their last day. " if report.accepted else ""
+    return f"{accepted}Every parameter of every merged model{whose} is finite{proof}."
