@@ -71,3 +71,21 @@ def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: P
         "verify", scene.merge(VARIANT), "--base", scene.base(VARIANT), "--adapter", broken, cwd=tmp_path
     )
     assert answer.code == 3, answer.said
+
+
+def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene, tmp_path: Path) -> None:
+    base, adapter = scene.base(VARIANT), scene.adapter(VARIANT)
+    answer = merge_gate("run", adapter, "--base", base, "--publish", "out", cwd=tmp_path)
+    assert answer.code == 0, answer.said
+    merged = tmp_path / "out" / adapter.name
+    answer = merge_gate("verify", merged, "--base", base, "--adapter", adapter, "-o", "of-merge", cwd=tmp_path)
+    assert answer.code == 0, answer.said
+    assert "exact" in answer.out
+    answer = merge_gate("verify", merged, cwd=tmp_path)
+    assert answer.code == 0, answer.said
+    assert "as-published" in answer.out
+    with (merged / "config.json").open("a") as file:
+        file.write(" ")
+    answer = merge_gate("verify", merged, cwd=tmp_path)
+    assert answer.code == 1, answer.said
+    assert entry(tmp_path)["cause"] == "file-changed"

@@ -33,8 +33,13 @@ def add(commands: Commands[CommandParser]) -> None:
         "verify",
         help="compare a merged model with its base and adapter",
         description="Compare the model in MERGED, tensor by tensor, with the merge of ADAPTER into BASE, and name what "
-        "it is: the merge, the base, an adapter applied twice or at another strength, another base, and more.",
-        epilog=examples("merge-gate verify ./merged --base ./my-base --adapter ./my-adapter") + EXIT_CODES_OF_VERIFY,
+        "it is: the merge, the base, an adapter applied twice or at another strength, another base, and more. Without "
+        "--adapter, a directory of `merge-gate run --publish` is compared with its own merge-gate.json.",
+        epilog=examples(
+            "merge-gate verify ./merged --base ./my-base --adapter ./my-adapter",
+            "merge-gate verify ./published/my-adapter",
+        )
+        + EXIT_CODES_OF_VERIFY,
     )
     verify.add_argument("merged", type=given, metavar="MERGED", help="the merged model: a directory or a Hub id")
     verify.add_argument("--base", type=given, metavar="BASE", help="the base: a directory or a Hub id")
@@ -63,25 +68,27 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.from_arguments import config_of
     from merge_gate.report.stored.output_directory import refuse_report
     from merge_gate.report.stored.report_files import FORMATS
-    from merge_gate.run.verify_flow import VerifyOptions, verify
+    from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
     from merge_gate.worker.supervisor import WorkerSlot
 
-    if arguments.adapter is None:
-        raise UsageError("--adapter is missing", hint="give --adapter, and --base unless the adapter names its base")
+    if arguments.adapter is None and (arguments.base or arguments.candidate):
+        raise UsageError(
+            "--adapter is missing", hint="give it, or neither --base nor --candidate to use the directory's own record"
+        )
     refuse_report(arguments.output, FORMATS, [arguments.merged])
-    with WorkerSlot() as worker:
-        worker.start_early()
-        with claimed_output(arguments.output) as claim:
-            names = [arguments.adapter, *arguments.candidate]
-            config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
-            options = VerifyOptions(
-                merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output, device="cpu"
-            )
-            with view_of(arguments) as (view, _):
+    options = VerifyOptions(merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output)
+    with WorkerSlot() as worker, claimed_output(arguments.output) as claim:
+        with view_of(arguments) as (view, _):
+            if arguments.adapter is None:
+                report = verify_record(options, view=view, begins=claim.begin)
+            else:
+                worker.start_early()
+                names = [arguments.adapter, *arguments.candidate]
+                config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
                 report = verify(config, options, view=view, worker=worker, begins=claim.begin)
-            for line in answers(report):
-                tell(line)
-            return exit_code(report)
+        for line in answers(report):
+            tell(line)
+        return exit_code(report)
 
 
 def answers(report: Report) -> Iterator[str]:

@@ -11,15 +11,17 @@ torch: only the worker process does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate.errors import ResolveError, UsageError
+from merge_gate.errors import GateError, ResolveError, UsageError
 from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
+from merge_gate.publish.manifest import MANIFEST_NAME
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Config, reads_as_path
 from merge_gate.records.files import Entry, Snapshot
@@ -33,6 +35,7 @@ from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
+from merge_gate.verify.own_record import recorded_report
 from merge_gate.verify.stored_names import unreadable
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
@@ -73,6 +76,33 @@ def verify(
         GateError: the report cannot be written.
     """
     return _Verification(config, options, view or View(), worker or WorkerSlot(), begins).run()
+
+
+def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], object] = lambda: None) -> Report:
+    """Compare a published directory with its own merge-gate.json. Nothing is merged.
+
+    Raises:
+        UsageError: there is no such directory, or it has no merge-gate.json of merge-gate.
+        GateError: a file cannot be read, or the report cannot be written.
+    """
+    name = options.merged
+    if not Path(name).is_dir():
+        raise UsageError(
+            f"{quoted(name, 200)} is not a directory here", hint="give --adapter to compare a model on the Hub"
+        )
+    try:
+        found = recorded_report(name, name, options.allowed)
+    except OSError as error:
+        raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
+    begins()
+    content = Path(name, MANIFEST_NAME).read_bytes()
+    config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
+    tally = Tally(config, None, device=options.device, watch=BaseWatch())
+    tally.settle(0, found)
+    report = tally.report(complete=True)
+    ReportWriter(options.output, view.note).write_last(report)
+    view.finish(report, options.output or "")
+    return report
 
 
 class _Verification:

@@ -138,6 +138,11 @@ _ROWS = (
         hint="publish again; if the change is intended, compare with --base and --adapter",
     ),
     AnswerKind(
+        id="as-published",
+        summary="Every file has the digest in merge-gate.json. That file is not signed.",
+        is_good=True,
+    ),
+    AnswerKind(
         id="other-order",
         summary="It is the merge, in PEFT's other order of rounding (merge_and_unload without safe_merge).",
         is_good=True,
