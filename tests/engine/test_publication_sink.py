@@ -184,6 +184,19 @@ def test_every_floating_tensor_is_cast(variant: str, hollow: bool, shelf: Shelf,
     assert different(ours, theirs) == []
 
 
+def test_what_transformers_keeps_in_float32_is_cast_after_the_merge(tmp_path: Path) -> None:
+    case = methods.make_case("kept", "t5", "LoraConfig", r=2, target_modules=["q", "wo"])
+    base, adapter = methods.save_base("t5", tmp_path / "base"), tmp_path / "adapter"
+    methods.save_adapter(case, methods.load_base("t5", base), adapter, base_directory=base)
+    with methods.quiet():
+        model = transformers.T5ForConditionalGeneration.from_pretrained(base, dtype=torch.float16)
+        theirs = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).state_dict()
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.float16, torch.float32}
+    ours = sent_by(base, adapter, publish="float16", dtype="float16").values()
+    assert ours.keys() == stored(base).keys()
+    assert different(ours, {name: theirs[name].half() for name in ours}) == []
+
+
 def test_a_tensor_that_is_not_loaded_is_cast_too(tmp_path: Path) -> None:
     base, adapter = qwen3_5(tmp_path, torch.full((32, 64), 0.7, dtype=torch.bfloat16))
     sent = sent_by(base, adapter, publish="float32", dtype="float32")

@@ -90,7 +90,7 @@ class PublicationSink:
         for group in self._layout.checked_groups(name):
             for source in group.sources:
                 header = self._layout.outline(source)
-                written = stored_dtype(dtype)
+                written = stored_dtype(self._cast if self._cast is not None and dtype.is_floating_point else dtype)
                 if self._cast is None and header.dtype != written:
                     stored = dtype_name(self._layout.places[source].dtype)
                     raise NotPublishedError(
@@ -109,16 +109,13 @@ class PublicationSink:
                     yield StoredTensor(name=source, dtype=written, shape=header.shape, file=header.file)
 
     def _all_cast(self) -> Iterator[StoredTensor]:
-        """Every floating stored tensor whose dtype changes, in the dtype that it will have; all of a dequantized base.
-
-        That is the dtype of the loaded tensor, because transformers keeps some in float32.
-        """
+        """Every floating stored tensor whose dtype changes, as it will be; all of a dequantized base."""
         assert self._cast is not None  # noqa: S101 - only for a cast
         for group in self._layout.loaded_groups():
             loaded = self._layout.base.tensors[self._layout.base.first_name(group.targets[0])]
             for source in group.sources:
                 if loaded.is_floating_point() and self._is_cast(source):
-                    yield self._as_written(source, torch.Size(self._layout.places[source].shape), loaded.dtype)
+                    yield self._as_written(source, torch.Size(self._layout.places[source].shape), self._cast)
         for one in self._layout.unloaded():
             if self._is_cast(one.name):
                 yield self._as_written(one.name, torch.Size(one.shape), self._cast)
@@ -202,17 +199,33 @@ class PublicationSink:
         if not held.sources:
             self._put(name, held.buffer)
             return
-        self._send_rows()
+        written = self._send_rows()
         for source in held.sources:
-            self._sent[source] = self._as_written(source, torch.Size(shape), rows.dtype)
+            self._sent[source] = self._as_written(source, torch.Size(shape), written)
 
-    def _send_rows(self) -> None:
+    def _send_rows(self) -> torch.dtype:
         held = self._rows
-        part = held.buffer[: held.filled]
+        part = self._in_written_dtype(held.sources[0], held.buffer[: held.filled]) if held.sources else held.buffer
         row_bytes = part[0].nbytes if len(part) else 0
         for source in held.sources:
             self._outlet.send(source, held.first * row_bytes, bytes_of(part))
         held.first, held.filled = held.first + held.filled, 0
+        dtype: torch.dtype = part.dtype
+        return dtype
+
+    def _in_written_dtype(self, source: str, values: torch.Tensor) -> torch.Tensor:
+        """The values as they are written. Those that transformers keeps in float32 are cast and measured here."""
+        if self._cast is None or values.dtype == self._cast or not values.is_floating_point():
+            return values
+        cast = values.to(self._cast)
+        stats = measure(cast, source)
+        if not stats.finite:
+            raise NotPublishedError(
+                f"{source} has values that are not finite in {stats.dtype}: {stats.nan} NaN, "
+                f"{stats.posinf + stats.neginf} infinite",
+                hint="publish in another dtype",
+            )
+        return cast
 
     def _check_plan(self, name: str, outline: Outline) -> None:
         """What was not expected has to have the stored dtype and shape. What was expected, those of the plan."""
@@ -244,7 +257,7 @@ class PublicationSink:
             self._send_whole(source, tensor)
 
     def _send_whole(self, source: str, values: torch.Tensor) -> None:
-        values = values.cpu().contiguous()
+        values = self._in_written_dtype(source, values.cpu()).contiguous()
         if values.numel():
             self._outlet.send(source, 0, bytes_of(values))
         self._sent[source] = self._as_written(source, values.shape, values.dtype)
