@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "merge_gate"
 TORCHS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors.torch"}
-OF_THE_WORKER = {"merge_gate.worker.child"}
-"""Imports torch when it has given up what it does not need."""
+OF_THE_WORKER = {"merge_gate.worker.child", "merge_gate.worker.group_bases"}
+"""They import torch, and run when the worker has given up what it does not need."""
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["coverage"]
 
 

@@ -69,6 +69,31 @@ def test_what_is_free_is_the_smaller_of_machine_and_group(limit: int | None, fre
     assert MemoryGroup(tmp_path / "none", tmp_path / "none", tmp_path / "none").free_bytes() is None
 
 
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.events": "", "memory.max": f"{2 * GIB}\n", "memory.stat": f"anon {GIB}\nfile 7\nshmem 5\n"}, GIB - 5),
+        ({"memory.events": "", "memory.max": f"{8 * GIB}\n", "memory.stat": f"anon {GIB}\nshmem 0\n"}, 3 * GIB),
+        ({"memory.events": "", "memory.max": f"{2 * GIB}\n", "memory.stat": f"anon {3 * GIB}\nshmem 0\n"}, 0),
+        ({"memory.events": "", "memory.max": f"{2 * GIB}\n"}, 2 * GIB),
+        ({"memory.events": "", "memory.max": "max\n", "memory.stat": f"anon {GIB}\n"}, 3 * GIB),
+    ],
+    ids=["of its limit", "of the machine", "none", "unknown use", "no limit"],
+)
+def test_what_is_left_is_what_the_group_has_not_taken(files: dict[str, str], left: int, tmp_path: Path) -> None:
+    lay(tmp_path, {"proc": "0::/\n", "meminfo": f"MemAvailable:   {3 * GIB // 1024} kB\n"})
+    lay(tmp_path, {f"sys/{name}": text for name, text in files.items()})
+    assert MemoryGroup(tmp_path / "proc", tmp_path / "sys", tmp_path / "meminfo").left_bytes() == left
+    assert MemoryGroup(tmp_path / "none", tmp_path / "none", tmp_path / "none").left_bytes() is None
+
+
+def test_what_is_left_in_version_1(tmp_path: Path) -> None:
+    stat = f"cache 9\ntotal_rss {GIB}\ntotal_shmem 3\n"
+    files = {"memory.usage_in_bytes": "1", "memory.limit_in_bytes": f"{2 * GIB}", "memory.stat": stat}
+    lay(tmp_path, {"proc": "4:memory:/job\n"} | {f"sys/memory/job/{name}": text for name, text in files.items()})
+    assert MemoryGroup(tmp_path / "proc", tmp_path / "sys", tmp_path / "none").left_bytes() == GIB - 3
+
+
 def test_a_base_that_may_not_fit_is_named_before_it_is_loaded(wording: Wording) -> None:
     wording(too_large("acme/base", 2000, 1999))
     assert too_large("acme/base", 2000, 2000) is None

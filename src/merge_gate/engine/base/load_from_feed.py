@@ -5,14 +5,15 @@ mapped, and none is needed on the disk. Knows no PEFT.
 
 1. The tensor map of the headers shows what is loaded, and how much memory that takes.
 2. transformers gets each stored tensor as an object that reads its values when they are taken, like the slices of
-   safetensors. If it quantizes, it takes one at a time, and keeps only the packed values.
-3. It takes them in the order of the files, if none are converted together; else the feed is read with jumps.
+   safetensors. If it quantizes, it keeps only the packed values.
+3. It takes one at a time, in the order of the files if none are converted together; else the feed is read with jumps.
 4. The load must lack the same tensors as the headers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
@@ -45,6 +46,9 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import BaseRaised
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
+
+ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
+"""transformers' own switch. Otherwise four threads read ahead, out of order and into memory."""
 
 PACKED_BYTES = {Quantization.BNB_4BIT: 0.5 + 4 / 64, Quantization.BNB_8BIT: 1.0}
 """Memory of one packed value with its part of the scale. The scales of rows do not count."""
@@ -194,13 +198,16 @@ def _taken(group: TensorGroup) -> list[str]:
 
 @contextlib.contextmanager
 def _taken_in(key: Any) -> Iterator[None]:
-    """Inside of the `with` block, transformers sorts the names of stored tensors by `key`, if there is one."""
-    own = getattr(core_model_loading, "dot_natural_key", None)
-    if key is None or own is None:
-        yield
-        return
-    core_model_loading.dot_natural_key = key
+    """Inside of the `with` block, transformers takes one stored tensor at a time, sorted by `key` if it is set."""
+    own = core_model_loading.dot_natural_key
+    before = os.environ.get(ONE_AT_A_TIME)
+    os.environ[ONE_AT_A_TIME] = "1"
+    core_model_loading.dot_natural_key = key or own
     try:
         yield
     finally:
         core_model_loading.dot_natural_key = own
+        if before is None:
+            del os.environ[ONE_AT_A_TIME]
+        else:
+            os.environ[ONE_AT_A_TIME] = before
