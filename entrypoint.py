@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 INPUTS = (
-    "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "cache", "mounts", "memory", "shm-size", "cpus",
-    "timeout-minutes", "working-directory", "fail-on", "upload-report", "artifact-name", "retention-days", "output",
-    "shard", "args",
+    "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "cache", "publish", "verify", "mounts",
+    "memory", "shm-size", "cpus", "timeout-minutes", "working-directory", "fail-on", "upload-report",
+    "artifact-name", "retention-days", "output", "shard", "args",
 )  # fmt: skip
 """The action's inputs that travel as words. `hf-token` is not among them: a token stays in the environment."""
 

@@ -72,7 +72,7 @@ def test_the_recipes_use_inputs_and_outputs_that_exist() -> None:
     ours = [step for step in steps if step.get("uses", "").startswith("OWNER/merge-gate@")]
     assert len(ours) >= 8
     for step in ours:
-        assert "config" in step["with"]
+        assert ("config" in step["with"]) != ("verify" in step["with"])
         assert set(step["with"]) <= set(ACTION["inputs"]), step
     used = set(re.findall(r"steps\.gate\.outputs\.([a-z-]+)", DOCS))
     assert used
@@ -119,12 +119,12 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     }
     assert known - set(action.RESERVED_OPTIONS) - of_named_adapters == {
         "--only",
+        "--plan",
         "--quick",
         "--refresh",
         "--resume",
         "--access",
         "--read",
-        "--publish",
         "--max-shard-size",
         "--ray",
         "--quiet",

@@ -127,8 +127,10 @@ def test_the_cache_of_verdicts_is_written_to_and_its_secret_seen_by_nobody(run, 
     run = replace(
         run, cache=tmp_path / "verdicts", environ={"MERGE_GATE_CACHE_KEY": key, "MERGE_GATE_PLACE": "a/b run 7"}
     )
-    (mount,) = [one for one in container.mounts(run, prepared) if one["Source"] == str(tmp_path / "verdicts")]
-    assert (mount["Target"], mount["ReadOnly"]) == (str(tmp_path / "verdicts"), False)
+    run = replace(run, publish=tmp_path / "merged")
+    for name in ("verdicts", "merged"):
+        (mount,) = [one for one in container.mounts(run, prepared) if one["Source"] == str(tmp_path / name)]
+        assert (mount["Target"], mount["ReadOnly"]) == (str(tmp_path / name), False)
     environ = container.environment(run, prepared)
     assert key not in str(environ)
     assert environ["MERGE_GATE_PLACE"] == "a/b run 7"

@@ -145,7 +145,8 @@ def test_a_token_goes_by_standard_input_and_stands_nowhere_else(run, engine: Eng
 def test_caches_and_mounts_are_made_and_stay(run, engine: Engine, heard: Heard, tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
     run = replace(
-        run, hf_cache=tmp_path / "hf", cache=tmp_path / "verdicts", mounts=(tmp_path / "bases",),
+        run, hf_cache=tmp_path / "hf", cache=tmp_path / "verdicts", publish=tmp_path / "merged",
+        mounts=(tmp_path / "bases",),
         limits=Limits(memory="16g", shm_size="1g", cpus="2"),
     )  # fmt: skip
     assert heard.run(run) == 1
@@ -153,8 +154,9 @@ def test_caches_and_mounts_are_made_and_stay(run, engine: Engine, heard: Heard, 
     assert mounted == {
         str(run.workspace): True, str(tmp_path / "bases"): True,
         str(run.output): False, str(tmp_path / "hf"): False, str(tmp_path / "verdicts"): False,
+        str(tmp_path / "merged"): False,
     }  # fmt: skip
-    assert list((tmp_path / "hf").iterdir()) == list((tmp_path / "verdicts").iterdir()) == [], "no canary stays"
+    assert [list((tmp_path / name).iterdir()) for name in ("hf", "verdicts", "merged")] == [[]] * 3, "no canary stays"
     assert engine.container.asked["HostConfig"]["Memory"] == 16 << 30
     nothing_is_left(run, engine)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_gate.action import inputs as action
+from merge_gate.action.docker import container
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
 from tests.support.wording import Wording
@@ -70,6 +71,23 @@ def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) ->
     assert action.read_inputs(words(cache=""), environ).run.cache is None
 
 
+def test_a_directory_for_models_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
+    inputs = action.read_inputs(words(publish="merged"), environ)
+    merged = Path(environ["GITHUB_WORKSPACE"]).resolve() / "merged"
+    assert inputs.run.publish == merged
+    assert inputs.run.arguments == ("--publish", str(merged))
+    assert action.read_inputs(words(publish=""), environ).run.publish is None
+
+
+def test_a_model_is_verified_on_the_cpu_and_without_a_config(environ: dict[str, str]) -> None:
+    model = Path(environ["GITHUB_WORKSPACE"]).resolve() / "merged"
+    model.mkdir()
+    run = action.read_inputs(words(config="", verify="merged", args="--base ./b --adapter ./a"), environ).run
+    assert (run.verifies, run.config, run.device, run.gpus) == (True, model, "cpu", "none")
+    expected = ["verify", "merged", "--output", str(run.output), "--base", "./b", "--adapter", "./a"]
+    assert container.gate_words(run, "cpu") == expected
+
+
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
     inputs = action.read_inputs(words(shard="2/4", args="--quick"), {**environ, "MERGE_GATE_JOB_INDEX": "1"})
     assert inputs.run.arguments == ("--shard", "2/4", "--quick")
@@ -121,6 +139,7 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("args", "--container"),
         ("args", "--shard 1/2"),
         ("args", "--cache elsewhere"),
+        ("args", "--publish=elsewhere"),
         ("shard", "2"),
         ("shard", "0/2"),
         ("shard", "2/4 --quick"),
@@ -134,6 +153,13 @@ def test_a_wrong_input_is_named_with_what_was_expected(
     wording(raised.value)
     assert "\n" not in raised.value.message
     assert "docs/action.md" in raised.value.hint
+
+
+def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], wording: Wording) -> None:
+    for given in ({"verify": "nowhere", "config": ""}, {"verify": ".", "publish": "merged"}):
+        with pytest.raises(UsageError) as raised:
+            action.read_inputs(words(**given), environ)
+        wording(raised.value)
 
 
 def test_all_wrong_inputs_are_named_at_once(environ: dict[str, str]) -> None:

@@ -130,4 +130,6 @@ def test_an_output_that_leads_elsewhere(run: ContainerRun, tmp_path: Path, wordi
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(UsageError) as caught:
         run_in_container(replace(run, output=tmp_path / "link" / "out"), print)
+    with pytest.raises(UsageError, match="publish"):
+        run_in_container(replace(run, publish=tmp_path / "link" / "out"), print)
     wording(caught.value)

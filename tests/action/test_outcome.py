@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -127,3 +128,42 @@ def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: W
     said = outcome.decide(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
     assert said.result == "error"
     wording(said.problem)
+
+
+# --- published models ------------------------------------------------------------------------------------------------
+
+
+def test_a_published_model_is_listed_with_the_digest_of_its_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "merge-gate.json").write_bytes(b"{}")
+    found = report("pass")
+    found["adapters"][0]["published"] = {"directory": str(folder), "dtype": "preserve", "files": []}
+    assert outcome.published(found, tmp_path) == [
+        {"name": "a", "directory": str(folder), "dtype": "preserve", "sha256": hashlib.sha256(b"{}").hexdigest()}
+    ]
+    assert outcome.published(found, None) == []
+    assert outcome.published(found, tmp_path.parent) == []
+    found["adapters"][0]["verdict"] = "failed"
+    assert outcome.published(found, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "model", [None, 3, {}, {"directory": 3}, {"directory": "/etc"}, {"directory": "a\0b"}, {"directory": "absent"}]
+)
+def test_a_report_cannot_name_another_directory_as_published(tmp_path: Path, model: object) -> None:
+    found = report("pass")
+    found["adapters"][0]["published"] = model
+    assert outcome.published(found, tmp_path) == []
+
+
+def test_a_link_in_the_place_of_a_published_model_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "merge-gate.json").write_bytes(b"{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "merge-gate.json").symlink_to(tmp_path / "real" / "merge-gate.json")
+    found = report("pass")
+    for name in ("link", "b"):
+        found["adapters"][0]["published"] = {"directory": str(tmp_path / name)}
+        assert outcome.published(found, tmp_path) == []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,10 +71,26 @@ def play(
 ) -> int:
     """`merge-gate run ADAPTERS --base BASE WORDS` in `place`, which is the current directory. Returns its exit code.
 
-    `send` sends the tensors of a task instead of `send_all`. `changes` are fields of each adapter's evidence.
-    `adapters` may name a configuration; by default they are those in `place`.
+    `adapters` may name a configuration; by default they are those in `place`. For `send` and `changes`, see `played`.
     """
-    tensors = stored(place / base)
+    named = ["--base", base] if not adapters else []
+    adapters = adapters or sorted(path.parent.name for path in place.glob("*/adapter_config.json"))
+    with played(place / base, send=send, changes=changes):
+        return main(["run", *adapters, *named, *words])
+
+
+@contextmanager
+def played(
+    base: Path,
+    *,
+    send: Callable[[Publisher, int, Mapping[str, bytes]], None] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Commands in this block have a played worker, which merges into the base in this directory.
+
+    `send` sends the tensors of a task instead of `send_all`. `changes` are fields of each adapter's evidence.
+    """
+    tensors = stored(base)
     sends = send or send_all
 
     def supervise(
@@ -82,13 +99,11 @@ def play(
         for number, group in enumerate(job.groups):
             _play_group(number, group, on_event, lambda task: sends(publisher, task, tensors), changes or {})
 
-    named = ["--base", base] if not adapters else []
-    adapters = adapters or sorted(path.parent.name for path in place.glob("*/adapter_config.json"))
     with (
         mock.patch.object(flow, "supervise", supervise),
         mock.patch.object(supervisor.WorkerSlot, "start", return_value=None),
     ):
-        return main(["run", *adapters, *named, *words])
+        yield
 
 
 def stored(base: Path) -> dict[str, bytes]:

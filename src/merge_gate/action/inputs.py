@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
-RESERVED_OPTIONS = ("--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report")
+RESERVED_OPTIONS = (
+    "--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report", "--publish",
+)  # fmt: skip
 """Options of `merge-gate run` that the action sets itself, mostly from an input."""
+_OF_RUNS = ("config", "cache", "publish", "shard")
+"""Inputs that `verify` does not go with."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 
 _Rule = tuple[str, str, str]  # the input, the pattern of its value, and what the value must be
 RULES: tuple[_Rule, ...] = (
-    ("config", r"[^\0\r\n]+", "the path of the gate's YAML file (required)"),
+    ("config", r"[^\0\r\n]*", "the path of the gate's YAML file"),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
     ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
     ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
@@ -36,6 +40,8 @@ RULES: tuple[_Rule, ...] = (
     ("pull", r"missing|always|never", "missing, always or never"),
     ("hf-cache", r"[^\0\r\n]*", "a directory"),
     ("cache", r"[^\0\r\n]*", "a directory"),
+    ("publish", r"[^\0\r\n]*", "a directory"),
+    ("verify", r"[^\0\r\n]*", "a directory"),
     ("mounts", r"[^\0]*", "directories, one on each line"),
     ("memory", _SIZE, "a size such as 16g"),
     ("shm-size", _SIZE, "a size such as 1g"),
@@ -73,15 +79,14 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     places = _Places(environ, given["working-directory"])
-    config = places.place(given["config"])
-    is_valid_path = not places.problem and not any(problem.startswith("config: ") for problem in problems)
-    if is_valid_path and not config.is_file():
-        missing = "is a directory" if config.is_dir() else "does not exist (run actions/checkout before this step)"
-        problems.append(f"config: got {given['config']!r}, expected a file, but {config} {missing}")
+    config = places.place(given["verify"] or given["config"])
+    if not places.problem and not any(problem.startswith(("config: ", "verify: ")) for problem in problems):
+        problems += _problems_of_subject(given, config)
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
     cache = places.place(given["cache"]).resolve() if given["cache"] else None
+    publish = places.place(given["publish"]) if given["publish"] else None
     arguments, args_problem = _arguments(given["args"])
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
@@ -92,17 +97,20 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
         workspace=workspace_of(environ),
         image=given["image"],
         pull=given["pull"],
-        device=given["device"],
-        gpus=given["gpus"],
+        device="cpu" if given["verify"] else given["device"],
+        gpus="none" if given["verify"] else given["gpus"],
         arguments=(
             *(["--shard", given["shard"]] if given["shard"] else []),
             *(["--cache", str(cache)] if cache else []),
+            *(["--publish", str(publish)] if publish else []),
             *arguments,
         ),
         hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
         cache=cache,
+        publish=publish,
         mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
         limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
+        verifies=bool(given["verify"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
     )
     return ActionInputs(
@@ -112,6 +120,22 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
         artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),
     )
+
+
+def _problems_of_subject(given: Mapping[str, str], path: Path) -> list[str]:
+    """What is wrong with the configuration, or with the model to verify. `path` is the one of them that is given."""
+    if given["verify"]:
+        clashes = [name for name in _OF_RUNS if given[name]]
+        problems = [f"{name}: got {given[name]!r}, expected nothing, because `verify` is set" for name in clashes]
+        if not path.is_dir():
+            problems.append(f"verify: got {given['verify']!r}, expected a directory, but {path} is not one")
+        return problems
+    if not given["config"]:
+        return ["config: got '', expected the path of the gate's YAML file (required, unless `verify` is set)"]
+    if path.is_file():
+        return []
+    missing = "is a directory" if path.is_dir() else "does not exist (run actions/checkout before this step)"
+    return [f"config: got {given['config']!r}, expected a file, but {path} {missing}"]
 
 
 def workspace_of(environ: Mapping[str, str]) -> Path:

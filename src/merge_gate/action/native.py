@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from merge_gate.action.docker.container import config_word
+from merge_gate.action.docker.container import gate_words
 from merge_gate.errors import ExitCode, LauncherError, UsageError
 from merge_gate.interrupts import STOP_GRACE_S, Interrupted, interruptible
 
@@ -43,7 +43,7 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
         )
     environ, device = gpus_and_device(run)
     # -P keeps the workspace, the child's working directory, off its import path.
-    words = ["run", config_word(run), "--output", str(run.output), "--device", device, *run.arguments]
+    words = gate_words(run, device)
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "merge_gate", *words],
         cwd=run.workspace,

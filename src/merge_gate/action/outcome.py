@@ -6,6 +6,8 @@ The report comes out of a container, so it is not trusted.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _ADAPTER_KINDS: dict[str, Any] = {
 _FINDING_KINDS: dict[str, Any] = {
     "check": str, "severity": str, "message": str, "hint": (str, type(None)), "tensor": (str, type(None)),
 }  # fmt: skip
+_MOST_MANIFEST_BYTES = 16 * 1024 * 1024
 _VERDICTS = ("passed", "failed", "error")
 
 
@@ -66,6 +69,31 @@ def decide(code: int, path: Path, last_lines: Sequence[str] = (), refused: Seque
         f"there is no verdict: the gate ended with exit code {code}, but its report is {state} with the result "
         f"{report['result']!r}",
     )
+
+
+def published(report: Mapping[str, Any], parent: Path | None) -> list[dict[str, str]]:
+    """The models that the report names as published, if they are in `parent`. `sha256` is that of merge-gate.json.
+
+    The report is not trusted: a directory elsewhere, or without merge-gate.json, is not listed.
+    """
+    models = []
+    for adapter in report["adapters"] if parent is not None else ():
+        model = adapter.get("published")
+        if adapter["verdict"] != "passed" or not isinstance(model, dict) or not isinstance(model.get("directory"), str):
+            continue
+        folder = Path(model["directory"])
+        with contextlib.suppress(OSError, ValueError):
+            if folder.parent == parent and not folder.is_symlink():
+                manifest = read_regular_file(folder / "merge-gate.json", _MOST_MANIFEST_BYTES)
+                models.append(
+                    {
+                        "name": adapter["name"],
+                        "directory": str(folder),
+                        "dtype": str(model.get("dtype")),
+                        "sha256": hashlib.sha256(manifest).hexdigest(),
+                    }
+                )
+    return models
 
 
 def interrupted_by(error: GateError, path: Path) -> StepOutcome:

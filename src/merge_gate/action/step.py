@@ -183,6 +183,7 @@ def _outputs(inputs: ActionInputs | None, result: StepOutcome, image: str, *, up
         "result": result.result,
         "failed": json.dumps(list(dict.fromkeys(failed))),
         "counts": json.dumps(report["counts"] if report else {}),
+        "published": json.dumps(outcome.published(report, inputs.run.publish) if report and inputs else []),
         "report-path": str(inputs.run.output) if report and inputs else "",
         "image": image,
         "upload": str(uploads).lower(),

@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.adapter is None and (arguments.base or arguments.candidate):
         raise UsageError(
-            "--adapter is missing", hint="give it, or neither --base nor --candidate to use the directory's own record"
+            "--adapter is missing",
+            hint="give it; without --base and --candidate, the directory is compared with its own record",
         )
     refuse_report(arguments.output, FORMATS, [arguments.merged])
     options = VerifyOptions(merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
+from merge_gate.publish.facts import PRESERVE
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
     MANIFEST_VERSION,
@@ -26,11 +27,12 @@ from merge_gate.records.publication import (
     Versions,
 )
 from merge_gate.records.report import TOOL, ConfigFile, Tool
-from merge_gate.records.terms import Finding, Severity, Verdict, record
+from merge_gate.records.terms import DTYPES, Finding, Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.text import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,6 +186,8 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise UnreadableError(f"tool.name is {one_line(manifest.tool.name, 20)}, expected {TOOL}")
     if manifest.verdict is not Verdict.PASSED:
         raise UnreadableError(f"verdict is {manifest.verdict}, expected {Verdict.PASSED}")
+    if manifest.dtype not in {PRESERVE, *DTYPES} or manifest.base.requested_dtype not in {"auto", *DTYPES}:
+        raise UnreadableError(f"dtype is {one_line(manifest.dtype, 20)}, expected {PRESERVE} or {one_of(DTYPES)}")
     if not manifest.files:
         raise UnreadableError("files is empty, expected every file of the directory")
     if not manifest.adapters or (len(manifest.adapters) > 1) != (manifest.combination is not None):

@@ -260,7 +260,7 @@ class Publication:
             more = companions_of(base.directory if base is not None else "", adapters, facts)
             files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
             files = tuple(sorted(files, key=lambda file: file.path))
-            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files)))
+            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files, more.findings)))
             compare_written(partial.model, writer.layout)
             partial.publish(replace=replaces)
         except OSError as error:

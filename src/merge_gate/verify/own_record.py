@@ -1,6 +1,6 @@
 """Compares a published directory with its own merge-gate.json: every file, by its digest.
 
-In: a directory of unknown origin. Out: an `AdapterReport`. Imports no torch. merge-gate.json is not signed: whoever can
+In: a directory of unknown origin. Out: an `AdapterReport`. Imports no torch. merge-gate.json is not signed: anyone who can
 write the files can write it, too. An attestation proves who wrote it.
 """
 

@@ -52,7 +52,7 @@ class ContainerRun:
     """A run of the gate. Paths are absolute, and the same inside the container.
 
     Attributes:
-        config: the gate's YAML file, inside `workspace` or `mounts`.
+        config: the gate's YAML file, inside `workspace` or `mounts`; or the directory of a model, if the run verifies.
         output: the directory of the report.
         workspace: the directory with everything that the configuration names outside of `mounts`; read-only inside.
         image: the image; empty for the one released with this version.
@@ -62,8 +62,10 @@ class ContainerRun:
         arguments: more arguments of `merge-gate run`.
         hf_cache: the Hub's cache; None for a cache of this run only.
         cache: the directory of cached verdicts, writable inside.
+        publish: the directory of published models, writable inside.
         mounts: more directories, read-only inside.
         limits: limits of the container.
+        verifies: whether `merge-gate verify` runs, on the model in `config`, and not `merge-gate run`.
         environ: the caller's environment.
         time_limit_s: seconds until the run is stopped.
     """
@@ -78,8 +80,10 @@ class ContainerRun:
     arguments: tuple[str, ...] = ()
     hf_cache: Path | None = None
     cache: Path | None = None
+    publish: Path | None = None
     mounts: tuple[Path, ...] = ()
     limits: Limits = Limits()
+    verifies: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     time_limit_s: float = TIME_LIMIT_S
 
@@ -101,8 +105,13 @@ class PreparedContainer:
 
 def command(run: ContainerRun) -> list[str]:
     """Return the arguments of the entrypoint. If GPUs were requested, the run must not fall back to the CPU."""
-    device = "cuda" if run.gpus and run.device == "auto" else run.device
-    return ["run", config_word(run), "--output", str(run.output), "--device", device, *run.arguments]
+    return gate_words(run, "cuda" if run.gpus and run.device == "auto" else run.device)
+
+
+def gate_words(run: ContainerRun, device: str) -> list[str]:
+    """Return the words of the command line after `merge-gate`. A model is verified on the CPU."""
+    command = ["verify"] if run.verifies else ["run", "--device", device]
+    return [command[0], config_word(run), "--output", str(run.output), *command[1:], *run.arguments]
 
 
 def config_word(run: ContainerRun) -> str:
@@ -115,7 +124,8 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     """Return the variables that inspecting the container shows: no token and no password."""
     passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
     debug = {"MERGE_GATE_DEBUG": "1"} if run.environ.get("RUNNER_DEBUG") == "1" else {}
-    expected = canary.expectations({run.config: run.config, **prepared.canaries}, run.gpus)
+    config = {} if run.verifies else {run.config: run.config}
+    expected = canary.expectations({**config, **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
     authorities = dict.fromkeys(_AUTHORITIES, AUTHORITIES_INSIDE) if authorities_file(run.environ) else {}
     # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. With GPUs by CDI, or without
@@ -154,7 +164,7 @@ def mounts(run: ContainerRun, prepared: PreparedContainer) -> list[dict[str, Any
         *((path, path, True) for path in run.mounts),
         (prepared.written, run.output, False),
         (prepared.cache, prepared.cache, False),
-        *([(run.cache, run.cache, False)] if run.cache else []),
+        *((path, path, False) for path in (run.cache, run.publish) if path),
         *([(Path(authorities), Path(AUTHORITIES_INSIDE), True)] if authorities else []),
     ]
     return [

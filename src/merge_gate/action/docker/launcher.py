@@ -130,35 +130,47 @@ def _released(gpus: str) -> str:
 
 
 def _check_paths(run: ContainerRun) -> None:
-    if not run.config.is_file():
-        raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
     visible = (run.workspace, *run.mounts)
+    _check_subject(run, visible)
+    _check_target("output", run.output)
+    if run.publish is not None:
+        _check_target("publish", run.publish)
+    for path in run.mounts:
+        if not path.exists():
+            raise UsageError(f"mounts: {path} does not exist", hint="name directories of the runner by absolute paths")
+    for path in (*visible, run.output, *filter(None, (run.hf_cache, run.cache, run.publish))):
+        if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
+            raise UsageError(f"{path} cannot be mounted into the container: it would hide files of the image")
+
+
+def _check_subject(run: ContainerRun, visible: Sequence[Path]) -> None:
+    """Check that the container sees the configuration, or the model to verify."""
+    name = "verify" if run.verifies else "config"
+    if run.verifies and not run.config.is_dir():
+        raise UsageError(f"verify: {run.config} is not a directory", hint="name the directory of the merged model")
+    if not run.verifies and not run.config.is_file():
+        raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
     if not _is_in(run.config, visible):
         raise UsageError(
-            f"config: {run.config} is outside of the workspace {run.workspace}, so the container cannot see it",
+            f"{name}: {run.config} is outside of the workspace {run.workspace}, so the container cannot see it",
             hint="move it inside, or start from a directory that contains it",
         )
     if not _is_in(run.config.resolve(), visible):
         raise UsageError(
-            f"config: {run.config} is a symbolic link to {run.config.resolve()}, which is outside of the workspace "
+            f"{name}: {run.config} is a symbolic link to {run.config.resolve()}, which is outside of the workspace "
             f"{run.workspace} and does not exist inside the container",
             hint="put the file itself in the workspace, or add its directory to `mounts`",
         )
-    if run.output.resolve() != run.output:
+
+
+def _check_target(name: str, path: Path) -> None:
+    if path.resolve() != path:
         raise UsageError(
-            f"output: {run.output} leads through a symbolic link to {run.output.resolve()}, expected no link",
+            f"{name}: {path} leads through a symbolic link to {path.resolve()}, expected no link",
             hint="name the directory itself",
         )
-    if run.output.exists() and not run.output.is_dir():
-        raise UsageError(
-            f"output: {run.output} is a file, expected a directory", hint="remove it, or name another directory"
-        )
-    for path in run.mounts:
-        if not path.exists():
-            raise UsageError(f"mounts: {path} does not exist", hint="name directories of the runner by absolute paths")
-    for path in (*visible, run.output, *filter(None, (run.hf_cache, run.cache))):
-        if str(path) == "/" or any(f"{path}/".startswith(f"{name}/") for name in _RESERVED):
-            raise UsageError(f"{path} cannot be mounted into the container: it would hide files of the image")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{name}: {path} is a file, expected a directory", hint="remove it, or name another directory")
 
 
 def _is_in(path: Path, directories: Sequence[Path]) -> bool:
@@ -183,8 +195,8 @@ def _prepare(
     leftovers.remove_orphans(client, listener.warning)
     listener.image(docker_api.ensure_image(client, run.image, log, run.pull))
     cache, written = _directories(run, clearing, listener)
-    verdicts = {run.cache: run.cache} if run.cache else {}
-    canaries = _canaries({run.output: written, cache: cache, **verdicts}, clearing)
+    more = {path: path for path in (run.cache, run.publish) if path}
+    canaries = _canaries({run.output: written, cache: cache, **more}, clearing)
     name = f"merge-gate-{secrets.token_hex(8)}"
     clearing.callback(leftovers.remove, client, name, listener.warning)
     return PreparedContainer(client, facts, name, cache, written, canaries)
@@ -197,7 +209,7 @@ def _directories(run: ContainerRun, clearing: contextlib.ExitStack, listener: Ru
         written = _scratch(run.environ, "report", clearing)
         clearing.callback(_take, written, run.output, listener)
         cache = run.hf_cache or _scratch(run.environ, "hf", clearing)
-        for directory in filter(None, (cache, run.cache)):
+        for directory in filter(None, (cache, run.cache, run.publish)):
             directory.mkdir(parents=True, exist_ok=True)
         return cache, written
 

@@ -1,0 +1,59 @@
+"""`merge-gate rebuild`: make a published model again, and compare every byte with its merge-gate.json."""
+
+from __future__ import annotations
+
+import argparse
+
+from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, examples, exit_codes, given
+from merge_gate.cli.output import view_of
+from merge_gate.errors import ExitCode
+from merge_gate.run.streams import say, tell
+
+
+def add(commands: Commands[CommandParser]) -> None:
+    rebuild = commands.add_parser(
+        "rebuild",
+        help="make a published model again",
+        description="Merge again what the merge-gate.json of a published model describes, and compare every byte with "
+        "it. The model goes to DIR, as a folder with its name, only if all are the same.",
+        epilog=examples("merge-gate rebuild merged/support --output again --base ./my-base --adapter ./my-adapter")
+        + exit_codes(
+            "0  the model was made, with the same bytes",
+            "1  it has other bytes: the message names the files and what may be the reason; nothing was kept",
+            "2  usage error",
+            "3  the model could not be made",
+        ),
+    )
+    rebuild.add_argument("file", type=given, metavar="FILE", help="the merge-gate.json, or the directory that holds it")
+    rebuild.add_argument("--output", "-o", required=True, type=given, metavar="DIR", help="where the model goes")
+    rebuild.add_argument("--base", type=given, metavar="BASE", help="the base's place here (default: as in FILE)")
+    rebuild.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=given,
+        metavar="ADAPTER",
+        help="the adapter's place here (default: as in FILE); for a combination, once for each member",
+    )
+    rebuild.add_argument("--allow-pickle", action="store_true", help="read pickled weights, if there are no others")
+    add_appearance(rebuild)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from merge_gate.report.wording.untrusted import one_line
+    from merge_gate.run.rebuild import RebuildOptions, rebuild
+
+    options = RebuildOptions(
+        base=arguments.base, adapters=tuple(arguments.adapter), allow_pickle=arguments.allow_pickle
+    )
+    with view_of(arguments) as (view, _):
+        rebuilt = rebuild(arguments.file, arguments.output, options, view)
+    if not rebuilt.different:
+        tell(f"{rebuilt.directory} has the bytes that merge-gate.json describes")
+        return ExitCode.PASS
+    for file in rebuilt.different:
+        say(f"merge-gate: {one_line(file.path, 200)}: {file.kind}")
+    for reason in rebuilt.reasons:
+        say(f"merge-gate: {reason}")
+    say("merge-gate: the model has other bytes than merge-gate.json describes; it was not kept")
+    return ExitCode.FAIL

@@ -1,0 +1,253 @@
+"""Makes a published model again, from its merge-gate.json, and compares every byte with it.
+
+In: a merge-gate.json of unknown origin, and a directory. Out: the model in that directory, or what differs. No code of
+the base runs, whatever the file says.
+
+1. Make the configuration that the file describes.              _config
+2. Merge and publish into a directory of its own.               run/flow.py
+3. Write the card and the file itself, which follow from it.
+4. Compare every file. Only then the model gets its name.       publish/manifest.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
+from merge_gate.config.paths import InvalidName, resolve_name
+from merge_gate.errors import GateError, UsageError
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, FileDifference, differences, parse_manifest
+from merge_gate.publish.model_card import CARD_NAME, model_card
+from merge_gate.publish.publications import model_name
+from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, PublishSpec
+from merge_gate.records.options import RunOptions
+from merge_gate.records.terms import Severity, Verdict, record
+from merge_gate.regular_file import read_regular_file
+from merge_gate.report.stored.output_directory import explained
+from merge_gate.report.wording.untrusted import one_line
+from merge_gate.run.flow import run_gate
+from merge_gate.text import quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merge_gate.records.publication import Manifest
+    from merge_gate.records.report import Report
+    from merge_gate.run.view import View
+
+_SCRATCH = ".merge-gate-rebuild-"
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
+
+
+@record
+class RebuildOptions:
+    """How a model is made again.
+
+    Attributes:
+        base: the base's place here; None for the name in merge-gate.json.
+        adapters: the places of the adapters here, in the order of merge-gate.json; empty for the names there.
+        allow_pickle: whether pickled weights may be read.
+    """
+
+    base: str | None = None
+    adapters: tuple[str, ...] = ()
+    allow_pickle: bool = False
+
+
+@record
+class Rebuilt:
+    """The outcome. `different` is empty if the model is in `directory`; `reasons` are other inputs and versions."""
+
+    directory: Path
+    different: tuple[FileDifference, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebuilt:
+    """Make the model again that a merge-gate.json describes, as a folder of `output`.
+
+    Raises:
+        UsageError: the file cannot be used, a name stands for nothing, or the model's folder is there already.
+        GateError: the merge was not judged, or did not pass.
+    """
+    place = Path(file, MANIFEST_NAME) if Path(file).is_dir() else Path(file)
+    with explained(f"cannot read {one_line(str(place))}", chosen_by=""):
+        data = read_regular_file(place, MOST_BYTES)
+    manifest = parse_manifest(data, str(place))
+    target = Path(output, model_name(manifest.name, manifest.dtype)).absolute()
+    if target.parent != Path(output).absolute():
+        raise UsageError(f"{one_line(str(place))} has the name {quoted(manifest.name)}, expected the name of a folder")
+    if os.path.lexists(target):
+        raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
+    # 1. and 2.
+    with _scratch(target.parent) as folder:
+        config = _config(manifest, folder, options)
+        report = run_gate(config, RunOptions(device=_device(manifest), only=(manifest.name,)), view=view)
+        reasons = tuple(_other_inputs(manifest, report))
+        model = folder / target.name
+        if not model.is_dir():
+            raise _not_published(report, reasons)
+        # 3. and 4.
+        with explained(f"cannot write {target}"):
+            (model / CARD_NAME).write_bytes(model_card(manifest))
+            (model / MANIFEST_NAME).write_bytes(data)
+            different = differences(model, manifest)
+            if not different:
+                model.rename(target)
+    return Rebuilt(directory=target, different=different, reasons=reasons)
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A directory of this run in `parent`, removed at its end. Those of killed runs are removed as well."""
+    with explained(f"cannot use the directory {parent}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f"{_SCRATCH}*"):
+            with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False):
+                shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+    try:
+        with locked_directory(folder, follow=False):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _device(manifest: Manifest) -> str:
+    return manifest.versions.device if _DEVICE.fullmatch(manifest.versions.device) else "auto"
+
+
+# --- 1. --------------------------------------------------------------------------------------------------------------
+
+
+def _config(manifest: Manifest, folder: Path, options: RebuildOptions) -> Config:
+    if options.adapters and len(options.adapters) != len(manifest.adapters):
+        raise UsageError(
+            f"--adapter is given {len(options.adapters)} times, and the model has {len(manifest.adapters)} adapters",
+            hint="give it once for each adapter, in the order of merge-gate.json",
+        )
+    here = options.adapters or tuple(adapter.source for adapter in manifest.adapters)
+    base = _base(manifest, options.base)
+    specs = []
+    for adapter, name in zip(manifest.adapters, here, strict=True):
+        path, hub_id = _resolved(name, adapter.revision, is_base=False)
+        revision = None if path else adapter.revision
+        specs.append(_spec(adapter.name, adapter.source, base, path=path, hub_id=hub_id, revision=revision))
+    if manifest.combination is not None:
+        combine = Combine(
+            method=manifest.combination.method,
+            adapters=tuple(adapter.name for adapter in manifest.adapters),
+            weights=manifest.combination.weights,
+            density=manifest.combination.density,
+            majority_sign_method=manifest.combination.majority_sign_method,
+            seed=manifest.combination.seed,
+        )
+        specs.append(_spec(manifest.name, manifest.name, base, combine=combine))
+    return Config(
+        path=manifest.config.path,
+        directory=str(Path.cwd()),
+        sha256=manifest.config.sha256,
+        adapters=tuple(specs),
+        allow_pickle=options.allow_pickle,
+        publish=PublishSpec(
+            directory=str(folder), label=str(folder), dtype=manifest.dtype, max_shard_bytes=manifest.max_shard_bytes
+        ),
+    )
+
+
+def _base(manifest: Manifest, named: str | None) -> BaseSpec:
+    written = named or manifest.base.model
+    path, hub_id = _resolved(written, manifest.base.revision, is_base=True)
+    return BaseSpec(
+        model=path or hub_id,
+        label=manifest.base.model,
+        revision=None if path else manifest.base.revision,
+        dtypes=(manifest.base.requested_dtype,),
+        quantization=manifest.base.requested_quantization,
+    )
+
+
+def _resolved(name: str, revision: str | None, *, is_base: bool) -> tuple[str | None, str | None]:
+    """The directory, or the Hub id."""
+    try:
+        ((_, path, hub_id),) = resolve_name(name, Path.cwd(), on_hub=revision is not None, is_base=is_base)
+    except (InvalidName, ValueError) as error:
+        option = "--base" if is_base else "--adapter"
+        raise UsageError(
+            f"{quoted(name, 200)} is not a directory here or a Hub id", hint=f"name its place here with {option}"
+        ) from error
+    return path, hub_id
+
+
+def _spec(
+    name: str,
+    source: str,
+    base: BaseSpec,
+    *,
+    path: str | None = None,
+    hub_id: str | None = None,
+    revision: str | None = None,
+    combine: Combine | None = None,
+) -> AdapterSpec:
+    return AdapterSpec(
+        name=name,
+        source=source,
+        path=path,
+        hub_id=hub_id,
+        revision=revision,
+        combine=combine,
+        base=base,
+        checks=_SETTINGS,
+        line=1,
+        column=1,
+    )
+
+
+_SETTINGS = tuple(
+    CheckSetting(
+        check=row.id,
+        severity=Severity.WARNING if row.can_be_off and row.severity is Severity.ERROR else row.severity,
+        limit=row.limit,
+    )
+    for row in CHECKS.values()
+)
+"""The first run judged the merge, with its own settings. Here the bytes decide."""
+
+
+# --- the outcome -----------------------------------------------------------------------------------------------------
+
+
+def _other_inputs(manifest: Manifest, report: Report) -> Iterator[str]:
+    """The inputs and versions that are not those of the first run."""
+    for base in report.bases[:1]:
+        if base.sha256 != manifest.base.sha256:
+            yield f"the base has the digest {(base.sha256 or 'unknown')[:16]}, expected {manifest.base.sha256[:16]}"
+    listed = [file for adapter in manifest.adapters for file in adapter.files]
+    for adapter in report.adapters[:1]:
+        if adapter.files != tuple(listed):
+            yield "the adapter's files have other digests"
+    for name in ("python", "torch", "peft", "transformers", "bitsandbytes", "device"):
+        before, now = getattr(manifest.versions, name), getattr(report.environment, name)
+        if before is not None and before != now:
+            yield f"{name} is {now}, and was {one_line(before, 40)}"
+
+
+def _not_published(report: Report, reasons: tuple[str, ...]) -> GateError:
+    """The error of a model that could not be made."""
+    said = [
+        finding.message
+        for adapter in report.adapters
+        if adapter.verdict is not Verdict.PASSED
+        for finding in adapter.findings[:1]
+    ]
+    return GateError(
+        "the model could not be made: " + "; ".join([*(one_line(text, 400) for text in said), *reasons]),
+        hint="rebuild it from the same base and adapter, with the versions in merge-gate.json",
+    )

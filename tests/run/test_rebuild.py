@@ -1,0 +1,156 @@
+"""`merge-gate rebuild` with a played worker: the same bytes under the model's name, or no directory and the reasons."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_gate.cli.dispatch import main
+from merge_gate.publish.manifest import MANIFEST_NAME
+from merge_gate.records.refusals import NotJudged
+from merge_gate.worker.protocol import PublicationSent
+from merge_gate.worker.publish_service import Publisher
+from tests.support.played_merges import MERGED, lay, play, played, send_all
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a base, an adapter, and its published model in `merged/one`."""
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, names=["one"])
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    assert play(tmp_path, "--publish", "merged") == 0
+    return tmp_path
+
+
+def rebuild(place: Path, *words: str, base: str = "base", **how: Any) -> int:
+    with played(place / base, **how):
+        return main(["rebuild", "merged/one", "--output", "again", *words])
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def nothing_is_left(place: Path) -> bool:
+    return not list((place / "again").iterdir())
+
+
+def test_the_same_inputs_give_the_same_bytes(place: Path) -> None:
+    assert rebuild(place) == 0
+    assert files(place / "again" / "one") == files(place / "merged" / "one")
+    assert [path.name for path in (place / "again").iterdir()] == ["one"]
+    with played(place / "base"):
+        assert main(["rebuild", f"merged/one/{MANIFEST_NAME}", "--output", "again"]) == 2, "it is there already"
+
+
+def test_the_inputs_may_be_elsewhere(place: Path) -> None:
+    before = files(place / "merged" / "one")
+    for name in ("base", "one"):
+        (place / name).rename(place / f"my-{name}")
+    assert rebuild(place, base="my-base") == 2, "the names in the file stand for nothing here"
+    assert rebuild(place, "--base", "my-base", "--adapter", "my-one", base="my-base") == 0
+    assert files(place / "again" / "one") == before
+
+
+def flips_a_bit(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    name = MERGED.format(0)
+    changed = bytes([tensors[name][0] ^ 1, *tensors[name][1:]])
+    send_all(publisher, task, {**tensors, name: changed})
+
+
+def test_one_other_bit_is_named_and_nothing_is_kept(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert rebuild(place, send=flips_a_bit) == 1
+    assert "model-00001-of-00002.safetensors: changed" in capfd.readouterr().err
+    assert nothing_is_left(place)
+
+
+@pytest.mark.parametrize("name", ["one/tokenizer.json", "base/config.json", "one/adapter_config.json"])
+def test_another_input_is_named(place: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    path = place / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added": 1}))
+    code = rebuild(place)
+    err = capfd.readouterr().err
+    if name == "one/adapter_config.json":  # this worker merges whatever the file says
+        assert code == 0
+    else:
+        assert code == 1
+        assert f"{path.name}: changed" in err
+        assert nothing_is_left(place)
+
+
+def test_another_base_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "base", place / "other")
+    weights = place / "other" / "model-00002-of-00002.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert rebuild(place, "--base", "other", base="other") == 1
+    err = capfd.readouterr().err
+    assert "the base has the digest" in err
+    assert "model-00002-of-00002.safetensors: changed" in err
+
+
+def test_other_versions_are_named_if_the_bytes_differ(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
+    document["versions"]["torch"] = "0.1"
+    (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document))
+    assert rebuild(place, send=flips_a_bit) == 1
+    assert "torch is" in capfd.readouterr().err
+    assert rebuild(place) == 0, "with the same bytes, versions do not matter"
+
+
+def refuses(publisher: Publisher, task: int, _: Mapping[str, bytes]) -> None:
+    publisher.sent(PublicationSent(task=task, refusal=NotJudged(message="no way back", hint="none")))
+
+
+def test_a_model_that_cannot_be_made_is_a_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert rebuild(place, send=refuses) == 3
+    assert "the model could not be made" in capfd.readouterr().err
+    assert nothing_is_left(place)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../one"},
+        {"name": "."},
+        {"verdict": "failed"},
+        {"dtype": "int4"},
+        {"base": None},
+        {"adapters": []},
+    ],
+)
+def test_a_file_of_a_stranger_is_refused(place: Path, change: Mapping[str, Any]) -> None:
+    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
+    (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document | change))
+    assert rebuild(place) == 2
+    assert not (place / "again").exists() or nothing_is_left(place)
+
+
+def test_no_code_runs_whatever_the_file_says(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
+    (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document | {"trust_remote_code": True}))
+    (place / "base" / "config.json").write_text(
+        json.dumps(json.loads((place / "base" / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}})
+    )
+    assert rebuild(place) == 0, "the reference is removed, as in the first run"
+
+
+def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
+    left = place / "again" / ".merge-gate-rebuild-x"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"")
+    assert rebuild(place) == 0
+    assert not left.exists()
+
+
+def test_links_and_pipes_are_not_read(place: Path) -> None:
+    manifest = place / "merged" / "one" / MANIFEST_NAME
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert rebuild(place) == 2
