@@ -1,3 +1,44 @@
 """Merge LoRA and other PEFT adapters into a scratch copy of their base and prove every parameter finite."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from merge_gate.api import gate
+    from merge_gate.errors import ConfigError, GateError, UsageError
+    from merge_gate.records.report import AdapterReport, BaseReport, Report
+    from merge_gate.records.terms import Finding, Result, Severity, Verdict
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterReport",
+    "BaseReport",
+    "ConfigError",
+    "Finding",
+    "GateError",
+    "Report",
+    "Result",
+    "Severity",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "gate",
+]
+
+_MODULES = {
+    "merge_gate.api": ("gate",),
+    "merge_gate.errors": ("ConfigError", "GateError", "UsageError"),
+    "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
+    "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: the command line and the action need none of them."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

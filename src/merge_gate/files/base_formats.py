@@ -391,7 +391,7 @@ _PARTS = {
 def _wrong_blocks(weight: StoredTensor, scale: StoredTensor, block: tuple[int, ...] | None) -> str | None:
     """Why transformers would scale the wrong rows or columns, or none at all; None if it scales the right ones.
 
-    `Fp8Dequantize` (integrations/finegrained_fp8.py) divides the weight evenly by the grid of scales. A last block that
+    `Fp8Dequantize` (finegrained_fp8.py) divides the weight evenly by the grid of scales. A last block that
     is smaller than the others breaks that.
     """
     if len(scale.shape) < 2 or len(weight.shape) < 2:  # noqa: PLR2004 - one scale for the whole weight

@@ -331,5 +331,10 @@ class Report:
         return Result.PASS if self.adapters or self.is_empty_shard else Result.ERROR
 
     @property
+    def passed(self) -> bool:
+        """Whether the result is `pass`: every adapter passed, or the baseline accepts its failure."""
+        return self.result is Result.PASS
+
+    @property
     def is_empty_shard(self) -> bool:
         return self.shard is not None and not self.shard.positions and self.shard.entries > 0

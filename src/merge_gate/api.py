@@ -1,0 +1,112 @@
+"""The Python interface: `merge_gate.gate`. It gates adapters as `merge-gate run` does, and prints nothing.
+
+In: names, and the options of a run. Out: a `Report`. torch is imported by the worker process only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.cache.resume import forget
+from merge_gate.config.from_arguments import config_of, names_a_file
+from merge_gate.errors import UsageError
+from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.report.stored.output_directory import claimed, refuse_report
+from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.run.flow import run_gate
+from merge_gate.worker.supervisor import WorkerSlot
+
+if TYPE_CHECKING:
+    from merge_gate.records.config import Config
+    from merge_gate.records.report import Report
+
+    Name = str | os.PathLike[str]
+
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+def gate(
+    adapters: Name | Sequence[Name],
+    *,
+    base: Name | None = None,
+    dtypes: Sequence[str] = (),
+    quantization: str | None = None,
+    revision: str | None = None,
+    checks: Mapping[str, object] = _NOTHING,
+    expect: Mapping[str, object] = _NOTHING,
+    allow_pickle: bool = False,
+    device: str = "auto",
+    quick: bool = False,
+    cache: Name | None = None,
+    output: Name | None = None,
+) -> Report:
+    """Merge each adapter into a scratch copy of its base, and check every parameter of the merged model.
+
+    Args:
+        adapters: directories, globs or Hub ids, or one configuration file. Relative names start in the current
+            directory.
+        base: a directory or a Hub id. If None, each adapter's adapter_config.json names its base.
+        dtypes: `auto`, `float32`, `bfloat16`, `float16`. Each adapter has one entry in the report for each of them.
+        quantization: `none`, `bnb-8bit` or `bnb-4bit`.
+        revision: a commit, tag or branch of the adapters, if they are on the Hub.
+        checks: severities by the ids of checks, or mappings with `severity` and `limit`, as a configuration has them.
+        expect: facts that every adapter must match, as a configuration has them.
+        allow_pickle: load pickled weights of adapters, with weights_only.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        quick: let a bound replace the merge of a weight if it proves every value finite and small.
+        cache: a directory for verdicts, which later runs reuse.
+        output: a directory for the report. None writes no file.
+
+    Returns:
+        The report. `passed` says whether every adapter passed; a broken adapter raises nothing.
+
+    Raises:
+        UsageError: an argument or a name is wrong. Nothing was judged.
+        ConfigError: the configuration file is wrong. Nothing was judged.
+        GateError: the gate cannot go on, such as on a full disk.
+    """
+    names = [os.fspath(name) for name in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
+    named: dict[str, Any] = {
+        "base": None if base is None else os.fspath(base),
+        "dtypes": list(dtypes),
+        "quantization": quantization,
+        "revision": revision,
+        "checks": checks,
+        "expect": expect,
+        "allow_pickle": allow_pickle,
+    }
+    folder = None if output is None else os.fspath(output)
+    options = RunOptions(
+        device=device,
+        output=folder,
+        quick=quick,
+        cache=CacheOptions(directory=None if cache is None else os.fspath(cache)),
+    )
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(WorkerSlot())
+        config = _config(names, named)
+        if folder is None:
+            return run_gate(config, options, worker=worker)
+        refuse_report(folder, FORMATS, names)
+        earlier = stack.enter_context(claimed(folder))
+        report = run_gate(config, options, worker=worker, begins=earlier.replace_previous)
+        forget(folder)
+        return report
+
+
+def _config(names: Sequence[str], named: Mapping[str, Any]) -> Config:
+    """The configuration in the file, or that of the named adapters."""
+    if not names:
+        raise UsageError("no adapters are named", hint="give directories, globs, Hub ids, or a configuration file")
+    if not names_a_file(names):
+        return config_of(names, **named)
+    given = next((name for name, value in named.items() if value), None)
+    if given is not None:
+        raise UsageError(f"{given} is for adapters that are named", hint="write it into the configuration file instead")
+    from merge_gate.config.load_config import load_config  # noqa: PLC0415 - imports pydantic
+
+    return load_config(names[0])

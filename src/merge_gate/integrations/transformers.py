@@ -1,0 +1,98 @@
+"""`GateCallback`: gates the adapter of a finished training run of transformers' Trainer.
+
+In: the trainer's model at the end of the training. Out: the saved adapter and its report, in the trainer's output
+directory, and an error if the adapter did not pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainerCallback
+
+from merge_gate.api import gate
+from merge_gate.errors import GateError
+from merge_gate.report.wording import run_result
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from merge_gate.records.report import Report
+
+FOLDER = "merge-gate"
+"""The folder in the trainer's output directory, for the adapter and the report."""
+
+_log = logging.getLogger("merge_gate")
+
+
+class AdapterNotPassedError(GateError):
+    """The trained adapter failed, or could not be judged; `report` says why."""
+
+    def __init__(self, report: Report, page: Path) -> None:
+        super().__init__(f"{report.result.value}: {run_result.headline(report)}", hint=f"open {page}")
+        self.report = report
+
+
+class GateCallback(TrainerCallback):  # type: ignore[misc] # transformers is skipped by mypy
+    """Saves and gates the adapter when the training ends.
+
+    The adapter is merged on the CPU by default, because the training still holds the GPU's memory.
+
+    Args:
+        on_failure: `raise` raises `AdapterNotPassedError`, `log` logs an error.
+        options: arguments of `merge_gate.gate`, such as `base`, `dtypes`, `checks` and `device`, but not `output`.
+
+    Attributes:
+        report: the report of the last training; None before its end, and on other processes than the first.
+    """
+
+    def __init__(self, *, on_failure: Literal["raise", "log"] = "raise", **options: Any) -> None:
+        self._on_failure = on_failure
+        self._options = {"device": "cpu"} | options
+        self.report: Report | None = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, _: TrainerControl, model: Any = None, **__: Any
+    ) -> None:
+        """Save the adapter, gate it, and raise or log if it did not pass.
+
+        Raises:
+            AdapterNotPassedError: the adapter failed or could not be judged.
+            GateError: the model has no adapter, its weights are sharded, or an option is wrong.
+        """
+        if not state.is_world_process_zero:
+            return
+        place = Path(args.output_dir, FOLDER)
+        adapter = _saved(model, args, place / (Path(args.output_dir).resolve().name or "adapter"))
+        output = place / "report"
+        self.report = gate(adapter, output=output, **self._options)
+        page = output / "report.html"
+        if self.report.passed:
+            _log.info("%s: %s", run_result.headline(self.report), page)
+            return
+        error = AdapterNotPassedError(self.report, page)
+        if self._on_failure == "raise":
+            raise error
+        _log.error("%s (%s)", error.message, error.hint)
+
+
+def _saved(model: Any, args: TrainingArguments, directory: Path) -> Path:
+    """Save the active adapter, and return its directory: PEFT adds a folder for a name other than `default`."""
+    from peft import PeftModel  # noqa: PLC0415 - a trainer without PEFT gets a sentence
+
+    if not isinstance(model, PeftModel):
+        raise GateError(
+            f"the trained model is a {type(model).__name__}, expected a PeftModel with an adapter",
+            hint="wrap the model with peft.get_peft_model, or remove GateCallback",
+        )
+    if args.deepspeed or args.fsdp:
+        raise GateError(
+            "the weights of the trained model are sharded (DeepSpeed or FSDP), so its adapter cannot be saved here",
+            hint="save it with trainer.save_model(), then call merge_gate.gate on the directory",
+        )
+    name = str(model.active_adapter)
+    model.save_pretrained(os.fspath(directory), selected_adapters=[name])
+    return directory if name == "default" else directory / name

@@ -1,0 +1,100 @@
+"""`GateCallback` at the end of a real training run of a tiny model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from merge_gate import GateError, Verdict
+from merge_gate.demo import VOCABULARY, make_demo
+from merge_gate.integrations.transformers import AdapterNotPassedError, GateCallback
+from tests.support.wording import Wording
+
+pytestmark = pytest.mark.filterwarnings("default")  # transformers and PEFT warn each other's users while they train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("training") / "demo"
+    make_demo(str(directory))
+    return directory / "base"
+
+
+def trainer(base: Path, output: Path, callback: GateCallback, *, is_adapter: bool = True, **options: Any) -> Trainer:
+    """A training run of two steps in float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if is_adapter:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    tokens = torch.arange(16) % VOCABULARY
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(output), disable_tqdm=True, **settings | options),
+        train_dataset=[{"input_ids": tokens, "labels": tokens}] * 8,
+        callbacks=[callback],
+    )
+
+
+def test_a_trained_adapter_passes(base: Path, tmp_path: Path) -> None:
+    callback = GateCallback(dtypes=["bfloat16"])
+    trainer(base, tmp_path / "support", callback).train()
+    assert callback.report is not None
+    assert callback.report.passed
+    (adapter,) = callback.report.adapters
+    assert (adapter.name, adapter.verdict, adapter.base.dtype) == ("support", Verdict.PASSED, "bfloat16")
+    assert adapter.coverage.modules_merged == 4
+    folder = tmp_path / "support" / "merge-gate"
+    assert sorted(path.name for path in folder.iterdir()) == ["report", "support"]
+    assert (folder / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize("on_failure", ["raise", pytest.param("log", marks=pytest.mark.slow)])
+def test_a_diverged_training_run_is_an_error(
+    on_failure: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, wording: Wording
+) -> None:
+    """Its learning rate makes every trained weight NaN."""
+    callback = GateCallback(on_failure=on_failure, base=base)
+    run = trainer(base, tmp_path / "support", callback, learning_rate=float("inf"))
+    with caplog.at_level(logging.INFO, "merge_gate"):
+        if on_failure == "raise":
+            with pytest.raises(AdapterNotPassedError) as caught:
+                run.train()
+            assert caught.value.report is callback.report
+            wording(caught.value)
+        else:
+            run.train()
+            assert [record.levelname for record in caplog.records if record.name == "merge_gate"] == ["ERROR"]
+    assert callback.report is not None
+    assert callback.report.adapters[0].cause == "adapter-nonfinite"
+
+
+def test_a_model_without_an_adapter_is_refused(base: Path, tmp_path: Path, wording: Wording) -> None:
+    run = trainer(base, tmp_path / "out", GateCallback(), is_adapter=False, max_steps=1)
+    with pytest.raises(GateError) as caught:
+        run.train()
+    wording(caught.value)
+    assert not (tmp_path / "out" / "merge-gate").exists()
+
+
+def test_other_processes_of_a_training_run_do_nothing(base: Path, tmp_path: Path) -> None:
+    callback = GateCallback()
+    run = trainer(base, tmp_path / "out", callback)
+    run.state.is_world_process_zero = False
+    callback.on_train_end(run.args, run.state, run.control, model=run.model)
+    assert callback.report is None
+    assert not (tmp_path / "out" / "merge-gate").exists()
+
+
+def test_sharded_weights_are_refused(base: Path, tmp_path: Path, wording: Wording) -> None:
+    run = trainer(base, tmp_path / "out", GateCallback())
+    run.args.fsdp = True
+    with pytest.raises(GateError) as caught:
+        GateCallback().on_train_end(run.args, run.state, run.control, model=run.model)
+    wording(caught.value)

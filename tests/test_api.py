@@ -1,0 +1,119 @@
+"""`merge_gate.gate`: typed reports, no torch and no traces in the process that calls it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import merge_gate
+from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate
+from merge_gate.demo import make_demo
+from tests.support.wording import Wording
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("api") / "demo"
+    make_demo(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(demo: Path) -> tuple[Report, dict[str, object], dict[str, object]]:
+    """A run of two adapters from their directory, with what it may have changed before and after it."""
+
+    def state() -> dict[str, object]:
+        return {
+            "files": sorted(str(path) for path in demo.rglob("*")),
+            "directory": Path.cwd(),
+            "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+            "environment": dict(os.environ),
+        }
+
+    here = Path.cwd()
+    os.chdir(demo)
+    try:
+        before = state()
+        report = gate(["adapters/good", demo / "adapters" / "nan"], base=demo / "base", dtypes=["float16"])
+        return report, before, state()
+    finally:
+        os.chdir(here)
+
+
+def test_a_report_has_typed_records(run: tuple[Report, dict[str, object], dict[str, object]]) -> None:
+    report, _, _ = run
+    assert isinstance(report, Report)
+    assert (report.passed, report.result, report.complete) == (False, Result.FAIL, True)
+    good, nan = report.adapters
+    assert (good.name, good.verdict, good.base.dtype) == ("good", Verdict.PASSED, "float16")
+    assert good.coverage.parameters_checked == good.coverage.parameters_total > 0
+    assert (nan.verdict, nan.cause) == (Verdict.FAILED, "adapter-nonfinite")
+    assert nan.findings[0].nan == 1
+
+
+def test_a_run_leaves_no_trace(run: tuple[Report, dict[str, object], dict[str, object]]) -> None:
+    _, before, after = run
+    assert after == before
+
+
+def test_an_output_directory_gets_the_reports(
+    demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of the demo, of which one adapter is judged by its file alone."""
+    monkeypatch.chdir(tmp_path)
+    config = demo / "one.yml"
+    config.write_text("version: 1\nbase: ./base\nadapters: [./adapters/lfs-pointer]\n")
+    report = gate(str(config), output="out", device="cpu")
+    assert report.adapters[0].cause == "file-lfs-pointer"
+    assert {path.name for path in Path("out").iterdir()} == {
+        "report.json", "summary.md", "report.html", "junit.xml", "report.sarif",
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    gate(str(config), output="out", device="cpu")
+    assert Path("out", "previous", "report.json").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wrong_arguments_raise(demo: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    for names, options in (
+        ([], {}),
+        ("adapters/none", {}),
+        ("merge-gate.yml", {"base": "base"}),
+        ("adapters/good", {"dtypes": ["fp16"]}),
+        ("adapters/good", {"checks": {"no-efect": "off"}}),
+    ):
+        with pytest.raises(UsageError) as caught:
+            gate(names, **options)  # type: ignore[arg-type]
+        wording(caught.value)
+    (demo / "broken.yml").write_text("version: 2\n")
+    with pytest.raises(ConfigError):
+        gate("broken.yml")
+    assert issubclass(ConfigError, GateError)
+
+
+def test_nothing_slow_is_imported_before_a_run() -> None:
+    code = """
+import sys, merge_gate
+assert merge_gate.__version__
+before = {name.partition(".")[0] for name in sys.modules}
+from merge_gate import gate, Report, Verdict
+assert gate.__module__ == "merge_gate.api"
+after = {name.partition(".")[0] for name in sys.modules}
+heavy = {"torch", "transformers", "peft", "numpy", "pydantic", "rich", "jinja2"}
+sys.exit(f"{before & heavy} {after & {'torch', 'transformers', 'peft', 'numpy'}}" if before & heavy or after & {
+    "torch", "transformers", "peft", "numpy"} else 0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert all(getattr(merge_gate, name) for name in merge_gate.__all__)
+    with pytest.raises(AttributeError):
+        merge_gate.gates  # noqa: B018
