@@ -119,19 +119,20 @@ def run_act(
     platform: str = "-self-hosted",
     event: str = "push",
     payload: dict | None = None,
+    before: tuple[str, ...] = (),
     timeout_s: float = 600,
 ) -> ActRun:
     """Run one workflow. `python` is the directory where the runner's python3 lies. Secrets travel in a file.
 
     `platform` is this machine itself, or the image that a hosted runner's jobs run in. `payload` is what GitHub tells
-    of the event.
+    of the event. `before` is a command that starts act.
     """
     home, store = scratch / "home", scratch / "artifacts"
     home.mkdir(parents=True, exist_ok=True)
     secret_file = home / "secrets"
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in (secrets or {}).items()), encoding="utf-8")
     words = [
-        act, event, "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
+        *before, act, event, "-W", f".github/workflows/{workflow}", "--json", "--secret-file", secret_file,
         "-P", f"ubuntu-24.04={platform}", "-P", "self-hosted=-self-hosted", "--pull=false", "--rm",
         "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",

@@ -1,0 +1,107 @@
+"""Bases and adapters through a company's proxy that wants a password, from a Hub whose certificate the company signed.
+
+Without a container: the environment of a self-hosted runner. Bases are downloaded, and streamed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.support.command import Answer, merge_gate, strict_json
+from tests.support.e2e.act import free_port
+from tests.support.e2e.engines import HUB_NAME
+from tests.support.e2e.proxy import CompanyProxy, proxy
+from tests.support.hub import LoopbackHub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.e2e
+
+PASSWORD, TOKEN = "onlyTheProxyMayKnow77", "hf_loopback"
+CONFIG = "version: 1\nbase: {model: acme/base, dtype: float16}\nadapters: [acme/good]\n"
+
+
+@dataclass
+class Company:
+    hub: LoopbackHub
+    proxy: CompanyProxy
+    place: Path
+    authority: Path
+
+    def run(self, *words: str, **changes: str) -> tuple[Answer, dict[str, Any]]:
+        (self.place / "gate.yml").write_text(CONFIG, encoding="utf-8")
+        settings = {
+            "HF_ENDPOINT": f"https://{HUB_NAME}",
+            "HF_HOME": str(self.place / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+            "HTTPS_PROXY": f"http://gate:{PASSWORD}@127.0.0.1:{self.proxy.port}",
+            "NO_PROXY": "",
+            "SSL_CERT_FILE": str(self.authority),
+        }
+        answer = merge_gate("run", "gate.yml", *words, cwd=self.place, **settings | changes)
+        report = strict_json(self.place / "merge-gate-report" / "report.json")
+        assert PASSWORD not in answer.said + json.dumps(report)
+        assert TOKEN not in answer.said + json.dumps(report)
+        return answer, report
+
+
+@pytest.fixture
+def company(certificates: Path, demo: Path, tmp_path: Path) -> Iterator[Company]:
+    """A Hub that speaks HTTPS and is reached through a proxy only, with the demo's base and good adapter."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        hub = stack.enter_context(LoopbackHub())
+        hub.cdn_url = f"https://cdn.{HUB_NAME}"
+        for name, folder in (("acme/base", demo / "base"), ("acme/good", demo / "adapters" / "good")):
+            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+            hub.add_repo(name, files, private=True, token=TOKEN)
+        stack.enter_context(proxy(int(urlsplit(hub.url).port or 0), port, tls=context))
+        company_proxy = stack.enter_context(CompanyProxy(HUB_NAME, port))
+        yield Company(hub=hub, proxy=company_proxy, place=tmp_path, authority=certificates / "ca.pem")
+
+
+@pytest.mark.parametrize("access", ["download", "stream"])
+def test_a_base_comes_through_the_proxy_from_a_hub_that_the_companys_authority_signed(
+    access: str, company: Company
+) -> None:
+    answer, report = company.run("--access", access)
+    assert answer.code == 0, answer.said
+    assert {credentials for _, credentials in company.proxy.asked} == {
+        "Basic " + base64.b64encode(f"gate:{PASSWORD}".encode()).decode()
+    }
+    assert {target for target, _ in company.proxy.asked} == {f"{HUB_NAME}:443", f"cdn.{HUB_NAME}:443"}
+    assert {one.token for one in company.hub.requests if one.path.startswith("/cdn/")} == {None}
+    on_hub = [one for one in company.hub.requests if one.path.startswith(("/api/models/", "/acme/"))]
+    assert {one.token for one in on_hub} == {TOKEN}
+    weights = [path for path in (company.place / "cache").rglob("*.safetensors") if "acme--base" in str(path)]
+    assert bool(weights) == (access == "download")
+    assert report["bases"][0]["sha256"]
+
+
+@pytest.mark.parametrize("access", ["download", "stream"])
+def test_an_authority_that_is_not_trusted_and_a_proxy_that_refuses_are_errors(access: str, company: Company) -> None:
+    answer, report = company.run("--access", access, SSL_CERT_FILE=str(company.place / "none.pem"))
+    assert answer.code == 3, answer.said
+    assert report["adapters"][0]["verdict"] == "error"
+    answer, report = company.run("--access", access, SSL_CERT_FILE="/etc/ssl/certs/ca-certificates.crt")
+    assert answer.code == 3, answer.said
+    (finding,) = report["adapters"][0]["findings"]
+    assert f"certificate of {HUB_NAME}" in finding["message"]
+    assert "SSL_CERT_FILE" in finding["hint"]
+    company.proxy.name = "another.example"
+    answer, report = company.run("--access", access)
+    assert answer.code == 3, answer.said
+    assert "Traceback" not in answer.said
