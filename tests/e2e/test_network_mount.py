@@ -87,4 +87,4 @@ def test_a_mount_that_hangs_costs_each_adapter_its_time_limit_and_no_more(demo: 
     found = strict_json(report)["adapters"]
     assert {one["verdict"] for one in found} == {"error"}
     for one in found:
-        assert "time limit of 8 s" in one["findings"][0]["message"], one
+        assert any("time limit of 8 s" in finding["message"] for finding in one["findings"]), one

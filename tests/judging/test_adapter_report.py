@@ -247,6 +247,9 @@ def test_a_base_in_full() -> None:
     note = Finding(check="base-inconsistent", severity=Severity.NOTE, message="twice", origin=Origin.BASE)
     noted = adapter_report.base_report(facts, BaseFiles(directory="/base", notes=(note,)))
     assert noted == dataclasses.replace(line, findings=(*line.findings, note))
+    whole = adapter_report.base_report(dataclasses.replace(facts, no_skeleton="its values are made by code " * 90))
+    assert whole.no_skeleton.startswith("its values are made by code")
+    assert len(whole.no_skeleton) == 400
 
 
 def test_missing_parameters_of_a_base_come_before_values_that_are_not_finite() -> None:

@@ -21,13 +21,16 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.files import prepare, resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.judging import all_checks
+from merge_gate.records.measured import BaseFacts
 from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
-from merge_gate.records.terms import Result, Severity, Verdict
+from merge_gate.records.terms import Quantization, Result, Severity, Verdict
 from merge_gate.report.stored.report_files import write_report
-from merge_gate.run import hourly_log, report_writer
+from merge_gate.run import flow, hourly_log, report_writer
 from merge_gate.run.flow import check_files, run_gate, select
 from merge_gate.worker import supervisor
+from merge_gate.worker.protocol import BaseLoaded, Event, Undecided
 from tests.support.command import merge_gate, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove
 from tests.support.hub import LoopbackHub
@@ -555,6 +558,25 @@ def test_without_an_output_nothing_is_written(place: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert run_gate(small(place, "file-corrupt"), RunOptions(device="cpu")).result is Result.FAIL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_transformers_itself_loads_is_named_with_the_reason(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is larger than the memory, or on a network mount."""
+    facts = BaseFacts(
+        model="./b", revision=None, dtype="float32", quantization=Quantization.NONE, no_skeleton="an odd\nclass"
+    )
+
+    def supervise(_: object, listen: Callable[[Event], None], *__: object, **___: object) -> None:
+        listen(BaseLoaded(group=0, task=0, facts=facts, seconds=1.0))
+        listen(Undecided(task=0, refusal=NotJudged(message="the rest of the run is of no interest")))
+
+    notes: list[str] = []
+    monkeypatch.setattr(flow, "supervise", supervise)
+    report = run_gate(small(place, "good"), RunOptions(device="cpu"), view=Watcher(note=notes.append))
+    assert [base.no_skeleton for base in report.bases] == ["an odd\nclass"]
+    assert any(note.endswith("an odd class") for note in notes), notes
 
 
 # --- what is judged, hashed and reported are the same bytes -----------------------------------------------------------

@@ -102,6 +102,9 @@ def unpublished_report(report: AdapterReport, message: str, hint: str) -> Adapte
     )
 
 
+_REASON_CHARACTERS = 400
+
+
 def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     """The entry of a base that was loaded, with the notes on its files."""
     notes = files.notes if files is not None else ()
@@ -115,6 +118,7 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
         replaced=facts.replaced,
         dtypes=facts.dtypes,
         record=facts.record,
+        no_skeleton=facts.no_skeleton[:_REASON_CHARACTERS],
         findings=bounded([*base_checks.findings_of(facts), *findings_of_base(facts), *notes]),
     )
 

@@ -177,6 +177,11 @@ class BaseReport:
         "The earlier run that measured the tensors that this run did not read; null if the base was read whole.",
         default=None,
     )
+    no_skeleton: str = reported(
+        "Why transformers itself loaded a base that is otherwise read tensor by tensor, because it is streamed, larger "
+        "than the memory, or on a network mount; empty if it did not.",
+        default="",
+    )
 
     @property
     def key(self) -> BaseKey:

@@ -43,6 +43,7 @@ from merge_gate.records.report import AdapterReport, BaseReport, Report, Shard
 from merge_gate.records.terms import Access, Origin, Quantization, Read, Verdict
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording import words
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
 from merge_gate.run.hourly_log import HourlyLog
 from merge_gate.run.report_writer import ReportWriter
@@ -337,6 +338,9 @@ class _Run:
                     self._tally.use(group.directory, adapter_report.base_report(event.facts, group.files), event.task)
                 self._watch.loaded(group.directory, event.identity, (task.index for task in group.tasks))
                 self._view.base_loaded(event.facts, event.seconds, measured=event.measured)
+                if event.facts.no_skeleton:
+                    reason = one_line(event.facts.no_skeleton, 300)
+                    self._view.note(f"base {group.base.name} was loaded whole, by transformers itself: {reason}")
             case protocol.BaseMeasured():
                 group = self._groups[event.group]
                 if event.record is not None:
