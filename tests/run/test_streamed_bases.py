@@ -134,6 +134,24 @@ def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Pl
     assert len(resolved) == len(SHARDS), "one resolver call for each file"
 
 
+def test_a_model_on_a_streamed_base_has_the_bytes_of_one_from_the_disk(place: Place) -> None:
+    _, from_disk = place.run("--only", "good", "--publish", "from-disk", base="./base")
+    answer, streamed = place.run("--only", "good", "--publish", "streamed", "--access", "stream")
+    assert answer.code == 0, answer.said
+    weights = {
+        one["adapters"][0]["published"]["directory"]: {
+            file["path"]: file["sha256"]
+            for file in one["adapters"][0]["published"]["files"]
+            if file["path"].startswith("model")
+        }
+        for one in (from_disk, streamed)
+    }
+    assert len(weights["streamed/good"]) == len(SHARDS) + 1
+    assert weights["streamed/good"] == weights["from-disk/good"]
+    assert stored(place) == []
+    assert not list((place.directory / "tmp").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["other", "whole", "shifted"])
 def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -> None:
     place.hub.damage("/cdn/", kind)
