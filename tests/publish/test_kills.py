@@ -24,6 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> KilledRuns:
     return KilledRuns(place, random.Random(28))
 
 
+@pytest.mark.slow
 def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
     outcomes = [runs.kill_once() for _ in range(KILLS)]
     assert outcomes.count("killed") >= KILLS // 2
