@@ -154,7 +154,7 @@ def _attempt(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> tuple[E
     with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         # torch trusts the indices of a sparse tensor, and some methods read them from the file
         warnings.simplefilter("ignore")  # the gate's own comparison finds what PEFT warns about
-        attempts = [_Attempt(request) for request in requests]
+        attempts = [_Attempt(request, waits=len(requests) > 1) for request in requests]
         prepared = [_result_or_error(attempt.prepare) for attempt in attempts]
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
         errors = [error for error in prepared if isinstance(error, Exception)]
@@ -184,9 +184,10 @@ def _result_or_error(call: Callable[[], T]) -> T | Exception:
 class _Attempt:
     """One adapter on its way to `Evidence`: `prepare`, the blocks together with other adapters, and `finish`."""
 
-    def __init__(self, request: MergeRequest) -> None:
+    def __init__(self, request: MergeRequest, *, waits: bool) -> None:
+        """`waits`: other adapters are loaded before this one is merged, so its factors are to take no memory."""
         self._walk: Walk | None = None
-        self._request = request
+        self._request, self._waits = request, waits
         self._seconds = 0.0
         facts, kind = request.base.facts, request.members[0].config.peft_type
         self._evidence = Evidence(base=facts, peft_type=kind, parameters_total=facts.parameters)
@@ -252,7 +253,7 @@ class _Attempt:
         # 4. and 5.
         self._evidence = replace(self._evidence, file_tensors=mark_used(base, loaded, measured))
         self._evidence = replace(self._evidence, unread=unread_layers(base, loaded))
-        if base.feed is not None and len(loaded.arrivals) == 1:  # the adapter waits for the pass
+        if (self._waits or base.feed is not None) and len(loaded.arrivals) == 1:
             loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], self._weights[0])
         return self._planned_walk(loaded)
 

@@ -302,7 +302,7 @@ def _judge_tasks(loaded: list[_LoadedBase], bases: GroupBases, progress: Listene
         for task, _ in one.tasks
         if task.compares is not None
     }
-    for batch in batches(tasks, one_pass=loaded[0].found.group.one_pass):
+    for batch in batches(tasks, one_pass=loaded[0].found.group.in_passes):
         of_batch = {task.index: base_of[task.index].found.base for task, _ in batch}
         for event in _judge_batch(of_batch, batch, skeletons, progress, sinks, comparing=comparing):
             if isinstance(event, Merged) and not base_of[event.task].is_measured:

@@ -39,7 +39,7 @@ def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
         together = [
             position
             for position in left
-            if position == left[0] or (first.one_pass and is_same_base(groups[position], first))
+            if position == left[0] or (first.in_passes and is_same_base(groups[position], first))
         ]
         yield together
         left = [position for position in left if position not in together]

@@ -45,10 +45,10 @@ class Task:
 class Group:
     """The adapters on one base. `files` is what the base's files contain, if they were read.
 
-    `one_pass`: several adapters are merged in one pass over the base's files, because it is streamed, larger than the
-    memory, or read only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records`
-    are what earlier runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the
-    parent keeps the figures of a base that is read whole.
+    `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
+    only where adapters touch it. `fed`: the parent reads its weight files (feed_service.py). `records` are what earlier
+    runs measured of the base: tensors that no adapter touches are then not read. `keeps_record`: the parent keeps the
+    figures of a base that is read whole.
     """
 
     base: BaseKey
@@ -59,6 +59,11 @@ class Group:
     records: tuple[BaseRecord, ...] = ()
     keeps_record: bool = False
     tasks: tuple[Task, ...]
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether several adapters are merged in one pass over the base's files."""
+        return self.one_pass or self.fed
 
 
 @record
