@@ -158,7 +158,8 @@ def test_0_when_every_adapter_passes(passing: Passing) -> None:
     coverage = report["adapters"][0]["coverage"]
     assert coverage["parameters_checked"] == coverage["parameters_total"] == report["bases"][0]["parameters"] > 0
     assert len(report["bases"][0]["sha256"]) == 64
-    assert report["config"] == {"path": "gate.yml", "sha256": hashlib.sha256(passing.config.read_bytes()).hexdigest()}
+    assert report["config"]["path"] == "gate.yml"
+    assert report["config"]["sha256"] == hashlib.sha256(passing.config.read_bytes()).hexdigest()
     assert "PASS" in answer.out
     assert passing.after == passing.before
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -142,6 +144,15 @@ def test_a_defect_is_a_sentence_and_its_details_are_to_be_had(
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.endswith("ZeroDivisionError: by zero\n")
+
+
+def test_a_package_that_is_missing_is_no_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema.absent", None)
+    monkeypatch.setitem(dispatch._COMMANDS, "schema", lambda _: importlib.import_module("jsonschema.absent"))
+    assert main(["schema", "config"]) == 3
+    wording(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])

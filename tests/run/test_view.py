@@ -284,6 +284,15 @@ def test_the_live_view_says_what_and_how_long() -> None:
     assert whole.endswith(" 1/5 adapters, about 56 s left")
 
 
+@pytest.mark.parametrize(("merges", "unit"), [(2, "adapters"), (4, "merges")])
+def test_the_bar_counts_what_it_says(merges: int, unit: str) -> None:
+    view = RichView(Stream(tty=True), Stream(tty=True))
+    view.start("c.yml", 2, merges)
+    view.adapter_started("a", 1, merges, "float16")
+    assert any(f"0/{merges} {unit}" in line for line in frame(view, 80))
+    view.close()
+
+
 def test_what_is_waited_for_stays_when_a_file_is_refused_meanwhile() -> None:
     view = RichView(Stream(tty=True), Stream(tty=True), clock=Clock())
     view.base_loading("./models/base", "bfloat16")

@@ -30,6 +30,7 @@ from merge_gate.cli.parser import output_of, parsed, parser_of_words
 from merge_gate.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate.interrupts import Interrupted, interruptible
 from merge_gate.run.streams import flush_streams, mend_streams, say
+from merge_gate.text import quoted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +80,22 @@ def _obey(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         return _stopped(stop, arguments)
     except Exception as error:
-        if isinstance(error, OSError) and (shortage := SHORTAGES.get(error.errno or 0)):
-            say(f"merge-gate: {shortage}")
-            return ExitCode.ERROR
+        return _crashed(error, verbose=getattr(arguments, "verbose", False))
+
+
+def _crashed(error: Exception, *, verbose: bool) -> int:
+    """Say what is missing on this machine, or that this is a bug. It is never an adapter's failure."""
+    if isinstance(error, OSError) and (shortage := SHORTAGES.get(error.errno or 0)):
+        say(f"merge-gate: {shortage}")
+    elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("merge_gate"):
+        say(f"merge-gate: the package {quoted(error.name)} is missing")
+        say("  install merge-gate again in an environment of its own")
+    else:
         say(f"merge-gate: unexpected {type(error).__name__}: {error}")
         say("  this is a bug of merge-gate; run again with MERGE_GATE_DEBUG=1 for the details, and please report it")
-        if os.environ.get("MERGE_GATE_DEBUG") or getattr(arguments, "verbose", False):
-            say(traceback.format_exc().rstrip())  # raised, it would end with 1: an adapter failed
-        return ExitCode.ERROR
+        if verbose or os.environ.get("MERGE_GATE_DEBUG"):
+            say("".join(traceback.format_exception(error)).rstrip())  # raised, it would end with 1: an adapter failed
+    return ExitCode.ERROR
 
 
 def _stopped(stop: Interrupted, arguments: argparse.Namespace) -> int:

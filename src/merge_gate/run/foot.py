@@ -66,6 +66,10 @@ class Foot(Progress):
         self._part = self.add_task("module", visible=False, total=None)
         self._whole = self.add_task("adapter", visible=False, total=None)
 
+    def count_merges(self) -> None:
+        """Count merges, because an adapter is merged in several dtypes."""
+        self.update(self._whole, description="merge")
+
     def wait_for(self, what: str) -> None:
         """Show a step of unknown length, with the time that it has taken."""
         self._label, self._aside, self._place, self._began_s = what, "", "", self.get_time()

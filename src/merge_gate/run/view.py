@@ -194,6 +194,8 @@ class RichView(View):
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         self._state.total = merge_count
         self._print(((_opening(config_path, adapter_count, merge_count), Style.STRONG),))
+        if merge_count != adapter_count:
+            self._foot.count_merges()
         self._foot.wait_for("reading files, starting torch")
         self._foot.start()
 
