@@ -16,4 +16,4 @@ def test_the_page_has_a_table_of_the_kinds() -> None:
 
 
 def test_a_good_kind_is_not_allowed_but_good() -> None:
-    assert set(ALLOWED) == set(KINDS) - {"exact", "other-order", "rounding", "as-published"}
+    assert set(ALLOWED) == set(KINDS) - {"exact", "other-order", "rounding", "as-published", "attested", "attestation"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import Report
     from merge_gate.records.terms import Finding
+    from merge_gate.verify.attestation import Attestation
 
 NAME_LIMIT, MESSAGE_LIMIT = 200, 600
 
@@ -60,6 +62,12 @@ def add(commands: Commands[CommandParser]) -> None:
         metavar="KIND",
         help=f"do not fail for this kind; repeatable: {', '.join(ALLOWED)}",
     )
+    signed = verify.add_argument_group("a signed attestation", "needs the extra `attest`")
+    signed.add_argument(
+        "--attestation", type=given, metavar="FILE", help="the attestation that must be of this directory"
+    )
+    signed.add_argument("--key", type=given, metavar="FILE", help="the public key of its signer (PEM)")
+    signed.add_argument("--max-age", type=_days, metavar="DAYS", help="how old the attestation may be")
     add_output(verify)
     add_appearance(verify)
 
@@ -77,7 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
             hint="give it; without --base and --candidate, the directory is compared with its own record",
         )
     refuse_report(arguments.output, FORMATS, [arguments.merged])
-    options = VerifyOptions(merged=arguments.merged, allowed=tuple(arguments.allow), output=arguments.output)
+    options = VerifyOptions(
+        merged=arguments.merged,
+        allowed=tuple(arguments.allow),
+        output=arguments.output,
+        attestation=_attestation(arguments),
+    )
     with WorkerSlot() as worker, claimed_output(arguments.output) as claim:
         with view_of(arguments) as (view, _):
             if arguments.adapter is None:
@@ -90,6 +103,24 @@ def run(arguments: argparse.Namespace) -> int:
         for line in answers(report):
             tell(line)
         return exit_code(report)
+
+
+def _attestation(arguments: argparse.Namespace) -> Attestation | None:
+    from merge_gate.verify.attestation import read_attestation
+
+    if arguments.attestation is None and (arguments.key is not None or arguments.max_age is not None):
+        raise UsageError("--key and --max-age belong to --attestation", hint="add --attestation FILE")
+    if arguments.attestation is None:
+        return None
+    if arguments.key is None:
+        raise UsageError("--attestation needs --key", hint="give the public key of the signer that you trust")
+    return read_attestation(arguments.attestation, arguments.key, arguments.max_age)
+
+
+def _days(text: str) -> float:
+    if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", text, re.ASCII) and float(text):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0")
 
 
 def answers(report: Report) -> Iterator[str]:

@@ -35,6 +35,7 @@ from merge_gate.run.tally import Tally
 from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
+from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
 from merge_gate.verify.own_record import recorded_report
 from merge_gate.verify.stored_names import unreadable
 from merge_gate.worker import protocol
@@ -53,12 +54,14 @@ class VerifyOptions:
         allowed: kinds that do not fail it.
         output: the directory that the reports go to; None writes none.
         device: `cpu`, `cuda`, or `auto`. Other devices than the CPU may round otherwise.
+        attestation: a signed attestation that must be of this directory; None for none.
     """
 
     merged: str
     allowed: tuple[str, ...] = ()
     output: str | None = None
     device: str = "cpu"
+    attestation: Attestation | None = None
 
 
 def verify(
@@ -94,6 +97,8 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         found = recorded_report(name, name, options.allowed)
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
+    if options.attestation is not None:
+        found = attested_report(found, name, options.attestation, None)
     begins()
     content = Path(name, MANIFEST_NAME).read_bytes()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
@@ -128,13 +133,21 @@ class _Verification:
             self._view.start(self._config.label, 1, 1)
             report = self._judged(merged)
             self._watch.wait()
-            report = self._unless_changed(report)
+            report = self._attested(self._unless_changed(report))
         self._tally.settle(0, report)
         self._view.adapter_done(report)
         whole = self._tally.report(complete=True)
         self._writer.write_last(whole)
         self._view.finish(whole, self._options.output or "")
         return whole
+
+    def _attested(self, report: AdapterReport) -> AdapterReport:
+        """The report, with what the attestation says. It must be about the base that was given."""
+        if self._options.attestation is None:
+            return report
+        base = self._entries[0].base
+        digest = self._watch.digest(base.directory) if base is not None else None
+        return attested_report(report, self._options.merged, self._options.attestation, digest or UNKNOWN)
 
     # --- 1. ----------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,14 @@ class AnswerKind:
 _MERGE_AGAIN = "merge again with PEFT's merge_and_unload(safe_merge=True)"
 _SAVE_AGAIN = "copy the base's own files, and replace only the tensors that the merge changes"
 
+ATTESTATION, ATTESTED = "attestation", "attested"
+
 _ROWS = (
+    AnswerKind(
+        id=ATTESTATION,
+        summary="The attestation is not of this directory, or of another signer, verdict, or base, or too old.",
+        hint="use the attestation that was made of this directory, and the public key of its signer",
+    ),
     AnswerKind(
         id="broken-files",
         summary="The directory's weight files are incomplete, contradict each other, or cannot be loaded.",
@@ -149,12 +156,13 @@ _ROWS = (
     ),
     AnswerKind(id="rounding", summary="It is the merge, equal within one rounding of the dtype.", is_good=True),
     AnswerKind(id="exact", summary="It is the merge, bit for bit.", is_good=True),
+    AnswerKind(id=ATTESTED, summary="The owner of the key attests exactly these files.", is_good=True),
 )
 
 KINDS: Mapping[str, AnswerKind] = MappingProxyType({row.id: row for row in _ROWS})
 """Every kind by its id."""
 
-ALLOWED = tuple(row.id for row in _ROWS if not row.is_good)
+ALLOWED = tuple(row.id for row in _ROWS if not row.is_good and row.id != ATTESTATION)
 """The kinds that `--allow` accepts."""
 
 
