@@ -4,9 +4,10 @@ In: a request to merge, and the finished model's files. Out: the evidence of the
 nothing.
 
 1. The finished model is loaded as a skeleton of the same class, in its own dtype. Its values come from its files.
-2. PEFT merges the adapter. Each merged tensor is compared as it passes: bits first, figures only if they differ.
+2. PEFT merges the adapter, and each merged tensor is compared as it passes, bit by bit.
 3. The other tensors are compared with the base's, and then those that transformers does not load.
-4. If a merged tensor differs, the adapter is merged again in PEFT's other order of rounding, and compared with that.
+4. If a merged tensor differs, the adapter is merged again in PEFT's other order of rounding. A tensor that differs from
+   both merges gets its figures: how far it is off, in units of the last place and as a multiple of the delta.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparis
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
 from merge_gate.sources.feed import Feed
+
+MOST_PASSES = 3
+"""How often tensors are compared if some code reads one that has no values. It has values in the next pass."""
 
 MOST_REQUANTIZED = 4
 """The other quantization of a base is tried on so many tensors that differ from all else."""
@@ -110,19 +114,19 @@ def compare(
     evidence = adapter_evidence.merge(replace(request, sink=sink))
     if evidence.refusal is not None:
         return evidence, Comparison()
-    for _ in spread(found.compare_untouched, found.untouched()):
-        pass
-    if base.was_misread() or merged.was_misread():  # as good as never: the load reads what its class reads
-        for _ in spread(found.compare_untouched, found.untouched()):
+    names = found.untouched()
+    for _ in range(MOST_PASSES):
+        for _ in spread(found.compare_untouched, names):
             pass
+        if not (base.was_misread() or merged.was_misread()):
+            break
     others = tuple(_unloaded(files, base_files, base_map))
-    differing = [name for name, one in found.facts.items() if one.touched and one.has_figures]
-    if differing:
-        order = _OtherOrder(found, frozenset(differing))
-        again = replace(request, sink=WholeTensors(order.put), safe_merge=False, progress=None)
+    if any(one.touched and not one.same for one in found.facts.values()):
+        again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
         adapter_evidence.merge(again)
-        found.settle(order.same)
-    tensors = [one for one in (*found.facts.values(), *others) if one.touched or not one.same]
+    order = {name: number for number, name in enumerate(merged.tensors)}
+    facts = sorted(found.facts.values(), key=lambda one: order[one.name])
+    tensors = [one for one in (*facts, *others) if one.touched or not one.same]
     return evidence, Comparison(
         tensors=tuple(tensors),
         compared=len(found.facts) + len(others),
@@ -164,6 +168,21 @@ class _Found:
             self._untied.add(name)
         self._compare(name, tensor, touched=True)
 
+    def put_again(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor of the merge in PEFT's other order of rounding."""
+        for partner in self.partners(name):
+            facts = self.facts.get(partner)
+            if facts is None or facts.same or facts.shape != facts.expected_shape:
+                continue
+            with torch.no_grad(), self.merged.filled([partner]):
+                actual, expected = self.merged.tensors[partner].detach(), tensor.detach()
+                if same_bits(actual, expected.to(actual.dtype)):
+                    facts = replace(facts, in_other_order=True)
+                else:
+                    facts = self._with_figures(name, facts, actual, expected)
+            with self._lock:
+                self.facts[partner] = facts
+
     def untouched(self) -> list[str]:
         return [name for name in self.base.tensors if not any(one in self.facts for one in self.partners(name))]
 
@@ -189,16 +208,17 @@ class _Found:
         with torch.no_grad(), self.merged.filled([partner]):
             actual = self.merged.tensors[partner].detach()
             facts = outlined(partner, actual, expected, touched=touched)
-            if facts.same or facts.shape != facts.expected_shape:
-                return facts
-            own = self.base.tensors.get(name)
-            own = own.detach() if own is not None and own.shape == actual.shape and not is_quantized(own) else None
-            with self.base.filled([name]):
-                return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
+            if facts.same or touched or facts.shape != facts.expected_shape:
+                return facts  # a merged tensor may have the bits of the other order of rounding
+            return self._with_figures(name, facts, actual, expected)
 
-    def settle(self, same_in_other_order: frozenset[str]) -> None:
-        for name in same_in_other_order:
-            self.facts[name] = replace(self.facts[name], in_other_order=True)
+    def _with_figures(
+        self, name: str, facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor
+    ) -> TensorComparison:
+        own = self.base.tensors.get(name)
+        own = own.detach() if own is not None and own.shape == actual.shape and not is_quantized(own) else None
+        with self.base.filled([name]):
+            return self._requantized(figures(facts, actual, expected, own), actual, expected, own)
 
     def _requantized(
         self, facts: TensorComparison, actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None
@@ -213,26 +233,6 @@ class _Found:
             self._tried += 1
         rows = slice(0, max(1, MOST_VALUES_REQUANTIZED // max(1, base.shape[1])))
         return replace(facts, requantized=requantized(actual[rows], expected[rows], base[rows]))
-
-
-class _OtherOrder:
-    """A sink that holds merged tensors against the finished ones that differ from the usual merge."""
-
-    def __init__(self, found: _Found, wanted: frozenset[str]) -> None:
-        self._found, self._wanted = found, wanted
-        self._same: dict[str, bool] = {}
-
-    @property
-    def same(self) -> frozenset[str]:
-        return frozenset(name for name, is_same in self._same.items() if is_same)
-
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        merged = self._found.merged
-        for partner in self._found.partners(name):
-            if partner in self._wanted:
-                with torch.no_grad(), merged.filled([partner]):
-                    actual = merged.tensors[partner].detach()
-                    self._same[partner] = same_bits(actual, tensor.detach().to(actual.dtype))
 
 
 def outlined(name: str, actual: torch.Tensor, expected: torch.Tensor, *, touched: bool) -> TensorComparison:

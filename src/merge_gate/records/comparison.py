@@ -9,6 +9,8 @@ from merge_gate.records.terms import record
 class TensorComparison:
     """One tensor of the finished model, compared with the tensor that the merge gives.
 
+    `same` is about PEFT's merge with safe_merge, and the figures are about the merge without it, which rounds once.
+
     Let W be the base's values, E the expected ones, and A the actual ones. A tensor with the same bits has no figures.
 
     Attributes:

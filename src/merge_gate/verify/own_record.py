@@ -1,7 +1,7 @@
 """Compares a published directory with its own merge-gate.json: every file, by its digest.
 
-In: a directory of unknown origin. Out: an `AdapterReport`. Imports no torch. merge-gate.json is not signed: anyone who
-can write the files can write it, too. An attestation proves who wrote it.
+In: a directory of unknown origin. Out: an `AdapterReport`. Imports no torch. merge-gate.json is not signed, and anyone
+who can write the files can write it, too. An attestation proves who wrote it.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ def state_of(one: TensorComparison) -> TensorState:
     """The state of a tensor of the right shape that the merge touches."""
     if one.same or one.in_other_order:
         return TensorState.EXACT if one.same else TensorState.OTHER_ORDER
+    if not one.has_figures:
+        return TensorState.OTHER
     if one.same_as_base:
         return TensorState.BASE if one.changed >= FEW else TensorState.CLOSE
     is_merge = abs(one.factor - 1) <= _tolerance(one)

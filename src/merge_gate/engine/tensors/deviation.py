@@ -18,6 +18,15 @@ LEAST_EXPLAINED = 0.5
 """A quantization explains a difference if it explains at least half of it: its scales may be quantized too."""
 
 
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+"""The integers of the size of a floating dtype, and the bits of the exponent in them."""
+
+
 @dataclass(slots=True)
 class Deviation:
     """See `TensorComparison`, which has the same figures."""
@@ -34,10 +43,10 @@ class Deviation:
 def deviation(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | None) -> Deviation:
     """Compare three tensors of one shape. Without a base, its values are taken as zeros."""
     result = Deviation()
-    if not (actual.is_floating_point() and expected.is_floating_point()):
+    if actual.dtype not in _EXPONENTS or expected.dtype not in _EXPONENTS:
         return result
     coarse = max((actual.dtype, expected.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    wide = torch.float64 if torch.float32 in (actual.dtype, expected.dtype) else torch.float32
+    wide = torch.float64 if {torch.float32, torch.float64} & {actual.dtype, expected.dtype} else torch.float32
     flat = [None if one is None else one.detach().reshape(-1) for one in (actual, expected, base)]
     for start in range(0, actual.numel(), CHUNK_ELEMENTS):
         _add(result, [None if one is None else one[start : start + CHUNK_ELEMENTS].to(wide) for one in flat], coarse)
@@ -55,20 +64,21 @@ def _add(result: Deviation, values: list[torch.Tensor | None], dtype: torch.dtyp
     if not bool(comparable.all()):
         actual, expected, base = (torch.where(comparable, one, 0.0) for one in (actual, expected, base))
     unit = units(torch.maximum(base.abs(), expected.abs()), dtype)
-    delta, moved = expected - base, actual - base
+    delta, moved = (expected - base).double(), (actual - base).double()
     result.changed += int(torch.count_nonzero(delta))
     result.units = max(result.units, float(((actual - expected).abs() / unit).max())) if len(unit) else result.units
-    result.delta_sq += float(delta.double().square().sum())
-    result.cross += float((delta.double() * moved.double()).sum())
-    result.actual_sq += float(moved.double().square().sum())
-    result.rounding_sq += float(unit.double().square().sum())
+    result.delta_sq += float(delta.dot(delta))
+    result.cross += float(delta.dot(moved))
+    result.actual_sq += float(moved.dot(moved))
+    result.rounding_sq += float(torch.linalg.vector_norm(unit, dtype=torch.float64)) ** 2
 
 
 def units(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The unit of the last place of each of these values in a floating dtype."""
     limits = torch.finfo(dtype)
-    _, exponent = torch.frexp(magnitude)
-    unit = torch.ldexp(torch.full_like(magnitude, limits.eps), exponent - 1)
+    bits, exponent = _EXPONENTS[dtype]
+    power = (magnitude.to(dtype).view(bits) & exponent).view(dtype)  # without the mantissa: a power of two
+    unit = power.to(magnitude.dtype) * limits.eps
     return unit.clamp(min=max(limits.smallest_normal * limits.eps, torch.finfo(magnitude.dtype).tiny))
 
 
