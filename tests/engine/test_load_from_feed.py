@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from merge_gate.engine.base import load_from_feed as loading
+from merge_gate.engine.base import loaded_base as bases
+from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.load_from_feed import load_from_feed
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source, load_base, source_of
 from merge_gate.engine.base.skeleton import NoSkeletonError
@@ -18,6 +20,8 @@ from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
 from merge_gate.errors import EngineError, Undecidable
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import BaseFiles
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.sources.feed import LocalFeed, SourceError
@@ -181,3 +185,31 @@ def test_a_worker_quantizes_a_fed_base(
         for of_base in evidence.values()
     ]
     assert repr(same[0]) == repr(same[1])
+
+
+def test_a_streamed_class_without_a_skeleton_is_loaded_from_the_feed(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are stubs, so nothing may map them. If the class has a loader of its own, that is an error."""
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
+    monkeypatch.setattr(bases, "load_base", lambda *_, **__: pytest.fail("a stub was loaded"))
+    directory = str(shelf.base("llama"))
+    key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
+    tasks = (Task(index=0, files=(preflight(str(shelf.adapter("plain")), allow_pickle=False),)),)
+    files = BaseFiles(directory=directory, tensors=stored_tensors(directory), is_streamed=True)
+    group = Group(base=key, directory=directory, files=files, tasks=tasks, one_pass=True, fed=True)
+    loaded, merged = (
+        one
+        for one in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
+        if isinstance(one, BaseLoaded | Merged)
+    )
+    assert isinstance(loaded, BaseLoaded)
+    assert (loaded.measured, loaded.facts.no_skeleton) == (True, "odd")
+    assert isinstance(merged, Merged)
+    assert merged.evidence.refusal is None
+    monkeypatch.setattr(loading, "loads_as_usual", lambda _: False)
+    last = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox()))[-1]
+    assert isinstance(last, Undecided)
+    assert isinstance(last.refusal, NotJudged)
+    assert "from_pretrained of its own" in last.refusal.message
