@@ -15,18 +15,24 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.terms import Verdict
+from merge_gate.records.files import FileRecord
+from merge_gate.records.report import Accepted, Coverage
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report.formats.html_report import render
+from merge_gate.report.formats.page_texts import meanings
 from merge_gate.report.wording import run_result, words
 from tests.support.reports import (
     ATTACKS,
     EMPTY,
     FAIL,
     FAILED,
+    HALF,
     NAN,
     OVERFLOW,
     PASS,
+    ROUNDING,
     adapter,
     config_file,
     hostile_reports,
@@ -77,9 +83,9 @@ class Page(HTMLParser):
 
 
 def test_what_another_dtype_s_row_says_already_is_folded() -> None:
-    html = render(in_two_dtypes())
-    assert html.count('<details class="again">') == 1
-    assert re.findall("<code>keys-missing</code>: .* bfloat16</summary>", html)
+    page = render(in_two_dtypes())
+    assert page.count('<details class="again">') == 1
+    assert re.findall("<code>keys-missing</code>: .* bfloat16</summary>", page)
 
 
 def test_golden() -> None:
@@ -103,7 +109,7 @@ def test_the_policy_allows_the_page_s_own_style_and_script_and_nothing_else() ->
 
 def test_nothing_is_loaded_and_nothing_leads_away() -> None:
     page = Page(render(FAIL))
-    assert not {"link", "img", "iframe", "object", "a", "form", "svg"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object", "a", "form", "svg", "template"} & set(page.tags)
     names = {name for _, name, _ in page.attributes}
     assert not {"src", "href", "srcset", "action", "style"} & names
     assert not [name for name in names if name.startswith("on")]
@@ -129,6 +135,108 @@ def test_the_page_says_what_is_wrong_where_and_what_to_do() -> None:
 def test_what_was_named_on_the_command_line_has_no_line_there() -> None:
     assert "<dd>line 8" not in render(report(FAILED, config=config_file(COMMAND_LINE)))
     assert "<dd>line 8 of <code>merge-gate.yml</code></dd>" in render(report(FAILED))
+
+
+def test_the_head_names_the_run() -> None:
+    config = dataclasses.replace(config_file("merge-gate.yml"), read_at="2026-11-27T21:00:00Z", commit="c0ffee" * 6)
+    head = render(report(FAILED, config=config)).partition("</header>")[0]
+    for said in (
+        "merge-gate</b> 0.1.0",
+        "2026-11-27T21:00:00Z",
+        "<code>merge-gate.yml</code>",
+        "commit <code>c0ffeec0ffee</code>",
+    ):
+        assert said in head, said
+
+
+def test_counts_and_causes_are_buttons_that_filter() -> None:
+    html = render(FAIL)
+    for pick, count in (("", 5), ("failed", 2), ("error", 1), ("passed", 2), ("warned", 2)):
+        assert re.search(rf'data-pick="{pick}"[^>]*><b>{count}</b>', html), pick
+    assert 'data-pick="accepted"' not in html
+    for cause in ("adapter-nonfinite", "merged-nonfinite", "not-judged"):
+        assert re.search(rf'data-cause="{cause}"[^>]*><code>{cause}</code> <b>1</b>', html), cause
+
+
+def test_an_adapter_has_one_row_with_a_chip_for_each_dtype() -> None:
+    run = report(dataclasses.replace(FAILED, base=HALF), adapter("billing"), adapter("billing-2", findings=(ROUNDING,)))
+    html = render(run)
+    assert html.count('<tbody class="adapter"') == 2
+    (row,) = re.findall(r'<tbody class="adapter" id="adapter-billing".*?</tbody>', html, re.DOTALL)
+    assert row.startswith('<tbody class="adapter" id="adapter-billing" data-verdict="failed" data-causes="adapter-nonf')
+    line = row.partition('<tr class="detail">')[0]
+    assert re.findall('class="chip ([a-z]+)"[^>]*>([a-z0-9]+)', line) == [("failed", "float16"), ("passed", "bfloat16")]
+    assert row.count('<section class="entry"') == 2
+
+
+def test_a_row_has_an_address_of_its_name() -> None:
+    names = ("a b", "a/b", "Straße", "", "-", "x" * 300)
+    ids = re.findall(r'<tbody class="adapter" id="([^"]*)"', render(report(*map(adapter, names))))
+    assert ids[:3] == ["adapter-a-b", "adapter-a-b--2", "adapter-Stra-e"]
+    assert len(set(ids)) == len(names)
+    assert all(re.fullmatch(r"adapter-[A-Za-z0-9._-]+", address) and len(address) < 100 for address in ids)
+
+
+def test_a_command_repeats_the_adapter_alone() -> None:
+    assert "<code>merge-gate run merge-gate.yml --only billing</code>" in render(report(FAILED))
+    direct = render(report(FAILED, dataclasses.replace(FAILED, base=HALF), config=config_file(COMMAND_LINE)))
+    command = "merge-gate run ./adapters/billing --base ./models/base --dtype bfloat16,float16"
+    assert f"<code>{command}</code>" in direct
+    assert "--only &#39;a;rm -rf&#39;" in render(report(adapter("a;rm -rf")))
+    assert "--only" not in render(report(adapter("a\u202eb")))
+
+
+def test_each_check_of_the_report_is_explained_once() -> None:
+    page = render(FAIL)
+    assert page.count('<details class="meaning" id="check-adapter-nonfinite">') == 1
+    assert page.count('data-check="adapter-nonfinite"') == 1
+    assert "check-keys-missing" not in page
+    for check in CHECKS:
+        ((_, text),) = meanings([check])
+        assert "**" not in text
+        assert "](" not in text
+        assert set(Page(str(text)).tags) <= {"p", "b", "code", "pre", "ul", "li"}
+    assert meanings(["no-such-check"]) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"),
+    [("rounding-loss", "loss"), ("delta-norm", "ratio"), ("headroom", "headroom"), ("other", "state")],
+)
+def test_the_map_opens_on_what_was_found(check: str, kind: str) -> None:
+    finding = dataclasses.replace(ROUNDING, check=check, measured=(("limit", 0.25),))
+    for verdict, severity in ((Verdict.FAILED, Severity.ERROR), (Verdict.PASSED, Severity.WARNING)):
+        one = dataclasses.replace(finding, severity=severity)
+        cause = check if verdict is Verdict.FAILED else None
+        run = report(adapter("a", verdict, cause=cause, findings=(one,), tensors=tensors(2)))
+        (drawn,) = [data for data in Page(render(run)).data() if isinstance(data, dict)]
+        assert drawn["kind"] == kind
+        assert drawn["limits"] == {"loss": 0.5, "ratio": 10.0, "headroom": 0.5} | (
+            {kind: 0.25} if kind != "state" else {}
+        )
+
+
+def test_who_accepted_a_failure_comes_first_in_its_row() -> None:
+    accepted = Accepted(owner="ml team", until="2027-01-01", reason="retrained in March")
+    line = render(report(dataclasses.replace(FAILED, accepted=accepted))).partition('<td class="why">')[2]
+    assert line.startswith('<span class="mark">accepted until 2027-01-01 by ml team: retrained in March</span>')
+
+
+def test_the_coverage_counts_tensors_that_are_absent() -> None:
+    missing = dataclasses.replace(NAN, check="keys-missing", measured=(("missing", 14.0),))
+    run = report(dataclasses.replace(PASS.adapters[0], findings=(missing,)))
+    assert "96 of 110 expected adapter tensors used" in render(run)
+    forged = dataclasses.replace(missing, measured=(("missing", float("nan")),))
+    assert "96 of 96 adapter tensors used" in render(report(dataclasses.replace(PASS.adapters[0], findings=(forged,))))
+    assert "nothing was merged" in render(report(adapter("a", Verdict.FAILED, coverage=Coverage())))
+
+
+def test_a_base_in_two_dtypes_is_listed_once() -> None:
+    file = FileRecord(path="model.safetensors", size_bytes=7, sha256="ab" * 32)
+    one, other = (dataclasses.replace(PASS.bases[0], dtype=dtype, files=(file,)) for dtype in ("bfloat16", "float16"))
+    html = render(report(adapter("a"), bases=(one, other))).partition('<h2 id="bases">')[2]
+    assert html.count("ab" * 32) == 1
+    assert "bfloat16; float16</dd>" in html
 
 
 def test_the_worst_comes_first() -> None:

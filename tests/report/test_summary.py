@@ -201,7 +201,7 @@ def test_on_github_the_tables_are_tables_and_every_name_is_whole() -> None:
 
 
 def test_on_github_the_map_is_as_it_was_drawn() -> None:
-    assert "  self_attn.q_proj  .....N..|\n" in Seen(render(FAIL), github).text
+    assert "  self_attn.q_proj  .....N..\n" in Seen(render(FAIL), github).text
 
 
 def test_on_github_a_comparison_is_a_table() -> None:
@@ -317,7 +317,7 @@ def test_the_map_is_of_the_first_stack_that_is_broken() -> None:
     sound, other = tensors(2), map(moved, tensors(2, nan="up_proj"))
     head, *rows = text_map(adapter("a", Verdict.FAILED, tensors=(*sound, *other)))
     assert head.split() == ["decoder.layers", "0"]
-    assert rows == ["  self_attn.q_proj  ..|", "  mlp.up_proj       NN|"]
+    assert rows == ["  self_attn.q_proj  ..", "  mlp.up_proj       NN"]
 
 
 def test_the_map_of_many_modules_shows_the_broken_ones() -> None:
@@ -328,8 +328,19 @@ def test_the_map_of_many_modules_shows_the_broken_ones() -> None:
         )
 
     _, first, *_, last = text_map(adapter("a", Verdict.FAILED, tensors=tuple(map(named, range(20)))))
-    assert first.split() == ["m19.w", "N|"]
+    assert first.split() == ["m19.w", "N"]
     assert last == "  … and 4 more modules"
+
+
+def test_the_map_is_of_an_adapter_that_it_shows_the_failure_of() -> None:
+    sound = adapter("first", Verdict.FAILED, cause="no-effect", tensors=tensors(3, no_effect="up_proj"))
+    broken = adapter(
+        "second", Verdict.FAILED, cause=NAN.check, findings=(NAN,), tensors=tensors(3, nan="1.mlp.up_proj")
+    )
+    text = render(report(sound, broken))
+    assert text.index("`first` failed") < text.index("`second` failed") < text.index("````text")
+    assert text.count("````text") == 1
+    assert "````text" not in render(report(sound))
 
 
 def test_the_worst_adapter_has_a_map() -> None:
@@ -337,8 +348,8 @@ def test_the_worst_adapter_has_a_map() -> None:
     (drawn,) = re.findall(r"````text\n(.*?)````", text, re.DOTALL)
     assert drawn.splitlines() == [
         "  model.layers      0    5",
-        "  self_attn.q_proj  .....N..|",
-        "  mlp.up_proj       ........|",
+        "  self_attn.q_proj  .....N..",
+        "  mlp.up_proj       ........",
     ]
     assert "````" not in render(PASS)
 

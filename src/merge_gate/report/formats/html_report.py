@@ -14,20 +14,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
+from collections import Counter
 from functools import cache
 from importlib import resources
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
+from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
+from merge_gate.records.terms import FailureKind
+from merge_gate.report.formats.page_texts import meanings, repeat_command
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
 from merge_gate.report.wording.chain import chain
+from merge_gate.report.wording.explanations import explanations
 from merge_gate.report.wording.grid import State, blocks, count_states, states
+from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -36,32 +45,87 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
     from merge_gate.records.measured import TensorMerge
-    from merge_gate.records.report import AdapterReport, Report
+    from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding
+    from merge_gate.report.wording.run_result import Adapter
 
 _MAX_LENGTH = 2000
 _DIGITS = 3
 _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
 _MAX_PLACES = 20
+_MAX_CAUSES = 12
+_MAX_ADDRESS = 80
+_COMMIT_DIGITS = 12
+_NOT_IN_ADDRESS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
     """Return the HTML of report.html. `rendered` holds the rows of the run's last report, which this one reuses."""
     layouts = _Layouts()
-    judged = words.worst_first(report.adapters)
+    adapters = run_result.worst_first(run_result.adapters_of(report))
     page, _ = _templates()
     return page.render(
         report=report,
         style=_part("report.css"),
         script=_part("report.js"),
         policy=_policy(),
-        rows=_rows(report, judged, layouts, rendered or RenderedAdapters()),
+        about=_about(report),
+        counts=_counts(adapters),
+        causes=_causes(adapters),
+        rows=_rows(report, adapters, layouts, rendered or RenderedAdapters()),
+        bases=_bases(report.bases),
+        meanings=meanings(_checks(report)),
         layouts=_data(layouts.known),
-        failed=report.counts.failed,
-        not_judged=report.counts.error,
-        passed=report.counts.passed,
-        warned=sum(bool(words.warnings(adapter)) for adapter in report.adapters),
     )
+
+
+def _about(report: Report) -> list[dict[str, Any]]:
+    """What the head says of the run, after the product: the date, the configuration, and the commit."""
+    config = report.config
+    parts = [
+        ("", config.read_at, False),
+        ("", config.path, True),
+        ("commit", config.commit and config.commit[:_COMMIT_DIGITS], True),
+    ]
+    return [{"label": label, "text": text, "is_code": is_code} for label, text, is_code in parts if text]
+
+
+def _counts(adapters: list[Adapter]) -> list[dict[str, Any]]:
+    """The adapters by verdict, as buttons that filter."""
+    states = Counter(adapter.state for adapter in adapters)
+    warned = sum(bool(adapter.warnings) for adapter in adapters)
+    rows = [
+        ("", "in all", len(adapters)),
+        (AdapterState.FAILED, "failed", states[AdapterState.FAILED]),
+        (AdapterState.ERROR, "not judged", states[AdapterState.ERROR]),
+        (AdapterState.ACCEPTED, "known failures", states[AdapterState.ACCEPTED]),
+        (AdapterState.PASSED, "passed", states[AdapterState.PASSED]),
+        ("warned", "with warnings", warned),
+    ]
+    return [
+        {"pick": str(pick), "label": label, "number": number}
+        for pick, label, number in rows
+        if number or pick is not AdapterState.ACCEPTED
+    ]
+
+
+def _causes(adapters: list[Adapter]) -> list[tuple[str, int]]:
+    """The causes, the most frequent first, and how many adapters have each."""
+    return Counter(cause for adapter in adapters for cause in adapter.causes).most_common(_MAX_CAUSES)
+
+
+def _bases(bases: tuple[BaseReport, ...]) -> list[list[BaseReport]]:
+    """The bases of a report. One of the same files is listed once, with all its dtypes."""
+    groups: dict[object, list[BaseReport]] = {}
+    for base in bases:
+        groups.setdefault((base.model, base.revision, base.parameters, base.sha256), []).append(base)
+    return list(groups.values())
+
+
+def _checks(report: Report) -> list[str]:
+    findings = [finding for adapter in report.adapters for finding in adapter.findings]
+    findings += [finding for base in report.bases for finding in base.findings]
+    return list(dict.fromkeys(finding.check for finding in findings))
 
 
 @cache
@@ -120,43 +184,87 @@ def _policy() -> str:
 
 
 def _rows(
-    report: Report, judged: list[AdapterReport], layouts: _Layouts, rendered: RenderedAdapters
+    report: Report, adapters: list[Adapter], layouts: _Layouts, rendered: RenderedAdapters
 ) -> list[dict[str, Any]]:
-    """The rows. A finding that an earlier row shows, of the same adapter in another dtype, is folded."""
-    before = earlier_entries(judged)
+    """The rows. A finding that another dtype of the adapter shows already is folded."""
+    entries = [entry for adapter in adapters for entry in adapter.entries]
+    before = earlier_entries(entries)
+    starts = accumulate((len(adapter.entries) for adapter in adapters), initial=0)
     texts = rendered.texts(
         _row,
-        judged,
-        [layouts.number_of(adapter) for adapter in judged],
-        [_named(before.get(place, {})) for place in range(len(judged))],
-        [report.config.path] * len(judged),
+        [adapter.entries[0] for adapter in adapters],
+        [adapter.entries for adapter in adapters],
+        [tuple(layouts.number_of(entry) for entry in adapter.entries) for adapter in adapters],
+        [
+            tuple(_named(before.get(start + place, {})) for place in range(len(adapter.entries)))
+            for adapter, start in zip(adapters, starts, strict=False)
+        ],
+        [report.config.path] * len(adapters),
     )
+    ids = _ids(adapters)
     return [
-        {"verdict": adapter.verdict, "is_warned": bool(words.warnings(adapter)), "text": Markup(text)}  # noqa: S704 - made below
-        for adapter, text in zip(judged, texts, strict=True)
+        {
+            "id": address,
+            "state": str(adapter.state),
+            "causes": " ".join(adapter.causes),
+            "is_warned": bool(adapter.warnings),
+            "text": Markup(text),  # noqa: S704 - made below
+        }
+        for adapter, address, text in zip(adapters, ids, texts, strict=True)
     ]
+
+
+def _ids(adapters: list[Adapter]) -> list[str]:
+    """An address for each row, made of its adapter's name."""
+    taken: dict[str, None] = {}
+    for number, adapter in enumerate(adapters, 1):
+        name = _NOT_IN_ADDRESS.sub("-", adapter.name)[:_MAX_ADDRESS].strip("-")
+        address = f"adapter-{name or number}"
+        taken[f"{address}--{number}" if address in taken else address] = None
+    return list(taken)
 
 
 def _named(before: Mapping[Finding, AdapterReport]) -> dict[Finding, str]:
     return {finding: words.precision(earlier.base) for finding, earlier in before.items()}
 
 
-def _row(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str], config_path: str) -> str:
-    """Render a row. `before` maps a finding to the dtype of the earlier row that shows it."""
+def _row(
+    first: AdapterReport,
+    entries: tuple[AdapterReport, ...],
+    layouts: tuple[int | None, ...],
+    before: tuple[Mapping[Finding, str], ...],
+    config_path: str,
+) -> str:
+    """Render the row of an adapter, whose worst entry is the first. `before` maps findings to an earlier dtype."""
+    decided = words.deciding(first)
+    kind = words.failure(first)
+    _, template = _templates()
+    return template.render(
+        first=first,
+        entries=[_entry(*parts) for parts in zip(entries, layouts, before, strict=True)],
+        cause=words.cause(first),
+        kind="" if kind in (None, FailureKind.BROKEN) else words.FAILURES[kind],
+        place=words.place(decided) if decided else "",
+        accepted=next((mark for entry in entries if (mark := words.acceptance(entry))), ""),
+        warnings=sorted({finding.check for entry in entries for finding in words.warnings(entry)}),
+        seconds=sum(entry.seconds for entry in entries if math.isfinite(entry.seconds)),
+        config_path=config_path,
+        is_direct=config_path == COMMAND_LINE,
+        command=repeat_command(entries, config_path),
+    )
+
+
+def _entry(adapter: AdapterReport, layout: int | None, before: Mapping[Finding, str]) -> dict[str, Any]:
+    """What a row shows of an adapter in one dtype."""
     decided = words.deciding(adapter)
     findings = ([decided] if decided else []) + words.others(adapter)
-    row = {
-        "cause": words.cause(adapter),
-        "place": words.place(decided) if decided else "",
-        "warnings": sorted({finding.check for finding in words.warnings(adapter)}),
+    return {
+        "adapter": adapter,
         "chain": chain(adapter),
         "findings": [_group(group) | {"before": before.get(group[0], "")} for group in words.kinds(findings)],
         "states": count_states(adapter.tensors),
-        "map": _data(_map(adapter.tensors, layout)) if layout is not None else None,
+        "map": _data(_map(adapter, layout)) if layout is not None else None,
     }
-    _, template = _templates()
-    is_direct = config_path == COMMAND_LINE
-    return template.render(adapter=adapter, row=row, config_path=config_path, is_direct=is_direct)
 
 
 def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
@@ -166,12 +274,11 @@ def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
         "place": words.place(first),
         "values": words.values(first),
         "origin": words.ORIGINS[first.origin],
-        "measured": [
-            f"{one_line(name, words.NAME_LIMIT).replace('_', ' ')} {value:g}" for name, value in first.measured
-        ],
+        "has_meaning": first.check in explanations(),
         "more": [words.place(finding) or finding.message for finding in more[:_MAX_PLACES]],
         "omitted": max(len(more) - _MAX_PLACES, 0),
         "count": len(more),
+        "rest": more_findings(more),
     }
 
 
@@ -197,10 +304,34 @@ class _Layouts:
         return self._numbers[key]
 
 
-def _map(merges: tuple[TensorMerge, ...], layout: int) -> dict[str, Any]:
+_KIND_OF_CHECK = {"rounding-loss": "loss", "delta-norm": "ratio", "headroom": "headroom"}
+"""The map that shows what a check found."""
+
+
+def _limits(adapter: AdapterReport) -> dict[str, float]:
+    """The limit of each map: the default, or the one that a finding states."""
+    limits = {kind: CHECKS[check].limit or math.inf for check, kind in _KIND_OF_CHECK.items()}
+    for finding in adapter.findings:
+        stated = dict(finding.measured).get("limit", math.nan)
+        if finding.check in _KIND_OF_CHECK and math.isfinite(stated):
+            limits[_KIND_OF_CHECK[finding.check]] = stated
+    return limits
+
+
+def _first_kind(adapter: AdapterReport) -> str:
+    """The map that shows the cause of a failure, or the first warning of an adapter that passed."""
+    decided = words.deciding(adapter)
+    checks = [decided.check] if decided else [finding.check for finding in words.warnings(adapter)]
+    return next((_KIND_OF_CHECK[check] for check in checks if check in _KIND_OF_CHECK), "state")
+
+
+def _map(adapter: AdapterReport, layout: int) -> dict[str, Any]:
     """The data for an adapter's map: columns in the order of its tensors."""
+    merges = adapter.tensors
     return {
         "layout": layout,
+        "kind": _first_kind(adapter),
+        "limits": _limits(adapter),
         "state": "".join(_LETTERS[state] for state in states(merges)),
         "low": [_short(merge.stats.minimum) for merge in merges],
         "high": [_short(merge.stats.maximum) for merge in merges],

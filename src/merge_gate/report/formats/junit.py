@@ -17,6 +17,7 @@ from merge_gate.output_files import GENERATOR_COMMENT
 from merge_gate.records.terms import FailureKind, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
+from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.untrusted import one_line, safe_text
 
 if TYPE_CHECKING:
@@ -144,12 +145,12 @@ def _kind(finding: Finding) -> str:
     return f"{finding.severity} {one_line(finding.check, words.NAME_LIMIT)}"
 
 
-def _part(finding: Finding, more: int) -> str:
+def _part(finding: Finding, more: tuple[Finding, ...]) -> str:
     lines = [
         f"{_kind(finding)}: {one_line(finding.message, words.MESSAGE_LIMIT)}",
         f"where: {'; '.join(filter(None, (words.place(finding), words.ORIGINS[finding.origin])))}",
         f"found: {words.values(finding)}" if words.values(finding) else "",
         f"to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}" if finding.hint else "",
-        f"and {words.number(more)} more like it" if more else "",
+        f"and {more_findings(more)}" if more else "",
     ]
     return "\n".join(filter(None, lines))

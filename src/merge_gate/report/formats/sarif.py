@@ -22,6 +22,7 @@ from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import unique_findings
+from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def _entries(report: Report) -> list[list[AdapterReport]]:
     return list(entries.values())
 
 
-def _result(report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: int, dtypes: str) -> Json:
+def _result(
+    report: Report, judged: AdapterReport | BaseReport, finding: Finding, more: tuple[Finding, ...], dtypes: str
+) -> Json:
     """One kind of finding."""
     name, base = _identity(judged)
     marks = words.marks(judged) if isinstance(judged, AdapterReport) else []
@@ -185,10 +188,10 @@ def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
     return {"artifactLocation": {"uri": address["uri"]} if judged.revision else address}
 
 
-def _message(name: str, dtypes: str, finding: Finding, more: int) -> str:
+def _message(name: str, dtypes: str, finding: Finding, more: tuple[Finding, ...]) -> str:
     text = f"{name} ({dtypes}): {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if more:
-        text += f"; and {words.number(more)} more like it"
+        text += f"; and {more_findings(more)}"
     if finding.hint:
         text += f". To do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
     return _plain(text)

@@ -13,6 +13,7 @@ from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.markdown import code, plain, prose
+from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.textmap import LEGEND, text_map
 from merge_gate.text import listing
 
@@ -111,7 +112,8 @@ def _checks(findings: Iterable[Finding]) -> str:
 
 def _sections(report: Report) -> list[str]:
     blocked = [groups for groups in paragraphs(report) if groups[0][0].verdict is not Verdict.PASSED]
-    shown = (_section(groups, with_map=index == 0) for index, groups in enumerate(blocked))
+    with_map = next((groups for groups in blocked if text_map(groups[0][0])), None)
+    shown = (_section(groups, with_map=groups is with_map) for groups in blocked)
     sections, _ = _fit(shown, len(blocked), _SECTIONS_BYTES)
     left = sum(map(len, blocked[len(sections) :]))
     if left:
@@ -135,7 +137,7 @@ def _section(groups: AlikeAdapters, *, with_map: bool) -> str:
     rest = unique_findings(alike, words.others)
     if rest:
         items = [f"- {other.severity} {_finding(other, more, dtypes)}" for other, more, dtypes in rest]
-        total = len(rest) + sum(more for _, more, _ in rest)
+        total = len(rest) + sum(len(more) for _, more, _ in rest)
         blocks += _details(words.counted(total, "more finding"), items, _OTHERS_BYTES)
     return "\n\n".join(blocks)
 
@@ -164,14 +166,14 @@ def _place(finding: Finding) -> str:
     return "; ".join(filter(None, (code(place) if place else "", plain(values), words.ORIGINS[finding.origin])))
 
 
-def _finding(finding: Finding, more: int, dtypes: str = "") -> str:
+def _finding(finding: Finding, more: tuple[Finding, ...], dtypes: str = "") -> str:
     text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
     if dtypes:
         text = f"({plain(dtypes)}) {text}"
     if place := words.place(finding, unless_in=finding.message):
         text += f" ({code(place, 120)})"
     if more:
-        text += f"; and {words.number(more)} more like it"
+        text += f"; and {prose(more_findings(more))}"
     return f"{text}. **What to do:** {prose(finding.hint, 300)}" if finding.hint else text
 
 
@@ -185,7 +187,7 @@ def _warnings(report: Report) -> list[str]:
         for same, unique in warnings
         for finding, more, dtypes in unique
     ]
-    total = words.counted(sum(1 + more for _, unique in warnings for _, more, _ in unique), "warning")
+    total = words.counted(sum(1 + len(more) for _, unique in warnings for _, more, _ in unique), "warning")
     return _details(f"{total} for {words.counted(len(passed), 'adapter')} that passed", items, _WARNINGS_BYTES)
 
 

@@ -14,6 +14,7 @@ from merge_gate.records.terms import Result, Severity, Verdict
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.columns import cells, cut, cut_front, fit, pad, wrap
+from merge_gate.report.wording.more_findings import more_findings
 from merge_gate.report.wording.untrusted import inert, one_line
 from merge_gate.text import listing
 
@@ -231,14 +232,14 @@ def _wrong(finding: Finding, width: int) -> list[Line]:
     return shown + _to_do(finding, width)
 
 
-def _also(finding: Finding, more: int, width: int, dtypes: str = "") -> list[Line]:
+def _also(finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str = "") -> list[Line]:
     label = "also" if finding.severity is Severity.ERROR else str(finding.severity)
     text = f"({dtypes}) " if dtypes else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if place := words.place(finding, unless_in=finding.message):
         text += f" ({place})"
     if more:
-        text += f"; and {words.number(more)} more like it"
+        text += f"; and {more_findings(more)}"
     return _labelled(label, text, width) + _to_do(finding, width)
 
 

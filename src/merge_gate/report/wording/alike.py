@@ -53,14 +53,14 @@ def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
 
 def unique_findings(
     same: list[AdapterReport], findings: Callable[[AdapterReport], list[Finding]]
-) -> list[tuple[Finding, int, str]]:
-    """The first finding of each kind in any entry, the number of others, and the dtypes (empty for all dtypes)."""
+) -> list[tuple[Finding, tuple[Finding, ...], str]]:
+    """The first finding of each kind in any entry, the other findings, and the dtypes (empty for all dtypes)."""
     entries: dict[tuple[Finding, ...], list[AdapterReport]] = {}
     for adapter in same:
         for kind in words.kinds(findings(adapter)):
             entries.setdefault(kind, []).append(adapter)
     return [
-        (kind[0], len(kind) - 1, "" if len(having) == len(same) else words.precisions(having))
+        (kind[0], kind[1:], "" if len(having) == len(same) else words.precisions(having))
         for kind, having in entries.items()
     ]
 

@@ -15,7 +15,8 @@ from merge_gate.records.terms import record
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
+LAYER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
+"""The number of a layer inside a name."""
 _OUTSIDE = ""
 
 
@@ -94,7 +95,7 @@ def _split(merge: TensorMerge) -> tuple[str, str, str]:
     """Split model.layers.5.mlp.up_proj into model.layers, 5, mlp.up_proj; a bias keeps its own name at the end."""
     own = merge.stats.name.removeprefix(merge.module).removeprefix(".")
     suffix = f".{own}" if own and own != "weight" else ""
-    match = _LAYER.search(merge.module)
+    match = LAYER.search(merge.module)
     if match is None:
         return _OUTSIDE, "", merge.module + suffix
     inside = merge.module[match.end() :].removeprefix(".")

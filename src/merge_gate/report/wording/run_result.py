@@ -6,6 +6,7 @@ In: a report. Out: plain sentences. They count adapters first and merges second:
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted, listing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from merge_gate.records.report import AdapterReport, Report
     from merge_gate.records.terms import Finding
 
@@ -53,6 +56,11 @@ class Adapter:
         return min(filter(None, kinds), key=list(FailureKind).index, default=None)
 
     @property
+    def causes(self) -> list[str]:
+        """The causes of its entries, each once."""
+        return list(dict.fromkeys(cause for entry in self.entries if (cause := words.cause(entry))))
+
+    @property
     def warnings(self) -> tuple[tuple[AdapterReport, Finding], ...]:
         """The warnings of all entries, each with its entry."""
         return tuple((entry, finding) for entry in self.entries for finding in words.warnings(entry))
@@ -62,6 +70,16 @@ def _state(entry: AdapterReport) -> AdapterState:
     if entry.verdict is Verdict.FAILED:
         return AdapterState.ACCEPTED if entry.accepted is not None else AdapterState.FAILED
     return AdapterState.ERROR if entry.verdict is Verdict.ERROR else AdapterState.PASSED
+
+
+def worst_first(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """Failed adapters first, passed ones last; the worst entry of each is its first one."""
+    order = list(AdapterState)
+    ranked = [
+        replace(adapter, entries=tuple(sorted(adapter.entries, key=lambda entry: order.index(_state(entry)))))
+        for adapter in adapters
+    ]
+    return sorted(ranked, key=lambda adapter: order.index(adapter.state))
 
 
 def adapters_of(report: Report) -> list[Adapter]:
@@ -188,10 +206,9 @@ def _reservation(adapters: list[Adapter]) -> str:
 
 def _inflected(phrase: str, named: dict[str, list[AdapterReport]]) -> str:
     s, its = ("s", "its") if len(named) == 1 else ("", "their")
-    entries = {words.precision(entry.base): entry for several in named.values() for entry in several}
-    return phrase.format(
-        differ=f"differ{s}", replace=f"replace{s}", lose=f"lose{s}", its=its, dtypes=words.precisions(entries.values())
-    )
+    *others, last = dict.fromkeys(words.precision(entry.base) for several in named.values() for entry in several)
+    dtypes = f"{', '.join(others)} and {last}" if others else last
+    return phrase.format(differ=f"differ{s}", replace=f"replace{s}", lose=f"lose{s}", its=its, dtypes=dtypes)
 
 
 def _is_hardly_changed(finding: Finding) -> bool:

@@ -14,8 +14,8 @@ from merge_gate.text import counted
 if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
 
-MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "0", State.FINITE: ".", State.UNTOUCHED: " "}
-LEGEND = "N NaN, I ±Inf, 0 no effect, . finite, blank untouched"
+MARKS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "-", State.FINITE: ".", State.UNTOUCHED: " "}
+LEGEND = "N NaN, I ±Inf, - no effect, . finite, blank untouched"
 _MAX_NAME = 40
 _MAX_LAYERS = 128
 _MAX_MODULES = 16
@@ -41,7 +41,7 @@ def _drawn(block: Block, marks: list[str]) -> list[str]:
     shown = [(one_line(name, _MAX_NAME), "".join(row[:_MAX_LAYERS])) for name, row in rows[:_MAX_MODULES]]
     width = max(len(name) for name, _ in shown)
     lines = [f"  {_head(block):<{width}}  {_ticks(block)}".rstrip()]
-    lines += [f"  {name:<{width}}  {row}|" for name, row in shown]
+    lines += [f"  {name:<{width}}  {row}".rstrip() for name, row in shown]
     if len(rows) > _MAX_MODULES:
         lines.append(f"  … and {counted(len(rows) - _MAX_MODULES, 'more module')}")
     return lines

@@ -17,7 +17,7 @@ from merge_gate.text import listing
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from merge_gate.records.report import AdapterReport, Environment, Report
+    from merge_gate.records.report import AdapterReport, BaseReport, Environment, Report
     from merge_gate.records.terms import BaseKey, Finding
 
 NAME_LIMIT = 200
@@ -26,6 +26,8 @@ MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
 
 _MOST_PRECISIONS = 6
+_MISSING = "keys-missing"
+"""The check whose figure counts the tensors that are absent from the file."""
 
 ORIGINS = {
     Origin.FILE: "in the adapter's files on disk",
@@ -97,9 +99,9 @@ def kinds(findings: Iterable[Finding]) -> list[tuple[Finding, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """The first finding of each check and severity, and how many more there are. A broken file can have hundreds."""
-    return [(kind[0], len(kind) - 1) for kind in kinds(findings)]
+def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, tuple[Finding, ...]]]:
+    """The first finding of each check and severity, and the others. A broken file can have hundreds."""
+    return [(kind[0], kind[1:]) for kind in kinds(findings)]
 
 
 def precisions(adapters: Iterable[AdapterReport]) -> str:
@@ -134,9 +136,8 @@ def deciding_module(adapter: AdapterReport) -> str:
 def marks(adapter: AdapterReport) -> list[str]:
     """Remarks that belong next to the verdict: a proof by a bound, an acceptance, and the origin if it is cached."""
     remarks = [bound] if (bound := proved_by_bound(adapter.coverage.parameters_bounded)) else []
-    if (accepted := adapter.accepted) is not None:
-        owner, reason = one_line(accepted.owner, NAME_LIMIT), one_line(accepted.reason, MESSAGE_LIMIT)
-        remarks.append(f"accepted until {one_line(accepted.until, NAME_LIMIT)} by {owner}: {reason}")
+    if adapter.accepted is not None:
+        remarks.append(acceptance(adapter))
     if adapter.cached:
         verdict = adapter.judged
         when = (
@@ -144,6 +145,45 @@ def marks(adapter: AdapterReport) -> list[str]:
         )
         remarks.append(f"cached{when}")
     return remarks
+
+
+def acceptance(adapter: AdapterReport) -> str:
+    """Who accepted a failure, until when, and why; empty if no one did."""
+    accepted = adapter.accepted
+    if accepted is None:
+        return ""
+    owner, reason = one_line(accepted.owner, NAME_LIMIT), one_line(accepted.reason, MESSAGE_LIMIT)
+    return f"accepted until {one_line(accepted.until, NAME_LIMIT)} by {owner}: {reason}"
+
+
+def chip(adapter: AdapterReport) -> str:
+    """The verdict on one dtype in a few words: `failed, accepted`."""
+    verdict = "not judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+    return verdict + (", accepted" if adapter.accepted else "") + (", cached" if adapter.cached else "")
+
+
+def passed(adapter: AdapterReport) -> str:
+    """`12 modules, all finite`."""
+    modules = adapter.coverage.modules_merged
+    return f"{counted(modules, 'module')}, all finite" if modules else ""
+
+
+def coverage(adapter: AdapterReport) -> str:
+    """How much of the adapter and of the merged model was checked."""
+    found = adapter.coverage
+    if not found.parameters_total:
+        return "nothing was merged"
+    figures = [dict(each.measured).get("missing", 0.0) for each in adapter.findings if each.check == _MISSING]
+    missing = sum(int(figure) for figure in figures if math.isfinite(figure))
+    of_all = counted(found.adapter_tensors + missing, "expected adapter tensor" if missing else "adapter tensor")
+    tensors = f"{found.applied:,} of {of_all} used"
+    checked = f"{found.parameters_checked:,} of {counted(found.parameters_total, 'parameter')} checked"
+    return f"{checked}; {tensors}, on {counted(found.modules_merged, 'module')}"
+
+
+def base_precisions(bases: Iterable[BaseReport]) -> str:
+    """The dtypes of a base in a report, each once."""
+    return "; ".join(dict.fromkeys(precision(base.key) for base in bases))
 
 
 def proved_by_bound(elements: int) -> str:

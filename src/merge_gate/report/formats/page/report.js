@@ -21,8 +21,9 @@
     const open = (adapter, wanted) => {
       adapter.classList.toggle("opened", wanted);
       one(".open", adapter).setAttribute("aria-expanded", String(wanted));
-      if (wanted) draw(adapter);
+      if (wanted) complete(adapter);
     };
+    const address = (hash) => window.history.replaceState(null, "", hash || location.pathname + location.search);
     for (const adapter of adapters) {
       const name = one(".name", adapter);
       const button = make("button", "open", name.textContent);
@@ -30,17 +31,52 @@
       button.setAttribute("aria-expanded", "false");
       name.replaceWith(button);
       one(".line", adapter).addEventListener("click", () => {
-        if (!String(window.getSelection())) open(adapter, !adapter.classList.contains("opened"));
+        if (String(window.getSelection())) return;
+        const wanted = !adapter.classList.contains("opened");
+        open(adapter, wanted);
+        if (wanted) address(`#${adapter.id}`);
+        else if (location.hash === `#${adapter.id}`) address("");
       });
     }
+
+    // What an opened row gets: its maps, what its checks mean, and a button for its command.
+    const complete = (adapter) => {
+      if (adapter.dataset.complete) return;
+      adapter.dataset.complete = "yes";
+      for (const place of all(".map", adapter)) draw(place);
+      for (const finding of all(".finding[data-check]", adapter)) {
+        const meaning = document.getElementById(`check-${finding.dataset.check}`);
+        if (!meaning) continue;
+        const copy = meaning.cloneNode(true);
+        copy.removeAttribute("id");
+        copy.open = false;
+        one("summary", copy).textContent = `What ${finding.dataset.check} means`;
+        finding.append(copy);
+      }
+      for (const command of all(".command", adapter)) {
+        const button = make("button", "", "copy");
+        button.type = "button";
+        button.addEventListener("click", async () => {
+          try {
+            await navigator.clipboard.writeText(one("code", command).textContent);
+            button.textContent = "copied";
+          } catch {
+            window.getSelection().selectAllChildren(one("code", command));
+          }
+        });
+        command.append(button);
+      }
+    };
 
     // --- filter -------------------------------------------------------------------------------------------------------
 
     const filter = one("#filter");
     const texts = new Map(adapters.map((adapter) => [adapter, one(".line", adapter).textContent.toLowerCase()]));
     let pick = "";
+    let cause = "";
     const fits = (adapter) =>
-      !pick || (pick === "warned" ? "warned" in adapter.dataset : adapter.dataset.verdict === pick);
+      (!pick || (pick === "warned" ? "warned" in adapter.dataset : adapter.dataset.verdict === pick)) &&
+      (!cause || adapter.dataset.causes.split(" ").includes(cause));
     const show = () => {
       const wanted = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
       let count = 0;
@@ -53,17 +89,25 @@
       one("#none").hidden = count > 0;
     };
     filter.addEventListener("input", show);
-    for (const button of all("[data-pick]")) {
+    const pressed = (buttons, isPressed) => {
+      for (const button of buttons) button.setAttribute("aria-pressed", String(isPressed(button)));
+    };
+    const picks = all("[data-pick]");
+    const causes = all("[data-cause]");
+    for (const button of [...picks, ...causes]) {
+      button.disabled = false;
       button.addEventListener("click", () => {
-        pick = button.dataset.pick;
-        for (const other of all("[data-pick]")) other.setAttribute("aria-pressed", String(other === button));
+        if ("pick" in button.dataset) [pick, cause] = [button.dataset.pick, ""];
+        else [pick, cause] = ["", cause === button.dataset.cause ? "" : button.dataset.cause];
+        pressed(picks, (other) => !cause && other.dataset.pick === pick);
+        pressed(causes, (other) => other.dataset.cause === cause);
         show();
       });
     }
 
     // --- sort ---------------------------------------------------------------------------------------------------------
 
-    const ranks = { failed: 0, error: 1, passed: 2 };
+    const ranks = { failed: 0, error: 1, accepted: 2, passed: 3 };
     const text = (selector) => (adapter) => one(selector, adapter).textContent.trim().toLowerCase();
     const keys = {
       name: text(".line th"),
@@ -95,6 +139,9 @@
       if (value > 0 && value < 0.0001) return "below 0.01 %";
       return `${Number((100 * value).toPrecision(3)).toLocaleString("en")} %`;
     };
+    // For a cell of a small map.
+    const short = (kind, value) =>
+      kind === "ratio" ? String(Number(value.toPrecision(2))) : `${Number((100 * value).toPrecision(2))}%`;
     const clamp = (value) => Math.min(Math.max(value, 0), 1);
     const KINDS = {
       state: { label: "state" },
@@ -129,7 +176,7 @@
       return parts.join("; ");
     };
 
-    const legend = (list, kind) => {
+    const legend = (list, kind, limits) => {
       list.replaceChildren();
       const item = (className, mark, label) => {
         const entry = make("li");
@@ -143,11 +190,17 @@
         const entry = make("li");
         entry.append(`${low} `, make("i", "ramp"), high);
         list.append(entry);
+        item("over", "!", `above the limit, ${short(kind, limits[kind])}`);
       }
       item("void", "", "untouched");
     };
 
     const paint = (cell, kind, data, layout) => {
+      fill(cell, kind, data, layout);
+      cell.setAttribute("aria-label", [cell.textContent, cell.dataset.description].filter(Boolean).join(", "));
+    };
+
+    const fill = (cell, kind, data, layout) => {
       const index = Number(cell.dataset.index);
       cell.style.background = "";
       const [mark] = STATES[data.state[index]];
@@ -158,13 +211,16 @@
         return;
       }
       const value = valueOf(kind, data, layout, index);
-      cell.className = value === null ? "unknown" : "h";
-      cell.textContent = value === null ? "?" : "";
-      if (value !== null) cell.style.background = `rgb(var(--heat) / ${(0.06 + 0.94 * KINDS[kind].tint(value)).toFixed(3)})`;
+      const over = value !== null && value > data.limits[kind];
+      const tint = value === null ? 0 : KINDS[kind].tint(value);
+      cell.className = value === null ? "unknown" : `h${over ? " over" : ""}${tint > 0.55 ? " dark" : ""}`;
+      cell.textContent = value === null ? "?" : cell.closest(".numbers") ? short(kind, value) : over ? "!" : "";
+      if (value !== null) cell.style.background = `rgb(var(--heat) / ${(0.06 + 0.94 * tint).toFixed(3)})`;
     };
 
     const grid = (block, data, layout, reader) => {
-      const heat = make("table", "heat");
+      const isSmall = block.layers.length <= 12 && block.modules.length <= 24;
+      const heat = make("table", isSmall ? "heat numbers" : "heat");
       heat.setAttribute("role", "grid");
       if (block.stack) heat.append(make("caption", "", block.stack));
       const head = make("tr");
@@ -172,9 +228,9 @@
       head.firstChild.style.cssText = "background:none;width:auto";
       const step = block.layers.length > 16 ? 4 : 1;
       block.layers.forEach((layer, at) => {
-        const label = make("th", "", at % step ? "" : layer);
+        const label = make("th");
         label.scope = "col";
-        label.setAttribute("aria-label", `layer ${layer}`);
+        label.append(make("span", "unseen", "layer "), make("span", at % step ? "unseen" : "", layer));
         head.append(label);
       });
       const top = make("thead");
@@ -241,50 +297,82 @@
       cell.focus();
     };
 
+    // The tensor that matters most: one that is not finite, or else the largest figure of the map.
+    const worst = (data, layout) => {
+      const all_of = [...data.state].map((_, index) => index);
+      const broken = ["N", "I"].map((letter) => data.state.indexOf(letter)).find((index) => index >= 0);
+      if (broken !== undefined) return broken;
+      const kind = data.kind === "state" ? "ratio" : data.kind;
+      const size = (index) => valueOf(kind, data, layout, index) ?? -1;
+      return all_of.reduce((most, index) => (size(index) > size(most) ? index : most), 0);
+    };
+
+    // Scrolls a map to a cell, and shows that there is more of it.
+    const framed = (scroll, cell) => {
+      const frame = make("div", "frame");
+      const note = make("p", "scrolls", "Scroll sideways for all layers.");
+      const edges = () => {
+        const rest = scroll.scrollWidth - scroll.clientWidth;
+        note.hidden = rest <= 1;
+        frame.classList.toggle("more-right", scroll.scrollLeft < rest - 1);
+      };
+      scroll.addEventListener("scroll", edges, { passive: true });
+      window.addEventListener("resize", edges);
+      frame.append(scroll);
+      requestAnimationFrame(() => {
+        if (cell) scroll.scrollLeft = Math.max(cell.offsetLeft - scroll.clientWidth / 2, 0);
+        edges();
+      });
+      return [frame, note];
+    };
+
     let maps = 0;
-    const draw = (adapter) => {
-      const place = one(".map", adapter);
-      if (!place || place.dataset.drawn) return;
-      place.dataset.drawn = "yes";
+    const draw = (place) => {
       maps += 1;
       const data = JSON.parse(one("script", place).textContent);
       for (const key of ["bounded", "estimated"]) data[key] = new Set(data[key]);
       const layout = layouts[data.layout];
-      const reader = make("p", "read", "Point at a tensor, tap it, or move there with the arrow keys.");
+      const reader = make("p", "read");
       reader.setAttribute("role", "status");
       const scroll = make("div", "scroll");
       scroll.append(...layout.blocks.map((block) => grid(block, data, layout, reader)));
       const list = make("ul", "legend");
       const choose = (kind) => {
         for (const cell of all("td[data-index]", scroll)) paint(cell, kind, data, layout);
-        legend(list, kind);
+        legend(list, kind, data.limits);
       };
       const kinds = make("fieldset", "kinds");
       kinds.append(make("legend", "", "Show"));
       for (const [kind, { label }] of Object.entries(KINDS)) {
         const choice = make("label");
         const radio = make("input");
-        Object.assign(radio, { type: "radio", name: `kind-${maps}`, value: kind, checked: kind === "state" });
+        Object.assign(radio, { type: "radio", name: `kind-${maps}`, value: kind, checked: kind === data.kind });
         radio.addEventListener("change", () => choose(kind));
         choice.append(radio, ` ${label}`);
         kinds.append(choice);
       }
-      choose("state");
-      place.append(kinds, scroll, list, reader);
+      choose(data.kind);
+      const first = worst(data, layout);
+      const cell = all("td[data-index]", scroll).find((candidate) => Number(candidate.dataset.index) === first);
+      reader.textContent = `Worst tensor: ${describe(data, layout, first)}`;
+      place.append(kinds, ...framed(scroll, cell), list, reader);
     };
 
     // --- at the start, from an address, and on paper ----------------------------------------------------------------------
 
     const byAddress = () => {
       const adapter = adapters.find((candidate) => `#${candidate.id}` === location.hash);
-      if (adapter) open(adapter, true);
+      if (!adapter) return;
+      open(adapter, true);
+      adapter.scrollIntoView();
     };
     window.addEventListener("hashchange", byAddress);
     window.addEventListener("beforeprint", () => {
       for (const adapter of adapters) if (adapter.dataset.verdict !== "passed" && !adapter.hidden) open(adapter, true);
     });
     one("#tools").hidden = false;
-    if (adapters[0].dataset.verdict !== "passed" || adapters.length === 1) open(adapters[0], true);
+    const wrong = adapters.filter((adapter) => adapter.dataset.verdict !== "passed").length;
+    if ((wrong > 0 && wrong < 10) || adapters.length === 1) open(adapters[0], true);
     byAddress();
     show();
   };
