@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jsonschema
 import pytest
 import torch
+import yaml
 
 from merge_gate import __main__, demo
 from merge_gate.action.docker import launcher
@@ -608,7 +609,19 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
         wording(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("document", ["config", "report"])
+def test_a_first_baseline_fits_its_schema(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once each failure has a reason and an owner."""
+    write_report(FAIL, place / "out")
+    assert main(["report", "baseline", "out"]) == 0
+    baseline = yaml.safe_load(capsys.readouterr().out)
+    assert main(["schema", "baseline"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert not jsonschema.Draft202012Validator(schema).is_valid(baseline)
+    baseline["accept"] = [entry | {"reason": "known", "owner": "the team"} for entry in baseline["accept"]]
+    jsonschema.Draft202012Validator(schema).validate(baseline)
+
+
+@pytest.mark.parametrize("document", ["config", "report", "baseline"])
 def test_a_schema_is_all_that_is_printed(document: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", document]) == 0
     assert json.loads(capsys.readouterr().out)["$schema"]

@@ -30,10 +30,10 @@ def add_schema(commands: Commands[CommandParser]) -> None:
     schema = commands.add_parser(
         "schema",
         help="print a JSON Schema",
-        description="Print the JSON Schema of the config or of report.json.",
+        description="Print the JSON Schema of the config, of report.json, or of a baseline.",
         epilog=examples("merge-gate schema config > merge-gate.schema.json"),
     )
-    schema.add_argument("document", choices=("config", "report"), help="which one")
+    schema.add_argument("document", choices=("config", "report", "baseline"), help="which one")
 
 
 def add_completion(commands: Commands[CommandParser]) -> None:
@@ -72,6 +72,8 @@ def _checks() -> str:
 def schema(arguments: argparse.Namespace) -> int:
     if arguments.document == "config":
         from merge_gate.config.load_config import config_schema as document
+    elif arguments.document == "baseline":
+        from merge_gate.config.baseline_file import baseline_schema as document
     else:
         from merge_gate.report.formats.schema import report_schema as document
     return print_document(json.dumps(document(), indent=2) + "\n")

@@ -438,6 +438,11 @@ class _Schema(GenerateJsonSchema):
 
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the configuration, for editors and other programs."""
-    schema = FileEntry.model_json_schema(by_alias=True, schema_generator=_Schema)
+    return schema_of(FileEntry)
+
+
+def schema_of(file: type[Model]) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a file, by its model."""
+    schema = file.model_json_schema(by_alias=True, schema_generator=_Schema)
     one_line = json.dumps(schema).replace(r"\n", " ")  # the line breaks of docstrings mean nothing
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json.loads(one_line)}
