@@ -67,8 +67,15 @@ def test_the_gate_gets_the_hubs_token_and_none_of_the_runners(environ: dict[str,
     assert ours["MERGE_GATE_IMAGE"] == "cpu"
     steering = [name for name in ours if name.startswith(("GITHUB_", "ACTIONS_", "INPUT_", "MERGE_GATE_INPUT_"))]
     assert steering == ["GITHUB_WORKSPACE"]
-    named = {**given, "GITHUB_REPOSITORY": "acme/adapters", "GITHUB_RUN_ID": "7", "MERGE_GATE_CACHE_KEY": "k" * 16}
+    named = {
+        **given,
+        "GITHUB_REPOSITORY": "acme/adapters",
+        "GITHUB_RUN_ID": "7",
+        "GITHUB_SHA": "0" * 40,
+        "MERGE_GATE_CACHE_KEY": "k" * 16,
+    }
     ours = action.gate_environment(named)
+    assert ours["MERGE_GATE_COMMIT"] == "0" * 40
     assert (ours["MERGE_GATE_PLACE"], ours["MERGE_GATE_CACHE_KEY"]) == ("acme/adapters run 7", "k" * 16)
     assert action.gate_environment({**environ, "HF_TOKEN": "of the job"})["HF_TOKEN"] == "of the job"
 

@@ -94,7 +94,9 @@ def gate_environment(environ: Mapping[str, str]) -> dict[str, str]:
     workspace = {"GITHUB_WORKSPACE": str(workspace_of(environ))}
     repository, number = environ.get("GITHUB_REPOSITORY", ""), environ.get("GITHUB_RUN_ID", "")
     place = {"MERGE_GATE_PLACE": f"{repository} run {number}"} if repository and number else {}
-    return {**own, **marker, **debug, **workspace, **place, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
+    commit = {"MERGE_GATE_COMMIT": environ["GITHUB_SHA"]} if environ.get("GITHUB_SHA") else {}
+    facts = {**marker, **debug, **workspace, **place, **commit}
+    return {**own, **facts, "NO_COLOR": "1", **({"HF_TOKEN": token} if token else {})}
 
 
 def _judge(inputs: ActionInputs, environ: Mapping[str, str], messages: _RunMessages) -> StepOutcome:

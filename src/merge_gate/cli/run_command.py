@@ -185,14 +185,13 @@ def _in_container(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--resume is for a run that is not in a container", hint="give both runs a --cache: it does the same"
         )
-    if arguments.publish or arguments.max_shard_size:
-        raise UsageError("--publish is for a run that is not in a container", hint="omit --container")
     if arguments.ray is not None:
         raise UsageError("--ray is for a run that is not in a container", hint="omit --container")
     more = [word for name in arguments.only for word in ("--only", name)]
     more += [option for option, asked in (("--quick", arguments.quick), ("--refresh", arguments.refresh)) if asked]
     more += ["--access", arguments.access] if arguments.access else []
     more += ["--read", arguments.read] if arguments.read else []
+    more += ["--max-shard-size", f"{arguments.max_shard_size / 1000:.3f}KB"] if arguments.max_shard_size else []
     if shard := _shard(arguments):
         more += ["--shard", "{}/{}".format(*shard)]
     run = local_run(
@@ -203,6 +202,7 @@ def _in_container(arguments: argparse.Namespace) -> int:
         image=arguments.image,
         gpus=arguments.gpus,
         cache=arguments.cache,
+        publish=arguments.publish,
         environ=os.environ,
     )
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "NO_PROXY", "no_proxy", "NO_COLOR", "FORCE_COLOR",
-    "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE",
+    "MERGE_GATE_DEBUG", "MERGE_GATE_PLACE", "MERGE_GATE_COMMIT",
 )  # fmt: skip
 """Variables of the caller that the container gets in its environment."""
 _HANDED_OVER = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "MERGE_GATE_CACHE_KEY")

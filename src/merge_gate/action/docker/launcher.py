@@ -93,6 +93,7 @@ def local_run(
     image: str = "",
     gpus: str = "auto",
     cache: str | None = None,
+    publish: str | None = None,
     environ: Mapping[str, str],
 ) -> ContainerRun:
     """Return the run for `merge-gate run --container CONFIG` on a user's own machine.
@@ -109,9 +110,14 @@ def local_run(
         image=image,
         device=device,
         gpus=gpus,
-        arguments=(*arguments, *(["--cache", str(Path(cache).resolve())] if cache else [])),
+        arguments=(
+            *arguments,
+            *(["--cache", str(Path(cache).resolve())] if cache else []),
+            *(["--publish", str(Path(publish).resolve())] if publish else []),
+        ),
         hf_cache=Path(home).expanduser().resolve(),
         cache=Path(cache).resolve() if cache else None,
+        publish=Path(publish).resolve() if publish else None,
         environ=environ,
     )
 
