@@ -1,19 +1,21 @@
-"""Writes the weight files of one model, in any order, and proves that the disk has what was written.
+"""Writes the weight files of one model, in any order, and proves that the files have what was written.
 
 In: a layout, and the bytes of its tensors in parts. Out: files in a directory, and their SHA-256. It does not know
 the meaning of the bytes.
 
 1. Each file is created with its final size and its header.                                    `__init__`
-2. Each part is hashed and written at its place. A part that is written again replaces the earlier one.     `write`
+2. Each part gets a checksum and is written at its place. A later part replaces an earlier one there.    `write`
 3. Every byte of every tensor must have been written.                                          `missing`
-4. The files go to disk and are read back: each part must have the digest with which it was written.        `read_back`
+4. The files go to disk and are read back: each part must have its checksum.                       `read_back`
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,13 +32,14 @@ MOST_PARTS = 1 << 16
 
 _EXISTING = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = _EXISTING | os.O_CREAT | os.O_EXCL
+_LIBC, _SYNC_FILE_RANGE_WRITE = ctypes.CDLL(None), 2
 _REREAD = "the disk or its driver loses data: publish to another disk"
 
 
 @record
 class _Part:
     size_bytes: int
-    digest: bytes
+    checksum: int
 
 
 class ModelWriter:
@@ -68,10 +71,11 @@ class ModelWriter:
         places = self.places(name)
         if not places or not 0 <= offset < offset + len(content) <= places[0].size_bytes:
             raise ValueError(f"{name}: {len(content)} bytes at {offset}")
-        digest = hashlib.sha256(content).digest()
+        checksum = zlib.crc32(content)
         for place in places:
             with _opened(self._directory / place.tensor.file) as descriptor:
                 _write_all(descriptor, place.start + offset, content)
+                _begin_to_store(descriptor, place.start + offset, len(content))
             parts = self._parts.setdefault((place.tensor.file, place.start), {})
             end = offset + len(content)
             if parts.get(offset) is None or parts[offset].size_bytes != len(content):
@@ -79,7 +83,7 @@ class ModelWriter:
                     del parts[start]
             if len(parts) >= MOST_PARTS:
                 raise ValueError(f"{name}: more than {MOST_PARTS} parts")
-            parts[offset] = _Part(size_bytes=len(content), digest=digest)
+            parts[offset] = _Part(size_bytes=len(content), checksum=checksum)
 
     def forget(self, place: Place) -> None:
         """Parts of this tensor that were written do not count."""
@@ -107,7 +111,6 @@ class ModelWriter:
         with _opened(path, _NEW) as descriptor:
             _write_all(descriptor, 0, memoryview(content))
             os.fsync(descriptor)
-            _drop_cached(descriptor)
             read = _read_whole(descriptor, len(content) + 1)
         if read != content:
             raise _other_bytes(name)
@@ -126,7 +129,6 @@ class ModelWriter:
             go_on()
             with _opened(self._directory / file.name) as descriptor:
                 os.fsync(descriptor)
-                _drop_cached(descriptor)
         with ThreadPoolExecutor(1) as pool:
             return tuple(self._read_file(file, pool, go_on) for file in self.layout.files)
 
@@ -137,7 +139,7 @@ class ModelWriter:
     def _read_opened(
         self, descriptor: int, file: FileLayout, pool: ThreadPoolExecutor, go_on: Callable[[], None]
     ) -> FileRecord:
-        """Every byte is hashed twice: for the digest of the file in another thread, and for that of its part here."""
+        """Another thread hashes the file, while this one compares checksums."""
         if os.fstat(descriptor).st_size != file.size_bytes or _read_whole(descriptor, len(file.head)) != file.head:
             raise _other_bytes(file.name)
         whole = hashlib.sha256(file.head)
@@ -146,7 +148,7 @@ class ModelWriter:
         for place in file.places:
             parts = self._parts.get((file.name, place.start), {})
             for offset, part in sorted(parts.items()):
-                own = hashlib.sha256()
+                checksum = 0
                 for start in range(offset, offset + part.size_bytes, CHUNK_BYTES):
                     go_on()
                     buffers.reverse()
@@ -155,8 +157,8 @@ class ModelWriter:
                     if hashing is not None:
                         hashing.result()
                     hashing = pool.submit(whole.update, piece)
-                    own.update(piece)
-                if own.digest() != part.digest:
+                    checksum = zlib.crc32(piece, checksum)
+                if checksum != part.checksum:
                     raise _other_bytes(file.name, place.tensor.name)
         if hashing is not None:
             hashing.result()
@@ -194,10 +196,10 @@ def _read_whole(descriptor: int, size_bytes: int) -> bytes:
     return bytes(content)
 
 
-def _drop_cached(descriptor: int) -> None:
-    """Read from the disk next, as far as the system drops what it has written."""
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+def _begin_to_store(descriptor: int, start: int, size_bytes: int) -> None:
+    """Let the disk begin to write these bytes, so that fsync waits for few. The call returns at once."""
+    with contextlib.suppress(AttributeError):  # not Linux with glibc or musl
+        _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def _other_bytes(file: str, tensor: str | None = None) -> NotPublishedError:
