@@ -89,6 +89,18 @@ def test_an_entry_to_publish_is_merged_again_although_its_verdict_is_cached(plac
     assert adapters_of(place)[0]["cached"] is False
 
 
+@pytest.mark.parametrize(("quantization", "is_cached"), [("none", True), ("bnb-8bit", False)])
+def test_the_verdict_on_a_dequantized_base_is_not_reused(quantization: str, is_cached: bool, place: Path) -> None:
+    base = {"model": "./base", "dtype": "bfloat16", "quantization": quantization}
+    config = {"version": 1, "base": base, "adapters": ["./one"]}
+    (place / "plain.yml").write_text(json.dumps(config))
+    (place / "gate.yml").write_text(json.dumps(config | {"publish": {"directory": "merged", "dtype": "bfloat16"}}))
+    assert play(place, "--cache", "cache", adapters=["gate.yml"]) == 0
+    assert (place / "merged" / "one-bfloat16").is_dir()
+    assert play(place, "--cache", "cache", adapters=["plain.yml"]) == 0
+    assert adapters_of(place)[0]["cached"] is is_cached
+
+
 # --- no directory ----------------------------------------------------------------------------------------------------
 
 

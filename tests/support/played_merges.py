@@ -20,6 +20,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.files.identity import base_identity
 from merge_gate.run import flow
 from merge_gate.worker import protocol, supervisor
+from merge_gate.worker.device import cpu_name
 from merge_gate.worker.protocol import Event, Group, Job, PlannedTensor, PublicationPlanned, PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support.judging.cases import base as base_facts
@@ -96,6 +97,7 @@ def played(
     def supervise(
         job: Job, on_event: Callable[[Event], None], _worker: object, _feeds: object, publisher: Publisher
     ) -> None:
+        on_event(protocol.DeviceChosen(device="cpu", device_name=cpu_name()))
         for number, group in enumerate(job.groups):
             _play_group(number, group, on_event, lambda task: sends(publisher, task, tensors), changes or {})
 
