@@ -145,7 +145,8 @@ def test_eight_adapters_with_four_heads_read_the_body_once(
     monkeypatch.setattr(bases, "measure", measured)
     monkeypatch.setattr(bases, "load_base", from_files)
     group = fleet(shelf, tmp_path)
-    for event in _judge_groups([0], Job(groups=(group,), device="cpu"), lambda _: None, MappedBases(group)):
+    job, mapped = Job(groups=(group,), device="cpu"), MappedBases(group)
+    for event in _judge_groups([0], job, lambda _: None, mapped, feed=None, connection=None):
         events.append(event)
         if isinstance(event, (BaseLoading, BaseLoaded)):
             read.append(0)
