@@ -31,9 +31,11 @@ from merge_gate.engine.tensors.deviation import deviation, requantized
 from merge_gate.engine.tensors.measure import dtype_name, same_bits
 from merge_gate.engine.tensors.quantized import is_quantized
 from merge_gate.engine.tensors.threads import spread
+from merge_gate.errors import EngineError, Undecidable
 from merge_gate.records.comparison import Comparison, LoadedKeys, TensorComparison
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
+from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
 
 MOST_PASSES = 3
@@ -65,6 +67,23 @@ class Files:
     def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
         by_name = {one.name: one for one in self.stored}
         return stored_bytes(self.directory, {name: by_name[name] for name in names})
+
+
+def compared(
+    request: MergeRequest,
+    files: Files,
+    base_files: Files,
+    *,
+    model_class: ModelClass,
+    label: str,
+    base_map: TensorMap | None,
+) -> tuple[Evidence, Comparison]:
+    """Load the finished model, and compare it. If it cannot be loaded, the comparison says why."""
+    try:
+        merged = load_merged(files, label, model_class, request.base, base_files)
+    except Undecidable as error:
+        return adapter_evidence.merge(request), Comparison(unloadable=error.refusal)
+    return compare(request, merged, files, base_files, base_map)
 
 
 def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, base_files: Files) -> Base:
@@ -107,8 +126,17 @@ def _main_dtype(stored: Sequence[StoredTensor]) -> str:
 def compare(
     request: MergeRequest, merged: Base, files: Files, base_files: Files, base_map: TensorMap | None
 ) -> tuple[Evidence, Comparison]:
-    """Steps 2 to 4. Without evidence of a merge, the comparison is empty."""
+    """Steps 2 to 4. Without evidence of a merge, the comparison is empty.
+
+    Raises:
+        EngineError: the base is quantized.
+    """
     base = request.base
+    if base.facts.quantization != Quantization.NONE:
+        raise EngineError(
+            f"base {base.source.label} is quantized ({base.facts.quantization}), and a merge into it is not compared",
+            hint="name the original base with --base",
+        )
     found = _Found(base=base, merged=merged)
     sink = WholeTensors(found.put)
     evidence = adapter_evidence.merge(replace(request, sink=sink))
@@ -124,12 +152,14 @@ def compare(
     if any(one.touched and not one.same for one in found.facts.values()):
         again = replace(request, sink=WholeTensors(found.put_again), safe_merge=False, progress=None)
         adapter_evidence.merge(again)
+    given = sink.names | (base.tensors.keys() - base.newly_initialized)
     order = {name: number for number, name in enumerate(merged.tensors)}
     facts = sorted(found.facts.values(), key=lambda one: order[one.name])
     tensors = [one for one in (*facts, *others) if one.touched or not one.same]
     return evidence, Comparison(
         tensors=tuple(tensors),
         compared=len(found.facts) + len(others),
+        absent=tuple(sorted(name for name in given if not found.partners(name))),
         base_keys=_keys(base, base_map),
         merged_keys=_keys(merged, _map_of(merged, files)),
         is_other_class=type(base.model).__name__ not in (_config(base).architectures or ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import record
 
 
@@ -110,6 +111,8 @@ class Comparison:
     Attributes:
         tensors: the tensors that the merge touches, and the others that differ.
         compared: how many tensors were compared, with those that transformers does not load.
+        absent: tensors of the merge that the finished model lacks, by their names in the model.
+        unloadable: why the finished model cannot be loaded as the base's class; nothing was compared then.
         base_keys, merged_keys: what transformers makes of both directories.
         is_other_class: whether the adapter's task needs another class than the base's own, with other stored names.
         untied: names of tensors that the merge itself unties.
@@ -118,6 +121,8 @@ class Comparison:
 
     tensors: tuple[TensorComparison, ...] = ()
     compared: int = 0
+    absent: tuple[str, ...] = ()
+    unloadable: Refusal | None = None
     base_keys: LoadedKeys = LoadedKeys()
     merged_keys: LoadedKeys = LoadedKeys()
     is_other_class: bool = False

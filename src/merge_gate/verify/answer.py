@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from merge_gate.judging import adapter_report
+from merge_gate.judging import adapter_report, all_checks
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.comparison import Comparison
@@ -31,6 +31,9 @@ def findings_of(
     merged: Snapshot, entry: Entry, comparison: Comparison, candidates: Mapping[str, Comparison]
 ) -> tuple[Finding, ...]:
     """Every finding on a finished directory that could be compared with a merge."""
+    if comparison.unloadable is not None:
+        why = all_checks.refused(comparison.unloadable)
+        return (finding("broken-files", f"the directory cannot be loaded: {why.message}", hint=why.hint),)
     base = entry.base_files or BaseFiles(directory="")
     own = merged.base_files or BaseFiles(directory=merged.directory)
     directories = merged.directory, entry.base.directory if entry.base is not None else "", entry.files.directory

@@ -39,6 +39,8 @@ _LISTED = 5
 def settings_findings(merged: str, base: str, adapter: str) -> Iterator[Finding]:
     """The findings on everything besides the weights."""
     folders = [Path(folder) for folder in (adapter, base)]
+    yield from _pickles(Path(merged))
+    yield from _declared_dtype(Path(merged), Path(base))
     yield from _tokenizer(Path(merged), folders)
     yield from _chat_template(Path(merged), folders)
     yield from _stop_tokens(Path(merged), *folders)
@@ -54,6 +56,30 @@ def _digest(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _pickles(merged: Path) -> Iterator[Finding]:
+    names = sorted(path.name for path in merged.glob("pytorch_model*.bin"))
+    if names:
+        yield finding(
+            "stale-shards",
+            f"{counted(len(names), 'pickled weight file')} in the directory, which transformers does not load: "
+            f"{listing([quoted(name, 120) for name in names], _LISTED)}",
+        )
+
+
+def _declared_dtype(merged: Path, base: Path) -> Iterator[Finding]:
+    """The dtype in config.json, in which servers load the weights."""
+    old, new = (_dtype_in(_json(folder, "config.json") or {}) for folder in (base, merged))
+    if old is not None and new is not None and old != new:
+        yield finding("dtype-changed", f"config.json declares {_shown(new)}, expected {_shown(old)} as in the base")
+
+
+def _dtype_in(config: Mapping[str, Any]) -> Any:
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    places = (one.get(key) for one in (config, inner) for key in ("dtype", "torch_dtype"))
+    return next((one for one in places if isinstance(one, str)), None)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class _Names:
         self.base_made = {target for targets in self._base_targets.values() for target in targets}
         self.merged_made = {target for targets in self._merged_targets.values() for target in targets}
         self._ties = dict(comparison.base_keys.ties) | dict(comparison.merged_keys.ties)
+        self._absent = comparison.absent
         self._is_other_class = comparison.is_other_class
         self._from_adapter = {one.name for one in comparison.tensors if one.touched}
 
@@ -51,11 +52,13 @@ class _Names:
         extra = [name for name in self.merged if name not in self.base]
         renamed = [name for name in lacking if self._is_stored_otherwise(name)]
         gone = [name for name in lacking if not self._has_a_source(name)]
+        made = {target for name in gone for target in self._targets(name)}
+        gone += [name for name in self._absent if name not in made and name not in gone and name not in self.base]
         added = [name for name in extra if not self._is_expected(name)]
         if gone:
             yield finding(
                 "not-carried",
-                f"{counted(len(gone), 'tensor')} of the base are not in the directory: {groups_of(gone)}",
+                f"{counted(len(gone), 'tensor')} of the base or the merge are not in the directory: {groups_of(gone)}",
                 tensor=gone[0],
                 measured=(("tensors", float(len(gone))),),
             )

@@ -194,7 +194,7 @@ def _all(count: int) -> str:
 
 def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison: Comparison) -> Finding:
     count = sum(len(by_state[state]) for state in GOOD)
-    rest = comparison.compared - count
+    rest = comparison.compared - len(comparison.tensors)
     if by_state[TensorState.CLOSE]:
         close = by_state[TensorState.CLOSE]
         worst = max(close, key=lambda one: one.units)

@@ -195,7 +195,6 @@ class GroupBases:
 
         Raises:
             EngineError: the finished model's files changed meanwhile.
-            Undecidable: they cannot be loaded as the base's class.
         """
         from merge_gate.engine import finished_model  # noqa: PLC0415 - imports torch and PEFT
         from merge_gate.engine.base.tensor_map import stored_tensors  # noqa: PLC0415 - imports torch
@@ -209,8 +208,9 @@ class GroupBases:
             identity = base_identity(directory)
             found = snapshot.base_files.tensors if snapshot.base_files is not None else ()
             files = finished_model.Files(directory=directory, stored=found or stored_tensors(directory), feed=feed)
-            merged = finished_model.load_merged(files, snapshot.name, loaded.model_class, request.base, own)
-            compared = finished_model.compare(request, merged, files, own, account.map)
+            compared = finished_model.compared(
+                request, files, own, model_class=loaded.model_class, label=snapshot.name, base_map=account.map
+            )
             verify_base(directory, snapshot.name, identity)
         return compared
 

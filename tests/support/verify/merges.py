@@ -405,6 +405,19 @@ def _cast(dtype: torch.dtype) -> Callable[[Tensors], None]:
     return change
 
 
+def _rows(count: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            tensors[name] = tensors[name][:count]
+
+    return change
+
+
+def _smaller(scene: Scene, out: Path) -> None:
+    _edited(_rows(60))(scene, out)
+    edit_json(out / "config.json", vocab_size=60)
+
+
 def _stale(out: Path) -> None:
     tensors = weights_of(out)
     write_shards(out, tensors)
@@ -517,7 +530,23 @@ WRONG = [
     Recipe("a tensor that the index lacks", "ghost-index", _with_files(_unlisted)),
     Recipe("cast to float16", "dtype-changed", _edited(_cast(torch.float16))),
     Recipe("cast to float32", "dtype-changed", _edited(_cast(torch.float32))),
-    Recipe("merged in float32", "dtype-changed", _merged("bfloat16-base", dtype=torch.float32)),
+    Recipe(
+        "merged in float32",
+        "dtype-changed",
+        _merged("bfloat16-base", dtype=torch.float32),
+        also=("dtype-changed",),
+    ),
+    Recipe(
+        "another dtype declared",
+        "dtype-changed",
+        _with_files(lambda out: edit_json(out / "config.json", dtype="float16")),
+    ),
+    Recipe("a trained head lost", "not-carried", _edited(_drop("classifier"), "six-labels"), "six-labels"),
+    Recipe("rows lost", "broken-files", _edited(_rows(60))),
+    Recipe("a smaller vocabulary", "shape-changed", _smaller),
+    Recipe(
+        "pickles left behind", "stale-shards", _with_files(lambda out: (out / "pytorch_model.bin").write_bytes(b"x"))
+    ),
     Recipe("NaN in a merged tensor", "nonfinite", _edited(_set("model.layers.0.self_attn.q_proj.weight", _nan))),
     Recipe("NaN elsewhere", "nonfinite", _edited(_set("lm_head.weight", _nan))),
     Recipe("a shard missing", "broken-files", _with_files(_missing_shard)),

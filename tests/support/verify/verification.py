@@ -74,6 +74,11 @@ class Verifier:
         with LocalFeed(str(base)) as base_feed, LocalFeed(finished.directory) as feed:
             own = finished_model.Files(directory=str(base), stored=of_base.tensors, feed=base_feed)
             others = finished_model.Files(directory=finished.directory, stored=finished.base_files.tensors, feed=feed)
-            merged = finished_model.load_merged(others, finished.name, model_class, loaded, own)
-            request = MergeRequest(base=loaded, members=(files,))
-            return finished_model.compare(request, merged, others, own, account.map)
+            return finished_model.compared(
+                MergeRequest(base=loaded, members=(files,)),
+                others,
+                own,
+                model_class=model_class,
+                label=finished.name,
+                base_map=account.map,
+            )
