@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from merge_gate.companion_names import Companion, companion_kind
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish.companions import Companions, MergedModel, files_of
+from merge_gate.publish.companions import Companions, MergedModel, companions_of, files_of
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.terms import Severity
+from tests.support import published, reports
 from tests.support.vocabularies import vocabulary_files
 
 if TYPE_CHECKING:
@@ -310,3 +313,17 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_warned_of(tmp_path: Pa
     own = {"tokenizer.json": b'{"model": {"vocab": {"a": 0, "new": 32}}}', "tokenizer_config.json": b"{}"}
     assert checks(chosen(tmp_path, {}, own)) == [("tokenizer-size", Severity.WARNING)]
     assert checks(chosen(tmp_path, {}, own, shapes=resized(33))) == []
+
+
+def test_a_base_that_is_quantized_while_it_is_loaded_is_stored_plain(tmp_path: Path) -> None:
+    """Its stored tensors are compared like those of any plain base: a head that it does not have is refused."""
+    base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b""})
+    adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}"})
+    plain = StoredTensor(name="model.norm.weight", dtype="BF16", shape=(8,))
+    head = StoredTensor(name="score.weight", dtype="BF16", shape=(2, 8))
+    quantized = reports.adapter(base=replace(reports.BASE, quantization="bnb-4bit"))
+    facts = published.facts(quantized, dtype="bfloat16", base_tensors=(plain,), tensors=(plain,))
+    names = [file.name for file in companions_of(base, (adapter,), facts).files]
+    assert names == ["config.json", "README.md"]
+    with pytest.raises(NotPublishedError, match=r"score\.weight"):
+        companions_of(base, (adapter,), replace(facts, tensors=(plain, head)))

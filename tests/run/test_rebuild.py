@@ -154,3 +154,19 @@ def test_links_and_pipes_are_not_read(place: Path) -> None:
     manifest.unlink()
     os.mkfifo(manifest)
     assert rebuild(place) == 2
+
+
+def test_a_combination_is_made_of_its_members_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, names=["one", "two"])
+    combine = {"method": "linear", "adapters": ["one", "two"], "weights": [0.5, 0.25]}
+    config = {"version": 1, "base": "./base", "adapters": ["./one", "./two", {"name": "both", "combine": combine}]}
+    (tmp_path / "gate.yml").write_text(json.dumps(config))
+    assert play(tmp_path, "--publish", "merged", adapters=["gate.yml"]) == 0
+    with played(tmp_path / "base"):
+        assert main(["rebuild", "merged/both", "--output", "again"]) == 0
+        assert main(["rebuild", "merged/both", "--output", "more", "--adapter", "one"]) == 2, "it has two members"
+        assert main(["rebuild", "merged/both", "--output", "more", "--adapter", "one", "--adapter", "two"]) == 0
+    assert (
+        files(tmp_path / "again" / "both") == files(tmp_path / "more" / "both") == files(tmp_path / "merged" / "both")
+    )

@@ -90,7 +90,8 @@ def companions_of(base_directory: str, adapter_directories: tuple[str, ...], fac
         NotPublishedError: a file cannot be copied, or config.json would not fit the tensors.
     """
     is_cast = facts.dtype != PRESERVE
-    is_dequantized = is_cast and facts.report.base.is_quantized
+    stored = facts.entry.base_files
+    is_dequantized = is_cast and stored is not None and stored.quantization is not None
     model = MergedModel(
         base_shapes={
             tensor.name: tensor.shape
