@@ -190,6 +190,19 @@ def reads(place: Place) -> Counter[str]:
     return Counter(Path(one.path).name for one in place.hub.requests if one.path.startswith("/cdn/"))
 
 
+def test_cached_verdicts_on_a_streamed_base_need_its_headers_only(place: Place) -> None:
+    _, first = place.run("--cache", "verdicts", access="stream")
+    place.hub.requests.clear()
+    answer, second = place.run("--cache", "verdicts", access="stream")
+    assert answer.code == 1, answer.said
+    assert [one["cached"] for one in second["adapters"]] == [True, True]
+    assert [(one["verdict"], one["cause"]) for one in second["adapters"]] == [
+        (one["verdict"], one["cause"]) for one in first["adapters"]
+    ]
+    assert second["bases"][0]["sha256"] == first["bases"][0]["sha256"]
+    assert reads(place) == dict.fromkeys(SHARDS, 1)
+
+
 # --- read: touched -------------------------------------------------------------------------------------------------
 
 

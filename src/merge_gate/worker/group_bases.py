@@ -310,12 +310,12 @@ def _refuse_stubs(group: Group, model_class: ModelClass, why_not: str) -> None:
         EngineError: the base is streamed.
     """
     if group.files is not None and group.files.is_streamed:
-        stored = gibibytes(group.files.weight_bytes)
+        stored, free = gibibytes(group.files.weight_bytes), gibibytes(MemoryGroup().free_bytes() or 0)
         reason = f" ({why_not})" if why_not else ""
         raise EngineError(
             f"base {group.base.name} cannot be streamed: {model_class.class_name} has to be loaded by transformers "
-            f"itself{reason}, from {stored} of files",
-            hint="set access: download for this base",
+            f"itself{reason}, from {stored} of files, and {free} of memory are free",
+            hint=f"set access: download for this base, on a runner whose disk has room for {stored}",
         )
 
 
