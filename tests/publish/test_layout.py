@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from merge_gate.errors import NotPublishedError
-from merge_gate.publish.layout import ModelLayout, base_layout, cast, compare_written, merged_layout
+from merge_gate.publish.layout import (
+    FileLayout,
+    IndexFile,
+    ModelLayout,
+    Place,
+    base_layout,
+    cast,
+    compare_written,
+    merged_layout,
+)
 from merge_gate.records.files import StoredTensor
 from tests.support.publish import SHARDS, lay_base, lay_shards
 
@@ -116,3 +125,24 @@ def test_written_files_are_compared_with_the_plan(base: ModelLayout, tmp_path: P
     path.write_text(path.read_text().replace("mtp.weight", "ghost"))
     with pytest.raises(NotPublishedError):
         compare_written(tmp_path, base)
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotPublishedError):
+        base_layout(str(tmp_path))
+
+
+def test_elements_that_fill_no_whole_byte_are_refused(base: ModelLayout) -> None:
+    with pytest.raises(NotPublishedError):
+        merged_layout(base, changed("embed.weight", "F4", 3))
+
+
+def test_a_header_or_an_index_that_cannot_be_parsed_has_no_metadata() -> None:
+    """Both were read before; what is made of them is complete all the same."""
+    tensor = StoredTensor(name="a", dtype="F32", shape=(1,), file="a.safetensors")
+    file = FileLayout(name="a.safetensors", head=bytes(8) + b"x", places=(Place(tensor=tensor, start=9, end=13),))
+    layout = ModelLayout(files=(file,), index=IndexFile(name="a.safetensors.index.json", content=b"x"))
+    made = merged_layout(layout, changed("a", "F32", 2))
+    assert b"__metadata__" not in made.files[0].head
+    assert made.index is not None
+    assert json.loads(made.index.content) == {"metadata": {"total_size": 8}, "weight_map": {"a": "a.safetensors"}}

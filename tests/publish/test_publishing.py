@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 
-from merge_gate.publish import one_publication, targets
+from merge_gate.errors import NotPublishedError
+from merge_gate.publish import one_publication, publications, targets
+from merge_gate.publish.layout import ModelLayout, base_layout
+from merge_gate.publish.one_publication import CanceledError, Publication, PublicationPlace
 from merge_gate.records.refusals import NotJudged
+from merge_gate.sources.feed import LocalFeed, SourceError
+from merge_gate.worker import feed_service
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
 from merge_gate.worker.publish_service import Publisher
 from tests.support.judging.cases import broken
 from tests.support.judging.cases import merged as merged_tensor
-from tests.support.played_merges import LAYERS, MERGED, lay, merged, play, send_all, stored
+from tests.support.played_merges import LAYERS, MERGED, lay, lay_adapter, merged, play, send_all, stored
 
 NAMES = [MERGED.format(layer) for layer in range(LAYERS)]
 
@@ -83,7 +88,9 @@ def test_the_configuration_can_ask_for_it_and_for_smaller_files(place: Path) -> 
 
 
 def test_an_entry_to_publish_is_merged_again_although_its_verdict_is_cached(place: Path) -> None:
-    assert play(place, "--cache", "cache") == 0
+    for _ in range(2):
+        assert play(place, "--cache", "cache") == 0
+    assert adapters_of(place)[0]["cached"] is True
     assert play(place, "--cache", "cache", "--publish", "merged") == 0
     assert (place / "merged" / "one").is_dir()
     assert adapters_of(place)[0]["cached"] is False
@@ -106,6 +113,29 @@ def test_the_verdict_on_a_dequantized_base_is_not_reused(quantization: str, is_c
 
 def nothing_published(place: Path) -> bool:
     return not any((place / "merged").iterdir())
+
+
+def test_two_adapters_in_two_dtypes_have_one_model_each(place: Path) -> None:
+    lay_adapter(place, "two")
+    base = {"model": "base", "dtype": ["float32", "bfloat16", "auto"]}
+    config = {"version": 1, "base": base, "adapters": ["one", "two"], "publish": "merged"}
+    (place / "gate.yml").write_text(json.dumps(config))
+    assert play(place, adapters=["gate.yml"]) == 0
+    assert {path.name for path in (place / "merged").iterdir()} == {"one", "two"}
+    published = [adapter["base"]["dtype"] for adapter in adapters_of(place) if adapter["published"]]
+    assert len(published) == 2
+
+
+def test_a_run_that_does_not_publish_writes_no_model(place: Path) -> None:
+    before = state(place / "base")
+    assert play(place, changes={"merges": (merged_tensor(broken()),)}) == 1
+    assert state(place / "base") == before
+    assert not (place / "merged").exists()
+
+
+def test_a_base_that_is_not_there_costs_the_verdict_and_no_more(place: Path) -> None:
+    assert play(place, "--publish", "merged", adapters=["one", "--base", "acme/absent"]) == 3
+    assert nothing_published(place)
 
 
 def test_an_adapter_that_fails_is_not_published(place: Path) -> None:
@@ -174,7 +204,18 @@ def sends_nothing(publisher: Publisher, task: int, tensors: Mapping[str, bytes])
     pass
 
 
+def sends_an_end_without_a_plan(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.sent(PublicationSent(task=task))
+
+
+def plans_a_name_that_is_no_text(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+    publisher.planned(task, (PlannedTensor(name="\ud800", dtype="F32", shape=(1,)),))
+    publisher.sent(PublicationSent(task=task))
+
+
 SENDERS = [
+    sends_an_end_without_a_plan,
+    plans_a_name_that_is_no_text,
     refuses,
     sends_half,
     plans_another_dtype,
@@ -231,6 +272,81 @@ def test_a_planned_tensor_that_does_not_count_has_the_bases_bytes(place: Path) -
     assert stored(place / "merged" / "one") == stored(place / "base")
 
 
+def test_a_cast_has_the_planned_dtype_and_a_directory_of_its_own(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        planned = tuple(PlannedTensor(name=name, dtype="F32", shape=(8, 8)) for name in tensors)
+        publisher.planned(task, planned)
+        for name in tensors:
+            publisher.part(task, name, 0, memoryview(tensors[name] * 2))
+        publisher.sent(PublicationSent(task=task, tensors=planned))
+
+    config = {"version": 1, "base": {"model": "base", "dtype": "float32"}, "adapters": ["one"]}
+    (place / "gate.yml").write_text(json.dumps(config | {"publish": {"directory": "merged", "dtype": "float32"}}))
+    assert play(place, adapters=["gate.yml"], send=send) == 0
+    published = stored(place / "merged" / "one-float32")
+    assert published == {name: content * 2 for name, content in stored(place / "base").items()}
+
+
+@pytest.mark.parametrize("error", [SourceError("the base is gone"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize("when", ["read", "open"])
+def test_a_base_that_cannot_be_read_again_is_not_published(
+    place: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, when: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((feed_service.FedBase, "read") if when == "read" else (feed_service.Feeds, "open")), fail)
+    assert play(place, "--publish", "merged") == 3
+    assert nothing_published(place)
+    assert adapters_of(place)[0]["cause"] == "not-published"
+
+
+@pytest.mark.parametrize("why", ["pickles", "shards"])
+def test_a_base_whose_files_cannot_be_published(place: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    def refuse(*_: object) -> None:
+        raise NotPublishedError("no such files")
+
+    monkeypatch.setattr(publications, "base_layout" if why == "pickles" else "Publication", refuse)
+    lay_adapter(place, "two")
+    assert play(place, "--publish", "merged", send=lambda *_: pytest.fail("it is not sent")) == 3
+    assert nothing_published(place)
+    assert {adapter["cause"] for adapter in adapters_of(place)} == {"not-published"}
+
+
+def test_a_name_that_is_taken_during_the_run_stays_as_it_is(place: Path) -> None:
+    def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
+        send_all(publisher, task, tensors)
+        (place / "merged" / "one").mkdir()
+
+    assert play(place, "--publish", "merged", send=send) == 3
+    assert state(place / "merged") == {}
+    assert [path.name for path in (place / "merged").iterdir()] == ["one"]
+
+
+def test_a_model_that_was_not_completed_has_no_name(tmp_path: Path) -> None:
+    where = PublicationPlace(parent=tmp_path, name="one", dtype="preserve", shard_limit_bytes=None)
+    with pytest.raises(AssertionError):
+        Publication(where, ModelLayout(files=())).publish(None, replaces=False)  # type: ignore[arg-type]
+
+
+def test_a_canceled_model_is_not_read_back(place: Path) -> None:
+    where = PublicationPlace(parent=place, name="one", dtype="preserve", shard_limit_bytes=None)
+    model = Publication(where, base_layout(str(place / "base")))
+    model.plan(())
+    model.sent(PublicationSent(task=0))
+    model.cancel()
+    with pytest.raises(CanceledError):
+        model.complete(LocalFeed(str(place / "base")))
+    model.plan(())
+    model.discard()
+    assert not (place / ".one.partial").exists()
+
+
+def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets.os, "access", lambda *_: False)
+    assert play(place, "--publish", "merged") == 2
+
+
 def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> None:
     def send(publisher: Publisher, task: int, tensors: Mapping[str, bytes]) -> None:
         send_all(publisher, task, tensors)
@@ -250,6 +366,13 @@ def test_a_foreign_directory_is_refused_and_stays(place: Path) -> None:
     (place / "merged" / "one" / "mine").write_text("mine")
     assert play(place, "--publish", "merged") == 2
     assert state(place / "merged") == {"one/mine": hashlib.sha256(b"mine").hexdigest()}
+
+
+def test_a_foreign_partial_directory_is_refused_and_stays(place: Path) -> None:
+    (place / "merged" / ".one.partial").mkdir(parents=True)
+    (place / "merged" / ".one.partial" / "mine").touch()
+    assert play(place, "--publish", "merged") == 2
+    assert list(state(place / "merged")) == [".one.partial/mine"]
 
 
 @pytest.mark.parametrize("change", ["none", "another file", "a file less", "a longer file", "a link"])

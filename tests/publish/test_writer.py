@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from merge_gate.errors import NotPublishedError
 from merge_gate.publish import writer as writer_module
-from merge_gate.publish.layout import base_layout, merged_layout
+from merge_gate.publish.layout import FileLayout, ModelLayout, Place, base_layout
 from merge_gate.publish.writer import ModelWriter
-from merge_gate.records.files import StoredTensor
 from tests.support.publish import lay_shards
 
 
@@ -53,21 +53,6 @@ def test_what_is_written_again_replaces_every_part_that_it_overlaps(base: dict[s
     assert writer.is_written(place)
     writer.forget(place)
     assert not writer.is_written(place)
-
-
-def test_a_tensor_in_two_files_is_written_to_both(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "base").mkdir()
-    lay_shards(tmp_path / "base")
-    layout = base_layout(str(tmp_path / "base"))
-    twice = merged_layout(layout, {"embed.weight": StoredTensor(name="embed.weight", dtype="BF16", shape=(4, 4))})
-    first, second = twice.files
-    again = second.places[0].tensor
-    writer = ModelWriter(tmp_path / "model", twice)
-    assert again.name == "layer.weight"
-    assert len(writer.places("embed.weight")) == 1
-    assert writer.places("unknown") == ()
-    assert first.size_bytes == (tmp_path / "model" / first.name).stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -115,3 +100,61 @@ def test_other_files_are_written_once_and_read_back(base: dict[str, bytes], tmp_
     (tmp_path / "model" / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FileExistsError):
         writer.add_file("link", b"{}")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_found(base: dict[str, bytes], tmp_path: Path) -> None:
+    writer = new_writer(tmp_path)
+    for name, content in base.items():
+        writer.write(name, 0, memoryview(content))
+    read: list[None] = []
+
+    def cut() -> None:
+        read.append(None)
+        if len(read) == len(writer.layout.files) + 1:  # the first piece
+            os.truncate(tmp_path / "model" / "model-00001-of-00002.safetensors", 8)
+
+    with pytest.raises(NotPublishedError):
+        writer.read_back(cut)
+
+
+def test_a_file_without_tensors_is_written(tmp_path: Path) -> None:
+    header = b"{}      "
+    layout = ModelLayout(files=(FileLayout(name="a.safetensors", head=(8).to_bytes(8, "little") + header, places=()),))
+    (record,) = ModelWriter(tmp_path, layout).read_back()
+    assert record.size_bytes == 16
+
+
+def test_more_parts_than_a_tensor_can_have_are_refused(
+    base: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "MOST_PARTS", 1)
+    writer = new_writer(tmp_path)
+    writer.write("layer.weight", 0, memoryview(bytes(4)))
+    with pytest.raises(ValueError, match="parts"):
+        writer.write("layer.weight", 4, memoryview(bytes(4)))
+
+
+def test_another_file_that_the_disk_has_otherwise_is_found(
+    base: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_read_whole", lambda *_: b"other")
+    with pytest.raises(NotPublishedError):
+        new_writer(tmp_path).add_file("config.json", b"{}")
+
+
+def test_a_name_in_two_files_is_written_to_both(base: dict[str, bytes], tmp_path: Path) -> None:
+    layout = base_layout(str(tmp_path / "base"))
+    first = layout.files[0]
+    again = replace(
+        first, name="again.safetensors", places=tuple(in_file(place, "again.safetensors") for place in first.places)
+    )
+    writer = ModelWriter(tmp_path / "model", ModelLayout(files=(*layout.files, again)))
+    for name, content in base.items():
+        writer.write(name, 0, memoryview(content))
+    assert list(writer.missing()) == []
+    written = (tmp_path / "model" / first.name).read_bytes()
+    assert (tmp_path / "model" / "again.safetensors").read_bytes() == written
+
+
+def in_file(place: Place, file: str) -> Place:
+    return replace(place, tensor=replace(place.tensor, file=file))

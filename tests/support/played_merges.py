@@ -49,12 +49,16 @@ def lay(place: Path, *, names: Sequence[str] = ("one", "two"), rows: int = 8) ->
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows, "dtype": "bfloat16"}))
     for name in names:
-        (place / name).mkdir()
-        shapes = {f"base_model.model.q.lora_{letter}.weight": ("F32", (4, 8)) for letter in "AB"}
-        lay_base(place / name, {"adapter_model.safetensors": shapes})
-        (place / name / "config.json").unlink()
-        (place / name / "adapter_config.json").write_text(json.dumps(CONFIG))
+        lay_adapter(place, name)
     return tensors
+
+
+def lay_adapter(place: Path, name: str) -> None:
+    (place / name).mkdir()
+    shapes = {f"base_model.model.q.lora_{letter}.weight": ("F32", (4, 8)) for letter in "AB"}
+    lay_base(place / name, {"adapter_model.safetensors": shapes})
+    (place / name / "config.json").unlink()
+    (place / name / "adapter_config.json").write_text(json.dumps(CONFIG))
 
 
 def merged(content: bytes) -> bytes:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companions import companions_of
 from merge_gate.publish.facts import PRESERVE, PublicationFacts
@@ -255,9 +256,8 @@ class Publication:
         if writer is None or partial is None or not self._weights:
             raise AssertionError("the model was not completed")
         try:
-            base = facts.entry.base
             adapters = tuple(member.directory for member in facts.entry.members)
-            more = companions_of(base.directory if base is not None else "", adapters, facts)
+            more = companions_of(base_directory(facts.entry), adapters, facts)
             files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
             files = tuple(sorted(files, key=lambda file: file.path))
             manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files, more.findings)))

@@ -138,7 +138,7 @@ def remove_leftover(place: Path) -> None:
     _remove(place / _MODEL)
     _remove(place / _REPLACED)
     with contextlib.suppress(OSError):
-        (place / _MARKER).unlink()
+        (place / _MARKER).unlink(missing_ok=True)
         place.rmdir()
 
 

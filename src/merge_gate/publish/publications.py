@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from merge_gate.errors import GateError, NotPublishedError
+from merge_gate.files.base_watch import base_directory
 from merge_gate.publish import targets
 from merge_gate.publish.facts import PRESERVE, PublicationFacts
 from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
@@ -113,7 +114,7 @@ class Publications:
         return {index: entry for _, index, entry in chosen.values()}
 
     def _add(self, index: int, entry: Entry, wanted: PublishSpec) -> None:
-        directory = entry.base.directory if entry.base is not None else ""
+        directory = base_directory(entry)
         if directory not in self._bases:
             try:
                 self._bases[directory] = base_layout(directory)
@@ -239,7 +240,6 @@ def _stored_dtype(entry: Entry) -> str:
 
 def _inputs(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
     for entry in entries:
-        if entry.base is not None:
-            yield entry.base.directory, f"the base {quoted(entry.base.name, 200)}"
+        yield base_directory(entry), f"the base {quoted(base_directory(entry), 200)}"
         for member in entry.members:
             yield member.directory, f"the adapter {quoted(entry.spec.name, 200)}"
