@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from huggingface_hub import constants
 
+from merge_gate.cache.seen import SETTLED_NS
 from merge_gate.config.load_config import load_config
 from merge_gate.errors import UsageError
 from merge_gate.files import hub
@@ -117,6 +119,7 @@ def test_a_record_lets_a_run_read_what_adapters_touch(place: Path) -> None:
     cache = CacheOptions(directory=str(place / "verdicts"))
     with pytest.raises(UsageError):
         planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
+    time.sleep(SETTLED_NS / 1e9)  # a digest is remembered only of files that are older
     answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--only", "b", cwd=place)
     assert answer.code == 0, answer.said
     assert "its record" in planned(place, RunOptions(read=Read.TOUCHED, cache=cache))
