@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-recipes=(recipes/comment.yml recipes/hub-push.yml)
+recipes=(recipes/comment.yml recipes/hub-push.yml recipes/publish.yml)
 workflows=(.github/workflows/*.yml tests/e2e/workflows/*.yml "${recipes[@]}")
 zizmor --offline --no-progress --quiet --strict-collection --persona=auditor .github action.yml "${recipes[@]}"
 zizmor --offline --no-progress --quiet --strict-collection tests/e2e/workflows tests/e2e/upload-artifact-standin/action.yml
