@@ -54,7 +54,7 @@ OUTPUT_FILES = (
         "summary",
         "people",
         "the job summary, at most 64 KiB: the result, a table with the worst first, and for each adapter that is not "
-        "cleared what is wrong, where, and what to do. The worst adapter has a map of its tensors. Identical findings "
+        "cleared what is wrong, where, and what to do. If a map shows the failure, it is drawn. Identical findings "
         "are shown once. Above 40 merges, those that passed without a warning are folded at the end",
         re.compile(_COMMENT + rb"\r?\n"),
         64 * _MB,
@@ -64,8 +64,8 @@ OUTPUT_FILES = (
         "html",
         "html_report",
         "people",
-        "one page that loads nothing: verdict and counts, and all adapters to sort and filter. Each adapter has its "
-        "chain of causes, findings, a map of the merged tensors, coverage and provenance",
+        "one page that loads nothing: the result, counts and causes that filter, and one row for each adapter. A row "
+        "has the adapter's chain of causes, findings, a map of the merged tensors, coverage, and provenance",
         re.compile(
             rb'<!DOCTYPE html>\s*<html lang="en">\s*<head>\s*<meta charset="utf-8">\s*'
             rb'<meta name="generator" content="merge-gate">'

@@ -117,7 +117,7 @@ def test_rows_of_two_kinds_end_on_the_side_of_their_true_loss(few_are_lost: bool
     lost = rows % 28 == 0 if few_are_lost else (rows % 7 != 0) & (rows % 16 != 1)
     shutil.copytree(plain.base, tmp_path / "base")
     state = load_file(plain.base / "model.safetensors")
-    state[f"{TARGET}.weight"] = torch.where(lost[:, None], 64.0, 2.0**-20).expand(ROWS, WIDTH).bfloat16().contiguous()
+    state[f"{TARGET}.weight"] = torch.where(lost[:, None], 64.0, 2.0**-12).expand(ROWS, WIDTH).bfloat16().contiguous()
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     trial = Trial(tmp_path / "base", copied(plain, tmp_path).adapter, Gate())
     truth = trial.true_loss()
@@ -130,6 +130,19 @@ def test_rows_of_two_kinds_end_on_the_side_of_their_true_loss(few_are_lost: bool
     assert estimated
     assert loss is not None
     assert (loss > LIMIT) is few_are_lost, "the sample is right: take other rows"
+
+
+def test_a_ratio_near_its_error_limit_is_measured(plain: Trial, tmp_path: Path) -> None:
+    """A sample of tiny weights would fail an adapter whose other rows are large."""
+    shutil.copytree(plain.base, tmp_path / "base")
+    state = load_file(plain.base / "model.safetensors")
+    is_sampled = torch.arange(ROWS) % 7 == 0
+    state[f"{TARGET}.weight"] = torch.where(is_sampled[:, None], 2.0**-20, 1.0).expand(ROWS, WIDTH).bfloat16()
+    state[f"{TARGET}.weight"] = state[f"{TARGET}.weight"].contiguous()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    verdict, estimated, _ = Trial(tmp_path / "base", copied(plain, tmp_path).adapter, Gate()).judged(Severity.WARNING)
+    assert not estimated
+    assert verdict is Verdict.PASSED
 
 
 def test_log_normal_rows_end_on_the_side_of_their_true_loss(plain: Trial, tmp_path: Path) -> None:

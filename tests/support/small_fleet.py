@@ -59,4 +59,10 @@ def _make_unlike(weights: Path, number: int) -> None:
 def same(report: Report) -> Report:
     """What must be alike however many machines judged, and when: all but times, and the marks of shard and cache."""
     adapters = tuple(replace(one, seconds=0.0, judged=None, cached=False) for one in report.adapters)
-    return replace(report, shard=None, adapters=adapters, environment=replace(report.environment, sandbox=Sandbox()))
+    return replace(
+        report,
+        shard=None,
+        adapters=adapters,
+        config=replace(report.config, read_at=None),
+        environment=replace(report.environment, sandbox=Sandbox()),
+    )

@@ -176,7 +176,7 @@ def _advise_missing(listing: _Listing) -> str:
     foreign_names = listing.everything - {CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME}
     format_hint = foreign_formats.by_files(foreign_names, has_config=CONFIG_NAME in listing.present)
     return (
-        format_hint or f"list the directory that save_pretrained wrote, which contains {CONFIG_NAME} and {WEIGHTS_NAME}"
+        format_hint or f"name the directory that save_pretrained wrote, which contains {CONFIG_NAME} and {WEIGHTS_NAME}"
     )
 
 

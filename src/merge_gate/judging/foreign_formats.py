@@ -85,7 +85,7 @@ FORMATS = (
         files=r"(.*\.nemo|iter_\d+|mp_rank_\d+(_\d+)?|latest_checkpointed_iteration\.txt|model_optim_rng\.pt)",
         hint=(
             "this is a checkpoint of Megatron or NeMo, which PEFT does not load: export the adapter with Megatron "
-            "Bridge (AutoBridge.export_adapter_ckpt), and list the directory that it wrote"
+            "Bridge (AutoBridge.export_adapter_ckpt), and name the directory that it wrote"
         ),
     ),
     Format(
@@ -99,7 +99,7 @@ FORMATS = (
     Format(
         files=r"(model|pytorch_model)([-.].*)?\.(safetensors|bin|index\.json)",
         hint=(
-            "this looks like a full model, or like the adapter's weights under another name: list the directory that "
+            "this looks like a full model, or like the adapter's weights under another name: name the directory that "
             "save_pretrained of the PEFT model wrote"
         ),
     ),

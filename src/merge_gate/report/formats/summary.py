@@ -188,7 +188,11 @@ def _warnings(report: Report) -> list[str]:
         for finding, more, dtypes in unique
     ]
     total = words.counted(sum(1 + len(more) for _, unique in warnings for _, more, _ in unique), "warning")
-    return _details(f"{total} for {words.counted(len(passed), 'adapter')} that passed", items, _WARNINGS_BYTES)
+    return _details(
+        f"{total} for {words.counted(len({each.name for each in passed}), 'adapter')} that passed",
+        items,
+        _WARNINGS_BYTES,
+    )
 
 
 def _base_findings(report: Report) -> list[str]:

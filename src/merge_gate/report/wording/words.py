@@ -31,7 +31,7 @@ _MISSING = "keys-missing"
 
 ORIGINS = {
     Origin.FILE: "in the adapter's files on disk",
-    Origin.CONFIG: "in a configuration file",
+    Origin.CONFIG: "in adapter_config.json",
     Origin.ADAPTER: "in the adapter's own tensors",
     Origin.BASE: "in the base, before any merge",
     Origin.MERGE: "in the merge of the two, not in base or adapter alone",
