@@ -203,7 +203,7 @@ class _Plan:
         return f"{what}{more}, in {counted(passes, 'pass', 'passes')} over its files, since {why}"
 
     def _memory(self, group: Group, *, is_fed: bool) -> str:
-        sizes = [self._factor_bytes(task) for task in group.tasks]
+        sizes = [self._factor_bytes(task, in_pass=is_fed) for task in group.tasks]
         factors = sum(sizes) if is_fed else max(sizes, default=0)
         of_adapters = (
             f"{_shown_bytes(factors)} for the adapters of a pass"
@@ -214,12 +214,12 @@ class _Plan:
         free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
         return f"{' and '.join([*parts, of_adapters])}, torch and the largest layer besides{free}"
 
-    def _factor_bytes(self, task: Task) -> int:
+    def _factor_bytes(self, task: Task, *, in_pass: bool) -> int:
         """What an adapter takes once it is loaded. Of one that was not fetched, only the size of its file is known."""
         spec = self._entries[task.index].spec
         names = spec.combine.adapters if spec.combine is not None else (spec.name,)
         fetches = [self._inputs.adapters[name] for name in names if name in self._inputs.adapters]
-        return factor_bytes(task) + sum(sum(fetch.sizes.values()) for fetch in fetches)
+        return factor_bytes(task, in_pass=in_pass) + sum(sum(fetch.sizes.values()) for fetch in fetches)
 
     def _lines_of_adapters(self) -> Iterator[str]:
         fetches = [*self._inputs.adapters.values()]

@@ -156,7 +156,8 @@ def room_bytes() -> int:
     return (MemoryGroup().free_bytes() or 0) // ADAPTERS_SHARE
 
 
-def factor_bytes(task: Task) -> int:
-    """What an adapter takes of memory once PEFT has loaded it."""
+def factor_bytes(task: Task, *, in_pass: bool = True) -> int:
+    """What an adapter takes of memory once PEFT has loaded it. `in_pass`: float32 factors are mapped from its file."""
     tensors = [part for file in task.files for part in file.tensors]
-    return sum((_MAPPED_BYTES if part.dtype == "F32" else _LOADED_BYTES) * math.prod(part.shape) for part in tensors)
+    mapped_bytes = _MAPPED_BYTES if in_pass else _LOADED_BYTES
+    return sum((mapped_bytes if part.dtype == "F32" else _LOADED_BYTES) * math.prod(part.shape) for part in tensors)
