@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.command import merge_gate
 from tests.support.gating import one_thread
+from tests.support.hub import LoopbackHub
 from tests.support.verify.merges import Scene
 
 if TYPE_CHECKING:
@@ -89,3 +90,27 @@ def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene
     answer = merge_gate("verify", merged, cwd=tmp_path)
     assert answer.code == 1, answer.said
     assert entry(tmp_path)["cause"] == "file-changed"
+
+
+def test_models_on_the_hub_are_read_by_ranges(scene: Scene, tmp_path: Path) -> None:
+    """The finished model, and in the second run its base too: no weight of them is on the disk."""
+    merged, base, adapter = scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)
+    with LoopbackHub() as hub:
+        for name, directory in (
+            ("acme/merged", merged),
+            ("acme/base", base),
+            ("acme/twice", scene.merge(VARIANT, times=2)),
+        ):
+            hub.add_repo(name, {file.name: file.read_bytes() for file in directory.iterdir()})
+        keys = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        right = ("verify", "acme/merged", "--base", str(base), "--adapter", str(adapter))
+        answer = merge_gate(*right, cwd=tmp_path, **keys)
+        assert answer.code == 0, answer.said
+        assert "exact" in answer.out
+        wrong = ("verify", "acme/twice", "--base", "acme/base", "--adapter", str(adapter))
+        answer = merge_gate(*wrong, cwd=tmp_path, **keys)
+        assert answer.code == 1, answer.said
+        assert entry(tmp_path)["cause"] == "applied-twice"
+    assert not [
+        path for path in (tmp_path / "cache").rglob("*.safetensors") if "merged" in str(path) or "twice" in str(path)
+    ]

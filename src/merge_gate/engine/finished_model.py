@@ -58,11 +58,12 @@ _IRRELEVANT = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """A directory's stored tensors, and the feed of their bytes."""
+    """A directory's stored tensors, and the feed of their bytes. `is_streamed`: its files are stubs."""
 
     directory: str
     stored: tuple[StoredTensor, ...]
     feed: Feed
+    is_streamed: bool = False
 
     def bytes_of(self, names: Sequence[str]) -> dict[str, StoredBytes]:
         by_name = {one.name: one for one in self.stored}
@@ -104,7 +105,12 @@ def load_merged(files: Files, label: str, model_class: ModelClass, base: Base, b
     )
     try:
         return skeleton_of(source, model_class, files.stored, files.feed)
-    except NoSkeletonError:
+    except NoSkeletonError as error:
+        if files.is_streamed:
+            raise EngineError(
+                f"{label} cannot be streamed: {model_class.class_name} has to be loaded by transformers ({error})",
+                hint="download it, and name its directory",
+            ) from error
         return load_base(files.directory, model_class=model_class, label=label, dtype=dtype)
 
 

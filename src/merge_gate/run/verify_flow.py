@@ -28,7 +28,7 @@ from merge_gate.records.files import Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
-from merge_gate.records.terms import Origin, Read, record
+from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read, record
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
@@ -126,10 +126,10 @@ class _Verification:
         self._entries: list[Entry] = []
 
     def run(self) -> Report:
-        merged = self._merged()
-        self._begins()
-        self._writer.write_first(self._tally.report())
         with self._fed, self._worker:
+            merged = self._merged()
+            self._begins()
+            self._writer.write_first(self._tally.report())
             self._view.start(self._config.label, 1, 1)
             report = self._judged(merged)
             self._watch.wait()
@@ -161,14 +161,27 @@ class _Verification:
             )
         model = str(Path(name).absolute()) if is_here else name
         try:
-            return resolve.resolve_base(model, label=name, notify=self._view.note)
+            return resolve.resolve_base(
+                model,
+                label=name,
+                notify=self._view.note,
+                access=Access.STREAM,
+                lay_out=self._fed.lay_out,
+                with_companions=True,
+            )
         except ResolveError as error:
             if is_here or error.check is not None:
                 return error
             raise
 
     def _resolved(self) -> list[Entry]:
-        inputs = Inputs(self._config, self._view.note, lay_out=self._fed.lay_out, limit_s=headers_limit_s)
+        inputs = Inputs(
+            self._config,
+            self._view.note,
+            lay_out=self._fed.lay_out,
+            limit_s=headers_limit_s,
+            with_companions=True,
+        )
         return [inputs.prepare(spec) for spec in self._config.adapters]
 
     # --- 2. ----------------------------------------------------------------------------------------------------------
@@ -195,8 +208,10 @@ class _Verification:
         ]
         groups = group_by_base(mergeable, quick=False)
         self._groups = tuple(self._fed.schedule(_comparing(group, merged), Read.WHOLE) for group in groups)
+        key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
+        finished = Group(base=key, directory=merged.directory, files=merged.base_files, fed=True, tasks=())
         job = Job(
-            groups=self._groups,
+            groups=(*self._groups, finished),
             device=self._options.device,
             allow_pickle=self._config.allow_pickle,
             trust_remote_code=self._config.trust_remote_code,

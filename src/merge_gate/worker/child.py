@@ -181,7 +181,7 @@ def _judge_groups(
     try:
         with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=False) as local:
             source = feed.open(positions[0]) if first.fed and feed is not None else local
-            bases = GroupBases(job=job, mapped=mapped, feed=source, connection=connection)
+            bases = GroupBases(job=job, mapped=mapped, feed=source, connection=connection, client=feed)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             yield from _judge_pinned(groups, job, progress, bases)
     except (OSError, SourceError) as error:

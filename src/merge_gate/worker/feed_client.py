@@ -56,9 +56,26 @@ class FeedClient:
             SourceError: the parent cannot open its files.
         """
         self._forget()
+        self._ask_to_open(FeedOpened(group=group))
+        return self
+
+    def open_aside(self, group: int) -> AsideFeed:
+        """Read another group's files next to those of the base.
+
+        Raises:
+            SourceError: the parent cannot open them.
+        """
+        self._ask_to_open(FeedOpened(group=group, aside=True))
+        return AsideFeed(self)
+
+    def read_aside(self, file: str, start: int, into: memoryview) -> None:
+        """Fill `into` with bytes of the directory that was opened aside."""
+        self._read_at_once(file, start, into.cast("B"), aside=True)
+
+    def _ask_to_open(self, request: FeedOpened) -> None:
         with self._changed:
             self._ended.pop(0, None)
-        self._send(FeedOpened(group=group))
+        self._send(request)
         if self._listener is None:
             self._receive_windows()
             self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -66,7 +83,6 @@ class FeedClient:
         with self._changed:
             self._wait_for(lambda: 0 in self._ended)
             self._raise_if_refused(0)
-        return self
 
     def close(self) -> None:
         """End the connection. Readers that wait get an error."""
@@ -171,7 +187,7 @@ class FeedClient:
 
     # --- at once -----------------------------------------------------------------------------------------------------
 
-    def _read_at_once(self, file: str, place: int, into: memoryview) -> int:
+    def _read_at_once(self, file: str, place: int, into: memoryview, *, aside: bool = False) -> int:
         """Request bytes that were not announced, a few pieces at a time.
 
         They are taken in the order in which they arrive: one that waits for another would keep its slot.
@@ -182,7 +198,7 @@ class FeedClient:
             while spans or requested:
                 while spans and len(requested) < _REQUESTS_AT_ONCE:
                     span = spans.pop()
-                    requested[self._request(span)] = span
+                    requested[self._request(span, aside=aside)] = span
                 number = self._wait_for_any(requested)
                 span = requested.pop(number)
                 self._take(number, span, into[span.start - place : span.end - place])
@@ -198,11 +214,11 @@ class FeedClient:
         for answer in answers:
             self._send(SlotReleased(number=answer.number, start=answer.start))
 
-    def _request(self, span: FileSpan) -> int:
+    def _request(self, span: FileSpan, *, aside: bool) -> int:
         with self._changed:
             self._at_once -= 1
             number = self._at_once
-        self._send(BytesRequested(number=number, span=span))
+        self._send(BytesRequested(number=number, span=span, aside=aside))
         return number
 
     def _wait_for_any(self, requested: Collection[int]) -> int:
@@ -290,6 +306,19 @@ class FeedClient:
     def _raise_if_refused(self, number: int) -> None:
         if refusal := self._ended.get(number):
             raise SourceError(refusal.message, hint=refusal.hint)
+
+
+class AsideFeed:
+    """A `Feed` of a directory next to the base. Nothing of it is read ahead."""
+
+    def __init__(self, client: FeedClient) -> None:
+        self._client = client
+
+    def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Nothing to announce: the base is read ahead."""
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        self._client.read_aside(file, start, into)
 
 
 @dataclass(slots=True, eq=False)

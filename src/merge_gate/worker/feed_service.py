@@ -121,6 +121,7 @@ class FeedService:
         self._poison = poison
         self._windows: tuple[Window, Window] | None = None
         self._base: FedBase | None = None
+        self._aside: FedBase | None = None
         self._ahead: ReadAhead | None = None
         self._lent: dict[tuple[bool, int], WindowSlot] = {}
         self._requests: queue.SimpleQueue[tuple[FedBase, BytesRequested] | None] = queue.SimpleQueue()
@@ -157,35 +158,37 @@ class FeedService:
 
     def _answer(self, request: object) -> None:
         match request:
-            case FeedOpened(group=int(group)):
-                self._open(group)
+            case FeedOpened(group=int(group), aside=bool(aside)):
+                self._open(group, aside=aside)
             case SpansExpected(number=int(number), spans=tuple(spans), whole=bool(whole)) if number > 0:
                 if len(spans) > MOST_SPANS:
                     raise _UnfitError
-                self._read_ahead(number, tuple(self._checked(span) for span in spans), whole=whole)
-            case BytesRequested(number=int(number), span=span) if number < 0 and _is_in_one_piece(self._checked(span)):
-                if self._requests.qsize() > MOST_REQUESTS:
+                self._read_ahead(number, tuple(self._checked(span, self._opened()) for span in spans), whole=whole)
+            case BytesRequested(number=int(number), span=span, aside=bool(aside)) if number < 0:
+                base = self._opened(aside=aside)
+                if self._requests.qsize() > MOST_REQUESTS or not _is_in_one_piece(self._checked(span, base)):
                     raise _UnfitError
-                self._requests.put((self._opened(), request))
+                self._requests.put((base, request))
             case SlotReleased(number=int(number), start=int(start)):
                 self._release(number, start)
             case _:
                 raise _UnfitError
 
-    def _checked(self, span: object) -> FileSpan:
+    def _checked(self, span: object, base: FedBase) -> FileSpan:
         """A span of one of the base's files. The worker may run code of the base, and ask for anything."""
         match span:
             case FileSpan(file=str(file), start=int(start), end=int(end)):
-                if 0 <= start < end <= self._opened().files.sizes.get(file, 0):
+                if 0 <= start < end <= base.files.sizes.get(file, 0):
                     return span
         raise _UnfitError
 
-    def _opened(self) -> FedBase:
-        if self._base is None:
+    def _opened(self, *, aside: bool = False) -> FedBase:
+        base = self._aside if aside else self._base
+        if base is None:
             raise _UnfitError
-        return self._base
+        return base
 
-    def _open(self, group: int) -> None:
+    def _open(self, group: int, *, aside: bool) -> None:
         if self._windows is None:
             self._windows = (
                 Window(PIECE_BYTES, _slots(), poison=self._poison),
@@ -199,11 +202,12 @@ class FeedService:
             ]
             for thread in self._threads[1:]:
                 thread.start()
-        if self._ahead is not None:
+        if self._ahead is not None and not aside:
             self._ahead.cancel()
-        self._base, self._ahead = None, None
+            self._ahead = None
         try:
-            self._base = self._open_base(group)
+            opened = self._open_base(group)
+            self._base, self._aside = (self._base, opened) if aside else (opened, self._aside)
         except GateError as error:
             self._send(FeedEnded(number=0, refusal=NotJudged(message=error.message, hint=error.hint)))
         else:

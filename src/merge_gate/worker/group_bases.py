@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.errors import EngineError
 from merge_gate.files.identity import base_identity
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.files import FileIdentity
+from merge_gate.records.files import FileIdentity, Snapshot
 from merge_gate.records.measured import BaseRecord, Evidence
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed, LocalFeed
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from merge_gate.engine.base.loaded_base import Base, ModelClass
     from merge_gate.engine.base.skeleton import FiguresBySpan
     from merge_gate.engine.merge.publication_sinks import PublicationSinks
+    from merge_gate.worker.feed_client import FeedClient
     from merge_gate.worker.publish_client import PublishClient
 
 
@@ -134,6 +135,7 @@ class GroupBases:
     feed: Feed
     """Shared by all skeletons, so that they are filled in one pass."""
     connection: PublishClient | None = None
+    client: FeedClient | None = None
     _held: GroupBase | None = None
     _identity: tuple[FileIdentity, ...] = ()
     _figures: FiguresBySpan = field(default_factory=dict)
@@ -204,15 +206,29 @@ class GroupBases:
         account = self.mapped.account(loaded.model_class, group)
         stored = (group.files.tensors if group.files is not None else ()) or stored_tensors(group.directory)
         own = finished_model.Files(directory=group.directory, stored=stored, feed=self.feed)
-        with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as feed:
-            identity = base_identity(directory)
+        with pinned_directory(snapshot.directory) as directory, LocalFeed(directory, keep=False) as local:
+            identity, feed = base_identity(directory), self._feed_of(snapshot) or local
             found = snapshot.base_files.tensors if snapshot.base_files is not None else ()
-            files = finished_model.Files(directory=directory, stored=found or stored_tensors(directory), feed=feed)
+            files = finished_model.Files(
+                directory=directory, stored=found or stored_tensors(directory), feed=feed, is_streamed=feed is not local
+            )
             compared = finished_model.compared(
                 request, files, own, model_class=loaded.model_class, label=snapshot.name, base_map=account.map
             )
             verify_base(directory, snapshot.name, identity)
         return compared
+
+    def _feed_of(self, finished: Snapshot) -> Feed | None:
+        """The feed of a finished model that is streamed: the parent has it as a group without tasks."""
+        if self.client is None or finished.base_files is None or not finished.base_files.is_streamed:
+            return None
+        places = (
+            position
+            for position, group in enumerate(self.job.groups)
+            if group.directory == finished.directory and not group.tasks
+        )
+        position = next(places, None)
+        return self.client.open_aside(position) if position is not None else None
 
     def keep_figures(self, base: Base) -> None:
         """Keep what was measured of a skeleton, for another class."""

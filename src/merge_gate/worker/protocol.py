@@ -237,9 +237,13 @@ def concerns(event: Event, open_tasks: Collection[int], groups: int) -> bool:
 
 @record
 class FeedOpened:
-    """From the worker: from now on, it needs the bytes of this group's base."""
+    """From the worker: from now on, it needs the bytes of this group's base.
+
+    `aside`: those of another directory next to the base, a finished model that is compared with merges.
+    """
 
     group: int
+    aside: bool = False
 
 
 @record
@@ -256,10 +260,14 @@ class SpansExpected:
 
 @record
 class BytesRequested:
-    """From the worker: it needs these bytes now. `number` is negative, and counts these messages down."""
+    """From the worker: it needs these bytes now. `number` is negative, and counts these messages down.
+
+    `aside`: they are of the directory that was opened aside.
+    """
 
     number: int
     span: FileSpan
+    aside: bool = False
 
 
 @record
