@@ -102,9 +102,13 @@ def place(served: Place) -> Iterator[Place]:
 
 
 def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the report says of the adapters, without times, and without the name of the base."""
-    keys = ("name", "verdict", "cause", "findings", "coverage", "files", "largest", "layers")
-    return [{key: one.get(key) for key in keys} for one in report["adapters"]]
+    """What the report says of the adapters, without times, and without the name of the base and notes about it."""
+    keys = ("name", "verdict", "cause", "coverage", "files", "largest", "layers")
+    return [
+        {key: one.get(key) for key in keys}
+        | {"findings": [finding for finding in one["findings"] if finding["check"] != "base-mismatch"]}
+        for one in report["adapters"]
+    ]
 
 
 def stored(place: Place) -> list[str]:
