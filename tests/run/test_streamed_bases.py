@@ -138,6 +138,7 @@ def test_a_streamed_base_has_the_verdicts_of_the_same_base_on_the_disk(place: Pl
     assert len(resolved) == len(SHARDS), "one resolver call for each file"
 
 
+@pytest.mark.slow
 def test_a_model_on_a_streamed_base_has_the_bytes_of_one_from_the_disk(place: Place) -> None:
     _, from_disk = place.run("--only", "good", "--publish", "from-disk", base="./base")
     answer, streamed = place.run("--only", "good", "--publish", "streamed", "--access", "stream")
