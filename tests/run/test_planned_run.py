@@ -111,7 +111,7 @@ def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Pat
 
 def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place: Path) -> None:
     text = planned(place, base="acme/nothing")
-    assert "0 loads of a base" in text
+    assert "on 0 bases" in text
     assert "a (auto): error" in text
 
 

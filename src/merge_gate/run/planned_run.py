@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,13 +153,16 @@ class _Plan:
         }
         to_merge = [(index, entry) for index, entry in enumerate(self._entries) if index not in blocked]
         groups = group_by_base(to_merge, quick=self._options.quick)
+        by_base: dict[tuple[str, str], list[Group]] = {}
+        for group in groups:  # the dtypes of a base share its passes
+            by_base.setdefault((group.directory, group.base.quantization), []).append(group)
         yield (
             f"plan for {_shown(self._config.label)}: {counted(len(self._specs), 'adapter')}, "
-            f"{counted(len(to_merge), 'merge')}, {counted(len(groups), 'load')} of a base"
+            f"{counted(len(to_merge), 'merge')}, on {counted(len(by_base), 'base')}"
         )
-        for group in groups:
+        for same in by_base.values():
             yield ""
-            yield from self._lines_of(group)
+            yield from self._lines_of(same)
         others = [*self._lines_of_adapters(), *self._lines_of_output(), *self._lines_of_models(groups)]
         yield from ["", "besides", *others] if others else []
         if blocked:
@@ -167,11 +171,13 @@ class _Plan:
         for report in blocked.values():
             yield f"  {_shown(report.name)} ({_shown(report.base.dtype)}): {report.verdict}, {report.cause}"
 
-    def _lines_of(self, group: Group) -> Iterator[str]:
+    def _lines_of(self, groups: list[Group]) -> Iterator[str]:
+        group = replace(groups[0], tasks=tuple(task for one in groups for task in one.tasks))
+        dtypes = ", ".join(one.base.dtype for one in groups)
         files = group.files or BaseFiles(directory=group.directory)
         base, fetch = group.base, self._inputs.bases.get(group.directory)
         revision = f" at {base.revision[:12]}" if base.revision else ""
-        how = base.dtype if base.quantization is Quantization.NONE else f"{base.dtype}, {base.quantization}"
+        how = dtypes if base.quantization is Quantization.NONE else f"{dtypes}, {base.quantization}"
         yield f"base {_shown(base.name)}{revision} ({_shown(how)})"
         size, count = _shown_bytes(files.weight_bytes), counted(len(files.weights), "file")
         yield _row("weights", f"{size} in {count}, {_place_of(fetch)}")
@@ -180,19 +186,19 @@ class _Plan:
         is_large = too_large(base.name, files.weight_bytes, self._free_bytes) is not None
         on_network = fetch is None and is_on_network([Path(group.directory, name) for name in files.weights])
         is_fed = files.is_streamed or is_large or on_network
-        yield _row("read", self._read(group, is_fed=is_fed, on_network=on_network))
+        yield _row("read", self._read(group, groups, is_fed=is_fed, on_network=on_network))
         yield _row("memory", self._memory(group, is_fed=is_fed))
         names = dict.fromkeys(_shown(self._entries[task.index].spec.name) for task in group.tasks)
         yield _row("adapters", listing(names, _MOST_NAMES))
 
-    def _read(self, group: Group, *, is_fed: bool, on_network: bool) -> str:
+    def _read(self, group: Group, groups: list[Group], *, is_fed: bool, on_network: bool) -> str:
         asked = {self._options.read or self._entries[task.index].spec.base.read for task in group.tasks}
         read = next((one for one in (Read.WHOLE, Read.TOUCHED) if one in asked), Read.AUTO)
         if group.directory in self._inputs.bases:
             what = "what adapters touch" if read is Read.TOUCHED else "whole"
             more = ", or what adapters touch if --cache has its record" if read is Read.AUTO else ""
         else:
-            recorded = self._fed.recorded(group, read) if is_fed or read is Read.TOUCHED else ()
+            recorded = (is_fed or read is Read.TOUCHED) and all(self._fed.recorded(one, read) for one in groups)
             what = "what adapters touch: --cache has its record" if recorded else "whole"
             more = ""
         if not is_fed:
