@@ -352,12 +352,12 @@ def passing() -> tuple[Shipped, ...]:
         "rank_pattern": {r"^model\.layers\.0\..*q_proj": 8, "v_proj": 2},
         "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 32},
     }
-    other, base = ("base-mismatch",), {"target_modules": seven}
+    base = {"target_modules": seven}
     return (
         Shipped(name="axolotl", make=then(lora(**base), card, config_of_the_base, tokenizer, trainer_state)),
         Shipped(name="checkpoint", make=below("checkpoint-40", then(lora(), trainer_state, card)),
                 path="checkpoint-40"),
-        Shipped(name="unsloth", make=then(lora(), of_unsloth, tokenizer), warned=other),
+        Shipped(name="unsloth", make=then(lora(), of_unsloth, tokenizer)),
         Shipped(name="llama-factory", make=then(lora(), of_llama_factory, card)),
         Shipped(name="swift", make=below("v0-20260101-120000/checkpoint-40", then(lora(), of_swift, trainer_state)),
                 path="v0-20260101-120000/checkpoint-40"),
@@ -369,7 +369,7 @@ def passing() -> tuple[Shipped, ...]:
         Shipped(name="cache-layout", make=then(lora(), linked_as_in_the_cache), path="snapshots/c0ffee"),
         Shipped(name="pissa-converted", make=pissa_converted),
         Shipped(name="base-null", make=then(lora(), configure(base_model_name_or_path=None))),
-        Shipped(name="base-vanished", make=then(lora(), configure(base_model_name_or_path=VANISHED)), warned=other),
+        Shipped(name="base-vanished", make=then(lora(), configure(base_model_name_or_path=VANISHED))),
         Shipped(name="base-of-windows", make=then(lora(), configure(base_model_name_or_path=WINDOWS))),
         Shipped(name="one-of-two", make=two_names("default", "dpo")),
         Shipped(name="the-other-of-two", make=two_names("default", "dpo"), path="dpo"),
