@@ -101,7 +101,7 @@ coverage: $(STAMPS)/coverage
 	$(BIN)/coverage report
 
 publish-kills: $(STAMPS)/test
-	$(BIN)/python -m tests.tools.publish_kills --kills 200
+	$(BIN)/python -m tests.tools.publish_kills --kills 200 --real 10
 
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write

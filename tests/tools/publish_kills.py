@@ -1,6 +1,6 @@
 """kill -9 at random moments while models are published: is everything that has a name whole, and the base unchanged?
 
-    python -m tests.tools.publish_kills --kills 200 [--seed 1] [--real 20]
+    python -m tests.tools.publish_kills --kills 200 [--seed 1] [--real 10]
 
 Each run publishes two models. `--real` of the kills are of runs with a real worker; in the others, the worker is
 played, and the parent is real. After each kill, every file of every published directory must have its digest, and
@@ -25,7 +25,7 @@ ROWS = 100_000
 def main() -> None:
     words = argparse.ArgumentParser(description="kill -9 while models are published, and look at what is left")
     words.add_argument("--kills", type=int, default=200)
-    words.add_argument("--real", type=int, default=20)
+    words.add_argument("--real", type=int, default=10)
     words.add_argument("--seed", type=int, default=1)
     asked = words.parse_args()
     dice = random.Random(asked.seed)
