@@ -8,7 +8,7 @@ import pytest
 
 from merge_gate.records.terms import Severity, Verdict
 from tests.support.gating import one_thread
-from tests.support.verify.merges import RIGHT, WRONG, Recipe, Scene
+from tests.support.verify.merges import EXACT, RIGHT, WRONG, Recipe, Scene
 from tests.support.verify.verification import Verifier
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from merge_gate.records.report import AdapterReport
     from tests.support.models import Shelf
+
+IN_MAKE_TEST = {"all-linear", "dora", "modules-to-save", "resized-vocabulary", "conv1d", "fused-experts", "tied-base"}
+"""The variants of `EXACT` that `make test` verifies; the others are slow."""
 
 GOOD = {"exact", "other-order", "rounding"}
 
@@ -47,7 +50,16 @@ def errors(report: AdapterReport) -> list[str]:
     return [one.check for one in report.findings if one.severity is Severity.ERROR]
 
 
-@pytest.mark.parametrize("recipe", RIGHT, ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            recipe, marks=[pytest.mark.slow] if recipe.variant in set(EXACT) - IN_MAKE_TEST - {"float16-base"} else []
+        )
+        for recipe in RIGHT
+    ],
+    ids=str,
+)
 def test_a_right_merge_is_named(recipe: Recipe, scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
     report = reported(recipe, scene, verifier, tmp_path / "merged")
     assert report.verdict is Verdict.PASSED, told(report)

@@ -65,6 +65,7 @@ def test_a_usage_error_compares_nothing(words: tuple[str, ...], tmp_path: Path) 
     assert answer.code == 2, answer.said
 
 
+@pytest.mark.slow
 def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -74,6 +75,7 @@ def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: P
     assert answer.code == 3, answer.said
 
 
+@pytest.mark.slow
 def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene, tmp_path: Path) -> None:
     base, adapter = scene.base(VARIANT), scene.adapter(VARIANT)
     answer = merge_gate("run", adapter, "--base", base, "--publish", "out", cwd=tmp_path)
@@ -92,6 +94,7 @@ def test_a_published_directory_is_the_merge_and_as_it_was_published(scene: Scene
     assert entry(tmp_path)["cause"] == "file-changed"
 
 
+@pytest.mark.slow
 def test_models_on_the_hub_are_read_by_ranges(scene: Scene, tmp_path: Path) -> None:
     """The finished model, and in the second run its base too: no weight of them is on the disk."""
     merged, base, adapter = scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)
