@@ -141,10 +141,11 @@ def test_a_verdict_on_another_commit_of_the_base_is_a_miss(one: Entry, tmp_path:
 def test_digests_of_earlier_runs_are_reused_unless_verdicts_are_not(one: Entry) -> None:
     directory = base_directory(one)
     identity = base_identity(directory)
-    for reuse, found in ((False, None), (True, "d" * 64), (False, None)):
+    digests = {WEIGHTS: "d" * 64}
+    for reuse, found in ((False, None), (True, digests), (False, None)):
         with closing(open_cache(one, reuse=reuse)) as cache:
             assert cache.seen_bases is not None
-            cache.seen_bases.store(directory, identity, "d" * 64, time.time_ns() + 3_000_000_000)
+            cache.seen_bases.store(directory, identity, digests, time.time_ns() + 3_000_000_000)
             assert cache.seen_bases.lookup(directory, identity) == found
 
 

@@ -229,8 +229,7 @@ def test_values_that_are_tied_are_not_compared_in_stubs(tmp_path: Path) -> None:
     assert [len(notes[has_values]) for has_values in (True, False)] == [1, 0]
 
 
-def test_a_base_that_is_quantized_while_it_is_loaded_is_not_streamed(server: LoopbackHub, tmp_path: Path) -> None:
-    """With `auto` it is downloaded, whatever the size of the disk."""
+def test_a_base_that_is_quantized_while_it_is_loaded_is_streamed(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, FILES)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["q"]}')
@@ -240,9 +239,8 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_not_streamed(server: Loo
     )
     config = load_config(str(tmp_path / "gate.yml"))
     (spec,) = config.adapters
-    refused = Inputs(config, lambda _: None, access=Access.STREAM, lay_out=LaidOut(tmp_path)).prepare(spec)
-    assert refused.problem is not None
-    assert refused.problem.check == "not-judged"
-    downloaded = Inputs(config, lambda _: None, lay_out=LaidOut(tmp_path)).prepare(spec)
-    assert downloaded.problem is None
-    assert weights_in_cache(tmp_path) == [MODEL]
+    entry = Inputs(config, lambda _: None, access=Access.STREAM, lay_out=LaidOut(tmp_path)).prepare(spec)
+    assert entry.problem is None
+    assert entry.base_files is not None
+    assert entry.base_files.is_streamed
+    assert weights_in_cache(tmp_path) == []

@@ -6,6 +6,7 @@ them is left out, so that a base is loaded once per session and a judgement take
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from tests.support.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
-    CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECKS.items()
+    CheckSetting(check=name, severity=default.severity, limit=default.limit, error_limit=math.inf)
+    for name, default in CHECKS.items()
 )
+"""As without a configuration. But only values that are not finite fail: a delta may be as large as a trial makes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
