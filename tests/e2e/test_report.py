@@ -98,7 +98,8 @@ def test_it_opens_fast_quietly_and_for_everybody(visit: Any, count: int, size: s
     page = seen.page
     assert seen.seconds < OPENS_WITHIN_S
     assert page.locator("tbody.adapter").count() == count
-    assert page.locator(".opened .heat td[data-index]").count() == 224, "the worst adapter is open, its map drawn"
+    cells = 224 if count == 7 else 0  # the worst adapter is open, its map drawn, if fewer than ten failed
+    assert page.locator(".opened .heat td[data-index]").count() == cells
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"], "nothing sticks out"
     if directory := os.environ.get("MERGE_GATE_SCREENSHOTS"):
         page.screenshot(path=str(Path(directory) / f"report-{count}-{size}-{scheme}.png"), full_page=count < 100)
@@ -173,7 +174,7 @@ def test_the_table_sorts_and_filters(visit: Any) -> None:
     assert names.all_inner_texts() == [f"team-{index:03d}" for index in range(14)]
     page.get_by_role("button", name="adapter", exact=True).click()
     assert names.all_inner_texts()[0] == "team-013"
-    page.get_by_role("button", name="failed", exact=True).click()
+    page.locator(".counts .failed").click()
     assert sorted(names.all_inner_texts()) == ["team-001", "team-003", "team-008", "team-010"]
     page.get_by_label("Filter").fill("MERGED-nonfinite team-010")
     assert names.all_inner_texts() == ["team-010"]
@@ -184,8 +185,8 @@ def test_the_table_sorts_and_filters(visit: Any) -> None:
 
 def test_an_address_opens_its_adapter_and_paper_shows_what_is_not_cleared(visit: Any) -> None:
     page: Page = visit(fleet(7)).page
-    page.evaluate("location.hash = '#adapter-5'")
-    page.locator("#adapter-5.opened .heat").wait_for()
+    page.evaluate("location.hash = '#adapter-team-005'")
+    page.locator("#adapter-team-005.opened .heat").wait_for()
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator("tbody.opened").count() == 4
 
