@@ -734,6 +734,7 @@ def test_a_signal_ends_a_run_in_order(
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_worker_does_not_outlive_a_killed_run(
     stuck: tuple[subprocess.Popen[bytes], Path],
 ) -> None:
@@ -750,6 +751,7 @@ def test_a_second_run_is_refused_and_a_worker_does_not_outlive_a_killed_run(
     left_alone(place)  # but for a half-written file, perhaps, which the next run removes
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_the_adapter_that_it_was_judging(stuck: tuple[subprocess.Popen[bytes], Path]) -> None:
     process, place = stuck
     (worker,) = children_of(process.pid)

@@ -146,6 +146,7 @@ def changed(fleet: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return copy, report, named
 
 
+@pytest.mark.slow
 def test_what_changed_is_judged_and_nothing_else(changed: tuple[Path, Report, list[str]]) -> None:
     copy, report, _ = changed
     on_changed_bases = {one for one in everyone(report) if one.startswith(("classifier", "float16-base"))}
@@ -210,6 +211,7 @@ def forge(cache: Path, name: str, verdict: str) -> None:
             path.write_bytes(Seal().of("verdicts", path.name, body).encode() + b"\n" + body)
 
 
+@pytest.mark.slow
 def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy: Path) -> None:
     """The first half is what docs/scale.md warns of: it must be said as long as it is so."""
     forge(copy / "cache", "adapter-nonfinite", "passed")
@@ -266,6 +268,7 @@ def test_a_cache_that_is_a_file_is_a_usage_error(fleet: Path) -> None:
     assert "MERGE_GATE_CACHE_KEY has 5 bytes" in answer.err
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_directory_and_with_refresh_keep_new_verdicts(copy: Path) -> None:
     """Two of the verdicts are there already, and `--refresh` judges them again; the third one is gone."""
     names = ("plain-0", "plain-1", "rslora-0")

@@ -145,6 +145,7 @@ def test_a_ratio_near_its_error_limit_is_measured(plain: Trial, tmp_path: Path) 
     assert verdict is Verdict.PASSED
 
 
+@pytest.mark.slow
 def test_log_normal_rows_end_on_the_side_of_their_true_loss(plain: Trial, tmp_path: Path) -> None:
     sides, mistaken = [], 0
     for seed in range(40):

@@ -40,6 +40,7 @@ def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
     real.finish()
 
 
+@pytest.mark.slow
 def test_a_killed_run_without_an_earlier_publication_leaves_no_name(runs: KilledRuns) -> None:
     shutil.rmtree(runs.target)
     process = runs.start()

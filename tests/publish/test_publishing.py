@@ -133,6 +133,7 @@ def test_a_run_that_does_not_publish_writes_no_model(place: Path) -> None:
     assert not (place / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_is_not_there_costs_the_verdict_and_no_more(place: Path) -> None:
     assert play(place, "--publish", "merged", adapters=["one", "--base", "acme/absent"]) == 3
     assert nothing_published(place)

@@ -97,6 +97,7 @@ def worker() -> int:
     return child
 
 
+@pytest.mark.slow
 def test_an_adapter_that_crashes_the_worker_costs_its_own_verdict(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(event: Event) -> None:
         if is_at_fault(event):

@@ -488,6 +488,7 @@ def test_a_disk_that_gives_out_costs_no_verdict(
     assert len([note for note in notes if "No space left" in note]) == 1
 
 
+@pytest.mark.slow
 def test_what_is_silent_is_named_and_each_hour_says_how_far_the_run_is(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,6 +677,7 @@ def test_a_base_that_is_cut_short_while_it_is_mapped_costs_its_adapters(meddled:
     assert "SIGBUS" in reasons, f"an entry without a verdict keeps its reason: {reasons}"
 
 
+@pytest.mark.slow
 def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path: Path) -> None:
     """A config of megabytes, each entry of it wrong, and names of megabytes."""
     lay(tmp_path, shelf, "huge", configure(rank_pattern={f"layer-{number}": -1 for number in range(100_000)}))

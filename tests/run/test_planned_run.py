@@ -115,6 +115,7 @@ def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place:
     assert "a (auto): error" in text
 
 
+@pytest.mark.slow
 def test_a_record_lets_a_run_read_what_adapters_touch(place: Path) -> None:
     cache = CacheOptions(directory=str(place / "verdicts"))
     with pytest.raises(UsageError):

@@ -166,6 +166,7 @@ def test_wrong_bytes_are_an_error_and_never_a_verdict(kind: str, place: Place) -
     assert stored(place) == []
 
 
+@pytest.mark.slow
 def test_two_dtypes_of_a_streamed_base_are_read_once(place: Place) -> None:
     dtypes = ["bfloat16", "float16"]
     _, from_disk = place.run("--only", "good", base="./base", dtype=dtypes)
@@ -195,6 +196,7 @@ def reads(place: Place) -> Counter[str]:
     return Counter(Path(one.path).name for one in place.hub.requests if one.path.startswith("/cdn/"))
 
 
+@pytest.mark.slow
 def test_cached_verdicts_on_a_streamed_base_need_its_headers_only(place: Place) -> None:
     _, first = place.run("--cache", "verdicts", access="stream")
     place.hub.requests.clear()

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from tests.support.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
-    CheckSetting(check=name, severity=default.severity, limit=default.limit, error_limit=math.inf)
-    for name, default in CHECKS.items()
+    CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECKS.items()
 )
-"""As without a configuration. But only values that are not finite fail: a delta may be as large as a trial makes it."""
+ANY_DELTA = tuple(replace(setting, error_limit=math.inf) for setting in DEFAULT_CHECKS)
+"""A delta may be as large as a trial makes it: the truth of trials is whether values are finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class Judgement:
 
 
 SPEC = AdapterSpec(name="trial", source="./trial", base=BaseSpec(), checks=DEFAULT_CHECKS, line=1, column=1)
+TRIAL = replace(SPEC, checks=ANY_DELTA)
 
 
 @dataclass
@@ -85,14 +86,15 @@ class Gate:
         if any(finding.severity is Severity.ERROR for finding in files.findings):
             return self._decide((files,), None)
         loaded = self.base(base, files, dtype=dtype, quantization=quantization)
-        evidence = adapter_evidence.merge_adapter(loaded, files, measure_options=measure_options(SPEC))
+        evidence = adapter_evidence.merge_adapter(loaded, files, measure_options=measure_options(TRIAL))
         return self._decide((files,), replace(evidence, instead_of=model_class_for(str(base), files).instead_of))
 
     def combine(self, adapters: tuple[Path, ...], base: Path, combine: Combine, *, dtype: str = "auto") -> Judgement:
         members = tuple(preflight(str(adapter), allow_pickle=False) for adapter in adapters)
         loaded = self.base(base, members[0], dtype=dtype)
         return self._decide(
-            members, adapter_evidence.merge_combination(loaded, members, combine, measure_options=measure_options(SPEC))
+            members,
+            adapter_evidence.merge_combination(loaded, members, combine, measure_options=measure_options(TRIAL)),
         )
 
     def base(
@@ -111,9 +113,9 @@ class Gate:
 
     @staticmethod
     def _decide(members: tuple[AdapterFiles, ...], evidence: Evidence | None) -> Judgement:
-        findings, coverage = judge_files(SPEC, members[0]), Coverage()
+        findings, coverage = judge_files(TRIAL, members[0]), Coverage()
         if evidence is not None:
-            findings = judge_merge(SPEC, members[0], evidence)
+            findings = judge_merge(TRIAL, members[0], evidence)
             coverage = Coverage(
                 adapter_tensors=len(evidence.file_tensors),
                 modules_merged=len(evidence.targeted),

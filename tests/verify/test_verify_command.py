@@ -45,6 +45,7 @@ def test_the_merge_passes(scene: Scene, tmp_path: Path) -> None:
     assert (found["verdict"], found["cause"], found["source"]) == ("passed", None, str(merged))
 
 
+@pytest.mark.slow
 def test_another_model_fails_unless_its_kind_is_allowed(scene: Scene, tmp_path: Path) -> None:
     words = (scene.merge(VARIANT, times=2), "--base", scene.base(VARIANT), "--adapter", scene.adapter(VARIANT))
     answer = merge_gate("verify", *words, cwd=tmp_path)
