@@ -43,9 +43,8 @@ def first(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return place, report
 
 
-@pytest.mark.parametrize(
-    "threads", ["1", pytest.param("2", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
 def test_the_number_of_threads_changes_nothing(first: tuple[Path, Report], threads: str) -> None:
     place, report = first
     assert same(judged(place, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)) == same(report)

@@ -226,6 +226,7 @@ def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy:
     assert SECRET not in "".join(path.read_text("latin-1") for path in (copy / "cache").rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_every_entry_exchanged_with_another_is_a_miss(copy: Path) -> None:
     files = sorted((copy / "cache" / "verdicts").iterdir())
     bodies = [path.read_bytes() for path in files]
@@ -331,6 +332,7 @@ def test_killed_twice_and_resumed_is_the_whole_run_but_for_marks(fleet: Path) ->
     assert {path.name for path in (fleet / "killed").iterdir()} == {*FORMATS, PREVIOUS}
 
 
+@pytest.mark.slow
 def test_a_report_that_was_edited_is_judged_again(copy: Path) -> None:
     document = json.loads((copy / "cold" / "report.json").read_bytes())
     for one in document["adapters"]:

@@ -564,7 +564,7 @@ def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Clien
     assert hub.ranges == ([f"bytes={CHUNK_BYTES}-"] if resumes else [])
 
 
-@pytest.mark.parametrize("kind", ["cut", "stall", "short"])
+@pytest.mark.parametrize("kind", ["cut", pytest.param("stall", marks=pytest.mark.slow), "short"])
 def test_a_download_that_breaks_off_each_time_is_a_sentence_and_no_file(
     hub: LoopbackHub, client: Client, kind: str, wording: Wording
 ) -> None:

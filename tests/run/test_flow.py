@@ -627,6 +627,7 @@ def meddled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {one.name: one for one in report.adapters}
 
 
+@pytest.mark.slow
 def test_a_pass_certifies_the_bytes_that_it_names(meddled: dict[str, AdapterReport]) -> None:
     swapped, good = meddled["swapped"], meddled["good"]
     assert (swapped.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
@@ -722,6 +723,7 @@ def test_an_expression_that_python_does_not_take_is_the_adapters_fault(
 # --- a bound instead of every element ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("--quick",)])
 def test_the_report_says_how_much_a_bound_stands_for(words: tuple[str, ...], shelf: Shelf, tmp_path: Path) -> None:
     """Without `--quick`, or for values near the limit of the dtype, it stands for nothing."""

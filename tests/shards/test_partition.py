@@ -121,8 +121,9 @@ def test_bases_are_told_apart_also_where_only_the_adapter_names_one(config: Conf
 
 
 def test_a_machine_with_the_checkout_elsewhere_makes_the_same_cut(config: Config, tmp_path: Path) -> None:
-    shutil.copytree(tmp_path, tmp_path.parent / "elsewhere" / "deeper")
-    moved = load_config(str(tmp_path.parent / "elsewhere" / "deeper" / "gate.yml"))
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-moved") / "deeper"
+    shutil.copytree(tmp_path, elsewhere)
+    moved = load_config(str(elsewhere / "gate.yml"))
     for count in (1, 2, 3, 6, 9):
         for index in range(1, count + 1):
             ours = part_of(config, config.adapters, RunOptions(shard=(index, count)))

@@ -263,6 +263,7 @@ def started(killer: Killer, *tasks: int) -> list[tuple[int, tuple[int, ...]]]:
     ]
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_in_one_pass(passes: Killer, alone: Killer) -> None:
     assert started(passes, 0, 1, 2) == [(0, (1, 2))]
     evidence = [
