@@ -60,8 +60,9 @@ def test_every_difference_has_its_kind(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"[]")
     (tmp_path / "more.py").write_bytes(b"")
     (tmp_path / "additional_chat_templates" / "x.jinja").unlink()
-    (tmp_path / "model.safetensors").rename(tmp_path.parent / "elsewhere")
-    (tmp_path / "model.safetensors").symlink_to(tmp_path.parent / "elsewhere")
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    (tmp_path / "model.safetensors").rename(elsewhere)
+    (tmp_path / "model.safetensors").symlink_to(elsewhere)
     assert [(one.path, one.kind) for one in differences(tmp_path, manifest)] == [
         ("additional_chat_templates/x.jinja", Difference.MISSING),
         ("config.json", Difference.CHANGED),
