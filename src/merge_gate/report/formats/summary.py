@@ -43,7 +43,7 @@ def render(report: Report) -> str:
     table = _table(shown)
     blocks = [
         GENERATOR_COMMENT,
-        f"## {_RESULT_MARK[report.result]} merge-gate {run_result.verdict_line(report)}",
+        f"## {_RESULT_MARK[report.result]} merge-gate {prose(run_result.verdict_line(report))}",
         run_result.advice(report),
         *_problems(report),
         *table,
