@@ -145,8 +145,16 @@ def test_what_a_killed_rebuild_left_is_removed(place: Path) -> None:
     left = place / "again" / ".merge-gate-rebuild-x"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"")
+    os.utime(left, (0, 0))  # of a run that began long ago
     assert rebuild(place) == 0
     assert not left.exists()
+
+
+def test_what_a_rebuild_has_just_made_stays(place: Path) -> None:
+    young = place / "again" / ".merge-gate-rebuild-x"
+    young.mkdir(parents=True)
+    assert rebuild(place) == 0
+    assert young.exists()
 
 
 def test_links_and_pipes_are_not_read(place: Path) -> None:

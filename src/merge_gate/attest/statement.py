@@ -112,7 +112,7 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
                 torch=environment.torch,
                 peft=environment.peft,
                 transformers=environment.transformers,
-                bitsandbytes=environment.bitsandbytes,
+                bitsandbytes=environment.bitsandbytes if adapter.base.is_quantized else None,
                 device=environment.device,
             ),
         ),

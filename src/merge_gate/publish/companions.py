@@ -4,8 +4,8 @@ In: the directories of base and adapters, which are hostile, and what the merge 
 and findings. Files are copied, and config.json is changed only where the tensors have changed.
 
 1. Read the files whose names are on the allow-list (companion_names.py).
-2. The adapter's own copy replaces that of the base, except config.json. Tokenizer and chat template are replaced as a
-   whole: half of a tokenizer would be worse than either.
+2. The adapter's own copy replaces that of the base, except config.json and licenses. Tokenizer and chat template are
+   replaced as a whole: half of a tokenizer would be worse than either.
 3. Change in the text of config.json what is no longer true: the size of the vocabulary, the dtype, the quantization.
    References to code are removed, because code is not published.
 4. Compare the stop tokens, and the tokenizer with the embedding.

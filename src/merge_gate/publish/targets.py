@@ -7,7 +7,7 @@ created, or a sentence that says why it cannot be used.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
@@ -22,7 +22,7 @@ _MOST_NAME_BYTES = 255
 _GIB = 1 << 30
 
 
-def prepared(directory: str, names: Iterable[str]) -> Path:
+def prepared(directory: str, names: Collection[str]) -> Path:
     """Create the directory, and remove what killed runs left in it.
 
     Raises:
@@ -46,7 +46,7 @@ def prepared(directory: str, names: Iterable[str]) -> Path:
 
 
 def refuse_inside(target: Path, inputs: Iterable[tuple[str, str]]) -> None:
-    """Refuse a directory that is inside an input, or holds one. `inputs` pairs directories and what they belong to.
+    """Refuse a directory that is an input, or is inside one. `inputs` pairs directories and what they belong to.
 
     Raises:
         UsageError: an input would change.

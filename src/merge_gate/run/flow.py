@@ -457,7 +457,7 @@ class _Run:
             self._view.note(f"{error.message}; the verdicts on it are withdrawn")
 
     def _publish(self) -> None:
-        """Give the models of adapters that passed their names. From here on, their bases are no longer read."""
+        """Give the models of adapters that passed their names. The weights of their bases are no longer read."""
         for index in self._publications.wanted:
             report = self._tally.of(index)
             if report is None or report.verdict is not Verdict.PASSED:

@@ -194,6 +194,8 @@ class _Plan:
     def _read(self, group: Group, groups: list[Group], *, is_fed: bool, on_network: bool) -> str:
         asked = {self._options.read or self._entries[task.index].spec.base.read for task in group.tasks}
         read = next((one for one in (Read.WHOLE, Read.TOUCHED) if one in asked), Read.AUTO)
+        if self._publish is not None:
+            read = Read.WHOLE
         if group.directory in self._inputs.bases:
             what = "what adapters touch" if read is Read.TOUCHED else "whole"
             more = ", or what adapters touch if --cache has its record" if read is Read.AUTO else ""

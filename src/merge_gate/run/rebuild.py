@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from merge_gate.run.view import View
 
 _SCRATCH = ".merge-gate-rebuild-"
+_MIN_AGE_S = 60.0
+"""A younger directory may not be locked yet, because it was just made."""
+
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -74,7 +78,7 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
     """Make the model again that a merge-gate.json describes, as a folder of `output`.
 
     Raises:
-        UsageError: the file cannot be used, a name stands for nothing, or the model's folder is there already.
+        UsageError: the file cannot be used, a name stands for no directory or Hub id, or the model's folder exists.
         GateError: the merge was not judged, or did not pass.
     """
     place = Path(file, MANIFEST_NAME) if Path(file).is_dir() else Path(file)
@@ -110,8 +114,9 @@ def _scratch(parent: Path) -> Iterator[Path]:
     with explained(f"cannot use the directory {parent}"):
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_SCRATCH}*"):
-            with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False):
-                shutil.rmtree(left)
+            with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(left, follow=False) as lock:
+                if lock.is_held and time.time() - left.lstat().st_mtime > _MIN_AGE_S:
+                    shutil.rmtree(left)
         folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
     try:
         with locked_directory(folder, follow=False):

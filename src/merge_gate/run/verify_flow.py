@@ -40,7 +40,7 @@ from merge_gate.verify.own_record import recorded_report
 from merge_gate.verify.stored_names import unreadable
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
-from merge_gate.worker.pinned import base_changed
+from merge_gate.worker.pinned import base_changed, base_silent
 from merge_gate.worker.protocol import Event, Group, Job
 from merge_gate.worker.supervisor import WorkerSlot, supervise
 
@@ -265,7 +265,9 @@ class _Verification:
         if not any(0 in indices for indices in self._watch.void().values()):
             return report
         entry = self._entries[0]
-        error = base_changed(entry.base.name if entry.base is not None else "")
+        is_silent = entry.base is not None and self._watch.is_silent(entry.base.directory)
+        reason = base_silent if is_silent else base_changed
+        error = reason(entry.base.name if entry.base is not None else "")
         refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
         return replace(adapter_report.withdrawn_report(entry, refusal), name=report.name, source=report.source)
 

@@ -3,7 +3,7 @@
 In: messages of the worker, which is not trusted, over a connection of its own, and bytes in a window of shared memory.
 Out: calls of a `Publisher`, with copies of the bytes: the worker cannot change what is hashed and written.
 
-1. The worker plans a publication. To the first plan, it gets the window.        `PublicationPlanned`
+1. The worker plans a publication. The service answers the first plan with the window.        `PublicationPlanned`
 2. It puts a part of a tensor into the window. When the part was copied, the place is free again.
                                                                                  `TensorPart`, `PartTaken`
 3. It says which tensors count.                                                  `PublicationSent`
@@ -60,7 +60,7 @@ class PublishService:
         self._thread.start()
 
     def drain(self) -> None:
-        """Wait until all that a process has sent before its end was written."""
+        """Wait until everything that the process sent before its end is written."""
         self._thread.join(DRAIN_LIMIT_S)
 
     def close(self) -> None:
