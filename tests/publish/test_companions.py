@@ -147,14 +147,17 @@ def test_a_combination_has_its_members_files_if_they_agree(tmp_path: Path) -> No
 def test_a_link_leads_to_the_directory_or_the_hubs_cache_and_no_further(tmp_path: Path) -> None:
     secret = tmp_path / "id_rsa"
     secret.write_bytes(b"secret")
-    base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b"", "real.txt": b"x"})
+    base = made(tmp_path, "base", {"config.json": CONFIG, "model.safetensors": b"", "NOTICE": b"x"})
     adapter = made(tmp_path, "adapter", {"adapter_config.json": b"{}"})
     model = MergedModel(base_shapes=SHAPES, shapes=SHAPES)
-    Path(base, "LICENSE").symlink_to("real.txt")
+    Path(base, "LICENSE").symlink_to("NOTICE")
     assert contents(files_of(base, (adapter,), model))["LICENSE"] == ("base", b"x")
-    Path(adapter, "NOTICE").symlink_to(secret)
-    with pytest.raises(NotPublishedError, match="link"):
-        files_of(base, (adapter,), model)
+    made(tmp_path, "adapter/.git", {"config": b"secret"})
+    for target in (str(secret), ".git/config", "adapter_config.json"):
+        Path(adapter, "NOTICE").symlink_to(target)
+        with pytest.raises(NotPublishedError, match="link"):
+            files_of(base, (adapter,), model)
+        Path(adapter, "NOTICE").unlink()
     cached = tmp_path / "hub" / "models--a--b"
     made(cached, "snapshots/0123", {"adapter_config.json": b"{}"})
     made(cached, "blobs", {"aa": b"{}"})
@@ -189,6 +192,8 @@ def test_references_to_code_are_removed(tmp_path: Path) -> None:
     found = chosen(tmp_path, {"config.json": config, "vocab.json": b'{"auto_map": 1}'})
     assert contents(found)["config.json"][1] == b'{"vocab_size": 32}'
     assert contents(found)["vocab.json"][1] == b'{"auto_map": 1}'
+    escaped = chosen(tmp_path, {"config.json": config.replace(b"_map", b"\\u005fmap")})
+    assert contents(escaped)["config.json"][1] == b'{"vocab_size": 32}'
     assert ("published-files", Severity.NOTE) in checks(found)
     with pytest.raises(NotPublishedError, match="code"):
         chosen(tmp_path, {"config.json": config}, runs_code=True)

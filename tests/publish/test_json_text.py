@@ -46,6 +46,12 @@ def test_every_other_character_stays() -> None:
     )
 
 
+def test_several_members_of_one_object_are_removed() -> None:
+    text = '{"a":1,"a":{"a":0},"b":3,"a":4,"a":5,"\\u0061":6}'
+    assert without(text, lambda member: member.path[-1] == "a") == '{"b":3}'
+    assert without(text, lambda member: member.path[0] in {"a", "b"}) == "{}"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"a"', '{"a": 1'])
 def test_text_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises((ValueError, IndexError)):

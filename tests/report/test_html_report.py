@@ -183,7 +183,8 @@ def test_a_command_repeats_the_adapter_alone() -> None:
     command = "merge-gate run ./adapters/billing --base ./models/base --dtype bfloat16,float16"
     assert f"<code>{command}</code>" in direct
     assert "--only &#39;a;rm -rf&#39;" in render(report(adapter("a;rm -rf")))
-    assert "--only" not in render(report(adapter("a\u202eb")))
+    for name in ("a\u202eb", "--container", "a" * 1970 + "'; touch x; #" + "b" * 600):
+        assert "a name has characters that cannot be typed" in render(report(adapter(name)))
 
 
 def test_each_check_of_the_report_is_explained_once() -> None:

@@ -83,7 +83,7 @@ def published(report: Mapping[str, Any], parent: Path | None) -> list[dict[str, 
             continue
         folder = Path(model["directory"])
         with contextlib.suppress(OSError, ValueError):
-            if folder.parent == parent and not folder.is_symlink():
+            if folder.parent == parent and folder.name != ".." and not folder.is_symlink():
                 manifest = read_regular_file(folder / "merge-gate.json", _MOST_MANIFEST_BYTES)
                 models.append(
                     {

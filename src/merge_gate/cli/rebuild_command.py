@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     with view_of(arguments) as (view, _):
         rebuilt = rebuild(arguments.file, arguments.output, options, view)
     if not rebuilt.different:
-        tell(f"{rebuilt.directory} has the bytes that merge-gate.json describes")
+        tell(f"{one_line(str(rebuilt.directory))} has the bytes that merge-gate.json describes")
         return ExitCode.PASS
     for file in rebuilt.different:
         say(f"merge-gate: {one_line(file.path, 200)}: {file.kind}")

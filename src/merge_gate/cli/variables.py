@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 PREFIX = "MERGE_GATE_"
-WITHOUT_VARIABLE = frozenset({"--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus"})
-"""`MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS` tell a gate in a container about the container."""
+WITHOUT_VARIABLE = frozenset(
+    {
+        *("--help", "--version", "--allow-pickle", "--trust-remote-code", "--image", "--gpus"),
+        *("--plan", "--ray", "--attestation", "--key"),
+    }
+)
+"""A variable of these could keep a job from merging, or choose who is trusted. `MERGE_GATE_IMAGE` and `MERGE_GATE_GPUS`
+tell a gate in a container about the container."""
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 

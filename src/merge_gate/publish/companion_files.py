@@ -91,12 +91,11 @@ def _within(folder: Path, name: str, what: str) -> Path:
     """The file itself, if a link leads to it. The Hub's cache links from a snapshot to the repository's blobs."""
     top = folder.resolve()
     place = (top / name).resolve(strict=True)
-    allowed = [top]
-    if top.parent.name == "snapshots":
-        allowed.append(top.parent.parent / "blobs")
-    if not any(parent in place.parents for parent in allowed):
+    is_blob = top.parent.name == "snapshots" and top.parent.parent / "blobs" in place.parents
+    is_companion = top in place.parents and companion_kind(place.relative_to(top).as_posix()) is not None
+    if not is_blob and not is_companion:
         raise NotPublishedError(
-            f"{what} is a link to {shown(str(place))}, expected a file inside of its directory",
+            f"{what} is a link to {shown(str(place))}, expected such a file of its directory",
             hint="replace the link by a copy of the file: what a link leads to might not be meant for publication",
         )
     return place

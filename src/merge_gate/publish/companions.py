@@ -292,9 +292,7 @@ def _remove_code(files: dict[str, CompanionFile]) -> list[Finding]:
     """Remove the references to code from the configurations: the code itself is not published."""
     changed = []
     for name, file in files.items():
-        if not name.endswith("config.json") or not any(key.encode() in file.data for key in _CODE):
-            continue
-        if not isinstance(_parsed(file), dict):
+        if not name.endswith("config.json") or not isinstance(_parsed(file), dict):
             continue
         text = json_text.without(file.data.decode("utf-8"), lambda member: member.path[-1] in _CODE)
         if text.encode() != file.data:

@@ -60,10 +60,15 @@ def replaced(text: str, chosen: Callable[[Member], bool], value: Any) -> str:
 
 def without(text: str, chosen: Callable[[Member], bool]) -> str:
     """The text without the chosen members."""
-    while member := next((member for member in members(text) if chosen(member)), None):
-        begin, end = member.removed
-        text = text[:begin] + text[end:]
-    return text
+    while True:
+        kept, reached = [], 0
+        for begin, end in sorted(member.removed for member in members(text) if chosen(member)):
+            if begin >= reached:  # else it is inside of one that goes, or next to it: the next round has its turn
+                kept.append(text[reached:begin])
+                reached = end
+        if not kept:
+            return text
+        text = "".join(kept) + text[reached:]
 
 
 def _read_object(text: str, at: int, path: tuple[str, ...], found: list[Member]) -> tuple[dict[str, Any], int]:

@@ -15,7 +15,7 @@ from merge_gate.errors import GateError, UsageError
 from merge_gate.publish.manifest import MANIFEST_NAME, read_manifest
 from merge_gate.publish.partial import is_leftover, partial_name, remove_leftovers
 from merge_gate.report.stored.output_directory import explained
-from merge_gate.text import quoted
+from merge_gate.text import has_hidden, quoted
 
 _CHOSEN_BY = " with --publish"
 _MOST_NAME_BYTES = 255
@@ -97,7 +97,7 @@ def refuse_small_disk(target: Path, needed_bytes: int) -> None:
 
 
 def _refuse_name(name: str) -> None:
-    bad = "/" in name or "\0" in name or name.startswith(".") or name != name.strip()
+    bad = "/" in name or has_hidden(name) or name.startswith(".") or name != name.strip()
     if bad or len(os.fsencode(partial_name(name))) > _MOST_NAME_BYTES:
         raise UsageError(
             f"a model cannot be published as {quoted(name, 200)}, which is no name for a directory",

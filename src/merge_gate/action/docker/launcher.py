@@ -141,6 +141,12 @@ def _check_paths(run: ContainerRun) -> None:
     _check_target("output", run.output)
     if run.publish is not None:
         _check_target("publish", run.publish)
+    for name, target in (("publish", run.publish), ("cache", run.cache)):
+        if target is not None and any(target == place or target in place.parents for place in visible):
+            raise UsageError(
+                f"{name}: {target} holds the workspace, which the container may not write to",
+                hint="name a directory of its own",
+            )
     for path in run.mounts:
         if not path.exists():
             raise UsageError(f"mounts: {path} does not exist", hint="name directories of the runner by absolute paths")

@@ -28,7 +28,7 @@ from markupsafe import Markup, escape
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import FailureKind
-from merge_gate.report.formats.page_texts import meanings, repeat_command
+from merge_gate.report.formats.page_texts import MAX_LENGTH, meanings, repeat_command
 from merge_gate.report.formats.rendered_adapters import RenderedAdapters
 from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import earlier_entries
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from merge_gate.records.terms import Finding
     from merge_gate.report.wording.run_result import Adapter
 
-_MAX_LENGTH = 2000
 _DIGITS = 3
 _LETTERS = {State.NAN: "N", State.INF: "I", State.NO_EFFECT: "U", State.FINITE: "F", State.UNTOUCHED: "V"}
 _MAX_PLACES = 20
@@ -159,7 +158,7 @@ def _spaced(text: str) -> Markup:
 
 def _escaped(text: str) -> Markup:
     """Visible text. A GitHub runner obeys `##[` anywhere in a line, also when a step prints this file."""
-    return Markup(str(escape(one_line(text, _MAX_LENGTH))).replace("##[", "#&#35;["))  # noqa: S704 - it is escaped
+    return Markup(str(escape(one_line(text, MAX_LENGTH))).replace("##[", "#&#35;["))  # noqa: S704 - it is escaped
 
 
 @cache

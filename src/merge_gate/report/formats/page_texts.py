@@ -14,12 +14,16 @@ from markupsafe import Markup, escape
 
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.report.wording.explanations import explanations
+from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import has_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from merge_gate.records.report import AdapterReport
+
+MAX_LENGTH = 2000
+"""Characters of a text of the page. The middle of a longer one is left out."""
 
 _LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
@@ -62,4 +66,8 @@ def repeat_command(entries: tuple[AdapterReport, ...], config_path: str) -> str:
     else:
         words = ["merge-gate", "run", first.source, *(["--base", first.base.model] if first.base.model else [])]
         words += ["--dtype", ",".join(dict.fromkeys(entry.base.dtype for entry in entries))]
-    return "# a name has characters that cannot be typed" if any(map(has_hidden, words)) else shlex.join(words)
+    command = shlex.join(words)
+    is_shown_whole = command == one_line(command, MAX_LENGTH)  # a cut could move the end of a quotation
+    is_option = any(word.startswith("-") for word in (words[2], first.name, first.base.model or ""))
+    can_be_typed = is_shown_whole and not is_option and not any(map(has_hidden, words))
+    return command if can_be_typed else "# a name has characters that cannot be typed"
