@@ -48,6 +48,11 @@ def counted(count: int, singular: str, plural: str = "") -> str:
     return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
 
 
+def verb(count: int, singular: str, plural: str) -> str:
+    """The form of a verb that fits a count: 1 tensor `has`, 2 tensors `have`."""
+    return singular if count == 1 else plural
+
+
 def one_of(words: Iterable[str]) -> str:
     """`a, b or c`."""
     *others, last = words

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 NAME_LIMIT, MESSAGE_LIMIT = 200, 600
 
 EXIT_CODES_OF_VERIFY = exit_codes(
-    "0  the directory is the merge: bit for bit, in PEFT's other order of rounding, or within one rounding",
+    "0  the directory is the merge (bit for bit, in PEFT's other order of rounding, or within one rounding), or is as "
+    "its merge-gate.json lists it",
     "1  it is not; the report names what it is",
     "2  usage error: nothing was compared",
     "3  it could not be compared: the adapter or the base cannot be read or merged",

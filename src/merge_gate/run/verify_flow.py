@@ -21,7 +21,7 @@ from merge_gate.files import resolve
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.prepare import Inputs
 from merge_gate.judging import adapter_report
-from merge_gate.publish.manifest import MANIFEST_NAME
+from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.config import Config, reads_as_path
 from merge_gate.records.files import Entry, Snapshot
@@ -29,6 +29,7 @@ from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Access, BaseKey, Origin, Quantization, Read, record
+from merge_gate.regular_file import read_regular_file
 from merge_gate.run.fed_bases import FedBases, headers_limit_s
 from merge_gate.run.report_writer import ReportWriter
 from merge_gate.run.tally import Tally
@@ -36,8 +37,8 @@ from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
+from merge_gate.verify.kinds import finding
 from merge_gate.verify.own_record import recorded_report
-from merge_gate.verify.stored_names import unreadable
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
 from merge_gate.worker.pinned import base_changed, base_silent
@@ -95,12 +96,12 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
         )
     try:
         found = recorded_report(name, name, options.allowed)
+        content = read_regular_file(Path(name, MANIFEST_NAME), MOST_BYTES)
     except OSError as error:
         raise GateError(f"{quoted(name, 200)} cannot be read: {error.strerror or error}") from error
     if options.attestation is not None:
         found = attested_report(found, name, options.attestation, None)
     begins()
-    content = Path(name, MANIFEST_NAME).read_bytes()
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=options.device, watch=BaseWatch())
     tally.settle(0, found)
@@ -193,7 +194,7 @@ class _Verification:
         if isinstance(merged, ResolveError):
             gated = blocked or adapter_report.files_report(entry)
             snapshot = Snapshot(name=self._options.merged, directory=self._options.merged)
-            found = [unreadable(merged.message, merged.hint)]
+            found = [finding("broken-files", merged.message, hint=merged.hint)]
             return answer.decided(snapshot, gated, found, self._options.allowed)
         if blocked is not None:
             return answer.without_merge(merged, blocked)

@@ -17,7 +17,7 @@ from merge_gate.records.files import BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
-from merge_gate.text import counted, listing, quoted
+from merge_gate.text import counted, listing, quoted, verb
 from merge_gate.verify.kinds import KINDS, finding
 from merge_gate.verify.settings import settings_findings
 from merge_gate.verify.stored_names import stored_findings
@@ -49,7 +49,10 @@ def _settings(comparison: Comparison) -> Iterator[Finding]:
     odd = comparison.settings
     if odd:
         shown = [f"{quoted(key, 80)} is {quoted(new, 80)}, expected {quoted(old, 80)}" for key, old, new in odd]
-        yield finding("config-differs", f"{counted(len(odd), 'key')} of config.json differ: {listing(shown, 5)}")
+        yield finding(
+            "config-differs",
+            f"{counted(len(odd), 'key')} of config.json {verb(len(odd), 'differs', 'differ')}: {listing(shown, 5)}",
+        )
 
 
 def compared_report(

@@ -13,7 +13,7 @@ from merge_gate.records.terms import Finding, Origin, Severity, record
 
 @record
 class AnswerKind:
-    """One answer. `is_good`: the directory is the merge."""
+    """One answer. `is_good`: it does not fail the directory."""
 
     id: str
     summary: str

@@ -14,7 +14,7 @@ from merge_gate.records.files import Snapshot
 from merge_gate.records.publication import Manifest
 from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Verdict
-from merge_gate.text import counted, listing, quoted
+from merge_gate.text import counted, listing, quoted, verb
 from merge_gate.verify.answer import decided
 from merge_gate.verify.kinds import finding
 
@@ -50,8 +50,11 @@ def _undecided(manifest: Manifest) -> AdapterReport:
 
 def _findings(manifest: Manifest, odd: tuple[FileDifference, ...]) -> list[Finding]:
     if not odd:
-        message = f"{counted(len(manifest.files), 'file')} have the digests in {MANIFEST_NAME}"
+        message = (
+            f"{counted(len(manifest.files), 'file')} {verb(len(manifest.files), 'has', 'have')} "
+            f"the digests in {MANIFEST_NAME}"
+        )
         return [finding("as-published", message)]
     shown = listing([f"{quoted(one.path, 120)} is {one.kind}" for one in odd], _LISTED)
-    message = f"{counted(len(odd), 'file')} differ from {MANIFEST_NAME}: {shown}"
+    message = f"{counted(len(odd), 'file')} {verb(len(odd), 'differs', 'differ')} from {MANIFEST_NAME}: {shown}"
     return [finding("file-changed", message, measured=(("files", float(len(odd))),))]

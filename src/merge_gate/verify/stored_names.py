@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from merge_gate.records.comparison import Comparison, LoadedKeys
 from merge_gate.records.files import BaseFiles, StoredTensor
-from merge_gate.records.terms import Finding, Origin, Severity
-from merge_gate.text import counted, listing, quoted
+from merge_gate.records.terms import Finding
+from merge_gate.text import counted, listing, quoted, verb
 from merge_gate.verify.kinds import finding
 
 _LISTED = 5
@@ -58,14 +58,16 @@ class _Names:
         if gone:
             yield finding(
                 "not-carried",
-                f"{counted(len(gone), 'tensor')} of the base or the merge are not in the directory: {groups_of(gone)}",
+                f"{counted(len(gone), 'tensor')} of the base or the merge {verb(len(gone), 'is', 'are')} "
+                f"not in the directory: {groups_of(gone)}",
                 tensor=gone[0],
                 measured=(("tensors", float(len(gone))),),
             )
         if added:
             yield finding(
                 "added",
-                f"{counted(len(added), 'tensor')} are in the directory and not in the merge: {groups_of(added)}",
+                f"{counted(len(added), 'tensor')} {verb(len(added), 'is', 'are')} "
+                f"in the directory and not in the merge: {groups_of(added)}",
                 tensor=added[0],
                 measured=(("tensors", float(len(added))),),
             )
@@ -74,7 +76,8 @@ class _Names:
             new = next((name for name in extra if self._makes_the_same(first, name)), "")
             yield finding(
                 "renamed",
-                f"{counted(len(renamed), 'tensor')} of the base are stored under other names or in another layout: "
+                f"{counted(len(renamed), 'tensor')} of the base {verb(len(renamed), 'is', 'are')} "
+                f"stored under other names or in another layout: "
                 f"{quoted(first, 120)} as {quoted(new, 120)}",
                 tensor=first,
                 measured=(("tensors", float(len(renamed))),),
@@ -181,12 +184,8 @@ def _dtypes(base: BaseFiles, merged: BaseFiles, comparison: Comparison) -> Itera
     for (old, new), tensors in sorted(changed.items(), key=lambda item: -len(item[1])):
         yield finding(
             "dtype-changed",
-            f"{counted(len(tensors), 'tensor')} are stored as {quoted(new, 20)}, expected {quoted(old, 20)} as in the "
+            f"{counted(len(tensors), 'tensor')} {verb(len(tensors), 'is', 'are')} "
+            f"stored as {quoted(new, 20)}, expected {quoted(old, 20)} as in the "
             f"base: {groups_of([one.name for one in tensors])}",
             tensor=tensors[0].name,
         )
-
-
-def unreadable(message: str, hint: str) -> Finding:
-    """The finding of a directory whose files cannot be read as a model's."""
-    return Finding(check="broken-files", severity=Severity.ERROR, message=message, hint=hint, origin=Origin.MERGE)

@@ -17,8 +17,8 @@ from enum import Enum
 
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
-from merge_gate.records.terms import Finding, Severity
-from merge_gate.text import counted, listing, quoted
+from merge_gate.records.terms import Finding
+from merge_gate.text import counted, listing, quoted, verb
 from merge_gate.verify.kinds import finding
 
 MOST_UNITS = 2.0
@@ -122,7 +122,8 @@ def _shapes(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
         first = odd[0]
         yield finding(
             "shape-changed",
-            f"{counted(len(odd), 'tensor')} have another shape than in the merge: {quoted(first.name, 120)} has "
+            f"{counted(len(odd), 'tensor')} {verb(len(odd), 'has', 'have')} "
+            f"another shape than in the merge: {quoted(first.name, 120)} has "
             f"{list(first.shape)}, expected {list(first.expected_shape)}",
             tensor=first.name,
         )
@@ -134,7 +135,8 @@ def _nonfinite(tensors: Iterable[TensorComparison]) -> Iterator[Finding]:
         total = sum(one.nonfinite for one in broken)
         yield finding(
             "nonfinite",
-            f"{counted(total, 'value')} of {counted(len(broken), 'tensor')} are NaN or Inf, expected finite values: "
+            f"{counted(total, 'value')} of {counted(len(broken), 'tensor')} {verb(total, 'is', 'are')} "
+            f"NaN or Inf, expected finite values: "
             f"{_names(broken)}",
             tensor=broken[0].name,
             measured=(("values", float(total)),),
@@ -180,7 +182,8 @@ def _merged(
         left = by_state[TensorState.BASE]
         yield finding(
             "applied-in-part",
-            f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes have the bits of the base: "
+            f"{len(left):,} of {counted(len(touched), 'tensor')} that the adapter changes "
+            f"{verb(len(left), 'has', 'have')} the bits of the base: "
             f"{_names(left)}",
             tensor=left[0].name,
             measured=(("tensors", float(len(left))),),
@@ -200,7 +203,8 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
         worst = max(close, key=lambda one: one.units)
         return finding(
             "rounding",
-            f"{len(close):,} of {counted(count, 'merged tensor')} differ from PEFT's merge by at most "
+            f"{len(close):,} of {counted(count, 'merged tensor')} {verb(len(close), 'differs', 'differ')} "
+            f"from PEFT's merge by at most "
             f"{worst.units:.3g} units of the last place; the others and {counted(rest, 'other tensor')} have the "
             "expected bits",
             tensor=worst.name,
@@ -210,7 +214,8 @@ def _good(by_state: Mapping[TensorState, Sequence[TensorComparison]], comparison
         other = by_state[TensorState.OTHER_ORDER]
         return finding(
             "other-order",
-            f"{len(other):,} of {counted(count, 'merged tensor')} have the bits of PEFT's merge without safe_merge; "
+            f"{len(other):,} of {counted(count, 'merged tensor')} {verb(len(other), 'has', 'have')} "
+            f"the bits of PEFT's merge without safe_merge; "
             f"the others and {counted(rest, 'other tensor')} have the expected bits",
         )
     return finding(
@@ -278,7 +283,8 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]]) -> Iterator
         worst = max(other, key=lambda one: one.units)
         yield finding(
             "unexplained",
-            f"{counted(len(other), 'merged tensor')} have other values than the merge, the base, or any multiple of "
+            f"{counted(len(other), 'merged tensor')} {verb(len(other), 'has', 'have')} "
+            f"other values than the merge, the base, or any multiple of "
             f"the delta: {_names(other)}",
             tensor=worst.name,
             measured=(("units", worst.units), ("factor", worst.factor)),
@@ -287,7 +293,8 @@ def _odd(by_state: Mapping[TensorState, Sequence[TensorComparison]]) -> Iterator
         worst = max(imprecise, key=lambda one: one.units)
         yield finding(
             "imprecise",
-            f"{counted(len(imprecise), 'merged tensor')} differ from PEFT's merge by up to {worst.units:.3g} units of "
+            f"{counted(len(imprecise), 'merged tensor')} {verb(len(imprecise), 'differs', 'differ')} "
+            f"from PEFT's merge by up to {worst.units:.3g} units of "
             f"the last place, expected at most {MOST_UNITS:g}: {_names(imprecise)}",
             tensor=worst.name,
             measured=(("units", worst.units),),
@@ -306,7 +313,8 @@ def _wrong_base(touched: _Touched, others: Sequence[TensorComparison], compariso
         name = kinds.most_common(1)[0][0]
         return finding(
             "wrong-base",
-            f"{counted(len(odd) + len(others), 'tensor')} differ as the base does after {name} quantization, expected "
+            f"{counted(len(odd) + len(others), 'tensor')} {verb(len(odd) + len(others), 'differs', 'differ')} "
+            f"as the base does after {name} quantization, expected "
             f"the base as it is stored: {_names(explained)}",
             tensor=explained[0].name,
         )
@@ -328,12 +336,8 @@ def _base_changed(others: Sequence[TensorComparison]) -> Iterator[Finding]:
     worst = max(odd, key=lambda one: one.units)
     yield finding(
         "base-changed",
-        f"{counted(len(odd), 'tensor')} that the adapter does not touch differ from the base: {_names(odd)}",
+        f"{counted(len(odd), 'tensor')} that the adapter does not touch {verb(len(odd), 'differs', 'differ')} "
+        f"from the base: {_names(odd)}",
         tensor=worst.name,
         measured=(("units", worst.units), ("tensors", float(len(odd)))),
     )
-
-
-def has_errors(findings: Iterable[Finding]) -> bool:
-    """Whether one of these findings fails the directory."""
-    return any(one.severity is Severity.ERROR for one in findings)

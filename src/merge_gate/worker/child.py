@@ -1,7 +1,7 @@
 """The worker process from inside: loads bases, merges adapters, and sends the measurements.
 
 In: a `Job` from the channel. Out: events. process.py starts it as an interpreter of its own. Only this module,
-group_bases.py, the engine, and the demo use torch, transformers, and PEFT.
+group_bases.py, the engine, the demo, and integrations/ use torch, transformers, or PEFT.
 """
 
 from __future__ import annotations

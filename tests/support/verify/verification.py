@@ -19,7 +19,7 @@ from merge_gate.judging import adapter_report
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.verify import answer
-from merge_gate.verify.stored_names import unreadable
+from merge_gate.verify.kinds import finding
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Verifier:
         try:
             finished = resolve_base(str(merged), label="merged")
         except ResolveError as error:
-            gated, found = adapter_report.files_report(entry), [unreadable(error.message, error.hint)]
+            gated, found = adapter_report.files_report(entry), [finding("broken-files", error.message, hint=error.hint)]
             return answer.decided(Snapshot(name="merged", directory=str(merged)), gated, found, allowed)
         evidence, comparison = self.compared(finished, base, adapter)
         others = {path.name: self.compared(finished, base, path)[1] for path in candidates}

@@ -125,7 +125,7 @@ class StoredLayout:
     # --- 2. --------------------------------------------------------------------------------------------------------
 
     def _prove(self, group: TensorGroup) -> None:
-        """Whether the base's own tensors give the stored bytes, once for each kind of conversion."""
+        """Check that the base's own tensors give the stored bytes, once for each kind of conversion."""
         kind = (group.conversion, len(group.sources), len(group.targets))
         if self._proved.get(kind):
             return
