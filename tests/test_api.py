@@ -87,6 +87,7 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, monkeypatch: pytest
         ("merge-gate.yml", {"base": "base"}),
         ("adapters/good", {"dtypes": ["fp16"]}),
         ("adapters/good", {"checks": {"no-efect": "off"}}),
+        ("adapters/good", {"device": "tpu"}),
     ):
         with pytest.raises(UsageError) as caught:
             gate(names, **options)  # type: ignore[arg-type]

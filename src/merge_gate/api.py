@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from merge_gate.cache.resume import forget
 from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.errors import UsageError
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.report.stored.output_directory import claimed, refuse_report
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
+from merge_gate.text import quoted
 from merge_gate.worker.supervisor import WorkerSlot
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def gate(
         "expect": expect,
         "allow_pickle": allow_pickle,
     }
+    if not is_device(device):
+        raise UsageError(f"device is {quoted(device)}, expected auto, cpu, cuda, or cuda:N")
     folder = None if output is None else os.fspath(output)
     options = RunOptions(
         device=device,

@@ -287,6 +287,7 @@ def test_each_adapter_of_a_report_has_its_own_statement(tmp_path: Path) -> None:
         ((), {}, ()),
         ((reports.adapter(),), {"complete": False}, ()),
         ((reports.adapter(),), {"files_only": True}, ()),
+        ((reports.adapter(),), {"is_comparison": True}, ()),
         ((reports.adapter(),), {}, ("other",)),
         ((reports.adapter(files=()),), {}, ()),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,6 +107,8 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     found = deviation(actual, base + 1, base)
     assert found.nonfinite == 2
     assert found.delta_sq == 6
+    assert math.isfinite(found.units)
+    assert math.isinf(deviation(base + 1, actual, base).units), "no rounding makes a NaN of the merge finite"
 
 
 def test_each_quantization_of_a_base_explains_itself() -> None:

@@ -66,6 +66,11 @@ def _of_report(source: str, only: Collection[str], now: datetime) -> list[bytes]
         raise UsageError(
             "the report is from `merge-gate check`, which merges nothing", hint="attest the report of `merge-gate run`"
         )
+    if report.is_comparison:
+        raise UsageError(
+            "the report is from `merge-gate verify`, which gates no adapter",
+            hint="attest the published directory, or the report of `merge-gate run`",
+        )
     if not report.adapters:
         raise UsageError("the report has no adapters, so there is nothing to attest")
     unknown = sorted(set(only) - {adapter.name for adapter in report.adapters})

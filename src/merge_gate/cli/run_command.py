@@ -22,7 +22,7 @@ from merge_gate.cli.arguments import (
 from merge_gate.cli.named_adapters import add_named_options, requested_config
 from merge_gate.cli.output import claimed_output, deliver, gate_adapters, print_document, say_place
 from merge_gate.errors import UsageError
-from merge_gate.records.options import CacheOptions, RunOptions
+from merge_gate.records.options import CacheOptions, RunOptions, is_device
 from merge_gate.records.terms import Access, Read
 from merge_gate.run.streams import say
 
@@ -265,7 +265,6 @@ def _size_argument(text: str) -> int:
 
 
 def _device_argument(text: str) -> str:
-    name, _, index = text.partition(":")
-    if text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal()):
+    if is_device(text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import record
 
@@ -25,6 +27,7 @@ class TensorComparison:
         numel: the number of values.
         changed: in how many values E differs from W.
         units: the largest |A - E|, in units of the last place of the larger of |W| and |E|.
+            Inf if a value of A is finite and E's is not.
         delta_sq: the sum of (E - W)².
         cross: the sum of (A - W)(E - W).
         actual_sq: the sum of (A - W)².
@@ -55,7 +58,8 @@ class TensorComparison:
     @property
     def has_figures(self) -> bool:
         """Whether the values could be compared one by one."""
-        return not self.same and self.shape == self.expected_shape and self.rounding_sq > 0
+        is_finite = math.isfinite(self.units)
+        return not self.same and is_finite and self.shape == self.expected_shape and self.rounding_sq > 0
 
     @property
     def factor(self) -> float:

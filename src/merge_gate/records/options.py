@@ -51,3 +51,9 @@ class RunOptions:
     publish: str | None = None
     max_shard_bytes: int | None = None
     cache: CacheOptions = CacheOptions()
+
+
+def is_device(text: str) -> bool:
+    """Whether a text is a value of `RunOptions.device`."""
+    name, _, index = text.partition(":")
+    return text in {"auto", "cpu", "cuda"} or (name == "cuda" and index.isdecimal())

@@ -293,6 +293,11 @@ class Report:
         "unknown.",
         default=False,
     )
+    is_comparison: bool = reported(
+        "True for `merge-gate verify`: the entry of `adapters` is the model that was compared, and its `cause` is a "
+        "kind of difference. It says nothing of a value that both models have.",
+        default=False,
+    )
     bases: tuple[BaseReport, ...] = reported("Every loaded base, once.", default=())
     adapters: tuple[AdapterReport, ...] = reported(
         "One entry per adapter, base and dtype, in the order of the file.", default=()

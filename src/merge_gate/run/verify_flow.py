@@ -105,7 +105,7 @@ def verify_record(options: VerifyOptions, *, view: View, begins: Callable[[], ob
     config = Config(path=None, directory=str(Path.cwd()), sha256=hashlib.sha256(content).hexdigest(), adapters=())
     tally = Tally(config, None, device=options.device, watch=BaseWatch())
     tally.settle(0, found)
-    report = tally.report(complete=True)
+    report = replace(tally.report(complete=True), is_comparison=True)
     ReportWriter(options.output, view.note).write_last(report)
     view.finish(report, options.output or "")
     return report
@@ -130,14 +130,14 @@ class _Verification:
         with self._fed, self._worker:
             merged = self._merged()
             self._begins()
-            self._writer.write_first(self._tally.report())
+            self._writer.write_first(replace(self._tally.report(), is_comparison=True))
             self._view.start(self._config.label, 1, 1)
             report = self._judged(merged)
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
         self._tally.settle(0, report)
         self._view.adapter_done(report)
-        whole = self._tally.report(complete=True)
+        whole = replace(self._tally.report(complete=True), is_comparison=True)
         self._writer.write_last(whole)
         self._view.finish(whole, self._options.output or "")
         return whole

@@ -5,6 +5,7 @@ In: nothing. Out: `KINDS`, in the order in which they decide: the first kind tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -178,5 +179,5 @@ def finding(
         hint=hint or row.hint,
         tensor=tensor,
         origin=Origin.MERGE,
-        measured=measured,
+        measured=tuple((name, figure) for name, figure in measured if math.isfinite(figure)),
     )

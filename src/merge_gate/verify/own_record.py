@@ -7,6 +7,7 @@ who can write the files can write it, too. An attestation proves who wrote it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from merge_gate.judging.limits import cut
 from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
@@ -29,8 +30,12 @@ def recorded_report(name: str, directory: str, allowed: Collection[str]) -> Adap
         OSError: a file cannot be read.
     """
     manifest = read_manifest(directory)
-    found = tuple(_findings(manifest, differences(directory, manifest)))
-    return decided(Snapshot(name=name, directory=directory), _undecided(manifest), found, allowed)
+    odd = differences(directory, manifest)
+    found = tuple(_findings(manifest, odd))
+    different = {one.path for one in odd}
+    same = tuple(file for file in manifest.files if file.path not in different)
+    gated = replace(_undecided(manifest), files=same)  # of the others, the listed digest is not the file's
+    return decided(Snapshot(name=name, directory=directory), gated, found, allowed)
 
 
 def _undecided(manifest: Manifest) -> AdapterReport:
@@ -42,7 +47,6 @@ def _undecided(manifest: Manifest) -> AdapterReport:
         peft_type=manifest.peft_type,
         verdict=Verdict.ERROR,
         coverage=Coverage(),
-        files=manifest.files,
         line=1,
         column=1,
     )

@@ -5,6 +5,7 @@ In: actual, expected, and base values. Out: `Deviation`. Works in blocks of boun
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,8 @@ def _add(result: Deviation, values: list[torch.Tensor | None], dtype: torch.dtyp
     is_finite = torch.isfinite(actual)
     comparable = is_finite & torch.isfinite(expected) & torch.isfinite(base)
     result.nonfinite += int((~is_finite & torch.isfinite(expected)).sum())
+    if bool((is_finite & ~torch.isfinite(expected)).any()):
+        result.units = math.inf
     if not bool(comparable.all()):
         actual, expected, base = (torch.where(comparable, one, 0.0) for one in (actual, expected, base))
     unit = units(torch.maximum(base.abs(), expected.abs()), dtype)

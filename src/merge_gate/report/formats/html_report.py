@@ -198,7 +198,7 @@ def _rows(
             tuple(_named(before.get(start + place, {})) for place in range(len(adapter.entries)))
             for adapter, start in zip(adapters, starts, strict=False)
         ],
-        [report.config.path] * len(adapters),
+        ["" if report.is_comparison else report.config.path] * len(adapters),
     )
     ids = _ids(adapters)
     return [
@@ -248,7 +248,7 @@ def _row(
         warnings=sorted({finding.check for entry in entries for finding in words.warnings(entry)}),
         seconds=sum(entry.seconds for entry in entries if math.isfinite(entry.seconds)),
         config_path=config_path,
-        is_direct=config_path == COMMAND_LINE,
+        is_direct=config_path in {"", COMMAND_LINE},
         command=repeat_command(entries, config_path),
     )
 

@@ -59,8 +59,13 @@ def _inline(text: str) -> Markup:
 
 
 def repeat_command(entries: tuple[AdapterReport, ...], config_path: str) -> str:
-    """The command that gates one adapter again, or a shell's comment if a name cannot be typed."""
+    """The command that gates one adapter again, or a shell's comment if a name cannot be typed.
+
+    Empty for a model that was compared, which has no `config_path`.
+    """
     first = entries[0]
+    if not config_path:
+        return ""
     if config_path != COMMAND_LINE:
         words = ["merge-gate", "run", config_path, "--only", first.name]
     else:

@@ -101,7 +101,7 @@ def verdict_line(report: Report) -> str:
 def after_result(report: Report) -> str:
     """The part of `verdict_line` after the result."""
     adapters = adapters_of(report)
-    reservation = _reservation(adapters) if report.result is Result.PASS else ""
+    reservation = _reservation(adapters) if report.result is Result.PASS and not report.is_comparison else ""
     if not reservation:
         return f": {headline(report)}"
     with_counts = len(adapters) > 1 or report.accepted or report.shard is not None
@@ -110,9 +110,19 @@ def after_result(report: Report) -> str:
 
 def headline(report: Report) -> str:
     """The counts of the run in a sentence without its final period."""
+    if report.is_comparison and report.complete:
+        return _COMPARED[report.result]
     if report.complete and report.is_empty_shard:
         return f"{words.part(report)}no adapter is in this shard"
     return words.part(report) + _result(report)
+
+
+_COMPARED = {
+    Result.PASS: "the model is what it should be",
+    Result.FAIL: "the model is not what it should be",
+    Result.ERROR: "the model could not be compared",
+}
+"""The headlines of `merge-gate verify`."""
 
 
 def _result(report: Report) -> str:
@@ -225,8 +235,20 @@ _ADVICE = {
 }
 
 
+_OF_COMPARED = {
+    Result.PASS: "Its files and tensors were compared. `merge-gate run` checks that every parameter is finite.",
+    Result.FAIL: "Do not serve this model before the difference is explained.",
+    Result.ERROR: "A model that could not be compared is not cleared for release.",
+}
+"""The advice of `merge-gate verify`."""
+
+
 def advice(report: Report) -> str:
     """What the result means for a release, in a few sentences."""
+    return _OF_COMPARED[report.result] if report.is_comparison else _of_gated(report)
+
+
+def _of_gated(report: Report) -> str:
     if report.complete and report.is_empty_shard:
         return "There are more shards than adapters. The reports of the other shards have the verdicts."
     if report.problems and report.result is not Result.FAIL:
