@@ -1,9 +1,9 @@
 """Every architecture of the installed transformers: the gate beside what a user of PEFT gets.
 
     python benchmarks/architectures.py [TYPE ...]     # all, twenty minutes on one core; goes on where it was
-    python benchmarks/architectures.py --write        # docs/architectures.md from what is there
+    python benchmarks/architectures.py --write        # docs/evidence/architectures.md from what is there
 
-In: model types. Out: a line of JSON for each in the work directory, and docs/architectures.md. Each type has a process
+In: model types. Out: a line of JSON for each in the work directory, and the document. Each type has a process
 of its own, with a limit of time and memory, forked from this one after the imports. In it (`trial`):
 
 1. A small random model is built and saved; LoRA on all its linear layers is made and saved by PEFT.
@@ -39,7 +39,7 @@ import transformers
 from tests.support.engine import architectures
 from tests.support.engine.architecture_trials import Outcome, trial
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/architectures.md"
 LIMIT_S = 90
 LIMIT_BYTES = 6 << 30
 
@@ -125,7 +125,7 @@ def say(outcome: Outcome) -> str:
     return f"WRONG: {'; '.join(outcome.wrong)}" if outcome.wrong else f"right: {outcome.healthy}"
 
 
-# --- docs/architectures.md -----------------------------------------------------------------------------------------
+# --- docs/evidence/architectures.md ----------------------------------------------------------------------------------
 
 TEXT = """# Architectures
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="these model types only")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-architectures.jsonl")
-    parser.add_argument("--write", action="store_true", help="write docs/architectures.md, and run nothing")
+    parser.add_argument("--write", action="store_true", help="write docs/evidence/architectures.md, and run nothing")
     arguments = parser.parse_args()
     if arguments.write:
         DOCUMENT.write_text(document(arguments.results), encoding="utf-8")

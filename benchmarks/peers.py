@@ -1,7 +1,7 @@
-"""The gate beside the tools that stand nearest to it, on the same cases; writes the tables of docs/peers.md.
+"""The gate beside the tools that stand nearest to it, on the same cases; writes the tables of docs/evidence/peers.md.
 
     python benchmarks/peers.py --work DIR [CASE ...]     # all: half an hour on two cores; goes on where it was
-    python benchmarks/peers.py --work DIR --write        # benchmarks/peers.json and docs/peers.md from what is there
+    python benchmarks/peers.py --work DIR --write        # peers.json and docs/evidence/peers.md from what is there
 
 In: the cases of tests/support/faults.py. Out: a line of JSON for each case in DIR, with what each tool said. Each peer
 has a venv of its own in DIR. What each is given is what its documentation asks for:
@@ -45,7 +45,7 @@ from tests.support.faults import FAULTS, HEALTHY, Case
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 
 HERE = Path(__file__).resolve().parent
-DOCUMENT = HERE.parent / "docs" / "peers.md"
+DOCUMENT = HERE.parent / "docs" / "evidence/peers.md"
 RESULTS = HERE / "peers.json"
 PEERS = {"deltalint": ["deltalint==0.1.0", "numpy"], "adaptersentry": ["adaptersentry==2.0.2"]}
 ASK = """

@@ -5,7 +5,7 @@
 Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where it
 lies already), and holds every configuration of its tests (tests/support/engine/peft_configurations.py) in every dtype.
 One line for each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was;
-`--write` puts them into docs/methods.md. A quarter of an hour on one core.
+`--write` puts them into docs/reference/methods.md. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import transformers
 from tests.support.engine.peft_configurations import Configuration, Outcome, hold, read
 from tests.support.gating import Gate, one_thread
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reference/methods.md"
 START, END = "<!-- peft_configurations -->\n", "<!-- /peft_configurations -->"
 DTYPES = ("float32", "bfloat16")
 
@@ -79,7 +79,7 @@ def say(outcome: Outcome) -> str:
     return f"{outcome.gate} as PEFT: {outcome.peft[:120]}"
 
 
-# --- docs/methods.md -----------------------------------------------------------------------------------------------
+# --- docs/reference/methods.md ---------------------------------------------------------------------------------------
 
 
 TEXT = """Run on {date} with {versions}, in {dtypes}:

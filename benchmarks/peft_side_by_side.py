@@ -1,4 +1,4 @@
-"""PEFT's own check beside the gate's, over every trial of the method matrix; prints the tables of docs/methods.md.
+"""PEFT's own check beside the gate's, over every trial of the method matrix; prints the document's tables.
 
     python benchmarks/peft_side_by_side.py [CASE ...]
 

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKS_PAGE = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-DECISIONS = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
-DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "project/architecture.md").read_text(encoding="utf-8")
+DECISIONS = (ROOT / "docs" / "project/decisions.md").read_text(encoding="utf-8")
+DEPENDENCIES = (ROOT / "docs" / "project/dependencies.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -347,11 +347,11 @@ def shorn(message: str) -> str:
 DIRECTORY = re.compile(r"(\./models|/[\w./-]+)/([\w-]+)")
 
 
-# --- docs/architectures.md -------------------------------------------------------------------------------------------
+# --- docs/evidence/architectures.md ----------------------------------------------------------------------------------
 
 
 def test_the_sweep_over_architectures_counts_what_it_lists() -> None:
-    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evidence/architectures.md").read_text(encoding="utf-8")
     known, built, right, wrong = map(
         int, re.search(r"Of the (\d+) .* (\d+) could .*Right: (\d+)\. Wrong: (\d+)\.", page, re.DOTALL).groups()
     )
@@ -365,7 +365,7 @@ LEAST_ARCHITECTURES = 400
 """Fewer, and the sweep was not run to its end."""
 
 
-# --- docs/peers.md ---------------------------------------------------------------------------------------------------
+# --- docs/evidence/peers.md ------------------------------------------------------------------------------------------
 
 
 def test_the_comparison_with_peers_is_what_they_said() -> None:
@@ -378,7 +378,7 @@ def test_the_comparison_with_peers_is_what_they_said() -> None:
     spec.loader.exec_module(peers)
     answers = peers.told()
     assert len(answers) > LEAST_PEER_CASES
-    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evidence/peers.md").read_text(encoding="utf-8")
     (made,) = re.findall(r"<!-- peers\b[^>]*-->\n(.*?)\n<!-- /peers -->", page, re.DOTALL)
     assert made == peers.tables(answers)
     kept = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
@@ -390,7 +390,7 @@ LEAST_PEER_CASES = 150
 """Fewer, and the comparison was not run to its end."""
 
 
-# --- docs/architecture.md --------------------------------------------------------------------------------------------
+# --- docs/project/architecture.md ------------------------------------------------------------------------------------
 
 
 PACKAGE = ROOT / "src" / "merge_gate"
@@ -454,7 +454,7 @@ def test_the_number_of_checks_in_the_changelog() -> None:
 
 def tables_with_tests() -> Iterator[tuple[str, str]]:
     """The rows of the tables whose last column names tests, and the page of each."""
-    for name in ("reliability.md", "security.md"):
+    for name in ("evidence/reliability.md", "concepts/security.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
         for table in re.findall(r"^\|.*\| tests? \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
             yield from ((name, row) for row in table.splitlines())
@@ -462,7 +462,7 @@ def tables_with_tests() -> Iterator[tuple[str, str]]:
 
 def test_each_fault_and_each_threat_names_tests_that_are_there() -> None:
     rows = list(tables_with_tests())
-    assert {name for name, _ in rows} == {"reliability.md", "security.md"}
+    assert {name for name, _ in rows} == {"evidence/reliability.md", "concepts/security.md"}
     assert len(rows) > 50
     for _, row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.rstrip("|").rpartition("|")[2])
@@ -473,7 +473,7 @@ def test_each_fault_and_each_threat_names_tests_that_are_there() -> None:
 
 # --- formats of bases ------------------------------------------------------------------------------------------------
 
-BASES_PAGE = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+BASES_PAGE = (ROOT / "docs" / "reference/bases.md").read_text(encoding="utf-8")
 
 
 def test_each_format_is_judged_or_refused_as_the_table_says() -> None:

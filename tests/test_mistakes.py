@@ -1,7 +1,7 @@
 """The mistakes of users, one by one: whatever goes wrong, no file of theirs and no verdict is lost.
 
 Each runs the command in this process, on one adapter whose file is damaged, so that a run reaches a verdict without
-torch. The table in docs/reliability.md has a row for each.
+torch. The table in docs/evidence/reliability.md has a row for each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tests.support.wording import Wording
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence/reliability.md"
 OUTPUT = "merge-gate-report"
 PREVIOUS = f"{OUTPUT}/previous"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}

@@ -20,12 +20,12 @@ from merge_gate.cli.parser import parser
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 GATE, UPLOAD, VERDICT = ACTION["runs"]["steps"]
-DOCS = (ROOT / "docs" / "action.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "reference/action.md").read_text(encoding="utf-8")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def table(heading: str) -> dict[str, list[str]]:
-    """The rows of the table under a heading of docs/action.md, by their first cell."""
+    """The rows of the table under a heading of docs/reference/action.md, by their first cell."""
     section = DOCS.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
     return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}

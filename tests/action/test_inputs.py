@@ -152,7 +152,7 @@ def test_a_wrong_input_is_named_with_what_was_expected(
         action.read_inputs(words(**{name.replace("-", "_"): value}), environ)
     wording(raised.value)
     assert "\n" not in raised.value.message
-    assert "docs/action.md" in raised.value.hint
+    assert "docs/reference/action.md" in raised.value.hint
 
 
 def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], wording: Wording) -> None:

@@ -213,7 +213,7 @@ def forge(cache: Path, name: str, verdict: str) -> None:
 
 @pytest.mark.slow
 def test_a_forged_verdict_is_believed_without_a_secret_and_a_miss_with_one(copy: Path) -> None:
-    """The first half is what docs/scale.md warns of: it must be said as long as it is so."""
+    """The first half is what docs/guides/fleets.md warns of: it must be said as long as it is so."""
     forge(copy / "cache", "adapter-nonfinite", "passed")
     words = ("run", "fleet.yml", "--only", "plain-1", "--cache", "cache")
     assert merge_gate(*words, cwd=copy).code == 0

@@ -40,7 +40,7 @@ from tests.support.config.invalid import COMBINE, DIRECTORIES, HEAD, LIST, ROOT,
 from tests.support.generated import held
 from tests.support.properties import examples
 
-DOCS = ROOT / "docs/configuration.md"
+DOCS = ROOT / "docs/reference/configuration.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.yml"))
 
 

@@ -1,7 +1,7 @@
 """What cannot be merged into weights: why, shown with plain PEFT, and that the gate says so.
 
 Each row shows its reason first. A PEFT that mends one makes the row's own assertion fail, so that the rule can go. The
-rows' names are those of the table in docs/methods.md.
+rows' names are those of the table in docs/reference/methods.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference/methods.md"
 CAUSAL = {"task_type": "CAUSAL_LM"}
 VIRTUAL = CAUSAL | {"num_virtual_tokens": 2}
 Q = {"target_modules": ["q_proj"]}

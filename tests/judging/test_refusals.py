@@ -58,7 +58,7 @@ from merge_gate.records.terms import Origin, Quantization
 if TYPE_CHECKING:
     from tests.support.wording import Wording
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference/methods.md"
 LORA_A = "base_model.model.layers.0.q_proj.lora_A.weight"
 HEAD = "base_model.model.lm_head.modules_to_save.weight"
 NORM = "model.norm.weight"

@@ -1,4 +1,4 @@
-"""docs/report.md says what the records say of every field, and names every file and every exit code."""
+"""docs/reference/report.md says what the records say of every field, and names every file and every exit code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from merge_gate.report.formats.schema import column_table, field_table
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.reports import FAIL, PASS
 
-DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "reference/report.md").read_text(encoding="utf-8")
 SECTIONS = dict(zip(*[iter(re.split(r"^#+ (.*)$", DOCS, flags=re.MULTILINE)[1:])] * 2, strict=True))
 
 
 def file_table() -> str:
-    """The formats, as docs/report.md has them."""
+    """The formats, as docs/reference/report.md has them."""
     rows = [f"| `{one.name}` | `{one.word}` | {one.readers} | {one.content} |" for one in OUTPUT_FILES]
     return "\n".join(["| file | `--format` | for | what it is |", "|---|---|---|---|", *rows])
 
@@ -33,14 +33,14 @@ def file_table() -> str:
 @pytest.mark.parametrize(
     ("block", "table", "page"),
     [
-        ("files of a run", file_table(), "report.md"),
-        ("fields of Report", field_table(Report), "report.md"),
-        ("fields of BaseReport", field_table(BaseReport), "report.md"),
-        ("fields of AdapterReport", field_table(AdapterReport), "report.md"),
-        ("fields of Finding", field_table(Finding), "report.md"),
-        ("columns of TensorMerge", column_table(TensorMerge), "report.md"),
-        ("fields of Manifest", field_table(Manifest), "attestations.md"),
-        ("fields of Predicate", field_table(Predicate), "attestations.md"),
+        ("files of a run", file_table(), "reference/report.md"),
+        ("fields of Report", field_table(Report), "reference/report.md"),
+        ("fields of BaseReport", field_table(BaseReport), "reference/report.md"),
+        ("fields of AdapterReport", field_table(AdapterReport), "reference/report.md"),
+        ("fields of Finding", field_table(Finding), "reference/report.md"),
+        ("columns of TensorMerge", column_table(TensorMerge), "reference/report.md"),
+        ("fields of Manifest", field_table(Manifest), "guides/attestations.md"),
+        ("fields of Predicate", field_table(Predicate), "guides/attestations.md"),
     ],
 )
 def test_the_tables_of_fields_are_what_the_records_say(block: str, table: str, page: str) -> None:

@@ -26,7 +26,7 @@ from tests.support.gating import one_thread
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "tensor-maps.md"
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence/tensor-maps.md"
 LONGEST_S = 120
 
 
@@ -113,7 +113,7 @@ def main() -> int:
     """Check all types, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all by default")
-    parser.add_argument("--write", action="store_true", help="write docs/tensor-maps.md")
+    parser.add_argument("--write", action="store_true", help="write docs/evidence/tensor-maps.md")
     given = parser.parse_args()
     found = sweep(given.types or architectures.model_types())
     text = document(found)

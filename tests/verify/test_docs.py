@@ -1,4 +1,4 @@
-"""docs/verify.md lists every kind of answer."""
+"""docs/guides/verify.md lists every kind of answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from merge_gate.verify.kinds import ALLOWED, KINDS
 from tests.support.generated import held
 
-PAGE = Path(__file__).parents[2] / "docs" / "verify.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides/verify.md"
 
 
 def test_the_page_has_a_table_of_the_kinds() -> None:

@@ -90,7 +90,7 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     arguments, args_problem = _arguments(given["args"])
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
-        raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/action.md describes them")
+        raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/reference/action.md describes them")
     run = ContainerRun(
         config=config,
         output=output,

@@ -1,7 +1,7 @@
 """Declares the keys of a configuration: one strict model per mapping, from which the JSON Schema is made.
 
 Plain data of the YAML file goes in; models come out, with a hole for each invalid value, so that the rest can still be
-checked (`problems.py` words the errors). The docstring of a field appears in editors and in docs/configuration.md.
+checked (`problems.py` words the errors). The docstring of a field appears in editors and in the document.
 """
 
 from __future__ import annotations

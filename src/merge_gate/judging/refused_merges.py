@@ -35,7 +35,7 @@ _SAVE_AGAIN = "save the adapter again with save_pretrained"
 _OUT_OF_BOUNDS = "is out of bounds for dimension"  # torch's words for an index that points nowhere
 
 DOCUMENTED_ON_PACKED = frozenset({"ADALORA", "IA3", "LOHA", "FOURIERFT", "DELORA", "OSF", "RANDLORA", "PVERA"})
-"""Methods that docs/methods.md says PEFT cannot merge into a base in bitsandbytes' formats."""
+"""Methods that docs/reference/methods.md says PEFT cannot merge into a base in bitsandbytes' formats."""
 
 
 # --- an exception of PEFT --------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def _unknown_tokens(fact: PeftRaised, hint: str) -> Finding:
 def _blamed(fact: PeftRaised, message: str, hint: str, origin: Origin) -> Finding:
     """On a quantized or incomplete base an exception of PEFT proves nothing about the adapter.
 
-    It does if docs/methods.md says that PEFT cannot merge this method there.
+    It does if docs/reference/methods.md says that PEFT cannot merge this method there.
     """
     is_documented = fact.quantization in set(Quantization) and fact.method in DOCUMENTED_ON_PACKED
     if not fact.is_incomplete and (fact.quantization == Quantization.NONE or is_documented):

@@ -4,5 +4,5 @@ So they can be pickled to a worker, compared, and cached. They import only the s
 beyond properties of their own fields.
 
 A record whose fields have `reported` is part of report.json. Its sentence describes the field. The file, its JSON
-Schema, the tables of docs/report.md, and the reader are made from these fields (report/formats/fields.py).
+Schema, the tables of docs/reference/report.md, and the reader are made from these fields (report/formats/fields.py).
 """

@@ -85,7 +85,7 @@ class Manifest:
 
 @record
 class Predicate:
-    """The predicate of an in-toto statement: a verdict, and what it rests on (docs/attestations.md)."""
+    """The predicate of an in-toto statement: a verdict, and what it rests on (docs/guides/attestations.md)."""
 
     attested_at: str = reported("When the statement was made, in UTC: `2026-11-27T20:15:00Z`.")
     published: bool = reported(

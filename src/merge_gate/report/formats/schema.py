@@ -1,4 +1,4 @@
-"""The JSON Schema of report.json, and the tables of its fields for docs/report.md.
+"""The JSON Schema of report.json, and the tables of its fields for docs/reference/report.md.
 
 In: the records, by fields.py. Out: JSON Schema 2020-12, and Markdown. Knows no report.
 """
