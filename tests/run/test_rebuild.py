@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     lay(tmp_path, names=["one"])
     (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "quantize_config.json").write_text("{}")
     assert play(tmp_path, "--publish", "merged") == 0
     return tmp_path
 
@@ -39,7 +41,11 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def nothing_is_left(place: Path) -> bool:
-    return not list((place / "again").iterdir())
+    return not (place / "again").exists()
+
+
+def merges(*_: object) -> None:
+    pytest.fail("it was merged")
 
 
 def test_the_same_inputs_give_the_same_bytes(place: Path) -> None:
@@ -71,28 +77,71 @@ def test_one_other_bit_is_named_and_nothing_is_kept(place: Path, capfd: pytest.C
     assert nothing_is_left(place)
 
 
-@pytest.mark.parametrize("name", ["one/tokenizer.json", "base/config.json", "one/adapter_config.json"])
-def test_another_input_is_named(place: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+INPUTS = {
+    "base": [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "quantize_config.json",
+    ],
+    "one": ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+}
+
+
+def test_every_file_of_base_and_adapter_is_listed(place: Path) -> None:
+    document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
+    listed = {"base": document["base"]["files"], "one": document["adapters"][0]["files"]}
+    for folder, names in INPUTS.items():
+        assert [file["path"] for file in listed[folder]] == names
+        for file in listed[folder]:
+            data = (place / folder / file["path"]).read_bytes()
+            assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize("change", ["one byte", "missing"])
+@pytest.mark.parametrize("name", [f"{folder}/{name}" for folder, names in INPUTS.items() for name in names])
+def test_the_input_that_differs_is_named_before_anything_is_merged(
+    place: Path, name: str, change: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = place / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added": 1}))
-    code = rebuild(place)
-    err = capfd.readouterr().err
-    if name == "one/adapter_config.json":  # this worker merges whatever the file says
-        assert code == 0
+    data = path.read_bytes()
+    if change == "missing":
+        path.unlink()
+    elif path.suffix == ".json":
+        path.write_bytes(data + b"\n")
     else:
-        assert code == 1
-        assert f"{path.name}: changed" in err
-        assert nothing_is_left(place)
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert rebuild(place, send=merges) in ({1} if change == "one byte" else {1, 3})
+    err = capfd.readouterr().err
+    if change == "one byte" and path.suffix == ".json":
+        got, expected = hashlib.sha256(data + b"\n").hexdigest(), hashlib.sha256(data).hexdigest()
+        assert err.count(" with SHA-256 ") == 2, "one file differs"
+        assert err.index(path.name) < err.index(got) < err.index(expected)
+    assert path.name in err
+    assert nothing_is_left(place)
+
+
+def test_a_file_more_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (place / "base" / "generation_config.json").write_text("{}")
+    (place / "base" / "notes.txt").write_text("is not read")
+    (place / "base" / "modeling.py").write_text("is not run")
+    assert rebuild(place, send=merges) == 1
+    err = capfd.readouterr().err
+    assert "generation_config.json" in err
+    assert "notes.txt" not in err
+    assert "modeling.py" not in err
+    (place / "base" / "generation_config.json").unlink()
+    assert rebuild(place) == 0
 
 
 def test_another_base_is_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(place / "base", place / "other")
     weights = place / "other" / "model-00002-of-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert rebuild(place, "--base", "other", base="other") == 1
-    err = capfd.readouterr().err
-    assert "the base has the digest" in err
-    assert "model-00002-of-00002.safetensors: changed" in err
+    assert rebuild(place, "--base", "other", base="other", send=merges) == 1
+    assert "model-00002-of-00002.safetensors of the base" in capfd.readouterr().err
+    assert nothing_is_left(place)
 
 
 def test_other_versions_are_named_if_the_bytes_differ(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,15 +178,15 @@ def test_a_file_of_a_stranger_is_refused(place: Path, change: Mapping[str, Any])
     document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
     (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document | change))
     assert rebuild(place) == 2
-    assert not (place / "again").exists() or nothing_is_left(place)
+    assert nothing_is_left(place)
 
 
-def test_no_code_runs_whatever_the_file_says(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_runs_whatever_the_file_says(place: Path) -> None:
+    config = place / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "x.Y"}}))
+    assert play(place, "--publish", "merged") == 0
     document = json.loads((place / "merged" / "one" / MANIFEST_NAME).read_text())
     (place / "merged" / "one" / MANIFEST_NAME).write_text(json.dumps(document | {"trust_remote_code": True}))
-    (place / "base" / "config.json").write_text(
-        json.dumps(json.loads((place / "base" / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}})
-    )
     assert rebuild(place) == 0, "the reference is removed, as in the first run"
 
 

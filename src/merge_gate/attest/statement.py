@@ -77,7 +77,7 @@ def of_directory(manifest: Manifest, manifest_sha256: str, now: datetime) -> Sta
 
 def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Statement:
     """The statement about one entry of a report. Its subjects are the adapter's own files."""
-    digests = {base.key: base.sha256 for base in report.bases}
+    base = next((base for base in report.bases if base.key == adapter.base), None)
     environment = report.environment
     return Statement(
         subjects=tuple(map(_subject, adapter.files)),
@@ -99,7 +99,8 @@ def of_adapter(report: Report, adapter: AdapterReport, now: datetime) -> Stateme
                 revision=adapter.base.revision,
                 dtype=adapter.base.dtype,
                 quantization=adapter.base.quantization,
-                sha256=digests.get(adapter.base) or "",
+                sha256=(base.sha256 if base is not None else None) or "",
+                files=base.files if base is not None else (),
             ),
             adapters=(
                 PublishedAdapter(

@@ -9,17 +9,20 @@ from merge_gate.cli.output import view_of
 from merge_gate.errors import ExitCode
 from merge_gate.run.streams import say, tell
 
+_LISTED = 20
+
 
 def add(commands: Commands[CommandParser]) -> None:
     rebuild = commands.add_parser(
         "rebuild",
         help="make a published model again",
         description="Merge again what the merge-gate.json of a published model describes, and compare every byte with "
-        "it. The model goes to DIR, as a folder with its name, only if all are the same.",
+        "it. The files of base and adapter are compared first. The model goes to DIR, as a folder with its name, only "
+        "if all bytes are the same.",
         epilog=examples("merge-gate rebuild merged/support --output again --base ./my-base --adapter ./my-adapter")
         + exit_codes(
             "0  the model was made, with the same bytes",
-            "1  it has other bytes: the message names the files and what may be the reason; nothing was kept",
+            "1  base, adapter, or model has other bytes: the message names the files; nothing was kept",
             "2  usage error",
             "3  the model could not be made",
         ),
@@ -48,6 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with view_of(arguments) as (view, _):
         rebuilt = rebuild(arguments.file, arguments.output, options, view)
+    if rebuilt.inputs:
+        for sentence in rebuilt.inputs[:_LISTED]:
+            say(f"merge-gate: {sentence}")
+        if len(rebuilt.inputs) > _LISTED:
+            say(f"merge-gate: {len(rebuilt.inputs) - _LISTED:,} more files differ")
+        say("merge-gate: the model was made of other files than these; nothing was merged")
+        return ExitCode.FAIL
     if not rebuilt.different:
         tell(f"{one_line(str(rebuilt.directory))} has the bytes that merge-gate.json describes")
         return ExitCode.PASS

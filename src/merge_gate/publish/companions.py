@@ -77,10 +77,15 @@ class CompanionFile:
 
 @record
 class Companions:
-    """The files next to the weights, in the order of their names, and what there is to say about them."""
+    """The files next to the weights, in the order of their names, and what there is to say about them.
+
+    `of_base` and `of_adapters` are the files that they were chosen from.
+    """
 
     files: tuple[CompanionFile, ...]
     findings: tuple[Finding, ...] = ()
+    of_base: CompanionFiles = CompanionFiles(files={})
+    of_adapters: tuple[CompanionFiles, ...] = ()
 
 
 def companions_of(base_directory: str, adapter_directories: tuple[str, ...], facts: PublicationFacts) -> Companions:
@@ -139,7 +144,12 @@ def files_of(base_directory: str, adapter_directories: tuple[str, ...], model: M
     of_base = _object(replaced) if replaced is not None else None
     rows = config_section(contents["config.json"]).get("vocab_size")
     warnings = [*disagreements(contents, of_base), *oversized(contents, rows if type(rows) is int else None)]
-    return Companions(files=tuple(files[name] for name in sorted(files)), findings=(*warnings, *notes))
+    return Companions(
+        files=tuple(files[name] for name in sorted(files)),
+        findings=(*warnings, *notes),
+        of_base=base,
+        of_adapters=tuple(adapters),
+    )
 
 
 # --- 2. --------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from merge_gate.publish.facts import PublicationFacts
+    from merge_gate.publish.input_files import InputFiles
 
 MANIFEST_NAME = "merge-gate.json"
 MOST_BYTES = 16 * 1024 * 1024
@@ -64,7 +65,10 @@ class FileDifference:
 
 
 def manifest_of(
-    facts: PublicationFacts, files: tuple[FileRecord, ...] = (), findings: tuple[Finding, ...] = ()
+    facts: PublicationFacts,
+    files: tuple[FileRecord, ...] = (),
+    findings: tuple[Finding, ...] = (),
+    inputs: InputFiles | None = None,
 ) -> Manifest:
     """The manifest of a publication.
 
@@ -72,6 +76,7 @@ def manifest_of(
         facts: the merge, and what it was made of.
         files: all files of the directory, with their digests.
         findings: what there is to say about the files next to the weights.
+        inputs: all files of base and adapters; None for those that the merge itself has read.
     """
     adapter, base, spec = facts.report, facts.base, facts.entry.spec
     if base is None:
@@ -95,8 +100,9 @@ def manifest_of(
             requested_dtype=facts.entry.dtype,
             requested_quantization=spec.base.quantization,
             sha256=base.sha256 or "",
+            files=base.files if inputs is None else inputs.base,
         ),
-        adapters=_adapters(facts),
+        adapters=_adapters(facts, inputs),
         combination=None
         if spec.combine is None
         else PublishedCombination(
@@ -121,18 +127,16 @@ def manifest_of(
     )
 
 
-def _adapters(facts: PublicationFacts) -> tuple[PublishedAdapter, ...]:
-    spec, members = facts.entry.spec, facts.entry.members
+def _adapters(facts: PublicationFacts, inputs: InputFiles | None) -> tuple[PublishedAdapter, ...]:
+    spec = facts.entry.spec
+    files = inputs.adapters if inputs is not None else tuple(member.files for member in facts.entry.members)
     if spec.combine is None:
-        return (
-            PublishedAdapter(
-                name=spec.name, source=spec.source, revision=facts.entry.revision, files=facts.entry.files.files
-            ),
-        )
+        (own,) = files
+        return (PublishedAdapter(name=spec.name, source=spec.source, revision=facts.entry.revision, files=own),)
     listed = {adapter.name: adapter for adapter in facts.config.adapters}
     return tuple(
-        PublishedAdapter(name=name, source=listed[name].source, revision=listed[name].revision, files=member.files)
-        for name, member in zip(spec.combine.adapters, members, strict=True)
+        PublishedAdapter(name=name, source=listed[name].source, revision=listed[name].revision, files=own)
+        for name, own in zip(spec.combine.adapters, files, strict=True)
     )
 
 

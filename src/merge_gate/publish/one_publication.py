@@ -23,6 +23,7 @@ from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companions import companions_of
 from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.input_files import InputFiles, of_adapter, of_base
 from merge_gate.publish.layout import FLOATING, FLOATING_STORED, ModelLayout, cast, compare_written, merged_layout
 from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
 from merge_gate.publish.partial import PartialDirectory
@@ -256,11 +257,17 @@ class Publication:
         if writer is None or partial is None or not self._weights:
             raise AssertionError("the model was not completed")
         try:
-            adapters = tuple(member.directory for member in facts.entry.members)
-            more = companions_of(base_directory(facts.entry), adapters, facts)
+            members, base = facts.entry.members, base_directory(facts.entry)
+            more = companions_of(base, tuple(member.directory for member in members), facts)
+            inputs = InputFiles(
+                base=of_base(base, facts.base.files if facts.base is not None else (), more.of_base),
+                adapters=tuple(
+                    of_adapter(member.files, own) for member, own in zip(members, more.of_adapters, strict=True)
+                ),
+            )
             files = (*self._weights, *(writer.add_file(file.name, file.data) for file in more.files))
             files = tuple(sorted(files, key=lambda file: file.path))
-            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files, more.findings)))
+            manifest = writer.add_file(MANIFEST_NAME, render(manifest_of(facts, files, more.findings, inputs)))
             compare_written(partial.model, writer.layout)
             partial.publish(replace=replaces)
         except OSError as error:

@@ -20,6 +20,10 @@ class PublishedBase:
     requested_dtype: str = reported("The dtype that was asked for: `auto`, or a name.", default="auto")
     requested_quantization: Quantization = reported("The quantization that was asked for.", default=Quantization.NONE)
     sha256: str = reported("Digest of its weights, hex, as in report.json.")
+    files: tuple[FileRecord, ...] = reported(
+        "Its weight files; of a published model also its settings, tokenizer, and all other files that were copied.",
+        default=(),
+    )
 
 
 @record
@@ -29,7 +33,9 @@ class PublishedAdapter:
     name: str = reported("Its name in the configuration.")
     source: str = reported("Its path as written, or its Hub id.")
     revision: str | None = reported("The commit of a Hub id; null for a directory.", default=None)
-    files: tuple[FileRecord, ...] = reported("The files that were read.")
+    files: tuple[FileRecord, ...] = reported(
+        "The files that were merged; of a published model also its tokenizer and all other files that were copied."
+    )
 
 
 @record

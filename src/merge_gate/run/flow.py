@@ -483,7 +483,7 @@ class _Run:
         return PublicationFacts(
             entry=entry,
             report=report,
-            base=replace(self._loaded[index], sha256=self._watch.digest(directory)),
+            base=replace(self._loaded[index], sha256=self._watch.digest(directory), files=self._watch.files(directory)),
             environment=self._tally.environment,
             config=self._config,
             dtype=model.place.dtype,

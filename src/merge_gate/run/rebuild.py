@@ -4,9 +4,10 @@ In: a merge-gate.json of unknown origin, and a directory. Out: the model in that
 the base runs, whatever the file says.
 
 1. Make the configuration that the file describes.              _config
-2. Merge and publish into a directory of its own.               run/flow.py
-3. Write the card and the file itself, which follow from it.
-4. Compare every file. Only then the model gets its name.       publish/manifest.py
+2. Compare every file of base and adapters with it.             publish/input_files.py
+3. Merge and publish into a directory of its own.               run/flow.py
+4. Write the card and the file itself, which follow from it.
+5. Compare every file. Only then the model gets its name.       publish/manifest.py
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import re
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.claimed_directory import AlreadyLockedError, locked_directory
 from merge_gate.config.paths import InvalidName, resolve_name
 from merge_gate.errors import GateError, UsageError
+from merge_gate.files.prepare import Inputs
 from merge_gate.judging.checks.table import CHECKS
+from merge_gate.publish.input_files import different_files, inputs_of
 from merge_gate.publish.manifest import MANIFEST_NAME, MOST_BYTES, FileDifference, differences, parse_manifest
 from merge_gate.publish.model_card import CARD_NAME, model_card
 from merge_gate.publish.publications import model_name
@@ -67,9 +71,16 @@ class RebuildOptions:
 
 @record
 class Rebuilt:
-    """The outcome. `different` is empty if the model is in `directory`; `reasons` are other inputs and versions."""
+    """The outcome. If `inputs` and `different` are empty, the model is in `directory`.
+
+    Attributes:
+        inputs: the files of base and adapters that are other ones, a sentence for each. Then nothing was merged.
+        different: the files of the model that have other bytes.
+        reasons: other versions.
+    """
 
     directory: Path
+    inputs: tuple[str, ...] = ()
     different: tuple[FileDifference, ...] = ()
     reasons: tuple[str, ...] = ()
 
@@ -91,14 +102,22 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already", hint="remove it, or choose another directory with --output")
     # 1. and 2.
+    config = _config(manifest, options)
+    other = tuple(_other_inputs(manifest, config, view))
+    if other:
+        return Rebuilt(directory=target, inputs=other)
     with _scratch(target.parent) as folder:
-        config = _config(manifest, folder, options)
-        report = run_gate(config, RunOptions(device=_device(manifest), only=(manifest.name,)), view=view)
-        reasons = tuple(_other_inputs(manifest, report))
+        # 3.
+        wanted = PublishSpec(
+            directory=str(folder), label=str(folder), dtype=manifest.dtype, max_shard_bytes=manifest.max_shard_bytes
+        )
+        run_options = RunOptions(device=_device(manifest), only=(manifest.name,))
+        report = run_gate(replace(config, publish=wanted), run_options, view=view)
+        reasons = tuple(_other_versions(manifest, report))
         model = folder / target.name
         if not model.is_dir():
             raise _not_published(report, reasons)
-        # 3. and 4.
+        # 4. and 5.
         with explained(f"cannot write {target}"):
             (model / CARD_NAME).write_bytes(model_card(manifest))
             (model / MANIFEST_NAME).write_bytes(data)
@@ -111,6 +130,7 @@ def rebuild(file: str, output: str, options: RebuildOptions, view: View) -> Rebu
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory of this run in `parent`, removed at its end. Those of killed runs are removed as well."""
+    new = [place for place in (parent, *parent.parents) if not place.exists()]
     with explained(f"cannot use the directory {parent}"):
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{_SCRATCH}*"):
@@ -123,6 +143,9 @@ def _scratch(parent: Path) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for place in new:
+            with contextlib.suppress(OSError):  # it holds the model
+                place.rmdir()
 
 
 def _device(manifest: Manifest) -> str:
@@ -132,7 +155,7 @@ def _device(manifest: Manifest) -> str:
 # --- 1. --------------------------------------------------------------------------------------------------------------
 
 
-def _config(manifest: Manifest, folder: Path, options: RebuildOptions) -> Config:
+def _config(manifest: Manifest, options: RebuildOptions) -> Config:
     if options.adapters and len(options.adapters) != len(manifest.adapters):
         raise UsageError(
             f"--adapter is given {len(options.adapters)} times, and the model has {len(manifest.adapters)} adapters",
@@ -161,9 +184,6 @@ def _config(manifest: Manifest, folder: Path, options: RebuildOptions) -> Config
         sha256=manifest.config.sha256,
         adapters=tuple(specs),
         allow_pickle=options.allow_pickle,
-        publish=PublishSpec(
-            directory=str(folder), label=str(folder), dtype=manifest.dtype, max_shard_bytes=manifest.max_shard_bytes
-        ),
     )
 
 
@@ -226,18 +246,27 @@ _SETTINGS = tuple(
 """The first run judged the merge, with its own settings. Here the bytes decide."""
 
 
+# --- 2. --------------------------------------------------------------------------------------------------------------
+
+
+def _other_inputs(manifest: Manifest, config: Config, view: View) -> Iterator[str]:
+    """The files of base and adapters that are not those of the first run."""
+    entry = Inputs(config, view.note, with_companions=True).prepare(config.adapters[-1])
+    if entry.problem is not None:
+        return  # the run reports it
+    view.note("the files of base and adapter are compared with merge-gate.json")
+    with explained("cannot read the files of base and adapter", chosen_by=""):
+        got = inputs_of(entry)
+    yield from different_files(got.base, manifest.base.files, "the base")
+    for adapter, files in zip(manifest.adapters, got.adapters, strict=True):
+        yield from different_files(files, adapter.files, f"the adapter {quoted(adapter.name, 200)}")
+
+
 # --- the outcome -----------------------------------------------------------------------------------------------------
 
 
-def _other_inputs(manifest: Manifest, report: Report) -> Iterator[str]:
-    """The inputs and versions that are not those of the first run."""
-    for base in report.bases[:1]:
-        if base.sha256 != manifest.base.sha256:
-            yield f"the base has the digest {(base.sha256 or 'unknown')[:16]}, expected {manifest.base.sha256[:16]}"
-    listed = [file for adapter in manifest.adapters for file in adapter.files]
-    for adapter in report.adapters[:1]:
-        if adapter.files != tuple(listed):
-            yield "the adapter's files have other digests"
+def _other_versions(manifest: Manifest, report: Report) -> Iterator[str]:
+    """The versions that are not those of the first run."""
     for name in ("python", "torch", "peft", "transformers", "bitsandbytes", "device"):
         before, now = getattr(manifest.versions, name), getattr(report.environment, name)
         if before is not None and before != now:

@@ -1,0 +1,98 @@
+"""The files of base and adapter that a published model is made of, each with its size and digest.
+
+In: the directories of a base and of adapters, which are hostile. Out: `InputFiles`, for merge-gate.json, and the
+differences between two of them. Code of a base is not listed: a model that runs code is not published.
+
+A base has weight files with their index, settings in JSON, and the files that a publication copies
+(companion_files.py). An adapter has the files that PEFT reads, and those that a publication copies, except config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from merge_gate.companion_names import Companion, companion_kind
+from merge_gate.files import resolve
+from merge_gate.files.base_watch import base_directory
+from merge_gate.publish.companion_files import CompanionFiles, read_companions
+from merge_gate.records.files import Entry, FileRecord
+from merge_gate.records.terms import record
+from merge_gate.report.wording.untrusted import one_line
+
+_CODE = ".py"
+
+
+@record
+class InputFiles:
+    """The files of a base, and those of each adapter in their order, sorted by name."""
+
+    base: tuple[FileRecord, ...] = ()
+    adapters: tuple[tuple[FileRecord, ...], ...] = ()
+
+
+def of_base(directory: str, weights: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
+    """The files of a base. `weights` are its weight files with the index, and `companions` are what was read of it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    known = {file.path: file for file in (*weights, *_records(companions.files))}
+    names = {name for name in resolve.base_setting_files(directory) if not name.endswith(_CODE)} - set(known)
+    return _sorted((*known.values(), *_read(directory, names)))
+
+
+def of_adapter(files: Iterable[FileRecord], companions: CompanionFiles) -> tuple[FileRecord, ...]:
+    """The files of an adapter: those that were read for the merge, and those that a publication copies."""
+    copied = {name: data for name, data in companions.files.items() if companion_kind(name) is not Companion.CONFIG}
+    return _sorted({file.path: file for file in (*_records(copied), *files)}.values())
+
+
+def inputs_of(entry: Entry) -> InputFiles:
+    """Read the files of an entry: every byte of the base's weights, too.
+
+    Raises:
+        NotPublishedError: a file that would be copied cannot be.
+        OSError: a file cannot be read.
+    """
+    directory = base_directory(entry)
+    weights = tuple(_read(directory, resolve.base_weight_files(directory)))
+    return InputFiles(
+        base=of_base(directory, weights, read_companions(directory, "the base")),
+        adapters=tuple(
+            of_adapter(member.files, read_companions(member.directory, "the adapter")) for member in entry.members
+        ),
+    )
+
+
+def different_files(got: Iterable[FileRecord], expected: Iterable[FileRecord], owner: str) -> Iterator[str]:
+    """One sentence for each file that differs. `owner` is what they call the directory, such as `the base`."""
+    here, listed = ({file.path: file for file in files} for files in (got, expected))
+    for name in sorted({*here, *listed}):
+        what = f"{one_line(name, 200)} of {owner}"
+        if name not in here:
+            yield f"{what} is missing, expected {_shown(listed[name])}"
+        elif name not in listed:
+            yield f"{what} has {_shown(here[name])}, expected no such file"
+        elif here[name] != listed[name]:
+            yield f"{what} has {_shown(here[name])}, expected {_shown(listed[name])}"
+
+
+def _shown(file: FileRecord) -> str:
+    return f"{file.size_bytes:,} bytes with SHA-256 {one_line(file.sha256, 64)}"
+
+
+def _records(files: Mapping[str, bytes]) -> Iterator[FileRecord]:
+    for name, data in files.items():
+        yield FileRecord(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read(directory: str, names: Iterable[str]) -> Iterator[FileRecord]:
+    for name in names:
+        place = Path(directory, name)
+        yield FileRecord(path=name, size_bytes=place.stat().st_size, sha256=resolve.digest_file(place))
+
+
+def _sorted(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    return tuple(sorted(files, key=lambda file: file.path))
