@@ -30,7 +30,7 @@ from merge_gate.errors import ExitCode
 from merge_gate.files.base_formats import JUDGED, JUDGED_WITH, KNOWN_NAMES
 from merge_gate.judging.checks.check import Symptom
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
-from merge_gate.records.terms import Result
+from merge_gate.records.terms import Origin, Result, Severity
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.report.wording.explanations import STORED, explanation, to_store
 from tests.support.cases import lay_out
@@ -38,6 +38,7 @@ from tests.support.documents import CODE_BLOCK, blocks, without_numbers
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.faults import FAULTS, HEALTHY
 from tests.support.generated import held
+from tests.support.judging.cases import FIRES, judge
 from tests.support.models import VARIANTS
 
 if TYPE_CHECKING:
@@ -49,11 +50,17 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHECKS_PAGE = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
+CHECKS_INDEX = ROOT / "docs" / "checks" / "index.md"
+CHECK_PAGES = {path.stem: path for path in sorted(CHECKS_INDEX.parent.glob("*.md")) if path != CHECKS_INDEX}
 ARCHITECTURE = (ROOT / "docs" / "project/architecture.md").read_text(encoding="utf-8")
 DECISIONS = (ROOT / "docs" / "project/decisions.md").read_text(encoding="utf-8")
 DEPENDENCIES = (ROOT / "docs" / "project/dependencies.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def explained(check: str) -> str:
+    """The page of a check."""
+    return CHECK_PAGES[check].read_text(encoding="utf-8")
 
 
 def section(text: str, heading: str) -> str:
@@ -225,13 +232,13 @@ def test_the_exit_codes_are_the_tools() -> None:
 
 
 def test_every_check_is_in_the_readmes_table() -> None:
-    assert set(re.findall(r"docs/checks\.md#([a-z-]+)", README)) == set(CHECKS)
+    assert set(re.findall(r"docs/checks/([a-z-]+)\.md", README)) - {"index"} == set(CHECKS)
 
 
 def test_the_readmes_table_of_checks_is_the_real_one() -> None:
     rows = ["| what is wrong | checks |", "|---|---|"]
     for symptom in Symptom:
-        links = [f"[{row.id}](docs/checks.md#{row.id})" for row in CHECKS.values() if row.symptom is symptom]
+        links = [f"[{row.id}](docs/checks/{row.id}.md)" for row in CHECKS.values() if row.symptom is symptom]
         rows.append(f"| {symptom} | {', '.join(links)} |")
     held(ROOT / "README.md", "checks", "\n".join(rows))
 
@@ -259,15 +266,46 @@ def test_what_safe_merge_sees_and_whom_it_blames(name: str, raised: str | None, 
     assert not all(torch.isfinite(tensor).all() for tensor in merged.values())
 
 
-# --- docs/checks.md --------------------------------------------------------------------------------------------------
+# --- docs/checks ----------------------------------------------------------------------------------------------------
 
 
-def test_every_check_has_a_section_in_the_order_of_blame() -> None:
-    assert re.findall(r"^## (.+)$", CHECKS_PAGE, re.MULTILINE) == [*CHECKS, NOT_JUDGED, NOT_PUBLISHED]
+def test_every_check_has_a_page() -> None:
+    assert set(CHECK_PAGES) == {*CHECKS, NOT_JUDGED, NOT_PUBLISHED}
 
 
-def test_the_stored_explanations_are_those_of_the_page() -> None:
-    stored = to_store(CHECKS_PAGE)
+@pytest.mark.parametrize("check", CHECK_PAGES)
+def test_a_page_of_a_check_has_one_heading(check: str) -> None:
+    headings = re.findall(r"^#.*$", CODE_BLOCK.sub("", explained(check)), re.MULTILINE)
+    assert headings == [f"# {check}"]
+
+
+def test_the_table_of_checks_is_in_their_index() -> None:
+    rows = ["| what is wrong | check | fires when | default | origin |", "|---|---|---|---|---|"]
+    for symptom in Symptom:
+        told = str(symptom)
+        for row in (row for row in CHECKS.values() if row.symptom is symptom):
+            findings = (found for fire in FIRES[row.id] for found in judge(fire.spec, fire.files, fire.evidence))
+            origins = {found.origin for found in findings if found.check == row.id and found.severity != Severity.NOTE}
+            limit = "" if row.limit is None else f" above {row.limit:g}"
+            cells = (
+                told,
+                f"[{row.id}]({row.id}.md)",
+                row.summary,
+                f"`{row.severity}`{limit}",
+                ", ".join(f"`{origin}`" for origin in Origin if origin in origins),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+            told = ""
+    held(CHECKS_INDEX, "checks", "\n".join(rows))
+
+
+def test_the_table_of_checks_is_followed_by_the_order_of_blame() -> None:
+    order = [f"{number}. [{check}]({check}.md)" for number, check in enumerate(CHECKS, start=1)]
+    held(CHECKS_INDEX, "order", "\n".join(order))
+
+
+def test_the_stored_explanations_are_those_of_the_pages() -> None:
+    stored = to_store({check: explained(check) for check in (*CHECKS, NOT_JUDGED, NOT_PUBLISHED)})
     if os.environ.get("UPDATE_GOLDENS"):
         STORED.write_text(stored, encoding="utf-8")
         return
@@ -278,7 +316,7 @@ def test_the_stored_explanations_are_those_of_the_page() -> None:
 def test_a_check_is_explained_in_text_without_marks(check: str) -> None:
     width = 72
     text = explanation(check, width)
-    (example,) = blocks(section(CHECKS_PAGE, check), "text")
+    (example,) = blocks(explained(check), "text")
     assert text.startswith(f"{check}\n\nDefault" if check != NOT_JUDGED else check)
     for part in ("Fires when", "Why it matters.", "What to do.", "It happened.", "https://github.com/"):
         assert part in text
@@ -296,24 +334,24 @@ def test_a_section_states_the_default(check: str) -> None:
         limit += ", no `error-limit`" if row.error_limit is None else f", `error-limit` {row.error_limit:,.0f}"
     can = "can" if row.can_be_off else "cannot"
     said = f"Default `{row.severity.value}`, {limit}, {can} be switched off."
-    assert said in section(CHECKS_PAGE, check).splitlines()
+    assert said in explained(check).splitlines()
 
 
 @pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED, NOT_PUBLISHED])
 def test_a_section_answers_three_questions(check: str) -> None:
     for question in ("**Fires when**", "**Why it matters.**", "**What to do.**"):
-        assert f"\n{question}" in section(CHECKS_PAGE, check)
+        assert f"\n{question}" in explained(check)
 
 
 @pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
 def test_an_example_is_a_message_of_the_gate(check: str, judged: Judged) -> None:
-    (example,) = blocks(section(CHECKS_PAGE, check), "text")
+    (example,) = blocks(explained(check), "text")
     messages = {
         shorn(f.message): f.message for one in judged.reports.values() for f in one.findings if f.check == check
     }
     (nearest,) = difflib.get_close_matches(shorn(example), messages, 1, 0)
     if os.environ.get("UPDATE_GOLDENS") and nearest != shorn(example):
-        page = ROOT / "docs" / "checks.md"
+        page = CHECK_PAGES[check]
         text = page.read_text(encoding="utf-8")
         page.write_text(
             text.replace(example, DIRECTORY.sub(r"./models/\2", messages[nearest]) + "\n"), encoding="utf-8"
@@ -324,7 +362,7 @@ def test_an_example_is_a_message_of_the_gate(check: str, judged: Judged) -> None
 
 @pytest.mark.parametrize("check", [*CHECKS, NOT_JUDGED])
 def test_a_section_links_what_happened_to_others(check: str) -> None:
-    _, _, happened = section(CHECKS_PAGE, check).partition("\n**It happened.**\n")
+    _, _, happened = explained(check).partition("\n**It happened.**\n")
     links = re.findall(r"\[([\w./-]+)#(\d+)\]\(https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)\)", happened)
     assert links, "no incident, and no word why there is none"
     for name, number, repository, linked in links:
@@ -333,9 +371,11 @@ def test_a_section_links_what_happened_to_others(check: str) -> None:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_cases_of_a_section_have_its_check(check: str) -> None:
-    (named,) = re.findall(r"^Cases: ((?:`[\w.-]+`[,.]\s*)+)", section(CHECKS_PAGE, check), re.MULTILINE)
+    (named,) = re.findall(r"^<!-- Cases in tests/support/faults\.py: (.+) -->$", explained(check), re.MULTILINE)
     cases = {case.name: {case.cause, *case.warnings} for case in (*FAULTS, *HEALTHY)}
-    for name in re.findall(r"`([\w.-]+)`", named):
+    names = re.findall(r"`([\w.-]+)`", named)
+    assert names
+    for name in names:
         assert check in cases[name], name
 
 

@@ -80,7 +80,7 @@ def test_the_rules_are_the_table_of_checks() -> None:
         default = CHECKS[rule["id"]]
         assert rule["shortDescription"]["text"] == default.summary
         assert rule["defaultConfiguration"]["level"] == default.severity.value
-        assert f"docs/checks.md#{rule['id']}" in rule["help"]["text"]
+        assert f"merge-gate explain {rule['id']}" in rule["help"]["text"]
 
 
 def test_a_result_points_at_the_adapter_s_line() -> None:

@@ -205,7 +205,7 @@ def _not_listed(left_out: Mapping[str, list[str]], files: _FoundFiles) -> Iterat
 def _foot() -> list[str]:
     return [
         "",
-        "# checks:                # severities and limits; docs/checks.md explains each",
+        "# checks:                # severities and limits; `merge-gate explain` lists them",
         "#   rounding-loss: error",
         "# allow-pickle: true     # only if you trust the authors of the .bin files",
     ]

@@ -75,8 +75,8 @@ def _rule(check: str, summary: str) -> Json:
         "shortDescription": {"text": summary},
         "fullDescription": {"text": summary},
         "help": {
-            "text": f"{summary} What it means and what to do: docs/checks.md#{check}",
-            "markdown": f"{summary} What it means and what to do: `docs/checks.md#{check}`",
+            "text": f"{summary} What it means and what to do: merge-gate explain {check}",
+            "markdown": f"{summary} What it means and what to do: `merge-gate explain {check}`",
         },
         "defaultConfiguration": {"level": str(row.severity if row else Severity.ERROR)},
     }

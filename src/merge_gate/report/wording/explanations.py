@@ -1,11 +1,12 @@
-"""The explanation of each check, from the package's own copy of docs/checks.md.
+"""The explanation of each check, from the package's own copy of the pages in docs/checks.
 
-In: the id of a check. Out: its section as Markdown, or as text for a terminal. `make schemas` writes the copy.
+In: the id of a check. Out: its page as Markdown, or as text for a terminal. `make schemas` writes the copy.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from merge_gate.report.wording.columns import wrap
 
 STORED = Path(__file__).parents[2] / "explanations.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCE = "```"
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
@@ -24,10 +26,14 @@ def explanations() -> dict[str, str]:
     return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def to_store(page: str) -> str:
-    """What the package stores of docs/checks.md: its sections, without links to other pages and names of tests."""
-    sections = page[page.index("\n## ") + 1 :]
-    sections = re.sub(r"\n\nCases: [^\n]+(\n[^\n]+)*", "", sections)
+def to_store(pages: Mapping[str, str]) -> str:
+    """What the package stores of docs/checks: a section for each page, without comments and links to other pages.
+
+    Args:
+        pages: the Markdown of each page by its check, in the order of blame.
+    """
+    bodies = {check: _COMMENT.sub("", page).partition("\n")[2].strip() for check, page in pages.items()}
+    sections = "\n\n".join(f"## {check}\n\n{body}" for check, body in bodies.items()) + "\n"
     return _LINK.sub(lambda link: link[0] if link[2].startswith("https://") else link[1], sections)
 
 
