@@ -168,7 +168,7 @@ def test_an_entrys_base_overrides_what_it_names(
         ("off", Severity.OFF), ("'off'", Severity.OFF), ("Off", Severity.OFF), ("no", Severity.OFF),
         ("false", Severity.OFF), ("on", Severity.WARNING), ("'on'", Severity.WARNING), ("true", Severity.WARNING),
         ("error", Severity.ERROR), ("warning", Severity.WARNING), ("{severity: off}", Severity.OFF),
-        ("{severity: on}", Severity.WARNING), ("{severity: error}", Severity.ERROR), ("{limit: 2}", Severity.OFF),
+        ("{severity: on}", Severity.WARNING), ("{severity: error}", Severity.ERROR), ("{limit: 0.2}", Severity.OFF),
     ],
 )  # fmt: skip
 def test_severities_quoted_or_not(place: Path, word: str, expected: Severity) -> None:

@@ -43,7 +43,10 @@ MORE = {
     "a character that is not ASCII in an escape": LIST + 'base: "\\\u00fc"\n',
     "a block without an end": "version: 1\nadapters:\n  - a\n b\n",
     "a control character in a comment": LIST + "# \x07\n",
-    "digits": LIST + f"checks: {{headroom: {{limit: {'9' * 301}}}}}\n",
+    "a typo in a mapping whose key is mistyped": LIST
+    + "checks: {rounding_loss: {severity: warn, limt: 0.2}, headrom: wran}\n",
+    "a typo of a key of the base": LIST + "bse: {modle: acme/b, dtpye: fp16}\n",
+    "digits": LIST + f"checks: {{delta-norm: {{limit: {'9' * 301}}}}}\n",
     "digits of a hexadecimal number": LIST + f"checks: {{headroom: {{limit: 0x{'f' * 301}}}}}\n",
     "an octal number": LIST + "baseline: 0o17\n",
     "a hexadecimal number": ONE + "name: 0xff\n",
@@ -106,7 +109,7 @@ MORE = {
     "a check of bases that is switched off": LIST + "checks: {base-incomplete: off}\n",
     "broken links": HEAD + "  - ./a/broken\n  - ./a/broken/\n  - a/broken\n  - ./a/long\n",
     "a broken link with the name of a Hub id": HEAD + "  - {path: a/broken, revision: v1}\n",
-    "digits, as many as are read": LIST + f"checks: {{headroom: {{limit: {'9' * 300}}}}}\n",
+    "digits, as many as are read": LIST + f"checks: {{delta-norm: {{limit: {'9' * 300}}}}}\n",
     "a Hub id with a revision, below a directory": HEAD + "  - adapters/x@v1\n",
     "a revision without its base": LIST + "base: {model: ~, revision: v1}\n",
     "a path of Windows": HEAD + "  - 'c:\\models\\x'\n  - 'models\\x'\n",
@@ -123,7 +126,7 @@ version: 1
 base: {model: acme/base, revision: v1, dtype: [auto, float32], quantization: bnb-8bit}
 adapters:
   - ./adapters/support/
-  - {path: ./adapters/team-*, checks: {headroom: on, rounding-loss: {limit: 3}}, limits: {seconds: 5}}
+  - {path: ./adapters/team-*, checks: {headroom: on, rounding-loss: {limit: 0.3}}, limits: {seconds: 5}}
   - {name: h, path: acme/x, revision: v2, base: {model: ./models/other, dtype: float16}}
   - {path: adapters/nowhere, revision: main, base: {model: models/nowhere, revision: v5},
      expect: {peft_type: LoRa, r: 1, lora_alpha: 2.5}}

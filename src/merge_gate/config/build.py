@@ -35,6 +35,8 @@ from merge_gate.text import counted, has_hidden, listing, quoted
 _DEFAULTS = tuple(CheckSetting(check=row.id, severity=row.severity, limit=row.limit) for row in CHECKS.values())
 DEFAULT_ADAPTER = AdapterSpec(name="", source="", base=BaseSpec(), checks=_DEFAULTS, line=1, column=1)
 """The built-in defaults. The file's own settings override them, and an entry's settings override the file's."""
+_LEAST_PERCENT, _PERCENT = 2, 100
+_LEAST_PERCENT = 2
 _REVISION_OF_DIRECTORY = ("a directory has no revision", "remove it: only Hub ids have revisions")
 
 
@@ -265,12 +267,22 @@ class _Build:
             limited = ", ".join(check for check, row in CHECKS.items() if row.has_error_limit)
             hint = f"checks with an error-limit: {limited}"
             self.report(loc, f"{quoted(default.check)} has no error-limit", hint, key="error-limit")
+        if row.limit_is_share:
+            self._refuse_percent(loc, "limit", entry.limit)
+            self._refuse_percent(loc, "error-limit", entry.error_limit)
         limit, error_limit = entry.limit or default.limit, entry.error_limit or default.error_limit
         if entry.error_limit and limit and entry.error_limit < limit:
             message = f"the error-limit {entry.error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report(loc, message, hint, key="error-limit")
         return replace(default, severity=severity, limit=limit, error_limit=error_limit)
+
+    def _refuse_percent(self, loc: Loc, key: str, share: float | None) -> None:
+        """Report a share above 1: as a limit it would switch the check off."""
+        if share and share > 1:
+            is_percent = _LEAST_PERCENT <= share <= _PERCENT
+            hint = f"did you mean {share / _PERCENT:g}?" if is_percent else "write a share, such as 0.5 for a half"
+            self.report((*loc, key), f"{quoted(key)} must be a share between 0 and 1, got the number {share:g}", hint)
 
     def _refuse_outside(self, loc: Loc, names: Iterable[str]) -> None:
         for name in names:

@@ -19,6 +19,7 @@ from pydantic.types import StringConstraints
 from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
 from merge_gate.config.sizes import SIZE
+from merge_gate.config.suggestions import closest
 from merge_gate.config.yaml_document import Loc
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
@@ -80,6 +81,9 @@ class Hole:
         return False
 
 
+_MOST_MISTYPED = 20
+"""How many unknown keys of a mapping are compared with the known ones."""
+
 NEEDED: Any = Hole([{"type": "missing", "loc": ()}])
 """The default of a required key."""
 
@@ -123,13 +127,22 @@ def errors_in(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, Mapping[str, Any
             yield from errors_in(item, (*loc, index))
     elif isinstance(value, Model):
         keys = {name: field.alias or name for name, field in type(value).model_fields.items()}
-        for key in value.model_extra or ():
-            yield (*loc, key), {"type": "unknown", "known": keys.values(), "kind": value.kind}
+        yield from _errors_in_unknown(value, tuple(keys.values()), loc)
         for name, key in keys.items():
             if (field_value := getattr(value, name)) is not None:
                 yield from errors_in(field_value, (*loc, key))
         if value.if_empty and not value.model_fields_set:
             yield loc, {"type": "empty", "hint": value.if_empty}
+
+
+def _errors_in_unknown(value: Model, known: tuple[str, ...], loc: Loc) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
+    """Yield each unknown key, and the errors that its value would have under the known key that was probably meant."""
+    for number, (key, extra) in enumerate((value.model_extra or {}).items()):
+        yield (*loc, key), {"type": "unknown", "known": known, "kind": value.kind}
+        meant = closest(key, known) if number < _MOST_MISTYPED else ""
+        for place, error in errors_in(type(value).model_validate({meant: extra})) if meant else ():
+            if place[0] == meant:
+                yield (*loc, key, *place[1:]), error
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +254,9 @@ def _check_field(row: Check) -> Any:
     """The key of a check: its severity alone, or a mapping, with a limit if the check has one."""
     words = ["error", "warning", "off", "on", False, True] if row.can_be_off else ["error", "on", True]
     severity = {"enum": words, "description": "error fails the adapter, warning does not, off is silent."}
-    limit = {"type": "number", "exclusiveMinimum": 0, "description": f"Fires above this. Default: {row.limit}."}
+    share = {"maximum": 1} if row.limit_is_share else {}
+    number = {"type": "number", "exclusiveMinimum": 0} | share
+    limit = number | {"description": f"Fires above this. Default: {row.limit}."}
     both = {"severity": severity} | ({"limit": limit} if row.limit is not None else {})
     if row.has_error_limit:
         default = "none" if row.error_limit is None else f"{row.error_limit:g}"

@@ -86,6 +86,13 @@ def _suggest_key(key: str, known: Collection[str]) -> str:
     return nearest(key, known) or f"known keys: {', '.join(known)}"
 
 
+def _suggest_word(word: str, known: Collection[str]) -> str:
+    """Name the closest known word. float8 is close to float32 only in spelling."""
+    if "float16" in known and word.lower().removeprefix("torch.").startswith(("float8", "fp8", "f8")):
+        return "no adapter is merged in float8: name the dtype that the float8 weights are made from, such as bfloat16"
+    return nearest(word, known)
+
+
 def label(loc: Loc) -> str:
     """The last part of a place: its key, or its number in a list."""
     if isinstance(loc[-1], int):
@@ -115,7 +122,7 @@ def _wrong_value(kind: str, facts: Mapping[str, Any], place: Loc, value: Value) 
         return f"{name} must be the number 1, got {got}", "version 1 is the only version of the format"
     if kind == "literal_error":
         words = [word.strip("' ") for word in facts["expected"].replace(" or ", ", ").split(", ")]
-        hint = partial(nearest, data, words) if isinstance(data, str) else ""
+        hint = partial(_suggest_word, data, words) if isinstance(data, str) else ""
         return f"{name} must be one of {', '.join(words)}; got {got}", hint
     if kind == "too_short":
         return f"{name} is empty", _EMPTY.get(str(place[-1]), "name at least one")

@@ -22,10 +22,16 @@ def nearest(word: str, known: Iterable[str], *, before: str = "") -> str:
 
     `before` is put in front of the known word: the part of a path that was correct.
     """
+    near = closest(word, known)
+    return f"did you mean {quoted(before + near)}?" if near else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return the known word closest to `word`; empty if no known word is close."""
     candidates = list(known)[:MAX_COMPARED]
     if len(word) > MAX_COMPARED:
         return ""
     plain = {candidate.lower().replace("_", "-"): candidate for candidate in candidates}
     other = _OTHER_NAMES.get(word.lower(), "")
     close = [other] if other in plain else get_close_matches(word.lower().replace("_", "-"), plain, 1)
-    return f"did you mean {quoted(before + plain[close[0]])}?" if close else ""
+    return plain[close[0]] if close else ""

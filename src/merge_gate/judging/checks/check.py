@@ -43,6 +43,7 @@ class Check:
         id: its name in configurations and reports.
         severity: the severity of its findings if the configuration sets none.
         limit: the figure above which it fires by default; None: it has none.
+        limit_is_share: whether its limits are shares between 0 and 1.
         has_error_limit: whether a configuration may set a second limit, above which its warning is an error.
         error_limit: that limit by default; None: there is none.
         summary: one sentence that says when it fires.
@@ -62,6 +63,7 @@ class Check:
     summary: str
     symptom: Symptom
     limit: float | None = None
+    limit_is_share: bool = False
     has_error_limit: bool = False
     error_limit: float | None = None
     can_be_off: bool = True

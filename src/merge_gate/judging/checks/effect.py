@@ -140,6 +140,7 @@ _UNQUANTIZED = (
     ),
     symptom=Symptom.NO_EFFECT,
     limit=0.5,
+    limit_is_share=True,
     has_error_limit=True,
 ).on_merge
 def rounding_loss(case: MergeCase) -> Iterator[Finding]:
@@ -191,6 +192,7 @@ def rounding_loss(case: MergeCase) -> Iterator[Finding]:
     summary="A merged value is above this share of the largest finite value of its dtype.",
     symptom=Symptom.EXTREME_VALUES,
     limit=0.5,
+    limit_is_share=True,
 ).on_merge
 def headroom(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
