@@ -5,7 +5,7 @@
 Downloads the source package of the installed PEFT from the package index (`--tests` names its tests/ directory where it
 lies already), and holds every configuration of its tests (tests/support/engine/peft_configurations.py) in every dtype.
 One line for each that is not merged to PEFT's bits; `--results` keeps every outcome, and goes on where it was;
-`--write` puts them into docs/reference/methods.md. A quarter of an hour on one core.
+`--write` puts them into docs/evidence/methods.md. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import transformers
 from tests.support.engine.peft_configurations import Configuration, Outcome, hold, read
 from tests.support.gating import Gate, one_thread
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reference/methods.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/methods.md"
 START, END = "<!-- peft_configurations -->\n", "<!-- /peft_configurations -->"
 DTYPES = ("float32", "bfloat16")
 
@@ -79,20 +79,30 @@ def say(outcome: Outcome) -> str:
     return f"{outcome.gate} as PEFT: {outcome.peft[:120]}"
 
 
-# --- docs/reference/methods.md ---------------------------------------------------------------------------------------
+# --- docs/evidence/methods.md ----------------------------------------------------------------------------------------
 
 
 TEXT = """Run on {date} with {versions}, in {dtypes}:
-{names:,} configurations. PEFT makes an adapter of {made:,} of them on these models; each is merged by PEFT
-(`safe_merge=True`) and by the gate: {trials:,} trials. **{passed:,} pass with PEFT's bits, {refused:,} are refused by
-both, {wrong:,} are judged otherwise than by PEFT.** With one NaN in the file, {failed:,} of {trials:,} fail; in the
-others the merge does not read that tensor, and a warning says so.
+{names:,} configurations. PEFT can make an adapter of {made:,} of them on these models. PEFT
+(`safe_merge=True`) and the gate merge each one.
+
+| outcome | trials |
+|---|---:|
+| passed with PEFT's bits | {passed:,} |
+| refused by both | {refused:,} |
+| a verdict that differs from PEFT's | {wrong:,} |
+| all | {trials:,} |
+
+With one NaN in the file, {failed:,} of {trials:,} fail. In the others, the merge does not read that tensor, and a
+warning says so.
 
 | PEFT | the gate | configs | trials |
 |---|---|---|---:|
 {rows}
 
-PEFT itself refuses the rest on these models: {reasons}.
+PEFT itself refuses the other configurations:
+
+{reasons}
 """
 
 
@@ -120,8 +130,19 @@ def document(outcomes: list[Outcome]) -> str:
             f"| {cell(peft)} | {cell(said)} | {', '.join(sorted(set(map(kind_of, those))))} | {len(those)} |"
             for (peft, said), those in rows.items()
         ),
-        reasons=", ".join(sorted({f"{kind_of(one)} on {model_of(one)}" for one in outcomes if one.reason})),
+        reasons="\n".join(
+            f"- on {model}: {', '.join(sorted(kinds))}" for model, kinds in sorted(unmade(outcomes).items())
+        ),
     )
+
+
+def unmade(outcomes: list[Outcome]) -> dict[str, set[str]]:
+    """For each model, the kinds of adapters that PEFT itself cannot make on it."""
+    kinds: dict[str, set[str]] = {}
+    for one in outcomes:
+        if one.reason:
+            kinds.setdefault(model_of(one), set()).add(kind_of(one))
+    return kinds
 
 
 def kind_of(outcome: Outcome) -> str:

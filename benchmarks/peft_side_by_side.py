@@ -90,13 +90,13 @@ def show(rows: Rows, seconds: float) -> None:
         + ", ".join(f"{module.__name__} {module.__version__}" for module in versions)
         + ".\n"
     )
-    print("| | wrong in all | broken, and nothing said | good, and refused | wrong cause |")
+    print("| | wrong in all | broken, no error | good, but refused | wrong cause |")
     print("|---|---|---|---|---|")
     silent, alarm = total["peft silent"], total["peft alarm"]
     print(f"| `merge_and_unload(safe_merge=True)` | {silent + alarm} | {silent} | {alarm} | none named |")
     gate = [total[f"gate {word}"] for word in ("false pass", "false failure", "wrong cause", "no warning")]
     print(f"| merge-gate | {sum(gate)} | {gate[0]} | {gate[1]} | {gate[2] + gate[3]} |\n")
-    print("| case | trials | PEFT: broken, and nothing said | PEFT: good, and refused | gate wrong |")
+    print("| case | trials | PEFT: broken, no error | PEFT: good, but refused | gate wrong |")
     print("|---|---|---|---|---|")
     for name, counts in rows.items():
         wrong = counts["trials"] - counts["gate None"]

@@ -1,13 +1,15 @@
-"""A webhook of the Hugging Face Hub → the event `hub-push` of a GitHub repository, for recipes/hub-push.yml.
+"""Forwards pushes on the Hugging Face Hub to GitHub, as the event `hub-push` that recipes/hub-push.yml handles.
 
-In: the Hub's POST, with the secret that you gave the webhook. Out: a repository_dispatch with the repository's name and
-the commit that its main branch now has; nothing else of the payload goes on. Standard library only. Environment:
+The script receives the Hub's webhook and compares its secret. It then sends a repository_dispatch event with the name
+of the repository and the new commit of its main branch, and forwards nothing else. It uses only the standard library.
 
-    WEBHOOK_SECRET     the same as in the Hub's settings of the webhook
-    HUB_REPOS          what may be gated, separated by commas: acme/support-lora,acme/billing-lora
-    GITHUB_REPOSITORY  OWNER/NAME of the repository with the workflow
-    GITHUB_TOKEN       a fine-grained token for it: contents, read and write (GitHub asks that for the event)
-    PORT               default 7860, which Spaces expect
+Environment variables:
+
+- `WEBHOOK_SECRET`: the secret in the Hub's settings of the webhook.
+- `HUB_REPOS`: the repositories to check, separated by commas, such as `acme/support-lora,acme/billing-lora`.
+- `GITHUB_REPOSITORY`: OWNER/NAME of the repository with the workflow.
+- `GITHUB_TOKEN`: a fine-grained token for that repository. Events need read and write access to contents.
+- `PORT`: the port to listen on. The default is 7860, which Spaces expect.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ MAIN = "refs/heads/main"
 
 
 def pushed(payload: Any, repos: frozenset[str]) -> dict[str, str] | None:
-    """The repository and commit to gate; None where the event is of something else."""
+    """The repository and commit to check; None for any other event."""
     try:
         name, scope = payload["repo"]["name"], payload["event"]["scope"]
         heads = [ref["newSha"] for ref in payload.get("updatedRefs", ()) if ref["ref"] == MAIN]
@@ -38,7 +40,7 @@ def pushed(payload: Any, repos: frozenset[str]) -> dict[str, str] | None:
 
 
 def dispatch(payload: dict[str, str]) -> None:
-    """Ask GitHub for the event. Raises OSError."""
+    """Send the event to GitHub. Raises OSError."""
     api = os.environ.get("GITHUB_API_URL", "https://api.github.com")
     request = urllib.request.Request(
         f"{api}/repos/{os.environ['GITHUB_REPOSITORY']}/dispatches",

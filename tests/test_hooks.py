@@ -49,7 +49,7 @@ class Repository:
         return self.run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "gc.auto=0", *words)
 
     def use(self, hook: str, **settings: Any) -> None:
-        """What docs/guides/recipes.md says: the hook in .pre-commit-config.yaml, then `pre-commit install`."""
+        """What docs/guides/other-ci.md says: the hook in .pre-commit-config.yaml, then `pre-commit install`."""
         revision = subprocess.run(
             ["git", "-C", self.hooks, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()

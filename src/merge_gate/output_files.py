@@ -53,9 +53,9 @@ OUTPUT_FILES = (
         "markdown",
         "summary",
         "people",
-        "the job summary, at most 64 KiB: the result, a table with the worst first, and for each adapter that is not "
-        "cleared what is wrong, where, and what to do. If a map shows the failure, it is drawn. Identical findings "
-        "are shown once. Above 40 merges, those that passed without a warning are folded at the end",
+        "the job summary, at most 64 KiB. It has the result, a table with the worst first, and the findings of each "
+        "adapter that did not pass: what is wrong, where, and what to do. If a map shows the failure, it is drawn. "
+        "Identical findings are shown once. Above 40 merges, those that passed without a warning are folded at the end",
         re.compile(_COMMENT + rb"\r?\n"),
         64 * _MB,
     ),
@@ -64,7 +64,7 @@ OUTPUT_FILES = (
         "html",
         "html_report",
         "people",
-        "one page that loads nothing: the result, counts and causes that filter, and one row for each adapter. A row "
+        "one page that loads nothing: the result, counts and causes as filters, and one row for each adapter. A row "
         "has the adapter's chain of causes, findings, a map of the merged tensors, coverage, and provenance",
         re.compile(
             rb'<!DOCTYPE html>\s*<html lang="en">\s*<head>\s*<meta charset="utf-8">\s*'
@@ -75,7 +75,7 @@ OUTPUT_FILES = (
         "junit.xml",
         "junit",
         "junit",
-        "viewers of tests",
+        "test viewers",
         "a suite per base, a case per adapter and dtype. A failed adapter is a `failure`. An adapter that could not be "
         "judged is an `error`, and so is a run that did not finish",
         re.compile(rb'<\?xml version="1\.0" encoding="UTF-8"\?>\s*' + _COMMENT),

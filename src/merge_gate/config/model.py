@@ -221,16 +221,16 @@ class BaseEntry(Model):
     )
     access: AccessWord | None = Field(
         None,
-        description=f"How the weights of a base on the Hub are read: {one_of(Access)}. download puts them into the "
-        "cache, stream reads them by ranges and writes none to disk, auto streams if they do not fit on the disk. "
-        "Default: auto.",
+        description=f"How the weights of a base on the Hub are read: {one_of(Access)}. With download, they "
+        "go into the Hub's cache. With stream, they are read by ranges and never written to disk. With auto, they are "
+        "streamed if they do not fit on the disk. Default: auto.",
     )
     read: ReadWord | None = Field(
         None,
         description=f"How much of the base is read: {one_of(Read)}. With whole, every tensor is read and measured. "
-        "With touched, only what adapters touch is read, and the other figures come from a run in --cache that read it "
-        "whole. With auto, that is so if there is such a run, and the base is streamed, larger than the memory, or on "
-        "a network mount. Default: auto.",
+        "With touched, only the tensors that adapters change are read. The figures of the others come from an earlier "
+        "run with the same --cache that read the whole base. With auto, the gate does this if there is such a run, and "
+        "the base is streamed, larger than the memory, or on a network mount. Default: auto.",
     )
     names: Annotated[list[Text], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] | None = None
     """Other names of the same base, such as the Hub id of a local copy. An adapter_config.json that gives one of them

@@ -1,7 +1,7 @@
 """Finds the PEFT releases that can have written a config, and later changes of its meaning.
 
 In: an adapter's config and the tensors of its file. Out: a `Span` of releases, and the `MeaningChange`s that affect the
-adapter; each was verified by running those releases (docs/reference/methods.md, "Old releases").
+adapter; each was verified by running those releases (docs/evidence/methods.md, "Old releases").
 """
 
 # A release is its minor number: 0.10.0 and 0.10.1 are 10. Since 0.18 PEFT writes `peft_version`. Older releases follow

@@ -17,7 +17,7 @@ FILE_MISSING = Check(
 FILE_LFS_POINTER = Check(
     id="file-lfs-pointer",
     severity=ERROR,
-    summary="A Git LFS pointer stands where the weights should be.",
+    summary="The weights file is a Git LFS pointer, not the weights.",
     symptom=Symptom.BAD_FILE,
 )
 FILE_CORRUPT = Check(

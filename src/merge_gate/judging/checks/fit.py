@@ -272,7 +272,7 @@ _IN_CONFIG = {"base": "base_name"}
 @Check(
     id="expectation-failed",
     severity=ERROR,
-    summary="Something stated under expect is not so.",
+    summary="A fact stated under expect does not match the adapter.",
     symptom=Symptom.WRONG_PAIR,
     failure=FailureKind.UNEXPECTED,
     allows_merging=True,  # whether the wrong adapter is broken as well is worth knowing
