@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas clean help
+.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas pictures clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -19,6 +19,7 @@ help:
 	@echo "make publish-kills 200 kills while models are published (ten minutes)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
 	@echo "make schemas writes anew what is made from the code: the JSON Schemas, tables in the documents"
+	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
 	@echo "make clean   removes $(VENV) and all output"
 
 $(STAMPS)/venv:
@@ -110,6 +111,10 @@ tensor-maps: $(STAMPS)/test
 schemas: $(STAMPS)/test
 	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_the_models or stored_explanations" \
 		tests/config tests/report/test_docs.py tests/report/test_json_report.py tests/test_docs.py
+
+# The pictures of README.md and docs/, from a real run; Chromium comes from .ci/install-e2e.sh.
+pictures: $(STAMPS)/e2e
+	$(BIN)/python -m tests.tools.pictures
 
 clean:
 	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist src/*.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_dem
 from merge_gate.errors import ExitCode, UsageError
 from tests.support.command import Answer, merge_gate
 from tests.support.documents import blocks, without_numbers
+from tests.support.terminal_picture import drawn, drawn_demo, plain, text_of
 from tests.support.wording import Wording
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,22 +142,41 @@ def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str, wording: Wordi
 def without_a_directory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
     """`merge-gate demo`, started in an empty directory."""
     place = tmp_path_factory.mktemp("bare")
-    return place, merge_gate("demo", cwd=place)
+    return place, merge_gate("demo", "--color", "always", cwd=place)
 
 
 def test_the_demo_keeps_its_report_and_ends_with_its_page(without_a_directory: tuple[Path, Answer]) -> None:
     place, answer = without_a_directory
     assert answer.code == 0, answer.said
     assert [path.name for path in place.iterdir()] == ["merge-gate-demo"]
-    label, _, page = answer.out.splitlines()[-1].partition(" ")
+    label, _, page = plain(answer.out).splitlines()[-1].partition(" ")
     assert label == "Report:"
     assert (place / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_the_readme_has_an_excerpt_of_what_the_demo_prints(without_a_directory: tuple[Path, Answer]) -> None:
     _, answer = without_a_directory
-    printed = {without_numbers(line) for line in answer.out.splitlines()}
+    printed = {without_numbers(line) for line in plain(answer.out).splitlines()}
     (excerpt,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "text")
     first, *lines = excerpt.splitlines()
     assert first == "$ merge-gate demo"
     assert [line for line in lines if without_numbers(line) not in printed] == []
+
+
+PICTURE = ROOT / "docs" / "images" / "demo.svg"
+
+
+def test_the_picture_of_the_terminal_shows_what_the_demo_prints(without_a_directory: tuple[Path, Answer]) -> None:
+    """The figures may differ by machine. UPDATE_GOLDENS=1 draws it again, as `make pictures` does."""
+    _, answer = without_a_directory
+    if os.environ.get("UPDATE_GOLDENS"):
+        PICTURE.write_text(drawn_demo(answer.out), encoding="utf-8")
+    shown = text_of(PICTURE.read_text(encoding="utf-8"))
+    assert without_numbers(shown) == without_numbers("".join(f"$ merge-gate demo {plain(answer.out)}".split()))
+
+
+def test_a_picture_of_the_terminal_has_all_its_text_and_asks_for_nothing() -> None:
+    svg = drawn("\x1b[31mred\x1b[0m <b>&amp; plain\n\n" + "w" * 250, "title")
+    assert text_of(svg) == "red<b>&amp;plain" + "w" * 250
+    assert set(re.findall(r"https?://[^\s\"]+", svg)) <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}
+    assert "url(http" not in svg

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
 
-__version__ = "0.1.0"
+__version__ = "1.0.0.dev0"
 
 __all__ = [
     "AdapterReport",

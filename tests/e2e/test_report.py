@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ import jsonschema
 import junitparser
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import html_report, junit, sarif
 from tests.support import reports
+from tests.support.e2e.browser import chromium
 from tests.support.large_report import fleet
 from tests.support.reports import ATTACKS, NAN, adapter, report
 
@@ -36,22 +35,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 OPENS_WITHIN_S = 10.0
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "no chromium: run .ci/install-e2e.sh first"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 
 class Symptom(StrEnum):
-    """What a user sees; the rows of the README's table, in its order."""
+    """What a user sees; the rows of the table of checks, in its order."""
 
     NONFINITE = "NaN or Inf in the adapter, in its base, or only in the sum of the two"
     NO_EFFECT = "the merge changes nothing, or rounding takes it back"

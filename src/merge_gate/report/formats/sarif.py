@@ -63,7 +63,8 @@ def render(report: Report) -> str:
 def _driver(report: Report) -> Json:
     return {
         "name": "merge-gate",
-        "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT),
+        # Semantic versioning has no `1.0.0.dev0`: the part after the numbers follows a hyphen.
+        "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT).replace(".dev", "-dev."),
         "rules": [_rule(check, summary) for check, summary in _SUMMARIES.items()],
     }
 

@@ -1,0 +1,120 @@
+"""One place holds the version. Tags, images, and addresses in documents, recipes, and workflows follow it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from packaging.version import Version
+
+from merge_gate import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASE = Version(__version__).base_version
+"""The release that the documents speak of: this version, or the one that this development version leads to."""
+
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+VARIANTS = WORKFLOW["jobs"]["image"]["strategy"]["matrix"]["variant"]
+PATTERNS = {
+    "an action": (r"/merge-gate@(v[\w.]+)", {f"v{RELEASE.split('.')[0]}"}),
+    "an image": (r"/merge-gate:([\w.-]+)", {f"{RELEASE}-{variant}" for variant in VARIANTS}),
+    "a tag": (r"(?:/merge-gate/|release verify |rev: )(v\d[\w.]*)", {f"v{RELEASE}"}),
+    "a package": (r"\bmerge-gate(?:\[[\w,]+\])?==([\w.]+)", {RELEASE}),
+}
+FILES = sorted(
+    path
+    for pattern in ("*.md", "*.yml", "*.yaml", "docs/**/*.md", "recipes/*", "examples/*", "Dockerfile")
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+
+
+def named(kind: str) -> list[tuple[str, str]]:
+    """Where a version is named, and which one."""
+    pattern, _ = PATTERNS[kind]
+    return [
+        (str(path.relative_to(ROOT)), version)
+        for path in FILES
+        for version in re.findall(pattern, path.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_every_version_in_documents_and_recipes_is_the_release(kind: str) -> None:
+    _, right = PATTERNS[kind]
+    assert [(path, version) for path, version in named(kind) if version not in right] == []
+
+
+def test_versions_are_found_at_all() -> None:
+    assert {"README.md", "recipes/fleet-matrix.yml"} <= {path for path, _ in named("an action")}
+    assert {"recipes/fleet-matrix.yml", "recipes/gitlab.yml", "recipes/Jenkinsfile"} <= {
+        path for path, _ in named("an image")
+    }
+    assert named("a tag")
+
+
+def test_the_release_names_its_images_as_the_documents_do() -> None:
+    (step,) = [step for step in WORKFLOW["jobs"]["tag"]["steps"] if step.get("name") == "The images' names"]
+    (variants,) = re.findall(r"for variant in ([\w ]+); do", step["run"])
+    assert variants.split() == VARIANTS
+    assert '--tag "$REGISTRY_NAME:$VERSION-$variant"' in step["run"]
+    tags = "".join(step.get("run", "") for step in WORKFLOW["jobs"]["tag"]["steps"])
+    assert 'git tag --force "v${VERSION%%.*}"' in tags
+
+
+# --- the notes of a release ------------------------------------------------------------------------------------------
+
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+REPOSITORY = "https://github.com/acme/merge-gate"
+
+
+@pytest.fixture(scope="module")
+def release_notes() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("release_notes", ROOT / ".ci" / "release_notes.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_changelog_begins_with_the_release() -> None:
+    assert re.findall(r"^## (\S+) - .+$", CHANGELOG, re.MULTILINE)[0] == RELEASE
+
+
+def test_the_notes_are_the_section_of_the_release(release_notes: ModuleType) -> None:
+    dated = CHANGELOG.replace(f"## {RELEASE} - not released yet", f"## {RELEASE} - 2027-01-31")
+    notes = release_notes.notes(dated, RELEASE, REPOSITORY)
+    assert notes.startswith("The first release.")
+    assert "## " not in notes
+    links = re.findall(r"\]\(([^)\s]+)\)", notes)
+    assert links
+    for link in links:
+        path = link.removeprefix(f"{REPOSITORY}/blob/v{RELEASE}/")
+        assert path != link
+        assert (ROOT / path.partition("#")[0]).is_file()
+
+
+def test_the_notes_end_where_the_next_version_begins(release_notes: ModuleType) -> None:
+    changelog = "# C\n\n## 1.1.0 - 2027-02-01\n\n- new [a](#b)\n\n## 1.0.0 - 2027-01-31\n\n- old\n"
+    assert release_notes.notes(changelog, "1.1.0", REPOSITORY) == "- new [a](#b)\n"
+    assert release_notes.notes(changelog, "1.0.0", REPOSITORY) == "- old\n"
+
+
+@pytest.mark.parametrize("changelog", ["# C\n", "# C\n\n## 1.0.0 - not released yet\n", "# C\n\n## 1.0.0\n"])
+def test_a_release_without_a_dated_section_stops(release_notes: ModuleType, changelog: str) -> None:
+    with pytest.raises(SystemExit, match="YYYY-MM-DD"):
+        release_notes.notes(changelog, "1.0.0", REPOSITORY)
+
+
+def test_the_release_renders_its_notes_first_and_shows_them(release_notes: ModuleType) -> None:
+    checked = "".join(step.get("run", "") for step in WORKFLOW["jobs"]["check"]["steps"])
+    made = "".join(step.get("run", "") for step in WORKFLOW["jobs"]["tag"]["steps"])
+    command = 'python3 .ci/release_notes.py "$VERSION" "$GITHUB_SERVER_URL/$GITHUB_REPOSITORY"'
+    assert command in checked
+    assert command in made
+    assert "--notes-file" in made
