@@ -75,7 +75,7 @@ GROUPS = {
     "wrong or unsafe config": faults.wrong_configs(),
     "broken files": faults.broken_files(),
     "a broken base": faults.broken_bases(),
-    "a merge in vain, tied weights": faults.vain_merges(),
+    "a merge without effect, tied weights": faults.vain_merges(),
     "not what was reviewed (`expect`)": faults.broken_promises(),
 }
 """The groups of tests/support/faults.py."""
