@@ -1,4 +1,4 @@
-"""A whole run that publishes real merges: PEFT's bits, in directories that transformers loads without a warning."""
+"""Whole runs that publish real merges: PEFT's bits, in directories that transformers loads without a warning."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.support import methods
 from tests.support.command import merge_gate
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.models import VARIANTS, Shelf
@@ -127,3 +129,79 @@ def test_a_cast_changes_every_floating_tensor(published: Path, shelf: Shelf) -> 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+# --- bases that bitsandbytes has stored ------------------------------------------------------------------------------
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+PACKINGS: dict[str, dict[str, Any]] = {
+    "nf4": NF4,
+    "nested": NF4 | {"bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+    "conv1d": NF4,
+}
+ADAPTERS_OF_PACKED = {"nf4": "every-projection", "nested": "rslora", "int8": "dora", "conv1d": "conv1d"}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+@pytest.fixture(scope="module")
+def packed(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with stored bases, and their models in bfloat16. A second run asks for stored dtypes."""
+    place = tmp_path_factory.mktemp("packed")
+    adapters = []
+    for name, options in PACKINGS.items():
+        adapter = ADAPTERS_OF_PACKED[name]
+        with methods.quiet():
+            load_packed(shelf.base(VARIANTS[adapter].base), BitsAndBytesConfig(**options)).save_pretrained(place / name)
+        base = {"model": str(place / name), "dtype": "bfloat16"}
+        adapters.append({"name": name, "path": str(shelf.adapter(adapter)), "base": base})
+    config: dict[str, Any] = {"version": 1, "adapters": adapters}
+    for dtype, code in (("bfloat16", 0), ("preserve", 3)):
+        (place / "gate.yml").write_text(json.dumps(config | {"publish": {"directory": "merged", "dtype": dtype}}))
+        answer = merge_gate("run", "gate.yml", "--device", "cpu", "--cache", "cache", "-o", dtype, cwd=place)
+        assert answer.code == code, answer.said
+    return place
+
+
+def load_packed(directory: Path, packing: BitsAndBytesConfig | None = None) -> Any:
+    more = {} if packing is None else {"quantization_config": packing}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cpu", **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_stored_packed_base_is_published_plain(
+    name: str, packed: Path, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = ADAPTERS_OF_PACKED[name]
+    with methods.quiet():
+        plain = load_packed(packed / name).dequantize(torch.bfloat16)
+        if name == "conv1d":  # transformers leaves it with transposed weights
+            values, plain = plain.state_dict(), load_packed(shelf.base(VARIANTS[adapter].base))
+            for key, tensor in plain.state_dict().items():
+                tensor.copy_(values[key].T if key.endswith(TRANSPOSED) else values[key])
+        merged = PeftModel.from_pretrained(plain, shelf.adapter(adapter)).merge_and_unload(safe_merge=True)
+    expected = merged.state_dict()
+    directory = packed / "merged" / f"{name}-bfloat16"
+    model = loaded(directory, caplog)
+    tensors = model.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert not [key for key in expected if not torch.equal(bits(tensors[key]), bits(expected[key]))]
+    assert {tensor.dtype for tensor in tensors_of(directory).values()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((directory / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_packed_base_is_never_packed_again(packed: Path) -> None:
+    adapters = json.loads((packed / "preserve" / "report.json").read_text())["adapters"]
+    assert {(adapter["verdict"], adapter["cause"]) for adapter in adapters} == {("error", "not-published")}
+    assert all("publish.dtype" in adapter["findings"][0]["hint"] for adapter in adapters)
+    assert {path.name for path in (packed / "merged").iterdir()} == {f"{name}-bfloat16" for name in PACKINGS}
+
+
+@pytest.mark.slow
+def test_the_merge_that_is_judged_is_the_published_one(packed: Path) -> None:
+    report = json.loads((packed / "bfloat16" / "report.json").read_text())
+    assert {adapter["base"]["quantization"] for adapter in report["adapters"]} == {"bnb-4bit", "bnb-8bit"}
+    assert {base["dtype"] for base in report["bases"]} == {"bfloat16"}
+    assert not any(adapter["cached"] for adapter in report["adapters"])

@@ -24,14 +24,14 @@ from merge_gate.files.base_files import loaded_files
 from merge_gate.files.headers import shown
 from merge_gate.publish import json_text
 from merge_gate.publish.companion_files import CompanionFiles, read_companions
-from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.json_text import Member
 from merge_gate.publish.layout import FLOATING_STORED
 from merge_gate.publish.manifest import manifest_of
 from merge_gate.publish.model_card import CARD_NAME, model_card
 from merge_gate.publish.stop_tokens import TEXT_SECTIONS, config_section, disagreements, oversized
 from merge_gate.records.files import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from merge_gate.records.terms import Finding, Origin, Severity, record
+from merge_gate.records.terms import PRESERVE, Finding, Origin, Severity, record
 from merge_gate.text import counted, listing
 
 PUBLISHED_FILES = "published-files"

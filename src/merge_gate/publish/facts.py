@@ -7,9 +7,6 @@ from merge_gate.records.files import Entry, StoredTensor
 from merge_gate.records.report import AdapterReport, BaseReport, Environment
 from merge_gate.records.terms import record
 
-PRESERVE = "preserve"
-"""The dtype of a publication that keeps each tensor's stored dtype."""
-
 
 @record
 class PublicationFacts:

@@ -11,7 +11,7 @@ bytes, places of tensors, and the index. Reads headers and the index, no values.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from merge_gate.files.base_files import loaded_files
 from merge_gate.files.base_weights import INDEX_ENDING, MODEL, MODEL_INDEX, SAFETENSORS_ENDING
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, open_regular, parse_places, shown
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.terms import record
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
@@ -130,16 +131,29 @@ def _read(directory: str, name: str) -> FileLayout:
 
 
 def cast(base: ModelLayout, dtype: str) -> dict[str, StoredTensor]:
-    """The floating tensors of a base that another dtype changes, as they are after the cast."""
-    return {
+    """The tensors of a base that another dtype changes, as they are after the cast.
+
+    A weight that bitsandbytes has packed becomes plain. Its shape is not known from the headers: it comes as one row.
+    """
+    packed = packed_weights(base.tensors)
+    changed = {
         tensor.name: replace(tensor, dtype=FLOATING[dtype])
         for tensor in base.tensors
-        if tensor.dtype in FLOATING_STORED and tensor.dtype != FLOATING[dtype]
+        if tensor.dtype in FLOATING_STORED and tensor.dtype != FLOATING[dtype] and tensor.name not in packed.others
     }
+    plain = {
+        tensor.name: replace(tensor, dtype=FLOATING[dtype], shape=(packed.counts[tensor.name],))
+        for tensor in base.tensors
+        if tensor.name in packed
+    }
+    return changed | plain
 
 
 def merged_layout(
-    base: ModelLayout, changes: Mapping[str, StoredTensor], shard_limit_bytes: int | None = None
+    base: ModelLayout,
+    changes: Mapping[str, StoredTensor],
+    shard_limit_bytes: int | None = None,
+    dropped: Collection[str] = (),
 ) -> ModelLayout:
     """The layout of a published model.
 
@@ -147,30 +161,37 @@ def merged_layout(
         base: the base's own layout.
         changes: tensors with another dtype or shape than the base's, and tensors that the base does not store.
         shard_limit_bytes: the most bytes that the tensors of a file may have. None keeps the base's files.
+        dropped: names of tensors that the model does not have.
 
     Raises:
         NotPublishedError: the base's config.json names a single weights file, and there would be several.
     """
     if shard_limit_bytes is None:
-        files = list(_changed_files(base, changes))
+        files = list(_changed_files(base, changes, dropped))
     else:
-        files = list(_resharded(base, changes, shard_limit_bytes))
+        files = list(_resharded(base, changes, shard_limit_bytes, dropped))
     return ModelLayout(files=tuple(files), index=_index(base, files))
 
 
-def _changed_files(base: ModelLayout, changes: Mapping[str, StoredTensor]) -> Iterator[FileLayout]:
+def _changed_files(
+    base: ModelLayout, changes: Mapping[str, StoredTensor], dropped: Collection[str]
+) -> Iterator[FileLayout]:
     known = {tensor.name for tensor in base.tensors}
     added = [tensor for name, tensor in changes.items() if name not in known]
     for number, file in enumerate(base.files):
-        tensors = [replace(changes.get(one.tensor.name, one.tensor), file=file.name) for one in file.places]
+        kept = [one.tensor for one in file.places if one.tensor.name not in dropped]
+        tensors = [replace(changes.get(tensor.name, tensor), file=file.name) for tensor in kept]
         if number == len(base.files) - 1:
             tensors += [replace(tensor, file=file.name) for tensor in added]
         is_same = tensors == [one.tensor for one in file.places]
         yield file if is_same else _new_file(file.name, tensors, _metadata(file))
 
 
-def _resharded(base: ModelLayout, changes: Mapping[str, StoredTensor], limit_bytes: int) -> Iterator[FileLayout]:
-    tensors = {tensor.name: changes.get(tensor.name, tensor) for tensor in base.tensors} | dict(changes)
+def _resharded(
+    base: ModelLayout, changes: Mapping[str, StoredTensor], limit_bytes: int, dropped: Collection[str]
+) -> Iterator[FileLayout]:
+    kept = [tensor for tensor in base.tensors if tensor.name not in dropped]
+    tensors = {tensor.name: changes.get(tensor.name, tensor) for tensor in kept} | dict(changes)
     shards: list[list[StoredTensor]] = [[]]
     filled = 0
     for tensor in tensors.values():

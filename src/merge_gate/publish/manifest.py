@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from merge_gate import __version__
 from merge_gate.errors import UsageError
 from merge_gate.files.resolve import digest_file
-from merge_gate.publish.facts import PRESERVE
 from merge_gate.records.files import FileRecord
 from merge_gate.records.publication import (
     MANIFEST_VERSION,
@@ -27,7 +26,7 @@ from merge_gate.records.publication import (
     Versions,
 )
 from merge_gate.records.report import TOOL, ConfigFile, Tool
-from merge_gate.records.terms import DTYPES, Finding, Severity, Verdict, record
+from merge_gate.records.terms import DTYPES, PRESERVE, Finding, Severity, Verdict, record
 from merge_gate.regular_file import read_regular_file
 from merge_gate.report.formats.fields import UnreadableError, dump_record, load
 from merge_gate.report.wording.untrusted import one_line

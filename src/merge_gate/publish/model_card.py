@@ -10,7 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from merge_gate.publish.facts import PRESERVE
+from merge_gate.records.terms import PRESERVE
 from merge_gate.report.wording.markdown import code
 from merge_gate.text import counted
 

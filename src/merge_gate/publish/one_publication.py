@@ -13,6 +13,7 @@ The worker is not trusted. Each of 1 to 3 only records what is wrong, and `compl
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,14 +23,15 @@ from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companions import companions_of
-from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.input_files import InputFiles, of_adapter, of_base
 from merge_gate.publish.layout import FLOATING, FLOATING_STORED, ModelLayout, cast, compare_written, merged_layout
 from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
 from merge_gate.records.files import FileRecord, StoredTensor
-from merge_gate.records.terms import Finding, record
+from merge_gate.records.packed_weights import packed_weights
+from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import quoted
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
 
@@ -74,6 +76,7 @@ class Publication:
         self.place = place
         self._base = base
         self._stored = {tensor.name: tensor for tensor in base.tensors}
+        self._packed = packed_weights(() if place.dtype == PRESERVE else base.tensors)
         self._lock = threading.RLock()
         self._sent = threading.Event()
         self._partial: PartialDirectory | None = None
@@ -85,7 +88,7 @@ class Publication:
     @property
     def expected(self) -> ModelLayout:
         """The layout, as far as it is known without the adapter."""
-        return merged_layout(self._base, self._cast(), self.place.shard_limit_bytes)
+        return merged_layout(self._base, self._cast(), self.place.shard_limit_bytes, self._packed.others)
 
     def _cast(self) -> dict[str, StoredTensor]:
         return {} if self.place.dtype == PRESERVE else cast(self._base, self.place.dtype)
@@ -104,7 +107,7 @@ class Publication:
         for tensor in tensors:
             changes[tensor.name] = self._checked(tensor)
         changes = {name: tensor for name, tensor in changes.items() if not self._is_stored_so(tensor)}
-        layout = merged_layout(self._base, changes, self.place.shard_limit_bytes)
+        layout = merged_layout(self._base, changes, self.place.shard_limit_bytes, self._packed.others)
         if layout.size_bytes > 2 * self.expected.size_bytes + _MORE_BYTES:
             raise NotPublishedError(
                 f"the merged model would have {layout.size_bytes:,} bytes, expected about {self.expected.size_bytes:,}",
@@ -117,8 +120,10 @@ class Publication:
         """A tensor that the worker plans, if its dtype is the one that is to be published."""
         stored = self._stored.get(tensor.name)
         expected = stored.dtype if stored is not None else tensor.dtype
-        if self.place.dtype != PRESERVE and expected in FLOATING_STORED:
+        if self.place.dtype != PRESERVE and (expected in FLOATING_STORED or tensor.name in self._packed):
             expected = FLOATING[self.place.dtype]
+        if not self._is_in_model(tensor):
+            raise _misfit(tensor.name, "with a shape that the packed weights do not have")
         if tensor.dtype != expected or tensor.dtype not in DTYPE_BITS or not _is_utf8(tensor.name):
             raise NotPublishedError(
                 f"the merged tensor {shown(tensor.name)} has dtype {shown(tensor.dtype)}, expected {expected}",
@@ -126,6 +131,12 @@ class Publication:
             )
         file = stored.file if stored is not None else ""
         return StoredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file=file)
+
+    def _is_in_model(self, tensor: PlannedTensor) -> bool:
+        """A packed weight has as many values as its bytes hold. What belongs to it is not in the model."""
+        count = self._packed.counts.get(tensor.name)
+        has_count = count is None or math.prod(tensor.shape) in {count, count - (tensor.name in self._packed.states)}
+        return has_count and tensor.name not in self._packed.others
 
     def _is_stored_so(self, tensor: StoredTensor) -> bool:
         stored = self._stored.get(tensor.name)

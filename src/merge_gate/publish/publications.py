@@ -23,13 +23,13 @@ from typing import Self
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.publish import targets
-from merge_gate.publish.facts import PRESERVE, PublicationFacts
+from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.layout import FLOATING, ModelLayout, base_layout
 from merge_gate.publish.one_publication import BaseReader, CanceledError, Publication, PublicationPlace
 from merge_gate.records.config import AdapterSpec, PublishSpec
 from merge_gate.records.files import Entry
 from merge_gate.records.report import PublishedModel
-from merge_gate.records.terms import Finding, record
+from merge_gate.records.terms import PRESERVE, Finding, record
 from merge_gate.text import quoted
 from merge_gate.worker.protocol import PlannedTensor, PublicationSent
 

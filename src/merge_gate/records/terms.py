@@ -32,6 +32,9 @@ def record(cls: type[_T]) -> type[_T]:
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that the config can request for a base, besides `auto`."""
 
+PRESERVE = "preserve"
+"""The dtype of a publication that keeps each tensor's stored dtype."""
+
 
 class FailureKind(StrEnum):
     """What a failure means."""

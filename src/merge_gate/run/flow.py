@@ -301,7 +301,7 @@ class _Run:
         groups = group_by_base(to_merge.items(), quick=self._options.quick, publishes=self._published)
         scheduled = [self._fed.schedule(group, self._read_of(group)) for group in groups]
         self._groups = tuple(
-            replace(group, keeps_record=group.keeps_record and not _is_dequantized(group)) for group in scheduled
+            replace(group, keeps_record=group.keeps_record and group.plain_dtype is None) for group in scheduled
         )
         self._hourly.merging_begins(self._tally.judged)
 
@@ -401,7 +401,7 @@ class _Run:
         self._watch.start(directory)  # unless its bytes passed through this process
         report = adapter_report.merged_report(entry, evidence)
         base = adapter_report.base_report(evidence.base, entry.base_files)
-        if not _is_dequantized(self._group_of(index)):
+        if self._group_of(index).plain_dtype is None:
             self._unstored[index] = CachedVerdict(adapter=report, base=base)
         if report.verdict is Verdict.PASSED:
             self._loaded[index] = base
@@ -512,14 +512,6 @@ class _Run:
         self._finished = True
         self._view.finish(report, self._options.output or "")
         return report
-
-
-def _is_dequantized(group: Group) -> bool:
-    """Whether the merges of a quantized base are published, and so judged without its quantization.
-
-    No other run asks for such a verdict, so it is not cached, and no record of the base is kept.
-    """
-    return group.base.is_quantized and any(task.publishes is not None for task in group.tasks)
 
 
 def _merge_device(chosen: protocol.DeviceChosen) -> MergeDevice:

@@ -308,11 +308,9 @@ def _as_published(base: Base, group: Group) -> Base:
     """A quantized base is published with plain weights, if all merges of the group are published in a named dtype."""
     from merge_gate.engine.base import loaded_base as bases  # noqa: PLC0415 - imports torch
 
-    dtypes = {task.publishes for task in group.tasks}
-    (dtype,) = dtypes if len(dtypes) == 1 else (None,)
-    if dtype in (None, "preserve") or not group.base.is_quantized or base.hollow is not None:
+    if group.plain_dtype is None or base.hollow is not None:
         return base
-    return bases.dequantized_base(base, dtype)
+    return bases.dequantized_base(base, group.plain_dtype)
 
 
 def _is_streamed(group: Group) -> bool:

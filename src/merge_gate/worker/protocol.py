@@ -13,11 +13,13 @@ from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Snap
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseRecord, Evidence, MeasureOptions
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey, record
+from merge_gate.records.terms import PRESERVE, BaseKey, record
 from merge_gate.sources.feed import FileSpan
 
 DEFAULT_LIMIT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
+
+_PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
 
 
 @record
@@ -64,6 +66,21 @@ class Group:
     def in_passes(self) -> bool:
         """Whether several adapters are merged in one pass over the base's files."""
         return self.one_pass or self.fed
+
+    @property
+    def plain_dtype(self) -> str | None:
+        """The dtype in which a quantized base is published with plain weights, by all tasks. None if it is not.
+
+        The merges are then judged without its quantization. No other run asks for such a verdict, so it is not cached,
+        and no record of the base is kept.
+        """
+        declared = self.files.quantization if self.files is not None else None
+        is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
+        dtypes = {task.publishes for task in self.tasks}
+        if len(dtypes) != 1 or not (self.base.is_quantized or is_stored_packed):
+            return None
+        (dtype,) = dtypes
+        return None if dtype == PRESERVE else dtype
 
 
 @record

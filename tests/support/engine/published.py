@@ -19,9 +19,9 @@ from merge_gate.engine.base.loaded_base import dequantized_base, load_base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.tensor_map import DTYPES, stored_tensors
-from merge_gate.engine.merge.publication_sink import PRESERVE
 from merge_gate.engine.merge.publication_sinks import PublicationSinks
 from merge_gate.files.preflight import preflight
+from merge_gate.records.terms import PRESERVE
 from merge_gate.sources.feed import LocalFeed
 from tests.support import methods
 from tests.support.engine.fed_bases import source

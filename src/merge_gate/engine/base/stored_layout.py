@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,17 +34,23 @@ STORED_DTYPES = {torch_name: stored for stored, torch_name in DTYPES.items()}
 READ_BYTES = 1 << 24
 """A stored tensor that the model does not have is read in blocks of this size."""
 
+_UNQUANTIZED = "publish the merge into the unquantized base"
 _AT_RUN_TIME = "load the adapter on its base at run time, or save the merge with another tool"
 
 
 @dataclass(slots=True, kw_only=True)
 class StoredLayout:
-    """How a base is stored. `places` has every stored tensor. One layout serves several threads."""
+    """How a base is stored. `places` has every stored tensor. One layout serves several threads.
+
+    `packed` names weights that are packed in the files, and that the loaded base and the map have as plain ones. Their
+    places have the dtype and the shape of the plain weights, and their bytes must not be read.
+    """
 
     map: TensorMap
     base: Base
     feed: Feed
     places: Mapping[str, StoredBytes]
+    packed: frozenset[str] = frozenset()
     _groups: dict[str, tuple[TensorGroup, ...]] = field(init=False)
     _proved: dict[tuple[object, ...], bool] = field(default_factory=dict)
     _one_conversion_at_a_time: threading.Lock = field(default_factory=threading.Lock)
@@ -79,7 +86,17 @@ class StoredLayout:
                     f"({group.conversion or 'unknown'})",
                     hint=_AT_RUN_TIME,
                 )
+            self._refuse_packed(group)
         return groups
+
+    def _refuse_packed(self, group: TensorGroup) -> None:
+        """The way back is proved on the stored values. Packed ones are no proof."""
+        if not is_renamed(group) and (packed := self.packed.intersection(group.sources)):
+            raise NotPublishedError(
+                f"{min(packed)} is packed by bitsandbytes, and transformers converts it to {group.targets[0]} "
+                f"({group.conversion}): the way back cannot be proved",
+                hint=_UNQUANTIZED,
+            )
 
     def outline(self, source: str) -> StoredTensor:
         """The header of a stored tensor."""
@@ -95,6 +112,11 @@ class StoredLayout:
         """Floating stored tensors that no tensor of the loaded base has the values of, in the order of the files."""
         covered = {source for group in self.loaded_groups() for source in group.sources}
         for name in sorted(self.places.keys() - covered, key=lambda one: self.places[one].order):
+            if name in self.packed:
+                raise NotPublishedError(
+                    f"{name} is packed by bitsandbytes, and transformers does not load it, so it has no plain values",
+                    hint=_UNQUANTIZED,
+                )
             if self.places[name].dtype.is_floating_point:
                 yield self.map.stored[name]
 
@@ -116,6 +138,7 @@ class StoredLayout:
         """
         if is_renamed(group):
             return {group.sources[0]: values[group.targets[0]]}
+        self._refuse_packed(group)
         with self._one_conversion_at_a_time:
             self._prove(group)
             made = self._reversed(group, values)
@@ -174,13 +197,21 @@ def is_renamed(group: TensorGroup) -> bool:
     return group.conversion == RENAMED and len(group.sources) == len(group.targets) == 1
 
 
-def layout_of(base: Base, found: TensorMap, feed: Feed) -> StoredLayout:
+def layout_of(
+    base: Base, found: TensorMap, feed: Feed, packed: Mapping[str, StoredTensor] = MappingProxyType({})
+) -> StoredLayout:
     """The layout of a base whose tensor map was made in the dtype that it was loaded in.
+
+    `packed` are the headers of weights that the files have packed, and that the map has plain.
 
     Raises:
         ValueError, OSError: a header is not what it was.
     """
-    return StoredLayout(map=found, base=base, feed=feed, places=stored_bytes(base.source.directory, found.stored))
+    places = stored_bytes(base.source.directory, {**found.stored, **packed})
+    for name in packed:
+        plain = found.stored[name]
+        places[name] = replace(places[name], dtype=getattr(torch, DTYPES[plain.dtype]), shape=plain.shape)
+    return StoredLayout(map=found, base=base, feed=feed, places=places, packed=frozenset(packed))
 
 
 def stored_dtype(dtype: torch.dtype) -> str:

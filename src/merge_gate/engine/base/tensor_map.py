@@ -148,12 +148,14 @@ def tensor_map(
     stored: tuple[StoredTensor, ...],
     *,
     dtype: Any = "auto",
+    is_plain: bool = False,
     **config_options: Any,
 ) -> TensorMap:
     """Record what transformers' loader makes of these headers.
 
     Of the directory, only config.json is read. If two headers have one name, the last counts, as in transformers. The
-    options are those that `from_pretrained` passes to the config, such as `num_labels`.
+    options are those that `from_pretrained` passes to the config, such as `num_labels`. `is_plain`: the headers are
+    those of a plain model, whatever quantization config.json declares.
 
     Raises:
         NoMapError: transformers cannot load these headers, or has other internals.
@@ -161,6 +163,8 @@ def tensor_map(
     by_name = {one.name: one for one in stored}
     try:
         config = transformers_class.config_class.from_pretrained(directory, local_files_only=True, **config_options)
+        if is_plain:
+            _forget_quantization(config)
         given = {name: _on_meta(one) for name, one in by_name.items()}
         with _quiet(), recorded() as recorder:
             model, info = transformers_class.from_pretrained(
@@ -188,6 +192,13 @@ def tensor_map(
         mismatched=tuple(sorted(info["mismatched_keys"])),  # sorted, because it is a set
         model=model,
     )
+
+
+def _forget_quantization(config: Any) -> None:
+    """As transformers/quantizers/auto.py looks for it."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _is_expected(renamed: str, info: Mapping[str, Any]) -> bool:

@@ -25,9 +25,7 @@ from merge_gate.engine.merge.sink import Outline
 from merge_gate.engine.tensors.measure import dtype_name, measure
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.files import StoredTensor
-
-PRESERVE = "preserve"
-"""Each tensor keeps the dtype that the base stores it in."""
+from merge_gate.records.terms import PRESERVE
 
 ROWS_BYTES = 1 << 22
 """Rows are sent in parts of about this size."""

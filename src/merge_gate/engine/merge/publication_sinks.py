@@ -14,16 +14,19 @@ from typing import Protocol
 import transformers
 
 from merge_gate.engine.base.loaded_base import Base, ModelClass, head_options
-from merge_gate.engine.base.stored_formats import declared
-from merge_gate.engine.base.stored_layout import StoredLayout, layout_of
-from merge_gate.engine.base.tensor_map import NoMapError, stored_tensors, tensor_map
+from merge_gate.engine.base.packed_headers import plain_headers, turned
+from merge_gate.engine.base.stored_layout import STORED_DTYPES, StoredLayout, layout_of
+from merge_gate.engine.base.tensor_map import NoMapError, TensorMap, stored_tensors, tensor_map
 from merge_gate.engine.merge.publication_sink import Outlet, PublicationSink
 from merge_gate.errors import GateError, NotPublishedError
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import Evidence
+from merge_gate.records.packed_weights import packed_weights
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import Quantization
 from merge_gate.sources.feed import Feed
+
+_BY_BITSANDBYTES = frozenset({Quantization.BNB_4BIT, Quantization.BNB_8BIT})
 
 
 class Connection(Protocol):
@@ -75,25 +78,38 @@ class PublicationSinks:
         with contextlib.suppress(GateError):  # the parent is gone, or publishes nothing without this message
             self.connection.finish(task, tensors, refusal)
 
+    def _map(self, headers: tuple[StoredTensor, ...], *, is_plain: bool) -> TensorMap:
+        source = self.base.source
+        return tensor_map(
+            getattr(transformers, self.model_class.class_name),
+            source.directory,
+            headers,
+            dtype=source.options["dtype"],
+            is_plain=is_plain,
+            **head_options(self.model_class),
+        )
+
     def _made_layout(self) -> StoredLayout:
         source, quantization = self.base.source, self.base.facts.quantization
-        if quantization != Quantization.NONE and not (source.dequantized and declared(source.directory) is None):
+        if quantization != Quantization.NONE and not source.dequantized:
             raise NotPublishedError(
                 f"the base is quantized ({quantization}): its merge cannot be written in that format without "
                 "quantizing it again",
-                hint="if bitsandbytes quantizes the base while it is loaded, set publish.dtype; else publish the merge "
-                "into the unquantized base",
+                hint="set publish.dtype to bfloat16, float16, or float32: then the dequantized merge is judged and "
+                "published"
+                if quantization in _BY_BITSANDBYTES
+                else "publish the merge into the unquantized base",
             )
-        transformers_class = getattr(transformers, self.model_class.class_name)
         try:
-            found = tensor_map(
-                transformers_class,
-                source.directory,
-                tuple(self.stored) or stored_tensors(source.directory),
-                dtype=source.options["dtype"],
-                **head_options(self.model_class),
-            )
-            return layout_of(self.base, found, self.feed)
+            stored = tuple(self.stored) or stored_tensors(source.directory)
+            weights = packed_weights(stored)
+            packed = {one.name: one for one in stored if one.name in weights}
+            if packed:
+                stored = plain_headers(source.directory, stored, self.feed, STORED_DTYPES[self.base.facts.dtype])
+            found = self._map(stored, is_plain=bool(packed))
+            if packed and found.mismatched:
+                found = self._map(tuple(turned(stored, found, packed)), is_plain=True)
+            return layout_of(self.base, found, self.feed, packed)
         except (NoMapError, ValueError, OSError) as error:
             raise NotPublishedError(
                 f"the base's headers do not say which stored tensors make {type(self.base.model).__name__}: "
