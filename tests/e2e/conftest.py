@@ -15,12 +15,11 @@ import pytest
 
 from merge_gate.demo import make_demo
 from tests.support.e2e.act import ROOT, TAG, copy_action, free_port
-from tests.support.e2e.engines import HUB_NAME, pip_settings, serving
+from tests.support.e2e.engines import BASE_IMAGE, HUB_NAME, pip_settings, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BASE_IMAGE = "localhost/merge-gate-base:trixie"
 IMAGE = f"localhost/merge-gate:{TAG}"
 ROGUE = f"localhost/merge-gate-rogue:{TAG}"
 GREEN = "version: 1\nbase: {model: ./base, dtype: float16}\nadapters:\n  - ./adapters/good\n"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 120
 """How long something that has to happen may take on a busy machine; what never happens is found out after it."""
+BASE_IMAGE = "localhost/merge-gate-base:trixie"
+"""Debian with Python 3.11, as .ci/install-e2e.sh makes it."""
 HUB_NAME = "hub.company.invalid"
 
 
@@ -80,12 +82,12 @@ def _lies_at(mount: dict, place: Path) -> bool:
     return any(place == end or place in end.parents for end in ends)
 
 
-def pip_settings() -> dict[str, str]:
-    """What pip on this machine is told, and a build has to be told as well."""
+def pip_settings(*more: str) -> dict[str, str]:
+    """The settings of pip on this machine that pip in a container needs too; `more` names further ones."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     ).stdout
     kept = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "timeout", "default-timeout", "proxy")
     pairs = (line.partition("=") for line in listed.splitlines() if "=" in line)
     named = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
-    return {key: value for key, value in named.items() if key in kept}
+    return {key: value for key, value in named.items() if key in {*kept, *more}}
