@@ -1,8 +1,8 @@
-"""The one door of the action and of the container: the environment, read once, and argv.
+"""The one entry of the action and of the container: the environment, read once, and argv.
 
-In: `action` as the only word: the action's first step, its inputs in MERGE_GATE_INPUT_*. Any other words: those of
-`merge-gate`, inside the container, where standard input may carry a token. Out: an exit code. It decides nothing. The
-first step runs it with the runner's own Python, like all of merge_gate.action.
+In: the name of one of the action's steps (`prepare`, `action` or `comment`) as the only word, with the inputs in
+MERGE_GATE_INPUT_*. Any other words are those of `merge-gate`, inside the container, whose standard input may carry a
+token. Out: an exit code. The steps run it with the runner's own Python, like all of merge_gate.action.
 """
 # ruff: noqa: PLC0415, T201
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 INPUTS = (
-    "config", "runtime", "gpus", "device", "image", "pull", "hf-cache", "cache", "publish", "verify", "mounts",
-    "memory", "shm-size", "cpus", "timeout-minutes", "working-directory", "fail-on", "upload-report",
-    "artifact-name", "retention-days", "output", "shard", "args",
+    "config", "adapters", "base", "dtype", "runtime", "device", "gpus", "image", "pull", "mounts", "memory", "cpus",
+    "shm-size", "hf-cache", "hf-cache-dir", "cache", "cache-dir", "publish", "verify", "fail-on", "fail-on-not-judged",
+    "upload-report", "artifact-name", "retention-days", "upload-sarif", "comment", "shard", "output",
+    "working-directory", "timeout-minutes", "args",
 )  # fmt: skip
 """The action's inputs that travel as words. `hf-token` is not among them: a token stays in the environment."""
 
@@ -29,14 +30,25 @@ def words(environ: Mapping[str, str]) -> list[str]:
     return [f"--{name}={environ.get('MERGE_GATE_INPUT_' + name.upper().replace('-', '_'), '')}" for name in INPUTS]
 
 
+def step(name: str, environ: Mapping[str, str]) -> int:
+    """Run one of the action's steps."""
+    from merge_gate.action import caches, comment, workflow
+    from merge_gate.action import step as action
+
+    if name == "action":
+        return action.main(words(environ), environ)
+    if name == "comment":
+        return comment.main(environ)
+    workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), caches.outputs(environ))
+    return 0
+
+
 def main() -> int:
     """Hand over to the action or to the command line."""
     environ = dict(os.environ)
-    if sys.argv[1:] == ["action"]:
+    if sys.argv[1:] in (["prepare"], ["action"], ["comment"]):
         sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
-        from merge_gate.action import step as action
-
-        return action.main(words(environ), environ)
+        return step(sys.argv[1], environ)
 
     from merge_gate.action.docker import canary, handover
     from merge_gate.cli import dispatch

@@ -13,19 +13,21 @@ from packaging.requirements import Requirement
 
 import entrypoint
 from merge_gate import __version__
+from merge_gate.action import caches, native
 from merge_gate.action import inputs as action
-from merge_gate.action import native
 from merge_gate.cli.parser import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
-GATE, UPLOAD, VERDICT = ACTION["runs"]["steps"]
+STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
+PREPARE, GATE, UPLOAD, VERDICT = (STEPS[name] for name in ("Prepare", "Run merge-gate", "Upload report", "Verdict"))
 DOCS = (ROOT / "docs" / "reference/action.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guides/github-actions.md").read_text(encoding="utf-8")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def table(heading: str) -> dict[str, list[str]]:
-    """The rows of the table under a heading of docs/reference/action.md, by their first cell."""
+    """The rows of the tables under a heading of docs/reference/action.md, by their first cell."""
     section = DOCS.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
     return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
@@ -36,6 +38,38 @@ def test_every_input_reaches_the_gate_step_and_no_other_way() -> None:
         f"MERGE_GATE_INPUT_{name.upper().replace('-', '_')}": f"${{{{ inputs.{name} }}}}" for name in ACTION["inputs"]
     }
     assert GATE["env"] == {**environ, "MERGE_GATE_JOB_INDEX": "${{ strategy.job-index }}"}
+
+
+def test_the_first_step_has_what_the_caches_depend_on_and_no_token() -> None:
+    """Both steps compute the same places and keys, so they need the same words."""
+    token = PREPARE["env"]["MERGE_GATE_INPUT_HF_TOKEN"]
+    assert token == "${{ inputs.hf-token != '' && 'set' || '' }}"
+    assert {**PREPARE["env"], "MERGE_GATE_INPUT_HF_TOKEN": GATE["env"]["MERGE_GATE_INPUT_HF_TOKEN"]}.items() <= GATE[
+        "env"
+    ].items()
+    needed = {f"{caches.INPUT}{name}" for name in (*caches._SUBJECT, "CACHE", "HF_CACHE", "RUNTIME", "HF_TOKEN")}
+    assert set(PREPARE["env"]) == {*needed, "MERGE_GATE_JOB_INDEX"}
+
+
+def test_every_step_has_a_name_and_no_token_but_the_comment() -> None:
+    assert len(STEPS) == len(ACTION["runs"]["steps"])
+    assert [name for name, step in STEPS.items() if "github.token" in str(step)] == ["Comment"]
+
+
+def test_a_cache_is_saved_under_a_key_of_the_gate_only() -> None:
+    """A run that a fork can influence has no key (tests/action/test_caches.py)."""
+    for kind, name in (("verdicts", "cached verdicts"), ("hub", "the Hub's cache")):
+        restore, save = STEPS[f"Restore {name}"], STEPS[f"Save {name}"]
+        assert restore["with"]["path"] == save["with"]["path"] == f"${{{{ steps.prepare.outputs.{kind}-path }}}}"
+        assert restore["if"] == f"${{{{ steps.prepare.outputs.{kind}-prefix != '' }}}}"
+        assert save["with"]["key"] == f"${{{{ steps.gate.outputs.{kind}-cache-key }}}}"
+        assert f"steps.gate.outputs.{kind}-cache-key != ''" in save["if"]
+        assert restore["continue-on-error"] is save["continue-on-error"] is True
+
+
+def test_the_descriptions_are_whole_sentences() -> None:
+    for given in (*ACTION["inputs"].values(), *ACTION["outputs"].values()):
+        assert re.fullmatch(r"[A-Z`].*\.", given["description"]), given["description"]
 
 
 def test_the_entrypoint_knows_the_inputs() -> None:
@@ -64,19 +98,30 @@ def test_the_documents_list_the_inputs_with_their_defaults() -> None:
 
 
 def recipes() -> list[dict]:
-    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)]
+    blocks = re.findall(r"^```yaml\n(.*?)^```", DOCS + GUIDE, re.MULTILINE | re.DOTALL)
+    return [yaml.safe_load(block) for block in blocks]
 
 
 def test_the_recipes_use_inputs_and_outputs_that_exist() -> None:
-    steps = [step for recipe in recipes() for job in recipe.get("jobs", {}).values() for step in job["steps"]]
+    steps = [
+        step for recipe in recipes() if "jobs" in recipe for job in recipe["jobs"].values() for step in job["steps"]
+    ]
     ours = [step for step in steps if step.get("uses", "").startswith("OWNER/merge-gate@")]
     assert len(ours) >= 8
     for step in ours:
-        assert ("config" in step["with"]) != ("verify" in step["with"])
-        assert set(step["with"]) <= set(ACTION["inputs"]), step
-    used = set(re.findall(r"steps\.gate\.outputs\.([a-z-]+)", DOCS))
+        assert not ("config" in step.get("with", {}) and {"adapters", "verify"} & set(step["with"])), step
+        assert set(step.get("with", {})) <= set(ACTION["inputs"]), step
+    used = set(re.findall(r"steps\.gate\.outputs\.([a-z-]+)", DOCS + GUIDE))
     assert used
     assert used <= set(ACTION["outputs"])
+
+
+def test_the_documents_pin_checkout_in_one_way() -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in (*(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").iterdir())
+    ]
+    pins = {pin for text in texts for pin in re.findall(r"actions/checkout@(.*)", text)}
+    assert pins == {"3d3c42e5aac5ba805825da76410c181273ba90b1 # v7.0.1"}
 
 
 def test_the_documents_list_the_outputs() -> None:
@@ -85,8 +130,11 @@ def test_the_documents_list_the_outputs() -> None:
 
 def test_outputs_come_from_outputs_that_are_set() -> None:
     tell = (ROOT / "src" / "merge_gate" / "action" / "step.py").read_text(encoding="utf-8")
-    for value in re.findall(r"steps\.gate\.outputs\.([a-z-]+)", (ROOT / "action.yml").read_text(encoding="utf-8")):
-        assert f'"{value}": ' in tell, value
+    text = (ROOT / "action.yml").read_text(encoding="utf-8")
+    keys = set(caches.key_outputs({}))
+    for value in re.findall(r"steps\.gate\.outputs\.([a-z-]+)", text):
+        assert f'"{value}": ' in tell or value in keys, value
+    assert set(re.findall(r"steps\.prepare\.outputs\.([a-z-]+)", text)) == set(caches.outputs({}))
 
 
 def test_an_action_that_ended_early_says_error() -> None:
@@ -94,9 +142,10 @@ def test_an_action_that_ended_early_says_error() -> None:
 
 
 def test_no_expression_stands_in_a_script() -> None:
-    for step in (GATE, VERDICT):
-        assert "${{" not in step["run"]
-        assert step["shell"] == "bash"
+    for step in STEPS.values():
+        if "uses" not in step:
+            assert "${{" not in step["run"]
+            assert step["shell"] == "bash"
 
 
 def test_the_report_survives_and_the_verdict_is_always_given() -> None:
@@ -167,12 +216,12 @@ def test_every_action_is_pinned_to_one_commit_with_its_version() -> None:
     pins: dict[str, set[str]] = {}
     for path in workflows():
         for line in path.read_text(encoding="utf-8").splitlines():
-            if found := re.search(r"uses: ([a-z-]+/[\w.-]+)@(.*)", line):
+            if found := re.search(r"uses: ([a-z-]+/[\w.-]+)(?:/[\w./-]+)?@(.*)", line):
                 name, pin = found.groups()
                 if name != "acme/merge-gate":
                     assert re.fullmatch(r"[0-9a-f]{40} # v\d+\.\d+\.\d+", pin), f"{path}: {line}"
                     pins.setdefault(name, set()).add(pin)
-    assert "actions/upload-artifact" in pins
+    assert {"actions/upload-artifact", "actions/cache", "github/codeql-action"} <= set(pins)
     assert {name: pin for name, pin in pins.items() if len(pin) > 1} == {}
 
 

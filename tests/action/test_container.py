@@ -77,6 +77,18 @@ def test_whoever_inspects_the_container_sees_no_secret(run: ContainerRun, prepar
     assert handover.MARKER not in container.environment(replace(run, environ={}), prepared)
 
 
+def test_without_a_configuration_the_container_looks_for_the_first_adapter(
+    run: ContainerRun, prepared: PreparedContainer
+) -> None:
+    adapter = run.workspace / "a"
+    adapter.mkdir()
+    named = replace(run, config=None, adapters=("acme/lora", "./a"))
+    assert str(adapter) not in container.environment(named, prepared)["MERGE_GATE_CANARIES"]
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert f"{adapter}/adapter_config.json" in container.environment(named, prepared)["MERGE_GATE_CANARIES"]
+    assert container.config_word(named) == ""
+
+
 @pytest.mark.parametrize("variable", ["MERGE_GATE_DEBUG", "RUNNER_DEBUG"])
 def test_a_runner_that_debugs_debugs_the_gate_inside(
     run: ContainerRun, prepared: PreparedContainer, variable: str

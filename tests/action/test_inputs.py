@@ -17,7 +17,7 @@ from tests.support.wording import Wording
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    workspace = tmp_path / "work"
+    workspace = tmp_path / "workspace"
     workspace.mkdir()
     (workspace / "gate.yml").write_text("version: 1\n", encoding="utf-8")
     (tmp_path / "temp").mkdir()
@@ -64,11 +64,34 @@ def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -
 
 
 def test_a_cache_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
-    inputs = action.read_inputs(words(cache="kept", args="--refresh"), environ)
+    inputs = action.read_inputs(words(cache_dir="kept", args="--refresh"), environ)
     kept = Path(environ["GITHUB_WORKSPACE"], "kept").resolve()
     assert inputs.run.cache == kept
     assert inputs.run.arguments == ("--cache", str(kept), "--refresh")
     assert action.read_inputs(words(cache=""), environ).run.cache is None
+    driven = action.read_inputs(words(cache="true", hf_cache="true"), environ).run
+    assert (driven.cache, driven.hf_cache) == (
+        Path(environ["RUNNER_TEMP"], "merge-gate-verdicts"),
+        Path(environ["RUNNER_TEMP"], "merge-gate-hub"),
+    )
+    assert driven.arguments == ("--cache", str(driven.cache))
+
+
+def test_adapters_need_no_configuration(environ: dict[str, str]) -> None:
+    workspace = Path(environ["GITHUB_WORKSPACE"])
+    for name in ("adapters/b", "adapters/a", "base", "inner"):
+        (workspace / name).mkdir(parents=True)
+    (workspace / "adapters/notes.txt").touch()
+    given = {"config": "merge-gate.yml", "base": "./base", "dtype": "bfloat16, float16"}
+    run = action.read_inputs(words(**given, adapters="\n./adapters/*\n acme/lora\n"), environ).run
+    assert (run.config, run.adapters, run.base) == (None, ("./adapters/a", "./adapters/b", "acme/lora"), "./base")
+    assert container.gate_words(run, "cpu") == [
+        "run", "./adapters/a", "./adapters/b", "acme/lora", "--output", str(run.output), "--device", "cpu",
+        "--base", "./base", "--dtype", "bfloat16,float16",
+    ]  # fmt: skip
+    inner = words(config="", adapters="../adapters/a", base=str(workspace.parent), working_directory="inner")
+    run = action.read_inputs(inner, environ).run
+    assert (run.adapters, run.base) == (("./adapters/a",), str(workspace.parent))
 
 
 def test_a_directory_for_models_is_an_option_of_the_run_and_a_mount(environ: dict[str, str]) -> None:
@@ -86,6 +109,8 @@ def test_a_model_is_verified_on_the_cpu_and_without_a_config(environ: dict[str, 
     assert (run.verifies, run.config, run.device, run.gpus) == (True, model, "cpu", "none")
     expected = ["verify", "merged", "--output", str(run.output), "--base", "./b", "--adapter", "./a"]
     assert container.gate_words(run, "cpu") == expected
+    run = action.read_inputs(words(config="", verify="merged", adapters="acme/a", base="acme/b"), environ).run
+    assert container.gate_words(run, "cpu")[4:] == ["--base", "acme/b", "--adapter", "acme/a"]
 
 
 def test_a_shard_is_an_option_of_the_run_and_a_part_of_the_name(environ: dict[str, str]) -> None:
@@ -114,7 +139,18 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
         ("device", "cuda:x"),
         ("image", "--privileged"),
         ("image", "a b"),
+        ("adapters", "./absent"),
+        ("adapters", "./absent/*"),
+        ("adapters", "gate.yml"),
+        ("base", "acme/base"),
+        ("dtype", "float16"),
         ("fail-on", "error"),
+        ("fail-on", "broken"),
+        ("fail-on-not-judged", "no"),
+        ("cache", "./kept"),
+        ("hf-cache", "~/.cache/huggingface"),
+        ("upload-sarif", "1"),
+        ("comment", "always"),
         ("upload-report", "True"),
         ("upload-report", "yes"),
         ("pull", "Always"),
@@ -148,15 +184,22 @@ def test_values_may_look_like_anything(environ: dict[str, str]) -> None:
 def test_a_wrong_input_is_named_with_what_was_expected(
     environ: dict[str, str], name: str, value: str, wording: Wording
 ) -> None:
+    given = {name.replace("-", "_"): value, **({"config": ""} if name == "adapters" else {})}
     with pytest.raises(UsageError) as raised:
-        action.read_inputs(words(**{name.replace("-", "_"): value}), environ)
+        action.read_inputs(words(**given), environ)
     wording(raised.value)
     assert "\n" not in raised.value.message
     assert "docs/reference/action.md" in raised.value.hint
 
 
 def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], wording: Wording) -> None:
-    for given in ({"verify": "nowhere", "config": ""}, {"verify": ".", "publish": "merged"}):
+    for given in (
+        {"verify": "nowhere", "config": ""},
+        {"verify": ".", "publish": "merged"},
+        {"verify": ".", "config": "", "adapters": "a/b\nc/d", "cache": "true", "dtype": "float16"},
+        {"adapters": "a/b", "config": "other.yml"},
+        {"cache": "true", "cache_dir": "x", "hf_cache": "true", "hf_cache_dir": "y"},
+    ):
         with pytest.raises(UsageError) as raised:
             action.read_inputs(words(**given), environ)
         wording(raised.value)
@@ -174,6 +217,12 @@ def test_an_empty_input_has_its_default(environ: dict[str, str]) -> None:
     )
     assert (given.runtime, given.run.gpus, given.run.device, given.run.pull) == ("auto", "auto", "auto", "missing")
     assert (given.upload_report, given.retention_days) == (True, 0)
+    assert (given.fail_on, given.fail_on_not_judged, given.upload_sarif, given.comment) == (
+        "failed",
+        True,
+        False,
+        False,
+    )
     assert given.run.time_limit_s == TIME_LIMIT_S
     assert (given.run.mounts, given.run.hf_cache) == ((), None)
 
@@ -193,18 +242,18 @@ def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) 
     inner = Path(environ["GITHUB_WORKSPACE"], "a", "b")
     inner.mkdir(parents=True)
     (inner / "gate.yml").touch()
-    given = action.read_inputs(words(working_directory="a/b", output="out", hf_cache="../cache"), environ)
+    given = action.read_inputs(words(working_directory="a/b", output="out", hf_cache_dir="../cache"), environ)
     assert given.run.config == inner / "gate.yml"
     assert given.run.output == inner / "out"
     assert given.run.hf_cache == inner.parent / "cache"
 
 
-@pytest.mark.parametrize("name", ["config", "output", "hf-cache"])
+@pytest.mark.parametrize("name", ["config", "output", "hf-cache-dir"])
 def test_the_home_directory_has_its_sign(environ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x").touch() if name == "config" else None
     given = action.read_inputs(words(**{name.replace("-", "_"): "~/x"}), environ)
-    assert getattr(given.run, name.replace("-", "_")) == tmp_path / "x"
+    assert getattr(given.run, name.removesuffix("-dir").replace("-", "_")) == tmp_path / "x"
 
 
 def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_path: Path) -> None:
@@ -212,11 +261,12 @@ def test_a_runner_whose_work_lies_behind_a_link(environ: dict[str, str], tmp_pat
     (tmp_path / "_work").symlink_to(tmp_path)
     linked = {
         **environ,
-        "GITHUB_WORKSPACE": str(tmp_path / "_work" / "work"),
+        "GITHUB_WORKSPACE": str(tmp_path / "_work" / "workspace"),
         "RUNNER_TEMP": str(tmp_path / "_work" / "temp"),
     }
-    for config in ("gate.yml", str(tmp_path / "_work" / "work" / "gate.yml"), str(tmp_path / "work" / "gate.yml")):
-        assert action.read_inputs(words(config=config), linked).run.config == tmp_path / "work" / "gate.yml"
+    roots = (tmp_path / "_work" / "workspace", tmp_path / "workspace")
+    for config in ("gate.yml", *(str(root / "gate.yml") for root in roots)):
+        assert action.read_inputs(words(config=config), linked).run.config == tmp_path / "workspace" / "gate.yml"
     for output in (f"{linked['RUNNER_TEMP']}/out", f"{tmp_path}/temp/out"):
         given = action.read_inputs(words(output=output), linked).run.output
         assert given == given.resolve() == tmp_path / "temp" / "out"

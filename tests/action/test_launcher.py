@@ -17,7 +17,7 @@ from tests.support.wording import Wording
 
 @pytest.fixture
 def run(tmp_path: Path) -> ContainerRun:
-    workspace = tmp_path / "work"
+    workspace = tmp_path / "workspace"
     (workspace / "gate").mkdir(parents=True)
     (workspace / "gate" / "config.yml").write_text("version: 1\n", encoding="utf-8")
     return ContainerRun(
@@ -54,6 +54,23 @@ def test_a_config_that_is_a_link_out_of_the_workspace(run: ContainerRun, tmp_pat
     with pytest.raises(LauncherError) as caught:  # which comes later
         run_in_container(replace(run, config=link, mounts=(tmp_path,)), print)
     wording(caught.value)
+
+
+def test_adapters_that_the_container_would_not_see(run: ContainerRun, tmp_path: Path, wording: Wording) -> None:
+    for name in ("workspace/a", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (run.workspace / "link").symlink_to(tmp_path / "elsewhere")
+    named = replace(run, config=None, adapters=("./a", "acme/lora"))
+    for wrong in (
+        replace(named, base=str(tmp_path / "elsewhere")),
+        replace(named, adapters=("./link",)),
+        replace(
+            named, base=str(tmp_path / "elsewhere"), mounts=(tmp_path / "elsewhere",)
+        ),  # fails for lack of an engine
+    ):
+        with pytest.raises((UsageError, LauncherError)) as caught:
+            run_in_container(wrong, print)
+        wording(caught.value)
 
 
 def test_an_output_that_is_a_file(run: ContainerRun, tmp_path: Path, wording: Wording) -> None:

@@ -130,6 +130,88 @@ def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: W
     wording(said.problem)
 
 
+# --- what the job does with it ---------------------------------------------------------------------------------------
+
+
+def entries(*verdicts: str, warns: bool = False, **more: object) -> dict:
+    finding = {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
+    listed = [
+        {"name": f"a{index}", "verdict": verdict, "cause": None, "findings": [finding] if warns else []}
+        for index, verdict in enumerate(verdicts)
+    ]
+    return {"complete": True, "adapters": listed, **more}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "fail_on", "not_judged", "fails"),
+    [
+        (["passed"], "failed", True, False),
+        (["passed", "failed"], "failed", True, True),
+        (["passed", "failed"], "never", True, False),
+        (["failed", "error"], "never", True, True),
+        (["failed", "error"], "never", False, False),
+        (["failed", "error"], "failed", False, True),
+        (["passed", "error"], "failed", True, True),
+        (["passed", "error"], "failed", False, False),
+        ([], "failed", True, False),
+    ],
+)
+def test_what_fails_the_job(verdicts: list[str], fail_on: str, not_judged: bool, fails: bool, wording: Wording) -> None:
+    result = "fail" if "failed" in verdicts else "error" if "error" in verdicts else "pass"
+    said = outcome.conclude(outcome.StepOutcome(result, entries(*verdicts)), fail_on, fail_on_not_judged=not_judged)
+    assert said.fails is fails
+    assert said.reason or result == "pass"
+    wording(said.reason)
+
+
+@pytest.mark.parametrize(("fail_on", "fails"), [("failed", False), ("warning", True), ("never", False)])
+def test_a_warning_fails_the_job_if_it_is_asked_to(fail_on: str, fails: bool) -> None:
+    found = outcome.StepOutcome("pass", entries("passed", warns=True))
+    assert outcome.conclude(found, fail_on, fail_on_not_judged=True).fails is fails
+    assert not outcome.conclude(outcome.StepOutcome("pass", entries("passed")), fail_on, fail_on_not_judged=True).fails
+    known = entries("failed", warns=True)
+    known["adapters"][0]["accepted"] = {"reason": "known"}
+    assert not outcome.conclude(outcome.StepOutcome("pass", known), fail_on, fail_on_not_judged=True).fails
+
+
+@pytest.mark.parametrize("found", [None, entries("passed")])
+def test_a_run_without_a_complete_report_fails_the_job_in_any_case(found: dict | None) -> None:
+    lost = outcome.StepOutcome("error", found, "it was lost")
+    assert outcome.conclude(lost, "never", fail_on_not_judged=False).fails
+
+
+def test_an_adapter_has_passed_if_it_has_in_every_dtype() -> None:
+    found = entries("passed", "passed", "failed", "error")
+    found["adapters"][1]["name"] = "a2"
+    assert outcome.passed_names(found) == ["a0"]
+    assert outcome.failed_names(found) == ["a2"]
+
+
+@pytest.mark.parametrize(
+    ("result", "problem", "summary", "line"),
+    [
+        (
+            "fail",
+            "",
+            "<!-- generator: merge-gate -->\n\n## ❌ merge-gate FAIL&#58; 2 of 6 adapters failed\n\nmore",
+            "merge-gate FAIL: 2 of 6 adapters failed",
+        ),
+        (
+            "pass",
+            "",
+            "## ✅ merge-gate PASS, but 1 adapter has warnings",
+            "merge-gate PASS, but 1 adapter has warnings",
+        ),
+        ("pass", "", "## ❌ merge-gate FAIL: 2 of 6 adapters failed", "merge-gate PASS"),
+        ("error", "", "no heading", "merge-gate ERROR"),
+        ("error", "no engine at 'x'\nWhat to do: y", "## ✅ merge-gate PASS: a", "merge-gate ERROR: no engine at x"),
+        ("fail", "", "## ❌ merge-gate FAIL: $(id)`id`\"';&|<>::a\x1b名", "merge-gate FAIL: (id)id;:a"),
+    ],
+)
+def test_the_headline_is_a_line_that_nothing_interprets(result: str, problem: str, summary: str, line: str) -> None:
+    assert outcome.headline(outcome.StepOutcome(result, entries(), problem), summary) == line
+
+
 # --- published models ------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,9 @@ def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inpu
     said = outputs(environ)
     assert (said["result"], said["failed"], said["counts"]) == ("error", "[]", "{}")
     assert (said["report-path"], said["upload"]) == ("", "false")
+    assert (said["passed"], said["conclusion"]) == ("[]", "failure")
+    assert said["headline"].startswith("merge-gate ERROR: ")
+    assert {said[name] for name in ("report-json", "report-html", "sarif", "summary")} == {""}
     assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text().startswith("### merge-gate: error\n")
 
 
@@ -210,6 +213,14 @@ def test_a_container_that_fails_an_adapter(environ: dict[str, str], tmp_path: Pa
     assert "::error file=gate.yml,line=1" in log
     said = outputs(environ)
     assert (said["result"], said["failed"], said["image"], said["upload"]) == ("fail", '["a"]', "sha256:1", "true")
+    assert (said["report-json"], said["summary"]) == tuple(
+        f"{said['report-path']}/{name}" for name in ("report.json", "summary.md")
+    )
+    assert (said["headline"], said["conclusion"], said["reason"]) == (
+        "merge-gate FAIL",
+        "failure",
+        "the job fails: 1 failed",
+    )
     assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text() == "## the gate's own\n"
 
 
@@ -312,6 +323,55 @@ def test_a_summary_that_is_a_link_is_not_read(environ: dict[str, str], tmp_path:
     (output / "summary.md").symlink_to(tmp_path / "secret")
     inputs = read_inputs(["--config=gate.yml", "--output=out"], environ)
     assert action._summary(inputs, StepOutcome("pass", report("pass"))) == ""
+
+
+@pytest.mark.parametrize(
+    ("head", "token", "verdict", "explains"),
+    [
+        ("stranger/adapters", "", "error", True),
+        ("stranger/adapters", "hf_x", "error", False),
+        ("stranger/adapters", "", "pass", False),
+        ("acme/adapters", "", "error", False),
+    ],
+)
+def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str], wording: Wording,
+    head: str, token: str, verdict: str, explains: bool,
+) -> None:  # fmt: skip
+    event = Path(environ["RUNNER_TEMP"], "event.json")
+    event.write_text(json.dumps({"pull_request": {"number": 5, "head": {"repo": {"full_name": head}}}}))
+    given = {
+        **environ, "GITHUB_EVENT_NAME": "pull_request", "GITHUB_EVENT_PATH": str(event), "HF_TOKEN": token,
+        "GITHUB_REPOSITORY": "acme/adapters",
+    }  # fmt: skip
+    words = ["--config=gate.yml", "--output=out", "--comment=true", "--upload-sarif=true"]
+    inputs = read_inputs([*words, "--fail-on-not-judged=false"], given)
+    inputs.run.output.mkdir()
+    result = StepOutcome(verdict, report(verdict))
+    assert action._publish(inputs, result, action._RunMessages(), given) == 0
+    warnings = annotations("warning", capsys.readouterr().out)
+    assert bool(warnings) is explains
+    summary = Path(environ["GITHUB_STEP_SUMMARY"]).read_text()
+    assert summary.startswith("> This run is a pull request from a fork.") is explains
+    if explains:
+        wording(warnings[0])
+    said, own = outputs(environ), str(head == "acme/adapters").lower()
+    assert (said["conclusion"], said["comment"], said["upload-sarif"]) == ("success", own, own)
+
+
+def test_a_warning_that_fails_the_job_is_annotated(environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = report("pass")
+    found["adapters"][0]["findings"] = [
+        {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
+    ]
+    for fail_on, expected in (("warning", "failure"), ("failed", "success")):
+        inputs = read_inputs(["--config=gate.yml", "--output=out", f"--fail-on={fail_on}"], environ)
+        inputs.run.output.mkdir(exist_ok=True)
+        action._publish(inputs, StepOutcome("pass", found), action._RunMessages(), environ)
+        log = capsys.readouterr().out
+        assert ("::warning file=gate.yml,line=1,col=1,title=a passed%3A headroom::m" in log) is (fail_on == "warning")
+        assert outputs(environ)["conclusion"] == expected
+        Path(environ["GITHUB_OUTPUT"]).unlink()
 
 
 def test_a_server_without_artifacts_keeps_the_report(

@@ -75,7 +75,8 @@ def test_every_input_reaches_the_container_and_an_empty_one_has_its_default(
         "shm": 32 << 20, "memory": str(512 << 20), "cpus": "150000", "debug": "1", "cache": str(home / "cache"),
         "shelf": ["base"], "shelf is writable": False,
         "words": ["run", "gate/facts.yml", "--output", str(home / "report"), "--device", "cpu",
-                  "--shard", "2/4", "--cache", str(home / "verdicts"), "--only", "a"],
+                  "--shard", "2/4", "--cache", str(home / "verdicts"), "--publish", str(home / "merged"),
+                  "--only", "a"],
     }  # fmt: skip
     assert seen["REPORT"] == str(home / "report")
     assert seen["NAME"] == "every input"
@@ -108,3 +109,23 @@ def test_a_gpu_that_is_not_there_is_an_error(
     assert run.outputs("gate")["result"] == "error"
     assert json.loads(run.outputs("gate")["counts"]) == {}
     assert run.artifacts == {}
+
+
+@pytest.mark.usefixtures("image")
+def test_a_model_is_published_and_verified_natively_and_in_the_container(
+    tool, repository: Path, tmp_path: Path, installed, released, engine: str
+) -> None:
+    make_repository(repository, "publish.yml")
+    run = run_act(
+        tool("act"), repository, "publish.yml", tmp_path / "run", python=installed, consumer_of=released,
+        environ={"DOCKER_HOST": engine, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.code == 0, run.text
+    seen = [record for record in run.commands("set-output") if record.get("stepID") == ["seen"]]
+    assert [record["arg"] for record in seen if record["name"] == "RESULTS"] == ["pass pass fail failure"] * 2
+    assert [record["arg"] for record in seen if record["name"] == "IMAGES"] == ["false false", "true true"]
+    native, docker = (json.loads(record["arg"]) for record in seen if record["name"] == "PUBLISHED")
+    for (model,) in (native, docker):
+        assert (model["name"], model["dtype"]) == ("good", "preserve")
+        assert model["directory"].endswith("/merged/good")
+        assert len(model["sha256"]) == 64

@@ -114,7 +114,7 @@ def test_it_runs_by_hand_as_anybody(podman, image: str, demo: Path, tmp_path: Pa
 
 def recipes_without_github() -> dict[str, str]:
     """The document's commands for other runners: by hand, and what Buildkite's agent gives to a shell."""
-    section = (ROOT / "docs" / "reference/action.md").read_text(encoding="utf-8").partition("### Without GitHub")[2]
+    section = (ROOT / "docs" / "guides/github-actions.md").read_text(encoding="utf-8").partition("## Without GitHub")[2]
     by_hand, buildkite = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[:2]
     (step,) = yaml.safe_load(buildkite)["steps"]
     assert step["artifact_paths"] == "out/*"

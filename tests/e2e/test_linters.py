@@ -75,7 +75,7 @@ def test_the_recipes_of_the_documents_are_workflows(home: Path, tmp_path: Path) 
     folder = tmp_path / ".github" / "workflows"
     folder.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    text = (ROOT / "docs" / "reference/action.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides/github-actions.md").read_text(encoding="utf-8")
     blocks = [
         block for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "\njobs:" in block
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import pytest
 from merge_gate.demo import EXPECTED
 from tests.support.e2e.act import ROOT, ActRun, make_repository, run_act
 from tests.support.e2e.github import BOT, GitHub, archive, serving
-from tests.support.hub import LoopbackHub
+from tests.support.hub import LoopbackHub, files_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,12 +181,3 @@ def test_a_push_to_the_hub_is_gated_at_its_commit(
     assert run.code == 1, run.text
     (adapter,) = run.report()["adapters"]
     assert (adapter["name"], adapter["revision"], adapter["cause"]) == ("nan", commit, "adapter-nonfinite")
-
-
-def files_of(directory: Path, **config: str) -> dict[str, bytes]:
-    """A repository of the Hub with what lies in a directory; an adapter's config gets other values."""
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    if config:
-        known = json.loads(files["adapter_config.json"])
-        files["adapter_config.json"] = json.dumps(known | config).encode()
-    return files

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 LONGEST_STALL_S = 120.0
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")
@@ -154,6 +155,15 @@ class LoopbackHub:
                     one.times -= 1
                     return one
         return None
+
+
+def files_of(directory: Path, **config: str) -> dict[str, bytes]:
+    """The files of a directory, for `add_repo`; an adapter's config gets other values."""
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    if config:
+        known = json.loads(files["adapter_config.json"])
+        files["adapter_config.json"] = json.dumps(known | config).encode()
+    return files
 
 
 def _sha1(content: bytes) -> str:

@@ -6,6 +6,7 @@ checks that files exist. An empty input has its default, as in action.yml.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun, Limits
 from merge_gate.errors import UsageError
 from merge_gate.interrupts import TIME_LIMIT_S
@@ -22,54 +24,80 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _RETENTION_LIMIT_DAYS = 400
+DEFAULT_CONFIG = "merge-gate.yml"
 RESERVED_OPTIONS = (
     "--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report", "--publish",
 )  # fmt: skip
 """Options of `merge-gate run` that the action sets itself, mostly from an input."""
-_OF_RUNS = ("config", "cache", "publish", "shard")
+_OF_RUNS = ("dtype", "cache", "cache-dir", "publish", "shard")
 """Inputs that `verify` does not go with."""
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
+_LINE = r"[^\0\r\n]*"
+_SWITCH = ("true|false", "true or false")
+_DTYPE = "(auto|float32|bfloat16|float16)"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 _Rule = tuple[str, str, str]  # the input, the pattern of its value, and what the value must be
 RULES: tuple[_Rule, ...] = (
-    ("config", r"[^\0\r\n]*", "the path of the gate's YAML file"),
+    ("config", _LINE, "the path of the gate's YAML file"),
+    ("adapters", r"[^\0]*", "directories or Hub ids, one on each line"),
+    ("base", _LINE, "a directory or a Hub id"),
+    (
+        "dtype",
+        rf"({_DTYPE}(\s*,\s*{_DTYPE})*)?",
+        "auto, float32, bfloat16 or float16, or a list such as bfloat16,float16",
+    ),
     ("runtime", r"auto|docker|native", "auto, docker or native"),
-    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
     ("device", r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+    ("gpus", r"auto|none|all|[A-Za-z0-9][A-Za-z0-9:_,-]*", "auto, none, all, or a list such as 0,1"),
     ("image", r"[A-Za-z0-9][A-Za-z0-9._/:@-]*|", "the name of an image"),
     ("pull", r"missing|always|never", "missing, always or never"),
-    ("hf-cache", r"[^\0\r\n]*", "a directory"),
-    ("cache", r"[^\0\r\n]*", "a directory"),
-    ("publish", r"[^\0\r\n]*", "a directory"),
-    ("verify", r"[^\0\r\n]*", "a directory"),
     ("mounts", r"[^\0]*", "directories, one on each line"),
     ("memory", _SIZE, "a size such as 16g"),
-    ("shm-size", _SIZE, "a size such as 1g"),
     ("cpus", r"(\d+(\.\d+)?)?", "a number such as 2 or 1.5"),
-    ("timeout-minutes", r"((?=.*[1-9])\d{1,5}(\.\d+)?)?", "a number of minutes above 0"),
-    ("working-directory", r"[^\0\r\n]*", "a directory"),
-    ("fail-on", r"broken|never", "broken or never"),
-    ("upload-report", r"true|false", "true or false"),
+    ("shm-size", _SIZE, "a size such as 1g"),
+    ("hf-cache", *_SWITCH),
+    ("hf-cache-dir", _LINE, "a directory"),
+    ("cache", *_SWITCH),
+    ("cache-dir", _LINE, "a directory"),
+    ("publish", _LINE, "a directory"),
+    ("verify", _LINE, "a directory"),
+    ("fail-on", r"failed|warning|never", "failed, warning or never"),
+    ("fail-on-not-judged", *_SWITCH),
+    ("upload-report", *_SWITCH),
     ("artifact-name", r'[^"<>|*?\r\n\\/:\0]*', 'a name without " : < > | * ? \\ / and line breaks'),
     ("retention-days", r"\d{1,3}", f"0 to {_RETENTION_LIMIT_DAYS} days (0: the repository's default)"),
-    ("output", r"[^\0\r\n]*", "a directory"),
+    ("upload-sarif", *_SWITCH),
+    ("comment", *_SWITCH),
     ("shard", r"([1-9]\d{0,4}/[1-9]\d{0,4})?", "a part such as 2/4, counted from 1"),
+    ("output", _LINE, "a directory"),
+    ("working-directory", _LINE, "a directory"),
+    ("timeout-minutes", r"((?=.*[1-9])\d{1,5}(\.\d+)?)?", "a number of minutes above 0"),
 )
 DEFAULTS = {
-    "runtime": "auto", "gpus": "auto", "device": "auto", "pull": "missing", "fail-on": "broken",
-    "upload-report": "true", "retention-days": "0",
+    "config": DEFAULT_CONFIG, "runtime": "auto", "gpus": "auto", "device": "auto", "pull": "missing",
+    "hf-cache": "false", "cache": "false", "fail-on": "failed", "fail-on-not-judged": "true", "upload-report": "true",
+    "retention-days": "0", "upload-sarif": "false", "comment": "false",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ActionInputs:
-    """The checked inputs: the run that they ask for, without its environment, and where and how it runs."""
+    """The checked inputs: the run that they ask for, without its environment, and where and how it runs.
+
+    `fail_on` is `failed`, `warning` or `never`. `upload_sarif` and `comment` say what was asked for; an event may rule
+    it out.
+    """
 
     run: ContainerRun
     runtime: str
+    fail_on: str
+    fail_on_not_judged: bool
     upload_report: bool
     artifact_name: str
     retention_days: int
+    upload_sarif: bool
+    comment: bool
 
 
 def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInputs:
@@ -78,21 +106,26 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     given.update(word[2:].partition("=")[::2] for word in words)
     given = {name: value or DEFAULTS.get(name, "") for name, value in given.items()}
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
+    problems += _clashes(given)
     places = _Places(environ, given["working-directory"])
-    config = places.place(given["verify"] or given["config"])
-    if not places.problem and not any(problem.startswith(("config: ", "verify: ")) for problem in problems):
-        problems += _problems_of_subject(given, config)
+    subject = _Subject(given, places)
+    if not places.problem:
+        wrong = {problem.partition(":")[0] for problem in problems}
+        problems += [problem for problem in subject.problems if problem.partition(":")[0] not in wrong]
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
         problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
-    cache = places.place(given["cache"]).resolve() if given["cache"] else None
-    publish = places.place(given["publish"]) if given["publish"] else None
     arguments, args_problem = _arguments(given["args"])
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
         raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/reference/action.md describes them")
+    environ = {**environ, **{f"{caches.INPUT}{name.upper().replace('-', '_')}": given[name] for name in given}}
+    cache = _cache_directory(given, places, environ)
+    publish = places.place(given["publish"]) if given["publish"] else None
     run = ContainerRun(
-        config=config,
+        config=subject.config,
+        adapters=subject.adapters,
+        base=subject.base,
         output=output,
         workspace=workspace_of(environ),
         image=given["image"],
@@ -100,15 +133,16 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
         device="cpu" if given["verify"] else given["device"],
         gpus="none" if given["verify"] else given["gpus"],
         arguments=(
+            *(["--dtype", re.sub(r"\s", "", given["dtype"])] if given["dtype"] else []),
             *(["--shard", given["shard"]] if given["shard"] else []),
             *(["--cache", str(cache)] if cache else []),
             *(["--publish", str(publish)] if publish else []),
             *arguments,
         ),
-        hf_cache=places.place(given["hf-cache"]).resolve() if given["hf-cache"] else None,
+        hf_cache=places.place(given["hf-cache-dir"]).resolve() if given["hf-cache-dir"] else caches.hub_home(environ),
         cache=cache,
         publish=publish,
-        mounts=tuple(places.place(line.strip()) for line in given["mounts"].splitlines() if line.strip()),
+        mounts=tuple(places.place(line) for line in _lines(given["mounts"])),
         limits=Limits(given["memory"], given["shm-size"], given["cpus"]),
         verifies=bool(given["verify"]),
         time_limit_s=float(given["timeout-minutes"]) * 60 if given["timeout-minutes"] else TIME_LIMIT_S,
@@ -116,26 +150,113 @@ def read_inputs(words: Sequence[str], environ: Mapping[str, str]) -> ActionInput
     return ActionInputs(
         run=run,
         runtime=given["runtime"],
+        fail_on=given["fail-on"],
+        fail_on_not_judged=given["fail-on-not-judged"] == "true",
         upload_report=given["upload-report"] == "true",
         artifact_name=given["artifact-name"] or _artifact_name(environ, given["shard"]),
         retention_days=int(given["retention-days"]),
+        upload_sarif=given["upload-sarif"] == "true",
+        comment=given["comment"] == "true",
     )
 
 
-def _problems_of_subject(given: Mapping[str, str], path: Path) -> list[str]:
-    """What is wrong with the configuration, or with the model to verify. `path` is the one of them that is given."""
-    if given["verify"]:
-        clashes = [name for name in _OF_RUNS if given[name]]
-        problems = [f"{name}: got {given[name]!r}, expected nothing, because `verify` is set" for name in clashes]
-        if not path.is_dir():
-            problems.append(f"verify: got {given['verify']!r}, expected a directory, but {path} is not one")
-        return problems
-    if not given["config"]:
-        return ["config: got '', expected the path of the gate's YAML file (required, unless `verify` is set)"]
-    if path.is_file():
+def _cache_directory(given: Mapping[str, str], places: _Places, environ: Mapping[str, str]) -> Path | None:
+    if given["cache-dir"]:
+        return places.place(given["cache-dir"]).resolve()
+    planned = caches.verdicts(environ)
+    return planned.directory if planned else None
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
+    value = given[name]
+    if re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS):
+        return ""
+    more = ""
+    if name in {"cache", "hf-cache"}:
+        more = f"; a directory goes into `{name}-dir`"
+    if (name, value) == ("fail-on", "broken"):
+        more = "; `fail-on: failed` is what `broken` was"
+    return f"{name}: got {value!r}, expected {expected}{more}"
+
+
+def _clashes(given: Mapping[str, str]) -> list[str]:
+    """Inputs that contradict each other."""
+    problems = [
+        f"{name}-dir: got {given[f'{name}-dir']!r}, expected nothing, because `{name}` is true: GitHub's cache has a "
+        "directory of its own; leave one of them out"
+        for name in ("hf-cache", "cache")
+        if given[name] == "true" and given[f"{name}-dir"]
+    ]
+    by = "verify" if given["verify"] else "adapters" if given["adapters"] else ""
+    if by and given["config"] != DEFAULT_CONFIG:
+        problems.append(f"config: got {given['config']!r}, expected nothing, because `{by}` is set")
+    if by == "verify":
+        problems += [
+            f"{name}: got {given[name]!r}, expected nothing, because `verify` is set"
+            for name in _OF_RUNS
+            if given[name] not in {"", "false"}
+        ]
+        if len(_lines(given["adapters"])) > 1:
+            problems.append(f"adapters: got {len(_lines(given['adapters']))} lines, expected one with `verify`")
+    if not by:
+        problems += [
+            f"{name}: got {given[name]!r}, expected nothing without `adapters`: the configuration names it"
+            for name in ("base", "dtype")
+            if given[name]
+        ]
+    return problems
+
+
+class _Subject:
+    """Resolves what is gated: a configuration, or adapters and their base, or a model to verify.
+
+    A local path becomes relative to the workspace, where the gate starts. `problems` has everything that is missing.
+    """
+
+    def __init__(self, given: Mapping[str, str], places: _Places) -> None:
+        self.problems: list[str] = []
+        self._places = places
+        self.config: Path | None = None
+        listed = _lines(given["adapters"])
+        self.adapters = tuple(word for line in listed for word in self._words("adapters", line))
+        self.base = next(iter(self._words("base", given["base"])), "") if given["base"] else ""
+        if given["verify"]:
+            self.config = places.place(given["verify"])
+            if not self.config.is_dir():
+                text = f"verify: got {given['verify']!r}, expected a directory, but {self.config} is not one"
+                self.problems.append(text)
+        elif not listed:
+            self.config = places.place(given["config"])
+            self._check_config(given["config"], self.config)
+
+    def _check_config(self, written: str, path: Path) -> None:
+        if path.is_file():
+            return
+        other = "; or set `config` or `adapters`" if written == DEFAULT_CONFIG else ""
+        missing = (
+            "is a directory" if path.is_dir() else f"does not exist (run actions/checkout before this step{other})"
+        )
+        self.problems.append(f"config: got {written!r}, expected a file, but {path} {missing}")
+
+    def _words(self, name: str, written: str) -> list[str]:
+        """The words of the command line for one line of an input: directories, or a Hub id."""
+        if re.search(r"[*?\[]", written):
+            found = self._places.matching(written)
+            if not found:
+                self.problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
+            return [self._places.relative(path) for path in found]
+        path = self._places.place(written)
+        if path.is_dir():
+            return [self._places.relative(path)]
+        if _HUB_ID.fullmatch(written) and not path.exists():
+            return [written]
+        state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
+        self.problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
         return []
-    missing = "is a directory" if path.is_dir() else "does not exist (run actions/checkout before this step)"
-    return [f"config: got {given['config']!r}, expected a file, but {path} {missing}"]
 
 
 def workspace_of(environ: Mapping[str, str]) -> Path:
@@ -153,7 +274,7 @@ class _Places:
     def __init__(self, environ: Mapping[str, str], working_directory: str) -> None:
         names = (environ.get("GITHUB_WORKSPACE"), environ.get("RUNNER_TEMP"))
         self._roots = {name: Path(name).resolve() for name in map(os.path.abspath, filter(None, names))}
-        self._start = workspace_of(environ)
+        self._workspace = self._start = workspace_of(environ)
         self.problem = ""
         if working_directory:
             self._start = self.place(working_directory)
@@ -172,11 +293,17 @@ class _Places:
             return outside
         return outside.parent.resolve() / outside.name
 
+    def matching(self, pattern: str) -> list[Path]:
+        """The directories that match a pattern, sorted. The start of relative paths is no part of the pattern."""
+        written = os.path.expanduser(pattern)  # noqa: PTH111 # Path's raises without a home
+        whole = written if os.path.isabs(written) else os.path.join(glob.escape(str(self._start)), written)  # noqa: PTH117, PTH118
+        return [self.place(name) for name in sorted(glob.glob(whole)) if os.path.isdir(name)]  # noqa: PTH112, PTH207
 
-def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
-    value = given[name]
-    is_valid = re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _RETENTION_LIMIT_DAYS)
-    return "" if is_valid else f"{name}: got {value!r}, expected {expected}"
+    def relative(self, path: Path) -> str:
+        """A path for the gate, which starts in the workspace."""
+        if self._workspace in path.parents or path == self._workspace:
+            return os.path.join(os.curdir, os.path.relpath(path, self._workspace))  # noqa: PTH118 # Path drops the dot
+        return str(path)
 
 
 def _arguments(text: str) -> tuple[tuple[str, ...], str]:

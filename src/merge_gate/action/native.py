@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.action.docker.container import gate_words
@@ -22,6 +23,8 @@ _PROBE = (
     "import importlib.util as u, sys; sys.exit(0 if u.find_spec('merge_gate') and u.find_spec('merge_gate.cli') else 3)"
 )
 _CHUNK = 65_536
+_HUB_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+"""Variables that put the Hub's cache elsewhere than in HF_HOME."""
 
 
 def missing(environ: Mapping[str, str]) -> str:
@@ -92,7 +95,13 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def gpus_and_device(run: ContainerRun) -> tuple[dict[str, str], str]:
     """Limit the GPUs by CUDA's own variable. If GPUs were requested, the run must not fall back to the CPU."""
-    environ = {**_environment(run.environ), **({"HF_HOME": str(run.hf_cache)} if run.hf_cache else {})}
+    environ = _environment(run.environ)
+    if run.hf_cache:
+        # A token that `hf auth login` has stored stays where it is.
+        home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+        token = {"HF_TOKEN_PATH": str(home.expanduser() / "token"), **environ}
+        environ = {name: value for name, value in token.items() if name not in _HUB_CACHES}
+        environ["HF_HOME"] = str(run.hf_cache)
     requested = run.gpus not in {"auto", "none"}
     if (run.device == "cpu" and requested) or (run.device.startswith("cuda") and run.gpus == "none"):
         raise UsageError(

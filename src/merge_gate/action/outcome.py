@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from merge_gate.regular_file import read_regular_file
 from merge_gate.strict_json import InvalidJsonError, parse_strictly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _KINDS: dict[str, Any] = {"schema_version": str, "complete": bool, "result": str, "counts": dict, "adapters": list}
 _ADAPTER_KINDS: dict[str, Any] = {
@@ -69,6 +71,85 @@ def decide(code: int, path: Path, last_lines: Sequence[str] = (), refused: Seque
         f"there is no verdict: the gate ended with exit code {code}, but its report is {state} with the result "
         f"{report['result']!r}",
     )
+
+
+# --- what the job does with it -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Whether the job fails, and the reason; empty if there is nothing to explain."""
+
+    fails: bool
+    reason: str
+
+
+def conclude(result: StepOutcome, fail_on: str, *, fail_on_not_judged: bool) -> Conclusion:
+    """Decide whether the job fails. A run without a complete report always fails it.
+
+    Args:
+        result: the step's result.
+        fail_on: `failed`, `warning` or `never`.
+        fail_on_not_judged: whether an adapter that could not be judged fails the job, also if another one failed.
+    """
+    if result.problem or result.report is None:
+        return Conclusion(True, "the job fails: the run has no complete report")
+    adapters = result.report["adapters"]
+    failed = _names(adapters, lambda adapter: adapter["verdict"] == "failed" and not adapter.get("accepted"))
+    errors = _names(adapters, lambda adapter: adapter["verdict"] == "error")
+    warned = _names(adapters, lambda adapter: adapter["verdict"] == "passed" and has_warning(adapter))
+    counted = [
+        (failed, "failed", fail_on != "never", "fail-on is never"),
+        (errors, "could not be judged", fail_on_not_judged, "fail-on-not-judged is false"),
+        (warned, "passed with warnings", fail_on == "warning", ""),
+    ]
+    reasons = [f"{len(names)} {state}" for names, state, decides, _ in counted if names and decides]
+    if reasons:
+        return Conclusion(True, f"the job fails: {', '.join(reasons)}")
+    tolerated = [f"{len(names)} {state}, and {why}" for names, state, _, why in counted if names and why]
+    return Conclusion(False, "; ".join(tolerated))
+
+
+def has_warning(adapter: Mapping[str, Any]) -> bool:
+    """Whether an entry of a report has a warning."""
+    return any(finding["severity"] == "warning" for finding in adapter["findings"])
+
+
+def passed_names(report: Mapping[str, Any]) -> list[str]:
+    """The adapters that passed in all their dtypes."""
+    rest = set(_names(report["adapters"], lambda adapter: adapter["verdict"] != "passed"))
+    return [name for name in _names(report["adapters"], lambda _: True) if name not in rest]
+
+
+def failed_names(report: Mapping[str, Any]) -> list[str]:
+    """The adapters that failed in at least one dtype."""
+    return _names(report["adapters"], lambda adapter: adapter["verdict"] == "failed")
+
+
+def _names(adapters: Sequence[Mapping[str, Any]], is_meant: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+    return list(dict.fromkeys(adapter["name"] for adapter in adapters if is_meant(adapter)))
+
+
+_HEADING = re.compile(r"## \S+ merge-gate ([A-Z]+)([:,] .*)")
+_MOST_HEADLINE = 200
+_SUMMARY_START = 2000
+"""Characters in which the first heading is; a comment comes before it."""
+
+
+def headline(result: StepOutcome, summary: str) -> str:
+    """The result in a line that a workflow can put anywhere: letters, digits, blanks, and ``,.:;()/_+%-``.
+
+    It is the heading of summary.md. Other characters are left out, so that a shell finds nothing to run in it. If there
+    is no complete report, it has the first line of the problem.
+    """
+    word = result.result.upper()
+    lines = [line for line in summary[:_SUMMARY_START].splitlines() if line.startswith("## ")]
+    heading = _HEADING.fullmatch(html.unescape(lines[0])) if lines else None
+    if result.problem or heading is None or heading[1] != word:
+        rest = f": {result.problem.partition(chr(10))[0]}" if result.problem else ""
+    else:
+        rest = heading[2]
+    return re.sub(r"[^A-Za-z0-9 ,.:;()/_+%-]|:(?=:)", "", f"merge-gate {word}{rest}")[:_MOST_HEADLINE].strip()
 
 
 def published(report: Mapping[str, Any], parent: Path | None) -> list[dict[str, str]]:

@@ -12,13 +12,15 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from merge_gate.action import native, outcome, workflow
+from merge_gate.action import caches, native, outcome, workflow
 from merge_gate.action.docker import collect, sdk
 from merge_gate.action.docker.container import ContainerRun, config_word
 from merge_gate.action.docker.docker_api import answers
 from merge_gate.action.docker.launcher import RunListener, run_in_container
+from merge_gate.action.event import Event, read_event
 from merge_gate.action.inputs import ActionInputs, read_inputs, workspace_of
 from merge_gate.action.outcome import StepOutcome
 from merge_gate.errors import ExitCode, GateError, UsageError
@@ -158,19 +160,29 @@ def _publish(
         _say(f"merge-gate: {messages.earlier.line}")
     cannot_upload = workflow.missing_artifacts(environ.get("GITHUB_SERVER_URL", ""))
     wants_upload = report is not None and inputs is not None and inputs.upload_report
-    for sentence in [*messages.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]:
+    event = read_event(environ)
+    warnings = [*messages.warnings, *([cannot_upload] if wants_upload and cannot_upload else [])]
+    warnings += [caches.why_not_saved(environ)] if inputs else []
+    without_token = _fork_without_token(event, report, environ)
+    for sentence in filter(None, [*warnings, without_token]):
         _say(workflow.command("warning", sentence, title="merge-gate"))
     if result.problem:
         _say(workflow.command("error", result.problem, title="merge-gate"))
     if report and inputs:
         file = workflow.file_in_workspace(inputs.run.config, inputs.run.workspace)
-        for line in workflow.annotate(report, file):
+        for line in workflow.annotate(report, file, warnings=inputs.fail_on == "warning"):
             _say(line)
     try:
         uploads = wants_upload and not cannot_upload
-        outputs = _outputs(inputs, result, messages.image, uploads=uploads)
+        summary = _summary(inputs, result)
+        outputs = {
+            **_outputs(inputs, result, messages.image, summary, uploads=uploads),
+            **_next_steps(inputs, result, event),
+            **caches.key_outputs(environ),
+        }
         workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
-        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _summary(inputs, result))
+        note = f"> {without_token}\n\n" if without_token else ""
+        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _with_problem(summary, result) + note)
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
         return 1
@@ -178,34 +190,73 @@ def _publish(
     return 0
 
 
-def _outputs(inputs: ActionInputs | None, result: StepOutcome, image: str, *, uploads: bool) -> dict[str, str]:
+def _fork_without_token(event: Event, report: Mapping[str, Any] | None, environ: Mapping[str, str]) -> str:
+    """The reason why a pull request from a fork cannot read a private or gated repository; empty for other runs."""
+    if not event.is_fork or not report or not report["counts"]["error"] or gate_environment(environ).get("HF_TOKEN"):
+        return ""
+    return (
+        "This run is a pull request from a fork. GitHub passes no secrets to it, so it has no token of the Hub, and "
+        "cannot read private or gated repositories. What needs them could not be judged: run the gate again on a "
+        "branch of this repository after a review."
+    )
+
+
+def _outputs(
+    inputs: ActionInputs | None, result: StepOutcome, image: str, summary: str, *, uploads: bool
+) -> dict[str, str]:
     report = result.report
-    failed = [adapter["name"] for adapter in report["adapters"] if adapter["verdict"] == "failed"] if report else []
+    there = {path.name: str(path) for path in collect.files(inputs.run.output)} if report and inputs else {}
     return {
         "result": result.result,
-        "failed": json.dumps(list(dict.fromkeys(failed))),
+        "failed": json.dumps(outcome.failed_names(report) if report else []),
+        "passed": json.dumps(outcome.passed_names(report) if report else []),
         "counts": json.dumps(report["counts"] if report else {}),
+        "headline": outcome.headline(result, summary),
         "published": json.dumps(outcome.published(report, inputs.run.publish) if report and inputs else []),
         "report-path": str(inputs.run.output) if report and inputs else "",
+        "report-json": there.get("report.json", ""),
+        "report-html": there.get("report.html", ""),
+        "sarif": there.get("report.sarif", ""),
+        "summary": there.get("summary.md", ""),
         "image": image,
         "upload": str(uploads).lower(),
-        "upload-path": workflow.literal_patterns(collect.files(inputs.run.output)) if report and inputs else "",
+        "upload-path": workflow.literal_patterns(list(map(Path, there.values()))),
         "artifact-name": inputs.artifact_name if inputs else "",
         "retention-days": str(inputs.retention_days) if inputs else "",
     }
 
 
+def _next_steps(inputs: ActionInputs | None, result: StepOutcome, event: Event) -> dict[str, str]:
+    """What the action's later steps do: the job's end, the comment, and the upload for code scanning."""
+    if inputs is None:
+        conclusion = outcome.conclude(result, "failed", fail_on_not_judged=True)
+        return {"conclusion": "failure", "reason": conclusion.reason, "comment": "false", "upload-sarif": "false"}
+    conclusion = outcome.conclude(result, inputs.fail_on, fail_on_not_judged=inputs.fail_on_not_judged)
+    has_sarif = result.report is not None and bool(result.report["complete"]) and not result.problem
+    return {
+        "conclusion": "failure" if conclusion.fails else "success",
+        "reason": conclusion.reason,
+        "comment": str(inputs.comment and bool(event.pull_request) and event.is_trusted).lower(),
+        "upload-sarif": str(inputs.upload_sarif and has_sarif and event.is_trusted).lower(),
+    }
+
+
 def _summary(inputs: ActionInputs | None, result: StepOutcome) -> str:
-    """The gate's summary, after the reason why there is no verdict (if there is one)."""
+    """The gate's summary; empty if there is none."""
     text = ""
     if inputs and result.report:
         with contextlib.suppress(OSError):
             name = "summary.md"
             text = read_regular_file(inputs.run.output / name, collect.LIMITS_BYTES[name]).decode("utf-8", "replace")
+    return text
+
+
+def _with_problem(summary: str, result: StepOutcome) -> str:
+    """The summary, after the reason why there is no verdict (if there is one)."""
     if not result.problem:
-        return text
+        return summary
     quoted = "\n".join(f"    {line}" for line in result.problem.splitlines())
-    return f"### merge-gate: error\n\n{quoted}\n\n{text}"
+    return f"### merge-gate: error\n\n{quoted}\n\n{summary}"
 
 
 def _say(line: str) -> None:

@@ -38,13 +38,13 @@ class Log:
 
     Between `open` and `close` the runner obeys no command (`::stop-commands::`). In addition, text that looks like a
     command is altered, and a lone carriage return ends a line, as for the runner. `secret` becomes `***`. Lines that
-    name a place in `config`, the path that the gate got, are collected in `places`.
+    name a place in `config`, the path that the gate got, are collected in `places`; none if it is empty.
     """
 
     def __init__(self, stream: BinaryIO, secret: str = "", config: str = "") -> None:
         self._stream = stream
         self._secret = secret
-        self._place = re.compile(re.escape(config) + r":(\d+):(\d+): (.+)")
+        self._place = re.compile(re.escape(config) + r":(\d+):(\d+): (.+)") if config else None
         self.places: list[tuple[str, str, str]] = []
         self._token = secrets.token_hex(16)
         self._rest = b""
@@ -82,7 +82,8 @@ class Log:
         text = line.decode("utf-8", "replace")
         harmless = safe_text(text.replace(self._secret, "***") if self._secret else text)
         self._tail.append(harmless)
-        if (match := self._place.fullmatch(harmless)) and len(self.places) < MAX_ANNOTATIONS:
+        match = self._place.fullmatch(harmless) if self._place else None
+        if match and len(self.places) < MAX_ANNOTATIONS:
             self.places.append((match[1], match[2], match[3]))
         self._put(harmless)
 
@@ -117,14 +118,25 @@ def annotate_config(places: Sequence[tuple[str, str, str]], file: str) -> list[s
     ]
 
 
-def annotate(report: Mapping[str, Any], file: str) -> list[str]:
+def annotate(report: Mapping[str, Any], file: str, *, warnings: bool = False) -> list[str]:
     """Return an error for each adapter that failed or could not be judged, failed adapters first.
 
     The same error of an adapter in several dtypes is reported once. A failure that the baseline accepts is a warning,
-    after the others. `file` is the configuration relative to the workspace; empty if it is outside.
+    after the others; so is the first warning of an adapter that passed, if `warnings` is set. `file` is the
+    configuration relative to the workspace; empty if it is outside.
     """
-    blocking = [adapter for adapter in report["adapters"] if adapter["verdict"] != "passed"]
-    blocking.sort(key=lambda adapter: (bool(adapter.get("accepted")), adapter["verdict"] != "failed"))
+    blocking = [
+        adapter
+        for adapter in report["adapters"]
+        if adapter["verdict"] != "passed" or (warnings and _warning_of(adapter) is not None)
+    ]
+    blocking.sort(
+        key=lambda adapter: (
+            adapter["verdict"] == "passed",
+            bool(adapter.get("accepted")),
+            adapter["verdict"] != "failed",
+        )
+    )
     annotations = list(dict.fromkeys(_annotation(adapter, file) for adapter in blocking))
     shown = annotations[:MAX_ANNOTATIONS]
     more = len(annotations) - len(shown)
@@ -134,27 +146,40 @@ def annotate(report: Mapping[str, Any], file: str) -> list[str]:
 
 
 def _annotation(adapter: Mapping[str, Any], file: str) -> str:
-    cause = adapter["cause"] or "not judged"
+    finding = _deciding(adapter)
+    cause = adapter["cause"] or (finding["check"] if finding else "not judged")
     title = f"{one_line(str(adapter['name']), _NAME_LIMIT)} {adapter['verdict']}: {one_line(cause, _NAME_LIMIT)}"
     place = {"file": file, "line": str(adapter["line"]), "col": str(adapter["column"])} if file else {}
-    level = "warning" if adapter["verdict"] == "failed" and adapter.get("accepted") else "error"
-    return command(level, _sentences(adapter), **place, title=title)
+    is_warning = adapter["verdict"] == "passed" or (adapter["verdict"] == "failed" and adapter.get("accepted"))
+    sentences = _sentences(finding) if finding else "No finding was recorded. See the log."
+    return command("warning" if is_warning else "error", sentences, **place, title=title)
 
 
-def _sentences(adapter: Mapping[str, Any]) -> str:
+def _deciding(adapter: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The finding that an annotation shows: the cause, or the first error, or the first warning of a pass."""
+    if adapter["verdict"] == "passed":
+        return _warning_of(adapter)
     errors = [finding for finding in adapter["findings"] if finding["severity"] == "error"]
     deciding = [finding for finding in errors if finding["check"] == adapter["cause"]]
-    for finding in [*deciding, *errors][:1]:
-        lines = [one_line(finding["message"], _MESSAGE_LIMIT)]
-        tensor = finding["tensor"]
-        lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
-        lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
-        return "\n".join(lines)
-    return "No finding was recorded. See the log."
+    return next(iter([*deciding, *errors]), None)
 
 
-def file_in_workspace(path: Path, workspace: Path) -> str:
-    """Return `path` relative to the workspace with forward slashes; empty if it is outside."""
+def _warning_of(adapter: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((finding for finding in adapter["findings"] if finding["severity"] == "warning"), None)
+
+
+def _sentences(finding: Mapping[str, Any]) -> str:
+    lines = [one_line(finding["message"], _MESSAGE_LIMIT)]
+    tensor = finding["tensor"]
+    lines += [f"Where: {one_line(tensor, _MESSAGE_LIMIT)}"] if tensor and tensor not in finding["message"] else []
+    lines += [f"What to do: {one_line(finding['hint'], _MESSAGE_LIMIT)}"] if finding["hint"] else []
+    return "\n".join(lines)
+
+
+def file_in_workspace(path: Path | None, workspace: Path) -> str:
+    """Return `path` relative to the workspace with forward slashes; empty if it is outside, or if there is none."""
+    if path is None:
+        return ""
     inside = os.path.relpath(path, workspace).replace(os.sep, "/")
     return "" if inside == ".." or inside.startswith("../") else inside
 

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "tests" / "e2e"
 UPLOAD = "actions/upload-artifact@043fb46d1a93c77aae656e7c1c64a875d1fc6a0a"
 DOWNLOAD = "actions/download-artifact@3e5f45b2cfb9172054b4087a40e8e0b5a5461e7c"
+CACHE = "actions/cache@27d5ce7f107fe9357f9df03efb73ab90386fccae"
+CODEQL = "github/codeql-action@ff2f1c621b7f889edc0d3c761ac2e6a3f8cdb0dd"
+STAND_INS = {UPLOAD: "upload-artifact", DOWNLOAD: "download-artifact", CACHE: "cache", CODEQL: "codeql-action"}
 TAG = f"e2e-{os.getpid()}"
 """Tells the images and jobs of this run of the tests from those of another one on the same machine."""
 ACTION_FILES = ("action.yml", "entrypoint.py", "vendor", "src")
@@ -137,8 +140,8 @@ def run_act(
         "--action-offline-mode", "--no-cache-server", "--action-cache-path", scratch / "actions",
         "--artifact-server-path", store, "--artifact-server-addr", "127.0.0.1",
         "--artifact-server-port", free_port(),
-        "--local-repository", f"{UPLOAD}={HERE / 'upload-artifact-standin'}",
-        "--local-repository", f"{DOWNLOAD}={HERE / 'download-artifact-standin'}",
+        *(word for pin, name in STAND_INS.items() for word in ("--local-repository", f"{pin}={HERE / name}-standin")),
+        *(f"--env={name}={value}" for name, value in (environ or {}).items() if name.startswith("GITHUB_")),
     ]  # fmt: skip
     if payload is not None:
         (home / "event.json").write_text(json.dumps(payload), encoding="utf-8")
@@ -150,7 +153,7 @@ def run_act(
         process = subprocess.Popen(
             [str(word) for word in words],
             cwd=repository,
-            env=environment([python], home, **(environ or {})),
+            env=environment([python], home, **{"CACHE_STANDIN": str(scratch / "caches"), **(environ or {})}),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -52,9 +52,12 @@ class ContainerRun:
     """A run of the gate. Paths are absolute, and the same inside the container.
 
     Attributes:
-        config: the gate's YAML file, inside `workspace` or `mounts`; or the directory of a model, if the run verifies.
+        config: the gate's YAML file, inside `workspace` or `mounts`; or the directory of a model, if the run verifies;
+            or None, if `adapters` are gated without a file.
         output: the directory of the report.
         workspace: the directory with everything that the configuration names outside of `mounts`; read-only inside.
+        adapters: paths relative to `workspace` or absolute, or Hub ids.
+        base: their base, named in the same way; empty if they name it themselves, or if the configuration does.
         image: the image; empty for the one released with this version.
         pull: when the image is fetched: `missing`, `always` or `never`.
         device: the device that merges.
@@ -70,9 +73,11 @@ class ContainerRun:
         time_limit_s: seconds until the run is stopped.
     """
 
-    config: Path
+    config: Path | None
     output: Path
     workspace: Path
+    adapters: tuple[str, ...] = ()
+    base: str = ""
     image: str = ""
     pull: str = "missing"
     device: str = "auto"
@@ -110,12 +115,21 @@ def command(run: ContainerRun) -> list[str]:
 
 def gate_words(run: ContainerRun, device: str) -> list[str]:
     """Return the words of the command line after `merge-gate`. A model is verified on the CPU."""
-    command = ["verify"] if run.verifies else ["run", "--device", device]
-    return [command[0], config_word(run), "--output", str(run.output), *command[1:], *run.arguments]
+    base = ["--base", run.base] if run.base else []
+    if run.verifies:
+        adapters = [word for adapter in run.adapters for word in ("--adapter", adapter)]
+        return ["verify", config_word(run), "--output", str(run.output), *base, *adapters, *run.arguments]
+    subject = list(run.adapters) or [config_word(run)]
+    return ["run", *subject, "--output", str(run.output), "--device", device, *base, *run.arguments]
 
 
 def config_word(run: ContainerRun) -> str:
-    """The configuration's path relative to the workspace. A leading dash gets `./` before it: it is not an option."""
+    """The configuration's path relative to the workspace; empty if there is none.
+
+    A leading dash gets `./` before it: it is not an option.
+    """
+    if run.config is None:
+        return ""
     word = os.path.relpath(run.config, run.workspace)
     return os.path.join(os.curdir, word) if word.startswith("-") else word  # noqa: PTH118 # Path drops the dot
 
@@ -124,8 +138,7 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     """Return the variables that inspecting the container shows: no token and no password."""
     passed_on = {name: run.environ[name] for name in _PASSED_ON if run.environ.get(name)}
     debug = {"MERGE_GATE_DEBUG": "1"} if run.environ.get("RUNNER_DEBUG") == "1" else {}
-    config = {} if run.verifies else {run.config: run.config}
-    expected = canary.expectations({**config, **prepared.canaries}, run.gpus)
+    expected = canary.expectations({**_file_of_workspace(run), **prepared.canaries}, run.gpus)
     promised = {handover.MARKER: "1"} if handed_over(run) else {}
     authorities = dict.fromkeys(_AUTHORITIES, AUTHORITIES_INSIDE) if authorities_file(run.environ) else {}
     # If NVIDIA's runtime is the default, it reads this variable, and the image sets `all`. With GPUs by CDI, or without
@@ -134,6 +147,15 @@ def environment(run: ContainerRun, prepared: PreparedContainer) -> dict[str, str
     return {
         **passed_on, **debug, **expected, **promised, **authorities, "HF_HOME": str(prepared.cache), **no_more_gpus,
     }  # fmt: skip
+
+
+def _file_of_workspace(run: ContainerRun) -> dict[Path, Path]:
+    """A file that the container must see: the configuration, or that of the first adapter in the workspace."""
+    if run.config is not None:
+        return {} if run.verifies else {run.config: run.config}
+    files = (run.workspace / adapter / "adapter_config.json" for adapter in run.adapters)
+    file = next((path for path in files if path.is_file() and path.resolve() == path), None)
+    return {file: file} if file else {}
 
 
 def _nvidia_runtime_decides(run: ContainerRun, prepared: PreparedContainer) -> bool:

@@ -19,6 +19,7 @@ The removal of each thing is registered before the thing is made, so step 6 undo
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import tempfile
 from dataclasses import dataclass, replace
@@ -156,21 +157,32 @@ def _check_paths(run: ContainerRun) -> None:
 
 
 def _check_subject(run: ContainerRun, visible: Sequence[Path]) -> None:
-    """Check that the container sees the configuration, or the model to verify."""
-    name = "verify" if run.verifies else "config"
-    if run.verifies and not run.config.is_dir():
-        raise UsageError(f"verify: {run.config} is not a directory", hint="name the directory of the merged model")
-    if not run.verifies and not run.config.is_file():
-        raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
-    if not _is_in(run.config, visible):
+    """Check that the container sees the configuration or the model to verify, the adapters, and the base."""
+    if run.config is not None:
+        name = "verify" if run.verifies else "config"
+        if run.verifies and not run.config.is_dir():
+            raise UsageError(f"verify: {run.config} is not a directory", hint="name the directory of the merged model")
+        if not run.verifies and not run.config.is_file():
+            raise UsageError(f"config: {run.config} is not a file", hint="name the gate's YAML file")
+        _check_visible(name, run.config, run.workspace, visible)
+    for name, word in (*(("adapters", word) for word in run.adapters), ("base", run.base)):
+        path = run.workspace / word
+        if word and path.is_dir():
+            _check_visible(name, Path(os.path.normpath(path)), run.workspace, visible)
+
+
+def _check_visible(name: str, path: Path, workspace: Path, visible: Sequence[Path]) -> None:
+    if not _is_in(path, visible):
         raise UsageError(
-            f"{name}: {run.config} is outside of the workspace {run.workspace}, so the container cannot see it",
-            hint="move it inside, or start from a directory that contains it",
+            f"{name}: {path} is outside of the workspace {workspace}, so the container cannot see it",
+            hint="move it inside, or start from a directory that contains it"
+            if name in {"config", "verify"}
+            else "move it inside, or add its directory to `mounts`",
         )
-    if not _is_in(run.config.resolve(), visible):
+    if not _is_in(path.resolve(), visible):
         raise UsageError(
-            f"{name}: {run.config} is a symbolic link to {run.config.resolve()}, which is outside of the workspace "
-            f"{run.workspace} and does not exist inside the container",
+            f"{name}: {path} is a symbolic link to {path.resolve()}, which is outside of the workspace {workspace} and "
+            "does not exist inside the container",
             hint="put the file itself in the workspace, or add its directory to `mounts`",
         )
 
@@ -186,7 +198,7 @@ def _check_target(name: str, path: Path) -> None:
 
 
 def _is_in(path: Path, directories: Sequence[Path]) -> bool:
-    return any(directory in path.parents for directory in directories)
+    return any(directory in (path, *path.parents) for directory in directories)
 
 
 # --- preparation ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""Writes the run's summary as a comment on its pull request, and edits its own comment at the next run.
+
+The summary, the event, and the job's token go in. The comment is the only result: an error is a warning in the log,
+because a comment informs, and the last step decides the job. Only pull requests of this repository get one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_gate.action import workflow
+from merge_gate.action.docker import collect
+from merge_gate.action.event import read_event
+from merge_gate.regular_file import read_regular_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_BOT = "github-actions[bot]"
+_LIMIT = 65_000
+"""GitHub takes 65,536 characters."""
+_PAGES = 30
+_PAGE_ENTRIES = 100
+_TIMEOUT_S = 30.0
+_INVISIBLE_SPACE = "\N{ZERO WIDTH SPACE}"
+
+
+def main(environ: Mapping[str, str]) -> int:
+    """Comment on the pull request of this run, if it is one of this repository. Always return 0."""
+    event = read_event(environ)
+    if not event.pull_request or not event.is_trusted:
+        _say("no comment: this run is not a pull request from a branch of this repository")
+        return 0
+    try:
+        _put_comment(environ, event.pull_request)
+    except urllib.error.HTTPError as error:
+        hint = "; the job needs the permission `pull-requests: write`" if error.code in {403, 404} else ""
+        _warn(f"the comment was not written: GitHub answered {error.code} {error.reason}{hint}")
+    except (OSError, ValueError) as error:
+        _warn(f"the comment was not written: {error}")
+    return 0
+
+
+def comment_body(summary: str, marker: str, link: str) -> str:
+    """The text of the comment. Foreign text in the summary mentions no user and refers to no issue."""
+    text = re.sub(r"@|#(?=\d)", rf"\g<0>{_INVISIBLE_SPACE}", summary)
+    end = f"\n\n[The whole report]({link})\n" if link else "\n"
+    return f"{marker}\n{text}"[: _LIMIT - len(end)].rstrip() + end
+
+
+def _put_comment(environ: Mapping[str, str], number: int) -> None:
+    marker = f"<!-- merge-gate {re.sub('[^0-9a-f]', '', environ.get('COMMENT_ID', ''))} -->"
+    body = {"body": comment_body(_summary(environ), marker, environ.get("REPORT_URL", ""))}
+    issues = f"repos/{environ['GITHUB_REPOSITORY']}/issues"
+    own = _own_comment(environ, f"{issues}/{number}/comments", marker)
+    if own is None:
+        _request(environ, "POST", f"{issues}/{number}/comments", body)
+        _say("wrote a comment")
+    else:
+        _request(environ, "PATCH", f"{issues}/comments/{own}", body)
+        _say("edited its comment")
+
+
+def _summary(environ: Mapping[str, str]) -> str:
+    path = environ.get("SUMMARY", "")
+    if path:
+        return read_regular_file(Path(path), collect.LIMITS_BYTES["summary.md"]).decode("utf-8", "replace")
+    return f"## {environ.get('HEADLINE') or 'merge-gate ERROR: there is no verdict'}"
+
+
+def _own_comment(environ: Mapping[str, str], place: str, marker: str) -> int | None:
+    """The id of the comment that an earlier run of the same job wrote; None if there is none."""
+    for page in range(1, _PAGES + 1):
+        listed = _request(environ, "GET", f"{place}?per_page={_PAGE_ENTRIES}&page={page}")
+        for comment in listed:
+            if comment["user"]["login"] == _BOT and str(comment["body"]).startswith(marker):
+                return int(comment["id"])
+        if len(listed) < _PAGE_ENTRIES:
+            break
+    return None
+
+
+def _request(environ: Mapping[str, str], method: str, place: str, body: object = None) -> Any:
+    server = environ.get("GITHUB_API_URL") or "https://api.github.com"
+    if not server.startswith("https://"):
+        raise ValueError(f"{server} is not an https address")
+    request = urllib.request.Request(  # noqa: S310 - https only
+        f"{server}/{place}",
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={
+            "Accept": "application/vnd.github+json",
+            "Authorization": f"Bearer {environ.get('GH_TOKEN', '')}",
+            "Content-Type": "application/json",
+            "User-Agent": "merge-gate",
+            "X-GitHub-Api-Version": "2022-11-28",
+        },
+    )
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def _warn(sentence: str) -> None:
+    print(workflow.command("warning", sentence, title="merge-gate"), flush=True)  # noqa: T201
+
+
+def _say(sentence: str) -> None:
+    print(f"merge-gate: {sentence}", flush=True)  # noqa: T201

@@ -1,0 +1,88 @@
+"""The comment on a pull request: one for each job, with text that addresses no one, and none for forks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merge_gate.action import comment
+from tests.support.e2e.github import BOT, GitHub, serving
+from tests.support.wording import Wording
+
+SUMMARY = "## ❌ merge-gate FAIL: 1 of 2 adapters failed\n\nAsk @somebody about #12; <!-- x -->\n"
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "summary.md").write_text(SUMMARY, encoding="utf-8")
+    payload = {"pull_request": {"number": 5, "head": {"repo": {"full_name": "acme/adapters"}}}}
+    (tmp_path / "event.json").write_text(json.dumps(payload), encoding="utf-8")
+    return {
+        "GITHUB_EVENT_NAME": "pull_request",
+        "GITHUB_EVENT_PATH": str(tmp_path / "event.json"),
+        "GITHUB_REPOSITORY": "acme/adapters",
+        "GH_TOKEN": "ghs_x",
+        "COMMENT_ID": "0a1b",
+        "SUMMARY": str(tmp_path / "summary.md"),
+        "REPORT_URL": "https://example.org/artifact",
+    }
+
+
+def test_a_comment_is_written_once_and_then_edited(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    github = GitHub()
+    github.comments += [
+        {"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate 0a1b -->"},
+        {"id": 2, "user": {"login": BOT}, "body": "<!-- merge-gate ffff --> of another job"},
+    ]
+    with serving(github, tmp_path) as certificate:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        environ["GITHUB_API_URL"] = github.url
+        assert comment.main(environ) == 0
+        (tmp_path / "summary.md").write_text("## ✅ merge-gate PASS: 2 adapters passed\n", encoding="utf-8")
+        assert comment.main(environ) == 0
+    assert "::warning" not in capsys.readouterr().out
+    assert len(github.comments) == 3
+    body = github.comments[2]["body"]
+    assert body.startswith("<!-- merge-gate 0a1b -->\n## ✅ merge-gate PASS: 2 adapters passed")
+    assert body.endswith("\n\n[The whole report](https://example.org/artifact)\n")
+    assert github.comments[1]["body"].endswith("of another job")
+
+
+def test_foreign_text_addresses_no_one_and_is_cut() -> None:
+    body = comment.comment_body(SUMMARY + "名" * 70_000, "<!-- m -->", "https://example.org")
+    assert "@somebody" not in body
+    assert "#12" not in body
+    assert "\n## ❌ merge-gate FAIL" in body
+    assert 60_000 < len(body) <= 65_536
+    assert body.endswith("(https://example.org)\n")
+
+
+def test_without_a_report_it_has_the_headline(environ: dict[str, str]) -> None:
+    given = {**environ, "SUMMARY": "", "HEADLINE": "merge-gate ERROR: no engine"}
+    assert comment._summary(given) == "## merge-gate ERROR: no engine"
+
+
+@pytest.mark.parametrize(("event", "head"), [("pull_request", "stranger/adapters"), ("push", "acme/adapters")])
+def test_no_other_run_comments(environ: dict[str, str], event: str, head: str, capsys) -> None:
+    """The address is none that a comment is sent to, so a request would be a warning."""
+    payload = {"pull_request": {"number": 5, "head": {"repo": {"full_name": head}}}}
+    Path(environ["GITHUB_EVENT_PATH"]).write_text(json.dumps(payload), encoding="utf-8")
+    assert comment.main({**environ, "GITHUB_EVENT_NAME": event, "GITHUB_API_URL": "http://127.0.0.1:1"}) == 0
+    assert "::warning" not in capsys.readouterr().out
+
+
+def test_a_comment_that_cannot_be_written_is_a_warning(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, wording: Wording
+) -> None:
+    github = GitHub()
+    monkeypatch.setattr(github, "answer", lambda *_: None)
+    with serving(github, tmp_path) as certificate:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert comment.main({**environ, "GITHUB_API_URL": github.url}) == 0
+    wording(capsys.readouterr().out)
+    assert comment.main({**environ, "GITHUB_API_URL": "http://127.0.0.1:1"}) == 0
+    wording(capsys.readouterr().out)
