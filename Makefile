@@ -1,4 +1,4 @@
-# Everything a contributor and CI run. The first target that needs it makes .venv; pip's own settings are honoured.
+# Everything a contributor and CI run. The first target that needs it makes .venv; pip's own settings are honored.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ help:
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
 	@echo "make publish-kills 200 kills while models are published (ten minutes)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
-	@echo "make schemas writes anew what is made from the code: the JSON Schemas, tables in the documents"
+	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
 	@echo "make clean   removes $(VENV) and all output"
 
@@ -91,7 +91,7 @@ $(STAMPS)/coverage: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,coverage]'
 	touch $@
 
-# Branches of all that imports no torch; what the tests start is measured too, but for Ray's own processes, whose tests
+# Branches of all that imports no torch; what the tests start is measured too, except Ray's own processes, whose tests
 # have no branch to themselves.
 WITH_TORCH := tests/e2e tests/engine tests/test_methods.py tests/__pycache__
 MEASURED := $(filter-out $(WITH_TORCH),$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))

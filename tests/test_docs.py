@@ -480,9 +480,10 @@ def test_every_dependency_has_a_reason_and_was_tried() -> None:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_checks_in_the_changelog() -> None:
+def test_the_number_of_checks_in_the_readme_and_the_changelog() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"(\d+) checks", changes)[-1:] == [str(len(CHECKS))]
+    for text in (README, changes):
+        assert re.findall(r"(\d+) checks", text)[-1:] == [str(len(CHECKS))]
 
 
 def tables_with_tests() -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from hypothesis import given
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
-from merge_gate.records.report import BaseReport
+from merge_gate.records.report import TOOL, BaseReport, Tool
 from merge_gate.records.terms import Quantization, Verdict
 from merge_gate.report.formats.sarif import MAX_RESULTS, render
 from tests.support.reports import (
@@ -63,6 +63,12 @@ def test_what_is_so_in_several_dtypes_is_one_result() -> None:
     assert (missing["ruleId"], missing["properties"]["dtype"]) == ("keys-missing", "bfloat16; float16")
     assert missing["message"]["text"].startswith("a (bfloat16; float16): ")
     assert (rounding["ruleId"], rounding["properties"]["dtype"]) == ("rounding-loss", "bfloat16")
+
+
+@pytest.mark.parametrize(("version", "shown"), [("1.0.0", "1.0.0"), ("1.0.0.dev0", "1.0.0-dev.0")])
+def test_the_version_is_semantic(version: str, shown: str) -> None:
+    driver = parse(dataclasses.replace(PASS, tool=Tool(name=TOOL, version=version)))["tool"]["driver"]
+    assert driver["semanticVersion"] == shown
 
 
 def test_golden() -> None:
