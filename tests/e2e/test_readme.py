@@ -28,8 +28,8 @@ pytestmark = pytest.mark.e2e
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TORCH_INDEX = " --index-url https://download.pytorch.org/whl/cpu"
-WITHIN_CPU_S = 150
-"""About twice what it takes, nearly all of it pip's. The time by the clock is printed: it depends on the machine."""
+WITHIN_CPU_S = 200
+"""Twice what it takes on a busy machine, nearly all of it pip's. The time by the clock is only printed."""
 
 
 @pytest.fixture(scope="module")
