@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas pictures clean help
+.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas pictures docs clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -20,6 +20,7 @@ help:
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
 	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
+	@echo "make docs    the documentation's site, in site/ (a minute)"
 	@echo "make clean   removes $(VENV) and all output"
 
 $(STAMPS)/venv:
@@ -40,7 +41,11 @@ $(STAMPS)/lint: $(STAMPS)/test
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
 	touch $@
 
-$(STAMPS)/e2e: $(STAMPS)/test
+$(STAMPS)/docs: $(STAMPS)/run
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(STAMPS)/e2e: $(STAMPS)/test $(STAMPS)/docs
 	$(BIN)/python -m pip install --quiet --editable '.[test,e2e]'
 	touch $@
 
@@ -116,5 +121,9 @@ schemas: $(STAMPS)/test
 pictures: $(STAMPS)/e2e
 	$(BIN)/python -m tests.tools.pictures
 
+# Strict: a broken link or anchor fails.
+docs: $(STAMPS)/docs
+	$(BIN)/python -m website.build
+
 clean:
-	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist src/*.egg-info
+	rm -rf $(VENV) merge-gate-demo merge-gate-report build dist site src/*.egg-info

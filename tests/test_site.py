@@ -1,0 +1,112 @@
+"""The documentation's site: its navigation, its links, and its lists. tests/e2e/test_site.py builds and opens it."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
+from website import build
+from website.build import ROOT, SitePage, in_order, llms, llms_full, navigation, newest_first, site_pages, staged_text
+
+PAGES = site_pages()
+GUIDE = ROOT / "docs" / "guides" / "fleets.md"
+
+
+def entries(nav: list[dict[str, Any]]) -> list[str]:
+    """The paths in a navigation, in its order."""
+    found = []
+    for entry in nav:
+        for value in entry.values():
+            inner = value if isinstance(value, list) else [value]
+            found += [one if isinstance(one, str) else next(iter(one.values())) for one in inner]
+    return found
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    in_nav = entries(navigation(PAGES))
+    assert len(in_nav) == len(set(in_nav))
+    assert set(in_nav) == written | {"project/changelog.md", "project/contributing.md", "project/security-policy.md"}
+
+
+def test_the_navigation_is_sorted_by_reader() -> None:
+    sections = [next(iter(entry)) for entry in navigation(PAGES)]
+    assert sections[0] == "Home"
+    assert sections[-6:] == ["Guides", "Reference", "Checks", "Concepts", "Evidence", "Project"]
+
+
+def test_the_checks_are_in_the_order_of_blame() -> None:
+    checks = [page for page in entries(navigation(PAGES)) if page.startswith("checks/")]
+    assert checks == [f"checks/{name}.md" for name in ("index", *CHECKS, NOT_JUDGED, NOT_PUBLISHED)]
+
+
+def test_a_page_that_the_order_does_not_name_follows_the_others() -> None:
+    assert in_order(["guides/zebra.md", "index.md", "guides/trainers.md"])[-2:] == [
+        "guides/trainers.md",
+        "guides/zebra.md",
+    ]
+
+
+def test_a_folder_that_the_navigation_does_not_have_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="recipes"):
+        in_order(["recipes/one.md"])
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[a](../checks/index.md#x)", "[a](../checks/index.md#x)"),
+        ("[a](../../CHANGELOG.md)", "[a](../project/changelog.md)"),
+        ("[a](../../README.md#install)", "[a](../index.md)"),
+        ("[a](../../Makefile)", "[a](../files/Makefile.txt)"),
+        ("[`a`](../../pyproject.toml)", "[`a`](../files/pyproject.toml)"),
+        ("[a](../../recipes)", "a"),
+        ("[a](https://example.com/b)", "[a](https://example.com/b)"),
+        ("`[a](../../Makefile)`", "`[a](../../Makefile)`"),
+        ("[a](nowhere.md)", "[a](nowhere.md)"),
+    ],
+)
+def test_a_link_of_a_page_leads_to_a_page_or_a_copy(link: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PROJECT_URL", "")
+    files: set[Path] = set()
+    page = SitePage("guides/fleets.md", GUIDE, link)
+    assert staged_text(page, {page.source: page.path for page in PAGES}, files) == expected
+    assert len(files) == ("files/" in expected)
+
+
+def test_a_link_to_a_folder_leads_to_the_repository_once_it_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PROJECT_URL", "https://github.com/acme/merge-gate")
+    page = SitePage("guides/fleets.md", GUIDE, "[a](../../recipes)")
+    assert staged_text(page, {}, set()) == "[a](https://github.com/acme/merge-gate/tree/main/recipes)"
+
+
+def test_llms_txt_lists_every_page() -> None:
+    text = llms(PAGES)
+    for page in PAGES:
+        assert f"- [{page.title}](" in text
+        assert page.title != page.path
+        assert page.summary, f"{page.path} begins without a sentence"
+    assert all(page.title in llms_full(PAGES) for page in PAGES if "`" not in page.title)
+
+
+def test_the_newest_version_comes_first() -> None:
+    versions = ["1.9.0", "1.10.0.dev0", "1.10.0", "0.1.0"]
+    assert newest_first(versions) == ["1.10.0", "1.10.0.dev0", "1.9.0", "0.1.0"]
+
+
+def test_the_site_loads_nothing_from_elsewhere() -> None:
+    for name in ("zensical.toml", "extra.css", "extra.js", "versions.html"):
+        text = (ROOT / "website" / name).read_text(encoding="utf-8")
+        assert "//" not in "".join(line for line in text.splitlines() if not line.strip().startswith(("//", "#")))
+
+
+def test_addresses_follow_the_folders() -> None:
+    pages = {page.path: page.address for page in PAGES}
+    assert pages["index.md"] == ""
+    assert pages["checks/index.md"] == "checks/"
+    assert pages["checks/no-effect.md"] == "checks/no-effect/"
+    assert all(posixpath.normpath(address or ".") for address in pages.values())
