@@ -30,7 +30,7 @@ from packaging.version import Version
 
 from merge_gate import __version__
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
-from merge_gate.report.wording.project import PROJECT_URL, documentation_url
+from merge_gate.records.project import PROJECT_URL, documentation_url
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

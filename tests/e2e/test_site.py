@@ -38,11 +38,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Print nothing."""
 
-    def send_error(self, *arguments: Any) -> None:
-        """A browser asks for favicon.ico by itself at times; the page asks for nothing that is not there."""
-        assert self.path == "/favicon.ico", self.path
-        super().send_error(*arguments)
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
