@@ -97,9 +97,6 @@ RUNS: dict[str, Report] = {
     "replaced": report(PASSED, warned("a", "delta-norm"), warned("b", "delta-norm")),
     "other-warnings": report(PASSED, warned("a", "headroom"), warned("b", "base-mismatch")),
     "files-passed": report(PASSED, files_only=True),
-    "compared-passed": report(WARNED, is_comparison=True),
-    "compared-failed": report(FAILED, is_comparison=True),
-    "not-compared": report(CRASHED, is_comparison=True),
     "shards-failed": report(FAILED, problems=("shard 2 of 3 is missing",)),
 }
 

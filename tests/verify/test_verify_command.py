@@ -43,6 +43,8 @@ def test_the_merge_passes(scene: Scene, tmp_path: Path) -> None:
     assert "exact" in answer.out
     found = entry(tmp_path)
     assert (found["verdict"], found["cause"], found["source"]) == ("passed", None, str(merged))
+    assert found["compared_with"] == str(adapter)
+    assert answer.out.splitlines()[-1].startswith("Report: ")
 
 
 @pytest.mark.slow

@@ -18,12 +18,12 @@ SHELLS = ("bash", "zsh", "tcsh")
 def add_explain(commands: Commands[CommandParser]) -> None:
     explain = commands.add_parser(
         "explain",
-        help="explain a check",
-        description="Explain a check: when it fires, why it matters, what to do, and to whom it happened. Without "
-        "CHECK, list all checks.",
-        epilog=examples("merge-gate explain rounding-loss"),
+        help="explain a check, or an answer of verify",
+        description="Explain a check: when it fires, why it matters, what to do, and to whom it happened. Or explain "
+        "an answer of `merge-gate verify`. Without CHECK, list all of them.",
+        epilog=examples("merge-gate explain rounding-loss", "merge-gate explain not-carried"),
     )
-    explain.add_argument("check", nargs="?", metavar="CHECK", help="the id of a check, as reports show it")
+    explain.add_argument("check", nargs="?", metavar="CHECK", help="its id, as reports show it")
 
 
 def add_schema(commands: Commands[CommandParser]) -> None:
@@ -62,11 +62,13 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def _checks() -> str:
+    from merge_gate.judging.answer_kinds import ANSWERS
     from merge_gate.judging.checks.table import CHECKS
 
-    widest = max(map(len, CHECKS))
-    rows = [f"{check:<{widest}}  {row.summary}" for check, row in CHECKS.items()]
-    return "\n".join([*rows, "", "For one of them: merge-gate explain CHECK", ""])
+    widest = max(map(len, (*CHECKS, *ANSWERS)))
+    checks, kinds = ([f"{name:<{widest}}  {row.summary}" for name, row in table.items()] for table in (CHECKS, ANSWERS))
+    last = "For one of them: merge-gate explain CHECK"
+    return "\n".join(["Checks", *checks, "", "Answers of `merge-gate verify`", *kinds, "", last, ""])
 
 
 def schema(arguments: argparse.Namespace) -> int:

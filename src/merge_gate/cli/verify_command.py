@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import claimed_output, exit_code, view_of
 from merge_gate.errors import UsageError
-from merge_gate.records.terms import Severity
-from merge_gate.run.streams import tell
-from merge_gate.verify.kinds import ALLOWED, KINDS
+from merge_gate.judging.answer_kinds import ALLOWED
+from merge_gate.verify.exchanged import refuse_exchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from merge_gate.records.report import Report
-    from merge_gate.records.terms import Finding
     from merge_gate.verify.attestation import Attestation
-
-NAME_LIMIT, MESSAGE_LIMIT = 200, 600
 
 EXIT_CODES_OF_VERIFY = exit_codes(
     "0  the directory is the merge (bit for bit, in PEFT's other order of rounding, or within one rounding), or is as "
@@ -80,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from merge_gate.run.verify_flow import VerifyOptions, verify, verify_record
     from merge_gate.worker.supervisor import WorkerSlot
 
+    refuse_exchanged(arguments.merged, arguments.base, arguments.adapter, arguments.candidate)
     if arguments.adapter is None and (arguments.base or arguments.candidate):
         raise UsageError(
             "--adapter is missing",
@@ -101,8 +95,6 @@ def run(arguments: argparse.Namespace) -> int:
                 names = [arguments.adapter, *arguments.candidate]
                 config = config_of(names, base=arguments.base, dtypes=[], quantization=None)
                 report = verify(config, options, view=view, worker=worker, begins=claim.begin)
-        for line in answers(report):
-            tell(line)
         return exit_code(report)
 
 
@@ -122,19 +114,3 @@ def _days(text: str) -> float:
     if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", text, re.ASCII) and float(text):
         return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0")
-
-
-def answers(report: Report) -> Iterator[str]:
-    """What the directory is, in a line for each finding of `verify`."""
-    from merge_gate.report.wording.untrusted import one_line
-
-    for entry in report.adapters:
-        name = one_line(entry.name, NAME_LIMIT)
-        for found in entry.findings:
-            if found.check in KINDS:
-                message = one_line(found.message, MESSAGE_LIMIT)
-                yield f"{name}: {found.check}{_mark(found)}: {message}"
-
-
-def _mark(found: Finding) -> str:
-    return " (allowed)" if found.severity is Severity.NOTE and not KINDS[found.check].is_good else ""

@@ -110,6 +110,11 @@ class AdapterReport:
         "failed.",
         default=None,
     )
+    compared_with: str | None = reported(
+        "The adapter whose merge the model was compared with, as named on the command line (`merge-gate verify`); null "
+        "in any other report, and if only digests were compared.",
+        default=None,
+    )
     findings: tuple[Finding, ...] = reported("All findings, not only the cause.", default=())
     decided_by: int | None = None
     coverage: Coverage = reported("How much was checked.", default=Coverage())

@@ -62,6 +62,7 @@ class Origin(StrEnum):
     ADAPTER = "adapter"
     BASE = "base"
     MERGE = "merge"
+    MODEL = "model"
     RUNTIME = "runtime"
 
 

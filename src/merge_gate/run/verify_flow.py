@@ -37,7 +37,6 @@ from merge_gate.run.view import View
 from merge_gate.text import quoted
 from merge_gate.verify import answer
 from merge_gate.verify.attestation import UNKNOWN, Attestation, attested_report
-from merge_gate.verify.kinds import finding
 from merge_gate.verify.own_record import recorded_report
 from merge_gate.worker import protocol
 from merge_gate.worker.grouping import group_by_base
@@ -131,7 +130,7 @@ class _Verification:
             merged = self._merged()
             self._begins()
             self._writer.write_first(replace(self._tally.report(), is_comparison=True))
-            self._view.start(self._config.label, 1, 1)
+            self._view.start_comparison(self._options.merged)
             report = self._judged(merged)
             self._watch.wait()
             report = self._attested(self._unless_changed(report))
@@ -192,12 +191,12 @@ class _Verification:
         entry = self._entries[0]
         blocked = adapter_report.blocked_report(entry)
         if isinstance(merged, ResolveError):
-            gated = blocked or adapter_report.files_report(entry)
             snapshot = Snapshot(name=self._options.merged, directory=self._options.merged)
-            found = [finding("broken-files", merged.message, hint=merged.hint)]
-            return answer.decided(snapshot, gated, found, self._options.allowed)
+            return answer.unread_report(snapshot, entry, merged)
         if blocked is not None:
             return answer.without_merge(merged, blocked)
+        if (decided := answer.before_merge(merged, entry)) is not None:
+            return decided
         self._merge(merged)
         if (undecided := self._refusals.get(0)) is not None:
             return answer.without_merge(merged, adapter_report.not_judged_report(entry, undecided.refusal))
@@ -270,7 +269,8 @@ class _Verification:
         reason = base_silent if is_silent else base_changed
         error = reason(entry.base.name if entry.base is not None else "")
         refusal = NotJudged(message=error.message, hint=error.hint, origin=Origin.BASE)
-        return replace(adapter_report.withdrawn_report(entry, refusal), name=report.name, source=report.source)
+        withdrawn = adapter_report.withdrawn_report(entry, refusal)
+        return replace(withdrawn, name=report.name, source=report.source, compared_with=report.compared_with)
 
 
 def _comparing(group: Group, merged: Snapshot) -> Group:

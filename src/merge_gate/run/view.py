@@ -33,6 +33,7 @@ WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal is."""
 QUIET_S = 30.0
 """How long `PlainView` writes nothing during a merge."""
+_READING = "reading files, starting torch"
 _DUMB = ("dumb", "unknown")
 """Values of TERM of terminals without colors."""
 
@@ -45,6 +46,9 @@ class View:
 
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         """`merge_count` is larger than `adapter_count` if adapters are merged in several dtypes."""
+
+    def start_comparison(self, model: str) -> None:
+        """A finished model will be compared."""
 
     def base_loading(self, model: str, dtype: str) -> None: ...
     def base_loaded(self, facts: BaseFacts, seconds: float, *, measured: bool = True) -> None: ...
@@ -119,6 +123,10 @@ class PlainView(View):
     def start(self, config_path: str, adapter_count: int, merge_count: int) -> None:
         self._state.total = merge_count
         self._write(_opening(config_path, adapter_count, merge_count))
+
+    def start_comparison(self, model: str) -> None:
+        self._state.total = 1
+        self._write(_comparing(model))
 
     def base_loading(self, model: str, dtype: str) -> None:
         self._write(_loading(model, dtype))
@@ -196,7 +204,13 @@ class RichView(View):
         self._print(((_opening(config_path, adapter_count, merge_count), Style.STRONG),))
         if merge_count != adapter_count:
             self._foot.count_merges()
-        self._foot.wait_for("reading files, starting torch")
+        self._foot.wait_for(_READING)
+        self._foot.start()
+
+    def start_comparison(self, model: str) -> None:
+        self._state.total = 1
+        self._print(((_comparing(model), Style.STRONG),))
+        self._foot.wait_for(_READING)
         self._foot.start()
 
     def base_loading(self, model: str, dtype: str) -> None:
@@ -314,6 +328,10 @@ def _opening(config_path: str, adapter_count: int, merge_count: int) -> str:
     return f"merge-gate: {words.counted(adapter_count, 'adapter')} {listed}{merges}"
 
 
+def _comparing(model: str) -> str:
+    return f"merge-gate: comparing the model {_name(model)}"
+
+
 def _loading(model: str, dtype: str) -> str:
     return f"loading base {_name(model)} ({_name(dtype)})"
 
@@ -332,8 +350,9 @@ def _done(adapter: AdapterReport) -> tuple[str, str]:
     took = "".join(f", {note}" for note in notes if note)
     why = terminal_text.reason(adapter)
     if adapter.verdict is Verdict.PASSED:
-        merged = f", {words.counted(adapter.coverage.modules_merged, 'module')}"
-        return adapter.verdict.value, merged + took + (f", {why}" if why else "")
+        merged = adapter.coverage.modules_merged
+        modules = f", {words.counted(merged, 'module')}" if merged or not words.answers(adapter) else ""
+        return adapter.verdict.value, modules + took + (f", {why}" if why else "")
     module = words.deciding_module(adapter)
     return adapter.verdict.value, f", {why}{f' in {module}' if module else ''}{took}"
 

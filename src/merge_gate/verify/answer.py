@@ -8,22 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from merge_gate.errors import ResolveError
+from merge_gate.files.headers import shown
 from merge_gate.judging import adapter_report, all_checks
+from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, BROKEN_FILES, finding
+from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.comparison import Comparison
 from merge_gate.records.files import BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport
-from merge_gate.records.terms import Finding, Origin, Severity, Verdict
+from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, Verdict
 from merge_gate.text import counted, listing, quoted, verb
-from merge_gate.verify.kinds import KINDS, finding
+from merge_gate.verify.before_merge import architecture_finding, quantized
+from merge_gate.verify.exchanged import command
 from merge_gate.verify.settings import settings_findings
 from merge_gate.verify.stored_names import stored_findings
 from merge_gate.verify.values import value_findings
 
-_ORDER = {kind: number for number, kind in enumerate(KINDS)}
+_ORDER = {kind: number for number, kind in enumerate(ANSWERS)}
 _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 
@@ -32,27 +38,95 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Every finding on a finished directory that could be compared with a merge."""
     if comparison.unloadable is not None:
-        why = all_checks.refused(comparison.unloadable)
-        return (finding("broken-files", f"the directory cannot be loaded: {why.message}", hint=why.hint),)
+        return (_unloadable(merged, all_checks.refused(comparison.unloadable)),)
     base = entry.base_files or BaseFiles(directory="")
     own = merged.base_files or BaseFiles(directory=merged.directory)
     directories = merged.directory, entry.base.directory if entry.base is not None else "", entry.files.directory
+    values = value_findings(comparison, config=entry.files.config, candidates=candidates)
     return (
-        *value_findings(comparison, config=entry.files.config, candidates=candidates),
+        *(_with_exchange(one, merged, entry) for one in values),
         *stored_findings(base, own, comparison),
         *_settings(comparison),
         *settings_findings(*directories),
     )
 
 
+def _unloadable(merged: Snapshot, why: Finding) -> Finding:
+    """The finding on a model that transformers cannot load. A gate that cannot load it proves nothing."""
+    message, hint = (of_model(text, merged.name) for text in (why.message, why.hint))
+    if why.check == NOT_JUDGED:
+        return replace(why, message=f"the model was not compared: {message}", hint=hint, origin=Origin.MODEL)
+    return finding(BROKEN_FILES, f"the model cannot be loaded: {message}", hint=hint)
+
+
+def of_model(text: str, name: str) -> str:
+    """A sentence about a base, if that base is the model that is compared."""
+    for label in (quoted(name, 200), shown(name), name):
+        text = text.replace(f"base {label}", f"model {label}")
+    return text.replace("the base", "the model")
+
+
+_NEARLY_MINUS_ONE = (-1.05, -0.95)
+
+
+def _with_exchange(one: Finding, merged: Snapshot, entry: Entry) -> Finding:
+    """The finding, with the corrected command if MERGED and --base may be exchanged.
+
+    The delta is then in the model -1 times, or the adapter names MERGED as its base.
+    """
+    base = entry.base.name if entry.base is not None else ""
+    factor = dict(one.measured).get("factor", 0.0)
+    is_subtracted = one.check == "other-strength" and _NEARLY_MINUS_ONE[0] < factor < _NEARLY_MINUS_ONE[1]
+    named = entry.files.config.base_name
+    is_named = named is not None and _same(named, merged.name) and not _same(named, base)
+    is_about_values = one.check in {"other-strength", "unexplained", "wrong-base"}
+    if not base or not (is_subtracted or (is_named and is_about_values)):
+        return one
+    corrected = command(base, merged.name, entry.spec.source)
+    why = "the adapter names MERGED as its base" if is_named else "the delta is subtracted"
+    hint = f"if MERGED and --base are exchanged ({why}), run: {corrected}" if corrected else ""
+    return replace(one, hint=hint or one.hint)
+
+
+def _same(first: str, second: str) -> bool:
+    return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
+
+
 def _settings(comparison: Comparison) -> Iterator[Finding]:
     odd = comparison.settings
     if odd:
-        shown = [f"{quoted(key, 80)} is {quoted(new, 80)}, expected {quoted(old, 80)}" for key, old, new in odd]
+        keys = [f"{quoted(key, 80)} is {quoted(new, 80)}, expected {quoted(old, 80)}" for key, old, new in odd]
         yield finding(
             "config-differs",
-            f"{counted(len(odd), 'key')} of config.json {verb(len(odd), 'differs', 'differ')}: {listing(shown, 5)}",
+            f"{counted(len(odd), 'key')} of config.json {verb(len(odd), 'differs', 'differ')}: {listing(keys, 5)}",
         )
+
+
+def before_merge(merged: Snapshot, entry: Entry) -> AdapterReport | None:
+    """The report on a model that its files alone decide; None if it has to be compared."""
+    base, own = entry.base_files, merged.base_files
+    if base is None or own is None:
+        return None
+    name = entry.base.name if entry.base is not None else ""
+    refusal = quantized(base, own, base_name=name, merged_name=merged.name)
+    if refusal is not None:
+        return without_merge(merged, adapter_report.withdrawn_report(entry, refusal))
+    other = architecture_finding(base, own)
+    if other is None:
+        return None
+    gated = adapter_report.files_report(entry)
+    return decided(merged, replace(gated, compared_with=gated.source), [other], ())
+
+
+def unread_report(merged: Snapshot, entry: Entry, error: ResolveError) -> AdapterReport:
+    """The report on a model whose files cannot be read as a model's."""
+    gated = adapter_report.files_report(entry)
+    message, hint = (of_model(text, merged.name) for text in (error.message, error.hint))
+    if error.check is None:
+        why = replace(not_judged(f"the model was not compared: {message}", hint), origin=Origin.MODEL)
+        return decided(merged, replace(gated, compared_with=gated.source), [why], ())
+    found = finding(BROKEN_FILES, message, hint=hint)
+    return decided(merged, replace(gated, compared_with=gated.source), [found], ())
 
 
 def compared_report(
@@ -62,35 +136,55 @@ def compared_report(
     gated = adapter_report.merged_report(entry, evidence)
     if evidence.refusal is not None:
         return without_merge(merged, gated)
+    gated = replace(gated, compared_with=gated.source)
     return decided(merged, gated, (*gated.findings, *findings), allowed)
 
 
 def without_merge(merged: Snapshot, gated: AdapterReport) -> AdapterReport:
     """The report on a directory that nothing could be compared with. `gated` says why."""
-    why = not_judged(
-        f"the directory was not compared: the adapter {gated.name} cannot be merged",
-        "see the other findings; `merge-gate run` gates the adapter",
+    reason = None if gated.decided_by is None else gated.findings[gated.decided_by]
+    others = tuple(one for one in gated.findings if one is not reason)
+    if reason is None:
+        why = not_judged(f"the model was not compared: the adapter {quoted(gated.source, 200)} cannot be merged")
+    elif reason.origin is Origin.BASE or reason.check == NOT_JUDGED:
+        why = replace(reason, check=NOT_JUDGED, message=f"the model was not compared: {reason.message}")
+    else:
+        message = f"the model was not compared: the adapter {quoted(gated.source, 200)} cannot be merged: "
+        why = replace(reason, check=NOT_JUDGED, message=message + reason.message)
+    return replace(
+        gated,
+        name=merged.name,
+        source=merged.name,
+        compared_with=gated.source,
+        verdict=Verdict.ERROR,
+        cause=NOT_JUDGED,
+        failure=None,
+        findings=bounded((why, *others)),
+        decided_by=0,
     )
-    named = replace(gated, name=merged.name, source=merged.name)
-    return replace(named, verdict=Verdict.ERROR, cause=why.check, findings=(why, *gated.findings), decided_by=0)
 
 
 def decided(
     merged: Snapshot, gated: AdapterReport, findings: Iterable[Finding], allowed: Collection[str]
 ) -> AdapterReport:
-    """The report with these findings. Allowed kinds are notes."""
-    lowered = (replace(one, severity=Severity.NOTE) if one.check in allowed else one for one in findings)
+    """The report with these findings. Allowed kinds are notes, if they may be allowed."""
+    accepted = set(allowed).intersection(ALLOWED)
+    lowered = (replace(one, severity=Severity.NOTE) if one.check in accepted else one for one in findings)
     ordered = bounded(sorted(lowered, key=lambda one: (_WEIGHT[one.severity], _ORDER.get(one.check, -1))))
     index = next((place for place, one in enumerate(ordered) if one.severity is Severity.ERROR), None)
     is_of_base = index is not None and ordered[index].origin is Origin.BASE
-    verdict = Verdict.PASSED if index is None else Verdict.ERROR if is_of_base else Verdict.FAILED
+    is_undecided = is_of_base or (index is not None and ordered[index].check == NOT_JUDGED)
+    verdict = Verdict.PASSED if index is None else Verdict.ERROR if is_undecided else Verdict.FAILED
+    cause = None if index is None else ordered[index].check
+    failure = FailureKind.UNEXPECTED if cause in ANSWERS else gated.failure
     return replace(
         gated,
         name=merged.name,
         source=merged.name,
         revision=merged.revision,
         verdict=verdict,
-        cause=None if index is None else ordered[index].check,
+        cause=cause,
+        failure=failure if verdict is Verdict.FAILED else None,
         findings=ordered,
         decided_by=index,
     )

@@ -11,13 +11,13 @@ from pathlib import Path
 from merge_gate.attest.checked import MOST_ENVELOPE_BYTES, attestation_problems
 from merge_gate.attest.envelope import read_key
 from merge_gate.errors import GateError, UsageError
+from merge_gate.judging.answer_kinds import ATTESTATION, ATTESTED, finding
 from merge_gate.records.files import Snapshot
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict, record
 from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.text import quoted
 from merge_gate.verify.answer import decided
-from merge_gate.verify.kinds import ATTESTATION, ATTESTED, finding
 
 UNKNOWN = "unknown"
 """The digest of a base that could not be hashed. No attestation has it."""

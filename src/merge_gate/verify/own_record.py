@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from merge_gate.judging.answer_kinds import finding
 from merge_gate.judging.limits import cut
 from merge_gate.publish.manifest import MANIFEST_NAME, FileDifference, differences, read_manifest
 from merge_gate.records.files import Snapshot
@@ -17,7 +18,6 @@ from merge_gate.records.report import AdapterReport, Coverage
 from merge_gate.records.terms import BaseKey, Finding, Verdict
 from merge_gate.text import counted, listing, quoted, verb
 from merge_gate.verify.answer import decided
-from merge_gate.verify.kinds import finding
 
 _LISTED = 5
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.files.json_object import read_as_transformers
+from merge_gate.judging.answer_kinds import finding
 from merge_gate.records.terms import Finding
 from merge_gate.regular_file import open_regular_file, read_all
 from merge_gate.text import counted, listing, quoted
-from merge_gate.verify.kinds import finding
 
 MOST_BYTES = 200_000_000
 MOST_TEMPLATE_BYTES = 4_000_000

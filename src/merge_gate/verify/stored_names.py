@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from merge_gate.judging.answer_kinds import finding
 from merge_gate.records.comparison import Comparison, LoadedKeys
 from merge_gate.records.files import BaseFiles, StoredTensor
 from merge_gate.records.terms import Finding
 from merge_gate.text import counted, listing, quoted, verb
-from merge_gate.verify.kinds import finding
 
 _LISTED = 5
 

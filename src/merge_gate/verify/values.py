@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
+from merge_gate.judging.answer_kinds import finding
 from merge_gate.records.comparison import Comparison, TensorComparison
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
 from merge_gate.text import counted, listing, quoted, verb
-from merge_gate.verify.kinds import finding
 
 MOST_UNITS = 2.0
 """The merge within one rounding: PEFT rounds the delta and the sum once each, and so may the other program."""
@@ -259,7 +259,7 @@ def _reasons(factor: float, config: AdapterConfig) -> Iterator[str]:
     if _is(factor, 0.5):
         yield "at half its strength"
     if _is(factor, -1):
-        yield "it was subtracted"
+        yield "it was subtracted, or the model and --base are exchanged"
     r, alpha = config.r, config.lora_alpha
     if not r or not alpha or r < 1:
         return

@@ -15,11 +15,9 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.errors import ResolveError
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
-from merge_gate.judging import adapter_report
 from merge_gate.records.files import Entry, Snapshot
 from merge_gate.sources.feed import LocalFeed
 from merge_gate.verify import answer
-from merge_gate.verify.kinds import finding
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
@@ -45,8 +43,9 @@ class Verifier:
         try:
             finished = resolve_base(str(merged), label="merged")
         except ResolveError as error:
-            gated, found = adapter_report.files_report(entry), [finding("broken-files", error.message, hint=error.hint)]
-            return answer.decided(Snapshot(name="merged", directory=str(merged)), gated, found, allowed)
+            return answer.unread_report(Snapshot(name="merged", directory=str(merged)), entry, error)
+        if (decided := answer.before_merge(finished, entry)) is not None:
+            return decided
         evidence, comparison = self.compared(finished, base, adapter)
         others = {path.name: self.compared(finished, base, path)[1] for path in candidates}
         return self.named(finished, entry, evidence, comparison, others, allowed)

@@ -246,6 +246,8 @@ def _row(
         place=words.place(decided) if decided else "",
         accepted=next((mark for entry in entries if (mark := words.acceptance(entry))), ""),
         warnings=sorted({finding.check for entry in entries for finding in words.warnings(entry)}),
+        answers=words.answers(first),
+        is_comparison=not config_path,
         seconds=sum(entry.seconds for entry in entries if math.isfinite(entry.seconds)),
         config_path=config_path,
         is_direct=config_path in {"", COMMAND_LINE},
@@ -270,6 +272,7 @@ def _group(group: tuple[Finding, ...]) -> dict[str, Any]:
     first, *more = group
     return {
         "finding": first,
+        "level": words.level(first),
         "place": words.place(first),
         "values": words.values(first),
         "origin": words.ORIGINS[first.origin],

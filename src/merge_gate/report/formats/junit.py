@@ -142,7 +142,7 @@ def _repeated(finding: Finding, earlier: AdapterReport) -> str:
 
 
 def _kind(finding: Finding) -> str:
-    return f"{finding.severity} {one_line(finding.check, words.NAME_LIMIT)}"
+    return f"{words.level(finding)} {one_line(finding.check, words.NAME_LIMIT)}"
 
 
 def _part(finding: Finding, more: tuple[Finding, ...]) -> str:

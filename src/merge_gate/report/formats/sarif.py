@@ -15,6 +15,7 @@ import posixpath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
@@ -65,8 +66,13 @@ def _driver(report: Report) -> Json:
         "name": "merge-gate",
         # Semantic versioning has no `1.0.0.dev0`: the part after the numbers follows a hyphen.
         "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT).replace(".dev", "-dev."),
-        "rules": [_rule(check, summary) for check, summary in _SUMMARIES.items()],
+        "rules": [_rule(check, summary) for check, summary in _summaries(report).items()],
     }
+
+
+def _summaries(report: Report) -> dict[str, str]:
+    """The rules. What a finished model can be is a rule only in a report that compared one."""
+    return _SUMMARIES | ({answer.id: answer.summary for answer in ANSWERS.values()} if report.is_comparison else {})
 
 
 def _rule(check: str, summary: str) -> Json:
@@ -145,13 +151,13 @@ def _result(
         "message": {"text": _message(name, dtypes, finding, more)},
         "locations": [
             {
-                "physicalLocation": _location(report.config.path, judged),
+                "physicalLocation": _location(report, judged),
                 "logicalLocations": [{"fullyQualifiedName": words.place(finding) or name, "kind": "module"}],
             }
         ],
         "partialFingerprints": {"mergeGate/v1": _fingerprint(name, base, dtypes, finding)},
         "properties": {
-            "adapter": name,
+            "model" if report.is_comparison else "adapter": name,
             "base": words.model_name(base),
             "dtype": dtypes,
             "origin": str(finding.origin),
@@ -163,8 +169,8 @@ def _result(
     if isinstance(judged, AdapterReport) and judged.accepted is not None and finding.severity is Severity.ERROR:
         reason = one_line(judged.accepted.reason, words.MESSAGE_LIMIT)
         result["suppressions"] = [{"kind": "external", "status": "accepted", "justification": reason}]
-    if check in _SUMMARIES:
-        result["ruleIndex"] = list(_SUMMARIES).index(check)
+    if check in (rules := list(_summaries(report))):
+        result["ruleIndex"] = rules.index(check)
     return result
 
 
@@ -174,17 +180,21 @@ def _identity(judged: AdapterReport | BaseReport) -> tuple[str, BaseKey]:
     return f"base {words.model_name(judged.key)}", judged.key
 
 
-def _location(config_path: str, judged: AdapterReport | BaseReport) -> Json:
+def _location(report: Report, judged: AdapterReport | BaseReport) -> Json:
     """The adapter's entry in the configuration. A base has no entry, so it points at the top of the file.
 
     Without a configuration, the location is the own config of the adapter or base, without a line: code scanning
     refuses results without a file. The config of a Hub id is not in the checkout.
     """
+    config_path = report.config.path
     if config_path != COMMAND_LINE:
         line, column = (judged.line, judged.column) if isinstance(judged, AdapterReport) else (1, 1)
         region = {"startLine": max(line, 1), "startColumn": max(column, 1)}
         return {"artifactLocation": _address(config_path), "region": region}
-    own = f"{judged.source}/{CONFIG_NAME}" if isinstance(judged, AdapterReport) else f"{judged.model}/config.json"
+    if isinstance(judged, AdapterReport):
+        own = f"{judged.source}/{'config.json' if report.is_comparison else CONFIG_NAME}"
+    else:
+        own = f"{judged.model}/config.json"
     address = _address(own)
     return {"artifactLocation": {"uri": address["uri"]} if judged.revision else address}
 

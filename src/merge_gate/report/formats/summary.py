@@ -40,7 +40,8 @@ _VERDICT_MARK = {Verdict.PASSED: "✅", Verdict.FAILED: "❌", Verdict.ERROR: "�
 def render(report: Report) -> str:
     """Return the Markdown of summary.md."""
     shown, folded = _shown_and_folded(report)
-    table = _table(shown)
+    first = "model" if report.is_comparison else "adapter"
+    table = _table(shown, first=first)
     blocks = [
         GENERATOR_COMMENT,
         f"## {_RESULT_MARK[report.result]} merge-gate {prose(run_result.verdict_line(report))}",
@@ -49,6 +50,7 @@ def render(report: Report) -> str:
         *table,
         *_sections(report),
         *_warnings(report),
+        *_answers(report),
         *_base_findings(report),
         *_folded(folded, _TABLE_BYTES - sum(len(block.encode()) for block in table)),
         _footer(report),
@@ -77,10 +79,10 @@ def _shown_and_folded(report: Report) -> tuple[list[AdapterReport], list[Adapter
     return shown, folded
 
 
-def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES) -> list[str]:
+def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES, *, first: str = "adapter") -> list[str]:
     if not adapters:
         return []
-    head = "| adapter | base | verdict | cause and place |\n|---|---|---|---|"
+    head = f"| {first} | base | verdict | cause and place |\n|---|---|---|---|"
     rows, left = _fit(map(_row, adapters), len(adapters), limit_bytes)
     table = "\n".join([head, *rows])
     return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
@@ -99,6 +101,7 @@ def _row(adapter: AdapterReport) -> str:
     if adapter.verdict is Verdict.PASSED:
         warned = words.warnings(adapter)
         why = f"{words.counted(len(warned), 'warning')}: {_checks(warned)}" if warned else ""
+        why = why or ", ".join(_answer(finding) for finding in words.answers(adapter))
     else:
         module = words.deciding_module(adapter)
         why = code(words.cause(adapter), 80) + (f" in {code(module, 120)}" if module else "")
@@ -108,6 +111,19 @@ def _row(adapter: AdapterReport) -> str:
 
 def _checks(findings: Iterable[Finding]) -> str:
     return ", ".join(code(check, 80) for check in list(dict.fromkeys(finding.check for finding in findings))[:4])
+
+
+def _answer(finding: Finding) -> str:
+    return code(finding.check, 80) + (" (allowed)" if words.level(finding) == "allowed" else "")
+
+
+def _answers(report: Report) -> list[str]:
+    """What a model that passed a comparison is, with the differences that were allowed."""
+    return [
+        "\n".join(f"- {words.level(finding)} {_finding(finding, ())}" for finding in answers)
+        for adapter in report.adapters
+        if (answers := words.answers(adapter))
+    ]
 
 
 def _sections(report: Report) -> list[str]:
@@ -136,7 +152,7 @@ def _section(groups: AlikeAdapters, *, with_map: bool) -> str:
         blocks.append("\n".join([f"{title_of_map}{LEGEND}:", "", "````text", *map_lines, "````"]))
     rest = unique_findings(alike, words.others)
     if rest:
-        items = [f"- {other.severity} {_finding(other, more, dtypes)}" for other, more, dtypes in rest]
+        items = [f"- {words.level(other)} {_finding(other, more, dtypes)}" for other, more, dtypes in rest]
         total = len(rest) + sum(len(more) for _, more, _ in rest)
         blocks += _details(words.counted(total, "more finding"), items, _OTHERS_BYTES)
     return "\n\n".join(blocks)
@@ -156,7 +172,13 @@ def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
     sources = (code(each.source) + (f" at {code(each.revision, 80)}" if each.revision else "") for each in adapters)
     bases = dict.fromkeys(code(words.model_name(each.base)) for each in adapters)
     label = "Adapter" if len(groups) == 1 else "Adapters"
-    facts.append(f"- **{label}:** {listing(sources)} on {listing(bases)} ({plain(words.precisions(groups[0]))})")
+    dtypes = plain(words.precisions(groups[0]))
+    compared_with = adapters[0].compared_with
+    if compared_with is None:
+        facts.append(f"- **{label}:** {listing(sources)} on {listing(bases)} ({dtypes})")
+    else:
+        merge = f"the merge of {code(compared_with)} into {listing(bases)}"
+        facts.append(f"- **Model:** {listing(sources)}, compared with {merge} ({dtypes})")
     facts += [f"- **Mark:** {plain(mark)}" for mark in marks_of(adapters)]
     return facts
 

@@ -101,7 +101,12 @@ def _table(report: Report, width: int, marks: dict[Verdict, str]) -> list[Line]:
     rows = [_cells(adapter, names_base=names_base, with_place=not narrow) for adapter in shown]
     if narrow:
         return [*(line for row in rows for line in _stacked(row, width, marks)), *rest]
-    heads = ("ADAPTER", "BASE" if names_base else "DTYPE", "VERDICT", "CAUSE AND PLACE")
+    heads = (
+        "MODEL" if report.is_comparison else "ADAPTER",
+        "BASE" if names_base else "DTYPE",
+        "VERDICT",
+        "CAUSE AND PLACE",
+    )
     texts = [heads, *(row[1:] for row in rows)]
     widths = fit([max(cells(row[column]) for row in texts) for column in range(4)], width - 2 - 3 * 2)
     head: Line = (("  ", Style.PLAIN), (_row(heads, widths), Style.FAINT))
@@ -135,11 +140,16 @@ def _cells(adapter: AdapterReport, *, names_base: bool, with_place: bool) -> Row
 
 
 def reason(adapter: AdapterReport) -> str:
-    """The deciding check, or the warnings of a passed adapter."""
+    """The deciding check, the warnings of a passed adapter, or what a compared model is."""
     if adapter.verdict is not Verdict.PASSED:
         return words.cause(adapter)
     checks = list(dict.fromkeys(one_line(finding.check, words.NAME_LIMIT) for finding in words.warnings(adapter)))
-    return f"warning: {', '.join(checks)}" if checks else ""
+    answers = [f"{finding.check}{_allowed(finding)}" for finding in words.answers(adapter)]
+    return f"warning: {', '.join(checks)}" if checks else ", ".join(answers)
+
+
+def _allowed(finding: Finding) -> str:
+    return " (allowed)" if words.level(finding) == "allowed" else ""
 
 
 def _table_line(row: Row, widths: list[int], marks: dict[Verdict, str]) -> Line:
@@ -233,7 +243,7 @@ def _wrong(finding: Finding, width: int) -> list[Line]:
 
 
 def _also(finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str = "") -> list[Line]:
-    label = "also" if finding.severity is Severity.ERROR else str(finding.severity)
+    label = "also" if finding.severity is Severity.ERROR else words.level(finding)
     text = f"({dtypes}) " if dtypes else ""
     text += f"{one_line(finding.check, words.NAME_LIMIT)}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
     if place := words.place(finding, unless_in=finding.message):

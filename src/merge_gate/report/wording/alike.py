@@ -28,7 +28,7 @@ def paragraphs(report: Report) -> list[AlikeAdapters]:
         others = unique_findings(same, words.others)
         adapter = same[0]
         has_more_than_notes = any(finding.severity is not Severity.NOTE for finding, _, _ in others)
-        if adapter.verdict is not Verdict.PASSED or has_more_than_notes:
+        if adapter.verdict is not Verdict.PASSED or has_more_than_notes or words.answers(adapter):
             decided = (adapter.verdict, adapter.cause, words.deciding(adapter))
             key = (*decided, *others, words.precisions(same), *words.marks(_at(adapter, "")))
             groups.setdefault(key, []).append(same)

@@ -1,4 +1,4 @@
-"""Makes the chain of causes of an adapter: its four `Stage`s from base to final dtype, and how each went."""
+"""Makes the chain of causes of an adapter: its `Stage`s from base to final dtype, and how each went."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _STAGES = {
 
 
 def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
-    """Return the four stages: base → adapter → merge → dtype."""
+    """Return the stages: base → adapter → merge → dtype, and → model if a finished model was compared."""
     merged = bool(adapter.coverage.modules_merged)
     sound = {
         "base": "finite" if merged else "",
@@ -52,7 +52,7 @@ def chain(adapter: AdapterReport) -> tuple[Stage, ...]:
         else "",
         "merge": words.counted(adapter.coverage.modules_merged, "module") if merged else "",
     }
-    stages = [*(_stage(name, adapter, sound[name]) for name in _STAGES), _dtype(adapter)]
+    stages = [*(_stage(name, adapter, sound[name]) for name in _STAGES), _dtype(adapter), *_model(adapter)]
     broken = [stage for stage in stages if stage.outcome is Outcome.BROKEN]
     return tuple(replace(stage, outcome=Outcome.FOLLOWS) if stage in broken[1:] else stage for stage in stages)
 
@@ -81,6 +81,16 @@ def _dtype(adapter: AdapterReport) -> Stage:
     if broken:
         return Stage(name=name, outcome=Outcome.BROKEN, summary=f"{', '.join(broken)} of {total}")
     return Stage(name=name, outcome=Outcome.SOUND, summary=f"{total}, all finite")
+
+
+def _model(adapter: AdapterReport) -> list[Stage]:
+    """The model that was compared with the merge."""
+    findings = [finding for finding in adapter.findings if finding.origin is Origin.MODEL]
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if not findings:
+        return []
+    outcome = Outcome.BROKEN if errors else Outcome.SOUND
+    return [Stage(name="model", outcome=outcome, summary=_checks(errors or findings))]
 
 
 def _checks(findings: list[Finding]) -> str:

@@ -1,6 +1,7 @@
-"""The explanation of each check, from the package's own copy of the pages in docs/checks.
+"""The explanation of each check and answer, from the package's own copies of docs/checks and docs/guides/verify.md.
 
-In: the id of a check. Out: its page as Markdown, or as text for a terminal. `make schemas` writes the copy.
+In: the id of a check, or of an answer of `merge-gate verify`. Out: its page as Markdown, or as text for a terminal.
+`make schemas` writes the copies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from merge_gate.report.wording.columns import wrap
 
 STORED = Path(__file__).parents[2] / "explanations.md"
+STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCE = "```"
@@ -21,8 +23,12 @@ _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
 @cache
 def explanations() -> dict[str, str]:
-    """The Markdown of every check by its id, without its heading, and that of `not-judged`."""
-    _, *parts = _HEADING.split(STORED.read_text(encoding="utf-8"))
+    """The Markdown of each check and of each answer of `verify` by its id, without its heading."""
+    return _sections(STORED) | _sections(STORED_KINDS)
+
+
+def _sections(stored: Path) -> dict[str, str]:
+    _, *parts = _HEADING.split(stored.read_text(encoding="utf-8"))
     return {check: text.strip() for check, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
@@ -35,6 +41,12 @@ def to_store(pages: Mapping[str, str]) -> str:
     bodies = {check: _COMMENT.sub("", page).partition("\n")[2].strip() for check, page in pages.items()}
     sections = "\n\n".join(f"## {check}\n\n{body}" for check, body in bodies.items()) + "\n"
     return _LINK.sub(lambda link: link[0] if link[2].startswith("https://") else link[1], sections)
+
+
+def kinds_to_store(page: str) -> str:
+    """What the package stores of docs/guides/verify.md: the sections on each kind."""
+    sections = re.findall(r"^### (\S+)\n\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL)
+    return "\n\n".join(f"## {kind}\n\n{text.strip()}" for kind, text in sections) + "\n"
 
 
 def explanation(check: str, width: int) -> str:

@@ -10,8 +10,10 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from merge_gate.judging.answer_kinds import ANSWERS, ATTESTED
 from merge_gate.judging.checks import effect
-from merge_gate.records.terms import FailureKind, Result, Verdict, record
+from merge_gate.judging.checks.table import CHECKS
+from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted, listing
@@ -111,18 +113,33 @@ def after_result(report: Report) -> str:
 def headline(report: Report) -> str:
     """The counts of the run in a sentence without its final period."""
     if report.is_comparison and report.complete:
-        return _COMPARED[report.result]
+        return _of_model(report)
     if report.complete and report.is_empty_shard:
         return f"{words.part(report)}no adapter is in this shard"
     return words.part(report) + _result(report)
 
 
-_COMPARED = {
-    Result.PASS: "the model is what it should be",
-    Result.FAIL: "the model is not what it should be",
-    Result.ERROR: "the model could not be compared",
-}
-"""The headlines of `merge-gate verify`."""
+def _of_model(report: Report) -> str:
+    """The headline of `merge-gate verify`: what the model is."""
+    findings = [finding for adapter in report.adapters for finding in adapter.findings if finding.check in ANSWERS]
+    if report.result is Result.ERROR:
+        return "the model could not be compared"
+    if report.result is Result.FAIL:
+        wrong = list(dict.fromkeys(finding.check for finding in findings if finding.severity is Severity.ERROR))
+        gate = next((words.cause(adapter) for adapter in report.adapters if adapter.cause not in ANSWERS), "")
+        if gate:
+            return f"the merge of this adapter fails the gate ({gate})"
+        phrase = ANSWERS[wrong[0]].phrase if wrong else "is not what it should be"
+        return f"the model {phrase}" + _more(len(wrong) - 1, "more difference")
+    good = [finding for finding in findings if ANSWERS[finding.check].is_good]
+    allowed = len({finding.check for finding in findings} - {finding.check for finding in good})
+    return (f"the model {ANSWERS[good[0].check].phrase}" if good else "the model passes") + _more(
+        allowed, "allowed difference"
+    )
+
+
+def _more(count: int, what: str) -> str:
+    return f", with {counted(count, what)}" if count else ""
 
 
 def _result(report: Report) -> str:
@@ -235,17 +252,24 @@ _ADVICE = {
 }
 
 
-_OF_COMPARED = {
-    Result.PASS: "Its files and tensors were compared. `merge-gate run` checks that every parameter is finite.",
-    Result.FAIL: "Do not serve this model before the difference is explained.",
-    Result.ERROR: "A model that could not be compared is not cleared for release.",
-}
-"""The advice of `merge-gate verify`."""
-
-
 def advice(report: Report) -> str:
     """What the result means for a release, in a few sentences."""
-    return _OF_COMPARED[report.result] if report.is_comparison else _of_gated(report)
+    return _of_compared(report) if report.is_comparison and report.complete else _of_gated(report)
+
+
+def _of_compared(report: Report) -> str:
+    """The advice of `merge-gate verify`."""
+    if report.result is Result.ERROR:
+        return "A model that could not be compared is not cleared for release."
+    if report.result is Result.FAIL:
+        known = [adapter.cause for adapter in report.adapters if adapter.cause in {*ANSWERS, *CHECKS}]
+        more = f": see `merge-gate explain {known[0]}`" if known else ""
+        return f"Do not serve this model before this is explained{more}."
+    if any(adapter.compared_with is None for adapter in report.adapters):
+        signed = any(finding.check == ATTESTED for adapter in report.adapters for finding in adapter.findings)
+        listed = "the signed attestation and merge-gate.json" if signed else "merge-gate.json, which is not signed"
+        return f"Only digests were compared, with those in {listed}. No tensor was compared with base and adapter."
+    return "Its tensors, settings, and tokenizer were compared with those that base and adapter give."
 
 
 def _of_gated(report: Report) -> str:

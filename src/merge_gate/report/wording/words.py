@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
@@ -35,6 +36,7 @@ ORIGINS = {
     Origin.ADAPTER: "in the adapter's own tensors",
     Origin.BASE: "in the base, before any merge",
     Origin.MERGE: "in the merge of the two, not in base or adapter alone",
+    Origin.MODEL: "in the model that was compared, not in base or adapter",
     Origin.RUNTIME: "in the run, not in the adapter",
 }
 """What each origin means to the person who fixes the problem."""
@@ -158,7 +160,7 @@ def acceptance(adapter: AdapterReport) -> str:
 
 def chip(adapter: AdapterReport) -> str:
     """The verdict on one dtype in a few words: `failed, accepted`."""
-    verdict = "not judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+    verdict = f"not {_decided(adapter)}" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
     return verdict + (", accepted" if adapter.accepted else "") + (", cached" if adapter.cached else "")
 
 
@@ -257,7 +259,25 @@ def title(adapter: AdapterReport) -> str:
     kind = failure(adapter)
     if kind is not None and kind is not FailureKind.BROKEN:
         return f"failed ({FAILURES[kind]})"
-    return "could not be judged" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+    return f"could not be {_decided(adapter)}" if adapter.verdict is Verdict.ERROR else adapter.verdict.value
+
+
+def _decided(adapter: AdapterReport) -> str:
+    return "judged" if adapter.compared_with is None else "compared"
+
+
+def answers(adapter: AdapterReport) -> list[Finding]:
+    """What `merge-gate verify` says of a model that passed: what it is, and the differences that are allowed."""
+    if adapter.verdict is not Verdict.PASSED:
+        return []
+    return [finding for finding in adapter.findings if finding.check in ANSWERS]
+
+
+def level(finding: Finding) -> str:
+    """The severity of a finding. A difference that was allowed is a note in the report."""
+    answer = ANSWERS.get(finding.check)
+    is_allowed = answer is not None and not answer.is_good and finding.severity is Severity.NOTE
+    return "allowed" if is_allowed else str(finding.severity)
 
 
 def values(finding: Finding) -> str:
