@@ -13,7 +13,7 @@ from pathlib import Path
 from merge_gate.errors import ResolveError
 from merge_gate.files.headers import shown
 from merge_gate.judging import adapter_report, all_checks
-from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, BROKEN_FILES, finding
+from merge_gate.judging.answer_kinds import ALLOWED, ANSWERS, ATTESTATION, BROKEN_FILES, finding
 from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import not_judged
@@ -29,7 +29,8 @@ from merge_gate.verify.settings import settings_findings
 from merge_gate.verify.stored_names import stored_findings
 from merge_gate.verify.values import value_findings
 
-_ORDER = {kind: number for number, kind in enumerate(ANSWERS)}
+_ORDER = {kind: number for number, kind in enumerate(ANSWERS)} | {ATTESTATION: -2}
+"""The order in which findings decide. Those of the gate are -1: only a bad attestation comes before them."""
 _WEIGHT = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 
