@@ -68,7 +68,7 @@ def _checks() -> str:
     widest = max(map(len, (*CHECKS, *ANSWERS)))
     checks, kinds = ([f"{name:<{widest}}  {row.summary}" for name, row in table.items()] for table in (CHECKS, ANSWERS))
     last = "For one of them: merge-gate explain CHECK"
-    return "\n".join(["Checks", *checks, "", "Answers of `merge-gate verify`", *kinds, "", last, ""])
+    return "\n".join([*checks, "", "Answers of `merge-gate verify`:", *kinds, "", last, ""])
 
 
 def schema(arguments: argparse.Namespace) -> int:
