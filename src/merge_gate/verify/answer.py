@@ -18,7 +18,7 @@ from merge_gate.judging.checks.table import NOT_JUDGED
 from merge_gate.judging.limits import bounded
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.comparison import Comparison
-from merge_gate.records.files import BaseFiles, Entry, Snapshot
+from merge_gate.records.files import CONFIG_NAME, BaseFiles, Entry, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import FailureKind, Finding, Origin, Severity, Verdict
@@ -123,7 +123,8 @@ def unread_report(merged: Snapshot, entry: Entry, error: ResolveError) -> Adapte
     """The report on a model whose files cannot be read as a model's."""
     gated = adapter_report.files_report(entry)
     message, hint = (of_model(text, merged.name) for text in (error.message, error.hint))
-    if error.check is None:
+    has_adapter = Path(merged.directory, CONFIG_NAME).exists()  # transformers would load it on top of the model
+    if error.check is None and not has_adapter:
         why = replace(not_judged(f"the model was not compared: {message}", hint), origin=Origin.MODEL)
         return decided(merged, replace(gated, compared_with=gated.source), [why], ())
     found = finding(BROKEN_FILES, message, hint=hint)
