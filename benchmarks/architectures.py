@@ -1,10 +1,11 @@
 """Every architecture of the installed transformers: the gate beside what a user of PEFT gets.
 
     python benchmarks/architectures.py [TYPE ...]     # all, twenty minutes on one core; goes on where it was
-    python benchmarks/architectures.py --write        # docs/evidence/architectures.md from what is there
+    python benchmarks/architectures.py --write        # architectures.json and docs/evidence/architectures.md from it
 
-In: model types. Out: a line of JSON for each in the work directory, and the document. Each type has a process
-of its own, with a limit of time and memory, forked from this one after the imports. In it (`trial`):
+In: model types. Out: a line of JSON for each in the work directory, and with `--write` the data and the document.
+Each type has a process of its own, with a limit of time and memory, forked from this one after the imports.
+In it (`trial`):
 
 1. A small random model is built and saved; LoRA on all its linear layers is made and saved by PEFT.
 2. A user loads both, by `from_pretrained`, and merges with `safe_merge=True`. What of the trained tensors is not in the
@@ -25,11 +26,13 @@ import re
 import resource
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,6 +43,7 @@ from tests.support.engine import architectures
 from tests.support.engine.architecture_trials import Outcome, trial
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "evidence/architectures.md"
+DATA = Path(__file__).resolve().parent / "architectures.json"
 LIMIT_S = 90
 LIMIT_BYTES = 6 << 30
 
@@ -125,111 +129,139 @@ def say(outcome: Outcome) -> str:
     return f"WRONG: {'; '.join(outcome.wrong)}" if outcome.wrong else f"right: {outcome.healthy}"
 
 
-# --- docs/evidence/architectures.md ----------------------------------------------------------------------------------
+# --- benchmarks/architectures.json and docs/evidence/architectures.md ------------------------------------------------
 
 TEXT = """# Architectures
 
-Written by [benchmarks/architectures.py](../benchmarks/architectures.py), which says how; run it again after an update
-of transformers or PEFT. {date}; transformers {transformers}, PEFT {peft}, torch {torch}, merge-gate {merge-gate}; on a
-CPU.
+This page compares the gate with PEFT on every model type of transformers. For each type, a small random model and a
+LoRA on all its linear layers are made. The gate is right if it does three things:
 
-Of the {types} model types of transformers that were tried, {built} could be built small and got LoRA on all linear
-layers. Right is a gate that gives a healthy adapter the verdict that its user gets from PEFT, fails it with one NaN in
-it, and merges every tensor to PEFT's bits. **Right: {right}. Wrong: {wrong}.**
-{wrong_list}
-## Adapters that PEFT does not load whole
+- it gives a healthy adapter the verdict that matches what a user of PEFT gets;
+- it fails the adapter with one NaN in it;
+- it merges every tensor to the same bits as PEFT.
 
-PEFT renames the keys of a LoRA adapter by the renamings that transformers keeps for old checkpoints of the model type.
-Some of them also match the names that PEFT itself saves, and what they make of those is nowhere in the model. PEFT
-warns and goes on: these layers of the merged model are the base's. The gate fails such an adapter (`keys-missing`).
+| model types | number |
+|---|---:|
+| tried | {types} |
+| built small, with LoRA on all linear layers | {built} |
+| the gate is right | {right} |
+| the gate is wrong | {wrong} |
+| healthy adapters that pass | {passed} |
+| healthy adapters that fail, listed below | {failed} |
+| not built | {not_built} |
 
-{dropped_table}
+It ran on {date} on a CPU, with transformers {transformers}, PEFT {peft}, torch {torch}, and merge-gate {merge-gate}.
+`benchmarks/architectures.json` has the answer for each type. `python benchmarks/architectures.py` repeats the run in
+about 20 minutes on one core, and `--write` makes the data and this page.
 
-## Adapters that the gate fails for another reason
+## Healthy adapters that fail
 
-{failed_table}
+PEFT renames the keys of an adapter as transformers renames those of old checkpoints. Some renamings also match names
+that PEFT saves today, and lead to names that the model does not have. PEFT warns, and these layers keep the weights of
+the base. The gate fails such an adapter with `keys-missing`. With the others, the merge changes a tied weight, goes
+into another layer than the target, or does not change the target.
 
-## Built
-
-| model type | class | tensors of the adapter | healthy | one NaN |
-|---|---|---:|---|---|
-{built_rows}
+| model type | verdict | what PEFT does |
+|---|---|---|
+{failed_rows}
 
 ## Not built
 
-{not_built} types have no model of their own (a configuration that is part of another), need a package that was not
-there, or could not be made small enough without knowing more of them.
-
-| model type | why |
-|---|---|
-{not_built_rows}
+| why | types |
+|---|---:|
+{reason_rows}
 """
 
+REASONS = {
+    "a part of another model: transformers has no model class for it": r"no model class",
+    "too many parameters at the smallest": r"M parameters at the smallest|without elements at the smallest",
+    "a package is missing": r"ImportError",
+    "PEFT or transformers cannot load, save, or adapt a small model": r"^(?!CannotBuildError)",
+    "the configuration cannot be made small without knowing more about it": r"",
+}
+"""Patterns of the reasons; the first one that matches counts."""
 
-def document(results: Path) -> str:
-    outcomes = read(results)
-    built = [one for one in outcomes if one.built]
-    wrong = [one for one in built if one.wrong]
-    failed = [one for one in built if not one.dropped and one.healthy != "passed"]
-    others = [one for one in outcomes if not one.built]
+
+def data(results: Path) -> dict[str, Any]:
+    """What benchmarks/architectures.json stores: the date, the versions, and the answers by model type."""
+    head = head_of(results)
+    date = head.pop("date")
+    return {"date": date, "versions": head, "types": {one.model_type: answer(one) for one in read(results)}}
+
+
+def answer(outcome: Outcome) -> dict[str, Any]:
+    if not outcome.built:
+        return {"reason": outcome.reason}
+    facts = {"class": outcome.model_class, "tensors": outcome.tensors}
+    facts |= {"healthy": outcome.healthy, "one_nan": outcome.one_nan}
+    if outcome.dropped:
+        facts |= {"not_loaded": len(outcome.dropped), "first_not_loaded": outcome.dropped[0]}
+    elif outcome.complaint:
+        facts["for_a_user_of_peft"] = outcome.complaint
+    return facts | ({"wrong": list(outcome.wrong)} if outcome.wrong else {})
+
+
+def stored(answers: dict[str, Any]) -> str:
+    """The text of benchmarks/architectures.json: a line for each model type."""
+    head = json.dumps({key: value for key, value in answers.items() if key != "types"}).removesuffix("}")
+    types = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(facts, ensure_ascii=False)}" for name, facts in answers["types"].items()
+    )
+    return f'{head}, "types": {{\n{types}\n}}}}\n'
+
+
+def document(answers: dict[str, Any]) -> str:
+    """The page, from what benchmarks/architectures.json stores."""
+    types: dict[str, dict[str, Any]] = answers["types"]
+    built = {name: facts for name, facts in types.items() if "class" in facts}
+    wrong = [name for name, facts in built.items() if "wrong" in facts]
+    failed = {name: facts for name, facts in built.items() if facts["healthy"] != "passed"}
+    reasons = Counter(why(facts["reason"]) for facts in types.values() if "reason" in facts)
     return TEXT.format(
-        **head_of(results),
-        types=len(outcomes),
+        date=answers["date"],
+        **answers["versions"],
+        types=len(types),
         built=len(built),
         right=len(built) - len(wrong),
         wrong=len(wrong),
-        wrong_list="".join(f"\n- `{one.model_type}`: {cell('; '.join(one.wrong))}" for one in wrong)
-        + ("\n" if wrong else ""),
-        dropped_table=table(
-            ["model type", "tensors saved", "not loaded", "the first of them"],
-            [[f"`{o.model_type}`", o.tensors, len(o.dropped), code(o.dropped[0])] for o in built if o.dropped],
-        ),
-        failed_table=table(
-            ["model type", "class", "healthy", "for a user of PEFT"],
-            [
-                [f"`{o.model_type}`", f"`{o.model_class}`", o.healthy, cell(o.complaint or "loads and merges")]
-                for o in failed
-            ],
-        ),
-        built_rows=rows(
-            [[f"`{o.model_type}`", f"`{o.model_class}`", o.tensors, word(o.healthy), word(o.one_nan)] for o in built]
-        ),
-        not_built=len(others),
-        not_built_rows=rows([[f"`{o.model_type}`", cell(o.reason or "")] for o in others]),
+        passed=len(built) - len(failed),
+        failed=len(failed),
+        not_built=reasons.total(),
+        failed_rows=rows([[f"`{name}`", cell(facts["healthy"]), of_peft(facts)] for name, facts in failed.items()]),
+        reason_rows=rows([[reason, reasons[reason]] for reason in REASONS if reasons[reason]]),
     )
 
 
-def table(head: list[str], lines: list[list[object]]) -> str:
-    return rows([head, ["---"] * len(head), *lines]) if lines else "None."
+def why(reason: str) -> str:
+    return next(words for words, pattern in REASONS.items() if re.search(pattern, reason))
+
+
+def of_peft(facts: dict[str, Any]) -> str:
+    if "not_loaded" in facts:
+        return f"does not load {facts['not_loaded']} of {facts['tensors']} tensors"
+    return cell(facts.get("for_a_user_of_peft", "loads and merges"))
 
 
 def rows(lines: list[list[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def code(text: str) -> str:
-    return f"`{text}`"
-
-
-def word(verdict: str | None) -> str:
-    """A verdict and its cause; the text of an accident is not ours."""
-    return verdict if verdict and re.fullmatch(r"[a-z (-]+\)?", verdict) else cell(verdict or "")
-
-
 def cell(text: str, most: int = 110) -> str:
     """Text that cannot end a cell or start markup."""
     plain = text.replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
-    return code(plain if len(plain) <= most else f"{plain[:most]}…")
+    return f"`{plain if len(plain) <= most else f'{plain[:most]}…'}`"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="these model types only")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "merge-gate-architectures.jsonl")
-    parser.add_argument("--write", action="store_true", help="write docs/evidence/architectures.md, and run nothing")
+    parser.add_argument("--write", action="store_true", help="write the data and the page, and run nothing")
     arguments = parser.parse_args()
     if arguments.write:
-        DOCUMENT.write_text(document(arguments.results), encoding="utf-8")
+        if arguments.results.exists():
+            DATA.write_text(stored(data(arguments.results)), encoding="utf-8")
+        DOCUMENT.write_text(document(json.loads(DATA.read_text(encoding="utf-8"))), encoding="utf-8")
     else:
         torch.set_num_threads(1)
         transformers.utils.logging.set_verbosity_error()
