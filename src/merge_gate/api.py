@@ -104,12 +104,12 @@ def gate(
 def _config(names: Sequence[str], named: Mapping[str, Any]) -> Config:
     """The configuration in the file, or that of the named adapters."""
     if not names:
-        raise UsageError("no adapters are named", hint="give directories, globs, Hub ids, or a configuration file")
+        raise UsageError("no adapters are named", hint="name directories, globs, Hub ids, or a configuration file")
     if not names_a_file(names):
         return config_of(names, **named)
     given = next((name for name, value in named.items() if value), None)
     if given is not None:
-        raise UsageError(f"{given} is for adapters that are named", hint="write it into the configuration file instead")
+        raise UsageError(f"{given} is for named adapters", hint="write it into the configuration file instead")
     from merge_gate.config.load_config import load_config  # noqa: PLC0415 - imports pydantic
 
     return load_config(names[0])

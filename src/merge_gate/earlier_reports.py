@@ -100,7 +100,7 @@ def refuse_foreign(directory: Path, names: tuple[str, ...], *, chosen_by: str = 
         path = directory / name
         if os.path.lexists(path) and not is_own(path):
             raise UsageError(
-                f"{path} is {kind_of(path)}, expected a report of merge-gate or nothing; it stays as it is",
+                f"{path} is {kind_of(path)}, expected a report of merge-gate or nothing; it was not changed",
                 hint=f"choose another directory with {chosen_by}, or move that file elsewhere",
             )
 

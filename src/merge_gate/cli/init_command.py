@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
             with path.open("x", encoding="utf-8") as file:
                 _write_or_remove(file, text, path)
         except FileExistsError:
-            raise UsageError(f"{path} is there already, and stays as it is", hint="remove it, or edit it") from None
-    tell(f"{path} lists what lies there. Look it over, then: merge-gate run {path}")
+            raise UsageError(f"{path} already exists, and was not changed", hint="remove it, or edit it") from None
+    tell(f"{path} lists the adapters that were found. Review it, then run: merge-gate run {path}")
     return ExitCode.PASS
 
 

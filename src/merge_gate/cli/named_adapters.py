@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
     """Add the options. A command that merges nothing has none for dtypes and quantization."""
-    group = command.add_argument_group("for adapters that are named here; a config has its own")
+    group = command.add_argument_group("for adapters named on the command line; a config has its own")
     group.add_argument(
         "--base", type=given, metavar="BASE", help="a directory or a Hub id (default: as the adapter names it)"
     )
@@ -62,7 +62,7 @@ def requested_config(arguments: argparse.Namespace) -> Config:
             variable = arguments.variables.get(option)
             source = f" (from the variable {variable})" if variable else ""
             raise UsageError(
-                f"{option}{source} is for adapters that are named here", hint="write it into the config instead"
+                f"{option}{source} is for adapters named on the command line", hint="write it into the config instead"
             )
         return load_config(arguments.names[0])
     if getattr(arguments, "container", False):
@@ -109,6 +109,6 @@ def _unique(option: str, pairs: list[tuple[str, Any]] | None) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs or ():
         if key in values:
-            raise UsageError(f"{option} names {key} twice", hint="give each of them once")
+            raise UsageError(f"{option} names {key} twice", hint="give each one once")
         values[key] = value
     return values

@@ -63,7 +63,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
                     f"{quoted(option)} is an option of `merge-gate run`, not of `merge-gate {values.command}`"
                 )
             command.error(f"there is no option {quoted(option)}{_meant(option, _options(command))}")
-        command.error(f"{quoted(rest[0])} stands alone: names come before the options, and a list has no blanks in it")
+        command.error(f"{quoted(rest[0])} is not an option: names come before the options, and a list has no spaces")
     if values.command in {"run", "check"} and not values.names:
         if not os.path.isfile(DEFAULT_CONFIG):  # noqa: PTH113 (False where pathlib raises)
             command = commands.choices[values.command]

@@ -49,13 +49,13 @@ def add(commands: Commands[CommandParser]) -> None:
     add_reports(run)
     run.add_argument(
         "--access",
-        choices=list(Access),
-        help="read the weights of a base on the Hub by a download, by ranges and without the disk (stream), or by "
-        "ranges if the disk is too small (auto); default: as the config says, or auto",
+        choices=[one.value for one in Access],
+        help="how to read the weights of a base on the Hub: download them, stream them by ranges without using "
+        "the disk, or stream only if the disk is too small (auto); default: as the config says, or auto",
     )
     run.add_argument(
         "--read",
-        choices=list(Read),
+        choices=[one.value for one in Read],
         help="read every tensor of a base (whole), or only what adapters touch, if a run in --cache has read it whole "
         "(touched); auto does so for a base that is not mapped; default: as the config says, or auto",
     )
@@ -252,7 +252,7 @@ def _ray(arguments: argparse.Namespace) -> str | None:
 def _shard_argument(text: str) -> str:
     if re.fullmatch(r"([1-9]\d{0,4}/)?[1-9]\d{0,4}", text, re.ASCII):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no shard, expected I/N such as 2/4, counted from 1")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a shard, expected I/N such as 2/4, counted from 1")
 
 
 def _size_argument(text: str) -> int:
@@ -267,4 +267,4 @@ def _size_argument(text: str) -> int:
 def _device_argument(text: str) -> str:
     if is_device(text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N")

@@ -52,7 +52,7 @@ def pattern_refused(fact: PatternRefused) -> Finding:
     what = f"{describe_pattern(fact.pattern)}, a" if fact.pattern else "adapter_config.json holds a"
     return CONFIG_INVALID.finding(
         f"{what} regular expression that was not matched against the {fact.names:,} module names of the base within "
-        f"{fact.seconds:g} s of computing; PEFT would not come to an end",
+        f"{fact.seconds:g} s of computing; PEFT would not finish",
         "write it without a repetition inside of a repetition, or use a list of names",
         Origin.CONFIG,
     )
@@ -109,11 +109,10 @@ def targets_not_found(fact: TargetsNotFound) -> Finding:
             RESTORE_CONFIG,
             Origin.CONFIG,
         )
-    but = f" that exclude_modules ({fact.excluded[:100]}) leaves over" if fact.excluded else ""
+    but = f" that exclude_modules ({fact.excluded[:100]}) leaves" if fact.excluded else ""
     but += f" in the layers of layers_to_transform ({fact.layers[:100]})" if fact.layers is not None else ""
     return TARGETS_NOT_FOUND.finding(
-        f"target_modules {shown} match no module of the base{but}; the base's layers are called "
-        f"{listing(fact.of_base, 12)}",
+        f"target_modules {shown} match no module of the base{but}; the base's layers are {listing(fact.of_base, 12)}",
         _misread(fact) or _narrowed(fact) or f"check that this is the adapter's base; {_renamed('the layers')}",
         Origin.CONFIG,
     )
@@ -122,7 +121,7 @@ def targets_not_found(fact: TargetsNotFound) -> Finding:
 def parameters_not_found(fact: ParametersNotFound) -> Finding:
     return TARGETS_NOT_FOUND.finding(
         f"target_parameters {_quoted(fact.targets)} match no parameter of the base, and no target_modules are named; "
-        f"the base's parameters are called {listing(fact.of_base, 12)}",
+        f"the base's parameters are {listing(fact.of_base, 12)}",
         "check that this is the adapter's base; target_parameters are the ends of names of parameters, such as "
         f"mlp.experts.gate_up_proj; {_renamed('those')}",
         Origin.CONFIG,
@@ -195,7 +194,7 @@ def tensor_unreadable(fact: TensorUnreadable) -> Finding:
 def pickle_unreadable(fact: PickleUnreadable) -> Finding:
     what = f"torch refuses {quoted(fact.names)} in them" if fact.names else fact.error
     return FILE_CORRUPT.finding(
-        f"the pickled weights are damaged, or hold something else than tensors ({what})",
+        f"the pickled weights are damaged, or hold something other than tensors ({what})",
         "do not load this file; ask who made it, and have the adapter saved as safetensors",
         Origin.FILE,
     )

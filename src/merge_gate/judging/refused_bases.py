@@ -74,7 +74,8 @@ def remote_code_needed(fact: RemoteCodeNeeded) -> Finding:
 
 def base_of_another_class(fact: BaseOfAnotherClass) -> Finding:
     return not_judged(
-        f"base {fact.base} holds none of the tensors of {fact.class_name}: transformers would make up all of them",
+        f"base {fact.base} holds none of the tensors of {fact.class_name}: transformers would fill all of them "
+        "with random values",
         "name the base that the adapter was trained on: this one has another class (for text and images, if the "
         "adapter is for text alone), or other names in its files",
     )
@@ -83,7 +84,7 @@ def base_of_another_class(fact: BaseOfAnotherClass) -> Finding:
 def adapter_next_to_base(fact: AdapterNextToBase) -> Finding:
     return BASE_INCONSISTENT.finding(
         f"base {fact.base} has an adapter_config.json next to its weights: transformers loads that adapter with it",
-        "take adapter_config.json out of the base's directory, or name the plain base",
+        "remove adapter_config.json from the base's directory, or name the plain base",
         Origin.BASE,
     )
 

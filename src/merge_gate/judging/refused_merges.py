@@ -273,10 +273,9 @@ def known_defect(fact: KnownDefect) -> Finding:
 
 def other_forward(fact: OtherForward) -> Finding:
     return not_mergeable.finding(
-        f"{fact.module} is a {fact.class_name}, which does more than multiply by its weight or look its rows up: run "
-        f"alone, the layer merged is off from the layer unmerged by {fact.share:.0%} of what the adapter changes",
-        "serve the adapter unmerged, as it was trained; or take that layer out of target_modules (exclude_modules) and "
-        "train again",
+        f"{fact.module} is a {fact.class_name}, which does more than multiply by its weight or look up its rows: "
+        f"the outputs of the merged layer differ from the unmerged layer's by {fact.share:.0%} of the adapter's change",
+        "serve the adapter unmerged, as it was trained; or exclude that layer (exclude_modules) and train again",
         Origin.CONFIG,
         module=fact.module,
     )
@@ -312,17 +311,18 @@ def result_lacks_tensors(fact: ResultLacksTensors) -> Finding:
 
 def setting_lost(fact: SettingLost) -> Finding:
     return not_mergeable.finding(
-        f"PEFT combines adapters with {fact.setting} (here {fact.adapter}) into something else than their weighted sum",
-        "merge this adapter by itself, or retrain it without that setting before combining it",
+        f"PEFT combines adapters with {fact.setting} (here {fact.adapter}) into something other than their weighted "
+        "sum",
+        "merge this adapter alone, or retrain it without that setting before combining it",
         Origin.CONFIG,
     )
 
 
 def tensor_unweighted(fact: TensorUnweighted) -> Finding:
     return not_mergeable.finding(
-        f"{fact.adapter} brings {fact.tensor} whole, and PEFT combines it without its weight: it weighs factors of "
+        f"{fact.adapter} has {fact.tensor} whole, and PEFT ignores its weight: it applies weights to factors of "
         "LoRA only",
-        "merge this adapter by itself, or combine members without trained biases or embeddings",
+        "merge this adapter alone, or combine members without trained biases or embeddings",
         Origin.CONFIG,
         module=fact.tensor.rpartition(".")[0],
         tensor=fact.tensor,
@@ -331,9 +331,9 @@ def tensor_unweighted(fact: TensorUnweighted) -> Finding:
 
 def two_vocabularies(fact: TwoVocabularies) -> Finding:
     return not_mergeable.finding(
-        f"{listing(fact.adapters)} bring other values for the rows of {fact.tensor} that the base lacks, and PEFT "
+        f"{listing(fact.adapters)} have different values for the rows of {fact.tensor} that the base lacks, and PEFT "
         "takes those of the last one",
-        "merge each by itself, or train them from one base whose vocabulary has been enlarged and saved",
+        "merge each alone, or train them from one base whose vocabulary has been enlarged and saved",
         Origin.CONFIG,
         module=fact.tensor.rpartition(".")[0],
         tensor=fact.tensor,
@@ -344,7 +344,7 @@ def modules_left_out(fact: ModulesLeftOut) -> Finding:
     return not_mergeable.finding(
         f"PEFT leaves {listing(fact.modules)} of {fact.adapter} out of the combination: it takes layers_to_transform "
         "and exclude_modules of the first member, and no module that is trained whole (modules_to_save)",
-        "name the member that adapts the most layers first; merge one with a trained head by itself",
+        "name the member that adapts the most layers first; merge one with a trained head alone",
         Origin.CONFIG,
         module=fact.modules[0],
     )

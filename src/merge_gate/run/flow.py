@@ -388,7 +388,7 @@ class _Run:
 
     def _know_worker(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self._tally.sandbox.missing:
-            self._view.note(f"the worker's sandbox is not whole: {'; '.join(event.sandbox.missing)}")
+            self._view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
         self._cache.set_device(_merge_device(event))
         self._tally.merged_on(event.device, event.device_name, event.sandbox)
 

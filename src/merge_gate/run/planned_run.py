@@ -164,7 +164,7 @@ class _Plan:
             yield ""
             yield from self._lines_of(same)
         others = [*self._lines_of_adapters(), *self._lines_of_output(), *self._lines_of_models(groups)]
-        yield from ["", "besides", *others] if others else []
+        yield from ["", "also", *others] if others else []
         if blocked:
             yield ""
             yield f"{counted(len(blocked), 'entry', 'entries')} without a merge, since the files alone decide:"
@@ -220,7 +220,7 @@ class _Plan:
         )
         parts = [f"{_shown_bytes(window_bytes())} for the base's bytes"] if is_fed else []
         free = f"; {_shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
-        return f"{' and '.join([*parts, of_adapters])}, torch and the largest layer besides{free}"
+        return f"{' and '.join([*parts, of_adapters])}, plus torch and the largest layer{free}"
 
     def _factor_bytes(self, task: Task, *, in_pass: bool) -> int:
         """What an adapter takes once it is loaded. Of one that was not fetched, only the size of its file is known."""
@@ -259,7 +259,7 @@ def _place_of(fetch: PlannedFetch | None) -> str:
 def _access_of(fetch: PlannedFetch) -> str:
     if fetch.streamable:
         size = sum(fetch.sizes[name] for name in fetch.streamable)
-        return f"stream: {_shown_bytes(size)} by ranges, none of them to the disk"
+        return f"stream: {_shown_bytes(size)} by ranges, not written to disk"
     size = sum(fetch.sizes[name] for name in fetch.absent)
     free = fetch.free_bytes
     warning = ", which is not enough" if free is not None and free < size else ""

@@ -104,10 +104,10 @@ def _difference(part: _ShardReport, others: _ShardReport) -> str:
         theirs, ours = one_line(part.report.tool.version, _SHOWN), one_line(others.report.tool.version, _SHOWN)
         return f"merge-gate {theirs} wrote it, and {ours} the others"
     if part.report.config.sha256 != others.report.config.sha256:
-        return "its configuration is another one than the others'"
+        return "its configuration differs from the others'"
     if part.shard.count != others.shard.count:
         return f"the others are of {others.shard.count} shards"
-    return "its machine saw other adapters, other sizes of files or other options than the others did"
+    return "its machine saw other adapters, file sizes, or options than the others"
 
 
 def _each_once(parts: list[_ShardReport]) -> tuple[list[_ShardReport], list[str]]:
@@ -170,7 +170,7 @@ def _bases(parts: list[_ShardReport]) -> tuple[tuple[BaseReport, ...], list[str]
             uses.append((bare, position))
             if base.sha256 is not None and digests.setdefault(bare, base).sha256 != base.sha256:
                 problems.append(
-                    f"{part.name} read other bytes of base {one_line(base.model, _SHOWN)} than another shard"
+                    f"{part.name} read different bytes of base {one_line(base.model, _SHOWN)} than another shard"
                 )
     return tuple(digests.get(base, base) for base in in_order(uses)), problems
 

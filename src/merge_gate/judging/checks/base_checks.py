@@ -53,8 +53,8 @@ def brought(base: BaseFacts) -> Finding:
     """The note that the adapter replaces all that the base lacks."""
     return base_incomplete.finding(
         f"base {base.model} holds no tensor for {counted(len(base.incomplete), 'parameter')} of {base.loaded_as}: "
-        f"{listing(base.incomplete, 3)}; the adapter brings {'it' if len(base.incomplete) == 1 else 'them'}",
-        "nothing for this adapter; one that does not bring these tensors cannot be judged on this base",
+        f"{listing(base.incomplete, 3)}; the adapter has {'it' if len(base.incomplete) == 1 else 'them'}",
+        "nothing to do for this adapter; an adapter without these tensors cannot be judged on this base",
         Origin.BASE,
         severity=Severity.NOTE,
         module=base.incomplete[0].rpartition(".")[0],

@@ -40,7 +40,8 @@ def findings_of_base(base: BaseFacts, replaced_nonfinite: tuple[str, ...] = ()) 
             + ("; it is a buffer, where infinity can mean that there is no limit" if no_limit else ""),
             "the adapter is not the cause: repair or download the base again, or choose a dtype that holds its values"
             if not no_limit
-            else "nothing, if the model's code means it so; else repair or download the base again",
+            else "if the model uses infinity on purpose, there is nothing to do; else repair or download the base "
+            "again",
             Origin.BASE,
             severity=WARNING if no_limit else ERROR,
             module=stats.name.rpartition(".")[0],
@@ -51,8 +52,8 @@ def findings_of_base(base: BaseFacts, replaced_nonfinite: tuple[str, ...] = ()) 
 def _replaced_by_adapter(base: BaseFacts, stats: TensorStats) -> Finding:
     return base_nonfinite.finding(
         f"base {base.model}: {stats.name} ({stats.dtype}) holds {describe_nonfinite(stats)}, before any merge; the "
-        "adapter brings finite values in its place",
-        "nothing for this adapter; one that does not bring this tensor fails on this base",
+        "adapter replaces it with finite values",
+        "nothing to do for this adapter; an adapter without this tensor fails on this base",
         Origin.BASE,
         severity=WARNING,
         module=stats.name.rpartition(".")[0],
@@ -82,7 +83,7 @@ def _broken_file_tensor(tensor: FileTensor) -> Finding:
             else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
         )
     else:
-        hint = "nothing for this release; do not train on from this file"
+        hint = "nothing to do for this release; do not continue training from this file"
     return adapter_nonfinite.finding(
         f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
         + ("" if tensor.used else "; the merge does not use this tensor, so the merged model is sound"),
@@ -121,8 +122,8 @@ def _broken_merge(merge: TensorMerge, *, follows: bool) -> Finding:
         hint = "this follows from the adapter's own tensors of this module: see adapter-nonfinite"
     elif stats.nan:
         hint = (
-            "the merge of finite values gave no number: look in the adapter's tensors of this module for norms and "
-            "scales of zero, and for values near the dtype's limit; release an earlier checkpoint"
+            "the merge of finite values gives NaN: look in the adapter's tensors of this module for norms and scales "
+            "of zero, and for values near the dtype's limit; release an earlier checkpoint"
         )
     elif stats.dtype == "float16":
         hint = (

@@ -79,7 +79,7 @@ def _complex_tensors(case: FileCase, stray: tuple[str, ...]) -> Iterator[Finding
         yield keys_unexpected.finding(
             f"{tensors(names)} in the file {are(names)} complex: {listing(names)}; PEFT loads the real part and "
             "drops the imaginary one",
-            "find out what has written complex numbers: no method of PEFT trains any",
+            "find the program that wrote complex numbers: no method of PEFT trains them",
             Origin.ADAPTER,
             severity=WARNING,
             module=module_of(names[0]),
@@ -102,7 +102,8 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
         named = "this follows from the same names: see keys-missing"
     if stray:
         yield keys_unexpected.finding(
-            f"{tensors(stray)} in the file would land on nothing in the base and be dropped: {listing(stray, _NAMES)}",
+            f"{tensors(stray)} in the file {'matches' if len(stray) == 1 else 'match'} nothing in the base, so PEFT "
+            f"would drop {'it' if len(stray) == 1 else 'them'}: {listing(stray, _NAMES)}",
             named
             or key_hints.saved_twice(stray)
             or "check that adapter_config.json belongs to this file (target_modules, use_dora, modules_to_save), that "
@@ -117,7 +118,8 @@ def keys_unexpected(case: MergeCase) -> Iterator[Finding]:
             f"{tensors(unnamed)} of the base {are(unnamed)} in the file, although adapter_config.json does not name "
             f"{'it' if len(unnamed) == 1 else 'them'}: {listing(unnamed)}; the merged model has the file's values",
             "if they were trained, name their modules in modules_to_save (or set bias) and save the adapter again; if "
-            "not, take them out of the file: PEFT writes them over the base's without a word, other programs drop them",
+            "not, remove them from the file: PEFT replaces the base's tensors without a warning, other programs drop "
+            "them",
             Origin.ADAPTER,
             severity=WARNING,
             module=unnamed[0].rpartition(".")[0],
@@ -169,11 +171,10 @@ def not_mergeable(case: MergeCase) -> Iterator[Finding]:
     )
     yield not_mergeable.finding(
         f"the model reads the weight of {layers} without calling {them}: "
-        f"{listing(tuple(layer.module for layer in unread))}; the adapter does nothing there, in training too, until "
-        f"it is merged, and the merge changes {'that weight by' if is_single else 'those weights by up to'} "
+        f"{listing(tuple(layer.module for layer in unread))}; the adapter has no effect there until it is merged, "
+        f"not even in training, and the merge changes {'that weight by' if is_single else 'those weights by up to'} "
         f"{share} times its norm",
-        f"serve the adapter unmerged, as it was trained; or take {those} out of target_modules (exclude_modules) "
-        "and train again",
+        f"serve the adapter unmerged, as it was trained; or exclude {those} (exclude_modules) and train again",
         Origin.CONFIG,
         severity=None if any(_is_proved(case, layer) for layer in unread) else WARNING,
         module=worst.module,
@@ -251,9 +252,9 @@ def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
     if evidence.instead_of is not None:
         yield base_mismatch.finding(
             f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
-            f"adapter's tensors have the names of {evidence.base.loaded_as}: it was merged into that",
-            f"load the base as {evidence.base.loaded_as} to serve it: as {evidence.instead_of} nothing of the adapter "
-            "arrives; save it with the task_type of the model that it was trained on",
+            f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",
+            f"load the base as {evidence.base.loaded_as} to serve it: {evidence.instead_of} would load none of its "
+            "tensors; save it with the task_type of the model that it was trained on",
             Origin.CONFIG,
         )
 
@@ -284,7 +285,7 @@ def expectation_failed(case: FileCase) -> Iterator[Finding]:
     for key in (field.name for field in fields(Expect) if field.name != "sha256"):
         wanted, got = getattr(expect, key), getattr(case.files.config, _IN_CONFIG.get(key, key))
         if wanted is not None and wanted != got:
-            stated = "does not say" if got is None else f"has {_plain(got)}"
+            stated = "has no value" if got is None else f"has {_plain(got)}"
             yield _not_so(f"expect.{key} is {_plain(wanted)}, but adapter_config.json {stated}")
     digests = {file.path: file.sha256 for file in case.files.files}
     for path, wanted in expect.sha256:
@@ -303,6 +304,6 @@ def _plain(value: str | float) -> str:
 def _not_so(message: str) -> Finding:
     return expectation_failed.finding(
         message,
-        "this may be the wrong adapter, or an edited one: find out which before you change what is expected",
+        "this may be the wrong adapter, or an edited one: find out which before you change the expectation",
         Origin.CONFIG,
     )

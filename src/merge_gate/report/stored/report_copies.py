@@ -67,7 +67,7 @@ def withdraw(copies: Sequence[ReportCopy], output: str | None = None) -> None:
         if os.path.lexists(path) and not is_own(path, name):
             raise UsageError(
                 f"--report names {quoted(str(path), 200)}, {kind_of(path)}, expected a report of that format or "
-                "nothing; it stays as it is",
+                "nothing; it was not changed",
                 hint="name another file, or move that one elsewhere",
             )
     for path, _ in files:
