@@ -43,7 +43,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
     pip --cache-dir /var/cache/pip install --root-user-action=ignore --require-hashes --only-binary :all: -r /requirements/build.txt
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY src/ src/
 RUN pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels .
 

@@ -67,7 +67,7 @@ def hooks(tmp_path: Path) -> Path:
     """The repository that users name under `repo:`."""
     directory = tmp_path / "hooks"
     directory.mkdir()
-    for name in (MANIFEST.name, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (MANIFEST.name, "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, directory / name)
     shutil.copytree(ROOT / "src", directory / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     git = ["git", "-C", str(directory), "-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -118,3 +122,41 @@ def test_the_release_renders_its_notes_first_and_shows_them(release_notes: Modul
     assert command in checked
     assert command in made
     assert "--notes-file" in made
+
+
+# --- the metadata of the package -------------------------------------------------------------------------------------
+
+
+def setup_py() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_the_readme_s_links_are_absolute_once_there_is_an_address() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    absolute = setup_py()["absolute"]
+    assert absolute(readme, "", "1.0.0") == readme
+    shown = absolute(readme, REPOSITORY, "1.0.0")
+    targets = re.findall(r'(?:\]\(|src(?:set)?=")([^)"\s]+)', shown)
+    assert len(targets) > 20
+    for target in targets:
+        match = re.fullmatch(rf"{REPOSITORY}/(blob|raw)/v1\.0\.0/([^#]+)(#.*)?", target)
+        assert match, target
+        assert (ROOT / match[2]).exists()
+        assert (match[1] == "raw") is (match[2].endswith(".png"))
+    assert f"{REPOSITORY}/blob/HEAD/SECURITY.md" in absolute(readme, REPOSITORY, "1.0.0.dev0")
+
+
+def test_the_package_has_no_link_before_there_is_an_address() -> None:
+    links = setup_py()["links"]
+    assert links("", None) == {}
+    assert links(REPOSITORY, "https://acme.github.io/merge-gate/1.0.0/")["Repository"] == REPOSITORY
+
+
+def test_the_metadata_has_the_readme() -> None:
+    """`python setup.py` as pip calls it, without an environment of its own."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--long-description", "--version"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "**Catch broken LoRA and PEFT adapters in CI" in done.stdout
+    assert __version__ in done.stdout
