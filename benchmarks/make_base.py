@@ -22,9 +22,11 @@ SIZES = {
     "7b": {"hidden": 4096, "inter": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
     "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "70b": {"hidden": 8192, "inter": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
+    "70b-slice": {"hidden": 8192, "inter": 28672, "layers": 4, "heads": 64, "kv_heads": 8, "vocab": 1024},
+    "8b-slice": {"hidden": 4096, "inter": 14336, "layers": 6, "heads": 32, "kv_heads": 8, "vocab": 8192},
 }
 """TinyLlama 1.1B, Llama 2 7B, Llama 3 8B and 70B by their published dimensions; `0.1b` is for the table of methods,
-`tiny` for smoke runs, `pico` for many adapters."""
+`tiny` for smoke runs, `pico` for many adapters. A slice has some layers of a model: its peak of memory in less time."""
 
 SHARD_LAYERS = 4
 POOL_ELEMENTS = 1 << 24
