@@ -6,6 +6,8 @@ block. A tensor that another layer still has to merge into keeps the result of t
 
 from __future__ import annotations
 
+import contextlib
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +20,7 @@ from torch import nn
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME
 from merge_gate.engine.adapter.mapped_factors import in_memory
 from merge_gate.engine.base.loaded_base import Base, wrap
+from merge_gate.engine.base.stored_spans import bytes_of
 from merge_gate.engine.tensors.quantized import is_quantized
 
 Names = Mapping[tuple[int, str], str]
@@ -101,6 +104,11 @@ class PrivateCopies:
         dtype: the dtype of the copies. None keeps each tensor's own.
         keep_marks: keep PEFT's marks of what it has merged. True for a merge that counts.
         mapped: the ids of factors that are views of the adapter's file. Inside of the block, they are copies.
+        lends: PEFT gets hollow tensors themselves, because safe_merge copies a weight before it adds to it. A checksum
+            shows whether PEFT has written to one. For one merge; `renew` would give no fresh values.
+
+    Attributes:
+        was_written: after the block, whether PEFT has written to a tensor that was lent. It has its values again.
     """
 
     def __init__(
@@ -112,6 +120,7 @@ class PrivateCopies:
         dtype: torch.dtype | None = None,
         keep_marks: bool = False,
         mapped: Collection[int] = (),
+        lends: bool = False,
     ) -> None:
         self._layer, self._slots, self._device, self._dtype = layer, slots, base.device, dtype
         self._keep_marks = keep_marks
@@ -119,28 +128,34 @@ class PrivateCopies:
         self._filled = base.filled(slot.name for slot in slots)
         self._factors = in_memory(layer, mapped)
         self._merged = {id(inner): list(inner.merged_adapters) for inner in self._tuners()}
+        self._hollow = base.hollow if lends and dtype is None and base.device.type == "cpu" else None
+        self._checksums: dict[int, int] = {}  # of the tensors that are lent, by the position of the slot
+        self._stack = contextlib.ExitStack()
+        self.was_written = False
 
     def __enter__(self) -> Self:
-        self._filled.__enter__()
-        self._factors.__enter__()
-        self.renew()
+        with contextlib.ExitStack() as stack:  # in the end, or if no copy can be made, all of it is undone
+            stack.callback(self._restore_marks)
+            stack.enter_context(self._filled)
+            stack.enter_context(self._factors)
+            stack.callback(self._rewrite_lent)
+            stack.callback(self._put_back)
+            self.renew()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Put back what hung there before."""
-        for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
-            slot.put(tensor, data)
-        self._factors.__exit__(None, None, None)
-        self._filled.__exit__(None, None, None)
-        if not self._keep_marks:
-            for inner in self._tuners():
-                inner.merged_adapters[:] = self._merged.get(id(inner), [])
+        self._stack.close()
 
     def renew(self) -> None:
         """Make fresh copies and clear PEFT's marks, as before the merge."""
-        for slot in self._slots:
+        for number, slot in enumerate(self._slots):
             if is_quantized(slot.parameter):
                 slot.put(wrap(slot.parameter))
+            elif self._can_lend(slot.data):
+                slot.put(slot.parameter, slot.data)
+                self._checksums[number] = _checksum(slot.data)
             else:
                 slot.put(slot.parameter, slot.data.to(self._device, self._dtype, copy=True))
         for inner in self._tuners():
@@ -148,5 +163,31 @@ class PrivateCopies:
         if self._device.type != "cpu":
             self._layer._move_adapter_to_device_of_base_layer(ADAPTER_NAME)
 
+    def _can_lend(self, data: torch.Tensor) -> bool:
+        """Whether its values can be written once more: the load of the base may have changed those kept for good."""
+        hollow = self._hollow
+        return hollow is not None and hollow.holds(data) and not hollow.is_kept(data) and data.is_contiguous()
+
+    def _put_back(self) -> None:
+        for slot, (tensor, data) in zip(self._slots, self._found, strict=True):
+            slot.put(tensor, data)
+
+    def _rewrite_lent(self) -> None:
+        for number, expected in self._checksums.items():
+            data = self._slots[number].data
+            if self._hollow is not None and _checksum(data) != expected:
+                self.was_written = True
+                self._hollow.rewrite(data)
+
+    def _restore_marks(self) -> None:
+        if not self._keep_marks:
+            for inner in self._tuners():
+                inner.merged_adapters[:] = self._merged.get(id(inner), [])
+
     def _tuners(self) -> list[Any]:
         return [inner for inner in self._layer.modules() if isinstance(inner, BaseTunerLayer)]
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """It depends on the order of the values, unlike their sum: a layer may be transposed in its place."""
+    return zlib.crc32(bytes_of(tensor))

@@ -153,14 +153,18 @@ class Walk:
     def refuse_too_large(self, free_bytes: int) -> None:
         """Refuse to begin if PEFT's own merge of a layer does not fit in memory: each kind of layer needs one.
 
-        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice.
+        A lower bound: the weight, its copy, the copy that safe_merge makes, and the delta, which LoRA makes twice. A
+        layer that is merged in blocks has no copy of its own (`cross_check`).
 
         Raises:
             EngineError: it does not fit.
         """
-        most, path = max(
-            ((_peft_bytes(layer, self.loaded.slots), path) for path, layer in self._layers), default=(0, "")
+        in_blocks = {id(block.layer) for block in self.planned}
+        needed = (
+            (_peft_bytes(layer, self.loaded.slots, copies=1 if id(layer) in in_blocks else 2), path)
+            for path, layer in self._layers
         )
+        most, path = max(needed, default=(0, ""))
         if most > free_bytes:
             raise EngineError(
                 f"PEFT's merge of {path} takes at least {most / 2**30:.1f} GiB of memory, and only "
@@ -176,14 +180,16 @@ class Walk:
     def cross_check(self, block: BlockLayer, merged: TensorMerge) -> bool:
         """Whether PEFT merges the layer to the same bits, on one thread like the blocks. `merged` has their figures."""
         slots = slots_of(block.layer, self.loaded.slots)
-        with torch.no_grad(), PrivateCopies(block.layer, slots, self.base, mapped=self.loaded.mapped):
+        copies = PrivateCopies(block.layer, slots, self.base, mapped=self.loaded.mapped, lends=True)
+        with torch.no_grad(), copies:
             try:
                 block.layer.merge(safe_merge=True)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:
                 return False  # PEFT gives the reason when it merges the whole adapter
-            return agrees(self.base, block, merged)
+            is_same = agrees(self.base, block, merged)
+        return is_same and not copies.was_written
 
     def finish(self) -> None:
         """PEFT's merge_and_unload with every layer's merge wrapped.
@@ -432,13 +438,13 @@ class Walk:
             return {}  # the loss by rounding is then not reported; it is only a warning
 
 
-def _peft_bytes(layer: Any, names: Names) -> int:
+def _peft_bytes(layer: Any, names: Names, *, copies: int) -> int:
     slots = slots_of(layer, names)
     if any(is_quantized(slot.parameter) for slot in slots):
         return 0  # it is in memory, and its merge takes a few times as much
     factors, largest = factors_of(layer), max((slot.data.numel() for slot in slots), default=0)
     stored = max((slot.data.nbytes for slot in slots), default=0)
-    return 3 * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
+    return (1 + copies) * stored + (2 * largest * factors[1].itemsize if factors is not None else stored)
 
 
 def _held(slots: list[Slot]) -> list[tuple[Slot, torch.Tensor]]:
