@@ -11,6 +11,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+ANSWER_LIMIT_S = 30.0
+"""How long the file system may take to tell the size and the times of a base's files."""
+
 
 def within(limit_s: float, read: Callable[[], T]) -> T:
     """Read for at most this time. A read that hangs keeps its thread, and no one waits for it.

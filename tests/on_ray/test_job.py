@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import shutil
+import threading
 from collections import deque
 from dataclasses import replace
 from itertools import chain
@@ -18,10 +19,12 @@ import pytest
 
 from merge_gate.cache.key import versions_digest
 from merge_gate.errors import GateError
+from merge_gate.files import identity
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import base_weight_files, digest_directory
+from merge_gate.on_ray import job as job_module
 from merge_gate.on_ray import ray_cluster, ray_task
 from merge_gate.on_ray.job import judge_on_ray, run_on
 from merge_gate.on_ray.ray_cluster import LostError, Resources
@@ -165,6 +168,17 @@ def test_a_cluster_without_a_processor_is_said(wording: Wording) -> None:
 
 def test_there_are_no_more_workers_than_tasks() -> None:
     assert [tasks for tasks, _ in needs(job(1), Resources(node="a", cpus=8, gpus=0, memory_bytes=64 * GIB))] == [[0]]
+
+
+def test_a_base_on_a_mount_that_does_not_answer_holds_up_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    for module in (job_module, identity):
+        monkeypatch.setattr(module, "base_identity", lambda _: never.wait())
+        monkeypatch.setattr(module, "ANSWER_LIMIT_S", 0.05)
+    cluster = Scripted(lambda _, tasks: [settled(task) for task in tasks])
+    assert heard(cluster, job(2)) == {0: ["done"], 1: ["done"]}
+    assert {base.identity for part in cluster.whole for base in part.bases} == {()}
+    never.set()
 
 
 class Watch(BaseWatch):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from merge_gate.config.load_config import load_config
+from merge_gate.files import identity
+from merge_gate.shards import costs
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost, Costs
 
 
@@ -50,6 +53,35 @@ def test_a_base_is_known_by_the_name_that_the_adapter_gives(tmp_path: Path, name
 def test_a_base_that_is_not_there_has_no_size(tmp_path: Path) -> None:
     found = cost(tmp_path, config_of("/nowhere/base"))
     assert found.base[0].endswith("../nowhere/base")
+    assert found.read_bytes == LOAD_BYTES
+
+
+@pytest.mark.parametrize("hangs", ["sizes", "directory"])
+def test_a_base_on_a_mount_that_does_not_answer_has_no_size(
+    hangs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    never, asked = threading.Event(), list[str]()
+    own = Path.is_dir
+
+    def hang(directory: str) -> None:
+        asked.append(directory)
+        never.wait()
+
+    def is_dir(self: Path) -> bool:
+        if self.name == "base":
+            hang(str(self))
+        return own(self)
+
+    if hangs == "sizes":
+        monkeypatch.setattr(identity, "base_identity", hang)
+    else:
+        monkeypatch.setattr(Path, "is_dir", is_dir)
+    for module in (identity, costs):
+        monkeypatch.setattr(module, "ANSWER_LIMIT_S", 0.05)
+    found = cost(tmp_path, config_of("./base"))
+    never.set()
+    assert asked == [str(tmp_path / "base")]
     assert found.read_bytes == LOAD_BYTES
 
 

@@ -20,13 +20,9 @@ from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import BaseContent, Entry, FileIdentity, FileRecord
-from merge_gate.time_limit import within
+from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 _Identity = tuple[FileIdentity, ...]
-
-ANSWER_LIMIT_S = 30.0
-"""How long the file system may take to tell the size and the times of a base's files."""
-
 
 SILENCE_LIMIT_S = 120.0
 """How long the file system may take to give the next bytes of a base that is hashed, before no one waits for them."""

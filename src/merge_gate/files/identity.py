@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import FileIdentity
+from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,9 +43,12 @@ def base_identity(directory: str) -> tuple[FileIdentity, ...]:
 
 
 def base_bytes(directory: str) -> int | None:
-    """The size of the files that make a base; None if they cannot be read, which the worker reports."""
+    """The size of the files that make a base; None if they cannot be read, which the worker reports.
+
+    A mount that does not answer in time counts as one that cannot be read.
+    """
     try:
-        return sum(file.size_bytes for file in base_identity(directory))
+        return sum(file.size_bytes for file in within(ANSWER_LIMIT_S, lambda: base_identity(directory)))
     except OSError:
         return None
 

@@ -26,6 +26,7 @@ from merge_gate.on_ray.ray_task import Expected, RayPart
 from merge_gate.records.refusals import NotJudged
 from merge_gate.shards.costs import LOAD_BYTES, MERGE_BYTES, Cost
 from merge_gate.shards.partition import assign
+from merge_gate.time_limit import ANSWER_LIMIT_S, within
 from merge_gate.worker.protocol import (
     Event,
     Finished,
@@ -193,8 +194,8 @@ def _undecided(part: _WorkerPart, index: int, reason: str, listen: Listener) -> 
 
 def _expected(group: Group, digest_of: Callable[[str], str | None] | None) -> Expected:
     try:
-        identity = base_identity(group.directory)
-    except OSError:  # the worker reports the problem
+        identity = within(ANSWER_LIMIT_S, lambda: base_identity(group.directory))
+    except OSError:  # the worker reports the problem, also that the mount does not answer
         identity = ()
     return Expected(identity=identity, sha256=digest_of(group.directory) if digest_of is not None else None)
 
@@ -202,7 +203,8 @@ def _expected(group: Group, digest_of: Callable[[str], str | None] | None) -> Ex
 def _split(job: Job, nodes: tuple[Resources, ...]) -> list[_WorkerPart]:
     on_gpus = job.device != "cpu" and any(node.gpus for node in nodes)
     usable = [node for node in nodes if node.gpus or not on_gpus]
-    sizes = {index: base_bytes(group.directory) or 0 for index, group in enumerate(job.groups)}
+    of_bases = {directory: base_bytes(directory) or 0 for directory in {group.directory for group in job.groups}}
+    sizes = {index: of_bases[group.directory] for index, group in enumerate(job.groups)}
     group_of = {task.index: number for number, group in enumerate(job.groups) for task in group.tasks}
     costs = {
         task.index: _cost(task, sizes[number], number)

@@ -14,6 +14,7 @@ from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.config import AdapterSpec, Config
 from merge_gate.records.files import CONFIG_NAME
 from merge_gate.records.terms import record
+from merge_gate.time_limit import ANSWER_LIMIT_S, within
 
 MERGE_BYTES = 64 << 20
 LOAD_BYTES = 256 << 20
@@ -66,8 +67,8 @@ def _named_base(spec: AdapterSpec, home: Path) -> str:
     """The base that adapter_config.json names, resolved as in `files/prepare.py`; empty if it names none."""
     named = _read_base_name(spec.path) if spec.path else ""
     try:
-        return str(home / named) if named and (home / named).is_dir() else named
-    except (OSError, ValueError):  # a name that no file system allows
+        return str(home / named) if named and within(ANSWER_LIMIT_S, (home / named).is_dir) else named
+    except (OSError, ValueError):  # a mount that does not answer, or a name that no file system allows
         return named
 
 
