@@ -235,6 +235,7 @@ def test_a_released_slot_is_poisoned_and_has_no_owner() -> None:
 
 def test_the_other_process_cannot_write_into_the_window() -> None:
     window = Window(PAGE, 1)
+    assert window.is_sealed
     for write in (
         lambda: os.pwrite(window.descriptor, b"x", 0),
         lambda: mmap.mmap(window.descriptor, PAGE),
@@ -243,6 +244,18 @@ def test_the_other_process_cannot_write_into_the_window() -> None:
         with pytest.raises(PermissionError):
             write()
     assert os.pread(window.descriptor, 1, 0) == b"\0"
+
+
+def test_a_window_says_that_the_kernel_cannot_seal_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel before 5.1. This one refuses seals of a file that was made without MFD_ALLOW_SEALING."""
+    own = os.memfd_create
+    monkeypatch.setattr(os, "memfd_create", lambda name, flags: own(name, flags & ~os.MFD_ALLOW_SEALING))
+    window = Window(PAGE, 1)
+    assert not window.is_sealed
+    os.pwrite(window.descriptor, b"x", 0)
+    slot = window.acquire(1)
+    assert slot is not None
+    assert bytes(window.view(slot)) == b"x"
 
 
 @pytest.mark.parametrize("size_bytes", [0, PAGE + 1])

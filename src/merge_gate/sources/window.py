@@ -37,6 +37,10 @@ class Window:
         slot_bytes: the size of each slot; a multiple of the page size.
         slots: how many there are.
         poison: overwrite each released slot, so that a reader who kept it computes NaN. For tests.
+
+    Attributes:
+        is_sealed: the other process cannot write to it. If not, bytes that it has seen prove nothing, and a published
+            file must not be written from them.
     """
 
     def __init__(self, slot_bytes: int, slots: int, *, poison: bool = False) -> None:
@@ -46,9 +50,11 @@ class Window:
         self.descriptor = os.memfd_create("merge-gate-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.descriptor, slot_bytes * slots)
         self._memory = mmap.mmap(self.descriptor, slot_bytes * slots)
-        with contextlib.suppress(OSError):  # an older kernel: then the other process could write to it
+        self.is_sealed = False
+        with contextlib.suppress(OSError):  # an older kernel
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            self.is_sealed = True
         self._view = memoryview(self._memory)
         self._free = deque(range(0, slot_bytes * slots, slot_bytes))
         self._owned: set[int] = set()
