@@ -28,7 +28,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import NoSkeletonError, skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import stored_tensors
-from merge_gate.engine.merge import walk
+from merge_gate.engine.merge import one_pass, walk
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
 from merge_gate.errors import EngineError
@@ -143,7 +143,7 @@ def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pyt
     merged = merge_together([request(base, adapter) for adapter in adapters])
     stored = {one.name: one for one in stored_tensors(str(directory))}
     spans = sorted((one.span for one in stored_bytes(str(directory), stored).values()), key=lambda one: one.start)
-    assert feed.expected == [spans]
+    assert feed.expected == feed.prefetched == [spans]
     assert set(feed.reads) == set(spans)
     twice = [span for span, count in Counter(feed.reads).items() if count > 1]
     assert max(span.end - span.start for span in twice) <= 128  # biases next to a cross-checked weight
@@ -209,6 +209,26 @@ def test_adapters_of_one_pass_have_the_evidence_of_a_loaded_base(shelf: Shelf) -
     assert [comparable(one) for one in together] == [comparable(merge(request(real, one))) for one in adapters]
 
 
+def test_no_merge_changes_a_tensor_that_other_adapters_are_merged_into(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [shelf.adapter(name) for name in ("every-projection", "dora-all-linear", "lora-bias", "modules-to-save")]
+    directory = shelf.base("llama")
+    base = fed(directory, adapters[0], LocalFeed(str(directory)))
+    own, same = one_pass._Visits._visit, dict[str, bool]()
+
+    def visit(self: Any, of: Base, name: str) -> list[Callable[[], None]]:
+        before = of.tensors[name].clone()
+        reports = list(own(self, of, name))
+        same[name] = same_bits(of.tensors[name], before)
+        return reports
+
+    monkeypatch.setattr(one_pass._Visits, "_visit", visit)
+    assert None not in merge_together([request(base, adapter) for adapter in adapters])
+    assert same.keys() == base.tensors.keys()
+    assert all(same.values())
+
+
 def test_adapters_that_wait_for_the_pass_have_the_memory_of_their_files(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +282,7 @@ def test_a_merge_for_which_memory_is_lacking_is_refused_before_the_base_is_read(
     with pytest.raises(EngineError, match="takes at least"):
         merge(requests[0])
     assert merge_together(requests) == (None, None)
-    assert feed.reads == []
+    assert feed.reads == feed.prefetched == []
     together = merge_together([replace(requests[0], free_bytes=1 << 20), requests[1]])
     assert [one is not None for one in together] == [True, False]
 
@@ -391,10 +411,10 @@ def test_a_worker_reports_the_facts_once_they_are_known(
     tasks = tuple(Task(index=index, files=(one,)) for index, one in enumerate(files))
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     of_pass: dict[bool, list[Any]] = {}
-    for one_pass in (True, False):
-        group = Group(base=key, directory=str(tmp_path), tasks=tasks, one_pass=one_pass)
+    for is_in_pass in (True, False):
+        group = Group(base=key, directory=str(tmp_path), tasks=tasks, one_pass=is_in_pass)
         events = judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox())
-        of_pass[one_pass] = [event for event in events if not isinstance(event, DeviceChosen | MergeStarted)]
+        of_pass[is_in_pass] = [event for event in events if not isinstance(event, DeviceChosen | MergeStarted)]
     names = [type(event).__name__ for event in of_pass[True]]
     assert names == ["BaseLoading", "BaseLoaded", "BaseMeasured", "Merged", "Merged"]
     loaded, measured, *merged = of_pass[True][1:]

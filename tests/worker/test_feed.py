@@ -28,7 +28,7 @@ from merge_gate.sources.window import Window
 from merge_gate.worker import feed_client, feed_service
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.feed_client import FeedClient
-from merge_gate.worker.feed_service import FedBase, Feeds, FeedService
+from merge_gate.worker.feed_service import FedBase, Feeds
 from merge_gate.worker.protocol import (
     BytesRequested,
     FeedEnded,
@@ -39,6 +39,7 @@ from merge_gate.worker.protocol import (
     SlotReleased,
     SpansExpected,
 )
+from tests.support.checked_slots import CheckedFeedService
 
 PAGE = mmap.PAGESIZE
 SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
@@ -68,7 +69,7 @@ class Ends:
     def __init__(self, base: FedBase) -> None:
         self.base = base
         own, other = socket.socketpair()
-        self.service = FeedService(own, lambda _: self.base, poison=True)
+        self.service = CheckedFeedService(own, lambda _: self.base)
         self.service.start()
         self.client = FeedClient(other)
 
@@ -81,6 +82,7 @@ def ends(tmp_path: Path, content: dict[str, bytes]) -> Iterator[Ends]:
     yield both
     both.service.close()
     both.client.close()
+    assert CheckedFeedService.changed == []
 
 
 def spans_of(content: dict[str, bytes], seed: int = 0) -> list[FileSpan]:
@@ -177,6 +179,48 @@ def test_a_new_expectation_replaces_one_in_progress(ends: Ends, content: dict[st
         for span in spans[: 5 if seed < 5 else None]:
             assert read(client, span) == expected(content, span)
     assert ends.base.digests.are_complete
+
+
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_what_is_prefetched_fills_the_window_and_is_read_once(
+    is_the_same: bool, ends: Ends, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, spans, pieces = ends.client.open(0), spans_of(content), list[str]()
+    own = ends.base.files.read
+
+    def count_and_read(file: str, start: int, into: memoryview) -> None:
+        pieces.append(f"{file} {start}")
+        own(file, start, into)
+
+    monkeypatch.setattr(ends.base.files, "read", count_and_read)
+    for _ in range(2):
+        client.prefetch(spans, whole=True)
+    wait_until(lambda: len(client._pieces) == 4)  # all slots
+    aside = FileSpan(file="2.safetensors", start=9 * PAGE - 5, end=9 * PAGE)
+    assert read(client, aside) == expected(content, aside)  # the last bytes
+    assert len(client._pieces) == 4, "they wait for the pass"
+    before = len(pieces)
+    if not is_the_same:
+        spans = spans[1:]
+    client.expect(spans, whole=True)
+    assert [read(client, span) for span in spans] == [expected(content, span) for span in spans]
+    assert ends.base.digests.are_complete
+    read_twice = len(pieces) - len(set(pieces))
+    assert (read_twice <= 1) is is_the_same, (before, pieces)  # the last piece, for the read before the pass
+
+
+def test_a_prefetch_that_fails_fails_the_pass(
+    ends: Ends, content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise SourceError("the mount is gone")
+
+    client, spans = ends.client.open(0), spans_of(content)
+    monkeypatch.setattr(ends.base.files, "read", fail)
+    client.prefetch(spans, whole=True)
+    client.expect(spans, whole=True)
+    with pytest.raises(SourceError, match="mount"):
+        read(client, spans[0])
 
 
 def test_expectations_that_are_replaced_leave_no_threads(ends: Ends, content: dict[str, bytes]) -> None:
@@ -313,7 +357,7 @@ def test_a_request_for_anything_else_ends_the_service(
     request_: object, tmp_path: Path, content: dict[str, bytes]
 ) -> None:
     own, other = socket.socketpair()
-    service = FeedService(own, lambda _: FedBase(LocalFiles(str(tmp_path), list(content))))
+    service = CheckedFeedService(own, lambda _: FedBase(LocalFiles(str(tmp_path), list(content))))
     service.start()
     channel = Channel(other)
     channel.send(FeedOpened(group=0))
@@ -332,7 +376,7 @@ def test_a_request_for_anything_else_ends_the_service(
 @pytest.mark.parametrize("number", [1, -1])
 def test_a_request_before_a_base_is_open_ends_the_service(number: int) -> None:
     own, other = socket.socketpair()
-    service = FeedService(own, lambda _: pytest.fail("not opened"))
+    service = CheckedFeedService(own, lambda _: pytest.fail("not opened"))
     service.start()
     channel = Channel(other)
     channel.send(BytesRequested(number=number, span=SPAN))
@@ -482,6 +526,6 @@ def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Ends, monkeypatc
 
 def test_the_window_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 16), (1800 << 20, 14)):
+    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 32), (5 << 30, 32), (1800 << 20, 14)):
         monkeypatch.setattr(feed_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
         assert feed_service._slots() == slots

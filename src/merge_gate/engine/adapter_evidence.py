@@ -34,7 +34,7 @@ from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
 from merge_gate.engine.adapter.mapped_factors import map_factors
 from merge_gate.engine.adapter.weights import read_weights
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.merge.one_pass import merge_planned
+from merge_gate.engine.merge.one_pass import begin_reading, merge_planned
 from merge_gate.engine.merge.sink import TensorSink
 from merge_gate.engine.merge.walk import Progress, Walk
 from merge_gate.engine.probes.custom_forward import refuse_other_merges
@@ -154,8 +154,13 @@ def _attempt(requests: Sequence[MergeRequest], bases: Sequence[Base]) -> tuple[E
     with warnings.catch_warnings(), torch.no_grad(), torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         # torch trusts the indices of a sparse tensor, and some methods read them from the file
         warnings.simplefilter("ignore")  # the gate's own comparison finds what PEFT warns about
-        attempts = [_Attempt(request, waits=len(requests) > 1) for request in requests]
-        prepared = [_result_or_error(attempt.prepare) for attempt in attempts]
+        attempts, is_begun = [_Attempt(request, waits=len(requests) > 1) for request in requests], False
+        prepared: list[Walk | Exception | None] = []
+        for attempt in attempts:
+            prepared.append(_result_or_error(attempt.prepare))
+            if isinstance(prepared[-1], Walk) and len(prepared) < len(attempts) and not is_begun:
+                begin_reading(bases)  # not before: `prepare` refuses an adapter whose merge does not fit in memory
+                is_begun = True
         walks = [walk for walk in prepared if isinstance(walk, Walk)]
         errors = [error for error in prepared if isinstance(error, Exception)]
         if errors and len(errors) == len(prepared):

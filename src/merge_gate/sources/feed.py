@@ -43,6 +43,9 @@ class Feed(Protocol):
         With `whole`, the rest of the files is read too, so that their digests are known.
         """
 
+    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Begin to read what `expect` will announce. Reads until then are of other bytes, or of the same ones again."""
+
     def read(self, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the file from `start` on, announced or not.
 
@@ -80,6 +83,9 @@ class LocalFeed:
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to prepare: the system reads ahead."""
+
+    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Nothing to begin."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")

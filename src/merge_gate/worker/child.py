@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,9 @@ SinksByTask = dict[int, "PublicationSinks"]
 
 SKELETONS_SHARE = 4
 """What several skeletons of a pass hold for good may take a quarter of the free memory."""
+
+HASHED_AT_A_TIME = 4
+"""The files of so many adapters are hashed at a time when a pass is over, and nothing else is left to do."""
 
 PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
@@ -386,7 +390,9 @@ def _merge_together(
         evidence = adapter_evidence.merge_together(tuple(requests.values()), others)
         merged = dict(zip(requests, evidence, strict=True))
     finally:
-        changed = {number for number, stack in enumerate(pinned) if not _is_released(stack)}
+        with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
+            is_released = list(pool.map(_is_released, pinned))
+        changed = {number for number, is_same in enumerate(is_released) if not is_same}
     return tuple(None if number in changed else merged.get(number) for number in range(len(tasks)))
 
 

@@ -44,6 +44,7 @@ class FeedClient:
         self._is_lost = False
         self._number, self._at_once = 0, 0
         self._expected = _Ranges()
+        self._prefetched: tuple[list[FileSpan], bool] | None = None  # until it is announced
         self._pieces: list[_Piece] = []  # in the order in which they arrived
         self._answers: dict[int, PieceArrived] = {}
         self._abandoned: set[int] = set()
@@ -96,9 +97,33 @@ class FeedClient:
         self._windows = ()
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
-        """Announce the spans that will be read, in this order. They replace those that were announced before."""
-        self._forget()
+        """Announce the spans that will be read, in this order. They replace those that were announced before.
+
+        If the same spans are being prefetched, that goes on.
+        """
         spans = [span for span in spans if span.start < span.end]
+        with self._changed:
+            is_begun = self._prefetched == (spans, whole)
+            self._prefetched = None
+        if not is_begun:
+            self._announce(spans, whole=whole)
+
+    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Begin to read what `expect` will announce: as much as the window holds.
+
+        A read before that is no sign that what comes before it is not needed, so it gets its bytes by a request of its
+        own.
+        """
+        spans = [span for span in spans if span.start < span.end]
+        with self._changed:
+            is_begun = self._prefetched == (spans, whole)
+        if not is_begun:
+            self._announce(spans, whole=whole)
+            with self._changed:
+                self._prefetched = spans, whole
+
+    def _announce(self, spans: list[FileSpan], *, whole: bool) -> None:
+        self._forget()
         with self._changed:
             self._number += 1
             for span in spans:
@@ -120,7 +145,8 @@ class FeedClient:
         place, end = start, start + len(into)
         while place < end:
             with self._changed:
-                is_expected, until = self._expected.run_at(file, place, end)
+                is_prefetched = self._prefetched is not None
+                is_expected, until = (False, end) if is_prefetched else self._expected.run_at(file, place, end)
             part = into[place - start : until - start]
             done = self._copy_expected(file, place, part) if is_expected else self._read_at_once(file, place, part)
             place += done
@@ -178,7 +204,7 @@ class FeedClient:
 
     def _forget(self) -> None:
         with self._changed:
-            self._expected = _Ranges()
+            self._expected, self._prefetched = _Ranges(), None
             for piece in self._pieces:
                 piece.left = 0
             released = self._used_up()
@@ -316,6 +342,9 @@ class AsideFeed:
 
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         """Nothing to announce: the base is read ahead."""
+
+    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        """Nothing to begin."""
 
     def read(self, file: str, start: int, into: memoryview) -> None:
         self._client.read_aside(file, start, into)

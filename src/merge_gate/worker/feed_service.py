@@ -43,8 +43,8 @@ CONNECTIONS = 8
 """Pieces that are read at a time: over a network, the rate grows with them."""
 
 _WINDOW_SHARE = 8
-_LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 16
-"""The window takes an eighth of the free memory, between 192 and 256 MiB."""
+_LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32
+"""The window takes an eighth of the free memory, between 192 and 512 MiB. It fills up while adapters are loaded."""
 
 MOST_SPANS, MOST_REQUESTS = 1 << 20, 1 << 12
 """A worker that lists more spans, or has more requests open, is not the gate's own code."""

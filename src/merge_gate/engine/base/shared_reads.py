@@ -27,6 +27,9 @@ class SharedReads:
     def expect(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
         self._feed.expect(spans, whole=whole)
 
+    def prefetch(self, spans: Sequence[FileSpan], *, whole: bool) -> None:
+        self._feed.prefetch(spans, whole=whole)
+
     def read(self, file: str, start: int, into: memoryview) -> None:
         into = into.cast("B")
         with self._lock:

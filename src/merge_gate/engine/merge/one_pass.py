@@ -54,6 +54,26 @@ def merge_planned(walks: Sequence[Walk], bases: Iterable[Base] = ()) -> None:
     _merge_mapped([walk for walk in walks if id(walk.base) not in fed])
 
 
+def begin_reading(bases: Iterable[Base]) -> None:
+    """Let the feeds begin with what a pass will measure of these bases, while further adapters are loaded."""
+    by_feed: dict[int, list[Base]] = {}
+    for base in bases:
+        if base.feed is not None:
+            by_feed.setdefault(id(base.feed), []).append(base)
+    for together in by_feed.values():
+        _announce(together, stops_of([(base, set()) for base in together]), is_early=True)
+
+
+def _announce(bases: Sequence[Base], stops: Sequence[Stop], *, is_early: bool = False) -> None:
+    feed, spans = bases[0].feed, [span for stop in stops for span in stop.spans]
+    assert feed is not None  # noqa: S101 - these bases are skeletons
+    whole = any(base.facts.record is None for base in bases)
+    if not is_early:
+        feed.expect(spans, whole=whole)
+    elif spans:
+        feed.prefetch(spans, whole=whole)
+
+
 def _merge_mapped(walks: Sequence[Walk]) -> None:
     items = sorted(((walk, block) for walk in walks for block in walk.planned), key=_address)  # 1.
     checks = _CrossChecks(walks)
@@ -105,15 +125,12 @@ def _on_card(items: list[Item], _: _CrossChecks) -> Iterator[Merged]:
 
 def _pass_over(bases: Sequence[Base], walks: Sequence[Walk]) -> None:
     """Each core fills whole cells; a card takes one weight at a time."""
-    feed = bases[0].feed
-    assert feed is not None  # noqa: S101 - these bases are skeletons
     drawn = torch.get_rng_state()
     on_cpu = bases[0].device.type == "cpu"
     with peft_threads(1) as peft:
         visits = _Visits(bases, walks, peft if on_cpu else None)
         stops = visits.stops()
-        spans = [span for stop in stops for span in stop.spans]
-        feed.expect(spans, whole=any(base.facts.record is None for base in bases))
+        _announce(bases, stops)
         for results in spread(visits.visit, stops) if on_cpu else map(visits.visit, stops):
             for report in results:
                 report()
