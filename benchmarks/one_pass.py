@@ -157,7 +157,7 @@ class Prepared:
         return measured
 
     def _commands(self, python: str, home: Path) -> tuple[list[str], list[str]]:
-        command = [python, "-P", "-m", "merge_gate", "run", "merge-gate.yml"]
+        command = [python, "-P", "-m", "merge_gate", "run", "merge-gate.yml", "--output", str(home / "report")]
         if self.row.job.combine:
             return [], [*command, "--only", COMBINED]
         if not self.row.warm:
