@@ -20,7 +20,7 @@ say() { printf 'install-e2e: %s\n' "$*"; }
 declare -A packages=(
   [podman]=podman [runc]=runc [netavark]=netavark [aardvark-dns]=aardvark-dns [nft]=nftables [debootstrap]=debootstrap [shellcheck]=shellcheck
   [git]=git [chromium]=chromium [npm]=npm [newuidmap]=uidmap [openssl]=openssl [gh]=gh [jq]=jq
-  [debsecan]=debsecan [fusermount3]=fuse3
+  [debsecan]=debsecan [fusermount3]=fuse3 [catatonit]=catatonit
 )
 missing=()
 for command in "${!packages[@]}"; do

@@ -344,14 +344,10 @@ def _scaled_before(scene: Scene, out: Path) -> None:
     write_weights(out, tensors)
 
 
-def _rslora_scaling(scene: Scene, out: Path) -> None:
-    config = read_config(scene.adapter("bfloat16-base"))
-    by_hand(
-        scene.base("bfloat16-base"),
-        scene.adapter("bfloat16-base"),
-        out,
-        scaling=config["lora_alpha"] / math.sqrt(config["r"]),
-    )
+def _rslora_ignored(scene: Scene, out: Path) -> None:
+    """alpha / r, as scripts scale that do not know `use_rslora`."""
+    config = read_config(scene.adapter("rslora"))
+    by_hand(scene.base("rslora"), scene.adapter("rslora"), out, scaling=config["lora_alpha"] / config["r"])
 
 
 def _rank_eight(scene: Scene) -> Path:
@@ -459,6 +455,14 @@ def _untied(out: Path) -> None:
     edit_json(out / "config.json", tie_word_embeddings=False)
 
 
+def _tied(out: Path) -> None:
+    """The head is dropped, and config.json ties it to the embeddings."""
+    tensors = weights_of(out)
+    del tensors["lm_head.weight"]
+    write_weights(out, tensors)
+    edit_json(out / "config.json", tie_word_embeddings=True)
+
+
 def _renamed(tensors: Tensors) -> None:
     for name in [name for name in tensors if name.startswith("model.")]:
         tensors[name.removeprefix("model.")] = tensors.pop(name)
@@ -504,6 +508,7 @@ WRONG = [
     _strength("not scaled", scaling=1.0),
     _strength("at half", factor=0.5),
     _strength("subtracted", factor=-1.0),
+    Recipe("rslora ignored", "other-strength", _rslora_ignored, "rslora"),
     Recipe(
         "another candidate",
         "other-candidate",
@@ -525,6 +530,7 @@ WRONG = [
     Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
     Recipe("other names", "renamed", _edited(_renamed)),
     Recipe("a head untied", "tied", _with_files(_untied, "tied-base"), "tied-base"),
+    Recipe("a head tied", "base-changed", _with_files(_tied), also=("tied",)),
     Recipe("a second set of shards", "stale-shards", _with_files(_stale)),
     Recipe("a ghost in the index", "ghost-index", _with_files(_ghost)),
     Recipe("a tensor that the index lacks", "ghost-index", _with_files(_unlisted)),
