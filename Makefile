@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills tensor-maps schemas pictures docs clean help
+.PHONY: demo test test-all lint e2e bench fuzz mutants coverage publish-kills publish-layouts tensor-maps schemas pictures docs \
+	clean help
 
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
@@ -17,6 +18,7 @@ help:
 	@echo "make coverage branches that the tests take (an hour)"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
 	@echo "make publish-kills 200 kills while models are published (ten minutes)"
+	@echo "make publish-layouts a published change of every model type with converted tensors (ten minutes)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"
 	@echo "make schemas writes again what is made from the code: the JSON Schemas, tables in the documents"
 	@echo "make pictures the pictures of the README and the documents, from the demo's run (needs Chromium)"
@@ -108,6 +110,9 @@ coverage: $(STAMPS)/coverage
 
 publish-kills: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.publish_kills --kills 200 --real 10
+
+publish-layouts: $(STAMPS)/test
+	$(BIN)/python -m tests.tools.publish_layouts --write
 
 tensor-maps: $(STAMPS)/test
 	$(BIN)/python -m tests.tools.tensor_maps --write
