@@ -20,6 +20,7 @@ from merge_gate.records.report import (
     Coverage,
     Environment,
     Judged,
+    PublishedModel,
     Report,
     Sandbox,
     Tool,
@@ -291,12 +292,19 @@ def merges() -> st.SearchStrategy[TensorMerge]:
     )  # fmt: skip
 
 
+def published_models() -> st.SearchStrategy[PublishedModel]:
+    name = TEXTS | st.just("merge-gate.json")
+    files = st.builds(FileRecord, path=name, size_bytes=st.integers(0, 10**12), sha256=TEXTS)
+    return st.builds(PublishedModel, directory=TEXTS, dtype=TEXTS, files=st.lists(files, max_size=2).map(tuple))
+
+
 def adapters() -> st.SearchStrategy[AdapterReport]:
     found = st.lists(findings(), max_size=3).map(tuple)
     base = st.builds(BaseKey, model=_SOME, revision=_SOME, dtype=TEXTS, quantization=st.sampled_from(Quantization))
     common = {"name": TEXTS, "source": TEXTS, "revision": _SOME, "base": base, "peft_type": _SOME, "findings": found,
               "seconds": st.floats(), "line": st.integers(1, 9), "column": st.integers(1, 9),
-              "tensors": st.lists(merges(), max_size=3).map(tuple)}  # fmt: skip
+              "tensors": st.lists(merges(), max_size=3).map(tuple),
+              "published": st.none() | published_models()}  # fmt: skip
     passed = st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common)
     others = st.sampled_from((Verdict.FAILED, Verdict.ERROR))
     return passed | st.builds(AdapterReport, verdict=others, cause=TEXTS, **common).map(with_decision)

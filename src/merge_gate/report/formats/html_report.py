@@ -36,6 +36,7 @@ from merge_gate.report.wording.chain import chain
 from merge_gate.report.wording.explanations import explanations
 from merge_gate.report.wording.grid import State, blocks, count_states, states
 from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.published import published_rows
 from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
 
@@ -72,6 +73,7 @@ def render(report: Report, rendered: RenderedAdapters | None = None) -> str:
         counts=_counts(adapters),
         causes=_causes(adapters),
         rows=_rows(report, adapters, layouts, rendered or RenderedAdapters()),
+        published=published_rows(report),
         bases=_bases(report.bases),
         meanings=meanings(_checks(report)),
         layouts=_data(layouts.known),

@@ -14,6 +14,7 @@ from merge_gate.report.wording import run_result, words
 from merge_gate.report.wording.alike import by_adapter, marks_of, paragraphs, unique_findings
 from merge_gate.report.wording.markdown import code, plain, prose
 from merge_gate.report.wording.more_findings import more_findings
+from merge_gate.report.wording.published import published_rows
 from merge_gate.report.wording.textmap import LEGEND, text_map
 from merge_gate.text import listing
 
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 _MAX_ROWS = 40
 """If there are more merges, those that passed without a warning are folded at the end."""
 _TABLE_BYTES = 16 * 1024
-_SECTIONS_BYTES = 36 * 1024
+_SECTIONS_BYTES = 32 * 1024
 _OTHERS_BYTES = 4 * 1024
 _WARNINGS_BYTES = 5 * 1024
 _BASES_BYTES = 2 * 1024
+_PUBLISHED_BYTES = 4 * 1024
 _FULL_LIST = "the full list is in `report.json`"
 
 _RESULT_MARK = {Result.PASS: "✅", Result.FAIL: "❌", Result.ERROR: "⚠️"}
@@ -48,6 +50,7 @@ def render(report: Report) -> str:
         run_result.advice(report),
         *_problems(report),
         *table,
+        *_published(report),
         *_sections(report),
         *_warnings(report),
         *_answers(report),
@@ -86,6 +89,22 @@ def _table(adapters: Sequence[AdapterReport], limit_bytes: int = _TABLE_BYTES, *
     rows, left = _fit(map(_row, adapters), len(adapters), limit_bytes)
     table = "\n".join([head, *rows])
     return [table, f"… and {words.counted(left, 'more row')}; {_FULL_LIST}."] if left else [table]
+
+
+def _published(report: Report) -> list[str]:
+    """The models that the run published. merge-gate.json has the digests of all other files."""
+    models = published_rows(report)
+    if not models:
+        return []
+    head = "| published model | adapter | dtype | size | sha256 of merge-gate.json |\n|---|---|---|---|---|"
+    rows = (
+        f"| {code(one.directory, 160)} | {code(one.name, 80)} | {code(one.dtype, 40)} | {plain(one.size)} "
+        f"| {code(one.sha256, 80)} |"
+        for one in models
+    )
+    shown, left = _fit(rows, len(models), _PUBLISHED_BYTES)
+    table = "\n".join([head, *shown])
+    return [table, f"… and {words.counted(left, 'more model')}; {_FULL_LIST}."] if left else [table]
 
 
 def _folded(quiet: Sequence[AdapterReport], limit_bytes: int) -> list[str]:
