@@ -343,6 +343,82 @@ def test_a_canceled_model_is_not_read_back(place: Path) -> None:
     assert not (place / ".one.partial").exists()
 
 
+class GoneBase:
+    """A base that cannot be read any more."""
+
+    def read(self, file: str, start: int, into: memoryview) -> None:
+        raise SourceError(f"{file} is gone")
+
+
+def planned_model(place: Path, name: str) -> Publication:
+    where = PublicationPlace(parent=place, name=name, dtype="preserve", shard_limit_bytes=None)
+    model = Publication(where, base_layout(str(place / "base")))
+    model.plan(plan_of(stored(place / "base")))
+    return model
+
+
+def pass_by(model: Publication, base: Path, piece_bytes: int = 100) -> None:
+    for path in sorted(base.glob("*.safetensors")):
+        content = memoryview(path.read_bytes())
+        for start in range(0, len(content), piece_bytes):
+            model.take(path.name, start, content[start : start + piece_bytes])
+
+
+def send_merged(model: Publication, base: Path) -> None:
+    for name, content in stored(base).items():
+        if name in NAMES:
+            model.write(name, 0, memoryview(merged(content)))
+    model.sent(PublicationSent(task=0, tensors=plan_of(stored(base))))
+
+
+def test_what_passes_by_and_what_another_model_has_is_not_read_again(place: Path) -> None:
+    base = place / "base"
+    first, second, third = (planned_model(place, name) for name in ("first", "second", "third"))
+    pass_by(first, base)
+    for model in (first, second, third):
+        send_merged(model, base)
+    with pytest.raises(NotPublishedError):
+        third.complete(GoneBase(), [second])
+    first.complete(GoneBase())
+    second.complete(GoneBase(), [third, first])
+    for model in (first, second):
+        assert stored(model.place.parent / f".{model.place.name}.partial" / "model") == expected(stored(base))
+    for model in (first, second, third):
+        model.discard()
+
+
+def test_what_the_worker_has_sent_in_the_place_of_the_base_does_not_count(place: Path) -> None:
+    base = place / "base"
+    other = next(name for name in stored(base) if name not in NAMES)
+    for when in ("before", "after"):
+        model = planned_model(place, when)
+        for step in (pass_by, None) if when == "after" else (None, pass_by):
+            if step is None:
+                model.write(other, 0, memoryview(bytes(len(stored(base)[other]))))
+            else:
+                step(model, base)
+        send_merged(model, base)
+        model.complete(LocalFeed(str(base)))
+        assert stored(place / f".{when}.partial" / "model") == expected(stored(base))
+        model.discard()
+
+
+def test_a_disk_that_is_full_while_the_base_passes_prevents_publishing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = planned_model(place, "one")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(one_publication.ModelWriter, "write", fail)
+    pass_by(model, place / "base")
+    model.sent(PublicationSent(task=0))
+    with pytest.raises(NotPublishedError):
+        model.complete(LocalFeed(str(place / "base")))
+    assert not (place / ".one.partial").exists()
+
+
 def test_a_directory_that_is_not_writable_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.os, "access", lambda *_: False)
     assert play(place, "--publish", "merged") == 2

@@ -35,11 +35,13 @@ class Place:
     blocks: dict[str, int] = field(default_factory=dict)
     """The blocks that each stub took on the disk while bytes of the base were requested."""
 
-    def run(self, *words: str, base: str = BASE, **keys: Any) -> tuple[Answer, dict[str, Any]]:
+    def run(
+        self, *words: str, base: str = BASE, adapters: str = "./adapters/*", **keys: Any
+    ) -> tuple[Answer, dict[str, Any]]:
         config = {
             "version": 1,
             "base": {"model": base} | keys,
-            "adapters": ["./adapters/*"],
+            "adapters": [adapters],
             "checks": {"base-mismatch": "off"},
         }
         (self.directory / "gate.yml").write_text(json.dumps(config))
@@ -155,6 +157,29 @@ def test_a_model_on_a_streamed_base_has_the_bytes_of_one_from_the_disk(place: Pl
     assert weights["streamed/good"] == weights["from-disk/good"]
     assert stored(place) == []
     assert not list((place.directory / "tmp").iterdir())
+
+
+def sent_bytes(hub: LoopbackHub, longest: int) -> int:
+    """The bytes of all ranges that were sent, of files of at most this size."""
+    ends = [asked.removeprefix("bytes=").split("-") for asked in hub.ranges]
+    return sum(min(int(last) + 1, longest) - int(first) for first, last in ends)
+
+
+@pytest.mark.slow
+def test_one_transfer_of_a_streamed_base_serves_every_published_model(place: Place) -> None:
+    for name in ("one", "two", "three"):
+        shutil.copytree(place.directory / "adapters" / "good", place.directory / "several" / name)
+    sizes = [len(place.hub.repos[BASE].commits[place.commit][name]) for name in SHARDS]
+    counts = []
+    for words in ((), ("--publish", "several-merged")):
+        place.hub.ranges.clear()
+        answer, report = place.run("--access", "stream", *words, adapters="./several/*")
+        assert answer.code == 0, answer.said
+        counts.append(sent_bytes(place.hub, max(sizes)))
+    assert counts[0] >= sum(sizes)
+    assert counts[1] == counts[0], "publishing three models asks for nothing more"
+    files = [{file["path"]: file["sha256"] for file in one["published"]["files"]} for one in report["adapters"]]
+    assert len({of_model[SHARDS[0]] for of_model in files}) == 1, "the adapters are the same"
 
 
 @pytest.mark.parametrize("kind", ["other", "whole", "shifted"])

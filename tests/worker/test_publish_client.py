@@ -14,7 +14,14 @@ from merge_gate.errors import EngineError
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.protocol import PartTaken, PlannedTensor, PublicationPlanned, PublicationSent, TensorPart
+from merge_gate.worker.protocol import (
+    PartTaken,
+    PlannedTensor,
+    PlanTaken,
+    PublicationPlanned,
+    PublicationSent,
+    TensorPart,
+)
 from merge_gate.worker.publish_client import PART_BYTES, PublishClient
 
 if TYPE_CHECKING:
@@ -28,8 +35,9 @@ PLANNED = PlannedTensor(name="a", dtype="BF16", shape=(2, 3))
 class Writer:
     """The other side: it takes each part, and keeps the bytes."""
 
-    def __init__(self, end: socket.socket, *, most_parts: int = 1 << 30) -> None:
+    def __init__(self, end: socket.socket, *, most_parts: int = 1 << 30, takes_plans: bool = True) -> None:
         self._socket, self._channel, self._left = end, Channel(end), most_parts
+        self._takes_plans = takes_plans
         self._window = os.memfd_create("window")
         os.ftruncate(self._window, WINDOW_BYTES)
         self.bytes: dict[tuple[int, str], bytearray] = {}
@@ -46,6 +54,8 @@ class Writer:
                 if isinstance(message, PublicationPlanned) and not has_window:
                     socket.send_fds(self._socket, [WINDOW_BYTES.to_bytes(8, "big")], [self._window])
                     has_window = True
+                if isinstance(message, PublicationPlanned) and self._takes_plans:
+                    self._channel.send(PlanTaken(task=message.task))
                 if isinstance(message, TensorPart) and not self._take(message):
                     return
         except EOFError:
@@ -119,3 +129,13 @@ def test_a_writer_that_is_gone_is_an_error_for_every_sender(ends: tuple[PublishC
     writer.thread.join()
     with pytest.raises(EngineError):
         client.finish(0, [TENSOR], None)
+
+
+def test_a_plan_that_is_not_taken_is_an_error(ends: tuple[PublishClient, socket.socket]) -> None:
+    client, writer = ends[0], Writer(ends[1], takes_plans=False)
+    ended = threading.Timer(0.2, lambda: ends[1].shutdown(socket.SHUT_RDWR))
+    ended.start()
+    with pytest.raises(EngineError):
+        client.plan(0, [TENSOR])
+    writer.thread.join()
+    ended.join()

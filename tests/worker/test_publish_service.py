@@ -10,7 +10,14 @@ import pytest
 
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.protocol import PartTaken, PlannedTensor, PublicationPlanned, PublicationSent, TensorPart
+from merge_gate.worker.protocol import (
+    PartTaken,
+    PlannedTensor,
+    PlanTaken,
+    PublicationPlanned,
+    PublicationSent,
+    TensorPart,
+)
 from merge_gate.worker.publish_service import MOST_TENSORS, WINDOW_BYTES, PublishService
 
 TENSOR = PlannedTensor(name="a.weight", dtype="BF16", shape=(2, 2))
@@ -44,6 +51,7 @@ class Worker:
     def window(self) -> mmap.mmap:
         size, descriptors, _, _ = socket.recv_fds(self.socket, 8, 1)
         assert int.from_bytes(size, "big") == WINDOW_BYTES
+        assert self.channel.receive(5) == PlanTaken(task=3)
         return mmap.mmap(descriptors[0], WINDOW_BYTES)
 
 

@@ -4,8 +4,10 @@ In: the tensors that the worker sends, the base's own files, and the verdict. Ou
 
 1. `plan`: the layout, and the files with their headers.            worker's plan
 2. `write`: the merged tensors, in any order.                       worker's parts
+   `take`: all other tensors, if the base passes through.           bytes of the base
 3. `sent`: which of them count.                                     worker's end
-4. `complete`: all other tensors from the base; read back.          the adapter passed
+4. `complete`: what is left, from another model or the base; read back.
+                                                                    the adapter passed
 5. `publish`: the files next to the weights; the name.              the base is unchanged
 
 The worker is not trusted. Each of 1 to 3 only records what is wrong, and `complete` raises it.
@@ -13,9 +15,12 @@ The worker is not trusted. Each of 1 to 3 only records what is wrong, and `compl
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +30,15 @@ from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.publish.companions import companions_of
 from merge_gate.publish.facts import PublicationFacts
 from merge_gate.publish.input_files import InputFiles, of_adapter, of_base
-from merge_gate.publish.layout import FLOATING, FLOATING_STORED, ModelLayout, cast, compare_written, merged_layout
+from merge_gate.publish.layout import (
+    FLOATING,
+    FLOATING_STORED,
+    ModelLayout,
+    Place,
+    cast,
+    compare_written,
+    merged_layout,
+)
 from merge_gate.publish.manifest import MANIFEST_NAME, manifest_of, render
 from merge_gate.publish.partial import PartialDirectory
 from merge_gate.publish.writer import CHUNK_BYTES, ModelWriter
@@ -83,6 +96,8 @@ class Publication:
         self._writer: ModelWriter | None = None
         self._weights: tuple[FileRecord, ...] = ()
         self._error: NotPublishedError | None = None
+        self._changes: frozenset[str] = frozenset()
+        self._written: set[str] = set()
         self._is_canceled = self._is_closed = False
 
     @property
@@ -103,7 +118,7 @@ class Publication:
                 self._attempt(lambda: self._begin(tensors))
 
     def _begin(self, tensors: Iterable[PlannedTensor]) -> None:
-        changes = self._cast()
+        changes, tensors = self._cast(), tuple(tensors)
         for tensor in tensors:
             changes[tensor.name] = self._checked(tensor)
         changes = {name: tensor for name, tensor in changes.items() if not self._is_stored_so(tensor)}
@@ -113,6 +128,7 @@ class Publication:
                 f"the merged model would have {layout.size_bytes:,} bytes, expected about {self.expected.size_bytes:,}",
                 hint=_FOREIGN,
             )
+        self._changes = frozenset(changes) | {tensor.name for tensor in tensors}
         self._partial = PartialDirectory(self.place.parent, self.place.name)
         self._writer = ModelWriter(self._partial.model, layout)
 
@@ -147,7 +163,36 @@ class Publication:
         with self._lock:
             writer = self._writer
             if writer is not None and not self._is_closed:
+                self._written.add(name)
                 self._attempt(lambda: writer.write(name, offset, content))
+
+    def take(self, file: str, start: int, content: memoryview) -> None:
+        """Write what these bytes of the base's file `file` hold of tensors that the merge does not change."""
+        with self._lock:
+            writer = self._writer
+            if writer is not None and not self._is_closed and not self._is_canceled:
+                self._attempt(lambda: self._take(writer, file, start, content))
+
+    def _take(self, writer: ModelWriter, file: str, start: int, content: memoryview) -> None:
+        end = start + len(content)
+        places = self._sources.get(file, ())
+        first = bisect.bisect_right(places, start, key=lambda place: place.end)
+        for place in itertools.takewhile(lambda place: place.start < end, places[first:]):
+            name, begin, until = place.tensor.name, max(start, place.start), min(end, place.end)
+            if begin < until and self._is_as_in_base(name) and not writer.is_written(writer.places(name)[-1]):
+                writer.write(name, begin - place.start, content[begin - start : until - start])
+
+    def _is_as_in_base(self, name: str) -> bool:
+        """Whether the worker has neither planned nor sent a tensor of the model."""
+        return name not in self._changes and name not in self._written and name not in self._packed.others
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, list[Place]]:
+        """The places in each file of the base that count, in their order. A name in two files has the last one."""
+        sources: dict[str, list[Place]] = {}
+        for places in self._base.places().values():
+            sources.setdefault(places[-1].tensor.file, []).append(places[-1])
+        return {file: sorted(places, key=lambda place: place.start) for file, places in sources.items()}
 
     def sent(self, message: PublicationSent) -> None:
         """The worker has sent all that it wants to send."""
@@ -172,14 +217,14 @@ class Publication:
         if final:
             raise _misfit(next(iter(final)), "without a plan")
         counts = {tensor.name for tensor in tensors}
-        for file in layout.files:
-            for place in file.places:
-                if place.tensor.name not in counts:
-                    self._writer.forget(place)
-                    if not self._is_stored_so(place.tensor):
-                        raise _misfit(place.tensor.name, "never, and the base's own bytes do not fit")
-                elif not self._writer.is_written(place):
-                    raise _misfit(place.tensor.name, "in part")
+        for place in (place for file in layout.files for place in file.places):
+            name = place.tensor.name
+            if name in counts and not self._writer.is_written(place):
+                raise _misfit(name, "in part")
+            if name not in counts and not self._is_stored_so(place.tensor):
+                raise _misfit(name, "never, and the base's own bytes do not fit")
+            if name in self._written - counts:
+                self._writer.forget(place)
 
     def _attempt(self, step: Callable[[], object]) -> None:
         try:
@@ -204,8 +249,10 @@ class Publication:
 
     # --- 4 and 5: the adapter passed -------------------------------------------------------------------------------
 
-    def complete(self, base: BaseReader) -> None:
+    def complete(self, base: BaseReader, others: Sequence[Publication] = ()) -> None:
         """Copy the tensors that the merge left alone, and read everything back. What the worker sends now is ignored.
+
+        `others` are models of the same base: what they have is not read from the base again.
 
         Raises:
             NotPublishedError: the model cannot be published.
@@ -220,14 +267,14 @@ class Publication:
                 raise NotPublishedError("the gate's worker did not send the merged model", hint=_FOREIGN)
             writer = self._writer
         try:
-            self._copy(base, writer)
+            self._copy(base, writer, others)
             if writer.layout.index is not None:
                 self._weights = (writer.add_file(writer.layout.index.name, writer.layout.index.content),)
             self._weights += writer.read_back(self._go_on)
         except OSError as error:
             raise self._disk(error) from error
 
-    def _copy(self, base: BaseReader, writer: ModelWriter) -> None:
+    def _copy(self, base: BaseReader, writer: ModelWriter, others: Sequence[Publication]) -> None:
         sources = self._base.places()
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for place in list(writer.missing()):
@@ -235,11 +282,23 @@ class Publication:
             for offset in range(0, place.size_bytes, CHUNK_BYTES):
                 self._go_on()
                 piece = buffer[: min(CHUNK_BYTES, place.size_bytes - offset)]
-                try:
-                    base.read(source.tensor.file, source.start + offset, piece)
-                except GateError as error:
-                    raise NotPublishedError(error.message, hint=error.hint) from error
+                if not any(other.lend(place.tensor.name, offset, piece) for other in others):
+                    try:
+                        base.read(source.tensor.file, source.start + offset, piece)
+                    except GateError as error:
+                        raise NotPublishedError(error.message, hint=error.hint) from error
                 writer.write(place.tensor.name, offset, piece)
+
+    def lend(self, name: str, offset: int, into: memoryview) -> bool:
+        """Fill `into` with bytes of a tensor that is as in the base. False if this model is not complete."""
+        with self._lock:
+            if self._writer is None or not self._weights or not self._is_as_in_base(name):
+                return False
+            try:
+                self._writer.read(name, offset, into)
+            except (OSError, NotPublishedError):
+                return False
+            return True
 
     def _go_on(self) -> None:
         if self._is_canceled:
@@ -299,6 +358,7 @@ class Publication:
     def _reset(self) -> None:
         self._remove()
         self._weights, self._error = (), None
+        self._written.clear()
         self._sent.clear()
 
     def _remove(self) -> None:

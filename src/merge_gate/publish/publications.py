@@ -4,8 +4,8 @@ In: the entries of a run, and what the worker sends about them. Out: directories
 the `Publisher` of the worker's tensors (worker/publish_service.py).
 
 1. `choose` decides which entries are published, and checks directory and disk before the first merge.
-2. Tensors arrive on a thread of the service.
-3. `completing` copies the rest and reads all back, on a thread of its own, while the next adapter is merged.
+2. Tensors arrive on a thread of the service. If the base is streamed, so do those that no merge changes.
+3. `passed` copies the rest and reads all back, on a thread of its own, while the next adapter is merged.
 4. `publish` gives a model its name. The caller knows by then that the base has not changed.
 """
 
@@ -64,6 +64,7 @@ class Publications:
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
         self._bases: dict[str, ModelLayout | NotPublishedError] = {}
+        self._of_base: dict[str, list[Publication]] = {}
         self._to_complete: queue.SimpleQueue[tuple[int, Callable[[], BaseReader]] | None] = queue.SimpleQueue()
         self._pending: set[int] = set()
         self._is_over = False
@@ -136,6 +137,7 @@ class Publications:
             self._refused[index] = error
         else:
             self._models[index] = model
+            self._of_base.setdefault(directory, []).append(model)
 
     # --- 2: the worker ---------------------------------------------------------------------------------------------
 
@@ -147,6 +149,11 @@ class Publications:
 
     def sent(self, message: PublicationSent) -> None:
         self._models[message.task].sent(message)
+
+    def passing(self, directory: str, file: str, start: int, content: memoryview) -> None:
+        """Bytes of a base's file, which the worker gets now. What no merge changes in them is written at once."""
+        for model in self._of_base.get(directory, ()):
+            model.take(file, start, content)
 
     # --- 3 and 4: the verdict --------------------------------------------------------------------------------------
 
@@ -168,7 +175,7 @@ class Publications:
         for index, base in iter(self._to_complete.get, None):
             with contextlib.suppress(CanceledError):
                 try:
-                    self._models[index].complete(base())
+                    self._models[index].complete(base(), self._siblings(self._models[index]))
                 except NotPublishedError as error:
                     self._refused[index] = error
                 except GateError as error:
@@ -181,6 +188,11 @@ class Publications:
                         hint="this is a bug of merge-gate: please report it",
                     )
             self._pending.discard(index)
+
+    def _siblings(self, model: Publication) -> list[Publication]:
+        """The other models of the same base."""
+        together = next(models for models in self._of_base.values() if model in models)
+        return [other for other in together if other is not model]
 
     @property
     def is_completing(self) -> bool:

@@ -85,6 +85,17 @@ class ModelWriter:
                 raise ValueError(f"{name}: more than {MOST_PARTS} parts")
             parts[offset] = _Part(size_bytes=len(content), checksum=checksum)
 
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` with bytes of a tensor from `offset` on, as they are in the first file that has it.
+
+        Raises:
+            NotPublishedError: the file ends before.
+            OSError: the disk fails.
+        """
+        place = self.places(name)[0]
+        with _opened(self._directory / place.tensor.file) as descriptor:
+            _read_all(descriptor, place.start + offset, into, place.tensor.file)
+
     def forget(self, place: Place) -> None:
         """Parts of this tensor that were written do not count."""
         self._parts.pop((place.tensor.file, place.start), None)

@@ -55,7 +55,7 @@ class FedBases:
     """Use it in a `with` block: leaving it removes what was laid out.
 
     `records` are figures of bases that earlier runs measured. `is_remote`: the adapters are merged on other machines,
-    so this process feeds no worker.
+    so this process feeds no worker. `on_piece` gets the bytes of bases that are fed, as they pass.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class FedBases:
         *,
         records: BaseRecords | None = None,
         is_remote: bool = False,
+        on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
         self._watch, self._notify, self._is_remote = watch, notify, is_remote
         self._records = records if not is_remote else None
@@ -72,7 +73,7 @@ class FedBases:
         self._stack = contextlib.ExitStack()
         self._parent: str | None = None
         self._streamed: dict[str, BaseBytes] = {}
-        self.feeds = Feeds(self._streamed, watch.passed)
+        self.feeds = Feeds(self._streamed, watch.passed, on_piece)
 
     def __enter__(self) -> Self:
         return self

@@ -201,7 +201,13 @@ class _Run:
         self._cache, self._watch = cache, BaseWatch(cache.seen_bases)
         self._tally = Tally(config, shard, device=options.device, watch=self._watch)
         self._unstored: dict[int, CachedVerdict] = {}
-        self._fed = FedBases(self._watch, view.note, records=cache.base_records, is_remote=options.ray is not None)
+        self._fed = FedBases(
+            self._watch,
+            view.note,
+            records=cache.base_records,
+            is_remote=options.ray is not None,
+            on_piece=publications.passing,
+        )
         self._worker = worker or WorkerSlot()
         self._publications, self._published = publications, dict[int, str]()
         self._loaded: dict[int, BaseReport] = {}

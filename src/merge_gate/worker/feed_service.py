@@ -17,6 +17,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from merge_gate.errors import GateError
 from merge_gate.files.base_files import loaded_files
@@ -56,8 +57,13 @@ _AT_ONCE = 4
 class FedBase:
     """The files of one base, and what passed of them. `digests` outlives the processes that read them."""
 
-    def __init__(self, files: BaseBytes, on_complete: Callable[[Mapping[str, str]], None] = lambda _: None) -> None:
-        self.files, self.on_complete = files, on_complete
+    def __init__(
+        self,
+        files: BaseBytes,
+        on_complete: Callable[[Mapping[str, str]], None] = lambda _: None,
+        on_piece: Callable[[str, int, memoryview], None] = lambda *_: None,
+    ) -> None:
+        self.files, self.on_complete, self.on_piece = files, on_complete, on_piece
         self.digests = Digests(files.sizes, files.sha256)
 
     def read(self, file: str, start: int, into: memoryview) -> None:
@@ -80,15 +86,17 @@ class Feeds:
     """The bases of one run that are fed: those with known `files` (by directory), and others as local directories.
 
     `on_complete` is called when all bytes of a base have passed, by a thread of the service: with the directory, the
-    identity of its files, and the digest of each weight file.
+    identity of its files, and the digest of each weight file. `on_piece` is called for each piece that is read ahead,
+    by a thread of the service: with the directory, the file, the place in it, and the bytes, which change afterwards.
     """
 
     def __init__(
         self,
         files: Mapping[str, BaseBytes] | None = None,
         on_complete: Callable[[str, tuple[FileIdentity, ...], Mapping[str, str]], None] = lambda *_: None,
+        on_piece: Callable[[str, str, int, memoryview], None] = lambda *_: None,
     ) -> None:
-        self._files, self._on_complete = files if files is not None else {}, on_complete
+        self._files, self._on_complete, self._on_piece = files if files is not None else {}, on_complete, on_piece
         self._bases: dict[str, FedBase] = {}
 
     def open(self, group: Group) -> FedBase:
@@ -102,7 +110,11 @@ class Feeds:
             if directory not in self._files and group.files is not None and group.files.is_streamed:
                 raise AssertionError(f"{directory} holds stubs, and nothing has its bytes")
             files = self._files.get(directory) or _local(group)
-            self._bases[directory] = FedBase(files, lambda known: self._on_complete(directory, files.identity, known))
+            self._bases[directory] = FedBase(
+                files,
+                lambda known: self._on_complete(directory, files.identity, known),
+                partial(self._on_piece, directory),
+            )
         return self._bases[directory]
 
 
@@ -228,7 +240,7 @@ class FeedService:
         assert self._windows is not None  # noqa: S101 - they were made when the base was opened
         base.digests.begin()
         pieces = plan(spans, base.files.sizes, base.digests.known if whole else base.files.sizes)
-        receiver = _Receiver(self, number, base)
+        receiver = _Receiver(self, number, base, self._windows[0])
         self._ahead = ReadAhead(base.files, pieces, self._windows[0], base.digests, receiver, connections=CONNECTIONS)
         self._ahead.start()
 
@@ -275,10 +287,12 @@ class _UnfitError(Exception):
 class _Receiver:
     """Passes the pieces of one request on."""
 
-    def __init__(self, service: FeedService, number: int, base: FedBase) -> None:
-        self._service, self._number, self._base = service, number, base
+    def __init__(self, service: FeedService, number: int, base: FedBase, window: Window) -> None:
+        self._service, self._number, self._base, self._window = service, number, base, window
 
     def deliver(self, span: FileSpan, slot: WindowSlot) -> None:
+        with contextlib.suppress(Exception):  # it is for publications only, which read again what they did not get
+            self._base.on_piece(span.file, span.start, self._window.view(slot))
         self._service.lend(self._number, span, slot)
 
     def finish(self, error: Exception | None) -> None:

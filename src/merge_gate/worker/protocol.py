@@ -333,11 +333,18 @@ class PublicationPlanned:
 
     `tensors` has every stored tensor that will have another dtype or shape than in the base, and those that the merge
     can change. Others may follow, with the base's dtype and shape. The parent answers the first of these messages with
-    the window: its size in 8 bytes, most significant first, and its descriptor.
+    the window: its size in 8 bytes, most significant first, and its descriptor. It answers each one with `PlanTaken`.
     """
 
     task: int
     tensors: tuple[PlannedTensor, ...]
+
+
+@record
+class PlanTaken:
+    """To the worker: the parent is ready. Bytes of a base that pass from now on get to the model without the worker."""
+
+    task: int
 
 
 @record

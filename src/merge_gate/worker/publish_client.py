@@ -17,7 +17,14 @@ from merge_gate.errors import EngineError
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.protocol import PartTaken, PlannedTensor, PublicationPlanned, PublicationSent, TensorPart
+from merge_gate.worker.protocol import (
+    PartTaken,
+    PlannedTensor,
+    PlanTaken,
+    PublicationPlanned,
+    PublicationSent,
+    TensorPart,
+)
 
 PART_BYTES = 4 << 20
 """The most bytes of a message. The window has room for several: one is filled while others are written."""
@@ -35,6 +42,7 @@ class PublishClient:
         self._window: int | None = None
         self._free: deque[int] = deque()
         self._in_use: dict[int, int] = {}  # start of a part: its task
+        self._ready: set[int] = set()  # tasks whose plan the parent has taken
         self._is_lost = False
 
     def outlet(self, task: int) -> TaskOutlet:
@@ -42,15 +50,21 @@ class PublishClient:
         return TaskOutlet(self, task)
 
     def plan(self, task: int, tensors: Iterable[StoredTensor]) -> None:
-        """Begin to send the tensors of a task, perhaps again.
+        """Begin to send the tensors of a task, perhaps again. Returns when the parent is ready.
 
         Raises:
             EngineError: the parent is gone. The other methods raise it, too.
         """
+        with self._changed:
+            self._ready.discard(task)
         with self._sending:
             self._send(PublicationPlanned(task=task, tensors=_planned(tensors)))
             if self._window is None:
                 self._receive_window()
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_lost or task in self._ready)
+            if task not in self._ready:
+                raise _lost()
 
     def send(self, task: int, name: str, offset: int, values: memoryview) -> None:
         """Send bytes of a stored tensor, from `offset` of the tensor on. `values` may be changed afterwards."""
@@ -106,9 +120,11 @@ class PublishClient:
 
     def _listen(self) -> None:
         with contextlib.suppress(Exception):  # whatever it is, no part is taken any more
-            while isinstance(message := self._channel.receive(None), PartTaken):
+            while isinstance(message := self._channel.receive(None), PartTaken | PlanTaken):
                 with self._changed:
-                    if self._in_use.pop(message.start, None) is not None:
+                    if isinstance(message, PlanTaken):
+                        self._ready.add(message.task)
+                    elif self._in_use.pop(message.start, None) is not None:
                         self._free.append(message.start)
                     self._changed.notify_all()
         with self._changed:  # every sender has to know

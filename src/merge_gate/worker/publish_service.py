@@ -3,7 +3,8 @@
 In: messages of the worker, which is not trusted, over a connection of its own, and bytes in a window of shared memory.
 Out: calls of a `Publisher`, with copies of the bytes: the worker cannot change what is hashed and written.
 
-1. The worker plans a publication. The service answers the first plan with the window.        `PublicationPlanned`
+1. The worker plans a publication. The service answers the first plan with the window.
+                                                                                 `PublicationPlanned`, `PlanTaken`
 2. It puts a part of a tensor into the window. When the part was copied, the place is free again.
                                                                                  `TensorPart`, `PartTaken`
 3. It says which tensors count.                                                  `PublicationSent`
@@ -21,7 +22,14 @@ from collections.abc import Collection
 from typing import Protocol
 
 from merge_gate.worker.channel import Channel, GarbledError
-from merge_gate.worker.protocol import PartTaken, PlannedTensor, PublicationPlanned, PublicationSent, TensorPart
+from merge_gate.worker.protocol import (
+    PartTaken,
+    PlannedTensor,
+    PlanTaken,
+    PublicationPlanned,
+    PublicationSent,
+    TensorPart,
+)
 
 WINDOW_BYTES = 64 << 20
 
@@ -87,6 +95,7 @@ class PublishService:
                 if self._window is None:
                     self._open_window()
                 self._publisher.planned(task, tensors)
+                self._channel.send(PlanTaken(task=task))
             case TensorPart(task=int(task), name=str(name), offset=int(offset)):
                 self._check(task, ())
                 content = self._copied(message)
