@@ -435,6 +435,32 @@ def test_a_base_that_changes_during_the_run_is_not_published(place: Path) -> Non
     assert adapters_of(place)[0]["published"] is None
 
 
+@pytest.mark.parametrize("why", ["fails", "is not sent", "has no files"])
+def test_a_model_of_an_earlier_run_is_named_if_the_adapter_has_no_new_one(
+    place: Path, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lay_adapter(place, "two")
+    assert play(place, "--publish", "merged", adapters=["one", "two"]) == 0
+    before = state(place / "merged")
+    assert "earlier run" not in capfd.readouterr().err
+    if why == "has no files":
+        (place / "one" / "adapter_model.safetensors").write_bytes(b"x")
+    how: dict[str, Any] = {
+        "fails": {"changes": {"merges": (merged_tensor(broken()),)}},
+        "is not sent": {"send": refuses},
+        "has no files": {},
+    }
+    assert play(place, "--publish", "merged", adapters=["one"], **how[why]) == (3 if why == "is not sent" else 1)
+    assert state(place / "merged") == before, "nothing of the user's is removed"
+    (adapter,) = adapters_of(place)
+    assert (adapter["findings"][-1]["check"], adapter["findings"][-1]["severity"]) == ("earlier-model", "warning")
+    assert adapter["verdict"] != "passed"
+    for text in (capfd.readouterr().err, (place / "merge-gate-report" / "summary.md").read_text()):
+        assert "merged/one" in text
+        assert "earlier run" in text
+        assert "merged/two" not in text, "it is not in this run"
+
+
 # --- the target ------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ Imports no torch and opens no files.
 - `withdrawn_report`: the base changed.
 - `published_report`: the adapter passed, and its merge is in a directory.
 - `unpublished_report`: the adapter passed, and its merge could not be published.
+- `report_with_earlier_model`: nothing was published, and the model of an earlier run has the name.
 - `files_report`: the verdict on the files alone (`merge-gate check`).
 
 The entry of a base comes from `base_report`, `refused_base_report`, or `unloaded_base_report`.
@@ -29,6 +30,7 @@ from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.report import AdapterReport, BaseReport, Coverage, PublishedModel
 from merge_gate.records.terms import BaseKey, FailureKind, Finding, Origin, Severity, Verdict
+from merge_gate.text import quoted
 
 
 def blocked_report(entry: Entry) -> AdapterReport | None:
@@ -100,6 +102,22 @@ def unpublished_report(report: AdapterReport, message: str, hint: str) -> Adapte
         decided_by=index,
         findings=findings,
     )
+
+
+EARLIER_MODEL = "earlier-model"
+"""The check of a warning that a model of an earlier run has the name of one that was not published."""
+
+
+def report_with_earlier_model(report: AdapterReport, directory: str) -> AdapterReport:
+    """The report of an entry that has no new model, while `directory` has the one of an earlier run."""
+    warning = Finding(
+        check=EARLIER_MODEL,
+        severity=Severity.WARNING,
+        message=f"{quoted(directory, 200)} still has the model of an earlier run: this run has published nothing there",
+        hint="do not use it for this adapter: remove it, or publish again when the adapter passes",
+        origin=Origin.RUNTIME,
+    )
+    return replace(report, findings=(*report.findings, *bounded([warning])))
 
 
 _REASON_CHARACTERS = 400

@@ -15,7 +15,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -56,11 +56,12 @@ class Publications:
     def __init__(
         self, wanted: PublishSpec | None, specs: Iterable[AdapterSpec], *, inputs: Iterable[tuple[str, str]] = ()
     ) -> None:
-        self._wanted = wanted
+        self._wanted, specs = wanted, tuple(specs)
         if wanted is not None:
             targets.refuse_inside(Path(wanted.directory).resolve(), inputs)
         names = [model_name(spec.name, wanted.dtype) for spec in specs] if wanted is not None else []
         self._parent = targets.prepared(wanted.directory, names) if wanted is not None else Path()
+        self._specs = tuple(spec.name for spec in specs)
         self._models: dict[int, Publication] = {}
         self._refused: dict[int, NotPublishedError] = {}
         self._bases: dict[str, ModelLayout | NotPublishedError] = {}
@@ -240,6 +241,17 @@ class Publications:
         directory = str(Path(self._wanted.label, model.place.name))
         published = PublishedModel(directory=directory, dtype=model.place.dtype, files=files)
         return Published(model=published, findings=findings)
+
+    def earlier(self, published: Collection[str]) -> Iterator[tuple[str, str]]:
+        """The adapters without a new model that have one of an earlier run, and its directory as it was named.
+
+        `published` are the adapters with a new one.
+        """
+        if self._wanted is not None:
+            for adapter in self._specs:
+                name = model_name(adapter, self._wanted.dtype)
+                if adapter not in published and targets.is_own_publication(self._parent / name):
+                    yield adapter, str(Path(self._wanted.label, name))
 
 
 def _stored_dtype(entry: Entry) -> str:

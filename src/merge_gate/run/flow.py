@@ -477,6 +477,19 @@ class _Run:
             else:
                 self._tally.settle(index, adapter_report.published_report(report, published.model, published.findings))
                 self._view.note(f"{report.name}: published to {published.model.directory}")
+        self._warn_of_earlier_models()
+
+    def _warn_of_earlier_models(self) -> None:
+        """Name the models of earlier runs that adapters still have which have no new one."""
+        reports = {index: self._tally.of(index) for index in range(len(self._tally.entries))}
+        judged = {index: report for index, report in reports.items() if report is not None}
+        published = {report.name for report in judged.values() if report.published is not None}
+        for name, directory in self._publications.earlier(published):
+            own = [(index, report) for index, report in judged.items() if report.name == name]
+            index, report = min(own, key=lambda pair: pair[1].verdict is Verdict.PASSED)
+            warned = adapter_report.report_with_earlier_model(report, directory)
+            self._tally.settle(index, warned)
+            self._view.note(f"warning: {name}: {warned.findings[-1].message}")
 
     def _facts(self, index: int, model: Publication) -> PublicationFacts:
         entry, report = self._tally.entries[index], self._tally.of(index)
