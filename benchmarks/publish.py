@@ -4,7 +4,8 @@
 
 In: a size of make_base.py. Out: a table on standard output. Each round runs the gate without and with `--publish`, and
 then `cp` and `sha256sum` twice, of the base's weight files, onto the same disk. `--memory` also runs the gate with
-`--publish` in a cgroup (limited.py, as root), and prints its peak of anonymous and shared memory.
+`--publish` in a cgroup (limited.py, as root), and prints its peak of anonymous and shared memory. `--repeat 0` measures
+no time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     files = sorted(base.glob("*.safetensors"))
     reference = ["sh", "-c", REFERENCE, str(copy), *map(str, files)]
     rounds: dict[str, list[Measured]] = {"run": [], "run --publish": [], "cp + 2 x sha256sum": []}
-    for number in range(asked.repeat + 1):
+    for number in range(asked.repeat + 1 if asked.repeat else 0):
         for name, command in zip(rounds, (run, publish, reference), strict=True):
             for directory in (target, copy):
                 shutil.rmtree(directory, ignore_errors=True)
@@ -52,7 +53,18 @@ def main() -> None:
             if number:  # the first round warms the page cache
                 rounds[name].append(measured)
     size_bytes = sum(file.stat().st_size for file in files)
-    print(f"{asked.size}: {size_bytes / (1 << 30):.2f} GiB of weights, median of {asked.repeat}")
+    if asked.repeat:
+        show(asked.size, size_bytes, rounds)
+    if asked.memory:
+        shutil.rmtree(target, ignore_errors=True)
+        held = limited.run(publish)
+        print(f"peak memory of the cgroup: {held.peak_bytes / (1 << 30):.2f} GiB (wanted {LIMIT_GIB})")
+
+
+def show(size: str, size_bytes: int, rounds: dict[str, list[Measured]]) -> None:
+    """Print the table, and the ratio."""
+    repeat = len(rounds["run"])
+    print(f"{size}: {size_bytes / (1 << 30):.2f} GiB of weights, median of {repeat}")
     print("| command | wall s | CPU s | peak anonymous MiB |\n|---|--:|--:|--:|")
     for name, found in rounds.items():
         cpu_s = statistics.median(one.user_s + one.system_s for one in found)
@@ -61,10 +73,6 @@ def main() -> None:
     added_s = wall_s(rounds["run --publish"]) - wall_s(rounds["run"])
     reference_s = wall_s(rounds["cp + 2 x sha256sum"])
     print(f"--publish adds {added_s:.2f} s, {added_s / reference_s:.2f} of the reference (wanted {RATIO})")
-    if asked.memory:
-        shutil.rmtree(target, ignore_errors=True)
-        held = limited.run(publish)
-        print(f"peak memory of the cgroup: {held.peak_bytes / (1 << 30):.2f} GiB (wanted {LIMIT_GIB})")
 
 
 def wall_s(found: list[Measured]) -> float:

@@ -1,11 +1,12 @@
 """Takes the tensors of merged models from the worker, which cannot write files.
 
 In: messages of the worker, which is not trusted, over a connection of its own, and bytes in a window of shared memory.
-Out: calls of a `Publisher`, with copies of the bytes: the worker cannot change what is hashed and written.
+Out: calls of a `Publisher`, with the bytes in the window. A worker that changes them meanwhile gains nothing: it could
+have sent the other bytes. The digests of a model are those of its files, which are read again.
 
 1. The worker plans a publication. The service answers the first plan with the window.
                                                                                  `PublicationPlanned`, `PlanTaken`
-2. It puts a part of a tensor into the window. When the part was copied, the place is free again.
+2. It puts a part of a tensor into the window. When the part was written, the place is free again.
                                                                                  `TensorPart`, `PartTaken`
 3. It says which tensors count.                                                  `PublicationSent`
 """
@@ -18,7 +19,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from merge_gate.worker.channel import Channel, GarbledError
@@ -47,7 +48,7 @@ class Publisher(Protocol):
         """A merge begins, perhaps again: what was sent before does not count."""
 
     def part(self, task: int, name: str, offset: int, content: memoryview) -> None:
-        """Bytes of a stored tensor. They are the caller's, and change after the call."""
+        """Bytes of a stored tensor. They are the worker's, and change after the call, or even during it."""
 
     def sent(self, message: PublicationSent) -> None:
         """All tensors of a task were sent."""
@@ -60,7 +61,6 @@ class PublishService:
         self._socket, self._channel = end, Channel(end)
         self._publisher, self._tasks = publisher, frozenset(tasks)
         self._window: mmap.mmap | None = None
-        self._copy = bytearray()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def start(self) -> None:
@@ -98,9 +98,9 @@ class PublishService:
                 self._channel.send(PlanTaken(task=task))
             case TensorPart(task=int(task), name=str(name), offset=int(offset)):
                 self._check(task, ())
-                content = self._copied(message)
+                with self._content(message) as content:
+                    self._publisher.part(task, name, offset, content)
                 self._channel.send(PartTaken(start=message.start))
-                self._publisher.part(task, name, offset, content)
             case PublicationSent(task=int(task), tensors=tuple(tensors)):
                 self._check(task, tensors)
                 self._publisher.sent(message)
@@ -122,16 +122,13 @@ class PublishService:
         finally:
             os.close(descriptor)
 
-    def _copied(self, part: TensorPart) -> memoryview:
-        """A copy of a part: hashed, written, and read back bytes are the same, whatever the worker does meanwhile."""
+    @contextlib.contextmanager
+    def _content(self, part: TensorPart) -> Iterator[memoryview]:
+        """The bytes of a part."""
         if self._window is None or not 0 <= part.start < part.start + part.size_bytes <= WINDOW_BYTES:
             raise _UnfitError
-        if len(self._copy) < part.size_bytes:
-            self._copy = bytearray(part.size_bytes)
-        copy = memoryview(self._copy)[: part.size_bytes]
-        with memoryview(self._window) as window:
-            copy[:] = window[part.start : part.start + part.size_bytes]
-        return copy
+        with memoryview(self._window) as window, window[part.start : part.start + part.size_bytes] as content:
+            yield content
 
 
 class _UnfitError(Exception):
