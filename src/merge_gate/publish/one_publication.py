@@ -183,7 +183,7 @@ class Publication:
                 writer.write(name, begin - place.start, content[begin - start : until - start])
 
     def _is_as_in_base(self, name: str) -> bool:
-        """Whether the worker has neither planned nor sent a tensor of the model."""
+        """Whether the model has a tensor that the worker did not plan and did not send."""
         return name not in self._changes and name not in self._written and name not in self._packed.others
 
     @functools.cached_property
