@@ -58,7 +58,7 @@ FROM ${BASE_IMAGE}
 ARG VARIANT=cpu
 ARG VERSION=0.0.0
 ARG REVISION=unknown
-ARG SOURCE=https://github.com/OWNER/merge-gate
+ARG SOURCE=
 ARG BASE_DIGEST=unknown
 LABEL org.opencontainers.image.title="merge-gate" \
       org.opencontainers.image.description="Merges PEFT adapters into a scratch copy of their base and checks every parameter" \

@@ -1,7 +1,8 @@
 """As many findings as a reader can use, and how many more there are.
 
-In: findings, one at a time. Out: the first of each check and severity with their texts cut, and a last one that counts
-the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on files, `all_checks.py` those of checks.
+In: findings, one at a time. Out: the first of each check and severity with their texts cut and the address of their
+check, and a last one that counts the rest. Keeps no others in memory. `files/preflight.py` bounds the findings on
+files, `all_checks.py` those of checks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from merge_gate.records.project import check_url
 from merge_gate.records.terms import Finding, Severity
 
 MOST_FINDINGS = 100
@@ -39,6 +41,7 @@ def _rest(example: Finding, count: int) -> Finding:
         check=example.check,
         severity=example.severity,
         message=f"and {count:,} more like these",
+        url=check_url(example.check),
         origin=example.origin,
         measured=(("more", float(count)),),
     )
@@ -49,6 +52,7 @@ def _cut(finding: Finding) -> Finding:
         finding,
         message=cut(finding.message),
         hint=cut(finding.hint),
+        url=check_url(finding.check),
         module=cut(finding.module) if finding.module else finding.module,
         tensor=cut(finding.tensor) if finding.tensor else finding.tensor,
     )

@@ -5,19 +5,21 @@ In: nothing. Out: addresses, or None while there is no address. Imports only the
 
 from __future__ import annotations
 
+from merge_gate import __version__
+
 PROJECT_URL = ""
 """`https://github.com/OWNER/REPOSITORY`, without a slash at its end. Empty until the project has a public address."""
 
 
-def documentation_url(version: str) -> str | None:
-    """The address of a version's documentation, with a slash at its end: the repository's GitHub Pages."""
+def documentation_url() -> str | None:
+    """The address of this version's documentation, with a slash at its end: the repository's GitHub Pages."""
     if not PROJECT_URL:
         return None
     *_, owner, repository = PROJECT_URL.split("/")
-    return f"https://{owner.lower()}.github.io/{repository}/{version}/"
+    return f"https://{owner.lower()}.github.io/{repository}/{__version__}/"
 
 
-def check_url(check: str, version: str) -> str | None:
+def check_url(check: str) -> str | None:
     """The address of a check's page."""
-    documentation = documentation_url(version)
+    documentation = documentation_url()
     return f"{documentation}checks/{check}/" if documentation else None

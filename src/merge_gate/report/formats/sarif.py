@@ -19,6 +19,7 @@ from merge_gate.judging.answer_kinds import ANSWERS
 from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.files import CONFIG_NAME
+from merge_gate.records.project import PROJECT_URL, check_url
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Result, Severity
 from merge_gate.report.wording import run_result, words
@@ -66,6 +67,7 @@ def _driver(report: Report) -> Json:
         "name": "merge-gate",
         # Semantic versioning has no `1.0.0.dev0`: the part after the numbers follows a hyphen.
         "semanticVersion": one_line(report.tool.version, words.NAME_LIMIT).replace(".dev", "-dev."),
+        **({"informationUri": PROJECT_URL} if PROJECT_URL else {}),
         "rules": [_rule(check, summary) for check, summary in _summaries(report).items()],
     }
 
@@ -77,8 +79,10 @@ def _summaries(report: Report) -> dict[str, str]:
 
 def _rule(check: str, summary: str) -> Json:
     row = CHECKS.get(check)
+    address = check_url(check)
     return {
         "id": check,
+        **({"helpUri": address} if address else {}),
         "shortDescription": {"text": summary},
         "fullDescription": {"text": summary},
         "help": {

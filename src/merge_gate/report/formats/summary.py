@@ -188,6 +188,8 @@ def _facts(groups: AlikeAdapters, finding: Finding | None) -> list[str]:
         facts.append(f"- **Where:** {_place(finding)}")
     if hint:
         facts.append(f"- **What to do:** {prose(hint)}")
+    if finding and (address := words.page_of(finding)):
+        facts.append(f"- **More:** [{plain(finding.check)}]({address})")
     sources = (code(each.source) + (f" at {code(each.revision, 80)}" if each.revision else "") for each in adapters)
     bases = dict.fromkeys(code(words.model_name(each.base)) for each in adapters)
     label = "Adapter" if len(groups) == 1 else "Adapters"

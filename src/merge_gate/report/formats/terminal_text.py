@@ -255,7 +255,8 @@ def _also(finding: Finding, more: tuple[Finding, ...], width: int, dtypes: str =
 
 def _to_do(finding: Finding, width: int) -> list[Line]:
     hint = one_line(finding.hint, words.MESSAGE_LIMIT)
-    return _labelled("to do", hint, width, Style.STRONG) if hint else []
+    shown = _labelled("to do", hint, width, Style.STRONG) if hint else []
+    return shown + (_labelled("page", address, width) if (address := words.page_of(finding)) else [])
 
 
 def _labelled(label: str, text: str, width: int, style: Style = Style.PLAIN) -> list[Line]:
@@ -326,3 +327,5 @@ def file_lines(adapter: AdapterReport, *, of: int = 1) -> Iterator[str]:
         yield f"        {kind}{finding.check}: {one_line(finding.message, words.MESSAGE_LIMIT)}"
         if finding.hint:
             yield f"        to do: {one_line(finding.hint, words.MESSAGE_LIMIT)}"
+        if address := words.page_of(finding):
+            yield f"        page: {address}"

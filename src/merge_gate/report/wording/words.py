@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING
 
 from merge_gate.judging.answer_kinds import ANSWERS
-from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED
+from merge_gate.judging.checks.table import CHECKS, NOT_JUDGED, NOT_PUBLISHED
+from merge_gate.records.project import check_url
 from merge_gate.records.terms import Acceptance, FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
@@ -117,6 +118,11 @@ def cause(adapter: AdapterReport) -> str:
     if adapter.verdict is Verdict.PASSED:
         return ""
     return one_line(adapter.cause or NOT_JUDGED, NAME_LIMIT)
+
+
+def page_of(finding: Finding) -> str | None:
+    """The address of a check's page, which a stored report does not choose; None without one."""
+    return check_url(finding.check) if finding.check in {*CHECKS, NOT_JUDGED, NOT_PUBLISHED} else None
 
 
 def place(finding: Finding, *, unless_in: str = "") -> str:
