@@ -33,8 +33,9 @@ def inspected(podman, image: str) -> dict:
 def test_what_the_image_says_of_itself(inspected: dict) -> None:
     config = inspected["Config"]
     labels = config["Labels"]
-    for name in ("title", "description", "licenses", "source", "version", "revision", "base.digest"):
+    for name in ("title", "description", "licenses", "version", "revision", "base.digest"):
         assert labels[f"org.opencontainers.image.{name}"], name
+    assert labels.get("org.opencontainers.image.source", "") == "", "only the release workflow knows the address"
     assert config.get("User", "") == "", "a job's container must be able to run as root"
     assert config["Entrypoint"] == ["/opt/merge-gate/bin/python", "-I", "/opt/merge-gate/entrypoint.py"]
     environ = dict(pair.split("=", 1) for pair in config["Env"])
